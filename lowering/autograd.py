@@ -1,0 +1,116 @@
+"""How gradients pass through the ops: what each op saves, and which op its backward calls.
+
+`head_stats` recomputes in its backward, for any upstream gradient. `head_loss` has its gradients already, up to
+one scalar that it reads off the upstream. Operands that want no gradient are skipped. It must not know about
+engines, plans or windows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+ONCE = "a fused head can be differentiated once: double backward through it is not supported"
+
+
+def _setup_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
+    h, w, y, cols, rows, u, ctx.transform, _, ctx.memory = inputs
+    lse, _, _, entropy, top, where = output
+    ctx.save_for_backward(h, w, y, cols, rows, u, lse, entropy)
+    ctx.mark_non_differentiable(top, where)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_stats(
+    ctx: Any,
+    g_lse: Tensor | None,
+    g_picked: Tensor | None,
+    g_sum: Tensor | None,
+    g_entropy: Tensor | None,
+    *_: None,
+) -> tuple:
+    h, w, y, cols, rows, u, lse, entropy = ctx.saved_tensors
+    upstream = [lse.new_empty(0) if g is None else g for g in (g_lse, g_picked, g_sum, g_entropy)]
+    needs = [ctx.needs_input_grad[at] for at in (0, 1, 3, 4)]
+    if not any(needs) or (g_lse is None and g_picked is None and g_sum is None and g_entropy is None):
+        return (None,) * 9
+    grads = torch.ops.fusedhead.head_stats_backward(
+        *upstream, h, w, y, cols, rows, u, lse, entropy, ctx.transform, ctx.memory, *needs
+    )
+    dh, dw, dcols, drows = (g if need else None for g, need in zip(grads, needs))
+    return dh, dw, None, dcols, drows, None, None, None, None
+
+
+def _setup_once(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+
+
+def _backward_once(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    raise NotImplementedError(ONCE)
+
+
+def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
+    c_lse, c_picked, c_sum, c_square = inputs[6:10]
+    lse, _, _, dh, dw, dcols, drows = output
+    ctx.save_for_backward(c_lse, c_picked, c_sum, c_square, lse, dh, dw, dcols, drows)
+    ctx.computed = inputs[13:17]
+    ctx.set_materialize_grads(False)
+
+
+def upstream_scale(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The scalar g with upstream = g c, least squares over all statistics: <upstream, c> / <c, c>, or 0 if c = 0.
+
+    ``pairs`` of (upstream, coefficient), equal shapes, any float dtype -> 0-d tensor. Sums are float64 where the
+    device has it, and c is divided by max |c| first, so that coefficients near the ends of the range neither
+    underflow nor overflow.
+    """
+    like = pairs[0][1]
+    wide = torch.float32 if like.device.type == "mps" else torch.float64
+    g = torch.cat([a.reshape(-1).to(wide) for a, _ in pairs])
+    c = torch.cat([b.reshape(-1).to(wide) for _, b in pairs])
+    most = torch.cat((c.abs(), c.new_zeros(1))).amax()
+    unit = c / torch.where(most == 0, 1, most)
+    square = (unit * unit).sum()
+    return (g * unit).sum() / torch.where(square == 0, 1, square) / torch.where(most == 0, 1, most)
+
+
+def _empty(x: Tensor) -> bool:
+    """Whether x has no elements, without a guard when its sizes are symbols."""
+    return statically_known_true(x.numel() == 0)
+
+
+def _scaled(d: Tensor, scale: Tensor) -> Tensor:
+    """d · scale rounded once: the scale itself is never rounded to d's dtype."""
+    wide = d.dtype if d.dtype == torch.float64 else torch.float32
+    return (d.to(wide) * scale.to(wide)).to(d.dtype)
+
+
+def _backward_loss(
+    ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, g_sum: Tensor | None, *g_grads: Tensor | None
+) -> tuple:
+    if any(g is not None for g in g_grads):
+        raise NotImplementedError(ONCE)
+    c_lse, c_picked, c_sum, c_square, lse, *grads = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[at] for at in (0, 1, 3, 4)]
+    for need, computed, name in zip(needs, ctx.computed, ("h", "w", "cols", "rows")):
+        if need and not computed:
+            raise RuntimeError(f"{name} requires a gradient but head_loss was called with need_{name}=False")
+    if not _empty(c_square):
+        slope = 2 * c_square * lse
+        c_lse = slope if _empty(c_lse) else c_lse + slope
+    arrived = ((g_lse, c_lse), (g_picked, c_picked), (g_sum, c_sum))
+    pairs = [(g, c) for g, c in arrived if g is not None and g.dim() == c.dim()]
+    pairs = [(g, c) for g, c in pairs if _empty(g) or not _empty(c)]
+    if not pairs or not any(needs):
+        return (None,) * 17
+    scale = upstream_scale(pairs)
+    dh, dw, dcols, drows = (_scaled(d, scale) if need else None for d, need in zip(grads, needs))
+    return dh, dw, None, dcols, drows, *(None,) * 12
+
+
+HEAD_STATS = (_setup_stats, _backward_stats)
+HEAD_STATS_BACKWARD = (_setup_once, _backward_once)
+HEAD_LOSS = (_setup_loss, _backward_loss)

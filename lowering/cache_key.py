@@ -1,0 +1,42 @@
+"""A stable hash over every source file of the package.
+
+torch.compile's caches know the graph that a backend hands on but not the code behind its custom ops: without this
+hash in their key, an upgrade that mends a gradient would keep serving the old one. It must not know which cache
+asks, nor import the files that it reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+SUFFIXES = (".py", ".cpp", ".h", ".cu")
+PACKAGES = ("fusedhead", "fusedhead.lowering", "fusedhead.kernels")
+
+
+def _sources() -> list[tuple[str, Path]]:
+    """(name inside the package, file) of every source, sorted by name."""
+    found = {}
+    for package in PACKAGES:
+        spec = find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            for file in Path(folder).iterdir():
+                if file.suffix in SUFFIXES and file.is_file():
+                    found[f"{package}/{file.name}"] = file
+    return sorted(found.items())
+
+
+@cache
+def source_hash() -> bytes:
+    """SHA-256 of the names and contents of the package's sources; read once per process, on first use.
+
+    Two installs of the same files agree wherever they lie on disk.
+    """
+    digest = hashlib.sha256()
+    for name, file in _sources():
+        content = file.read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.digest()
