@@ -57,6 +57,7 @@ def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
     lse, _, _, dh, dw, dcols, drows = output
     ctx.save_for_backward(c_lse, c_picked, c_sum, c_square, lse, dh, dw, dcols, drows)
     ctx.computed = inputs[13:17]
+    ctx.mark_non_differentiable(dh, dw, dcols, drows)
     ctx.set_materialize_grads(False)
 
 
@@ -77,6 +78,18 @@ def upstream_scale(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     return (g * unit).sum() / torch.where(square == 0, 1, square) / torch.where(most == 0, 1, most)
 
 
+class _Once(torch.autograd.Function):
+    """The identity on gradients that ``create_graph=True`` wants to differentiate again, which is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, d: Tensor) -> Tensor:
+        return d.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise NotImplementedError(ONCE)
+
+
 def _empty(x: Tensor) -> bool:
     """Whether x has no elements, without a guard when its sizes are symbols."""
     return statically_known_true(x.numel() == 0)
@@ -89,10 +102,8 @@ def _scaled(d: Tensor, scale: Tensor) -> Tensor:
 
 
 def _backward_loss(
-    ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, g_sum: Tensor | None, *g_grads: Tensor | None
+    ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, g_sum: Tensor | None, *_: None
 ) -> tuple:
-    if any(g is not None for g in g_grads):
-        raise NotImplementedError(ONCE)
     c_lse, c_picked, c_sum, c_square, lse, *grads = ctx.saved_tensors
     needs = [ctx.needs_input_grad[at] for at in (0, 1, 3, 4)]
     for need, computed, name in zip(needs, ctx.computed, ("h", "w", "cols", "rows")):
@@ -106,8 +117,10 @@ def _backward_loss(
     pairs = [(g, c) for g, c in pairs if _empty(g) or not _empty(c)]
     if not pairs or not any(needs):
         return (None,) * 17
+    # The gradients left the op as constants, so that a second differentiation has to be refused by hand.
     scale = upstream_scale(pairs)
-    dh, dw, dcols, drows = (_scaled(d, scale) if need else None for d, need in zip(grads, needs))
+    scaled = (_scaled(d, scale) if need else None for d, need in zip(grads, needs))
+    dh, dw, dcols, drows = (_Once.apply(d.requires_grad_()) if d is not None and torch.is_grad_enabled() else d for d in scaled)
     return dh, dw, None, dcols, drows, *(None,) * 12
 
 
