@@ -1,0 +1,52 @@
+# Everything a fresh machine needs: python >= 3.10 with venv, make, a C++ compiler (Inductor's).
+# Each target makes .venv, installs into it what is missing, and runs there.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# torch without a GPU: the version that is tested on the CPU. With one: the newest, which brings its own triton.
+TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := $(sort $(wildcard fusion_pass/*.py fusion_pass/*/*.py lowering/*.py kernels/*.py))
+
+.PHONY: test lint types pytest demo bench clean FORCE
+
+test: lint types pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+
+types: .venv/.installed
+	$(BIN)/mypy
+
+# Two workers, handed single tests as they get free: a test that compiles takes seconds, most take milliseconds.
+pytest: .venv/.installed
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15
+
+demo: .venv/.installed
+	$(BIN)/python examples/demo.py
+
+bench: .venv/.bench
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist *.egg-info fusedhead.egg-info
+
+# torch comes first and alone: what follows accepts any torch and must not choose another.
+.venv/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python >= 3.10 is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip "setuptools>=77" wheel
+	$(PIP) "$(TORCH)"
+	touch $@
+
+# An editable install in strict mode links file by file (pyproject.toml says why), so a new file needs a new install.
+.venv/.installed: .venv/.torch .venv/.sources pyproject.toml
+	$(PIP) --no-build-isolation -e ".[test]" --config-settings editable_mode=strict
+	touch $@
+
+.venv/.bench: .venv/.installed
+	$(PIP) --no-build-isolation -e ".[bench]" --config-settings editable_mode=strict
+	touch $@
+
+.venv/.sources: FORCE | .venv/.torch
+	@echo '$(SOURCES)' | cmp -s - $@ || echo '$(SOURCES)' > $@
