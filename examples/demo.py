@@ -25,8 +25,8 @@ SETTINGS = {
     "cuda": "--model 124M --vocab 50304 --batch 16 --length 1024 --steps 100 --dtype bf16",
 }
 
-# Largest relative difference of one step's loss. float32: 16 roundings. bfloat16: inductor rounds each logit, by
-# up to 2^-9 of it, and fusedhead does not; the mean over the tokens leaves less, the optimizer's steps add some.
+# Largest relative difference of a loss. float32: 16 roundings. bfloat16: inductor rounds each logit by up to
+# 2^-9 of it, fusedhead does not; the mean over tokens leaves less of that, the optimizer's steps add some.
 ALLOWED = {"fp32": 16 * torch.finfo(torch.float32).eps, "bf16": 2.0**-9}
 
 

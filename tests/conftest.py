@@ -1,0 +1,40 @@
+"""What all tests share: a compile cache of their own, one thread a worker, a fixed seed, no graphs left over.
+
+It must not know what is tested.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+# Read when torch and Inductor are imported, so set before. Workers of xdist inherit them.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers a worker starves the tests
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # as many workers as cores: more threads would wait for one another
+
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile from nothing, so that no result of an older version of the pass is what passes or fails a test.
+
+    TORCHINDUCTOR_CACHE_DIR in the environment keeps the cache between runs.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="fusedhead-tests-", ignore_cleanup_errors=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
+
+
+@pytest.fixture(autouse=True)
+def fresh_torch() -> Iterator[None]:
+    """The same random numbers for every test, in any order, and nothing compiled by the test before."""
+    torch.manual_seed(0)
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
