@@ -1,0 +1,13 @@
+"""fusedhead: a torch.compile backend that computes a head's loss without building its logits.
+
+    model = torch.compile(model, backend="fusedhead")
+
+Nothing else changes. ``fusedhead.explain(model)(*inputs)`` says what was fused, and why not what was not.
+"""
+
+from fusedhead.backend import FusedHeadError, fusedhead
+from fusedhead.explain import explain
+from fusedhead.lowering.ops import LabelOutOfRange
+from fusedhead.report import HeadRecord, Report
+
+__all__ = ["FusedHeadError", "HeadRecord", "LabelOutOfRange", "Report", "explain", "fusedhead"]

@@ -1,0 +1,177 @@
+"""The entry point ``torch.compile(model, backend="fusedhead")``: one rewrite, then Inductor.
+
+This file holds what a user can see of the pass: options, logging, the debug print, strictness, the structured
+trace, and the fallback that compiles the original graph when anything goes wrong. It knows no rules.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+from fusedhead.fusion import Wrap, fuse_graph, unwrapped
+from fusedhead.lowering.cache_key import source_hash
+from fusedhead.options import Options, split
+from fusedhead.report import Report
+
+log = logging.getLogger("fusedhead")
+
+
+class FusedHeadError(RuntimeError):
+    """Raised under ``fusedhead.strict`` for an unfused head or an error inside the pass."""
+
+
+class KeyedBySource(CustomGraphPass):
+    """A pass that does nothing but put this package's sources into the compile caches' keys.
+
+    AOTAutograd's key knows the rewritten graph, not the Python behind its ops: without this, upgrading the
+    package would keep serving compiled graphs with the old backward (pytorch#144344). A pass the user had
+    configured is run, and keyed, as before.
+    """
+
+    def __init__(self, users: Any) -> None:
+        self.users = list(users) if isinstance(users, (list, tuple)) else [users] if users else []
+
+    def __call__(self, graph: Graph) -> None:
+        for users_pass in self.users:
+            users_pass(graph)
+
+    def uuid(self) -> Any:
+        keys = [users_pass.uuid() if hasattr(users_pass, "uuid") else None for users_pass in self.users]
+        return None if None in keys else (source_hash(), *keys)
+
+
+def readable(gm: GraphModule) -> str:
+    return gm.print_readable(print_output=False, include_stride=True, include_device=True)
+
+
+def run_pass(gm: GraphModule, options: Options) -> tuple[GraphModule, Report, Wrap]:
+    """`fuse_graph` on a copy that is thrown away if it raises."""
+    before = readable(gm)
+    original = gm.graph
+    working = copied(gm)
+    try:
+        report, wrap = fuse_graph(working, options)
+    except Exception as error:
+        if options.strict:
+            raise FusedHeadError(f"fusedhead: the pass failed on this graph: {error}") from error
+        line = f"{type(error).__name__}: {error}"
+        log.warning(
+            "fusedhead: the pass could not read this graph and leaves it to Inductor (%s)\n%s",
+            line,
+            traceback.format_exc(),
+        )
+        report = Report(graphs=1, before=before, after=before, errors=[line])
+        assert gm.graph is original
+        return gm, report, unwrapped
+    report.before = before
+    if not any(head.fused for head in report.heads):
+        report.after = before
+        return gm, report, unwrapped
+    report.after = readable(working)
+    return working, report, wrap
+
+
+def copied(gm: GraphModule) -> GraphModule:
+    """The module with graphs of its own (parameters and fake values are shared, not copied)."""
+    copy = GraphModule(gm, Graph(), gm.__class__.__name__)
+    copy.__dict__.update({k: v for k, v in gm.__dict__.items() if k not in ("_graph", "_modules", "_code")})
+    copy._modules = dict(gm._modules)
+    for name, child in gm._modules.items():
+        if isinstance(child, GraphModule):
+            copy._modules[name] = copied(child)
+    graph = Graph(tracer_cls=gm.graph._tracer_cls)
+    values: dict[Any, Any] = {}
+    result = graph.graph_copy(gm.graph, values, return_output_node=True)
+    if result is not None:
+        value, old_output = result
+        output = graph.output(value)
+        output.meta = dict(old_output.meta)
+    for old, new in values.items():
+        # AOTAutograd reads attributes that Dynamo sets on its placeholders (their sources)
+        new.__dict__.update({k: v for k, v in vars(old).items() if k not in vars(new)})
+    graph._codegen = gm.graph._codegen
+    copy.graph = graph
+    copy.meta = dict(gm.meta)
+    return copy
+
+
+def publish(report: Report, options: Options) -> None:
+    """Tell the user: debug print, log, structured trace."""
+    for head in report.heads:
+        log.log(logging.INFO if head.fused else logging.WARNING if options.debug else logging.INFO, "%s", head)
+    if log.isEnabledFor(logging.DEBUG) and report.heads:
+        log.debug("before:\n%s\nafter:\n%s", report.before, report.after)
+    if report.heads:
+        log.info("%.0f ms in the pass", report.milliseconds)
+        torch._logging.trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": "fusedhead_report", "encoding": "string"},
+            payload_fn=lambda: str(report),
+        )
+        torch._logging.trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": "fusedhead_rewritten_graph", "encoding": "string"},
+            payload_fn=lambda: report.after,
+        )
+    if options.debug:
+        print(report)
+        if any(head.fused for head in report.heads):
+            print(report.after)
+    if options.strict:
+        unfused = [head for head in report.heads if not head.fused]
+        if unfused:
+            raise FusedHeadError(
+                "fusedhead.strict: " + "; ".join(f"the head at {h.where} is not fused: {h.reason}" for h in unfused)
+            )
+
+
+def inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor as ``torch.compile`` itself would set it up, which validates ``mode`` and ``options``."""
+    from torch._inductor import config
+
+    users = options.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+    return torch._TorchCompileInductorWrapper(
+        mode or "default", {**options, "joint_custom_pre_pass": KeyedBySource(users)}, None
+    )
+
+
+def compile_with(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    observe: Callable[[Report], None] | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph; ``observe`` is given the report."""
+    own, rest = split(options)
+    compiler = inductor(mode, rest)
+    gm, report, wrap = run_pass(gm, own)
+    if observe is not None:
+        observe(report)
+    publish(report, own)
+    return wrap(compiler(gm, example_inputs))
+
+
+def fusedhead(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    """The backend. Takes what ``torch.compile`` passes on: ``mode=`` and ``options=``.
+
+    Raises ValueError for an unknown ``fusedhead.*`` option; an input of the graph never makes it raise, unless
+    ``fusedhead.strict`` is set.
+    """
+    return compile_with(gm, example_inputs, **kwargs)
+
+
+def reset() -> None:
+    """Called by ``torch._dynamo.reset``: forget CUDA graphs, as Inductor's own wrapper does."""
+    torch._TorchCompileInductorWrapper("default", None, None).reset()
+
+
+fusedhead.reset = reset  # type: ignore[attr-defined]

@@ -1,0 +1,39 @@
+"""``fusedhead.explain(fn)(*args)``: compile and run once, and say what happened to every head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fusedhead.backend import compile_with
+from fusedhead.report import Report
+
+
+def explain(fn: Callable[..., Any], **compile_options: Any) -> Callable[..., Report]:
+    """A function that takes the arguments of ``fn`` and returns a `Report`.
+
+    ``fn`` may be a function, a module, or something already given to ``torch.compile`` (then what was compiled
+    is looked at afresh). ``compile_options`` are those of ``torch.compile``: ``dynamic=``, ``mode=``,
+    ``options=`` ... The function runs once, forward only, and nothing of it stays in Dynamo's cache of ``fn``'s
+    other compilations.
+    """
+    target = getattr(fn, "_orig_mod", None) or getattr(fn, "_torchdynamo_orig_callable", fn)
+
+    def explained(*args: Any, **kwargs: Any) -> Report:
+        report = Report()
+
+        def backend(gm: Any, example_inputs: Any, **given: Any) -> Any:
+            return compile_with(gm, example_inputs, observe=report.extend, **given)
+
+        mode, options = compile_options.get("mode"), compile_options.get("options")
+        passed = {k: v for k, v in compile_options.items() if k not in ("mode", "options")}
+
+        def with_options(gm: Any, example_inputs: Any) -> Any:
+            return backend(gm, example_inputs, mode=mode, options=options)
+
+        torch.compile(target, backend=with_options, **passed)(*args, **kwargs)
+        return report
+
+    return explained

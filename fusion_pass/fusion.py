@@ -1,0 +1,190 @@
+"""The pass: decides for every site of a Dynamo graph whether it is fused, and fuses it.
+
+A site that is not proved equal stays as it is, with a sentence. `fuse_graph` edits the graph it is given and
+returns what it did; it may raise, and the backend then falls back to a copy of the original.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from fusedhead import linear_tail, returned
+from fusedhead.interpret import Reading, Site, grad_modes, interpret, name_of, where
+from fusedhead.lowering.plan import plan
+from fusedhead.options import Options
+from fusedhead.read import fake
+from fusedhead.report import HeadRecord, Report
+from fusedhead.rewrite import fuse
+from fusedhead.safety import Mutations, functorch, leaves, subclass
+
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+CHECKPOINTS = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
+
+
+def unwrapped(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    return compiled
+
+
+def bodies(gm: GraphModule) -> list[tuple[GraphModule, str]]:
+    """Every graph of a module, with the name of the higher-order op that runs it ("" for the graph itself)."""
+    owner: dict[str, str] = {}
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                if node.op == "get_attr" and node.users:
+                    owner[str(node.target)] = name_of(next(iter(node.users)))
+    found = []
+    for path, module in gm.named_modules():
+        if isinstance(module, GraphModule):
+            found.append((module, owner.get(path.rsplit(".", 1)[-1], "a submodule") if path else ""))
+    return found
+
+
+def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
+    """Fuse every provable head of ``gm`` in place.
+
+    Returns the report and a function to put around the compiled graph (it restores outputs that were redirected).
+    """
+    started = time.perf_counter()
+    report, wrap = Report(graphs=1), unwrapped
+    changed = False
+    for module, owner in bodies(gm):
+        reading = interpret(module.graph)
+        if not reading.sites:
+            continue
+        records, wrapped = fuse_body(module.graph, reading, owner, options)
+        report.heads += records
+        wrap = wrapped or wrap
+        if any(record.fused for record in records):
+            module.graph.lint()
+            module.recompile()
+            changed = True
+    if changed:
+        gm.recompile()
+    report.milliseconds = (time.perf_counter() - started) * 1e3
+    return report, wrap
+
+
+def fuse_body(graph: Graph, reading: Reading, owner: str, options: Options) -> tuple[list[HeadRecord], Wrap | None]:
+    """Decide and rewrite the sites of one graph."""
+    modes, mutations = grad_modes(graph), Mutations(graph)
+    unsafe = functorch(graph) or higher_order(owner)
+    decided = []
+    for site in reading.sites:
+        if not site.terminals and not site.escapes:
+            continue
+        reason = unsafe or refusal(site, mutations, modes, owner)
+        decided.append((site, reason))
+    recipes = []
+    slots = [node for node in linear_tail.output_of(graph).args[0]] if owner == "" else []
+    for site, reason in decided:
+        if not reason:
+            recipes += [returned.recipe(site, i, n) for i, n in enumerate(slots) if n in set(site.outputs)]
+    wrap = returned.redirect(graph, recipes) if recipes else None
+    records = []
+    for site, reason in decided:
+        if reason:
+            records.append(describe(site, reason, ""))
+            continue
+        record = describe(site, "", "")
+        algorithms = []
+        for call in fuse(graph, site, options.budget, modes, mutations.position):
+            why = "inside a checkpointed region" if owner in CHECKPOINTS else linear_tail.upgrade(call)
+            algorithms.append(algorithm(call, why))
+        record.engine = describe_engine(site, ", ".join(dict.fromkeys(algorithms)))
+        records.append(record)
+    return records, wrap
+
+
+def higher_order(owner: str) -> str | None:
+    if owner == "" or owner in CHECKPOINTS:
+        return None
+    return f"the head is inside {owner}"
+
+
+def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str) -> str:
+    """Why a site must stay as it is, or ""."""
+    if site.escapes:
+        node, sentence = site.escapes[0]
+        return f"{sentence} (at {where(node)})"
+    read = leaves([site.head.hidden, site.head.weight])
+    steps = [t.logits for _, t in site.terminals]
+    vectors = leaves([c for s in steps for c in s.cols] + [r.value for s in steps for r in s.rows])
+    indices = leaves([a for s in steps for step in s.row_steps for a in step.args])
+    labels = leaves([p for _, t in site.terminals for p in (*t.label_sources, *t.sources)])
+    reason = subclass(site, [*read, *vectors, *labels])
+    if reason:
+        return reason
+    devices = {v.device for v in map(fake, [*read, *labels]) if isinstance(v, torch.Tensor)}
+    if len(devices) > 1:
+        return f"its operands are on different devices ({', '.join(sorted(map(str, devices)))})"
+    if site.outputs and owner:
+        return "the logits leave the region that is checkpointed"
+    if site.outputs and not modes[site.head.node]:
+        return "the logits are returned and no gradient is recorded, so building them once is the cheapest"
+    end = max((node for node, _ in site.terminals), key=mutations.position.__getitem__)
+    reason = mutations.between(site.head.node, end, [*read, *vectors, *indices])
+    if reason:
+        return reason
+    first = min((node for node, _ in site.terminals), key=mutations.position.__getitem__)
+    reason = mutations.between(first, end, labels)
+    if reason:
+        return reason
+    if site.outputs:
+        return mutations.anywhere_after(site.head.node, [*read, *vectors, *indices]) or ""
+    return ""
+
+
+def algorithm(call: Node, why: str) -> str:
+    """What a head's call does, for the report."""
+    if not why:
+        return "gradients in the forward sweep"
+    if why == "no gradient is needed":
+        return "forward only"
+    return f"recompute in the backward ({why})"
+
+
+def tokens_of(site: Site) -> Any:
+    shape = fake(site.head.node).shape[:-1] if fake(site.head.node).ndim else ()
+    if site.terminals:
+        logits = site.terminals[0][1].logits
+        shape = [s for d, s in enumerate(logits.val.shape) if d != logits.class_dim]
+    return math.prod(shape)
+
+
+def hint(size: Any) -> int:
+    """The size of this compilation, for a size that may be symbolic."""
+    if isinstance(size, torch.SymInt):
+        known = size.node.hint
+        return int(known) if known is not None else 0
+    return int(size)
+
+
+def describe(site: Site, reason: str, engine: str) -> HeadRecord:
+    vocab, hidden = site.head.weight.val.shape
+    tokens = tokens_of(site)
+    fused = not reason
+    return HeadRecord(
+        fused=fused,
+        reason=reason,
+        where=where(site.head.node),
+        computes=", ".join(dict.fromkeys(t.computes for _, t in site.terminals)),
+        tokens=tokens if isinstance(tokens, int) else str(tokens),
+        hidden_size=hidden,
+        vocab_size=vocab,
+        logits=("built" if not fused or site.outputs else "never built"),
+        engine=engine,
+        bytes_saved=hint(tokens) * vocab * site.head.dtype.itemsize if fused and not site.outputs else 0,
+    )
+
+
+def describe_engine(site: Site, algorithms: str) -> str:
+    weight = site.head.weight.val
+    chosen = plan(hint(tokens_of(site)), *weight.shape, site.head.dtype, weight.device.type)
+    return f"{chosen.engine.replace('_', ' ')}: {algorithms}"

@@ -1,0 +1,202 @@
+"""The abstract interpreter: walks a Dynamo graph and says what each tensor is, relative to the logits of a head.
+
+The result is a list of `Site`s, one per projection that a loss could hang on: its terminals (where one number a
+row remains), its outputs (where logits leave the graph), and its escapes (uses no rule can read, each with a
+sentence). This file reads; it never edits and never decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_flatten, tree_map
+
+from fusedhead.read import fake, inputs, trace
+from fusedhead.rules import RULES
+from fusedhead.rules.projections import SPELLINGS
+from fusedhead.rules.table import Context
+from fusedhead.terminals import Terminal
+from fusedhead.values import Call, Escape, Followed, LogProbs, Logits, Plain, Projection, logits_of
+
+# Names of the ops that can end a head; only projections that reach one of them are looked at.
+ANCHORS = frozenset(
+    {"cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd", "log_softmax", "_log_softmax", "logsumexp"}
+)
+
+
+@dataclass(eq=False)
+class Site:
+    """One projection and everything the graph does with its product."""
+
+    head: Projection
+    terminals: list[tuple[Node, Terminal]] = field(default_factory=list)
+    outputs: list[Node] = field(default_factory=list)  # followed nodes that the graph returns
+    escapes: list[tuple[Node, str]] = field(default_factory=list)
+    followed: list[Node] = field(default_factory=list)  # nodes whose value is Logits or LogProbs, in order
+
+
+@dataclass(eq=False)
+class Reading:
+    sites: list[Site]
+    values: dict[Node, Any]
+
+
+def name_of(node: Node) -> str:
+    """The bare name of the op a node calls, whatever its spelling."""
+    if node.op == "call_method":
+        return str(node.target)
+    packet = getattr(node.target, "_overloadpacket", node.target)
+    return getattr(packet, "__name__", str(packet))
+
+
+def where(node: Node) -> str:
+    """"file.py:123" of the user's line that made a node, or its name where no line is known."""
+    trace_lines = node.meta.get("stack_trace", "").strip().splitlines()
+    for line in reversed(trace_lines):
+        if line.strip().startswith("File "):
+            path, _, rest = line.strip().removeprefix("File ").partition(", line ")
+            return f"{path.strip(chr(34)).rsplit('/', 1)[-1]}:{rest.split(',')[0]}"
+    return node.name
+
+
+def candidates(graph: Graph) -> set[Node]:
+    """The projections from which an anchor is reached without passing another projection."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    stack = [node for node in graph.nodes if node.op.startswith("call_") and name_of(node) in ANCHORS]
+    while stack:
+        node = stack.pop()
+        for source in node.all_input_nodes:
+            if source in seen or not source.op.startswith("call_"):
+                continue
+            seen.add(source)
+            if name_of(source) in SPELLINGS:
+                found.add(source)
+            else:
+                stack.append(source)
+    return found
+
+
+def grad_modes(graph: Graph) -> dict[Node, bool]:
+    """Whether gradients are recorded at each node."""
+    enabled, modes = torch.is_grad_enabled(), {}
+    for node in graph.nodes:
+        if node.op == "call_function" and name_of(node) == "_set_grad_enabled":
+            enabled = bool(node.args[0])
+        modes[node] = enabled
+    return modes
+
+
+def is_followed(value: Any) -> bool:
+    return isinstance(value, (Logits, LogProbs))
+
+
+def all_followed(values: Any) -> list[Followed]:
+    return [v for v in tree_flatten(values, is_leaf=lambda x: isinstance(x, (Plain, Logits, LogProbs)))[0]
+            if is_followed(v)]  # fmt: skip
+
+
+def evaluate(node: Node, known: dict[Node, Any]) -> Any:
+    """The value of one Dynamo node from its inputs' values, through its ATen trace and the rules."""
+    program = trace(node)
+    given = [known.get(source, Plain(source, fake(source))) for source in inputs(node)]
+    env: dict[Node, Any] = {}
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    env.update(zip(placeholders, given))
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    for op in program.graph.nodes:
+        if op.op == "output":
+            return map_arg(op.args[0], env.__getitem__)
+        if op.op == "get_attr":
+            raise Escape(f"{name_of(node)} holds a constant tensor")
+        if op.op != "call_function":
+            continue
+        args, kwargs = map_arg((op.args, op.kwargs), env.__getitem__)
+        val = fake(node) if op is calls[-1] else op.meta.get("val")
+        if op.target in RULES and (all_followed((args, kwargs)) or is_projection(op)):
+            env[op] = RULES[op.target](Context(node, val), *args, **kwargs)
+        elif all_followed((args, kwargs)):
+            packet = getattr(op.target, "_overloadpacket", op.target)
+            name = getattr(packet, "__name__", str(packet))
+            if getattr(getattr(op.target, "_schema", None), "is_mutable", False):
+                raise Escape(f"{name} changes the logits in place")
+            raise Escape(f"no rule reads {name} ({op.target})")
+        else:
+            env[op] = Plain(Call(op.target, args, kwargs), val)
+    raise AssertionError("a traced graph has an output")
+
+
+def is_projection(op: Node) -> bool:
+    return name_of(op) in SPELLINGS
+
+
+def interpret(graph: Graph) -> Reading:
+    """Follow the logits of every candidate projection through the graph."""
+    starts, modes = candidates(graph), grad_modes(graph)
+    values: dict[Node, Any] = {}
+    sites: dict[Projection, Site] = {}
+    for node in graph.nodes:
+        sources = [values[s] for s in node.all_input_nodes if s in values]
+        heads = {logits_of(v).head for v in all_followed(sources)}
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                for value in all_followed(values.get(source)):
+                    sites[logits_of(value).head].outputs.append(source)
+            continue
+        if not heads and node not in starts:
+            continue
+        try:
+            value = follow(node, values)
+        except Escape as escape:
+            for head in heads:
+                sites[head].escapes.append((node, str(escape)))
+            continue
+        if not modes[node]:
+            value = tree_map(detached, value, is_leaf=lambda x: isinstance(x, (Logits, LogProbs, Plain)))
+        record(node, value, heads, sites)
+        if not isinstance(value, (Terminal, Plain)):
+            values[node] = value
+    return Reading(list(sites.values()), values)
+
+
+def follow(node: Node, values: dict[Node, Any]) -> Any:
+    """`evaluate`, for the nodes that have no ATen trace of their own too."""
+    if name_of(node) == "getitem" and isinstance(values.get(node.args[0]), (list, tuple)):  # type: ignore[arg-type]
+        return values[node.args[0]][node.args[1]]  # type: ignore[index]
+    if not isinstance(fake(node), (torch.Tensor, tuple, list)):
+        raise Escape(f"{name_of(node)} of the logits is no tensor")
+    try:
+        return evaluate(node, values)
+    except Escape:
+        raise
+    except Exception as error:  # a node that cannot be traced alone is a use we cannot read
+        raise Escape(f"{name_of(node)} cannot be traced alone ({type(error).__name__}: {error})") from error
+
+
+def detached(value: Any) -> Any:
+    if isinstance(value, Logits):
+        return replace(value, detached=True)
+    if isinstance(value, LogProbs):
+        return replace(value, of=replace(value.of, detached=True))
+    return value
+
+
+def record(node: Node, value: Any, heads: Iterable[Projection], sites: dict[Projection, Site]) -> None:
+    """File what was learnt about a node under the heads it belongs to."""
+    if isinstance(value, Terminal):
+        sites[value.logits.head].terminals.append((node, value))
+        for head in set(heads) - {value.logits.head}:
+            sites[head].escapes.append((node, f"{value.computes} mixes two heads"))
+        return
+    found = all_followed(value)
+    if not found:
+        for head in heads:
+            sites[head].escapes.append((node, f"{name_of(node)} of the logits is not followed"))
+    for each in found:
+        head = logits_of(each).head
+        sites.setdefault(head, Site(head)).followed.append(node)

@@ -1,0 +1,253 @@
+"""Proving that a loss is linear in a head's statistics, and then taking the gradients in the forward sweep.
+
+``head_stats`` allows any per-row upstream gradient, at the price of building every window of logits twice.
+When the graph reduces the statistics to one scalar with coefficients that do not depend on them (mean,
+sum / num_items, mask / mask.sum(), class weights ...), the upstream gradient of the statistics is that
+scalar's own, times numbers known before the sweep: then ``head_loss`` computes the gradients in the same sweep.
+
+The proof needs no rule per op. The *tail*, the nodes between the statistics and the scalar, is differentiated
+symbolically (``make_fx`` of its gradient); the tail is linear exactly when the traced gradient does not read the
+statistics. What the trace computes then *is* the coefficients. The tail itself stays in the graph, so the
+loss keeps the program's own treatment of NaN, ignored labels and rounding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import maybe_get_fake_mode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.fx.node import map_arg
+
+from fusedhead.emit import Emit
+from fusedhead.interpret import name_of
+from fusedhead.kernels.contract import STATS
+from fusedhead.read import callee, fake
+from fusedhead.safety import written
+
+aten = torch.ops.aten
+LINEAR_STATS = ("lse", "picked", "sum")
+
+
+def differentiable(node: Node) -> bool:
+    value = fake(node)
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def tail_of(statistics: Sequence[Node]) -> tuple[list[Node], Node] | str:
+    """The differentiable nodes downstream of the statistics up to the first scalar they all meet in.
+
+    Returns (nodes in order, scalar), or a sentence saying why there is no such scalar.
+    """
+    graph = statistics[0].graph
+    reached, tail = set(statistics), []
+    for node in graph.nodes:
+        if node.op.startswith("call_") and node not in reached and any(s in reached for s in node.all_input_nodes):
+            if isinstance(fake(node), (tuple, list)):
+                return f"{name_of(node)} returns several tensors of the losses"
+            if differentiable(node):
+                reached.add(node)
+                tail.append(node)
+    for end, node in enumerate(tail):
+        single = statically_known_true(sym_eq(fake(node).numel(), 1))
+        if single and all(closed(n, set(tail[: end + 1]), node) for n in [*statistics, *tail[:end]]):
+            return tail[: end + 1], node
+    return "the per-row results are not reduced to one scalar"
+
+
+def closed(node: Node, inside: set[Node], scalar: Node) -> bool:
+    """Whether every gradient through ``node`` comes from inside the tail."""
+    return node is scalar or all(user in inside or (user.op.startswith("call_") and not differentiable(user))
+                                 for user in node.users)  # fmt: skip
+
+
+def coefficients(statistics: Sequence[Node], tail: Sequence[Node], others: Sequence[Node]) -> GraphModule | str:
+    """∂ scalar / ∂ statistics as a graph of ``others`` alone, or a sentence if the tail is not linear."""
+
+    def gradient(*values: Any) -> list[Tensor]:
+        env = dict(zip([*statistics, *others], values))
+        for node in statistics:
+            env[node] = env[node].detach().requires_grad_()
+        leaves = [env[node] for node in statistics]
+        with torch.enable_grad():
+            for node in tail:
+                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = callee(node)(*args, **kwargs)
+            total = env[tail[-1]]
+            one = torch.ones(total.shape, dtype=total.dtype, device=total.device)
+            grads = torch.autograd.grad(total, leaves, one, allow_unused=True)
+        return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves)]
+
+    values = [fake(node) for node in [*statistics, *others]]
+    values = [v.detach() if isinstance(v, Tensor) else v for v in values]
+    mode = maybe_get_fake_mode(fake(statistics[0]))
+    with torch.autocast(fake(statistics[0]).device.type, enabled=False), mode or nullcontext():
+        program = make_fx(gradient)(*values)
+    program.graph.eliminate_dead_code()
+    reads = dependent(program.graph, len(statistics))
+    for node in needed(program.graph, reads):
+        if node in reads and not shape_only(node):
+            return f"it is not linear in the per-row results ({name_of(node)} of them enters the gradient)"
+    return program
+
+
+def dependent(graph: Graph, statistics: int) -> set[Node]:
+    """The nodes that are computed from the first ``statistics`` placeholders."""
+    reached = set([n for n in graph.nodes if n.op == "placeholder"][:statistics])
+    for node in graph.nodes:
+        if any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def needed(graph: Graph, reads: set[Node]) -> list[Node]:
+    """The calls that the graph's outputs need, in order, where a shape needs nothing of the statistics."""
+    stack, found = list(output_of(graph).all_input_nodes), set()
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found.add(node)
+        stack.extend(s for s in node.all_input_nodes if not (shape_only(node) and s in reads))
+    return [node for node in graph.nodes if node in found and (node.op == "call_function" or node in reads)]
+
+
+SHAPE_ONLY = frozenset({"sym_size", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_empty", "new_ones"})
+
+
+def shape_only(node: Node) -> bool:
+    """A use of a tensor that reads its shape, not its numbers."""
+    return name_of(node) in SHAPE_ONLY
+
+
+def output_of(graph: Graph) -> Node:
+    return next(node for node in graph.nodes if node.op == "output")
+
+
+def upgrade(call: Node) -> str:
+    """Turn a ``head_stats`` call into ``head_loss`` where the tail allows it.
+
+    Returns "" when done, else the sentence that says why the gradients are recomputed instead.
+    """
+    graph = call.graph
+    h, w, _, cols, rows, _ = call.args[:6]
+    needs = [differentiable(n) for n in (h, w, cols, rows)]  # type: ignore[arg-type]
+    if not any(needs):
+        return "no gradient is needed"
+    if fake(h).dtype == torch.float16:  # type: ignore[arg-type]
+        return "in float16 a gradient taken before the loss scale is known would underflow"
+    asked = str(call.args[7]).split(",")
+    if set(asked) - set(LINEAR_STATS):
+        return f"{', '.join(sorted(set(asked) - set(LINEAR_STATS)))} is asked for as well"
+    statistics = [user for user in call.users if user.users]
+    found = tail_of(statistics)
+    if isinstance(found, str):
+        return found
+    tail, _ = found
+    impure = next((n for n in tail if any(True for _ in written(n))), None)
+    if impure is not None:
+        return f"{name_of(impure)} works in place on the loss"
+    inside = {*statistics, *tail}
+    others = list(dict.fromkeys(s for node in tail for s in node.all_input_nodes if s not in inside))
+    blocked = depends_on(others, call)
+    if blocked is not None:
+        return f"{blocked.name} depends on the statistics themselves"
+    program = coefficients(statistics, tail, others)
+    if isinstance(program, str):
+        return program
+    anchor = first_use(graph, statistics)
+    if not hoist(graph, others, anchor):
+        return "an operand of the loss is computed in place after the head"
+    replace(call, statistics, others, program, anchor, needs)
+    return ""
+
+
+def depends_on(nodes: Sequence[Node], call: Node) -> Node | None:
+    """The first of ``nodes`` that is computed from the call's results."""
+    reached = {call}
+    for node in call.graph.nodes:
+        if any(s in reached for s in node.all_input_nodes):
+            reached.add(node)
+    return next((node for node in nodes if node in reached), None)
+
+
+def first_use(graph: Graph, statistics: Sequence[Node]) -> Node:
+    users = {user for node in statistics for user in node.users}
+    return next(node for node in graph.nodes if node in users)
+
+
+def hoist(graph: Graph, nodes: Sequence[Node], anchor: Node) -> bool:
+    """Move ``nodes`` and what they are computed from before ``anchor``; False if one of them is impure."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    late, stack = set(), list(nodes)
+    while stack:
+        node = stack.pop()
+        if order[node] > order[anchor] and node not in late:
+            late.add(node)
+            stack.extend(node.all_input_nodes)
+    begin, end = order[anchor], max((order[n] for n in late), default=0)
+    crossed = [n for n in graph.nodes if begin <= order[n] <= end]
+    if late and any(True for n in crossed for _ in written(n)):
+        return False
+    for node in sorted(late, key=order.__getitem__):
+        anchor.prepend(node)
+    return True
+
+
+def replace(
+    call: Node, statistics: Sequence[Node], others: Sequence[Node], program: GraphModule, anchor: Node, needs: list[bool]
+) -> None:
+    """Put ``head_loss``, with its coefficients, in the place of ``head_stats``."""
+    emit = Emit(call.graph)
+    tensors, (transform, stats, memory) = call.args[:6], call.args[6:]
+    with emit.before(anchor, call, grad=True):
+        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+        env: dict[Node, Any] = dict(zip(placeholders, [*statistics, *others]))
+        reads = dependent(program.graph, len(statistics))
+        for node in needed(program.graph, reads):
+            if shape_only(node) and node.args[0] in reads:
+                env[node] = shaped_like(emit, node, env, tensors[0], tensors[2])
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = emit(node.target, *args, **kwargs)
+        results = output_of(program.graph).args[0]
+        given = {name_index(s): emit(aten.detach.default, env[r]) for s, r in zip(statistics, results)}
+        empty = emit(aten.new_empty.default, tensors[0], [0], dtype=torch.float32)
+        c = [given.get(i, empty) for i in range(len(LINEAR_STATS))]
+        loss = emit(torch.ops.fusedhead.head_loss.default, *tensors, *c, empty, transform, stats, memory, *needs)
+        for statistic in statistics:
+            statistic.replace_all_uses_with(emit(operator.getitem, loss, name_index(statistic)))
+    for node in [*call.users, call]:
+        call.graph.erase_node(node)
+
+
+def name_index(statistic: Node) -> int:
+    """Which output of ``head_stats`` a getitem reads; lse, picked, sum have the same place in ``head_loss``."""
+    assert STATS[:3] == LINEAR_STATS
+    return int(statistic.args[1])  # type: ignore[arg-type]
+
+
+def shaped_like(emit: Emit, node: Node, env: dict[Node, Any], h: Node, y: Node) -> Any:
+    """A shape-only op on a statistic, before the statistic exists: its sizes are those of h [N, D] and y [N, K]."""
+    like = node.args[0].meta["val"]  # type: ignore[union-attr]
+
+    def size(d: int) -> Any:
+        for source in (h, y):
+            for at, known in enumerate(fake(source).shape):
+                if statically_known_true(sym_eq(known, like.shape[d])):
+                    return known if isinstance(known, int) else emit(aten.sym_size.int, source, at)
+        assert isinstance(like.shape[d], int), "a symbolic size of the losses that is not the number of tokens"
+        return like.shape[d]
+
+    if name_of(node) == "sym_size":
+        return size(int(node.args[1]))  # type: ignore[arg-type]
+    args, kwargs = map_arg((node.args[1:], node.kwargs), env.__getitem__)
+    stand_in = emit(aten.new_empty.default, h, [size(d) for d in range(like.ndim)], dtype=like.dtype)
+    return emit(node.target, stand_in, *args, **kwargs)

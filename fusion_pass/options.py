@@ -1,0 +1,101 @@
+"""What a user may set: options of the backend, each with an environment variable.
+
+``torch.compile(model, backend="fusedhead", options={"fusedhead.debug": True})`` or ``FUSEDHEAD_DEBUG=1``. Options
+given in code win over the environment. Everything that does not start with ``fusedhead.`` is Inductor's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+PREFIX = "fusedhead."
+ENVIRONMENT = "FUSEDHEAD_"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The backend's settings.
+
+    debug: print the report and the rewritten graph of every compiled graph.
+    strict: an unfused head, or any error inside the pass, raises.
+    memory: workspace of a head: "auto", "min", or a number of MiB.
+    logits: what the caller gets where logits leave the graph: "deferred" or "eager".
+    """
+
+    debug: bool = False
+    strict: bool = False
+    memory: str | int = "auto"
+    logits: str = "eager"
+
+    @property
+    def budget(self) -> int:
+        """``memory`` as the ops take it: 0 automatic, -1 least, else MiB."""
+        return {"auto": 0, "min": -1}.get(self.memory, self.memory)  # type: ignore[call-overload, return-value]
+
+
+def boolean(value: Any) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in words:
+        return words[str(value).lower()]
+    raise ValueError("expected True or False")
+
+
+def memory(value: Any) -> str | int:
+    if value in ("auto", "min"):
+        return value
+    if not isinstance(value, bool) and str(value).isdigit() and int(value) > 0:
+        return int(value)
+    raise ValueError('expected "auto", "min" or a positive number of MiB')
+
+
+def one_of(*allowed: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value in allowed:
+            return value
+        raise ValueError(f"expected one of {', '.join(map(repr, allowed))}")
+
+    return check
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "debug": boolean,
+    "strict": boolean,
+    "memory": memory,
+    "logits": one_of("deferred", "eager"),
+}
+assert set(READERS) == {field.name for field in fields(Options)}
+
+
+def read(name: str, value: Any, given_as: str) -> Any:
+    try:
+        return READERS[name](value)
+    except ValueError as error:
+        raise ValueError(f"fusedhead: {given_as}={value!r} is not valid: {error}") from None
+
+
+def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """The backend's own options (with the environment's as defaults), and the rest for Inductor.
+
+    Raises ValueError for an unknown ``fusedhead.*`` name, listing the valid ones, or for a bad value.
+    """
+    own: dict[str, Any] = {}
+    for name in READERS:
+        variable = ENVIRONMENT + name.upper()
+        if os.environ.get(variable):
+            own[name] = read(name, os.environ[variable], variable)
+    rest: dict[str, Any] = {}
+    for key, value in (options or {}).items():
+        if not key.startswith(PREFIX):
+            rest[key] = value
+            continue
+        name = key.removeprefix(PREFIX)
+        if name not in READERS:
+            valid = ", ".join(PREFIX + known for known in READERS)
+            raise ValueError(f"fusedhead: unknown option {key!r}; the valid ones are {valid}")
+        own[name] = read(name, value, key)
+    return Options(**own), rest

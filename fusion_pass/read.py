@@ -1,0 +1,60 @@
+"""Reading one node of the Dynamo graph as ATen: every spelling of an op becomes the same few overloads.
+
+The node is traced alone, on its fake inputs, with ``make_fx(pre_dispatch=True)``: methods, operators, positional
+arguments, ``.T`` and einops collapse to about thirty overloads, `cross_entropy` stays one op. This file knows
+nothing of heads; it must not edit the graph it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import maybe_get_fake_mode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+def fake(node: Node) -> Any:
+    """The fake value Dynamo recorded for a node, or None."""
+    return node.meta.get("example_value")
+
+
+def inputs(node: Node) -> list[Node]:
+    """The nodes among a node's arguments, in order of appearance, once each."""
+    return list(dict.fromkeys(node.all_input_nodes))
+
+
+def callee(node: Node) -> Callable[..., Any]:
+    """A function that runs the node on given arguments."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
+    assert callable(node.target)
+    return node.target
+
+
+def trace(node: Node) -> GraphModule:
+    """The node as a graph of ATen ops, with one placeholder per entry of ``inputs(node)``.
+
+    Autocast is off while tracing: where it acts, the recorded dtype of the node says so, not the ops.
+    Raises whatever the node's own function raises on the fake values.
+    """
+    leaves, spec = tree_flatten((node.args, node.kwargs))
+    sources = inputs(node)
+    run = callee(node)
+
+    def standalone(*values: Any) -> Any:
+        given = dict(zip(sources, values))
+        args, kwargs = tree_unflatten([map_arg(leaf, given.__getitem__) for leaf in leaves], spec)
+        return run(*args, **kwargs)
+
+    tensors = [v for v in map(fake, sources) if isinstance(v, torch.Tensor)]
+    device = tensors[0].device.type if tensors else "cpu"
+    mode = maybe_get_fake_mode(tensors[0]) if tensors else None
+    with torch.autocast(device, enabled=False), torch.no_grad(), mode or nullcontext():
+        return make_fx(standalone, pre_dispatch=True)(*map(fake, sources))

@@ -1,0 +1,230 @@
+"""Replacing a site: the row steps are replayed on h, the head runs once, each terminal is rebuilt from statistics.
+
+Terminals that read the same rows through the same transform share one ``head_stats`` call. Nothing here proves
+anything: a site arrives readable and safe. The old nodes are erased one by one, never by a general dead code
+elimination, which is not sound on a graph that still mutates.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+import fusedhead.lowering.ops  # noqa: F401  registers torch.ops.fusedhead
+from fusedhead.emit import Emit
+from fusedhead.interpret import Site, name_of
+from fusedhead.kernels.columns import Transform
+from fusedhead.kernels.contract import STATS
+from fusedhead.read import fake
+from fusedhead.safety import leaves
+from fusedhead.terminals import Statistics, Terminal
+from fusedhead.values import HIDDEN, Logits, RowStep, RowVector
+
+aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Group:
+    """Terminals that one sweep over the vocabulary serves."""
+
+    terminals: list[tuple[Node, Terminal]]
+
+    @property
+    def first(self) -> Terminal:
+        return self.terminals[0][1]
+
+    @property
+    def want(self) -> list[str]:
+        asked = {"lse"}.union(*(t.want for _, t in self.terminals))
+        return [name for name in STATS if name in asked]
+
+
+def sweep_key(terminal: Terminal) -> tuple:
+    """Terminals with equal keys see the same [N, V] logits in the same order of rows."""
+    logits = terminal.logits
+    steps = list(logits.row_steps)
+    while steps and steps[-1].keeps_order:
+        steps.pop()
+    return (
+        tuple(map(id, steps)),
+        Transform(logits.steps).smooth,
+        tuple(id(c) for c in logits.cols),
+        tuple(id(r) for r in logits.rows),
+        logits.vocab,
+        logits.detached,
+    )
+
+
+def weights_of(terminals: Sequence[tuple[Node, Terminal]]) -> set[int]:
+    """The distinct weightings of the statistic `sum` among terminals that ask for it."""
+    return {id(t.weights) if t.weights is not None else 0 for _, t in terminals if "sum" in t.want}
+
+
+def groups(site: Site, position: dict[Node, int]) -> list[Group]:
+    """Partition a site's terminals into sweeps.
+
+    Two terminals share one if their keys agree, their labels exist before the first of them is used, and they
+    do not weigh the sum over classes differently.
+    """
+    found: dict[tuple, list[Group]] = {}
+    for node, terminal in site.terminals:
+        ready = all(position[leaf] < position[node] for leaf in leaves(terminal.label_sources))
+        assert ready, "a node follows its inputs"
+        for group in found.setdefault(sweep_key(terminal), []):
+            start = min(position[n] for n, _ in group.terminals)
+            joined = [*group.terminals, (node, terminal)]
+            if len(weights_of(joined)) <= 1 and all(
+                position[leaf] < start for leaf in leaves((*terminal.label_sources, terminal.weights))
+            ):
+                group.terminals.append((node, terminal))
+                break
+        else:
+            found[sweep_key(terminal)].append(Group([(node, terminal)]))
+    return [group for each in found.values() for group in each]
+
+
+def replay(emit: Emit, start: Node, steps: Sequence[RowStep], width: Any) -> Node:
+    """Row steps on a tensor that has length ``width`` where the logits have their classes."""
+    node = start
+    for step in steps:
+        args = [[width if s is HIDDEN else s for s in a] if isinstance(a, list) else a for a in step.args]
+        node = emit(step.op, node, *(resolve(emit, a) for a in args))
+    return node
+
+
+def resolve(emit: Emit, arg: Any) -> Any:
+    if isinstance(arg, list):
+        return [resolve(emit, a) for a in arg]
+    return emit.ref(arg)
+
+
+def rows_last(emit: Emit, node: Node, class_dim: int) -> Node:
+    """The class dimension moved last."""
+    last = fake(node).ndim - 1
+    return node if class_dim == last else emit(aten.movedim.int, node, class_dim, last)
+
+
+def flat(emit: Emit, node: Node, width: int) -> Node:
+    return node if fake(node).ndim == 2 else emit(aten.reshape.default, node, [-1, width])
+
+
+def row_vector(emit: Emit, hidden: Node, logits: Logits, vector: RowVector) -> Node:
+    """A row vector in float32, brought through the remaining row steps to [N]."""
+    before = replay(emit, hidden, logits.row_steps[: vector.after], fake(hidden).shape[-1])
+    sizes = emit.sizes(before)
+    sizes[vector.class_dim] = 1
+    node = emit.cast(emit.ref(vector.value), torch.float32)
+    if fake(node).device != fake(hidden).device:
+        node = emit(aten.to.device, node, fake(hidden).device, torch.float32)
+    node = emit(aten.expand.default, node, sizes)
+    node = replay(emit, node, logits.row_steps[vector.after :], 1)
+    return emit(aten.reshape.default, rows_last(emit, node, logits.class_dim), [-1])
+
+
+def operands(emit: Emit, group: Group) -> list[Node]:
+    """The six tensors of an op call: h, w, y, cols, rows, u."""
+    logits = group.first.logits
+    head = logits.head
+    detach = (lambda node: emit(aten.detach.default, node)) if logits.detached else (lambda node: node)
+    hidden = emit.cast(emit.ref(head.hidden), head.dtype)
+    weight = emit.cast(emit.ref(head.weight), head.dtype)
+    width = fake(hidden).shape[-1]
+    if logits.vocab is not None:
+        weight = emit(aten.slice.Tensor, weight, 0, *logits.vocab)
+    shaped = rows_last(emit, replay(emit, hidden, logits.row_steps, width), logits.class_dim)
+    h = detach(flat(emit, shaped, width))
+    w = detach(weight)
+    keyed = {t.label_key: t for _, t in group.terminals if t.labels is not None}
+    picks = [t.labels(emit) for t in keyed.values() if t.labels is not None]
+    empty = [0, 0]
+    if not picks:
+        y = emit(aten.new_empty.default, h, [emit.sizes(h)[0], 0], dtype=torch.int64)
+    else:
+        y = picks[0] if len(picks) == 1 else emit(aten.cat.default, picks, 1)
+    float32 = {"dtype": torch.float32}
+    cols = [detach(emit.cast(emit.ref(c), torch.float32)) for c in logits.cols]
+    rows = [detach(row_vector(emit, hidden, logits, r)) for r in logits.rows]
+    stack = aten.stack.default
+    weights = next((t.weights for _, t in group.terminals if t.weights is not None), None)
+    return [
+        h,
+        w,
+        y,
+        emit(stack, cols) if cols else emit(aten.new_empty.default, h, empty, **float32),
+        emit(stack, rows) if rows else emit(aten.new_empty.default, h, empty, **float32),
+        emit(aten.new_empty.default, h, [0], **float32)
+        if weights is None
+        else emit.cast(emit.ref(weights), torch.float32),
+    ]
+
+
+def columns_of(group: Group, terminal: Terminal) -> tuple[int, int]:
+    """Which of the group's K picked entries are this terminal's."""
+    begin = 0
+    for key, owner in {t.label_key: t for _, t in group.terminals if t.labels is not None}.items():
+        if key == terminal.label_key:
+            return begin, begin + owner.label_count
+        begin += owner.label_count
+    raise AssertionError("a terminal without labels asked for picked entries")
+
+
+def rebuild(emit: Emit, group: Group, statistics: dict[str, Node], node: Node, terminal: Terminal, grad: bool) -> None:
+    """Replace one terminal by its result from the statistics."""
+    logits = terminal.logits
+
+    def row_sizes() -> list[Any]:
+        hidden = emit.ref(logits.head.hidden)
+        return emit.sizes(rows_last(emit, replay(emit, hidden, logits.row_steps, fake(hidden).shape[-1]),
+                                    logits.class_dim))[:-1]  # fmt: skip
+
+    with emit.before(node, node, grad=grad):
+        picked = statistics["picked"] if terminal.labels is not None else None
+        if picked is not None:
+            begin, end = columns_of(group, terminal)
+            if (begin, end) != (0, fake(picked).shape[1]):
+                picked = emit(aten.slice.Tensor, picked, 1, begin, end)
+        total = statistics["sum"] if "sum" in terminal.want else None
+        result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes))
+        node.replace_all_uses_with(emit.cast(result, terminal.val.dtype))
+
+
+def erase(nodes: Iterable[Node], removable: Callable[[Node], bool]) -> None:
+    """Erase nodes without users, and such inputs of theirs as thereby lose their last one and are removable."""
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if not node._erased and not node.users and removable(node):
+            sources = node.all_input_nodes
+            node.graph.erase_node(node)
+            stack.extend(sources)
+
+
+# Pure by their semantics: an input of a replaced node that only re-views or reads may go with it.
+PURE_VIEWS = frozenset({"t", "transpose", "getattr", "view", "reshape", "permute", "size", "to", "float"})
+
+
+def fuse(graph: Graph, site: Site, memory: int, grad: dict[Node, bool], position: dict[Node, int]) -> list[Node]:
+    """Rewrite one site with ``head_stats`` calls and return them."""
+    calls, emit = [], Emit(graph)
+    old = {site.head.node, *site.followed, *(node for node, _ in site.terminals)}
+    for group in groups(site, position):
+        anchor = min((node for node, _ in group.terminals), key=position.__getitem__)
+        with emit.before(anchor, anchor, grad=grad[anchor]):
+            tensors = operands(emit, group)
+            transform = Transform(group.first.logits.steps)
+            decides = {"max", "argmax"} & set(group.want)
+            text = (transform if decides else transform.smooth).text
+            call = emit(torch.ops.fusedhead.head_stats.default, *tensors, text, ",".join(group.want), memory)
+            statistics = {name: emit(operator.getitem, call, STATS.index(name)) for name in group.want}
+        for node, terminal in group.terminals:
+            rebuild(emit, group, statistics, node, terminal, grad[node])
+        calls.append(call)
+    made = set(emit.made)
+    erase(old, lambda node: node in old or node in made or name_of(node) in PURE_VIEWS)
+    erase(reversed(emit.made), made.__contains__)
+    return calls

@@ -1,0 +1,10 @@
+"""One rule per ATen op, by family; importing this package fills the table.
+
+To add a rule: write it in the family's file with ``@rule(aten.op.overload)`` and a property test beside its kin
+in tests/rules/.
+"""
+
+from fusedhead.rules import columns, losses, projections, rows
+from fusedhead.rules.table import RULES
+
+__all__ = ["RULES", "columns", "losses", "projections", "rows"]

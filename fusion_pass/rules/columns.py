@@ -1,0 +1,142 @@
+"""Ops that act on the logits element by element: they become steps of the head's `Transform`.
+
+A step's operand is a constant, one number a class (a column vector), or one number a token (a row vector);
+anything with both extents is not a step. Casts are no steps: every engine computes in float32, and `Logits.step`
+notes where the program rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+
+from fusedhead.kernels.columns import Step
+from fusedhead.rules.table import Context, needs_logits, rule
+from fusedhead.values import Call, Escape, LogProbs, Logits, Plain, RowVector
+
+aten = torch.ops.aten
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@rule(aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default)
+def cast(context: Context, value: Any, *_: Any, **__: Any) -> Logits | LogProbs:
+    if context.val.dtype not in COMPUTED:
+        raise Escape(f"the logits are cast to {context.val.dtype}")
+    if isinstance(value, LogProbs) and context.val.device == value.val.device:
+        return replace(value, val=context.val)
+    logits = needs_logits(value, "a cast")
+    if context.val.device != logits.val.device:
+        raise Escape(f"the logits move from {logits.val.device} to {context.val.device}")
+    if context.val.dtype == logits.val.dtype:
+        return replace(logits, val=context.val)
+    return logits.step(context.val)
+
+
+def extent(operand: Tensor, logits: Logits) -> tuple[bool, bool]:
+    """Whether an operand that broadcasts to the logits varies (along the vocabulary, along the tokens)."""
+    shape = [1] * (logits.val.ndim - operand.ndim) + list(operand.shape)
+    varies = [not statically_known_true(sym_eq(size, 1)) for size in shape]
+    return varies[logits.class_dim], any(v for d, v in enumerate(varies) if d != logits.class_dim)
+
+
+def combine(context: Context, logits: Logits, operand: Any, how: str) -> Logits:
+    """The logits after ``z how operand`` with ``how`` in {"mul", "add"} and an operand of any allowed extent."""
+    if isinstance(operand, (int, float)) and not isinstance(operand, bool):
+        return logits.step(context.val, Step(how, float(operand)))
+    if not isinstance(operand, Plain) or not isinstance(operand.val, Tensor):
+        raise Escape("the logits are combined with a number that is not known at compile time")
+    same_shape = len(context.val.shape) == logits.val.ndim and all(
+        statically_known_true(sym_eq(a, b)) for a, b in zip(context.val.shape, logits.val.shape)
+    )
+    if not same_shape or not operand.val.is_floating_point():
+        raise Escape(f"{how} broadcasts the logits or combines them with {operand.val.dtype}")
+    along_vocab, along_tokens = extent(operand.val, logits)
+    if along_vocab and along_tokens:
+        raise Escape(f"{how} of the logits and a tensor with token and vocabulary extent is not a bias or a scale")
+    if along_vocab:
+        column = Plain(Call(aten.reshape.default, (operand.ref, [-1])), operand.val.reshape(-1))
+        step = Step(f"{how}col", len(logits.cols))
+        return logits.step(context.val, step, cols=(*logits.cols, column))
+    row = RowVector(operand, len(logits.row_steps), logits.val, logits.class_dim)
+    return logits.step(context.val, Step(f"{how}row", len(logits.rows)), rows=(*logits.rows, row))
+
+
+def inverse(operand: Any) -> Any:
+    """1 / operand, in float32 where it is a tensor."""
+    if isinstance(operand, (int, float)) and operand != 0:
+        return 1.0 / operand
+    if isinstance(operand, Plain) and isinstance(operand.val, Tensor) and operand.val.is_floating_point():
+        wide = Call(aten.to.dtype, (operand.ref, torch.float32))
+        return Plain(Call(aten.reciprocal.default, (wide,)), operand.val.float())
+    raise Escape("the logits are divided by zero or by something that is not a floating-point tensor")
+
+
+def negative(operand: Any) -> Any:
+    if isinstance(operand, (int, float)):
+        return -operand
+    if isinstance(operand, Plain) and isinstance(operand.val, Tensor):
+        return Plain(Call(aten.neg.default, (operand.ref,)), operand.val)
+    raise Escape("the logits are subtracted from other logits")
+
+
+@rule(aten.mul.Tensor, aten.mul.Scalar)
+def mul(context: Context, a: Any, b: Any) -> Logits | LogProbs:
+    if not isinstance(a, (Logits, LogProbs)):
+        a, b = b, a
+    if isinstance(a, LogProbs) and isinstance(b, (int, float)):
+        return replace(a, val=context.val, factor=a.factor * b)
+    return combine(context, needs_logits(a, "mul"), b, "mul")
+
+
+@rule(aten.div.Tensor, aten.div.Scalar)
+def div(context: Context, a: Any, b: Any) -> Logits | LogProbs:
+    if isinstance(a, LogProbs) and isinstance(b, (int, float)) and b != 0:
+        return replace(a, val=context.val, factor=a.factor / b)
+    return combine(context, needs_logits(a, "div"), inverse(b), "mul")
+
+
+@rule(aten.add.Tensor, aten.add.Scalar)
+def add(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
+    if alpha != 1:
+        raise Escape(f"add with alpha={alpha}")
+    if not isinstance(a, (Logits, LogProbs)):
+        a, b = b, a
+    return combine(context, needs_logits(a, "add"), b, "add")
+
+
+@rule(aten.sub.Tensor, aten.sub.Scalar)
+def sub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
+    if alpha != 1:
+        raise Escape(f"sub with alpha={alpha}")
+    return combine(context, needs_logits(a, "sub"), negative(b), "add")
+
+
+@rule(aten.rsub.Scalar, aten.rsub.Tensor)
+def rsub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
+    if alpha != 1:
+        raise Escape(f"rsub with alpha={alpha}")
+    flipped = needs_logits(a, "rsub").step(a.val, Step("mul", -1.0))
+    return combine(context, flipped, b, "add")
+
+
+@rule(aten.neg.default)
+def neg(context: Context, value: Any) -> Logits | LogProbs:
+    if isinstance(value, LogProbs):
+        return replace(value, val=context.val, factor=-value.factor)
+    return needs_logits(value, "neg").step(context.val, Step("mul", -1.0))
+
+
+def pointwise(name: str) -> Any:
+    def unary(context: Context, value: Any) -> Logits:
+        return needs_logits(value, name).step(context.val, Step(name))
+
+    return unary
+
+
+for _name in ("tanh", "sigmoid"):
+    rule(getattr(aten, _name).default)(pointwise(_name))
+

@@ -1,0 +1,270 @@
+"""Where logits end: losses and per-row results, each rebuilt from row statistics.
+
+With z the logits of a row, y its label, lse = log Σ exp z:
+
+    log p_y = z_y - lse            Σ_v log p_v = Σ_v z_v - V·lse
+    cross entropy with smoothing ε and class weights w:
+        (1 - ε) w_y (lse - z_y) + ε/V (lse Σ_v w_v - Σ_v w_v z_v)
+    mean: divided by Σ w_y over the rows that are not ignored (their number without weights)
+
+(torch/nn/functional.py, cross_entropy; aten/src/ATen/native/LossNLL.cpp.) Everything after the statistics is
+ordinary code on [N] vectors, so ignore_index, NaN and reductions mean what they mean in eager code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+
+from fusedhead.emit import Emit
+from fusedhead.rules.table import (
+    Context, Terminal, dimension, needs_logits, over_classes, plain_tensor, rule, vocab_size,
+)  # fmt: skip
+from fusedhead.terminals import Statistics
+from fusedhead.values import Escape, LogProbs, Logits, Plain
+
+aten = torch.ops.aten
+REDUCTIONS = ("none", "mean", "sum")
+
+
+@rule(aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.default)
+def log_softmax(context: Context, value: Any, dim: int, dtype: Any = None, **_: Any) -> LogProbs:
+    logits = needs_logits(value, "log_softmax")
+    over_classes(dim, logits, "log_softmax")
+    if context.val.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise Escape(f"log_softmax in {context.val.dtype}")
+    return LogProbs(logits, context.val)
+
+
+def rows_shape(logits: Logits) -> list[Any]:
+    return [size for d, size in enumerate(logits.val.shape) if d != logits.class_dim]
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(statically_known_true(sym_eq(x, y)) for x, y in zip(a, b))
+
+
+def nll_terminal(
+    context: Context,
+    name: str,
+    logits: Logits,
+    target: Any,
+    weight: Any,
+    reduction: int,
+    ignore_index: Any,
+    smoothing: float = 0.0,
+    factor: float = 1.0,
+) -> Terminal:
+    """factor · cross entropy of class labels, with everything ``F.cross_entropy`` allows for them."""
+    target = plain_tensor(target, "the target")
+    if target.val.dtype.is_floating_point:
+        raise Escape("the targets are probabilities, not class labels")
+    if target.val.dtype not in (torch.int64, torch.uint8):
+        raise Escape(f"the labels have dtype {target.val.dtype}")
+    expected_dim = 0 if logits.val.ndim == 1 else 1
+    if logits.class_dim != expected_dim:
+        raise Escape(
+            f"{name} takes dimension {expected_dim} as the classes, the vocabulary is dimension {logits.class_dim}"
+        )
+    if not same_shape(target.val.shape, rows_shape(logits)):
+        raise Escape(f"the labels' shape {tuple(target.val.shape)} is not the rows' shape of the logits")
+    if not isinstance(ignore_index, int) or not isinstance(smoothing, float):
+        raise Escape("ignore_index or label_smoothing is not a compile-time constant")
+    if weight is not None and plain_tensor(weight, "the class weight").val.requires_grad:
+        raise Escape("the class weights require a gradient")
+    size = vocab_size(logits)
+
+    emitted: dict[Graph, tuple[Node, Node]] = {}
+
+    def valid_and_labels(emit: Emit) -> tuple[Node, Node]:
+        if emit.graph in emitted:
+            return emitted[emit.graph]
+        flat = emit(aten.reshape.default, emit.ref(target), [-1])
+        flat = emit.cast(flat, torch.int64)
+        valid = emit(aten.ne.Scalar, flat, ignore_index)
+        # a product, so that a label that is out of range, and not ignored, stays so
+        emitted[emit.graph] = valid, emit(aten.mul.Tensor, flat, valid)
+        return emitted[emit.graph]
+
+    def labels(emit: Emit) -> Node:
+        return emit(aten.unsqueeze.default, valid_and_labels(emit)[1], 1)
+
+    def result(emit: Emit, stats: Statistics) -> Node:
+        assert stats.picked is not None
+        valid, label = valid_and_labels(emit)
+        loss = emit(aten.sub.Tensor, stats.lse, emit(aten.select.int, stats.picked, 1, 0))
+        row_weight, total = None, float(size)
+        if weight is not None:
+            wide = emit.cast(emit.ref(weight), torch.float32)
+            row_weight = emit(aten.index_select.default, wide, 0, label)
+            total = emit(aten.sum.default, wide)
+            loss = emit(aten.mul.Tensor, loss, row_weight)
+        if smoothing:
+            assert stats.sum is not None
+            smooth = emit(aten.sub.Tensor, emit(aten.mul.Tensor, stats.lse, total), stats.sum)
+            loss = emit(
+                aten.add.Tensor,
+                emit(aten.mul.Tensor, loss, 1.0 - smoothing),
+                emit(aten.mul.Tensor, smooth, smoothing / size),
+            )
+        if factor != 1.0:
+            loss = emit(aten.mul.Tensor, loss, factor)
+        # as `where`, not as a product: an ignored row counts nothing even if its loss is not finite
+        loss = emit(aten.where.ScalarOther, valid, loss, 0.0)
+        if reduction == 0:
+            return emit(aten.reshape.default, loss, emit.sizes(emit.ref(target)))
+        loss = emit(aten.sum.default, loss)
+        if reduction == 1:
+            counted = valid if row_weight is None else emit(aten.where.ScalarOther, valid, row_weight, 0.0)
+            loss = emit(aten.div.Tensor, loss, emit(aten.sum.default, counted))
+        return loss
+
+    details = [REDUCTIONS[reduction], f"ignore_index={ignore_index}"]
+    details += [f"label_smoothing={smoothing:g}"] if smoothing else []
+    details += ["class weights"] if weight is not None else []
+    return Terminal(
+        logits,
+        context.val,
+        f"{name}({', '.join(details)})",
+        frozenset({"picked", "sum"} if smoothing else {"picked"}),
+        result,
+        labels,
+        1,
+        (target.ref, ignore_index),
+        (target,),
+        weight if smoothing else None,
+        () if weight is None else (weight,),
+    )
+
+
+@rule(aten.cross_entropy_loss.default)
+def cross_entropy(
+    context: Context,
+    value: Any,
+    target: Any,
+    weight: Any = None,
+    reduction: int = 1,
+    ignore_index: Any = -100,
+    label_smoothing: float = 0.0,
+) -> Terminal:
+    logits = needs_logits(value, "cross_entropy")
+    smoothing = float(label_smoothing)
+    return nll_terminal(context, "cross_entropy", logits, target, weight, reduction, ignore_index, smoothing)
+
+
+@rule(aten.nll_loss_nd.default, aten.nll_loss.default, aten.nll_loss2d.default)
+def nll_loss(
+    context: Context,
+    value: Any,
+    target: Any,
+    weight: Any = None,
+    reduction: int = 1,
+    ignore_index: Any = -100,
+) -> Terminal:
+    if not isinstance(value, LogProbs):
+        raise Escape("nll_loss is applied to something that is not a log_softmax of the logits")
+    of = replace(value.of, val=value.val)
+    name = "log_softmax + nll_loss"
+    return nll_terminal(
+        context, name, of, target, weight, reduction, ignore_index, factor=value.factor
+    )
+
+
+def per_row(
+    emit: Emit, flat: Node, stats: Statistics, class_dim: int, keep: bool
+) -> Node:
+    """A [N] result in the rows' own shape, with the class dimension kept as length 1 where asked."""
+    shaped = emit(aten.reshape.default, flat, stats.row_sizes())
+    return emit(aten.unsqueeze.default, shaped, class_dim) if keep else shaped
+
+
+@rule(aten.gather.default)
+def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Terminal:
+    """K entries a row: logits (z_y) or log-probabilities (z_y - lse)."""
+    logits = value.of if isinstance(value, LogProbs) else needs_logits(value, "gather")
+    over_classes(dim, logits, "gather")
+    index = plain_tensor(index, "the index of gather")
+    class_dim = logits.class_dim
+    picked = index.val.shape[class_dim]
+    others = [size for d, size in enumerate(index.val.shape) if d != class_dim]
+    if not isinstance(picked, int) or not same_shape(others, rows_shape(logits)):
+        raise Escape("gather reads another number of rows than the logits have")
+    if index.val.dtype != torch.int64:
+        raise Escape(f"the index of gather has dtype {index.val.dtype}")
+
+    def labels(emit: Emit) -> Node:
+        last = emit(aten.movedim.int, emit.ref(index), class_dim, -1)
+        return emit(aten.reshape.default, last, [-1, picked])
+
+    def result(emit: Emit, stats: Statistics) -> Node:
+        assert stats.picked is not None
+        out = stats.picked
+        if isinstance(value, LogProbs):
+            out = emit(aten.sub.Tensor, out, emit(aten.unsqueeze.default, stats.lse, 1))
+            out = emit(aten.mul.Tensor, out, value.factor) if value.factor != 1.0 else out
+        out = emit(aten.reshape.default, out, [*stats.row_sizes(), picked])
+        return emit(aten.movedim.int, out, -1, class_dim)
+
+    name = "log_softmax + gather" if isinstance(value, LogProbs) else "gather"
+    count = "" if picked == 1 else f" ({picked} labels a row)"
+    return Terminal(
+        logits, context.val, name + count, frozenset({"picked"}), result, labels, picked, (index.ref,), (index,)
+    )
+
+
+@rule(aten.take_along_dim.default)
+def take_along_dim(context: Context, value: Any, index: Any, dim: int | None = None) -> Terminal:
+    if dim is None or not isinstance(index, Plain) or index.val.ndim != value.val.ndim:
+        raise Escape("take_along_dim that flattens or broadcasts")
+    return gather(context, value, dim, index)
+
+
+@rule(aten.logsumexp.default, aten.special_logsumexp.default)
+def logsumexp(context: Context, value: Any, dim: Sequence[int] | int, keepdim: bool = False) -> Terminal:
+    logits = needs_logits(value, "logsumexp")
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    if len(dims) != 1:
+        raise Escape("logsumexp over several dimensions")
+    over_classes(dims[0], logits, "logsumexp")
+
+    def result(emit: Emit, stats: Statistics) -> Node:
+        return per_row(emit, stats.lse, stats, logits.class_dim, keepdim)
+
+    return Terminal(logits, context.val, "logsumexp", frozenset(), result)
+
+
+def summed(mean: bool) -> Callable[..., Terminal]:
+    """Σ_v (or its mean) of logits or log-probabilities."""
+
+    def rule_of_sum(
+        context: Context, value: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+    ) -> Terminal:
+        name = "mean" if mean else "sum"
+        logits = value.of if isinstance(value, LogProbs) else needs_logits(value, name)
+        dims = [dim] if isinstance(dim, int) else list(dim or [])
+        if len(dims) != 1 or dimension(dims[0], logits) != logits.class_dim:
+            raise Escape(f"{name} of the logits over other dimensions than the vocabulary")
+        size = vocab_size(logits)
+
+        def result(emit: Emit, stats: Statistics) -> Node:
+            assert stats.sum is not None
+            out = stats.sum
+            if isinstance(value, LogProbs):
+                out = emit(aten.sub.Tensor, out, emit(aten.mul.Tensor, stats.lse, float(size)))
+                out = emit(aten.mul.Tensor, out, value.factor)
+            out = emit(aten.mul.Tensor, out, 1.0 / size) if mean else out
+            return per_row(emit, out, stats, logits.class_dim, keepdim)
+
+        what = "log_softmax + " if isinstance(value, LogProbs) else ""
+        return Terminal(logits, context.val, f"{what}{name} over classes", frozenset({"sum"}), result)
+
+    return rule_of_sum
+
+
+rule(aten.sum.dim_IntList)(summed(mean=False))
+rule(aten.mean.dim)(summed(mean=True))

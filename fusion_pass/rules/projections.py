@@ -1,0 +1,113 @@
+"""Where logits begin: every op that multiplies hidden states by a two-dimensional weight.
+
+Each rule names the hidden states, the weight as [V, D] (a transposing view where the program holds it as
+[D, V]) and an optional bias. Whether the product is a head is decided later, by what the graph asks of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from fusedhead.kernels.columns import Step
+from fusedhead.rules.table import Context, rule
+from fusedhead.values import Call, Escape, Logits, Plain, Projection, RowStep
+
+aten = torch.ops.aten
+
+
+def project(context: Context, hidden: Plain, weight: Plain, class_dim: int | None = None) -> Logits:
+    """The logits of ``hidden [..., D] @ weight [V, D].T``, or an escape saying why this is no head."""
+    for name, operand in (("hidden states", hidden), ("weight", weight)):
+        if not isinstance(operand, Plain):
+            raise Escape(f"the {name} of the projection are themselves logits of another head")
+    if weight.val.ndim != 2:
+        raise Escape(f"the weight has {weight.val.ndim} dimensions, a head's weight has 2")
+    dtype = context.val.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise Escape(f"the projection is computed in {dtype}; heads are fused in float32, bfloat16 and float16")
+    if any(not isinstance(size, int) for size in weight.val.shape):
+        raise Escape("the weight's shape is not a compile-time constant")
+    head = Projection(context.node, hidden, weight, dtype)
+    last = context.val.ndim - 1
+    moved = () if class_dim in (None, last) else (RowStep(aten.movedim.int, (last, class_dim), keeps_order=True),)
+    start = Logits(head, context.val, last if class_dim is None else class_dim, row_steps=moved)
+    return start.step(context.val)
+
+
+def transposed(weight: Plain) -> Plain:
+    """The [V, D] view of a weight held as [D, V]."""
+    if not isinstance(weight, Plain) or weight.val.ndim != 2:
+        raise Escape("the second operand of the product is not a two-dimensional weight")
+    return Plain(Call(aten.t.default, (weight.ref,)), weight.val.t())
+
+
+def with_bias(logits: Logits, bias: Plain | None) -> Logits:
+    """Add a bias before the rounding of the projection: ``addmm`` and ``linear`` round once."""
+    if bias is None:
+        return logits
+    if not isinstance(bias, Plain) or bias.val.ndim > 2 or (bias.val.ndim == 2 and bias.val.shape[0] != 1):
+        raise Escape("the bias of the projection varies from token to token")
+    if bias.val.shape[-1:] != logits.val.shape[-1:]:
+        raise Escape("the bias of the projection is not one number per class")
+    flat = Plain(Call(aten.reshape.default, (bias.ref, [-1])), bias.val.reshape(-1))
+    return replace(logits, steps=(), cols=(flat,)).step(logits.val, Step("addcol", 0))
+
+
+@rule(aten.linear.default)
+def linear(context: Context, hidden: Plain, weight: Plain, bias: Plain | None = None) -> Logits:
+    return with_bias(project(context, hidden, weight), bias)
+
+
+@rule(aten.matmul.default, aten.mm.default)
+def matmul(context: Context, hidden: Plain, weight: Plain) -> Logits:
+    return project(context, hidden, transposed(weight))
+
+
+@rule(aten.addmm.default)
+def addmm(
+    context: Context, bias: Plain, hidden: Plain, weight: Plain, *, beta: float = 1, alpha: float = 1
+) -> Logits:
+    if beta != 1 or alpha != 1:
+        raise Escape(f"addmm with beta={beta} and alpha={alpha}")
+    return with_bias(project(context, hidden, transposed(weight)), bias)
+
+
+@rule(aten.einsum.default)
+def einsum(context: Context, equation: str, operands: list[Plain], path: object = None) -> Logits:
+    """``...d,vd->...v`` in any letters, with the operands and the weight's dimensions in either order."""
+    left, _, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if len(terms) != 2 or not out or len(operands) != 2:
+        raise Escape(f"einsum {equation!r} is not a projection")
+    for (hidden, h), (weight, w) in (zip(operands, terms), zip(operands[::-1], terms[::-1])):
+        shared = [letter for letter in w if letter in h]
+        if len(w) != 2 or len(set(w)) != 2 or len(shared) != 1 or len(set(h)) != len(h):
+            continue
+        hidden_letter = shared[0]
+        class_letter = w.replace(hidden_letter, "")
+        rows = h.replace(hidden_letter, "")
+        if sorted(out.replace(".", "")) != sorted((rows + class_letter).replace(".", "")):
+            continue
+        if out.replace(class_letter, "") != rows:
+            raise Escape(f"einsum {equation!r} also permutes the rows")
+        if not h.endswith(hidden_letter):
+            raise Escape(f"einsum {equation!r} does not have the hidden dimension last")
+        if "." in out and not out.endswith(class_letter):
+            raise Escape(f"einsum {equation!r} does not have the vocabulary last")
+        stored = weight if w == class_letter + hidden_letter else transposed(weight)
+        class_dim = context.val.ndim - 1 if out.endswith(class_letter) else out.index(class_letter)
+        return project(context, hidden, stored, class_dim)
+    raise Escape(f"einsum {equation!r} is not a projection onto a two-dimensional weight")
+
+
+# Every way a projection is spelled in a Dynamo graph, by the name of the node's target. Only nodes with such a
+# name are traced in search of a head.
+SPELLINGS = frozenset({"linear", "matmul", "mm", "addmm", "einsum"})
+
+
+def gemm_flop(logits: Logits, tokens: int) -> float:
+    """FLOP of one product of this head's size: 2 N D V."""
+    return 2.0 * tokens * math.prod(logits.head.weight.val.shape)

@@ -1,0 +1,245 @@
+"""Ops that move, pick or reshape rows of the logits and keep every row's vocabulary whole.
+
+They commute with the projection, so each becomes a `RowStep` to be replayed on the hidden states with D in
+place of V. A rule says where the vocabulary's dimension went and what the op's arguments are when replayed; it
+must refuse whenever it cannot prove that the vocabulary stays one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+
+from fusedhead.rules.table import Context, dimension, rule
+from fusedhead.values import HIDDEN, Call, Escape, Followed, LogProbs, Logits, Plain, RowStep
+
+aten = torch.ops.aten
+
+
+def moved(
+    value: Followed, val: Tensor, class_dim: int, op: Any, *args: Any, keeps_order: bool = False
+) -> Followed:
+    """``value`` after a row step, whatever it is of the logits."""
+    if isinstance(value, LogProbs):
+        of = moved(value.of, val, class_dim, op, *args, keeps_order=keeps_order)
+        assert isinstance(of, Logits)
+        return replace(value, of=of, val=val)
+    step = RowStep(op, args, keeps_order)
+    return replace(value, val=val, class_dim=class_dim, row_steps=(*value.row_steps, step))
+
+
+def class_dim_of(value: Any) -> int:
+    if isinstance(value, Logits):
+        return value.class_dim
+    if isinstance(value, LogProbs):
+        return value.of.class_dim
+    raise Escape("the logits are used as an index or a size")
+
+
+def product(sizes: Sequence[Any]) -> Any:
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
+def class_dim_after_view(before: Sequence[Any], class_dim: int, after: Sequence[Any]) -> int:
+    """Where the vocabulary's dimension is after a view, provided the view keeps it as one unit.
+
+    A view keeps row-major order. Dimension j of the result is the old class dimension exactly when it has its
+    length and as many elements come after it (and, with equal totals, before it).
+    """
+    behind = product(before[class_dim + 1 :])
+    for j in reversed(range(len(after))):
+        same_length = statically_known_true(sym_eq(after[j], before[class_dim]))
+        if same_length and statically_known_true(sym_eq(product(after[j + 1 :]), behind)):
+            return j
+    shown = f"{tuple(before)} to {tuple(after)}"
+    raise Escape(f"a view from {shown} does not keep the vocabulary (dimension {class_dim}) as one unit")
+
+
+@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+def view(context: Context, value: Followed, size: Sequence[Any]) -> Followed:
+    class_dim = class_dim_after_view(value.val.shape, class_dim_of(value), context.val.shape)
+    sizes = [HIDDEN if j == class_dim else s for j, s in enumerate(size)]
+    # as `reshape`: the hidden states need not have the strides that made a view of the logits possible
+    return moved(value, context.val, class_dim, aten.reshape.default, sizes, keeps_order=True)
+
+
+@rule(aten.flatten.using_ints)
+def flatten(context: Context, value: Followed, start: int = 0, end: int = -1) -> Followed:
+    class_dim = class_dim_after_view(value.val.shape, class_dim_of(value), context.val.shape)
+    return moved(value, context.val, class_dim, aten.flatten.using_ints, start, end, keeps_order=True)
+
+
+@rule(aten.contiguous.default, aten.clone.default, aten.alias.default, aten.lift_fresh.default)
+def same(context: Context, value: Followed, **_: Any) -> Followed:
+    """The same numbers in another or the same place: h need not be copied for it."""
+    class_dim_of(value)
+    return replace(value, val=context.val)
+
+
+@rule(aten.detach.default)
+def detach(context: Context, value: Followed) -> Followed:
+    if isinstance(value, LogProbs):
+        return replace(value, val=context.val, of=replace(value.of, detached=True))
+    class_dim_of(value)
+    return replace(value, val=context.val, detached=True)
+
+
+@rule(aten.transpose.int)
+def transpose(context: Context, value: Followed, dim0: int, dim1: int) -> Followed:
+    order = list(range(value.val.ndim))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return permute(context, value, order)
+
+
+@rule(aten.t.default)
+def t(context: Context, value: Followed) -> Followed:
+    return transpose(context, value, 0, 1) if value.val.ndim == 2 else value
+
+
+@rule(aten.permute.default)
+def permute(context: Context, value: Followed, dims: Sequence[int]) -> Followed:
+    order = [dimension(dim, value) for dim in dims]
+    rows = [dim for dim in order if dim != class_dim_of(value)]
+    class_dim = order.index(class_dim_of(value))
+    return moved(value, context.val, class_dim, aten.permute.default, order, keeps_order=rows == sorted(rows))
+
+
+@rule(aten.movedim.int)
+def movedim(context: Context, value: Followed, source: int, destination: int) -> Followed:
+    order = list(range(value.val.ndim))
+    order.insert(dimension(destination, value), order.pop(dimension(source, value)))
+    return permute(context, value, order)
+
+
+@rule(aten.unsqueeze.default)
+def unsqueeze(context: Context, value: Followed, dim: int) -> Followed:
+    class_dim, at = class_dim_of(value), dim % (value.val.ndim + 1)
+    return moved(value, context.val, class_dim + (at <= class_dim), aten.unsqueeze.default, at, keeps_order=True)
+
+
+@rule(aten.squeeze.dim)
+def squeeze(context: Context, value: Followed, dim: int) -> Followed:
+    class_dim, at = class_dim_of(value), dimension(dim, value)
+    if context.val.ndim == value.val.ndim:
+        return replace(value, val=context.val)
+    if at == class_dim:
+        raise Escape("squeeze removes the vocabulary's dimension")
+    return moved(value, context.val, class_dim - (at < class_dim), aten.squeeze.dim, at, keeps_order=True)
+
+
+@rule(aten.squeeze.default, aten.squeeze.dims)
+def squeeze_many(context: Context, value: Followed, dims: Sequence[int] | None = None) -> Followed:
+    class_dim = class_dim_after_view(value.val.shape, class_dim_of(value), context.val.shape)
+    gone = range(value.val.ndim) if dims is None else [dimension(dim, value) for dim in dims]
+    ones = [d for d in gone if statically_known_true(sym_eq(value.val.shape[d], 1))]
+    if len(ones) != value.val.ndim - context.val.ndim or class_dim_of(value) in ones:
+        raise Escape("squeeze of a shape that is not known at compile time")
+    return moved(value, context.val, class_dim, aten.squeeze.dims, ones, keeps_order=True)
+
+
+def along_rows(op: Any, name: str) -> Callable[..., Followed]:
+    """The rule of an op ``op(tensor, dim, ...)`` that acts along one dimension and keeps the number of them."""
+
+    def along(context: Context, value: Followed, dim: int = 0, *args: Any) -> Followed:
+        class_dim, at = class_dim_of(value), dimension(dim, value)
+        if at == class_dim:
+            raise Escape(f"{name} acts along the vocabulary")
+        if any(not isinstance(a, (int, torch.SymInt, Plain, type(None))) for a in args):
+            raise Escape(f"{name} is indexed by something that depends on the logits")
+        return moved(value, context.val, class_dim, op, at, *args)
+
+    return along
+
+
+rule(aten.narrow.default)(along_rows(aten.narrow.default, "narrow"))
+rule(aten.index_select.default)(along_rows(aten.index_select.default, "index_select"))
+rows_slice = along_rows(aten.slice.Tensor, "slice")
+
+
+@rule(aten.slice.Tensor)
+def slice_(
+    context: Context, value: Followed, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Followed:
+    """A slice of rows, or of the vocabulary: then fewer rows of W."""
+    if dimension(dim, value) != class_dim_of(value):
+        return rows_slice(context, value, dim, start, end, step)
+    if statically_known_true(sym_eq(context.val.shape[class_dim_of(value)], value.val.shape[class_dim_of(value)])):
+        return replace(value, val=context.val)
+    if isinstance(value, LogProbs):
+        raise Escape("a slice of the log-probabilities along the vocabulary")
+    first, last = value.vocab or (0, int(value.val.shape[value.class_dim]))
+    kept = context.val.shape[value.class_dim]
+    if step != 1 or not isinstance(kept, int) or not isinstance(start, (int, type(None))):
+        raise Escape("a slice along the vocabulary with a step or a size not known at compile time")
+    begin = min((start or 0) % (last - first), last - first) if (start or 0) < 0 else (start or 0)
+    cols = tuple(
+        Plain(Call(aten.slice.Tensor, (c.ref, 0, begin, begin + kept)), c.val[begin : begin + kept])
+        for c in value.cols
+    )
+    return replace(value, val=context.val, vocab=(first + begin, first + begin + kept), cols=cols)
+
+
+@rule(aten.select.int)
+def select(context: Context, value: Followed, dim: int, index: Any) -> Followed:
+    class_dim, at = class_dim_of(value), dimension(dim, value)
+    if at == class_dim:
+        raise Escape("one class of the logits is read out")
+    return moved(value, context.val, class_dim - (at < class_dim), aten.select.int, at, index)
+
+
+@rule(aten.index.Tensor)
+def index(context: Context, value: Followed, indices: Sequence[Any]) -> Followed:
+    """Rows picked by one integer or boolean tensor in a leading dimension."""
+    class_dim = class_dim_of(value)
+    used = [(d, i) for d, i in enumerate(indices) if i is not None]
+    if len(used) != 1 or not isinstance(used[0][1], Plain):
+        raise Escape("the logits are indexed by several tensors")
+    at, which = used[0]
+    mask = which.val.dtype in (torch.bool, torch.uint8)
+    if at > class_dim or (mask and at + which.val.ndim > class_dim) or at == class_dim:
+        raise Escape("the logits are indexed along the vocabulary")
+    class_dim += (1 if mask else which.val.ndim) - (which.val.ndim if mask else 1)
+    return moved(value, context.val, class_dim, aten.index.Tensor, list(indices))
+
+
+def pieces(op: Any, name: str) -> Callable[..., list[Followed]]:
+    """The rule of an op that cuts a tensor along one dimension and returns the list of pieces."""
+
+    def cut(context: Context, value: Followed, sizes: Any, dim: int = 0) -> list[Followed]:
+        class_dim, at = class_dim_of(value), dimension(dim, value)
+        if at == class_dim:
+            raise Escape(f"{name} cuts the vocabulary")
+        results, begin = [], 0
+        for piece in context.val:
+            step = (at, begin, begin + piece.shape[at])
+            results.append(moved(value, piece, class_dim, aten.slice.Tensor, *step))
+            begin = begin + piece.shape[at]
+        if not isinstance(begin, int):
+            raise Escape(f"{name} of a dimension whose length is not a compile-time constant")
+        return results
+
+    return cut
+
+
+rule(aten.split.Tensor)(pieces(aten.split.Tensor, "split"))
+rule(aten.split_with_sizes.default, aten.split.sizes)(pieces(aten.split_with_sizes.default, "split"))
+rule(aten.chunk.default)(pieces(aten.chunk.default, "chunk"))
+
+
+@rule(aten.unbind.int)
+def unbind(context: Context, value: Followed, dim: int = 0) -> list[Followed]:
+    class_dim, at = class_dim_of(value), dimension(dim, value)
+    if at == class_dim:
+        raise Escape("unbind cuts the vocabulary")
+    return [
+        moved(value, piece, class_dim - (at < class_dim), aten.select.int, at, i)
+        for i, piece in enumerate(context.val)
+    ]

@@ -1,0 +1,83 @@
+"""The rule table: ATen overload → what its result is, given what its arguments are.
+
+A rule is a function ``(context, *args, **kwargs) -> Value`` whose tensor arguments are `values` and whose other
+arguments are what the op got. It raises `Escape` with a sentence where it cannot say. Rules claim something
+about one op each and are tested alone, by property.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fusedhead.terminals import Terminal
+from fusedhead.values import Escape, Followed, LogProbs, Logits, Plain, Value
+
+Rule = Callable[..., Any]
+RULES: dict[Any, Rule] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a rule may ask about the op it reads."""
+
+    node: Node  # the node of the Dynamo graph that the op belongs to
+    val: Any  # fake result of the op, in the dtype that the program has there
+
+
+def rule(*overloads: Any) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of these overloads."""
+
+    def register(function: Rule) -> Rule:
+        for overload in overloads:
+            assert overload not in RULES, f"two rules for {overload}"
+            RULES[overload] = function
+        return function
+
+    return register
+
+
+def needs_logits(value: Any, op: str) -> Logits:
+    """The logits a rule reads, or an escape that names what it got instead."""
+    if isinstance(value, Logits):
+        return value
+    if isinstance(value, LogProbs):
+        raise Escape(f"{op} is applied to the log-probabilities of the head")
+    raise Escape(f"{op} takes the logits in a position other than its first")
+
+
+def dimension(dim: int, value: Followed) -> int:
+    return dim % value.val.ndim
+
+
+def over_classes(dim: int, logits: Logits, op: str) -> None:
+    """Escape unless ``dim`` is the vocabulary's dimension."""
+    if logits.val.ndim == 0 or dimension(dim, logits) != logits.class_dim:
+        raise Escape(
+            f"{op} runs over dimension {dim} of a tensor whose vocabulary is dimension {logits.class_dim}"
+        )
+
+
+def plain_tensor(value: Value | Any, what: str) -> Plain:
+    """A tensor that does not come from the logits."""
+    if isinstance(value, Plain) and isinstance(value.val, Tensor):
+        return value
+    raise Escape(f"{what} depends on the logits")
+
+
+def vocab_size(logits: Logits) -> int:
+    size = logits.val.shape[logits.class_dim]
+    if not isinstance(size, int):
+        raise Escape("the vocabulary size is not a compile-time constant")
+    return size
+
+
+__all__ = [
+    "RULES", "Context", "Terminal", "dimension", "needs_logits", "over_classes", "plain_tensor", "rule",
+    "torch", "vocab_size",
+]  # fmt: skip
