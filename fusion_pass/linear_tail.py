@@ -34,6 +34,7 @@ from fusedhead.safety import written
 
 aten = torch.ops.aten
 LINEAR_STATS = ("lse", "picked", "sum")
+TRIES = 4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
 
 
 def differentiable(node: Node) -> bool:
@@ -41,25 +42,35 @@ def differentiable(node: Node) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def tail_of(statistics: Sequence[Node]) -> tuple[list[Node], Node] | str:
-    """The differentiable nodes downstream of the statistics up to the first scalar they all meet in.
+def tails(statistics: Sequence[Node]) -> list[list[Node]]:
+    """Tails to try: the differentiable nodes from the statistics to a scalar they all meet in, longest first.
 
-    Returns (nodes in order, scalar), or a sentence saying why there is no such scalar.
+    The longest is the best: the further down the scalar, the likelier its upstream gradient is exactly 1.
     """
-    graph = statistics[0].graph
     reached, tail = set(statistics), []
-    for node in graph.nodes:
+    for node in statistics[0].graph.nodes:
         if node.op.startswith("call_") and node not in reached and any(s in reached for s in node.all_input_nodes):
-            if isinstance(fake(node), (tuple, list)):
-                return f"{name_of(node)} returns several tensors of the losses"
             if differentiable(node):
                 reached.add(node)
                 tail.append(node)
-    for end, node in enumerate(tail):
-        single = statically_known_true(sym_eq(fake(node).numel(), 1))
-        if single and all(closed(n, set(tail[: end + 1]), node) for n in [*statistics, *tail[:end]]):
-            return tail[: end + 1], node
-    return "the per-row results are not reduced to one scalar"
+    found = []
+    for end in reversed(range(len(tail))):
+        scalar, inside = tail[end], ancestors(tail[end], tail)
+        single = statically_known_true(sym_eq(fake(scalar).numel(), 1))
+        if single and all(closed(n, {*inside, scalar}, scalar) for n in [*statistics, *inside]):
+            found.append([*inside, scalar])
+    return found
+
+
+def ancestors(node: Node, among: Sequence[Node]) -> list[Node]:
+    """The nodes of ``among`` that ``node`` is computed from, in order."""
+    allowed, found, stack = set(among), set(), list(node.all_input_nodes)
+    while stack:
+        source = stack.pop()
+        if source in allowed and source not in found:
+            found.add(source)
+            stack.extend(source.all_input_nodes)
+    return [n for n in among if n in found]
 
 
 def closed(node: Node, inside: set[Node], scalar: Node) -> bool:
@@ -136,7 +147,6 @@ def upgrade(call: Node) -> str:
 
     Returns "" when done, else the sentence that says why the gradients are recomputed instead.
     """
-    graph = call.graph
     h, w, _, cols, rows, _ = call.args[:6]
     needs = [differentiable(n) for n in (h, w, cols, rows)]  # type: ignore[arg-type]
     if not any(needs):
@@ -147,23 +157,32 @@ def upgrade(call: Node) -> str:
     if set(asked) - set(LINEAR_STATS):
         return f"{', '.join(sorted(set(asked) - set(LINEAR_STATS)))} is asked for as well"
     statistics = [user for user in call.users if user.users]
-    found = tail_of(statistics)
-    if isinstance(found, str):
-        return found
-    tail, _ = found
+    reason = "the per-row results are not reduced to one scalar"
+    for tail in tails(statistics)[:TRIES]:
+        reason = try_tail(call, statistics, tail, needs)
+        if not reason:
+            break
+    return reason
+
+
+def try_tail(call: Node, statistics: Sequence[Node], tail: Sequence[Node], needs: list[bool]) -> str:
+    """`upgrade` with one tail: "" when done."""
     impure = next((n for n in tail if any(True for _ in written(n))), None)
     if impure is not None:
         return f"{name_of(impure)} works in place on the loss"
     inside = {*statistics, *tail}
     others = list(dict.fromkeys(s for node in tail for s in node.all_input_nodes if s not in inside))
-    blocked = depends_on(others, call)
-    if blocked is not None:
-        return f"{blocked.name} depends on the statistics themselves"
     program = coefficients(statistics, tail, others)
     if isinstance(program, str):
         return program
-    anchor = first_use(graph, statistics)
-    if not hoist(graph, others, anchor):
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    used = {n for node in needed(program.graph, dependent(program.graph, len(statistics))) for n in node.all_input_nodes}
+    operands = [other for other, n in zip(others, placeholders[len(statistics) :]) if n in used]
+    blocked = depends_on(operands, call)
+    if blocked is not None:
+        return f"{blocked.name} depends on the per-row results themselves"
+    anchor = first_use(call.graph, statistics)
+    if not hoist(call.graph, operands, anchor):
         return "an operand of the loss is computed in place after the head"
     replace(call, statistics, others, program, anchor, needs)
     return ""
