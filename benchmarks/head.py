@@ -1,0 +1,227 @@
+"""Time, memory and error of a head, for every way of computing it: ``python -m benchmarks.head``.
+
+One process measures all contenders in interleaved rounds, so that the numbers compare. Per case, data set
+and task: every contender runs once (its compilation), is compared with float64, has the memory of one step
+taken, and then takes part in the rounds. Whatever fails is a row with its reason. ``--precompile`` first
+lets one process a case fill the compilers' caches on disk, side by side; nothing is measured there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import contenders, data, errors, machine, measure, report, shapes, tasks
+from benchmarks.report import FLOOR, Row
+from benchmarks.shapes import Case
+
+TURN_SHARE = 0.9  # of the limit, after which no contender is prepared any more
+
+
+def reason(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(error, contenders.Unavailable):
+        return str(error)
+    error = getattr(error, "inner_exception", None) or error  # torch.compile's wrapper says little itself
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
+
+
+class Run:
+    """The options of one run and its clock."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.device = torch.device(given.device)
+        self.began = time.monotonic()
+        self.deadline = self.began + given.limit
+        self.rows: list[Row] = []
+        self.runs = [machine.origin(self.device, "benchmarks.head", given.words)]
+
+    def contenders_for(self, task: tasks.Task) -> list[contenders.Contender]:
+        if self.given.contenders:
+            return [contenders.CONTENDERS[name] for name in self.given.contenders]
+        return [c for c in contenders.CONTENDERS.values() if task.name in c.tasks]
+
+    def late(self) -> bool:
+        return time.monotonic() > self.began + TURN_SHARE * self.given.limit
+
+
+def prepare(
+    run: Run,
+    task: tasks.Task,
+    batch: data.Batch,
+    truth: errors.Truth | None,
+    program: tasks.Program,
+    row: Row,
+) -> measure.Step:
+    """Run a contender's first steps, fill the row's error and memory, return the step to time."""
+    resident = measure.resident_bytes(run.device)
+    step = tasks.step_of(task, program, batch)
+    results = step()
+    if truth is not None:
+        row.error = errors.errors_of(task, results, truth)
+    del results
+    if not run.given.once:
+        row.extra_mib = measure.extra_bytes(step, run.device, resident) / 2**20
+    return step
+
+
+def group(
+    run: Run,
+    case: Case,
+    kind: str,
+    task: tasks.Task,
+    batch: data.Batch,
+    truth: errors.Truth | None,
+    programs: dict[tuple[str, str], tasks.Program],
+    bar: tqdm,
+) -> list[Row]:
+    """All rows of one case, data set and task. ``programs`` keeps what is compiled between data sets."""
+    rows: list[Row] = []
+    steps: dict[str, measure.Step] = {}
+    measure.settle(run.device, case.torch_dtype)
+    for contender in run.contenders_for(task):
+        name = contender.name
+        row = Row(case.text, kind, task.name, name)
+        rows.append(row)
+        bar.set_postfix_str(f"{case.text} {kind} {task.name}: {name}")
+        if run.late():
+            row.note = "not run: the time limit of this run"
+            continue
+        measure.release(run.device)
+        begin = time.monotonic()
+        try:
+            key = task.name, name
+            if key not in programs:
+                programs[key] = contender.make(task)
+            steps[name] = prepare(run, task, batch, truth, programs[key], row)
+            row.note = getattr(programs[key], "remark", str)()
+        except Exception as error:  # a contender's failure is a result
+            row.note = reason(error)
+        bar.update()
+        tqdm.write(f"  {time.monotonic() - begin:6.1f} s  {name} prepared {row.note}", file=sys.stderr)
+    measure.release(run.device)
+    if run.given.once:
+        return rows
+    if FLOOR not in (run.given.without or ()):
+        steps = {FLOOR: tasks.floor_step(task, batch), **steps}
+        rows.insert(0, Row(case.text, kind, task.name, FLOOR, note=f"{task.gemms} products of 2NDV"))
+    times = measure.interleaved(
+        steps,
+        run.device,
+        run.given.rounds,
+        run.given.seconds,
+        run.deadline,
+        lambda name: bar.set_postfix_str(f"{case.text} {kind} {task.name}: timing {name}"),
+    )
+    fill(rows, times)
+    return rows
+
+
+def fill(rows: list[Row], times: dict[str, list[float]]) -> None:
+    """Put the times, and what is relative to the floor and to eager, into the rows."""
+    floor = measure.median_ms(times.get(FLOOR, []))
+    eager = next((row.error for row in rows if row.contender == "eager"), {})
+    for row in rows:
+        mine = times.get(row.contender, [])
+        row.ms, row.rounds = measure.median_ms(mine), len(mine)
+        if row.ms:
+            row.spread = (max(mine) - min(mine)) * 1e3 / row.ms
+            row.ratio = floor / row.ms if floor else None
+        row.over_eager = errors.against(row.error, eager)
+
+
+def precompile(run: Run, cases: list[Case]) -> None:
+    """One process a case calls every contender once, so that all cores compile. Failures do not matter."""
+    folder = Path(run.given.out) / "precompile"
+    folder.mkdir(parents=True, exist_ok=True)
+    share = max(1, (os.cpu_count() or 1) // len(cases))
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(share), "OMP_NUM_THREADS": "1"}
+    children = []
+    for number, case in enumerate(cases):
+        words = [w for w in run.given.words if w != "--precompile"]
+        words += ["--once", "--shapes", case.text, "--out", str(folder / str(number)), "--data", "random"]
+        with open(folder / f"{number}.log", "w") as log:
+            command = [sys.executable, "-m", "benchmarks.head", *words]
+            children.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+    for child in children:
+        try:
+            child.wait(max(1.0, run.began + run.given.limit / 3 - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    print(f"precompiled in {time.monotonic() - run.began:.0f} s", file=sys.stderr)
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.head", description=__doc__)
+    known = ", ".join(contenders.CONTENDERS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--shapes", help=f"NxDxV[:dtype],... or {', '.join(shapes.FAMILIES)} (default: the device's)"
+    )
+    parser.add_argument("--contenders", type=lambda s: s.split(","), help=f"of {known} (default: by task)")
+    parser.add_argument("--without", type=lambda s: s.split(","), help=f"leave out contenders, or {FLOOR!r}")
+    parser.add_argument(
+        "--tasks", type=lambda s: s.split(","), default=list(tasks.TASKS), help="default: all four"
+    )
+    parser.add_argument("--data", type=lambda s: s.split(","), default=list(data.SETS), help="random,trained")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds at most")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timing budget of one row")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for the whole run")
+    parser.add_argument(
+        "--out", default="benchmarks/results/latest", help="folder of head.json, head.md, head.png"
+    )
+    parser.add_argument("--no-errors", action="store_true", help="skip the comparison with float64")
+    parser.add_argument("--precompile", action="store_true", help="compile all cases side by side first")
+    parser.add_argument(
+        "--once", action="store_true", help="only call everything once (what --precompile does)"
+    )
+    given = parser.parse_args(words)
+    given.words = words
+    unknown = [name for name in given.contenders or () if name not in contenders.CONTENDERS]
+    if unknown:
+        parser.error(f"no contender is called {unknown[0]!r}; there are {known}")
+    return given
+
+
+def main(words: list[str] | None = None) -> list[Row]:
+    given = arguments(sys.argv[1:] if words is None else words)
+    run = Run(given)
+    cases = shapes.parse(given.shapes or run.device.type)
+    if given.precompile and len(cases) > 1:
+        precompile(run, cases)
+    chosen = [tasks.TASKS[name] for name in given.tasks]
+    count = len(cases) * len(given.data) * sum(len(run.contenders_for(task)) for task in chosen)
+    with tqdm(total=count, unit="row", disable=None) as bar:
+        for case in cases:
+            torch._dynamo.reset()
+            programs: dict[tuple[str, str], tasks.Program] = {}
+            for kind in given.data:
+                batch = data.SETS[kind](case, run.device)
+                truths: dict[bool, errors.Truth | None] = {False: None, True: None}
+                for task in chosen:
+                    if truths[task.per_token] is None and not (given.once or given.no_errors):
+                        truths[task.per_token] = errors.truth_of(task, batch)
+                    rows = group(run, case, kind, task, batch, truths[task.per_token], programs, bar)
+                    run.rows += rows
+                    if not given.once:
+                        tqdm.write(
+                            f"\n{case.text}  {task.name} ({task.about})  {kind} data\n{report.table(rows)}"
+                        )
+                    report.save(Path(given.out), run.runs, run.rows)
+    return run.rows
+
+
+if __name__ == "__main__":
+    main()

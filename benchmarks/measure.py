@@ -1,0 +1,138 @@
+"""Time and memory of a step: medians over interleaved rounds, and the peak of one step above what was there.
+
+Contenders take turns in every round, so a clock that drifts drifts for all of them. A turn is one untimed
+step, which brings the allocator and the caches to this contender's state, and then a few timed ones behind
+it without a pause, so that launch latency hides where it hides in training. This file knows only functions
+of no arguments.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Step = Callable[[], Sequence[Tensor]]
+TURN_SECONDS = 0.03  # timed part of a turn, when one step is shorter
+FEWEST_ROUNDS = 3
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Drop what died and give cached memory back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def settle(device: torch.device, dtype: torch.dtype) -> None:
+    """Make the libraries allocate their workspaces, in forward's and autograd's threads, before measuring."""
+    h = torch.randn(256, 64, device=device, dtype=dtype, requires_grad=True)
+    w = torch.randn(256, 64, device=device, dtype=dtype, requires_grad=True)
+    torch.autograd.grad((h @ w.t()).float().logsumexp(-1).sum(), (h, w))
+    wait(device)
+
+
+def turn(step: Step, device: torch.device, repeat: int) -> float:
+    """Seconds a step: one untimed step, then ``repeat`` timed ones, by device events or the wall clock."""
+    step()
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeat):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeat
+    begin = time.perf_counter()
+    for _ in range(repeat):
+        step()
+    return (time.perf_counter() - begin) / repeat
+
+
+def interleaved(
+    steps: dict[str, Step],
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    deadline: float = float("inf"),
+    seen: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Seconds a step of every contender, one number a round.
+
+    ``rounds`` at most for each; fewer (but FEWEST_ROUNDS) where they would take longer than ``seconds``.
+    Stops early at ``deadline`` (`time.monotonic`). ``seen`` is told each name before its turn. A contender
+    that fails in a turn keeps the numbers it has.
+    """
+    repeat: dict[str, int] = {}  # timed steps a turn
+    allowed: dict[str, int] = {}  # rounds
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    crowded = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory // 2
+
+    for number in range(rounds):
+        for name, step in steps.items():
+            if number and number >= allowed[name]:
+                continue
+            if time.monotonic() > deadline and times[name]:
+                continue
+            seen(name)
+            if crowded and torch.cuda.memory_reserved(device) > crowded:
+                torch.cuda.empty_cache()
+            try:
+                if not number:
+                    once = max(turn(step, device, 1), 1e-6)
+                    repeat[name] = max(1, min(50, round(TURN_SECONDS / once)))
+                    fit = int(seconds / (once * (repeat[name] + 1)))
+                    allowed[name] = max(FEWEST_ROUNDS, min(rounds, fit))
+                times[name].append(turn(step, device, repeat[name]))
+            except RuntimeError:  # out of memory beside the others' leftovers
+                allowed[name] = 0
+                release(device)
+    return times
+
+
+def median_ms(times: list[float]) -> float | None:
+    return statistics.median(times) * 1e3 if times else None
+
+
+def extra_bytes(step: Step, device: torch.device, resident: int | None = None) -> int:
+    """Peak bytes of one step above what was there, less the bytes of what it returns.
+
+    On CUDA: the allocator's own peak, above ``resident`` (bytes allocated before the contender was first
+    called, so that what it keeps between steps counts). On the CPU: the profiler's trace of every allocation
+    and release of torch's CPU allocator, summed in order; a library's private scratch does not show there.
+    """
+    if device.type == "cuda":
+        wait(device)
+        before = torch.cuda.memory_allocated(device) if resident is None else resident
+        torch.cuda.reset_peak_memory_stats(device)
+        results = step()
+        wait(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as trace:
+            results = step()
+        events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+        live = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak - sum(t.numel() * t.element_size() for t in results)
+
+
+def resident_bytes(device: torch.device) -> int:
+    """Bytes allocated now (0 on the CPU, where only changes are traced)."""
+    if device.type != "cuda":
+        return 0
+    wait(device)
+    return torch.cuda.memory_allocated(device)
