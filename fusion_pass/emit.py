@@ -23,6 +23,11 @@ from fusedhead.values import Call, Plain
 aten = torch.ops.aten
 
 
+def static(size: Any) -> int | None:
+    """The value of a size that is known at compile time, without adding a guard."""
+    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else int(size)
+
+
 class Emit:
     """Appends ATen calls before an anchor node. Calls shared by several uses are emitted once per anchor."""
 
@@ -78,10 +83,8 @@ class Emit:
 
     def sizes(self, node: Node) -> list[Any]:
         """The shape of a node: ints, and nodes for the dimensions that are symbolic."""
-        return [
-            size if isinstance(size, int) else self(aten.sym_size.int, node, d)
-            for d, size in enumerate(fake(node).shape)
-        ]
+        known = [static(size) for size in fake(node).shape]
+        return [self(aten.sym_size.int, node, d) if size is None else size for d, size in enumerate(known)]
 
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         return node if fake(node).dtype == dtype else self(aten.to.dtype, node, dtype)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_map
@@ -27,6 +28,9 @@ from fusedhead.values import Call, Escape, Followed, LogProbs, Logits, Plain, Pr
 ANCHORS = frozenset(
     {"cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd", "log_softmax", "_log_softmax", "logsumexp"}
 )
+
+
+LARGEST_CONSTANT = 4096  # entries of a literal index that may be written into the graph again
 
 
 @dataclass(eq=False)
@@ -113,7 +117,7 @@ def evaluate(node: Node, known: dict[Node, Any]) -> Any:
         if op.op == "output":
             return map_arg(op.args[0], env.__getitem__)
         if op.op == "get_attr":
-            raise Escape(f"{name_of(node)} holds a constant tensor")
+            env[op] = constant(getattr(program, str(op.target)), node)
         if op.op != "call_function":
             continue
         args, kwargs = map_arg((op.args, op.kwargs), env.__getitem__)
@@ -129,6 +133,14 @@ def evaluate(node: Node, known: dict[Node, Any]) -> Any:
         else:
             env[op] = Plain(Call(op.target, args, kwargs), val)
     raise AssertionError("a traced graph has an output")
+
+
+def constant(tensor: Any, node: Node) -> Plain:
+    """A constant that a node holds (a list used as an index), as a call that makes it again."""
+    with unset_fake_temporarily():
+        if tensor.numel() > LARGEST_CONSTANT or tensor.is_floating_point():
+            raise Escape(f"{name_of(node)} holds a constant tensor")
+        return Plain(Call(torch.tensor, (tensor.tolist(),), {"dtype": tensor.dtype}), tensor)
 
 
 def is_projection(op: Node) -> bool:

@@ -13,6 +13,7 @@ loss keeps the program's own treatment of NaN, ignored labels and rounding.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -79,41 +80,60 @@ def closed(node: Node, inside: set[Node], scalar: Node) -> bool:
                                  for user in node.users)  # fmt: skip
 
 
-def coefficients(statistics: Sequence[Node], tail: Sequence[Node], others: Sequence[Node]) -> GraphModule | str:
-    """∂ scalar / ∂ statistics as a graph of ``others`` alone, or a sentence if the tail is not linear."""
+def squares_of_lse(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Node]:
+    """The nodes of the tail that are lse², element by element (a z-loss): statistics of their own to `head_loss`."""
+    same = {node for node in statistics if name_index(node) == 0}
+    found = []
+    for node in tail:
+        name, args = name_of(node), node.args
+        if name in ("view", "reshape", "flatten") and args[0] in same:
+            same.add(node)
+        squared = (name in ("pow", "__pow__") and args[1:] == (2,)) or name == "square"
+        squared |= name in ("mul", "multiply") and len(args) == 2 and args[0] is args[1]
+        if squared and args[0] in same:
+            found.append(node)
+    return found
+
+
+def coefficients(
+    statistics: Sequence[Node], squares: Sequence[Node], tail: Sequence[Node], others: Sequence[Node]
+) -> GraphModule | str:
+    """∂ scalar / ∂ (statistics, squares) as a graph of ``others`` alone, or a sentence if the tail is not linear."""
+    free = [*statistics, *squares]
 
     def gradient(*values: Any) -> list[Tensor]:
-        env = dict(zip([*statistics, *others], values))
-        for node in statistics:
+        env = dict(zip([*free, *others], values))
+        for node in free:
             env[node] = env[node].detach().requires_grad_()
-        leaves = [env[node] for node in statistics]
+        leaves = [env[node] for node in free]
         with torch.enable_grad():
             for node in tail:
-                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-                env[node] = callee(node)(*args, **kwargs)
+                if node not in env:
+                    args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+                    env[node] = callee(node)(*args, **kwargs)
             total = env[tail[-1]]
             one = torch.ones(total.shape, dtype=total.dtype, device=total.device)
             grads = torch.autograd.grad(total, leaves, one, allow_unused=True)
         return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves)]
 
-    values = [fake(node) for node in [*statistics, *others]]
+    values = [fake(node) for node in [*free, *others]]
     values = [v.detach() if isinstance(v, Tensor) else v for v in values]
     mode = maybe_get_fake_mode(fake(statistics[0]))
     with torch.autocast(fake(statistics[0]).device.type, enabled=False), mode or nullcontext():
         program = make_fx(gradient)(*values)
     program.graph.eliminate_dead_code()
-    reads = dependent(program.graph, len(statistics))
+    reads = dependent(program.graph, len(free))
     for node in needed(program.graph, reads):
-        if node in reads and not shape_only(node):
+        if node in reads:
             return f"it is not linear in the per-row results ({name_of(node)} of them enters the gradient)"
     return program
 
 
 def dependent(graph: Graph, statistics: int) -> set[Node]:
-    """The nodes that are computed from the first ``statistics`` placeholders."""
+    """The nodes whose numbers, not only shapes, are computed from the first ``statistics`` placeholders."""
     reached = set([n for n in graph.nodes if n.op == "placeholder"][:statistics])
     for node in graph.nodes:
-        if any(source in reached for source in node.all_input_nodes):
+        if not shape_only(node) and any(source in reached for source in node.all_input_nodes):
             reached.add(node)
     return reached
 
@@ -172,19 +192,22 @@ def try_tail(call: Node, statistics: Sequence[Node], tail: Sequence[Node], needs
         return f"{name_of(impure)} works in place on the loss"
     inside = {*statistics, *tail}
     others = list(dict.fromkeys(s for node in tail for s in node.all_input_nodes if s not in inside))
-    program = coefficients(statistics, tail, others)
+    squares = squares_of_lse(statistics, tail)
+    program = coefficients(statistics, squares, tail, others)
     if isinstance(program, str):
         return program
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-    used = {n for node in needed(program.graph, dependent(program.graph, len(statistics))) for n in node.all_input_nodes}
-    operands = [other for other, n in zip(others, placeholders[len(statistics) :]) if n in used]
+    free = len(statistics) + len(squares)
+    reads = dependent(program.graph, free)
+    used = {n for node in needed(program.graph, reads) for n in node.all_input_nodes}
+    operands = [other for other, n in zip(others, placeholders[free:]) if n in used]
     blocked = depends_on(operands, call)
     if blocked is not None:
         return f"{blocked.name} depends on the per-row results themselves"
     anchor = first_use(call.graph, statistics)
     if not hoist(call.graph, operands, anchor):
         return "an operand of the loss is computed in place after the head"
-    replace(call, statistics, others, program, anchor, needs)
+    replace(call, statistics, squares, others, program, anchor, needs)
     return ""
 
 
@@ -221,26 +244,34 @@ def hoist(graph: Graph, nodes: Sequence[Node], anchor: Node) -> bool:
 
 
 def replace(
-    call: Node, statistics: Sequence[Node], others: Sequence[Node], program: GraphModule, anchor: Node, needs: list[bool]
+    call: Node,
+    statistics: Sequence[Node],
+    squares: Sequence[Node],
+    others: Sequence[Node],
+    program: GraphModule,
+    anchor: Node,
+    needs: list[bool],
 ) -> None:
     """Put ``head_loss``, with its coefficients, in the place of ``head_stats``."""
     emit = Emit(call.graph)
     tensors, (transform, stats, memory) = call.args[:6], call.args[6:]
     with emit.before(anchor, call, grad=True):
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-        env: dict[Node, Any] = dict(zip(placeholders, [*statistics, *others]))
-        reads = dependent(program.graph, len(statistics))
+        env: dict[Node, Any] = dict(zip(placeholders, [*statistics, *squares, *others]))
+        reads = dependent(program.graph, len(statistics) + len(squares))
         for node in needed(program.graph, reads):
             if shape_only(node) and node.args[0] in reads:
                 env[node] = shaped_like(emit, node, env, tensors[0], tensors[2])
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = emit(node.target, *args, **kwargs)
-        results = output_of(program.graph).args[0]
-        given = {name_index(s): emit(aten.detach.default, env[r]) for s, r in zip(statistics, results)}
+        results = [emit(aten.detach.default, env[r]) for r in output_of(program.graph).args[0]]
+        given = {name_index(s): r for s, r in zip(statistics, results)}
         empty = emit(aten.new_empty.default, tensors[0], [0], dtype=torch.float32)
         c = [given.get(i, empty) for i in range(len(LINEAR_STATS))]
-        loss = emit(torch.ops.fusedhead.head_loss.default, *tensors, *c, empty, transform, stats, memory, *needs)
+        square = [emit(aten.reshape.default, r, [-1]) for r in results[len(statistics) :]]
+        total = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), square) if square else empty
+        loss = emit(torch.ops.fusedhead.head_loss.default, *tensors, *c, total, transform, stats, memory, *needs)
         for statistic in statistics:
             statistic.replace_all_uses_with(emit(operator.getitem, loss, name_index(statistic)))
     for node in [*call.users, call]:

@@ -115,7 +115,7 @@ def flat(emit: Emit, node: Node, width: int) -> Node:
 
 def row_vector(emit: Emit, hidden: Node, logits: Logits, vector: RowVector) -> Node:
     """A row vector in float32, brought through the remaining row steps to [N]."""
-    before = replay(emit, hidden, logits.row_steps[: vector.after], fake(hidden).shape[-1])
+    before = replay(emit, hidden, logits.row_steps[: vector.after], logits.head.weight.val.shape[1])
     sizes = emit.sizes(before)
     sizes[vector.class_dim] = 1
     node = emit.cast(emit.ref(vector.value), torch.float32)
@@ -133,7 +133,7 @@ def operands(emit: Emit, group: Group) -> list[Node]:
     detach = (lambda node: emit(aten.detach.default, node)) if logits.detached else (lambda node: node)
     hidden = emit.cast(emit.ref(head.hidden), head.dtype)
     weight = emit.cast(emit.ref(head.weight), head.dtype)
-    width = fake(hidden).shape[-1]
+    width = head.weight.val.shape[1]
     if logits.vocab is not None:
         weight = emit(aten.slice.Tensor, weight, 0, *logits.vocab)
     shaped = rows_last(emit, replay(emit, hidden, logits.row_steps, width), logits.class_dim)
@@ -179,8 +179,8 @@ def rebuild(emit: Emit, group: Group, statistics: dict[str, Node], node: Node, t
 
     def row_sizes() -> list[Any]:
         hidden = emit.ref(logits.head.hidden)
-        return emit.sizes(rows_last(emit, replay(emit, hidden, logits.row_steps, fake(hidden).shape[-1]),
-                                    logits.class_dim))[:-1]  # fmt: skip
+        shaped = replay(emit, hidden, logits.row_steps, logits.head.weight.val.shape[1])
+        return emit.sizes(rows_last(emit, shaped, logits.class_dim))[:-1]
 
     with emit.before(node, node, grad=grad):
         picked = statistics["picked"] if terminal.labels is not None else None

@@ -179,7 +179,8 @@ def per_row(
     emit: Emit, flat: Node, stats: Statistics, class_dim: int, keep: bool
 ) -> Node:
     """A [N] result in the rows' own shape, with the class dimension kept as length 1 where asked."""
-    shaped = emit(aten.reshape.default, flat, stats.row_sizes())
+    sizes = stats.row_sizes()
+    shaped = flat if len(sizes) == 1 else emit(aten.reshape.default, flat, sizes)
     return emit(aten.unsqueeze.default, shaped, class_dim) if keep else shaped
 
 
