@@ -12,6 +12,8 @@ import text
 import torch
 import train_gpt
 
+import fusedhead
+
 VOCAB = 300
 TOKENS = (torch.arange(4096, dtype=torch.int32) * 7) % VOCAB  # the next token follows from the last
 
@@ -102,3 +104,18 @@ def test_the_largest_batch_is_found_in_few_trials(monkeypatch: pytest.MonkeyPatc
     assert found <= limit
     assert found >= limit - max(1, limit // 32)
     assert len(tried) <= 18
+
+
+def test_the_fused_head_gives_the_curve_of_eager() -> None:
+    eager, fused = run("").losses, run("--backend fusedhead").losses
+    torch.testing.assert_close(fused, eager, rtol=16 * torch.finfo(torch.float32).eps, atol=0)
+
+
+def test_the_models_one_head_is_fused() -> None:
+    model = gpt.GPT(gpt.SIZES["tiny"])
+    x = torch.randint(model.config.vocab, (2, 8))
+    (head,) = fusedhead.explain(model)(x, x).heads
+    assert head.fused, head.reason
+    assert head.where.startswith("gpt.py:")
+    assert head.computes == "cross_entropy(mean, ignore_index=-1)"
+    assert (head.tokens, head.hidden_size, head.vocab_size) == (16, 32, 50304)
