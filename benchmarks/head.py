@@ -12,6 +12,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -143,8 +144,7 @@ def fill(rows: list[Row], times: dict[str, list[float]]) -> None:
 
 def precompile(run: Run, cases: list[Case]) -> None:
     """One process a case calls every contender once, so that all cores compile. Failures do not matter."""
-    folder = Path(run.given.out) / "precompile"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp())
     share = max(1, (os.cpu_count() or 1) // len(cases))
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(share), "OMP_NUM_THREADS": "1"}
     children = []

@@ -1,0 +1,180 @@
+"""What the pass adds to a compilation: ``python -m benchmarks.compile_time``, a 12-layer GPT, Inductor
+beside it.
+
+The pass is the time from the backend's entry to Inductor's, and Inductor is stopped right there, so nothing
+else is measured. Recompilations are counted over growing batches, with the same stop. ``--full`` also times
+one whole training step from an empty cache, both ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
+from tqdm import tqdm
+
+from benchmarks import machine
+
+BACKENDS = ("inductor", "fusedhead")
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block, [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(self.norms[0](x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, d))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
+class Model(nn.Module):
+    """A GPT that returns its loss, with the tied head that is to be found."""
+
+    def __init__(self, layers: int, width: int, vocab: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, width)
+        self.blocks = nn.ModuleList(Block(width, heads=4) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens[:, :-1])
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.norm(x), self.embed.weight)
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@contextmanager
+def stopped_inductor(reached: Callable[[], None]) -> Iterator[None]:
+    """Within, Inductor only says that it was reached and runs the graph as it is."""
+    wrapper = torch._TorchCompileInductorWrapper
+    call = wrapper.__call__
+
+    def stop(self: Any, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        reached()
+        return graph.forward
+
+    wrapper.__call__ = stop  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        wrapper.__call__ = call  # type: ignore[method-assign,assignment]
+
+
+def pass_milliseconds(model: nn.Module, tokens: Tensor, backend: str) -> tuple[float, float]:
+    """One compilation: (Dynamo's ms until the backend is called, the backend's ms until Inductor is)."""
+    marks: list[float] = []
+    mark = lambda: marks.append(time.perf_counter())  # noqa: E731
+    compile_graph = lookup_backend(backend)
+
+    def entered(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        mark()
+        return compile_graph(graph, inputs)
+
+    torch.compiler.reset()
+    if backend == "inductor":
+        compile_graph = torch._TorchCompileInductorWrapper("default", None, None)
+    with stopped_inductor(mark):
+        mark()
+        torch.compile(model, backend=entered)(tokens)
+    began, backend_at, inductor_at = marks
+    return (backend_at - began) * 1e3, (inductor_at - backend_at) * 1e3
+
+
+def compilations(model: nn.Module, batches: list[Tensor], backend: str) -> int:
+    """How often Inductor is reached while the batch grows."""
+    count = [0]
+
+    def reached() -> None:
+        count[0] += 1
+
+    torch.compiler.reset()
+    with stopped_inductor(reached):
+        program = torch.compile(model, backend=backend)
+        for tokens in batches:
+            program(tokens).backward()
+    return count[0]
+
+
+def first_step_seconds(model: nn.Module, tokens: Tensor, backend: str) -> float:
+    """One training step with everything compiled from nothing."""
+    torch.compiler.reset()
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        began = time.perf_counter()
+        torch.compile(model, backend=backend)(tokens).backward()
+        seconds = time.perf_counter() - began
+    if before is None:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    else:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+    return seconds
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocab", type=int, default=50304)
+    parser.add_argument("--repeat", type=int, default=5, help="compilations after the first")
+    parser.add_argument("--full", action="store_true", help="also whole first steps, from an empty cache")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    words = sys.argv[1:] if argv is None else argv
+    given = parser.parse_args(words)
+    torch.manual_seed(0)
+    model = Model(given.layers, given.width, given.vocab).to(given.device)
+    batches = [torch.randint(given.vocab, (b, 65), device=given.device) for b in (2, 3, 4, 6)]
+    result: dict[str, Any] = machine.origin(torch.device(given.device), "benchmarks.compile_time", words)
+    print(
+        f"{'backend':12}{'dynamo ms':>12}{'pass ms':>10}{'first':>8}{'graphs':>8}" + "  full s" * given.full
+    )
+    for backend in BACKENDS:
+        runs = [
+            pass_milliseconds(model, batches[0], backend)
+            for _ in tqdm(range(given.repeat + 1), desc=backend, leave=False)
+        ]
+        numbers: dict[str, Any] = {
+            "dynamo_ms": statistics.median(before for before, _ in runs[1:]),
+            "pass_ms": statistics.median(own for _, own in runs[1:]),
+            "first_pass_ms": runs[0][1],
+            "graphs": compilations(model, batches, backend),
+        }
+        if given.full:
+            numbers["full_seconds"] = first_step_seconds(model, batches[0], backend)
+        result[backend] = numbers
+        print(
+            f"{backend:12}{numbers['dynamo_ms']:12.1f}{numbers['pass_ms']:10.1f}"
+            f"{numbers['first_pass_ms']:8.1f}{numbers['graphs']:8}"
+            + (f"{numbers['full_seconds']:8.1f}" if given.full else "")
+        )
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1))
+    return result
+
+
+if __name__ == "__main__":
+    main()
