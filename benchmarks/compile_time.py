@@ -69,18 +69,19 @@ class Model(nn.Module):
 @contextmanager
 def stopped_inductor(reached: Callable[[], None]) -> Iterator[None]:
     """Within, Inductor only says that it was reached and runs the graph as it is."""
-    wrapper = torch._TorchCompileInductorWrapper
-    call = wrapper.__call__
+    from torch._inductor import compile_fx as inductor
 
-    def stop(self: Any, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+    compile_graph = inductor.compile_fx
+
+    def stop(graph: torch.fx.GraphModule, inputs: Any, **settings: Any) -> Any:
         reached()
         return graph.forward
 
-    wrapper.__call__ = stop  # type: ignore[method-assign,assignment]
+    inductor.compile_fx = stop  # type: ignore[assignment]
     try:
         yield
     finally:
-        wrapper.__call__ = call  # type: ignore[method-assign,assignment]
+        inductor.compile_fx = compile_graph
 
 
 def pass_milliseconds(model: nn.Module, tokens: Tensor, backend: str) -> tuple[float, float]:
