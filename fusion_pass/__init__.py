@@ -3,11 +3,23 @@
     model = torch.compile(model, backend="fusedhead")
 
 Nothing else changes. ``fusedhead.explain(model)(*inputs)`` says what was fused, and why not what was not.
+Programs that cannot name a backend: ``fusedhead.enable()``, or ``fusedhead run script.py`` from outside.
 """
 
 from fusedhead.backend import FusedHeadError, fusedhead
+from fusedhead.enable import changes, disable, enable
 from fusedhead.explain import explain
 from fusedhead.lowering.ops import LabelOutOfRange
 from fusedhead.report import HeadRecord, Report
 
-__all__ = ["FusedHeadError", "HeadRecord", "LabelOutOfRange", "Report", "explain", "fusedhead"]
+__all__ = [
+    "FusedHeadError",
+    "HeadRecord",
+    "LabelOutOfRange",
+    "Report",
+    "changes",
+    "disable",
+    "enable",
+    "explain",
+    "fusedhead",
+]

@@ -15,6 +15,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
+from fusedhead import observe as observing
 from fusedhead.fusion import Wrap, fuse_graph, unwrapped
 from fusedhead.lowering.cache_key import source_hash
 from fusedhead.options import Options, split
@@ -132,14 +133,32 @@ def publish(report: Report, options: Options) -> None:
             )
 
 
-def inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor as ``torch.compile`` itself would set it up, which validates ``mode`` and ``options``."""
-    from torch._inductor import config
+class Inductor(torch._TorchCompileInductorWrapper):
+    """Inductor as ``torch.compile`` calls it, and still Inductor while `enable` changes what the base class does."""
 
-    users = options.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
-    return torch._TorchCompileInductorWrapper(
-        mode or "default", {**options, "joint_custom_pre_pass": KeyedBySource(users)}, None
-    )
+    __call__ = torch._TorchCompileInductorWrapper.__call__
+
+
+def keyed(config: dict[str, Any]) -> dict[str, Any]:
+    """Inductor's settings with this package's sources in the keys of its caches."""
+    from torch._inductor import config as inductor_config
+
+    users = config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
+    return {**config, "joint_custom_pre_pass": KeyedBySource(users)}
+
+
+def compile_graph(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    own: Options,
+    compiler: Callable[..., Any],
+    observe: Callable[[Report], None] = observing.notify,
+) -> Callable[..., Any]:
+    """One Dynamo graph through the pass, told to ``observe`` and the logs, then through ``compiler``."""
+    gm, report, wrap = run_pass(gm, own)
+    observe(report)
+    publish(report, own)
+    return wrap(compiler(gm, example_inputs))
 
 
 def compile_with(
@@ -148,16 +167,12 @@ def compile_with(
     *,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
-    observe: Callable[[Report], None] | None = None,
+    observe: Callable[[Report], None] = observing.notify,
 ) -> Callable[..., Any]:
-    """Compile one Dynamo graph; ``observe`` is given the report."""
+    """`compile_graph` with ``mode`` and ``options`` as ``torch.compile`` takes them, which validates them."""
     own, rest = split(options)
-    compiler = inductor(mode, rest)
-    gm, report, wrap = run_pass(gm, own)
-    if observe is not None:
-        observe(report)
-    publish(report, own)
-    return wrap(compiler(gm, example_inputs))
+    compiler = Inductor(mode or "default", keyed(rest), None)
+    return compile_graph(gm, example_inputs, own, compiler, observe)
 
 
 def fusedhead(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
 """What a user may set: options of the backend, each with an environment variable.
 
 ``torch.compile(model, backend="fusedhead", options={"fusedhead.debug": True})`` or ``FUSEDHEAD_DEBUG=1``. Options
-given in code win over the environment. Everything that does not start with ``fusedhead.`` is Inductor's.
+given with a compilation win over those given to ``fusedhead.enable``, and those over the environment. Everything
+that does not start with ``fusedhead.`` is Inductor's.
 """
 
 from __future__ import annotations
@@ -78,6 +79,18 @@ def read(name: str, value: Any, given_as: str) -> Any:
         raise ValueError(f"fusedhead: {given_as}={value!r} is not valid: {error}") from None
 
 
+process_wide: Mapping[str, Any] = {}  # what `enable` was given, checked; replaced as a whole, never changed
+
+
+def set_process_wide(options: Mapping[str, Any]) -> None:
+    """Make ``options`` (names without the prefix) every compilation's defaults. Raises ValueError as `split` does."""
+    global process_wide
+    unknown = [name for name in options if name not in READERS]
+    if unknown:
+        raise ValueError(f"fusedhead: unknown option {unknown[0]!r}; the valid ones are {', '.join(READERS)}")
+    process_wide = {name: read(name, value, name) for name, value in options.items()}
+
+
 def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
     """The backend's own options (with the environment's as defaults), and the rest for Inductor.
 
@@ -88,6 +101,7 @@ def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
         variable = ENVIRONMENT + name.upper()
         if os.environ.get(variable):
             own[name] = read(name, os.environ[variable], variable)
+    own.update(process_wide)
     rest: dict[str, Any] = {}
     for key, value in (options or {}).items():
         if not key.startswith(PREFIX):
