@@ -183,6 +183,10 @@ def describe(site: Site, reason: str, engine: str) -> HeadRecord:
         bytes_saved=hint(tokens) * vocab * site.head.dtype.itemsize if fused and not site.outputs else 0,
     )
 
+        bytes_logits=hint(tokens) * vocab * site.head.dtype.itemsize,
+        dtype=str(site.head.dtype).removeprefix("torch."),
+        device=site.head.weight.val.device.type,
+        source=site.head.node.meta.get("stack_trace") or "",
 
 def describe_engine(site: Site, algorithms: str) -> str:
     weight = site.head.weight.val

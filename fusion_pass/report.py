@@ -20,6 +20,10 @@ class HeadRecord:
     logits: str  # "never built" | "built" | "deferred"
     engine: str  # "triton" | "torch windows", and the algorithm
     bytes_saved: int  # bytes of the [N, V] logits that are not built
+    bytes_logits: int = 0  # what the [N, V] logits take, built or not
+    dtype: str = ""  # of the logits
+    device: str = ""
+    source: str = ""  # the lines of the program that made the projection, as in a traceback
 
     def __str__(self) -> str:
         shape = f"N={self.tokens} D={self.hidden_size} V={self.vocab_size}"
