@@ -15,10 +15,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fusedhead import linear_tail, returned
-from fusedhead.interpret import Reading, Site, grad_modes, interpret, name_of, where
+from fusedhead.interpret import Reading, Site, grad_modes, interpret
 from fusedhead.lowering.plan import plan
 from fusedhead.options import Options
-from fusedhead.read import fake
+from fusedhead.read import fake, name_of, where
 from fusedhead.report import HeadRecord, Report
 from fusedhead.rewrite import fuse
 from fusedhead.safety import Mutations, functorch, leaves, subclass
@@ -124,6 +124,8 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
     devices = {v.device for v in map(fake, [*read, *labels]) if isinstance(v, torch.Tensor)}
     if len(devices) > 1:
         return f"its operands are on different devices ({', '.join(sorted(map(str, devices)))})"
+    if set(site.outputs) & set(site.overwritten):
+        return "the returned logits are changed in place after they were read"
     if site.outputs and owner:
         return "the logits leave the region that is checkpointed"
     if site.outputs and not modes[site.head.node]:
@@ -181,12 +183,12 @@ def describe(site: Site, reason: str, engine: str) -> HeadRecord:
         logits=("built" if not fused or site.outputs else "never built"),
         engine=engine,
         bytes_saved=hint(tokens) * vocab * site.head.dtype.itemsize if fused and not site.outputs else 0,
-    )
-
         bytes_logits=hint(tokens) * vocab * site.head.dtype.itemsize,
         dtype=str(site.head.dtype).removeprefix("torch."),
         device=site.head.weight.val.device.type,
         source=site.head.node.meta.get("stack_trace") or "",
+    )
+
 
 def describe_engine(site: Site, algorithms: str) -> str:
     weight = site.head.weight.val

@@ -7,22 +7,24 @@ sentence). This file reads; it never edits and never decides.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fusedhead.read import fake, inputs, trace
+from fusedhead.aliases import storage, written
+from fusedhead.read import fake, inputs, name_of, trace
 from fusedhead.rules import RULES
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.rules.table import Context
 from fusedhead.terminals import Terminal
-from fusedhead.values import Call, Escape, Followed, LogProbs, Logits, Plain, Projection, logits_of
+from fusedhead.values import FOLLOWED, Call, Escape, Followed, Plain, Projection, detached, logits_of
 
 # Names of the ops that can end a head; only projections that reach one of them are looked at.
 ANCHORS = frozenset(
@@ -41,31 +43,14 @@ class Site:
     terminals: list[tuple[Node, Terminal]] = field(default_factory=list)
     outputs: list[Node] = field(default_factory=list)  # followed nodes that the graph returns
     escapes: list[tuple[Node, str]] = field(default_factory=list)
-    followed: list[Node] = field(default_factory=list)  # nodes whose value is Logits or LogProbs, in order
+    followed: list[Node] = field(default_factory=list)  # nodes whose value is followed, in order
+    overwritten: list[Node] = field(default_factory=list)  # nodes whose value was changed in place later
 
 
 @dataclass(eq=False)
 class Reading:
     sites: list[Site]
     values: dict[Node, Any]
-
-
-def name_of(node: Node) -> str:
-    """The bare name of the op a node calls, whatever its spelling."""
-    if node.op == "call_method":
-        return str(node.target)
-    packet = getattr(node.target, "_overloadpacket", node.target)
-    return getattr(packet, "__name__", str(packet))
-
-
-def where(node: Node) -> str:
-    """"file.py:123" of the user's line that made a node, or its name where no line is known."""
-    trace_lines = node.meta.get("stack_trace", "").strip().splitlines()
-    for line in reversed(trace_lines):
-        if line.strip().startswith("File "):
-            path, _, rest = line.strip().removeprefix("File ").partition(", line ")
-            return f"{path.strip(chr(34)).rsplit('/', 1)[-1]}:{rest.split(',')[0]}"
-    return node.name
 
 
 def candidates(graph: Graph) -> set[Node]:
@@ -96,13 +81,12 @@ def grad_modes(graph: Graph) -> dict[Node, bool]:
     return modes
 
 
-def is_followed(value: Any) -> bool:
-    return isinstance(value, (Logits, LogProbs))
+def is_value(x: Any) -> bool:
+    return isinstance(x, (Plain, Terminal, *FOLLOWED))
 
 
 def all_followed(values: Any) -> list[Followed]:
-    return [v for v in tree_flatten(values, is_leaf=lambda x: isinstance(x, (Plain, Logits, LogProbs)))[0]
-            if is_followed(v)]  # fmt: skip
+    return [v for v in tree_leaves(values, is_leaf=is_value) if isinstance(v, FOLLOWED)]
 
 
 def evaluate(node: Node, known: dict[Node, Any]) -> Any:
@@ -112,7 +96,7 @@ def evaluate(node: Node, known: dict[Node, Any]) -> Any:
     env: dict[Node, Any] = {}
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     env.update(zip(placeholders, given))
-    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    calls = [n for n in program.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
     for op in program.graph.nodes:
         if op.op == "output":
             return map_arg(op.args[0], env.__getitem__)
@@ -121,18 +105,61 @@ def evaluate(node: Node, known: dict[Node, Any]) -> Any:
         if op.op != "call_function":
             continue
         args, kwargs = map_arg((op.args, op.kwargs), env.__getitem__)
+        if op.target is operator.getitem and isinstance(args[0], (list, tuple)):
+            env[op] = args[0][args[1]]
+            continue
         val = fake(node) if op is calls[-1] else op.meta.get("val")
         if op.target in RULES and (all_followed((args, kwargs)) or is_projection(op)):
             env[op] = RULES[op.target](Context(node, val), *args, **kwargs)
         elif all_followed((args, kwargs)):
-            packet = getattr(op.target, "_overloadpacket", op.target)
-            name = getattr(packet, "__name__", str(packet))
-            if getattr(getattr(op.target, "_schema", None), "is_mutable", False):
-                raise Escape(f"{name} changes the logits in place")
-            raise Escape(f"no rule reads {name} ({op.target})")
+            pure = out_of_place(op.target)
+            if pure not in RULES:
+                what = "changes the logits in place" if is_mutable(op.target) else "is not read by any rule"
+                raise Escape(f"{name_of(op)} {what} ({op.target})")
+            env[op] = RULES[pure](Context(node, val), *args, **kwargs)
         else:
             env[op] = Plain(Call(op.target, args, kwargs), val)
     raise AssertionError("a traced graph has an output")
+
+
+def is_mutable(target: Any) -> bool:
+    return bool(getattr(getattr(target, "_schema", None), "is_mutable", False))
+
+
+def out_of_place(target: Any) -> Any:
+    """The pure overload of an in-place one (``aten.div_.Tensor`` → ``aten.div.Tensor``), or None."""
+    if not is_mutable(target):
+        return None
+    name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    return getattr(packet, overload, None)
+
+
+def overwritten(node: Node, values: dict[Node, Any], sites: dict[Projection, Site]) -> None:
+    """After an in-place step on followed logits: the name that was written to means the new value from here on.
+
+    Pure as long as no other live name shares the memory; otherwise the site escapes.
+    """
+    target = next(iter(written(node)), None)
+    if target is None or target not in values or not isinstance(values[node], FOLLOWED):
+        return
+    memory = storage(fake(target))
+    later = set(following(node))
+    for other, value in values.items():
+        if other in (node, target) or storage(fake(other)) != memory or not all_followed(value):
+            continue
+        if any(user in later for user in other.users):
+            head = logits_of(values[node]).head
+            sites[head].escapes.append((node, f"{name_of(node)} changes logits that {other.name} is a view of"))
+    values[target] = values[node]
+    sites[logits_of(values[node]).head].overwritten.append(target)
+
+
+def following(node: Node) -> Iterable[Node]:
+    """The nodes after one, in order."""
+    while node.next.op != "root":
+        node = node.next
+        yield node
 
 
 def constant(tensor: Any, node: Node) -> Plain:
@@ -169,10 +196,11 @@ def interpret(graph: Graph) -> Reading:
                 sites[head].escapes.append((node, str(escape)))
             continue
         if not modes[node]:
-            value = tree_map(detached, value, is_leaf=lambda x: isinstance(x, (Logits, LogProbs, Plain)))
+            value = tree_map(detached, value, is_leaf=is_value)
         record(node, value, heads, sites)
         if not isinstance(value, (Terminal, Plain)):
             values[node] = value
+            overwritten(node, values, sites)
     return Reading(list(sites.values()), values)
 
 
@@ -190,14 +218,6 @@ def follow(node: Node, values: dict[Node, Any]) -> Any:
         raise Escape(f"{name_of(node)} cannot be traced alone ({type(error).__name__}: {error})") from error
 
 
-def detached(value: Any) -> Any:
-    if isinstance(value, Logits):
-        return replace(value, detached=True)
-    if isinstance(value, LogProbs):
-        return replace(value, of=replace(value.of, detached=True))
-    return value
-
-
 def record(node: Node, value: Any, heads: Iterable[Projection], sites: dict[Projection, Site]) -> None:
     """File what was learnt about a node under the heads it belongs to."""
     if isinstance(value, Terminal):
@@ -206,7 +226,10 @@ def record(node: Node, value: Any, heads: Iterable[Projection], sites: dict[Proj
             sites[head].escapes.append((node, f"{value.computes} mixes two heads"))
         return
     found = all_followed(value)
-    if not found:
+    ends = [v for v in tree_leaves(value, is_leaf=is_value) if isinstance(v, Terminal)]
+    for head in {end.logits.head for end in ends}:
+        sites[head].followed.append(node)  # a tuple of results: its getitems are the terminals
+    if not found and not ends:
         for head in heads:
             sites[head].escapes.append((node, f"{name_of(node)} of the logits is not followed"))
     for each in found:

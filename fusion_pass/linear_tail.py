@@ -28,10 +28,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import map_arg
 
 from fusedhead.emit import Emit
-from fusedhead.interpret import name_of
 from fusedhead.kernels.contract import STATS
-from fusedhead.read import callee, fake
-from fusedhead.safety import written
+from fusedhead.read import callee, fake, name_of
+from fusedhead.aliases import written
 
 aten = torch.ops.aten
 LINEAR_STATS = ("lse", "picked", "sum")

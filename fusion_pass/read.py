@@ -58,3 +58,21 @@ def trace(node: Node) -> GraphModule:
     mode = maybe_get_fake_mode(tensors[0]) if tensors else None
     with torch.autocast(device, enabled=False), torch.no_grad(), mode or nullcontext():
         return make_fx(standalone, pre_dispatch=True)(*map(fake, sources))
+
+
+def name_of(node: Node) -> str:
+    """The bare name of the op a node calls, whatever its spelling."""
+    if node.op == "call_method":
+        return str(node.target)
+    packet = getattr(node.target, "_overloadpacket", node.target)
+    return getattr(packet, "__name__", str(packet))
+
+
+def where(node: Node) -> str:
+    """"file.py:123" of the user's line that made a node, or its name where no line is known."""
+    trace_lines = node.meta.get("stack_trace", "").strip().splitlines()
+    for line in reversed(trace_lines):
+        if line.strip().startswith("File "):
+            path, _, rest = line.strip().removeprefix("File ").partition(", line ")
+            return f"{path.strip(chr(34)).rsplit('/', 1)[-1]}:{rest.split(',')[0]}"
+    return node.name

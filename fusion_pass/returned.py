@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from fusedhead.interpret import Site, name_of
-from fusedhead.read import fake
+from fusedhead.interpret import Site
+from fusedhead.read import fake, name_of
 from fusedhead.rewrite import PURE_VIEWS
 
 

@@ -17,15 +17,16 @@ from torch.fx import Graph, Node
 
 import fusedhead.lowering.ops  # noqa: F401  registers torch.ops.fusedhead
 from fusedhead.emit import Emit
-from fusedhead.interpret import Site, name_of
+from fusedhead.interpret import Site
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import STATS
-from fusedhead.read import fake
+from fusedhead.read import fake, name_of
 from fusedhead.safety import leaves
 from fusedhead.terminals import Statistics, Terminal
-from fusedhead.values import HIDDEN, Logits, RowStep, RowVector
+from fusedhead.values import HIDDEN, Logits, RowStep, RowVector, sweep
 
 aten = torch.ops.aten
+DECISIONS = frozenset({"max", "argmax"})
 
 
 @dataclass(eq=False)
@@ -47,22 +48,17 @@ class Group:
 def sweep_key(terminal: Terminal) -> tuple:
     """Terminals with equal keys see the same [N, V] logits in the same order of rows."""
     logits = terminal.logits
-    steps = list(logits.row_steps)
-    while steps and steps[-1].keeps_order:
-        steps.pop()
-    return (
-        tuple(map(id, steps)),
-        Transform(logits.steps).smooth,
-        tuple(id(c) for c in logits.cols),
-        tuple(id(r) for r in logits.rows),
-        logits.vocab,
-        logits.detached,
-    )
+    return *sweep(logits), Transform(logits.steps).smooth, logits.detached
 
 
 def weights_of(terminals: Sequence[tuple[Node, Terminal]]) -> set[int]:
     """The distinct weightings of the statistic `sum` among terminals that ask for it."""
     return {id(t.weights) if t.weights is not None else 0 for _, t in terminals if "sum" in t.want}
+
+
+def roundings_of(terminals: Sequence[tuple[Node, Terminal]]) -> set[tuple]:
+    """The distinct chains, with their rounding, that decisions (max, argmax) are taken on."""
+    return {t.logits.steps for _, t in terminals if DECISIONS & t.want}
 
 
 def groups(site: Site, position: dict[Node, int]) -> list[Group]:
@@ -78,7 +74,7 @@ def groups(site: Site, position: dict[Node, int]) -> list[Group]:
         for group in found.setdefault(sweep_key(terminal), []):
             start = min(position[n] for n, _ in group.terminals)
             joined = [*group.terminals, (node, terminal)]
-            if len(weights_of(joined)) <= 1 and all(
+            if len(weights_of(joined)) <= 1 and len(roundings_of(joined)) <= 1 and all(
                 position[leaf] < start for leaf in leaves((*terminal.label_sources, terminal.weights))
             ):
                 group.terminals.append((node, terminal))
@@ -141,9 +137,9 @@ def operands(emit: Emit, group: Group) -> list[Node]:
     w = detach(weight)
     keyed = {t.label_key: t for _, t in group.terminals if t.labels is not None}
     picks = [t.labels(emit) for t in keyed.values() if t.labels is not None]
-    empty = [0, 0]
+    tokens, vocab = emit.sizes(h)[0], emit.sizes(w)[0]
     if not picks:
-        y = emit(aten.new_empty.default, h, [emit.sizes(h)[0], 0], dtype=torch.int64)
+        y = emit(aten.new_empty.default, h, [tokens, 0], dtype=torch.int64)
     else:
         y = picks[0] if len(picks) == 1 else emit(aten.cat.default, picks, 1)
     float32 = {"dtype": torch.float32}
@@ -155,8 +151,8 @@ def operands(emit: Emit, group: Group) -> list[Node]:
         h,
         w,
         y,
-        emit(stack, cols) if cols else emit(aten.new_empty.default, h, empty, **float32),
-        emit(stack, rows) if rows else emit(aten.new_empty.default, h, empty, **float32),
+        emit(stack, cols) if cols else emit(aten.new_empty.default, h, [0, vocab], **float32),
+        emit(stack, rows) if rows else emit(aten.new_empty.default, h, [0, tokens], **float32),
         emit(aten.new_empty.default, h, [0], **float32)
         if weights is None
         else emit.cast(emit.ref(weights), torch.float32),
@@ -183,13 +179,14 @@ def rebuild(emit: Emit, group: Group, statistics: dict[str, Node], node: Node, t
         return emit.sizes(rows_last(emit, shaped, logits.class_dim))[:-1]
 
     with emit.before(node, node, grad=grad):
+        others = {name: statistics[name] for name in terminal.want if name not in ("picked", "sum")}
         picked = statistics["picked"] if terminal.labels is not None else None
         if picked is not None:
             begin, end = columns_of(group, terminal)
             if (begin, end) != (0, fake(picked).shape[1]):
                 picked = emit(aten.slice.Tensor, picked, 1, begin, end)
         total = statistics["sum"] if "sum" in terminal.want else None
-        result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes))
+        result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes, **others))
         node.replace_all_uses_with(emit.cast(result, terminal.val.dtype))
 
 
@@ -216,9 +213,8 @@ def fuse(graph: Graph, site: Site, memory: int, grad: dict[Node, bool], position
         anchor = min((node for node, _ in group.terminals), key=position.__getitem__)
         with emit.before(anchor, anchor, grad=grad[anchor]):
             tensors = operands(emit, group)
-            transform = Transform(group.first.logits.steps)
-            decides = {"max", "argmax"} & set(group.want)
-            text = (transform if decides else transform.smooth).text
+            chain = next(iter(roundings_of(group.terminals)), None)
+            text = Transform(group.first.logits.steps).smooth.text if chain is None else Transform(chain).text
             call = emit(torch.ops.fusedhead.head_stats.default, *tensors, text, ",".join(group.want), memory)
             statistics = {name: emit(operator.getitem, call, STATS.index(name)) for name in group.want}
         for node, terminal in group.terminals:

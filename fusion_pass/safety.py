@@ -6,7 +6,7 @@ the program did; nothing may change them in between. This file decides nothing a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,49 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from fusedhead.interpret import Site, name_of, where
-from fusedhead.read import fake
+from fusedhead.aliases import storage, written
+from fusedhead.interpret import Site
+from fusedhead.read import fake, name_of, where
 from fusedhead.values import Call, Plain
-
-INPLACE_OPERATORS = frozenset(
-    {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor",
-     "ilshift", "irshift", "setitem", "delitem"}
-)  # fmt: skip
-NOT_MUTATING = frozenset({"requires_grad_", "retain_grad"})
-
-
-def storage(value: Any) -> int | None:
-    """An identity shared by all views of one tensor."""
-    if not isinstance(value, Tensor):
-        return None
-    try:
-        return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
-def written(node: Node) -> Iterator[Node]:
-    """The arguments a node writes to (an over-approximation where the node does not say)."""
-    if not node.op.startswith("call_") or name_of(node) in NOT_MUTATING:
-        return
-    name, schema = name_of(node), getattr(node.target, "_schema", None)
-    everything = [n for n in node.all_input_nodes if isinstance(fake(n), Tensor)]
-    if schema is not None:
-        if schema.is_mutable:
-            yield from everything
-        return
-    inplace = name.endswith("_") and not name.endswith("__")
-    if name.startswith("_foreach") and inplace:
-        yield from everything
-    elif "triton_kernel_wrapper_mutation" in name or "auto_functionalized" in name:
-        yield from everything
-    elif inplace or name in INPLACE_OPERATORS or node.kwargs.get("inplace") is True:
-        yield from everything[:1]
-    elif name in ("relu", "dropout", "leaky_relu", "elu", "silu", "mish") and True in node.args:
-        yield from everything[:1]
-    out = node.kwargs.get("out")
-    yield from (n for n in tree_leaves(out) if isinstance(n, Node))
-
 
 def leaves(refs: Iterable[Any]) -> list[Node]:
     """The graph's own nodes that expressions are made of."""

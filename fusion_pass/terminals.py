@@ -24,6 +24,9 @@ class Statistics:
     picked: Node | None  # [N, K] float32
     sum: Node | None  # [N] float32
     row_sizes: Callable[[], list[Any]]  # emits the rows' shape before it was flattened to N: ints and nodes
+    entropy: Node | None = None  # [N] float32
+    max: Node | None = None  # [N] float32
+    argmax: Node | None = None  # [N] int64
 
 
 @dataclass(frozen=True, eq=False)

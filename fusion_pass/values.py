@@ -114,9 +114,57 @@ class LogProbs:
     factor: float = 1.0
 
 
-Followed = Logits | LogProbs
-Value = Plain | Logits | LogProbs
+@dataclass(frozen=True, eq=False)
+class Probs:
+    """factor · softmax(logits) over the class dimension."""
+
+    of: Logits
+    val: Tensor
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """factor · p · x element by element, x the log-probabilities or the logits: what an entropy sums up."""
+
+    of: Logits
+    val: Tensor
+    log: bool  # x is log p, else the logits
+    factor: float = 1.0
+
+
+Followed = Logits | LogProbs | Probs | Expected
+FOLLOWED = (Logits, LogProbs, Probs, Expected)
+Value = Plain | Logits | LogProbs | Probs | Expected
 
 
 def logits_of(value: Followed) -> Logits:
     return value if isinstance(value, Logits) else value.of
+
+
+def detached(value: Any) -> Any:
+    """A followed value through which no gradient flows; anything else as it is."""
+    if isinstance(value, Logits):
+        return replace(value, detached=True)
+    if isinstance(value, FOLLOWED):
+        return replace(value, of=replace(value.of, detached=True))
+    return value
+
+
+def same_logits(a: Logits, b: Logits) -> bool:
+    """Whether two values are the same tensor of logits, up to how their rows are shaped."""
+    return (
+        a.head is b.head
+        and a.val.shape == b.val.shape
+        and a.class_dim == b.class_dim
+        and sweep(a) == sweep(b)
+        and [s for s in a.steps if s.op != "round"] == [s for s in b.steps if s.op != "round"]
+    )
+
+
+def sweep(logits: Logits) -> tuple[Any, ...]:
+    """What decides which rows and columns a sweep sees, and in which order; the steps aside."""
+    steps = list(logits.row_steps)
+    while steps and steps[-1].keeps_order:
+        steps.pop()
+    return tuple(map(id, steps)), tuple(map(id, logits.cols)), tuple(map(id, logits.rows)), logits.vocab

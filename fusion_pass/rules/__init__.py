@@ -4,7 +4,7 @@ To add a rule: write it in the family's file with ``@rule(aten.op.overload)`` an
 in tests/rules/.
 """
 
-from fusedhead.rules import columns, losses, projections, rows
+from fusedhead.rules import columns, losses, projections, rows, statistics
 from fusedhead.rules.table import RULES
 
-__all__ = ["RULES", "columns", "losses", "projections", "rows"]
+__all__ = ["RULES", "columns", "losses", "projections", "rows", "statistics"]

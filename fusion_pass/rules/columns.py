@@ -15,18 +15,19 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.kernels.columns import Step
+from fusedhead.rules.statistics import expected
 from fusedhead.rules.table import Context, needs_logits, rule
-from fusedhead.values import Call, Escape, LogProbs, Logits, Plain, RowVector
+from fusedhead.values import FOLLOWED, Call, Escape, Expected, Followed, LogProbs, Logits, Plain, Probs, RowVector
 
 aten = torch.ops.aten
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @rule(aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default)
-def cast(context: Context, value: Any, *_: Any, **__: Any) -> Logits | LogProbs:
+def cast(context: Context, value: Any, *_: Any, **__: Any) -> Followed:
     if context.val.dtype not in COMPUTED:
         raise Escape(f"the logits are cast to {context.val.dtype}")
-    if isinstance(value, LogProbs) and context.val.device == value.val.device:
+    if isinstance(value, (LogProbs, Probs, Expected)) and context.val.device == value.val.device:
         return replace(value, val=context.val)
     logits = needs_logits(value, "a cast")
     if context.val.device != logits.val.device:
@@ -84,10 +85,13 @@ def negative(operand: Any) -> Any:
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar)
-def mul(context: Context, a: Any, b: Any) -> Logits | LogProbs:
-    if not isinstance(a, (Logits, LogProbs)):
+def mul(context: Context, a: Any, b: Any) -> Followed:
+    product = expected(context, a, b)
+    if product is not None:
+        return product
+    if not isinstance(a, FOLLOWED):
         a, b = b, a
-    if isinstance(a, LogProbs) and isinstance(b, (int, float)):
+    if isinstance(a, (LogProbs, Probs, Expected)) and isinstance(b, (int, float)):
         return replace(a, val=context.val, factor=a.factor * b)
     return combine(context, needs_logits(a, "mul"), b, "mul")
 
@@ -124,8 +128,8 @@ def rsub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
 
 
 @rule(aten.neg.default)
-def neg(context: Context, value: Any) -> Logits | LogProbs:
-    if isinstance(value, LogProbs):
+def neg(context: Context, value: Any) -> Followed:
+    if isinstance(value, (LogProbs, Probs, Expected)):
         return replace(value, val=context.val, factor=-value.factor)
     return needs_logits(value, "neg").step(context.val, Step("mul", -1.0))
 

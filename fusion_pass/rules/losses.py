@@ -13,7 +13,7 @@ ordinary code on [N] vectors, so ignore_index, NaN and reductions mean what they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.emit import Emit
 from fusedhead.rules.table import (
-    Context, Terminal, dimension, needs_logits, over_classes, plain_tensor, rule, vocab_size,
+    Context, Terminal, needs_logits, over_classes, plain_tensor, rule, vocab_size,
 )  # fmt: skip
 from fusedhead.terminals import Statistics
 from fusedhead.values import Escape, LogProbs, Logits, Plain
@@ -237,35 +237,3 @@ def logsumexp(context: Context, value: Any, dim: Sequence[int] | int, keepdim: b
         return per_row(emit, stats.lse, stats, logits.class_dim, keepdim)
 
     return Terminal(logits, context.val, "logsumexp", frozenset(), result)
-
-
-def summed(mean: bool) -> Callable[..., Terminal]:
-    """Σ_v (or its mean) of logits or log-probabilities."""
-
-    def rule_of_sum(
-        context: Context, value: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-    ) -> Terminal:
-        name = "mean" if mean else "sum"
-        logits = value.of if isinstance(value, LogProbs) else needs_logits(value, name)
-        dims = [dim] if isinstance(dim, int) else list(dim or [])
-        if len(dims) != 1 or dimension(dims[0], logits) != logits.class_dim:
-            raise Escape(f"{name} of the logits over other dimensions than the vocabulary")
-        size = vocab_size(logits)
-
-        def result(emit: Emit, stats: Statistics) -> Node:
-            assert stats.sum is not None
-            out = stats.sum
-            if isinstance(value, LogProbs):
-                out = emit(aten.sub.Tensor, out, emit(aten.mul.Tensor, stats.lse, float(size)))
-                out = emit(aten.mul.Tensor, out, value.factor)
-            out = emit(aten.mul.Tensor, out, 1.0 / size) if mean else out
-            return per_row(emit, out, stats, logits.class_dim, keepdim)
-
-        what = "log_softmax + " if isinstance(value, LogProbs) else ""
-        return Terminal(logits, context.val, f"{what}{name} over classes", frozenset({"sum"}), result)
-
-    return rule_of_sum
-
-
-rule(aten.sum.dim_IntList)(summed(mean=False))
-rule(aten.mean.dim)(summed(mean=True))

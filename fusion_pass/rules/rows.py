@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.rules.table import Context, dimension, rule
-from fusedhead.values import HIDDEN, Call, Escape, Followed, LogProbs, Logits, Plain, RowStep
+from fusedhead.values import FOLLOWED, HIDDEN, Call, Escape, Followed, Logits, Plain, RowStep, detached, logits_of
 
 aten = torch.ops.aten
 
@@ -25,7 +25,7 @@ def moved(
     value: Followed, val: Tensor, class_dim: int, op: Any, *args: Any, keeps_order: bool = False
 ) -> Followed:
     """``value`` after a row step, whatever it is of the logits."""
-    if isinstance(value, LogProbs):
+    if not isinstance(value, Logits):
         of = moved(value.of, val, class_dim, op, *args, keeps_order=keeps_order)
         assert isinstance(of, Logits)
         return replace(value, of=of, val=val)
@@ -34,10 +34,8 @@ def moved(
 
 
 def class_dim_of(value: Any) -> int:
-    if isinstance(value, Logits):
-        return value.class_dim
-    if isinstance(value, LogProbs):
-        return value.of.class_dim
+    if isinstance(value, FOLLOWED):
+        return logits_of(value).class_dim
     raise Escape("the logits are used as an index or a size")
 
 
@@ -86,10 +84,8 @@ def same(context: Context, value: Followed, **_: Any) -> Followed:
 
 @rule(aten.detach.default)
 def detach(context: Context, value: Followed) -> Followed:
-    if isinstance(value, LogProbs):
-        return replace(value, val=context.val, of=replace(value.of, detached=True))
     class_dim_of(value)
-    return replace(value, val=context.val, detached=True)
+    return detached(replace(value, val=context.val))
 
 
 @rule(aten.transpose.int)
@@ -173,8 +169,8 @@ def slice_(
         return rows_slice(context, value, dim, start, end, step)
     if statically_known_true(sym_eq(context.val.shape[class_dim_of(value)], value.val.shape[class_dim_of(value)])):
         return replace(value, val=context.val)
-    if isinstance(value, LogProbs):
-        raise Escape("a slice of the log-probabilities along the vocabulary")
+    if not isinstance(value, Logits):
+        raise Escape("a slice of the probabilities along the vocabulary")
     first, last = value.vocab or (0, int(value.val.shape[value.class_dim]))
     kept = context.val.shape[value.class_dim]
     if step != 1 or not isinstance(kept, int) or not isinstance(start, (int, type(None))):

@@ -1,0 +1,55 @@
+"""Which nodes of a Dynamo graph write to memory, and which names share it.
+
+The graph is not functional: ``z /= 2``, ``z[..., 3] = 0`` and ``mul_`` are nodes whose effect other names see. This
+file knows nothing of heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from fusedhead.read import fake, name_of
+
+INPLACE_OPERATORS = frozenset(
+    {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor",
+     "ilshift", "irshift", "setitem", "delitem"}
+)  # fmt: skip
+NOT_MUTATING = frozenset({"requires_grad_", "retain_grad"})
+
+
+def storage(value: Any) -> int | None:
+    """An identity shared by all views of one tensor."""
+    if not isinstance(value, Tensor):
+        return None
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def written(node: Node) -> Iterator[Node]:
+    """The arguments a node writes to (an over-approximation where the node does not say)."""
+    if not node.op.startswith("call_") or name_of(node) in NOT_MUTATING:
+        return
+    name, schema = name_of(node), getattr(node.target, "_schema", None)
+    everything = [n for n in node.all_input_nodes if isinstance(fake(n), Tensor)]
+    if schema is not None:
+        if schema.is_mutable:
+            yield from everything
+        return
+    inplace = name.endswith("_") and not name.endswith("__")
+    if name.startswith("_foreach") and inplace:
+        yield from everything
+    elif "triton_kernel_wrapper_mutation" in name or "auto_functionalized" in name:
+        yield from everything
+    elif inplace or name in INPLACE_OPERATORS or node.kwargs.get("inplace") is True:
+        yield from everything[:1]
+    elif name in ("relu", "dropout", "leaky_relu", "elu", "silu", "mish") and True in node.args:
+        yield from everything[:1]
+    out = node.kwargs.get("out")
+    yield from (n for n in tree_leaves(out) if isinstance(n, Node))

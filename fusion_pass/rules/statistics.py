@@ -1,0 +1,133 @@
+"""Side results of a head: sums over the classes, entropy in its several spellings, the decisions argmax and max.
+
+With p = softmax(z):  Σ p log p = -H,  Σ p z = lse - H. Decisions are taken on the logits as the program rounds
+them, the first index on ties, as eager code would: elsewhere a lower rounding is only an error, here it decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fusedhead.emit import Emit
+from fusedhead.rules.losses import per_row
+from fusedhead.rules.table import Context, Terminal, needs_logits, over_classes, rule, vocab_size
+from fusedhead.terminals import Statistics
+from fusedhead.values import Escape, Expected, LogProbs, Logits, Probs, same_logits
+
+aten = torch.ops.aten
+
+
+@rule(aten.softmax.int, aten._softmax.default, aten.special_softmax.default)
+def softmax(context: Context, value: Any, dim: int, dtype: Any = None, **_: Any) -> Probs:
+    logits = needs_logits(value, "softmax")
+    over_classes(dim, logits, "softmax")
+    return Probs(logits, context.val)
+
+
+@rule(aten.exp.default)
+def exp(context: Context, value: Any) -> Probs:
+    if isinstance(value, LogProbs) and value.factor == 1.0:
+        return Probs(value.of, context.val)
+    raise Escape("exp is applied to something else than log-probabilities")
+
+
+def expected(context: Context, a: Any, b: Any) -> Expected | None:
+    """p · log p or p · z, if that is what a product is."""
+    p, x = (a, b) if isinstance(a, Probs) else (b, a)
+    if not isinstance(p, Probs) or not isinstance(x, (Logits, LogProbs)):
+        return None
+    of = x.of if isinstance(x, LogProbs) else x
+    if not same_logits(p.of, of) or p.of.detached != of.detached:
+        raise Escape("probabilities and log-probabilities of different logits are multiplied")
+    factor = p.factor * (x.factor if isinstance(x, LogProbs) else 1.0)
+    return Expected(of, context.val, isinstance(x, LogProbs), factor)
+
+
+def sum_of_expected(context: Context, value: Expected, keepdim: bool) -> Terminal:
+    """The entropy, or what is made of it, from a sum of `Expected` over the classes."""
+    logits = value.of
+
+    def result(emit: Emit, stats: Statistics) -> Node:
+        assert stats.entropy is not None
+        if value.log:
+            out = emit(aten.mul.Tensor, stats.entropy, -value.factor)
+        else:
+            out = emit(aten.mul.Tensor, emit(aten.sub.Tensor, stats.lse, stats.entropy), value.factor)
+        return per_row(emit, out, stats, logits.class_dim, keepdim)
+
+    return Terminal(logits, context.val, "entropy", frozenset({"entropy"}), result)
+
+
+def argmax_of(context: Context, logits: Logits, keepdim: bool, val: Any) -> Terminal:
+    def result(emit: Emit, stats: Statistics) -> Node:
+        assert stats.argmax is not None
+        return per_row(emit, stats.argmax, stats, logits.class_dim, keepdim)
+
+    return Terminal(logits, val, "argmax", frozenset({"argmax"}), result)
+
+
+@rule(aten.argmax.default)
+def argmax(context: Context, value: Any, dim: int | None = None, keepdim: bool = False) -> Terminal:
+    if isinstance(value, (LogProbs, Probs)):
+        # rounded to a low precision, different logits may have equal (log-)probabilities
+        raise Escape("argmax is taken of probabilities, whose rounding may tie what the logits tell apart")
+    logits = needs_logits(value, "argmax")
+    if dim is None:
+        raise Escape("argmax over all tokens at once")
+    over_classes(dim, logits, "argmax")
+    return argmax_of(context, logits, keepdim, context.val)
+
+
+@rule(aten.max.dim)
+def max_dim(context: Context, value: Any, dim: int, keepdim: bool = False) -> list[Terminal]:
+    logits = needs_logits(value, "max")
+    over_classes(dim, logits, "max")
+    if not logits.detached and context.val[0].requires_grad:
+        raise Escape("a gradient flows through the maximum of the logits")
+
+    def result(emit: Emit, stats: Statistics) -> Node:
+        assert stats.max is not None
+        return per_row(emit, stats.max, stats, logits.class_dim, keepdim)
+
+    largest = Terminal(logits, context.val[0], "max", frozenset({"max"}), result)
+    return [largest, argmax_of(context, logits, keepdim, context.val[1])]
+
+
+def summed(mean: bool) -> Callable[..., Terminal]:
+    """Σ_v (or its mean) of logits, of log-probabilities (Σ z - V lse), or of what makes an entropy."""
+
+    def rule_of_sum(
+        context: Context, value: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+    ) -> Terminal:
+        name = "mean" if mean else "sum"
+        dims = [dim] if isinstance(dim, int) else list(dim or [])
+        logits = value if isinstance(value, Logits) else getattr(value, "of", None)
+        if logits is None or len(dims) != 1 or dims[0] % value.val.ndim != logits.class_dim:
+            raise Escape(f"{name} of the logits over other dimensions than the vocabulary")
+        if isinstance(value, Expected) and not mean:
+            return sum_of_expected(context, value, keepdim)
+        if not isinstance(value, (Logits, LogProbs)):
+            raise Escape(f"{name} of the probabilities")
+        size = vocab_size(logits)
+
+        def result(emit: Emit, stats: Statistics) -> Node:
+            assert stats.sum is not None
+            out = stats.sum
+            if isinstance(value, LogProbs):
+                out = emit(aten.sub.Tensor, out, emit(aten.mul.Tensor, stats.lse, float(size)))
+                out = emit(aten.mul.Tensor, out, value.factor)
+            out = emit(aten.mul.Tensor, out, 1.0 / size) if mean else out
+            return per_row(emit, out, stats, logits.class_dim, keepdim)
+
+        what = "log_softmax + " if isinstance(value, LogProbs) else ""
+        return Terminal(logits, context.val, f"{what}{name} over classes", frozenset({"sum"}), result)
+
+    return rule_of_sum
+
+
+rule(aten.sum.dim_IntList)(summed(mean=False))
+rule(aten.mean.dim)(summed(mean=True))
