@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.data import IGNORED, Batch
 from benchmarks.tasks import Task, labels_of
 
+FLOAT32 = torch.finfo(torch.float32).eps
 WINDOW_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}  # of one float64 window of logits
 
 
@@ -78,9 +79,12 @@ def errors_of(task: Task, results: tuple[Tensor, ...], truth: Truth) -> dict[str
 
 
 def against(errors: dict[str, float], eager: dict[str, float]) -> dict[str, float]:
-    """Each error over eager's own error of the same name (inf where eager's is 0 and ours is not)."""
+    """Each error over eager's own error of the same name.
+
+    Errors below FLOAT32 count as that: a float32 result is not nearer to the truth than by luck.
+    """
     return {
-        name: (error / eager[name] if eager[name] else (0.0 if error == 0 else float("inf")))
+        name: max(error, FLOAT32) / max(eager[name], FLOAT32)
         for name, error in errors.items()
         if name in eager
     }

@@ -9,17 +9,14 @@ lets one process a case fill the compilers' caches on disk, side by side; nothin
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import contenders, data, errors, machine, measure, report, shapes, tasks
+from benchmarks import contenders, data, errors, machine, measure, precompile, report, shapes, tasks
 from benchmarks.report import FLOOR, Row
 from benchmarks.shapes import Case
 
@@ -50,8 +47,11 @@ class Run:
 
     def contenders_for(self, task: tasks.Task) -> list[contenders.Contender]:
         if self.given.contenders:
-            return [contenders.CONTENDERS[name] for name in self.given.contenders]
-        return [c for c in contenders.CONTENDERS.values() if task.name in c.tasks]
+            chosen = [contenders.CONTENDERS[name] for name in self.given.contenders]
+        else:
+            chosen = [c for c in contenders.CONTENDERS.values() if task.name in c.tasks]
+        without = (*self.given.without, "eager") if self.given.once else self.given.without
+        return [c for c in chosen if c.name not in without]
 
     def late(self) -> bool:
         return time.monotonic() > self.began + TURN_SHARE * self.given.limit
@@ -109,12 +109,13 @@ def group(
             row.note = getattr(programs[key], "remark", str)()
         except Exception as error:  # a contender's failure is a result
             row.note = reason(error)
+            alive(run, rows, name)
         bar.update()
         tqdm.write(f"  {time.monotonic() - begin:6.1f} s  {name} prepared {row.note}", file=sys.stderr)
     measure.release(run.device)
     if run.given.once:
         return rows
-    if FLOOR not in (run.given.without or ()):
+    if steps and FLOOR not in run.given.without:
         steps = {FLOOR: tasks.floor_step(task, batch), **steps}
         rows.insert(0, Row(case.text, kind, task.name, FLOOR, note=f"{task.gemms} products of 2NDV"))
     times = measure.interleaved(
@@ -129,6 +130,17 @@ def group(
     return rows
 
 
+def alive(run: Run, rows: list[Row], name: str) -> None:
+    """Stop the run, with what it has, if a contender's failure took the device with it."""
+    try:
+        measure.wait(run.device)
+    except RuntimeError as error:
+        report.save(Path(run.given.out), run.runs, run.rows + rows)
+        raise SystemExit(
+            f"{name} broke the device ({reason(error)}): go on with --append --without"
+        ) from error
+
+
 def fill(rows: list[Row], times: dict[str, list[float]]) -> None:
     """Put the times, and what is relative to the floor and to eager, into the rows."""
     floor = measure.median_ms(times.get(FLOOR, []))
@@ -137,30 +149,10 @@ def fill(rows: list[Row], times: dict[str, list[float]]) -> None:
         mine = times.get(row.contender, [])
         row.ms, row.rounds = measure.median_ms(mine), len(mine)
         if row.ms:
+            row.best_ms = min(mine) * 1e3
             row.spread = (max(mine) - min(mine)) * 1e3 / row.ms
             row.ratio = floor / row.ms if floor else None
         row.over_eager = errors.against(row.error, eager)
-
-
-def precompile(run: Run, cases: list[Case]) -> None:
-    """One process a case calls every contender once, so that all cores compile. Failures do not matter."""
-    folder = Path(tempfile.mkdtemp())
-    share = max(1, (os.cpu_count() or 1) // len(cases))
-    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(share), "OMP_NUM_THREADS": "1"}
-    children = []
-    for number, case in enumerate(cases):
-        words = [w for w in run.given.words if w != "--precompile"]
-        words += ["--once", "--shapes", case.text, "--out", str(folder / str(number)), "--data", "random"]
-        with open(folder / f"{number}.log", "w") as log:
-            command = [sys.executable, "-m", "benchmarks.head", *words]
-            children.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-    for child in children:
-        try:
-            child.wait(max(1.0, run.began + run.given.limit / 3 - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-    print(f"precompiled in {time.monotonic() - run.began:.0f} s", file=sys.stderr)
 
 
 def arguments(words: list[str]) -> argparse.Namespace:
@@ -171,7 +163,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
         "--shapes", help=f"NxDxV[:dtype],... or {', '.join(shapes.FAMILIES)} (default: the device's)"
     )
     parser.add_argument("--contenders", type=lambda s: s.split(","), help=f"of {known} (default: by task)")
-    parser.add_argument("--without", type=lambda s: s.split(","), help=f"leave out contenders, or {FLOOR!r}")
+    parser.add_argument(
+        "--without", type=lambda s: s.split(","), default=[], help=f"leave out contenders, or {FLOOR!r}"
+    )
     parser.add_argument(
         "--tasks", type=lambda s: s.split(","), default=list(tasks.TASKS), help="default: all four"
     )
@@ -182,6 +176,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", default="benchmarks/results/latest", help="folder of head.json, head.md, head.png"
     )
+    parser.add_argument("--append", action="store_true", help="keep the rows that --out has already")
     parser.add_argument("--no-errors", action="store_true", help="skip the comparison with float64")
     parser.add_argument("--precompile", action="store_true", help="compile all cases side by side first")
     parser.add_argument(
@@ -198,9 +193,13 @@ def arguments(words: list[str]) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> list[Row]:
     given = arguments(sys.argv[1:] if words is None else words)
     run = Run(given)
+    before = Path(given.out) / "head.json"
+    if given.append and before.exists():
+        runs, run.rows = report.load(before)
+        run.runs = runs + run.runs
     cases = shapes.parse(given.shapes or run.device.type)
     if given.precompile and len(cases) > 1:
-        precompile(run, cases)
+        precompile.side_by_side(given.words, cases, given.limit / 3)
     chosen = [tasks.TASKS[name] for name in given.tasks]
     count = len(cases) * len(given.data) * sum(len(run.contenders_for(task)) for task in chosen)
     with tqdm(total=count, unit="row", disable=None) as bar:
@@ -211,10 +210,10 @@ def main(words: list[str] | None = None) -> list[Row]:
                 batch = data.SETS[kind](case, run.device)
                 truths: dict[bool, errors.Truth | None] = {False: None, True: None}
                 for task in chosen:
-                    if truths[task.per_token] is None and not (given.once or given.no_errors):
+                    if truths[task.per_token] is None and not (given.once or given.no_errors or run.late()):
                         truths[task.per_token] = errors.truth_of(task, batch)
                     rows = group(run, case, kind, task, batch, truths[task.per_token], programs, bar)
-                    run.rows += rows
+                    run.rows = report.merged(run.rows + rows)
                     if not given.once:
                         tqdm.write(
                             f"\n{case.text}  {task.name} ({task.about})  {kind} data\n{report.table(rows)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class Row:
     task: str
     contender: str
     ms: float | None = None  # median of the rounds
+    best_ms: float | None = None  # fastest round: on a shared machine the steadier number
     rounds: int = 0
     spread: float | None = None  # (slowest - fastest round) / median
     ratio: float | None = None  # floor's ms / ms: 1 is the speed of the bare GEMMs
@@ -113,10 +115,8 @@ def markdown(results: dict[str, Any], rows: list[Row]) -> str:
 def save(folder: Path, runs: list[dict[str, Any]], rows: list[Row]) -> None:
     """Write head.json, head.md and, where matplotlib is, head.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    results = {"runs": runs, "rows": [dataclasses.asdict(row) for row in rows]}
-    # NaN is not JSON: a failed error is written as a string
-    text = json.dumps(results, indent=1, default=str).replace("NaN", '"nan"').replace("Infinity", '"inf"')
-    (folder / "head.json").write_text(text)
+    results = {"runs": runs, "rows": [written(row) for row in rows]}
+    (folder / "head.json").write_text(json.dumps(results, indent=1, allow_nan=False))
     (folder / "head.md").write_text(markdown(results, rows))
     try:
         import matplotlib  # noqa: F401
@@ -125,6 +125,14 @@ def save(folder: Path, runs: list[dict[str, Any]], rows: list[Row]) -> None:
     from benchmarks import plot
 
     plot.draw(rows, folder / "head.png", runs[-1]["device"] if runs else "")
+
+
+def written(row: Row) -> dict[str, Any]:
+    """A row as JSON can say it: an error that is not finite becomes a word."""
+    fields = dataclasses.asdict(row)
+    for name in ("error", "over_eager"):
+        fields[name] = {k: v if math.isfinite(v) else str(v) for k, v in fields[name].items()}
+    return fields
 
 
 def load(path: Path) -> tuple[list[dict[str, Any]], list[Row]]:
