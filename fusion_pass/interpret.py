@@ -181,7 +181,7 @@ def interpret(graph: Graph) -> Reading:
     sites: dict[Projection, Site] = {}
     for node in graph.nodes:
         sources = [values[s] for s in node.all_input_nodes if s in values]
-        heads = {logits_of(v).head for v in all_followed(sources)}
+        heads = heads_of(sources)
         if node.op == "output":
             for source in node.all_input_nodes:
                 for value in all_followed(values.get(source)):
@@ -216,6 +216,12 @@ def follow(node: Node, values: dict[Node, Any]) -> Any:
         raise
     except Exception as error:  # a node that cannot be traced alone is a use we cannot read
         raise Escape(f"{name_of(node)} cannot be traced alone ({type(error).__name__}: {error})") from error
+
+
+def heads_of(values: Any) -> set[Projection]:
+    """The heads that values, or results that hang on them, belong to."""
+    found = [v.logits if isinstance(v, Terminal) else v for v in tree_leaves(values, is_leaf=is_value)]
+    return {logits_of(v).head for v in found if isinstance(v, FOLLOWED)}
 
 
 def record(node: Node, value: Any, heads: Iterable[Projection], sites: dict[Projection, Site]) -> None:

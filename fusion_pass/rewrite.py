@@ -223,4 +223,6 @@ def fuse(graph: Graph, site: Site, memory: int, grad: dict[Node, bool], position
     made = set(emit.made)
     erase(old, lambda node: node in old or node in made or name_of(node) in PURE_VIEWS)
     erase(reversed(emit.made), made.__contains__)
+    kept = [node.name for node in old if not node._erased]
+    assert not kept, f"{', '.join(kept)} would still be computed"  # the caller then keeps the original graph
     return [call for call in calls if not call._erased]  # a result that nobody uses takes its sweep with it
