@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import wait
+from benchmarks.measure import release, wait
 
 SIZES = {
     "0.6B": {
@@ -147,15 +147,18 @@ def capacity(trainer: Trainer) -> dict[str, Any]:
         raise SystemExit("--capacity needs a CUDA device: a CPU swaps before it runs out of memory")
     peaks: dict[int, int | None] = {}
 
+    def step(batch: int) -> None:
+        ids = trainer.ids(batch, 0)
+        torch._dynamo.maybe_mark_dynamic(ids, 0)
+        trainer.step(ids)
+
     def peak(batch: int) -> int | None:
         if batch not in peaks:
-            torch.cuda.empty_cache()
+            release(device)
             torch.cuda.reset_peak_memory_stats(device)
             peaks[batch] = None
             try:
-                ids = trainer.ids(batch, 0)
-                torch._dynamo.maybe_mark_dynamic(ids, 0)
-                trainer.step(ids)
+                step(batch)
                 peaks[batch] = torch.cuda.max_memory_allocated(device)
             except torch.OutOfMemoryError:
                 pass
@@ -164,17 +167,17 @@ def capacity(trainer: Trainer) -> dict[str, Any]:
         return peaks[batch]
 
     small = max(2, trainer.given.batch // 2)
-    trainer.step(trainer.ids(small, 0))  # the optimizer's state exists from here on
+    step(small)  # the optimizer's state exists from here on
     one, two = peak(small), peak(2 * small)
     if one is None or two is None:
         raise SystemExit(f"not even {2 * small} sequences fit")
     room = torch.cuda.mem_get_info(device)[1] - two
     batch = 2 * small + int(0.97 * room * small / (two - one))
-    step = max(1, batch // 32)
+    stride = max(1, batch // 32)
     while peak(batch) is None:
-        batch -= step
-    while peak(batch + step) is not None:
-        batch += step
+        batch -= stride
+    while peak(batch + stride) is not None:
+        batch += stride
     return {"largest_batch": batch, "largest_tokens": batch * trainer.given.length, "peaks": peaks}
 
 
