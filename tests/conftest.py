@@ -19,6 +19,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
+# Read when triton is imported, so set before: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compile from nothing, so that no result of an older version of the pass is what passes or fails a test.

@@ -1,0 +1,184 @@
+"""The gradient of the raw logits of one window, rebuilt from the saved lse: one persistent sweep.
+
+    dz_T = g_lse p + Σ_k g_picked_k [v = y_k] + g_sum u_v - g_entropy p (log p + H),   p = exp(z - lse)
+    dz   = dz_T pulled back through the transform
+
+in: h [M, D], w [V', D] (the window's slices), per-row upstream gradients, lse, entropy H. out: dz [M, V'] in
+the dtype of h, and per tile the sums that belong to the column and row vectors of the transform. Never
+reaches memory: z, p, anything of the window in float32. FLOP 2MDV', bytes 2MV' written. Must not know how dh
+and dw are accumulated.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedhead.kernels.triton_product import column_part, product
+from fusedhead.kernels.triton_schedule import locate, step_counts
+from fusedhead.kernels.triton_transform import pulled_back, transform
+
+
+@triton.jit
+def _add_label(dz, g_picked, y, sy0, sy1, K, k, row, N, start, WIDTH: tl.constexpr):
+    there = row < N
+    at = tl.load(y + row.to(tl.int64) * sy0 + k * sy1, mask=there, other=-1) - start
+    inside = (at >= 0) & (at < WIDTH)
+    if tl.max(inside.to(tl.int32), 0) > 0:
+        g = tl.load(g_picked + row.to(tl.int64) * K + k, mask=there, other=0.0)
+        column = tl.arange(0, WIDTH).to(tl.int64)
+        dz = tl.where(column[None, :] == at[:, None], dz + g[:, None], dz)
+    return dz
+
+
+@triton.jit
+def _epilogue(
+    acc,
+    dz_out,
+    y,
+    u,
+    vectors,
+    g_lse,
+    g_picked,
+    g_sum,
+    g_entropy,
+    lse,
+    entropy,
+    part_cols,
+    part_rows,
+    block,
+    part,  # index of this column part among all of them
+    first_col,  # vocabulary column of the window's first
+    sy0,
+    sy1,
+    K,
+    rows_size,
+    STEPS: tl.constexpr,
+    LABELS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_U: tl.constexpr,
+    NEED_COLS: tl.constexpr,
+    NEED_ROWS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    V = vectors[2]
+    N = vectors[5]
+    start = part * WIDTH
+    row = block * BM + tl.arange(0, BM)
+    col = start + tl.arange(0, WIDTH)
+    there = row < N
+    z = transform(acc, vectors, col[None, :], row[:, None], STEPS, len(STEPS), PRECISE)
+    dz = tl.zeros((BM, WIDTH), tl.float32)
+    if HAS_LSE or HAS_ENTROPY:
+        logp = z - tl.load(lse + row, mask=there, other=0.0)[:, None]
+        p = tl.exp2(logp * 1.4426950408889634)
+        if HAS_LSE:
+            dz = p * tl.load(g_lse + row, mask=there, other=0.0)[:, None]
+        if HAS_ENTROPY:
+            H = tl.load(entropy + row, mask=there, other=0.0)
+            dz -= tl.load(g_entropy + row, mask=there, other=0.0)[:, None] * (p * (logp + H[:, None]))
+    if HAS_SUM:
+        g = tl.load(g_sum + row, mask=there, other=0.0)
+        if HAS_U:
+            dz += g[:, None] * tl.load(u + col, mask=col < V, other=0.0)[None, :]
+        else:
+            dz += g[:, None]
+    if LABELS == 1:
+        dz = _add_label(dz, g_picked, y, sy0, sy1, K, 0, row, N, first_col + start, WIDTH)
+    elif LABELS == 2:
+        for k in range(K):
+            dz = _add_label(dz, g_picked, y, sy0, sy1, K, k, row, N, first_col + start, WIDTH)
+    if NEED_COLS or NEED_ROWS:
+        inside = (row < N)[:, None] & (col < V)[None, :]
+        for j in tl.static_range(len(STEPS)):
+            add: tl.constexpr = STEPS[j][0] == "addcol" or STEPS[j][0] == "addrow"
+            if NEED_COLS and (STEPS[j][0] == "addcol" or STEPS[j][0] == "mulcol"):
+                g = pulled_back(dz, acc, vectors, col[None, :], row[:, None], STEPS, j + 1, PRECISE)
+                if not add:
+                    g *= transform(acc, vectors, col[None, :], row[:, None], STEPS, j, PRECISE)
+                g = tl.sum(tl.where(inside, g, 0.0), 0)
+                tl.store(part_cols + (j * tl.cdiv(N, BM) + block).to(tl.int64) * V + col, g, mask=col < V)
+            if NEED_ROWS and (STEPS[j][0] == "addrow" or STEPS[j][0] == "mulrow"):
+                g = pulled_back(dz, acc, vectors, col[None, :], row[:, None], STEPS, j + 1, PRECISE)
+                if not add:
+                    g *= transform(acc, vectors, col[None, :], row[:, None], STEPS, j, PRECISE)
+                g = tl.sum(tl.where(inside, g, 0.0), 1)
+                tl.store(part_rows + (j * rows_size + part).to(tl.int64) * N + row, g, mask=there)
+    dz = pulled_back(dz, acc, vectors, col[None, :], row[:, None], STEPS, 0, PRECISE)
+    dz_out.store([block * BM, start], dz.to(DTYPE))
+
+
+@triton.jit(
+    do_not_specialize=(
+        "N", "V", "D", "K", "GROUP", "first_col", "rows_size", "sy0", "sy1", "stride_cols", "stride_rows"
+    )
+)  # fmt: skip
+def dlogits_kernel(
+    h,
+    w,
+    dz,  # [M, V'] descriptor
+    y,  # [M, K] int64, columns of the whole vocabulary
+    u,  # [V'] float32 when HAS_U
+    cols,  # [C, V'] float32
+    rows,  # [R, M] float32
+    g_lse,  # [M] float32 when HAS_LSE
+    g_picked,  # [M, K] float32 when LABELS, contiguous
+    g_sum,  # [M] float32 when HAS_SUM
+    g_entropy,  # [M] float32 when HAS_ENTROPY
+    lse,  # [M] float32
+    entropy,  # [M] float32 when HAS_ENTROPY
+    part_cols,  # [steps, token blocks, V'] float32 when NEED_COLS
+    part_rows,  # [steps, rows_size, M] float32 when NEED_ROWS
+    N,
+    V,
+    D,
+    K,
+    GROUP,
+    first_col,
+    rows_size,  # column parts of the window
+    sh0,
+    sh1,
+    sw0,
+    sw1,
+    sy0,
+    sy1,
+    stride_cols,
+    stride_rows,
+    STEPS: tl.constexpr,
+    LABELS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_U: tl.constexpr,
+    NEED_COLS: tl.constexpr,
+    NEED_ROWS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TMA: tl.constexpr,
+    W_BY_ROWS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    PARTS: tl.constexpr,  # 1, 2 or 4 column parts, stored one after the other
+):
+    pid = tl.program_id(0)
+    P = tl.num_programs(0)
+    vectors = (cols, stride_cols, V, rows, stride_rows, N)
+    main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
+    for step in tl.range(0, steps, flatten=FLATTEN):
+        block, tile, _, _ = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
+        acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION)
+        for j in tl.static_range(PARTS):
+            x = column_part(acc, j, PARTS, BM, BN)
+            _epilogue(
+                x, dz, y, u, vectors, g_lse, g_picked, g_sum, g_entropy, lse, entropy, part_cols, part_rows,
+                block, PARTS * tile + j, first_col, sy0, sy1, K, rows_size, STEPS, LABELS, HAS_LSE, HAS_SUM,
+                HAS_ENTROPY, HAS_U, NEED_COLS, NEED_ROWS, PRECISE, DTYPE, BM, BN // PARTS,
+            )  # fmt: skip

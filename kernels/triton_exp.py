@@ -1,0 +1,164 @@
+"""The first GEMM of the single pass: one persistent sweep that stores the exponentials of a window of tokens.
+
+    E[i, v] = 2^(z·L - ref2_i) · c(z)        z = T(h @ w.T), c the part of dT/dz varying along a row, or 1
+    total[i] = Σ_v 2^(z·L - ref2_i)          from float32, before E is rounded
+    picked[i, k] = z[i, y_ik], slope[i, k] = c at that entry, both float32
+
+in: h [M, D], w [V, D], ref2 [M] float32. out: E [M, V] in the dtype of h (padded rows), partial totals,
+picked. Never reaches memory: z, p, the float32 window. FLOP 2MDV, bytes 2MV written. Keeping the exponentials
+instead of the logits means that no elementwise pass over [M, V] follows: dH = s ⊙ (E w) and dw = Eᵀ (s ⊙ h)
+are plain GEMMs with s = coefficient / total a row (the scaled exponentials of Dao-AILab/quack, with one
+reference a row).
+
+With ONLY the sweep redoes the token blocks that ``flags`` marks and returns at once when there are none.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedhead.kernels.triton_product import column_part, product
+from fusedhead.kernels.triton_rows import store_labelled
+from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
+from fusedhead.kernels.triton_transform import column_slope, transform
+
+
+@triton.jit
+def _epilogue(
+    acc,
+    ref2,
+    E,
+    y,
+    u,
+    vectors,
+    picked,
+    slope,
+    block,
+    start,  # first column of this part
+    sy0,
+    sy1,
+    K,
+    STEPS: tl.constexpr,
+    LABELS: tl.constexpr,
+    HAS_U: tl.constexpr,
+    SUM: tl.constexpr,
+    VARYING: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Stores one part of a tile of E; returns its row sums (of the exponentials, of u z)."""
+    V = vectors[2]
+    N = vectors[5]
+    row = block * BM + tl.arange(0, BM)
+    col = start + tl.arange(0, WIDTH)
+    z = transform(acc, vectors, col[None, :], row[:, None], STEPS, len(STEPS), PRECISE)
+    e = tl.exp2(tl.fma(z, 1.4426950408889634, -ref2[:, None]))
+    if not EVEN:
+        e = tl.where((col < V)[None, :], e, 0.0)
+    total = tl.sum(e, 1)
+    weighted = tl.zeros((BM,), tl.float32)
+    if SUM:
+        weight = tl.full((WIDTH,), 1.0, tl.float32)
+        if HAS_U:
+            weight = tl.load(u + col, mask=col < V, other=0.0)
+        weighted = tl.sum(tl.where((col < V)[None, :], z * weight[None, :], 0.0), 1)
+    store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
+    if VARYING:
+        c = column_slope(acc, vectors, col[None, :], row[:, None], STEPS, PRECISE)
+        store_labelled(c, y, sy0, sy1, K, row, N, start, slope, LABELS, WIDTH)
+        e = e * c
+    E.store([block * BM, start], e.to(DTYPE))
+    return total, weighted
+
+
+@triton.jit(
+    do_not_specialize=("N", "V", "D", "K", "GROUP", "size", "sy0", "sy1", "stride_cols", "stride_rows")
+)
+def exp_kernel(
+    h,
+    w,
+    E,  # [M, V] descriptor
+    y,  # [M, K] int64
+    u,  # [V] float32 when HAS_U
+    cols,
+    rows,
+    flags,  # [token blocks] int32, read when ONLY
+    ref2,  # [M] float32
+    picked,  # [M, K] float32
+    slope,  # [M, K] float32 when VARYING
+    part,  # [2, size] float32: total, Σ u z
+    N,  # M: the tokens of this window
+    V,
+    D,
+    K,
+    GROUP,
+    size,
+    sh0,
+    sh1,
+    sw0,
+    sw1,
+    sy0,
+    sy1,
+    stride_cols,
+    stride_rows,
+    STEPS: tl.constexpr,
+    LABELS: tl.constexpr,
+    HAS_U: tl.constexpr,
+    SUM: tl.constexpr,
+    VARYING: tl.constexpr,
+    ONLY: tl.constexpr,
+    EVEN: tl.constexpr,  # V is a multiple of BN
+    PRECISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TMA: tl.constexpr,
+    W_BY_ROWS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    PARTS: tl.constexpr,  # 1, 2 or 4 column parts, stored one after the other
+):
+    pid = tl.program_id(0)
+    P = tl.num_programs(0)
+    vectors = (cols, stride_cols, V, rows, stride_rows, N)
+    main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
+    if ONLY:
+        steps = tl.where(any_marked(flags, tl.cdiv(N, BM)), steps, 0)
+
+    total = tl.zeros((BM,), tl.float32)
+    weighted = tl.zeros((BM,), tl.float32)
+    for step in tl.range(0, steps, flatten=FLATTEN):
+        block, tile, slot, last = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
+        live = 1
+        if ONLY:
+            live = tl.load(flags + block)
+        if live != 0:
+            row = block * BM + tl.arange(0, BM)
+            r = tl.load(ref2 + row, mask=row < N, other=0.0)
+            acc = product(
+                h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION
+            )
+            for j in tl.static_range(PARTS):
+                x = column_part(acc, j, PARTS, BM, BN)
+                start = tile * BN + j * (BN // PARTS)
+                t, s = _epilogue(
+                    x, r, E, y, u, vectors, picked, slope, block, start, sy0, sy1, K, STEPS, LABELS, HAS_U, SUM,
+                    VARYING, EVEN, PRECISE, DTYPE, BM, BN // PARTS,
+                )  # fmt: skip
+                total += t
+                weighted += s
+        if last:  # noqa: SIM102 (`and` on the device would evaluate both)
+            if live != 0:
+                start, _, _ = partial_offset(block, slot, P, N, V, GROUP, BM, BN)
+                to = start.to(tl.int64) + tl.arange(0, BM)
+                tl.store(part + to, total)
+                if SUM:
+                    tl.store(part + size + to, weighted)
+        # selects, not a branch: a branch with results stops the compiler from flattening the loop
+        total = tl.where(last, 0.0, total)
+        weighted = tl.where(last, 0.0, weighted)

@@ -1,0 +1,195 @@
+"""What happens to each row between the GEMMs of the single pass, without a pass over the window.
+
+`check_kernel` marks token blocks whose exponentials left the safe range, to be redone with a better
+reference. `finalize_kernel` sums a row's partial totals and turns exponentials into a gradient by one number
+a row:
+
+    lse = ref + ln total      a = c_lse + 2 c_square lse      s = a / total      dz = s ⊙ E
+    E[i, y] <- c(z_y) (2^(z_y·L - ref2) + c_picked total / a)     the target entry, from float32: no
+                                         digit is lost when p -> 1, as a later subtraction would
+    sh[i] = s_i h_i in the dtype of h, for dw = Eᵀ sh
+
+`scale_kernel` finishes dh[i] = s_i (E w)_i + r_i b from the float32 product, one rounding. E's target entry
+is rounded to its dtype; s absorbs that rounding (one factor a row, below E's own precision), so that the
+largest entry of a row is exact. These kernels must not know about windows or tiles' order beyond
+`partial_offset`. Bytes: N · slots · 4 + 4ND at most.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedhead.kernels.triton_rows import log_sum
+from fusedhead.kernels.triton_schedule import partial_offset
+from fusedhead.kernels.triton_transform import row_slope
+
+
+@triton.jit(do_not_specialize=("N", "V", "P", "GROUP"))
+def check_kernel(
+    part,  # [., size] float32: totals first
+    flags,  # [token blocks] int32
+    N,
+    V,
+    P,
+    GROUP,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """flags[block] = 1 when a row's total is not safely inside its dtype: 0, inf, NaN or beyond 1e±18."""
+    block = tl.program_id(0)
+    start, distance, slots = partial_offset(block, 0, P, N, V, GROUP, BM, BN)
+    lane = tl.arange(0, BM)
+    total = tl.zeros((BM,), tl.float32)
+    for first in range(0, slots, SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        at = start.to(tl.int64) + slot[:, None].to(tl.int64) * distance + lane[None, :]
+        total += tl.sum(tl.load(part + at, mask=(slot < slots)[:, None], other=0.0), 0)
+    safe = (total > 1e-18) & (total < 1e18)
+    bad = (block * BM + lane < N) & (safe == 0)
+    tl.store(flags + block, tl.max(bad.to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=("N", "V", "D", "K", "P", "GROUP", "size", "ld", "sy0", "sy1", "stride_rows"))
+def finalize_kernel(
+    part,  # [2, size] float32: totals, Σ u z
+    ref2,  # [N] float32
+    E,  # [N, ld] dtype of h
+    h,  # [N, D]
+    y,  # [N, K] int64
+    rows,  # [R, N] float32
+    picked,  # [N, K] float32, transformed target logits
+    slope,  # [N, K] float32 when VARYING
+    c_lse,  # [N] float32 when HAS_LSE
+    c_picked,  # [N, K] float32 when HAS_PICKED, contiguous
+    c_square,  # [N] float32 when HAS_SQUARE
+    lse,  # [N] float32, out
+    sum_out,  # [N] float32, out when SUM
+    scale,  # [N] float32, out: s · (row part of dT/dz)
+    sh,  # [N, D] dtype of h, out when NEED_W
+    N,
+    V,
+    D,
+    K,
+    P,
+    GROUP,
+    size,
+    ld,
+    sh0,
+    sh1,
+    sy0,
+    sy1,
+    stride_rows,
+    STEPS: tl.constexpr,
+    LABELS: tl.constexpr,
+    VARYING: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_PICKED: tl.constexpr,
+    HAS_SQUARE: tl.constexpr,
+    SUM: tl.constexpr,
+    NEED_W: tl.constexpr,
+    GAIN: tl.constexpr,  # sh = GAIN s h, a power of two undone by the GEMM's alpha (float16 only)
+    LIMIT: tl.constexpr,  # largest |c_picked total / a| that E's dtype holds with room to spare
+    DTYPE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """One program a row."""
+    row = tl.program_id(0)
+    block = row // BM
+    start, distance, slots = partial_offset(block, 0, P, N, V, GROUP, BM, BN)
+    totals = tl.zeros((SLOTS,), tl.float32)
+    sums = tl.zeros((SLOTS,), tl.float32)
+    for first in range(0, slots, SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        at = start.to(tl.int64) + slot.to(tl.int64) * distance + (row - block * BM)
+        totals += tl.load(part + at, mask=slot < slots, other=0.0)
+        if SUM:
+            sums += tl.load(part + size + at, mask=slot < slots, other=0.0)
+    total = tl.sum(totals, 0)
+    if SUM:
+        tl.store(sum_out + row, tl.sum(sums, 0))
+    r = tl.load(ref2 + row)
+    lse_row = log_sum(r, total)
+    tl.store(lse + row, lse_row)
+
+    a = 0.0
+    if HAS_LSE:
+        a += tl.load(c_lse + row)
+    if HAS_SQUARE:
+        a += 2.0 * tl.load(c_square + row) * lse_row
+    s = a / total
+    E_row = E + row.to(tl.int64) * ld
+    if HAS_PICKED:
+        most = 0.0
+        for k in range(K):
+            most = tl.maximum(most, tl.abs(tl.load(c_picked + row.to(tl.int64) * K + k)))
+        # a target that outweighs the softmax beyond E's range (a = 0 is the extreme): the exponentials give
+        # way
+        least = most / LIMIT
+        keep = tl.where(tl.abs(s) < least, s / least, 1.0)
+        s = tl.where(tl.abs(s) < least, least, s)
+        if keep < 1.0:
+            for v in range(0, V, 1024):
+                at_v = E_row + v + tl.arange(0, 1024)
+                inside = v + tl.arange(0, 1024) < V
+                e = tl.load(at_v, mask=inside, other=0.0).to(tl.float32)
+                tl.store(at_v, (e * keep).to(DTYPE), mask=inside)
+            tl.debug_barrier()
+        for k in range(K):
+            label = tl.load(y + row.to(tl.int64) * sy0 + k * sy1)
+            coefficient = 0.0
+            for other in range(K):
+                same = tl.load(y + row.to(tl.int64) * sy0 + other * sy1) == label
+                coefficient += tl.where(same, tl.load(c_picked + row.to(tl.int64) * K + other), 0.0)
+            z = tl.load(picked + row.to(tl.int64) * K + k)
+            own = keep * tl.exp2(tl.fma(z, 1.4426950408889634, -r))
+            # c_picked / a is exactly -1 for a cross-entropy: own - total then cancels without a rounding
+            share = tl.where(keep < 1.0, coefficient / s, coefficient / a * total)
+            entry = own + tl.where(coefficient == 0.0, 0.0, share)
+            if VARYING:
+                entry *= tl.load(slope + row.to(tl.int64) * K + k)
+            stored = entry.to(DTYPE)
+            if (label >= 0) & (label < V):
+                tl.store(E_row + label, stored)
+            if LABELS == 1:
+                ratio = entry / stored.to(tl.float32)
+                s = tl.where((ratio > 0.9) & (ratio < 1.1), s * ratio, s)
+    index = row + tl.zeros((1,), tl.int32)
+    vectors = (rows, 0, 0, rows, stride_rows, N)
+    s = s * tl.sum(row_slope(vectors, index, STEPS), 0)
+    tl.store(scale + row, s)
+    if NEED_W:
+        for d in range(0, D, INNER):
+            inner = d + tl.arange(0, INNER)
+            x = tl.load(h + row.to(tl.int64) * sh0 + inner * sh1, mask=inner < D, other=0.0)
+            tl.store(
+                sh + row.to(tl.int64) * D + inner, (x.to(tl.float32) * (s * GAIN)).to(DTYPE), mask=inner < D
+            )
+
+
+@triton.jit(do_not_specialize=("N", "D"))
+def scale_kernel(
+    product,  # [N, D] float32: E w
+    scale,  # [N] float32
+    r,  # [N] float32 when RANK_ONE
+    b,  # [D] float32 when RANK_ONE
+    out,  # [N, D] dtype of h
+    N,
+    D,
+    RANK_ONE: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """out = scale ⊙ product + r ⊗ b. One program a row; ``product`` may be ``out`` itself."""
+    row = tl.program_id(0)
+    s = tl.load(scale + row)
+    base = row.to(tl.int64) * D
+    for d in range(0, D, INNER):
+        inner = d + tl.arange(0, INNER)
+        x = tl.load(product + base + inner, mask=inner < D, other=0.0).to(tl.float32) * s
+        if RANK_ONE:
+            x += tl.load(r + row) * tl.load(b + inner, mask=inner < D, other=0.0)
+        tl.store(out + base + inner, x.to(out.dtype.element_ty), mask=inner < D)

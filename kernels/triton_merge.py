@@ -1,0 +1,112 @@
+"""Folds the partial rows of a sweep into row statistics, and checks the labels.
+
+    ref2 = max ref2_s,  total = Σ_s total_s 2^(ref2_s - ref2),  lse = ref2 / L + ln total
+    entropy = ln total - ln 2 · moment / total, max and argmax by the largest key, then the smallest column
+
+in: part [4, size] float32, part_top [2, size] int32 (`triton_schedule` places them). out: [N] vectors.
+Partial rows of programs merge exactly as those of tensor-parallel ranks would. Bytes: N · slots · 8 to 24.
+A label outside [0, V) fails a device assertion, as it does in eager code. Must not know how rows were summed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedhead.kernels.triton_rows import finite_or_zero, from_order_key, log_sum
+from fusedhead.kernels.triton_schedule import partial_offset
+
+
+@triton.jit(do_not_specialize=("N", "V", "K", "sy0", "sy1"), debug=True)
+def check_labels_kernel(y, N, V, K, sy0, sy1, ROWS: tl.constexpr):
+    """Asserts 0 <= y < V for every label. One program per ROWS tokens, loop over labels."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    for k in range(K):
+        label = tl.load(y + row * sy0 + k * sy1, mask=row < N, other=0)
+        tl.device_assert(
+            (label >= 0) & (label < V), "a label is out of range: it must lie in [0, vocabulary)"
+        )
+
+
+@triton.jit(do_not_specialize=("N", "V", "P", "GROUP", "size"))
+def merge_kernel(
+    part,  # [4, size] float32: ref2, total, moment, sum
+    part_top,  # [2, size] int32
+    flags,  # [token blocks] int32, read when ONLY
+    ref2_out,  # [N] float32 base-2 lse + SHIFT, when REF
+    lse_out,  # [N] float32, unless REF
+    entropy_out,  # [N] float32
+    sum_out,  # [N] float32
+    max_out,  # [N] float32
+    argmax_out,  # [N] int64
+    N,
+    V,
+    P,
+    GROUP,
+    size,
+    SHIFT: tl.constexpr,
+    REF: tl.constexpr,
+    ONLY: tl.constexpr,
+    SUM: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TOP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    row0 = tl.program_id(0) * ROWS
+    block = row0 // BM
+    live = 1
+    if ONLY:
+        live = tl.load(flags + block)
+    if live != 0:
+        row = row0 + tl.arange(0, ROWS)
+        start, distance, slots = partial_offset(block, 0, P, N, V, GROUP, BM, BN)
+        ref2 = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        moment = tl.zeros((ROWS,), tl.float32)
+        weighted = tl.zeros((ROWS,), tl.float32)
+        top = tl.full((ROWS,), -2147483648, tl.int32)
+        where = tl.full((ROWS,), 2147483647, tl.int32)
+        for first in range(0, slots, SLOTS):
+            slot = first + tl.arange(0, SLOTS)
+            at = start.to(tl.int64) + slot[:, None].to(tl.int64) * distance + (row - block * BM)[None, :]
+            there = (slot < slots)[:, None] & (row < N)[None, :]
+            ref2_s = tl.load(part + at, mask=there, other=float("-inf"))
+            total_s = tl.load(part + size + at, mask=there, other=0.0)
+            new = tl.maximum(ref2, tl.max(ref2_s, 0))
+            base = finite_or_zero(new)
+            shift = tl.where(tl.abs(ref2) < float("inf"), ref2, base) - base
+            shift_s = tl.where(tl.abs(ref2_s) < float("inf"), ref2_s, base[None, :]) - base[None, :]
+            fade = tl.exp2(shift)
+            fade_s = tl.exp2(shift_s)
+            if ENTROPY:
+                moment_s = tl.load(part + 2 * size + at, mask=there, other=0.0)
+                moment_s = tl.sum(fade_s * (moment_s + total_s * shift_s), 0)
+                moment = fade * (moment + total * shift) + moment_s
+            total = fade * total + tl.sum(fade_s * total_s, 0)
+            ref2 = new
+            if SUM:
+                weighted += tl.sum(tl.load(part + 3 * size + at, mask=there, other=0.0), 0)
+            if TOP:
+                key = tl.load(part_top + at, mask=there, other=-2147483648)
+                col = tl.load(part_top + size + at, mask=there, other=2147483647)
+                best = tl.max(key, 0)
+                found = tl.min(tl.where(key == best[None, :], col, 2147483647), 0)
+                tied = tl.minimum(tl.where(best == top, where, 2147483647), found)
+                where = tl.where(best >= top, tied, where)
+                top = tl.maximum(best, top)
+        if REF:
+            tl.store(ref2_out + row, ref2 + tl.log2(total) + SHIFT, mask=row < N)
+        else:
+            base = finite_or_zero(ref2)
+            tl.store(lse_out + row, log_sum(base, total), mask=row < N)
+        if ENTROPY:
+            entropy = (tl.log2(total) - moment / total) * 0.6931471805599453
+            tl.store(entropy_out + row, entropy, mask=row < N)
+        if SUM:
+            tl.store(sum_out + row, weighted, mask=row < N)
+        if TOP:
+            tl.store(max_out + row, from_order_key(top), mask=row < N)
+            tl.store(argmax_out + row, where.to(tl.int64), mask=row < N)

@@ -1,0 +1,63 @@
+"""What kernels share about one row of logits: log-sum-exp in base 2, labels inside a tile, an order on
+floats.
+
+Sums of exponentials are kept relative to a base-2 reference ``ref2``: total = Σ_v 2^(z·L - ref2) with L the
+float32 nearest to log2 e, one fused multiply-add and one ex2 an element. `log_sum` turns (ref2, total) into
+the natural lse without losing digits when ref2 is large. This file must not know about tiles' order or
+gradients.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log_sum(ref2, total):
+    """lse = ref2 / L + ln total, ref2 finite; 1 / L (not ln 2, L is rounded) is split in two terms."""
+    rest = tl.fma(ref2, 7.348693209507928e-09, tl.log2(total) * 0.6931471805599453)
+    return tl.fma(ref2, 0.6931471824645996, rest)
+
+
+@triton.jit
+def finite_or_zero(x):
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def order_key(z):
+    """int32 keys ordered as torch.max orders float32: -0 equals 0, NaN is above everything."""
+    bits = (z + 0.0).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(z != z, 0x7FFFFFFF, key)
+
+
+@triton.jit
+def from_order_key(key):
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_label(values, y, sy0, sy1, K, k, row, N, start, out, WIDTH: tl.constexpr):
+    """out[row, k] = values[row, y[row, k] - start] for the rows whose k-th label lies in this tile.
+
+    A tile without any label skips the selection: most tiles of a large vocabulary do.
+    """
+    label = tl.load(y + row.to(tl.int64) * sy0 + k * sy1, mask=row < N, other=-1)
+    at = label - start
+    inside = (at >= 0) & (at < WIDTH)
+    if tl.max(inside.to(tl.int32), 0) > 0:
+        column = tl.arange(0, WIDTH).to(tl.int64)
+        value = tl.sum(tl.where(column[None, :] == at[:, None], values, 0.0), 1)
+        tl.store(out + row.to(tl.int64) * K + k, value, mask=inside)
+
+
+@triton.jit
+def store_labelled(values, y, sy0, sy1, K, row, N, start, out, LABELS: tl.constexpr, WIDTH: tl.constexpr):
+    """`store_label` for every label. LABELS: 0 none, 1 one a row, 2 any number K."""
+    if LABELS == 1:
+        store_label(values, y, sy0, sy1, K, 0, row, N, start, out, WIDTH)
+    elif LABELS == 2:
+        for k in range(K):
+            store_label(values, y, sy0, sy1, K, k, row, N, start, out, WIDTH)

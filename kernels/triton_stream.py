@@ -1,0 +1,140 @@
+"""One persistent sweep over z = T(h @ w.T) that keeps row statistics and never stores a logit.
+
+    per row: ref2 = max z·L, total = Σ 2^(z·L - ref2),
+             moment = Σ 2^(z·L - ref2)(z·L - ref2), Σ u z, max and argmax
+    in:  h [N, D], w [V, D], labels, vectors of the transform
+    out: partial rows (`triton_schedule`), picked
+
+Never reaches memory: z, p. FLOP 2NDV. Bytes: h once per group of vocabulary tiles and w once per group of
+token blocks, out of L2 for the rest; N · slots · 8 bytes of partial results. The shape follows the online
+softmax (Milakov and Gimelshein, 2018). `triton_merge` folds the partial results.
+
+With ONLY the sweep touches only the token blocks that ``flags`` marks and returns at once when there are
+none.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedhead.kernels.triton_product import product
+from fusedhead.kernels.triton_rows import finite_or_zero, order_key, store_labelled
+from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
+from fusedhead.kernels.triton_transform import decided, transform
+
+UNSPECIALISED = ("N", "V", "D", "K", "GROUP", "size", "sy0", "sy1", "stride_cols", "stride_rows")
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def stream_kernel(
+    h,  # [N, D] descriptor or pointer
+    w,  # [V, D] descriptor or pointer
+    y,  # [N, K] int64
+    u,  # [V] float32 when HAS_U
+    cols,  # [C, V] float32
+    rows,  # [R, N] float32
+    flags,  # [token blocks] int32, read when ONLY
+    picked,  # [N, K] float32, written where a label lies
+    part,  # [4, size] float32: ref2, total, moment, sum
+    part_top,  # [2, size] int32: order key of the max, its column
+    N,
+    V,
+    D,
+    K,
+    GROUP,
+    size,
+    sh0,
+    sh1,
+    sw0,
+    sw1,
+    sy0,
+    sy1,
+    stride_cols,
+    stride_rows,
+    STEPS: tl.constexpr,
+    LABELS: tl.constexpr,
+    HAS_U: tl.constexpr,
+    SUM: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TOP: tl.constexpr,
+    ONLY: tl.constexpr,
+    EVEN: tl.constexpr,  # V is a multiple of BN
+    PRECISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    W_BY_ROWS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    P = tl.num_programs(0)
+    vectors = (cols, stride_cols, V, rows, stride_rows, N)
+    main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
+    if ONLY:
+        steps = tl.where(any_marked(flags, tl.cdiv(N, BM)), steps, 0)
+
+    ref2 = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    moment = tl.zeros((BM,), tl.float32)
+    weighted = tl.zeros((BM,), tl.float32)
+    top = tl.full((BM,), -2147483648, tl.int32)
+    where = tl.zeros((BM,), tl.int32)
+    for step in tl.range(0, steps, flatten=FLATTEN):
+        block, tile, slot, last = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
+        live = 1
+        if ONLY:
+            live = tl.load(flags + block)
+        row = block * BM + tl.arange(0, BM)
+        col = tile * BN + tl.arange(0, BN)
+        if live != 0:
+            z = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION)
+            if TOP:
+                key = order_key(decided(z, vectors, col[None, :], row[:, None], STEPS, PRECISE))
+                key = tl.where((col < V)[None, :], key, -2147483648)
+                best = tl.max(key, 1)
+                at = tl.min(tl.where(key == best[:, None], col[None, :], 2147483647), 1)
+                where = tl.where(best > top, at, where)
+                top = tl.maximum(best, top)
+            z = transform(z, vectors, col[None, :], row[:, None], STEPS, len(STEPS), PRECISE)
+            if SUM:
+                weight = tl.full((BN,), 1.0, tl.float32)
+                if HAS_U:
+                    weight = tl.load(u + col, mask=col < V, other=0.0)
+                weighted += tl.sum(tl.where((col < V)[None, :], z * weight[None, :], 0.0), 1)
+            if not EVEN:  # no branch on the tile: it would make the compiler serialise the products
+                z = tl.where((col < V)[None, :], z, float("-inf"))
+            new = tl.maximum(ref2, tl.max(z, 1) * 1.4426950408889634)
+            base = finite_or_zero(new)
+            shift = tl.where(tl.abs(ref2) < float("inf"), ref2, base) - base
+            fade = tl.exp2(shift)
+            exponent = tl.fma(z, 1.4426950408889634, -base[:, None])
+            e = tl.exp2(exponent)
+            if ENTROPY:
+                inside = tl.where((col < V)[None, :], e * exponent, 0.0)
+                moment = fade * (moment + total * shift) + tl.sum(inside, 1)
+            total = fade * total + tl.sum(e, 1)
+            ref2 = new
+            store_labelled(z, y, sy0, sy1, K, row, N, tile * BN, picked, LABELS, BN)
+        if last:  # noqa: SIM102 (`and` on the device would evaluate both)
+            if live != 0:
+                start, _, _ = partial_offset(block, slot, P, N, V, GROUP, BM, BN)
+                to = start.to(tl.int64) + tl.arange(0, BM)
+                tl.store(part + to, ref2)
+                tl.store(part + size + to, total)
+                if ENTROPY:
+                    tl.store(part + 2 * size + to, moment)
+                if SUM:
+                    tl.store(part + 3 * size + to, weighted)
+                if TOP:
+                    tl.store(part_top + to, top)
+                    tl.store(part_top + size + to, where)
+        # selects, not a branch: a branch with results stops the compiler from flattening the loop
+        ref2 = tl.where(last, float("-inf"), ref2)
+        total = tl.where(last, 0.0, total)
+        moment = tl.where(last, 0.0, moment)
+        weighted = tl.where(last, 0.0, weighted)
+        top = tl.where(last, -2147483648, top)
+        where = tl.where(last, 0, where)

@@ -1,0 +1,84 @@
+"""Which tile each kernel uses: a checked-in table, so that nothing is tuned at run time.
+
+A row is chosen by device capability, dtype, number of tokens and hidden size, first match wins. Tuning inside
+a step would synchronise, break CUDA graph capture and make two runs differ. Timings behind the rows were
+taken with ``benchmarks/gpu_tiles.py`` on an H100. This file must not know what the kernels compute.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+INTERPRETED = 6  # programs "resident" when Triton's interpreter runs on the CPU
+
+
+class Tile(NamedTuple):
+    """One program's work: BM tokens by BN vocabulary columns, in steps of BK along the hidden size."""
+
+    BM: int
+    BN: int
+    BK: int
+    group: int  # token blocks that the resident programs work on side by side (L2 reuse)
+    warps: int
+    stages: int  # depth of the load pipeline
+    flatten: bool = True  # whether loads of the next tile may start during this tile's epilogue
+    parts: int = 1  # the epilogue stores the tile in this many column parts: 1, 2 or 4
+
+
+class Row(NamedTuple):
+    capability: tuple[int, ...]  # major versions; () for any
+    kernel: str  # "" for any
+    itemsize: int  # bytes of an operand's element; 0 for any
+    tokens: int  # applies up to this many tokens; 0 for any
+    hidden: int  # applies up to this hidden size; 0 for any
+    tile: Tile
+
+
+TABLE = (
+    Row((0,), "", 0, 0, 0, Tile(16, 32, 16, 2, 1, 1, False, 2)),
+    Row((9, 10), "", 2, 64, 0, Tile(64, 256, 64, 1, 4, 3)),
+    Row((9, 10), "stream", 2, 0, 0, Tile(128, 256, 64, 12, 8, 3)),
+    Row((9, 10), "exp", 2, 0, 0, Tile(128, 256, 64, 12, 8, 3, True, 2)),
+    Row((9, 10), "dlogits", 2, 0, 0, Tile(128, 256, 64, 12, 8, 3, True, 2)),
+    Row((9, 10), "", 4, 0, 0, Tile(128, 128, 32, 12, 8, 3, False)),
+    Row((8,), "", 2, 0, 0, Tile(128, 128, 32, 12, 8, 3, False)),
+    Row((), "", 2, 0, 0, Tile(64, 128, 32, 8, 4, 2, False)),
+    Row((), "", 4, 0, 0, Tile(64, 64, 32, 8, 4, 2, False)),
+)
+# float32 without tensor cores: the product is done by the FMA units, which want small tiles
+IEEE = Tile(64, 64, 16, 8, 4, 2, False)
+
+
+@lru_cache(maxsize=64)
+def _device(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.multi_processor_count
+
+
+def device_of(device: torch.device) -> tuple[int, int]:
+    """(major compute capability, multiprocessors); (0, INTERPRETED) for the CPU."""
+    if device.type != "cuda":
+        return 0, INTERPRETED
+    return _device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def tile_for(kernel: str, tokens: int, hidden: int, itemsize: int, major: int, precision: str) -> Tile:
+    """The tile of ``kernel`` ("stream", "exp" or "dlogits") for operands [tokens, hidden] of this itemsize.
+
+    ``precision`` is the input precision of a float32 product, "ieee" or "tf32".
+    """
+    if itemsize == 4 and precision == "ieee" and major:
+        return IEEE
+    for row in TABLE:
+        if (
+            (not row.capability or major in row.capability)
+            and row.kernel in ("", kernel)
+            and row.itemsize in (0, itemsize)
+            and (not row.tokens or tokens <= row.tokens)
+            and (not row.hidden or hidden <= row.hidden)
+        ):
+            return row.tile
+    raise AssertionError("the last rows match every device")

@@ -1,0 +1,287 @@
+"""The CUDA engine: the three functions of `contract` out of Triton sweeps and cuBLAS GEMMs.
+
+    head_stats            stream, merge                                                  1 GEMM
+    head_loss             per window of tokens: exponentials, then dw += Eᵀ sh, dh = E w   3 GEMMs
+    head_stats_backward   per window: dlogits, then dw, dh                           4 GEMMs with the forward
+
+float32, float16 and bfloat16. Nothing of size [N, V] exists beyond one window; the only other buffers above a
+few MiB are dh, dw, one float32 [window tokens, D] and, where asked, dw or dh in float32. No step depends on a
+value (no host sync, CUDA graphs), sums have a fixed order (deterministic). It must not know how large the
+windows should be (`fusedhead.lowering.plan` decides) nor what graph asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels import triton_launch as launch
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.triton_gemm import gemm, weighted_rows
+from fusedhead.kernels.triton_transform import varies_along_row
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ALIGNED = 64  # windows start at, and rows of a window are padded to, a multiple of this many elements
+FLOAT16_SHIFT = 10  # float16 exponentials are scaled by 2^10: small ones keep digits, targets up to 2^4 fit
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels launch on the current device: make it the operands'."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def _cuts(total: int, size: int) -> Iterator[slice]:
+    """Equal windows of at most ``size``, on aligned boundaries when there is room for that."""
+    size = max(size, 1)
+    count = max(-(-total // size), 1)
+    even = max(min(-(-total // (128 * count)) * 128, size), 1)
+    return (slice(at, min(at + even, total)) for at in range(0, total, even))
+
+
+def _slice(head: Head, i: slice, v: slice) -> Head:
+    """The head of one window. Labels keep counting from the whole vocabulary's first column."""
+    cols = head.cols[:, v] if head.cols.numel() else head.cols
+    rows = head.rows[:, i] if head.rows.numel() else head.rows
+    return Head(
+        head.h[i], head.w[v], head.y[i], cols, rows, head.u[v] if head.u.numel() else head.u, head.transform
+    )
+
+
+def _slice_rows(grads: RowGrads, i: slice) -> RowGrads:
+    return RowGrads(*(None if g is None else g[i].contiguous() for g in grads))
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.numel() == 0 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _ready(head: Head) -> Head:
+    """Vectors with unit inner stride, as kernels read them; h and w are taken as they lie."""
+    return head._replace(cols=_unit_stride(head.cols), rows=_unit_stride(head.rows), u=_unit_stride(head.u))
+
+
+def _window(head: Head, tokens: int, vocab: int) -> Tensor:
+    """Room for a window of logits, rows padded so that TMA and cuBLAS find them aligned."""
+    return head.h.new_empty((tokens, -(-vocab // ALIGNED) * ALIGNED))
+
+
+def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
+    """One sweep. Keeps no window at all, so ``windows`` does not matter."""
+    head = _ready(head)
+    n, vocab = len(head.h), len(head.w)
+    with _on(head.h):
+        launch.check_labels(head.y, vocab)
+        picked = head.h.new_empty(head.y.shape, dtype=torch.float32) if "picked" in want else None
+        if n == 0:
+            empty = {k: head.h.new_empty(0, dtype=torch.float32) for k in want - {"picked", "argmax"}}
+            argmax = head.y.new_empty(0) if "argmax" in want else None
+            return RowStats(
+                **({"lse": head.h.new_empty(0, dtype=torch.float32)} | empty), picked=picked, argmax=argmax
+            )
+        s = launch.sweep("stream", head)
+        part, part_top = launch.stream(s, want, picked if head.y.shape[1] else None)
+        return RowStats(picked=picked, **launch.merge_statistics(s, part, part_top, want))
+
+
+def _add_vectors(
+    head: Head, parts: tuple[Tensor, Tensor], dcols: Tensor | None, drows: Tensor | None, i: slice, v: slice
+) -> None:
+    for j, (op, value) in enumerate(head.transform.smooth.steps):
+        if dcols is not None and op in ("addcol", "mulcol"):
+            dcols[int(value), v] += parts[0][j].sum(0)
+        if drows is not None and op in ("addrow", "mulrow"):
+            drows[int(value), i] += parts[1][j].sum(0)
+
+
+class _WeightGradient:
+    """dw [V, D], summed over windows of tokens in the dtype that was asked for."""
+
+    def __init__(self, w: Tensor, windows: int, accumulate: torch.dtype) -> None:
+        self.result = w.new_empty(w.shape)
+        wide = windows > 1 and accumulate != w.dtype
+        self.sum = w.new_empty(w.shape, dtype=accumulate) if wide else self.result
+        self.started = False
+
+    def start(self, weights: Tensor, row: Tensor) -> None:
+        """Begin with the rank-one term weights ⊗ row."""
+        torch.mul(weights[:, None], row[None, :], out=self.sum)
+        self.started = True
+
+    def add(self, window: Tensor, v: slice, x: Tensor, first: bool, alpha: float = 1.0) -> None:
+        gemm(window.t(), x, self.sum[v], add=self.started or not first, alpha=alpha)
+
+    def finish(self) -> Tensor:
+        if self.sum is not self.result:
+            self.result.copy_(self.sum)
+        return self.result
+
+
+def head_stats_backward(
+    head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows
+) -> HeadGrads:
+    """Rebuilds dz window by window. dw needs no summing when a window holds all tokens."""
+    head = _ready(head)
+    n, vocab = len(head.h), len(head.w)
+    if upstream.square is not None:
+        slope = 2 * upstream.square * stats.lse
+        upstream = upstream._replace(lse=slope if upstream.lse is None else upstream.lse + slope, square=None)
+    if not head.y.shape[1]:
+        upstream = upstream._replace(picked=None)
+    token_cuts, vocab_cuts = list(_cuts(n, windows.tokens)), list(_cuts(vocab, windows.vocab))
+    dh = head.h.new_empty(head.h.shape) if needs.h else None
+    dcols = torch.zeros_like(head.cols) if needs.cols else None
+    drows = torch.zeros_like(head.rows) if needs.rows else None
+    if n == 0:
+        return HeadGrads(dh, head.w.new_zeros(head.w.shape) if needs.w else None, dcols, drows)
+    dw = _WeightGradient(head.w, len(token_cuts), windows.accumulate) if needs.w else None
+    with _on(head.h):
+        buffer = _window(head, token_cuts[0].stop, vocab_cuts[0].stop)
+        wide = needs.h and len(vocab_cuts) > 1 and windows.accumulate != head.h.dtype
+        shape = (token_cuts[0].stop, head.h.shape[1])
+        dh_sum = head.h.new_empty(shape, dtype=windows.accumulate) if wide else None
+        for i in token_cuts:
+            rows = RowStats(stats.lse[i], entropy=None if stats.entropy is None else stats.entropy[i])
+            grads = _slice_rows(upstream, i)
+            for v in vocab_cuts:
+                part = _slice(head, i, v)
+                window = buffer[: len(part.h)]
+                s = launch.sweep("dlogits", part)
+                sums = launch.dlogits(
+                    s, window, grads, rows.lse, rows.entropy, v.start, needs.cols, needs.rows
+                )
+                _add_vectors(part, sums, dcols, drows, i, v)
+                window = window[:, : len(part.w)]
+                if dw is not None:
+                    dw.add(window, v, part.h, first=i.start == 0)
+                if dh is not None:
+                    to = dh[i] if dh_sum is None else dh_sum[: len(part.h)]
+                    gemm(window, part.w, to, add=v.start > 0)
+            if dh is not None and dh_sum is not None:
+                dh[i] = dh_sum[: i.stop - i.start]
+    return HeadGrads(dh, None if dw is None else dw.finish(), dcols, drows)
+
+
+def _fits_one_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
+    """Whether gradients are a row scale away from exponentials, and the planner allows whole rows of them."""
+    return (
+        (needs.h or needs.w)
+        and not (needs.cols or needs.rows)
+        and (c.lse is not None or c.square is not None)
+        and (c.sum is None or not head.transform.bounded_slope)
+        and windows.vocab >= len(head.w)
+        and len(head.h) > 0
+    )
+
+
+def _two_sweeps(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
+    want = {"lse"} | ({"picked"} if head.y.shape[1] else set()) | ({"sum"} if c.sum is not None else set())
+    stats = head_stats(head, frozenset(want), windows)
+    if stats.picked is None:
+        stats = stats._replace(picked=head.h.new_empty(head.y.shape, dtype=torch.float32))
+    if not any(needs):
+        return stats, HeadGrads(None, None, None, None)
+    return stats, head_stats_backward(head, c, stats, needs, windows)
+
+
+def _sum_terms(head: Head, c: Tensor) -> tuple[Tensor, Tensor]:
+    """(r [N], f [V]) with d(Σ_i c_i Σ_v u_v z_iv)/dz_raw = r ⊗ f, for a transform whose slope factorises."""
+    r, f = c, head.u if head.u.numel() else head.h.new_ones(len(head.w), dtype=torch.float32)
+    for op, value in head.transform.steps:
+        if op == "mul":
+            r = r * value
+        elif op == "mulrow":
+            r = r * head.rows[int(value)]
+        elif op == "mulcol":
+            f = f * head.cols[int(value)]
+    return r, f
+
+
+def head_loss(
+    head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
+) -> tuple[RowStats, HeadGrads]:
+    """Statistics and gradients in one sweep where that is possible (`_fits_one_pass`), else in two."""
+    head = _ready(head)
+    if not _fits_one_pass(head, coefficients, needs, windows):
+        return _two_sweeps(head, coefficients, needs, windows)
+    n, (vocab, hidden), narrow = len(head.h), head.w.shape, head.h.dtype
+    new, whole = head.h.new_empty, slice(0, vocab)
+    lse, picked = new(n, dtype=torch.float32), new(head.y.shape, dtype=torch.float32)
+    total = None if coefficients.sum is None else torch.empty_like(lse)
+    cuts = list(_cuts(n, windows.tokens))
+    tokens = cuts[0].stop
+    with _on(head.h):
+        launch.check_labels(head.y, vocab)
+        dh = new((n, hidden)) if needs.h else None
+        dw = _WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
+        rank_one = None
+        if coefficients.sum is not None:
+            r, f = _sum_terms(head, coefficients.sum)
+            if dw is not None:
+                dw.start(f, weighted_rows(r, head.h))
+            rank_one = (r, weighted_rows(f, head.w)) if dh is not None else None
+        buffer = _window(head, tokens, vocab)
+        ref2 = new(tokens, dtype=torch.float32)
+        slope = torch.empty_like(picked[:tokens] if varies_along_row(head.transform) else picked[:0])
+        scaled = new((tokens, hidden)) if dw is not None and dh is None else None
+        wide = (
+            new((tokens, hidden), dtype=torch.float32) if dh is not None and narrow != torch.float32 else None
+        )
+        gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
+        for i in cuts:
+            part = _slice(head, i, whole)
+            m = len(part.h)
+            s = launch.sweep("exp", part)
+            totals = new((1 if total is None else 2, s.schedule.size), dtype=torch.float32)
+            _exponentials(s, part, buffer[:m], ref2[:m], picked[i], slope, totals)
+            # dh's own rows hold s ⊙ h until dw has used it
+            sh = (
+                None
+                if dw is None
+                else dh[i]
+                if dh is not None
+                else scaled[:m]
+                if scaled is not None
+                else None
+            )
+            row_total = None if total is None else total[i]
+            grads = _slice_rows(coefficients, i)
+            scale = launch.finalize(
+                s, buffer[:m], ref2[:m], picked[i], slope, totals, grads, lse[i], row_total, sh, gain
+            )
+            window = buffer[:m, :vocab]
+            if dw is not None and sh is not None:
+                dw.add(window, whole, sh, first=i.start == 0, alpha=1 / gain)
+            if dh is not None:
+                product = dh[i] if wide is None else wide[:m]
+                gemm(window, head.w, product)
+                outer = None if rank_one is None else (rank_one[0][i], rank_one[1])
+                launch.scale_rows(product, scale, dh[i], outer)
+        grads_out = HeadGrads(dh, None if dw is None else dw.finish(), None, None)
+    return RowStats(lse, picked, total), grads_out
+
+
+def _exponentials(
+    s: launch.Sweep, part: Head, window: Tensor, ref2: Tensor, picked: Tensor, slope: Tensor, totals: Tensor
+) -> None:
+    """window <- E with a reference that is safe for every row.
+
+    bfloat16 and float32 start from the target logit and redo, on the device's own decision, the token blocks
+    where it was too far from the maximum. float16 has no such range: it sweeps twice, with the true lse as
+    reference.
+    """
+    stream = launch.sweep("stream", part)
+    lse_only = frozenset({"lse"})
+    if window.dtype == torch.float16:
+        rows, _ = launch.stream(stream, lse_only, None)
+        launch.merge_reference(stream, rows, ref2, -float(FLOAT16_SHIFT))
+        launch.exponentials(s, window, ref2, picked, slope, totals)
+        return
+    launch.reference(s, ref2)
+    launch.exponentials(s, window, ref2, picked, slope, totals)
+    flags = launch.mark_unsafe(s, totals)
+    rows, _ = launch.stream(stream, lse_only, None, flags)
+    launch.merge_reference(stream, rows, ref2, 0.0, flags)
+    launch.exponentials(s, window, ref2, picked, slope, totals, flags)

@@ -1,0 +1,351 @@
+"""The Triton engine against float64, on the CPU: kernels run in Triton's interpreter (see tests/conftest.py).
+
+The interpreter's bfloat16 products are wrong, so bfloat16 and everything about speed is checked on a GPU
+(benchmarks/gpu_check.py). Sizes are a few tiles of the CPU row of the tile table.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is published for Linux only")
+if torch.cuda.is_available():
+    pytest.skip(
+        "kernels are compiled here, not interpreted: benchmarks/gpu_check.py", allow_module_level=True
+    )
+
+import triton
+import triton.language as tl
+
+from fusedhead.kernels import reference, triton_tiles
+from fusedhead.kernels import triton_windows as engine
+from fusedhead.kernels.columns import parse
+from fusedhead.kernels.contract import STATS, Head, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.triton_schedule import locate, partial_offset, schedule, step_counts
+
+# numpy speaks up where a GPU stays silent (log2 0, inf - inf)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
+F32 = torch.float32
+ALL = Needs(True, True, True, True)
+OPERANDS = Needs(True, True, False, False)
+STEPS = 8e-7  # relative error allowed to float32: a few roundings
+EACH_STEP = "mul:0.5 addcol:0 mulcol:1 tanh mul:3.0 addrow:0 mulrow:1 sigmoid add:0.25 mul:6.0"
+
+
+def head(n=20, v=70, d=16, k=1, transform="", dtype=F32, seed=0, weighted=False, scale=2.0) -> Head:
+    g = torch.Generator().manual_seed(seed)
+    h = torch.randn(n, d, generator=g).to(dtype)
+    w = (torch.randn(v, d, generator=g) * scale / d**0.5).to(dtype)
+    y = torch.randint(0, v, (n, k), generator=g)
+    cols = torch.randn(2, v, generator=g)
+    rows = torch.rand(2, n, generator=g) + 0.5
+    u = torch.rand(v, generator=g) if weighted else torch.empty(0)
+    return Head(h, w, y, cols, rows, u, parse(transform))
+
+
+def doubled(x: Head) -> Head:
+    h, w, cols, rows = (t.double().requires_grad_() for t in (x.h, x.w, x.cols, x.rows))
+    return Head(h, w, x.y, cols, rows, x.u.double(), x.transform)
+
+
+def truth(x: Head, g: RowGrads):
+    wide = doubled(x)
+    stats = reference.row_stats(wide)
+    loss = torch.zeros((), dtype=torch.float64)
+    for name in ("lse", "picked", "sum", "entropy"):
+        if getattr(g, name) is not None:
+            loss = loss + (getattr(g, name).double() * getattr(stats, name)).sum()
+    if g.square is not None:
+        loss = loss + (g.square.double() * stats.lse**2).sum()
+    operands = (wide.h, wide.w, wide.cols, wide.rows)
+    grads = torch.autograd.grad(loss, operands, allow_unused=True, materialize_grads=True)
+    return RowStats(*(s.detach() for s in stats)), grads
+
+
+def error(got: torch.Tensor, true: torch.Tensor) -> float:
+    assert got.shape == true.shape
+    return float((got.double() - true.double()).norm() / true.double().norm().clamp_min(1e-300))
+
+
+def gradients(n: int, k: int = 1, seed: int = 1, **more: bool) -> RowGrads:
+    g = torch.Generator().manual_seed(seed)
+    lse, entropy, total, square = (torch.rand(n, generator=g) + 0.1 for _ in range(4))
+    picked = -torch.rand(n, k, generator=g) - 0.1
+    return RowGrads(
+        lse=lse if more.get("lse", True) else None,
+        picked=picked if k else None,
+        sum=0.1 * total if more.get("sum") else None,
+        entropy=entropy if more.get("entropy") else None,
+        square=0.1 * square if more.get("square") else None,
+    )
+
+
+@pytest.mark.parametrize("transform", ["", "mul:0.5 addcol:1", EACH_STEP])
+def test_every_statistic_matches_float64(transform):
+    x = head(n=37, v=101, d=24, k=2, transform=transform, weighted=True)
+    got = engine.head_stats(x, frozenset(STATS), Windows(16, 32, F32))
+    true, _ = truth(x, gradients(37, 2))
+    for name in ("lse", "picked", "sum", "entropy", "max"):
+        assert error(getattr(got, name), getattr(true, name)) < STEPS, name
+    assert torch.equal(got.argmax, true.argmax)
+
+
+@pytest.mark.parametrize("n", [1, 7, 16, 50])
+@pytest.mark.parametrize("v", [1, 33, 64])
+def test_every_size_is_covered(n, v):
+    x = head(n=n, v=v)
+    got = engine.head_stats(x, frozenset(STATS), Windows(n, v, F32))
+    true, _ = truth(x, gradients(n))
+    assert error(got.lse, true.lse) < STEPS
+    assert error(got.picked, true.picked) < STEPS
+    assert torch.equal(got.argmax, true.argmax)
+
+
+@pytest.mark.parametrize("transform", ["", "addcol:0 mulrow:1", EACH_STEP])
+@pytest.mark.parametrize("windows", [Windows(64, 128, F32), Windows(16, 32, F32)])
+def test_gradients_for_any_upstream_match_float64(transform, windows):
+    x = head(n=20, v=70, k=2, transform=transform, weighted=True)
+    g = gradients(20, 2, sum=True, entropy=True)
+    stats = engine.head_stats(x, frozenset({"lse", "entropy"}), windows)
+    got = engine.head_stats_backward(x, g, stats, ALL, windows)
+    _, true = truth(x, g)
+    for name, a, b in zip(Needs._fields, got, true):
+        if b.any():
+            assert error(a, b) < STEPS, name
+        else:
+            assert not a.any(), name
+
+
+@pytest.mark.parametrize("transform", ["", "mulrow:0 mulcol:1 mul:0.5 addcol:0", "mul:0.2 tanh mul:5.0"])
+@pytest.mark.parametrize("tokens", [64, 16])
+def test_one_sweep_gives_statistics_and_gradients(transform, tokens):
+    x = head(n=20, v=70, k=1, transform=transform, weighted=True)
+    g = gradients(20, square=True, sum="tanh" not in transform)
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(tokens, 70, F32))
+    true, d = truth(x, g)
+    assert error(stats.lse, true.lse) < STEPS
+    assert error(stats.picked, true.picked) < STEPS
+    assert stats.sum is None or error(stats.sum, true.sum) < STEPS
+    assert error(grads.h, d[0]) < STEPS
+    assert error(grads.w, d[1]) < STEPS
+
+
+def test_a_sum_behind_a_squashing_step_takes_two_sweeps():
+    x = head(transform="tanh mul:3.0")
+    g = gradients(20, sum=True)
+    _, grads = engine.head_loss(x, g, OPERANDS, Windows(16, 70, F32))
+    _, d = truth(x, g)
+    assert error(grads.h, d[0]) < STEPS
+    assert error(grads.w, d[1]) < STEPS
+
+
+def test_narrow_windows_of_the_vocabulary_give_the_same_gradients():
+    x, g = head(), gradients(20)
+    _, wide = engine.head_loss(x, g, OPERANDS, Windows(20, 70, F32))
+    _, narrow = engine.head_loss(x, g, OPERANDS, Windows(16, 32, F32))
+    assert error(narrow.h, wide.h) < STEPS
+    assert error(narrow.w, wide.w) < STEPS
+
+
+@pytest.mark.parametrize("needs", [Needs(True, False, False, False), Needs(False, True, False, False)])
+def test_a_frozen_operand_has_no_gradient(needs):
+    x, g = head(), gradients(20)
+    _, grads = engine.head_loss(x, g, needs, Windows(16, 70, F32))
+    _, d = truth(x, g)
+    for need, got, true in zip(needs, grads, d):
+        assert (got is not None) == need
+        assert got is None or error(got, true) < STEPS
+
+
+def test_no_gradient_at_all_is_a_forward_sweep():
+    x = head()
+    stats, grads = engine.head_loss(x, gradients(20), Needs(False, False, False, False), Windows(16, 70, F32))
+    assert grads == (None, None, None, None)
+    assert error(stats.lse, truth(x, gradients(20))[0].lse) < STEPS
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_any_number_of_labels_a_row(k):
+    x = head(k=k)
+    if k:
+        x.y[:, 1] = x.y[:, 0]  # a label given twice counts twice
+    g = gradients(20, k)
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(20, 70, F32))
+    true, d = truth(x, g)
+    assert stats.picked.shape == (20, k)
+    assert torch.allclose(stats.picked.double(), true.picked, rtol=1e-6, atol=1e-6)
+    assert error(grads.h, d[0]) < STEPS
+    assert error(grads.w, d[1]) < STEPS
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float16])
+@pytest.mark.parametrize("d", [13, 24])
+def test_a_weight_contiguous_along_the_vocabulary_is_read_in_place(dtype, d):
+    x = head(d=d, dtype=dtype)
+    x = x._replace(w=x.w.t().contiguous().t())
+    g = gradients(20)
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(16, 70, F32))
+    true, exact = truth(x, g)
+    slack = STEPS if dtype == F32 else 1e-3
+    assert error(stats.lse, true.lse) < STEPS
+    assert error(grads.h, exact[0]) < slack
+    assert error(grads.w, exact[1]) < slack
+    assert grads.w.is_contiguous()
+
+
+def test_strided_operands_are_read_in_place():
+    x = head(d=16)
+    h = torch.stack((x.h, torch.full_like(x.h, torch.nan)), 2)[:, :, 0]
+    got = engine.head_stats(x._replace(h=h), frozenset({"lse"}), Windows(16, 70, F32))
+    assert error(got.lse, truth(x, gradients(20))[0].lse) < STEPS
+
+
+def test_float16_gradients_do_not_underflow():
+    x, g = head(dtype=torch.float16), gradients(20)
+    g = RowGrads(g.lse / 4096, g.picked / 4096)
+    _, grads = engine.head_loss(x, g, OPERANDS, Windows(16, 70, F32))
+    _, d = truth(x, g)
+    assert error(grads.h, d[0]) < 1e-3
+    assert error(grads.w, d[1]) < 1e-3
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_a_common_offset_costs_no_more_than_its_own_rounding(offset):
+    x, g = head(transform=f"add:{offset}"), gradients(20)
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(20, 70, F32))
+    plain, exact = engine.head_loss(x._replace(transform=parse("")), g, OPERANDS, Windows(20, 70, F32))
+    assert float((stats.lse - offset - plain.lse).abs().max()) <= 2e-3  # two units in the last place of 1e4
+    assert error(grads.h, exact.h) < 2e-3
+
+
+def spread(worst_label: bool) -> Head:
+    """Logits of a row span 300 around 0 (bias), the label on the least or the most likely column."""
+    x = head(transform="addcol:0", d=16)
+    x.cols[0] = torch.linspace(-150, 150, 70)
+    x.y[:] = 0 if worst_label else 69
+    x.y[::3] = 35
+    return x
+
+
+@pytest.mark.parametrize("worst_label", [True, False])
+def test_rows_that_span_300_are_right_whatever_the_label(worst_label):
+    x, g = spread(worst_label), gradients(20)
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(20, 70, F32))
+    true, d = truth(x, g)
+    assert error(stats.lse, true.lse) < STEPS
+    assert error(grads.h, d[0]) < 1e-5  # logits of 150 are rounded to 1e-5
+    assert error(grads.w, d[1]) < 1e-5
+
+
+def test_only_the_token_blocks_that_need_it_are_redone():
+    x, g = head(n=50, transform="addcol:0"), gradients(50)
+    x.cols[0] = torch.linspace(-150, 150, 70)
+    x.y[:] = 69
+    x.y[20] = 0  # one row of the second block
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(50, 70, F32))
+    true, d = truth(x, g)
+    assert error(stats.lse, true.lse) < STEPS
+    assert error(grads.h, d[0]) < 1e-5
+
+
+def test_the_target_gradient_keeps_its_digits_when_p_tends_to_one():
+    x = head(transform="addcol:0")
+    x.cols[0] = 0
+    x.cols[0, 5] = 40
+    x.y[:] = 5
+    ones = torch.ones(20)
+    _, grads = engine.head_loss(x, RowGrads(ones, -ones[:, None]), OPERANDS, Windows(20, 70, F32))
+    wide = doubled(x)
+    z = (wide.h @ wide.w.T + wide.cols[0]).detach()
+    others = z.clone()
+    others[:, 5] = -torch.inf
+    weights = (z - z.logsumexp(1, keepdim=True)).exp()
+    weights[:, 5] = -(others.logsumexp(1) - z.logsumexp(1)).exp()
+    # nothing is left of an entry near 1 but, at most, one of its roundings
+    assert float((grads.h.double() - weights @ wide.w.detach()).abs().max()) < 3e-7
+
+
+def test_ignored_rows_have_no_gradient_and_bare_targets_have_only_theirs():
+    x, g = head(k=1), gradients(20)
+    g.lse[:3] = 0
+    g.picked[:3] = 0  # ignored
+    g.lse[3:6] = 0  # only the picked logit counts
+    _, grads = engine.head_loss(x, g, OPERANDS, Windows(20, 70, F32))
+    _, d = truth(x, g)
+    assert not grads.h[:3].any()
+    assert error(grads.h[3:6], d[0][3:6]) < STEPS
+    assert error(grads.w, d[1]) < STEPS
+
+
+def test_masked_columns_take_no_part():
+    x, g = head(transform="addcol:0"), gradients(20)
+    x.cols[0] = 0
+    x.cols[0, 40:] = -torch.inf
+    x.y.clamp_(max=39)
+    kept = Head(x.h, x.w[:40], x.y, x.cols[:, :40], x.rows, x.u, x.transform)
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(20, 70, F32))
+    true, d = truth(kept, g)
+    assert error(stats.lse, true.lse) < STEPS
+    assert error(grads.h, d[0]) < STEPS
+    assert not grads.w[40:].any()
+
+
+def test_a_row_that_is_not_finite_stays_alone():
+    x = head()
+    x.h[2], x.h[5] = torch.nan, torch.inf
+    got = engine.head_stats(x, frozenset(STATS), Windows(20, 70, F32))
+    fine = torch.ones(20, dtype=torch.bool)
+    fine[[2, 5]] = False
+    true, _ = truth(x, gradients(20))
+    assert torch.equal(got.lse.isfinite(), fine)
+    assert got.lse[2].isnan()
+    assert got.max[2].isnan()
+    assert error(got.lse[fine], true.lse[fine]) < STEPS
+
+
+def test_argmax_is_taken_on_rounded_logits_with_the_first_index_on_ties():
+    x = head(transform="mul:1.0 round:float16", scale=0.01)
+    got = engine.head_stats(x, frozenset({"max", "argmax"}), Windows(20, 70, F32))
+    rounded = (x.h @ x.w.T).half()
+    tied = (rounded == rounded.amax(1, keepdim=True)).float()
+    assert torch.equal(got.argmax, tied.argmax(1))
+    assert torch.equal(got.max, rounded.amax(1).float())
+
+
+def test_no_tokens_give_empty_statistics_and_zero_gradients():
+    x = head(n=0)
+    g = RowGrads(torch.empty(0), torch.empty(0, 1))
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(16, 70, F32))
+    assert stats.lse.shape == (0,)
+    assert grads.h.shape == (0, 16)
+    assert not grads.w.any()
+
+
+@triton.jit
+def _visits(seen, slots_seen, N, V, GROUP, BM: tl.constexpr, BN: tl.constexpr):
+    pid = tl.program_id(0)
+    P = tl.num_programs(0)
+    main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
+    for step in range(0, steps):
+        block, tile, slot, last = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
+        at = seen + block * tl.cdiv(V, BN) + tile
+        tl.store(at, tl.load(at) + 1)
+        if last:
+            start, _, _ = partial_offset(block, slot, P, N, V, GROUP, BM, BN)
+            to = slots_seen + start + tl.arange(0, BM)
+            tl.store(to, tl.load(to) + 1)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 5, 8])
+@pytest.mark.parametrize("tiles", [1, 4, 9])
+@pytest.mark.parametrize("multiprocessors", [1, 6, 7])
+def test_the_schedule_visits_every_tile_once_and_fills_every_slot_once(blocks, tiles, multiprocessors):
+    tile = triton_tiles.Tile(2, 4, 1, 3, 1, 1)
+    n, v = blocks * 2 - 1, tiles * 4 - 1
+    plan = schedule(n, v, tile, multiprocessors)
+    seen, filled = torch.zeros(blocks, tiles, dtype=torch.int32), torch.zeros(plan.size, dtype=torch.int32)
+    _visits[(plan.programs,)](seen, filled, n, v, plan.group, BM=2, BN=4)
+    assert plan.programs <= multiprocessors
+    assert seen.eq(1).all()
+    assert filled.eq(1).all()
