@@ -75,7 +75,7 @@ def flatten(context: Context, value: Followed, start: int = 0, end: int = -1) ->
     return moved(value, context.val, class_dim, aten.flatten.using_ints, start, end, keeps_order=True)
 
 
-@rule(aten.contiguous.default, aten.clone.default, aten.alias.default, aten.lift_fresh.default)
+@rule(aten.contiguous.default, aten.clone.default, aten.alias.default)
 def same(context: Context, value: Followed, **_: Any) -> Followed:
     """The same numbers in another or the same place: h need not be copied for it."""
     class_dim_of(value)
