@@ -1,0 +1,127 @@
+"""The grammar: how a whole program is put together. `draw(seed)` is a `Case`.
+
+A program projects hidden states, moves and changes the logits, asks for one or more losses, reduces and adds them up,
+and returns them, perhaps with something else that it made of the logits. Around parts of it there may be autocast,
+checkpointing, grad-mode toggles and loops, and in-place writes where they hurt most.
+"""
+
+from __future__ import annotations
+
+import random
+
+from tests.fuzz.losses import TERMINALS, reduce, side
+from tests.fuzz.projections import align, hidden, project
+from tests.fuzz.program import Case
+from tests.fuzz.transforms import MOVES, STEPS
+from tests.fuzz.writer import Logits, Writer
+
+
+def sizes(rng: random.Random) -> dict[str, int]:
+    """Small, ragged, and now and then equal to one another."""
+    b, t, d = rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 4, 5]), rng.choice([4, 6, 8])
+    v = rng.choice([7, 11, 16, 33, 33, t + 3, d])
+    return {"B": b, "T": t, "D": d, "V": max(v, 4)}
+
+
+def change(w: Writer, z: Logits) -> Logits:
+    """A few steps and moves in any order."""
+    for _ in range(w.pick([0, 1, 1, 2, 2, 3, 4])):
+        z = w.weighted(STEPS if w.chance(0.6) else MOVES)(w, z)
+    return z
+
+
+def interfere(w: Writer, h: str, z: Logits) -> None:
+    """A write, between the product and the loss, to something the head reads."""
+    y, m = z.rows.y, z.rows.m
+    weights = [n for n in w.inputs if n.startswith("w")]
+    choices = [f"{y}[{y} == {w.ignore}] = 0", f"{y}.clamp_(min=0)", f"{m}.mul_(0.5)", f"{m}[..., -1] = 0", f"{y} += 0"]
+    choices += [f"{n}.detach().mul_(1.1)" for n in weights] + [f"{h}.detach().mul_(0.9)", f"{h}.detach()[..., 0] = 0"]
+    w.line(w.pick(choices))
+
+
+def head(w: Writer, h: str, flat: bool, rows: Logits | None) -> Logits:
+    aligned = align(w, flat) if rows is None else rows.rows
+    z = change(w, project(w, h, flat, aligned))
+    if w.chance(0.08):
+        interfere(w, h, z)
+    return z
+
+
+def loss(w: Writer, z: Logits) -> str:
+    """One loss of these logits, reduced or not."""
+    name, per_token = w.weighted(TERMINALS)(w, z)
+    if per_token and w.chance(0.85):
+        if w.chance(0.15):
+            w.give(name)
+        return reduce(w, name, z)
+    return name
+
+
+def chunked(w: Writer, z: Logits) -> str:
+    """A loop over pieces of the rows."""
+    total = w.let("total", "0.0")
+    piece = w.pick([".split(2)", ".chunk(2)", ".unbind()", ""])
+    one = z.rank - (piece in (".unbind()", "")) < 2
+    if one or z.class_dim == 0:
+        return loss(w, z)
+    with w.block(f"for zc, yc in zip({z.name}{piece}, {z.rows.y}{piece}):"):
+        last = "zc.movedim(1, -1)" if z.class_dim == 1 and z.rank == 3 and piece in (".split(2)", ".chunk(2)") else "zc"
+        if z.class_dim != z.rank - 1 and last == "zc":
+            last = "zc.movedim(0, -1)"
+        ignore = f", ignore_index={w.ignore}, reduction='{w.pick(['mean', 'sum'])}'"
+        w.line(f"{total} {w.pick(['+=', '='])} {'' if w.chance(0.5) else '0.5 * '}F.cross_entropy({last}.reshape(-1, {z.vocab}), yc.reshape(-1){ignore})")
+    return total
+
+
+def whole_loss(w: Writer, h: str, flat: bool, previous: Logits | None) -> tuple[str, Logits]:
+    z = head(w, h, flat, previous)
+    if w.chance(0.06):
+        return chunked(w, z), z
+    l = loss(w, z)
+    if w.chance(0.2):
+        l = w.let("l", f"{l} + {w.pick(['0.1', '1.0', '0.0'])} * {loss(w, change(w, z) if w.chance(0.3) else z)}")
+    return l, z
+
+
+def checkpointed(w: Writer, h: str, flat: bool) -> tuple[str, Logits]:
+    """Head and loss inside ``torch.utils.checkpoint``."""
+    inner = w.fresh("body")
+    aligned = align(w, flat)
+    with w.block(f"def {inner}(h):"):
+        z = change(w, project(w, "h", flat, aligned))
+        l = loss(w, z)
+        w.line(f"return {w.pick([l, l, f'{l}, {z.name}'])}")
+    returned = str(w.stack[-1][-1].body[-1])  # type: ignore[union-attr]
+    w.returns = [r for r in w.returns if r.startswith("outer")]  # what was given inside is not visible out here
+    if "," in returned:
+        out = w.fresh("l")
+        w.line(f"{out}, z_out = checkpoint({inner}, {h}, use_reentrant=False)")
+        w.give("z_out")
+        return out, z
+    return w.let("l", f"checkpoint({inner}, {h}, use_reentrant=False)"), z
+
+
+def draw(seed: str | int) -> Case:
+    """The program of a seed."""
+    rng = random.Random(seed)
+    w = Writer(rng, sizes(rng), rng.choice(["float32", "float32", "float32", "bfloat16"]), rng.choice([-100, -100, -100, -1, 0]))
+    flat = w.chance(0.3)
+    h = hidden(w, flat)
+    if w.chance(0.08):
+        l, z = checkpointed(w, h, flat)
+    else:
+        with w.maybe(0.06, 'with torch.autocast("cpu", torch.bfloat16):'):
+            l, z = whole_loss(w, h, flat, None)
+            if w.chance(0.12):
+                other, _ = whole_loss(w, h, flat, None)
+                l = w.let("l", f"{l} + {other}")
+            for _ in range(w.pick([0, 0, 0, 1, 1, 2])):
+                side(w, z)
+        if w.chance(0.05):
+            w.line(f"{h}.detach().add_(0.1)")
+    if w.chance(0.1):
+        l = w.let("l", f"{l} + 0.01 * {h}.float().pow(2).mean()")
+    elif w.chance(0.05):
+        w.line(f"{l} += 0.5")
+    w.returns.insert(0 if w.chance(0.8) else len(w.returns), l)
+    return w.case(dynamic=w.chance(0.15), ambient_autocast=w.chance(0.08), no_grad=w.chance(0.06))

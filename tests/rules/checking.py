@@ -1,0 +1,146 @@
+"""Reading one spelled program by the rules, and holding what they claim against what torch computes.
+
+This file knows how to compare; which programs and which logits is the test's matter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from fusedhead.interpret import follow
+from fusedhead.kernels import reference
+from fusedhead.kernels.columns import Transform
+from fusedhead.kernels.contract import Head
+from fusedhead.read import callee, name_of
+from fusedhead.rules import RULES
+from fusedhead.rules.projections import SPELLINGS as PROJECTION_NAMES
+from fusedhead.terminals import Statistics, Terminal
+from fusedhead.values import FOLLOWED, Escape, Plain, logits_of
+
+from rules.states import World, concrete, flat, numbers
+
+
+class Concretely:
+    """An emitter that computes at once: what a terminal would emit, as tensors."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.graph = world, world.graph
+
+    def __call__(self, op: Any, *args: Any, **kwargs: Any) -> Any:
+        return op(*args, **kwargs)
+
+    def ref(self, ref: Any) -> Any:
+        return concrete(ref, self.world)
+
+    def sizes(self, tensor: Tensor) -> list[int]:
+        return list(tensor.shape)
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return tensor.to(dtype)
+
+
+def result_of(terminal: Terminal, world: World) -> Tensor:
+    """What a terminal makes of the statistics, these taken by their definition."""
+    emit: Any = Concretely(world)
+    head = flat(terminal.logits, world)
+    y = terminal.labels(emit) if terminal.labels else torch.empty(len(head.h), 0, dtype=torch.int64)
+    u = concrete(terminal.weights, world).float() if terminal.weights is not None else head.h.new_empty(0)
+    stats = reference.row_stats(
+        Head(head.h, head.w, y, head.cols, head.rows, u, Transform(terminal.logits.steps))  # type: ignore[arg-type]
+    )
+    sizes = lambda: list(head.sizes)  # noqa: E731
+    extra = {name: getattr(stats, name) for name in terminal.want if name not in ("picked", "sum")}
+    asked = Statistics(
+        stats.lse,  # type: ignore[arg-type]
+        stats.picked if "picked" in terminal.want else None,  # type: ignore[arg-type]
+        stats.sum if "sum" in terminal.want else None,  # type: ignore[arg-type]
+        sizes,
+        **extra,
+    )
+    return terminal.result(emit, asked)  # type: ignore[return-value]
+
+
+def claimed(value: Any, world: World) -> Tensor:
+    """The tensor that a rule claims its op returns, after checking what it says of its shape."""
+    if isinstance(value, Terminal):
+        return result_of(value, world)
+    logits = logits_of(value)
+    first, last = logits.vocab or (0, logits.head.weight.val.shape[0])
+    assert value.val.shape[logits.class_dim] == last - first, "the class dimension is not as long as the vocabulary"
+    return numbers(value, world)
+
+
+def agree(claim: Tensor, real: Tensor) -> None:
+    assert list(claim.shape) == list(real.shape)
+    low = real.dtype in (torch.bfloat16, torch.float16)
+    tolerance = {"rtol": 0.02, "atol": 0.02} if low else {"rtol": 2e-4, "atol": 2e-5}
+    torch.testing.assert_close(claim.double(), real.double(), equal_nan=True, **tolerance)
+
+
+def read(text: str, operands: dict[str, Plain], world: World, logits: Any = None) -> tuple[set[Any], str]:
+    """Follow the logits through a program and check every claim on the way.
+
+    Returns the overloads whose rules were asked, and "" or the sentence of the escape that ended it.
+    """
+    named = [name for name in operands if name in text]
+    scope = {"torch": torch, "F": torch.nn.functional}
+    program = torch.fx.symbolic_trace(eval(f"lambda {', '.join(named)}: {text}", scope))
+    asked: set[Any] = set()
+    values: dict[Node, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            world.real[node] = concrete(operands[node.name], world)
+            if node.name == "z":
+                values[node] = logits
+        elif node.op.startswith("call_"):
+            args, kwargs = map_arg((node.args, node.kwargs), world.real.__getitem__)
+            world.real[node] = callee(node)(*args, **kwargs)
+        elif node.op == "get_attr":
+            world.real[node] = getattr(program, node.target)
+        else:
+            break
+        node.meta["example_value"] = world.fake(world.real[node])
+        followed = any(isinstance(v, FOLLOWED) for s in node.all_input_nodes for v in tree_leaves(values.get(s)))
+        if not node.op.startswith("call_") or not (followed or name_of(node) in PROJECTION_NAMES):
+            continue
+        try:
+            value = spied(node, values, asked)
+        except Escape as escape:
+            return asked, str(escape)
+        real = world.real[node]
+        if isinstance(value, (list, tuple)):
+            for one, each in zip(value, real):
+                agree(claimed(one, world), each)
+            values[node] = value
+        elif isinstance(value, Terminal):
+            agree(claimed(value, world), real)
+        elif isinstance(value, FOLLOWED):
+            agree(claimed(value, world), real)
+            values[node] = value
+    return asked, ""
+
+
+def spied(node: Node, values: dict[Node, Any], asked: set[Any]) -> Any:
+    """`follow`, noting which rules it asks."""
+    original = dict(RULES)
+
+    def spy(overload: Any) -> Any:
+        def rule(*args: Any, **kwargs: Any) -> Any:
+            asked.add(overload)
+            return original[overload](*args, **kwargs)
+
+        return rule
+
+    for overload in original:
+        RULES[overload] = spy(overload)
+    try:
+        return follow(node, values)
+    finally:
+        RULES.update(original)
