@@ -86,5 +86,20 @@ class Emit:
         known = [static(size) for size in fake(node).shape]
         return [self(aten.sym_size.int, node, d) if size is None else size for d, size in enumerate(known)]
 
+    def flat(self, node: Node) -> Node:
+        """A tensor of rows as a vector."""
+        return node if fake(node).ndim == 1 else self(aten.reshape.default, node, [-1])
+
+    def last(self, node: Node, dim: int) -> Node:
+        """Dimension ``dim`` moved last."""
+        end = fake(node).ndim - 1
+        return node if dim in (-1, end) else self(aten.movedim.int, node, dim, end)
+
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         return node if fake(node).dtype == dtype else self(aten.to.dtype, node, dtype)
+
+
+def named(node: Node, name: str) -> Node:
+    """A node under a name that a reader of the rewritten graph understands."""
+    node._rename(name)
+    return node

@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import map_arg
 
-from fusedhead.emit import Emit
+from fusedhead.emit import Emit, named
 from fusedhead.kernels.contract import STATS
 from fusedhead.read import callee, fake, name_of
 from fusedhead.aliases import written
@@ -168,7 +168,7 @@ def upgrade(call: Node) -> str:
     """
     h, w, _, cols, rows, _ = call.args[:6]
     needs = [differentiable(n) for n in (h, w, cols, rows)]  # type: ignore[arg-type]
-    if not any(needs):
+    if not any(needs) or not any(map(differentiable, call.users)):
         return "no gradient is needed"
     if fake(h).dtype == torch.float16:  # type: ignore[arg-type]
         return "in float16 a gradient taken before the loss scale is known would underflow"
@@ -264,17 +264,22 @@ def replace(
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = emit(node.target, *args, **kwargs)
-        results = [emit(aten.detach.default, env[r]) for r in output_of(program.graph).args[0]]
+        results = [named(emit(aten.detach.default, env[r]), "coefficients") for r in output_of(program.graph).args[0]]
         given = {name_index(s): r for s, r in zip(statistics, results)}
-        empty = emit(aten.new_empty.default, tensors[0], [0], dtype=torch.float32)
+        empty = named(emit(aten.new_empty.default, tensors[0], [0], dtype=torch.float32), "no_coefficients")
         c = [given.get(i, empty) for i in range(len(LINEAR_STATS))]
         square = [emit(aten.reshape.default, r, [-1]) for r in results[len(statistics) :]]
         total = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), square) if square else empty
-        loss = emit(torch.ops.fusedhead.head_loss.default, *tensors, *c, total, transform, stats, memory, *needs)
-        for statistic in statistics:
-            statistic.replace_all_uses_with(emit(operator.getitem, loss, name_index(statistic)))
+        op = torch.ops.fusedhead.head_loss.default
+        loss = emit(op, *tensors, *c, total, transform, stats, memory, *needs)
+        read = {s: emit(operator.getitem, loss, name_index(s)) for s in statistics}
+    for statistic, node in read.items():
+        statistic.replace_all_uses_with(node)
     for node in [*call.users, call]:
         call.graph.erase_node(node)
+    named(loss, "head")
+    for node in read.values():
+        named(node, LINEAR_STATS[name_index(node)])
 
 
 def name_index(statistic: Node) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 import fusedhead.lowering.ops  # noqa: F401  registers torch.ops.fusedhead
-from fusedhead.emit import Emit
+from fusedhead.emit import Emit, named
 from fusedhead.interpret import Site
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import STATS
@@ -99,12 +99,6 @@ def resolve(emit: Emit, arg: Any) -> Any:
     return emit.ref(arg)
 
 
-def rows_last(emit: Emit, node: Node, class_dim: int) -> Node:
-    """The class dimension moved last."""
-    last = fake(node).ndim - 1
-    return node if class_dim == last else emit(aten.movedim.int, node, class_dim, last)
-
-
 def flat(emit: Emit, node: Node, width: int) -> Node:
     return node if fake(node).ndim == 2 else emit(aten.reshape.default, node, [-1, width])
 
@@ -119,7 +113,7 @@ def row_vector(emit: Emit, hidden: Node, logits: Logits, vector: RowVector) -> N
         node = emit(aten.to.device, node, fake(hidden).device, torch.float32)
     node = emit(aten.expand.default, node, sizes)
     node = replay(emit, node, logits.row_steps[vector.after :], 1)
-    return emit(aten.reshape.default, rows_last(emit, node, logits.class_dim), [-1])
+    return emit.flat(emit.last(node, logits.class_dim))
 
 
 def operands(emit: Emit, group: Group) -> list[Node]:
@@ -132,30 +126,29 @@ def operands(emit: Emit, group: Group) -> list[Node]:
     width = head.weight.val.shape[1]
     if logits.vocab is not None:
         weight = emit(aten.slice.Tensor, weight, 0, *logits.vocab)
-    shaped = rows_last(emit, replay(emit, hidden, logits.row_steps, width), logits.class_dim)
+    shaped = emit.last(replay(emit, hidden, logits.row_steps, width), logits.class_dim)
     h = detach(flat(emit, shaped, width))
     w = detach(weight)
     keyed = {t.label_key: t for _, t in group.terminals if t.labels is not None}
     picks = [t.labels(emit) for t in keyed.values() if t.labels is not None]
     tokens, vocab = emit.sizes(h)[0], emit.sizes(w)[0]
-    if not picks:
-        y = emit(aten.new_empty.default, h, [tokens, 0], dtype=torch.int64)
-    else:
-        y = picks[0] if len(picks) == 1 else emit(aten.cat.default, picks, 1)
-    float32 = {"dtype": torch.float32}
     cols = [detach(emit.cast(emit.ref(c), torch.float32)) for c in logits.cols]
     rows = [detach(row_vector(emit, hidden, logits, r)) for r in logits.rows]
-    stack = aten.stack.default
     weights = next((t.weights for _, t in group.terminals if t.weights is not None), None)
+
+    def empty(name: str, *shape: Any, dtype: torch.dtype = torch.float32) -> Node:
+        return named(emit(aten.new_empty.default, h, list(shape), dtype=dtype), name)
+
+    def joined(op: Any, nodes: list[Node], *args: Any) -> Node:
+        return nodes[0] if len(nodes) == 1 and op is aten.cat.default else emit(op, nodes, *args)
+
     return [
         h,
         w,
-        y,
-        emit(stack, cols) if cols else emit(aten.new_empty.default, h, [0, vocab], **float32),
-        emit(stack, rows) if rows else emit(aten.new_empty.default, h, [0, tokens], **float32),
-        emit(aten.new_empty.default, h, [0], **float32)
-        if weights is None
-        else emit.cast(emit.ref(weights), torch.float32),
+        joined(aten.cat.default, picks, 1) if picks else empty("no_labels", tokens, 0, dtype=torch.int64),
+        joined(aten.stack.default, cols) if cols else empty("no_columns", 0, vocab),
+        joined(aten.stack.default, rows) if rows else empty("no_rows", 0, tokens),
+        empty("unweighted", 0) if weights is None else emit.cast(emit.ref(weights), torch.float32),
     ]
 
 
@@ -176,7 +169,7 @@ def rebuild(emit: Emit, group: Group, statistics: dict[str, Node], node: Node, t
     def row_sizes() -> list[Any]:
         hidden = emit.ref(logits.head.hidden)
         shaped = replay(emit, hidden, logits.row_steps, logits.head.weight.val.shape[1])
-        return emit.sizes(rows_last(emit, shaped, logits.class_dim))[:-1]
+        return emit.sizes(emit.last(shaped, logits.class_dim))[:-1]
 
     with emit.before(node, node, grad=grad):
         others = {name: statistics[name] for name in terminal.want if name not in ("picked", "sum")}
@@ -215,8 +208,11 @@ def fuse(graph: Graph, site: Site, memory: int, grad: dict[Node, bool], position
             tensors = operands(emit, group)
             chain = next(iter(roundings_of(group.terminals)), None)
             text = Transform(group.first.logits.steps).smooth.text if chain is None else Transform(chain).text
-            call = emit(torch.ops.fusedhead.head_stats.default, *tensors, text, ",".join(group.want), memory)
-            statistics = {name: emit(operator.getitem, call, STATS.index(name)) for name in group.want}
+            op = torch.ops.fusedhead.head_stats.default
+            call = named(emit(op, *tensors, text, ",".join(group.want), memory), "head")
+            statistics = {
+                name: named(emit(operator.getitem, call, STATS.index(name)), name) for name in group.want
+            }
         for node, terminal in group.terminals:
             rebuild(emit, group, statistics, node, terminal, grad[node])
         calls.append(call)

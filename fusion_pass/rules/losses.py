@@ -21,7 +21,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fusedhead.emit import Emit
+from fusedhead.emit import Emit, named
 from fusedhead.rules.table import (
     Context, Terminal, needs_logits, over_classes, plain_tensor, rule, vocab_size,
 )  # fmt: skip
@@ -84,9 +84,8 @@ def nll_terminal(
     def valid_and_labels(emit: Emit) -> tuple[Node, Node]:
         if emit.graph in emitted:
             return emitted[emit.graph]
-        flat = emit(aten.reshape.default, emit.ref(target), [-1])
-        flat = emit.cast(flat, torch.int64)
-        valid = emit(aten.ne.Scalar, flat, ignore_index)
+        flat = emit.cast(emit.flat(emit.ref(target)), torch.int64)
+        valid = named(emit(aten.ne.Scalar, flat, ignore_index), "valid")
         # a product, so that a label that is out of range, and not ignored, stays so
         emitted[emit.graph] = valid, emit(aten.mul.Tensor, flat, valid)
         return emitted[emit.graph]
@@ -117,7 +116,8 @@ def nll_terminal(
         # as `where`, not as a product: an ignored row counts nothing even if its loss is not finite
         loss = emit(aten.where.ScalarOther, valid, loss, 0.0)
         if reduction == 0:
-            return emit(aten.reshape.default, loss, emit.sizes(emit.ref(target)))
+            sizes = emit.sizes(emit.ref(target))
+            return loss if len(sizes) == 1 else emit(aten.reshape.default, loss, sizes)
         loss = emit(aten.sum.default, loss)
         if reduction == 1:
             counted = valid if row_weight is None else emit(aten.where.ScalarOther, valid, row_weight, 0.0)
@@ -199,8 +199,8 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
         raise Escape(f"the index of gather has dtype {index.val.dtype}")
 
     def labels(emit: Emit) -> Node:
-        last = emit(aten.movedim.int, emit.ref(index), class_dim, -1)
-        return emit(aten.reshape.default, last, [-1, picked])
+        last = emit.last(emit.ref(index), class_dim)
+        return last if last.meta["example_value"].ndim == 2 else emit(aten.reshape.default, last, [-1, picked])
 
     def result(emit: Emit, stats: Statistics) -> Node:
         assert stats.picked is not None
@@ -208,8 +208,9 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
         if isinstance(value, LogProbs):
             out = emit(aten.sub.Tensor, out, emit(aten.unsqueeze.default, stats.lse, 1))
             out = emit(aten.mul.Tensor, out, value.factor) if value.factor != 1.0 else out
-        out = emit(aten.reshape.default, out, [*stats.row_sizes(), picked])
-        return emit(aten.movedim.int, out, -1, class_dim)
+        sizes = stats.row_sizes()
+        out = out if len(sizes) == 1 else emit(aten.reshape.default, out, [*sizes, picked])
+        return out if class_dim == len(sizes) else emit(aten.movedim.int, out, -1, class_dim)
 
     name = "log_softmax + gather" if isinstance(value, LogProbs) else "gather"
     count = "" if picked == 1 else f" ({picked} labels a row)"
