@@ -1,0 +1,159 @@
+"""The whole stack on one GPU: errors against float64, CUDA graphs, dynamic shapes, no host sync, memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fusedhead
+
+N, D, V = 252, 128, 5003
+Program = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def mean_loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, w).float(), y, ignore_index=-1)
+
+
+def with_bias_and_smoothing(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, w, b).float(), y, ignore_index=-1, label_smoothing=0.1)
+
+
+def capped(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(30 * torch.tanh(F.linear(h, w).float() / 30), y, ignore_index=-1)
+
+
+def weighted_log_probs(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    log_probs = (h @ w.T).float().log_softmax(-1).gather(-1, y.clamp(min=0)[:, None]).squeeze(-1)
+    return (log_probs * torch.linspace(-1, 1, N, device=h.device, dtype=log_probs.dtype)).pow(2).sum()
+
+
+def with_z_loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w).float()
+    return F.cross_entropy(z, y, ignore_index=-1) + 1e-4 * torch.logsumexp(z, -1).square().mean()
+
+
+PROGRAMS = [mean_loss, with_bias_and_smoothing, capped, weighted_log_probs, with_z_loss]
+
+
+def operands(dtype: torch.dtype, offset: float = 0.0, spread: float = 1.0) -> tuple[Tensor, ...]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    h = torch.randn(N, D, generator=generator, device="cuda")
+    w = torch.randn(V, D, generator=generator, device="cuda") * spread / D**0.5
+    b = torch.randn(V, generator=generator, device="cuda") + offset
+    y = torch.randint(0, V, (N,), generator=generator, device="cuda")
+    y[::17] = -1
+    return tuple(x.to(dtype).requires_grad_() for x in (h, w, b)) + (y,)
+
+
+def results(program: Program, given: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> list[Tensor]:
+    leaves = [(x.detach().to(dtype or x.dtype).requires_grad_() if x.is_floating_point() else x) for x in given]
+    loss = program(*leaves)
+    loss.backward()
+    return [loss.detach()] + [x.grad for x in leaves[:3] if x.grad is not None]
+
+
+def in_float64(program: Program) -> Program:
+    """The same program without its casts to float32."""
+
+    def wide(*args: Tensor) -> Tensor:
+        cast, Tensor.float = Tensor.float, Tensor.double
+        try:
+            return program(*args)
+        finally:
+            Tensor.float = cast
+
+    return wide
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
+def test_the_error_is_at_most_that_of_eager_code_in_the_same_dtype(program: Program, dtype: torch.dtype) -> None:
+    given = operands(dtype)
+    truth = results(in_float64(program), given, torch.float64)
+    eager = results(program, given)
+    fused = results(torch.compile(program, backend="fusedhead", options={"fusedhead.strict": True}), given)
+    for name, t, e, f in zip(("loss", "dh", "dw", "db"), truth, eager, fused):
+        assert f.dtype == e.dtype
+        allowed = (e.double() - t).norm() + 2e-6 * t.norm()
+        assert (f.double() - t).norm() <= allowed, f"{name}: {(f.double() - t).norm() / t.norm()} of {allowed / t.norm()}"
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
+def test_cuda_graphs_replay_right_numbers(program: Program) -> None:
+    compiled = torch.compile(program, backend="fusedhead", mode="reduce-overhead")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        given = operands(torch.bfloat16)
+        torch.compiler.cudagraph_mark_step_begin()
+        for f, e in zip(results(compiled, given), results(program, given)):
+            torch.testing.assert_close(f, e, atol=2e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("program", [mean_loss, weighted_log_probs], ids=lambda p: p.__name__)
+def test_no_host_sync(program: Program) -> None:
+    given = operands(torch.bfloat16)
+    compiled = torch.compile(program, backend="fusedhead")
+    results(compiled, given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results(compiled, given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_dynamic_shapes_compile_once() -> None:
+    graphs = []
+
+    def count(gm: torch.fx.GraphModule, x: list) -> Callable:
+        graphs.append(gm)
+        return fusedhead.fusedhead(gm, x)
+
+    compiled = torch.compile(mean_loss, backend=count, dynamic=True)
+    _, w, b, _ = operands(torch.bfloat16)
+    for tokens in (1, 7, 252, 1000):
+        h = torch.randn(tokens + 1, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        y = torch.randint(0, V, (tokens + 1,), device="cuda")
+        torch.testing.assert_close(compiled(h, w, b, y), mean_loss(h, w, b, y), atol=5e-3, rtol=5e-3)
+    assert len(graphs) == 1
+
+
+def test_the_workspace_stays_inside_its_budget() -> None:
+    tokens, hidden, vocab, mebibytes = 8192, 512, 65536, 64
+    h = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(vocab, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = torch.randint(0, vocab, (tokens,), device="cuda")
+    compiled = torch.compile(
+        lambda h, w, y: F.cross_entropy(F.linear(h, w).float(), y),
+        backend="fusedhead",
+        options={"fusedhead.memory": mebibytes},
+    )
+    for _ in range(2):
+        h.grad = w.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        compiled(h, w, y).backward()
+        gradients = 2 * (h.numel() + w.numel())
+        extra = torch.cuda.max_memory_allocated() - before - gradients
+    small = 8 * tokens * 64 + (8 << 20)  # [N] vectors and cuBLAS' own workspace
+    assert extra <= (mebibytes << 20) + small, f"{extra / 2**20:.1f} MiB"
+
+
+BAD_LABEL = """
+import torch, torch.nn.functional as F
+h, w = torch.randn(8, 64, device="cuda"), torch.randn(100, 64, device="cuda")
+y = torch.full((8,), 100, device="cuda")
+torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y), backend="fusedhead")(h, w, y).item()
+"""
+
+
+def test_a_label_out_of_range_is_a_device_assert() -> None:
+    done = subprocess.run([sys.executable, "-c", BAD_LABEL], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "device-side assert" in done.stderr
