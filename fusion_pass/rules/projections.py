@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from fusedhead.kernels.columns import Step
+from fusedhead.read import name_of
 from fusedhead.rules.table import Context, rule
 from fusedhead.values import Call, Escape, Logits, Plain, Projection, RowStep
 
@@ -30,11 +31,22 @@ def project(context: Context, hidden: Plain, weight: Plain, class_dim: int | Non
         raise Escape(f"the projection is computed in {dtype}; heads are fused in float32, bfloat16 and float16")
     if any(not isinstance(size, int) for size in weight.val.shape):
         raise Escape("the weight's shape is not a compile-time constant")
+    same_dtype(context, hidden, weight)
     head = Projection(context.node, hidden, weight, dtype)
     last = context.val.ndim - 1
     moved = () if class_dim in (None, last) else (RowStep(aten.movedim.int, (last, class_dim), keeps_order=True),)
     start = Logits(head, context.val, last if class_dim is None else class_dim, row_steps=moved)
     return start.step(context.val)
+
+
+def same_dtype(context: Context, *operands: Plain) -> None:
+    """Escape where operands differ in dtype and no autocast brings them together: eager code raises there."""
+    if all(operand.val.dtype == context.val.dtype for operand in operands):
+        return
+    regions = any(name_of(node) == "_enter_autocast" for node in context.node.graph.nodes)
+    if not regions and not torch.is_autocast_enabled(context.val.device.type):
+        shown = ", ".join(str(operand.val.dtype) for operand in operands)
+        raise Escape(f"the operands of the projection ({shown}) are not of its dtype, {context.val.dtype}")
 
 
 def transposed(weight: Plain) -> Plain:
@@ -44,7 +56,7 @@ def transposed(weight: Plain) -> Plain:
     return Plain(Call(aten.t.default, (weight.ref,)), weight.val.t())
 
 
-def with_bias(logits: Logits, bias: Plain | None) -> Logits:
+def with_bias(context: Context, logits: Logits, bias: Plain | None) -> Logits:
     """Add a bias before the rounding of the projection: ``addmm`` and ``linear`` round once."""
     if bias is None:
         return logits
@@ -52,13 +64,14 @@ def with_bias(logits: Logits, bias: Plain | None) -> Logits:
         raise Escape("the bias of the projection varies from token to token")
     if bias.val.shape[-1:] != logits.val.shape[-1:]:
         raise Escape("the bias of the projection is not one number per class")
+    same_dtype(context, bias)
     flat = Plain(Call(aten.reshape.default, (bias.ref, [-1])), bias.val.reshape(-1))
     return replace(logits, steps=(), cols=(flat,)).step(logits.val, Step("addcol", 0))
 
 
 @rule(aten.linear.default)
 def linear(context: Context, hidden: Plain, weight: Plain, bias: Plain | None = None) -> Logits:
-    return with_bias(project(context, hidden, weight), bias)
+    return with_bias(context, project(context, hidden, weight), bias)
 
 
 @rule(aten.matmul.default, aten.mm.default)
@@ -72,7 +85,7 @@ def addmm(
 ) -> Logits:
     if beta != 1 or alpha != 1:
         raise Escape(f"addmm with beta={beta} and alpha={alpha}")
-    return with_bias(project(context, hidden, transposed(weight)), bias)
+    return with_bias(context, project(context, hidden, transposed(weight)), bias)
 
 
 @rule(aten.einsum.default)
