@@ -45,7 +45,9 @@ def draw(rows: list[Row], path: Path, device: str, task: str = "train") -> None:
     if not chosen:
         return
     panels = [(axis, cases) for axis in AXES if (cases := along(chosen, axis))]
-    by_shape = list(dict.fromkeys(shapes.parse(row.case)[0] for row in chosen))
+    present = list(dict.fromkeys(shapes.parse(row.case)[0] for row in chosen))
+    curves = {case for axis in AXES for case in shapes.FAMILIES[axis]}
+    by_shape = [case for case in present if case not in curves] or present
     panels.insert(0, ("shape", by_shape))
     names = list(dict.fromkeys(row.contender for row in chosen))
     found = {(shapes.parse(row.case)[0], row.contender): row for row in chosen}
@@ -83,8 +85,11 @@ def draw(rows: list[Row], path: Path, device: str, task: str = "train") -> None:
             panel = grid[line][column]
             panel.grid(True, alpha=0.3)
             panel.set_yscale("log")
-            for ticks in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-                ticks(lambda value, place: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
+            panel.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+            labelled = "235" if line == 0 else ""  # within a decade: times span less than one, memory many
+            panel.yaxis.set_minor_formatter(
+                lambda value, place, labelled=labelled: f"{value:g}" if f"{value:e}"[0] in labelled else ""
+            )
             if column == 0:
                 panel.set_ylabel(label)
             if axis == "shape":
@@ -97,5 +102,5 @@ def draw(rows: list[Row], path: Path, device: str, task: str = "train") -> None:
                 panel.set_xlabel(f"{LETTER[axis]}   ({fixed})")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
-    figure.suptitle(f"{task}: {device}, {by_shape[0].dtype}, {data} data", fontsize=10)
+    figure.suptitle(f"{task}: {device}, {present[0].dtype}, {data} data", fontsize=10)
     figure.savefig(path, dpi=130)

@@ -61,7 +61,7 @@ FAMILIES: dict[str, tuple[Case, ...]] = {
 
 
 def parse(text: str) -> list[Case]:
-    """Read a comma-joined list of cases and family names.
+    """Read a comma-joined list of cases and family names, each case once.
 
     Raises ValueError naming the part that is neither.
     """
@@ -78,4 +78,4 @@ def parse(text: str) -> list[Case]:
             raise ValueError(f"{dtype!r} is not a dtype of torch")
         tokens, hidden, vocab = map(int, numbers)
         cases.append(Case(tokens, hidden, vocab, dtype or "bfloat16"))
-    return cases
+    return list(dict.fromkeys(cases))
