@@ -1,10 +1,10 @@
 """The derivative of a `Transform`, in place on one window of the logits.
 
-`record` applies the chain and keeps what its derivative needs (the tape); `pull_back` turns the gradient with
-respect to the transformed window into the gradient with respect to h @ w.T, and adds what belongs to the column
-and row vectors. Both reuse the buffers they are given: the number of windows held at once is `windows_held`, which
-the planner counts against the memory budget. It must not know about heads, rows statistics or devices.
-"""
+`record` applies the chain and keeps what its derivative needs (the tape); `pull_back` turns the gradient
+with respect to the transformed window into the gradient with respect to h @ w.T, and adds what belongs to
+the column and row vectors. Both reuse the buffers they are given: the number of windows held at once is
+`windows_held`, which the planner counts against the memory budget. It must not know about heads, rows
+statistics or devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Tape = list[Tensor]
 
 
 def _on_tape(op: str, need_cols: bool, need_rows: bool) -> bool:
-    """Whether a step's derivative reads a window: its output (tanh, sigmoid) or its input (a multiplier's own)."""
+    """Whether a step's derivative reads a window: its output (tanh, sigmoid) or its input (a multiplier's
+    own)."""
     return op in UNARY or (op == "mulcol" and need_cols) or (op == "mulrow" and need_rows)
 
 

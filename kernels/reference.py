@@ -1,8 +1,7 @@
 """The definition of a head's statistics, in plain torch with the whole [N, V] logits in memory.
 
-Tests call it in float64 and take the result as the truth; gradients come from autograd. It is deliberately too
-simple to be wrong, so it must not know about windows, engines, dtypes of accumulation or speed.
-"""
+Tests call it in float64 and take the result as the truth; gradients come from autograd. It is deliberately
+too simple to be wrong, so it must not know about windows, engines, dtypes of accumulation or speed."""
 
 from __future__ import annotations
 

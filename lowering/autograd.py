@@ -1,9 +1,8 @@
 """How gradients pass through the ops: what each op saves, and which op its backward calls.
 
-`head_stats` recomputes in its backward, for any upstream gradient. `head_loss` has its gradients already, up to
-one scalar that it reads off the upstream. Operands that want no gradient are skipped. It must not know about
-engines, plans or windows.
-"""
+`head_stats` recomputes in its backward, for any upstream gradient. `head_loss` has its gradients already,
+up to one scalar that it reads off the upstream. Operands that want no gradient are skipped. It must not
+know about engines, plans or windows."""
 
 from __future__ import annotations
 
@@ -62,7 +61,8 @@ def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def upstream_scale(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The scalar g with upstream = g c, least squares over all statistics: <upstream, c> / <c, c>, or 0 if c = 0.
+    """The scalar g with upstream = g c, least squares over all statistics: <upstream, c> / <c, c>, or 0 if
+    c = 0.
 
     ``pairs`` of (upstream, coefficient), equal shapes, any float dtype -> 0-d tensor. Sums are float64 where the
     device has it, and c is divided by max |c| first, so that coefficients near the ends of the range neither
@@ -79,7 +79,8 @@ def upstream_scale(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 class _Once(torch.autograd.Function):
-    """The identity on gradients that ``create_graph=True`` wants to differentiate again, which is an error."""
+    """The identity on gradients that ``create_graph=True`` wants to differentiate again, which is an
+    error."""
 
     @staticmethod
     def forward(ctx: Any, d: Tensor) -> Tensor:
@@ -120,7 +121,9 @@ def _backward_loss(
     # The gradients left the op as constants, so that a second differentiation has to be refused by hand.
     scale = upstream_scale(pairs)
     scaled = (_scaled(d, scale) if need else None for d, need in zip(grads, needs))
-    dh, dw, dcols, drows = (_Once.apply(d.requires_grad_()) if d is not None and torch.is_grad_enabled() else d for d in scaled)
+    dh, dw, dcols, drows = (
+        _Once.apply(d.requires_grad_()) if d is not None and torch.is_grad_enabled() else d for d in scaled
+    )
     return dh, dw, None, dcols, drows, *(None,) * 12
 
 

@@ -1,8 +1,8 @@
 """The three custom ops that stand for a head in a graph, and the way from them to an engine.
 
-Functional, tensors positional, fixed arity: what is absent travels as a tensor of no elements. Each op checks its
-operands, asks the planner and calls one engine; importing this file registers ops, fakes and autograd. It must not
-know how a head is computed or where in a program it came from.
+Functional, tensors positional, fixed arity: what is absent travels as a tensor of no elements. Each op
+checks its operands, asks the planner and calls one engine; importing this file registers ops, fakes and
+autograd. It must not know how a head is computed or where in a program it came from.
 
     head_stats           one sweep: the statistics                        lse, picked, sum, entropy, max, argmax
     head_stats_backward  one sweep: gradients for any per-row upstream     dh, dw, dcols, drows
@@ -41,7 +41,8 @@ SCHEMAS = {
 
 
 class LabelOutOfRange(IndexError, RuntimeError):
-    """A label is no column of the logits. Both kinds of error that eager code raises: cross_entropy and gather."""
+    """A label is no column of the logits. Both kinds of error that eager code raises: cross_entropy and
+    gather."""
 
 
 def _asked(stats: str) -> frozenset[str]:
@@ -62,7 +63,8 @@ def _size(what: str, got: int, other: str, expected: int) -> None:
 
 
 def _check(head: Head) -> None:
-    """Sizes and dtypes agree, labels name columns. Labels are read on the CPU only: elsewhere it would be a sync."""
+    """Sizes and dtypes agree, labels name columns. Labels are read on the CPU only: elsewhere it would be a
+    sync."""
     h, w, y, cols, rows, u, _ = head
     if h.dim() != 2 or w.dim() != 2 or y.dim() != 2:
         raise ValueError(

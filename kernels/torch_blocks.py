@@ -1,0 +1,138 @@
+"""What the sweeps of the torch engine share: how z is cut into cache-sized blocks, and arithmetic on labels.
+
+A sweep walks over windows of tokens and, inside each, over blocks of vocabulary small enough that the
+logits of a block are still in the cache when the next op reads them. Labels are kept apart from the blocks:
+their logits are row products in float32, their cells are blanked, and their share of every result is added
+with full precision. Nothing here may know about gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.columns import Transform, apply
+from fusedhead.kernels.contract import Head, stat_dtype
+
+LOG2E = math.log2(math.e)  # exp x = exp2(x log2 e): torch's exp2 is three times faster than its exp on a CPU
+BLOCK_BYTES = 2 << 20  # of one block of logits: about the second-level caches of two cores
+BLOCK_COLUMNS = 512  # fewer columns than this make the matrix products slow
+GATHER_BYTES = 1 << 20  # of rows of w gathered at once
+SAMPLE = 256  # columns that estimate where a row's logits lie
+
+
+def cuts(total: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size`` that cover ``total``."""
+    size = max(1, size)
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def block_columns(tokens: int, vocab: int, itemsize: int) -> int:
+    """Columns of one block, for a window of ``tokens`` rows whose plan allows ``vocab`` columns."""
+    fit = BLOCK_BYTES // max(1, tokens * itemsize)
+    return max(1, min(vocab, max(BLOCK_COLUMNS, fit // 64 * 64)))
+
+
+def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype of a head's matrix products: its own where the hardware multiplies it fast, else float32.
+
+    float16 is always widened, because exp z would leave its range.
+    """
+    if dtype == torch.bfloat16:
+        native = device_type == "cuda" or (
+            device_type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+        return dtype if native else torch.float32
+    return stat_dtype(dtype)
+
+
+def fine_dtype(device_type: str) -> torch.dtype:
+    """The dtype of a sweep's row vectors between their roundings: float64 where the device has it."""
+    return torch.float32 if device_type == "mps" else torch.float64
+
+
+def plain_scale(transform: Transform) -> float | None:
+    """c where the transform is z · c up to rounding steps, None where it is more than that."""
+    scale = 1.0
+    for op, value in transform.steps:
+        if op == "mul":
+            scale *= float(value)
+        elif op != "round":
+            return None
+    return scale
+
+
+def vectors(head: Head, i: slice, v: slice) -> tuple[Tensor, Tensor]:
+    """The column and row vectors of one block, in the statistics' dtype: [C, v] and [R, m]."""
+    wide = stat_dtype(head.h.dtype)
+    cols = head.cols[:, v].to(wide) if head.cols.dim() == 2 else head.cols
+    rows = head.rows[:, i].to(wide) if head.rows.dim() == 2 else head.rows
+    return cols, rows
+
+
+def label_vectors(head: Head, i: slice) -> tuple[Tensor, Tensor]:
+    """The same for the labels of window i, fine: column vectors [C, m, K], row vectors [R, m]."""
+    fine = fine_dtype(head.h.device.type)
+    cols = head.cols[:, head.y[i]].to(fine) if head.cols.dim() == 2 else head.cols
+    rows = head.rows[:, i].to(fine) if head.rows.dim() == 2 else head.rows
+    return cols, rows
+
+
+def label_rows(head: Head, i: slice, k: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens counted from i.start, the rows of w of their k-th label) over window i, few enough at once."""
+    for at in cuts(i.stop - i.start, GATHER_BYTES // max(1, head.w.shape[1] * dtype.itemsize)):
+        yield at, head.w.index_select(0, head.y[i.start + at.start : i.start + at.stop, k]).to(dtype)
+
+
+def label_logits(head: Head, i: slice) -> Tensor:
+    """h_i · w[y_ik] for the labels of window i, before the transform: [m, K], fine."""
+    fine = fine_dtype(head.h.device.type)
+    z = head.h.new_empty((i.stop - i.start, head.y.shape[1]), dtype=fine)
+    for k in range(head.y.shape[1]):
+        for at, rows in label_rows(head, i, k, fine):
+            z[at, k] = rows.mul_(head.h[i][at]).sum(1)
+    return z
+
+
+def first_of_equal(y: Tensor) -> Tensor:
+    """[m, K] -> [m, K] bool: False where an earlier label of the row is the same column, counted already."""
+    if y.shape[1] < 2:
+        return torch.ones_like(y, dtype=torch.bool)
+    return ~torch.tril(y[:, :, None] == y[:, None, :], -1).any(2)
+
+
+def blank_labels(block: Tensor, y: Tensor, v: slice) -> None:
+    """Zero, in the block [m, v] of the columns v, the cells of the labels y [m, K]."""
+    for k in range(y.shape[1]):
+        column = y[:, k : k + 1] - v.start
+        inside = (column >= 0) & (column < v.stop - v.start)
+        column.clamp_(0, v.stop - v.start - 1)
+        block.scatter_(1, column, block.gather(1, column).masked_fill_(inside, 0))
+
+
+def sampled_level(head: Head, i: slice, work: torch.dtype) -> Tensor:
+    """log mean exp z over columns spread evenly: about where each row's probability lies, [m], finite.
+
+    ``work`` is the dtype of the product.
+    Exponentials are taken relative to it. It is also the point near which a bfloat16 z - level rounds least.
+    """
+    step = max(1, head.w.shape[0] // SAMPLE)
+    v = slice(0, head.w.shape[0], step)
+    z = head.h[i].to(work) @ head.w[v].to(work).t()
+    z = apply(head.transform, z.to(stat_dtype(head.h.dtype)), *vectors(head, i, v))
+    level = torch.logsumexp(z, 1) - math.log(max(1, z.shape[1]))
+    return torch.where(level.isfinite(), level, 0)
+
+
+def row_maximum(head: Head, i: slice, columns: int) -> Tensor:
+    """The largest z of each row, by a sweep of its own: [m], 0 where it is not finite."""
+    wide = stat_dtype(head.h.dtype)
+    work = product_dtype(head.h.dtype, head.h.device.type)
+    most = head.h.new_full((i.stop - i.start,), -torch.inf, dtype=wide)
+    h = head.h[i].to(work)
+    for v in cuts(head.w.shape[0], columns):
+        z = apply(head.transform, (h @ head.w[v].to(work).t()).to(wide), *vectors(head, i, v))
+        most = torch.maximum(most, z.amax(1))
+    return torch.where(most.isfinite(), most, 0)

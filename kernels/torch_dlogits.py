@@ -1,0 +1,86 @@
+"""Any gradient of any head: dz written out block by block in float32, then its matrix products.
+
+For the upstream gradients and transforms that `torch_softmax_gradients` does not serve: the entropy,
+weighted sums of transformed logits, gradients of row vectors and of multipliers. FLOP 6 NDV, the lse being
+known. Memory: a block of logits for each of z, dz and the transform's tape, and [windows.tokens, D] in
+float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.column_gradients import pull_back, record
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
+from fusedhead.kernels.torch_blocks import LOG2E, block_columns, cuts, product_dtype, vectors
+from fusedhead.kernels.torch_exponentials import block_buffers
+from fusedhead.kernels.torch_gradient_sums import accumulate_product
+from fusedhead.kernels.torch_weight_gradient import WeightGradient
+
+
+def _dz(head: Head, upstream: RowGrads, stats: RowStats, i: slice, v: slice, z: Tensor) -> Tensor:
+    """dz of the transformed block z [m, v], which becomes log p and is lost."""
+    wide = z.dtype
+    z.sub_(stats.lse[i, None].to(wide))
+    dz = (z * LOG2E).exp2_()
+    slope = head.h.new_zeros(len(z), dtype=wide)
+    if upstream.lse is not None:
+        slope = slope + upstream.lse[i].to(wide)
+    if upstream.square is not None:
+        slope = slope + 2 * upstream.square[i].to(wide) * stats.lse[i].to(wide)
+    if upstream.entropy is not None and stats.entropy is not None:
+        g = upstream.entropy[i, None].to(wide)
+        z.mul_(-g).add_((slope - g[:, 0] * stats.entropy[i].to(wide))[:, None])
+        dz.mul_(z)
+    else:
+        dz.mul_(slope[:, None])
+    if upstream.sum is not None:
+        g = upstream.sum[i, None].to(wide)
+        dz.addcmul_(g, head.u[v].to(wide)[None]) if head.u.numel() else dz.add_(g)
+    if upstream.picked is not None:
+        column = head.y[i] - v.start
+        inside = (column >= 0) & (column < z.shape[1])
+        share = upstream.picked[i].to(wide).masked_fill(~inside, 0)
+        dz.scatter_add_(1, column.clamp_(0, z.shape[1] - 1), share)
+    return dz
+
+
+def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
+    """The gradients for any upstream, given the lse (and the entropy, if that has an upstream)."""
+    n, vocab = len(head.h), len(head.w)
+    wide, work = stat_dtype(head.h.dtype), product_dtype(head.h.dtype, head.h.device.type)
+    tokens = min(windows.tokens, n)
+    columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
+    buffers = block_buffers(head, tokens, columns)
+    dh = torch.empty(head.h.shape, dtype=head.h.dtype, device=head.h.device) if needs.h else None
+    dw = WeightGradient(head, windows.accumulate) if needs.w else None
+    dcols = torch.zeros_like(head.cols, dtype=wide) if needs.cols else None
+    drows = torch.zeros_like(head.rows, dtype=wide) if needs.rows else None
+    for i in cuts(n, tokens):
+        h = head.h[i].to(work)
+        m = len(h)
+        product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
+        for v in cuts(vocab, columns):
+            size = m * (v.stop - v.start)
+            w = head.w[v].to(work)
+            raw = torch.mm(h, w.t(), out=buffers.work[:size].view(m, -1))
+            z = raw if work == wide else buffers.wide[:size].view(m, -1).copy_(raw)
+            cols, rows = vectors(head, i, v)
+            z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
+            dz = _dz(head, upstream, stats, i, v, z)
+            to_cols = None if dcols is None else dcols[:, v]
+            to_rows = None if drows is None else drows[:, i]
+            dz = pull_back(head.transform, dz, tape, cols, rows, to_cols, to_rows)
+            dz = dz if work == wide else raw.copy_(dz)
+            if needs.h:
+                accumulate_product(product, dz, w)
+            if dw is not None:
+                dw.add_block(v, i.start == 0, dz, h)
+        if dh is not None:
+            dh[i] = product
+    return HeadGrads(
+        dh,
+        None if dw is None else dw.finish(),
+        None if dcols is None else dcols.to(head.cols.dtype),
+        None if drows is None else drows.to(head.rows.dtype),
+    )

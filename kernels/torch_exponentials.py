@@ -1,0 +1,118 @@
+"""Blocks of E = exp(z - level): the quantity from which a softmax's statistics and gradients are made.
+
+With a finite level for each row, chosen before z is known, probabilities are p = E exp(level - lse). The
+factor belongs to a row, so it can be applied to [N, D] operands and no pass over z is needed once its sum
+is known. What goes into the matrix products of the backward is E' = E ∂z/∂(h wᵀ). Labels are left out
+(`blank_labels`). This file must not know which gradients are asked for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.column_gradients import Tape, pull_back, record
+from fusedhead.kernels.contract import Head, stat_dtype
+from fusedhead.kernels.torch_blocks import (
+    LOG2E,
+    blank_labels,
+    fine_dtype,
+    label_logits,
+    label_vectors,
+    plain_scale,
+    product_dtype,
+    sampled_level,
+    vectors,
+)
+
+FAR = (
+    64.0  # a bfloat16 product cannot subtract a level further from 0 than this without losing a fraction of 1
+)
+
+
+class Level(NamedTuple):
+    """What exp is relative to in one window: 2^(z log2 e - binary) is computed, and binary = natural · log2
+    e."""
+
+    binary: Tensor  # [m] finite, in the statistics' dtype; for a plain z exact in the products' dtype
+    natural: Tensor  # [m] fine
+    exact: bool  # whether logits are to be computed in the statistics' dtype, whatever the products'
+
+
+def level_at(head: Head, at: Tensor, exact: bool) -> Level:
+    """The level nearest to ``at`` [m] that a block can subtract without error."""
+    work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
+    binary = (at * LOG2E).to(wide)
+    if work != wide and not exact and plain_scale(head.transform) is not None:
+        binary = binary.to(work).to(wide)
+    return Level(binary, binary.to(fine_dtype(head.h.device.type)) / LOG2E, exact)
+
+
+def usual_level(head: Head, i: slice) -> Level:
+    """A level that serves most data, and no lse need be known for it; the row sums tell whether it did."""
+    work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
+    level = sampled_level(head, i, work)
+    far = work != wide and level.numel() > 0 and bool(level.abs().amax() > FAR)
+    return level_at(head, sampled_level(head, i, wide) if far else level, far)
+
+
+class Block(NamedTuple):
+    """Buffers for one block, reused by every block of a sweep."""
+
+    work: Tensor  # [≥ m·v] flat, dtype of the matrix products
+    wide: Tensor  # [≥ m·v] flat, dtype of the statistics; empty where that is the same
+
+
+def block_buffers(head: Head, tokens: int, columns: int) -> Block:
+    """Buffers for blocks of at most tokens x columns."""
+    work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
+    size = tokens * columns
+    return Block(
+        head.h.new_empty(size, dtype=work),
+        head.h.new_empty(size if work != wide else 0, dtype=wide),
+    )
+
+
+def fill(
+    head: Head, i: slice, v: slice, h: Tensor, w: Tensor, level: Level, out: Tensor, spare: Tensor
+) -> Tensor:
+    """Write E' [m, v] of one block into ``out`` and return the row sums of E [m]; labels are left out of
+    both.
+
+    h [m, D] and w [v, D] are the operands in the dtype of the products, ``spare`` is the wide buffer of `Block`.
+    Row sums are taken before E is rounded to ``out``.
+    """
+    m, n = out.shape
+    wide = level.binary.dtype
+    narrow = out.dtype != wide
+    scale = plain_scale(head.transform)
+    z = spare[: m * n].view(m, n) if narrow else out
+    shift = -level.binary[:, None]
+    tape: Tape = []
+    cols, rows = vectors(head, i, v)
+    if narrow and scale is not None and not level.exact:
+        # The product rounds z - level, not z: near 0 that loses less.
+        z.copy_(torch.addmm(shift.to(out.dtype), h, w.t(), alpha=scale * LOG2E, out=out))
+    else:
+        if narrow and not level.exact:
+            z.copy_(torch.mm(h, w.t(), out=out))
+        else:
+            torch.mm(h.to(wide), w.to(wide).t(), out=z)
+        if scale is None:
+            z, tape = record(head.transform, z, cols, rows, False, False)
+        torch.add(shift, z, alpha=LOG2E * (1.0 if scale is None else scale), out=z)
+    blank_labels(z.exp2_(), head.y[i], v)
+    total = z.sum(1)
+    z = pull_back(head.transform, z, tape, cols, rows, None, None) if scale is None else z
+    if z.data_ptr() != out.data_ptr():
+        out.copy_(z)
+    return total
+
+
+def label_terms(head: Head, i: slice) -> tuple[Tensor, Tensor]:
+    """Transformed logits of the labels of window i and the transform's slope there: both [m, K], fine."""
+    raw = label_logits(head, i)
+    cols, rows = label_vectors(head, i)
+    z, tape = record(head.transform, raw, cols, rows, False, False)
+    return z, pull_back(head.transform, torch.ones_like(z), tape, cols, rows, None, None)

@@ -1,0 +1,152 @@
+"""Gradients through a softmax, from exponentials: dz = s E' + t at the labels + g_sum u.
+
+``s`` is one number per row and ``t`` one per label, so the matrix products read the exponentials as they are:
+
+    dh_i = s_i (E' w)_i + Σ_k t_ik w[y_ik] + g_sum_i (uᵀ w)        dw = E'ᵀ (s h) + Σ_ik t_ik e_y h_i + u ⊗ (g_sumᵀ h)
+
+`single_pass` knows no lse beforehand: it keeps one window of E' until the row sums are complete, 3 GEMMs in
+all. `known_lse` is given the lse and keeps one block, 3 GEMMs. Both handle every upstream gradient of lse,
+picked and (for z · c) sum; `serves` says when. The entropy and gradients of row vectors belong to
+`torch_dlogits`.
+
+Never in memory: more than one window of E', any [N, V], w in another dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, Windows, stat_dtype
+from fusedhead.kernels.torch_blocks import (
+    block_columns,
+    cuts,
+    fine_dtype,
+    first_of_equal,
+    plain_scale,
+    product_dtype,
+    row_maximum,
+    sampled_level,
+)
+from fusedhead.kernels.torch_exponentials import block_buffers, fill, label_terms, level_at, usual_level
+from fusedhead.kernels.torch_gradient_sums import Sink, accumulate_product, bias_slopes
+
+SAFE = 1e20  # row sums of E within [1/SAFE, SAFE] lose nothing in float32 or bfloat16
+NEAR = 40.0  # a level this far from the lse at most: exp of the distance stays within SAFE
+
+
+def serves(head: Head, upstream: RowGrads, needs: Needs) -> bool:
+    """Whether dz is a row scale away from E'."""
+    if upstream.entropy is not None or needs.rows:
+        return False
+    plain = plain_scale(head.transform) is not None
+    return (plain or upstream.sum is None) and (not needs.cols or bias_slopes(head) is not None)
+
+
+def _prepared(head: Head, upstream: RowGrads) -> tuple[Tensor, Tensor]:
+    """Gradients of lse [N] and picked [N, K], fine, zeros where absent."""
+    fine = fine_dtype(head.h.device.type)
+    lse = upstream.lse if upstream.lse is not None else head.h.new_zeros(len(head.h))
+    picked = upstream.picked if upstream.picked is not None else head.h.new_zeros(head.y.shape)
+    return lse.to(fine), picked.to(fine)
+
+
+def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[Tensor, Tensor, HeadGrads]:
+    """lse [N], picked [N, K] and the gradients of Σ c · statistics (+ Σ c.square lse²).
+
+    FLOP 6 NDV; memory: E' of one window (windows.tokens x V) where w wants a gradient, else one block.
+    """
+    n, vocab = len(head.h), len(head.w)
+    wide, fine = stat_dtype(head.h.dtype), fine_dtype(head.h.device.type)
+    work = product_dtype(head.h.dtype, head.h.device.type)
+    tokens = min(windows.tokens, n)
+    columns = block_columns(tokens, min(windows.vocab, vocab), work.itemsize)
+    blocks = list(cuts(vocab, columns))
+    keep = needs.w or needs.cols
+    flat = head.h.new_empty(tokens * (vocab if keep else columns), dtype=work)
+    spare = head.h.new_empty(0 if work == wide else tokens * columns, dtype=wide)
+    lse = head.h.new_empty(n, dtype=wide)
+    picked = head.h.new_empty(head.y.shape, dtype=wide)
+    c_lse, c_picked = _prepared(head, c)
+    sink = Sink(head, c, needs, windows)
+    scale = plain_scale(head.transform)
+    for i in cuts(n, tokens):
+        h = head.h[i].to(work)
+        m = len(h)
+        z, slope = label_terms(head, i)
+        first = first_of_equal(head.y[i])
+        on_cpu = head.h.device.type == "cpu"
+        level = usual_level(head, i) if on_cpu else level_at(head, row_maximum(head, i, columns), False)
+        certain = not on_cpu
+        while True:
+            rest = head.h.new_zeros(m, dtype=fine)
+            product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
+            for v in blocks:
+                e = flat[m * v.start if keep else 0 :][: m * (v.stop - v.start)].view(m, v.stop - v.start)
+                w = head.w[v].to(work)
+                rest += fill(head, i, v, h, w, level, e, spare)
+                if needs.h:
+                    accumulate_product(product, e, w)
+            e_label = torch.exp(z - level.natural[:, None]) * first
+            total = rest + e_label.sum(1)
+            if certain or bool(((total > 1 / SAFE) & (total < SAFE)).all()):
+                break
+            level, certain = level_at(head, row_maximum(head, i, columns), True), True
+        lse[i] = at = level.natural + total.log()
+        picked[i] = z
+        g = c_lse[i] if c.square is None else c_lse[i] + 2 * c.square[i] * at
+        # p - 1 of a label is -(everything else) / total: no cancellation when p is nearly 1.
+        others = rest[:, None] + (e_label.sum(1, keepdim=True) - e_label)
+        whole = g[:, None] * first
+        t = (c_picked[i] + whole - whole * (others / total[:, None])) * slope
+        s = g / total if scale is None else g / total * scale
+        s, t = s.to(wide), t.to(wide)
+        sink.hidden(i, product, s, t)
+        if keep:
+            hs = (h * s[:, None]).to(work)
+            for v in blocks:
+                e = flat[m * v.start :][: m * (v.stop - v.start)].view(m, v.stop - v.start)
+                sink.block(i, v, e, hs, s)
+            sink.labels(i, t)
+    return lse, picked, sink.finish()
+
+
+def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows: Windows) -> HeadGrads:
+    """The gradients when each row's lse [N] is known. FLOP 6 NDV; memory: one block, [windows.tokens, D]
+    twice."""
+    n, vocab = len(head.h), len(head.w)
+    wide, fine = stat_dtype(head.h.dtype), fine_dtype(head.h.device.type)
+    work = product_dtype(head.h.dtype, head.h.device.type)
+    tokens = min(windows.tokens, n)
+    columns = block_columns(tokens, min(windows.vocab, vocab), work.itemsize)
+    buffers = block_buffers(head, tokens, columns)
+    g_lse, g_picked = _prepared(head, upstream)
+    sink = Sink(head, upstream, needs, windows)
+    scale = plain_scale(head.transform)
+    for i in cuts(n, tokens):
+        h, at, on_cpu = head.h[i].to(work), lse[i].to(fine), head.h.device.type == "cpu"
+        m = len(h)
+        z, slope = label_terms(head, i)
+        level = level_at(head, at, False)
+        if work != wide:
+            near = usual_level(head, i) if on_cpu else level_at(head, sampled_level(head, i, work), False)
+            level = level_at(
+                head, torch.where((near.natural - at).abs() < NEAR, near.natural, at), near.exact
+            )
+        g = g_lse[i] if upstream.square is None else g_lse[i] + 2 * upstream.square[i] * at
+        s = g * torch.exp(level.natural - at)
+        s = (s if scale is None else s * scale).to(wide)
+        whole = g[:, None] * first_of_equal(head.y[i])
+        t = ((g_picked[i] + whole + whole * torch.expm1(z - at[:, None])) * slope).to(wide)
+        hs = (h * s[:, None]).to(work) if needs.w or needs.cols else h
+        product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
+        for v in cuts(vocab, columns):
+            e = buffers.work[: m * (v.stop - v.start)].view(m, v.stop - v.start)
+            w = head.w[v].to(work)
+            fill(head, i, v, h, w, level, e, buffers.wide)
+            if needs.h:
+                accumulate_product(product, e, w)
+            sink.block(i, v, e, hs, s)
+        sink.hidden(i, product, s, t)
+        sink.labels(i, t)
+    return sink.finish()

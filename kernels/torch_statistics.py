@@ -1,0 +1,120 @@
+"""The statistics of a head's rows in one sweep over its logits, block by block.
+
+Running sums are relative to a running maximum and merge like the partial softmaxes of tensor-parallel ranks.
+FLOP 2 NDV; memory: one block of logits (three for the entropy or a decision), nothing of size [N, V].
+The softmax alone has a shorter way, in `torch_softmax_gradients.single_pass` with no gradient asked for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.column_gradients import record
+from fusedhead.kernels.columns import apply
+from fusedhead.kernels.contract import Head, RowStats, Windows, stat_dtype
+from fusedhead.kernels.torch_blocks import (
+    LOG2E,
+    block_columns,
+    cuts,
+    label_logits,
+    label_vectors,
+    product_dtype,
+    vectors,
+)
+from fusedhead.kernels.torch_exponentials import block_buffers
+
+
+class Partial(NamedTuple):
+    """A softmax over some columns: Σ exp(z - most) and Σ exp(z - most) (z - most), [m] each."""
+
+    most: Tensor  # the largest z, replaced by 0 where it is not finite
+    total: Tensor
+    moment: Tensor | None
+
+
+def partial_of(z: Tensor, entropy: bool) -> Partial:
+    """The partial of a block z [m, v], which is overwritten."""
+    most = z.amax(1)
+    most = torch.where(most.isfinite(), most, 0)
+    z.sub_(most[:, None])
+    if not entropy:
+        return Partial(most, z.mul_(LOG2E).exp2_().sum(1), None)
+    e = (z * LOG2E).exp2_()
+    return Partial(most, e.sum(1), z.mul_(e).sum(1))
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """The partial of both sets of columns. Associative; an empty set is (−∞ or any most, 0, 0)."""
+    most = torch.where(a.total == 0, b.most, torch.where(b.total == 0, a.most, torch.maximum(a.most, b.most)))
+    down_a, down_b = a.most - most, b.most - most
+    fade_a, fade_b = down_a.exp(), down_b.exp()
+    moment = None
+    if a.moment is not None and b.moment is not None:
+        moment = fade_a * (a.moment + down_a * a.total) + fade_b * (b.moment + down_b * b.total)
+    return Partial(most, fade_a * a.total + fade_b * b.total, moment)
+
+
+def picked_logits(head: Head, i: slice) -> Tensor:
+    """z[i, y_ik] of a window, without a sweep: [m, K]."""
+    return apply(head.transform.smooth, label_logits(head, i), *label_vectors(head, i))
+
+
+def _better(best: Tensor, top: Tensor) -> Tensor:
+    """Whether a later block's best replaces the top so far: strictly larger, or the first NaN."""
+    return (best > top) | (best.isnan() & ~top.isnan())
+
+
+def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
+    """Every statistic in ``want`` but `sum` of a plain z, which needs no sweep (`torch_sums`)."""
+    n, vocab = len(head.h), len(head.w)
+    wide, work = stat_dtype(head.h.dtype), product_dtype(head.h.dtype, head.h.device.type)
+    tokens = min(windows.tokens, n)
+    columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
+    buffers = block_buffers(head, tokens, columns)
+    decide, entropy = bool(want & {"max", "argmax"}), "entropy" in want
+    soft, summed = bool(want & {"lse", "entropy"}), "sum" in want
+    out = {name: head.h.new_empty(n, dtype=wide) for name in ("lse", "sum", "entropy", "max")}
+    argmax = head.h.new_empty(n, dtype=torch.int64)
+    picked = head.h.new_empty(head.y.shape, dtype=wide)
+    rounds = head.transform.smooth != head.transform
+    for i in cuts(n, tokens):
+        h = head.h[i].to(work)
+        m = len(h)
+        state: Partial | None = None
+        for v in cuts(vocab, columns):
+            size = m * (v.stop - v.start)
+            raw = torch.mm(h, head.w[v].to(work).t(), out=buffers.work[:size].view(m, -1))
+            z = raw if work == wide else buffers.wide[:size].view(m, -1).copy_(raw)
+            cols, rows = vectors(head, i, v)
+            if decide and rounds:
+                best, at = apply(head.transform, z, cols, rows, decide=True).max(1)
+            z, _ = record(head.transform, z, cols, rows, False, False)
+            if decide:
+                if not rounds:
+                    best, at = z.max(1)
+                new = _better(best, out["max"][i]) if v.start else torch.ones_like(at, dtype=torch.bool)
+                out["max"][i] = torch.where(new, best, out["max"][i])
+                argmax[i] = torch.where(new, at + v.start, argmax[i])
+            if summed:
+                part = z @ head.u[v].to(wide) if head.u.numel() else z.sum(1)
+                out["sum"][i] = out["sum"][i] + part if v.start else part
+            if soft:
+                here = partial_of(z, entropy)
+                state = here if state is None else merge(state, here)
+        if state is not None:
+            log_total = state.total.log()
+            out["lse"][i] = state.most + log_total
+            if state.moment is not None:
+                out["entropy"][i] = log_total - state.moment / state.total
+        if "picked" in want:
+            picked[i] = picked_logits(head, i)
+    given = {name: x for name, x in out.items() if name in want}
+    given["lse"] = out["lse"]
+    return RowStats(
+        **given,
+        picked=picked if "picked" in want else None,
+        argmax=argmax if "argmax" in want else None,
+    )
