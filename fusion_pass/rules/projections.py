@@ -97,7 +97,8 @@ def einsum(context: Context, equation: str, operands: list[Plain], path: object 
         raise Escape(f"einsum {equation!r} is not a projection")
     for (hidden, h), (weight, w) in (zip(operands, terms), zip(operands[::-1], terms[::-1])):
         shared = [letter for letter in w if letter in h]
-        if len(w) != 2 or len(set(w)) != 2 or len(shared) != 1 or len(set(h)) != len(h):
+        letters = h.replace("...", "")
+        if len(w) != 2 or len(set(w)) != 2 or len(shared) != 1 or len(set(letters)) != len(letters):
             continue
         hidden_letter = shared[0]
         class_letter = w.replace(hidden_letter, "")

@@ -88,7 +88,7 @@ def detach(context: Context, value: Followed) -> Followed:
     return detached(replace(value, val=context.val))
 
 
-@rule(aten.transpose.int)
+@rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
 def transpose(context: Context, value: Followed, dim0: int, dim1: int) -> Followed:
     order = list(range(value.val.ndim))
     order[dim0], order[dim1] = order[dim1], order[dim0]
@@ -100,6 +100,16 @@ def t(context: Context, value: Followed) -> Followed:
     return transpose(context, value, 0, 1) if value.val.ndim == 2 else value
 
 
+@rule(aten.mT.default)
+def matrix_transpose(context: Context, value: Followed) -> Followed:
+    return transpose(context, value, -2, -1)
+
+
+@rule(aten.numpy_T.default)
+def reversed_dimensions(context: Context, value: Followed) -> Followed:
+    return permute(context, value, list(reversed(range(value.val.ndim))))
+
+
 @rule(aten.permute.default)
 def permute(context: Context, value: Followed, dims: Sequence[int]) -> Followed:
     order = [dimension(dim, value) for dim in dims]
@@ -108,7 +118,7 @@ def permute(context: Context, value: Followed, dims: Sequence[int]) -> Followed:
     return moved(value, context.val, class_dim, aten.permute.default, order, keeps_order=rows == sorted(rows))
 
 
-@rule(aten.movedim.int)
+@rule(aten.movedim.int, aten.moveaxis.int)
 def movedim(context: Context, value: Followed, source: int, destination: int) -> Followed:
     order = list(range(value.val.ndim))
     order.insert(dimension(destination, value), order.pop(dimension(source, value)))
