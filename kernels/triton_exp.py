@@ -147,8 +147,8 @@ def exp_kernel(
                 x = column_part(acc, j, PARTS, BM, BN)
                 start = tile * BN + j * (BN // PARTS)
                 t, s = _epilogue(
-                    x, r, E, y, u, vectors, picked, slope, block, start, sy0, sy1, K, STEPS, LABELS, HAS_U, SUM,
-                    VARYING, EVEN, PRECISE, DTYPE, BM, BN // PARTS,
+                    x, r, E, y, u, vectors, picked, slope, block, start, sy0, sy1, K, STEPS, LABELS, HAS_U,
+                    SUM, VARYING, EVEN, PRECISE, DTYPE, BM, BN // PARTS,
                 )  # fmt: skip
                 total += t
                 weighted += s

@@ -1,0 +1,437 @@
+"""Does the CUDA engine keep its promises on this GPU, and how far is it from the bare GEMMs?
+
+    python benchmarks/gpu_check.py                  claims, then times
+    python benchmarks/gpu_check.py --claims         claims only (exit status 1 when one fails)
+    python benchmarks/gpu_check.py --times          times only
+
+Truth is float64. Every error is printed as a multiple of the error that eager PyTorch makes on the same
+inputs in the same dtype (logits in the operands' dtype, then float32), and must not exceed 1.0. Times are
+medians of ``triton.testing.do_bench``; the floor of a training step is its three bare GEMMs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels import triton_windows as engine
+from fusedhead.kernels.columns import apply, parse
+from fusedhead.kernels.contract import STATS, Head, Needs, RowGrads, RowStats, Windows
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+OPERANDS = Needs(True, True, False, False)
+SHAPES = (
+    ("llama3-8b", 8192, 4096, 128256),
+    ("gemma2-2b", 8192, 2304, 256000),
+    ("qwen3-0.6b", 8192, 1024, 151936),
+    ("gpt2", 16384, 768, 50304),
+    ("llama2, few tokens", 2048, 4096, 32000),
+    ("llama3, fewer", 512, 4096, 128256),
+)
+
+
+class Case(NamedTuple):
+    """One head to check: sizes, dtype and what is special about it."""
+
+    n: int
+    d: int
+    v: int
+    dtype: torch.dtype
+    transform: str = ""
+    k: int = 1
+    transposed: bool = False
+    weighted: bool = False
+    grads: str = "loss"  # "loss" (one sweep), "stats" (any upstream), "smooth" (one sweep with the sum)
+    tokens: int = 0  # rows of a window, 0 for all
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        extra = " w.T" if self.transposed else ""
+        size = f"{self.n}x{self.d}x{self.v} {name}{extra}"
+        return f"{size} K={self.k} {self.grads} m={self.tokens} '{self.transform}'"
+
+
+SOFTCAP = "mul:0.03333333333333333 tanh mul:30.0"
+CASES = (
+    *(Case(252, 768, 50257, t, grads=g) for t in (BF16, F16, F32) for g in ("loss", "stats")),
+    *(Case(1024, 1024, 32000, t, tokens=384, grads=g) for t in (BF16, F16) for g in ("loss", "smooth")),
+    Case(2048, 2048, 128256, BF16, tokens=1024),
+    Case(1, 512, 32000, BF16),
+    Case(7, 123, 507, BF16),
+    Case(7, 123, 507, F32, grads="stats"),
+    Case(65, 256, 4099, F16, transposed=True),
+    Case(300, 512, 10000, BF16, transposed=True, grads="stats"),
+    Case(300, 512, 10001, F32, transposed=True),
+    Case(512, 768, 30001, BF16, SOFTCAP),
+    Case(512, 768, 30001, BF16, SOFTCAP, grads="stats"),
+    Case(512, 768, 30001, BF16, "addcol:0 mul:0.5", grads="stats", weighted=True),
+    Case(512, 768, 30001, BF16, "mulrow:0 mulcol:1 mul:0.5 addcol:0", grads="smooth", weighted=True),
+    Case(130, 256, 5000, BF16, k=3),
+    Case(130, 256, 5000, BF16, k=0),
+    Case(130, 256, 5000, F32, k=3, grads="stats"),
+)
+
+
+def make_head(c: Case, device: str, peaked: bool = True) -> Head:
+    """Rows with logits of standard deviation 2; most labels are likely, as in a trained model."""
+    g = torch.Generator(device).manual_seed(c.n + c.v)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=g, device=device)
+
+    w = normal(c.v, c.d) / c.d**0.5
+    y = torch.randint(0, c.v, (c.n, c.k), generator=g, device=device)
+    h = 2 * normal(c.n, c.d)
+    if peaked and c.k:
+        strength = 20 * torch.rand(c.n, 1, generator=g, device=device)
+        h += torch.where(torch.arange(c.n, device=device)[:, None] % 10 < 7, strength, 0) * w[y[:, 0]]
+    w = w.to(c.dtype)
+    if c.transposed:
+        w = w.t().contiguous().t()
+    cols = normal(2, c.v)
+    rows = torch.rand(2, c.n, generator=g, device=device) + 0.5
+    u = torch.rand(c.v, generator=g, device=device) if c.weighted else torch.empty(0, device=device)
+    return Head(h.to(c.dtype), w, y, cols, rows, u, parse(c.transform))
+
+
+def make_grads(c: Case, head: Head) -> RowGrads:
+    """Cross-entropy's mean over rows of which every 17th is ignored; random ones for "stats"."""
+    n, device = c.n, head.h.device
+    keep = (torch.arange(n, device=device) % 17 != 3).float()
+    lse = keep / keep.sum()
+    picked = -lse[:, None].expand(n, c.k).contiguous() / max(c.k, 1) if c.k else None
+    if c.grads == "stats":
+        return RowGrads(lse, picked, 1e-3 * torch.rand_like(lse) / c.v / n, torch.rand_like(lse) / n)
+    if c.grads == "smooth":
+        return RowGrads(lse, None if picked is None else 0.9 * picked, -0.1 * lse / c.v)
+    return RowGrads(lse, picked, square=1e-4 * lse)
+
+
+def by_autograd(head: Head, g: RowGrads, dtype: torch.dtype | None) -> tuple[RowStats, list[Tensor]]:
+    """Statistics and gradients by autograd: in float64 (``dtype``), or as eager code computes them (None)."""
+    h, w = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (head.h, head.w))
+    vectors = [x.detach().to(dtype or F32).requires_grad_() for x in (head.cols, head.rows)]
+    stats_head = Head(h, w, head.y, *vectors, head.u.to(dtype or F32), head.transform)
+    raw = h @ w.t()
+    stats = _stats_of(raw.float() if dtype is None else raw, stats_head)
+    loss = torch.zeros((), device=h.device, dtype=stats.lse.dtype)
+    for name in ("lse", "picked", "sum", "entropy"):
+        if getattr(g, name) is not None:
+            loss = loss + (getattr(g, name).to(loss.dtype) * getattr(stats, name)).sum()
+    if g.square is not None:
+        loss = loss + (g.square.to(loss.dtype) * stats.lse**2).sum()
+    grads = torch.autograd.grad(loss, [h, w, *vectors], allow_unused=True, materialize_grads=True)
+    return RowStats(*(x.detach() for x in stats)), [x.detach() for x in grads]
+
+
+def _stats_of(raw: Tensor, head: Head) -> RowStats:
+    """Statistics of given raw logits [N, V], in their dtype."""
+    z = apply(head.transform.smooth, raw, head.cols, head.rows)
+    lse = z.logsumexp(1)
+    logp = z - lse[:, None]
+    total = z @ head.u if head.u.numel() else z.sum(1)
+    return RowStats(lse, z.gather(1, head.y), total, -(logp.exp() * logp).sum(1), z.amax(1), z.argmax(1))
+
+
+def error(got: Tensor, true: Tensor) -> float:
+    return float((got.double() - true.double()).norm() / true.double().norm().clamp_min(1e-300))
+
+
+SLACK = 1e-7  # of float32 statistics whose eager error may by luck be nothing
+
+
+def ratios(c: Case, device: str) -> dict[str, float]:
+    """Our error over eager's, for every result of this case."""
+    head = make_head(c, device)
+    g = make_grads(c, head)
+    windows = Windows(c.tokens or c.n, c.v, F32)
+    if c.grads == "stats":
+        windows = Windows(c.tokens or c.n, 8192, F32)
+        stats = engine.head_stats(head, frozenset(STATS), windows)
+        grads = engine.head_stats_backward(head, g, stats, Needs(True, True, True, True), windows)
+    else:
+        stats, grads = engine.head_loss(head, g, OPERANDS, windows)
+    true, d_true = by_autograd(head, g, torch.float64)
+    theirs, d_theirs = by_autograd(head, g, None)
+    found = {}
+    for name in ("lse", "picked", "sum", "entropy"):
+        ours, exact = getattr(stats, name), getattr(true, name)
+        if ours is not None and exact.numel():
+            found[name] = (error(ours, exact), error(getattr(theirs, name), exact))
+    for name, ours, exact, other in zip(("dh", "dw", "dcols", "drows"), grads, d_true, d_theirs):
+        if ours is not None and exact.any():
+            found[name] = (error(ours, exact), error(other, exact))
+    slack = dict.fromkeys(found, SLACK)
+    if c.grads == "stats" and c.dtype == F32:
+        # p = exp(z - lse) carries the rounding of a float32 lse near 16
+        slack |= dict.fromkeys(("dh", "dw", "dcols", "drows"), 1e-6)
+    return {name: max(ours - slack[name], 0) / max(other, 1e-30) for name, (ours, other) in found.items()}
+
+
+def errors_do_not_exceed_eager(device: str, cases: tuple[Case, ...] = CASES) -> Iterator[tuple[str, bool]]:
+    for c in cases:
+        got = ratios(c, device)
+        text = "  ".join(f"{name} {value:.2f}" for name, value in got.items())
+        yield f"{c}: {text}", all(value <= 1.0 for value in got.values())
+
+
+def extremes_are_right(device: str) -> Iterator[tuple[str, bool]]:
+    """Rows that exponentials cannot hold, common offsets, masked columns, rows that are not finite."""
+    for dtype in (BF16, F16, F32):
+        c = Case(300, 256, 5003, dtype, "addcol:0")
+        head, g = make_head(c, device), make_grads(c, make_head(c, device))
+        for name, bias in (
+            ("rows that span 300", torch.linspace(-150, 150, c.v, device=device)),
+            ("offset 1e4", torch.full((c.v,), 1e4, device=device)),
+            ("offset -1e4", torch.full((c.v,), -1e4, device=device)),
+            ("p(target) -> 1", torch.zeros(c.v, device=device)),
+            ("masked tail", torch.where(torch.arange(c.v, device=device) < 4000, 0.0, -torch.inf)),
+        ):
+            x = head._replace(cols=torch.stack((bias, bias)), y=head.y.clamp(max=3999))
+            if name == "p(target) -> 1":
+                x.cols[0, 11] = 60
+                x.y[:] = 11
+            stats, grads = engine.head_loss(x, g, OPERANDS, Windows(c.n, c.v, F32))
+            true, d_true = by_autograd(x, g, torch.float64)
+            theirs, d_theirs = by_autograd(x, g, None)
+            e = [error(stats.lse, true.lse)] + [error(a, b) for a, b in zip(grads[:2], d_true)]
+            o = [error(theirs.lse, true.lse)] + [error(a, b) for a, b in zip(d_theirs[:2], d_true)]
+            # an eager result can be exact by luck: then a float32 rounding is allowed
+            small = (1e-7, 1e-6, 1e-6)
+            if name == "p(target) -> 1":
+                ok = all(bool(x.isfinite().all()) for x in grads[:2])
+                ok &= float((grads.h.double() - d_true[0]).abs().max()) <= 3e-7 * float(g.lse.max()) * 30
+            else:
+                ok = all(a <= b + s for a, b, s in zip(e, o, small))
+            numbers = " ".join(f"{a:.1e}/{b:.1e}" for a, b in zip(e, o))
+            yield f"{name} {dtype}: lse dh dw {numbers}", ok
+        x = head._replace(h=head.h.clone())
+        x.h[5], x.h[9, 3] = torch.nan, torch.inf
+        stats = engine.head_stats(x, frozenset(STATS), Windows(c.n, c.v, F32))
+        wide = x._replace(cols=x.cols.double(), rows=x.rows.double(), u=x.u.double())
+        true = _stats_of(x.h.double() @ x.w.double().t(), wide)
+        bad = torch.tensor([5, 9], device=device)
+        fine = torch.ones(c.n, dtype=torch.bool, device=device).index_fill(0, bad, False)
+        ok = bool(stats.lse[fine].isfinite().all()) and error(stats.lse[fine], true.lse[fine]) < 1e-5
+        ok &= not bool(stats.lse[bad].isfinite().any())
+        yield f"rows that are not finite stay alone {dtype}", ok
+
+
+def decisions_match_eager(device: str) -> Iterator[tuple[str, bool]]:
+    """argmax on logits as the program rounds them, first index on ties (coarse operands: many ties)."""
+    for dtype in (BF16, F16):
+        name = str(dtype).removeprefix("torch.")
+        c = Case(400, 64, 20011, dtype, f"round:{name}")
+        head = make_head(c, device, peaked=False)
+        head = head._replace(
+            h=(head.h * 4).round() / 4, w=(head.w * 8).round() / 8
+        )  # exact products, exact sums
+        got = engine.head_stats(head, frozenset({"max", "argmax"}), Windows(c.n, c.v, F32))
+        z = head.h @ head.w.t()
+        tied = (z == z.amax(1, keepdim=True)).float()
+        ok = torch.equal(got.argmax, tied.argmax(1)) and torch.equal(got.max, z.amax(1).float())
+        yield f"argmax and max {dtype}, {float(tied.sum(1).mean()):.1f} ties a row", ok
+
+
+def runs(c: Case, device: str) -> tuple[Callable[[], list[Tensor]], Head]:
+    head = make_head(c, device)
+    g = make_grads(c, head)
+    w = Windows(c.tokens or c.n, c.v, BF16)
+
+    def step() -> list[Tensor]:
+        stats, grads = engine.head_loss(head, g, OPERANDS, w)
+        again = engine.head_stats(head, frozenset(STATS), w)
+        back = engine.head_stats_backward(head, g, again, OPERANDS, Windows(c.n, 8192, F32))
+        return [stats.lse, stats.picked, grads.h, grads.w, again.entropy, again.argmax, back.h, back.w]
+
+    return step, head
+
+
+def nothing_synchronises(device: str) -> Iterator[tuple[str, bool]]:
+    c = Case(1000, 512, 20000, BF16, tokens=512)
+    step, head = runs(c, device)
+    first = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    yield "no host synchronisation", True
+    yield "two runs agree bit for bit", all(torch.equal(a, b) for a, b in zip(first, second))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    head.h.copy_(head.h.flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    fresh = step()
+    yield "a captured CUDA graph follows its inputs", all(torch.equal(a, b) for a, b in zip(captured, fresh))
+
+
+def large_windows_index_right(device: str) -> Iterator[tuple[str, bool]]:
+    """One window of more than 2^31 logits."""
+    c = Case(17408, 64, 128256, BF16)
+    head = make_head(c, device)
+    g = make_grads(c, head)
+    stats, grads = engine.head_loss(head, g, OPERANDS, Windows(c.n, c.v, F32))
+    rows = slice(c.n - 300, c.n)
+    tail = head._replace(h=head.h[rows], y=head.y[rows], rows=head.rows[:, rows])
+    some = RowGrads(*(None if x is None else x[rows] for x in g))
+    true, d_true = by_autograd(tail, some, torch.float64)
+    _, d_theirs = by_autograd(tail, some, None)
+    e, o = error(grads.h[rows], d_true[0]), error(d_theirs[0], d_true[0])
+    yield f"2^31 logits in a window: dh of the last rows {e:.1e}/{o:.1e}", e <= o
+    yield "2^31 logits in a window: lse of the last rows", error(stats.lse[rows], true.lse) < 1e-6
+    yield "2^31 logits in a window: dw is finite", bool(grads.w.isfinite().all())
+
+
+BAD_LABEL = """
+import torch
+from fusedhead.kernels import triton_windows as engine
+from fusedhead.kernels.columns import apply, parse
+from fusedhead.kernels.contract import Head, Windows
+h, w = torch.randn(8, 64, device="cuda"), torch.randn(99, 64, device="cuda")
+e = torch.empty(0, device="cuda")
+y = torch.full((8, 1), 99, device="cuda")
+head = Head(h, w, y, e, e, e, parse(""))
+engine.head_stats(head, frozenset({"lse", "picked"}), Windows(8, 99, torch.float32))
+torch.cuda.synchronize()
+"""
+
+
+def labels_out_of_range_assert(device: str) -> Iterator[tuple[str, bool]]:
+    done = subprocess.run([sys.executable, "-c", BAD_LABEL], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    yield "a label out of range fails a device assertion", done.returncode != 0 and "out of range" in said
+
+
+CLAIMS = (
+    *(partial(errors_do_not_exceed_eager, cases=(c,)) for c in CASES),
+    extremes_are_right,
+    decisions_match_eager,
+    nothing_synchronises,
+    large_windows_index_right,
+    labels_out_of_range_assert,
+)
+
+
+def check_claims(device: str, share: str) -> bool:
+    fine, (first, step) = True, (int(x) for x in share.split("/"))
+    for claim in CLAIMS[first::step]:
+        try:
+            for text, ok in claim(device):
+                fine &= ok
+                print("ok  " if ok else "FAIL", text, flush=True)
+        except Exception as problem:
+            fine = False
+            print("FAIL", claim, type(problem).__name__, str(problem)[:600], flush=True)
+    return fine
+
+
+def extra_memory(step: Callable[[], object]) -> float:
+    """MiB at the peak of a step above what was allocated before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def median(step: Callable[[], object]) -> float:
+    """Median milliseconds of a step."""
+    from triton.testing import do_bench
+
+    return float(do_bench(step, warmup=30, rep=120, return_mode="median"))
+
+
+def bare_gemms(h: Tensor, w: Tensor) -> tuple[float, float, float]:
+    """Milliseconds of h wᵀ, z w and zᵀ h by cuBLAS, whole or in pieces of 8192 tokens."""
+    n = min(len(h), 8192)
+    x, pieces = h[:n], -(-len(h) // n)
+    z = torch.empty(n, len(w), dtype=h.dtype, device=h.device)
+    first = median(lambda: torch.mm(x, w.t(), out=z))
+    return (
+        pieces * first,
+        pieces * median(lambda: torch.mm(z, w)),
+        pieces * median(lambda: torch.mm(z.t(), x)),
+    )
+
+
+def time_shape(name: str, n: int, d: int, v: int, windows: tuple[int, ...]) -> None:
+    c = Case(n, d, v, BF16)
+    head = make_head(c, "cuda")
+    g = make_grads(c, head)._replace(square=None)
+    h, w = head.h, head.w
+    first, dh, dw = bare_gemms(h, w)
+    floor = first + dh + dw
+    want = frozenset({"lse", "picked"})
+    whole = Windows(n, v, BF16)
+    forward = median(lambda: engine.head_stats(head, want, whole))
+    memory = extra_memory(lambda: engine.head_stats(head, want, whole))
+    print(f"{name} ({n}, {d}, {v}): GEMMs {first:.2f} + {dh:.2f} + {dw:.2f} = {floor:.2f} ms")
+    print(
+        f"  forward {forward:.2f} ms = {first / forward:.3f} of the bare GEMM, {memory:.1f} MiB", flush=True
+    )
+    stats = engine.head_stats(head, want, whole)
+    for m in windows:
+        if m > max(n, windows[0]):
+            continue
+        win = Windows(m, v, BF16)
+        t = median(lambda win=win: engine.head_loss(head, g, OPERANDS, win))
+        mib = extra_memory(lambda win=win: engine.head_loss(head, g, OPERANDS, win))
+        frozen = median(lambda win=win: engine.head_loss(head, g, Needs(True, False, False, False), win))
+        print(
+            f"  loss, tokens {m}: {t:.2f} ms = {floor / t:.3f} of three GEMMs, {mib:.0f} MiB;"
+            f" frozen w {frozen:.2f} ms = {(first + dh) / frozen:.3f} of two",
+            flush=True,
+        )
+    for vocab in (8192, 32768):
+        win = Windows(n, vocab, F32)
+        t = median(lambda win=win: engine.head_stats_backward(head, g, stats, OPERANDS, win)) + forward
+        mib = extra_memory(lambda win=win: engine.head_stats_backward(head, g, stats, OPERANDS, win))
+        print(
+            f"  recompute, vocab {vocab}: {t:.2f} ms = {(floor + first) / t:.3f} of four GEMMs, {mib:.0f} MiB",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--claims", action="store_true")
+    parser.add_argument("--times", action="store_true")
+    parser.add_argument(
+        "--shapes", default="", help="comma-separated beginnings of shape names, all by default"
+    )
+    parser.add_argument(
+        "--tokens", default="8192,4096,2048,1024", help="rows of a window of the one-sweep loss"
+    )
+    parser.add_argument(
+        "--share", default="0/1", help="i/n: every n-th claim from the i-th, to run n at once"
+    )
+    options = parser.parse_args()
+    everything = not (options.claims or options.times)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    fine = True
+    if options.claims or everything:
+        fine = check_claims("cuda", options.share)
+    if options.times or everything:
+        wanted = tuple(options.shapes.split(","))
+        for shape in SHAPES:
+            if shape[0].startswith(wanted):
+                time_shape(*shape, windows=tuple(int(m) for m in options.tokens.split(",")))
+    sys.exit(not fine)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Times the sweeping kernels alone over candidate tiles: where the rows of the tile table come from.
+
+    python benchmarks/gpu_tiles.py --kernel exp --shapes gpt2,qwen3 [--warm 12]
+
+Prints, per shape, each tile's milliseconds and TFLOP/s beside cuBLAS's bare h wᵀ on the same tokens.
+``--warm n`` first compiles every candidate with n processes at once (they share Triton's cache on disk).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+
+from fusedhead.kernels import triton_launch as launch
+from fusedhead.kernels.columns import parse
+from fusedhead.kernels.contract import Head, RowGrads
+from fusedhead.kernels.triton_tiles import Tile
+
+SHAPES = {
+    "llama3": (4096, 4096, 128256),
+    "gemma2": (4096, 2304, 256000),
+    "qwen3": (4096, 1024, 151936),
+    "gpt2": (4096, 768, 50304),
+    "gpt2-all": (16384, 768, 50304),
+    "llama2": (2048, 4096, 32000),
+    "few": (512, 4096, 128256),
+    "one": (1, 4096, 128256),
+}
+
+
+def candidates(kernel: str, tokens: int, full: bool) -> list[Tile]:
+    groups = (6, 11, 12, 22, 33) if full else (6, 12, 22)
+    if tokens <= 64:
+        return [
+            Tile(64, bn, bk, 1, 4, s)
+            for bn, bk, s in ((256, 64, 3), (256, 64, 4), (128, 128, 4), (128, 64, 6))
+        ]
+    if kernel == "stream":
+        ways = ((64, 3, True, 1), (64, 3, False, 1), (64, 4, True, 1), (64, 4, False, 1))
+    else:
+        ways = ((64, 3, True, 2), (64, 3, False, 2), (64, 4, True, 4), (64, 4, False, 4), (64, 3, True, 4))
+    return [Tile(128, 256, bk, g, 8, s, f, p) for g, (bk, s, f, p) in itertools.product(groups, ways)]
+
+
+def make_head(n: int, d: int, v: int, transform: str) -> Head:
+    h = torch.randn(n, d, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(v, d, device="cuda", dtype=torch.bfloat16) / d**0.5
+    y = torch.randint(0, v, (n, 1), device="cuda")
+    vectors = torch.randn(1, v, device="cuda"), torch.rand(1, n, device="cuda")
+    return Head(h, w, y, *vectors, torch.empty(0, device="cuda"), parse(transform))
+
+
+def step_of(kernel: str, head: Head, tile: Tile) -> Callable[[], object]:
+    """One launch of the kernel with this tile, its buffers made beforehand."""
+    n, v = len(head.h), len(head.w)
+    saved = launch.tile_for
+    launch.tile_for = lambda *_: tile
+    try:
+        s = launch.sweep(kernel, head)
+    finally:
+        launch.tile_for = saved
+    new = head.h.new_empty
+    picked = new((n, 1), dtype=torch.float32)
+    if kernel == "stream":
+        return lambda: launch.stream(s, frozenset({"lse"}), picked)
+    window = new((n, -(-v // 64) * 64))
+    rows = torch.zeros(n, device="cuda")
+    if kernel == "exp":
+        part = new((1, s.schedule.size), dtype=torch.float32)
+        return lambda: launch.exponentials(s, window, rows, picked, picked, part)
+    grads = RowGrads(rows, picked)
+    return lambda: launch.dlogits(s, window, grads, rows, None, 0, False, False)
+
+
+def sweep_tiles(options: argparse.Namespace, share: tuple[int, int] | None) -> None:
+    """Time every candidate, or (with a share i of n) only compile and run every n-th one once."""
+    from triton.testing import do_bench
+
+    for name in options.shapes.split(","):
+        n, d, v = SHAPES[name]
+        head = make_head(n, d, v, options.transform)
+        for kernel in options.kernel.split(","):
+            tiles = candidates(kernel, n, options.full)
+            if share:
+                for tile in tiles[share[0] :: share[1]]:
+                    step_of(kernel, head, tile)()
+                continue
+            z = torch.empty(n, v, device="cuda", dtype=torch.bfloat16)
+            gflop = 2e-9 * n * d * v
+            bare = do_bench(lambda z=z, head=head: torch.mm(head.h, head.w.t(), out=z), warmup=25, rep=100)
+            del z
+            found = []
+            for tile in tiles:
+                try:
+                    step = step_of(kernel, head, tile)
+                    found.append((do_bench(step, warmup=15, rep=60, return_mode="median"), tile))
+                except Exception as problem:
+                    print("  ", tile, type(problem).__name__, str(problem)[:80])
+            print(f"{kernel} {name} {n, d, v}: cuBLAS {bare:.3f} ms ({gflop / bare:.0f})", flush=True)
+            for ms, t in sorted(found)[: options.top]:
+                shape = f"{t.BM}x{t.BN}x{t.BK} group {t.group}, {t.stages} stages"
+                rest = f"flatten {t.flatten}, parts {t.parts}"
+                print(f"   {ms:.3f} ms ({gflop / ms:.0f}) {bare / ms:.3f}  {shape}, {rest}", flush=True)
+        del head
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kernel", default="stream,exp,dlogits")
+    parser.add_argument("--shapes", default="llama3,qwen3,gpt2")
+    parser.add_argument("--transform", default="")
+    parser.add_argument("--full", action="store_true", help="more groups")
+    parser.add_argument("--top", type=int, default=6)
+    parser.add_argument("--warm", type=int, default=0)
+    parser.add_argument("--share", default="", help="i/n: compile only the i-th of n shares (used by --warm)")
+    options = parser.parse_args()
+    if options.share:
+        i, n = options.share.split("/")
+        return sweep_tiles(options, (int(i), int(n)))
+    if options.warm:
+        command = [sys.executable, *sys.argv, "--share"]
+        for worker in [subprocess.Popen([*command, f"{i}/{options.warm}"]) for i in range(options.warm)]:
+            worker.wait()
+    return sweep_tiles(options, None)
+
+
+if __name__ == "__main__":
+    main()
