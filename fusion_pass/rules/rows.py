@@ -105,11 +105,6 @@ def matrix_transpose(context: Context, value: Followed) -> Followed:
     return transpose(context, value, -2, -1)
 
 
-@rule(aten.numpy_T.default)
-def reversed_dimensions(context: Context, value: Followed) -> Followed:
-    return permute(context, value, list(reversed(range(value.val.ndim))))
-
-
 @rule(aten.permute.default)
 def permute(context: Context, value: Followed, dims: Sequence[int]) -> Followed:
     order = [dimension(dim, value) for dim in dims]
