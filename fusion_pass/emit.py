@@ -21,6 +21,7 @@ from fusedhead.read import fake
 from fusedhead.values import Call, Plain
 
 aten = torch.ops.aten
+REPLACED = "fusedhead_replaced_by"  # in a node's meta, while the graph is being edited
 
 
 def static(size: Any) -> int | None:
@@ -73,6 +74,8 @@ class Emit:
         """The node (or constant) of an expression, emitting its calls."""
         if isinstance(ref, Plain):
             return self.ref(ref.ref)
+        while isinstance(ref, Node) and REPLACED in ref.meta:
+            ref = ref.meta[REPLACED]
         if not isinstance(ref, Call):
             return ref
         if ref not in self.known:
@@ -80,6 +83,10 @@ class Emit:
             args, kwargs = tree_map(self.ref, (ref.args, ref.kwargs), is_leaf=is_leaf)
             self.known[ref] = self(ref.op, *args, **kwargs)
         return self.known[ref]
+
+    def replaced(self, old: Node, by: Node) -> None:
+        """From now on, expressions that name ``old`` mean ``by``: the result of one head may be an operand of another."""
+        old.meta[REPLACED] = by
 
     def sizes(self, node: Node) -> list[Any]:
         """The shape of a node: ints, and nodes for the dimensions that are symbolic."""

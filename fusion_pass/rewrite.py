@@ -180,7 +180,9 @@ def rebuild(emit: Emit, group: Group, statistics: dict[str, Node], node: Node, t
                 picked = emit(aten.slice.Tensor, picked, 1, begin, end)
         total = statistics["sum"] if "sum" in terminal.want else None
         result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes, **others))
-        node.replace_all_uses_with(emit.cast(result, terminal.val.dtype))
+        replacement = emit.cast(result, terminal.val.dtype)
+        node.replace_all_uses_with(replacement)
+        emit.replaced(node, replacement)
 
 
 def erase(nodes: Iterable[Node], removable: Callable[[Node], bool]) -> None:

@@ -1,6 +1,7 @@
 """A torch.compile backend that runs the pass and then executes the rewritten graph eagerly.
 
-What the pass decided is tested in milliseconds: no AOTAutograd, no Inductor. It must not know what is tested.
+The whole backend as users get it, with Inductor replaced by nothing: what the pass decided is tested in milliseconds.
+It must not know what is tested.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ import torch
 from torch.fx import GraphModule
 
 from fusedhead import Report
-from fusedhead.backend import run_pass
+from fusedhead.backend import compile_graph
 from fusedhead.options import split
 
 
-def backend(observe: Callable[[Report], None]) -> Callable[..., Any]:
+def as_it_is(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """In the place of Inductor: the graph itself."""
+    return gm.forward
+
+
+def backend(observe: Callable[[Report], None], **options: Any) -> Callable[..., Any]:
     """The pass and nothing else; ``observe`` is given the report of every graph."""
 
-    def compile_eagerly(gm: GraphModule, example_inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
-        own, _ = split(given.get("options"))
-        rewritten, report, wrap = run_pass(gm, own)
-        observe(report)
-        return wrap(rewritten.forward)
+    def compile_eagerly(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        own, _ = split(options)
+        return compile_graph(gm, example_inputs, own, as_it_is, observe)
 
     return compile_eagerly
 
@@ -31,12 +35,12 @@ def backend(observe: Callable[[Report], None]) -> Callable[..., Any]:
 class Rewritten:
     """A function compiled with the pass alone; ``report`` says what has been done to its graphs so far.
 
-    ``compile_options`` are those of ``torch.compile`` (``dynamic=``, ``options=`` ...).
+    ``compile_options`` are those of ``torch.compile``; ``options`` those of the backend.
     """
 
-    def __init__(self, fn: Callable[..., Any], **compile_options: Any) -> None:
+    def __init__(self, fn: Callable[..., Any], options: dict[str, Any] | None = None, **compile_options: Any) -> None:
         self.report = Report()
-        self.compiled = torch.compile(fn, backend=backend(self.report.extend), **compile_options)
+        self.compiled = torch.compile(fn, backend=backend(self.report.extend, **(options or {})), **compile_options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.compiled(*args, **kwargs)
