@@ -180,6 +180,7 @@ def rebuild(emit: Emit, group: Group, statistics: dict[str, Node], node: Node, t
                 picked = emit(aten.slice.Tensor, picked, 1, begin, end)
         total = statistics["sum"] if "sum" in terminal.want else None
         result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes, **others))
+        result = result if grad else emit(aten.detach.default, result)  # it may be a statistic that others differentiate
         replacement = emit.cast(result, terminal.val.dtype)
         node.replace_all_uses_with(replacement)
         emit.replaced(node, replacement)
