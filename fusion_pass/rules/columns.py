@@ -84,7 +84,7 @@ def negative(operand: Any) -> Any:
     raise Escape("the logits are subtracted from other logits")
 
 
-@rule(aten.mul.Tensor, aten.mul.Scalar)
+@rule(aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar)
 def mul(context: Context, a: Any, b: Any) -> Followed:
     product = expected(context, a, b)
     if product is not None:
@@ -96,7 +96,7 @@ def mul(context: Context, a: Any, b: Any) -> Followed:
     return combine(context, needs_logits(a, "mul"), b, "mul")
 
 
-@rule(aten.div.Tensor, aten.div.Scalar)
+@rule(aten.div.Tensor, aten.div.Scalar, aten.divide.Tensor, aten.true_divide.Tensor)
 def div(context: Context, a: Any, b: Any) -> Logits | LogProbs:
     if isinstance(a, LogProbs) and isinstance(b, (int, float)) and b != 0:
         return replace(a, val=context.val, factor=a.factor / b)
@@ -112,7 +112,7 @@ def add(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     return combine(context, needs_logits(a, "add"), b, "add")
 
 
-@rule(aten.sub.Tensor, aten.sub.Scalar)
+@rule(aten.sub.Tensor, aten.sub.Scalar, aten.subtract.Tensor)
 def sub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     if alpha != 1:
         raise Escape(f"sub with alpha={alpha}")
@@ -127,7 +127,7 @@ def rsub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     return combine(context, flipped, b, "add")
 
 
-@rule(aten.neg.default)
+@rule(aten.neg.default, aten.negative.default)
 def neg(context: Context, value: Any) -> Followed:
     if isinstance(value, (LogProbs, Probs, Expected)):
         return replace(value, val=context.val, factor=-value.factor)
