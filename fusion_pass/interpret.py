@@ -208,6 +208,9 @@ def follow(node: Node, values: dict[Node, Any]) -> Any:
     """`evaluate`, for the nodes that have no ATen trace of their own too."""
     if name_of(node) == "getitem" and isinstance(values.get(node.args[0]), (list, tuple)):  # type: ignore[arg-type]
         return values[node.args[0]][node.args[1]]  # type: ignore[index]
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        # traced alone it may look like nothing: a gradient hook is the identity on values
+        raise Escape(f"{name_of(node)} takes the logits, and what it does with them is not read")
     if not isinstance(fake(node), (torch.Tensor, tuple, list)):
         raise Escape(f"{name_of(node)} of the logits is no tensor")
     try:
