@@ -135,7 +135,7 @@ def out_of_place(target: Any) -> Any:
     return getattr(packet, overload, None)
 
 
-def overwritten(node: Node, values: dict[Node, Any], sites: dict[Projection, Site]) -> None:
+def overwritten(node: Node, values: dict[Node, Any], sites: dict[Projection, Site], grad: bool) -> None:
     """After an in-place step on followed logits: the name that was written to means the new value from here on.
 
     Pure as long as no other live name shares the memory; otherwise the site escapes.
@@ -143,6 +143,9 @@ def overwritten(node: Node, values: dict[Node, Any], sites: dict[Projection, Sit
     target = next(iter(written(node)), None)
     if target is None or target not in values or not isinstance(values[node], FOLLOWED):
         return
+    if not grad and fake(target).requires_grad:
+        reason = f"{name_of(node)} changes the logits in place where no gradient is recorded"
+        sites[logits_of(values[node]).head].escapes.append((node, reason))
     memory = storage(fake(target))
     later = set(following(node))
     for other, value in values.items():
@@ -200,7 +203,7 @@ def interpret(graph: Graph) -> Reading:
         record(node, value, heads, sites)
         if not isinstance(value, (Terminal, Plain)):
             values[node] = value
-            overwritten(node, values, sites)
+            overwritten(node, values, sites, modes[node])
     return Reading(list(sites.values()), values)
 
 
