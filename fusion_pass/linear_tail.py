@@ -30,7 +30,7 @@ from torch.fx.node import map_arg
 from fusedhead.emit import Emit, named
 from fusedhead.kernels.contract import STATS
 from fusedhead.read import callee, fake, name_of
-from fusedhead.aliases import written
+from fusedhead.aliases import storage, written
 
 aten = torch.ops.aten
 LINEAR_STATS = ("lse", "picked", "sum")
@@ -186,7 +186,7 @@ def upgrade(call: Node) -> str:
 
 def try_tail(call: Node, statistics: Sequence[Node], tail: Sequence[Node], needs: list[bool]) -> str:
     """`upgrade` with one tail: "" when done."""
-    impure = next((n for n in tail if any(True for _ in written(n))), None)
+    impure = writes_into(call, tail[-1])
     if impure is not None:
         return f"{name_of(impure)} works in place on the loss"
     inside = {*statistics, *tail}
@@ -204,6 +204,8 @@ def try_tail(call: Node, statistics: Sequence[Node], tail: Sequence[Node], needs
     if blocked is not None:
         return f"{blocked.name} depends on the per-row results themselves"
     anchor = first_use(call.graph, statistics)
+    if overwritten(operands, anchor, tail[-1]):
+        return "an operand of the loss is changed in place after the head"
     if not hoist(call.graph, operands, anchor):
         return "an operand of the loss is computed in place after the head"
     replace(call, statistics, squares, others, program, anchor, needs)
@@ -212,11 +214,36 @@ def try_tail(call: Node, statistics: Sequence[Node], tail: Sequence[Node], needs
 
 def depends_on(nodes: Sequence[Node], call: Node) -> Node | None:
     """The first of ``nodes`` that is computed from the call's results."""
-    reached = {call}
-    for node in call.graph.nodes:
+    reached = computed_from(call)
+    return next((node for node in nodes if node in reached), None)
+
+
+def computed_from(start: Node) -> set[Node]:
+    """``start`` and every node that reads it, directly or not."""
+    reached = {start}
+    for node in start.graph.nodes:
         if any(s in reached for s in node.all_input_nodes):
             reached.add(node)
-    return next((node for node in nodes if node in reached), None)
+    return reached
+
+
+def writes_into(call: Node, scalar: Node) -> Node | None:
+    """The first node that writes to something between the head and the scalar.
+
+    By names, not by memory: the fake values of old nodes do not know yet that they are views of new ones.
+    """
+    between = computed_from(call) - computed_from(scalar)
+    return next((node for node in call.graph.nodes if any(target in between for target in written(node))), None)
+
+
+def overwritten(nodes: Sequence[Node], begin: Node, end: Node) -> bool:
+    """Whether memory that ``nodes`` share is written between two nodes."""
+    memory, inside = {storage(fake(node)) for node in nodes} - {None}, False
+    for node in begin.graph.nodes:
+        inside = (inside or node is begin) and node is not end
+        if inside and any(storage(fake(target)) in memory for target in written(node)):
+            return True
+    return False
 
 
 def first_use(graph: Graph, statistics: Sequence[Node]) -> Node:
