@@ -42,7 +42,7 @@ def interfere(w: Writer, h: str, z: Logits) -> None:
 def head(w: Writer, h: str, flat: bool, rows: Logits | None) -> Logits:
     aligned = align(w, flat) if rows is None else rows.rows
     z = change(w, project(w, h, flat, aligned))
-    if w.chance(0.08):
+    if w.chance(0.12):
         interfere(w, h, z)
     return z
 

@@ -132,8 +132,9 @@ TERMINALS = [
 def reduce(w: Writer, l: str, z: Logits) -> str:
     """A scalar (or a differently shaped result) out of one entry a token."""
     m = f"{z.rows.m}.reshape({l}.shape)"
-    if w.chance(0.1):
-        w.line(w.pick([f"{l} *= {m}", f"{l}[:1] = 0.0", f"{l}.mul_(0.5)", f"{l} += 1"]))
+    if w.chance(0.2):
+        kinds = [f"{l} *= {m}", f"{l}[:1] = 0.0", f"{l}.mul_(0.5)", f"{l} += 1", f"{l}[{m} < 0.5] = 0.0", f"{z.rows.m}.mul_(0.5)"]
+        w.line(w.pick([*kinds, f"{l}[..., -1:] = {l}[..., -1:].detach()", f"{l}.detach().mul_(0.5)", f"{l}.data.clamp_(max=1)"]))
     forms = [
         (4, f"{l}.sum()"), (4, f"{l}.mean()"), (4, f"({l} * {m}).sum() / {m}.sum()"), (2, f"({l} * {m}).sum() / {m}.sum().clamp(min=1)"),
         (1, f"{l}.sum() / 7"), (1, f"{l}.reshape(-1)[:2].sum()"), (2, f"torch.where({m} > 0.5, {l}, 0.0).sum()"),
