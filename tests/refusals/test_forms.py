@@ -1,0 +1,257 @@
+"""Forms that look like a language model's loss and must not be rewritten: each is left alone, and says why.
+
+The forms are those of real programs: adaptive and sampled softmax, margins, contrastive losses, mixtures, ...
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.refusals.claims import B, D, T, V, hidden, labels, left, not_fused, right, unseen, weight
+
+# Dynamo looks at .grad of what crosses a graph break
+LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@LEAF
+def test_an_adaptive_softmax_is_left_alone() -> None:
+    layer = torch.nn.AdaptiveLogSoftmaxWithLoss(D, V, cutoffs=[4, 8], div_value=1.5)
+
+    def program(h: Tensor, y: Tensor) -> Tensor:
+        return layer(h, y).loss
+
+    not_fused(program, hidden(B * T, D), labels(B * T))
+
+
+def test_a_sampled_softmax_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor, negatives: Tensor) -> Tensor:
+        positive = (h * w[y]).sum(-1, keepdim=True)
+        return F.cross_entropy(torch.cat([positive, h @ w[negatives].t()], 1), torch.zeros_like(y))
+
+    left(program, hidden(6, D), weight(), labels(6), labels(3), because="cat is not read by any rule")
+
+
+def test_a_binary_loss_on_candidates_is_not_seen() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(h @ w.t(), F.one_hot(y, V).float())
+
+    unseen(program, hidden(6, D), weight(), labels(6))
+
+
+def test_a_mixture_of_softmaxes_is_left_alone() -> None:
+    def program(h: Tensor, prior: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        mix = F.softmax(h @ prior.t(), -1)
+        parts = torch.stack([F.softmax(F.linear(h * (k + 1), w), -1) for k in range(2)], 1)
+        return F.nll_loss(torch.log((mix.unsqueeze(-1) * parts).sum(1)), y)
+
+    not_fused(program, hidden(6, D), weight(2, D), weight(), labels(6))
+
+
+def test_a_margin_on_the_target_logit_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        cosine = F.linear(F.normalize(h), F.normalize(w))
+        return F.cross_entropy(8 * (cosine - 0.35 * F.one_hot(y, V)), y)
+
+    not_fused(program, hidden(6, D), weight(), labels(6))
+
+
+def test_an_angular_margin_taken_in_place_without_gradients_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        cosine = F.linear(F.normalize(h), F.normalize(w)) * 0.9
+        with torch.no_grad():
+            target = cosine[torch.arange(6), y].arccos_() + 0.5
+            cosine.arccos_()
+            cosine[torch.arange(6), y] = target
+            cosine.cos_()
+        return F.cross_entropy(cosine * 8, y)
+
+    left(program, hidden(6, D), weight(), labels(6), because="")
+
+
+def test_a_contrastive_loss_in_both_directions_is_right() -> None:
+    def program(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        z = scale.exp() * F.normalize(a) @ F.normalize(b).t()
+        y = torch.arange(6)
+        return F.cross_entropy(z, y) + F.cross_entropy(z.t(), y)
+
+    left(program, hidden(6, D), hidden(6, D), torch.tensor(0.5, requires_grad=True), because="dimension 1 as the classes")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo itself
+def test_a_gradient_only_consumer_of_the_logits_is_left_alone() -> None:
+    class LargestLogit(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss, z):  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(z)
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, g):  # type: ignore[no-untyped-def]
+            (z,) = ctx.saved_tensors
+            top, at = torch.max(z, -1, keepdim=True)
+            return g, torch.zeros_like(z).scatter(-1, at, top * 1e-2)
+
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, w)
+        return LargestLogit.apply(F.cross_entropy(z, y), z)
+
+    left(program, hidden(6, D), weight(), labels(6), because="autograd_function_apply")
+
+
+@LEAF
+def test_a_hook_on_the_logits_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, w)
+        z.register_hook(lambda g: g * 2)
+        return F.cross_entropy(z, y)
+
+    left(program, hidden(6, D), weight(), labels(6), because="register_hook takes the logits")
+
+
+@LEAF
+def test_logits_that_retain_their_gradient_are_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, w)
+        z.retain_grad()
+        return F.cross_entropy(z, y)
+
+    not_fused(program, hidden(6, D), weight(), labels(6))
+
+
+def test_an_adapter_added_to_the_head_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, w) + 0.5 * F.linear(F.linear(h, a), b)
+        return F.cross_entropy(z, y)
+
+    not_fused(program, hidden(6, D), weight(), weight(2, D), weight(V, 2), labels(6))
+
+
+def test_a_term_with_token_and_vocabulary_extent_is_no_bias() -> None:
+    def program(h: Tensor, w: Tensor, prior: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, w) + prior, y)
+
+    left(program, hidden(6, D), weight(), torch.randn(6, V), labels(6), because="token and vocabulary extent")
+
+
+def test_a_class_mask_that_depends_on_the_token_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, allowed: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, w).masked_fill(~allowed, -1e4), y)
+
+    left(program, hidden(6, D), weight(), torch.rand(6, V) > 0.3, labels(6), because="masked_fill")
+
+
+def test_a_filter_on_the_logits_own_size_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, w)
+        floor = z.topk(3, -1).values[..., -1:]
+        z = torch.where(z < floor, -1e4, z)
+        return -z.log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()
+
+    not_fused(program, hidden(6, D), weight(), labels(6))
+
+
+def test_a_weight_for_every_position_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = torch.einsum("btd,tvd->btv", h, w)
+        return F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+    not_fused(program, hidden(), weight(T, V, D), labels())
+
+
+def test_a_span_head_over_positions_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        first, last = F.linear(h, w).split(1, dim=-1)
+        return F.cross_entropy(first.squeeze(-1), start) + F.cross_entropy(last.squeeze(-1), end)
+
+    left(program, hidden(), weight(2, D), labels(B, high=T), labels(B, high=T), because="split cuts the vocabulary")
+
+
+def test_attention_is_not_a_head() -> None:
+    def program(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+        return (F.softmax(q @ k.transpose(1, 2), -1) @ k @ w.t()).sum()
+
+    unseen(program, hidden(), hidden(), weight())
+
+
+def test_a_log_softmax_over_keys_is_left_alone() -> None:
+    def program(q: Tensor, k: Tensor) -> Tensor:
+        return F.log_softmax(q @ k.transpose(1, 2), -1).mean()
+
+    not_fused(program, hidden(), hidden())
+
+
+def test_a_router_is_not_a_head() -> None:
+    def program(h: Tensor, w: Tensor) -> Tensor:
+        p = F.softmax(F.linear(h, w), -1)
+        return (p.mean((0, 1)) * p.topk(2, -1).values.mean()).sum()
+
+    unseen(program, hidden(), weight(4, D))
+
+
+def test_ctc_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        lp = F.log_softmax(F.linear(h, w), -1).transpose(0, 1)
+        return F.ctc_loss(lp, y[:, :2], torch.full((B,), T), torch.full((B,), 2))
+
+    not_fused(program, hidden(), weight(), labels(B, 2, high=V - 1) + 1)
+
+
+def test_a_backward_inside_the_program_is_left_to_dynamo() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for hc, yc in zip(h.detach().split(3), y.split(3)):
+            leaf = hc.requires_grad_()
+            loss = F.cross_entropy(F.linear(leaf, w.detach()), yc)
+            total = total + torch.autograd.grad(loss, leaf)[0].sum() + loss.detach()
+        return total
+
+    compiled_anyhow(program, hidden(6, D), weight(), labels(6))
+
+
+def compiled_anyhow(program, *inputs) -> None:  # type: ignore[no-untyped-def]
+    from tests.refusals.claims import compiled
+
+    compiled(program, inputs)
+
+
+def test_a_head_inside_a_function_transform_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        def loss(w: Tensor, h: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(h, w), y)
+
+        return torch.func.grad(loss)(w, h, y)
+
+    left(program, torch.randn(6, D), torch.randn(V, D), labels(6), because="torch.func")
+
+
+def test_a_head_under_vmap_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return torch.func.vmap(lambda h, y: F.cross_entropy(F.linear(h, w), y))(h, y)
+
+    not_fused(program, torch.randn(B, T, D), torch.randn(V, D), labels())
+
+
+def test_a_head_in_float64_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, w), y)
+
+    h, w = torch.randn(6, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
+    not_fused(program, h.requires_grad_(), w.requires_grad_(), labels(6))
+
+
+@LEAF
+def test_head_and_loss_in_different_graphs_are_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, w)
+        torch._dynamo.graph_break()
+        return F.cross_entropy(z, y)
+
+    unseen(program, hidden(6, D), weight(), labels(6), options={"fusedhead.logits": "eager"})
+
+
+def test_a_plain_head_is_fused() -> None:
+    """What every form above is measured against."""
+    right(lambda h, w, y: F.cross_entropy(F.linear(h, w), y), hidden(6, D), weight(), labels(6))
