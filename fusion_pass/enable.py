@@ -1,9 +1,9 @@
 """``fusedhead.enable()``: whatever this process would give to Inductor goes through fusedhead first.
 
-For programs that name no backend, or say "inductor", or cannot say anything else. Every change that is made to
-other people's code is one row of `EDITS`: where, why, and a function that makes it and returns the function that
-undoes it. `changes` lists what is in force. Nothing is imported for it: edits of packages that are not imported yet
-wait for their import. This file knows no graphs.
+For programs that name no backend, or say "inductor", or cannot say anything else. Every change that is made
+to other people's code is one row of `EDITS`: where, why, and a function that makes it and returns the
+function that undoes it. `changes` lists what is in force. Nothing is imported for it: edits of packages that
+are not imported yet wait for their import. This file knows no graphs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ Undo = Callable[[], None]
 
 
 def through_fusedhead(module: ModuleType) -> Undo:
-    """Send what ``torch.compile`` gives to Inductor through the pass, and then to Inductor with the same settings.
+    """Send what ``torch.compile`` gives to Inductor through the pass, and then to Inductor with the same
+    settings.
 
     ``torch.compile`` makes one object of this class a call, whether Inductor was named or is the default, and
     calls it for every graph. Functions decorated before the edit and not yet run are therefore reached too.
@@ -175,9 +176,9 @@ in_force: dict[str, tuple[Change, list[Undo]]] = {}
 def enable(**options: Any) -> None:
     """Put fusedhead in front of Inductor in this process, for every thread, until `disable`.
 
-    ``options`` are those of the backend without their prefix (``debug``, ``strict``, ``memory``, ``logits``) and
-    become the defaults of every compilation. Called again, it replaces the options and changes nothing else.
-    Functions that are compiled already stay as they are; ``torch.compiler.reset()`` forgets them.
+    ``options`` are those of the backend without their prefix (``debug``, ``strict``, ``memory``, ``logits``)
+    and become the defaults of every compilation. Called again, it replaces the options and changes nothing
+    else. Functions that are compiled already stay as they are; ``torch.compiler.reset()`` forgets them.
 
     Raises ValueError for an unknown option or a bad value, and then changes nothing.
     """
@@ -202,7 +203,9 @@ def start(edit: Edit) -> None:
                 change.state = "made"
             except Exception as error:  # another version of the package: what it does not have is not needed
                 change.state = f"failed: {type(error).__name__}: {error}"
-                log.warning("fusedhead: %s could not be changed (%s: %s)", edit.where, type(error).__name__, error)
+                log.warning(
+                    "fusedhead: %s could not be changed (%s: %s)", edit.where, type(error).__name__, error
+                )
 
     stop = after_import(edit.module, make)
     undo.append(stop)

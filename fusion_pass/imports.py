@@ -1,8 +1,8 @@
 """Do something once a module has been imported, without importing it: `after_import`.
 
-What is imported already is handled at once; for the rest a finder stands first in ``sys.meta_path`` while somebody
-waits, lets the other finders find the module, and runs the action when its code has run. It must not know what the
-actions do, and an action that raises must not make the import fail.
+What is imported already is handled at once; for the rest a finder stands first in ``sys.meta_path`` while
+somebody waits, lets the other finders find the module, and runs the action when its code has run. It must not
+know what the actions do, and an action that raises must not make the import fail.
 """
 
 from __future__ import annotations

@@ -1,0 +1,146 @@
+"""Compile the models of programs that never call ``torch.compile``: ``fusedhead run --compile-eager``.
+
+A model is what an optimizer trains. When one is made, every module that holds at least half of its parameters
+is watched; the outermost of them that the program *calls* while gradients are recorded is compiled in place.
+(The outermost that exists need not be called: Lightning calls methods of it, DataParallel calls copies.)
+Calls without gradients, evaluation and generation, stay eager: their shapes change too often.
+
+Nothing of a program that compiles anything itself is touched, and whatever cannot be compiled runs as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusedhead.backend import fusedhead
+
+log = logging.getLogger("fusedhead")
+
+# They call what they wrap, or copies of it, which is better compiled alone.
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def enable(strict: bool = False) -> Callable[[], None]:
+    """Watch every optimizer made from now on. Returns the function that stops it; what is compiled stays
+    compiled.
+
+    Until then ``torch._dynamo.config.suppress_errors`` is on, so that what does not compile runs eagerly,
+    unless ``strict``.
+    """
+    original = torch.optim.Optimizer.__init__
+
+    @functools.wraps(original)
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        try:
+            watch(parameter for group in self.param_groups for parameter in group["params"])
+        except Exception:
+            log.exception("fusedhead: the models of this optimizer could not be looked for, and stay eager")
+
+    suppressed = torch._dynamo.config.suppress_errors
+    torch._dynamo.config.suppress_errors = suppressed or not strict
+    torch.optim.Optimizer.__init__ = made  # type: ignore[method-assign]
+
+    def stop() -> None:
+        torch._dynamo.config.suppress_errors = suppressed
+        if torch.optim.Optimizer.__init__ is made:
+            torch.optim.Optimizer.__init__ = original  # type: ignore[method-assign]
+
+    return stop
+
+
+def watch(parameters: Iterable[nn.Parameter]) -> None:
+    for module in models(parameters):
+        attend(module)
+
+
+def models(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
+    """The modules in memory that hold at least half of the elements of ``parameters``."""
+    wanted = {id(parameter): parameter.numel() for parameter in parameters}
+    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    parents = defaultdict(list)
+    for module in alive:
+        for child in vars(module).get("_modules", {}).values():
+            parents[id(child)].append(module)
+    held: dict[int, set[int]] = defaultdict(set)
+    by_id = {id(module): module for module in alive}
+    for module in alive:
+        own = {id(p) for p in vars(module).get("_parameters", {}).values()} & wanted.keys()
+        if not own:
+            continue
+        stack, seen = [module], set()
+        while stack:
+            holder = stack.pop()
+            if id(holder) not in seen:
+                seen.add(id(holder))
+                held[id(holder)] |= own
+                stack += parents[id(holder)]
+    half = sum(wanted.values()) / 2
+    found = [by_id[i] for i, own in held.items() if sum(wanted[p] for p in own) >= half]
+    return [module for module in found if not isinstance(module, WRAPPERS) and untouched(module)]
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether the program compiles nothing in, or around, this module."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return not any(
+        isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()
+    )
+
+
+class Attention:
+    """Stands in a module's in-place compiled call until the module is called while gradients are recorded."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        if under_dynamo():  # the program compiles it after all
+            release(module)
+            return module._call_impl(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return module._call_impl(*args, **kwargs)
+        release(module)
+        compile_in_place(module)
+        return module(*args, **kwargs)
+
+
+def attend(module: nn.Module) -> None:
+    module._compiled_call_impl = Attention(module)
+
+
+def release(module: nn.Module) -> None:
+    """Stop attending a module and everything inside it."""
+    for inner in module.modules():
+        if isinstance(inner._compiled_call_impl, Attention):
+            inner._compiled_call_impl = None
+
+
+def compile_in_place(module: nn.Module) -> None:
+    """As ``module.compile(backend="fusedhead")``, for calls that record gradients."""
+    compiled = torch.compile(module._call_impl, backend=fusedhead)
+    log.info("fusedhead: %s is compiled", type(module).__qualname__)
+
+    @torch.compiler.disable(recursive=False)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and not under_dynamo():
+            return compiled(*args, **kwargs)
+        return module._call_impl(*args, **kwargs)
+
+    module._compiled_call_impl = call
+
+
+def under_dynamo() -> bool:
+    """Whether this frame runs inside a function that the program compiles."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)

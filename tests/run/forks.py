@@ -1,0 +1,62 @@
+"""Many runs of the command for one import of torch: one process imports it and forks a child a run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import PIPE
+from typing import NamedTuple, Protocol
+
+FORKS = """
+import json, os, sys
+from fusedhead.cli import main
+for line in sys.stdin:
+    arguments, folder, out, err = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+        sys.exit(main(["run", *arguments]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Outcome(NamedTuple):
+    code: int  # of the exit
+    out: str
+    err: str
+
+
+class Ours(Protocol):
+    def __call__(self, *arguments: str, cwd: Path) -> Outcome: ...
+
+
+@contextmanager
+def forks() -> Iterator[Ours]:
+    """``fusedhead run`` as a function of its arguments and the current folder."""
+    command = [sys.executable, "-c", FORKS]
+    with (
+        subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as process,
+        tempfile.TemporaryDirectory() as written,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        count = itertools.count()
+
+        def run(*arguments: str, cwd: Path) -> Outcome:
+            number = next(count)
+            out, err = Path(written, f"{number}.out"), Path(written, f"{number}.err")
+            process.stdin.write(json.dumps([arguments, str(cwd), str(out), str(err)]) + "\n")
+            process.stdin.flush()
+            code = int(process.stdout.readline())
+            return Outcome(code, out.read_text(), err.read_text())
+
+        yield run
+        process.stdin.close()
