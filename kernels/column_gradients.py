@@ -4,26 +4,33 @@
 with respect to the transformed window into the gradient with respect to h @ w.T, and adds what belongs to
 the column and row vectors. Both reuse the buffers they are given: the number of windows held at once is
 `windows_held`, which the planner counts against the memory budget. It must not know about heads, rows
-statistics or devices."""
+statistics or devices.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fusedhead.kernels.columns import UNARY, Transform
+from fusedhead.kernels.columns import UNARY, WITH_CONSTANT, WITH_VECTOR, Transform
 
 Tape = list[Tensor]
 
 
 def _on_tape(op: str, need_cols: bool, need_rows: bool) -> bool:
     """Whether a step's derivative reads a window: its output (tanh, sigmoid) or its input (a multiplier's
-    own)."""
+    own).
+    """
     return op in UNARY or (op == "mulcol" and need_cols) or (op == "mulrow" and need_rows)
 
 
 def windows_held(transform: Transform, need_cols: bool, need_rows: bool) -> int:
     """How many windows `record` leaves alive, the transformed one included."""
     return 1 + sum(_on_tape(op, need_cols, need_rows) for op, _ in transform.steps)
+
+
+def _operand(op: str, value: float | int | str) -> tuple[float, int]:
+    """(the constant, the index of the vector) of a step; the one that it does not have is 0."""
+    return (float(value) if op in WITH_CONSTANT else 0.0), (int(value) if op in WITH_VECTOR else 0)
 
 
 def record(
@@ -35,6 +42,7 @@ def record(
     """
     tape: Tape = []
     for op, value in transform.steps:
+        c, k = _operand(op, value)
         if op == "round":
             continue
         kept = _on_tape(op, need_cols, need_rows)
@@ -47,17 +55,17 @@ def record(
             tape.append(z)
             z = z.clone()
         if op == "mul":
-            z.mul_(value)
+            z.mul_(c)
         elif op == "add":
-            z.add_(value)
+            z.add_(c)
         elif op == "addcol":
-            z.add_(cols[value])
+            z.add_(cols[k])
         elif op == "mulcol":
-            z.mul_(cols[value])
+            z.mul_(cols[k])
         elif op == "addrow":
-            z.add_(rows[value][:, None])
+            z.add_(rows[k][:, None])
         elif op == "mulrow":
-            z.mul_(rows[value][:, None])
+            z.mul_(rows[k][:, None])
     return z, tape
 
 
@@ -75,8 +83,9 @@ def pull_back(
     ``dcols`` [C, v] and ``drows`` [R, m] are added to; None for those not needed.
     """
     for op, value in reversed(transform.steps):
+        c, k = _operand(op, value)
         if op == "mul":
-            dz.mul_(value)
+            dz.mul_(c)
         elif op == "tanh":
             t = tape.pop()
             dz.mul_(t.mul_(t).neg_().add_(1))  # 1 - t²
@@ -84,15 +93,15 @@ def pull_back(
             s = tape.pop()
             dz.mul_(s.addcmul_(s, s, value=-1))  # s - s²
         elif op == "addcol" and dcols is not None:
-            dcols[value] += dz.sum(0)
+            dcols[k] += dz.sum(0)
         elif op == "addrow" and drows is not None:
-            drows[value] += dz.sum(1)
+            drows[k] += dz.sum(1)
         elif op == "mulcol":
             if dcols is not None:
-                dcols[value] += tape.pop().mul_(dz).sum(0)
-            dz.mul_(cols[value])
+                dcols[k] += tape.pop().mul_(dz).sum(0)
+            dz.mul_(cols[k])
         elif op == "mulrow":
             if drows is not None:
-                drows[value] += tape.pop().mul_(dz).sum(1)
-            dz.mul_(rows[value][:, None])
+                drows[k] += tape.pop().mul_(dz).sum(1)
+            dz.mul_(rows[k][:, None])
     return dz

@@ -1,7 +1,8 @@
 """The definition of a head's statistics, in plain torch with the whole [N, V] logits in memory.
 
 Tests call it in float64 and take the result as the truth; gradients come from autograd. It is deliberately
-too simple to be wrong, so it must not know about windows, engines, dtypes of accumulation or speed."""
+too simple to be wrong, so it must not know about windows, engines, dtypes of accumulation or speed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from fusedhead.kernels.contract import Head, RowStats
 def row_stats(head: Head) -> RowStats:
     """Every statistic of z = transform(h @ w.T), in the dtype of ``head.h``.
 
-    h [N, D], w [V, D], y [N, K], u [V] or [0] -> lse [N], picked [N, K], sum [N], entropy [N], max [N], argmax [N].
+    h [N, D], w [V, D], y [N, K], u [V] or [0] -> lse, sum, entropy, max, argmax [N] and picked [N, K].
     A column with z = -inf makes the entropy NaN, as ``-(p * p.log()).sum(-1)`` does in a user's program.
     """
     h, w, y, cols, rows, u, transform = head

@@ -3,7 +3,8 @@
 A sweep walks over windows of tokens and, inside each, over blocks of vocabulary small enough that the
 logits of a block are still in the cache when the next op reads them. Labels are kept apart from the blocks:
 their logits are row products in float32, their cells are blanked, and their share of every result is added
-with full precision. Nothing here may know about gradients."""
+with full precision. Nothing here may know about gradients.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 For the upstream gradients and transforms that `torch_softmax_gradients` does not serve: the entropy,
 weighted sums of transformed logits, gradients of row vectors and of multipliers. FLOP 6 NDV, the lse being
 known. Memory: a block of logits for each of z, dz and the transform's tape, and [windows.tokens, D] in
-float32."""
+float32.
+"""
 
 from __future__ import annotations
 

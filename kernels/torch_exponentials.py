@@ -3,7 +3,8 @@
 With a finite level for each row, chosen before z is known, probabilities are p = E exp(level - lse). The
 factor belongs to a row, so it can be applied to [N, D] operands and no pass over z is needed once its sum
 is known. What goes into the matrix products of the backward is E' = E ∂z/∂(h wᵀ). Labels are left out
-(`blank_labels`). This file must not know which gradients are asked for."""
+(`blank_labels`). This file must not know which gradients are asked for.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ FAR = (
 
 class Level(NamedTuple):
     """What exp is relative to in one window: 2^(z log2 e - binary) is computed, and binary = natural · log2
-    e."""
+    e.
+    """
 
     binary: Tensor  # [m] finite, in the statistics' dtype; for a plain z exact in the products' dtype
     natural: Tensor  # [m] fine
@@ -77,10 +79,9 @@ def block_buffers(head: Head, tokens: int, columns: int) -> Block:
 def fill(
     head: Head, i: slice, v: slice, h: Tensor, w: Tensor, level: Level, out: Tensor, spare: Tensor
 ) -> Tensor:
-    """Write E' [m, v] of one block into ``out`` and return the row sums of E [m]; labels are left out of
-    both.
+    """Write E' [m, v] of one block into ``out`` and return the row sums of E [m], both without labels.
 
-    h [m, D] and w [v, D] are the operands in the dtype of the products, ``spare`` is the wide buffer of `Block`.
+    h [m, D] and w [v, D] are the operands in the dtype of the products, ``spare`` the wide buffer of `Block`.
     Row sums are taken before E is rounded to ``out``.
     """
     m, n = out.shape

@@ -17,7 +17,8 @@ from fusedhead.kernels.torch_weight_gradient import WeightGradient
 
 def bias_slopes(head: Head) -> list[float] | None:
     """∂z/∂cols[k] over ∂z/∂(h wᵀ) for each column vector, where it is a constant: biases among constant
-    factors."""
+    factors.
+    """
     slopes, before = [0.0] * len(head.cols), 1.0
     for op, value in head.transform.steps:
         if op == "mul" and value != 0:
@@ -48,7 +49,8 @@ class Sink:
 
     def hidden(self, i: slice, product: Tensor, s: Tensor, t: Tensor) -> None:
         """dh of window i from E' w [m, D], which is overwritten, row scales s [m] and label terms t [m,
-        K]."""
+        K].
+        """
         if self.dh is None:
             return
         product.mul_(s[:, None])

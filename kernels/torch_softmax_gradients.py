@@ -2,7 +2,8 @@
 
 ``s`` is one number per row and ``t`` one per label, so the matrix products read the exponentials as they are:
 
-    dh_i = s_i (E' w)_i + Σ_k t_ik w[y_ik] + g_sum_i (uᵀ w)        dw = E'ᵀ (s h) + Σ_ik t_ik e_y h_i + u ⊗ (g_sumᵀ h)
+    dh_i = s_i (E' w)_i + Σ_k t_ik w[y_ik] + g_sum_i (uᵀ w)
+    dw   = E'ᵀ (s ⊙ h) + Σ_ik t_ik onehot(y_ik) ⊗ h_i + u ⊗ (g_sumᵀ h)
 
 `single_pass` knows no lse beforehand: it keeps one window of E' until the row sums are complete, 3 GEMMs in
 all. `known_lse` is given the lse and keeps one block, 3 GEMMs. Both handle every upstream gradient of lse,
@@ -113,7 +114,8 @@ def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
 
 def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows: Windows) -> HeadGrads:
     """The gradients when each row's lse [N] is known. FLOP 6 NDV; memory: one block, [windows.tokens, D]
-    twice."""
+    twice.
+    """
     n, vocab = len(head.h), len(head.w)
     wide, fine = stat_dtype(head.h.dtype), fine_dtype(head.h.device.type)
     work = product_dtype(head.h.dtype, head.h.device.type)

@@ -36,7 +36,8 @@ class WeightGradient:
 
     def add_block(self, v: slice, first: bool, e: Tensor, h: Tensor) -> None:
         """dw[v] += eᵀ h for e [m, v] and h [m, D]; ``first`` says that nothing was added to these rows
-        before."""
+        before.
+        """
         into, fresh = self.sum[v], first and not self.started
         if into.dtype == e.dtype:
             torch.mm(e.t(), h, out=into) if fresh else into.addmm_(e.t(), h)

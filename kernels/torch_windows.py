@@ -2,10 +2,10 @@
 
 The three functions of `contract`, each a choice among the sweeps that do the work:
 
-    torch_softmax_gradients   softmax statistics, and gradients a row scale away from exp z      the usual losses
-    torch_dlogits             gradients with dz written out block by block                      entropy, row vectors
-    torch_statistics          every statistic from the logits                                   entropy, max, argmax
-    torch_sums                weighted sums of plain logits, without a sweep                     label smoothing
+    torch_softmax_gradients   lse and picked, and gradients a row scale away from exp z    the usual losses
+    torch_dlogits             gradients with dz written out block by block                entropy, row vectors
+    torch_statistics          every statistic from the logits                             entropy, argmax
+    torch_sums                weighted sums of plain logits, without a sweep              label smoothing
 
 It must not know how large the windows should be (`fusedhead.lowering.plan` decides) nor what graph asked.
 """
@@ -46,11 +46,10 @@ def head_stats_backward(
 def head_loss(
     head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
 ) -> tuple[RowStats, HeadGrads]:
-    """Statistics and gradients of a loss linear in them: one sweep where the plan has room for whole rows
-    of z.
+    """Statistics and gradients of a loss linear in them, in one sweep where the plan allows.
 
-    If w wants a gradient and ``windows.vocab`` is less than V, a first sweep finds the lse and a second one the
-    gradients; that costs one product more and only one block of memory.
+    If w wants a gradient and ``windows.vocab`` is less than V, a first sweep finds the lse and a second one
+    the gradients; that costs one product more and only one block of memory.
     """
     single = torch_softmax_gradients.serves(head, coefficients, needs)
     if single and (windows.vocab >= len(head.w) or not (needs.w or needs.cols)):

@@ -2,7 +2,8 @@
 
 `head_stats` recomputes in its backward, for any upstream gradient. `head_loss` has its gradients already,
 up to one scalar that it reads off the upstream. Operands that want no gradient are skipped. It must not
-know about engines, plans or windows."""
+know about engines, plans or windows.
+"""
 
 from __future__ import annotations
 
@@ -61,12 +62,11 @@ def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def upstream_scale(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The scalar g with upstream = g c, least squares over all statistics: <upstream, c> / <c, c>, or 0 if
-    c = 0.
+    """The scalar g with upstream = g c, by least squares: <upstream, c> / <c, c>, or 0 where c = 0.
 
-    ``pairs`` of (upstream, coefficient), equal shapes, any float dtype -> 0-d tensor. Sums are float64 where the
-    device has it, and c is divided by max |c| first, so that coefficients near the ends of the range neither
-    underflow nor overflow.
+    ``pairs`` of (upstream, coefficient), equal shapes, any float dtype -> 0-d tensor. Sums are float64 where
+    the device has it, and c is divided by max |c| first, so that coefficients near the ends of the range
+    neither underflow nor overflow.
     """
     like = pairs[0][1]
     wide = torch.float32 if like.device.type == "mps" else torch.float64
@@ -80,7 +80,8 @@ def upstream_scale(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 class _Once(torch.autograd.Function):
     """The identity on gradients that ``create_graph=True`` wants to differentiate again, which is an
-    error."""
+    error.
+    """
 
     @staticmethod
     def forward(ctx: Any, d: Tensor) -> Tensor:

@@ -1,30 +1,34 @@
 """The three custom ops that stand for a head in a graph, and the way from them to an engine.
 
-Functional, tensors positional, fixed arity: what is absent travels as a tensor of no elements. Each op
-checks its operands, asks the planner and calls one engine; importing this file registers ops, fakes and
-autograd. It must not know how a head is computed or where in a program it came from.
+Functional, tensors positional, fixed arity: what is absent travels as a tensor of no elements. Each op checks
+its operands, asks the planner and calls one engine; importing this file registers the ops. It must not know
+how a head is computed or where in a program it came from.
 
-    head_stats           one sweep: the statistics                        lse, picked, sum, entropy, max, argmax
-    head_stats_backward  one sweep: gradients for any per-row upstream     dh, dw, dcols, drows
-    head_loss            one sweep: statistics, and gradients for a scalar loss that is linear in them
+    head_stats           one sweep: the statistics                     lse, picked, sum, entropy, max, argmax
+    head_stats_backward  one sweep: gradients for a per-row upstream   dh, dw, dcols, drows
+    head_loss            one sweep: both, for a scalar loss that is linear in the statistics
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedhead.kernels import torch_softmax_gradients
 from fusedhead.kernels.columns import parse
-from fusedhead.kernels.contract import STATS, Head, HeadGrads, Needs, RowGrads, RowStats, stat_dtype
-from fusedhead.lowering import autograd
-from fusedhead.lowering.plan import plan
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
+from fusedhead.kernels.torch_blocks import plain_scale
+from fusedhead.lowering import autograd, fakes
+from fusedhead.lowering.checks import LabelOutOfRange, asked, check_head
+from fusedhead.lowering.plan import engine_for, plan
 
-Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
-Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+__all__ = ["SCHEMAS", "LabelOutOfRange"]
 
 _HEAD = "Tensor h, Tensor w, Tensor y, Tensor cols, Tensor rows, Tensor u"
 _NEEDS = "bool need_h, bool need_w, bool need_cols, bool need_rows"
@@ -38,61 +42,58 @@ SCHEMAS = {
     f"str transform, str stats, int memory, {_NEEDS})"
     " -> (Tensor lse, Tensor picked, Tensor sum, Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
 }
+NONE = Needs(False, False, False, False)
 
 
-class LabelOutOfRange(IndexError, RuntimeError):
-    """A label is no column of the logits. Both kinds of error that eager code raises: cross_entropy and
-    gather."""
+def _engine(head: Head) -> ModuleType:
+    return import_module(f"fusedhead.kernels.{engine_for(head.h.dtype, head.h.device.type)}")
 
 
-def _asked(stats: str) -> frozenset[str]:
-    want = frozenset(stats.split(",")) - {""}
-    unknown = sorted(want.difference(STATS))
-    if unknown:
-        raise ValueError(f"statistic {unknown[0]!r} is not known; expected some of {', '.join(STATS)}")
-    return want
+def _as_written(head: Head) -> AbstractContextManager[object]:
+    """No autocast inside: an op computes in the dtypes it was given, whatever region it is called from."""
+    kind = head.h.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _engine(name: str) -> ModuleType:
-    return import_module(f"fusedhead.kernels.{name}")
+def _windows(
+    head: Head, needs: Needs, memory: int, *, linear: bool, row_scale: bool, explicit: bool
+) -> Windows:
+    h, w, y, _, _, _, transform = head
+    chosen = plan(
+        h.shape[0],
+        w.shape[0],
+        h.shape[1],
+        h.dtype,
+        h.device.type,
+        needs=needs,
+        linear=linear,
+        one_sweep=row_scale,
+        explicit=explicit,
+        transform=transform,
+        labels=y.shape[1],
+        memory=memory,
+    )
+    return chosen.windows
 
 
-def _size(what: str, got: int, other: str, expected: int) -> None:
-    if got != expected:
-        raise ValueError(f"{what} is {got} but {other} is {expected}; they must be equal")
+def _row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
+    """Whether the engine gets gradients of this head from exponentials, see `torch_softmax_gradients`."""
+    if engine_for(head.h.dtype, head.h.device.type) == "triton_windows":
+        return not (needs.cols or needs.rows)
+    return torch_softmax_gradients.serves(head, upstream, needs)
 
 
-def _check(head: Head) -> None:
-    """Sizes and dtypes agree, labels name columns. Labels are read on the CPU only: elsewhere it would be a
-    sync."""
-    h, w, y, cols, rows, u, _ = head
-    if h.dim() != 2 or w.dim() != 2 or y.dim() != 2:
-        raise ValueError(
-            f"h, w and y must be matrices, got shapes {list(h.shape)}, {list(w.shape)}, {list(y.shape)}"
-        )
-    _size("the hidden size of h", h.shape[1], "the hidden size of w", w.shape[1])
-    _size("the number of label rows", y.shape[0], "the number of tokens of h", h.shape[0])
-    if cols.numel():
-        _size("the length of the column vectors", cols.shape[1], "the vocabulary of w", w.shape[0])
-    if rows.numel():
-        _size("the length of the row vectors", rows.shape[1], "the number of tokens of h", h.shape[0])
-    if u.numel():
-        _size("the length of the weights u", u.shape[0], "the vocabulary of w", w.shape[0])
-    if h.dtype != w.dtype:
-        raise ValueError(f"h has dtype {h.dtype} but w has dtype {w.dtype}; they must be equal")
-    if y.numel() and y.device.type == "cpu":
-        least, most = (int(x) for x in y.aminmax())
-        if least < 0 or most >= w.shape[0]:
-            wrong = least if least < 0 else most
-            raise LabelOutOfRange(f"label {wrong} is out of range: labels must lie in [0, {w.shape[0] - 1}]")
+def _given(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
 
 
-def _or_empty(x: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _result(x: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(0, dtype=dtype or stat_dtype(like.dtype)) if x is None else x
 
 
-def _or_none(x: Tensor) -> Tensor | None:
-    return x if x.numel() else None
+def _gradients(grads: HeadGrads, head: Head) -> tuple[Tensor, ...]:
+    operands = (head.h, head.w, head.cols, head.rows)
+    return tuple(_result(g, x, x.dtype) for g, x in zip(grads, operands))
 
 
 def _head_stats(
@@ -105,27 +106,20 @@ def _head_stats(
     transform: str,
     stats: str,
     memory: int,
-) -> Six:
-    head, want = Head(h, w, y, cols, rows, u, parse(transform)), _asked(stats)
-    _check(head)
-    chosen = plan(h.shape[0], w.shape[0], h.shape[1], h.dtype, h.device.type)
-    got: RowStats = _engine(chosen.engine).head_stats(head, want, chosen.windows)
+) -> tuple[Tensor, ...]:
+    head, want = Head(h, w, y, cols, rows, u, parse(transform)), asked(stats)
+    check_head(head)
+    short = {"lse", "picked", "sum"} if plain_scale(head.transform) is not None else {"lse", "picked"}
+    windows = _windows(head, NONE, memory, linear=True, row_scale=True, explicit=not want <= short)
+    with _as_written(head):
+        got: RowStats = _engine(head).head_stats(head, want, windows)
     return (
-        _or_empty(got.lse if want & {"lse", "entropy"} else None, h),
-        _or_empty(got.picked, h),
-        _or_empty(got.sum, h),
-        _or_empty(got.entropy, h),
-        _or_empty(got.max, h),
-        _or_empty(got.argmax, h, torch.int64),
-    )
-
-
-def _gradients(grads: HeadGrads, head: Head) -> Four:
-    return (
-        _or_empty(grads.h, head.h, head.h.dtype),
-        _or_empty(grads.w, head.w, head.w.dtype),
-        _or_empty(grads.cols, head.cols, head.cols.dtype),
-        _or_empty(grads.rows, head.rows, head.rows.dtype),
+        _result(got.lse if want & {"lse", "entropy"} else None, h),
+        _result(got.picked, h),
+        _result(got.sum, h),
+        _result(got.entropy, h),
+        _result(got.max, h),
+        _result(got.argmax, h, torch.int64),
     )
 
 
@@ -148,13 +142,16 @@ def _head_stats_backward(
     need_w: bool,
     need_cols: bool,
     need_rows: bool,
-) -> Four:
-    head, needs = Head(h, w, y, cols, rows, u, parse(transform)), Needs(need_h, need_w, need_cols, need_rows)
-    upstream = RowGrads(_or_none(g_lse), _or_none(g_picked), _or_none(g_sum), _or_none(g_entropy))
-    saved = RowStats(lse=lse, entropy=_or_none(entropy))
-    chosen = plan(h.shape[0], w.shape[0], h.shape[1], h.dtype, h.device.type)
-    grads = _engine(chosen.engine).head_stats_backward(head, upstream, saved, needs, chosen.windows)
-    return _gradients(grads, head)
+) -> tuple[Tensor, ...]:
+    head = Head(h, w, y, cols, rows, u, parse(transform))
+    check_head(head)
+    needs = Needs(need_h, need_w, need_cols, need_rows)
+    upstream = RowGrads(_given(g_lse), _given(g_picked), _given(g_sum), _given(g_entropy))
+    saved = RowStats(lse=lse, entropy=_given(entropy))
+    row_scale = _row_scale(head, upstream, needs)
+    windows = _windows(head, needs, memory, linear=False, row_scale=row_scale, explicit=not row_scale)
+    with _as_written(head):
+        return _gradients(_engine(head).head_stats_backward(head, upstream, saved, needs, windows), head)
 
 
 def _head_loss(
@@ -175,69 +172,35 @@ def _head_loss(
     need_w: bool,
     need_cols: bool,
     need_rows: bool,
-) -> Seven:
-    head, needs = Head(h, w, y, cols, rows, u, parse(transform)), Needs(need_h, need_w, need_cols, need_rows)
-    want = _asked(stats)
+) -> tuple[Tensor, ...]:
+    head, want = Head(h, w, y, cols, rows, u, parse(transform)), asked(stats)
+    check_head(head)
     if want - {"lse", "picked", "sum"}:
         raise ValueError(f"head_loss gives lse, picked and sum; {stats!r} asks for more")
-    _check(head)
-    coefficients = RowGrads(_or_none(c_lse), _or_none(c_picked), _or_none(c_sum), square=_or_none(c_square))
-    if "sum" in want and coefficients.sum is None:
-        coefficients = coefficients._replace(sum=torch.zeros_like(h[:, 0], dtype=stat_dtype(h.dtype)))
-    chosen = plan(h.shape[0], w.shape[0], h.shape[1], h.dtype, h.device.type)
-    got, grads = _engine(chosen.engine).head_loss(head, coefficients, needs, chosen.windows)
+    needs = Needs(need_h, need_w, need_cols, need_rows)
+    c = RowGrads(_given(c_lse), _given(c_picked), _given(c_sum), square=_given(c_square))
+    if "sum" in want and c.sum is None:
+        c = c._replace(sum=h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype)))
+    row_scale = _row_scale(head, c, needs)
+    windows = _windows(head, needs, memory, linear=True, row_scale=row_scale, explicit=not row_scale)
+    with _as_written(head):
+        got, grads = _engine(head).head_loss(head, c, needs, windows)
     return (
         got.lse,
-        _or_empty(got.picked if "picked" in want else None, h),
-        _or_empty(got.sum if "sum" in want else None, h),
+        _result(got.picked if "picked" in want else None, h),
+        _result(got.sum if "sum" in want else None, h),
         *_gradients(grads, head),
     )
 
 
-def _fake_stats(h, w, y, cols, rows, u, transform, stats, memory):  # type: ignore[no-untyped-def]
-    want, dtype, n = _asked(stats), stat_dtype(h.dtype), h.shape[0]
-
-    def rowwise(name: bool, shape: tuple, dtype: torch.dtype = dtype) -> Tensor:
-        return h.new_empty(shape if name else (0,), dtype=dtype)
-
-    return (
-        rowwise(bool(want & {"lse", "entropy"}), (n,)),
-        rowwise("picked" in want, (n, y.shape[1])),
-        rowwise("sum" in want, (n,)),
-        rowwise("entropy" in want, (n,)),
-        rowwise("max" in want, (n,)),
-        rowwise("argmax" in want, (n,), torch.int64),
-    )
-
-
-def _fake_gradients(h, w, cols, rows, need_h, need_w, need_cols, need_rows):  # type: ignore[no-untyped-def]
-    return tuple(
-        x.new_empty(x.shape if need else (0,))
-        for x, need in ((h, need_h), (w, need_w), (cols, need_cols), (rows, need_rows))
-    )
-
-
-def _fake_backward(  # type: ignore[no-untyped-def]
-    g_lse, g_picked, g_sum, g_entropy, h, w, y, cols, rows, u, lse, entropy, transform, memory, *needs
-):
-    return _fake_gradients(h, w, cols, rows, *needs)
-
-
-def _fake_loss(  # type: ignore[no-untyped-def]
-    h, w, y, cols, rows, u, c_lse, c_picked, c_sum, c_square, transform, stats, memory, *needs
-):
-    got = _fake_stats(h, w, y, cols, rows, u, transform, "lse," + stats, memory)
-    return (*got[:3], *_fake_gradients(h, w, cols, rows, *needs))
-
-
-_PARTS = {
-    "head_stats": (_head_stats, _fake_stats, autograd.HEAD_STATS),
-    "head_stats_backward": (_head_stats_backward, _fake_backward, autograd.HEAD_STATS_BACKWARD),
-    "head_loss": (_head_loss, _fake_loss, autograd.HEAD_LOSS),
+Function = Callable[..., Any]
+_PARTS: dict[str, tuple[Function, Function, tuple[Function, Function]]] = {
+    "head_stats": (_head_stats, fakes.head_stats, autograd.HEAD_STATS),
+    "head_stats_backward": (_head_stats_backward, fakes.head_stats_backward, autograd.HEAD_STATS_BACKWARD),
+    "head_loss": (_head_loss, fakes.head_loss, autograd.HEAD_LOSS),
 }
 for _name, (_implementation, _fake, (_setup, _backward)) in _PARTS.items():
-    _qualified = f"fusedhead::{_name}"
-    torch.library.define(_qualified, SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(_qualified, "default", _implementation)
-    torch.library.register_fake(_qualified, _fake)
-    torch.library.register_autograd(_qualified, _backward, setup_context=_setup)
+    torch.library.define(f"fusedhead::{_name}", SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"fusedhead::{_name}", "default", _implementation)
+    torch.library.register_fake(f"fusedhead::{_name}", _fake)
+    torch.library.register_autograd(f"fusedhead::{_name}", _backward, setup_context=_setup)

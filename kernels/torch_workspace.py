@@ -1,0 +1,66 @@
+"""How many bytes the torch engine holds besides its operands and results: the model that the planner asks.
+
+An upper bound, one term for each kind of buffer; a test compares it with the allocations that it watches. It
+must not decide anything.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedhead.kernels.column_gradients import windows_held
+from fusedhead.kernels.columns import Transform
+from fusedhead.kernels.contract import Needs, stat_dtype
+from fusedhead.kernels.torch_blocks import (
+    GATHER_BYTES,
+    SAMPLE,
+    block_columns,
+    fine_dtype,
+    plain_scale,
+    product_dtype,
+)
+
+
+def workspace(
+    n: int,
+    v: int,
+    d: int,
+    k: int,
+    dtype: torch.dtype,
+    device_type: str,
+    transform: Transform,
+    needs: Needs,
+    tokens: int,
+    vocab: int,
+    accumulate: torch.dtype,
+    keep: bool,
+    explicit: bool,
+) -> int:
+    """Bytes at the peak of one sweep over windows of tokens x vocab.
+
+    ``keep`` says that a window of exponentials [tokens, v] is held (one sweep for loss and gradients) and
+    ``explicit`` that dz is written out (`torch_dlogits`, `torch_statistics`) and not only exponentials.
+    """
+    work, wide = product_dtype(dtype, device_type), stat_dtype(dtype)
+    narrow, widened = work != wide, work != dtype
+    tokens = max(1, min(tokens, n))
+    columns = block_columns(tokens, min(vocab, v), (wide if explicit else work).itemsize)
+    block = tokens * columns
+    blocks = block * work.itemsize + block * wide.itemsize * narrow
+    held = windows_held(transform, needs.cols and explicit, needs.rows) - 1
+    blocks += block * wide.itemsize * (held + (2 if explicit else 0))
+    if keep:
+        blocks += tokens * v * work.itemsize
+    hidden = tokens * d
+    rows = hidden * wide.itemsize * (needs.h + narrow)  # E w, and h widened where logits must be exact
+    rows += hidden * work.itemsize * ((needs.w or needs.cols) + widened + (narrow and needs.h))
+    weights = columns * d * (wide.itemsize if widened or narrow else 0)
+    weights += columns * d * work.itemsize if needs.w and accumulate != work else 0
+    sums = v * d * wide.itemsize if needs.w and accumulate != dtype else 0
+    sample = tokens * min(SAMPLE * 2, v) * wide.itemsize * 4 + min(SAMPLE * 2, v) * d * wide.itemsize
+    vectors = tokens * (k + 1) * fine_dtype(device_type).itemsize * 16
+    late = n * k * 48 if needs.w and accumulate != wide else 0
+    gathers = 4 * GATHER_BYTES
+    plain = plain_scale(transform) is not None
+    columns_wise = v * wide.itemsize * 4 * (needs.cols or not plain or explicit)
+    return blocks + rows + weights + sums + sample + vectors + late + gathers + columns_wise
