@@ -43,13 +43,9 @@ def written(node: Node) -> Iterator[Node]:
             yield from everything
         return
     inplace = name.endswith("_") and not name.endswith("__")
-    if name.startswith("_foreach") and inplace:
+    if (name.startswith("_foreach") and inplace) or "triton_kernel_wrapper_mutation" in name or "auto_functionalized" in name:
         yield from everything
-    elif "triton_kernel_wrapper_mutation" in name or "auto_functionalized" in name:
-        yield from everything
-    elif inplace or name in INPLACE_OPERATORS or node.kwargs.get("inplace") is True:
-        yield from everything[:1]
-    elif name in ("relu", "dropout", "leaky_relu", "elu", "silu", "mish") and True in node.args:
+    elif inplace or name in INPLACE_OPERATORS or node.kwargs.get("inplace") is True or (name in ("relu", "dropout", "leaky_relu", "elu", "silu", "mish") and True in node.args):
         yield from everything[:1]
     out = node.kwargs.get("out")
     yield from (n for n in tree_leaves(out) if isinstance(n, Node))

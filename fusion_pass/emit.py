@@ -64,7 +64,11 @@ class Emit:
         values, keywords = map_arg(args, fake), map_arg(kwargs, fake)
         tensors = [v for v in map(fake, node.all_input_nodes) if isinstance(v, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
-        with torch.set_grad_enabled(self.grad), torch.autocast(device, enabled=False), self.mode or nullcontext():
+        with (
+            torch.set_grad_enabled(self.grad),
+            torch.autocast(device, enabled=False),
+            self.mode or nullcontext(),
+        ):
             node.meta["example_value"] = op(*values, **keywords)
         if "stack_trace" in self.trace_of.meta:
             node.meta["stack_trace"] = self.trace_of.meta["stack_trace"]

@@ -27,14 +27,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import map_arg
 
+from fusedhead.aliases import storage, written
 from fusedhead.emit import Emit, named
 from fusedhead.kernels.contract import STATS
 from fusedhead.read import callee, fake, name_of
-from fusedhead.aliases import storage, written
 
 aten = torch.ops.aten
 LINEAR_STATS = ("lse", "picked", "sum")
-TRIES = 4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
+TRIES = (
+    4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
+)
 
 
 def differentiable(node: Node) -> bool:
@@ -49,7 +51,11 @@ def tails(statistics: Sequence[Node]) -> list[list[Node]]:
     """
     reached, tail = set(statistics), []
     for node in statistics[0].graph.nodes:
-        if node.op.startswith("call_") and node not in reached and any(s in reached for s in node.all_input_nodes):
+        if (
+            node.op.startswith("call_")
+            and node not in reached
+            and any(s in reached for s in node.all_input_nodes)
+        ):
             if differentiable(node):
                 reached.add(node)
                 tail.append(node)
@@ -149,7 +155,9 @@ def needed(graph: Graph, reads: set[Node]) -> list[Node]:
     return [node for node in graph.nodes if node in found and (node.op == "call_function" or node in reads)]
 
 
-SHAPE_ONLY = frozenset({"sym_size", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_empty", "new_ones"})
+SHAPE_ONLY = frozenset(
+    {"sym_size", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_empty", "new_ones"}
+)
 
 
 def shape_only(node: Node) -> bool:
@@ -233,7 +241,9 @@ def writes_into(call: Node, scalar: Node) -> Node | None:
     By names, not by memory: the fake values of old nodes do not know yet that they are views of new ones.
     """
     between = computed_from(call) - computed_from(scalar)
-    return next((node for node in call.graph.nodes if any(target in between for target in written(node))), None)
+    return next(
+        (node for node in call.graph.nodes if any(target in between for target in written(node))), None
+    )
 
 
 def overwritten(nodes: Sequence[Node], begin: Node, end: Node) -> bool:
@@ -280,7 +290,8 @@ def replace(
 ) -> None:
     """Put ``head_loss``, with its coefficients, in the place of ``head_stats``."""
     emit = Emit(call.graph)
-    tensors, (transform, stats, memory) = call.args[:6], call.args[6:]
+    tensors: Any = call.args[:6]
+    transform, stats, memory = call.args[6:]
     with emit.before(anchor, call, grad=True):
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
         env: dict[Node, Any] = dict(zip(placeholders, [*statistics, *squares, *others]))
@@ -291,7 +302,10 @@ def replace(
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = emit(node.target, *args, **kwargs)
-        results = [named(emit(aten.detach.default, env[r]), "coefficients") for r in output_of(program.graph).args[0]]
+        gradients: Any = output_of(program.graph).args[0]
+        results = [
+            named(emit(aten.detach.default, env[r]), "coefficients") for r in gradients
+        ]
         given = {name_index(s): r for s, r in zip(statistics, results)}
         empty = named(emit(aten.new_empty.default, tensors[0], [0], dtype=torch.float32), "no_coefficients")
         c = [given.get(i, empty) for i in range(len(LINEAR_STATS))]
@@ -324,7 +338,9 @@ def shaped_like(emit: Emit, node: Node, env: dict[Node, Any], h: Node, y: Node) 
             for at, known in enumerate(fake(source).shape):
                 if statically_known_true(sym_eq(known, like.shape[d])):
                     return known if isinstance(known, int) else emit(aten.sym_size.int, source, at)
-        assert isinstance(like.shape[d], int), "a symbolic size of the losses that is not the number of tokens"
+        assert isinstance(like.shape[d], int), (
+            "a symbolic size of the losses that is not the number of tokens"
+        )
         return like.shape[d]
 
     if name_of(node) == "sym_size":

@@ -34,11 +34,21 @@ class Options:
     @property
     def budget(self) -> int:
         """``memory`` as the ops take it: 0 automatic, -1 least, else MiB."""
-        return {"auto": 0, "min": -1}.get(self.memory, self.memory)  # type: ignore[call-overload, return-value]
+        names: dict[str | int, int] = {"auto": 0, "min": -1}
+        return names[self.memory] if self.memory in names else int(self.memory)
 
 
 def boolean(value: Any) -> bool:
-    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    words = {
+        "1": True,
+        "true": True,
+        "yes": True,
+        "on": True,
+        "0": False,
+        "false": False,
+        "no": False,
+        "off": False,
+    }
     if isinstance(value, bool):
         return value
     if str(value).lower() in words:

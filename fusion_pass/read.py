@@ -69,7 +69,7 @@ def name_of(node: Node) -> str:
 
 
 def where(node: Node) -> str:
-    """"file.py:123" of the user's line that made a node, or its name where no line is known."""
+    """ "file.py:123" of the user's line that made a node, or its name where no line is known."""
     trace_lines = node.meta.get("stack_trace", "").strip().splitlines()
     for line in reversed(trace_lines):
         if line.strip().startswith("File "):

@@ -74,8 +74,12 @@ def groups(site: Site, position: dict[Node, int]) -> list[Group]:
         for group in found.setdefault(sweep_key(terminal), []):
             start = min(position[n] for n, _ in group.terminals)
             joined = [*group.terminals, (node, terminal)]
-            if len(weights_of(joined)) <= 1 and len(roundings_of(joined)) <= 1 and all(
-                position[leaf] < start for leaf in leaves((*terminal.label_sources, terminal.weights))
+            if (
+                len(weights_of(joined)) <= 1
+                and len(roundings_of(joined)) <= 1
+                and all(
+                    position[leaf] < start for leaf in leaves((*terminal.label_sources, terminal.weights))
+                )
             ):
                 group.terminals.append((node, terminal))
                 break
@@ -162,7 +166,9 @@ def columns_of(group: Group, terminal: Terminal) -> tuple[int, int]:
     raise AssertionError("a terminal without labels asked for picked entries")
 
 
-def rebuild(emit: Emit, group: Group, statistics: dict[str, Node], node: Node, terminal: Terminal, grad: bool) -> None:
+def rebuild(
+    emit: Emit, group: Group, statistics: dict[str, Node], node: Node, terminal: Terminal, grad: bool
+) -> None:
     """Replace one terminal by its result from the statistics."""
     logits = terminal.logits
 
@@ -180,7 +186,9 @@ def rebuild(emit: Emit, group: Group, statistics: dict[str, Node], node: Node, t
                 picked = emit(aten.slice.Tensor, picked, 1, begin, end)
         total = statistics["sum"] if "sum" in terminal.want else None
         result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes, **others))
-        result = result if grad else emit(aten.detach.default, result)  # it may be a statistic that others differentiate
+        result = (
+            result if grad else emit(aten.detach.default, result)
+        )  # it may be a statistic that others differentiate
         replacement = emit.cast(result, terminal.val.dtype)
         node.replace_all_uses_with(replacement)
         emit.replaced(node, replacement)
@@ -201,7 +209,9 @@ def erase(nodes: Iterable[Node], removable: Callable[[Node], bool]) -> None:
 PURE_VIEWS = frozenset({"t", "transpose", "getattr", "view", "reshape", "permute", "size", "to", "float"})
 
 
-def fuse(graph: Graph, site: Site, memory: int, grad: dict[Node, bool], position: dict[Node, int]) -> list[Node]:
+def fuse(
+    graph: Graph, site: Site, memory: int, grad: dict[Node, bool], position: dict[Node, int]
+) -> list[Node]:
     """Rewrite one site with ``head_stats`` calls and return them."""
     calls, emit = [], Emit(graph)
     old = {site.head.node, *site.followed, *(node for node, _ in site.terminals)}

@@ -20,6 +20,7 @@ from fusedhead.interpret import Site
 from fusedhead.read import fake, name_of, where
 from fusedhead.values import Call, Plain
 
+
 def leaves(refs: Iterable[Any]) -> list[Node]:
     """The graph's own nodes that expressions are made of."""
     found: list[Node] = []
@@ -41,7 +42,9 @@ class Mutations:
     def __init__(self, graph: Graph) -> None:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.writes = [
-            (self.position[node], node, storage(fake(target))) for node in graph.nodes for target in written(node)
+            (self.position[node], node, storage(fake(target)))
+            for node in graph.nodes
+            for target in written(node)
         ]
 
     def between(self, begin: Node, end: Node, read: Iterable[Node]) -> str | None:
@@ -49,7 +52,9 @@ class Mutations:
         memory = {storage(fake(node)): node for node in read}
         for at, node, target in self.writes:
             if self.position[begin] <= at < self.position[end] and target in memory and target is not None:
-                return f"{name_of(node)} at {where(node)} changes {memory[target].name} in place before the loss"
+                return (
+                    f"{name_of(node)} at {where(node)} changes {memory[target].name} in place before the loss"
+                )
         return None
 
     def anywhere_after(self, begin: Node, read: Iterable[Node]) -> str | None:

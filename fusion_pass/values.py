@@ -146,7 +146,7 @@ def detached(value: Any) -> Any:
     """A followed value through which no gradient flows; anything else as it is."""
     if isinstance(value, Logits):
         return replace(value, detached=True)
-    if isinstance(value, FOLLOWED):
+    if isinstance(value, (LogProbs, Probs, Expected)):
         return replace(value, of=replace(value.of, detached=True))
     return value
 

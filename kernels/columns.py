@@ -22,7 +22,7 @@ know about windows, engines or graphs.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,7 @@ def apply(transform: Transform, z: Tensor, cols: Tensor, rows: Tensor, *, decide
     z [n, v] floating; cols [C, v] and rows [R, n] are the slices that belong to this window. With ``decide``
     the rounding steps take effect.
     """
+    value: Any
     for op, value in transform.steps:
         if op == "mul":
             z = z * value

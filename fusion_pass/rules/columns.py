@@ -17,13 +17,31 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from fusedhead.kernels.columns import Step
 from fusedhead.rules.statistics import expected
 from fusedhead.rules.table import Context, needs_logits, rule
-from fusedhead.values import FOLLOWED, Call, Escape, Expected, Followed, LogProbs, Logits, Plain, Probs, RowVector
+from fusedhead.values import (
+    FOLLOWED,
+    Call,
+    Escape,
+    Expected,
+    Followed,
+    Logits,
+    LogProbs,
+    Plain,
+    Probs,
+    RowVector,
+)
 
 aten = torch.ops.aten
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@rule(aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default)
+@rule(
+    aten.to.dtype,
+    aten._to_copy.default,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
+    aten.type_as.default,
+)
 def cast(context: Context, value: Any, *_: Any, **__: Any) -> Followed:
     if context.val.dtype not in COMPUTED:
         raise Escape(f"the logits are cast to {context.val.dtype}")
@@ -57,7 +75,9 @@ def combine(context: Context, logits: Logits, operand: Any, how: str) -> Logits:
         raise Escape(f"{how} broadcasts the logits or combines them with {operand.val.dtype}")
     along_vocab, along_tokens = extent(operand.val, logits)
     if along_vocab and along_tokens:
-        raise Escape(f"{how} of the logits and a tensor with token and vocabulary extent is not a bias or a scale")
+        raise Escape(
+            f"{how} of the logits and a tensor with token and vocabulary extent is not a bias or a scale"
+        )
     if along_vocab:
         column = Plain(Call(aten.reshape.default, (operand.ref, [-1])), operand.val.reshape(-1))
         step = Step(f"{how}col", len(logits.cols))
@@ -143,4 +163,3 @@ def pointwise(name: str) -> Any:
 
 for _name in ("tanh", "sigmoid"):
     rule(getattr(aten, _name).default)(pointwise(_name))
-

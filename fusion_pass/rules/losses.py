@@ -23,10 +23,16 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.emit import Emit, named
 from fusedhead.rules.table import (
-    Context, Terminal, needs_logits, over_classes, plain_tensor, rule, vocab_size,
+    Context,
+    Terminal,
+    needs_logits,
+    over_classes,
+    plain_tensor,
+    rule,
+    vocab_size,
 )  # fmt: skip
 from fusedhead.terminals import Statistics
-from fusedhead.values import Escape, LogProbs, Logits, Plain
+from fusedhead.values import Escape, Logits, LogProbs, Plain
 
 aten = torch.ops.aten
 REDUCTIONS = ("none", "mean", "sum")
@@ -97,7 +103,8 @@ def nll_terminal(
         assert stats.picked is not None
         valid, label = valid_and_labels(emit)
         loss = emit(aten.sub.Tensor, stats.lse, emit(aten.select.int, stats.picked, 1, 0))
-        row_weight, total = None, float(size)
+        row_weight: Node | None = None
+        total: Node | float = float(size)
         if weight is not None:
             wide = emit.cast(emit.ref(weight), torch.float32)
             row_weight = emit(aten.index_select.default, wide, 0, label)
@@ -170,14 +177,10 @@ def nll_loss(
         raise Escape("nll_loss is applied to something that is not a log_softmax of the logits")
     of = replace(value.of, val=value.val)
     name = "log_softmax + nll_loss"
-    return nll_terminal(
-        context, name, of, target, weight, reduction, ignore_index, factor=value.factor
-    )
+    return nll_terminal(context, name, of, target, weight, reduction, ignore_index, factor=value.factor)
 
 
-def per_row(
-    emit: Emit, flat: Node, stats: Statistics, class_dim: int, keep: bool
-) -> Node:
+def per_row(emit: Emit, flat: Node, stats: Statistics, class_dim: int, keep: bool) -> Node:
     """A [N] result in the rows' own shape, with the class dimension kept as length 1 where asked."""
     sizes = stats.row_sizes()
     shaped = flat if len(sizes) == 1 else emit(aten.reshape.default, flat, sizes)
@@ -200,7 +203,9 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
 
     def labels(emit: Emit) -> Node:
         last = emit.last(emit.ref(index), class_dim)
-        return last if last.meta["example_value"].ndim == 2 else emit(aten.reshape.default, last, [-1, picked])
+        return (
+            last if last.meta["example_value"].ndim == 2 else emit(aten.reshape.default, last, [-1, picked])
+        )
 
     def result(emit: Emit, stats: Statistics) -> Node:
         assert stats.picked is not None
@@ -215,7 +220,15 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
     name = "log_softmax + gather" if isinstance(value, LogProbs) else "gather"
     count = "" if picked == 1 else f" ({picked} labels a row)"
     return Terminal(
-        logits, context.val, name + count, frozenset({"picked"}), result, labels, picked, (index.ref,), (index,)
+        logits,
+        context.val,
+        name + count,
+        frozenset({"picked"}),
+        result,
+        labels,
+        picked,
+        (index.ref,),
+        (index,),
     )
 
 

@@ -16,7 +16,18 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.rules.table import Context, dimension, rule
-from fusedhead.values import FOLLOWED, HIDDEN, Call, Escape, Followed, Logits, Plain, RowStep, detached, logits_of
+from fusedhead.values import (
+    FOLLOWED,
+    HIDDEN,
+    Call,
+    Escape,
+    Followed,
+    Logits,
+    Plain,
+    RowStep,
+    detached,
+    logits_of,
+)
 
 aten = torch.ops.aten
 
@@ -123,7 +134,9 @@ def movedim(context: Context, value: Followed, source: int, destination: int) ->
 @rule(aten.unsqueeze.default)
 def unsqueeze(context: Context, value: Followed, dim: int) -> Followed:
     class_dim, at = class_dim_of(value), dim % (value.val.ndim + 1)
-    return moved(value, context.val, class_dim + (at <= class_dim), aten.unsqueeze.default, at, keeps_order=True)
+    return moved(
+        value, context.val, class_dim + (at <= class_dim), aten.unsqueeze.default, at, keeps_order=True
+    )
 
 
 @rule(aten.squeeze.dim)
@@ -172,7 +185,9 @@ def slice_(
     """A slice of rows, or of the vocabulary: then fewer rows of W."""
     if dimension(dim, value) != class_dim_of(value):
         return rows_slice(context, value, dim, start, end, step)
-    if statically_known_true(sym_eq(context.val.shape[class_dim_of(value)], value.val.shape[class_dim_of(value)])):
+    if statically_known_true(
+        sym_eq(context.val.shape[class_dim_of(value)], value.val.shape[class_dim_of(value)])
+    ):
         return replace(value, val=context.val)
     if not isinstance(value, Logits):
         raise Escape("a slice of the probabilities along the vocabulary")

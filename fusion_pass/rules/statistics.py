@@ -16,7 +16,7 @@ from fusedhead.emit import Emit
 from fusedhead.rules.losses import per_row
 from fusedhead.rules.table import Context, Terminal, needs_logits, over_classes, rule, vocab_size
 from fusedhead.terminals import Statistics
-from fusedhead.values import Escape, Expected, LogProbs, Logits, Probs, same_logits
+from fusedhead.values import Escape, Expected, Logits, LogProbs, Probs, same_logits
 
 aten = torch.ops.aten
 

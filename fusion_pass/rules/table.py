@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fusedhead.terminals import Terminal
-from fusedhead.values import FOLLOWED, Escape, Followed, LogProbs, Logits, Plain, Probs, Value
+from fusedhead.values import FOLLOWED, Escape, Followed, Logits, LogProbs, Plain, Probs, Value
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -47,7 +47,9 @@ def needs_logits(value: Any, op: str) -> Logits:
     if isinstance(value, Logits):
         return value
     if isinstance(value, FOLLOWED):
-        what = {LogProbs: "log-probabilities", Probs: "probabilities"}.get(type(value), "products of probabilities")
+        what = {LogProbs: "log-probabilities", Probs: "probabilities"}.get(
+            type(value), "products of probabilities"
+        )
         raise Escape(f"{op} is applied to the {what} of the head")
     raise Escape(f"{op} takes the logits in a position other than its first")
 
