@@ -52,9 +52,12 @@ def readable(gm: GraphModule) -> str:
     return gm.print_readable(print_output=False, include_stride=True, include_device=True)
 
 
-def run_pass(gm: GraphModule, options: Options) -> tuple[GraphModule, Report, Wrap]:
-    """`fuse_graph` on a copy that is thrown away if it raises."""
-    before = readable(gm)
+def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[GraphModule, Report, Wrap]:
+    """`fuse_graph` on a copy that is thrown away if it raises.
+
+    ``texts``: whether the report carries the graphs' texts, which take longer to print than the pass takes.
+    """
+    before = readable(gm) if texts else ""
     original = gm.graph
     working = copied(gm)
     try:
@@ -75,7 +78,7 @@ def run_pass(gm: GraphModule, options: Options) -> tuple[GraphModule, Report, Wr
     if not any(head.fused for head in report.heads):
         report.after = before
         return gm, report, unwrapped
-    report.after = readable(working)
+    report.after = readable(working) if texts else ""
     return working, report, wrap
 
 
@@ -101,6 +104,12 @@ def copied(gm: GraphModule) -> GraphModule:
     copy.graph = graph
     copy.meta = dict(gm.meta)
     return copy
+
+
+def wants_texts(options: Options) -> bool:
+    """Whether anyone is going to see the graphs' texts: the user, a log, a trace, or an observer."""
+    traced = torch._logging._internal.trace_log.handlers
+    return bool(options.debug or traced or observing.observers or log.isEnabledFor(logging.DEBUG))
 
 
 def publish(report: Report, options: Options) -> None:
@@ -155,7 +164,8 @@ def compile_graph(
     observe: Callable[[Report], None] = observing.notify,
 ) -> Callable[..., Any]:
     """One Dynamo graph through the pass, told to ``observe`` and the logs, then through ``compiler``."""
-    gm, report, wrap = run_pass(gm, own)
+    texts = observe is not observing.notify or wants_texts(own)
+    gm, report, wrap = run_pass(gm, own, texts=texts)
     observe(report)
     publish(report, own)
     return wrap(compiler(gm, example_inputs))
