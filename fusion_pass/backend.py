@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from fusedhead import observe as observing
 from fusedhead.fusion import Wrap, fuse_graph, unwrapped
@@ -59,8 +60,8 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
     """
     before = readable(gm) if texts else ""
     original = gm.graph
-    working = copied(gm)
     try:
+        working = copied(gm)
         report, wrap = fuse_graph(working, options)
     except Exception as error:
         if options.strict:
@@ -83,25 +84,25 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
 
 
 def copied(gm: GraphModule) -> GraphModule:
-    """The module with graphs of its own (parameters and fake values are shared, not copied)."""
-    copy = GraphModule(gm, Graph(), gm.__class__.__name__)
-    copy.__dict__.update({k: v for k, v in gm.__dict__.items() if k not in ("_graph", "_modules", "_code")})
-    copy._modules = dict(gm._modules)
-    for name, child in gm._modules.items():
-        if isinstance(child, GraphModule):
-            copy._modules[name] = copied(child)
+    """The module with graphs of its own (parameters and fake values are shared, not copied).
+
+    Its Python code is generated when it is first run, not for every edit.
+    """
     graph = Graph(tracer_cls=gm.graph._tracer_cls)
     values: dict[Any, Any] = {}
-    result = graph.graph_copy(gm.graph, values, return_output_node=True)
+    result: Any = graph.graph_copy(gm.graph, values, return_output_node=True)
     if result is not None:
         value, old_output = result
-        output = graph.output(value)
-        output.meta = dict(old_output.meta)
+        graph.output(value).meta = dict(old_output.meta)
     for old, new in values.items():
         # AOTAutograd reads attributes that Dynamo sets on its placeholders (their sources)
         new.__dict__.update({k: v for k, v in vars(old).items() if k not in vars(new)})
     graph._codegen = gm.graph._codegen
-    copy.graph = graph
+    with _use_lazy_graph_module(True):
+        copy = _make_graph_module(gm, graph, gm.__class__.__name__)
+    generated = {*copy.__dict__, "_modules", "_code", "_graph"}
+    copy.__dict__.update({k: v for k, v in gm.__dict__.items() if k not in generated})
+    copy._modules = {k: copied(m) if isinstance(m, GraphModule) else m for k, m in gm._modules.items()}
     copy.meta = dict(gm.meta)
     return copy
 
