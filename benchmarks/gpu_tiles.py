@@ -69,7 +69,7 @@ def step_of(kernel: str, head: Head, tile: Tile) -> Callable[[], object]:
     if kernel == "stream":
         return lambda: launch.stream(s, frozenset({"lse"}), picked)
     window = new((n, -(-v // 64) * 64))
-    rows = torch.zeros(n, device="cuda")
+    rows = torch.zeros(n, device=head.h.device)
     if kernel == "exp":
         part = new((1, s.schedule.size), dtype=torch.float32)
         return lambda: launch.exponentials(s, window, rows, picked, picked, part)

@@ -32,6 +32,31 @@ def _add_label(dz, g_picked, y, sy0, sy1, K, k, row, N, start, WIDTH: tl.constex
 
 
 @triton.jit
+def _store_vector_parts(
+    dz, acc, inside, part_cols, part_rows, vectors, row, col, block, part, rows_size,
+    STEPS: tl.constexpr, J: tl.constexpr, NEED_COLS: tl.constexpr, NEED_ROWS: tl.constexpr,
+    PRECISE: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """This tile's share of the gradient of the vector that step J names: Σ over rows or columns of g or g·z."""
+    op: tl.constexpr = STEPS[2 * J]
+    V = vectors[2]
+    N = vectors[5]
+    along_v: tl.constexpr = NEED_COLS and (op == "addcol" or op == "mulcol")
+    along_n: tl.constexpr = NEED_ROWS and (op == "addrow" or op == "mulrow")
+    if along_v or along_n:
+        g = pulled_back(dz, acc, vectors, col, row, STEPS, J + 1, PRECISE)
+        if op == "mulcol" or op == "mulrow":
+            g *= transform(acc, vectors, col, row, STEPS, J, PRECISE)
+        g = tl.where(inside, g, 0.0)
+        if along_v:
+            to = part_cols + (J * tl.cdiv(N, BM) + block).to(tl.int64) * V + col
+            tl.store(to, tl.sum(g, 0), mask=col < V)
+        else:
+            to = part_rows + (J * rows_size + part).to(tl.int64) * N + row
+            tl.store(to, tl.sum(g, 1), mask=row < N)
+
+
+@triton.jit
 def _epilogue(
     acc,
     dz_out,
@@ -72,7 +97,7 @@ def _epilogue(
     row = block * BM + tl.arange(0, BM)
     col = start + tl.arange(0, WIDTH)
     there = row < N
-    z = transform(acc, vectors, col[None, :], row[:, None], STEPS, len(STEPS), PRECISE)
+    z = transform(acc, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
     dz = tl.zeros((BM, WIDTH), tl.float32)
     if HAS_LSE or HAS_ENTROPY:
         logp = z - tl.load(lse + row, mask=there, other=0.0)[:, None]
@@ -95,21 +120,12 @@ def _epilogue(
             dz = _add_label(dz, g_picked, y, sy0, sy1, K, k, row, N, first_col + start, WIDTH)
     if NEED_COLS or NEED_ROWS:
         inside = (row < N)[:, None] & (col < V)[None, :]
-        for j in tl.static_range(len(STEPS)):
-            add: tl.constexpr = STEPS[j][0] == "addcol" or STEPS[j][0] == "addrow"
-            if NEED_COLS and (STEPS[j][0] == "addcol" or STEPS[j][0] == "mulcol"):
-                g = pulled_back(dz, acc, vectors, col[None, :], row[:, None], STEPS, j + 1, PRECISE)
-                if not add:
-                    g *= transform(acc, vectors, col[None, :], row[:, None], STEPS, j, PRECISE)
-                g = tl.sum(tl.where(inside, g, 0.0), 0)
-                tl.store(part_cols + (j * tl.cdiv(N, BM) + block).to(tl.int64) * V + col, g, mask=col < V)
-            if NEED_ROWS and (STEPS[j][0] == "addrow" or STEPS[j][0] == "mulrow"):
-                g = pulled_back(dz, acc, vectors, col[None, :], row[:, None], STEPS, j + 1, PRECISE)
-                if not add:
-                    g *= transform(acc, vectors, col[None, :], row[:, None], STEPS, j, PRECISE)
-                g = tl.sum(tl.where(inside, g, 0.0), 1)
-                tl.store(part_rows + (j * rows_size + part).to(tl.int64) * N + row, g, mask=there)
-    dz = pulled_back(dz, acc, vectors, col[None, :], row[:, None], STEPS, 0, PRECISE)
+        for j in tl.static_range(len(STEPS) // 2):
+            _store_vector_parts(
+                dz, acc, inside, part_cols, part_rows, vectors, row, col, block, part, rows_size,
+                STEPS, j, NEED_COLS, NEED_ROWS, PRECISE, BM,
+            )  # fmt: skip
+    dz = pulled_back(dz, acc, vectors, col, row, STEPS, 0, PRECISE)
     dz_out.store([block * BM, start], dz.to(DTYPE))
 
 

@@ -55,7 +55,7 @@ def _epilogue(
     N = vectors[5]
     row = block * BM + tl.arange(0, BM)
     col = start + tl.arange(0, WIDTH)
-    z = transform(acc, vectors, col[None, :], row[:, None], STEPS, len(STEPS), PRECISE)
+    z = transform(acc, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
     e = tl.exp2(tl.fma(z, 1.4426950408889634, -ref2[:, None]))
     if not EVEN:
         e = tl.where((col < V)[None, :], e, 0.0)
@@ -68,7 +68,7 @@ def _epilogue(
         weighted = tl.sum(tl.where((col < V)[None, :], z * weight[None, :], 0.0), 1)
     store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
     if VARYING:
-        c = column_slope(acc, vectors, col[None, :], row[:, None], STEPS, PRECISE)
+        c = column_slope(acc, vectors, col, row, STEPS, PRECISE)
         store_labelled(c, y, sy0, sy1, K, row, N, start, slope, LABELS, WIDTH)
         e = e * c
     E.store([block * BM, start], e.to(DTYPE))

@@ -21,7 +21,7 @@ from fusedhead.kernels.triton_dlogits import dlogits_kernel
 from fusedhead.kernels.triton_exp import exp_kernel
 from fusedhead.kernels.triton_finalize import check_kernel, finalize_kernel, scale_kernel
 from fusedhead.kernels.triton_merge import check_labels_kernel, merge_kernel
-from fusedhead.kernels.triton_product import Operands, operands
+from fusedhead.kernels.triton_product import Operands, operands, readable_by_tma
 from fusedhead.kernels.triton_reference import reference_kernel
 from fusedhead.kernels.triton_schedule import Schedule, schedule
 from fusedhead.kernels.triton_stream import stream_kernel
@@ -62,9 +62,10 @@ def sweep(kernel: str, head: Head) -> Sweep:
     tokens, hidden = head.h.shape
     major, multiprocessors = device_of(head.h.device)
     precision = matmul_precision() if head.h.dtype == torch.float32 else "ieee"
-    tile = tile_for(kernel, tokens, hidden, head.h.element_size(), major, precision)
+    tma = readable_by_tma(head.h, head.w, major)
+    tile = tile_for(kernel, tokens, hidden, head.h.element_size(), major, precision, tma)
     plan = schedule(tokens, len(head.w), tile, multiprocessors)
-    return Sweep(head, tile, plan, operands(head.h, head.w, tile, major), precision)
+    return Sweep(head, tile, plan, operands(head.h, head.w, tile, tma), precision)
 
 
 def _stride(x: Tensor) -> int:
@@ -342,8 +343,8 @@ def dlogits(
     n, vocab = len(s.head.h), len(s.head.w)
     steps = steps_of(s.head.transform.smooth)
     parts = -(-vocab // s.tile.BN) * s.tile.parts
-    part_cols = lse.new_empty((len(steps), s.schedule.blocks, vocab) if need_cols else (0,))
-    part_rows = lse.new_empty((len(steps), parts, n) if need_rows else (0,))
+    part_cols = lse.new_empty((len(steps) // 2, s.schedule.blocks, vocab) if need_cols else (0,))
+    part_rows = lse.new_empty((len(steps) // 2, parts, n) if need_rows else (0,))
     arguments = _shared(s)
     if upstream.picked is None:
         arguments["LABELS"] = 0

@@ -43,15 +43,21 @@ def tma_ready(x: Tensor) -> bool:
     )
 
 
-def operands(h: Tensor, w: Tensor, tile: Tile, major: int) -> Operands:
-    """Descriptors when the chip has TMA (or it is interpreted) and both matrices allow it, else pointers."""
+def readable_by_tma(h: Tensor, w: Tensor, major: int) -> bool:
+    """Whether the chip has TMA (or is the interpreter, 0) and it can read both matrices as they lie."""
+    by_rows = w.stride(1) == 1
+    if 1 <= major < 9 or (h.dtype == torch.float32 and not by_rows):
+        return False  # the tensor cores read float32 along the hidden size only
+    return tma_ready(h) and tma_ready(w if by_rows else w.t())
+
+
+def operands(h: Tensor, w: Tensor, tile: Tile, tma: bool) -> Operands:
+    """Descriptors for TMA, else the tensors themselves for loads through pointers."""
+    strides = (h.stride(0), h.stride(1), w.stride(0), w.stride(1))
+    if not tma:
+        return Operands(h, w, strides, False, True)
     by_rows = w.stride(1) == 1
     view = w if by_rows else w.t()
-    strides = (h.stride(0), h.stride(1), w.stride(0), w.stride(1))
-    if 1 <= major < 9 or not (tma_ready(h) and tma_ready(view)):
-        return Operands(h, w, strides, False, True)
-    if h.dtype == torch.float32 and not by_rows:  # the tensor cores read float32 along the hidden size only
-        return Operands(h, w, strides, False, True)
     block = [tile.BN, tile.BK] if by_rows else [tile.BK, tile.BN]
     h_tiles = TensorDescriptor(h, list(h.shape), list(h.stride()), [tile.BM, tile.BK])
     w_tiles = TensorDescriptor(view, list(view.shape), list(view.stride()), block)

@@ -54,5 +54,5 @@ def reference_kernel(
         b = tl.load(w + col[:, None] * sw0 + (k + inner).to(tl.int64)[None, :] * sw1, mask=mask, other=0.0)
         acc += a.to(tl.float32) * b.to(tl.float32)
     vectors = (cols, stride_cols, V, rows, stride_rows, N)
-    z = transform(tl.sum(acc, 1), vectors, col, row, STEPS, len(STEPS), PRECISE)
+    z = transform(tl.sum(acc, 1), vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
     tl.store(ref2 + row, z * 1.4426950408889634, mask=there)

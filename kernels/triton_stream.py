@@ -92,13 +92,13 @@ def stream_kernel(
         if live != 0:
             z = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION)
             if TOP:
-                key = order_key(decided(z, vectors, col[None, :], row[:, None], STEPS, PRECISE))
+                key = order_key(decided(z, vectors, col, row, STEPS, PRECISE))
                 key = tl.where((col < V)[None, :], key, -2147483648)
                 best = tl.max(key, 1)
                 at = tl.min(tl.where(key == best[:, None], col[None, :], 2147483647), 1)
                 where = tl.where(best > top, at, where)
                 top = tl.maximum(best, top)
-            z = transform(z, vectors, col[None, :], row[:, None], STEPS, len(STEPS), PRECISE)
+            z = transform(z, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
             if SUM:
                 weight = tl.full((BN,), 1.0, tl.float32)
                 if HAS_U:

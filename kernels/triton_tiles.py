@@ -37,14 +37,18 @@ class Row(NamedTuple):
     tile: Tile
 
 
+# Operands that TMA can read. The kernels of one sweep share BM: token blocks marked by one are redone by another.
 TABLE = (
     Row((0,), "", 0, 0, 0, Tile(16, 32, 16, 2, 1, 1, False, 2)),
-    Row((9, 10), "", 2, 64, 0, Tile(64, 256, 64, 1, 4, 3)),
-    Row((9, 10), "stream", 2, 0, 0, Tile(128, 256, 64, 12, 8, 3)),
-    Row((9, 10), "exp", 2, 0, 0, Tile(128, 256, 64, 12, 8, 3, True, 2)),
-    Row((9, 10), "dlogits", 2, 0, 0, Tile(128, 256, 64, 12, 8, 3, True, 2)),
-    Row((9, 10), "", 4, 0, 0, Tile(128, 128, 32, 12, 8, 3, False)),
-    Row((8,), "", 2, 0, 0, Tile(128, 128, 32, 12, 8, 3, False)),
+    Row((9, 10), "", 2, 64, 0, Tile(64, 256, 64, 1, 4, 3, False, 2)),
+    Row((9, 10), "stream", 2, 0, 0, Tile(128, 256, 64, 12, 8, 4)),
+    Row((9, 10), "", 2, 0, 0, Tile(128, 256, 64, 12, 8, 4, True, 4)),
+    Row((9, 10), "", 4, 0, 0, Tile(128, 128, 32, 12, 8, 3, False, 2)),
+)
+# Operands read through pointers: older chips, strides that TMA does not take
+POINTERS = (
+    Row((0,), "", 0, 0, 0, Tile(16, 32, 16, 2, 1, 1, False, 2)),
+    Row((8, 9, 10), "", 2, 0, 0, Tile(128, 128, 32, 12, 8, 3, False)),
     Row((), "", 2, 0, 0, Tile(64, 128, 32, 8, 4, 2, False)),
     Row((), "", 4, 0, 0, Tile(64, 64, 32, 8, 4, 2, False)),
 )
@@ -65,14 +69,16 @@ def device_of(device: torch.device) -> tuple[int, int]:
     return _device(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def tile_for(kernel: str, tokens: int, hidden: int, itemsize: int, major: int, precision: str) -> Tile:
+def tile_for(
+    kernel: str, tokens: int, hidden: int, itemsize: int, major: int, precision: str, tma: bool
+) -> Tile:
     """The tile of ``kernel`` ("stream", "exp" or "dlogits") for operands [tokens, hidden] of this itemsize.
 
-    ``precision`` is the input precision of a float32 product, "ieee" or "tf32".
+    ``precision`` is the input precision of a float32 product, "ieee" or "tf32"; ``tma`` whether TMA reads them.
     """
     if itemsize == 4 and precision == "ieee" and major:
         return IEEE
-    for row in TABLE:
+    for row in (*(TABLE if tma else ()), *POINTERS):
         if (
             (not row.capability or major in row.capability)
             and row.kernel in ("", kernel)

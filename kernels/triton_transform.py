@@ -1,11 +1,10 @@
-"""The Transform of a head inside a kernel: the chain, its derivative and its vectors, unrolled at compile
-time.
+"""The Transform of a head inside a kernel: the chain, its derivative and its vectors, unrolled at compile time.
 
-A chain reaches a kernel as a constexpr tuple of ``(op, value)`` pairs (`steps_of`), so that every chain
-becomes straight-line code in the epilogue and the empty chain costs nothing. All functions work on a float32
-value ``z`` of any shape; ``col`` and ``row`` are integer tensors that broadcast against it and say which
-vocabulary column and which token each element belongs to. ``vectors`` is the tuple ``(cols, stride_cols, V,
-rows, stride_rows, N)``. This file must not know about tiles, windows or statistics.
+A chain reaches a kernel as a flat constexpr tuple (`steps_of`), so that every chain becomes straight-line code
+in the epilogue and the empty chain costs nothing. All functions work on a float32 value ``z``: a tile [BM, BN]
+whose tokens are ``row`` [BM] and whose vocabulary columns are ``col`` [BN], or a vector whose i-th element
+belongs to row[i] and col[i]. ``vectors`` is the tuple ``(cols, stride_cols, V, rows, stride_rows, N)``. This file
+must not know about tiles' order, windows or statistics.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from fusedhead.kernels.columns import Transform
 VARYING = ("mulcol", "tanh", "sigmoid")  # steps whose derivative differs along a row
 
 
-def steps_of(transform: Transform) -> tuple[tuple[str, float | int | str], ...]:
-    """The chain as nested plain tuples, which a kernel takes as a constexpr (rounding steps included)."""
-    return tuple((str(op), value) for op, value in transform.steps)
+def steps_of(transform: Transform) -> tuple[float | int | str, ...]:
+    """The chain as one flat tuple op, value, op, value ..., which a kernel takes as a constexpr."""
+    return tuple(x for op, value in transform.steps for x in (str(op), value))
 
 
 def varies_along_row(transform: Transform) -> bool:
@@ -29,15 +28,21 @@ def varies_along_row(transform: Transform) -> bool:
 
 
 @triton.jit
-def along_columns(vectors, index: tl.constexpr, col):
-    """cols[index][col], zero past the vocabulary."""
-    return tl.load(vectors[0] + index * vectors[1].to(tl.int64) + col, mask=col < vectors[2], other=0.0)
+def along_columns(z, vectors, index: tl.constexpr, col):
+    """cols[index][col] to go with z, zero past the vocabulary."""
+    values = tl.load(vectors[0] + index * vectors[1].to(tl.int64) + col, mask=col < vectors[2], other=0.0)
+    if len(z.shape) == 2:  # loaded flat: a two-dimensional load would drag the whole tile into its layout
+        values = values[None, :]
+    return values
 
 
 @triton.jit
-def along_rows(vectors, index: tl.constexpr, row):
-    """rows[index][row], zero past the last token."""
-    return tl.load(vectors[3] + index * vectors[4].to(tl.int64) + row, mask=row < vectors[5], other=0.0)
+def along_rows(z, vectors, index: tl.constexpr, row):
+    """rows[index][row] to go with z, zero past the last token."""
+    values = tl.load(vectors[3] + index * vectors[4].to(tl.int64) + row, mask=row < vectors[5], other=0.0)
+    if len(z.shape) == 2:
+        values = values[:, None]
+    return values
 
 
 @triton.jit
@@ -60,40 +65,81 @@ def sigmoid(x):
 
 
 @triton.jit
+def _stepped(
+    z, vectors, col, row, STEPS: tl.constexpr, J: tl.constexpr, DECIDE: tl.constexpr, PRECISE: tl.constexpr
+):
+    """z after step J. Rounding steps do nothing unless DECIDE."""
+    op: tl.constexpr = STEPS[2 * J]
+    value: tl.constexpr = STEPS[2 * J + 1]
+    if op == "mul":
+        z = z * value
+    elif op == "add":
+        z = z + value
+    elif op == "tanh":
+        z = tanh(z, PRECISE)
+    elif op == "sigmoid":
+        z = sigmoid(z)
+    elif op == "addcol":
+        z = z + along_columns(z, vectors, value, col)
+    elif op == "mulcol":
+        z = z * along_columns(z, vectors, value, col)
+    elif op == "addrow":
+        z = z + along_rows(z, vectors, value, row)
+    elif op == "mulrow":
+        z = z * along_rows(z, vectors, value, row)
+    elif DECIDE and value == "bfloat16":
+        z = z.to(tl.bfloat16).to(tl.float32)
+    elif DECIDE and value == "float16":
+        z = z.to(tl.float16).to(tl.float32)
+    return z
+
+
+@triton.jit
 def transform(z, vectors, col, row, STEPS: tl.constexpr, COUNT: tl.constexpr, PRECISE: tl.constexpr):
-    """The first COUNT steps applied to z, everything in float32 (rounding steps do nothing)."""
+    """The first COUNT steps applied to z, everything in float32, without rounding steps."""
     for j in tl.static_range(COUNT):
-        if STEPS[j][0] == "mul":
-            z = z * STEPS[j][1]
-        elif STEPS[j][0] == "add":
-            z = z + STEPS[j][1]
-        elif STEPS[j][0] == "tanh":
-            z = tanh(z, PRECISE)
-        elif STEPS[j][0] == "sigmoid":
-            z = sigmoid(z)
-        elif STEPS[j][0] == "addcol":
-            z = z + along_columns(vectors, STEPS[j][1], col)
-        elif STEPS[j][0] == "mulcol":
-            z = z * along_columns(vectors, STEPS[j][1], col)
-        elif STEPS[j][0] == "addrow":
-            z = z + along_rows(vectors, STEPS[j][1], row)
-        elif STEPS[j][0] == "mulrow":
-            z = z * along_rows(vectors, STEPS[j][1], row)
+        z = _stepped(z, vectors, col, row, STEPS, j, False, PRECISE)
     return z
 
 
 @triton.jit
 def decided(z, vectors, col, row, STEPS: tl.constexpr, PRECISE: tl.constexpr):
     """The whole chain with its rounding steps in force: the logits on which max and argmax are taken."""
-    for j in tl.static_range(len(STEPS)):
-        if STEPS[j][0] == "round":
-            if STEPS[j][1] == "bfloat16":
-                z = z.to(tl.bfloat16).to(tl.float32)
-            elif STEPS[j][1] == "float16":
-                z = z.to(tl.float16).to(tl.float32)
-        else:
-            z = transform(z, vectors, col, row, (STEPS[j],), 1, PRECISE)
+    for j in tl.static_range(len(STEPS) // 2):
+        z = _stepped(z, vectors, col, row, STEPS, j, True, PRECISE)
     return z
+
+
+@triton.jit
+def _pulled(
+    g,
+    z,
+    vectors,
+    col,
+    row,
+    STEPS: tl.constexpr,
+    J: tl.constexpr,
+    ALONG_ROW: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """g times the derivative of step J; with ALONG_ROW only if that derivative differs along a row."""
+    op: tl.constexpr = STEPS[2 * J]
+    value: tl.constexpr = STEPS[2 * J + 1]
+    if op == "tanh":
+        # 1 - tanh² without its cancellation: 4t / (1 + t)² with t = exp(-2|x|)
+        t = tl.exp2(-2.8853900817779268 * tl.abs(transform(z, vectors, col, row, STEPS, J, PRECISE)))
+        g = g * (4.0 * t / ((1.0 + t) * (1.0 + t)))
+    elif op == "sigmoid":
+        t = tl.exp2(-1.4426950408889634 * tl.abs(transform(z, vectors, col, row, STEPS, J, PRECISE)))
+        g = g * (t / ((1.0 + t) * (1.0 + t)))
+    elif op == "mulcol":
+        g = g * along_columns(z, vectors, value, col)
+    elif not ALONG_ROW:
+        if op == "mul":
+            g = g * value
+        elif op == "mulrow":
+            g = g * along_rows(z, vectors, value, row)
+    return g
 
 
 @triton.jit
@@ -102,21 +148,8 @@ def pulled_back(g, z, vectors, col, row, STEPS: tl.constexpr, KEEP: tl.constexpr
 
     Values between the steps are written out again for each step; the compiler merges the copies.
     """
-    for i in tl.static_range(len(STEPS) - KEEP):
-        j: tl.constexpr = len(STEPS) - 1 - i
-        if STEPS[j][0] == "mul":
-            g = g * STEPS[j][1]
-        elif STEPS[j][0] == "tanh":
-            # 1 - tanh² without its cancellation: 4t / (1 + t)² with t = exp(-2|x|)
-            t = tl.exp2(-2.8853900817779268 * tl.abs(transform(z, vectors, col, row, STEPS, j, PRECISE)))
-            g = g * (4.0 * t / ((1.0 + t) * (1.0 + t)))
-        elif STEPS[j][0] == "sigmoid":
-            t = tl.exp2(-1.4426950408889634 * tl.abs(transform(z, vectors, col, row, STEPS, j, PRECISE)))
-            g = g * (t / ((1.0 + t) * (1.0 + t)))
-        elif STEPS[j][0] == "mulcol":
-            g = g * along_columns(vectors, STEPS[j][1], col)
-        elif STEPS[j][0] == "mulrow":
-            g = g * along_rows(vectors, STEPS[j][1], row)
+    for i in tl.static_range(len(STEPS) // 2 - KEEP):
+        g = _pulled(g, z, vectors, col, row, STEPS, len(STEPS) // 2 - 1 - i, False, PRECISE)
     return g
 
 
@@ -124,11 +157,8 @@ def pulled_back(g, z, vectors, col, row, STEPS: tl.constexpr, KEEP: tl.constexpr
 def column_slope(z, vectors, col, row, STEPS: tl.constexpr, PRECISE: tl.constexpr):
     """The part of dT/dz that differs along a row (VARYING steps), shaped as z."""
     g = tl.zeros_like(z) + 1.0
-    for i in tl.static_range(len(STEPS)):
-        j: tl.constexpr = len(STEPS) - 1 - i
-        if STEPS[j][0] == "mulcol" or STEPS[j][0] == "tanh" or STEPS[j][0] == "sigmoid":
-            before = transform(z, vectors, col, row, STEPS, j, PRECISE)
-            g = pulled_back(g, before, vectors, col, row, (STEPS[j],), 0, PRECISE)
+    for j in tl.static_range(len(STEPS) // 2):
+        g = _pulled(g, z, vectors, col, row, STEPS, j, True, PRECISE)
     return g
 
 
@@ -136,7 +166,17 @@ def column_slope(z, vectors, col, row, STEPS: tl.constexpr, PRECISE: tl.constexp
 def row_slope(vectors, row, STEPS: tl.constexpr):
     """The part of dT/dz that is one number a row (constants and mulrow), shaped as row."""
     g = tl.zeros_like(row).to(tl.float32) + 1.0
-    for j in tl.static_range(len(STEPS)):
-        if STEPS[j][0] == "mul" or STEPS[j][0] == "mulrow":
-            g = pulled_back(g, g, vectors, row, row, (STEPS[j],), 0, False)
+    for j in tl.static_range(len(STEPS) // 2):
+        g = _row_step(g, vectors, row, STEPS, j)
+    return g
+
+
+@triton.jit
+def _row_step(g, vectors, row, STEPS: tl.constexpr, J: tl.constexpr):
+    op: tl.constexpr = STEPS[2 * J]
+    value: tl.constexpr = STEPS[2 * J + 1]
+    if op == "mul":
+        g = g * value
+    elif op == "mulrow":
+        g = g * along_rows(g, vectors, value, row)
     return g
