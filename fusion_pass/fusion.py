@@ -15,6 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fusedhead import linear_tail, returned
+from fusedhead.aliases import storage, written
 from fusedhead.interpret import Reading, Site, grad_modes, interpret
 from fusedhead.lowering.plan import plan
 from fusedhead.options import Options
@@ -124,8 +125,8 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
     devices = {v.device for v in map(fake, [*read, *labels]) if isinstance(v, torch.Tensor)}
     if len(devices) > 1:
         return f"its operands are on different devices ({', '.join(sorted(map(str, devices)))})"
-    if set(site.outputs) & set(site.overwritten):
-        return "the returned logits are changed in place after they were read"
+    if any(written_behind(site, output) for output in site.outputs):
+        return "the returned logits are changed in place through another name"
     if site.outputs and owner:
         return "the logits leave the region that is checkpointed"
     if site.outputs and not modes[site.head.node]:
@@ -141,6 +142,14 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
     if site.outputs:
         return mutations.anywhere_after(site.head.node, [*read, *vectors, *indices]) or ""
     return ""
+
+
+def written_behind(site: Site, output: Node) -> bool:
+    """Whether memory that a returned tensor is made of is written by a node that is no part of its making."""
+    making = returned.program_of(site, output)[0]
+    memory = {storage(fake(node)) for node in making}
+    others = set(site.followed).difference(making)
+    return any(storage(fake(target)) in memory for node in others for target in written(node))
 
 
 def algorithm(call: Node, why: str) -> str:
