@@ -61,17 +61,20 @@ def roundings_of(terminals: Sequence[tuple[Node, Terminal]]) -> set[tuple]:
     return {t.logits.steps for _, t in terminals if DECISIONS & t.want}
 
 
-def groups(site: Site, position: dict[Node, int]) -> list[Group]:
+def groups(site: Site, position: dict[Node, int], grad: dict[Node, bool]) -> list[Group]:
     """Partition a site's terminals into sweeps.
 
-    Two terminals share one if their keys agree, their labels exist before the first of them is used, and they
-    do not weigh the sum over classes differently.
+    Two terminals share one if their keys agree, their labels exist before the first of them is used, they do not
+    weigh the sum over classes differently, and no gradient is wanted of a sweep that starts under no_grad.
     """
     found: dict[tuple, list[Group]] = {}
     for node, terminal in site.terminals:
         ready = all(position[leaf] < position[node] for leaf in leaves(terminal.label_sources))
         assert ready, "a node follows its inputs"
         for group in found.setdefault(sweep_key(terminal), []):
+            first = group.terminals[0][0]
+            if grad[node] and not grad[first]:
+                continue
             start = min(position[n] for n, _ in group.terminals)
             joined = [*group.terminals, (node, terminal)]
             if (
@@ -215,7 +218,7 @@ def fuse(
     """Rewrite one site with ``head_stats`` calls and return them."""
     calls, emit = [], Emit(graph)
     old = {site.head.node, *site.followed, *(node for node, _ in site.terminals)}
-    for group in groups(site, position):
+    for group in groups(site, position, grad):
         anchor = min((node for node, _ in group.terminals), key=position.__getitem__)
         with emit.before(anchor, anchor, grad=grad[anchor]):
             tensors = operands(emit, group)
