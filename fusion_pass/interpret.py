@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -211,6 +211,9 @@ def follow(node: Node, values: dict[Node, Any]) -> Any:
     """`evaluate`, for the nodes that have no ATen trace of their own too."""
     if name_of(node) == "getitem" and isinstance(values.get(node.args[0]), (list, tuple)):  # type: ignore[arg-type]
         return values[node.args[0]][node.args[1]]  # type: ignore[index]
+    value = values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
+    if name_of(node) == "_get_data_attr" and isinstance(value, FOLLOWED):
+        return detached(replace(value, val=fake(node)))  # z.data: traced alone it is a constant
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         # traced alone it may look like nothing: a gradient hook is the identity on values
         raise Escape(f"{name_of(node)} takes the logits, and what it does with them is not read")
