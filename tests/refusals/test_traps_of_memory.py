@@ -87,6 +87,24 @@ def test_logits_returned_and_then_changed_in_place_are_returned_changed() -> Non
     not_fused(program, hidden(), weight(), labels(), options=EAGER)
 
 
+def test_logits_returned_through_another_view_of_what_was_written_are_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        z.mul_(0.8)
+        return flat_loss(z, y), z.unsqueeze(0)
+
+    left(program, hidden(), weight(), labels(), because="through another name", options=EAGER)
+
+
+def test_logits_returned_as_they_are_after_a_step_in_place_are_right() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        z /= 0.8
+        return flat_loss(z, y), z
+
+    right(program, hidden(), weight(), labels(), options=EAGER)
+
+
 def test_classes_masked_by_assignment_are_masked() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         z = F.linear(h, w)
