@@ -17,10 +17,13 @@ from torch.fx import Graph, GraphModule
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from fusedhead import observe as observing
+from fusedhead.deferred import deferring
+from fusedhead.deferred_inputs import any_deferred, spread
 from fusedhead.fusion import Wrap, fuse_graph, unwrapped
 from fusedhead.lowering.cache_key import source_hash
 from fusedhead.options import Options, split
 from fusedhead.report import Report
+from fusedhead.returned import compute_now
 
 log = logging.getLogger("fusedhead")
 
@@ -165,11 +168,39 @@ def compile_graph(
     observe: Callable[[Report], None] = observing.notify,
 ) -> Callable[..., Any]:
     """One Dynamo graph through the pass, told to ``observe`` and the logs, then through ``compiler``."""
+    if any_deferred(example_inputs):
+        gm, example_inputs, take_deferred = with_sources(gm, example_inputs)
+    else:
+        take_deferred = unchanged
     texts = observe is not observing.notify or wants_texts(own)
     gm, report, wrap = run_pass(gm, own, texts=texts)
     observe(report)
     publish(report, own)
-    return wrap(compiler(gm, example_inputs))
+    finish = deferring(own.budget, overwrites(compiler)) if own.logits == "deferred" else compute_now
+    return take_deferred(wrap(compiler(gm, example_inputs), finish))
+
+
+def unchanged(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    return compiled
+
+
+def with_sources(
+    gm: GraphModule, example_inputs: Sequence[Any]
+) -> tuple[GraphModule, Sequence[Any], Callable[..., Any]]:
+    """A graph that takes what deferred logits are made of; the given one, if that cannot be had."""
+    try:
+        working = copied(gm)
+        return working, *spread(working, example_inputs)
+    except Exception:
+        log.warning("fusedhead: deferred logits enter a graph as a tensor subclass", exc_info=True)
+        return gm, example_inputs, unchanged
+
+
+def overwrites(compiler: Any) -> bool:
+    """Whether the memory of a compiled graph's outputs is used again by its next run: CUDA graphs."""
+    from torch._inductor import config
+
+    return bool(getattr(compiler, "config", {}).get("triton.cudagraphs", config.triton.cudagraphs))
 
 
 def compile_with(

@@ -16,19 +16,20 @@ from torch.fx import Graph, GraphModule, Node
 
 from fusedhead import linear_tail, returned
 from fusedhead.aliases import storage, written
-from fusedhead.interpret import Reading, Site, grad_modes, interpret
+from fusedhead.interpret import Reading, Site, candidates, grad_modes, interpret
 from fusedhead.lowering.plan import plan
 from fusedhead.options import Options
 from fusedhead.read import fake, name_of, where
 from fusedhead.report import HeadRecord, Report
 from fusedhead.rewrite import fuse
 from fusedhead.safety import Mutations, functorch, leaves, subclass
+from fusedhead.values import logits_of
 
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+Wrap = Callable[[Callable[..., Any], returned.Finish], Callable[..., Any]]
 CHECKPOINTS = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
 
 
-def unwrapped(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def unwrapped(compiled: Callable[..., Any], finish: returned.Finish) -> Callable[..., Any]:
     return compiled
 
 
@@ -56,10 +57,15 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
     report, wrap = Report(graphs=1), unwrapped
     changed = False
     for module, owner in bodies(gm):
-        reading = interpret(module.graph)
+        alone = (
+            returned.heads_without_loss(module.graph)
+            if owner == "" and options.logits == "deferred"
+            else set()
+        )
+        reading = interpret(module.graph, candidates(module.graph) | alone)
         if not reading.sites:
             continue
-        records, wrapped = fuse_body(module.graph, reading, owner, options)
+        records, wrapped = fuse_body(module.graph, reading, owner, options, alone)
         report.heads += records
         wrap = wrapped or wrap
         if any(record.fused for record in records):
@@ -72,33 +78,43 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
     return report, wrap
 
 
-def fuse_body(graph: Graph, reading: Reading, owner: str, options: Options) -> tuple[list[HeadRecord], Wrap | None]:
-    """Decide and rewrite the sites of one graph."""
+def fuse_body(
+    graph: Graph, reading: Reading, owner: str, options: Options, alone: set[Node]
+) -> tuple[list[HeadRecord], Wrap | None]:
+    """Decide and rewrite the sites of one graph; ``alone`` are projections to be deferred without a loss."""
     modes, mutations = grad_modes(graph), Mutations(graph)
     unsafe = functorch(graph) or higher_order(owner)
     decided = []
+    deferred = options.logits == "deferred"
+    with_loss = candidates(graph)
     for site in reading.sites:
-        if not site.terminals and not site.escapes:
+        if not site.terminals and (not site.escapes or site.head.node not in with_loss):
+            if site.head.node in alone and not unsafe and returned_alone(site, mutations, modes):
+                decided.append((site, ""))
             continue
-        reason = unsafe or refusal(site, mutations, modes, owner)
+        reason = unsafe or refusal(site, mutations, modes, owner, deferred)
         decided.append((site, reason))
     recipes = []
     slots = [node for node in linear_tail.output_of(graph).args[0]] if owner == "" else []
     for site, reason in decided:
         if not reason:
-            recipes += [returned.recipe(site, i, n) for i, n in enumerate(slots) if n in set(site.outputs)]
+            recipes += [
+                returned.recipe(site, i, n, logits_of(reading.values[n]).class_dim)
+                for i, n in enumerate(slots)
+                if n in set(site.outputs)
+            ]
     wrap = returned.redirect(graph, recipes) if recipes else None
     records = []
     for site, reason in decided:
         if reason:
             records.append(describe(site, reason, ""))
             continue
-        record = describe(site, "", "")
+        record = describe(site, "", "", deferred)
         algorithms = []
         for call in fuse(graph, site, options.budget, modes, mutations.position):
             why = "inside a checkpointed region" if owner in CHECKPOINTS else linear_tail.upgrade(call)
             algorithms.append(algorithm(call, why))
-        record.engine = describe_engine(site, ", ".join(dict.fromkeys(algorithms)))
+        record.engine = describe_engine(site, ", ".join(dict.fromkeys(algorithms)) or "as the caller asks")
         records.append(record)
     return records, wrap
 
@@ -109,7 +125,20 @@ def higher_order(owner: str) -> str | None:
     return f"the head is inside {owner}"
 
 
-def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str) -> str:
+def returned_alone(site: Site, mutations: Mutations, modes: dict[Node, bool]) -> bool:
+    """Whether logits that the graph only returns are to be deferred."""
+    if (
+        not site.outputs
+        or site.escapes
+        or not all(map(returned.rooted_in_inputs, leaves([site.head.weight])))
+    ):
+        return False
+    return not refusal(site, mutations, modes, "", True)
+
+
+def refusal(
+    site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str, deferred: bool = False
+) -> str:
     """Why a site must stay as it is, or ""."""
     if site.escapes:
         node, sentence = site.escapes[0]
@@ -129,16 +158,18 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
         return "the returned logits are changed in place through another name"
     if site.outputs and owner:
         return "the logits leave the region that is checkpointed"
-    if site.outputs and not modes[site.head.node]:
+    few = hint(tokens_of(site)) < returned.LEAST_TOKENS
+    if site.outputs and not modes[site.head.node] and (few or not deferred):
         return "the logits are returned and no gradient is recorded, so building them once is the cheapest"
-    end = max((node for node, _ in site.terminals), key=mutations.position.__getitem__)
-    reason = mutations.between(site.head.node, end, [*read, *vectors, *indices])
-    if reason:
-        return reason
-    first = min((node for node, _ in site.terminals), key=mutations.position.__getitem__)
-    reason = mutations.between(first, end, labels)
-    if reason:
-        return reason
+    if site.terminals:
+        end = max((node for node, _ in site.terminals), key=mutations.position.__getitem__)
+        reason = mutations.between(site.head.node, end, [*read, *vectors, *indices])
+        if reason:
+            return reason
+        first = min((node for node, _ in site.terminals), key=mutations.position.__getitem__)
+        reason = mutations.between(first, end, labels)
+        if reason:
+            return reason
     if site.outputs:
         return mutations.anywhere_after(site.head.node, [*read, *vectors, *indices]) or ""
     return ""
@@ -177,22 +208,25 @@ def hint(size: Any) -> int:
     return int(size)
 
 
-def describe(site: Site, reason: str, engine: str) -> HeadRecord:
+def describe(site: Site, reason: str, engine: str, deferred: bool = False) -> HeadRecord:
     vocab, hidden = site.head.weight.val.shape
     tokens = tokens_of(site)
     fused = not reason
+    size = hint(tokens) * vocab * site.head.dtype.itemsize
     return HeadRecord(
         fused=fused,
         reason=reason,
         where=where(site.head.node),
-        computes=", ".join(dict.fromkeys(t.computes for _, t in site.terminals)),
+        computes=", ".join(dict.fromkeys(t.computes for _, t in site.terminals)) or "returned, deferred",
         tokens=tokens if isinstance(tokens, int) else str(tokens),
         hidden_size=hidden,
         vocab_size=vocab,
-        logits=("built" if not fused or site.outputs else "never built"),
+        logits=(
+            "never built" if fused and not site.outputs else "deferred" if fused and deferred else "built"
+        ),
         engine=engine,
-        bytes_saved=hint(tokens) * vocab * site.head.dtype.itemsize if fused and not site.outputs else 0,
-        bytes_logits=hint(tokens) * vocab * site.head.dtype.itemsize,
+        bytes_saved=size if fused and (deferred or not site.outputs) else 0,
+        bytes_logits=size,
         dtype=str(site.head.dtype).removeprefix("torch."),
         device=site.head.weight.val.device.type,
         source=site.head.node.meta.get("stack_trace") or "",

@@ -28,7 +28,15 @@ from fusedhead.values import FOLLOWED, Call, Escape, Followed, Plain, Projection
 
 # Names of the ops that can end a head; only projections that reach one of them are looked at.
 ANCHORS = frozenset(
-    {"cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd", "log_softmax", "_log_softmax", "logsumexp"}
+    {
+        "cross_entropy",
+        "cross_entropy_loss",
+        "nll_loss",
+        "nll_loss_nd",
+        "log_softmax",
+        "_log_softmax",
+        "logsumexp",
+    }
 )
 
 
@@ -153,7 +161,9 @@ def overwritten(node: Node, values: dict[Node, Any], sites: dict[Projection, Sit
             continue
         if any(user in later for user in other.users):
             head = logits_of(values[node]).head
-            sites[head].escapes.append((node, f"{name_of(node)} changes logits that {other.name} is a view of"))
+            sites[head].escapes.append(
+                (node, f"{name_of(node)} changes logits that {other.name} is a view of")
+            )
     values[target] = values[node]
     sites[logits_of(values[node]).head].overwritten.append(target)
 
@@ -177,9 +187,9 @@ def is_projection(op: Node) -> bool:
     return name_of(op) in SPELLINGS
 
 
-def interpret(graph: Graph) -> Reading:
-    """Follow the logits of every candidate projection through the graph."""
-    starts, modes = candidates(graph), grad_modes(graph)
+def interpret(graph: Graph, starts: Iterable[Node] | None = None) -> Reading:
+    """Follow the logits of every candidate projection, or of those in ``starts``, through the graph."""
+    starts, modes = candidates(graph) if starts is None else set(starts), grad_modes(graph)
     values: dict[Node, Any] = {}
     sites: dict[Projection, Site] = {}
     for node in graph.nodes:

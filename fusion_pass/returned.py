@@ -10,6 +10,7 @@ This file does not decide which outputs are replaced.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from torch.fx.node import map_arg
 from fusedhead.interpret import Site
 from fusedhead.read import fake, name_of
 from fusedhead.rewrite import PURE_VIEWS
+from fusedhead.rules.projections import SPELLINGS
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,9 @@ class Recipe:
     program: GraphModule  # the nodes from the projection to the output
     sources: tuple[Node, ...]  # the program's inputs: graph inputs, or nodes that the graph returns in addition
     device: str
+    class_dim: int  # the vocabulary's dimension
+    exact: frozenset[int]  # sizes that belong to the head, not to a batch
+    names: tuple[str, ...]  # of those sources that are tensors, as a user knows them
 
 
 def program_of(site: Site, output: Node) -> tuple[list[Node], list[Node]]:
@@ -65,7 +70,22 @@ def rooted_in_inputs(node: Node) -> bool:
     )
 
 
-def recipe(site: Site, slot: int, output: Node) -> Recipe:
+def name_for_users(source: Node) -> str:
+    """"lm_head.weight" for a parameter; graph inputs by their Python names; what the graph makes is hidden states."""
+    if source.op != "placeholder":
+        return "the hidden states"
+    origin = getattr(source, "_dynamo_source", None)
+    spelled = getattr(origin, "name", "")
+    path = re.findall(r"\['?(\w+)'?\]", spelled() if callable(spelled) else spelled)
+    path = [part for part in path if part not in INSIDE]
+    return ".".join(path) or str(source.target)
+
+
+# the parts of a Dynamo source that no user has written
+INSIDE = frozenset({"self", "L", "G", "_modules", "_parameters", "_buffers", "_orig_mod"})
+
+
+def recipe(site: Site, slot: int, output: Node, class_dim: int) -> Recipe:
     """The recipe of a followed node that the graph returns in ``slot``.
 
     Autocast is off when it runs; where it acted in the graph, the recorded dtypes bring explicit casts.
@@ -84,7 +104,9 @@ def recipe(site: Site, slot: int, output: Node) -> Recipe:
     result, wanted = env[output], fake(output).dtype
     graph.output(graph.call_method("to", (result, wanted)))
     program = GraphModule(torch.nn.Module(), graph)
-    return Recipe(slot, program, tuple(sources), fake(output).device.type)
+    names = tuple(name_for_users(s) for s in sources if isinstance(fake(s), Tensor))
+    exact = frozenset(size for size in site.head.weight.val.shape if isinstance(size, int))
+    return Recipe(slot, program, tuple(sources), fake(output).device.type, class_dim, exact, names)
 
 
 Finish = Callable[[Recipe, Sequence[Any]], Any]
@@ -96,7 +118,41 @@ def compute_now(recipe: Recipe, sources: Sequence[Any]) -> Tensor:
         return recipe.program(*sources)
 
 
-def redirect(graph: Graph, recipes: Sequence[Recipe]) -> Callable[..., Callable[..., Any]]:
+LEAST_VOCAB = 1024
+LEAST_RATIO = 8  # V / D below this may be an inner layer of a network ...
+SURE_VOCAB = 30_000  # ... except from here on
+LEAST_TOKENS = 64  # fewer are not worth deferring when no gradient is recorded: generation
+
+
+def looks_like_a_head(node: Node) -> bool:
+    """Whether a projection, by its sizes, is worth deferring although the graph has no loss on it."""
+    hidden, result = next((fake(n) for n in node.all_input_nodes), None), fake(node)
+    if not isinstance(hidden, Tensor) or not isinstance(result, Tensor) or hidden.ndim < 2:
+        return False
+    depth, vocab = hidden.shape[-1], result.shape[-1]
+    if not isinstance(depth, int) or not isinstance(vocab, int) or vocab < LEAST_VOCAB:
+        return False
+    return vocab >= LEAST_RATIO * depth or vocab >= SURE_VOCAB
+
+
+def heads_without_loss(graph: Graph) -> set[Node]:
+    """Projections from which an output of the graph is reached without passing another one."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    stack = [node for node in graph.nodes if node.op == "output"]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source in seen or not source.op.startswith("call_"):
+                continue
+            seen.add(source)
+            if name_of(source) not in SPELLINGS:
+                stack.append(source)
+            elif looks_like_a_head(source):
+                found.add(source)
+    return found
+
+
+def redirect(graph: Graph, recipes: Sequence[Recipe]) -> Callable[[Callable[..., Any], Finish], Callable[..., Any]]:
     """Make the graph return the recipes' sources instead of their tensors.
 
     Returns a function that wraps the compiled graph into a callable with the original outputs.
@@ -118,7 +174,7 @@ def redirect(graph: Graph, recipes: Sequence[Recipe]) -> Callable[..., Callable[
         for r in recipes
     }
 
-    def wrap(compiled: Callable[..., Any], finish: Finish = compute_now) -> Callable[..., Any]:
+    def wrap(compiled: Callable[..., Any], finish: Finish) -> Callable[..., Any]:
         def with_returned_logits(*inputs: Any) -> list[Any]:
             outputs = compiled(*inputs)
             results, plain = [], iter(outputs[: len(kept)])

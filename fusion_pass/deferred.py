@@ -1,0 +1,76 @@
+"""Handing out deferred logits: what a compiled graph's wrapper does with the sources of logits it returns.
+
+A compiled graph that returns logits returns hidden states instead, and its caller gets a `DeferredLogits` made of
+them. This file makes the first one; all later ones are made of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedhead.deferred_calls import LEARNT
+from fusedhead.deferred_program import Leaf, Made, Mode, Program, Step, encode, shapes
+from fusedhead.deferred_tensor import (
+    DeferredLogits,
+    Family,
+    Knowledge,
+    Origin,
+    Recorded,
+    StaleLogits,
+    linked,
+    plain,
+    state,
+)  # fmt: skip
+from fusedhead.returned import LEAST_TOKENS, Recipe, compute_now
+
+__all__ = ["DeferredLogits", "StaleLogits", "deferring", "plain"]
+
+
+def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
+    """The tensor that stands for a recipe's result on these sources (tensors, and numbers for sizes)."""
+    recipe = origin.recipe
+    tensors = tuple(s for s in sources if isinstance(s, Tensor))
+    places = iter(range(len(tensors)))
+    args, none = encode(tuple(sources), lambda _: Leaf(next(places))), encode({}, lambda _: Leaf(0))
+    mode = Mode(torch.is_grad_enabled(), None)
+    recorded = Recorded(recipe.program, args, none, tensors, mode)
+    key, what = (args, mode, shapes(tensors, None)), (args, mode)
+    known = origin.recorded.get(key)
+    if known is None:
+        layouts, _ = recorded.layouts()
+        with origin.lock:
+            if len(origin.recorded) > LEARNT:
+                origin.recorded.clear()
+            program = (Program((Step(recipe.program, args, none, mode),), Made(0)),)
+            program = origin.recorded.setdefault(what, (program, [], None))[0]
+            known = origin.recorded.setdefault(key, (program, layouts, None))
+    (program,), (layout,), _ = known
+    if not mode.grad and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
+        return compute_now(recipe, sources)
+    states = tuple(map(state, tensors))
+    return linked(Knowledge(origin, program, tensors, states, recorded, None, Family(), layout))
+
+
+def kept(source: Any) -> Any:
+    """A source in memory that no later run overwrites: a parameter as it is, anything else copied."""
+    return source.clone() if isinstance(source, Tensor) and not isinstance(source, torch.nn.Parameter) else source
+
+
+def deferring(memory: int, overwrites: bool) -> Callable[[Recipe, Sequence[Any]], Any]:
+    """What a wrapped graph does with the sources of returned logits.
+
+    ``memory`` is the workspace budget of the fused ops. ``overwrites``: what the graph returns lies in memory that
+    its next run uses again (CUDA graphs), so hidden states are copied.
+    """
+    origins: dict[Recipe, Origin] = {}
+
+    def finish(recipe: Recipe, sources: Sequence[Any]) -> Any:
+        origin = origins.get(recipe) or origins.setdefault(recipe, Origin(recipe, memory))
+        return defer(origin, [kept(s) for s in sources] if overwrites else sources)
+
+    return finish

@@ -1,0 +1,85 @@
+"""Deferred logits that enter another compiled graph: the graph takes what they are made of instead.
+
+A loss that is compiled on its own then holds the projection and the loss, and is fused like any other. Compilers
+that do not know deferred logits see a traceable tensor subclass (`DeferredLogits.__tensor_flatten__`), which
+computes the logits in their graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.source import AttrSource
+from torch._subclasses.fake_tensor import maybe_get_fake_mode
+from torch.fx import GraphModule, Node
+
+from fusedhead.deferred_program import Mode
+from fusedhead.deferred_reading import Draft, write
+from fusedhead.deferred_tensor import DeferredLogits, check_fresh
+from fusedhead.read import fake
+
+Run = Callable[..., Any]
+
+
+def leaves_of(tensor: DeferredLogits) -> list[Any]:
+    """The tensors that stand for it as inputs of a graph."""
+    if tensor._plain is None and tensor._known.origin is not None:
+        check_fresh(tensor._known)
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
+def spread(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Callable[[Run], Run]]:
+    """Replace every placeholder of ``gm`` that is given deferred logits, in place.
+
+    Returns the inputs of the new graph, and a function that makes a compiled one take the old inputs.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    deferred = [isinstance(value, DeferredLogits) for value in inputs]
+    start = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    for node, value in zip(placeholders, inputs):
+        if isinstance(value, DeferredLogits):
+            replace(gm, node, leaves_of(value), start)
+    gm.graph.lint()
+    gm.recompile()
+
+    def flat(values: Sequence[Any]) -> list[Any]:
+        found: list[Any] = []
+        for value, is_deferred in zip(values, deferred):
+            found.extend(leaves_of(value) if is_deferred else [value])
+        return found
+
+    def wrap(compiled: Run) -> Run:
+        return lambda *values: compiled(*flat(values))
+
+    return flat(inputs), wrap
+
+
+def replace(gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node) -> None:
+    """Placeholders for what one deferred tensor is made of, and its program before ``start``."""
+    value = fake(node)
+    names, (program, _) = value.__tensor_flatten__()
+    leaves = []
+    with gm.graph.inserting_before(node):
+        for name, tensor in zip(names, real):
+            leaf = gm.graph.placeholder(f"{node.name}{name}")
+            # Dynamo's fakes of inner tensors do not say whether a gradient is wanted
+            leaf.meta = {"example_value": getattr(value, name).detach().requires_grad_(tensor.requires_grad)}
+            leaf._dynamo_source = AttrSource(node._dynamo_source, name)  # type: ignore[attr-defined]
+            leaves.append(leaf)
+    mode = maybe_get_fake_mode(fake(leaves[0]))
+    assert mode is not None
+    made = Draft(gm.graph, leaves, [], mode.shape_env, mode)
+    device = value.device.type
+    with gm.graph.inserting_before(start):
+        for step in program.steps:
+            made.made.append(write(made, step, device, Mode.now(device)))
+        result = made.node(program.result)
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+
+
+def any_deferred(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(value, DeferredLogits) for value in inputs) and not torch.compiler.is_exporting()

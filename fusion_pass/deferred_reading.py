@@ -1,0 +1,381 @@
+"""What a call on deferred logits amounts to: an answer from row statistics, or nothing that a rule can read.
+
+The program of the logits and the call are written into a small graph, as Dynamo would have recorded them, and read
+by the same interpreter and rules as compiled graphs: what the compiler understands, eager code gets too. A reading
+is made on fake tensors whose numbers of tokens are symbols, and says for which of them it holds. This file runs
+nothing on real tensors.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._sympy.printers import PythonPrinter
+
+from fusedhead.deferred_program import Leaf, Made, Mode, Step, decode, modes
+from fusedhead.fusion import hint, refusal
+from fusedhead.interpret import Reading, Site, grad_modes, interpret
+from fusedhead.kernels.contract import STATS
+from fusedhead.linear_tail import upgrade
+from fusedhead.read import callee, fake, name_of
+from fusedhead.rewrite import fuse, sweep_key
+from fusedhead.rules.projections import SPELLINGS
+from fusedhead.safety import Mutations
+from fusedhead.terminals import Terminal
+from fusedhead.values import FOLLOWED, Logits, logits_of
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """The answers are one graph of the leaves, with the gradients taken in its forward sweep."""
+
+    run: GraphModule
+    many: Callable[[list], Any] | None  # makes the container of several results
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """The answers are ``tail(leaves, statistics)``, with the statistics of a sweep over ``operands(leaves)``."""
+
+    operands: GraphModule  # leaves -> h, w, y, cols, rows, u
+    tail: GraphModule  # leaves, then the statistics that are asked for
+    asks: tuple[str, ...]
+    transform: str
+    memory: int
+    many: Callable[[list], Any] | None
+    sharing: Sharing
+
+
+class Relation(NamedTuple):
+    """What deferred logits are, relative to those that they were made of, where statistics can be carried over."""
+
+    same: bool  # the same rows through the same transform; else rows picked from them
+    dims: tuple[int, int]  # where the vocabulary is, before and after
+
+
+class Sharing(NamedTuple):
+    """What a sweep's statistics are good for besides the call that asked for them."""
+
+    shareable: frozenset[str]  # statistics that do not depend on this call's own operands; empty: share none
+    likely: frozenset[str]  # statistics worth having at once, since another call will probably ask for them
+    detached: bool
+    relations: tuple[Relation | None, ...]  # of each step of the chain back from the subject, to its predecessor
+
+
+@dataclass(frozen=True, eq=False)
+class Unread:
+    """The call needs the numbers. The reason is for the log."""
+
+    reason: str
+
+
+Outcome = Whole | Swept | Unread
+
+
+@dataclass(frozen=True, eq=False)
+class Guard:
+    """For which sizes of the leaves a reading holds."""
+
+    places: tuple[tuple[int, int], ...]  # (leaf, dimension) of each argument of the test
+    test: Callable[..., bool]
+
+    def holds(self, leaves: Sequence[Tensor]) -> bool:
+        try:
+            return bool(self.test(*(leaves[at].shape[d] for at, d in self.places)))
+        except ZeroDivisionError:
+            return False
+
+
+ALWAYS = Guard((), lambda: True)
+
+
+class DependsOnSizes(Exception):
+    """Nothing can be said about symbolic sizes; these sizes alone have to be read."""
+
+
+@dataclass(eq=False)
+class Draft:
+    """A graph under construction, with the node of every leaf and step."""
+
+    graph: Graph
+    leaves: list[Node]
+    made: list[Any]
+    shape_env: ShapeEnv | None
+    mode: FakeTensorMode
+    symbols: dict[str, tuple[int, int]] = field(default_factory=dict)  # where a symbolic size is found
+
+    def node(self, ref: Leaf | Made) -> Any:
+        if isinstance(ref, Leaf):
+            return self.leaves[ref.at]
+        made = self.made[ref.step]
+        return made if ref.part is None else made[ref.part]
+
+
+def stand_in(tensor: Tensor, at: int, draft: Draft, exact: frozenset[int], grad: bool) -> Tensor:
+    """A fake tensor like a leaf, its sizes symbols where they are not exact."""
+    sizes, strides = list(tensor.shape), list(tensor.stride())
+    if draft.shape_env is not None:
+        free = [DimDynamic.STATIC if n in exact else DimDynamic.DUCK for n in tensor.shape]
+        like = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device="meta")
+        sizes, strides, _ = draft.shape_env.create_symbolic_sizes_strides_storage_offset(
+            like, ConstantSource(f"leaf{at}"), symbolic_context=StatelessSymbolicContext(dynamic_sizes=free)
+        )
+        for d, size in enumerate(sizes):
+            if isinstance(size, torch.SymInt):
+                draft.symbols.setdefault(str(size.node.expr), (at, d))
+    with draft.mode:
+        made = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+    return made.requires_grad_() if grad and tensor.requires_grad else made
+
+
+def add(draft: Draft, op: str, target: Any, args: tuple, kwargs: dict, mode: Mode, device: str) -> Node:
+    node = draft.graph.create_node(op, target, args, kwargs)
+    known = torch.fx.node.map_arg((args, kwargs), fake)
+    with modes(mode, device), draft.mode:
+        node.meta["example_value"] = callee(node)(*known[0], **known[1])
+    return node
+
+
+def spelled(func: Callable[..., Any]) -> tuple[str, Any, tuple]:
+    """A function as Dynamo writes it: (node op, target, arguments put after the first)."""
+    name = getattr(func, "__name__", "")
+    owner = getattr(func, "__self__", None)
+    if name == "__get__" and owner is not None:
+        return "call_function", builtins.getattr, (owner.__name__,)
+    if func is Tensor.__getitem__:
+        return "call_function", operator.getitem, ()
+    if getattr(Tensor, name, None) is func:
+        return "call_method", name, ()
+    return "call_function", func, ()
+
+
+def write(draft: Draft, step: Step, device: str, here: Mode) -> Any:
+    """Append a step: its node, or the list of nodes of its parts."""
+    args, kwargs = decode(step.args, draft.node), decode(step.kwargs, draft.node)
+    if isinstance(step.func, GraphModule):
+        return inline(draft, step.func, args, step.mode, device)
+    op, target, more = spelled(step.func)
+    node = add(draft, op, target, (*args[:1], *more, *args[1:]) if more else tuple(args), kwargs, step.mode, device)
+    value = fake(node)
+    cut = here.grad and not step.mode.grad
+    if isinstance(value, Tensor):
+        return add(draft, "call_method", "detach", (node,), {}, step.mode, device) if cut else node
+    if not isinstance(value, (tuple, list)) or not all(isinstance(v, Tensor) for v in value):
+        return node
+    parts = [add(draft, "call_function", operator.getitem, (node, i), {}, step.mode, device)
+             for i in range(len(value))]  # fmt: skip
+    return [add(draft, "call_method", "detach", (p,), {}, step.mode, device) for p in parts] if cut else parts
+
+
+def inline(draft: Draft, program: GraphModule, args: Sequence[Any], mode: Mode, device: str) -> Node:
+    """The nodes that make the returned logits."""
+    given, env = iter(args), {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = next(given)
+        elif node.op == "output":
+            return env[node.args[0]]
+        else:
+            a, k = torch.fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = add(draft, node.op, node.target, a, k, mode, device)
+    raise AssertionError("a graph has an output")
+
+
+def draft(
+    steps: Sequence[Step], leaves: Sequence[Tensor], exact: frozenset[int] | None, here: Mode
+) -> Draft:
+    """The graph of a program, with fake values; ``exact`` None makes all sizes constants."""
+    env = None if exact is None else ShapeEnv()
+    made = Draft(Graph(), [], [], env, FakeTensorMode(shape_env=env, allow_non_fake_inputs=False))
+    for at, tensor in enumerate(leaves):
+        node = made.graph.placeholder(f"leaf{at}")
+        node.meta["example_value"] = stand_in(tensor, at, made, exact or frozenset(), here.grad)
+        made.leaves.append(node)
+    device = leaves[0].device.type
+    for step in steps:
+        made.made.append(write(made, step, device, here))
+    return made
+
+
+def read_call(
+    steps: list[Step],
+    sources: Sequence[Made],
+    leaves: Sequence[Tensor],
+    exact: frozenset[int] | None,
+    chain: Sequence[Made],
+    memory: int,
+) -> tuple[Guard, Outcome]:
+    """What the last of ``steps`` amounts to, and for which sizes that holds.
+
+    ``sources`` are the deferred logits among its arguments; ``chain`` is the first of them, what that was made of,
+    and so on. Raises DependsOnSizes where ``exact`` is given and no symbolic sizes can be read.
+    """
+    here, device = steps[-1].mode, leaves[0].device.type
+    try:
+        made = draft(steps, leaves, exact, here)
+    except Exception as error:  # the call fails on fakes, or needs numbers; real tensors will say which
+        if exact is not None:
+            raise DependsOnSizes from error
+        return ALWAYS, Unread(f"{type(error).__name__}: {error}")
+    last = made.made[-1]
+    results = last if isinstance(last, list) else [last]
+    made.graph.output(tuple(results)).meta["example_value"] = None
+    with modes(here._replace(autocast=None), device):
+        reading = interpret(made.graph, {n for n in made.graph.nodes if is_projection(n)})
+        outcome = outcome_of(made, sources, chain, results, reading, memory)
+    return guard_of(made), outcome
+
+
+def guard_of(made: Draft) -> Guard:
+    """The guards that reading has put on symbolic sizes, as one test."""
+    if made.shape_env is None or not made.shape_env.guards:
+        return ALWAYS
+    printer = PythonPrinter()
+    tests = list(dict.fromkeys(f"({printer.doprint(guard.expr)})" for guard in made.shape_env.guards))
+    free = sorted({str(symbol) for guard in made.shape_env.guards for symbol in guard.expr.free_symbols})
+    if any(symbol not in made.symbols for symbol in free):
+        raise DependsOnSizes
+    test = eval(f"lambda {', '.join(free)}: {' and '.join(tests)}", {"math": math})
+    return Guard(tuple(made.symbols[symbol] for symbol in free), test)
+
+
+def is_projection(node: Node) -> bool:
+    return node.op.startswith("call_") and name_of(node) in SPELLINGS
+
+
+def outcome_of(
+    made: Draft, sources: Sequence[Made], chain: Sequence[Made], results: list[Node], reading: Reading, memory: int
+) -> Outcome:
+    found = [(site, t) for node in results for site in reading.sites for n, t in site.terminals if n is node]
+    sites = {id(site): site for site, _ in found}
+    if len(found) != len(results) or len(sites) != 1:
+        reasons = [sentence for site in reading.sites for _, sentence in site.escapes]
+        return Unread(reasons[-1] if reasons else "the result is no statistic of the rows")
+    (site,), terminals = sites.values(), [terminal for _, terminal in found]
+    values = [reading.values.get(made.node(ref)) for ref in chain]
+    shared = all(sweep(reading.values.get(made.node(s))) == key(t.logits) for s in sources for t in terminals)
+    related = tuple(relation(a, b) for a, b in pairwise(values)) if shared else ()
+    many = container(fake(origin(results[0]))) if isinstance(made.made[-1], list) else None
+    return answer(made, site, terminals, memory, shared, related, many)
+
+
+def container(value: Any) -> Callable[[list], Any]:
+    return list if isinstance(value, list) else type(value)
+
+
+def origin(node: Node) -> Node:
+    """The node whose results a part is of."""
+    return node if node.target is not operator.getitem else node.all_input_nodes[0]
+
+
+class _Subject(NamedTuple):
+    """What `sweep_key` asks of a terminal."""
+
+    logits: Logits
+
+
+def key(logits: Logits) -> Hashable:
+    """The sweep that serves these logits, whether or not gradients pass."""
+    return sweep_key(_Subject(logits))[:-1]  # type: ignore[arg-type]
+
+
+def is_followed(value: Any) -> bool:
+    return isinstance(value, FOLLOWED)
+
+
+def sweep(value: Any) -> Hashable:
+    return key(logits_of(value)) if is_followed(value) else None
+
+
+def relation(value: Any, before: Any) -> Relation | None:
+    """What ``value`` is to the one it was made of."""
+    if not is_followed(value) or not is_followed(before):
+        return None
+    dims = logits_of(before).class_dim, logits_of(value).class_dim
+    if sweep(value) == sweep(before):
+        return Relation(True, dims)
+    return Relation(False, dims) if picks_rows(logits_of(before), logits_of(value)) else None
+
+
+PICKS = frozenset({"slice", "select", "narrow", "index_select", "squeeze"})
+
+
+def picks_rows(old: Logits, new: Logits) -> bool:
+    """Whether ``new`` is rows of ``old``, picked along dimensions that are not the vocabulary's."""
+    added = new.row_steps[len(old.row_steps) :]
+    kept = new.row_steps[: len(old.row_steps)] == old.row_steps
+    picked = all(s.op._schema.name.removeprefix("aten::") in PICKS for s in added)
+    return kept and bool(added) and picked and new.steps == old.steps and new.vocab == old.vocab
+
+
+def answer(
+    made: Draft,
+    site: Site,
+    terminals: Sequence[Terminal],
+    memory: int,
+    shared: bool,
+    related: tuple[Relation | None, ...],
+    many: Callable[[list], Any] | None,
+) -> Outcome:
+    """Rewrite the graph of a call into what is run."""
+    graph = made.graph
+    grads, mutations = grad_modes(graph), Mutations(graph)
+    reason = refusal(site, mutations, grads, "")
+    if reason:
+        return Unread(reason)
+    rows, all_rows = hint(terminals[0].logits.val.numel()), hint(fake(site.head.node).numel())
+    calls = fuse(graph, site, memory, grads, mutations.position)
+    if len(calls) != 1:
+        return Unread("the call has no sweep, or several")
+    # A gradient taken in the forward sweep holds a [V, D] buffer until the backward: not for one chunk of many.
+    if 2 * rows >= all_rows and torch.is_grad_enabled() and not upgrade(calls[0]):
+        graph.lint()
+        return Whole(GraphModule(torch.nn.Module(), graph), many)
+    weighted = any(t.weights is not None for t in terminals)
+    stats = frozenset({"lse", "entropy"} if weighted else {"lse", "entropy", "sum"})
+    likely = frozenset({"sum"} if any("log_softmax + gather" in t.computes for t in terminals) else ())
+    sharing = Sharing(stats if shared else frozenset(), likely, terminals[0].logits.detached, related)
+    return cut(made, calls[0], sharing, memory, many)
+
+
+def cut(made: Draft, call: Node, sharing: Sharing, memory: int, many: Callable[[list], Any] | None) -> Swept:
+    """The graph before and after its one ``head_stats`` call."""
+    before = copied(made, {}, list(call.args[:6]))
+    statistics = {user: STATS[int(user.args[1])] for user in call.users}  # type: ignore[arg-type]
+    asks = tuple(name for name in STATS if name in statistics.values())
+    output = next(n for n in made.graph.nodes if n.op == "output")
+    after = copied(made, statistics, list(output.args[0]), asks)
+    return Swept(before, after, asks, str(call.args[6]), memory, many, sharing)
+
+
+def copied(
+    made: Draft, stand_ins: dict[Node, str], results: Sequence[Any], asks: Sequence[str] = ()
+) -> GraphModule:
+    """The part of the graph that computes ``results`` from the leaves and from named extra inputs."""
+    graph = Graph()
+    env = {leaf: graph.placeholder(leaf.name) for leaf in made.leaves}
+    extra = {name: graph.placeholder(name) for name in asks}
+    env.update({node: extra[name] for node, name in stand_ins.items()})
+    needed, stack = set(), list(results)
+    while stack:
+        node = stack.pop()
+        if node not in env and node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    for node in made.graph.nodes:
+        if node in needed:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[r] for r in results))
+    return GraphModule(torch.nn.Module(), graph)

@@ -1,0 +1,74 @@
+"""Which torch functions ask a tensor about itself only, and which write to it: tables for deferred logits.
+
+A question of the first kind is answered without computing anything. One of the second kind changes memory, so the
+logits have to exist first. Everything else is none of this file's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PROPERTIES = (
+    "shape dtype device layout ndim requires_grad is_leaf grad_fn names output_nr itemsize nbytes _version "
+    "is_cpu is_cuda is_xpu is_mps is_meta is_nested is_sparse is_sparse_csr is_quantized is_mkldnn is_vulkan "
+    "is_ipu is_xla is_mtia is_maia is_hpu retains_grad"
+)
+_METHODS = (
+    "size stride dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous get_device "
+    "is_inference is_conj is_neg is_signed has_names is_same_size storage_offset sym_size _is_view __len__ "
+    "__hash__ is_non_overlapping_and_dense _is_zerotensor is_distributed"
+)
+_FUNCTIONS = (
+    "numel is_floating_point is_complex is_inference is_conj is_neg is_signed get_device is_same_size is_nonzero_"
+)
+
+
+def _metadata() -> frozenset[Any]:
+    found: set[Any] = set()
+    for name in _PROPERTIES.split():
+        if hasattr(Tensor, name):
+            found.add(getattr(Tensor, name).__get__)
+    found |= {getattr(Tensor, name) for name in _METHODS.split() if hasattr(Tensor, name)}
+    found |= {getattr(torch, name) for name in _FUNCTIONS.split() if hasattr(torch, name)}
+    return frozenset(found)
+
+
+METADATA = _metadata()  # answered by the shell of a tensor: no numbers are needed
+
+# Steps that rules can follow, and that a loss usually takes: recorded, read when a statistic is asked for.
+LAZY = frozenset(
+    ["view", "reshape", "flatten", "unflatten", "contiguous", "clone", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "squeeze", "unsqueeze", "t", "narrow", "select", "index_select", "__getitem__", "split", "split_with_sizes", "chunk", "unbind", "float", "half", "bfloat16", "to", "type", "type_as", "detach", "mul", "multiply", "__mul__", "__rmul__", "div", "divide", "true_divide", "__div__", "__truediv__", "neg", "negative", "__neg__", "add", "sub", "subtract", "__add__", "__radd__", "__sub__", "__rsub__", "tanh", "sigmoid", "exp", "log_softmax", "softmax"]
+)
+LAZY_PROPERTIES = frozenset({"T", "mT", "data"})
+
+
+def lazy(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(func, "__self__", None).__name__ in LAZY_PROPERTIES  # type: ignore[union-attr]
+    return name in LAZY
+
+
+# Asked of a tensor about its relations: deferred logits have none yet.
+ALONE = frozenset({getattr(Tensor, name).__get__ for name in ("grad", "_base", "_backward_hooks", "_grad")})
+
+_INPLACE = frozenset(
+    "__iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__ "
+    "__ilshift__ __irshift__ __setitem__ __set__ __delete__ "
+    # no write to the numbers, but what is made of the tensor from here on must be made of the tensor itself
+    "retain_grad register_hook register_post_accumulate_grad_hook".split()
+)
+
+
+def writes(func: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call may change a tensor that it is given."""
+    name = getattr(func, "__name__", "")
+    if name in _INPLACE or (name.endswith("_") and not name.endswith("__")):
+        return True
+    if kwargs.get("out") is not None or kwargs.get("inplace") is True:
+        return True
+    return any(a is True for a in args[1:]) and name in ("relu", "dropout", "leaky_relu", "elu", "silu", "mish", "celu", "selu")
