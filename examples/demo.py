@@ -20,7 +20,7 @@ import train_gpt
 import fusedhead
 
 SETTINGS = {
-    "cpu": "--model demo --vocab 50304 --batch 4 --length 512 --steps 20 --dtype fp32",
+    "cpu": "--model demo --vocab 50304 --batch 4 --length 512 --steps 16 --dtype fp32",
     "cuda": "--model 124M --vocab 50304 --batch 16 --length 1024 --steps 100 --dtype bf16",
 }
 
