@@ -53,7 +53,11 @@ class KeyedBySource(CustomGraphPass):
 
 
 def readable(gm: GraphModule) -> str:
-    return gm.print_readable(print_output=False, include_stride=True, include_device=True)
+    """The graph's text. For people only, so that what cannot be printed is no error."""
+    try:
+        return gm.print_readable(print_output=False, include_stride=True, include_device=True)
+    except Exception as error:
+        return f"(this graph cannot be printed: {type(error).__name__}: {error})"
 
 
 def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[GraphModule, Report, Wrap]:
