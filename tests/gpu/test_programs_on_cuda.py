@@ -13,6 +13,10 @@ from torch import Tensor
 
 import fusedhead
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # Inductor's own, when it makes its memory pool
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
 N, D, V = 252, 128, 5003
 Program = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -86,14 +90,14 @@ def test_the_error_is_at_most_that_of_eager_code_in_the_same_dtype(program: Prog
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
-def test_cuda_graphs_replay_right_numbers(program: Program) -> None:
-    compiled = torch.compile(program, backend="fusedhead", mode="reduce-overhead")
-    for seed in range(4):
-        torch.manual_seed(seed)
-        given = operands(torch.bfloat16)
+def test_cuda_graphs_replay_the_same_numbers(program: Program) -> None:
+    graphed = torch.compile(program, backend="fusedhead", mode="reduce-overhead")
+    plain = torch.compile(program, backend="fusedhead")
+    for step in range(4):
+        given = operands(torch.bfloat16, offset=float(step))
         torch.compiler.cudagraph_mark_step_begin()
-        for f, e in zip(results(compiled, given), results(program, given)):
-            torch.testing.assert_close(f, e, atol=2e-2, rtol=5e-2)
+        for g, p in zip(results(graphed, given), results(plain, given)):
+            assert torch.equal(g, p)
 
 
 @pytest.mark.parametrize("program", [mean_loss, weighted_log_probs], ids=lambda p: p.__name__)
@@ -117,6 +121,7 @@ def test_dynamic_shapes_compile_once() -> None:
 
     compiled = torch.compile(mean_loss, backend=count, dynamic=True)
     _, w, b, _ = operands(torch.bfloat16)
+    w = torch.nn.Parameter(w.detach())
     for tokens in (1, 7, 252, 1000):
         h = torch.randn(tokens + 1, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         y = torch.randint(0, V, (tokens + 1,), device="cuda")
