@@ -14,6 +14,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from fusedhead.emit import Emit
 from fusedhead.interpret import follow
 from fusedhead.kernels import reference
 from fusedhead.kernels.columns import Transform
@@ -27,44 +28,31 @@ from fusedhead.values import FOLLOWED, Escape, Plain, logits_of
 from rules.states import World, concrete, flat, numbers
 
 
-class Concretely:
-    """An emitter that computes at once: what a terminal would emit, as tensors."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.graph = world, world.graph
-
-    def __call__(self, op: Any, *args: Any, **kwargs: Any) -> Any:
-        return op(*args, **kwargs)
-
-    def ref(self, ref: Any) -> Any:
-        return concrete(ref, self.world)
-
-    def sizes(self, tensor: Tensor) -> list[int]:
-        return list(tensor.shape)
-
-    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        return tensor.to(dtype)
+def computed(node: Any, world: World) -> Any:
+    """The number of an emitted node."""
+    if not isinstance(node, Node):
+        return node
+    if node not in world.real:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: computed(n, world))
+        world.real[node] = callee(node)(*args, **kwargs)
+    return world.real[node]
 
 
 def result_of(terminal: Terminal, world: World) -> Tensor:
-    """What a terminal makes of the statistics, these taken by their definition."""
-    emit: Any = Concretely(world)
-    head = flat(terminal.logits, world)
-    y = terminal.labels(emit) if terminal.labels else torch.empty(len(head.h), 0, dtype=torch.int64)
-    u = concrete(terminal.weights, world).float() if terminal.weights is not None else head.h.new_empty(0)
-    stats = reference.row_stats(
-        Head(head.h, head.w, y, head.cols, head.rows, u, Transform(terminal.logits.steps))  # type: ignore[arg-type]
-    )
-    sizes = lambda: list(head.sizes)  # noqa: E731
-    extra = {name: getattr(stats, name) for name in terminal.want if name not in ("picked", "sum")}
-    asked = Statistics(
-        stats.lse,  # type: ignore[arg-type]
-        stats.picked if "picked" in terminal.want else None,  # type: ignore[arg-type]
-        stats.sum if "sum" in terminal.want else None,  # type: ignore[arg-type]
-        sizes,
-        **extra,
-    )
-    return terminal.result(emit, asked)  # type: ignore[return-value]
+    """What the nodes that a terminal emits compute, from the statistics taken by their definition."""
+    emit, head = Emit(world.graph), flat(terminal.logits, world)
+    anchor = world.graph.call_function(len, ())
+    with emit.before(anchor, anchor, grad=False):
+        y = computed(terminal.labels(emit), world) if terminal.labels else torch.empty(len(head.h), 0).long()
+        u = concrete(terminal.weights, world).float() if terminal.weights is not None else head.h.new_empty(0)
+        stats = reference.row_stats(
+            Head(head.h, head.w, y, head.cols, head.rows, u, Transform(terminal.logits.steps))
+        )
+        nodes = {
+            name: world.plain(name, getattr(stats, name)).ref for name in stats._fields if name in (*terminal.want, "lse")
+        }
+        given = {"picked": None, "sum": None, **nodes}
+        return computed(terminal.result(emit, Statistics(row_sizes=lambda: list(head.sizes), **given)), world)
 
 
 def claimed(value: Any, world: World) -> Tensor:

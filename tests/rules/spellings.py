@@ -100,6 +100,7 @@ COLUMNS = {
 }  # fmt: skip
 
 M = "z.movedim({d}, 1)"  # where cross_entropy takes the classes
+FLAT = "z.movedim({d}, -1).reshape(-1, {v})"
 LOSSES = {
     aten.log_softmax.int: ["z.log_softmax({d})", "F.log_softmax(z, {d})", "torch.log_softmax(z, dim={d})", "F.log_softmax(z, dim={k})",
                            "F.log_softmax(z, {d}, dtype=torch.float32)", "z.log_softmax({d}).log_softmax({d})"],
@@ -117,8 +118,8 @@ LOSSES = {
         f"F.nll_loss({M}.log_softmax(1), y)", f"F.nll_loss({M}.log_softmax(1) * 0.5, yi, ignore_index=-1, reduction='sum')",
         f"F.nll_loss({M}.log_softmax(1), y, cw)", f"F.nll_loss({M}.log_softmax(1), yi, cw, ignore_index=-1, reduction='none')", f"F.nll_loss({M}, y)",
     ],
-    aten.nll_loss.default: [f"torch.ops.aten.nll_loss.default({M}.log_softmax(1), yi, cw, 2, -1)"],
-    aten.nll_loss2d.default: [f"torch.ops.aten.nll_loss2d.default({M}.log_softmax(1), yi, cw, 1, -1)"],
+    aten.nll_loss.default: [f"torch.ops.aten.nll_loss.default({FLAT}.log_softmax(1), yi.reshape(-1), cw, 2, -1)"],
+    aten.nll_loss2d.default: [f"torch.ops.aten.nll_loss2d.default({FLAT}[:, :, None, None].log_softmax(1), yi.reshape(-1, 1, 1), cw, 1, -1)"],
     aten.gather.default: [
         "z.gather({d}, idx)", "torch.gather(z, {d}, idx)", "z.log_softmax({d}).gather({d}, idx)", "(-z.log_softmax({d})).gather({d}, index=idx)",
         "(z.log_softmax({d}) * 2).gather({d}, y.unsqueeze({p}))", "z.gather({r}, idx * 0)",
