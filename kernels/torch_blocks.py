@@ -20,7 +20,7 @@ from fusedhead.kernels.contract import Head, stat_dtype
 LOG2E = math.log2(math.e)  # exp x = exp2(x log2 e): torch's exp2 is three times faster than its exp on a CPU
 BLOCK_BYTES = 2 << 20  # of one block of logits: about the second-level caches of two cores
 BLOCK_COLUMNS = 512  # fewer columns than this make the matrix products slow
-GATHER_BYTES = 1 << 20  # of rows of w gathered at once
+GATHER_BYTES = 1 << 19  # of rows of w gathered at once
 SAMPLE = 256  # columns that estimate where a row's logits lie
 
 

@@ -61,7 +61,7 @@ def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
     wide, fine = stat_dtype(head.h.dtype), fine_dtype(head.h.device.type)
     work = product_dtype(head.h.dtype, head.h.device.type)
     tokens = min(windows.tokens, n)
-    columns = block_columns(tokens, min(windows.vocab, vocab), work.itemsize)
+    columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
     blocks = list(cuts(vocab, columns))
     keep = needs.w or needs.cols
     flat = head.h.new_empty(tokens * (vocab if keep else columns), dtype=work)
@@ -120,7 +120,7 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
     wide, fine = stat_dtype(head.h.dtype), fine_dtype(head.h.device.type)
     work = product_dtype(head.h.dtype, head.h.device.type)
     tokens = min(windows.tokens, n)
-    columns = block_columns(tokens, min(windows.vocab, vocab), work.itemsize)
+    columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
     buffers = block_buffers(head, tokens, columns)
     g_lse, g_picked = _prepared(head, upstream)
     sink = Sink(head, upstream, needs, windows)

@@ -44,7 +44,7 @@ def workspace(
     work, wide = product_dtype(dtype, device_type), stat_dtype(dtype)
     narrow, widened = work != wide, work != dtype
     tokens = max(1, min(tokens, n))
-    columns = block_columns(tokens, min(vocab, v), (wide if explicit else work).itemsize)
+    columns = block_columns(tokens, min(vocab, v), wide.itemsize)
     block = tokens * columns
     blocks = block * work.itemsize + block * wide.itemsize * narrow
     held = windows_held(transform, needs.cols and explicit, needs.rows) - 1

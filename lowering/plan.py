@@ -20,6 +20,7 @@ import torch
 
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import Needs, Windows
+from fusedhead.kernels.torch_blocks import block_columns
 from fusedhead.kernels.torch_workspace import workspace
 
 AUTO, LEAST = 0, -1  # values of the option `memory` that are no budget in MiB
@@ -35,8 +36,8 @@ class Limits(NamedTuple):
     tokens: int  # more than this gains no speed
     fewest_tokens: int  # fewer make a single pass slower than to recompute
     share: int  # auto takes at least this many windows, to hold a fraction of the logits
-    recompute_tokens: int
-    recompute_vocab: int
+    block_tokens: int  # where no row of z has to be complete
+    block_vocab: int
     least_tokens: int
     least_vocab: int
     exact_sums: int  # up to this many windows, sums of dw in a narrow dtype err less than eager code does
@@ -114,6 +115,14 @@ def _candidate(head: _Head, algorithm: str, tokens: int, vocab: int, limits: Lim
     return windows, held
 
 
+def _block_vocab(head: _Head, tokens: int, limits: Limits) -> int:
+    """Columns of a block that suits ``tokens`` rows."""
+    if head.engine == "triton_windows":
+        return min(limits.block_vocab, head.v)
+    size = torch.float64.itemsize if head.dtype == torch.float64 else torch.float32.itemsize
+    return block_columns(min(tokens, max(1, head.n)), head.v, size)
+
+
 def _halvings(largest: int, smallest: int) -> list[int]:
     """largest, largest / 2, ... down to smallest, multiples of 8 where they can be."""
     out = [max(1, largest)]
@@ -157,26 +166,25 @@ def plan(
 
     narrow = dtype in (torch.bfloat16, torch.float16)
     in_place = -(-N // limits.exact_sums) if narrow and needs.w else 1  # tokens that spare a float32 dw
-    recompute = [
-        ("recompute", max(tokens, in_place), max(limits.least_vocab, limits.recompute_vocab // cut))
-        for cut, tokens in enumerate(_halvings(limits.recompute_tokens, 16), 1)
+    blocks = [
+        (max(tokens, in_place), vocab)
+        for tokens in _halvings(limits.block_tokens, 16)
+        for vocab in _halvings(_block_vocab(head, max(tokens, in_place), limits), limits.least_vocab)
     ]
-    if not any(needs):
-        names, most = "statistics", _halvings(limits.recompute_tokens, 16)
-        tried = [(names, tokens, limits.recompute_vocab) for tokens in most]
-    elif linear and one_sweep and not weight:
-        tried = [("frozen", tokens, V) for tokens in _halvings(limits.recompute_tokens, 16)]
-    elif linear and one_sweep:
-        share = -(-N // limits.share)
-        largest = min(limits.tokens, max(share, limits.fewest_tokens * 4) if budget is None else N)
-        single = [("single pass", tokens, V) for tokens in _halvings(min(largest, N), limits.fewest_tokens)]
-        tried = single[:1] + recompute if budget is None else single + recompute
-    else:
-        tried = recompute
     if memory == LEAST:
-        tried = [(tried[-1][0], max(in_place, limits.least_tokens), limits.least_vocab)]
-        if tried[0][0] == "frozen" and engine == "triton_windows":
-            tried = [("frozen", limits.fewest_tokens, V)]
+        blocks = [(max(in_place, limits.least_tokens), limits.least_vocab)]
+    if not any(needs):
+        tried = [("statistics", *block) for block in blocks]
+    elif linear and one_sweep and not weight:
+        frozen = ((tokens, V) for tokens in _halvings(limits.tokens, 16))  # Triton holds whole rows here
+        tried = [("frozen", *block) for block in (blocks if engine == "torch_windows" else frozen)]
+    elif linear and one_sweep and memory != LEAST:
+        largest = N if budget else max(-(-N // limits.share), limits.fewest_tokens * 4)
+        tokens = _halvings(min(largest, limits.tokens, N), limits.fewest_tokens)
+        tried = [("single pass", at, V) for at in (tokens if budget else tokens[:1])]
+        tried += [("recompute", *block) for block in blocks]
+    else:
+        tried = [("recompute", *block) for block in blocks]
 
     judged = [(name, *_candidate(head, name, tokens, vocab, limits)) for name, tokens, vocab in tried]
     fitting = [at for at in judged if budget is None or at[2] <= budget]
@@ -185,9 +193,7 @@ def plan(
     products = {"statistics": 1, "frozen": 2, "single pass": 1 + needs.h + weight}.get(
         name, forward_too + 1 + needs.h + weight
     )
-    return Plan(
-        engine, name, windows, held, products * product, _reason(name, held, budget, memory, bool(fitting))
-    )
+    return Plan(engine, name, windows, held, products * product, _reason(name, held, budget, memory, bool(fitting)))
 
 
 WHY = {
@@ -201,7 +207,5 @@ WHY = {
 def _reason(name: str, held: int, budget: int | None, memory: int, fits: bool) -> str:
     if not fits and budget is not None:
         return f"no plan fits in {budget / MIB:.0f} MiB; this one holds the least, {held / MIB:.1f} MiB"
-    limit = (
-        "the least memory" if memory == LEAST else "no limit" if budget is None else f"{budget / MIB:.0f} MiB"
-    )
+    limit = "the least memory" if memory == LEAST else "no limit" if budget is None else f"{budget / MIB:.0f} MiB"
     return f"{WHY[name]}; {held / MIB:.1f} MiB of workspace, asked for {limit}"
