@@ -172,6 +172,9 @@ def refusal(
             return reason
     if site.outputs:
         return mutations.anywhere_after(site.head.node, [*read, *vectors, *indices]) or ""
+    if any(isinstance(fake(node), torch.Tensor) and fake(node).requires_grad for node in read):
+        # the backward reads both operands again, where eager code may need only one of them
+        return mutations.anywhere_after(site.head.node, read) or ""
     return ""
 
 

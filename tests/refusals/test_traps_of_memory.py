@@ -233,6 +233,15 @@ def test_a_weight_changed_after_the_projection_is_not_read_again() -> None:
     left(program, torch.randn(B, T, D), torch.randn(V, D), labels(), because="in place before the loss")
 
 
+def test_hidden_states_changed_after_the_loss_are_not_needed_by_a_frozen_weight() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(F.linear(h, w).view(-1, V), y.view(-1), reduction="none")
+        h.detach().add_(0.1)
+        return loss
+
+    left(program, hidden(), torch.randn(V, D), labels(), because="add_ at")
+
+
 def test_a_weight_changed_before_the_projection_is_read_changed() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         w.div_(w.norm(dim=1, keepdim=True))
