@@ -15,20 +15,16 @@ import triton
 import triton.language as tl
 
 from fusedhead.kernels.triton_product import column_part, product
+from fusedhead.kernels.triton_rows import label_position
 from fusedhead.kernels.triton_schedule import locate, step_counts
 from fusedhead.kernels.triton_transform import pulled_back, transform
 
 
 @triton.jit
 def _add_label(dz, g_picked, y, sy0, sy1, K, k, row, N, start, WIDTH: tl.constexpr):
-    there = row < N
-    at = tl.load(y + row.to(tl.int64) * sy0 + k * sy1, mask=there, other=-1) - start
-    inside = (at >= 0) & (at < WIDTH)
-    if tl.max(inside.to(tl.int32), 0) > 0:
-        g = tl.load(g_picked + row.to(tl.int64) * K + k, mask=there, other=0.0)
-        column = tl.arange(0, WIDTH).to(tl.int64)
-        dz = tl.where(column[None, :] == at[:, None], dz + g[:, None], dz)
-    return dz
+    at = label_position(y, sy0, sy1, k, row, N, start, WIDTH)
+    g = tl.load(g_picked + row.to(tl.int64) * K + k, mask=at >= 0, other=0.0)
+    return tl.where(tl.arange(0, WIDTH)[None, :] == at[:, None], dz + g[:, None], dz)
 
 
 @triton.jit
@@ -73,6 +69,7 @@ def _epilogue(
     part_rows,
     block,
     part,  # index of this column part among all of them
+    here,  # whether the part holds a label
     first_col,  # vocabulary column of the window's first
     sy0,
     sy1,
@@ -113,11 +110,13 @@ def _epilogue(
             dz += g[:, None] * tl.load(u + col, mask=col < V, other=0.0)[None, :]
         else:
             dz += g[:, None]
-    if LABELS == 1:
-        dz = _add_label(dz, g_picked, y, sy0, sy1, K, 0, row, N, first_col + start, WIDTH)
-    elif LABELS == 2:
-        for k in range(K):
-            dz = _add_label(dz, g_picked, y, sy0, sy1, K, k, row, N, first_col + start, WIDTH)
+    if LABELS > 0:
+        if here != 0:
+            if LABELS == 1:
+                dz = _add_label(dz, g_picked, y, sy0, sy1, K, 0, row, N, first_col + start, WIDTH)
+            else:
+                for k in range(K):
+                    dz = _add_label(dz, g_picked, y, sy0, sy1, K, k, row, N, first_col + start, WIDTH)
     if NEED_COLS or NEED_ROWS:
         inside = (row < N)[:, None] & (col < V)[None, :]
         for j in tl.static_range(len(STEPS) // 2):
@@ -139,6 +138,7 @@ def dlogits_kernel(
     w,
     dz,  # [M, V'] descriptor
     y,  # [M, K] int64, columns of the whole vocabulary
+    label_map,  # [token blocks, tiles] int32 (`triton_labels`), read when LABELS
     u,  # [V'] float32 when HAS_U
     cols,  # [C, V'] float32
     rows,  # [R, M] float32
@@ -190,11 +190,14 @@ def dlogits_kernel(
     main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
     for step in tl.range(0, steps, flatten=FLATTEN):
         block, tile, _, _ = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
+        here = 0
+        if LABELS > 0:
+            here = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
         acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION)
         for j in tl.static_range(PARTS):
             x = column_part(acc, j, PARTS, BM, BN)
             _epilogue(
                 x, dz, y, u, vectors, g_lse, g_picked, g_sum, g_entropy, lse, entropy, part_cols, part_rows,
-                block, PARTS * tile + j, first_col, sy0, sy1, K, rows_size, STEPS, LABELS, HAS_LSE, HAS_SUM,
+                block, PARTS * tile + j, (here >> j) & 1, first_col, sy0, sy1, K, rows_size, STEPS, LABELS, HAS_LSE, HAS_SUM,
                 HAS_ENTROPY, HAS_U, NEED_COLS, NEED_ROWS, PRECISE, DTYPE, BM, BN // PARTS,
             )  # fmt: skip

@@ -36,6 +36,7 @@ def _epilogue(
     slope,
     block,
     start,  # first column of this part
+    here,  # whether the part holds a label
     sy0,
     sy1,
     K,
@@ -58,7 +59,8 @@ def _epilogue(
     z = transform(acc, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
     e = tl.exp2(tl.fma(z, 1.4426950408889634, -ref2[:, None]))
     if not EVEN:
-        e = tl.where((col < V)[None, :], e, 0.0)
+        if start + WIDTH > V:
+            e = tl.where((col < V)[None, :], e, 0.0)
     total = tl.sum(e, 1)
     weighted = tl.zeros((BM,), tl.float32)
     if SUM:
@@ -66,23 +68,26 @@ def _epilogue(
         if HAS_U:
             weight = tl.load(u + col, mask=col < V, other=0.0)
         weighted = tl.sum(tl.where((col < V)[None, :], z * weight[None, :], 0.0), 1)
-    store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
+    if LABELS > 0:
+        if here != 0:
+            store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
     if VARYING:
         c = column_slope(acc, vectors, col, row, STEPS, PRECISE)
-        store_labelled(c, y, sy0, sy1, K, row, N, start, slope, LABELS, WIDTH)
+        if LABELS > 0:
+            if here != 0:
+                store_labelled(c, y, sy0, sy1, K, row, N, start, slope, LABELS, WIDTH)
         e = e * c
     E.store([block * BM, start], e.to(DTYPE))
     return total, weighted
 
 
-@triton.jit(
-    do_not_specialize=("N", "V", "D", "K", "GROUP", "size", "sy0", "sy1", "stride_cols", "stride_rows")
-)
+@triton.jit(do_not_specialize=("N", "V", "D", "K", "GROUP", "size", "sy0", "sy1", "stride_cols", "stride_rows"))
 def exp_kernel(
     h,
     w,
     E,  # [M, V] descriptor
     y,  # [M, K] int64
+    label_map,  # [token blocks, tiles] int32 (`triton_labels`), read when LABELS
     u,  # [V] float32 when HAS_U
     cols,
     rows,
@@ -139,15 +144,16 @@ def exp_kernel(
             live = tl.load(flags + block)
         if live != 0:
             row = block * BM + tl.arange(0, BM)
+            here = 0
+            if LABELS > 0:
+                here = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
             r = tl.load(ref2 + row, mask=row < N, other=0.0)
-            acc = product(
-                h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION
-            )
+            acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION)
             for j in tl.static_range(PARTS):
                 x = column_part(acc, j, PARTS, BM, BN)
                 start = tile * BN + j * (BN // PARTS)
                 t, s = _epilogue(
-                    x, r, E, y, u, vectors, picked, slope, block, start, sy0, sy1, K, STEPS, LABELS, HAS_U,
+                    x, r, E, y, u, vectors, picked, slope, block, start, (here >> j) & 1, sy0, sy1, K, STEPS, LABELS, HAS_U,
                     SUM, VARYING, EVEN, PRECISE, DTYPE, BM, BN // PARTS,
                 )  # fmt: skip
                 total += t

@@ -166,9 +166,7 @@ def finalize_kernel(
         for d in range(0, D, INNER):
             inner = d + tl.arange(0, INNER)
             x = tl.load(h + row.to(tl.int64) * sh0 + inner * sh1, mask=inner < D, other=0.0)
-            tl.store(
-                sh + row.to(tl.int64) * D + inner, (x.to(tl.float32) * (s * GAIN)).to(DTYPE), mask=inner < D
-            )
+            tl.store(sh + row.to(tl.int64) * D + inner, (x.to(tl.float32) * (s * GAIN)).to(DTYPE), mask=inner < D)
 
 
 @triton.jit(do_not_specialize=("N", "D"))

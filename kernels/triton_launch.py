@@ -20,7 +20,8 @@ from fusedhead.kernels.contract import Head, RowGrads
 from fusedhead.kernels.triton_dlogits import dlogits_kernel
 from fusedhead.kernels.triton_exp import exp_kernel
 from fusedhead.kernels.triton_finalize import check_kernel, finalize_kernel, scale_kernel
-from fusedhead.kernels.triton_merge import check_labels_kernel, merge_kernel
+from fusedhead.kernels.triton_labels import check_labels_kernel, map_labels_kernel
+from fusedhead.kernels.triton_merge import merge_kernel
 from fusedhead.kernels.triton_product import Operands, operands, readable_by_tma
 from fusedhead.kernels.triton_reference import reference_kernel
 from fusedhead.kernels.triton_schedule import Schedule, schedule
@@ -79,6 +80,7 @@ def _shared(s: Sweep) -> dict[str, Any]:
         "h": s.operands.h,
         "w": s.operands.w,
         "y": y,
+        "label_map": y,
         "u": u,
         "cols": cols,
         "rows": rows,
@@ -105,6 +107,7 @@ def _shared(s: Sweep) -> dict[str, Any]:
         "BN": s.tile.BN,
         "BK": s.tile.BK,
         "FLATTEN": s.tile.flatten,
+        "PARTS": s.tile.parts,
         "num_warps": s.tile.warps,
         "num_stages": s.tile.stages,
     }
@@ -125,9 +128,28 @@ def check_labels(y: Tensor, vocab: int) -> None:
         )
 
 
-def stream(
-    s: Sweep, want: frozenset[str], picked: Tensor | None, flags: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def map_labels(s: Sweep, first_col: int = 0) -> Tensor:
+    """[token blocks, tiles] int32: which parts of which tiles hold a label, counted from ``first_col``."""
+    y, tiles = s.head.y, triton.cdiv(len(s.head.w), s.tile.BN)
+    label_map = y.new_empty((s.schedule.blocks, tiles), dtype=torch.int32)
+    map_labels_kernel[(s.schedule.blocks, triton.cdiv(tiles, 64))](
+        y,
+        label_map,
+        len(y),
+        tiles,
+        y.shape[1],
+        first_col,
+        y.stride(0),
+        y.stride(1),
+        BM=s.tile.BM,
+        WIDTH=s.tile.BN // s.tile.parts,
+        PARTS=s.tile.parts,
+        TILES=64,
+    )
+    return label_map
+
+
+def stream(s: Sweep, want: frozenset[str], picked: Tensor | None, flags: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Partial rows ([4, size] float32, [2, size] int32) of a sweep; ``picked`` [N, K] float32 is filled."""
     top = bool(want & {"max", "argmax"})
     count = 4 if "sum" in want else 3 if "entropy" in want else 2
@@ -136,6 +158,8 @@ def stream(
     arguments = _shared(s) | _marks(s, flags)
     if picked is None:
         arguments["LABELS"] = 0
+    else:
+        arguments["label_map"] = map_labels(s)
     stream_kernel[(s.schedule.programs,)](
         **arguments,
         picked=part if picked is None else picked,
@@ -238,11 +262,12 @@ def exponentials(
     picked: Tensor,
     slope: Tensor,
     part: Tensor,
+    label_map: Tensor | None,
     flags: Tensor | None = None,
 ) -> None:
     """window [N, ld] <- E; part [1 or 2, size] <- totals (and Σ u z); picked, slope [N, K] at the labels."""
     exp_kernel[(s.schedule.programs,)](
-        **(_shared(s) | _marks(s, flags)),
+        **(_shared(s) | _marks(s, flags) | ({} if label_map is None else {"label_map": label_map})),
         E=window_descriptor(s, window),
         ref2=ref2,
         picked=picked,
@@ -253,7 +278,6 @@ def exponentials(
         SUM=len(part) == 2,
         VARYING=varies_along_row(s.head.transform),
         DTYPE=TRITON_DTYPE[window.dtype],
-        PARTS=s.tile.parts,
     )
 
 
@@ -348,6 +372,8 @@ def dlogits(
     arguments = _shared(s)
     if upstream.picked is None:
         arguments["LABELS"] = 0
+    else:
+        arguments["label_map"] = map_labels(s, first_col)
     dlogits_kernel[(s.schedule.programs,)](
         **arguments,
         dz=window_descriptor(s, window),
@@ -368,6 +394,5 @@ def dlogits(
         NEED_COLS=need_cols,
         NEED_ROWS=need_rows,
         DTYPE=TRITON_DTYPE[window.dtype],
-        PARTS=s.tile.parts,
     )
     return part_cols, part_rows

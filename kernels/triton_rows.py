@@ -39,25 +39,28 @@ def from_order_key(key):
 
 
 @triton.jit
-def store_label(values, y, sy0, sy1, K, k, row, N, start, out, WIDTH: tl.constexpr):
-    """out[row, k] = values[row, y[row, k] - start] for the rows whose k-th label lies in this tile.
+def store_labelled(values, y, sy0, sy1, K, row, N, start, out, LABELS: tl.constexpr, WIDTH: tl.constexpr):
+    """out[row, k] = values[row, y[row, k] - start] for the labels that lie in this part of a tile.
 
-    A tile without any label skips the selection: most tiles of a large vocabulary do.
+    LABELS: 1 one a row, 2 any number K. To be called where the label map says that there is one.
     """
-    label = tl.load(y + row.to(tl.int64) * sy0 + k * sy1, mask=row < N, other=-1)
-    at = label - start
-    inside = (at >= 0) & (at < WIDTH)
-    if tl.max(inside.to(tl.int32), 0) > 0:
-        column = tl.arange(0, WIDTH).to(tl.int64)
-        value = tl.sum(tl.where(column[None, :] == at[:, None], values, 0.0), 1)
-        tl.store(out + row.to(tl.int64) * K + k, value, mask=inside)
+    if LABELS == 1:
+        _store_label(values, y, sy0, sy1, K, 0, row, N, start, out, WIDTH)
+    elif LABELS == 2:
+        for k in range(K):
+            _store_label(values, y, sy0, sy1, K, k, row, N, start, out, WIDTH)
 
 
 @triton.jit
-def store_labelled(values, y, sy0, sy1, K, row, N, start, out, LABELS: tl.constexpr, WIDTH: tl.constexpr):
-    """`store_label` for every label. LABELS: 0 none, 1 one a row, 2 any number K."""
-    if LABELS == 1:
-        store_label(values, y, sy0, sy1, K, 0, row, N, start, out, WIDTH)
-    elif LABELS == 2:
-        for k in range(K):
-            store_label(values, y, sy0, sy1, K, k, row, N, start, out, WIDTH)
+def _store_label(values, y, sy0, sy1, K, k, row, N, start, out, WIDTH: tl.constexpr):
+    at = label_position(y, sy0, sy1, k, row, N, start, WIDTH)
+    value = tl.sum(tl.where(tl.arange(0, WIDTH)[None, :] == at[:, None], values, 0.0), 1)
+    tl.store(out + row.to(tl.int64) * K + k, value, mask=at >= 0)
+
+
+@triton.jit
+def label_position(y, sy0, sy1, k, row, N, start, WIDTH: tl.constexpr):
+    """Column of each row's k-th label inside [start, start + WIDTH), int32, -1 for those elsewhere."""
+    label = tl.load(y + row.to(tl.int64) * sy0 + k * sy1, mask=row < N, other=-1)
+    at = label - start
+    return tl.where((at >= 0) & (at < WIDTH), at, -1).to(tl.int32)

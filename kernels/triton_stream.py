@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedhead.kernels.triton_product import product
+from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import finite_or_zero, order_key, store_labelled
 from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
 from fusedhead.kernels.triton_transform import decided, transform
@@ -31,6 +31,7 @@ def stream_kernel(
     h,  # [N, D] descriptor or pointer
     w,  # [V, D] descriptor or pointer
     y,  # [N, K] int64
+    label_map,  # [token blocks, tiles] int32 (`triton_labels`), read when LABELS
     u,  # [V] float32 when HAS_U
     cols,  # [C, V] float32
     rows,  # [R, N] float32
@@ -68,6 +69,7 @@ def stream_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLATTEN: tl.constexpr,
+    PARTS: tl.constexpr,  # 1, 2 or 4 column parts, taken one after the other
 ):
     pid = tl.program_id(0)
     P = tl.num_programs(0)
@@ -88,36 +90,45 @@ def stream_kernel(
         if ONLY:
             live = tl.load(flags + block)
         row = block * BM + tl.arange(0, BM)
-        col = tile * BN + tl.arange(0, BN)
+        here = 0
+        if LABELS > 0:
+            here = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
         if live != 0:
-            z = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION)
-            if TOP:
-                key = order_key(decided(z, vectors, col, row, STEPS, PRECISE))
-                key = tl.where((col < V)[None, :], key, -2147483648)
-                best = tl.max(key, 1)
-                at = tl.min(tl.where(key == best[:, None], col[None, :], 2147483647), 1)
-                where = tl.where(best > top, at, where)
-                top = tl.maximum(best, top)
-            z = transform(z, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
-            if SUM:
-                weight = tl.full((BN,), 1.0, tl.float32)
-                if HAS_U:
-                    weight = tl.load(u + col, mask=col < V, other=0.0)
-                weighted += tl.sum(tl.where((col < V)[None, :], z * weight[None, :], 0.0), 1)
-            if not EVEN:  # no branch on the tile: it would make the compiler serialise the products
-                z = tl.where((col < V)[None, :], z, float("-inf"))
-            new = tl.maximum(ref2, tl.max(z, 1) * 1.4426950408889634)
-            base = finite_or_zero(new)
-            shift = tl.where(tl.abs(ref2) < float("inf"), ref2, base) - base
-            fade = tl.exp2(shift)
-            exponent = tl.fma(z, 1.4426950408889634, -base[:, None])
-            e = tl.exp2(exponent)
-            if ENTROPY:
-                inside = tl.where((col < V)[None, :], e * exponent, 0.0)
-                moment = fade * (moment + total * shift) + tl.sum(inside, 1)
-            total = fade * total + tl.sum(e, 1)
-            ref2 = new
-            store_labelled(z, y, sy0, sy1, K, row, N, tile * BN, picked, LABELS, BN)
+            acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION)
+            for j in tl.static_range(PARTS):
+                raw = column_part(acc, j, PARTS, BM, BN)
+                start = tile * BN + j * (BN // PARTS)
+                col = start + tl.arange(0, BN // PARTS)
+                if TOP:
+                    key = order_key(decided(raw, vectors, col, row, STEPS, PRECISE))
+                    key = tl.where((col < V)[None, :], key, -2147483648)
+                    best = tl.max(key, 1)
+                    at = tl.min(tl.where(key == best[:, None], col[None, :], 2147483647), 1)
+                    where = tl.where(best > top, at, where)
+                    top = tl.maximum(best, top)
+                z = transform(raw, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
+                if SUM:
+                    weight = tl.full((BN // PARTS,), 1.0, tl.float32)
+                    if HAS_U:
+                        weight = tl.load(u + col, mask=col < V, other=0.0)
+                    weighted += tl.sum(tl.where((col < V)[None, :], z * weight[None, :], 0.0), 1)
+                if not EVEN:
+                    if start + BN // PARTS > V:
+                        z = tl.where((col < V)[None, :], z, float("-inf"))
+                new = tl.maximum(ref2, tl.max(z, 1) * 1.4426950408889634)
+                base = finite_or_zero(new)
+                shift = tl.where(tl.abs(ref2) < float("inf"), ref2, base) - base
+                fade = tl.exp2(shift)
+                exponent = tl.fma(z, 1.4426950408889634, -base[:, None])
+                e = tl.exp2(exponent)
+                if ENTROPY:
+                    inside = tl.where((col < V)[None, :], e * exponent, 0.0)
+                    moment = fade * (moment + total * shift) + tl.sum(inside, 1)
+                total = fade * total + tl.sum(e, 1)
+                ref2 = new
+                if LABELS > 0:
+                    if (here >> j) & 1 != 0:
+                        store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, BN // PARTS)
         if last:  # noqa: SIM102 (`and` on the device would evaluate both)
             if live != 0:
                 start, _, _ = partial_offset(block, slot, P, N, V, GROUP, BM, BN)

@@ -41,8 +41,7 @@ class Row(NamedTuple):
 TABLE = (
     Row((0,), "", 0, 0, 0, Tile(16, 32, 16, 2, 1, 1, False, 2)),
     Row((9, 10), "", 2, 64, 0, Tile(64, 256, 64, 1, 4, 3, False, 2)),
-    Row((9, 10), "stream", 2, 0, 0, Tile(128, 256, 64, 12, 8, 4)),
-    Row((9, 10), "", 2, 0, 0, Tile(128, 256, 64, 12, 8, 4, True, 4)),
+    Row((9, 10), "", 2, 0, 0, Tile(128, 256, 64, 12, 8, 3, True, 4)),
     Row((9, 10), "", 4, 0, 0, Tile(128, 128, 32, 12, 8, 3, False, 2)),
 )
 # Operands read through pointers: older chips, strides that TMA does not take
@@ -69,9 +68,7 @@ def device_of(device: torch.device) -> tuple[int, int]:
     return _device(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def tile_for(
-    kernel: str, tokens: int, hidden: int, itemsize: int, major: int, precision: str, tma: bool
-) -> Tile:
+def tile_for(kernel: str, tokens: int, hidden: int, itemsize: int, major: int, precision: str, tma: bool) -> Tile:
     """The tile of ``kernel`` ("stream", "exp" or "dlogits") for operands [tokens, hidden] of this itemsize.
 
     ``precision`` is the input precision of a float32 product, "ieee" or "tf32"; ``tma`` whether TMA reads them.

@@ -65,9 +65,7 @@ def sigmoid(x):
 
 
 @triton.jit
-def _stepped(
-    z, vectors, col, row, STEPS: tl.constexpr, J: tl.constexpr, DECIDE: tl.constexpr, PRECISE: tl.constexpr
-):
+def _stepped(z, vectors, col, row, STEPS: tl.constexpr, J: tl.constexpr, DECIDE: tl.constexpr, PRECISE: tl.constexpr):
     """z after step J. Rounding steps do nothing unless DECIDE."""
     op: tl.constexpr = STEPS[2 * J]
     value: tl.constexpr = STEPS[2 * J + 1]

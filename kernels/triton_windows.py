@@ -45,9 +45,7 @@ def _slice(head: Head, i: slice, v: slice) -> Head:
     """The head of one window. Labels keep counting from the whole vocabulary's first column."""
     cols = head.cols[:, v] if head.cols.numel() else head.cols
     rows = head.rows[:, i] if head.rows.numel() else head.rows
-    return Head(
-        head.h[i], head.w[v], head.y[i], cols, rows, head.u[v] if head.u.numel() else head.u, head.transform
-    )
+    return Head(head.h[i], head.w[v], head.y[i], cols, rows, head.u[v] if head.u.numel() else head.u, head.transform)
 
 
 def _slice_rows(grads: RowGrads, i: slice) -> RowGrads:
@@ -78,9 +76,7 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
         if n == 0:
             empty = {k: head.h.new_empty(0, dtype=torch.float32) for k in want - {"picked", "argmax"}}
             argmax = head.y.new_empty(0) if "argmax" in want else None
-            return RowStats(
-                **({"lse": head.h.new_empty(0, dtype=torch.float32)} | empty), picked=picked, argmax=argmax
-            )
+            return RowStats(**({"lse": head.h.new_empty(0, dtype=torch.float32)} | empty), picked=picked, argmax=argmax)
         s = launch.sweep("stream", head)
         part, part_top = launch.stream(s, want, picked if head.y.shape[1] else None)
         return RowStats(picked=picked, **launch.merge_statistics(s, part, part_top, want))
@@ -119,9 +115,7 @@ class _WeightGradient:
         return self.result
 
 
-def head_stats_backward(
-    head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows
-) -> HeadGrads:
+def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
     """Rebuilds dz window by window. dw needs no summing when a window holds all tokens."""
     head = _ready(head)
     n, vocab = len(head.h), len(head.w)
@@ -149,9 +143,7 @@ def head_stats_backward(
                 part = _slice(head, i, v)
                 window = buffer[: len(part.h)]
                 s = launch.sweep("dlogits", part)
-                sums = launch.dlogits(
-                    s, window, grads, rows.lse, rows.entropy, v.start, needs.cols, needs.rows
-                )
+                sums = launch.dlogits(s, window, grads, rows.lse, rows.entropy, v.start, needs.cols, needs.rows)
                 _add_vectors(part, sums, dcols, drows, i, v)
                 window = window[:, : len(part.w)]
                 if dw is not None:
@@ -199,9 +191,7 @@ def _sum_terms(head: Head, c: Tensor) -> tuple[Tensor, Tensor]:
     return r, f
 
 
-def head_loss(
-    head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
-) -> tuple[RowStats, HeadGrads]:
+def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
     """Statistics and gradients in one sweep where that is possible (`_fits_one_pass`), else in two."""
     head = _ready(head)
     if not _fits_one_pass(head, coefficients, needs, windows):
@@ -226,9 +216,7 @@ def head_loss(
         ref2 = new(tokens, dtype=torch.float32)
         slope = torch.empty_like(picked[:tokens] if varies_along_row(head.transform) else picked[:0])
         scaled = new((tokens, hidden)) if dw is not None and dh is None else None
-        wide = (
-            new((tokens, hidden), dtype=torch.float32) if dh is not None and narrow != torch.float32 else None
-        )
+        wide = new((tokens, hidden), dtype=torch.float32) if dh is not None and narrow != torch.float32 else None
         gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
         for i in cuts:
             part = _slice(head, i, whole)
@@ -237,15 +225,7 @@ def head_loss(
             totals = new((1 if total is None else 2, s.schedule.size), dtype=torch.float32)
             _exponentials(s, part, buffer[:m], ref2[:m], picked[i], slope, totals)
             # dh's own rows hold s ⊙ h until dw has used it
-            sh = (
-                None
-                if dw is None
-                else dh[i]
-                if dh is not None
-                else scaled[:m]
-                if scaled is not None
-                else None
-            )
+            sh = None if dw is None else dh[i] if dh is not None else scaled[:m] if scaled is not None else None
             row_total = None if total is None else total[i]
             grads = _slice_rows(coefficients, i)
             scale = launch.finalize(
@@ -273,15 +253,16 @@ def _exponentials(
     reference.
     """
     stream = launch.sweep("stream", part)
+    labels = launch.map_labels(s) if s.labels else None
     lse_only = frozenset({"lse"})
     if window.dtype == torch.float16:
         rows, _ = launch.stream(stream, lse_only, None)
         launch.merge_reference(stream, rows, ref2, -float(FLOAT16_SHIFT))
-        launch.exponentials(s, window, ref2, picked, slope, totals)
+        launch.exponentials(s, window, ref2, picked, slope, totals, labels)
         return
     launch.reference(s, ref2)
-    launch.exponentials(s, window, ref2, picked, slope, totals)
+    launch.exponentials(s, window, ref2, picked, slope, totals, labels)
     flags = launch.mark_unsafe(s, totals)
     rows, _ = launch.stream(stream, lse_only, None, flags)
     launch.merge_reference(stream, rows, ref2, 0.0, flags)
-    launch.exponentials(s, window, ref2, picked, slope, totals, flags)
+    launch.exponentials(s, window, ref2, picked, slope, totals, labels, flags)
