@@ -133,9 +133,10 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     dw = _WeightGradient(head.w, len(token_cuts), windows.accumulate) if needs.w else None
     with _on(head.h):
         buffer = _window(head, token_cuts[0].stop, vocab_cuts[0].stop)
-        wide = needs.h and len(vocab_cuts) > 1 and windows.accumulate != head.h.dtype
+        # always float32: a vocabulary is many windows, and a narrow sum over them loses to eager code
+        wide = needs.h and len(vocab_cuts) > 1 and head.h.dtype != torch.float32
         shape = (token_cuts[0].stop, head.h.shape[1])
-        dh_sum = head.h.new_empty(shape, dtype=windows.accumulate) if wide else None
+        dh_sum = head.h.new_empty(shape, dtype=torch.float32) if wide else None
         for i in token_cuts:
             rows = RowStats(stats.lse[i], entropy=None if stats.entropy is None else stats.entropy[i])
             grads = _slice_rows(upstream, i)
