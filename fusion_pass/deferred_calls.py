@@ -19,19 +19,7 @@ from torch.utils._pytree import tree_map_only
 from fusedhead import deferred_tables as tables
 from fusedhead.deferred_picks import Pick, Picks, picks
 from fusedhead.deferred_program import (
-    Const,
-    Group,
-    Leaf,
-    Made,
-    Mode,
-    Program,
-    Step,
-    Unreadable,
-    encode,
-    joined,
-    modes,
-    relocated,
-    shapes,
+    Const, Group, Leaf, Made, Mode, Program, Step, Unreadable, encode, joined, modes, relocated, shapes, unobserved,
 )  # fmt: skip
 from fusedhead.deferred_reading import (
     ALWAYS,
@@ -309,12 +297,12 @@ class Request:
         subjects, lineage = made[: len(self.subjects)], made[len(self.subjects) :]
         call = self.recorded
         try:
-            with torch._C.DisableTorchFunctionSubclass():
+            with unobserved():
                 guard, outcome = read_call(steps, subjects, self.leaves, exact, lineage, self.origin.memory)
         except DependsOnSizes:
             return ALWAYS, RESORT
         except Exception as error:  # never in the way: the plain tensor is always right
-            log.debug("deferred logits: %s could not be read", call.func, exc_info=True)
+            log.warning("fusedhead: %s of deferred logits could not be read", call.func, exc_info=True)
             guard, outcome = ALWAYS, Unread(f"{type(error).__name__}: {error}")
         if isinstance(outcome, Unread) and exact is None:
             name = getattr(call.func, "__name__", call.func)
@@ -336,12 +324,16 @@ class Request:
         sharing, subject = outcome.sharing, self.subjects[0]
         grad = self.recorded.mode.grad and not sharing.detached
         with subject._known.family.lock:
-            have: dict[str, Any] = {
-                n: known_statistic(subject, n, grad, sharing.relations) if n in sharing.shareable else None
-                for n in outcome.asks
-            }
-            if None in have.values():
-                have = self.sweep(outcome, grad)
+            have: dict[str, Any] = {}
+            for name in outcome.asks:
+                have[name] = (
+                    known_statistic(subject, name, grad, sharing.relations)
+                    if sharing.shareable.issuperset(outcome.asks)
+                    else None
+                )
+                if have[name] is None:
+                    have = dict(self.sweep(outcome, grad))
+                    break
         return [have[name] for name in outcome.asks]
 
     def sweep(self, outcome: Swept, grad: bool) -> dict[str, Tensor]:

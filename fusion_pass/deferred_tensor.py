@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from fusedhead.deferred_program import Leaf, Mode, Program, decode, encode, modes
+from fusedhead.deferred_program import Leaf, Mode, Program, decode, encode, modes, unobserved
 from fusedhead.deferred_reading import Guard, Outcome
 from fusedhead.deferred_tables import METADATA
 from fusedhead.returned import Recipe
@@ -80,7 +80,7 @@ class Recorded:
 
     def layouts(self) -> tuple[list[Layout], Any]:
         """The layouts of the results, found on fake tensors, and the container they come in (None: a single one)."""
-        with FakeTensorMode() as fakes, torch._C.DisableTorchFunctionSubclass():
+        with unobserved(), FakeTensorMode() as fakes:
             like = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in self.tensors]
             with modes(self.mode, self.tensors[0].device.type), fakes:
                 result = self.on(like)

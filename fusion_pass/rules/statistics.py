@@ -72,6 +72,8 @@ def argmax_of(context: Context, logits: Logits, keepdim: bool, val: Any) -> Term
 
 @rule(aten.argmax.default)
 def argmax(context: Context, value: Any, dim: int | None = None, keepdim: bool = False) -> Terminal:
+    if isinstance(value, LogProbs) and value.val.dtype == torch.float32 and value.factor > 0:
+        value = value.of  # z - lse in float32 orders the classes as z does, up to the rounding of z itself
     if isinstance(value, (LogProbs, Probs)):
         # rounded to a low precision, different logits may have equal (log-)probabilities
         raise Escape("argmax is taken of probabilities, whose rounding may tie what the logits tell apart")

@@ -1,0 +1,94 @@
+"""A model that returns logits, compiled with the pass alone, and a counter of what runs on its logits.
+
+It must not know what is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedhead.deferred import DeferredLogits
+from fusedhead.report import Report
+from tests.eager_stack import backend
+
+B, T, D, V = 2, 6, 16, 1024
+
+
+class Model(nn.Module):
+    """[B, T] tokens to [B, T, V] logits."""
+
+    def __init__(self, after: Callable[[Tensor], Any] = lambda z: z, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(V, D)
+        self.mix = nn.Linear(D, D)
+        self.lm_head = nn.Linear(D, V, bias=False)
+        self.after = after
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.after(self.lm_head(torch.tanh(self.mix(self.embed(x)))))
+
+
+def tokens(rows: int = B, length: int = T) -> Tensor:
+    return torch.randint(0, V, (rows, length))
+
+
+def deferring(model: nn.Module, reports: Report | None = None, logits: str = "deferred", **options: Any) -> Any:
+    """``model`` through Dynamo and the pass, without Inductor."""
+    found = Report() if reports is None else reports
+    return torch.compile(model, backend=backend(found.extend, **{"fusedhead.logits": logits}), **options)
+
+
+class Operations(TorchDispatchMode):
+    """The names of the ops that run, and which of them make something of [rows, V]."""
+
+    def __init__(self, rows: int = B * (T - 1)) -> None:
+        super().__init__()
+        self.rows = rows
+        self.fused: list[str] = []
+        self.large: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "fusedhead":
+            self.fused.append(func._opname)
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+                if value.numel() >= self.rows * V and value.shape[-1:] == (V,) and value.dtype.is_floating_point:
+                    self.large.append(func._opname)
+        return result
+
+
+def is_deferred(tensor: Any) -> bool:
+    """Whether a tensor is deferred logits that were not computed so far."""
+    return isinstance(tensor, DeferredLogits) and tensor._plain is None
+
+
+def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def compare(
+    model: nn.Module, loss: Callable[[Any], Tensor], x: Tensor, rows: int = B * (T - 1), **tolerances: float
+) -> Operations:
+    """Value and gradients of ``loss(model(x))``, eager against deferred; what ran on the deferred logits."""
+    expected = loss(model(x))
+    wanted = gradients(model, expected)
+    output = deferring(model)(x)
+    with Operations(rows) as ran:
+        value = loss(output)
+        found = gradients(model, value)
+    limits = {"rtol": 1e-5, "atol": 1e-6, **tolerances}
+    torch.testing.assert_close(value, expected, **limits)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, **limits)
+    return ran

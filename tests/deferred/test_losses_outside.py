@@ -1,0 +1,292 @@
+"""Losses as public training code writes them outside of the compiled model: answered by the fused ops, equally right.
+
+Each function is our own rendering of a form in patterns of litgpt, Transformers, TRL, torchtune, torchtitan,
+lm-evaluation-harness; none may make a tensor of the logits' size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.deferred.heads import B, T, V, Model, Operations, compare, deferring, tokens
+
+Y = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
+MASK = torch.tensor([[1, 1, 0, 1, 0, 1], [0, 1, 1, 1, 1, 0]]).bool()
+ONE_SWEEP = ["head_stats", "head_stats_backward"]
+IN_THE_FORWARD = ["head_loss"]
+
+
+def flattened(z: Tensor) -> Tensor:
+    return F.cross_entropy(z.view(-1, z.size(-1)), Y.view(-1))
+
+
+def shifted_by_slicing(z: Tensor) -> Tensor:
+    """The older Transformers models, and most scripts."""
+    z, y = z[..., :-1, :].contiguous(), Y[..., 1:].contiguous()
+    return F.cross_entropy(z.view(-1, V).float(), y.view(-1).to(z.device))
+
+
+def shifted_by_padding(z: Tensor) -> Tensor:
+    y = F.pad(Y, (0, 1), value=-100)[..., 1:].contiguous()
+    return F.cross_entropy(z.float().view(-1, V), y.view(-1), ignore_index=-100, reduction="sum") / 7
+
+
+def classes_second(z: Tensor) -> Tensor:
+    return F.cross_entropy(z.transpose(1, 2), Y)
+
+
+def smoothed_natively(z: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, 1), Y.flatten(), label_smoothing=0.1)
+
+
+def criterion(z: Tensor) -> Tensor:
+    return torch.nn.CrossEntropyLoss(ignore_index=3)(z.reshape(-1, V), Y.reshape(-1))
+
+
+def log_softmax_and_nll(z: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(z, dim=-1).flatten(0, 1), Y.flatten())
+
+
+def masked_logits(z: Tensor) -> Tensor:
+    return F.cross_entropy(z[MASK], Y[MASK])
+
+
+def torchtitan(z: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, 1).float(), Y.flatten(0, 1), reduction="sum", ignore_index=-100) / 11
+
+
+def per_token_log_probabilities(z: Tensor) -> Tensor:
+    """DPO and its relatives."""
+    z, y = z[:, :-1], Y[:, 1:].clone()
+    keep = y != 5
+    y[~keep] = 0
+    logps = torch.gather(z.log_softmax(-1), dim=2, index=y.unsqueeze(2)).squeeze(2)
+    return -F.logsigmoid((logps * keep).sum(-1)).mean()
+
+
+def label_smoother(z: Tensor) -> Tensor:
+    """Transformers' Trainer with label_smoothing_factor."""
+    z, y = z[..., :-1, :].contiguous(), Y[..., 1:].contiguous()
+    log_probs = -F.log_softmax(z, dim=-1)
+    if y.dim() == log_probs.dim() - 1:
+        y = y.unsqueeze(-1)
+    padding = y.eq(-100)
+    y = torch.clamp(y, min=0)
+    nll = log_probs.gather(dim=-1, index=y)
+    smooth = log_probs.sum(dim=-1, keepdim=True, dtype=torch.float32)
+    nll.masked_fill_(padding, 0.0)
+    smooth.masked_fill_(padding, 0.0)
+    counted = padding.numel() - padding.long().sum()
+    return 0.9 * nll.sum() / counted + 0.1 * smooth.sum() / (counted * log_probs.shape[-1])
+
+
+def selective_log_softmax(z: Tensor) -> Tensor:
+    """TRL, in float32: one logsumexp a sequence."""
+    z, index = z[:, :-1] / 0.7, Y[:, 1:]
+    chosen = torch.gather(z, dim=-1, index=index.unsqueeze(-1)).squeeze(-1)
+    lse = torch.stack([torch.logsumexp(row, dim=-1) for row in z])
+    ratio = torch.exp(chosen - lse - (chosen - lse).detach())
+    return -(ratio * torch.linspace(-1, 1, ratio.numel()).view_as(ratio)).mean()
+
+
+def selective_log_softmax_by_rows(z: Tensor) -> Tensor:
+    """TRL, in bfloat16: one log_softmax a sequence."""
+    found = []
+    for row, index in zip(z, Y):
+        found.append(F.log_softmax(row, dim=-1).gather(dim=-1, index=index.unsqueeze(-1)).squeeze(-1))
+    return -torch.stack(found).mean()
+
+
+def entropy_bonus(z: Tensor) -> Tensor:
+    """TRL's entropy_from_logits, by chunks of rows."""
+    flat, found = z.reshape(-1, z.shape[-1]), []
+    for chunk in flat.split(5, dim=0):
+        logps = F.log_softmax(chunk, dim=-1)
+        found.append(-(torch.exp(logps) * logps).sum(-1))
+    return torch.cat(found).reshape(z.shape[:-1]).mean()
+
+
+def policy_and_entropy(z: Tensor) -> Tensor:
+    logps = selective_log_softmax(z)
+    with torch.no_grad():
+        entropy = entropy_bonus(z[:, :-1] / 0.7)
+    return logps * (1 + 0 * entropy)
+
+
+def litgpt_chunks_after_the_head(z: Tensor) -> Tensor:
+    pieces = [piece.reshape(-1, z.size(-1)) for piece in z.split(2, dim=1)]
+    labels = [piece.reshape(-1) for piece in Y.split(2, dim=1)]
+    losses = [F.cross_entropy(p, y, ignore_index=-100, reduction="none") for p, y in zip(pieces, labels)]
+    return torch.cat(losses).sum() / max(1, int((Y != -100).sum()))
+
+
+def torchtune_chunked_output(z: Tensor) -> Tensor:
+    chunks = [chunk.reshape(-1, chunk.size(-1)) for chunk in z.chunk(3, dim=1)]
+    labels = [chunk.reshape(-1) for chunk in Y.chunk(3, dim=1)]
+    total = torch.zeros(())
+    for chunk, y in zip(chunks, labels):
+        total = total + F.cross_entropy(chunk.float(), y, ignore_index=-100, reduction="sum")
+    return total / (Y != -100).sum()
+
+
+def with_z_loss(z: Tensor) -> Tensor:
+    flat = z.view(-1, V)
+    return F.cross_entropy(flat, Y.view(-1)) + 1e-2 * torch.logsumexp(flat, -1).pow(2).mean()
+
+
+def unmasked_token_loop(z: Tensor) -> Tensor:
+    return sum(F.cross_entropy(z[i, 1:-1], Y[i, 1:-1]) for i in range(B)) / B
+
+
+FORMS: dict[Callable[[Tensor], Tensor], list[str]] = {
+    flattened: IN_THE_FORWARD,
+    shifted_by_slicing: IN_THE_FORWARD,
+    shifted_by_padding: IN_THE_FORWARD,
+    classes_second: IN_THE_FORWARD,
+    smoothed_natively: IN_THE_FORWARD,
+    criterion: IN_THE_FORWARD,
+    log_softmax_and_nll: IN_THE_FORWARD,
+    masked_logits: IN_THE_FORWARD,
+    torchtitan: IN_THE_FORWARD,
+    per_token_log_probabilities: ONE_SWEEP,
+    label_smoother: ONE_SWEEP,
+    selective_log_softmax: ONE_SWEEP,
+    selective_log_softmax_by_rows: ["head_stats"] * 2 + ["head_stats_backward"] * 2,
+    entropy_bonus: ONE_SWEEP,
+    policy_and_entropy: ["head_stats", "head_stats", "head_stats_backward"],
+    litgpt_chunks_after_the_head: ["head_stats"] * 3 + ["head_stats_backward"] * 3,
+    torchtune_chunked_output: ["head_stats"] * 3 + ["head_stats_backward"] * 3,
+    with_z_loss: ["head_loss", *ONE_SWEEP],
+    unmasked_token_loop: ["head_stats"] * 2 + ["head_stats_backward"] * 2,
+}
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_a_loss_outside_is_answered_by_the_fused_ops(form: Callable[[Tensor], Tensor]) -> None:
+    ran = compare(Model(), form, tokens())
+    assert ran.fused == FORMS[form]
+    assert ran.large == []
+
+
+def cap(z: Tensor) -> Tensor:
+    return 30 * torch.tanh(z / 30)
+
+
+def test_what_the_model_does_to_its_logits_goes_along() -> None:
+    ran = compare(Model(lambda z: cap(z).float()), shifted_by_slicing, tokens())
+    assert (ran.fused, ran.large) == (IN_THE_FORWARD, [])
+
+
+def test_log_probabilities_that_are_returned_are_deferred_too() -> None:
+    model = Model(lambda z: F.log_softmax(z, -1))
+    ran = compare(model, lambda lp: F.nll_loss(lp.view(-1, V), Y.view(-1)), tokens())
+    assert (ran.fused, ran.large) == (IN_THE_FORWARD, [])
+
+
+def test_loglikelihoods_and_greedy_matches_of_an_evaluation() -> None:
+    """As lm-evaluation-harness: log_softmax of the batch, then a piece of each row."""
+    model, x = Model(), tokens(8, 9)
+
+    def answers(z: Tensor) -> list[tuple[float, bool]]:
+        found = []
+        for row, continuation, length in zip(F.log_softmax(z, dim=-1), x, (2, 3, 1, 2, 4, 2, 3, 2)):
+            row, wanted = row[8 - length : 8].unsqueeze(0), continuation[-length:].unsqueeze(0)
+            greedy = row.argmax(dim=-1)
+            chosen = torch.gather(row, 2, wanted.unsqueeze(-1)).squeeze(-1)
+            found.append((float(chosen.sum()), bool((greedy == wanted).all())))
+        return found
+
+    with torch.no_grad():
+        expected = answers(model(x))
+        z = deferring(model)(x)
+        with Operations(1) as ran:
+            got = answers(z)
+    assert [g for _, g in got] == [g for _, g in expected]
+    torch.testing.assert_close(torch.tensor([v for v, _ in got]), torch.tensor([v for v, _ in expected]))
+    assert ran.fused == ["head_stats"] * 16
+    assert ran.large == []
+
+
+def test_accuracy_beside_the_loss_needs_no_logits() -> None:
+    model, x = Model(), tokens()
+    z, expected = deferring(model)(x), model(x)
+    with Operations() as ran:
+        loss, guess = flattened(z), z.argmax(-1)
+        top = z.detach().max(-1)
+    assert torch.equal(guess, expected.argmax(-1))
+    assert torch.equal(top.indices, expected.max(-1).indices)
+    torch.testing.assert_close(top.values, expected.max(-1).values)
+    assert (ran.fused, ran.large) == (["head_loss", "head_stats", "head_stats"], [])
+    loss.backward()
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    model = Model()
+    model.lm_head.requires_grad_(False)
+    ran = compare(model, shifted_by_slicing, tokens())
+    assert (ran.fused, ran.large) == (IN_THE_FORWARD, [])
+
+
+def test_bfloat16_is_as_right_as_eager() -> None:
+    model, x = Model(dtype=torch.bfloat16), tokens()
+    truth = shifted_by_slicing(Model.forward(model.double(), x))
+    model.bfloat16()
+    eager = shifted_by_slicing(model(x))
+    fused = shifted_by_slicing(deferring(model)(x))
+    assert fused.dtype == eager.dtype
+    assert abs(fused.double() - truth) <= abs(eager.double() - truth) + 1e-3
+
+
+def test_ambient_autocast_means_what_it_means_in_eager_code() -> None:
+    model, x = Model(), tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager = flattened(model(x))
+        z = deferring(model)(x)
+        with Operations() as ran:
+            fused = flattened(z)
+    assert (z.dtype, fused.dtype) == (torch.bfloat16, eager.dtype)
+    torch.testing.assert_close(fused, eager, atol=5e-3, rtol=0)
+    assert (ran.fused, ran.large) == (IN_THE_FORWARD, [])
+
+
+def test_an_all_ignored_mean_is_nan() -> None:
+    z = deferring(Model())(tokens())
+    assert F.cross_entropy(z.view(-1, V), torch.full((B * T,), -100)).isnan()
+
+
+def test_a_label_out_of_range_raises_as_in_eager_code() -> None:
+    z = deferring(Model())(tokens())
+    with pytest.raises(IndexError, match="1024 is out of"):
+        F.cross_entropy(z.view(-1, V), torch.full((B * T,), V))
+
+
+def test_other_numbers_of_tokens_are_not_learnt_again(caplog: pytest.LogCaptureFixture) -> None:
+    from fusedhead import deferred_calls
+
+    model, readings = Model(), []
+    original = deferred_calls.read_call
+    compiled = deferring(model, dynamic=True)
+
+    def counted(*args: object) -> object:
+        readings.append(args)
+        return original(*args)
+
+    deferred_calls.read_call = counted
+    try:
+        for rows, length in ((2, 6), (3, 7), (5, 11), (4, 9), (3, 8)):
+            x = tokens(rows, length)
+            z, y = compiled(x), tokens(rows, length)
+            expected = model(x)
+            for logits in (z, expected):
+                shift = logits[..., :-1, :].contiguous().view(-1, V)
+                found = F.cross_entropy(shift, y[..., 1:].reshape(-1))
+                logits_loss = found if logits is z else logits_loss  # noqa: F821
+            torch.testing.assert_close(logits_loss, found)
+    finally:
+        deferred_calls.read_call = original
+    assert len(readings) <= 2
