@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+import fusedhead.lowering.scale  # noqa: F401  registers torch.ops.fusedhead.scale
+
 ONCE = "a fused head can be differentiated once: double backward through it is not supported"
 
 
@@ -97,12 +99,6 @@ def _empty(x: Tensor) -> bool:
     return statically_known_true(x.numel() == 0)
 
 
-def _scaled(d: Tensor, scale: Tensor) -> Tensor:
-    """d · scale rounded once: the scale itself is never rounded to d's dtype."""
-    wide = d.dtype if d.dtype == torch.float64 else torch.float32
-    return (d.to(wide) * scale.to(wide)).to(d.dtype)
-
-
 def _backward_loss(
     ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, g_sum: Tensor | None, *_: None
 ) -> tuple:
@@ -121,7 +117,8 @@ def _backward_loss(
         return (None,) * 17
     # The gradients left the op as constants, so that a second differentiation has to be refused by hand.
     scale = upstream_scale(pairs)
-    scaled = (_scaled(d, scale) if need else None for d, need in zip(grads, needs))
+    times = torch.ops.fusedhead.scale.default
+    scaled = (times(d, scale) if need else None for d, need in zip(grads, needs))
     dh, dw, dcols, drows = (
         _Once.apply(d.requires_grad_()) if d is not None and torch.is_grad_enabled() else d for d in scaled
     )

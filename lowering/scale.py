@@ -1,0 +1,57 @@
+"""The op that multiplies a finished gradient by the gradient of the loss, in its two forms.
+
+    scale(Tensor x, Tensor g) -> Tensor        g·x, a new tensor
+    scale_(Tensor(a!) x, Tensor g) -> ()        the same in place; where g is 1 nothing is read or written
+
+The autograd formula of `head_loss` calls the first; a compiled backward whose saved gradient nobody else can see gets
+the second (`fusedhead.donated`). g is a 0-d tensor of any floating dtype; the product is rounded once. It must not
+know about heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# |g - 1| below which g·x rounds back to x, whatever x: less than half a unit in the last place
+UNMOVED = {torch.bfloat16: 2.0**-11, torch.float16: 2.0**-14}
+LIBRARY = torch.library.Library("fusedhead", "FRAGMENT")
+LIBRARY.define("scale(Tensor x, Tensor g) -> Tensor")
+LIBRARY.define("scale_(Tensor(a!) x, Tensor g) -> ()")
+
+
+def _scaled(x: Tensor, g: Tensor) -> Tensor:
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    return (x.to(wide) * g.to(wide)).to(x.dtype)
+
+
+def _out_of_place(x: Tensor, g: Tensor) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    _in_place(out, g)
+    return out
+
+
+def _in_place(x: Tensor, g: Tensor) -> None:
+    if x.is_cuda and x.is_contiguous() and x.dtype != torch.float64:
+        from fusedhead.kernels.triton_scale import scale_in_place
+
+        scale_in_place(x, g, UNMOVED.get(x.dtype, 0.0))
+    elif x.device.type != "cpu":
+        x.copy_(_scaled(x, g))
+    elif not abs(float(g.to(torch.float32)) - 1) <= UNMOVED.get(x.dtype, 0.0):  # on the CPU the number is at hand
+        for part in x.view(-1).split(1 << 18) if x.is_contiguous() else (x,):
+            part.copy_(_scaled(part, g))
+
+
+LIBRARY.impl("scale", _out_of_place, "CompositeExplicitAutograd")
+LIBRARY.impl("scale_", _in_place, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fusedhead::scale", lib=LIBRARY)
+def _fake_scale(x: Tensor, g: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("fusedhead::scale_", lib=LIBRARY)
+def _fake_scale_(x: Tensor, g: Tensor) -> None:
+    return None
