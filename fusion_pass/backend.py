@@ -19,6 +19,7 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 from fusedhead import observe as observing
 from fusedhead.deferred import deferring
 from fusedhead.deferred_inputs import any_deferred, spread
+from fusedhead.donated import scale_in_place
 from fusedhead.fusion import Wrap, fuse_graph, unwrapped
 from fusedhead.lowering.cache_key import source_hash
 from fusedhead.options import Options, split
@@ -33,19 +34,22 @@ class FusedHeadError(RuntimeError):
 
 
 class KeyedBySource(CustomGraphPass):
-    """A pass that does nothing but put this package's sources into the compile caches' keys.
+    """A pass whose key in the compile caches is this package's sources.
 
     AOTAutograd's key knows the rewritten graph, not the Python behind its ops: without this, upgrading the
-    package would keep serving compiled graphs with the old backward (pytorch#144344). A pass the user had
-    configured is run, and keyed, as before.
+    package would keep serving compiled graphs with the old backward (pytorch#144344). Passes the user had
+    configured are run, and keyed, as before; ``own`` comes last.
     """
 
-    def __init__(self, users: Any) -> None:
+    def __init__(self, users: Any, own: Callable[[Graph], None] | None = None) -> None:
         self.users = list(users) if isinstance(users, (list, tuple)) else [users] if users else []
+        self.own = own
 
     def __call__(self, graph: Graph) -> None:
         for users_pass in self.users:
             users_pass(graph)
+        if self.own is not None:
+            self.own(graph)
 
     def uuid(self) -> Any:
         keys = [users_pass.uuid() if hasattr(users_pass, "uuid") else None for users_pass in self.users]
@@ -160,8 +164,14 @@ def keyed(config: dict[str, Any]) -> dict[str, Any]:
     """Inductor's settings with this package's sources in the keys of its caches."""
     from torch._inductor import config as inductor_config
 
-    users = config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
-    return {**config, "joint_custom_pre_pass": KeyedBySource(users)}
+    def setting(name: str) -> Any:
+        return config.get(name, getattr(inductor_config, name))
+
+    passes = {"joint_custom_pre_pass": KeyedBySource(setting("joint_custom_pre_pass"))}
+    cuda_graphs = config.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
+    if not setting("post_grad_custom_post_pass") and not cuda_graphs:
+        passes["post_grad_custom_post_pass"] = KeyedBySource(None, scale_in_place)
+    return {**config, **passes}
 
 
 def compile_graph(
