@@ -40,6 +40,7 @@ from fusedhead.deferred_tensor import (
     Recorded,
     State,
     check_fresh,
+    is_adopted,
     linked,
     plain,
     state,
@@ -76,7 +77,7 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         code = encode(args, local), encode(kwargs, local)
     except Unreadable:
         return compute(func, args, kwargs)
-    tensors = [t._plain if isinstance(t, DeferredLogits) and t._plain is not None else t for t in found]
+    tensors = [resolved(t) for t in found]
     subjects = [t for t in tensors if isinstance(t, DeferredLogits)]
     origins = {id(t._known.origin) for t in subjects}
     if len(origins) != 1 or not all(map(readable, tensors)):
@@ -104,6 +105,13 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 DeferredLogits.handler = staticmethod(call)
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """Deferred logits that exist by now, or whose gradient is another's business, as the plain tensor."""
+    if not isinstance(tensor, DeferredLogits) or (tensor._plain is None and not is_adopted(tensor)):
+        return tensor
+    return plain(tensor)
 
 
 class NotRecorded(Exception):
@@ -196,7 +204,7 @@ class Request:
         """Deferred logits for the result."""
         call, origin = self.recorded, self.origin
         key = (self.what, tuple(
-            t._known.layout if isinstance(t, DeferredLogits) else (t.shape, t.stride(), t.dtype)
+            t._known.layout if isinstance(t, DeferredLogits) else (t.shape, t.stride(), t.dtype, t.requires_grad)
             for t in call.tensors
         ))  # fmt: skip
         known = origin.recorded.get(key)

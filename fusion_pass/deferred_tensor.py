@@ -37,6 +37,7 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    grad: bool  # whether a gradient flows through it
 
 
 @dataclass(eq=False)
@@ -81,12 +82,15 @@ class Recorded:
     def layouts(self) -> tuple[list[Layout], Any]:
         """The layouts of the results, found on fake tensors, and the container they come in (None: a single one)."""
         with unobserved(), FakeTensorMode() as fakes:
-            like = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in self.tensors]
+            like = [
+                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device, requires_grad=t.requires_grad)
+                for t in self.tensors
+            ]
             with modes(self.mode, self.tensors[0].device.type), fakes:
                 result = self.on(like)
         many = None if isinstance(result, Tensor) else type(result)
         results = [result] if many is None else list(result)
-        return [Layout(tuple(r.shape), tuple(r.stride()), r.dtype) for r in results], many
+        return [Layout(tuple(r.shape), tuple(r.stride()), r.dtype, r.requires_grad) for r in results], many
 
 
 @dataclass(eq=False)
@@ -138,7 +142,7 @@ class DeferredLogits(Tensor):
 
     @staticmethod
     def __new__(cls, known: Knowledge) -> DeferredLogits:
-        shape, stride, dtype = known.layout
+        shape, stride, dtype, _ = known.layout
         self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, stride, dtype=dtype, device=known.leaves[0].device
         )
@@ -190,7 +194,7 @@ class DeferredLogits(Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], constant: Any, shape: Any, stride: Any) -> DeferredLogits:
         program, dtype = constant
-        return traced(program, tuple(inner.values()), Layout(shape, stride, dtype))
+        return traced(program, tuple(inner.values()), Layout(shape, stride, dtype, False))
 
 
 def numbers(tensor: DeferredLogits) -> Tensor:
@@ -241,10 +245,25 @@ class Link(torch.autograd.Function):
 
 def linked(known: Knowledge) -> DeferredLogits:
     """Deferred logits that autograd knows of."""
-    recorded = known.recorded
-    if not (recorded.mode.grad and known.layout.dtype.is_floating_point):
-        return DeferredLogits(known)
-    return Link.apply(known, *recorded.tensors)
+    return Link.apply(known, *known.recorded.tensors) if known.layout.grad else DeferredLogits(known)
+
+
+class Adopted(torch.autograd.Function):
+    """The numbers of deferred logits that another autograd function has made its result: its gradient counts."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DeferredLogits) -> Tensor:
+        return made_by_call(tensor._known).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def is_adopted(tensor: DeferredLogits) -> bool:
+    """Whether an autograd function made the tensor, in its forward, and returned it."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.requires_grad and not tensor._known.layout.grad
 
 
 def state(tensor: Tensor) -> State:
@@ -279,6 +298,10 @@ def plain(tensor: DeferredLogits) -> Tensor:
         if tensor._plain is None:
             if known.recorded.result is None:
                 check_fresh(known)
-            result = known.recorded.made()
-            tensor._plain = result if known.part is None else result[known.part]
+            tensor._plain = Adopted.apply(tensor) if is_adopted(tensor) else made_by_call(known)
     return tensor._plain
+
+
+def made_by_call(known: Knowledge) -> Tensor:
+    result = known.recorded.made()
+    return result if known.part is None else result[known.part]
