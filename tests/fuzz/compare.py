@@ -28,7 +28,6 @@ from tests.eager_stack import backend
 from tests.fuzz.program import Case, make_inputs, program, truth
 
 ULPS = 16
-LOGITS = {"fusedhead.logits": "eager"}
 VERSION = "modified by an inplace operation"  # an error of eager autograd that compiled programs do not always have
 CHANGED_DECISIONS = 0.25  # share of a low-precision output that may differ where it hangs on comparisons of logits
 
@@ -86,7 +85,7 @@ def worst(a: Tensor, b: Tensor, where: Tensor) -> float:
 
 
 def same(name: str, got: Any, eager: Any, true: Any, case: Case) -> str:
-    """"" when one tensor agrees, else a sentence."""
+    """ "" when one tensor agrees, else a sentence."""
     if not isinstance(eager, Tensor) or not isinstance(got, Tensor):
         return "" if type(got) is type(eager) and got == eager else f"{name}: {got!r} instead of {eager!r}"
     for what in ("dtype", "shape", "requires_grad"):
@@ -118,11 +117,12 @@ def same(name: str, got: Any, eager: Any, true: Any, case: Case) -> str:
 
 def compiled_by(stack: str, case: Case, report: Report) -> Callable[..., Any]:
     """The program compiled: "eager" runs the rewritten graph as it is, the others hand it on."""
+    options = {"fusedhead.logits": case.logits}
     if stack == "eager":
-        return torch.compile(program(case), backend=backend(report.extend, **LOGITS), dynamic=case.dynamic or None)
+        return torch.compile(program(case), backend=backend(report.extend, **options), dynamic=case.dynamic or None)
 
     def inductor(gm: Any, example_inputs: Any) -> Any:
-        return compile_with(gm, example_inputs, options=LOGITS, observe=report.extend)
+        return compile_with(gm, example_inputs, options=options, observe=report.extend)
 
     return torch.compile(program(case), backend=inductor, dynamic=case.dynamic or None)
 

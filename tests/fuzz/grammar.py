@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 
 from tests.fuzz.losses import TERMINALS, reduce, side
-from tests.fuzz.projections import align, hidden, project
 from tests.fuzz.program import Case
+from tests.fuzz.projections import align, hidden, project
 from tests.fuzz.transforms import MOVES, STEPS
 from tests.fuzz.writer import Logits, Writer
 
@@ -44,6 +44,8 @@ def head(w: Writer, h: str, flat: bool, rows: Logits | None) -> Logits:
     z = change(w, project(w, h, flat, aligned))
     if w.chance(0.12):
         interfere(w, h, z)
+    if w.chance(0.03):
+        w.line("torch._dynamo.graph_break()")
     return z
 
 
@@ -69,7 +71,9 @@ def chunked(w: Writer, z: Logits) -> str:
         if z.class_dim != z.rank - 1 and last == "zc":
             last = "zc.movedim(0, -1)"
         ignore = f", ignore_index={w.ignore}, reduction='{w.pick(['mean', 'sum'])}'"
-        w.line(f"{total} {w.pick(['+=', '='])} {'' if w.chance(0.5) else '0.5 * '}F.cross_entropy({last}.reshape(-1, {z.vocab}), yc.reshape(-1){ignore})")
+        weight = "" if w.chance(0.5) else "0.5 * "
+        one_loss = f"F.cross_entropy({last}.reshape(-1, {z.vocab}), yc.reshape(-1){ignore})"
+        w.line(f"{total} {w.pick(['+=', '='])} {weight}{one_loss}")
     return total
 
 
@@ -77,10 +81,11 @@ def whole_loss(w: Writer, h: str, flat: bool, previous: Logits | None) -> tuple[
     z = head(w, h, flat, previous)
     if w.chance(0.06):
         return chunked(w, z), z
-    l = loss(w, z)
+    found = loss(w, z)
     if w.chance(0.2):
-        l = w.let("l", f"{l} + {w.pick(['0.1', '1.0', '0.0'])} * {loss(w, change(w, z) if w.chance(0.3) else z)}")
-    return l, z
+        second = loss(w, change(w, z) if w.chance(0.3) else z)
+        found = w.let("l", f"{found} + {w.pick(['0.1', '1.0', '0.0'])} * {second}")
+    return found, z
 
 
 def checkpointed(w: Writer, h: str, flat: bool) -> tuple[str, Logits]:
@@ -89,8 +94,8 @@ def checkpointed(w: Writer, h: str, flat: bool) -> tuple[str, Logits]:
     aligned = align(w, flat)
     with w.block(f"def {inner}(h):"):
         z = change(w, project(w, "h", flat, aligned))
-        l = loss(w, z)
-        w.line(f"return {w.pick([l, l, f'{l}, {z.name}'])}")
+        found = loss(w, z)
+        w.line(f"return {w.pick([found, found, f'{found}, {z.name}'])}")
     returned = str(w.stack[-1][-1].body[-1])  # type: ignore[union-attr]
     w.returns = [r for r in w.returns if r.startswith("outer")]  # what was given inside is not visible out here
     if "," in returned:
@@ -104,24 +109,34 @@ def checkpointed(w: Writer, h: str, flat: bool) -> tuple[str, Logits]:
 def draw(seed: str | int) -> Case:
     """The program of a seed."""
     rng = random.Random(seed)
-    w = Writer(rng, sizes(rng), rng.choice(["float32", "float32", "float32", "bfloat16"]), rng.choice([-100, -100, -100, -1, 0]))
+    w = Writer(
+        rng,
+        sizes(rng),
+        rng.choice(["float32", "float32", "float32", "bfloat16"]),
+        rng.choice([-100, -100, -100, -1, 0]),
+    )
     flat = w.chance(0.3)
     h = hidden(w, flat)
     if w.chance(0.08):
-        l, z = checkpointed(w, h, flat)
+        found, z = checkpointed(w, h, flat)
     else:
         with w.maybe(0.06, 'with torch.autocast("cpu", torch.bfloat16):'):
-            l, z = whole_loss(w, h, flat, None)
+            found, z = whole_loss(w, h, flat, None)
             if w.chance(0.12):
                 other, _ = whole_loss(w, h, flat, None)
-                l = w.let("l", f"{l} + {other}")
+                found = w.let("l", f"{found} + {other}")
             for _ in range(w.pick([0, 0, 0, 1, 1, 2])):
                 side(w, z)
         if w.chance(0.05):
             w.line(f"{h}.detach().add_(0.1)")
     if w.chance(0.1):
-        l = w.let("l", f"{l} + 0.01 * {h}.float().pow(2).mean()")
+        found = w.let("l", f"{found} + 0.01 * {h}.float().pow(2).mean()")
     elif w.chance(0.05):
-        w.line(f"{l} += 0.5")
-    w.returns.insert(0 if w.chance(0.8) else len(w.returns), l)
-    return w.case(dynamic=w.chance(0.15), ambient_autocast=w.chance(0.08), no_grad=w.chance(0.06))
+        w.line(f"{found} += 0.5")
+    w.returns.insert(0 if w.chance(0.8) else len(w.returns), found)
+    return w.case(
+        dynamic=w.chance(0.15),
+        ambient_autocast=w.chance(0.08),
+        no_grad=w.chance(0.06),
+        logits=w.pick(["eager", "deferred"]),
+    )

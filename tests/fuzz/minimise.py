@@ -66,7 +66,13 @@ def smaller(case: Case) -> Iterator[Case]:
             yield replace(case, returns=tuple(r for r in case.returns if r != name))
     for body in smaller_bodies(case.body):
         yield replace(case, body=body)
-    for option, plain in (("dynamic", False), ("ambient_autocast", False), ("no_grad", False), ("dtype", "float32")):
+    for option, plain in (
+        ("dynamic", False),
+        ("ambient_autocast", False),
+        ("no_grad", False),
+        ("logits", "eager"),
+        ("dtype", "float32"),
+    ):
         if getattr(case, option) != plain:
             yield replace(case, **{option: plain})
     for name in case.inputs:

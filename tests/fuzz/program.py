@@ -44,6 +44,7 @@ class Case:
     dynamic: bool = False
     ambient_autocast: bool = False
     no_grad: bool = False
+    logits: str = "eager"  # what the caller gets in the place of returned logits
     decisions: frozenset[str] = field(default_factory=frozenset)  # outputs that hang on comparisons of logits
 
     def __str__(self) -> str:
@@ -118,9 +119,16 @@ def as_test(case: Case) -> str:
         "dynamic": case.dynamic,
         "ambient_autocast": case.ambient_autocast,
         "no_grad": case.no_grad,
+        "logits": case.logits,
         "decisions": case.decisions,
     }
     defaults = Case({}, {}, (), ())
-    shown = [f"{k}={v!r}," for k, v in fields.items() if k in ("sizes", "inputs", "body", "returns") or v != getattr(defaults, k)]
+    shown = [
+        f"{k}={v!r},"
+        for k, v in fields.items()
+        if k in ("sizes", "inputs", "body", "returns") or v != getattr(defaults, k)
+    ]
     shown_source = textwrap.indent(source(case), INDENT + "# ")
-    return "\n".join(["def test_...():", shown_source, f"{INDENT}agrees(Case(", *(INDENT * 2 + s for s in shown), f"{INDENT}))"])
+    return "\n".join(
+        ["def test_...():", shown_source, f"{INDENT}agrees(Case(", *(INDENT * 2 + s for s in shown), f"{INDENT}))"]
+    )

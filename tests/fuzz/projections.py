@@ -8,7 +8,9 @@ from tests.fuzz.writer import Logits, Rows, Writer
 def hidden(w: Writer, flat: bool) -> str:
     """[B, T, D] or [B*T, D] hidden states: a leaf, a computed value, or a frozen one."""
     x = w.floats("h", "B * T, D" if flat else "B, T, D", grad=0.85)
-    kind = w.weighted([(10, "leaf"), (3, "trunk"), (1, "scaled"), (1, "dropout"), (1, "detached"), (1, "normal"), (1, "half")])
+    kind = w.weighted(
+        [(10, "leaf"), (3, "trunk"), (1, "scaled"), (1, "dropout"), (1, "detached"), (1, "normal"), (1, "half")]
+    )
     if kind == "trunk":
         a = w.floats("a", "D, D", grad=0.7, scale=0.5)
         return w.let("h", f"torch.tanh({x} @ {a}) + {x}")
@@ -69,8 +71,6 @@ def project(w: Writer, h: str, flat: bool, rows: Rows) -> Logits:
     """One product of hidden states and a weight, in one of its spellings."""
     stored, transposed = weight(w)
     vocab, rank = w.sizes["V"], 2 if flat else 3
-    low = f"torch.float32 if {h}.dtype == torch.float32 else torch.bfloat16"
-    del low
     if ".to(torch.bfloat16)" in str(w.stack[-1][-3:]):
         stored, transposed = f"({stored}).to({h}.dtype)", f"({transposed}).to({h}.dtype)"
     spelled: list[tuple[int, str]] = [
@@ -87,14 +87,23 @@ def project(w: Writer, h: str, flat: bool, rows: Rows) -> Logits:
         spelled += [(3, f"torch.mm({h}, {transposed})"), (1, f"{h}.mm({transposed})"), (1, f"({stored} @ {h}.t()).t()")]
         spelled += [(1, f"torch.einsum('nd,vd->nv', {h}, {stored})"), (1, f"torch.einsum('vd,nd->nv', {stored}, {h})")]
     else:
-        spelled += [(1, f"torch.einsum('btd,vd->btv', {h}, {stored})"), (1, f"torch.bmm({h}, ({transposed}).expand({h}.shape[0], -1, -1))")]
-        spelled += [(1, f"torch.einsum('btd,dv->btv', {h}, {transposed})"), (1, f"torch.einsum('btd,vd->bvt', {h}, {stored})")]
+        spelled += [
+            (1, f"torch.einsum('btd,vd->btv', {h}, {stored})"),
+            (1, f"torch.bmm({h}, ({transposed}).expand({h}.shape[0], -1, -1))"),
+        ]
+        spelled += [
+            (1, f"torch.einsum('btd,dv->btv', {h}, {transposed})"),
+            (1, f"torch.einsum('btd,vd->bvt', {h}, {stored})"),
+        ]
     if w.chance(0.3):
         b = bias(w)
         cast = f"{b}.to({h}.dtype)"
         spelled = [(4, f"F.linear({h}, {stored}, {cast})"), (1, f"F.linear({h}, {stored}, bias={cast})")]
         if flat:
-            spelled += [(2, f"torch.addmm({cast}, {h}, {transposed})"), (1, f"torch.addmm({cast}, {h}, {transposed}, beta=0.5, alpha=2)")]
+            spelled += [
+                (2, f"torch.addmm({cast}, {h}, {transposed})"),
+                (1, f"torch.addmm({cast}, {h}, {transposed}, beta=0.5, alpha=2)"),
+            ]
     expression = w.weighted(spelled)
     z = w.let("z", expression)
     class_dim = 1 if "->bvt" in expression else rank - 1

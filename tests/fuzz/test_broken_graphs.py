@@ -83,7 +83,10 @@ def fewer_arguments(gm: GraphModule, rng: random.Random) -> None:
 
 def unknown_keyword(gm: GraphModule, rng: random.Random) -> None:
     node = rng.choice(calls(gm))
-    node.kwargs = {**node.kwargs, rng.choice(["dim", "reduction", "weight", "out", "inplace"]): rng.choice([0, None, "mean", True])}
+    node.kwargs = {
+        **node.kwargs,
+        rng.choice(["dim", "reduction", "weight", "out", "inplace"]): rng.choice([0, None, "mean", True]),
+    }
 
 
 def no_stack_trace(gm: GraphModule, rng: random.Random) -> None:

@@ -39,7 +39,9 @@ def test_programs_are_python() -> None:
 def test_a_failing_program_is_minimised_to_what_makes_it_fail() -> None:
     noise = tuple(f"z{k} = z * {k}" for k in range(5))
     body = ("z = F.linear(h, w)", *noise, Block("with torch.no_grad():", ("e = z.exp()",)), "l = z3.sum() + 1")
-    case = Case({"B": 3, "T": 3, "D": 4, "V": 5}, {"h": "torch.randn(B, D)", "w": "torch.randn(V, D)"}, body, ("l", "z1"))
+    case = Case(
+        {"B": 3, "T": 3, "D": 4, "V": 5}, {"h": "torch.randn(B, D)", "w": "torch.randn(V, D)"}, body, ("l", "z1")
+    )
     small = minimise(case, lambda c: "z.exp()" in source(c), seconds=20)
     assert small.body == ("e = z.exp()",)
     assert "def program(" in as_test(small)

@@ -17,7 +17,9 @@ def out_of_place(w: Writer, z: Logits, expression: str) -> Logits:
 
 def per_class(w: Writer, z: Logits, *, grad: float, last: bool = False) -> str:
     """A vector along the vocabulary, shaped to broadcast to the logits."""
-    name = w.input("c", f"(1 + 0.3 * torch.randn({z.vocab})).to(dtype)" + (".requires_grad_()" if w.chance(grad) else ""))
+    name = w.input(
+        "c", f"(1 + 0.3 * torch.randn({z.vocab})).to(dtype)" + (".requires_grad_()" if w.chance(grad) else "")
+    )
     if z.class_dim == z.rank - 1:
         return w.pick([name, f"{name}.view({', '.join(['1'] * (z.rank - 1) + ['-1'])})"])
     return f"{name}.view({', '.join('-1' if d == z.class_dim else '1' for d in range(z.rank))})"
@@ -29,19 +31,29 @@ def per_token(w: Writer, z: Logits) -> str:
 
 
 def scale(w: Writer, z: Logits) -> Logits:
-    kinds = [f"{z.name} * 0.7", f"{z.name} / 1.3", f"1.2 * {z.name}", f"torch.mul({z.name}, 0.5)", f"torch.div({z.name}, 2)"]
+    kinds = [
+        f"{z.name} * 0.7",
+        f"{z.name} / 1.3",
+        f"1.2 * {z.name}",
+        f"torch.mul({z.name}, 0.5)",
+        f"torch.div({z.name}, 2)",
+    ]
     kinds += [f"-{z.name}", f"{z.name} + 0.25", f"{z.name} - 1", f"2 - {z.name}", f"{z.name}.div(0.8)"]
     return out_of_place(w, z, w.pick(kinds))
 
 
 def learned_scale(w: Writer, z: Logits) -> Logits:
     s = w.input("s", "torch.full((), 0.3).to(dtype)" + (".requires_grad_()" if w.chance(0.8) else ""))
-    return out_of_place(w, z, w.pick([f"{z.name} * {s}.exp()", f"{z.name} / ({s} + 1)", f"{s} * {z.name}", f"{z.name} - {s}"]))
+    return out_of_place(
+        w, z, w.pick([f"{z.name} * {s}.exp()", f"{z.name} / ({s} + 1)", f"{s} * {z.name}", f"{z.name} - {s}"])
+    )
 
 
 def class_step(w: Writer, z: Logits) -> Logits:
     vector = per_class(w, z, grad=0.5)
-    return out_of_place(w, z, w.pick([f"{z.name} + {vector}", f"{z.name} * {vector}", f"{vector} + {z.name}", f"{z.name} - {vector}"]))
+    return out_of_place(
+        w, z, w.pick([f"{z.name} + {vector}", f"{z.name} * {vector}", f"{vector} + {z.name}", f"{z.name} - {vector}"])
+    )
 
 
 def token_step(w: Writer, z: Logits) -> Logits:
@@ -51,12 +63,19 @@ def token_step(w: Writer, z: Logits) -> Logits:
 
 def cap(w: Writer, z: Logits) -> Logits:
     n = z.name
-    kinds = [f"3.0 * torch.tanh({n} / 3.0)", f"torch.tanh({n} / 4) * 4", f"5 * torch.sigmoid(({n} + 1) / 2.5)", f"{n}.tanh()"]
+    kinds = [
+        f"3.0 * torch.tanh({n} / 3.0)",
+        f"torch.tanh({n} / 4) * 4",
+        f"5 * torch.sigmoid(({n} + 1) / 2.5)",
+        f"{n}.tanh()",
+    ]
     return out_of_place(w, z, w.pick([*kinds, f"({n} * 0.5).sigmoid() * 4"]))
 
 
 def cast(w: Writer, z: Logits) -> Logits:
-    kind = w.weighted([(5, ".float()"), (3, ".to(torch.float32)"), (1, ".to(torch.bfloat16)"), (1, ".type_as({})"), (1, ".to('cpu')")])
+    kind = w.weighted(
+        [(5, ".float()"), (3, ".to(torch.float32)"), (1, ".to(torch.bfloat16)"), (1, ".type_as({})"), (1, ".to('cpu')")]
+    )
     return out_of_place(w, z, z.name + kind.format(z.rows.m))
 
 
@@ -96,8 +115,8 @@ def vocab_slice(w: Writer, z: Logits) -> Logits:
     if z.class_dim != z.rank - 1 or z.vocab < 4:
         return z
     kind = w.weighted([(4, "head"), (1, "middle"), (1, "step")])
-    cut, first, left = {"head": ("[..., :-1]", 0, z.vocab - 1), "middle": ("[..., 1:-1]", 1, z.vocab - 2),
-                        "step": ("[..., ::2]", 0, (z.vocab + 1) // 2)}[kind]  # fmt: skip
+    cut, left = {"head": ("[..., :-1]", z.vocab - 1), "middle": ("[..., 1:-1]", z.vocab - 2),
+                        "step": ("[..., ::2]", (z.vocab + 1) // 2)}[kind]  # fmt: skip
     y = w.let("y", f"{z.rows.y}.clamp(max={left - 1})")
     return replace(z, name=w.let("z", z.name + cut), vocab=left, rows=replace(z.rows, y=y))
 
@@ -112,7 +131,13 @@ def flatten(w: Writer, z: Logits) -> Logits:
     if z.rank != 3 or z.class_dim != 2:
         return z
     v = z.vocab
-    spelled = [f".view(-1, {v})", f".reshape(-1, {v})", f".reshape(-1, {z.name}.size(-1))", ".flatten(0, 1)", f".contiguous().view(-1, {v})"]
+    spelled = [
+        f".view(-1, {v})",
+        f".reshape(-1, {v})",
+        f".reshape(-1, {z.name}.size(-1))",
+        ".flatten(0, 1)",
+        f".contiguous().view(-1, {v})",
+    ]
     return move(w, z, w.pick(spelled[1:4] if w.chance(0.8) else spelled), ".reshape(-1)", 2, 1)
 
 
@@ -176,9 +201,12 @@ def detach(w: Writer, z: Logits) -> Logits:
 def near_miss(w: Writer, z: Logits) -> Logits:
     """Looks like a step of a head, and is none."""
     n = z.name
-    other = w.pick([f"torch.roll({n}, 1, {z.class_dim})", f"{n} - {n}.mean({z.class_dim}, keepdim=True)", f"{n}.relu()", f"{n}.sort({z.class_dim}).values",
-                    f"{n} + {n}.detach()", f"{n} * {n}", f"{n}.exp().clamp(max=50)", f"{n}.reshape(-1).reshape({n}.shape)",
-                    f"{n} + torch.linspace(0, 1, {n}.numel()).view({n}.shape)", f"F.dropout({n}, 0.2)", f"{n}.cumsum({z.class_dim})",
+    other = w.pick([f"torch.roll({n}, 1, {z.class_dim})", f"{n} - {n}.mean({z.class_dim}, keepdim=True)", f"{n}.relu()",
+                    f"{n}.sort({z.class_dim}).values",
+                    f"{n} + {n}.detach()", f"{n} * {n}", f"{n}.exp().clamp(max=50)",
+                    f"{n}.reshape(-1).reshape({n}.shape)",
+                    f"{n} + torch.linspace(0, 1, {n}.numel()).view({n}.shape)", f"F.dropout({n}, 0.2)",
+                    f"{n}.cumsum({z.class_dim})",
                     f"{n} - {n}.amax({z.class_dim}, keepdim=True)", f"F.pad({n}, (0, 0)) * 1"])  # fmt: skip
     return out_of_place(w, z, other)
 

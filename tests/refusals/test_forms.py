@@ -77,7 +77,9 @@ def test_a_contrastive_loss_in_both_directions_is_right() -> None:
         y = torch.arange(6)
         return F.cross_entropy(z, y) + F.cross_entropy(z.t(), y)
 
-    left(program, hidden(6, D), hidden(6, D), torch.tensor(0.5, requires_grad=True), because="dimension 1 as the classes")
+    left(
+        program, hidden(6, D), hidden(6, D), torch.tensor(0.5, requires_grad=True), because="dimension 1 as the classes"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo itself

@@ -24,7 +24,12 @@ def some_ignored(ignore: int) -> Tensor:
 
 @pytest.mark.parametrize("ignore", [-1, 0, 3, V, -100])
 def test_any_label_can_be_the_one_to_ignore(ignore: int) -> None:
-    right(lambda h, w, y: F.cross_entropy(F.linear(h, w), y, ignore_index=ignore), hidden(N, D), weight(), some_ignored(ignore))
+    right(
+        lambda h, w, y: F.cross_entropy(F.linear(h, w), y, ignore_index=ignore),
+        hidden(N, D),
+        weight(),
+        some_ignored(ignore),
+    )
 
 
 def test_minus_a_hundred_is_ignored_though_nobody_wrote_it() -> None:
@@ -45,7 +50,12 @@ def test_a_label_out_of_range_raises_as_in_eager_code(label: int, gathers: bool)
 
 
 def test_smoothing_by_pytorch_divides_by_all_classes() -> None:
-    right(lambda h, w, y: F.cross_entropy(F.linear(h, w), y, label_smoothing=0.1), hidden(N, D), weight(), some_ignored(-100))
+    right(
+        lambda h, w, y: F.cross_entropy(F.linear(h, w), y, label_smoothing=0.1),
+        hidden(N, D),
+        weight(),
+        some_ignored(-100),
+    )
 
 
 def test_smoothing_by_fairseq_divides_by_the_other_classes() -> None:

@@ -35,7 +35,8 @@ def within_the_error_of_eager_code(*body: str, returns: tuple[str, ...] = ("l",)
     "loss",
     [
         "F.cross_entropy(z, y)", "F.cross_entropy(z.float(), y)", "-z.log_softmax(-1).gather(1, y[:, None]).mean()",
-        "-F.log_softmax(z, -1, dtype=torch.float32).gather(1, y[:, None]).mean()", "z.logsumexp(-1).float().pow(2).mean()",
+        "-F.log_softmax(z, -1, dtype=torch.float32).gather(1, y[:, None]).mean()",
+        "z.logsumexp(-1).float().pow(2).mean()",
         "F.nll_loss(F.log_softmax(z, -1), y, reduction='sum')",
     ],
 )  # fmt: skip
@@ -43,7 +44,10 @@ def test_low_precision_results_have_eager_dtypes_and_no_larger_errors(loss: str)
     within_the_error_of_eager_code("z = F.linear(h, w)", f"l = {loss}")
 
 
-@pytest.mark.parametrize("order", ["(30 * torch.tanh(z / 30)).float()", "30 * torch.tanh(z.float() / 30)", "23 * torch.sigmoid((z + 5) / 7.5)"])
+@pytest.mark.parametrize(
+    "order",
+    ["(30 * torch.tanh(z / 30)).float()", "30 * torch.tanh(z.float() / 30)", "23 * torch.sigmoid((z + 5) / 7.5)"],
+)
 def test_a_cap_before_or_after_the_cast_is_within_eager_errors(order: str) -> None:
     within_the_error_of_eager_code("z = F.linear(h, w)", f"l = F.cross_entropy({order}, y)")
 
@@ -54,7 +58,11 @@ def test_a_float32_head_on_low_precision_operands_is_computed_in_float32() -> No
 
 def test_argmax_is_that_of_the_rounded_logits() -> None:
     within_the_error_of_eager_code(
-        "z = F.linear(h, w)", "l = F.cross_entropy(z, y)", "hit = z.argmax(-1)", returns=("l", "hit"), decisions=frozenset({"hit"})
+        "z = F.linear(h, w)",
+        "l = F.cross_entropy(z, y)",
+        "hit = z.argmax(-1)",
+        returns=("l", "hit"),
+        decisions=frozenset({"hit"}),
     )
 
 
@@ -95,16 +103,18 @@ def test_half_precision_does_not_take_gradients_before_the_loss_scale_is_known()
         return F.cross_entropy(F.linear(h, w), y)
 
     rewritten = Rewritten(program)
-    rewritten(torch.randn(6, D, dtype=torch.float16, requires_grad=True), weight().detach().half().requires_grad_(), labels(6))
+    rewritten(
+        torch.randn(6, D, dtype=torch.float16, requires_grad=True), weight().detach().half().requires_grad_(), labels(6)
+    )
     assert "underflow" in rewritten.report.heads[0].engine
 
 
 @pytest.mark.parametrize(
     "tail",
     [
-        lambda l: ((-l).exp().detach() * l).mean(), lambda l: -F.logsigmoid(l).sum(), lambda l: l.pow(2).mean(),
-        lambda l: (l - l.detach()).exp().mean(), lambda l: l.max(), lambda l: torch.minimum(l, l.clamp(max=2)).sum(),
-        lambda l: l.std(), lambda l: (l / l.sum().detach()).sum(), lambda l: l.softmax(0)[0],
+        lambda x: ((-x).exp().detach() * x).mean(), lambda x: -F.logsigmoid(x).sum(), lambda x: x.pow(2).mean(),
+        lambda x: (x - x.detach()).exp().mean(), lambda x: x.max(), lambda x: torch.minimum(x, x.clamp(max=2)).sum(),
+        lambda x: x.std(), lambda x: (x / x.sum().detach()).sum(), lambda x: x.softmax(0)[0],
     ],
 )  # fmt: skip
 def test_a_loss_that_is_not_linear_in_the_token_losses_is_recomputed(tail) -> None:  # type: ignore[no-untyped-def]
@@ -139,7 +149,11 @@ def test_the_z_loss_is_that_of_the_node_it_reads() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         z = F.linear(h, w)
         capped = 2 * torch.tanh(z / 2)
-        return F.cross_entropy(capped / 0.7, y) + 0.1 * z.logsumexp(-1).pow(2).mean() + 0.1 * capped.logsumexp(-1).square().sum()
+        return (
+            F.cross_entropy(capped / 0.7, y)
+            + 0.1 * z.logsumexp(-1).pow(2).mean()
+            + 0.1 * capped.logsumexp(-1).square().sum()
+        )
 
     right(program, hidden(6, D), weight(), labels(6))
 
@@ -188,5 +202,7 @@ def test_missing_logits_are_missing_losses() -> None:
 def test_infinite_logits_are_losses_that_are_not_finite() -> None:
     h = torch.randn(6, D)
     h[0, 0] = torch.inf
-    losses = Rewritten(lambda h, w, y: F.cross_entropy(F.linear(h, w), y, reduction="none"))(h, weight().detach(), labels(6))
+    losses = Rewritten(lambda h, w, y: F.cross_entropy(F.linear(h, w), y, reduction="none"))(
+        h, weight().detach(), labels(6)
+    )
     assert losses.isfinite().tolist() == [False, True, True, True, True, True]

@@ -26,7 +26,8 @@ def test_a_tied_weight_gets_both_gradients() -> None:
     "made",
     [
         lambda w: F.normalize(w, dim=-1), lambda w: w * 0.5, lambda w: w.to(torch.float32), lambda w: w[:V],
-        lambda w: w.clone(), lambda w: torch.cat([w[:4], w[4:]]), lambda w: w + w.mean(0), lambda w: w.t().contiguous().t(),
+        lambda w: w.clone(), lambda w: torch.cat([w[:4], w[4:]]), lambda w: w + w.mean(0),
+        lambda w: w.t().contiguous().t(),
         lambda w: w.view(V, 2, -1).flatten(1), lambda w: w.unsqueeze(0)[0], lambda w: w.detach(),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from rules.states import World, concrete, flat, numbers
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -24,8 +25,6 @@ from fusedhead.rules import RULES
 from fusedhead.rules.projections import SPELLINGS as PROJECTION_NAMES
 from fusedhead.terminals import Statistics, Terminal
 from fusedhead.values import FOLLOWED, Escape, Plain, logits_of
-
-from rules.states import World, concrete, flat, numbers
 
 
 def computed(node: Any, world: World) -> Any:
@@ -45,11 +44,11 @@ def result_of(terminal: Terminal, world: World) -> Tensor:
     with emit.before(anchor, anchor, grad=False):
         y = computed(terminal.labels(emit), world) if terminal.labels else torch.empty(len(head.h), 0).long()
         u = concrete(terminal.weights, world).float() if terminal.weights is not None else head.h.new_empty(0)
-        stats = reference.row_stats(
-            Head(head.h, head.w, y, head.cols, head.rows, u, Transform(terminal.logits.steps))
-        )
+        stats = reference.row_stats(Head(head.h, head.w, y, head.cols, head.rows, u, Transform(terminal.logits.steps)))
         nodes = {
-            name: world.plain(name, getattr(stats, name)).ref for name in stats._fields if name in (*terminal.want, "lse")
+            name: world.plain(name, getattr(stats, name)).ref
+            for name in stats._fields
+            if name in (*terminal.want, "lse")
         }
         given = {"picked": None, "sum": None, **nodes}
         return computed(terminal.result(emit, Statistics(row_sizes=lambda: list(head.sizes), **given)), world)

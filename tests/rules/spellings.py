@@ -20,19 +20,31 @@ aten = torch.ops.aten
 
 PROJECTIONS = {
     aten.linear.default: ["F.linear(h, w)", "F.linear(h, w, b)", "torch._C._nn.linear(h, w, bias=b)"],
-    aten.matmul.default: ["h @ wt", "torch.matmul(h, wt)", "h.matmul(wt)", "h @ w.t()", "h @ w.T", "h @ w.transpose(0, 1)", "h.__matmul__(w.mT)"],
+    aten.matmul.default: [
+        "h @ wt", "torch.matmul(h, wt)", "h.matmul(wt)", "h @ w.t()", "h @ w.T", "h @ w.transpose(0, 1)",
+        "h.__matmul__(w.mT)",
+    ],
     aten.mm.default: ["torch.mm(h, wt)", "h.mm(w.t())"],
-    aten.addmm.default: ["torch.addmm(b, h, wt)", "torch.addmm(b.view(1, -1), h, w.t())", "b.addmm(h, wt)", "torch.addmm(b, h, wt, beta=2)"],
+    aten.addmm.default: [
+        "torch.addmm(b, h, wt)", "torch.addmm(b.view(1, -1), h, w.t())", "b.addmm(h, wt)",
+        "torch.addmm(b, h, wt, beta=2)",
+    ],
     aten.einsum.default: [
-        "torch.einsum('...d,vd->...v', h, w)", "torch.einsum('nd,vd->nv', h, w)", "torch.einsum('btd,vd->btv', h, w)",
-        "torch.einsum('btd,dv->btv', h, wt)", "torch.einsum('vd,nd->nv', w, h)", "torch.einsum('btd,vd->bvt', h, w)",
-        "torch.einsum('btd,vd->tbv', h, w)", "torch.einsum('ij , kj -> ik', h, w)", "torch.einsum('nd,vd->vn', h, w)",
+        "torch.einsum('...d,vd->...v', h, w)", "torch.einsum('nd,vd->nv', h, w)",
+        "torch.einsum('btd,vd->btv', h, w)", "torch.einsum('btd,dv->btv', h, wt)",
+        "torch.einsum('vd,nd->nv', w, h)", "torch.einsum('btd,vd->bvt', h, w)",
+        "torch.einsum('btd,vd->tbv', h, w)", "torch.einsum('ij , kj -> ik', h, w)",
+        "torch.einsum('nd,vd->vn', h, w)",
     ],
 }  # fmt: skip
 
 ROWS = {
-    aten.view.default: ["z.view({shape})", "z.view(-1, {v})", "z.view({s0}, -1)", "z.view(-1)", "z.view(*{shape})"],
-    aten.reshape.default: ["z.reshape({shape})", "torch.reshape(z, (-1, {v}))", "z.reshape({s0}, -1)", "z.reshape(-1)"],
+    aten.view.default: [
+        "z.view({shape})", "z.view(-1, {v})", "z.view({s0}, -1)", "z.view(-1)", "z.view(*{shape})",
+    ],
+    aten.reshape.default: [
+        "z.reshape({shape})", "torch.reshape(z, (-1, {v}))", "z.reshape({s0}, -1)", "z.reshape(-1)",
+    ],
     aten._unsafe_view.default: ["torch.ops.aten._unsafe_view.default(z, [-1, {v}])"],
     aten.flatten.using_ints: ["z.flatten(0, -2)", "torch.flatten(z, 0, 1)", "z.flatten({k})", "z.flatten()"],
     aten.contiguous.default: ["z.contiguous()"],
@@ -44,23 +56,43 @@ ROWS = {
     aten.swapdims.default: ["z.swapdims({k}, {r})"],
     aten.mT.default: ["z.mT"],
     aten.t.default: ["z.t()", "torch.t(z)", "(z.T if {n} == 2 else z)"],
-    aten.permute.default: ["z.permute(*reversed(range({n})))", "torch.permute(z, [*range(1, {n}), 0])", "z.permute([-1, *range({n} - 1)])"],
+    aten.permute.default: [
+        "z.permute(*reversed(range({n})))", "torch.permute(z, [*range(1, {n}), 0])",
+        "z.permute([-1, *range({n} - 1)])",
+    ],
     aten.movedim.int: ["z.movedim({d}, {k})", "torch.movedim(z, {r}, {k})"],
     aten.moveaxis.int: ["torch.moveaxis(z, {k}, -1)", "z.moveaxis({d}, 0)"],
-    aten.unsqueeze.default: ["z.unsqueeze({k})", "z.unsqueeze(-1)", "z.unsqueeze({n})", "torch.unsqueeze(z, 0)", "z.log_softmax({d}).unsqueeze(0)"],
-    aten.squeeze.dim: ["z.squeeze({k})", "torch.squeeze(z, {r})", "z.unsqueeze({k}).squeeze({k})", "z.unsqueeze(0).squeeze({d})"],
+    aten.unsqueeze.default: [
+        "z.unsqueeze({k})", "z.unsqueeze(-1)", "z.unsqueeze({n})", "torch.unsqueeze(z, 0)",
+        "z.log_softmax({d}).unsqueeze(0)",
+    ],
+    aten.squeeze.dim: [
+        "z.squeeze({k})", "torch.squeeze(z, {r})", "z.unsqueeze({k}).squeeze({k})",
+        "z.unsqueeze(0).squeeze({d})",
+    ],
     aten.squeeze.default: ["z.squeeze()", "z.unsqueeze({k}).squeeze()"],
     aten.squeeze.dims: ["z.squeeze((0, {n} - 1))", "torch.squeeze(z.unsqueeze({k}), ({k},))"],
     aten.narrow.default: ["z.narrow({r}, 0, 1)", "torch.narrow(z, {k}, -1, 1)"],
-    aten.index_select.default: ["z.index_select({r}, i)", "torch.index_select(z, {r}, i)", "z.softmax({d}).index_select({r}, i)"],
-    aten.slice.Tensor: [
-        "z[{a}:{b}]", "z[..., {a}:{b}]", "z[:, {a}:{b}]", "z[..., :-1]", "z[..., {a}:]", "z[::2]", "z[..., ::2]", "z[-1:]",
-        "torch.ops.aten.slice.Tensor(z, {r}, {a}, {b}, 2)", "torch.ops.aten.slice.Tensor(z, {d}, {a}, {b})", "z.log_softmax({d})[..., 1:]",
+    aten.index_select.default: [
+        "z.index_select({r}, i)", "torch.index_select(z, {r}, i)", "z.softmax({d}).index_select({r}, i)",
     ],
-    aten.select.int: ["z[0]", "z[:, -1]", "z.select({r}, -1)", "torch.select(z, {k}, 0)", "z[..., 0]", "z.log_softmax({d})[0]"],
-    aten.index.Tensor: ["z[[0, 0]]", "z[i]", "z[:, [0, -1]]", "z[torch.tensor([[0], [0]])]", "z[i > 0]", "z[[0], [0]]", "z[..., [0]]"],
+    aten.slice.Tensor: [
+        "z[{a}:{b}]", "z[..., {a}:{b}]", "z[:, {a}:{b}]", "z[..., :-1]", "z[..., {a}:]", "z[::2]",
+        "z[..., ::2]", "z[-1:]", "torch.ops.aten.slice.Tensor(z, {r}, {a}, {b}, 2)",
+        "torch.ops.aten.slice.Tensor(z, {d}, {a}, {b})", "z.log_softmax({d})[..., 1:]",
+    ],
+    aten.select.int: [
+        "z[0]", "z[:, -1]", "z.select({r}, -1)", "torch.select(z, {k}, 0)", "z[..., 0]",
+        "z.log_softmax({d})[0]",
+    ],
+    aten.index.Tensor: [
+        "z[[0, 0]]", "z[i]", "z[:, [0, -1]]", "z[torch.tensor([[0], [0]])]", "z[i > 0]", "z[[0], [0]]",
+        "z[..., [0]]",
+    ],
     aten.split.Tensor: ["z.split(2)[0]", "torch.split(z, 1, {r})[-1]", "z.split(2, {k})[0]"],
-    aten.split_with_sizes.default: ["z.split_with_sizes([1, {sr} - 1], {r})[1]", "torch.split_with_sizes(z, [{sk}], {k})[0]"],
+    aten.split_with_sizes.default: [
+        "z.split_with_sizes([1, {sr} - 1], {r})[1]", "torch.split_with_sizes(z, [{sk}], {k})[0]",
+    ],
     aten.split.sizes: ["torch.ops.aten.split.sizes(z, [1, {sr} - 1], {r})[1]"],
     aten.chunk.default: ["z.chunk(2)[-1]", "torch.chunk(z, 3, {k})[0]"],
     aten.unbind.int: ["z.unbind()[0]", "torch.unbind(z, {r})[-1]", "z.unbind({k})[0]"],
@@ -69,7 +101,8 @@ ROWS = {
 COLUMNS = {
     aten.mul.Tensor: [
         "z * {c}", "{c} * z", "torch.mul(z, {c})", "z.mul({c})", "z * col", "col * z", "z * row", "row * z",
-        "z * s", "z.log_softmax({d}) * {c}", "z * 3", "z * (row * col)", "z.softmax({d}) * z.log_softmax({d})", "z * z",
+        "z * s", "z.log_softmax({d}) * {c}", "z * 3", "z * (row * col)",
+        "z.softmax({d}) * z.log_softmax({d})", "z * z",
     ],
     aten.mul.Scalar: ["torch.ops.aten.mul.Scalar(z, {c})"],
     aten.multiply.Tensor: ["torch.multiply(z, 2)", "z.multiply(col)"],
@@ -78,22 +111,33 @@ COLUMNS = {
     aten.true_divide.Tensor: ["torch.true_divide(z, 4)", "z.true_divide({c})"],
     aten.subtract.Tensor: ["torch.subtract(z, col)", "z.subtract(1)"],
     aten.negative.default: ["torch.negative(z)", "z.negative()"],
-    aten.div.Tensor: ["z / {c}", "z / 2", "torch.div(z, {c})", "z.div(2)", "z / (1 + col ** 2)", "z / (1 + row * row)",
-                      "z / (s * s + 1)", "z.log_softmax({d}) / {c}", "z / 0", "1 / z"],
+    aten.div.Tensor: [
+        "z / {c}", "z / 2", "torch.div(z, {c})", "z.div(2)", "z / (1 + col ** 2)", "z / (1 + row * row)",
+        "z / (s * s + 1)", "z.log_softmax({d}) / {c}", "z / 0", "1 / z",
+    ],
     aten.div.Scalar: ["torch.ops.aten.div.Scalar(z, {c})"],
-    aten.add.Tensor: ["z + {c}", "{c} + z", "torch.add(z, {c})", "z.add(1)", "z + col", "col + z", "z + row", "row + z", "z + s", "z.add(col, alpha=2)",
-                      "z + z", "z + row * col"],
+    aten.add.Tensor: [
+        "z + {c}", "{c} + z", "torch.add(z, {c})", "z.add(1)", "z + col", "col + z", "z + row", "row + z",
+        "z + s", "z.add(col, alpha=2)", "z + z", "z + row * col",
+    ],
     aten.add.Scalar: ["torch.ops.aten.add.Scalar(z, {c})", "torch.ops.aten.add.Scalar(z, 2, 3)"],
-    aten.sub.Tensor: ["z - {c}", "torch.sub(z, {c})", "z.sub(1)", "z - row", "z - s", "col - z", "row - z", "z - z"],
+    aten.sub.Tensor: [
+        "z - {c}", "torch.sub(z, {c})", "z.sub(1)", "z - row", "z - s", "col - z", "row - z", "z - z",
+    ],
     aten.sub.Scalar: ["torch.ops.aten.sub.Scalar(z, {c})"],
     aten.rsub.Scalar: ["{c} - z", "torch.rsub(z, {c})", "torch.rsub(z, 2, alpha=2)"],
     aten.rsub.Tensor: ["torch.rsub(z, col)", "torch.rsub(z, row)"],
     aten.neg.default: ["-z", "z.neg()", "torch.neg(z)", "-z.log_softmax({d})"],
     aten.tanh.default: ["z.tanh()", "torch.tanh(z)", "5 * torch.tanh(z / 5)"],
     aten.sigmoid.default: ["z.sigmoid()", "torch.sigmoid(z)", "F.sigmoid(z)"],
-    aten.to.dtype: ["z.to(torch.float32)", "z.to(torch.bfloat16)", "z.float()", "z.to(torch.int64)", "z.double()", "z.log_softmax({d}).half()"],
+    aten.to.dtype: [
+        "z.to(torch.float32)", "z.to(torch.bfloat16)", "z.float()", "z.to(torch.int64)", "z.double()",
+        "z.log_softmax({d}).half()",
+    ],
     aten._to_copy.default: ["torch.ops.aten._to_copy.default(z, dtype=torch.bfloat16)"],
-    aten.to.dtype_layout: ["z.to('cpu', torch.bfloat16)", "torch.ops.aten.to.dtype_layout(z, dtype=torch.bfloat16)"],
+    aten.to.dtype_layout: [
+        "z.to('cpu', torch.bfloat16)", "torch.ops.aten.to.dtype_layout(z, dtype=torch.bfloat16)",
+    ],
     aten.to.device: ["torch.ops.aten.to.device(z, 'cpu', torch.bfloat16)"],
     aten.to.other: ["z.to(row)", "torch.ops.aten.to.other(z, col)"],
     aten.type_as.default: ["z.type_as(row)", "z.type_as(idx)"],
@@ -102,43 +146,83 @@ COLUMNS = {
 M = "z.movedim({d}, 1)"  # where cross_entropy takes the classes
 FLAT = "z.movedim({d}, -1).reshape(-1, {v})"
 LOSSES = {
-    aten.log_softmax.int: ["z.log_softmax({d})", "F.log_softmax(z, {d})", "torch.log_softmax(z, dim={d})", "F.log_softmax(z, dim={k})",
-                           "F.log_softmax(z, {d}, dtype=torch.float32)", "z.log_softmax({d}).log_softmax({d})"],
+    aten.log_softmax.int: [
+        "z.log_softmax({d})", "F.log_softmax(z, {d})", "torch.log_softmax(z, dim={d})",
+        "F.log_softmax(z, dim={k})", "F.log_softmax(z, {d}, dtype=torch.float32)",
+        "z.log_softmax({d}).log_softmax({d})",
+    ],
     aten._log_softmax.default: ["torch.ops.aten._log_softmax.default(z, {d}, False)"],
     aten.special_log_softmax.default: ["torch.special.log_softmax(z, {d})"],
     aten.cross_entropy_loss.default: [
-        f"F.cross_entropy({M}, y)", f"F.cross_entropy({M}, y, reduction='sum')", f"F.cross_entropy({M}, yi, ignore_index=-1, reduction='none')",
-        f"F.cross_entropy({M}, yi, ignore_index=-1)", f"F.cross_entropy({M}, y, label_smoothing=0.2)", f"F.cross_entropy({M}, y, cw)",
-        f"F.cross_entropy({M}, yi, weight=cw, ignore_index=-1, label_smoothing=0.3, reduction='mean')", f"F.cross_entropy({M}, y.to(torch.uint8))",
-        f"F.cross_entropy({M}, yi, cw, None, -1, None, 'sum', 0.5)", f"F.cross_entropy({M}, {M}.softmax(1))", "F.cross_entropy(z, y)",
-        f"F.cross_entropy({M}, yi, ignore_index=-1, label_smoothing=1.0, reduction='none')", f"F.cross_entropy({M}, y, ignore_index=0)",
+        f"F.cross_entropy({M}, y)", f"F.cross_entropy({M}, y, reduction='sum')",
+        f"F.cross_entropy({M}, yi, ignore_index=-1, reduction='none')",
+        f"F.cross_entropy({M}, yi, ignore_index=-1)", f"F.cross_entropy({M}, y, label_smoothing=0.2)",
+        f"F.cross_entropy({M}, y, cw)",
+        f"F.cross_entropy({M}, yi, weight=cw, ignore_index=-1, label_smoothing=0.3, reduction='mean')",
+        f"F.cross_entropy({M}, y.to(torch.uint8))",
+        f"F.cross_entropy({M}, yi, cw, None, -1, None, 'sum', 0.5)", f"F.cross_entropy({M}, {M}.softmax(1))",
+        "F.cross_entropy(z, y)",
+        f"F.cross_entropy({M}, yi, ignore_index=-1, label_smoothing=1.0, reduction='none')",
+        f"F.cross_entropy({M}, y, ignore_index=0)",
         f"F.cross_entropy({M}, torch.full_like(y, 0), ignore_index=0)",
     ],
     aten.nll_loss_nd.default: [
-        f"F.nll_loss({M}.log_softmax(1), y)", f"F.nll_loss({M}.log_softmax(1) * 0.5, yi, ignore_index=-1, reduction='sum')",
-        f"F.nll_loss({M}.log_softmax(1), y, cw)", f"F.nll_loss({M}.log_softmax(1), yi, cw, ignore_index=-1, reduction='none')", f"F.nll_loss({M}, y)",
+        f"F.nll_loss({M}.log_softmax(1), y)",
+        f"F.nll_loss({M}.log_softmax(1) * 0.5, yi, ignore_index=-1, reduction='sum')",
+        f"F.nll_loss({M}.log_softmax(1), y, cw)",
+        f"F.nll_loss({M}.log_softmax(1), yi, cw, ignore_index=-1, reduction='none')", f"F.nll_loss({M}, y)",
     ],
-    aten.nll_loss.default: [f"torch.ops.aten.nll_loss.default({FLAT}.log_softmax(1), yi.reshape(-1), cw, 2, -1)"],
-    aten.nll_loss2d.default: [f"torch.ops.aten.nll_loss2d.default({FLAT}[:, :, None, None].log_softmax(1), yi.reshape(-1, 1, 1), cw, 1, -1)"],
+    aten.nll_loss.default: [
+        f"torch.ops.aten.nll_loss.default({FLAT}.log_softmax(1), yi.reshape(-1), cw, 2, -1)",
+    ],
+    aten.nll_loss2d.default: [
+
+        f"torch.ops.aten.nll_loss2d.default({FLAT}[:, :, None, None].log_softmax(1), yi.reshape(-1, 1, 1), cw, 1, -1)",
+    ],
     aten.gather.default: [
-        "z.gather({d}, idx)", "torch.gather(z, {d}, idx)", "z.log_softmax({d}).gather({d}, idx)", "(-z.log_softmax({d})).gather({d}, index=idx)",
+        "z.gather({d}, idx)", "torch.gather(z, {d}, idx)", "z.log_softmax({d}).gather({d}, idx)",
+        "(-z.log_softmax({d})).gather({d}, index=idx)",
         "(z.log_softmax({d}) * 2).gather({d}, y.unsqueeze({p}))", "z.gather({r}, idx * 0)",
     ],
-    aten.take_along_dim.default: ["torch.take_along_dim(z, idx, {d})", "z.log_softmax({d}).take_along_dim(idx, dim={d})", "z.take_along_dim(idx)"],
-    aten.logsumexp.default: ["z.logsumexp({d})", "torch.logsumexp(z, dim={d}, keepdim=True)", "z.logsumexp({k})", "z.logsumexp((0, -1))"],
-    aten.special_logsumexp.default: ["torch.special.logsumexp(z, {d})", "torch.special.logsumexp(z, ({d},), True)"],
+    aten.take_along_dim.default: [
+        "torch.take_along_dim(z, idx, {d})", "z.log_softmax({d}).take_along_dim(idx, dim={d})",
+        "z.take_along_dim(idx)",
+    ],
+    aten.logsumexp.default: [
+        "z.logsumexp({d})", "torch.logsumexp(z, dim={d}, keepdim=True)", "z.logsumexp({k})",
+        "z.logsumexp((0, -1))",
+    ],
+    aten.special_logsumexp.default: [
+        "torch.special.logsumexp(z, {d})", "torch.special.logsumexp(z, ({d},), True)",
+    ],
 }  # fmt: skip
 
 STATISTICS = {
-    aten.sum.dim_IntList: ["z.sum({d})", "torch.sum(z, dim=({d},), keepdim=True)", "z.log_softmax({d}).sum({d})", "(-2 * z.log_softmax({d})).sum({d})",
-                           "z.sum({k})", "(z.softmax({d}) * z.log_softmax({d})).sum({d})", "(z.softmax({d}) * z).sum({d}, keepdim=True)",
-                           "(z.log_softmax({d}).exp() * z.log_softmax({d})).sum({d})", "-(z.softmax({d}) * z.log_softmax({d}) * 2).sum({d})", "z.softmax({d}).sum({d})"],
-    aten.mean.dim: ["z.mean({d})", "torch.mean(z, {d}, keepdim=True)", "z.log_softmax({d}).mean({d})", "z.mean({k})", "(z.softmax({d}) * z).mean({d})"],
-    aten.softmax.int: ["z.softmax({d})", "F.softmax(z, {d})", "torch.softmax(z, dim={d})", "F.softmax(z, {d}, dtype=torch.float32)", "F.softmax(z, {k})"],
+    aten.sum.dim_IntList: [
+        "z.sum({d})", "torch.sum(z, dim=({d},), keepdim=True)", "z.log_softmax({d}).sum({d})",
+        "(-2 * z.log_softmax({d})).sum({d})", "z.sum({k})", "(z.softmax({d}) * z.log_softmax({d})).sum({d})",
+        "(z.softmax({d}) * z).sum({d}, keepdim=True)",
+        "(z.log_softmax({d}).exp() * z.log_softmax({d})).sum({d})",
+        "-(z.softmax({d}) * z.log_softmax({d}) * 2).sum({d})", "z.softmax({d}).sum({d})",
+    ],
+    aten.mean.dim: [
+        "z.mean({d})", "torch.mean(z, {d}, keepdim=True)", "z.log_softmax({d}).mean({d})", "z.mean({k})",
+        "(z.softmax({d}) * z).mean({d})",
+    ],
+    aten.softmax.int: [
+        "z.softmax({d})", "F.softmax(z, {d})", "torch.softmax(z, dim={d})",
+        "F.softmax(z, {d}, dtype=torch.float32)", "F.softmax(z, {k})",
+    ],
     aten._softmax.default: ["torch.ops.aten._softmax.default(z, {d}, False)"],
     aten.special_softmax.default: ["torch.special.softmax(z, {d})"],
-    aten.exp.default: ["z.log_softmax({d}).exp()", "torch.exp(F.log_softmax(z, {d}))", "z.exp()", "(2 * z.log_softmax({d})).exp()"],
-    aten.argmax.default: ["z.argmax({d})", "torch.argmax(z, dim={d}, keepdim=True)", "z.argmax({k})", "z.argmax()", "z.softmax({d}).argmax({d})"],
+    aten.exp.default: [
+        "z.log_softmax({d}).exp()", "torch.exp(F.log_softmax(z, {d}))", "z.exp()",
+        "(2 * z.log_softmax({d})).exp()",
+    ],
+    aten.argmax.default: [
+        "z.argmax({d})", "torch.argmax(z, dim={d}, keepdim=True)", "z.argmax({k})", "z.argmax()",
+        "z.softmax({d}).argmax({d})",
+    ],
     aten.max.dim: ["z.max({d})[0]", "torch.max(z, dim={d}, keepdim=True)[1]", "z.max({k}).values"],
 }  # fmt: skip
 

@@ -19,7 +19,16 @@ from torch.utils._pytree import tree_map
 
 from fusedhead.kernels.columns import Step, Transform, apply
 from fusedhead.values import (
-    HIDDEN, Call, Expected, LogProbs, Logits, Plain, Probs, Projection, RowStep, RowVector,
+    HIDDEN,
+    Call,
+    Expected,
+    Logits,
+    LogProbs,
+    Plain,
+    Probs,
+    Projection,
+    RowStep,
+    RowVector,
 )  # fmt: skip
 
 aten = torch.ops.aten

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from fusedhead.rules import RULES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from rules.checking import read
 from rules.spellings import PROJECTIONS, SPELLINGS
 from rules.states import World, draw_state, numbers
+
+from fusedhead.rules import RULES
 
 EXAMPLES = int(os.environ.get("FUSEDHEAD_RULE_EXAMPLES", "3"))  # logits a spelling
 
