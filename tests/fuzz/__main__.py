@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -14,6 +15,9 @@ from tests.fuzz.compare import Verdict, compare
 from tests.fuzz.grammar import draw
 from tests.fuzz.minimise import minimise
 from tests.fuzz.program import as_test
+
+
+STOPPED: list[bool] = []
 
 
 @dataclass
@@ -52,7 +56,7 @@ def fuzz(seconds: float, seed: int, stack: str = "eager", *, keep_going: bool = 
     for name in ("fusedhead", "torch._subclasses.fake_tensor", "torch._dynamo", "torch.fx"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     tally, deadline = Tally(), time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not STOPPED:
         name = f"{seed}:{tally.programs}"
         case = draw(name)
         verdict = compare(case, stack)
@@ -68,6 +72,11 @@ def fuzz(seconds: float, seed: int, stack: str = "eager", *, keep_going: bool = 
     return tally
 
 
+def stop(*_: object) -> None:
+    """End after the program at hand, and still say what was seen."""
+    STOPPED.append(True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -81,6 +90,7 @@ def main() -> int:
         verdict = compare(case, stack)
         print(as_test(case), verdict.report, verdict.kind, verdict.detail, sep="\n")
         return bool(verdict.kind)
+    signal.signal(signal.SIGTERM, stop)
     tally = fuzz(arguments.seconds, arguments.seed, stack)
     print(tally)
     return bool(tally.differences)
