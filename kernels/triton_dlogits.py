@@ -9,6 +9,7 @@ reaches memory: z, p, anything of the window in float32. FLOP 2MDV', bytes 2MV' 
 and dw are accumulated.
 """
 
+# ruff: noqa: SIM102 (a test at compile time stays a statement of its own: `and` would build both sides)
 from __future__ import annotations
 
 import triton
@@ -198,6 +199,6 @@ def dlogits_kernel(
             x = column_part(acc, j, PARTS, BM, BN)
             _epilogue(
                 x, dz, y, u, vectors, g_lse, g_picked, g_sum, g_entropy, lse, entropy, part_cols, part_rows,
-                block, PARTS * tile + j, (here >> j) & 1, first_col, sy0, sy1, K, rows_size, STEPS, LABELS, HAS_LSE, HAS_SUM,
-                HAS_ENTROPY, HAS_U, NEED_COLS, NEED_ROWS, PRECISE, DTYPE, BM, BN // PARTS,
+                block, PARTS * tile + j, (here >> j) & 1, first_col, sy0, sy1, K, rows_size, STEPS, LABELS,
+                HAS_LSE, HAS_SUM, HAS_ENTROPY, HAS_U, NEED_COLS, NEED_ROWS, PRECISE, DTYPE, BM, BN // PARTS,
             )  # fmt: skip

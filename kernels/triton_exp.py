@@ -13,6 +13,7 @@ reference a row).
 With ONLY the sweep redoes the token blocks that ``flags`` marks and returns at once when there are none.
 """
 
+# ruff: noqa: SIM102 (a test at compile time stays a statement of its own: `and` would build both sides)
 from __future__ import annotations
 
 import triton
@@ -153,12 +154,12 @@ def exp_kernel(
                 x = column_part(acc, j, PARTS, BM, BN)
                 start = tile * BN + j * (BN // PARTS)
                 t, s = _epilogue(
-                    x, r, E, y, u, vectors, picked, slope, block, start, (here >> j) & 1, sy0, sy1, K, STEPS, LABELS, HAS_U,
-                    SUM, VARYING, EVEN, PRECISE, DTYPE, BM, BN // PARTS,
+                    x, r, E, y, u, vectors, picked, slope, block, start, (here >> j) & 1, sy0, sy1, K, STEPS, LABELS,
+                    HAS_U, SUM, VARYING, EVEN, PRECISE, DTYPE, BM, BN // PARTS,
                 )  # fmt: skip
                 total += t
                 weighted += s
-        if last:  # noqa: SIM102 (`and` on the device would evaluate both)
+        if last:
             if live != 0:
                 start, _, _ = partial_offset(block, slot, P, N, V, GROUP, BM, BN)
                 to = start.to(tl.int64) + tl.arange(0, BM)

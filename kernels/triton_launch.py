@@ -58,13 +58,15 @@ class Sweep(NamedTuple):
         return min(self.head.y.shape[1], 2)
 
 
-def sweep(kernel: str, head: Head) -> Sweep:
+def sweep(kernel: str, head: Head, want: frozenset[str] = frozenset()) -> Sweep:
     """The sweep of ``kernel`` ("stream", "exp", "dlogits") over z [N, V] of this (sliced) head; N, V >= 1."""
     tokens, hidden = head.h.shape
     major, multiprocessors = device_of(head.h.device)
     precision = matmul_precision() if head.h.dtype == torch.float32 else "ieee"
     tma = readable_by_tma(head.h, head.w, major)
     tile = tile_for(kernel, tokens, hidden, head.h.element_size(), major, precision, tma)
+    if tile.BN >= 256 and (head.transform.smooth.steps or want & {"sum", "entropy", "max", "argmax"}):
+        tile = tile._replace(parts=4)  # a longer epilogue would not fit the registers in wider parts
     plan = schedule(tokens, len(head.w), tile, multiprocessors)
     return Sweep(head, tile, plan, operands(head.h, head.w, tile, tma), precision)
 

@@ -13,6 +13,7 @@ With ONLY the sweep touches only the token blocks that ``flags`` marks and retur
 none.
 """
 
+# ruff: noqa: SIM102 (a test at compile time stays a statement of its own: `and` would build both sides)
 from __future__ import annotations
 
 import triton
@@ -129,7 +130,7 @@ def stream_kernel(
                 if LABELS > 0:
                     if (here >> j) & 1 != 0:
                         store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, BN // PARTS)
-        if last:  # noqa: SIM102 (`and` on the device would evaluate both)
+        if last:
             if live != 0:
                 start, _, _ = partial_offset(block, slot, P, N, V, GROUP, BM, BN)
                 to = start.to(tl.int64) + tl.arange(0, BM)

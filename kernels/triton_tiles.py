@@ -41,7 +41,10 @@ class Row(NamedTuple):
 TABLE = (
     Row((0,), "", 0, 0, 0, Tile(16, 32, 16, 2, 1, 1, False, 2)),
     Row((9, 10), "", 2, 64, 0, Tile(64, 256, 64, 1, 4, 3, False, 2)),
-    Row((9, 10), "", 2, 0, 0, Tile(128, 256, 64, 12, 8, 3, True, 4)),
+    Row((9, 10), "exp", 2, 0, 2048, Tile(128, 256, 64, 22, 8, 3, True, 4)),
+    Row((9, 10), "exp", 2, 0, 0, Tile(128, 256, 64, 11, 8, 3, False, 2)),
+    Row((9, 10), "", 2, 0, 3072, Tile(128, 256, 64, 22, 8, 3, True, 2)),
+    Row((9, 10), "", 2, 0, 0, Tile(128, 256, 64, 11, 8, 3, True, 2)),
     Row((9, 10), "", 4, 0, 0, Tile(128, 128, 32, 12, 8, 3, False, 2)),
 )
 # Operands read through pointers: older chips, strides that TMA does not take

@@ -24,6 +24,7 @@ from fusedhead.kernels.triton_gemm import gemm, weighted_rows
 from fusedhead.kernels.triton_transform import varies_along_row
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FEW = 16  # up to this many tokens, dz is rounded once (two sweeps): sums too short to average roundings out
 ALIGNED = 64  # windows start at, and rows of a window are padded to, a multiple of this many elements
 FLOAT16_SHIFT = 10  # float16 exponentials are scaled by 2^10: small ones keep digits, targets up to 2^4 fit
 
@@ -77,7 +78,7 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
             empty = {k: head.h.new_empty(0, dtype=torch.float32) for k in want - {"picked", "argmax"}}
             argmax = head.y.new_empty(0) if "argmax" in want else None
             return RowStats(**({"lse": head.h.new_empty(0, dtype=torch.float32)} | empty), picked=picked, argmax=argmax)
-        s = launch.sweep("stream", head)
+        s = launch.sweep("stream", head, want)
         part, part_top = launch.stream(s, want, picked if head.y.shape[1] else None)
         return RowStats(picked=picked, **launch.merge_statistics(s, part, part_top, want))
 
@@ -165,7 +166,7 @@ def _fits_one_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> b
         and (c.lse is not None or c.square is not None)
         and (c.sum is None or not head.transform.bounded_slope)
         and windows.vocab >= len(head.w)
-        and len(head.h) > 0
+        and len(head.h) > FEW
     )
 
 
