@@ -72,11 +72,11 @@ def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, wind
             to_cols = None if dcols is None else dcols[:, v]
             to_rows = None if drows is None else drows[:, i]
             dz = pull_back(head.transform, dz, tape, cols, rows, to_cols, to_rows)
-            dz = dz if work == wide else raw.copy_(dz)
             if needs.h:
-                accumulate_product(product, dz, w)
+                # Unrounded also where products are bfloat16: block by block that would round dh more than eager does.
+                accumulate_product(product, dz, w.to(wide))
             if dw is not None:
-                dw.add_block(v, i.start == 0, dz, h)
+                dw.add_block(v, i.start == 0, dz if work == wide else raw.copy_(dz), h)
         if dh is not None:
             dh[i] = product
     return HeadGrads(

@@ -29,7 +29,7 @@ from fusedhead.kernels.torch_blocks import (
     row_maximum,
     sampled_level,
 )
-from fusedhead.kernels.torch_exponentials import block_buffers, fill, label_terms, level_at, usual_level
+from fusedhead.kernels.torch_exponentials import Level, block_buffers, fill, label_terms, level_at, usual_level
 from fusedhead.kernels.torch_gradient_sums import Sink, accumulate_product, bias_slopes
 
 SAFE = 1e20  # row sums of E within [1/SAFE, SAFE] lose nothing in float32 or bfloat16
@@ -52,8 +52,27 @@ def _prepared(head: Head, upstream: RowGrads) -> tuple[Tensor, Tensor]:
     return lse.to(fine), picked.to(fine)
 
 
+def _totals(rest: Tensor, z: Tensor, level: Level, first: Tensor) -> tuple[Tensor, Tensor]:
+    """Row sums of E with the labels [m], and without each of the labels [m, K].
+
+    The second keeps 1 - p of a label, (everything else) / total, from cancelling when p is nearly 1.
+    """
+    e = torch.exp(z - level.natural[:, None]) * first
+    of_labels = e.sum(1)
+    return rest + of_labels, rest[:, None] + (of_labels[:, None] - e)
+
+
+def _factors(
+    g: Tensor, g_picked: Tensor, total: Tensor, others: Tensor, first: Tensor, slope: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """s [m] and t [m, K] of a window from the gradients g [m] of lse and g_picked [m, K]."""
+    whole = g[:, None] * first
+    t = (g_picked + whole - whole * (others / total[:, None])) * slope
+    return (g / total if scale is None else g / total * scale), t
+
+
 def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[Tensor, Tensor, HeadGrads]:
-    """lse [N], picked [N, K] and the gradients of Σ c · statistics (+ Σ c.square lse²).
+    """lse [N] (fine), picked [N, K] and the gradients of Σ c · statistics (+ Σ c.square lse²).
 
     FLOP 6 NDV; memory: E' of one window (windows.tokens x V) where w wants a gradient, else one block.
     """
@@ -66,7 +85,7 @@ def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
     keep = needs.w or needs.cols
     flat = head.h.new_empty(tokens * (vocab if keep else columns), dtype=work)
     spare = head.h.new_empty(0 if work == wide else tokens * columns, dtype=wide)
-    lse = head.h.new_empty(n, dtype=wide)
+    lse = head.h.new_empty(n, dtype=fine)
     picked = head.h.new_empty(head.y.shape, dtype=wide)
     c_lse, c_picked = _prepared(head, c)
     sink = Sink(head, c, needs, windows)
@@ -88,20 +107,14 @@ def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
                 rest += fill(head, i, v, h, w, level, e, spare)
                 if needs.h:
                     accumulate_product(product, e, w)
-            e_label = torch.exp(z - level.natural[:, None]) * first
-            total = rest + e_label.sum(1)
+            total, others = _totals(rest, z, level, first)
             if certain or bool(((total > 1 / SAFE) & (total < SAFE)).all()):
                 break
             level, certain = level_at(head, row_maximum(head, i, columns), True), True
         lse[i] = at = level.natural + total.log()
         picked[i] = z
         g = c_lse[i] if c.square is None else c_lse[i] + 2 * c.square[i] * at
-        # p - 1 of a label is -(everything else) / total: no cancellation when p is nearly 1.
-        others = rest[:, None] + (e_label.sum(1, keepdim=True) - e_label)
-        whole = g[:, None] * first
-        t = (c_picked[i] + whole - whole * (others / total[:, None])) * slope
-        s = g / total if scale is None else g / total * scale
-        s, t = s.to(wide), t.to(wide)
+        s, t = (x.to(wide) for x in _factors(g, c_picked[i], total, others, first, slope, scale))
         sink.hidden(i, product, s, t)
         if keep:
             hs = (h * s[:, None]).to(work)
@@ -113,8 +126,10 @@ def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
 
 
 def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows: Windows) -> HeadGrads:
-    """The gradients when each row's lse [N] is known. FLOP 6 NDV; memory: one block, [windows.tokens, D]
-    twice.
+    """The gradients when each row's lse [N] is known. FLOP 6 NDV; memory: one block, [windows.tokens, D] twice.
+
+    The row sums come out of the sweep again: what can wait for them (dh, labels) does not depend on how the lse was
+    rounded, which matters where the lse is large.
     """
     n, vocab = len(head.h), len(head.w)
     wide, fine = stat_dtype(head.h.dtype), fine_dtype(head.h.device.type)
@@ -132,23 +147,23 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
         level = level_at(head, at, False)
         if work != wide:
             near = usual_level(head, i) if on_cpu else level_at(head, sampled_level(head, i, work), False)
-            level = level_at(
-                head, torch.where((near.natural - at).abs() < NEAR, near.natural, at), near.exact
-            )
+            level = level_at(head, torch.where((near.natural - at).abs() < NEAR, near.natural, at), near.exact)
         g = g_lse[i] if upstream.square is None else g_lse[i] + 2 * upstream.square[i] * at
-        s = g * torch.exp(level.natural - at)
-        s = (s if scale is None else s * scale).to(wide)
-        whole = g[:, None] * first_of_equal(head.y[i])
-        t = ((g_picked[i] + whole + whole * torch.expm1(z - at[:, None])) * slope).to(wide)
-        hs = (h * s[:, None]).to(work) if needs.w or needs.cols else h
+        early = g * torch.exp(level.natural - at) * (1.0 if scale is None else scale)
+        early = early.to(wide)
+        rest = head.h.new_zeros(m, dtype=fine)
+        hs = (h * early[:, None]).to(work) if needs.w or needs.cols else h
         product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
         for v in cuts(vocab, columns):
             e = buffers.work[: m * (v.stop - v.start)].view(m, v.stop - v.start)
             w = head.w[v].to(work)
-            fill(head, i, v, h, w, level, e, buffers.wide)
+            rest += fill(head, i, v, h, w, level, e, buffers.wide)
             if needs.h:
                 accumulate_product(product, e, w)
-            sink.block(i, v, e, hs, s)
+            sink.block(i, v, e, hs, early)
+        first = first_of_equal(head.y[i])
+        total, others = _totals(rest, z, level, first)
+        s, t = (x.to(wide) for x in _factors(g, g_picked[i], total, others, first, slope, scale))
         sink.hidden(i, product, s, t)
         sink.labels(i, t)
     return sink.finish()

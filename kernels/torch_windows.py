@@ -13,7 +13,7 @@ It must not know how large the windows should be (`fusedhead.lowering.plan` deci
 from __future__ import annotations
 
 from fusedhead.kernels import torch_dlogits, torch_softmax_gradients, torch_statistics
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
 from fusedhead.kernels.torch_blocks import plain_scale
 from fusedhead.kernels.torch_sums import weighted_sums
 
@@ -26,7 +26,7 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     swept = want - {"sum"} if scale is not None else want
     if swept and swept <= {"lse", "picked"}:
         lse, picked, _ = torch_softmax_gradients.single_pass(head, RowGrads(), NOTHING, windows)
-        stats = RowStats(lse, picked if "picked" in want else None)
+        stats = RowStats(lse.to(stat_dtype(head.h.dtype)), picked if "picked" in want else None)
     else:
         stats = torch_statistics.sweep(head, swept, windows)
     if "sum" in want and scale is not None:
@@ -34,31 +34,28 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     return stats
 
 
-def head_stats_backward(
-    head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows
-) -> HeadGrads:
+def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
     """One sweep over z for the gradients of any per-row upstream."""
     if torch_softmax_gradients.serves(head, upstream, needs):
         return torch_softmax_gradients.known_lse(head, upstream, stats.lse, needs, windows)
     return torch_dlogits.backward(head, upstream, stats, needs, windows)
 
 
-def head_loss(
-    head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
-) -> tuple[RowStats, HeadGrads]:
+def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
     """Statistics and gradients of a loss linear in them, in one sweep where the plan allows.
 
     If w wants a gradient and ``windows.vocab`` is less than V, a first sweep finds the lse and a second one
     the gradients; that costs one product more and only one block of memory.
     """
-    single = torch_softmax_gradients.serves(head, coefficients, needs)
-    if single and (windows.vocab >= len(head.w) or not (needs.w or needs.cols)):
-        lse, picked, grads = torch_softmax_gradients.single_pass(head, coefficients, needs, windows)
-        scale = plain_scale(head.transform)
-        asked = coefficients.sum is not None and scale is not None
-        return RowStats(
-            lse, picked, weighted_sums(head, scale) if asked and scale is not None else None
-        ), grads
-    want = {"lse", "picked"} | ({"sum"} if coefficients.sum is not None else set())
-    stats = head_stats(head, frozenset(want), windows)
-    return stats, head_stats_backward(head, coefficients, stats, needs, windows)
+    scale, wide = plain_scale(head.transform), stat_dtype(head.h.dtype)
+    if not torch_softmax_gradients.serves(head, coefficients, needs):
+        want = {"lse", "picked"} | ({"sum"} if coefficients.sum is not None else set())
+        stats = head_stats(head, frozenset(want), windows)
+        return stats, torch_dlogits.backward(head, coefficients, stats, needs, windows)
+    whole_rows = windows.vocab >= len(head.w) or not (needs.w or needs.cols)
+    at_once = needs if whole_rows else NOTHING
+    lse, picked, grads = torch_softmax_gradients.single_pass(head, coefficients, at_once, windows)
+    if not whole_rows:
+        grads = torch_softmax_gradients.known_lse(head, coefficients, lse, needs, windows)
+    summed = None if coefficients.sum is None or scale is None else weighted_sums(head, scale)
+    return RowStats(lse.to(wide), picked, summed), grads

@@ -1,0 +1,114 @@
+"""head_stats gives what the definition gives, for every statistic, transform and ragged size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.ops.heads import ALL, OPS, RAGGED, Operands, leaves, operands, truth
+
+TRANSFORMS = (
+    "",
+    "mul:0.5",
+    "addcol:0",
+    "mul:0.0333 tanh mul:30.0",
+    "mulrow:0 addcol:0 sigmoid mulcol:1 addrow:0 add:0.25",
+)
+
+
+@pytest.mark.parametrize("sizes", RAGGED)
+@pytest.mark.parametrize("labels", [0, 1, 3])
+def test_every_statistic_is_the_definition(sizes, labels):
+    o = operands(*sizes, labels)
+    for name, got, true in zip(ALL.split(","), OPS.head_stats(*o, "", ALL, 0), truth(o)):
+        torch.testing.assert_close(got, true, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("memory", [0, -1])
+def test_every_gradient_is_the_definitions(transform, memory):
+    o = operands(131, 1507, 23, 3)
+    o.y[:, 1] = o.y[:, 0]  # the same column twice in a row
+    ours, true = leaves(o), leaves(o)
+    wanted = [ours.h, ours.w, ours.cols, ours.rows]
+    got = OPS.head_stats(*ours, transform, "lse,picked,sum,entropy", memory)[:4]
+    expected = truth(true, transform)[:4]
+    upstream = [torch.randn_like(x) for x in expected]
+    ours_grad = torch.autograd.grad(got, wanted, upstream)
+    true_grad = torch.autograd.grad(
+        expected, [true.h, true.w, true.cols, true.rows], upstream, allow_unused=True, materialize_grads=True
+    )
+    for a, b in zip((*got, *ours_grad), (*expected, *true_grad)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_gradient_of_the_softmax_alone_is_the_definitions(transform):
+    o = operands(131, 1507, 23, 1)
+    ours, true = leaves(o), leaves(o)
+    got = OPS.head_stats(*ours, transform, "lse,picked", 0)[:2]
+    expected = truth(true, transform)[:2]
+    upstream = [torch.randn_like(x) for x in expected]
+    a = torch.autograd.grad(got, [ours.h, ours.w], upstream)
+    b = torch.autograd.grad(expected, [true.h, true.w], upstream)
+    for x, y in zip((*got, *a), (*expected, *b)):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("stats", ["lse", "picked", "sum", "entropy", "max", "argmax", "max,argmax", "picked,sum"])
+def test_only_what_is_asked_for_has_elements(stats):
+    o = operands(7, 50, 8)
+    got = dict(zip(ALL.split(","), OPS.head_stats(*o, "", stats, 0)))
+    asked = set(stats.split(",")) | ({"lse"} if stats == "entropy" else set())
+    assert {name for name, x in got.items() if x.numel()} == asked
+    for name in stats.split(","):
+        torch.testing.assert_close(got[name], getattr(truth(o), name))
+
+
+def test_a_transposed_weight_gives_the_same():
+    o = operands(70, 507, 24)
+    flipped = o._replace(w=o.w.t().contiguous().t())
+    for a, b in zip(OPS.head_stats(*flipped, "", ALL, 0), OPS.head_stats(*o, "", ALL, 0)):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_decision_is_taken_on_rounded_logits_with_the_first_index_on_ties():
+    h, w = torch.ones(1, 1), torch.tensor([[1.0], [3.0], [3.001], [2.0]])
+    y = torch.zeros(1, 0, dtype=torch.int64)
+    e = torch.empty(0)
+    *_, top, at = OPS.head_stats(h, w, y, e, e, e, "round:bfloat16", "max,argmax", 0)
+    assert (top.item(), at.item()) == (3.0, 1)
+    *_, top, at = OPS.head_stats(h, w, y, e, e, e, "", "max,argmax", 0)
+    assert at.item() == 2
+
+
+def test_the_first_index_wins_across_blocks():
+    v = 5000
+    o = Operands(
+        torch.ones(3, 1),
+        torch.zeros(v, 1),
+        torch.zeros(3, 0, dtype=torch.int64),
+        torch.empty(0),
+        torch.empty(0),
+        torch.empty(0),
+    )
+    o.w[4321] = o.w[600] = 1
+    assert OPS.head_stats(*o, "", "argmax", -1)[-1].tolist() == [600] * 3
+    o.w[4000] = torch.nan
+    assert OPS.head_stats(*o, "", "argmax", -1)[-1].tolist() == [4000] * 3
+
+
+def test_more_than_two_to_the_31_logits():
+    """Labels and weighted sums need no sweep; sweeps index inside one block only (tests/plan bounds its size)."""
+    n, v = 66_000, 33_000
+    h, w = torch.ones(n, 1), torch.linspace(-1, 1, v)[:, None]
+    y = torch.tensor([[v - 1, 0]]).expand(n, 2)
+    e = torch.empty(0)
+    _, picked, total, *_ = OPS.head_stats(h, w, y, e, e, w[:, 0] ** 2, "", "picked,sum", 0)
+    assert picked.unique().tolist() == [-1, 1]
+    torch.testing.assert_close(total, (w.double() ** 3).sum().float().expand(n), atol=1e-3, rtol=0)
+    with FakeTensorMode():
+        h, w, y = torch.empty(n, 8), torch.empty(v, 8), torch.empty(n, 1, dtype=torch.int64)
+        got = OPS.head_stats(h, w, y, torch.empty(0), torch.empty(0), torch.empty(0), "", "lse,picked", 0)
+    assert [tuple(x.shape) for x in got] == [(n,), (n, 1), (0,), (0,), (0,), (0,)]
