@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from fusedhead.deferred_program import Leaf, Mode, Program, decode, encode, modes, unobserved
 from fusedhead.deferred_reading import Guard, Outcome
-from fusedhead.deferred_tables import METADATA
+from fusedhead.deferred_tables import ALONE, METADATA
 from fusedhead.returned import Recipe
 
 
@@ -163,7 +163,12 @@ class DeferredLogits(Tensor):
             spent = first._plain if isinstance(first, DeferredLogits) else None
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs) if spent is None else func(spent, *args[1:], **kwargs)
-        if torch._guards.TracingContext.try_get() is not None:  # a compiler looks at it, or traces with it
+        compiling = torch._guards.TracingContext.try_get() is not None  # a compiler looks at it, or traces with it
+        if func in ALONE and (compiling or args[0]._plain is None):
+            return None
+        if compiling and func is Tensor.__repr__:
+            return f"DeferredLogits({args[0]._known.layout})"
+        if compiling:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return cls.handler(func, args, kwargs)
@@ -180,11 +185,16 @@ class DeferredLogits(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """For compilers: the tensors it is made of, and what is constant."""
         if self._plain is not None:
-            return ["_plain"], (SPENT, self._plain.dtype)
+            return ["_leaf0"], (SPENT, self._plain.dtype)
         names = [f"_leaf{at}" for at in range(len(self._known.leaves))]
-        for name, leaf in zip(names, self._known.leaves):
-            setattr(self, name, leaf)
         return names, (self._known.program, self._known.layout.dtype)
+
+    def __getattr__(self, name: str) -> Tensor:
+        """The tensors that ``__tensor_flatten__`` names."""
+        if not name.startswith("_leaf"):
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        leaves = self._known.leaves if self._plain is None else (self._plain,)
+        return leaves[int(name.removeprefix("_leaf"))]
 
     def _stable_hash_for_caching(self) -> str:
         leaves = (self._plain,) if self._plain is not None else self._known.leaves
@@ -215,6 +225,9 @@ def traced(program: Program, leaves: tuple[Tensor, ...], layout: Layout) -> Defe
     recorded = Recorded(program, code, none, leaves, Mode(False, None))
     return DeferredLogits(Knowledge(None, program, leaves, (), recorded, None, Family(), layout))
 
+
+# Dynamo compiles what runs under a compiled function: not this package, which handles tensors it cannot trace
+torch._dynamo.trace_rules.add("fusedhead")
 
 PROCESS = uuid.uuid4().hex  # programs are compared by identity: no other process has these
 
