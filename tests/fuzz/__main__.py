@@ -16,7 +16,6 @@ from tests.fuzz.grammar import draw
 from tests.fuzz.minimise import minimise
 from tests.fuzz.program import as_test
 
-
 STOPPED: list[bool] = []
 
 

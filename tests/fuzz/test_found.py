@@ -1,0 +1,67 @@
+"""Programs that random search found to come out wrong once, minimised. Each says what was missed."""
+
+from __future__ import annotations
+
+from tests.fuzz.compare import compare
+from tests.fuzz.program import Block, Case
+
+SIZES = {"B": 2, "T": 3, "D": 4, "V": 11}
+H, FLAT = "torch.randn(B, T, D).to(dtype).requires_grad_()", "torch.randn(B * T, D).to(dtype).requires_grad_()"
+W = "(torch.randn(V, D) * 0.6).to(dtype).requires_grad_()"
+
+
+def agrees(case: Case) -> None:
+    verdict = compare(case)
+    assert not verdict.kind, f"{verdict.kind}: {verdict.detail}\n{verdict.report}"
+
+
+def test_a_loss_that_nobody_uses() -> None:
+    body = ("z = F.linear(h, w)", "lp = z - torch.logsumexp(z, 2, keepdim=True)", "x = h * 2")
+    agrees(Case(SIZES, {"h": H, "w": W}, body, ("x",)))
+
+
+def test_log_probabilities_made_of_the_logits_and_their_own_logsumexp() -> None:
+    body = (
+        "z = F.linear(h, w)",
+        "lp = z - torch.logsumexp(z, 2, keepdim=True)",
+        "l = -lp.gather(2, y.unsqueeze(2)).squeeze(2)",
+    )
+    agrees(Case(SIZES, {"h": H, "w": W, "y": "torch.randint(0, V, (B, T))"}, body, ("l",)))
+
+
+def test_a_statistic_under_no_grad_that_others_differentiate() -> None:
+    quiet = Block("with torch.no_grad():", ("e = z.logsumexp(1)",))
+    inputs = {"h": FLAT, "w": W, "y": "torch.randint(0, V, (B * T,))"}
+    agrees(Case(SIZES, inputs, ("z = h @ w.t()", "l = F.cross_entropy(z, y)", quiet), ("l", "e")))
+    agrees(Case(SIZES, inputs, ("z = h @ w.t()", quiet, "l = F.cross_entropy(z, y)"), ("l", "e")))
+
+
+def test_returned_logits_that_were_written_through_another_name() -> None:
+    body = ("z = F.linear(h, w)", "z.mul_(0.8)", "lse = z.logsumexp(2)", "r = z.unsqueeze(0)")
+    for logits in ("eager", "deferred"):
+        agrees(Case(SIZES, {"h": H, "w": W}, body, ("lse", "r"), logits=logits))
+
+
+def test_hidden_states_written_after_the_loss_of_a_frozen_weight() -> None:
+    body = ("z = F.linear(h, w)", "l = F.cross_entropy(z, y, reduction='none')", "h.detach().add_(0.1)")
+    inputs = {"h": FLAT, "y": "torch.randint(0, V, (B * T,))", "w": "torch.randn(V, D).to(dtype)"}
+    agrees(Case(SIZES, inputs, body, ("l",)))
+
+
+def test_operands_of_different_dtypes() -> None:
+    body = ("z = F.linear(h.to(torch.bfloat16), w)", "l = F.cross_entropy(z.float(), y)")
+    agrees(Case(SIZES, {"h": FLAT, "w": W, "y": "torch.randint(0, V, (B * T,))"}, body, ("l",)))
+
+
+def test_losses_written_into_before_a_linear_reduction() -> None:
+    inputs = {"h": FLAT, "w": W, "y": "torch.randint(0, V, (B * T,))", "m": "torch.rand(B * T).to(dtype)"}
+    for written in ("l[m < 0.5] = 0.0", "l[:1] = 0.0", "l.detach().mul_(0.5)", "m.mul_(0.5)"):
+        body = ("z = F.linear(h, w)", "l = F.cross_entropy(z, y, reduction='none') * 2", written, "s = (l * m).sum()")
+        agrees(Case(SIZES, inputs, body, ("s",)))
+
+
+def test_detached_logits_that_are_returned() -> None:
+    body = ("z = F.linear(h, w)", "l = F.cross_entropy(z, y)", "r = z.detach()")
+    inputs = {"h": FLAT, "w": W, "y": "torch.randint(0, V, (B * T,))"}
+    for logits in ("eager", "deferred"):
+        agrees(Case(SIZES, inputs, body, ("l", "r"), logits=logits))
