@@ -16,9 +16,13 @@ from collections.abc import Callable
 
 import torch
 
-from fusedhead.kernels import triton_launch as launch
+from fusedhead.kernels import triton_sweep
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Head, RowGrads
+from fusedhead.kernels.triton_dlogits import dlogits
+from fusedhead.kernels.triton_exp import exponentials
+from fusedhead.kernels.triton_labels import map_labels
+from fusedhead.kernels.triton_stream import stream
 from fusedhead.kernels.triton_tiles import Tile
 
 SHAPES = {
@@ -58,24 +62,24 @@ def make_head(n: int, d: int, v: int, transform: str) -> Head:
 def step_of(kernel: str, head: Head, tile: Tile) -> Callable[[], object]:
     """One launch of the kernel with this tile, its buffers made beforehand."""
     n, v = len(head.h), len(head.w)
-    saved = launch.tile_for
-    launch.tile_for = lambda *_: tile
+    saved = triton_sweep.tile_for
+    triton_sweep.tile_for = lambda *_: tile
     try:
-        s = launch.sweep(kernel, head)
+        s = triton_sweep.sweep(kernel, head)
     finally:
-        launch.tile_for = saved
+        triton_sweep.tile_for = saved
     new = head.h.new_empty
     picked = new((n, 1), dtype=torch.float32)
     if kernel == "stream":
-        return lambda: launch.stream(s, frozenset({"lse"}), picked)
+        return lambda: stream(s, frozenset({"lse"}), picked)
     window = new((n, -(-v // 64) * 64))
     rows = torch.zeros(n, device=head.h.device)
-    labels = launch.map_labels(s)
+    labels = map_labels(s)
     if kernel == "exp":
         part = new((1, s.schedule.size), dtype=torch.float32)
-        return lambda: launch.exponentials(s, window, rows, picked, picked, part, labels)
+        return lambda: exponentials(s, window, rows, picked, picked, part, labels)
     grads = RowGrads(rows, picked)
-    return lambda: launch.dlogits(s, window, grads, rows, None, 0, False, False)
+    return lambda: dlogits(s, window, grads, rows, None, 0, False, False)
 
 
 def sweep_tiles(options: argparse.Namespace, share: tuple[int, int] | None) -> None:

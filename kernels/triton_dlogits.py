@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fusedhead.kernels.contract import RowGrads
+from fusedhead.kernels.triton_labels import map_labels
 from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import label_position
 from fusedhead.kernels.triton_schedule import locate, step_counts
-from fusedhead.kernels.triton_transform import pulled_back, transform
+from fusedhead.kernels.triton_sweep import TRITON_DTYPE, Sweep, shared_arguments, window_descriptor
+from fusedhead.kernels.triton_transform import pulled_back, steps_of, transform
 
 
 @triton.jit
@@ -202,3 +206,42 @@ def dlogits_kernel(
                 block, PARTS * tile + j, (here >> j) & 1, first_col, sy0, sy1, K, rows_size, STEPS, LABELS,
                 HAS_LSE, HAS_SUM, HAS_ENTROPY, HAS_U, NEED_COLS, NEED_ROWS, PRECISE, DTYPE, BM, BN // PARTS,
             )  # fmt: skip
+
+
+def dlogits(
+    s: Sweep, window: Tensor, upstream: RowGrads, lse: Tensor, entropy: Tensor | None, first_col: int,
+    need_cols: bool, need_rows: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """window [N, ld] <- dz; returns partial sums of the vectors' gradients [steps, ., V], [steps, ., N]."""
+    n, vocab = len(s.head.h), len(s.head.w)
+    steps = steps_of(s.head.transform.smooth)
+    parts = -(-vocab // s.tile.BN) * s.tile.parts
+    part_cols = lse.new_empty((len(steps) // 2, s.schedule.blocks, vocab) if need_cols else (0,))
+    part_rows = lse.new_empty((len(steps) // 2, parts, n) if need_rows else (0,))
+    arguments = shared_arguments(s)
+    if upstream.picked is None:
+        arguments["LABELS"] = 0
+    else:
+        arguments["label_map"] = map_labels(s, first_col)
+    dlogits_kernel[(s.schedule.programs,)](
+        **arguments,
+        dz=window_descriptor(s, window),
+        g_lse=lse if upstream.lse is None else upstream.lse,
+        g_picked=lse if upstream.picked is None else upstream.picked,
+        g_sum=lse if upstream.sum is None else upstream.sum,
+        g_entropy=lse if upstream.entropy is None else upstream.entropy,
+        lse=lse,
+        entropy=lse if entropy is None else entropy,
+        part_cols=part_cols,
+        part_rows=part_rows,
+        first_col=first_col,
+        rows_size=parts,
+        STEPS=steps,
+        HAS_LSE=upstream.lse is not None,
+        HAS_SUM=upstream.sum is not None,
+        HAS_ENTROPY=upstream.entropy is not None,
+        NEED_COLS=need_cols,
+        NEED_ROWS=need_rows,
+        DTYPE=TRITON_DTYPE[window.dtype],
+    )
+    return part_cols, part_rows

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import store_labelled
 from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
-from fusedhead.kernels.triton_transform import column_slope, transform
+from fusedhead.kernels.triton_sweep import TRITON_DTYPE, Sweep, marks, shared_arguments, window_descriptor
+from fusedhead.kernels.triton_transform import column_slope, steps_of, transform, varies_along_row
 
 
 @triton.jit
@@ -169,3 +171,29 @@ def exp_kernel(
         # selects, not a branch: a branch with results stops the compiler from flattening the loop
         total = tl.where(last, 0.0, total)
         weighted = tl.where(last, 0.0, weighted)
+
+
+def exponentials(
+    s: Sweep,
+    window: Tensor,
+    ref2: Tensor,
+    picked: Tensor,
+    slope: Tensor,
+    part: Tensor,
+    label_map: Tensor | None,
+    flags: Tensor | None = None,
+) -> None:
+    """window [N, ld] <- E; part [1 or 2, size] <- totals (and Σ u z); picked, slope [N, K] at the labels."""
+    exp_kernel[(s.schedule.programs,)](
+        **(shared_arguments(s) | marks(s, flags) | ({} if label_map is None else {"label_map": label_map})),
+        E=window_descriptor(s, window),
+        ref2=ref2,
+        picked=picked,
+        slope=slope,
+        part=part,
+        size=s.schedule.size,
+        STEPS=steps_of(s.head.transform.smooth),
+        SUM=len(part) == 2,
+        VARYING=varies_along_row(s.head.transform),
+        DTYPE=TRITON_DTYPE[window.dtype],
+    )

@@ -17,12 +17,16 @@ largest entry of a row is exact. These kernels must not know about windows or ti
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fusedhead.kernels.contract import RowGrads
 from fusedhead.kernels.triton_rows import log_sum
 from fusedhead.kernels.triton_schedule import partial_offset
-from fusedhead.kernels.triton_transform import row_slope
+from fusedhead.kernels.triton_sweep import SLOTS, TRITON_DTYPE, Sweep, shared_arguments
+from fusedhead.kernels.triton_transform import row_slope, steps_of, varies_along_row
 
 
 @triton.jit(do_not_specialize=("N", "V", "P", "GROUP"))
@@ -191,3 +195,81 @@ def scale_kernel(
         if RANK_ONE:
             x += tl.load(r + row) * tl.load(b + inner, mask=inner < D, other=0.0)
         tl.store(out + base + inner, x.to(out.dtype.element_ty), mask=inner < D)
+
+
+def mark_unsafe(s: Sweep, part: Tensor) -> Tensor:
+    """flags [token blocks] int32: 1 where a row's total says that its exponentials left the safe range."""
+    flags = part.new_empty(s.schedule.blocks, dtype=torch.int32)
+    check_kernel[(s.schedule.blocks,)](
+        part,
+        flags,
+        len(s.head.h),
+        len(s.head.w),
+        s.schedule.programs,
+        s.schedule.group,
+        BM=s.tile.BM,
+        BN=s.tile.BN,
+        SLOTS=SLOTS,
+    )
+    return flags
+
+
+def finalize(
+    s: Sweep,
+    window: Tensor,
+    ref2: Tensor,
+    picked: Tensor,
+    slope: Tensor,
+    part: Tensor,
+    coefficients: RowGrads,
+    lse: Tensor,
+    total: Tensor | None,
+    sh: Tensor | None,
+    gain: float,
+) -> Tensor:
+    """Row results and the target entries; returns scale [N] float32 with dz = scale ⊙ window."""
+    a = shared_arguments(s)
+    names = ("y", "rows", "N", "V", "D", "K", "GROUP", "sy0", "sy1", "stride_rows", "LABELS", "BM", "BN")
+    scale = torch.empty_like(lse)
+    finalize_kernel[(a["N"],)](
+        part=part,
+        ref2=ref2,
+        E=window,
+        h=s.head.h,
+        sh0=s.head.h.stride(0),
+        sh1=s.head.h.stride(1),
+        picked=picked,
+        slope=slope,
+        c_lse=lse if coefficients.lse is None else coefficients.lse,
+        c_picked=lse if coefficients.picked is None else coefficients.picked,
+        c_square=lse if coefficients.square is None else coefficients.square,
+        lse=lse,
+        sum_out=lse if total is None else total,
+        scale=scale,
+        sh=scale if sh is None else sh,
+        P=s.schedule.programs,
+        size=s.schedule.size,
+        ld=window.stride(0),
+        STEPS=steps_of(s.head.transform.smooth),
+        VARYING=varies_along_row(s.head.transform),
+        HAS_LSE=coefficients.lse is not None,
+        HAS_PICKED=coefficients.picked is not None and s.labels > 0,
+        HAS_SQUARE=coefficients.square is not None,
+        SUM=total is not None,
+        NEED_W=sh is not None,
+        GAIN=gain,
+        LIMIT=2.0**14 if window.dtype == torch.float16 else 1e20,
+        DTYPE=TRITON_DTYPE[window.dtype],
+        SLOTS=SLOTS,
+        INNER=1024,
+        **{name: a[name] for name in names},
+    )
+    return scale
+
+
+def scale_rows(product: Tensor, scale: Tensor, out: Tensor, rank_one: tuple[Tensor, Tensor] | None) -> None:
+    """out [N, D] <- scale ⊙ product + r ⊗ b; product [N, D] float32 (or out itself), both contiguous."""
+    r, b = rank_one or (scale, scale)
+    scale_kernel[(len(out),)](
+        product, scale, r, b, out, out.shape[0], out.shape[1], RANK_ONE=rank_one is not None, INNER=1024
+    )

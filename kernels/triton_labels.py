@@ -10,8 +10,12 @@ This file must not know what a label is used for.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fusedhead.kernels.triton_sweep import Sweep
 
 
 @triton.jit(do_not_specialize=("N", "V", "K", "sy0", "sy1"), debug=True)
@@ -50,3 +54,33 @@ def map_labels_kernel(
             there = (tile * PARTS + j)[None, :] == part[:, None]
             bits |= tl.max(there.to(tl.int32), 0) << j
     tl.store(label_map + block.to(tl.int64) * tiles + tile, bits, mask=tile < tiles)
+
+
+def check_labels(y: Tensor, vocab: int) -> None:
+    """Device assertion that every label names a column."""
+    if y.numel():
+        rows = 256
+        check_labels_kernel[(triton.cdiv(len(y), rows),)](
+            y, len(y), vocab, y.shape[1], y.stride(0), y.stride(1), ROWS=rows
+        )
+
+
+def map_labels(s: Sweep, first_col: int = 0) -> Tensor:
+    """[token blocks, tiles] int32: which parts of which tiles hold a label, counted from ``first_col``."""
+    y, tiles = s.head.y, triton.cdiv(len(s.head.w), s.tile.BN)
+    label_map = y.new_empty((s.schedule.blocks, tiles), dtype=torch.int32)
+    map_labels_kernel[(s.schedule.blocks, triton.cdiv(tiles, 64))](
+        y,
+        label_map,
+        len(y),
+        tiles,
+        y.shape[1],
+        first_col,
+        y.stride(0),
+        y.stride(1),
+        BM=s.tile.BM,
+        WIDTH=s.tile.BN // s.tile.parts,
+        PARTS=s.tile.parts,
+        TILES=64,
+    )
+    return label_map

@@ -10,11 +10,16 @@ Must not know how rows were summed.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fusedhead.kernels.triton_rows import finite_or_zero, from_order_key, log_sum
 from fusedhead.kernels.triton_schedule import partial_offset
+from fusedhead.kernels.triton_sweep import SLOTS, Sweep
 
 
 @triton.jit(do_not_specialize=("N", "V", "P", "GROUP", "size"))
@@ -99,3 +104,47 @@ def merge_kernel(
         if TOP:
             tl.store(max_out + row, from_order_key(top), mask=row < N)
             tl.store(argmax_out + row, where.to(tl.int64), mask=row < N)
+
+
+MERGE_ROWS = 16
+
+
+def _merge(s: Sweep, part: Tensor, part_top: Tensor, outputs: dict[str, Any]) -> None:
+    unused = {"flags": part, "ref2_out": part, "lse_out": part, "entropy_out": part}
+    unused |= {"sum_out": part, "max_out": part, "argmax_out": part_top}
+    constants = {"SHIFT": 0.0, "REF": False, "ONLY": False, "SUM": False, "ENTROPY": False, "TOP": False}
+    n = len(s.head.h)
+    merge_kernel[(triton.cdiv(n, MERGE_ROWS),)](
+        part=part,
+        part_top=part_top,
+        N=n,
+        V=len(s.head.w),
+        P=s.schedule.programs,
+        GROUP=s.schedule.group,
+        size=s.schedule.size,
+        BM=s.tile.BM,
+        BN=s.tile.BN,
+        ROWS=MERGE_ROWS,
+        SLOTS=SLOTS,
+        num_warps=1,
+        **(unused | constants | outputs),
+    )
+
+
+def merge_statistics(s: Sweep, part: Tensor, part_top: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
+    """lse, and what is wanted of sum, entropy, max and argmax, each [N], by name."""
+    n, new = len(s.head.h), s.head.h.new_empty
+    top = bool(want & {"max", "argmax"})
+    got = {"lse": new(n, dtype=torch.float32)}
+    got |= {k: new(n, dtype=torch.float32) for k in ("sum", "entropy") if k in want}
+    got |= {"max": new(n, dtype=torch.float32), "argmax": new(n, dtype=torch.int64)} if top else {}
+    outputs: dict[str, Any] = {f"{name}_out": out for name, out in got.items()}
+    constants = {"SUM": "sum" in want, "ENTROPY": "entropy" in want, "TOP": top}
+    _merge(s, part, part_top, outputs | constants)
+    return {name: out for name, out in got.items() if name == "lse" or name in want}
+
+
+def merge_reference(s: Sweep, part: Tensor, ref2: Tensor, shift: float, flags: Tensor | None = None) -> None:
+    """ref2 [N] <- base-2 lse + shift, for the token blocks that ``flags`` marks (None: all)."""
+    marks = {} if flags is None else {"flags": flags, "ONLY": True}
+    _merge(s, part, part, {"ref2_out": ref2, "REF": True, "SHIFT": shift, **marks})

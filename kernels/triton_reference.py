@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fusedhead.kernels.triton_transform import transform
+from fusedhead.kernels.triton_sweep import Sweep, shared_arguments
+from fusedhead.kernels.triton_transform import steps_of, transform
 
 
 @triton.jit(do_not_specialize=("N", "V", "D", "sy0", "stride_cols", "stride_rows"))
@@ -56,3 +58,34 @@ def reference_kernel(
     vectors = (cols, stride_cols, V, rows, stride_rows, N)
     z = transform(tl.sum(acc, 1), vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
     tl.store(ref2 + row, z * 1.4426950408889634, mask=there)
+
+
+def reference(s: Sweep, ref2: Tensor) -> None:
+    """ref2 [N] <- the target logit of each row in base 2 (column 0 where there are no labels)."""
+    a, rows = shared_arguments(s), 4
+    names = (
+        "y",
+        "cols",
+        "rows",
+        "N",
+        "V",
+        "D",
+        "sh0",
+        "sh1",
+        "sw0",
+        "sw1",
+        "sy0",
+        "stride_cols",
+        "stride_rows",
+    )
+    reference_kernel[(triton.cdiv(a["N"], rows),)](
+        h=s.head.h,
+        w=s.head.w,
+        ref2=ref2,
+        STEPS=steps_of(s.head.transform.smooth),
+        LABELS=s.labels,
+        PRECISE=a["PRECISE"],
+        ROWS=rows,
+        INNER=512,
+        **{name: a[name] for name in names},
+    )

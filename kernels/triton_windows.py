@@ -18,9 +18,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from fusedhead.kernels import triton_launch as launch
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.triton_dlogits import dlogits
+from fusedhead.kernels.triton_exp import exponentials
+from fusedhead.kernels.triton_finalize import finalize, mark_unsafe, scale_rows
 from fusedhead.kernels.triton_gemm import gemm, weighted_rows
+from fusedhead.kernels.triton_labels import check_labels, map_labels
+from fusedhead.kernels.triton_merge import merge_reference, merge_statistics
+from fusedhead.kernels.triton_reference import reference
+from fusedhead.kernels.triton_stream import stream
+from fusedhead.kernels.triton_sweep import Sweep, sweep
 from fusedhead.kernels.triton_transform import varies_along_row
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -72,15 +79,15 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     head = _ready(head)
     n, vocab = len(head.h), len(head.w)
     with _on(head.h):
-        launch.check_labels(head.y, vocab)
+        check_labels(head.y, vocab)
         picked = head.h.new_empty(head.y.shape, dtype=torch.float32) if "picked" in want else None
         if n == 0:
             empty = {k: head.h.new_empty(0, dtype=torch.float32) for k in want - {"picked", "argmax"}}
             argmax = head.y.new_empty(0) if "argmax" in want else None
             return RowStats(**({"lse": head.h.new_empty(0, dtype=torch.float32)} | empty), picked=picked, argmax=argmax)
-        s = launch.sweep("stream", head, want)
-        part, part_top = launch.stream(s, want, picked if head.y.shape[1] else None)
-        return RowStats(picked=picked, **launch.merge_statistics(s, part, part_top, want))
+        s = sweep("stream", head, want)
+        part, part_top = stream(s, want, picked if head.y.shape[1] else None)
+        return RowStats(picked=picked, **merge_statistics(s, part, part_top, want))
 
 
 def _add_vectors(
@@ -144,8 +151,8 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
             for v in vocab_cuts:
                 part = _slice(head, i, v)
                 window = buffer[: len(part.h)]
-                s = launch.sweep("dlogits", part)
-                sums = launch.dlogits(s, window, grads, rows.lse, rows.entropy, v.start, needs.cols, needs.rows)
+                s = sweep("dlogits", part)
+                sums = dlogits(s, window, grads, rows.lse, rows.entropy, v.start, needs.cols, needs.rows)
                 _add_vectors(part, sums, dcols, drows, i, v)
                 window = window[:, : len(part.w)]
                 if dw is not None:
@@ -205,7 +212,7 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     cuts = list(_cuts(n, windows.tokens))
     tokens = cuts[0].stop
     with _on(head.h):
-        launch.check_labels(head.y, vocab)
+        check_labels(head.y, vocab)
         dh = new((n, hidden)) if needs.h else None
         dw = _WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
         rank_one = None
@@ -223,16 +230,14 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
         for i in cuts:
             part = _slice(head, i, whole)
             m = len(part.h)
-            s = launch.sweep("exp", part)
+            s = sweep("exp", part)
             totals = new((1 if total is None else 2, s.schedule.size), dtype=torch.float32)
             _exponentials(s, part, buffer[:m], ref2[:m], picked[i], slope, totals)
             # dh's own rows hold s ⊙ h until dw has used it
             sh = None if dw is None else dh[i] if dh is not None else scaled[:m] if scaled is not None else None
             row_total = None if total is None else total[i]
             grads = _slice_rows(coefficients, i)
-            scale = launch.finalize(
-                s, buffer[:m], ref2[:m], picked[i], slope, totals, grads, lse[i], row_total, sh, gain
-            )
+            scale = finalize(s, buffer[:m], ref2[:m], picked[i], slope, totals, grads, lse[i], row_total, sh, gain)
             window = buffer[:m, :vocab]
             if dw is not None and sh is not None:
                 dw.add(window, whole, sh, first=i.start == 0, alpha=1 / gain)
@@ -240,13 +245,13 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
                 product = dh[i] if wide is None else wide[:m]
                 gemm(window, head.w, product)
                 outer = None if rank_one is None else (rank_one[0][i], rank_one[1])
-                launch.scale_rows(product, scale, dh[i], outer)
+                scale_rows(product, scale, dh[i], outer)
         grads_out = HeadGrads(dh, None if dw is None else dw.finish(), None, None)
     return RowStats(lse, picked, total), grads_out
 
 
 def _exponentials(
-    s: launch.Sweep, part: Head, window: Tensor, ref2: Tensor, picked: Tensor, slope: Tensor, totals: Tensor
+    s: Sweep, part: Head, window: Tensor, ref2: Tensor, picked: Tensor, slope: Tensor, totals: Tensor
 ) -> None:
     """window <- E with a reference that is safe for every row.
 
@@ -254,17 +259,17 @@ def _exponentials(
     where it was too far from the maximum. float16 has no such range: it sweeps twice, with the true lse as
     reference.
     """
-    stream = launch.sweep("stream", part)
-    labels = launch.map_labels(s) if s.labels else None
+    redo = sweep("stream", part)
+    labels = map_labels(s) if s.labels else None
     lse_only = frozenset({"lse"})
     if window.dtype == torch.float16:
-        rows, _ = launch.stream(stream, lse_only, None)
-        launch.merge_reference(stream, rows, ref2, -float(FLOAT16_SHIFT))
-        launch.exponentials(s, window, ref2, picked, slope, totals, labels)
+        rows, _ = stream(redo, lse_only, None)
+        merge_reference(redo, rows, ref2, -float(FLOAT16_SHIFT))
+        exponentials(s, window, ref2, picked, slope, totals, labels)
         return
-    launch.reference(s, ref2)
-    launch.exponentials(s, window, ref2, picked, slope, totals, labels)
-    flags = launch.mark_unsafe(s, totals)
-    rows, _ = launch.stream(stream, lse_only, None, flags)
-    launch.merge_reference(stream, rows, ref2, 0.0, flags)
-    launch.exponentials(s, window, ref2, picked, slope, totals, labels, flags)
+    reference(s, ref2)
+    exponentials(s, window, ref2, picked, slope, totals, labels)
+    flags = mark_unsafe(s, totals)
+    rows, _ = stream(redo, lse_only, None, flags)
+    merge_reference(redo, rows, ref2, 0.0, flags)
+    exponentials(s, window, ref2, picked, slope, totals, labels, flags)
