@@ -117,9 +117,11 @@ def same(name: str, got: Any, eager: Any, true: Any, case: Case) -> str:
 
 def compiled_by(stack: str, case: Case, report: Report) -> Callable[..., Any]:
     """The program compiled: "eager" runs the rewritten graph as it is, the others hand it on."""
-    options = {"fusedhead.logits": case.logits}
+    options: dict[str, Any] = {"fusedhead.logits": case.logits}
     if stack == "eager":
         return torch.compile(program(case), backend=backend(report.extend, **options), dynamic=case.dynamic or None)
+
+    options["fallback_random"] = True  # the random numbers of eager code
 
     def inductor(gm: Any, example_inputs: Any) -> Any:
         return compile_with(gm, example_inputs, options=options, observe=report.extend)
