@@ -37,7 +37,8 @@ class Limits(NamedTuple):
     fewest_tokens: int  # fewer make a single pass slower than to recompute
     share: int  # auto takes at least this many windows, to hold a fraction of the logits
     block_tokens: int  # where no row of z has to be complete
-    block_vocab: int
+    block_bytes: int  # what a block of that many tokens may hold: fewer blocks are fewer launches
+    least_bytes: int  # the same under "min"
     least_tokens: int
     least_vocab: int
     exact_sums: int  # up to this many windows, sums of dw in a narrow dtype err less than eager code does
@@ -46,8 +47,9 @@ class Limits(NamedTuple):
 LIMITS = {
     # exact_sums: the error of dw against float64 was below eager's up to 8 windows on the CPU and 1.1 times it
     # at 32; on an H100 it was equal at 4 and 1.35 times at 8.
-    "cpu": Limits(512, 64, 4, 512, 1 << 30, 128, 512, 8),
-    "cuda": Limits(4096, 512, 2, 8192, 8192, 4096, 2048, 4),
+    "cpu": Limits(512, 64, 4, 512, 1 << 60, 1 << 60, 128, 512, 8),
+    # least_bytes: with dh in float32 beside it, "min" stays under 256 MiB at 8192 tokens of D = 4096
+    "cuda": Limits(4096, 512, 2, 8192, 256 * MIB, 96 * MIB, 8192, 2048, 4),
 }
 
 
@@ -118,9 +120,15 @@ def _candidate(head: _Head, algorithm: str, tokens: int, vocab: int, limits: Lim
 def _block_vocab(head: _Head, tokens: int, limits: Limits) -> int:
     """Columns of a block that suits ``tokens`` rows."""
     if head.engine == "triton_windows":
-        return min(limits.block_vocab, head.v)
+        return _columns(head, tokens, limits.block_bytes)
     size = torch.float64.itemsize if head.dtype == torch.float64 else torch.float32.itemsize
     return block_columns(min(tokens, max(1, head.n)), head.v, size)
+
+
+def _columns(head: _Head, tokens: int, bytes_held: int) -> int:
+    """Columns of a block of ``tokens`` rows that holds ``bytes_held``, whole tiles of them."""
+    columns = bytes_held // (max(1, min(tokens, head.n)) * head.dtype.itemsize)
+    return max(1, min(head.v, max(128, columns // 128 * 128)))
 
 
 def _halvings(largest: int, smallest: int) -> list[int]:
@@ -172,7 +180,9 @@ def plan(
         for vocab in _halvings(_block_vocab(head, max(tokens, in_place), limits), limits.least_vocab)
     ]
     if memory == LEAST:
-        blocks = [(max(in_place, limits.least_tokens), limits.least_vocab)]
+        tokens = max(in_place, limits.least_tokens)
+        on_triton = engine == "triton_windows"
+        blocks = [(tokens, _columns(head, tokens, limits.least_bytes) if on_triton else limits.least_vocab)]
     if not any(needs):
         tried = [("statistics", *block) for block in blocks]
     elif linear and one_sweep and not weight:
