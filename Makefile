@@ -8,7 +8,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(sort $(wildcard fusion_pass/*.py fusion_pass/*/*.py lowering/*.py kernels/*.py))
 
-.PHONY: test lint types pytest demo bench clean FORCE
+.PHONY: test lint types pytest e2e demo bench clean FORCE
 
 test: lint types pytest
 
@@ -21,6 +21,10 @@ types: .venv/.installed
 # Two workers, handed single tests as they get free: a test that compiles takes seconds, most take milliseconds.
 pytest: .venv/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15
+
+# Training programs of real packages, three ways each (tests/e2e/README.md).
+e2e: .venv/.e2e
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 0 tests/e2e
 
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
@@ -46,6 +50,10 @@ clean:
 
 .venv/.bench: .venv/.installed
 	$(PIP) --no-build-isolation -e ".[bench]" --config-settings editable_mode=strict
+	touch $@
+
+.venv/.e2e: .venv/.installed
+	$(PIP) --no-build-isolation -e ".[e2e]" --config-settings editable_mode=strict
 	touch $@
 
 .venv/.sources: FORCE | .venv/.torch

@@ -43,7 +43,7 @@ def estimate(head: HeadRecord) -> Estimate:
     forward_only = head.engine.endswith("forward only")
     elements = head.bytes_logits // itemsize(head)
     parts = [head.bytes_logits] if forward_only else [head.bytes_logits, 4 * elements, head.bytes_logits]
-    left = head.bytes_logits if head.logits != "never built" else 0
+    left = head.bytes_logits if "built" in head.logits.split(" / ") else 0
     if not head.fused:
         left = sum(parts)
     products = 1 if forward_only else 3

@@ -1,0 +1,40 @@
+"""torchtune: the chunked loss that its recipes compile with the backend named in TORCH_COMPILE_BACKEND."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchtune.models.llama3 import llama3
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.training import compile_loss, compile_model
+
+from tests.e2e.comparison import Trained, check, weights
+from tests.e2e.text import VOCAB, tokens
+
+
+@pytest.mark.parametrize("backend", [None, "fusedhead"])
+def test_a_recipes_loss(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head runs eagerly, in chunks, between compiled layers and the compiled loss."""
+
+    def program(compiled: bool) -> Trained:
+        from fusedhead import changes
+
+        if backend is not None and changes():
+            monkeypatch.setenv("TORCH_COMPILE_BACKEND", backend)
+        model = llama3(vocab_size=VOCAB, num_layers=1, num_heads=2, num_kv_heads=2, embed_dim=64, max_seq_len=64)
+        loss = CEWithChunkedOutputLoss(num_output_chunks=4)
+        model.set_num_output_chunks(loss.num_output_chunks)
+        if compiled:
+            compile_model(model, verbose=False)
+            loss = compile_loss(loss, verbose=False)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        before, logged = weights(model), {}
+        for step, batch in enumerate(tokens(3, 4, 33)):
+            value = loss(model(batch[:, :-1]), batch[:, 1:])
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            logged[f"loss {step}"] = float(value)
+        return Trained(logged, before, weights(model))
+
+    check(program, heads=0)

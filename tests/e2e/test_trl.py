@@ -1,0 +1,94 @@
+"""TRL's trainers with ``torch_compile=True``: supervised, preference and reinforcement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from tests.e2e.comparison import Trained, check, weights
+from tests.e2e.models import llama
+from tests.e2e.text import passages, tokenizer
+
+
+def arguments(cls: type, folder: Path, compiled: bool, **more: Any) -> Any:
+    given = {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "torch_compile": compiled,
+        "disable_tqdm": True,
+    }
+    return cls(**{**given, **more})
+
+
+def trained(trainer: Any, keys: tuple[str, ...]) -> Trained:
+    before = weights(trainer.model)
+    trainer.train()
+    logged = {
+        f"{key} {entry['step']}": float(entry[key])
+        for entry in trainer.state.log_history
+        for key in keys
+        if key in entry
+    }
+    return Trained(logged, before, weights(trainer.model))
+
+
+def test_sft(tmp_path: Path) -> None:
+    """TRL computes the loss from hidden states and head in chunks of its own, inside what is compiled."""
+
+    def program(compiled: bool) -> Trained:
+        data = Dataset.from_dict({"text": passages(12)})
+        made = arguments(SFTConfig, tmp_path, compiled, max_length=64)
+        trainer = SFTTrainer(llama(), made, train_dataset=data, processing_class=tokenizer())
+        return trained(trainer, ("loss", "mean_token_accuracy", "grad_norm"))
+
+    check(program, heads=None)
+
+
+def test_dpo(tmp_path: Path) -> None:
+    """The loss hangs on the log-probabilities that the trainer takes from the model's logits."""
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+
+    def program(compiled: bool) -> Trained:
+        texts = passages(12, 120)
+        data = Dataset.from_dict(
+            {
+                "prompt": [text[:40] for text in texts],
+                "chosen": [text[40:100] for text in texts],
+                "rejected": [text[100:] + text[60:80] for text in texts],
+            }
+        )
+        made = arguments(DPOConfig, tmp_path, compiled, max_length=64)
+        trainer = DPOTrainer(str(tmp_path / "model"), args=made, train_dataset=data, processing_class=tokenizer())
+        return trained(trainer, ("loss", "rewards/margins", "logps/chosen", "logps/rejected"))
+
+    check(program, heads=None)
+
+
+def test_grpo(tmp_path: Path) -> None:
+    """Text is generated between the steps by the model that is compiled for training."""
+
+    def program(compiled: bool) -> Trained:
+        data = Dataset.from_dict({"prompt": [text[:40] for text in passages(12)]})
+
+        def reward(completions: list[str], **_: Any) -> list[float]:
+            return [float(len(set(text))) / 10 for text in completions]
+
+        made = arguments(GRPOConfig, tmp_path, compiled, num_generations=2, max_completion_length=8, max_steps=2)
+        trainer = GRPOTrainer(llama(), reward, args=made, train_dataset=data, processing_class=tokenizer())
+        return trained(trainer, ("loss", "reward", "entropy", "grad_norm"))
+
+    check(program, heads=None)
