@@ -125,6 +125,22 @@ def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
     return lse, picked, sink.finish()
 
 
+def labels_alone(head: Head, upstream: RowGrads, needs: Needs, windows: Windows) -> HeadGrads:
+    """The gradients where only picked logits and plain sums have an upstream: no softmax, no sweep, no lse."""
+    wide = stat_dtype(head.h.dtype)
+    _, g_picked = _prepared(head, upstream)
+    sink = Sink(head, upstream, needs, windows)
+    if sink.dw is not None:
+        sink.dw.begin_with_nothing()
+    for i in cuts(len(head.h), min(windows.tokens, len(head.h))):
+        m = i.stop - i.start
+        t = (g_picked[i] * label_terms(head, i)[1]).to(wide)
+        product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
+        sink.hidden(i, product, head.h.new_ones(m, dtype=wide), t)
+        sink.labels(i, t)
+    return sink.finish()
+
+
 def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows: Windows) -> HeadGrads:
     """The gradients when each row's lse [N] is known. FLOP 6 NDV; memory: one block, [windows.tokens, D] twice.
 

@@ -57,9 +57,12 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(most, fade_a * a.total + fade_b * b.total, moment)
 
 
-def picked_logits(head: Head, i: slice) -> Tensor:
-    """z[i, y_ik] of a window, without a sweep: [m, K]."""
-    return apply(head.transform.smooth, label_logits(head, i), *label_vectors(head, i))
+def picked_logits(head: Head, tokens: int) -> Tensor:
+    """z[i, y_ik], without a sweep, ``tokens`` rows at once: [N, K]."""
+    out = head.h.new_empty(head.y.shape, dtype=stat_dtype(head.h.dtype))
+    for i in cuts(len(head.h), tokens):
+        out[i] = apply(head.transform.smooth, label_logits(head, i), *label_vectors(head, i))
+    return out
 
 
 def _better(best: Tensor, top: Tensor) -> Tensor:
@@ -78,7 +81,6 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     soft, summed = bool(want & {"lse", "entropy"}), "sum" in want
     out = {name: head.h.new_empty(n, dtype=wide) for name in ("lse", "sum", "entropy", "max")}
     argmax = head.h.new_empty(n, dtype=torch.int64)
-    picked = head.h.new_empty(head.y.shape, dtype=wide)
     rounds = head.transform.smooth != head.transform
     for i in cuts(n, tokens):
         h = head.h[i].to(work)
@@ -109,12 +111,10 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
             out["lse"][i] = state.most + log_total
             if state.moment is not None:
                 out["entropy"][i] = log_total - state.moment / state.total
-        if "picked" in want:
-            picked[i] = picked_logits(head, i)
     given = {name: x for name, x in out.items() if name in want}
     given["lse"] = out["lse"]
     return RowStats(
         **given,
-        picked=picked if "picked" in want else None,
+        picked=picked_logits(head, tokens) if "picked" in want else None,
         argmax=argmax if "argmax" in want else None,
     )

@@ -34,6 +34,12 @@ class WeightGradient:
             self.sum[v] = u[v].to(self.wide)[:, None] * q
         self.started = True
 
+    def begin_with_nothing(self) -> None:
+        """Start from zero, for a sweep that may add no block."""
+        if not self.started:
+            self.sum.zero_()
+            self.started = True
+
     def add_block(self, v: slice, first: bool, e: Tensor, h: Tensor) -> None:
         """dw[v] += eᵀ h for e [m, v] and h [m, D]; ``first`` says that nothing was added to these rows
         before.

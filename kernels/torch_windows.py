@@ -24,7 +24,10 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     """One sweep over z for the statistics in ``want``, see `contract.RowStats`."""
     scale = plain_scale(head.transform)
     swept = want - {"sum"} if scale is not None else want
-    if swept and swept <= {"lse", "picked"}:
+    if swept <= {"picked"}:
+        picked = torch_statistics.picked_logits(head, windows.tokens) if swept else None
+        stats = RowStats(head.h.new_empty(0, dtype=stat_dtype(head.h.dtype)), picked)
+    elif swept <= {"lse", "picked"}:
         lse, picked, _ = torch_softmax_gradients.single_pass(head, RowGrads(), NOTHING, windows)
         stats = RowStats(lse.to(stat_dtype(head.h.dtype)), picked if "picked" in want else None)
     else:
@@ -37,6 +40,8 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
 def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
     """One sweep over z for the gradients of any per-row upstream."""
     if torch_softmax_gradients.serves(head, upstream, needs):
+        if upstream.lse is None and upstream.square is None:
+            return torch_softmax_gradients.labels_alone(head, upstream, needs, windows)
         return torch_softmax_gradients.known_lse(head, upstream, stats.lse, needs, windows)
     return torch_dlogits.backward(head, upstream, stats, needs, windows)
 

@@ -55,9 +55,7 @@ def _as_written(head: Head) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _windows(
-    head: Head, needs: Needs, memory: int, *, linear: bool, row_scale: bool, explicit: bool
-) -> Windows:
+def _windows(head: Head, needs: Needs, memory: int, *, linear: bool, row_scale: bool, explicit: bool) -> Windows:
     h, w, y, _, _, _, transform = head
     chosen = plan(
         h.shape[0],
@@ -147,7 +145,8 @@ def _head_stats_backward(
     check_head(head)
     needs = Needs(need_h, need_w, need_cols, need_rows)
     upstream = RowGrads(_given(g_lse), _given(g_picked), _given(g_sum), _given(g_entropy))
-    saved = RowStats(lse=lse, entropy=_given(entropy))
+    # The lse is absent where no statistic needed it; then neither does a gradient.
+    saved = RowStats(lse=lse if lse.numel() else h.new_zeros(h.shape[0], dtype=lse.dtype), entropy=_given(entropy))
     row_scale = _row_scale(head, upstream, needs)
     windows = _windows(head, needs, memory, linear=False, row_scale=row_scale, explicit=not row_scale)
     with _as_written(head):

@@ -66,6 +66,27 @@ def test_only_what_is_asked_for_has_elements(stats):
         torch.testing.assert_close(got[name], getattr(truth(o), name))
 
 
+@pytest.mark.parametrize("transform", ["", "mul:2.0", "addcol:0 tanh mul:300.0"])
+@pytest.mark.parametrize("stats", ["picked", "sum", "picked,sum"])
+def test_labels_and_sums_alone_have_the_definitions_gradients(stats, transform):
+    o = operands(70, 1507, 23, 2)
+    ours, true = leaves(o), leaves(o)
+    got = dict(zip(ALL.split(","), OPS.head_stats(*ours, transform, stats, 0)))
+    expected = truth(true, transform)
+    names = stats.split(",")
+    upstream = [torch.randn_like(got[name]) for name in names]
+    a = torch.autograd.grad([got[name] for name in names], [ours.h, ours.w, ours.cols], upstream)
+    b = torch.autograd.grad(
+        [getattr(expected, name) for name in names],
+        [true.h, true.w, true.cols],
+        upstream,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    for x, y in zip(a, b):
+        torch.testing.assert_close(x, y)
+
+
 def test_a_transposed_weight_gives_the_same():
     o = operands(70, 507, 24)
     flipped = o._replace(w=o.w.t().contiguous().t())

@@ -1,0 +1,76 @@
+"""What the torch engine allocates, watched by the profiler: never the logits, never more than the budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fusedhead.kernels.contract import Needs
+from fusedhead.lowering.plan import MIB, plan
+from tests.ops.heads import OPS, Operands, leaves, none, operands
+
+N, V, D = 768, 24_576, 32
+BUDGET = {torch.float32: 8, torch.bfloat16: 4}  # MiB; the logits have 72 and 36
+FIXED = 64 << 10  # row vectors [N] of results and coefficients
+
+
+def watch(call):
+    """(result, bytes live at the peak, bytes of the largest allocation) of a call, what it returns included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = call()
+    live = peak = largest = 0
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak, largest = max(peak, live), max(largest, event.nbytes())
+    return result, peak, largest
+
+
+def size(tensors) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+@pytest.fixture(params=list(BUDGET), ids=str)
+def heads(request) -> Operands:
+    return operands(N, V, D, dtype=request.param, u=False)
+
+
+@pytest.mark.parametrize("transform", ["", "mul:0.1 tanh mul:3.0", "addcol:0"])
+def test_a_loss_with_gradients_stays_within_its_budget(heads, transform):
+    budget = BUDGET[heads.h.dtype]
+    assert N * V * heads.h.element_size() >= 8 * budget * MIB
+    c, e = torch.full((N,), 1 / N), none(heads.h)
+    call = (*heads, c, -c[:, None], e, e, transform, "lse,picked")
+    for memory in (budget, -1):
+        got, peak, largest = watch(lambda m=memory: OPS.head_loss(*call, m, True, True, False, False))
+        gradients = size(got[3:5])
+        assert peak - gradients <= budget * MIB + FIXED
+        assert largest <= max(budget * MIB, size([heads.w]))
+
+
+def test_statistics_and_their_backward_stay_within_the_budget(heads):
+    budget = BUDGET[heads.h.dtype]
+    o = leaves(heads, "h w")
+    got, peak, _ = watch(lambda: OPS.head_stats(*o, "", "lse,picked,entropy", budget))
+    assert peak <= budget * MIB + FIXED
+    upstream = [torch.ones_like(got[i]) for i in (0, 1, 3)]
+    grads, peak, _ = watch(lambda: torch.autograd.grad([got[i] for i in (0, 1, 3)], (o.h, o.w), upstream))
+    assert peak - size(grads) <= budget * MIB + FIXED
+
+
+def test_a_transposed_weight_is_read_where_it_lies(heads):
+    o = heads._replace(w=heads.w.t().contiguous().t())
+    _, peak, _ = watch(lambda: OPS.head_stats(*o, "", "lse,picked", 2))
+    assert peak < size([o.w]) or o.h.dtype == torch.bfloat16
+    assert peak <= 3 * MIB
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_the_planners_prediction_bounds_what_is_held(heads, needs):
+    c, e = torch.full((N,), 1 / N), none(heads.h)
+    for memory in (0, -1, 16):
+        arguments = (*heads, c, -c[:, None], e, e, "", "lse,picked", memory, *needs, False, False)
+        got, peak, _ = watch(lambda a=arguments: OPS.head_loss(*a))
+        chosen = plan(N, V, D, heads.h.dtype, "cpu", needs=Needs(*needs, False, False), memory=memory)
+        assert peak - size(got[3:5]) <= chosen.predicted_bytes + FIXED
