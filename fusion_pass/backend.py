@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from fusedhead import observe as observing
-from fusedhead.deferred import deferring
+from fusedhead.deferred import deferring, existing
 from fusedhead.deferred_inputs import any_deferred, spread
 from fusedhead.donated import scale_in_place
 from fusedhead.fusion import Wrap, fuse_graph, unwrapped
@@ -185,7 +186,8 @@ def compile_graph(
     if any_deferred(example_inputs):
         gm, example_inputs, take_deferred = with_sources(gm, example_inputs)
     else:
-        take_deferred = unchanged
+        cut_out = any(isinstance(value, FakeTensor) for value in example_inputs)
+        take_deferred = existing if cut_out and own.logits == "deferred" else unchanged
     texts = observe is not observing.notify or wants_texts(own)
     gm, report, wrap = run_pass(gm, own, texts=texts)
     observe(report)

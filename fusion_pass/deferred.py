@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fusedhead.deferred_calls import LEARNT
 from fusedhead.deferred_program import Leaf, Made, Mode, Program, Step, encode, shapes
@@ -28,7 +29,7 @@ from fusedhead.deferred_tensor import (
 )  # fmt: skip
 from fusedhead.returned import LEAST_TOKENS, Recipe, compute_now
 
-__all__ = ["DeferredLogits", "StaleLogits", "deferring", "plain"]
+__all__ = ["DeferredLogits", "StaleLogits", "deferring", "existing", "plain"]
 
 
 def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
@@ -61,6 +62,19 @@ def kept(source: Any) -> Any:
     return source.clone() if isinstance(source, Tensor) and not isinstance(source, torch.nn.Parameter) else source
 
 
+def existing(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled``, given plain tensors.
+
+    For one of several graphs that were cut out of one (DDP's buckets): it may get what another returned, and was
+    compiled for a plain tensor there.
+    """
+
+    def with_plain_tensors(*inputs: Any) -> Any:
+        return compiled(*(plain(x) if isinstance(x, DeferredLogits) else x for x in inputs))
+
+    return with_plain_tensors
+
+
 def deferring(memory: int, overwrites: bool) -> Callable[[Recipe, Sequence[Any]], Any]:
     """What a wrapped graph does with the sources of returned logits.
 
@@ -70,6 +84,8 @@ def deferring(memory: int, overwrites: bool) -> Callable[[Recipe, Sequence[Any]]
     origins: dict[Recipe, Origin] = {}
 
     def finish(recipe: Recipe, sources: Sequence[Any]) -> Any:
+        if any(isinstance(s, FakeTensor) for s in sources):
+            return compute_now(recipe, sources)
         origin = origins.get(recipe) or origins.setdefault(recipe, Origin(recipe, memory))
         return defer(origin, [kept(s) for s in sources] if overwrites else sources)
 

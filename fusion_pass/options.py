@@ -29,7 +29,7 @@ class Options:
     debug: bool = False
     strict: bool = False
     memory: str | int = "auto"
-    logits: str = "eager"
+    logits: str = "deferred"
 
     @property
     def budget(self) -> int:
