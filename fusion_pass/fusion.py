@@ -170,6 +170,11 @@ def refusal(
         reason = mutations.between(first, end, labels)
         if reason:
             return reason
+    for output in site.outputs:
+        making, sources = returned.program_of(site, output)  # they are read when the graph has run
+        reason = mutations.anywhere_after(making[0], sources)
+        if reason:
+            return reason
     if site.outputs:
         return mutations.anywhere_after(site.head.node, [*read, *vectors, *indices]) or ""
     if any(isinstance(fake(node), torch.Tensor) and fake(node).requires_grad for node in read):

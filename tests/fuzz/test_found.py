@@ -65,3 +65,13 @@ def test_detached_logits_that_are_returned() -> None:
     inputs = {"h": FLAT, "w": W, "y": "torch.randint(0, V, (B * T,))"}
     for logits in ("eager", "deferred"):
         agrees(Case(SIZES, inputs, body, ("l", "r"), logits=logits))
+
+
+def test_a_weight_written_after_the_cast_that_the_head_reads() -> None:
+    body = (
+        "z = F.linear(h.to(torch.bfloat16), w.to(torch.bfloat16))",
+        "w.detach().mul_(1.5)",
+        "lse = z.logsumexp(1)",
+    )
+    for logits in ("eager", "deferred"):
+        agrees(Case(SIZES, {"h": FLAT, "w": "torch.randn(V, D)"}, body, ("lse", "z"), logits=logits))
