@@ -19,6 +19,8 @@ INPLACE_OPERATORS = frozenset(
     {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor",
      "ilshift", "irshift", "setitem", "delitem"}
 )  # fmt: skip
+INPLACE_BY_ARGUMENT = frozenset({"relu", "dropout", "leaky_relu", "elu", "silu", "mish"})
+MUTATING_WRAPPERS = ("triton_kernel_wrapper_mutation", "auto_functionalized")
 NOT_MUTATING = frozenset({"requires_grad_", "retain_grad"})
 
 
@@ -43,9 +45,14 @@ def written(node: Node) -> Iterator[Node]:
             yield from everything
         return
     inplace = name.endswith("_") and not name.endswith("__")
-    if (name.startswith("_foreach") and inplace) or "triton_kernel_wrapper_mutation" in name or "auto_functionalized" in name:
+    if (name.startswith("_foreach") and inplace) or any(op in name for op in MUTATING_WRAPPERS):
         yield from everything
-    elif inplace or name in INPLACE_OPERATORS or node.kwargs.get("inplace") is True or (name in ("relu", "dropout", "leaky_relu", "elu", "silu", "mish") and True in node.args):
+    elif (
+        inplace
+        or name in INPLACE_OPERATORS
+        or node.kwargs.get("inplace") is True
+        or (name in INPLACE_BY_ARGUMENT and True in node.args)
+    ):
         yield from everything[:1]
     out = node.kwargs.get("out")
     yield from (n for n in tree_leaves(out) if isinstance(n, Node))

@@ -89,7 +89,7 @@ class Emit:
         return self.known[ref]
 
     def replaced(self, old: Node, by: Node) -> None:
-        """From now on, expressions that name ``old`` mean ``by``: the result of one head may be an operand of another."""
+        """From now on, expressions that name ``old`` mean ``by``: one head's result may be another's operand."""
         old.meta[REPLACED] = by
 
     def sizes(self, node: Node) -> list[Any]:

@@ -17,7 +17,9 @@ from torch.fx import Graph, GraphModule, Node
 from fusedhead import linear_tail, returned
 from fusedhead.aliases import storage, written
 from fusedhead.interpret import Reading, Site, candidates, grad_modes, interpret
-from fusedhead.lowering.plan import plan
+from fusedhead.kernels.columns import parse
+from fusedhead.kernels.contract import Needs
+from fusedhead.lowering.plan import Plan, plan
 from fusedhead.options import Options
 from fusedhead.read import fake, name_of, where
 from fusedhead.report import HeadRecord, Report
@@ -54,7 +56,8 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
     Returns the report and a function to put around the compiled graph (it restores outputs that were redirected).
     """
     started = time.perf_counter()
-    report, wrap = Report(graphs=1), unwrapped
+    report = Report(graphs=1)
+    wrap: Wrap = unwrapped
     changed = False
     for module, owner in bodies(gm):
         alone = (
@@ -95,7 +98,7 @@ def fuse_body(
         reason = unsafe or refusal(site, mutations, modes, owner, deferred)
         decided.append((site, reason))
     recipes = []
-    slots = [node for node in linear_tail.output_of(graph).args[0]] if owner == "" else []
+    slots: list[Any] = list(linear_tail.output_of(graph).args[0]) if owner == "" else []  # type: ignore[arg-type]
     for site, reason in decided:
         if not reason:
             recipes += [
@@ -110,11 +113,12 @@ def fuse_body(
             records.append(describe(site, reason, ""))
             continue
         record = describe(site, "", "", deferred)
-        algorithms = []
+        engines = []
         for call in fuse(graph, site, options.budget, modes, mutations.position):
+            planned = planner(call, options.budget)  # reads the call, which an upgrade replaces
             why = "inside a checkpointed region" if owner in CHECKPOINTS else linear_tail.upgrade(call)
-            algorithms.append(algorithm(call, why))
-        record.engine = describe_engine(site, ", ".join(dict.fromkeys(algorithms)) or "as the caller asks")
+            engines.append(engine(planned, why))
+        record.engine = ", ".join(dict.fromkeys(engines)) or "as the caller asks"
         records.append(record)
     return records, wrap
 
@@ -191,13 +195,30 @@ def written_behind(site: Site, output: Node) -> bool:
     return any(storage(fake(target)) in memory for node in others for target in written(node))
 
 
-def algorithm(call: Node, why: str) -> str:
-    """What a head's call does, for the report."""
-    if not why:
-        return "gradients in the forward sweep"
+def planner(call: Node, memory: int) -> Callable[[bool], Plan]:
+    """What the planner will choose for a head's call with this compilation's sizes, given "is the tail linear"."""
+    h, w, cols, rows = (fake(call.args[i]) for i in (0, 1, 3, 4))  # type: ignore[arg-type]
+    needs = Needs(*(x.requires_grad for x in (h, w, cols, rows)))
+    transform, tokens = parse(str(call.args[6])), hint(h.shape[0])
+
+    def planned(linear: bool) -> Plan:
+        return plan(
+            tokens, int(w.shape[0]), int(w.shape[1]), h.dtype, w.device.type,
+            needs=needs, linear=linear, transform=transform, memory=memory,
+        )  # fmt: skip
+
+    return planned
+
+
+def engine(planned: Callable[[bool], Plan], why: str) -> str:
+    """What computes a head, how, and at what price, for the report."""
+    chosen = planned(not why)
+    name = chosen.engine.replace("_", " ")
     if why == "no gradient is needed":
-        return "forward only"
-    return f"recompute in the backward ({why})"
+        return f"{name}: forward only"
+    how = "gradients in the forward sweep" if not why else f"recompute in the backward ({why})"
+    held, work = chosen.predicted_bytes / 2**20, chosen.predicted_flop / 1e9
+    return f"{name}: {how}; {held:,.1f} MiB of workspace, {work:,.3g} GFLOP"
 
 
 def tokens_of(site: Site) -> Any:
@@ -239,9 +260,3 @@ def describe(site: Site, reason: str, engine: str, deferred: bool = False) -> He
         device=site.head.weight.val.device.type,
         source=site.head.node.meta.get("stack_trace") or "",
     )
-
-
-def describe_engine(site: Site, algorithms: str) -> str:
-    weight = site.head.weight.val
-    chosen = plan(hint(tokens_of(site)), *weight.shape, site.head.dtype, weight.device.type)
-    return f"{chosen.engine.replace('_', ' ')}: {algorithms}"

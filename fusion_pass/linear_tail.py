@@ -51,14 +51,10 @@ def tails(statistics: Sequence[Node]) -> list[list[Node]]:
     """
     reached, tail = set(statistics), []
     for node in statistics[0].graph.nodes:
-        if (
-            node.op.startswith("call_")
-            and node not in reached
-            and any(s in reached for s in node.all_input_nodes)
-        ):
-            if differentiable(node):
-                reached.add(node)
-                tail.append(node)
+        fresh = node.op.startswith("call_") and node not in reached
+        if fresh and any(source in reached for source in node.all_input_nodes) and differentiable(node):
+            reached.add(node)
+            tail.append(node)
     found = []
     for end in reversed(range(len(tail))):
         scalar, inside = tail[end], ancestors(tail[end], tail)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from expecttest import TestCase
 from eager_stack import Rewritten
+from expecttest import TestCase
 from torch import Tensor
 
 B, T, D, V = 2, 5, 8, 40
