@@ -174,19 +174,21 @@ def plan(
 
     narrow = dtype in (torch.bfloat16, torch.float16)
     in_place = -(-N // limits.exact_sums) if narrow and needs.w else 1  # tokens that spare a float32 dw
+    heights = _halvings(limits.block_tokens, 16) if memory != LEAST else [limits.least_tokens]
+    heights = [max(tokens, in_place) for tokens in heights] + [at for at in heights if at < in_place]
     blocks = [
-        (max(tokens, in_place), vocab)
-        for tokens in _halvings(limits.block_tokens, 16)
-        for vocab in _halvings(_block_vocab(head, max(tokens, in_place), limits), limits.least_vocab)
+        (tokens, vocab)
+        for tokens in heights
+        for vocab in _halvings(_block_vocab(head, tokens, limits), limits.least_vocab)
     ]
     if memory == LEAST:
-        tokens = max(in_place, limits.least_tokens)
         on_triton = engine == "triton_windows"
-        blocks = [(tokens, _columns(head, tokens, limits.least_bytes) if on_triton else limits.least_vocab)]
+        blocks = [(at, _columns(head, at, limits.least_bytes) if on_triton else limits.least_vocab) for at in heights]
     if not any(needs):
         tried = [("statistics", *block) for block in blocks]
     elif linear and one_sweep and not weight:
-        frozen = ((tokens, V) for tokens in _halvings(limits.tokens, 16))  # Triton holds whole rows here
+        few = limits.fewest_tokens if memory == LEAST else 16
+        frozen = ((tokens, V) for tokens in _halvings(limits.tokens, few))  # Triton holds whole rows here
         tried = [("frozen", *block) for block in (blocks if engine == "torch_windows" else frozen)]
     elif linear and one_sweep and memory != LEAST:
         largest = N if budget else max(-(-N // limits.share), limits.fewest_tokens * 4)
@@ -198,7 +200,7 @@ def plan(
 
     judged = [(name, *_candidate(head, name, tokens, vocab, limits)) for name, tokens, vocab in tried]
     fitting = [at for at in judged if budget is None or at[2] <= budget]
-    name, windows, held = fitting[0] if fitting else min(judged, key=lambda at: at[2])
+    name, windows, held = fitting[0] if fitting and memory != LEAST else min(judged, key=lambda at: at[2])
     forward_too = linear and any(needs)
     products = {"statistics": 1, "frozen": 2, "single pass": 1 + needs.h + weight}.get(
         name, forward_too + 1 + needs.h + weight

@@ -1,0 +1,121 @@
+"""The planner as a table: sizes, kinds and a budget in, engine, algorithm and windows out."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fusedhead.kernels.contract import Needs, Windows
+from fusedhead.lowering.plan import MIB, engine_for, plan
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+NOTHING = Needs(False, False, False, False)
+HIDDEN = Needs(True, False, False, False)
+BOTH = Needs(True, True, False, False)
+LLAMA, GEMMA, QWEN, GPT2 = (8192, 128256, 4096), (8192, 256000, 2304), (8192, 151936, 1024), (16384, 50304, 768)
+SIZES = ((1, 32000, 512), (7, 507, 123), (1024, 32000, 512), (2048, 50304, 768), LLAMA, (1 << 20, 1 << 18, 8192))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "engine"),
+    [
+        (BF16, "cuda", "triton_windows"),
+        (FP16, "cuda", "triton_windows"),
+        (FP32, "cuda", "triton_windows"),
+        (FP64, "cuda", "torch_windows"),
+        (BF16, "cpu", "torch_windows"),
+        (FP32, "mps", "torch_windows"),
+    ],
+)
+def test_the_engine_follows_device_and_dtype(dtype, device, engine):
+    assert engine_for(dtype, device) == engine
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "device", "options", "algorithm", "windows"),
+    [
+        (LLAMA, BF16, "cuda", {}, "single pass", Windows(4096, 128256, BF16)),
+        (QWEN, BF16, "cuda", {}, "single pass", Windows(4096, 151936, BF16)),
+        (GPT2, BF16, "cuda", {}, "single pass", Windows(4096, 50304, BF16)),
+        ((4096, *LLAMA[1:]), BF16, "cuda", {}, "single pass", Windows(2048, 128256, BF16)),
+        ((32768, *LLAMA[1:]), BF16, "cuda", {}, "single pass", Windows(4096, 128256, FP32)),
+        (LLAMA, BF16, "cuda", {"memory": -1}, "recompute", Windows(8192, 6144, BF16)),
+        (LLAMA, BF16, "cuda", {"linear": False}, "recompute", Windows(8192, 16384, BF16)),
+        (LLAMA, BF16, "cuda", {"needs": HIDDEN}, "frozen", Windows(4096, 128256, BF16)),
+        ((1024, 32000, 512), FP32, "cpu", {}, "single pass", Windows(256, 32000, FP32)),
+        ((2048, 50304, 768), FP32, "cpu", {}, "single pass", Windows(512, 50304, FP32)),
+        ((1024, 32000, 512), BF16, "cpu", {}, "single pass", Windows(256, 32000, BF16)),
+        ((8192, 32000, 512), BF16, "cpu", {}, "single pass", Windows(512, 32000, FP32)),
+        ((1024, 32000, 512), FP32, "cpu", {"needs": HIDDEN}, "frozen", Windows(512, 1024, FP32)),
+        ((1024, 32000, 512), FP32, "cpu", {"needs": NOTHING}, "statistics", Windows(512, 1024, FP32)),
+        ((1024, 32000, 512), FP32, "cpu", {"memory": -1}, "recompute", Windows(128, 512, FP32)),
+        ((1024, 32000, 512), FP32, "cpu", {"memory": 24}, "single pass", Windows(128, 32000, FP32)),
+        ((1024, 32000, 512), FP32, "cpu", {"memory": 12}, "recompute", Windows(512, 1024, FP32)),
+        ((1024, 32000, 512), FP32, "cpu", {"one_sweep": False}, "recompute", Windows(512, 1024, FP32)),
+    ],
+)
+def test_the_plan_of(sizes, dtype, device, options, algorithm, windows):
+    chosen = plan(*sizes, dtype, device, **options)
+    assert (chosen.algorithm, chosen.windows) == (algorithm, windows)
+
+
+@pytest.mark.parametrize(
+    ("options", "products"),
+    [
+        ({}, 3),
+        ({"needs": HIDDEN}, 2),
+        ({"needs": Needs(False, True, False, False)}, 2),
+        ({"needs": NOTHING}, 1),
+        ({"memory": -1}, 4),
+        ({"linear": False}, 3),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_predicted_work_counts_products(options, products, device):
+    n, v, d = LLAMA
+    assert plan(n, v, d, BF16, device, **options).predicted_flop == products * 2 * n * v * d
+
+
+@pytest.mark.parametrize("memory", [4, 64, 512, 4096])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_budget_is_kept_or_the_reason_says_that_it_cannot_be(memory, device, dtype):
+    for sizes, needs, linear in itertools.product(SIZES, (NOTHING, HIDDEN, BOTH), (True, False)):
+        chosen = plan(*sizes, dtype, device, needs=needs, linear=linear, memory=memory)
+        assert chosen.predicted_bytes <= memory * MIB or chosen.reason.startswith("no plan fits in")
+
+
+def test_more_memory_never_costs_more_work():
+    for device, dtype, sizes in itertools.product(("cpu", "cuda"), (FP32, BF16), SIZES):
+        work = [plan(*sizes, dtype, device, memory=m).predicted_flop for m in (1, 16, 256, 4096, 65536)]
+        assert work == sorted(work, reverse=True)
+
+
+def test_the_least_memory_is_no_more_than_any_plan_takes_by_itself():
+    for device, dtype, sizes in itertools.product(("cpu", "cuda"), (FP32, BF16), SIZES):
+        least, auto = (plan(*sizes, dtype, device, memory=m) for m in (-1, 0))
+        assert least.predicted_bytes <= auto.predicted_bytes
+
+
+def test_a_nearly_full_device_lowers_what_auto_takes():
+    free = 512 * MIB
+    chosen = plan(*LLAMA, BF16, "cuda", free_bytes=free)
+    assert chosen.predicted_bytes <= free // 2 < plan(*LLAMA, BF16, "cuda").predicted_bytes
+
+
+def test_windows_are_positive_and_within_the_head():
+    for device, dtype, needs, memory in itertools.product(
+        ("cpu", "cuda", "mps"), (FP32, BF16, FP16, FP64), (NOTHING, HIDDEN, BOTH), (-1, 0, 1, 999)
+    ):
+        for n, v, d in ((0, 1, 1), (1, 1, 1), (3, 70, 5), *SIZES):
+            windows = plan(n, v, d, dtype, device, needs=needs, memory=memory).windows
+            assert 1 <= windows.tokens <= max(n, 1)
+            assert 1 <= windows.vocab <= v
+            assert windows.accumulate in (dtype, torch.float32)
+
+
+def test_a_plan_depends_on_its_arguments_alone():
+    assert plan(*GEMMA, BF16, "cuda") == plan(*GEMMA, BF16, "cuda")
+    assert plan(*GEMMA, BF16, "cuda").reason.endswith(".") is False
