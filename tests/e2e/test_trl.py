@@ -9,10 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from tests.e2e.comparison import Trained, check, weights
 from tests.e2e.models import llama
-from tests.e2e.text import passages, tokenizer
+from tests.e2e.text import passages, tokenizer, tokens
 
 
 def arguments(cls: type, folder: Path, compiled: bool, **more: Any) -> Any:
@@ -59,7 +60,7 @@ def test_sft(smoothing: float, tmp_path: Path) -> None:
 
 
 def test_dpo(tmp_path: Path) -> None:
-    """The loss hangs on the log-probabilities that the trainer takes from the model's logits."""
+    """TRL's own fused head gives the log-probabilities; what is compiled around it must come out the same."""
     torch.manual_seed(0)
     llama().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
@@ -77,11 +78,35 @@ def test_dpo(tmp_path: Path) -> None:
         trainer = DPOTrainer(str(tmp_path / "model"), args=made, train_dataset=data, processing_class=tokenizer())
         return trained(trainer, ("loss", "rewards/margins", "logps/chosen", "logps/rejected"))
 
-    check(program, heads=None)
+    check(program, heads=0)
+
+
+def test_log_probabilities_and_entropy_of_a_policy() -> None:
+    """What trainers of policies take from the logits of a model that is compiled without its loss."""
+
+    def program(compiled: bool) -> Trained:
+        model = llama()
+        run = torch.compile(model) if compiled else model
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        before, logged = weights(model), {}
+        for step, batch in enumerate(tokens(3, 4, 33)):
+            logits = run(input_ids=batch).logits[:, :-1] / 0.9
+            log_probs = selective_log_softmax(logits, batch[:, 1:])
+            with torch.no_grad():
+                logged[f"entropy {step}"] = float(entropy_from_logits(logits).mean())
+            advantages = torch.linspace(-1, 1, 4)[:, None]
+            loss = -(torch.exp(log_probs - log_probs.detach()) * advantages).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            logged[f"log-probability {step}"] = float(log_probs.detach().mean())
+        return Trained(logged, before, weights(model))
+
+    check(program, heads=1)
 
 
 def test_grpo(tmp_path: Path) -> None:
-    """Text is generated between the steps by the model that is compiled for training."""
+    """As DPO, and between the steps the model that is compiled for training generates text, with a cache."""
 
     def program(compiled: bool) -> Trained:
         data = Dataset.from_dict({"prompt": [text[:40] for text in passages(12)]})
@@ -93,4 +118,4 @@ def test_grpo(tmp_path: Path) -> None:
         trainer = GRPOTrainer(llama(), reward, args=made, train_dataset=data, processing_class=tokenizer())
         return trained(trainer, ("loss", "reward", "entropy", "grad_norm"))
 
-    check(program, heads=None)
+    check(program, heads=0)
