@@ -203,6 +203,22 @@ def slice_(
     return replace(value, val=context.val, vocab=(first + begin, first + begin + kept), cols=cols)
 
 
+@rule(aten.flip.default)
+def flip(context: Context, value: Followed, dims: Sequence[int]) -> Followed:
+    at = [dimension(dim, value) for dim in dims]
+    if class_dim_of(value) in at:
+        raise Escape("flip acts along the vocabulary")
+    return moved(value, context.val, class_dim_of(value), aten.flip.default, at)
+
+
+@rule(aten.roll.default)
+def roll(context: Context, value: Followed, shifts: Sequence[int], dims: Sequence[int] = ()) -> Followed:
+    at = [dimension(dim, value) for dim in dims]
+    if class_dim_of(value) in at or not at:
+        raise Escape("roll acts along the vocabulary")
+    return moved(value, context.val, class_dim_of(value), aten.roll.default, list(shifts), at)
+
+
 @rule(aten.select.int)
 def select(context: Context, value: Followed, dim: int, index: Any) -> Followed:
     class_dim, at = class_dim_of(value), dimension(dim, value)

@@ -100,7 +100,7 @@ def max_dim(context: Context, value: Any, dim: int, keepdim: bool = False) -> li
 
 
 def summed(mean: bool) -> Callable[..., Terminal]:
-    """Σ_v (or its mean) of logits, of log-probabilities (Σ z - V lse), or of what makes an entropy."""
+    """Σ_v or Σ over everything, or a mean, of logits, log-probabilities (Σ z - V lse) or of what makes an entropy."""
 
     def rule_of_sum(
         context: Context, value: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
@@ -108,9 +108,10 @@ def summed(mean: bool) -> Callable[..., Terminal]:
         name = "mean" if mean else "sum"
         dims = [dim] if isinstance(dim, int) else list(dim or [])
         logits = value if isinstance(value, Logits) else getattr(value, "of", None)
-        if logits is None or len(dims) != 1 or dims[0] % value.val.ndim != logits.class_dim:
+        alone = len(dims) == 1 and logits is not None and dims[0] % value.val.ndim == logits.class_dim
+        if logits is None or not (alone or not dims):
             raise Escape(f"{name} of the logits over other dimensions than the vocabulary")
-        if isinstance(value, Expected) and not mean:
+        if isinstance(value, Expected) and alone and not mean:
             return sum_of_expected(context, value, keepdim)
         if not isinstance(value, (Logits, LogProbs)):
             raise Escape(f"{name} of the probabilities")
@@ -123,13 +124,16 @@ def summed(mean: bool) -> Callable[..., Terminal]:
                 out = emit(aten.sub.Tensor, out, emit(aten.mul.Tensor, stats.lse, float(size)))
                 out = emit(aten.mul.Tensor, out, value.factor)
             out = emit(aten.mul.Tensor, out, 1.0 / size) if mean else out
+            if not alone:  # over the tokens too
+                return emit(aten.mean.default if mean else aten.sum.default, out)
             return per_row(emit, out, stats, logits.class_dim, keepdim)
 
         what = "log_softmax + " if isinstance(value, LogProbs) else ""
-        return Terminal(logits, context.val, f"{what}{name} over classes", frozenset({"sum"}), result)
+        over = "classes" if alone else "everything"
+        return Terminal(logits, context.val, f"{what}{name} over {over}", frozenset({"sum"}), result)
 
     return rule_of_sum
 
 
-rule(aten.sum.dim_IntList)(summed(mean=False))
-rule(aten.mean.dim)(summed(mean=True))
+rule(aten.sum.dim_IntList, aten.sum.default)(summed(mean=False))
+rule(aten.mean.dim, aten.mean.default)(summed(mean=True))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.refusals.claims import B, D, T, V, compiled, hidden, labels, left, not_fused, right, unseen, weight
+from tests.refusals.claims import B, D, T, V, compiled, hidden, labels, left, right, unseen, weight
 
 
 @pytest.mark.parametrize("spelling", ["transpose", "permute", "mT", "movedim"])
@@ -172,9 +172,9 @@ def test_a_weight_on_the_left_is_right_or_left_alone() -> None:
     compiled(lambda h, w, y: F.cross_entropy((w @ h.t()).t(), y), [hidden(6, D), weight(), labels(6)])
 
 
-def test_summing_over_everything_is_left_alone() -> None:
+def test_a_sum_over_everything_times_zero_is_right() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         z = F.linear(h, w)
-        return F.cross_entropy(z, y) + z.sum() * 0
+        return F.cross_entropy(z, y) + z.sum() * 0 + z.mean() * 0.1
 
-    not_fused(program, hidden(6, D), weight(), labels(6))
+    right(program, hidden(6, D), weight(), labels(6))

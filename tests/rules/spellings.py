@@ -81,6 +81,8 @@ ROWS = {
         "z[..., ::2]", "z[-1:]", "torch.ops.aten.slice.Tensor(z, {r}, {a}, {b}, 2)",
         "torch.ops.aten.slice.Tensor(z, {d}, {a}, {b})", "z.log_softmax({d})[..., 1:]",
     ],
+    aten.flip.default: ["z.flip({r})", "torch.flip(z, [0, {r}])", "z.flip({k})"],
+    aten.roll.default: ["z.roll(1, {r})", "torch.roll(z, (1, -1), (0, {r}))", "z.roll(1)", "z.roll(1, {k})"],
     aten.select.int: [
         "z[0]", "z[:, -1]", "z.select({r}, -1)", "torch.select(z, {k}, 0)", "z[..., 0]",
         "z.log_softmax({d})[0]",
@@ -205,6 +207,8 @@ STATISTICS = {
         "(z.log_softmax({d}).exp() * z.log_softmax({d})).sum({d})",
         "-(z.softmax({d}) * z.log_softmax({d}) * 2).sum({d})", "z.softmax({d}).sum({d})",
     ],
+    aten.sum.default: ["z.sum()", "torch.sum(z)", "z.log_softmax({d}).sum()", "z.softmax({d}).sum()"],
+    aten.mean.default: ["z.mean()", "torch.mean(-z.log_softmax({d}))"],
     aten.mean.dim: [
         "z.mean({d})", "torch.mean(z, {d}, keepdim=True)", "z.log_softmax({d}).mean({d})", "z.mean({k})",
         "(z.softmax({d}) * z).mean({d})",
