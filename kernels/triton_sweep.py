@@ -54,7 +54,7 @@ def sweep(kernel: str, head: Head, want: frozenset[str] = frozenset()) -> Sweep:
     tile = tile_for(kernel, tokens, hidden, head.h.element_size(), major, precision, tma)
     if tile.BN >= 256 and (head.transform.smooth.steps or want & {"sum", "entropy", "max", "argmax"}):
         tile = tile._replace(parts=4)  # a longer epilogue would not fit the registers in wider parts
-    plan = schedule(tokens, len(head.w), tile, multiprocessors)
+    plan = schedule(tokens, len(head.w), tile, multiprocessors * tile.resident)
     return Sweep(head, tile, plan, operands(head.h, head.w, tile, tma), precision)
 
 

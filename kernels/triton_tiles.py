@@ -26,6 +26,7 @@ class Tile(NamedTuple):
     stages: int  # depth of the load pipeline
     flatten: bool = True  # whether loads of the next tile may start during this tile's epilogue
     parts: int = 1  # the epilogue stores the tile in this many column parts: 1, 2 or 4
+    resident: int = 1  # programs that one multiprocessor has registers and shared memory for
 
 
 class Row(NamedTuple):
@@ -54,8 +55,8 @@ POINTERS = (
     Row((), "", 2, 0, 0, Tile(64, 128, 32, 8, 4, 2, False)),
     Row((), "", 4, 0, 0, Tile(64, 64, 32, 8, 4, 2, False)),
 )
-# float32 without tensor cores: the product is done by the FMA units, which want small tiles
-IEEE = Tile(64, 64, 16, 8, 4, 2, False)
+# float32 without tensor cores: the product is done by the FMA units; larger tiles than this spill registers
+IEEE = Tile(64, 64, 16, 8, 4, 2, False, 1, 2)
 
 
 @lru_cache(maxsize=64)

@@ -11,9 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 if torch.cuda.is_available():
-    pytest.skip(
-        "kernels are compiled here, not interpreted: benchmarks/gpu_check.py", allow_module_level=True
-    )
+    pytest.skip("kernels are compiled here, not interpreted: benchmarks/gpu_check.py", allow_module_level=True)
 
 import triton
 import triton.language as tl
