@@ -22,12 +22,14 @@ def as_it_is(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., An
     return gm.forward
 
 
-def backend(observe: Callable[[Report], None], **options: Any) -> Callable[..., Any]:
-    """The pass and nothing else; ``observe`` is given the report of every graph."""
+def backend(
+    observe: Callable[[Report], None], compiler: Callable[..., Any] = as_it_is, **options: Any
+) -> Callable[..., Any]:
+    """The pass and nothing else, or ``compiler`` after it; ``observe`` is given the report of every graph."""
 
     def compile_eagerly(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         own, _ = split(options)
-        return compile_graph(gm, example_inputs, own, as_it_is, observe)
+        return compile_graph(gm, example_inputs, own, compiler, observe)
 
     return compile_eagerly
 

@@ -80,10 +80,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--aot", action="store_true", help="hand the rewritten graphs to AOTAutograd")
     parser.add_argument("--inductor", action="store_true", help="hand the rewritten graphs to Inductor (slow)")
     parser.add_argument("--show", metavar="SEED:N", help="print that program and its verdict, and stop")
     arguments = parser.parse_args()
-    stack = "inductor" if arguments.inductor else "eager"
+    stack = "inductor" if arguments.inductor else "aot" if arguments.aot else "eager"
     if arguments.show:
         case = draw(arguments.show)
         verdict = compare(case, stack)

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import lookup_backend
 
 from fusedhead import Report
 from fusedhead.backend import compile_with
-from tests.eager_stack import backend
+from tests.eager_stack import as_it_is, backend
 from tests.fuzz.program import Case, make_inputs, program, truth
 
 ULPS = 16
@@ -116,11 +117,12 @@ def same(name: str, got: Any, eager: Any, true: Any, case: Case) -> str:
 
 
 def compiled_by(stack: str, case: Case, report: Report) -> Callable[..., Any]:
-    """The program compiled: "eager" runs the rewritten graph as it is, the others hand it on."""
+    """The program compiled: "eager" runs the rewritten graph as it is, "aot" and "inductor" hand it on."""
     options: dict[str, Any] = {"fusedhead.logits": case.logits}
-    if stack == "eager":
-        return torch.compile(program(case), backend=backend(report.extend, **options), dynamic=case.dynamic or None)
-
+    if stack in ("eager", "aot"):
+        compiler = as_it_is if stack == "eager" else lookup_backend("aot_eager")
+        own = backend(report.extend, compiler, **options)
+        return torch.compile(program(case), backend=own, dynamic=case.dynamic or None)
     options["fallback_random"] = True  # the random numbers of eager code
 
     def inductor(gm: Any, example_inputs: Any) -> Any:
@@ -145,7 +147,7 @@ def compare(case: Case, stack: str = "eager") -> Verdict:
             if report.errors:
                 eager = run(program(case), case, sizes)
                 return Verdict(f"the pass raised (eager code: {type(eager.error).__name__})", report.errors[0], report)
-            if not any(head.fused for head in report.heads) and stack == "eager":
+            if not any(head.fused for head in report.heads):
                 return Verdict("", "", report)
             found = differs(case, sizes, ours)
             if found is not None:
