@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fusedhead.deferred_calls import LEARNT
+import fusedhead.deferred_calls  # noqa: F401  the handler of calls on deferred logits
 from fusedhead.deferred_program import Leaf, Made, Mode, Program, Step, encode, shapes
+from fusedhead.deferred_request import LEARNT
 from fusedhead.deferred_tensor import (
     DeferredLogits,
     Family,
@@ -47,14 +48,14 @@ def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
         with origin.lock:
             if len(origin.recorded) > LEARNT:
                 origin.recorded.clear()
-            program = (Program((Step(recipe.program, args, none, mode),), Made(0)),)
-            program = origin.recorded.setdefault(what, (program, [], None))[0]
-            known = origin.recorded.setdefault(key, (program, layouts, None))
-    (program,), (layout,), _ = known
+            program = Program((Step(recipe.program, args, none, mode),), Made(0))
+            programs = origin.recorded.setdefault(what, ((program,), [], None))[0]
+            known = origin.recorded.setdefault(key, (programs, layouts, None))
+    programs, (layout,), _ = known
     if not mode.grad and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
         return compute_now(recipe, sources)
     states = tuple(map(state, tensors))
-    return linked(Knowledge(origin, program, tensors, states, recorded, None, Family(), layout))
+    return linked(Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout))
 
 
 def kept(source: Any) -> Any:

@@ -16,8 +16,8 @@ from torch._dynamo.source import AttrSource
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import GraphModule, Node
 
+from fusedhead.deferred_draft import Draft, write
 from fusedhead.deferred_program import Mode
-from fusedhead.deferred_reading import Draft, write
 from fusedhead.deferred_tensor import DeferredLogits, check_fresh
 from fusedhead.read import fake
 

@@ -81,7 +81,8 @@ class Program:
 
     def __call__(self, *leaves: Tensor) -> Any:
         """The result on given leaves, each step in its own modes."""
-        device, made = leaves[0].device.type, []
+        device = leaves[0].device.type
+        made: list[Any] = []
 
         def value(ref: Leaf | Made) -> Any:
             if isinstance(ref, Leaf):

@@ -8,205 +8,30 @@ nothing on real tensors.
 
 from __future__ import annotations
 
-import builtins
 import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._sympy.printers import PythonPrinter
 
-from fusedhead.deferred_program import Leaf, Made, Mode, Step, decode, modes
+from fusedhead.deferred_draft import Draft, draft
+from fusedhead.deferred_outcome import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole
+from fusedhead.deferred_program import Made, Step, modes
 from fusedhead.fusion import hint, refusal
 from fusedhead.interpret import Reading, Site, grad_modes, interpret
 from fusedhead.kernels.contract import STATS
 from fusedhead.linear_tail import upgrade
-from fusedhead.read import callee, fake, name_of
+from fusedhead.read import fake, name_of
 from fusedhead.rewrite import fuse, sweep_key
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.safety import Mutations
 from fusedhead.terminals import Terminal
 from fusedhead.values import FOLLOWED, Logits, logits_of
-
-
-@dataclass(frozen=True, eq=False)
-class Whole:
-    """The answers are one graph of the leaves, with the gradients taken in its forward sweep."""
-
-    run: GraphModule
-    many: Callable[[list], Any] | None  # makes the container of several results
-
-
-@dataclass(frozen=True, eq=False)
-class Swept:
-    """The answers are ``tail(leaves, statistics)``, with the statistics of a sweep over ``operands(leaves)``."""
-
-    operands: GraphModule  # leaves -> h, w, y, cols, rows, u
-    tail: GraphModule  # leaves, then the statistics that are asked for
-    asks: tuple[str, ...]
-    transform: str
-    memory: int
-    many: Callable[[list], Any] | None
-    sharing: Sharing
-
-
-class Relation(NamedTuple):
-    """What deferred logits are, relative to those that they were made of, where statistics can be carried over."""
-
-    same: bool  # the same rows through the same transform; else rows picked from them
-    dims: tuple[int, int]  # where the vocabulary is, before and after
-
-
-class Sharing(NamedTuple):
-    """What a sweep's statistics are good for besides the call that asked for them."""
-
-    shareable: frozenset[str]  # statistics that do not depend on this call's own operands; empty: share none
-    likely: frozenset[str]  # statistics worth having at once, since another call will probably ask for them
-    detached: bool
-    relations: tuple[Relation | None, ...]  # of each step of the chain back from the subject, to its predecessor
-
-
-@dataclass(frozen=True, eq=False)
-class Unread:
-    """The call needs the numbers. The reason is for the log."""
-
-    reason: str
-
-
-Outcome = Whole | Swept | Unread
-
-
-@dataclass(frozen=True, eq=False)
-class Guard:
-    """For which sizes of the leaves a reading holds."""
-
-    places: tuple[tuple[int, int], ...]  # (leaf, dimension) of each argument of the test
-    test: Callable[..., bool]
-
-    def holds(self, leaves: Sequence[Tensor]) -> bool:
-        try:
-            return bool(self.test(*(leaves[at].shape[d] for at, d in self.places)))
-        except ZeroDivisionError:
-            return False
-
-
-ALWAYS = Guard((), lambda: True)
-
-
-class DependsOnSizes(Exception):
-    """Nothing can be said about symbolic sizes; these sizes alone have to be read."""
-
-
-@dataclass(eq=False)
-class Draft:
-    """A graph under construction, with the node of every leaf and step."""
-
-    graph: Graph
-    leaves: list[Node]
-    made: list[Any]
-    shape_env: ShapeEnv | None
-    mode: FakeTensorMode
-    symbols: dict[str, tuple[int, int]] = field(default_factory=dict)  # where a symbolic size is found
-
-    def node(self, ref: Leaf | Made) -> Any:
-        if isinstance(ref, Leaf):
-            return self.leaves[ref.at]
-        made = self.made[ref.step]
-        return made if ref.part is None else made[ref.part]
-
-
-def stand_in(tensor: Tensor, at: int, draft: Draft, exact: frozenset[int], grad: bool) -> Tensor:
-    """A fake tensor like a leaf, its sizes symbols where they are not exact."""
-    sizes, strides = list(tensor.shape), list(tensor.stride())
-    if draft.shape_env is not None:
-        free = [DimDynamic.STATIC if n in exact else DimDynamic.DUCK for n in tensor.shape]
-        like = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device="meta")
-        sizes, strides, _ = draft.shape_env.create_symbolic_sizes_strides_storage_offset(
-            like, ConstantSource(f"leaf{at}"), symbolic_context=StatelessSymbolicContext(dynamic_sizes=free)
-        )
-        for d, size in enumerate(sizes):
-            if isinstance(size, torch.SymInt):
-                draft.symbols.setdefault(str(size.node.expr), (at, d))
-    with draft.mode:
-        made = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
-    return made.requires_grad_() if grad and tensor.requires_grad else made
-
-
-def add(draft: Draft, op: str, target: Any, args: tuple, kwargs: dict, mode: Mode, device: str) -> Node:
-    node = draft.graph.create_node(op, target, args, kwargs)
-    known = torch.fx.node.map_arg((args, kwargs), fake)
-    with modes(mode, device), draft.mode:
-        node.meta["example_value"] = callee(node)(*known[0], **known[1])
-    return node
-
-
-def spelled(func: Callable[..., Any]) -> tuple[str, Any, tuple]:
-    """A function as Dynamo writes it: (node op, target, arguments put after the first)."""
-    name = getattr(func, "__name__", "")
-    owner = getattr(func, "__self__", None)
-    if name == "__get__" and owner is not None:
-        return "call_function", builtins.getattr, (owner.__name__,)
-    if func is Tensor.__getitem__:
-        return "call_function", operator.getitem, ()
-    if getattr(Tensor, name, None) is func:
-        return "call_method", name, ()
-    return "call_function", func, ()
-
-
-def write(draft: Draft, step: Step, device: str, here: Mode) -> Any:
-    """Append a step: its node, or the list of nodes of its parts."""
-    args, kwargs = decode(step.args, draft.node), decode(step.kwargs, draft.node)
-    if isinstance(step.func, GraphModule):
-        return inline(draft, step.func, args, step.mode, device)
-    op, target, more = spelled(step.func)
-    node = add(draft, op, target, (*args[:1], *more, *args[1:]) if more else tuple(args), kwargs, step.mode, device)
-    value = fake(node)
-    cut = here.grad and not step.mode.grad
-    if isinstance(value, Tensor):
-        return add(draft, "call_method", "detach", (node,), {}, step.mode, device) if cut else node
-    if not isinstance(value, (tuple, list)) or not all(isinstance(v, Tensor) for v in value):
-        return node
-    parts = [add(draft, "call_function", operator.getitem, (node, i), {}, step.mode, device)
-             for i in range(len(value))]  # fmt: skip
-    return [add(draft, "call_method", "detach", (p,), {}, step.mode, device) for p in parts] if cut else parts
-
-
-def inline(draft: Draft, program: GraphModule, args: Sequence[Any], mode: Mode, device: str) -> Node:
-    """The nodes that make the returned logits."""
-    given, env = iter(args), {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            env[node] = next(given)
-        elif node.op == "output":
-            return env[node.args[0]]
-        else:
-            a, k = torch.fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-            env[node] = add(draft, node.op, node.target, a, k, mode, device)
-    raise AssertionError("a graph has an output")
-
-
-def draft(
-    steps: Sequence[Step], leaves: Sequence[Tensor], exact: frozenset[int] | None, here: Mode
-) -> Draft:
-    """The graph of a program, with fake values; ``exact`` None makes all sizes constants."""
-    env = None if exact is None else ShapeEnv()
-    made = Draft(Graph(), [], [], env, FakeTensorMode(shape_env=env, allow_non_fake_inputs=False))
-    for at, tensor in enumerate(leaves):
-        node = made.graph.placeholder(f"leaf{at}")
-        node.meta["example_value"] = stand_in(tensor, at, made, exact or frozenset(), here.grad)
-        made.leaves.append(node)
-    device = leaves[0].device.type
-    for step in steps:
-        made.made.append(write(made, step, device, here))
-    return made
 
 
 def read_call(

@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _PROPERTIES = (
     "shape dtype device layout ndim requires_grad is_leaf grad_fn names output_nr itemsize nbytes _version "
     "is_cpu is_cuda is_xpu is_mps is_meta is_nested is_sparse is_sparse_csr is_quantized is_mkldnn is_vulkan "
@@ -40,8 +45,13 @@ def _metadata() -> frozenset[Any]:
 METADATA = _metadata()  # answered by the shell of a tensor: no numbers are needed
 
 # Steps that rules can follow, and that a loss usually takes: recorded, read when a statistic is asked for.
-LAZY = frozenset(
-    ["view", "reshape", "flatten", "unflatten", "contiguous", "clone", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "squeeze", "unsqueeze", "t", "narrow", "select", "index_select", "__getitem__", "split", "split_with_sizes", "chunk", "unbind", "float", "half", "bfloat16", "to", "type", "type_as", "detach", "mul", "multiply", "__mul__", "__rmul__", "div", "divide", "true_divide", "__div__", "__truediv__", "neg", "negative", "__neg__", "add", "sub", "subtract", "__add__", "__radd__", "__sub__", "__rsub__", "tanh", "sigmoid", "exp", "log_softmax", "softmax"]
+LAZY = words(
+    """
+    view reshape flatten unflatten contiguous clone transpose permute movedim moveaxis swapaxes swapdims squeeze
+    unsqueeze t narrow select index_select __getitem__ split split_with_sizes chunk unbind float half bfloat16 to
+    type type_as detach mul multiply __mul__ __rmul__ div divide true_divide __div__ __truediv__ neg negative
+    __neg__ add sub subtract __add__ __radd__ __sub__ __rsub__ tanh sigmoid exp log_softmax softmax
+    """
 )
 LAZY_PROPERTIES = frozenset({"T", "mT", "data"})
 
@@ -56,12 +66,16 @@ def lazy(func: Callable[..., Any]) -> bool:
 # Asked of a tensor about its relations: deferred logits have none yet.
 ALONE = frozenset({getattr(Tensor, name).__get__ for name in ("grad", "_base", "_backward_hooks", "_grad")})
 
-_INPLACE = frozenset(
-    "__iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__ "
-    "__ilshift__ __irshift__ __setitem__ __set__ __delete__ "
-    # no write to the numbers, but what is made of the tensor from here on must be made of the tensor itself
-    "retain_grad register_hook register_post_accumulate_grad_hook".split()
+# Writes whose names do not end in one underscore. The last three write no number, but what is made of the tensor
+# from then on has to be made of the tensor itself.
+_INPLACE = words(
+    """
+    __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__
+    __ilshift__ __irshift__ __setitem__ __set__ __delete__
+    retain_grad register_hook register_post_accumulate_grad_hook
+    """
 )
+_WITH_INPLACE_ARGUMENT = words("relu dropout leaky_relu elu silu mish celu selu")
 
 
 def writes(func: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> bool:
@@ -71,4 +85,4 @@ def writes(func: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> 
         return True
     if kwargs.get("out") is not None or kwargs.get("inplace") is True:
         return True
-    return any(a is True for a in args[1:]) and name in ("relu", "dropout", "leaky_relu", "elu", "silu", "mish", "celu", "selu")
+    return name in _WITH_INPLACE_ARGUMENT and any(a is True for a in args[1:])

@@ -18,11 +18,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from fusedhead.deferred_outcome import Guard, Outcome
 from fusedhead.deferred_program import Leaf, Mode, Program, decode, encode, modes, unobserved
-from fusedhead.deferred_reading import Guard, Outcome
 from fusedhead.deferred_tables import ALONE, METADATA
 from fusedhead.returned import Recipe
-
 
 aten = torch.ops.aten
 
@@ -174,7 +173,7 @@ class DeferredLogits(Tensor):
         return cls.handler(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """For callers that go past ``__torch_function__``: the numbers, below autograd."""
         known = args[0]._known if args and isinstance(args[0], DeferredLogits) else None
         if known is not None and known.origin is None and func in (aten.detach.default, aten.alias.default):

@@ -49,6 +49,7 @@ def through_fusedhead(module: ModuleType) -> Undo:
         def compiler(gm: Any, inputs: Any) -> Any:
             return inductor(gm, inputs, **kwargs)
 
+        compiler.config = inductor.config  # type: ignore[attr-defined]
         return compile_graph(model_, inputs_, own, compiler)
 
     return replace(cls, "__call__", compile_for_inductor)

@@ -46,7 +46,7 @@ def deferring(model: nn.Module, reports: Report | None = None, logits: str = "de
 
 
 class Operations(TorchDispatchMode):
-    """The names of the ops that run, and which of them make something of [rows, V]."""
+    """The names of the heads' ops that run, and of what makes something of [rows, V]."""
 
     def __init__(self, rows: int = B * (T - 1)) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "fusedhead":
+        if func.namespace == "fusedhead" and func._opname.startswith("head_"):
             self.fused.append(func._opname)
         for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
-                if value.numel() >= self.rows * V and value.shape[-1:] == (V,) and value.dtype.is_floating_point:
-                    self.large.append(func._opname)
+            real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+            if real and value.numel() >= self.rows * V and value.shape[-1:] == (V,) and value.is_floating_point():
+                self.large.append(func._opname)
         return result
 
 

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from fusedhead.deferred import StaleLogits
 from fusedhead.report import Report
 from tests.deferred.heads import (
-    B, D, T, V, Model, Operations, compare, deferring, gradients, is_deferred, tokens,
+    B,
+    D,
+    Model,
+    Operations,
+    T,
+    V,
+    compare,
+    deferring,
+    gradients,
+    is_deferred,
+    tokens,
 )  # fmt: skip
 
 
@@ -417,8 +427,6 @@ def test_deferred_logits_of_two_forwards_may_meet(model: Model) -> None:
     z, w = compiled(X), compiled(other)
     torch.testing.assert_close(
         F.kl_div(F.log_softmax(z, -1), F.log_softmax(w, -1), log_target=True, reduction="sum"),
-        F.kl_div(
-            F.log_softmax(model(X), -1), F.log_softmax(model(other), -1), log_target=True, reduction="sum"
-        ),
+        F.kl_div(F.log_softmax(model(X), -1), F.log_softmax(model(other), -1), log_target=True, reduction="sum"),
     )
     assert torch.cat([compiled(X), compiled(other)]).shape == (2 * B, T, V)

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.deferred.heads import B, T, V, Model, Operations, compare, deferring, tokens
+from tests.deferred.heads import B, Model, Operations, T, V, compare, deferring, tokens
 
 Y = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1, 1, 0, 1, 0, 1], [0, 1, 1, 1, 1, 0]]).bool()
 ONE_SWEEP = ["head_stats", "head_stats_backward"]
 IN_THE_FORWARD = ["head_loss"]
+LABELS_AND_SWEEP = ["head_stats"] * 2 + ["head_stats_backward"] * 2  # labels alone take no sweep
 
 
 def flattened(z: Tensor) -> Tensor:
@@ -155,10 +156,10 @@ FORMS: dict[Callable[[Tensor], Tensor], list[str]] = {
     torchtitan: IN_THE_FORWARD,
     per_token_log_probabilities: ONE_SWEEP,
     label_smoother: ONE_SWEEP,
-    selective_log_softmax: ONE_SWEEP,
+    selective_log_softmax: LABELS_AND_SWEEP,
     selective_log_softmax_by_rows: ["head_stats"] * 2 + ["head_stats_backward"] * 2,
     entropy_bonus: ONE_SWEEP,
-    policy_and_entropy: ["head_stats", "head_stats", "head_stats_backward"],
+    policy_and_entropy: ["head_stats", *LABELS_AND_SWEEP],
     litgpt_chunks_after_the_head: ["head_stats"] * 3 + ["head_stats_backward"] * 3,
     torchtune_chunked_output: ["head_stats"] * 3 + ["head_stats_backward"] * 3,
     with_z_loss: ["head_loss", *ONE_SWEEP],
@@ -266,17 +267,17 @@ def test_a_label_out_of_range_raises_as_in_eager_code() -> None:
 
 
 def test_other_numbers_of_tokens_are_not_learnt_again(caplog: pytest.LogCaptureFixture) -> None:
-    from fusedhead import deferred_calls
+    from fusedhead import deferred_request
 
     model, readings = Model(), []
-    original = deferred_calls.read_call
+    original = deferred_request.read_call
     compiled = deferring(model, dynamic=True)
 
     def counted(*args: object) -> object:
         readings.append(args)
         return original(*args)
 
-    deferred_calls.read_call = counted
+    deferred_request.read_call = counted
     try:
         for rows, length in ((2, 6), (3, 7), (5, 11), (4, 9), (3, 8)):
             x = tokens(rows, length)
@@ -288,5 +289,5 @@ def test_other_numbers_of_tokens_are_not_learnt_again(caplog: pytest.LogCaptureF
                 logits_loss = found if logits is z else logits_loss  # noqa: F821
             torch.testing.assert_close(logits_loss, found)
     finally:
-        deferred_calls.read_call = original
+        deferred_request.read_call = original
     assert len(readings) <= 2

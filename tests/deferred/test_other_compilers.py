@@ -1,4 +1,4 @@
-"""Deferred logits handed to another compiled function: fused where fusedhead compiles it, right wherever it is compiled."""
+"""Deferred logits handed to another compiled function: fused by fusedhead, right under any compiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedhead.report import Report
-from tests.deferred.heads import B, T, V, Model, Operations, deferring, gradients, is_deferred, tokens
+from tests.deferred.heads import B, Model, T, V, deferring, gradients, is_deferred, tokens
 from tests.eager_stack import backend
 
 # torch's own, for every result of a differentiable computation that enters a compiled function
@@ -29,8 +29,6 @@ def test_a_loss_compiled_on_its_own_sees_hidden_states_and_weight(fullgraph: boo
     wanted = gradients(model, loss(model(x)))
     z = deferring(model)(x)
     compiled = torch.compile(loss, backend=backend(report.extend), fullgraph=fullgraph)
-    with Operations():
-        pass
     value = compiled(z)
     torch.testing.assert_close(gradients(model, value), wanted, rtol=1e-4, atol=1e-6)
     (head,) = report.heads
@@ -100,8 +98,11 @@ def test_one_call_from_tokens_to_loss_through_inductor() -> None:
 
 def test_numbers_of_tokens_may_vary_at_the_border() -> None:
     model, report = Model(), Report()
-    run, compiled = deferring(model, dynamic=True), torch.compile(
-        lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1)), backend=backend(report.extend), dynamic=True
+    run, compiled = (
+        deferring(model, dynamic=True),
+        torch.compile(
+            lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1)), backend=backend(report.extend), dynamic=True
+        ),
     )
     for rows, length in ((2, 5), (3, 7), (4, 6)):
         x = tokens(rows, length)
@@ -115,5 +116,5 @@ def test_a_stale_weight_is_noticed_at_the_border() -> None:
     z = deferring(model)(tokens())
     with torch.no_grad():
         model.lm_head.weight.add_(1)
-    with pytest.raises(RuntimeError, match="lm_head.weight"):
+    with pytest.raises(RuntimeError, match=r"lm_head.weight"):
         torch.compile(loss, backend=backend(Report().extend))(z)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedhead.deferred import DeferredLogits
-from tests.deferred.heads import B, D, T, V, Model, Operations, deferring, gradients, is_deferred, tokens
+from tests.deferred.heads import B, D, Model, Operations, T, V, deferring, gradients, is_deferred, tokens
 
 
 @pytest.fixture

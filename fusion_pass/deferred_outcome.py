@@ -1,0 +1,78 @@
+"""What reading a call on deferred logits has found: an answer in the form it is run in, or that there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """The answers are one graph of the leaves, with the gradients taken in its forward sweep."""
+
+    run: GraphModule
+    many: Callable[[list], Any] | None  # makes the container of several results
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """The answers are ``tail(leaves, statistics)``, with the statistics of a sweep over ``operands(leaves)``."""
+
+    operands: GraphModule  # leaves -> h, w, y, cols, rows, u
+    tail: GraphModule  # leaves, then the statistics that are asked for
+    asks: tuple[str, ...]
+    transform: str
+    memory: int
+    many: Callable[[list], Any] | None
+    sharing: Sharing
+
+
+class Relation(NamedTuple):
+    """What deferred logits are, relative to those that they were made of, where statistics can be carried over."""
+
+    same: bool  # the same rows through the same transform; else rows picked from them
+    dims: tuple[int, int]  # where the vocabulary is, before and after
+
+
+class Sharing(NamedTuple):
+    """What a sweep's statistics are good for besides the call that asked for them."""
+
+    shareable: frozenset[str]  # statistics that do not depend on this call's own operands; empty: share none
+    likely: frozenset[str]  # statistics worth having at once, since another call will probably ask for them
+    detached: bool
+    relations: tuple[Relation | None, ...]  # of each step of the chain back from the subject, to its predecessor
+
+
+@dataclass(frozen=True, eq=False)
+class Unread:
+    """The call needs the numbers. The reason is for the log."""
+
+    reason: str
+
+
+Outcome = Whole | Swept | Unread
+
+
+@dataclass(frozen=True, eq=False)
+class Guard:
+    """For which sizes of the leaves a reading holds."""
+
+    places: tuple[tuple[int, int], ...]  # (leaf, dimension) of each argument of the test
+    test: Callable[..., bool]
+
+    def holds(self, leaves: Sequence[Tensor]) -> bool:
+        try:
+            return bool(self.test(*(leaves[at].shape[d] for at, d in self.places)))
+        except ZeroDivisionError:
+            return False
+
+
+ALWAYS = Guard((), lambda: True)
+
+
+class DependsOnSizes(Exception):
+    """Nothing can be said about symbolic sizes; these sizes alone have to be read."""

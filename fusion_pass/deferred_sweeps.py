@@ -1,0 +1,63 @@
+"""Row statistics of deferred logits that an earlier sweep has found: carried over to views, and to pieces of rows.
+
+A statistic belongs to the furthest tensor back that has the same rows through the same transform; a tensor whose
+rows were picked from another's picks from its statistics too. This file starts no sweep itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from fusedhead.deferred_outcome import Relation
+from fusedhead.deferred_tensor import DeferredLogits
+
+Relations = tuple[Relation | None, ...]
+
+# sweeps over all rows, with a statistic and the vocabulary's dimension, if it can
+SweepWhole = Callable[[DeferredLogits, str, int], None]
+
+
+def ancestry(tensor: DeferredLogits | None) -> Iterator[DeferredLogits]:
+    """A deferred tensor, what it was made of, and so on."""
+    while tensor is not None:
+        yield tensor
+        tensor = tensor._known.made_of
+
+
+def top(tensor: DeferredLogits, relations: Relations) -> tuple[DeferredLogits, Relations]:
+    """The furthest tensor back that has the same rows through the same transform, and its relations."""
+    while relations and relations[0] is not None and relations[0].same:
+        before = tensor._known.made_of
+        assert before is not None
+        tensor, relations = before, relations[1:]
+    return tensor, relations
+
+
+def known_statistic(
+    tensor: DeferredLogits, name: str, grad: bool, relations: Relations, sweep_whole: SweepWhole
+) -> Tensor | None:
+    """A statistic [N] of these logits that some sweep has found already, or None."""
+    tensor, relations = top(tensor, relations)
+    known = tensor._known
+    for graded in (True,) if grad else (False, True):
+        if name in known.statistics.get(graded, ()):
+            value = known.statistics[graded][name]
+            return value if grad else value.detach()
+    whole = known.made_of
+    if whole is None or not relations or relations[0] is None:
+        return None
+    of_all = known_statistic(whole, name, grad, relations[1:], sweep_whole)
+    if of_all is None and known.part is not None and name in ("lse", "entropy"):
+        # one of several pieces: the others will be asked for too, and one sweep serves all
+        sweep_whole(whole, name, relations[0].dims[0])
+        of_all = known_statistic(whole, name, grad, relations[1:], sweep_whole)
+    if of_all is None:
+        return None
+    before, after = relations[0].dims
+    rows = [size for d, size in enumerate(whole.shape) if d != before]
+    stand_in = of_all.reshape(rows).unsqueeze(before)
+    chosen = known.recorded.on([stand_in if t is whole else t for t in known.recorded.tensors])
+    chosen = chosen if known.part is None else chosen[known.part]
+    return chosen.squeeze(after).reshape(-1)
