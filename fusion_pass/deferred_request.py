@@ -111,10 +111,14 @@ class Request:
     def pick(self, rows: Picks) -> Any:
         """Deferred logits for rows picked by number, read as a choice by a tensor of numbers."""
         call, origin, before = self.recorded, self.origin, self.subjects[0]._known
-        try:
-            layouts, many = call.layouts()
-        except Exception as error:
-            raise NotRecorded from error
+        key = ("layouts", call.func, call.args, call.kwargs, call.mode.grad, before.layout)
+        known = origin.recorded.get(key)
+        if known is None:
+            try:
+                known = origin.recorded[key] = ((), *call.layouts())
+            except Exception as error:
+                raise NotRecorded from error
+        _, layouts, many = known
         results = []
         for part, (chosen, layout) in enumerate(zip(rows, layouts)):
             numbers = [index(pick.rows, before.leaves[0].device) for pick in chosen]
