@@ -48,9 +48,17 @@ def test_the_last_line_sums_up_what_was_measured(run: Run, capsys: pytest.Captur
     )
 
 
-def test_a_demo_without_a_fused_head_fails_with_the_reason(
-    run: Run, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("report", "line"), [("never built", "never built"), ("deferred", "never built"), ("built", "built")]
+)
+def test_logits_that_were_built_are_not_called_never_built(
+    run: Run, capsys: pytest.CaptureFixture[str], report: str, line: str
 ) -> None:
+    assert run([10.0, 9.0, 8.0], SimpleNamespace(fused=True, reason="", logits=report)) == 0
+    assert f", logits {line}, " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_demo_without_a_fused_head_fails_with_the_reason(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([10.0, 9.0, 8.0], REFUSED) == 1
     assert "the logits are printed" in capsys.readouterr().out.splitlines()[-1]
 
