@@ -27,9 +27,7 @@ from fusedhead.kernels.torch_blocks import (
     vectors,
 )
 
-FAR = (
-    64.0  # a bfloat16 product cannot subtract a level further from 0 than this without losing a fraction of 1
-)
+FAR = 64.0  # a bfloat16 product cannot subtract a level further from 0 than this without losing a fraction of 1
 
 
 class Level(NamedTuple):
@@ -76,9 +74,7 @@ def block_buffers(head: Head, tokens: int, columns: int) -> Block:
     )
 
 
-def fill(
-    head: Head, i: slice, v: slice, h: Tensor, w: Tensor, level: Level, out: Tensor, spare: Tensor
-) -> Tensor:
+def fill(head: Head, i: slice, v: slice, h: Tensor, w: Tensor, level: Level, out: Tensor, spare: Tensor) -> Tensor:
     """Write E' [m, v] of one block into ``out`` and return the row sums of E [m], both without labels.
 
     h [m, D] and w [v, D] are the operands in the dtype of the products, ``spare`` the wide buffer of `Block`.

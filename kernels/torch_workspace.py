@@ -46,7 +46,7 @@ def workspace(
     tokens = max(1, min(tokens, n))
     columns = block_columns(tokens, min(vocab, v), wide.itemsize)
     block = tokens * columns
-    blocks = block * work.itemsize + block * wide.itemsize * narrow
+    blocks = block * work.itemsize * (not keep) + block * wide.itemsize * narrow
     held = windows_held(transform, needs.cols and explicit, needs.rows) - 1
     blocks += block * wide.itemsize * (held + (2 if explicit else 0))
     if keep:

@@ -99,9 +99,7 @@ def _empty(x: Tensor) -> bool:
     return statically_known_true(x.numel() == 0)
 
 
-def _backward_loss(
-    ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, g_sum: Tensor | None, *_: None
-) -> tuple:
+def _backward_loss(ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, g_sum: Tensor | None, *_: None) -> tuple:
     c_lse, c_picked, c_sum, c_square, lse, *grads = ctx.saved_tensors
     needs = [ctx.needs_input_grad[at] for at in (0, 1, 3, 4)]
     for need, computed, name in zip(needs, ctx.computed, ("h", "w", "cols", "rows")):
