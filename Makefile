@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # torch without a GPU: the version that is tested on the CPU. With one: the newest, which brings its own triton.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(sort $(wildcard fusion_pass/*.py fusion_pass/*/*.py lowering/*.py kernels/*.py))
 
 .PHONY: test lint types pytest e2e demo bench clean FORCE
