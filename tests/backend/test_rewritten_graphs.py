@@ -36,7 +36,9 @@ class RewrittenGraphs(TestCase):
 
         h, w = torch.randn(B, T, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
         after = self.after(program, h, w, torch.randint(0, V, (B, T - 1)))
-        self.assertExpectedInline(after, """\
+        self.assertExpectedInline(
+            after,
+            """\
 view_1 = l_y_.view(-1)
 slice_tensor = aten.slice.Tensor(l_h_, 1, 0, -1, 1)
 reshape_default = aten.reshape.default(slice_tensor, [-1, 8])
@@ -66,7 +68,8 @@ where_scalar_other = aten.where.ScalarOther(valid, sub_tensor, 0.0)
 sum_default = aten.sum.default(where_scalar_other)
 div_tensor = aten.div.Tensor(sum_default, sum_default_1)
 return (div_tensor,)
-""")
+""",
+        )
 
     def test_per_token_log_probs_recompute(self) -> None:
         def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -74,7 +77,9 @@ return (div_tensor,)
 
         h, w = torch.randn(B, T, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
         after = self.after(program, h, w, torch.randint(0, V, (B, T)))
-        self.assertExpectedInline(after, """\
+        self.assertExpectedInline(
+            after,
+            """\
 getattr_1 = l_w_.T
 getitem = l_y_[(Ellipsis, None)]
 t_default = aten.t.default(getattr_1)
@@ -91,14 +96,17 @@ sub_tensor = aten.sub.Tensor(picked, unsqueeze_default)
 reshape_default_2 = aten.reshape.default(sub_tensor, [2, 5, 1])
 squeeze = reshape_default_2.squeeze(-1)
 return (squeeze,)
-""")
+""",
+        )
 
     def test_a_frozen_head_without_gradients_only_streams(self) -> None:
         def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
             return F.cross_entropy(torch.tanh(h @ w.T / 30) * 30, y, reduction="sum")
 
         after = self.after(program, torch.randn(T, D), torch.randn(V, D), torch.randint(0, V, (T,)))
-        self.assertExpectedInline(after, """\
+        self.assertExpectedInline(
+            after,
+            """\
 getattr_1 = l_w_.T
 t_default = aten.t.default(getattr_1)
 valid = aten.ne.Scalar(l_y_, -100)
@@ -115,4 +123,5 @@ sub_tensor = aten.sub.Tensor(lse, select_int)
 where_scalar_other = aten.where.ScalarOther(valid, sub_tensor, 0.0)
 sum_default = aten.sum.default(where_scalar_other)
 return (sum_default,)
-""")
+""",
+        )

@@ -24,9 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[report.Row
     words = ["--device", "cpu", "--shapes", TINY.text, "--contenders", "eager,floor twice,absent"]
     contenders.CONTENDERS["floor twice"] = contenders.Contender("floor twice", contenders.eager, (), "again")
     try:
-        rows = head.main(
-            [*words, "--rounds", "3", "--seconds", "0.1", "--data", "trained", "--out", str(folder)]
-        )
+        rows = head.main([*words, "--rounds", "3", "--seconds", "0.1", "--data", "trained", "--out", str(folder)])
     finally:
         del contenders.CONTENDERS["absent"], contenders.CONTENDERS["floor twice"]
     return folder, rows

@@ -45,9 +45,7 @@ def test_a_program_that_compiles_nothing_is_told_so(tmp_path: Path, ours: Ours) 
     assert "nothing was compiled" in ours("program.py", cwd=tmp_path).err
 
 
-def test_compile_eager_fuses_a_program_that_compiles_nothing(
-    tmp_path: Path, ours: Ours, by_hand: list[float]
-) -> None:
+def test_compile_eager_fuses_a_program_that_compiles_nothing(tmp_path: Path, ours: Ours, by_hand: list[float]) -> None:
     write(tmp_path, EAGER)
     run = ours("--compile-eager", "program.py", cwd=tmp_path)
     assert run.code == 0, run.err

@@ -70,9 +70,7 @@ def test_who_stops_waiting_is_not_called(package: Path) -> None:
     assert seen == []
 
 
-def test_an_action_that_raises_does_not_break_the_import(
-    package: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_action_that_raises_does_not_break_the_import(package: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(package, "late_three", "value = 3")
 
     def broken(module: object) -> None:
