@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import sys
 from pathlib import Path
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 from tests.e2e.models import llama
 from tests.e2e.text import examples
 
@@ -20,6 +20,7 @@ arguments = TrainingArguments(
     output_dir=sys.argv[1], max_steps=3, per_device_train_batch_size=4, logging_steps=1, save_strategy="no",
     report_to="none", use_cpu=True, disable_tqdm=True, torch_compile="compile" in sys.argv,
 )
+set_seed(0)
 trainer = Trainer(llama(), arguments, train_dataset=examples(12))
 trainer.train()
 print("losses", [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
