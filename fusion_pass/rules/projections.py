@@ -6,7 +6,6 @@ Each rule names the hidden states, the weight as [V, D] (a transposing view wher
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -124,8 +123,3 @@ def einsum(context: Context, equation: str, operands: list[Plain], path: object 
 # Every way a projection is spelled in a Dynamo graph, by the name of the node's target. Only nodes with such a
 # name are traced in search of a head.
 SPELLINGS = frozenset({"linear", "matmul", "mm", "addmm", "einsum"})
-
-
-def gemm_flop(logits: Logits, tokens: int) -> float:
-    """FLOP of one product of this head's size: 2 N D V."""
-    return 2.0 * tokens * math.prod(logits.head.weight.val.shape)
