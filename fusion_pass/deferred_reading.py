@@ -171,7 +171,7 @@ def answer(
     weighted = any(t.weights is not None for t in terminals)
     stats = frozenset({"lse", "entropy"} if weighted else {"lse", "entropy", "sum"})
     likely = frozenset({"sum"} if any("log_softmax + gather" in t.computes for t in terminals) else ())
-    sharing = Sharing(stats if shared else frozenset(), likely, terminals[0].logits.detached, related)
+    sharing = Sharing(stats if shared else frozenset(), likely, terminals[0].logits.quiet, related)
     return cut(made, calls[0], sharing, memory, many)
 
 

@@ -127,7 +127,11 @@ def operands(emit: Emit, group: Group) -> list[Node]:
     """The six tensors of an op call: h, w, y, cols, rows, u."""
     logits = group.first.logits
     head = logits.head
-    detach = (lambda node: emit(aten.detach.default, node)) if logits.detached else (lambda node: node)
+    quiet_cols, quiet_rows = logits.detached or (0, 0)
+
+    def detach(node: Node, quiet: bool = logits.detached is not None) -> Node:
+        return emit(aten.detach.default, node) if quiet else node
+
     hidden = emit.cast(emit.ref(head.hidden), head.dtype)
     weight = emit.cast(emit.ref(head.weight), head.dtype)
     width = head.weight.val.shape[1]
@@ -139,8 +143,8 @@ def operands(emit: Emit, group: Group) -> list[Node]:
     keyed = {t.label_key: t for _, t in group.terminals if t.labels is not None}
     picks = [t.labels(emit) for t in keyed.values() if t.labels is not None]
     tokens, vocab = emit.sizes(h)[0], emit.sizes(w)[0]
-    cols = [detach(emit.cast(emit.ref(c), torch.float32)) for c in logits.cols]
-    rows = [detach(row_vector(emit, hidden, logits, r)) for r in logits.rows]
+    cols = [detach(emit.cast(emit.ref(c), torch.float32), i < quiet_cols) for i, c in enumerate(logits.cols)]
+    rows = [detach(row_vector(emit, hidden, logits, r), i < quiet_rows) for i, r in enumerate(logits.rows)]
     weights = next((t.weights for _, t in group.terminals if t.weights is not None), None)
 
     def empty(name: str, *shape: Any, dtype: torch.dtype = torch.float32) -> Node:

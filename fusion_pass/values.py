@@ -96,7 +96,12 @@ class Logits:
     cols: tuple[Plain, ...] = ()
     rows: tuple[RowVector, ...] = ()
     vocab: tuple[int, int] | None = None  # first and one past the last row of W that is left
-    detached: bool = False
+    detached: tuple[int, int] | None = None  # len(cols), len(rows) when last detached: no gradient to those, h, W
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no gradient flows to anything: detached, and no vector came in since."""
+        return self.detached == (len(self.cols), len(self.rows))
 
     def step(self, val: Tensor, *steps: Step, **changes: Any) -> Logits:
         """These logits after column ``steps``; a result in a low precision is rounded there."""
@@ -145,9 +150,9 @@ def logits_of(value: Followed) -> Logits:
 def detached(value: Any) -> Any:
     """A followed value through which no gradient flows; anything else as it is."""
     if isinstance(value, Logits):
-        return replace(value, detached=True)
+        return replace(value, detached=(len(value.cols), len(value.rows)))
     if isinstance(value, (LogProbs, Probs, Expected)):
-        return replace(value, of=replace(value.of, detached=True))
+        return replace(value, of=detached(value.of))
     return value
 
 

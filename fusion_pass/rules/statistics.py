@@ -88,7 +88,7 @@ def argmax(context: Context, value: Any, dim: int | None = None, keepdim: bool =
 def max_dim(context: Context, value: Any, dim: int, keepdim: bool = False) -> list[Terminal]:
     logits = needs_logits(value, "max")
     over_classes(dim, logits, "max")
-    if not logits.detached and context.val[0].requires_grad:
+    if not logits.quiet and context.val[0].requires_grad:
         raise Escape("a gradient flows through the maximum of the logits")
 
     def result(emit: Emit, stats: Statistics) -> Node:

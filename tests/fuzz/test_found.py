@@ -75,3 +75,16 @@ def test_a_weight_written_after_the_cast_that_the_head_reads() -> None:
     )
     for logits in ("eager", "deferred"):
         agrees(Case(SIZES, {"h": FLAT, "w": "torch.randn(V, D)"}, body, ("lse", "z"), logits=logits))
+
+
+def test_vectors_that_join_the_logits_after_they_were_detached() -> None:
+    inputs = {"h": FLAT, "w": W, "y": "torch.randint(0, V, (B * T,))", "s": "torch.full((), 0.3).requires_grad_()"}
+    inputs |= {"c": "torch.randn(V).requires_grad_()", "m": "torch.rand(B * T, 1).requires_grad_()"}
+    for detached in ("z.detach()", "z.data", "(z + c).detach() * s"):
+        for step in ("z * s.exp()", "z - s", "z + c", "z * m"):
+            body = ("z = F.linear(h, w)", f"z = {detached}", f"z = {step}", "l = F.cross_entropy(z, y)")
+            for logits in ("eager", "deferred"):
+                agrees(Case(SIZES, inputs, body, ("l",), logits=logits))
+    quiet = Block("with torch.no_grad():", ("z = z + c",))
+    body = ("z = F.linear(h, w)", quiet, "z = z * c", "l = F.cross_entropy(z, y, reduction='none')")
+    agrees(Case(SIZES, inputs, body, ("l",)))
