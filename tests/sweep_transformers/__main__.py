@@ -1,0 +1,84 @@
+"""``python -m tests.sweep_transformers``: every language model class of transformers, tiny, trained one step.
+
+Compiled with fusedhead against eager code and a float64 truth (`verdict.py`). By default the rewritten graphs are
+executed as they are; ``--aot`` hands them to AOTAutograd, ``--inductor`` to Inductor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: the processes are the parallelism
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import json
+
+import torch
+from tqdm import tqdm
+
+from tests.sweep_transformers.pool import judged
+from tests.sweep_transformers.table import markdown, summary
+
+FAMILIES = re.compile(r"For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)$|LMHead")
+
+
+def classes() -> list[str]:
+    """The names of all classes of the installed transformers that the sweep is about."""
+    import transformers
+
+    return [name for name in dir(transformers) if FAMILIES.search(name) and not name.startswith("Auto")]
+
+
+def sample(names: list[str], count: int) -> list[str]:
+    """So many of the names, evenly spread, the same ones on every call."""
+    return [names[i * len(names) // count] for i in range(min(count, len(names)))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.sweep_transformers", description=__doc__)
+    parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression that class names match")
+    parser.add_argument("--sample", type=int, metavar="K", help="K of the classes, evenly spread")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--limit", type=float, default=120, help="seconds for one class")
+    stacks = parser.add_mutually_exclusive_group()
+    stacks.add_argument("--aot", dest="stack", action="store_const", const="aot", default="eager")
+    stacks.add_argument("--inductor", dest="stack", action="store_const", const="inductor")
+    parser.add_argument("--out", type=Path, help="folder for sweep_transformers.json and sweep_transformers.md")
+    given = parser.parse_args(argv)
+
+    import torch._dynamo
+    import torch._inductor.compile_fx
+    import transformers
+
+    names = [name for name in classes() if re.search(given.only, name)]
+    names = sample(names, given.sample) if given.sample else names
+    found = []
+    for verdict, _ in tqdm(judged(names, given.stack, given.jobs, given.limit), total=len(names), unit="class"):
+        found.append(verdict)
+        if verdict.kind not in ("fused", "no head"):
+            tqdm.write(f"{verdict.name}: {verdict.kind}. {verdict.detail}", file=sys.stderr)
+    found.sort(key=lambda v: v.name)
+    origin = (
+        f"transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}, CPU, "
+        f"float32; rewritten graphs " + {"eager": "executed as they are", "aot": "handed to AOTAutograd (aot_eager)",
+                                         "inductor": "compiled by Inductor"}[given.stack]
+    )  # fmt: skip
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+        rows = [asdict(v) for v in found]
+        (given.out / "sweep_transformers.json").write_text(json.dumps({"run": origin, "rows": rows}, indent=1) + "\n")
+        text = markdown(found, "Every language model class of transformers", origin + ".")
+        (given.out / "sweep_transformers.md").write_text(text)
+    print("\n".join(summary(found)))
+    return any(v.kind in ("fails", "differs") for v in found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

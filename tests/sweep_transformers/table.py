@@ -1,0 +1,45 @@
+"""The sweep's result as a Markdown table with a summary. This file knows verdicts and runs nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from tests.sweep_transformers.verdict import KINDS, Verdict
+
+WITH_A_HEAD = ("fused", "partly fused", "refused", "differs", "fails")
+
+
+def cell(text: object) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def summary(found: Sequence[Verdict]) -> list[str]:
+    count = Counter(v.kind for v in found)
+    heads = sum(count[kind] for kind in WITH_A_HEAD)
+    lines = ["| result | classes | |", "|---|---|---|"]
+    lines += [f"| {kind} | {count[kind]} | {what} |" for kind, what in KINDS.items() if count[kind]]
+    if heads:
+        share = 100 * count["fused"] / heads
+        lines += ["", f"Fused: {count['fused']} of {heads} classes with a head that compile, {share:.1f} %."]
+    slowest = max(found, key=lambda v: v.pass_ms, default=None)
+    if slowest and slowest.pass_ms:
+        lines.append(
+            f"The pass took {slowest.pass_ms:.0f} ms at most: {slowest.name}, {slowest.nodes} nodes in "
+            f"{slowest.graphs} graphs."
+        )
+    return lines
+
+
+def markdown(found: Sequence[Verdict], title: str, origin: str) -> str:
+    """The summary, then a row a class: first what is not fused."""
+    order = {kind: i for i, kind in enumerate(KINDS)}
+    rows = sorted(found, key=lambda v: (order[v.kind] == 0, order[v.kind], v.name))
+    lines = [f"# {title}", "", origin, "", *summary(found), ""]
+    lines += ["| class | result | heads fused | nodes | pass, ms | error / allowed | |", "|---|---|---|---|---|---|---|"]
+    for v in rows:
+        fused = f"{sum(h['fused'] for h in v.heads)} of {len(v.heads)}" if v.heads else ""
+        ratio = f"{v.worst_ratio:.2f}" if v.worst else ""
+        numbers = (v.nodes or "", f"{v.pass_ms:.0f}" if v.nodes else "", ratio)
+        lines.append("| " + " | ".join(map(cell, (v.name, v.kind, fused, *numbers, v.detail))) + " |")
+    return "\n".join(lines) + "\n"

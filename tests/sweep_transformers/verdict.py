@@ -1,0 +1,246 @@
+"""One model class: built tiny, trained one step eagerly, in float64 and compiled, and what came of it.
+
+`Verdict.kind` is one of `KINDS`. A head is looked for without the pass's help: a cross-entropy over the vocabulary's
+extent in a program that also makes a linear product of that extent. Errors follow the rule of the fuzzer: ours
+against a float64 truth is at most eager's plus a slack. This file handles one class in the process it runs in.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from fusedhead import Report
+from fusedhead.backend import compile_with
+from tests.eager_stack import as_it_is, backend
+from tests.sweep_transformers.batches import batch
+from tests.sweep_transformers.configs import VOCAB, tiny
+
+KINDS = {
+    "fused": "every head of the loss is fused, and the loss and all gradients agree",
+    "partly fused": "some of its heads are fused",
+    "refused": "its head is left alone, with a reason",
+    "differs": "the loss or a gradient breaks the error rule",
+    "fails": "it compiles under the reference and not under fusedhead",
+    "reference fails": "it does not compile under the reference either",
+    "no head": "its loss is no cross-entropy over a linear head",
+    "no loss": "its forward returns no loss for labels",
+    "not built": "no tiny one could be built or run eagerly",
+}
+LARGEST = 40_000_000  # parameters
+ULPS = 64  # units in the last place of float32, of the largest entry, that a compiled model may add to eager's error
+QUIET = 1e-2  # entries this far below the largest gradient of the model are held to its scale, not their own
+
+
+@dataclass
+class Verdict:
+    name: str
+    kind: str
+    detail: str = ""
+    heads: list[dict[str, Any]] = field(default_factory=list)
+    losses: int = 0  # cross-entropies over the vocabulary that eager code computes
+    nodes: int = 0  # of the graphs that the pass read
+    graphs: int = 0
+    pass_ms: float = 0.0
+    seconds: float = 0.0
+    worst: str = ""  # the quantity with the largest error over what is allowed
+    worst_ratio: float = 0.0
+
+
+class Watch(TorchFunctionMode):
+    """Counts cross-entropies over the vocabulary, and linear products that make it, in eager code."""
+
+    def __init__(self) -> None:
+        self.losses = self.products = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in ("cross_entropy", "nll_loss") and args and isinstance(args[0], Tensor):
+            self.losses += VOCAB in args[0].shape[1:]
+        if name in ("linear", "matmul", "__matmul__", "mm", "addmm", "bmm", "einsum") and isinstance(result, Tensor):
+            self.products += result.ndim > 0 and result.shape[-1] == VOCAB
+        return result
+
+
+@dataclass
+class Step:
+    """A training step's results, by name."""
+
+    tensors: dict[str, Tensor]
+
+
+def step(model: nn.Module, run: Callable[..., Any], inputs: dict[str, Any]) -> Step | None:
+    """Forward and backward; None where there is no loss."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(2)
+    loss = getattr(run(**inputs), "loss", None)
+    if loss is None or not isinstance(loss, Tensor) or not loss.requires_grad:
+        return None
+    loss = loss.sum()
+    loss.backward()
+    tensors = {"loss": loss.detach().clone()}
+    tensors |= {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    return Step(tensors)
+
+
+def built(name: str) -> nn.Module:
+    """The tiny model in float32, in training mode with dropout off, its vocabulary's weights scaled to matter."""
+    import transformers
+
+    cls = getattr(transformers, name)
+    config = tiny(cls.config_class)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"the smallest that the rules make has {size / 1e6:.0f} M parameters")
+    torch.manual_seed(0)
+    model = cls(config).float().train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    with torch.no_grad():
+        for p in {id(p): p for p in model.parameters()}.values():
+            if p.ndim == 2 and p.shape[0] == VOCAB:
+                p.mul_(10)
+    return model
+
+
+def doubled(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def compiled(model: nn.Module, stack: str, report: Report, counted: list[int]) -> Callable[..., Any]:
+    """The model under fusedhead: "eager" runs rewritten graphs as they are, "aot" and "inductor" hand them on."""
+    options = {"fusedhead.logits": "deferred"}
+    if stack == "inductor":
+
+        def compile_one(gm: Any, example_inputs: Any) -> Any:
+            counted.append(len(gm.graph.nodes))
+            return compile_with(gm, example_inputs, options=options, observe=report.extend)
+
+        return torch.compile(model, backend=compile_one)
+    own = backend(report.extend, reference(stack), **options)
+
+    def rewrite(gm: Any, example_inputs: Any) -> Any:
+        counted.append(len(gm.graph.nodes))
+        return own(gm, example_inputs)
+
+    return torch.compile(model, backend=rewrite)
+
+
+def reference(stack: str) -> Any:
+    if stack == "eager":
+        return as_it_is
+    return torch._dynamo.lookup_backend("aot_eager" if stack == "aot" else "inductor")
+
+
+def judge(name: str, stack: str = "eager") -> Verdict:
+    """The verdict on the transformers class called ``name``. Never raises."""
+    began = time.perf_counter()
+    for logger in ("fusedhead", "torch._dynamo", "torch._subclasses.fake_tensor", "torch.fx", "transformers"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = judged(name, stack)
+    found.seconds = round(time.perf_counter() - began, 2)
+    return found
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def judged(name: str, stack: str) -> Verdict:
+    watch = Watch()
+    try:
+        model = built(name)
+        inputs = batch(model, name)
+        with watch:
+            eager = step(model, model, inputs)
+    except Exception as error:
+        return Verdict(name, "not built", one_line(error))
+    if eager is None:
+        return Verdict(name, "no loss", "takes no labels" if "labels" not in inputs else "")
+    report, counted = Report(), []  # type: ignore[var-annotated]
+    found = Verdict(name, "no head" if not (watch.losses and watch.products) else "", losses=watch.losses)
+    torch.compiler.reset()
+    try:
+        ours = step(model, compiled(model, stack, report, counted), inputs)
+    except Exception as error:
+        torch.compiler.reset()
+        try:
+            step(model, torch.compile(model, backend="eager" if stack == "eager" else reference(stack)), inputs)
+        except Exception as theirs:
+            found.kind, found.detail = "reference fails", one_line(theirs)
+            return found
+        found.kind, found.detail = "fails", one_line(error)
+        return found
+    found.heads = [
+        {k: v for k, v in asdict(h).items() if k in ("fused", "reason", "where", "computes", "engine", "logits")}
+        for h in report.heads
+    ]
+    found.graphs, found.nodes, found.pass_ms = len(counted), sum(counted), round(report.milliseconds, 1)
+    if report.errors:
+        found.kind, found.detail = "fails", "the pass raised: " + report.errors[0]
+        return found
+    assert ours is not None
+    try:
+        twin = copy.deepcopy(model).double()
+        truth = step(twin, twin, tree_map(doubled, inputs))
+    except Exception as error:
+        truth, found.detail = eager, f"no float64 truth: {one_line(error)}"
+    assert truth is not None
+    compare(found, ours, eager, truth)
+    if found.kind == "":
+        classify(found)
+    return found
+
+
+def classify(found: Verdict) -> None:
+    """What became of a model that has a head and whose numbers are right."""
+    fused = [h for h in found.heads if h["fused"]]
+    left = [h for h in found.heads if not h["fused"]]
+    if fused and not left:
+        found.kind = "fused"
+    elif fused:
+        found.kind, found.detail = "partly fused", left[0]["reason"]
+    else:
+        found.kind, found.detail = "refused", left[0]["reason"] if left else "no projection was seen before the loss"
+
+
+def compare(found: Verdict, ours: Step, eager: Step, truth: Step) -> None:
+    """Hold every tensor against the truth, and note the worst."""
+    if ours.tensors.keys() != eager.tensors.keys():
+        odd = sorted(ours.tensors.keys() ^ eager.tensors.keys())
+        found.kind, found.detail = "differs", f"gradients present on one side only: {', '.join(odd[:3])}"
+        return
+    grads = [t.abs().max().item() for n, t in truth.tensors.items() if n != "loss" and t.numel()]
+    floor = QUIET * max(grads, default=1.0)
+    for name, theirs in eager.tensors.items():
+        got, true = ours.tensors[name], truth.tensors.get(name, theirs).double()
+        if not theirs.numel():
+            continue
+        if not torch.equal(got.isfinite(), theirs.isfinite()):
+            found.kind, found.detail = "differs", f"{name} is not finite where eager code is, or the reverse"
+            return
+        if not bool(theirs.isfinite().all()):
+            continue
+        size = max(true.abs().max().item(), floor)
+        far, near = (got.double() - true).abs().max().item(), (theirs.double() - true).abs().max().item()
+        allowed = near + ULPS * torch.finfo(torch.float32).eps * size
+        if far / allowed > found.worst_ratio:
+            found.worst, found.worst_ratio = name, round(far / allowed, 3)
+        if far > allowed:
+            found.kind = "differs"
+            found.detail = f"{name}: error {far:.3g}, eager's {near:.3g}, allowed {allowed:.3g}, size {size:.3g}"
