@@ -77,6 +77,9 @@ def replace(gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node) ->
         for step in program.steps:
             made.made.append(write(made, step, device, Mode.now(device)))
         result = made.node(program.result)
+    for later in gm.graph.nodes:
+        if later.meta.get("example_value") is value:  # `float()` of float32 logits returned its argument
+            later.meta["example_value"] = fake(result)
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
 

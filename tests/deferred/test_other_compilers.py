@@ -118,3 +118,12 @@ def test_a_stale_weight_is_noticed_at_the_border() -> None:
         model.lm_head.weight.add_(1)
     with pytest.raises(RuntimeError, match=r"lm_head.weight"):
         torch.compile(loss, backend=backend(Report().extend))(z)
+
+
+def test_a_cast_that_changes_nothing_at_the_border() -> None:
+    """`float()` of float32 logits is the same object to Dynamo: GPT-2, whose warning ends the graph before its loss."""
+    model, x, report = Model(), tokens(), Report()
+    compiled = torch.compile(lambda z: loss(z.float()), backend=backend(report.extend))
+    wanted = gradients(model, loss(model(x)))
+    torch.testing.assert_close(gradients(model, compiled(deferring(model)(x))), wanted, rtol=1e-4, atol=1e-6)
+    assert [head.fused for head in report.heads] == [True]
