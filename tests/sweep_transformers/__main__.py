@@ -20,7 +20,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
 
-import torch
 from tqdm import tqdm
 
 from tests.sweep_transformers.pool import judged

@@ -36,7 +36,10 @@ def markdown(found: Sequence[Verdict], title: str, origin: str) -> str:
     order = {kind: i for i, kind in enumerate(KINDS)}
     rows = sorted(found, key=lambda v: (order[v.kind] == 0, order[v.kind], v.name))
     lines = [f"# {title}", "", origin, "", *summary(found), ""]
-    lines += ["| class | result | heads fused | nodes | pass, ms | error / allowed | |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "| class | result | heads fused | nodes | pass, ms | error / allowed | |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for v in rows:
         fused = f"{sum(h['fused'] for h in v.heads)} of {len(v.heads)}" if v.heads else ""
         ratio = f"{v.worst_ratio:.2f}" if v.worst else ""

@@ -24,7 +24,7 @@ from fusedhead import Report
 from fusedhead.backend import compile_with
 from tests.eager_stack import as_it_is, backend
 from tests.sweep_transformers.batches import batch
-from tests.sweep_transformers.configs import VOCAB, tiny
+from tests.sweep_transformers.configs import VOCAB, of_class
 
 KINDS = {
     "fused": "every head of the loss is fused, and the loss and all gradients agree",
@@ -39,6 +39,7 @@ KINDS = {
 }
 LARGEST = 40_000_000  # parameters
 ULPS = 64  # units in the last place of float32, of the largest entry, that a compiled model may add to eager's error
+SPREAD = 0.2  # standard deviation that the vocabulary's weights have at least, so that probabilities are not flat
 QUIET = 1e-2  # entries this far below the largest gradient of the model are held to its scale, not their own
 
 
@@ -69,7 +70,7 @@ class Watch(TorchFunctionMode):
         if name in ("cross_entropy", "nll_loss") and args and isinstance(args[0], Tensor):
             self.losses += VOCAB in args[0].shape[1:]
         if name in ("linear", "matmul", "__matmul__", "mm", "addmm", "bmm", "einsum") and isinstance(result, Tensor):
-            self.products += result.ndim > 0 and result.shape[-1] == VOCAB
+            self.products += result.ndim > 0 and result.shape[-1] > 0 and result.shape[-1] % VOCAB == 0
         return result
 
 
@@ -99,7 +100,7 @@ def built(name: str) -> nn.Module:
     import transformers
 
     cls = getattr(transformers, name)
-    config = tiny(cls.config_class)
+    config = of_class(cls)
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
     if size > LARGEST:
@@ -112,7 +113,7 @@ def built(name: str) -> nn.Module:
     with torch.no_grad():
         for p in {id(p): p for p in model.parameters()}.values():
             if p.ndim == 2 and p.shape[0] == VOCAB:
-                p.mul_(10)
+                p.mul_(max(1.0, SPREAD / max(p.std().item(), 1e-3)))
     return model
 
 
