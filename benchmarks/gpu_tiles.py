@@ -18,7 +18,7 @@ import torch
 
 from fusedhead.kernels import triton_sweep
 from fusedhead.kernels.columns import parse
-from fusedhead.kernels.contract import Head, RowGrads
+from fusedhead.kernels.contract import Head, RowGrads, RowStats
 from fusedhead.kernels.triton_dlogits import dlogits
 from fusedhead.kernels.triton_exp import exponentials
 from fusedhead.kernels.triton_labels import map_labels
@@ -79,7 +79,7 @@ def step_of(kernel: str, head: Head, tile: Tile) -> Callable[[], object]:
         part = new((1, s.schedule.size), dtype=torch.float32)
         return lambda: exponentials(s, window, rows, picked, picked, part, labels)
     grads = RowGrads(rows, picked)
-    return lambda: dlogits(s, window, grads, rows, None, 0, False, False)
+    return lambda: dlogits(s, window, grads, RowStats(rows), 0, False, False)
 
 
 def sweep_tiles(options: argparse.Namespace, share: tuple[int, int] | None) -> None:

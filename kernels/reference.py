@@ -29,4 +29,5 @@ def row_stats(head: Head) -> RowStats:
         entropy=-(logp.exp() * logp).sum(1),
         max=top[0],
         argmax=top[1],
+        lse_low=z.new_zeros(len(z)),
     )

@@ -52,6 +52,13 @@ def fine_dtype(device_type: str) -> torch.dtype:
     return torch.float32 if device_type == "mps" else torch.float64
 
 
+def rounded_off(total: Tensor, whole: Tensor, part: Tensor) -> Tensor:
+    """What the rounding of ``total`` = whole + part took off, exactly (Knuth's two-sum); 0 where that is not finite."""
+    back = total - whole
+    low = (whole - (total - back)) + (part - back)
+    return torch.where(low.isfinite(), low, 0)
+
+
 def plain_scale(transform: Transform) -> float | None:
     """c where the transform is z · c up to rounding steps, None where it is more than that."""
     scale = 1.0

@@ -23,7 +23,11 @@ def _dz(head: Head, upstream: RowGrads, stats: RowStats, i: slice, v: slice, z: 
     """dz of the transformed block z [m, v], which becomes log p and is lost."""
     wide = z.dtype
     soft = any(g is not None for g in (upstream.lse, upstream.square, upstream.entropy))
-    dz = (z.sub_(stats.lse[i, None].to(wide)) * LOG2E).exp2_() if soft else torch.zeros_like(z)
+    if soft:
+        z.sub_(stats.lse[i, None].to(wide))
+        if stats.lse_low is not None:
+            z.sub_(stats.lse_low[i, None].to(wide))
+    dz = (z * LOG2E).exp2_() if soft else torch.zeros_like(z)
     slope = head.h.new_zeros(len(z), dtype=wide)
     if upstream.lse is not None:
         slope = slope + upstream.lse[i].to(wide)

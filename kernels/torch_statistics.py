@@ -22,6 +22,7 @@ from fusedhead.kernels.torch_blocks import (
     label_logits,
     label_vectors,
     product_dtype,
+    rounded_off,
     vectors,
 )
 from fusedhead.kernels.torch_exponentials import block_buffers
@@ -79,7 +80,7 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     buffers = block_buffers(head, tokens, columns)
     decide, entropy = bool(want & {"max", "argmax"}), "entropy" in want
     soft, summed = bool(want & {"lse", "entropy"}), "sum" in want
-    out = {name: head.h.new_empty(n, dtype=wide) for name in ("lse", "sum", "entropy", "max")}
+    out = {name: head.h.new_empty(n, dtype=wide) for name in ("lse", "sum", "entropy", "max", "lse_low")}
     argmax = head.h.new_empty(n, dtype=torch.int64)
     rounds = head.transform.smooth != head.transform
     for i in cuts(n, tokens):
@@ -108,11 +109,12 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
                 state = here if state is None else merge(state, here)
         if state is not None:
             log_total = state.total.log()
-            out["lse"][i] = state.most + log_total
+            out["lse"][i] = lse = state.most + log_total
+            out["lse_low"][i] = rounded_off(lse, state.most, log_total)
             if state.moment is not None:
                 out["entropy"][i] = log_total - state.moment / state.total
     given = {name: x for name, x in out.items() if name in want}
-    given["lse"] = out["lse"]
+    given |= {name: out[name] for name in ("lse", "lse_low")}
     return RowStats(
         **given,
         picked=picked_logits(head, tokens) if "picked" in want else None,

@@ -12,9 +12,11 @@ It must not know how large the windows should be (`fusedhead.lowering.plan` deci
 
 from __future__ import annotations
 
+import torch
+
 from fusedhead.kernels import torch_dlogits, torch_softmax_gradients, torch_statistics
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
-from fusedhead.kernels.torch_blocks import plain_scale
+from fusedhead.kernels.torch_blocks import fine_dtype, plain_scale, rounded_off
 from fusedhead.kernels.torch_sums import weighted_sums
 
 NOTHING = Needs(False, False, False, False)
@@ -29,7 +31,9 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
         stats = RowStats(head.h.new_empty(0, dtype=stat_dtype(head.h.dtype)), picked)
     elif swept <= {"lse", "picked"}:
         lse, picked, _ = torch_softmax_gradients.single_pass(head, RowGrads(), NOTHING, windows)
-        stats = RowStats(lse.to(stat_dtype(head.h.dtype)), picked if "picked" in want else None)
+        narrow = lse.to(stat_dtype(head.h.dtype))
+        low = rounded_off(narrow, lse, torch.zeros_like(lse)).to(narrow.dtype)
+        stats = RowStats(narrow, picked if "picked" in want else None, lse_low=low)
     else:
         stats = torch_statistics.sweep(head, swept, windows)
     if "sum" in want and scale is not None:
@@ -42,7 +46,9 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     if torch_softmax_gradients.serves(head, upstream, needs):
         if upstream.lse is None and upstream.square is None:
             return torch_softmax_gradients.labels_alone(head, upstream, needs, windows)
-        return torch_softmax_gradients.known_lse(head, upstream, stats.lse, needs, windows)
+        fine = fine_dtype(head.h.device.type)
+        lse = stats.lse.to(fine) if stats.lse_low is None else stats.lse.to(fine) + stats.lse_low.to(fine)
+        return torch_softmax_gradients.known_lse(head, upstream, lse, needs, windows)
     return torch_dlogits.backward(head, upstream, stats, needs, windows)
 
 

@@ -1,6 +1,6 @@
 """The gradient of the raw logits of one window, rebuilt from the saved lse: one persistent sweep.
 
-    dz_T = g_lse p + Σ_k g_picked_k [v = y_k] + g_sum u_v - g_entropy p (log p + H),   p = exp(z - lse)
+    dz_T = g_lse p + Σ_k g_picked_k [v = y_k] + g_sum u_v - g_entropy p (log p + H),   p = exp(z - lse - lse_low)
     dz   = dz_T pulled back through the transform
 
 in: h [M, D], w [V', D] (the window's slices), per-row upstream gradients, lse, entropy H. out: dz [M, V'] in
@@ -12,11 +12,12 @@ and dw are accumulated.
 # ruff: noqa: SIM102 (a test at compile time stays a statement of its own: `and` would build both sides)
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedhead.kernels.contract import RowGrads
+from fusedhead.kernels.contract import RowGrads, RowStats
 from fusedhead.kernels.triton_labels import map_labels
 from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import label_position
@@ -69,6 +70,7 @@ def _epilogue(
     g_sum,
     g_entropy,
     lse,
+    lse_low,
     entropy,
     part_cols,
     part_rows,
@@ -103,6 +105,8 @@ def _epilogue(
     dz = tl.zeros((BM, WIDTH), tl.float32)
     if HAS_LSE or HAS_ENTROPY:
         logp = z - tl.load(lse + row, mask=there, other=0.0)[:, None]
+        if PRECISE:  # what bfloat16 and float16 round off is far more
+            logp -= tl.load(lse_low + row, mask=there, other=0.0)[:, None]
         p = tl.exp2(logp * 1.4426950408889634)
         if HAS_LSE:
             dz = p * tl.load(g_lse + row, mask=there, other=0.0)[:, None]
@@ -152,6 +156,7 @@ def dlogits_kernel(
     g_sum,  # [M] float32 when HAS_SUM
     g_entropy,  # [M] float32 when HAS_ENTROPY
     lse,  # [M] float32
+    lse_low,  # [M] float32, read when PRECISE
     entropy,  # [M] float32 when HAS_ENTROPY
     part_cols,  # [steps, token blocks, V'] float32 when NEED_COLS
     part_rows,  # [steps, rows_size, M] float32 when NEED_ROWS
@@ -202,17 +207,17 @@ def dlogits_kernel(
         for j in tl.static_range(PARTS):
             x = column_part(acc, j, PARTS, BM, BN)
             _epilogue(
-                x, dz, y, u, vectors, g_lse, g_picked, g_sum, g_entropy, lse, entropy, part_cols, part_rows,
+                x, dz, y, u, vectors, g_lse, g_picked, g_sum, g_entropy, lse, lse_low, entropy, part_cols, part_rows,
                 block, PARTS * tile + j, (here >> j) & 1, first_col, sy0, sy1, K, rows_size, STEPS, LABELS,
                 HAS_LSE, HAS_SUM, HAS_ENTROPY, HAS_U, NEED_COLS, NEED_ROWS, PRECISE, DTYPE, BM, BN // PARTS,
             )  # fmt: skip
 
 
 def dlogits(
-    s: Sweep, window: Tensor, upstream: RowGrads, lse: Tensor, entropy: Tensor | None, first_col: int,
-    need_cols: bool, need_rows: bool,
+    s: Sweep, window: Tensor, upstream: RowGrads, stats: RowStats, first_col: int, need_cols: bool, need_rows: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """window [N, ld] <- dz; returns partial sums of the vectors' gradients [steps, ., V], [steps, ., N]."""
+    lse, entropy = stats.lse, stats.entropy
     n, vocab = len(s.head.h), len(s.head.w)
     steps = steps_of(s.head.transform.smooth)
     parts = -(-vocab // s.tile.BN) * s.tile.parts
@@ -231,6 +236,7 @@ def dlogits(
         g_sum=lse if upstream.sum is None else upstream.sum,
         g_entropy=lse if upstream.entropy is None else upstream.entropy,
         lse=lse,
+        lse_low=torch.zeros_like(lse) if stats.lse_low is None else stats.lse_low,
         entropy=lse if entropy is None else entropy,
         part_cols=part_cols,
         part_rows=part_rows,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedhead.kernels.triton_rows import finite_or_zero, from_order_key, log_sum
+from fusedhead.kernels.triton_rows import finite_or_zero, from_order_key, log_sum, rounded_off
 from fusedhead.kernels.triton_schedule import partial_offset
 from fusedhead.kernels.triton_sweep import SLOTS, Sweep
 
@@ -29,6 +29,7 @@ def merge_kernel(
     flags,  # [token blocks] int32, read when ONLY
     ref2_out,  # [N] float32 base-2 lse + SHIFT, when REF
     lse_out,  # [N] float32, unless REF
+    lse_low_out,  # [N] float32, unless REF: what rounding took off lse
     entropy_out,  # [N] float32
     sum_out,  # [N] float32
     max_out,  # [N] float32
@@ -95,7 +96,9 @@ def merge_kernel(
             tl.store(ref2_out + row, ref2 + tl.log2(total) + SHIFT, mask=row < N)
         else:
             base = finite_or_zero(ref2)
-            tl.store(lse_out + row, log_sum(base, total), mask=row < N)
+            lse = log_sum(base, total)
+            tl.store(lse_out + row, lse, mask=row < N)
+            tl.store(lse_low_out + row, rounded_off(base, total, lse), mask=row < N)
         if ENTROPY:
             entropy = (tl.log2(total) - moment / total) * 0.6931471805599453
             tl.store(entropy_out + row, entropy, mask=row < N)
@@ -110,7 +113,7 @@ MERGE_ROWS = 16
 
 
 def _merge(s: Sweep, part: Tensor, part_top: Tensor, outputs: dict[str, Any]) -> None:
-    unused = {"flags": part, "ref2_out": part, "lse_out": part, "entropy_out": part}
+    unused = {"flags": part, "ref2_out": part, "lse_out": part, "lse_low_out": part, "entropy_out": part}
     unused |= {"sum_out": part, "max_out": part, "argmax_out": part_top}
     constants = {"SHIFT": 0.0, "REF": False, "ONLY": False, "SUM": False, "ENTROPY": False, "TOP": False}
     n = len(s.head.h)
@@ -132,16 +135,16 @@ def _merge(s: Sweep, part: Tensor, part_top: Tensor, outputs: dict[str, Any]) ->
 
 
 def merge_statistics(s: Sweep, part: Tensor, part_top: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
-    """lse, and what is wanted of sum, entropy, max and argmax, each [N], by name."""
+    """lse and lse_low, and what is wanted of sum, entropy, max and argmax, each [N], by name."""
     n, new = len(s.head.h), s.head.h.new_empty
     top = bool(want & {"max", "argmax"})
-    got = {"lse": new(n, dtype=torch.float32)}
-    got |= {k: new(n, dtype=torch.float32) for k in ("sum", "entropy") if k in want}
+    summed = [name for name in ("sum", "entropy") if name in want]
+    got = {name: new(n, dtype=torch.float32) for name in ("lse", "lse_low", *summed)}
     got |= {"max": new(n, dtype=torch.float32), "argmax": new(n, dtype=torch.int64)} if top else {}
     outputs: dict[str, Any] = {f"{name}_out": out for name, out in got.items()}
     constants = {"SUM": "sum" in want, "ENTROPY": "entropy" in want, "TOP": top}
     _merge(s, part, part_top, outputs | constants)
-    return {name: out for name, out in got.items() if name == "lse" or name in want}
+    return {name: out for name, out in got.items() if name not in ("max", "argmax") or name in want}
 
 
 def merge_reference(s: Sweep, part: Tensor, ref2: Tensor, shift: float, flags: Tensor | None = None) -> None:

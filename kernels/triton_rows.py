@@ -21,6 +21,13 @@ def log_sum(ref2, total):
 
 
 @triton.jit
+def rounded_off(ref2, total, lse):
+    """What `log_sum` lost when it rounded to lse, to the precision of ln total; 0 where that is not finite."""
+    rest = tl.fma(ref2, 7.348693209507928e-09, tl.log2(total) * 0.6931471805599453)
+    return finite_or_zero(tl.fma(ref2, 0.6931471824645996, -lse) + rest)
+
+
+@triton.jit
 def finite_or_zero(x):
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 

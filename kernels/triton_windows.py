@@ -156,13 +156,13 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
         shape = (token_cuts[0].stop, head.h.shape[1])
         dh_sum = head.h.new_empty(shape, dtype=torch.float32) if wide else None
         for i in token_cuts:
-            rows = RowStats(stats.lse[i], entropy=None if stats.entropy is None else stats.entropy[i])
+            rows = RowStats(*(None if x is None else x[i] for x in stats))
             grads = _slice_rows(upstream, i)
             for v in vocab_cuts:
                 part = _slice(head, i, v)
                 window = buffer[: len(part.h)]
                 s = sweep("dlogits", part)
-                sums = dlogits(s, window, grads, rows.lse, rows.entropy, v.start, needs.cols, needs.rows)
+                sums = dlogits(s, window, grads, rows, v.start, needs.cols, needs.rows)
                 _add_vectors(part, sums, dcols, drows, i, v)
                 window = window[:, : len(part.w)]
                 if dw is not None:

@@ -20,9 +20,9 @@ ONCE = "a fused head can be differentiated once: double backward through it is n
 
 def _setup_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
     h, w, y, cols, rows, u, ctx.transform, _, ctx.memory = inputs
-    lse, _, _, entropy, top, where = output
-    ctx.save_for_backward(h, w, y, cols, rows, u, lse, entropy)
-    ctx.mark_non_differentiable(top, where)
+    lse, _, _, entropy, top, where, lse_low = output
+    ctx.save_for_backward(h, w, y, cols, rows, u, lse, lse_low, entropy)
+    ctx.mark_non_differentiable(top, where, lse_low)
     ctx.set_materialize_grads(False)
 
 
@@ -34,13 +34,13 @@ def _backward_stats(
     g_entropy: Tensor | None,
     *_: None,
 ) -> tuple:
-    h, w, y, cols, rows, u, lse, entropy = ctx.saved_tensors
+    h, w, y, cols, rows, u, lse, lse_low, entropy = ctx.saved_tensors
     upstream = [lse.new_empty(0) if g is None else g for g in (g_lse, g_picked, g_sum, g_entropy)]
     needs = [ctx.needs_input_grad[at] for at in (0, 1, 3, 4)]
     if not any(needs) or (g_lse is None and g_picked is None and g_sum is None and g_entropy is None):
         return (None,) * 9
     grads = torch.ops.fusedhead.head_stats_backward(
-        *upstream, h, w, y, cols, rows, u, lse, entropy, ctx.transform, ctx.memory, *needs
+        *upstream, h, w, y, cols, rows, u, lse, lse_low, entropy, ctx.transform, ctx.memory, *needs
     )
     dh, dw, dcols, drows = (g if need else None for g, need in zip(grads, needs))
     return dh, dw, None, dcols, drows, None, None, None, None

@@ -35,6 +35,7 @@ def head_stats(
         _present(h, "entropy" in want, (n,), wide),
         _present(h, "max" in want, (n,), wide),
         _present(h, "argmax" in want, (n,), torch.int64),
+        _present(h, bool(want & {"lse", "entropy"}), (n,), wide),
     )
 
 
@@ -44,7 +45,7 @@ def _gradients(operands: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[T
 
 def head_stats_backward(*args: object) -> tuple[Tensor, ...]:
     h, w, _, cols, rows = args[4:9]
-    return _gradients((h, w, cols, rows), args[14:18])  # type: ignore[arg-type]
+    return _gradients((h, w, cols, rows), args[15:19])  # type: ignore[arg-type]
 
 
 def head_loss(*args: object) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ Functional, tensors positional, fixed arity: what is absent travels as a tensor 
 its operands, asks the planner and calls one engine; importing this file registers the ops. It must not know
 how a head is computed or where in a program it came from.
 
-    head_stats           one sweep: the statistics                     lse, picked, sum, entropy, max, argmax
+    head_stats           one sweep: the statistics                     lse, picked, sum, entropy, max, argmax, lse_low
     head_stats_backward  one sweep: gradients for a per-row upstream   dh, dw, dcols, drows
     head_loss            one sweep: both, for a scalar loss that is linear in the statistics
 """
@@ -34,9 +34,9 @@ _HEAD = "Tensor h, Tensor w, Tensor y, Tensor cols, Tensor rows, Tensor u"
 _NEEDS = "bool need_h, bool need_w, bool need_cols, bool need_rows"
 SCHEMAS = {
     "head_stats": f"({_HEAD}, str transform, str stats, int memory)"
-    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor entropy, Tensor max, Tensor argmax)",
+    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor entropy, Tensor max, Tensor argmax, Tensor lse_low)",
     "head_stats_backward": "(Tensor g_lse, Tensor g_picked, Tensor g_sum, Tensor g_entropy, "
-    f"{_HEAD}, Tensor lse, Tensor entropy, str transform, int memory, {_NEEDS})"
+    f"{_HEAD}, Tensor lse, Tensor lse_low, Tensor entropy, str transform, int memory, {_NEEDS})"
     " -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
     "head_loss": f"({_HEAD}, Tensor c_lse, Tensor c_picked, Tensor c_sum, Tensor c_square, "
     f"str transform, str stats, int memory, {_NEEDS})"
@@ -118,6 +118,7 @@ def _head_stats(
         _result(got.entropy, h),
         _result(got.max, h),
         _result(got.argmax, h, torch.int64),
+        _result(got.lse_low if want & {"lse", "entropy"} else None, h),
     )
 
 
@@ -133,6 +134,7 @@ def _head_stats_backward(
     rows: Tensor,
     u: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     entropy: Tensor,
     transform: str,
     memory: int,
@@ -146,7 +148,8 @@ def _head_stats_backward(
     needs = Needs(need_h, need_w, need_cols, need_rows)
     upstream = RowGrads(_given(g_lse), _given(g_picked), _given(g_sum), _given(g_entropy))
     # The lse is absent where no statistic needed it; then neither does a gradient.
-    saved = RowStats(lse=lse if lse.numel() else h.new_zeros(h.shape[0], dtype=lse.dtype), entropy=_given(entropy))
+    lse = lse if lse.numel() else h.new_zeros(h.shape[0], dtype=lse.dtype)
+    saved = RowStats(lse, entropy=_given(entropy), lse_low=_given(lse_low))
     row_scale = _row_scale(head, upstream, needs)
     windows = _windows(head, needs, memory, linear=False, row_scale=row_scale, explicit=not row_scale)
     with _as_written(head):

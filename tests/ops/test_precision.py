@@ -13,7 +13,7 @@ import torch
 from fusedhead.kernels import torch_windows
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats, Windows
-from tests.ops.heads import Operands, cross_entropy, distance, eager_losses, none, operands
+from tests.ops.heads import OPS, Operands, cross_entropy, distance, eager_losses, none, operands
 
 LUCK = 1.002
 NARROW = (torch.bfloat16, torch.float16)
@@ -118,6 +118,27 @@ def test_policy_gradients_with_entropy_err_no_more_than_eager(dtype):
     saved = RowStats(stats.lse, entropy=stats.entropy)
     grads = torch_windows.head_stats_backward(head, upstream, saved, Needs(True, True, False, False), windows)
     hold(errors(loss, grads.h, grads.w, true), errors(*eager, true), true, stats.lse)
+
+
+@pytest.mark.parametrize("bonus", [0.0, 0.5])
+def test_logits_of_size_200_err_no_more_than_eager_when_they_are_recomputed(bonus):
+    # half a unit in the last place of an lse of 200 is 8e-6 of each probability
+    o = operands(252, 1507, 64, dtype=torch.float32, spread=60.0, u=False)
+    upstream = torch.rand(252) + 0.5
+
+    def run(kind):
+        h, w = (x.to(kind, copy=True).requires_grad_() for x in (o.h, o.w))
+        logp = torch.log_softmax(h @ w.T, 1)
+        loss = -logp.gather(1, o.y)[:, 0] - bonus * (logp.exp() * logp).sum(1)
+        return (loss.detach(), *torch.autograd.grad(loss, (h, w), upstream.to(kind)))
+
+    true, eager = run(torch.float64), run(torch.float32)
+    h, w = o.h.requires_grad_(), o.w.requires_grad_()
+    stats = "lse,picked,entropy" if bonus else "lse,picked"
+    lse, picked, _, entropy, *_ = OPS.head_stats(*o, "", stats, 0)
+    loss = lse - picked[:, 0] + (bonus * entropy if bonus else 0)
+    ours = (loss.detach(), *torch.autograd.grad(loss, (h, w), upstream))
+    hold(errors(*ours, true), errors(*eager, true), true, lse.detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW])

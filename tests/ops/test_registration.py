@@ -32,10 +32,10 @@ def test_opcheck_finds_nothing_in_head_loss(wanted, labels):
 
 def test_opcheck_finds_nothing_in_the_backward():
     o = operands(7, 50, 8, dtype=torch.float32)
-    lse, _, _, entropy, *_ = OPS.head_stats(*o, "", "lse,entropy", 0)
+    lse, _, _, entropy, _, _, low = OPS.head_stats(*o, "", "lse,entropy", 0)
     g, e = torch.ones(7), torch.empty(0)
     for upstream in ((g, g[:, None], e, e), (g, e, g, g)):
-        arguments = (*upstream, *o, lse, entropy, "", 0, True, True, True, True)
+        arguments = (*upstream, *o, lse, low, entropy, "", 0, True, True, True, True)
         torch.library.opcheck(OPS.head_stats_backward.default, arguments)
 
 
@@ -90,9 +90,10 @@ def test_a_graph_without_gradients_compiles_and_agrees():
 
 def test_an_upstream_gradient_that_never_comes_runs_no_backward():
     o = leaves(operands(7, 50, 8), "h w")
-    *_, top, at = OPS.head_stats(*o, "", ALL, 0)
+    *_, top, at, low = OPS.head_stats(*o, "", ALL, 0)
     assert not top.requires_grad
     assert not at.requires_grad
+    assert not low.requires_grad
 
 
 def test_gradients_agree_with_finite_differences():

@@ -98,9 +98,9 @@ def test_a_decision_is_taken_on_rounded_logits_with_the_first_index_on_ties():
     h, w = torch.ones(1, 1), torch.tensor([[1.0], [3.0], [3.001], [2.0]])
     y = torch.zeros(1, 0, dtype=torch.int64)
     e = torch.empty(0)
-    *_, top, at = OPS.head_stats(h, w, y, e, e, e, "round:bfloat16", "max,argmax", 0)
+    *_, top, at, _ = OPS.head_stats(h, w, y, e, e, e, "round:bfloat16", "max,argmax", 0)
     assert (top.item(), at.item()) == (3.0, 1)
-    *_, top, at = OPS.head_stats(h, w, y, e, e, e, "", "max,argmax", 0)
+    *_, top, at, _ = OPS.head_stats(h, w, y, e, e, e, "", "max,argmax", 0)
     assert at.item() == 2
 
 
@@ -115,9 +115,9 @@ def test_the_first_index_wins_across_blocks():
         torch.empty(0),
     )
     o.w[4321] = o.w[600] = 1
-    assert OPS.head_stats(*o, "", "argmax", -1)[-1].tolist() == [600] * 3
+    assert OPS.head_stats(*o, "", "argmax", -1)[5].tolist() == [600] * 3
     o.w[4000] = torch.nan
-    assert OPS.head_stats(*o, "", "argmax", -1)[-1].tolist() == [4000] * 3
+    assert OPS.head_stats(*o, "", "argmax", -1)[5].tolist() == [4000] * 3
 
 
 def test_more_than_two_to_the_31_logits():
@@ -132,4 +132,4 @@ def test_more_than_two_to_the_31_logits():
     with FakeTensorMode():
         h, w, y = torch.empty(n, 8), torch.empty(v, 8), torch.empty(n, 1, dtype=torch.int64)
         got = OPS.head_stats(h, w, y, torch.empty(0), torch.empty(0), torch.empty(0), "", "lse,picked", 0)
-    assert [tuple(x.shape) for x in got] == [(n,), (n, 1), (0,), (0,), (0,), (0,)]
+    assert [tuple(x.shape) for x in got] == [(n,), (n, 1), (0,), (0,), (0,), (0,), (n,)]
