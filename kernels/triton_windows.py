@@ -156,7 +156,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
         shape = (token_cuts[0].stop, head.h.shape[1])
         dh_sum = head.h.new_empty(shape, dtype=torch.float32) if wide else None
         for i in token_cuts:
-            rows = RowStats(*(None if x is None else x[i] for x in stats))
+            rows = RowStats._make(None if x is None else x[i] for x in stats)
             grads = _slice_rows(upstream, i)
             for v in vocab_cuts:
                 part = _slice(head, i, v)
