@@ -57,8 +57,8 @@ MODELS: dict[str, tuple[Command, tuple[str, ...]]] = {
 }
 
 
-def run(words: list[str], limit: float) -> dict[str, Any]:
-    """The numbers that a command writes, or why there are none (``note``, and its last output as ``log``)."""
+def run(words: list[str], limit: float, keep_log: bool = False) -> dict[str, Any]:
+    """The numbers that a command writes, or why there are none (``note``). Then, or if asked, its last output (``log``)."""
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w+") as log:
@@ -73,7 +73,7 @@ def run(words: list[str], limit: float) -> dict[str, Any]:
         if done.returncode or not file.exists():
             log_end = ending(log)
             return {"note": f"exit code {done.returncode}: {log_end[-1][:160]}", "log": log_end}
-        return json.loads(file.read_text())
+        return {**json.loads(file.read_text()), **({"log": ending(log)} if keep_log else {})}
 
 
 def ending(log: TextIO) -> list[str]:

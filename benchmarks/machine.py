@@ -11,7 +11,7 @@ import sys
 import torch
 
 PACKAGES = ("fusedhead", "torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels",
-            "nvidia-cutlass-dsl", "transformers")  # fmt: skip
+            "nvidia-cutlass-dsl", "transformers", "accelerate")  # fmt: skip
 
 
 def versions() -> dict[str, str]:
