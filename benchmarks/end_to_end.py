@@ -58,7 +58,7 @@ MODELS: dict[str, tuple[Command, tuple[str, ...]]] = {
 
 
 def run(words: list[str], limit: float, keep_log: bool = False) -> dict[str, Any]:
-    """The numbers that a command writes, or why there are none (``note``). Then, or if asked, its last output (``log``)."""
+    """The numbers that a command writes, or why there are none (``note``); then, or on demand, its end (``log``)."""
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w+") as log:

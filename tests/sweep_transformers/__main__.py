@@ -10,6 +10,7 @@ import argparse
 import os
 import platform
 import re
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +21,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
 
+import torch
 from tqdm import tqdm
 
 from tests.sweep_transformers.pool import judged
 from tests.sweep_transformers.table import markdown, summary
+from tests.sweep_transformers.verdict import Verdict
 
 FAMILIES = re.compile(r"For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)$|LMHead")
 
@@ -40,6 +43,29 @@ def sample(names: list[str], count: int) -> list[str]:
     return [names[i * len(names) // count] for i in range(min(count, len(names)))]
 
 
+STACKS = {
+    "eager": "executed as they are",
+    "aot": "handed to AOTAutograd (aot_eager)",
+    "inductor": "compiled by Inductor",
+}
+
+
+def origin(stack: str) -> str:
+    import transformers
+
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{versions}, CPU, float32; rewritten graphs {STACKS[stack]}"
+
+
+def write(folder: Path, found: list[Verdict], run: str) -> None:
+    """The results as JSON, and as a table for people."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"run": run, "rows": [asdict(v) for v in found]}, indent=1)
+    (folder / "sweep_transformers.json").write_text(text + "\n")
+    page = markdown(found, "Every language model class of transformers", run + ".")
+    (folder / "sweep_transformers.md").write_text(page)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sweep_transformers", description=__doc__)
     parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression that class names match")
@@ -53,28 +79,21 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
 
     import torch._dynamo
-    import torch._inductor.compile_fx
-    import transformers
+    import torch._inductor.compile_fx  # noqa: F401  imported once, for all processes
 
     names = [name for name in classes() if re.search(given.only, name)]
     names = sample(names, given.sample) if given.sample else names
-    found = []
-    for verdict, _ in tqdm(judged(names, given.stack, given.jobs, given.limit), total=len(names), unit="class"):
-        found.append(verdict)
-        if verdict.kind not in ("fused", "no head"):
-            tqdm.write(f"{verdict.name}: {verdict.kind}. {verdict.detail}", file=sys.stderr)
-    found.sort(key=lambda v: v.name)
-    origin = (
-        f"transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}, CPU, "
-        f"float32; rewritten graphs " + {"eager": "executed as they are", "aot": "handed to AOTAutograd (aot_eager)",
-                                         "inductor": "compiled by Inductor"}[given.stack]
-    )  # fmt: skip
-    if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        rows = [asdict(v) for v in found]
-        (given.out / "sweep_transformers.json").write_text(json.dumps({"run": origin, "rows": rows}, indent=1) + "\n")
-        text = markdown(found, "Every language model class of transformers", origin + ".")
-        (given.out / "sweep_transformers.md").write_text(text)
+    found: list[Verdict] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        for verdict, _ in tqdm(judged(names, given.stack, given.jobs, given.limit), total=len(names), unit="class"):
+            found.append(verdict)
+            if verdict.kind not in ("fused", "no head"):
+                tqdm.write(f"{verdict.name}: {verdict.kind}. {verdict.detail}", file=sys.stderr)
+    finally:  # also when it is stopped
+        found.sort(key=lambda v: v.name)
+        if given.out:
+            write(given.out, found, origin(given.stack))
     print("\n".join(summary(found)))
     return any(v.kind in ("fails", "differs") for v in found)
 

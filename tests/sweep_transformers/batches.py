@@ -162,7 +162,8 @@ EXTRA: dict[str, Callable[[Any, Batch], Batch]] = {
     "speech_to_text": spoken(64, 80),
     "splinter": lambda config, made: {
         "input_ids": torch.where(torch.arange(LENGTH) == 3, config.question_token_id, ids()),
-        "question_positions": torch.tensor([[3], [3]]), "start_positions": torch.tensor([[5], [6]]), "end_positions": torch.tensor([[7], [8]]),
+        "question_positions": torch.tensor([[3], [3]]),
+        "start_positions": torch.tensor([[5], [6]]), "end_positions": torch.tensor([[7], [8]]),
     },
     "udop": lambda config, made: {**made, "bbox": torch.rand(ROWS, LENGTH, 4)},
     "vilt": and_images,

@@ -58,7 +58,9 @@ MAMBA = {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba
 # Fields by model type, configuration class or model class, for what the names do not tell.
 SPECIAL: dict[str, dict[str, Any]] = {
     "step3p5": {"sliding_window": 16},
-    "Qwen3OmniMoeTalkerConfig": {"code_predictor_config": {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128}},
+    "Qwen3OmniMoeTalkerConfig": {
+        "code_predictor_config": {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128},
+    },
     "qwen2_5_omni_text": {"rope_parameters": rope(2, 3, 3)},
     "kosmos-2": {"latent_query_num": 4},
     "blip-2": {"image_token_id": VOCAB - 1, "num_query_tokens": 4},

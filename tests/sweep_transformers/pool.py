@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,7 @@ def folder() -> Path:
 
 def work(name: str, stack: str, to: Connection) -> None:
     """In the child: the verdict, through the pipe."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with open(os.devnull, "w") as nowhere:  # what models print is of no interest
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
