@@ -16,13 +16,13 @@ from collections.abc import Callable
 
 import torch
 
-from fusedhead.kernels import triton_sweep
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Head, RowGrads, RowStats
 from fusedhead.kernels.triton_dlogits import dlogits
 from fusedhead.kernels.triton_exp import exponentials
 from fusedhead.kernels.triton_labels import map_labels
 from fusedhead.kernels.triton_stream import stream
+from fusedhead.kernels.triton_sweep import sweep
 from fusedhead.kernels.triton_tiles import Tile
 
 SHAPES = {
@@ -62,24 +62,19 @@ def make_head(n: int, d: int, v: int, transform: str) -> Head:
 def step_of(kernel: str, head: Head, tile: Tile) -> Callable[[], object]:
     """One launch of the kernel with this tile, its buffers made beforehand."""
     n, v = len(head.h), len(head.w)
-    saved = triton_sweep.tile_for
-    triton_sweep.tile_for = lambda *_: tile
-    try:
-        s = triton_sweep.sweep(kernel, head)
-    finally:
-        triton_sweep.tile_for = saved
+    s = sweep(kernel, head, tile=tile)
     new = head.h.new_empty
     picked = new((n, 1), dtype=torch.float32)
     if kernel == "stream":
-        return lambda: stream(s, frozenset({"lse"}), picked)
+        return lambda: stream(s, head, frozenset({"lse"}), picked)
     window = new((n, -(-v // 64) * 64))
     rows = torch.zeros(n, device=head.h.device)
-    labels = map_labels(s)
+    labels = map_labels(s, head.y)
     if kernel == "exp":
         part = new((1, s.schedule.size), dtype=torch.float32)
-        return lambda: exponentials(s, window, rows, picked, picked, part, labels)
+        return lambda: exponentials(s, head, window, rows, picked, picked, part, labels)
     grads = RowGrads(rows, picked)
-    return lambda: dlogits(s, window, grads, RowStats(rows), 0, False, False)
+    return lambda: dlogits(s, head, window, grads, RowStats(rows), 0, False, False)
 
 
 def sweep_tiles(options: argparse.Namespace, share: tuple[int, int] | None) -> None:

@@ -12,18 +12,21 @@ and dw are accumulated.
 # ruff: noqa: SIM102 (a test at compile time stays a statement of its own: `and` would build both sides)
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedhead.kernels.contract import RowGrads, RowStats
+from fusedhead.kernels.contract import Head, RowGrads, RowStats
 from fusedhead.kernels.triton_labels import map_labels
+from fusedhead.kernels.triton_launch import Launch
 from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import label_position
 from fusedhead.kernels.triton_schedule import locate, step_counts
-from fusedhead.kernels.triton_sweep import TRITON_DTYPE, Sweep, shared_arguments, window_descriptor
-from fusedhead.kernels.triton_transform import pulled_back, steps_of, transform
+from fusedhead.kernels.triton_sweep import KEPT, Sweep
+from fusedhead.kernels.triton_transform import pulled_back, transform
 
 
 @triton.jit
@@ -160,12 +163,12 @@ def dlogits_kernel(
     entropy,  # [M] float32 when HAS_ENTROPY
     part_cols,  # [steps, token blocks, V'] float32 when NEED_COLS
     part_rows,  # [steps, rows_size, M] float32 when NEED_ROWS
+    first_col,
     N,
     V,
     D,
     K,
     GROUP,
-    first_col,
     rows_size,  # column parts of the window
     sh0,
     sh1,
@@ -213,41 +216,63 @@ def dlogits_kernel(
             )  # fmt: skip
 
 
-def dlogits(
-    s: Sweep, window: Tensor, upstream: RowGrads, stats: RowStats, first_col: int, need_cols: bool, need_rows: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """window [N, ld] <- dz; returns partial sums of the vectors' gradients [steps, ., V], [steps, ., N]."""
-    lse, entropy = stats.lse, stats.entropy
-    n, vocab = len(s.head.h), len(s.head.w)
-    steps = steps_of(s.head.transform.smooth)
-    parts = -(-vocab // s.tile.BN) * s.tile.parts
-    part_cols = lse.new_empty((len(steps) // 2, s.schedule.blocks, vocab) if need_cols else (0,))
-    part_rows = lse.new_empty((len(steps) // 2, parts, n) if need_rows else (0,))
-    arguments = shared_arguments(s)
-    if upstream.picked is None:
-        arguments["LABELS"] = 0
-    else:
-        arguments["label_map"] = map_labels(s, first_col)
-    dlogits_kernel[(s.schedule.programs,)](
-        **arguments,
-        dz=window_descriptor(s, window),
-        g_lse=lse if upstream.lse is None else upstream.lse,
-        g_picked=lse if upstream.picked is None else upstream.picked,
-        g_sum=lse if upstream.sum is None else upstream.sum,
-        g_entropy=lse if upstream.entropy is None else upstream.entropy,
-        lse=lse,
-        lse_low=torch.zeros_like(lse) if stats.lse_low is None else stats.lse_low,
-        entropy=lse if entropy is None else entropy,
-        part_cols=part_cols,
-        part_rows=part_rows,
-        first_col=first_col,
-        rows_size=parts,
-        STEPS=steps,
-        HAS_LSE=upstream.lse is not None,
-        HAS_SUM=upstream.sum is not None,
-        HAS_ENTROPY=upstream.entropy is not None,
+@lru_cache(maxsize=KEPT)
+def _launch(s: Sweep, given: tuple[bool, ...], need_cols: bool, need_rows: bool) -> Launch:
+    has_lse, has_picked, has_sum, has_entropy = given
+    bound = s.arguments(
+        LABELS=s.labels if has_picked else 0,
+        HAS_LSE=has_lse,
+        HAS_SUM=has_sum,
+        HAS_ENTROPY=has_entropy,
         NEED_COLS=need_cols,
         NEED_ROWS=need_rows,
-        DTYPE=TRITON_DTYPE[window.dtype],
+        rows_size=_column_parts(s),
+    )
+    return Launch(dlogits_kernel, s.grid(), bound)
+
+
+def _column_parts(s: Sweep) -> int:
+    """How many column parts the window's tiles are stored in."""
+    return -(-s.vocab // s.tile.BN) * s.tile.parts
+
+
+def dlogits(
+    s: Sweep,
+    head: Head,
+    window: Tensor,
+    upstream: RowGrads,
+    stats: RowStats,
+    first_col: int,
+    need_cols: bool,
+    need_rows: bool,
+) -> tuple[Tensor, Tensor]:
+    """window [N, ld] <- dz; returns partial sums of the vectors' gradients [steps, ., V], [steps, ., N]."""
+    h, w, y, cols, rows, u, _ = head
+    lse, steps = stats.lse, len(s.steps) // 2
+    part_cols = lse.new_empty((steps, s.schedule.blocks, s.vocab)) if need_cols else lse
+    part_rows = lse.new_empty((steps, _column_parts(s), s.n)) if need_rows else lse
+    g_lse, g_picked, g_sum, g_entropy, _ = upstream
+    given = (g_lse is not None, g_picked is not None, g_sum is not None, g_entropy is not None)
+    low = stats.lse_low
+    if low is None:  # read in float32 only
+        low = torch.zeros_like(lse) if h.dtype == torch.float32 else lse
+    _launch(s, given, need_cols, need_rows)(
+        *s.operands(h, w),
+        s.window(window),
+        y,
+        y if g_picked is None else map_labels(s, y, first_col),
+        u,
+        cols,
+        rows,
+        lse if g_lse is None else g_lse,
+        lse if g_picked is None else g_picked,
+        lse if g_sum is None else g_sum,
+        lse if g_entropy is None else g_entropy,
+        lse,
+        low,
+        lse if stats.entropy is None else stats.entropy,
+        part_cols,
+        part_rows,
+        first_col,
     )
     return part_cols, part_rows

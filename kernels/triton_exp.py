@@ -16,15 +16,19 @@ With ONLY the sweep redoes the token blocks that ``flags`` marks and returns at 
 # ruff: noqa: SIM102 (a test at compile time stays a statement of its own: `and` would build both sides)
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedhead.kernels.contract import Head
+from fusedhead.kernels.triton_launch import Launch
 from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import store_labelled
 from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
-from fusedhead.kernels.triton_sweep import TRITON_DTYPE, Sweep, marks, shared_arguments, window_descriptor
-from fusedhead.kernels.triton_transform import column_slope, steps_of, transform, varies_along_row
+from fusedhead.kernels.triton_sweep import KEPT, Sweep
+from fusedhead.kernels.triton_transform import column_slope, transform, varies_along_row
 
 
 @triton.jit
@@ -173,8 +177,16 @@ def exp_kernel(
         weighted = tl.where(last, 0.0, weighted)
 
 
+@lru_cache(maxsize=KEPT)
+def _launch(s: Sweep, total: bool, only: bool) -> Launch:
+    own = {"FLATTEN": False} if only else {}
+    varying = varies_along_row(s.transform)
+    return Launch(exp_kernel, s.grid(), s.arguments(SUM=total, VARYING=varying, ONLY=only, **own))
+
+
 def exponentials(
     s: Sweep,
+    head: Head,
     window: Tensor,
     ref2: Tensor,
     picked: Tensor,
@@ -184,16 +196,19 @@ def exponentials(
     flags: Tensor | None = None,
 ) -> None:
     """window [N, ld] <- E; part [1 or 2, size] <- totals (and Σ u z); picked, slope [N, K] at the labels."""
-    exp_kernel[(s.schedule.programs,)](
-        **(shared_arguments(s) | marks(s, flags) | ({} if label_map is None else {"label_map": label_map})),
-        E=window_descriptor(s, window),
-        ref2=ref2,
-        picked=picked,
-        slope=slope,
-        part=part,
-        size=s.schedule.size,
-        STEPS=steps_of(s.head.transform.smooth),
-        SUM=len(part) == 2,
-        VARYING=varies_along_row(s.head.transform),
-        DTYPE=TRITON_DTYPE[window.dtype],
+    h, w, y, cols, rows, u, _ = head
+    launch = _launch(s, part.shape[0] == 2, flags is not None)
+    launch(
+        *s.operands(h, w),
+        s.window(window),
+        y,
+        y if label_map is None else label_map,
+        u,
+        cols,
+        rows,
+        y if flags is None else flags,
+        ref2,
+        picked,
+        slope,
+        part,
     )

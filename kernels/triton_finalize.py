@@ -17,16 +17,19 @@ largest entry of a row is exact. These kernels must not know about windows or ti
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedhead.kernels.contract import RowGrads
+from fusedhead.kernels.contract import Head, RowGrads
+from fusedhead.kernels.triton_launch import Launch
 from fusedhead.kernels.triton_rows import log_sum
 from fusedhead.kernels.triton_schedule import partial_offset
-from fusedhead.kernels.triton_sweep import SLOTS, TRITON_DTYPE, Sweep, shared_arguments
-from fusedhead.kernels.triton_transform import row_slope, steps_of, varies_along_row
+from fusedhead.kernels.triton_sweep import KEPT, Sweep
+from fusedhead.kernels.triton_transform import row_slope, varies_along_row
 
 
 @triton.jit(do_not_specialize=("N", "V", "P", "GROUP"))
@@ -197,25 +200,41 @@ def scale_kernel(
         tl.store(out + base + inner, x.to(out.dtype.element_ty), mask=inner < D)
 
 
+@lru_cache(maxsize=KEPT)
+def _check_launch(s: Sweep) -> Launch:
+    return Launch(check_kernel, (s.schedule.blocks, 1, 1), s.arguments(num_warps=4))
+
+
 def mark_unsafe(s: Sweep, part: Tensor) -> Tensor:
     """flags [token blocks] int32: 1 where a row's total says that its exponentials left the safe range."""
     flags = part.new_empty(s.schedule.blocks, dtype=torch.int32)
-    check_kernel[(s.schedule.blocks,)](
-        part,
-        flags,
-        len(s.head.h),
-        len(s.head.w),
-        s.schedule.programs,
-        s.schedule.group,
-        BM=s.tile.BM,
-        BN=s.tile.BN,
-        SLOTS=SLOTS,
-    )
+    _check_launch(s)(part, flags)
     return flags
+
+
+@lru_cache(maxsize=KEPT)
+def _launch(s: Sweep, given: tuple[bool, ...], total: bool, need_w: bool, ld: int, gain: float) -> Launch:
+    has_lse, has_picked, has_square = given
+    bound = s.arguments(
+        ld=ld,
+        VARYING=varies_along_row(s.transform),
+        HAS_LSE=has_lse,
+        HAS_PICKED=has_picked and s.labels > 0,
+        HAS_SQUARE=has_square,
+        SUM=total,
+        NEED_W=need_w,
+        GAIN=gain,
+        LIMIT=2.0**14 if s.layout.dtype == torch.float16 else 1e20,
+        INNER=1024,
+        num_warps=4,
+        num_stages=3,
+    )
+    return Launch(finalize_kernel, (s.n, 1, 1), bound)
 
 
 def finalize(
     s: Sweep,
+    head: Head,
     window: Tensor,
     ref2: Tensor,
     picked: Tensor,
@@ -228,48 +247,38 @@ def finalize(
     gain: float,
 ) -> Tensor:
     """Row results and the target entries; returns scale [N] float32 with dz = scale ⊙ window."""
-    a = shared_arguments(s)
-    names = ("y", "rows", "N", "V", "D", "K", "GROUP", "sy0", "sy1", "stride_rows", "LABELS", "BM", "BN")
+    c_lse, c_picked, _, _, c_square = coefficients
     scale = torch.empty_like(lse)
-    finalize_kernel[(a["N"],)](
-        part=part,
-        ref2=ref2,
-        E=window,
-        h=s.head.h,
-        sh0=s.head.h.stride(0),
-        sh1=s.head.h.stride(1),
-        picked=picked,
-        slope=slope,
-        c_lse=lse if coefficients.lse is None else coefficients.lse,
-        c_picked=lse if coefficients.picked is None else coefficients.picked,
-        c_square=lse if coefficients.square is None else coefficients.square,
-        lse=lse,
-        sum_out=lse if total is None else total,
-        scale=scale,
-        sh=scale if sh is None else sh,
-        P=s.schedule.programs,
-        size=s.schedule.size,
-        ld=window.stride(0),
-        STEPS=steps_of(s.head.transform.smooth),
-        VARYING=varies_along_row(s.head.transform),
-        HAS_LSE=coefficients.lse is not None,
-        HAS_PICKED=coefficients.picked is not None and s.labels > 0,
-        HAS_SQUARE=coefficients.square is not None,
-        SUM=total is not None,
-        NEED_W=sh is not None,
-        GAIN=gain,
-        LIMIT=2.0**14 if window.dtype == torch.float16 else 1e20,
-        DTYPE=TRITON_DTYPE[window.dtype],
-        SLOTS=SLOTS,
-        INNER=1024,
-        **{name: a[name] for name in names},
+    given = (c_lse is not None, c_picked is not None, c_square is not None)
+    launch = _launch(s, given, total is not None, sh is not None, window.stride(0), gain)
+    launch(
+        part,
+        ref2,
+        window,
+        head.h,
+        head.y,
+        head.rows,
+        picked,
+        slope,
+        lse if c_lse is None else c_lse,
+        lse if c_picked is None else c_picked,
+        lse if c_square is None else c_square,
+        lse,
+        lse if total is None else total,
+        scale,
+        scale if sh is None else sh,
     )
     return scale
+
+
+@lru_cache(maxsize=KEPT)
+def _scale_launch(device: torch.device, dtype: torch.dtype, n: int, hidden: int, rank_one: bool, wide: bool) -> Launch:
+    return Launch(scale_kernel, (n, 1, 1), {"N": n, "D": hidden, "RANK_ONE": rank_one, "INNER": 1024})
 
 
 def scale_rows(product: Tensor, scale: Tensor, out: Tensor, rank_one: tuple[Tensor, Tensor] | None) -> None:
     """out [N, D] <- scale ⊙ product + r ⊗ b; product [N, D] float32 (or out itself), both contiguous."""
     r, b = rank_one or (scale, scale)
-    scale_kernel[(len(out),)](
-        product, scale, r, b, out, out.shape[0], out.shape[1], RANK_ONE=rank_one is not None, INNER=1024
-    )
+    n, hidden = out.shape
+    wide = product.dtype != out.dtype
+    _scale_launch(out.device, out.dtype, n, hidden, rank_one is not None, wide)(product, scale, r, b, out)

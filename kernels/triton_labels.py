@@ -10,12 +10,15 @@ This file must not know what a label is used for.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedhead.kernels.triton_sweep import Sweep
+from fusedhead.kernels.triton_launch import Launch
+from fusedhead.kernels.triton_sweep import KEPT, Sweep
 
 
 @triton.jit(do_not_specialize=("N", "V", "K", "sy0", "sy1"), debug=True)
@@ -31,10 +34,10 @@ def check_labels_kernel(y, N, V, K, sy0, sy1, ROWS: tl.constexpr):
 def map_labels_kernel(
     y,  # [N, K] int64
     label_map,  # [token blocks, tiles] int32
+    first_col,  # vocabulary column of the window's first
     N,
     tiles,
     K,
-    first_col,  # vocabulary column of the window's first
     sy0,
     sy1,
     BM: tl.constexpr,
@@ -56,31 +59,28 @@ def map_labels_kernel(
     tl.store(label_map + block.to(tl.int64) * tiles + tile, bits, mask=tile < tiles)
 
 
+@lru_cache(maxsize=KEPT)
+def _check_launch(device: torch.device, shape: tuple[int, int], strides: tuple[int, int], vocab: int) -> Launch:
+    rows, (n, k) = 256, shape
+    bound = {"N": n, "V": vocab, "K": k, "sy0": strides[0], "sy1": strides[1], "ROWS": rows}
+    return Launch(check_labels_kernel, (triton.cdiv(n, rows), 1, 1), bound)
+
+
 def check_labels(y: Tensor, vocab: int) -> None:
     """Device assertion that every label names a column."""
     if y.numel():
-        rows = 256
-        check_labels_kernel[(triton.cdiv(len(y), rows),)](
-            y, len(y), vocab, y.shape[1], y.stride(0), y.stride(1), ROWS=rows
-        )
+        _check_launch(y.device, y.shape, y.stride(), vocab)(y)  # type: ignore[arg-type]
 
 
-def map_labels(s: Sweep, first_col: int = 0) -> Tensor:
+@lru_cache(maxsize=KEPT)
+def _map_launch(s: Sweep) -> Launch:
+    tile, tiles, chunk = s.tile, triton.cdiv(s.vocab, s.tile.BN), 64
+    bound = s.arguments(tiles=tiles, WIDTH=tile.BN // tile.parts, TILES=chunk, num_warps=4)
+    return Launch(map_labels_kernel, (s.schedule.blocks, triton.cdiv(tiles, chunk), 1), bound)
+
+
+def map_labels(s: Sweep, y: Tensor, first_col: int = 0) -> Tensor:
     """[token blocks, tiles] int32: which parts of which tiles hold a label, counted from ``first_col``."""
-    y, tiles = s.head.y, triton.cdiv(len(s.head.w), s.tile.BN)
-    label_map = y.new_empty((s.schedule.blocks, tiles), dtype=torch.int32)
-    map_labels_kernel[(s.schedule.blocks, triton.cdiv(tiles, 64))](
-        y,
-        label_map,
-        len(y),
-        tiles,
-        y.shape[1],
-        first_col,
-        y.stride(0),
-        y.stride(1),
-        BM=s.tile.BM,
-        WIDTH=s.tile.BN // s.tile.parts,
-        PARTS=s.tile.parts,
-        TILES=64,
-    )
+    label_map = y.new_empty((s.schedule.blocks, triton.cdiv(s.vocab, s.tile.BN)), dtype=torch.int32)
+    _map_launch(s)(y, label_map, first_col)
     return label_map

@@ -10,6 +10,7 @@ Must not know how rows were summed.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedhead.kernels.triton_launch import Launch
 from fusedhead.kernels.triton_rows import finite_or_zero, from_order_key, log_sum, rounded_off
 from fusedhead.kernels.triton_schedule import partial_offset
-from fusedhead.kernels.triton_sweep import SLOTS, Sweep
+from fusedhead.kernels.triton_sweep import KEPT, Sweep
 
 
 @triton.jit(do_not_specialize=("N", "V", "P", "GROUP", "size"))
@@ -110,44 +112,29 @@ def merge_kernel(
 
 
 MERGE_ROWS = 16
+DEFAULTS: dict[str, Any] = dict.fromkeys(("REF", "ONLY", "SUM", "ENTROPY", "TOP"), False) | {"SHIFT": 0.0}
 
 
-def _merge(s: Sweep, part: Tensor, part_top: Tensor, outputs: dict[str, Any]) -> None:
-    unused = {"flags": part, "ref2_out": part, "lse_out": part, "lse_low_out": part, "entropy_out": part}
-    unused |= {"sum_out": part, "max_out": part, "argmax_out": part_top}
-    constants = {"SHIFT": 0.0, "REF": False, "ONLY": False, "SUM": False, "ENTROPY": False, "TOP": False}
-    n = len(s.head.h)
-    merge_kernel[(triton.cdiv(n, MERGE_ROWS),)](
-        part=part,
-        part_top=part_top,
-        N=n,
-        V=len(s.head.w),
-        P=s.schedule.programs,
-        GROUP=s.schedule.group,
-        size=s.schedule.size,
-        BM=s.tile.BM,
-        BN=s.tile.BN,
-        ROWS=MERGE_ROWS,
-        SLOTS=SLOTS,
-        num_warps=1,
-        **(unused | constants | outputs),
-    )
+@lru_cache(maxsize=KEPT)
+def _launch(s: Sweep, chosen: frozenset[tuple[str, Any]]) -> Launch:
+    bound = s.arguments(**DEFAULTS, ROWS=MERGE_ROWS) | dict(chosen) | {"num_warps": 1}
+    return Launch(merge_kernel, (triton.cdiv(s.n, MERGE_ROWS), 1, 1), bound)
 
 
 def merge_statistics(s: Sweep, part: Tensor, part_top: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
     """lse and lse_low, and what is wanted of sum, entropy, max and argmax, each [N], by name."""
-    n, new = len(s.head.h), s.head.h.new_empty
-    top = bool(want & {"max", "argmax"})
     summed = [name for name in ("sum", "entropy") if name in want]
-    got = {name: new(n, dtype=torch.float32) for name in ("lse", "lse_low", *summed)}
-    got |= {"max": new(n, dtype=torch.float32), "argmax": new(n, dtype=torch.int64)} if top else {}
-    outputs: dict[str, Any] = {f"{name}_out": out for name, out in got.items()}
-    constants = {"SUM": "sum" in want, "ENTROPY": "entropy" in want, "TOP": top}
-    _merge(s, part, part_top, outputs | constants)
+    got = {name: part.new_empty(s.n) for name in ("lse", "lse_low", *summed)}
+    top = bool(want & {"max", "argmax"})
+    if top:
+        got |= {"max": part.new_empty(s.n), "argmax": part.new_empty(s.n, dtype=torch.int64)}
+    chosen = frozenset({("SUM", "sum" in want), ("ENTROPY", "entropy" in want), ("TOP", top)})
+    outputs = (got.get(name, part) for name in ("lse", "lse_low", "entropy", "sum", "max", "argmax"))
+    _launch(s, chosen)(part, part_top, part, part, *outputs)
     return {name: out for name, out in got.items() if name not in ("max", "argmax") or name in want}
 
 
 def merge_reference(s: Sweep, part: Tensor, ref2: Tensor, shift: float, flags: Tensor | None = None) -> None:
     """ref2 [N] <- base-2 lse + shift, for the token blocks that ``flags`` marks (None: all)."""
-    marks = {} if flags is None else {"flags": flags, "ONLY": True}
-    _merge(s, part, part, {"ref2_out": ref2, "REF": True, "SHIFT": shift, **marks})
+    chosen = frozenset({("REF", True), ("SHIFT", shift), ("ONLY", flags is not None)})
+    _launch(s, chosen)(part, part, part if flags is None else flags, ref2, *(part,) * 6)

@@ -3,33 +3,17 @@ GEMM.
 
     acc[BM, BN] = h[block·BM :, :] @ w[tile·BN :, :].T        float32, 2·BM·BN·D FLOP
 
-Operands come through TMA descriptors (made on the host) where the strides allow it, else through pointers
-with any strides; w is read in place whichever of its dimensions is contiguous. Rows past the end give values
-that the caller has to ignore. `Operands` is the host's half: what a kernel gets for h and w. Must not know
-about softmax.
+Operands come through TMA descriptors (made on the host, `triton_sweep`) where the strides allow it, else through
+pointers with any strides; w is read in place whichever of its dimensions is contiguous. Rows past the end give
+values that the caller has to ignore. Must not know about softmax.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-from fusedhead.kernels.triton_tiles import Tile
-
-
-class Operands(NamedTuple):
-    """h [N, D] and w [V, D] for a kernel: descriptors or tensors, four strides, and how to read them."""
-
-    h: Any
-    w: Any
-    strides: tuple[int, int, int, int]
-    TMA: bool
-    W_BY_ROWS: bool  # whether the descriptor of w is over [V, D] (else over its transpose [D, V])
 
 
 def tma_ready(x: Tensor) -> bool:
@@ -43,25 +27,17 @@ def tma_ready(x: Tensor) -> bool:
     )
 
 
+def reads_rows(w_strides: tuple[int, ...]) -> bool:
+    """Whether w [V, D] is read along D by its descriptor (else its transpose, along V)."""
+    return w_strides[1] == 1
+
+
 def readable_by_tma(h: Tensor, w: Tensor, major: int) -> bool:
     """Whether the chip has TMA (or is the interpreter, 0) and it can read both matrices as they lie."""
-    by_rows = w.stride(1) == 1
+    by_rows = reads_rows(w.stride())
     if 1 <= major < 9 or (h.dtype == torch.float32 and not by_rows):
         return False  # the tensor cores read float32 along the hidden size only
     return tma_ready(h) and tma_ready(w if by_rows else w.t())
-
-
-def operands(h: Tensor, w: Tensor, tile: Tile, tma: bool) -> Operands:
-    """Descriptors for TMA, else the tensors themselves for loads through pointers."""
-    strides = (h.stride(0), h.stride(1), w.stride(0), w.stride(1))
-    if not tma:
-        return Operands(h, w, strides, False, True)
-    by_rows = w.stride(1) == 1
-    view = w if by_rows else w.t()
-    block = [tile.BN, tile.BK] if by_rows else [tile.BK, tile.BN]
-    h_tiles = TensorDescriptor(h, list(h.shape), list(h.stride()), [tile.BM, tile.BK])
-    w_tiles = TensorDescriptor(view, list(view.shape), list(view.stride()), block)
-    return Operands(h_tiles, w_tiles, strides, True, by_rows)
 
 
 @triton.jit

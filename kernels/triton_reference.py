@@ -10,12 +10,16 @@ must not know what is done with the reference.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedhead.kernels.triton_sweep import Sweep, shared_arguments
-from fusedhead.kernels.triton_transform import steps_of, transform
+from fusedhead.kernels.contract import Head
+from fusedhead.kernels.triton_launch import Launch
+from fusedhead.kernels.triton_sweep import KEPT, Sweep
+from fusedhead.kernels.triton_transform import transform
 
 
 @triton.jit(do_not_specialize=("N", "V", "D", "sy0", "stride_cols", "stride_rows"))
@@ -60,32 +64,15 @@ def reference_kernel(
     tl.store(ref2 + row, z * 1.4426950408889634, mask=there)
 
 
-def reference(s: Sweep, ref2: Tensor) -> None:
+ROWS_EACH = 4  # of a program
+
+
+@lru_cache(maxsize=KEPT)
+def _launch(s: Sweep) -> Launch:
+    bound = s.arguments(ROWS=ROWS_EACH, INNER=512, num_warps=4)
+    return Launch(reference_kernel, (triton.cdiv(s.n, ROWS_EACH), 1, 1), bound)
+
+
+def reference(s: Sweep, head: Head, ref2: Tensor) -> None:
     """ref2 [N] <- the target logit of each row in base 2 (column 0 where there are no labels)."""
-    a, rows = shared_arguments(s), 4
-    names = (
-        "y",
-        "cols",
-        "rows",
-        "N",
-        "V",
-        "D",
-        "sh0",
-        "sh1",
-        "sw0",
-        "sw1",
-        "sy0",
-        "stride_cols",
-        "stride_rows",
-    )
-    reference_kernel[(triton.cdiv(a["N"], rows),)](
-        h=s.head.h,
-        w=s.head.w,
-        ref2=ref2,
-        STEPS=steps_of(s.head.transform.smooth),
-        LABELS=s.labels,
-        PRECISE=a["PRECISE"],
-        ROWS=rows,
-        INNER=512,
-        **{name: a[name] for name in names},
-    )
+    _launch(s)(head.h, head.w, head.y, head.cols, head.rows, ref2)

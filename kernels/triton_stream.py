@@ -16,16 +16,20 @@ none.
 # ruff: noqa: SIM102 (a test at compile time stays a statement of its own: `and` would build both sides)
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_labels import map_labels
+from fusedhead.kernels.triton_launch import Launch
 from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import finite_or_zero, order_key, store_labelled
 from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
-from fusedhead.kernels.triton_sweep import Sweep, marks, shared_arguments
+from fusedhead.kernels.triton_sweep import KEPT, Sweep
 from fusedhead.kernels.triton_transform import decided, steps_of, transform
 
 UNSPECIALISED = ("N", "V", "D", "K", "GROUP", "size", "sy0", "sy1", "stride_cols", "stride_rows")
@@ -156,26 +160,45 @@ def stream_kernel(
         where = tl.where(last, 0, where)
 
 
-def stream(s: Sweep, want: frozenset[str], picked: Tensor | None, flags: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Partial rows ([4, size] float32, [2, size] int32) of a sweep; ``picked`` [N, K] float32 is filled."""
+@lru_cache(maxsize=KEPT)
+def _launch(s: Sweep, want: frozenset[str], labels: int, only: bool) -> Launch:
     top = bool(want & {"max", "argmax"})
+    own = {"FLATTEN": False} if only else {}
+    return Launch(
+        stream_kernel,
+        s.grid(),
+        s.arguments(
+            STEPS=steps_of(s.layout.transform) if top else s.steps,
+            LABELS=labels,
+            SUM="sum" in want,
+            ENTROPY="entropy" in want,
+            TOP=top,
+            ONLY=only,
+            **own,
+        ),
+    )
+
+
+def stream(
+    s: Sweep, head: Head, want: frozenset[str], picked: Tensor | None, flags: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Partial rows ([4, size] float32, [2, size] int32) of a sweep; ``picked`` [N, K] float32 is filled."""
+    h, w, y, cols, rows, u, _ = head
     count = 4 if "sum" in want else 3 if "entropy" in want else 2
-    part = s.head.h.new_empty((count, s.schedule.size), dtype=torch.float32)
-    part_top = s.head.h.new_empty((2, s.schedule.size) if top else (0,), dtype=torch.int32)
-    arguments = shared_arguments(s) | marks(s, flags)
-    if picked is None:
-        arguments["LABELS"] = 0
-    else:
-        arguments["label_map"] = map_labels(s)
-    stream_kernel[(s.schedule.programs,)](
-        **arguments,
-        picked=part if picked is None else picked,
-        part=part,
-        part_top=part_top,
-        size=s.schedule.size,
-        STEPS=steps_of(s.head.transform if top else s.head.transform.smooth),
-        SUM="sum" in want,
-        ENTROPY="entropy" in want,
-        TOP=top,
+    part = h.new_empty((count, s.schedule.size), dtype=torch.float32)
+    top = want & {"max", "argmax"}
+    part_top = h.new_empty((2, s.schedule.size), dtype=torch.int32) if top else part
+    launch = _launch(s, want, 0 if picked is None else s.labels, flags is not None)
+    launch(
+        *s.operands(h, w),
+        y,
+        y if picked is None else map_labels(s, y),
+        u,
+        cols,
+        rows,
+        y if flags is None else flags,
+        part if picked is None else picked,
+        part,
+        part_top,
     )
     return part, part_top

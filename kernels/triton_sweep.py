@@ -1,12 +1,15 @@
-"""From a Head (or a slice of one) to the arguments of a sweep: tile, schedule, operands, and what kernels share.
+"""From a Head (or a slice of one) to the arguments of a sweep: tile, schedule, and what kernels share.
 
-`Sweep` is one kernel's view of one window of a head. The function that launches a kernel stands below it in the
-kernel's own file; none of them synchronises, tunes or depends on values, so that every launch can be captured in a
-CUDA graph. This file must not know which kernel is launched when (`triton_windows` does).
+`Sweep` is one kernel's view of one window of a head, all but the addresses. Windows that look the same share one, and
+with it the launches that are bound to it (`triton_launch`), so that a step costs the host little more than its
+launches. The function that launches a kernel stands below it in the kernel's own file; none of them synchronises,
+tunes or depends on values, so that every launch can be captured in a CUDA graph. This file must not know which kernel
+is launched when (`triton_windows` does).
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +17,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import Head
-from fusedhead.kernels.triton_product import Operands, operands, readable_by_tma
+from fusedhead.kernels.triton_product import readable_by_tma, reads_rows
 from fusedhead.kernels.triton_schedule import Schedule, schedule
 from fusedhead.kernels.triton_tiles import Tile, device_of, tile_for
+from fusedhead.kernels.triton_transform import steps_of
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 SLOTS = 16  # partial rows that a kernel reads at once
+KEPT = 512  # sweeps, and launches of each kind, that are remembered
 
 
 def matmul_precision() -> str:
@@ -31,85 +37,123 @@ def matmul_precision() -> str:
     return "tf32" if matmul.allow_tf32 else "ieee"
 
 
-class Sweep(NamedTuple):
-    """One window of a head (all tensors sliced to it) as one persistent kernel sees it."""
+class Layout(NamedTuple):
+    """What kernels are compiled and scheduled for, of one window of a head."""
 
-    head: Head
-    tile: Tile
-    schedule: Schedule
-    operands: Operands
+    device: torch.device
+    dtype: torch.dtype
+    h: tuple[int, ...]  # [N, D]
+    h_strides: tuple[int, ...]
+    w: tuple[int, ...]  # [V, D]
+    w_strides: tuple[int, ...]
+    y: tuple[int, ...]  # [N, K]
+    y_strides: tuple[int, ...]
+    col_strides: tuple[int, ...]
+    row_strides: tuple[int, ...]
+    has_u: bool
+    transform: Transform
+    tma: bool
     precision: str
 
-    @property
-    def labels(self) -> int:
-        return min(self.head.y.shape[1], 2)
+
+class Sweep:
+    """One window as one persistent kernel sees it. Compared by identity: equal layouts give the same object."""
+
+    def __init__(self, kernel: str, layout: Layout, want: frozenset[str], tile: Tile | None) -> None:
+        (n, hidden), (vocab, _) = layout.h, layout.w
+        smooth = layout.transform.smooth
+        major, multiprocessors = device_of(layout.device)
+        if tile is None:
+            tile = tile_for(kernel, n, hidden, layout.dtype.itemsize, major, layout.precision, layout.tma)
+            if tile.BN >= 256 and (smooth.steps or want & {"sum", "entropy", "max", "argmax"}):
+                tile = tile._replace(parts=4)  # a longer epilogue would not fit the registers in wider parts
+        self.n, self.vocab, self.hidden, self.k = n, vocab, hidden, layout.y[1]
+        self.labels = min(self.k, 2)
+        self.layout, self.transform, self.steps = layout, smooth, steps_of(smooth)
+        self.tile = tile
+        self.schedule: Schedule = schedule(n, vocab, tile, multiprocessors * tile.resident)
+        self.by_rows = not layout.tma or reads_rows(layout.w_strides)
+
+    def grid(self) -> tuple[int, int, int]:
+        return self.schedule.programs, 1, 1
+
+    def arguments(self, **own: Any) -> dict[str, Any]:
+        """Arguments that every sweeping kernel takes, and its own."""
+        layout, tile = self.layout, self.tile
+        return {
+            "N": self.n,
+            "V": self.vocab,
+            "D": self.hidden,
+            "K": self.k,
+            "GROUP": self.schedule.group,
+            "P": self.schedule.programs,
+            "size": self.schedule.size,
+            "sh0": layout.h_strides[0],
+            "sh1": layout.h_strides[1],
+            "sw0": layout.w_strides[0],
+            "sw1": layout.w_strides[1],
+            "sy0": layout.y_strides[0],
+            "sy1": layout.y_strides[1],
+            "stride_cols": layout.col_strides[0] if len(layout.col_strides) == 2 else 0,
+            "stride_rows": layout.row_strides[0] if len(layout.row_strides) == 2 else 0,
+            "STEPS": self.steps,
+            "LABELS": self.labels,
+            "HAS_U": layout.has_u,
+            "EVEN": self.vocab % tile.BN == 0,
+            "PRECISE": layout.dtype == torch.float32,
+            "PRECISION": layout.precision,
+            "DTYPE": TRITON_DTYPE[layout.dtype],
+            "TMA": layout.tma,
+            "W_BY_ROWS": self.by_rows,
+            "BM": tile.BM,
+            "BN": tile.BN,
+            "BK": tile.BK,
+            "FLATTEN": tile.flatten,
+            "PARTS": tile.parts,
+            "SLOTS": SLOTS,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        } | own
+
+    def operands(self, h: Tensor, w: Tensor) -> tuple[Any, Any]:
+        """h and w as `triton_product` reads them: TMA descriptors, else the tensors themselves."""
+        if not self.layout.tma:
+            return h, w
+        tile, view = self.tile, w if self.by_rows else w.t()
+        block = [tile.BN, tile.BK] if self.by_rows else [tile.BK, tile.BN]
+        h_tiles = TensorDescriptor(h, list(h.shape), list(h.stride()), [tile.BM, tile.BK])
+        return h_tiles, TensorDescriptor(view, list(view.shape), list(view.stride()), block)
+
+    def window(self, window: Tensor) -> TensorDescriptor:
+        """The window [n, ld] as a kernel stores it: tiles clipped at the V columns that exist."""
+        tile, strides = self.tile, [window.stride(0), 1]
+        return TensorDescriptor(window, [self.n, self.vocab], strides, [tile.BM, tile.BN // tile.parts])
 
 
-def sweep(kernel: str, head: Head, want: frozenset[str] = frozenset()) -> Sweep:
-    """The sweep of ``kernel`` ("stream", "exp", "dlogits") over z [N, V] of this (sliced) head; N, V >= 1."""
-    tokens, hidden = head.h.shape
-    major, multiprocessors = device_of(head.h.device)
-    precision = matmul_precision() if head.h.dtype == torch.float32 else "ieee"
-    tma = readable_by_tma(head.h, head.w, major)
-    tile = tile_for(kernel, tokens, hidden, head.h.element_size(), major, precision, tma)
-    if tile.BN >= 256 and (head.transform.smooth.steps or want & {"sum", "entropy", "max", "argmax"}):
-        tile = tile._replace(parts=4)  # a longer epilogue would not fit the registers in wider parts
-    plan = schedule(tokens, len(head.w), tile, multiprocessors * tile.resident)
-    return Sweep(head, tile, plan, operands(head.h, head.w, tile, tma), precision)
+_sweep = lru_cache(maxsize=KEPT)(Sweep)
 
 
-def _stride(x: Tensor) -> int:
-    return x.stride(0) if x.dim() == 2 else 0
+def sweep(kernel: str, head: Head, want: frozenset[str] = frozenset(), tile: Tile | None = None) -> Sweep:
+    """The sweep of ``kernel`` ("stream", "exp", "dlogits") over z [N, V] of this (sliced) head; N, V >= 1.
 
-
-def shared_arguments(s: Sweep) -> dict[str, Any]:
-    """Arguments that every sweeping kernel takes."""
-    h, w, y, cols, rows, u, _ = s.head
-    return {
-        "h": s.operands.h,
-        "w": s.operands.w,
-        "y": y,
-        "label_map": y,
-        "u": u,
-        "cols": cols,
-        "rows": rows,
-        "N": h.shape[0],
-        "V": w.shape[0],
-        "D": h.shape[1],
-        "K": y.shape[1],
-        "GROUP": s.schedule.group,
-        "sh0": s.operands.strides[0],
-        "sh1": s.operands.strides[1],
-        "sw0": s.operands.strides[2],
-        "sw1": s.operands.strides[3],
-        "sy0": y.stride(0),
-        "sy1": y.stride(1),
-        "stride_cols": _stride(cols),
-        "stride_rows": _stride(rows),
-        "LABELS": s.labels,
-        "HAS_U": u.numel() > 0,
-        "PRECISE": h.dtype == torch.float32,
-        "PRECISION": s.precision,
-        "TMA": s.operands.TMA,
-        "W_BY_ROWS": s.operands.W_BY_ROWS,
-        "BM": s.tile.BM,
-        "BN": s.tile.BN,
-        "BK": s.tile.BK,
-        "FLATTEN": s.tile.flatten,
-        "PARTS": s.tile.parts,
-        "num_warps": s.tile.warps,
-        "num_stages": s.tile.stages,
-    }
-
-
-def marks(s: Sweep, flags: Tensor | None) -> dict[str, Any]:
-    """Arguments of a sweep that may be restricted to the token blocks that ``flags`` marks (None: all)."""
-    if flags is None:
-        return {"flags": s.head.y, "ONLY": False, "EVEN": len(s.head.w) % s.tile.BN == 0}
-    return {"flags": flags, "ONLY": True, "EVEN": len(s.head.w) % s.tile.BN == 0, "FLATTEN": False}
-
-
-def window_descriptor(s: Sweep, window: Tensor) -> TensorDescriptor:
-    """The window [n, ld] as a kernel stores it: tiles clipped at the V columns that exist."""
-    shape = [len(s.head.h), len(s.head.w)]
-    return TensorDescriptor(window, shape, [window.stride(0), 1], [s.tile.BM, s.tile.BN // s.tile.parts])
+    ``tile`` takes the place of the one in the table.
+    """
+    h, w, y, cols, rows, u, transform = head
+    major, _ = device_of(h.device)
+    layout = Layout(
+        h.device,
+        h.dtype,
+        h.shape,
+        h.stride(),
+        w.shape,
+        w.stride(),
+        y.shape,
+        y.stride(),
+        cols.stride(),
+        rows.stride(),
+        u.numel() > 0,
+        transform,
+        readable_by_tma(h, w, major),
+        matmul_precision() if h.dtype == torch.float32 else "ieee",
+    )
+    return _sweep(kernel, layout, want, tile)

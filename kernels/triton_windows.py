@@ -48,7 +48,9 @@ FLOAT16_SHIFT = 10  # float16 exponentials are scaled by 2^10: small ones keep d
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
     """Kernels launch on the current device: make it the operands'."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def _cuts(total: int, size: int) -> Iterator[slice]:
@@ -61,21 +63,35 @@ def _cuts(total: int, size: int) -> Iterator[slice]:
 
 def _slice(head: Head, i: slice, v: slice) -> Head:
     """The head of one window. Labels keep counting from the whole vocabulary's first column."""
+    if i.start == v.start == 0 and i.stop == len(head.h) and v.stop == len(head.w):
+        return head
     cols = head.cols[:, v] if head.cols.numel() else head.cols
     rows = head.rows[:, i] if head.rows.numel() else head.rows
     return Head(head.h[i], head.w[v], head.y[i], cols, rows, head.u[v] if head.u.numel() else head.u, head.transform)
 
 
 def _slice_rows(grads: RowGrads, i: slice) -> RowGrads:
-    return RowGrads(*(None if g is None else g[i].contiguous() for g in grads))
+    return RowGrads(*(None if g is None else g[i] for g in grads))
+
+
+def _ready_rows(grads: RowGrads) -> RowGrads:
+    """Contiguous float32 vectors, as kernels read them."""
+    return RowGrads(*(None if g is None else g.to(torch.float32).contiguous() for g in grads))
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.numel() == 0 or x.stride(-1) == 1 else x.contiguous()
+    return x if x.numel() == 0 or (x.stride(-1) == 1 and x.dtype == torch.float32) else x.float().contiguous()
 
 
 def _ready(head: Head) -> Head:
-    """Vectors with unit inner stride, as kernels read them; h and w are taken as they lie."""
+    """float32 vectors with unit inner stride, as kernels read them; h and w are taken as they lie.
+
+    Raises ValueError where operands lie on different devices: a launch would find that out only the first time.
+    """
+    device = head.h.device
+    for name, x in (("w", head.w), ("labels", head.y), ("cols", head.cols), ("rows", head.rows), ("u", head.u)):
+        if x.device != device and x.numel():
+            raise ValueError(f"h is on {device} and {name} on {x.device}; all operands must be on one device")
     return head._replace(cols=_unit_stride(head.cols), rows=_unit_stride(head.rows), u=_unit_stride(head.u))
 
 
@@ -96,7 +112,7 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
             argmax = head.y.new_empty(0) if "argmax" in want else None
             return RowStats(**({"lse": head.h.new_empty(0, dtype=torch.float32)} | empty), picked=picked, argmax=argmax)
         s = sweep("stream", head, want)
-        part, part_top = stream(s, want, picked if head.y.shape[1] else None)
+        part, part_top = stream(s, head, want, picked if head.y.shape[1] else None)
         return RowStats(picked=picked, **merge_statistics(s, part, part_top, want))
 
 
@@ -142,6 +158,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
         upstream = upstream._replace(lse=slope if upstream.lse is None else upstream.lse + slope, square=None)
     if not head.y.shape[1]:
         upstream = upstream._replace(picked=None)
+    upstream = _ready_rows(upstream)
     token_cuts, vocab_cuts = list(_cuts(n, windows.tokens)), list(_cuts(vocab, windows.vocab))
     dh = head.h.new_empty(head.h.shape) if needs.h else None
     dcols = torch.zeros_like(head.cols) if needs.cols else None
@@ -162,7 +179,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
                 part = _slice(head, i, v)
                 window = buffer[: len(part.h)]
                 s = sweep("dlogits", part)
-                sums = dlogits(s, window, grads, rows, v.start, needs.cols, needs.rows)
+                sums = dlogits(s, part, window, grads, rows, v.start, needs.cols, needs.rows)
                 _add_vectors(part, sums, dcols, drows, i, v)
                 window = window[:, : len(part.w)]
                 if dw is not None:
@@ -215,6 +232,7 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     head = _ready(head)
     if not _fits_one_pass(head, coefficients, needs, windows):
         return _two_sweeps(head, coefficients, needs, windows)
+    coefficients = _ready_rows(coefficients)
     n, (vocab, hidden), narrow = len(head.h), head.w.shape, head.h.dtype
     new, whole = head.h.new_empty, slice(0, vocab)
     lse, picked = new(n, dtype=torch.float32), new(head.y.shape, dtype=torch.float32)
@@ -247,7 +265,8 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
             sh = None if dw is None else dh[i] if dh is not None else scaled[:m] if scaled is not None else None
             row_total = None if total is None else total[i]
             grads = _slice_rows(coefficients, i)
-            scale = finalize(s, buffer[:m], ref2[:m], picked[i], slope, totals, grads, lse[i], row_total, sh, gain)
+            rows = (ref2[:m], picked[i], slope, totals)
+            scale = finalize(s, part, buffer[:m], *rows, grads, lse[i], row_total, sh, gain)
             window = buffer[:m, :vocab]
             if dw is not None and sh is not None:
                 dw.add(window, whole, sh, first=i.start == 0, alpha=1 / gain)
@@ -270,16 +289,16 @@ def _exponentials(
     reference.
     """
     redo = sweep("stream", part)
-    labels = map_labels(s) if s.labels else None
+    labels = map_labels(s, part.y) if s.labels else None
     lse_only = frozenset({"lse"})
     if window.dtype == torch.float16:
-        rows, _ = stream(redo, lse_only, None)
+        rows, _ = stream(redo, part, lse_only, None)
         merge_reference(redo, rows, ref2, -float(FLOAT16_SHIFT))
-        exponentials(s, window, ref2, picked, slope, totals, labels)
+        exponentials(s, part, window, ref2, picked, slope, totals, labels)
         return
-    reference(s, ref2)
-    exponentials(s, window, ref2, picked, slope, totals, labels)
+    reference(s, part, ref2)
+    exponentials(s, part, window, ref2, picked, slope, totals, labels)
     flags = mark_unsafe(s, totals)
-    rows, _ = stream(redo, lse_only, None, flags)
+    rows, _ = stream(redo, part, lse_only, None, flags)
     merge_reference(redo, rows, ref2, 0.0, flags)
-    exponentials(s, window, ref2, picked, slope, totals, labels, flags)
+    exponentials(s, part, window, ref2, picked, slope, totals, labels, flags)

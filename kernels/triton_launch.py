@@ -1,0 +1,49 @@
+"""Launches a kernel again without asking Triton again what cannot have changed.
+
+Triton looks at every argument of every launch to find the compiled kernel. What a kernel is compiled for is the
+values bound in `Launch`, the dtypes of the pointers, which its owner keeps the same, and whether pointers are aligned
+to 16 bytes, which is looked at here. The first launch, and every launch with a pointer that is not aligned, goes
+through Triton; so does everything in Triton's interpreter. This file must not know what any kernel computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from triton.runtime import driver
+
+ALIGNED = 16  # bytes: what Triton specialises a pointer on
+
+
+class Launch:
+    """One kernel on one grid of one device, with all arguments bound but the leading ones.
+
+    ``bound`` holds the values of the remaining parameters by name, and options (num_warps, ...). Numbers among the
+    leading arguments must not be specialised by the kernel.
+    """
+
+    __slots__ = ("bound", "grid", "kernel", "options", "run")
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], bound: dict[str, Any]) -> None:
+        names = kernel.arg_names
+        leading = next((at for at, name in enumerate(names) if name in bound), len(names))
+        self.kernel, self.grid = kernel, grid
+        self.bound = tuple(bound[name] for name in names[leading:])
+        self.options = {name: value for name, value in bound.items() if name.startswith("num_")}
+        self.run: Callable[..., None] | None = None  # what Triton compiled, for aligned pointers
+
+    def __call__(self, *leading: Any) -> None:
+        addresses = 0
+        for x in leading:
+            if isinstance(x, Tensor):
+                addresses |= x.data_ptr()
+        aligned = addresses % ALIGNED == 0
+        if aligned and self.run is not None:
+            active = driver.active
+            self.run(*leading, *self.bound, stream=active.get_current_stream(active.get_current_device()))
+            return
+        compiled = self.kernel[self.grid](*leading, *self.bound, **self.options)
+        if aligned and compiled is not None:  # None in the interpreter
+            self.run = compiled[self.grid]
