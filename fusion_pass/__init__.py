@@ -7,6 +7,7 @@ Programs that cannot name a backend: ``fusedhead.enable()``, or ``fusedhead run 
 """
 
 from fusedhead.backend import FusedHeadError, fusedhead
+from fusedhead.deferred_tensor import StaleLogits
 from fusedhead.enable import changes, disable, enable
 from fusedhead.explain import explain
 from fusedhead.lowering.ops import LabelOutOfRange
@@ -17,6 +18,7 @@ __all__ = [
     "HeadRecord",
     "LabelOutOfRange",
     "Report",
+    "StaleLogits",
     "changes",
     "disable",
     "enable",
