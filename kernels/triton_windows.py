@@ -5,7 +5,7 @@
     head_stats_backward   per window: dlogits, then dw, dh                           4 GEMMs with the forward
 
 float32, float16 and bfloat16. Nothing of size [N, V] exists beyond one window; the only other buffers above a
-few MiB are dh, dw, one float32 [window tokens, D] and, where asked, dw or dh in float32. No step depends on a
+few MiB are dh, dw, one float32 [window tokens, D] and, where asked, half of dw in float32. No step depends on a
 value (no host sync, CUDA graphs), sums have a fixed order (deterministic). It must not know how large the
 windows should be (`fusedhead.lowering.plan` decides) nor what graph asked.
 
@@ -39,6 +39,7 @@ from fusedhead.kernels.triton_reference import reference
 from fusedhead.kernels.triton_stream import stream
 from fusedhead.kernels.triton_sweep import Sweep, sweep
 from fusedhead.kernels.triton_transform import varies_along_row
+from fusedhead.kernels.triton_weight_gradient import WeightGradient
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEW = 16  # up to this many tokens, dz is rounded once (two sweeps): sums too short to average roundings out
@@ -126,29 +127,6 @@ def _add_vectors(
             drows[int(value), i] += parts[1][j].sum(0)
 
 
-class _WeightGradient:
-    """dw [V, D], summed over windows of tokens in the dtype that was asked for."""
-
-    def __init__(self, w: Tensor, windows: int, accumulate: torch.dtype) -> None:
-        self.result = w.new_empty(w.shape)
-        wide = windows > 1 and accumulate != w.dtype
-        self.sum = w.new_empty(w.shape, dtype=accumulate) if wide else self.result
-        self.started = False
-
-    def start(self, weights: Tensor, row: Tensor) -> None:
-        """Begin with the rank-one term weights ⊗ row."""
-        torch.mul(weights[:, None], row[None, :], out=self.sum)
-        self.started = True
-
-    def add(self, window: Tensor, v: slice, x: Tensor, first: bool, alpha: float = 1.0) -> None:
-        gemm(window.t(), x, self.sum[v], add=self.started or not first, alpha=alpha)
-
-    def finish(self) -> Tensor:
-        if self.sum is not self.result:
-            self.result.copy_(self.sum)
-        return self.result
-
-
 def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
     """Rebuilds dz window by window. dw needs no summing when a window holds all tokens."""
     head = _ready(head)
@@ -165,7 +143,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     drows = torch.zeros_like(head.rows) if needs.rows else None
     if n == 0:
         return HeadGrads(dh, head.w.new_zeros(head.w.shape) if needs.w else None, dcols, drows)
-    dw = _WeightGradient(head.w, len(token_cuts), windows.accumulate) if needs.w else None
+    dw = WeightGradient(head.w, len(token_cuts), windows.accumulate) if needs.w else None
     with _on(head.h):
         buffer = _window(head, token_cuts[0].stop, vocab_cuts[0].stop)
         # always float32: a vocabulary is many windows, and a narrow sum over them loses to eager code
@@ -242,7 +220,7 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     with _on(head.h):
         check_labels(head.y, vocab)
         dh = new((n, hidden)) if needs.h else None
-        dw = _WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
+        dw = WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
         rank_one = None
         if coefficients.sum is not None:
             r, f = _sum_terms(head, coefficients.sum)
@@ -264,9 +242,9 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
             # dh's own rows hold s ⊙ h until dw has used it
             sh = None if dw is None else dh[i] if dh is not None else scaled[:m] if scaled is not None else None
             row_total = None if total is None else total[i]
-            grads = _slice_rows(coefficients, i)
             rows = (ref2[:m], picked[i], slope, totals)
-            scale = finalize(s, part, buffer[:m], *rows, grads, lse[i], row_total, sh, gain)
+            c = _slice_rows(coefficients, i)
+            scale = finalize(s, part, buffer[:m], *rows, c, lse[i], row_total, sh, gain)
             window = buffer[:m, :vocab]
             if dw is not None and sh is not None:
                 dw.add(window, whole, sh, first=i.start == 0, alpha=1 / gain)
@@ -275,8 +253,9 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
                 gemm(window, head.w, product)
                 outer = None if rank_one is None else (rank_one[0][i], rank_one[1])
                 scale_rows(product, scale, dh[i], outer)
-        grads_out = HeadGrads(dh, None if dw is None else dw.finish(), None, None)
-    return RowStats(lse, picked, total), grads_out
+        del buffer, window
+        grads = HeadGrads(dh, None if dw is None else dw.finish(), None, None)
+    return RowStats(lse, picked, total), grads
 
 
 def _exponentials(

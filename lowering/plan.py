@@ -4,16 +4,17 @@
 |--------------|----------|----------------------------------------|-----------------------------------------|
 | statistics   | 1        | one block                              | nothing to differentiate now            |
 | single pass  | 3        | one window of exponentials, tokens x V | the loss is linear in the statistics    |
-| frozen       | 2        | one block                              | the same, and w wants no gradient       |
+| frozen       | 2        | one block (Triton: one window)         | the same, and w wants no gradient       |
 | recompute    | 4 (or 3) | one block                              | any upstream; too small a budget        |
 
 A product is 2 N V D FLOP; recompute is 3 products where the lse is known from the forward. On the CPU a
-block is cut to the caches by the engine, on CUDA a block is a window. It must not know about graphs,
-tensors or ops.
+block is cut to the caches by the engine; the windows of the Triton engine are in `triton_plan`. It must not know
+about graphs, tensors or ops.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,9 +23,12 @@ from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import Needs, Windows
 from fusedhead.kernels.torch_blocks import block_columns
 from fusedhead.kernels.torch_workspace import workspace
+from fusedhead.lowering import triton_plan
+from fusedhead.lowering.triton_plan import Sizes, Way
 
 AUTO, LEAST = 0, -1  # values of the option `memory` that are no budget in MiB
 MIB = 1 << 20
+MOST_LIVE = 12  # results of a row program that are alive at once
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NO_TRANSFORM = Transform()
 BOTH = Needs(True, True, False, False)
@@ -37,19 +41,16 @@ class Limits(NamedTuple):
     fewest_tokens: int  # fewer make a single pass slower than to recompute
     share: int  # auto takes at least this many windows, to hold a fraction of the logits
     block_tokens: int  # where no row of z has to be complete
-    block_bytes: int  # what a block of that many tokens may hold: fewer blocks are fewer launches
-    least_bytes: int  # the same under "min"
-    least_tokens: int
+    least_tokens: int  # of a block under "min"
     least_vocab: int
+    row_bytes: int  # what a window of a row program may hold
     exact_sums: int  # up to this many windows, sums of dw in a narrow dtype err less than eager code does
 
 
 LIMITS = {
-    # exact_sums: the error of dw against float64 was below eager's up to 8 windows on the CPU and 1.1 times it
-    # at 32; on an H100 it was equal at 4 and 1.35 times at 8.
-    "cpu": Limits(512, 64, 4, 512, 1 << 60, 1 << 60, 128, 512, 8),
-    # least_bytes: with dh in float32 beside it, "min" stays under 256 MiB at 8192 tokens of D = 4096
-    "cuda": Limits(4096, 512, 2, 8192, 256 * MIB, 96 * MIB, 8192, 2048, 4),
+    # exact_sums: the error of dw against float64 was below eager's up to 8 windows and 1.1 times it at 32
+    "cpu": Limits(512, 64, 4, 512, 128, 512, 64 * MIB, 8),
+    "cuda": Limits(512, 64, 4, 512, 128, 512, 1024 * MIB, 8),
 }
 
 
@@ -79,33 +80,16 @@ class _Head(NamedTuple):
     transform: Transform
     needs: Needs
     explicit: bool
-    engine: str
 
 
-def _triton_bytes(head: _Head, tokens: int, vocab: int, accumulate: torch.dtype, keep: bool) -> int:
-    """Bytes the Triton engine holds: its window, float32 sums, and row vectors."""
-    size, tokens = head.dtype.itemsize, min(tokens, head.n)
-    gradients = any(head.needs)
-    window = tokens * (head.v if keep else min(vocab, head.v)) * size * gradients
-    several = head.n > tokens
-    sums = 4 * head.v * head.d * (head.needs.w and several and accumulate != head.dtype)
-    narrow = head.dtype != torch.float32
-    rows = 4 * tokens * head.d * (head.needs.h and narrow and (keep or head.v > vocab))
-    return window + sums + rows + 64 * head.n * (1 + head.v // 4096)
-
-
-def _candidate(head: _Head, algorithm: str, tokens: int, vocab: int, limits: Limits) -> tuple[Windows, int]:
+def _way(head: _Head, algorithm: str, tokens: int, vocab: int, limits: Limits) -> Way:
     tokens = max(1, min(tokens, head.n))
     several = -(-head.n // tokens)
     narrow = head.dtype in (torch.bfloat16, torch.float16)
-    on_host = head.engine == "torch_windows" and head.device_type == "cpu"
-    wide_sums = narrow and (several > limits.exact_sums or not (on_host or head.engine == "triton_windows"))
+    wide_sums = narrow and (several > limits.exact_sums or head.device_type != "cpu")
     accumulate = torch.float32 if wide_sums else head.dtype
     keep = algorithm == "single pass" and (head.needs.w or head.needs.cols)
     windows = Windows(tokens, max(1, min(vocab, head.v)), accumulate)
-    if head.engine == "triton_windows":
-        keep = algorithm in ("single pass", "frozen")
-        return windows, _triton_bytes(head, tokens, windows.vocab, accumulate, keep)
     held = workspace(
         *head[:8],
         tokens=tokens,
@@ -114,21 +98,7 @@ def _candidate(head: _Head, algorithm: str, tokens: int, vocab: int, limits: Lim
         keep=keep,
         explicit=head.explicit,
     )
-    return windows, held
-
-
-def _block_vocab(head: _Head, tokens: int, limits: Limits) -> int:
-    """Columns of a block that suits ``tokens`` rows."""
-    if head.engine == "triton_windows":
-        return _columns(head, tokens, limits.block_bytes)
-    size = torch.float64.itemsize if head.dtype == torch.float64 else torch.float32.itemsize
-    return block_columns(min(tokens, max(1, head.n)), head.v, size)
-
-
-def _columns(head: _Head, tokens: int, bytes_held: int) -> int:
-    """Columns of a block of ``tokens`` rows that holds ``bytes_held``, whole tiles of them."""
-    columns = bytes_held // (max(1, min(tokens, head.n)) * head.dtype.itemsize)
-    return max(1, min(head.v, max(128, columns // 128 * 128)))
+    return Way(algorithm, windows, held)
 
 
 def _halvings(largest: int, smallest: int) -> list[int]:
@@ -139,6 +109,36 @@ def _halvings(largest: int, smallest: int) -> list[int]:
     return out
 
 
+def _ways(head: _Head, *, one_pass: bool, memory: int, budget: int | None) -> list[Way]:
+    """What the torch engine may be asked to do, the preferred first."""
+    limits = LIMITS["cpu"]
+    n, v, needs = head.n, head.v, head.needs
+    weight = needs.w or needs.cols
+    narrow = head.dtype in (torch.bfloat16, torch.float16)
+    in_place = -(-n // limits.exact_sums) if narrow and needs.w else 1  # tokens that spare a float32 dw
+    heights = _halvings(limits.block_tokens, 16) if memory != LEAST else [limits.least_tokens]
+    heights = [max(tokens, in_place) for tokens in heights] + [at for at in heights if at < in_place]
+    size = torch.float64.itemsize if head.dtype == torch.float64 else torch.float32.itemsize
+    blocks = [
+        (tokens, vocab)
+        for tokens in heights
+        for vocab in _halvings(block_columns(min(tokens, max(1, n)), v, size), limits.least_vocab)
+    ]
+    if memory == LEAST:
+        blocks = [(at, limits.least_vocab) for at in heights]
+    tried = [("recompute", *block) for block in blocks]
+    if not any(needs):
+        tried = [("statistics", *block) for block in blocks]
+    elif one_pass and not weight:
+        tried = [("frozen", *block) for block in blocks]
+    elif one_pass and memory != LEAST:
+        largest = n if budget else max(-(-n // limits.share), limits.fewest_tokens * 4)
+        tokens = _halvings(min(largest, limits.tokens, n), limits.fewest_tokens)
+        tried = [*(("single pass", at, v) for at in (tokens if budget else tokens[:1])), *tried]
+    return [_way(head, name, tokens, vocab, limits) for name, tokens, vocab in tried]
+
+
+@lru_cache(maxsize=1024)  # a step asks for every head it computes
 def plan(
     N: int,
     V: int,
@@ -164,48 +164,29 @@ def plan(
     ``free_bytes`` bounds auto from above where the device is nearly full.
     """
     engine = engine_for(dtype, device_type)
-    head = _Head(N, V, D, labels, dtype, device_type, transform, needs, explicit, engine)
-    limits = LIMITS["cuda" if engine == "triton_windows" else "cpu"]
-    product = 2 * N * V * D
     weight = needs.w or needs.cols
     budget = memory * MIB if memory > 0 else None
     if memory == AUTO and free_bytes is not None:
         budget = free_bytes // 2
-
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    in_place = -(-N // limits.exact_sums) if narrow and needs.w else 1  # tokens that spare a float32 dw
-    heights = _halvings(limits.block_tokens, 16) if memory != LEAST else [limits.least_tokens]
-    heights = [max(tokens, in_place) for tokens in heights] + [at for at in heights if at < in_place]
-    blocks = [
-        (tokens, vocab)
-        for tokens in heights
-        for vocab in _halvings(_block_vocab(head, tokens, limits), limits.least_vocab)
-    ]
-    if memory == LEAST:
-        on_triton = engine == "triton_windows"
-        blocks = [(at, _columns(head, at, limits.least_bytes) if on_triton else limits.least_vocab) for at in heights]
-    if not any(needs):
-        tried = [("statistics", *block) for block in blocks]
-    elif linear and one_sweep and not weight:
-        few = limits.fewest_tokens if memory == LEAST else 16
-        frozen = ((tokens, V) for tokens in _halvings(limits.tokens, few))  # Triton holds whole rows here
-        tried = [("frozen", *block) for block in (blocks if engine == "torch_windows" else frozen)]
-    elif linear and one_sweep and memory != LEAST:
-        largest = N if budget else max(-(-N // limits.share), limits.fewest_tokens * 4)
-        tokens = _halvings(min(largest, limits.tokens, N), limits.fewest_tokens)
-        tried = [("single pass", at, V) for at in (tokens if budget else tokens[:1])]
-        tried += [("recompute", *block) for block in blocks]
+    if engine == "triton_windows":
+        sizes, one_pass = Sizes(N, V, D, dtype, needs), linear and one_sweep
+        ways = triton_plan.ways(sizes, one_pass=one_pass, budget=budget or 0)
+        if memory == LEAST:
+            budget = min(triton_plan.LEAST_BYTES, ways[0].held)
+            ways = triton_plan.ways(sizes, one_pass=one_pass, budget=budget)
     else:
-        tried = [("recompute", *block) for block in blocks]
-
-    judged = [(name, *_candidate(head, name, tokens, vocab, limits)) for name, tokens, vocab in tried]
-    fitting = [at for at in judged if budget is None or at[2] <= budget]
-    name, windows, held = fitting[0] if fitting and memory != LEAST else min(judged, key=lambda at: at[2])
+        head = _Head(N, V, D, labels, dtype, device_type, transform, needs, explicit)
+        ways = _ways(head, one_pass=linear and one_sweep, memory=memory, budget=budget)
+    fitting = [way for way in ways if budget is None or way.held <= budget]
+    pick_least = not fitting or (memory == LEAST and engine == "torch_windows")
+    name, windows, held = min(ways, key=lambda way: way.held) if pick_least else fitting[0]
     forward_too = linear and any(needs)
     products = {"statistics": 1, "frozen": 2, "single pass": 1 + needs.h + weight}.get(
         name, forward_too + 1 + needs.h + weight
     )
-    return Plan(engine, name, windows, held, products * product, _reason(name, held, budget, memory, bool(fitting)))
+    return Plan(
+        engine, name, windows, held, products * 2 * N * V * D, _reason(name, held, budget, memory, bool(fitting))
+    )
 
 
 WHY = {
@@ -221,3 +202,14 @@ def _reason(name: str, held: int, budget: int | None, memory: int, fits: bool) -
         return f"no plan fits in {budget / MIB:.0f} MiB; this one holds the least, {held / MIB:.1f} MiB"
     limit = "the least memory" if memory == LEAST else "no limit" if budget is None else f"{budget / MIB:.0f} MiB"
     return f"{WHY[name]}; {held / MIB:.1f} MiB of workspace, asked for {limit}"
+
+
+def row_tokens(N: int, V: int, dtype: torch.dtype, device_type: str, calls: int, memory: int = AUTO) -> int:
+    """Rows of logits that a row program of so many ``calls`` runs on at once.
+
+    Each call may hold a float32 result for its window, forward and backward.
+    """
+    usual = LIMITS[device_type if device_type in LIMITS else "cpu"].row_bytes
+    budget = memory * MIB if memory > 0 else usual // 2 if memory == LEAST else usual
+    held = 2 * max(4, dtype.itemsize) * min(calls, MOST_LIVE) * V
+    return max(1, min(N, budget // held))

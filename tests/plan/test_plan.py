@@ -36,14 +36,17 @@ def test_the_engine_follows_device_and_dtype(dtype, device, engine):
 @pytest.mark.parametrize(
     ("sizes", "dtype", "device", "options", "algorithm", "windows"),
     [
-        (LLAMA, BF16, "cuda", {}, "single pass", Windows(4096, 128256, BF16)),
-        (QWEN, BF16, "cuda", {}, "single pass", Windows(4096, 151936, BF16)),
-        (GPT2, BF16, "cuda", {}, "single pass", Windows(4096, 50304, BF16)),
+        (LLAMA, BF16, "cuda", {}, "single pass", Windows(2816, 128256, BF16)),
+        (QWEN, BF16, "cuda", {}, "single pass", Windows(2816, 151936, BF16)),
+        (GPT2, BF16, "cuda", {}, "single pass", Windows(5504, 50304, BF16)),
         ((4096, *LLAMA[1:]), BF16, "cuda", {}, "single pass", Windows(2048, 128256, BF16)),
-        ((32768, *LLAMA[1:]), BF16, "cuda", {}, "single pass", Windows(4096, 128256, FP32)),
-        (LLAMA, BF16, "cuda", {"memory": -1}, "recompute", Windows(8192, 6144, BF16)),
+        ((32768, *LLAMA[1:]), BF16, "cuda", {}, "single pass", Windows(3712, 128256, FP32)),
+        ((2048, *LLAMA[1:]), BF16, "cuda", {}, "single pass", Windows(2048, 128256, BF16)),
+        (GPT2, BF16, "cuda", {"memory": -1}, "single pass", Windows(1664, 50304, FP32)),
+        ((512, *LLAMA[1:]), BF16, "cuda", {"memory": -1}, "single pass", Windows(512, 128256, BF16)),
+        (LLAMA, BF16, "cuda", {"memory": -1}, "recompute", Windows(8192, 7936, BF16)),
         (LLAMA, BF16, "cuda", {"linear": False}, "recompute", Windows(8192, 16384, BF16)),
-        (LLAMA, BF16, "cuda", {"needs": HIDDEN}, "frozen", Windows(4096, 128256, BF16)),
+        (LLAMA, BF16, "cuda", {"needs": HIDDEN}, "frozen", Windows(2048, 128256, BF16)),
         ((1024, 32000, 512), FP32, "cpu", {}, "single pass", Windows(256, 32000, FP32)),
         ((2048, 50304, 768), FP32, "cpu", {}, "single pass", Windows(512, 50304, FP32)),
         ((1024, 32000, 512), BF16, "cpu", {}, "single pass", Windows(256, 32000, BF16)),
@@ -97,6 +100,24 @@ def test_the_least_memory_is_no_more_than_any_plan_takes_by_itself():
     for device, dtype, sizes in itertools.product(("cpu", "cuda"), (FP32, BF16), SIZES):
         least, auto = (plan(*sizes, dtype, device, memory=m) for m in (-1, 0))
         assert least.predicted_bytes <= auto.predicted_bytes
+
+
+@pytest.mark.parametrize("sizes", [LLAMA, GEMMA, QWEN, GPT2, (32768, *LLAMA[1:])])
+def test_training_holds_half_of_the_logits_and_a_quarter_of_many(sizes):
+    n, v, _ = sizes
+    share = 4 if n == 32768 else 2
+    assert plan(*sizes, BF16, "cuda").predicted_bytes <= n * v * 2 // share
+
+
+@pytest.mark.parametrize("sizes", [LLAMA, GEMMA, QWEN, GPT2, (32768, *LLAMA[1:]), (4096, 128256, 8192)])
+@pytest.mark.parametrize("linear", [True, False])
+def test_the_least_memory_on_cuda_is_no_more_than_256_mib(sizes, linear):
+    assert plan(*sizes, BF16, "cuda", linear=linear, memory=-1).predicted_bytes <= 256 * MIB
+
+
+@pytest.mark.parametrize("sizes", [LLAMA, GEMMA, QWEN, GPT2, (32768, *LLAMA[1:])])
+def test_a_loss_for_any_upstream_holds_at_most_512_mib(sizes):
+    assert plan(*sizes, BF16, "cuda", linear=False).predicted_bytes <= 512 * MIB
 
 
 def test_a_nearly_full_device_lowers_what_auto_takes():
