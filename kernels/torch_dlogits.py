@@ -29,6 +29,8 @@ def _dz(head: Head, upstream: RowGrads, stats: RowStats, i: slice, v: slice, z: 
             z.sub_(stats.lse_low[i, None].to(wide))
     dz = (z * LOG2E).exp2_() if soft else torch.zeros_like(z)
     slope = head.h.new_zeros(len(z), dtype=wide)
+    if soft:
+        slope = slope + 0 * stats.lse[i].to(wide)  # a row with an infinite logit has NaN throughout, as in log_softmax
     if upstream.lse is not None:
         slope = slope + upstream.lse[i].to(wide)
     if upstream.square is not None:

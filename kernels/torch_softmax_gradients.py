@@ -65,10 +65,14 @@ def _totals(rest: Tensor, z: Tensor, level: Level, first: Tensor) -> tuple[Tenso
 def _factors(
     g: Tensor, g_picked: Tensor, total: Tensor, others: Tensor, first: Tensor, slope: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """s [m] and t [m, K] of a window from the gradients g [m] of lse and g_picked [m, K]."""
+    """s [m] and t [m, K] of a window from the gradients g [m] of lse and g_picked [m, K].
+
+    s is NaN where the total is not finite: as through a log_softmax, a row with an infinite logit has no gradient.
+    """
     whole = g[:, None] * first
     t = (g_picked + whole - whole * (others / total[:, None])) * slope
-    return (g / total if scale is None else g / total * scale), t
+    s = g / total + 0 * total
+    return (s if scale is None else s * scale), t
 
 
 def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[Tensor, Tensor, HeadGrads]:

@@ -107,7 +107,8 @@ def _epilogue(
     z = transform(acc, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
     dz = tl.zeros((BM, WIDTH), tl.float32)
     if HAS_LSE or HAS_ENTROPY:
-        logp = z - tl.load(lse + row, mask=there, other=0.0)[:, None]
+        norm = tl.load(lse + row, mask=there, other=0.0)
+        logp = z - (norm + 0.0 * norm)[:, None]  # NaN where it is infinite, as through a log_softmax
         if PRECISE:  # what bfloat16 and float16 round off is far more
             logp -= tl.load(lse_low + row, mask=there, other=0.0)[:, None]
         p = tl.exp2(logp * 1.4426950408889634)

@@ -128,7 +128,7 @@ def finalize_kernel(
         a += tl.load(c_lse + row)
     if HAS_SQUARE:
         a += 2.0 * tl.load(c_square + row) * lse_row
-    s = a / total
+    s = a / total + 0.0 * total  # NaN where an infinite logit made the total infinite, as through a log_softmax
     E_row = E + row.to(tl.int64) * ld
     if HAS_PICKED:
         most = 0.0

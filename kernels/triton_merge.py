@@ -95,7 +95,8 @@ def merge_kernel(
                 where = tl.where(best >= top, tied, where)
                 top = tl.maximum(best, top)
         if REF:
-            tl.store(ref2_out + row, ref2 + tl.log2(total) + SHIFT, mask=row < N)
+            reference = finite_or_zero(ref2 + tl.log2(total) + SHIFT)  # a row of no finite lse shows it in its total
+            tl.store(ref2_out + row, reference, mask=row < N)
         else:
             base = finite_or_zero(ref2)
             lse = log_sum(base, total)

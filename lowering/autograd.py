@@ -68,12 +68,14 @@ def upstream_scale(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
     ``pairs`` of (upstream, coefficient), equal shapes, any float dtype -> 0-d tensor. Sums are float64 where
     the device has it, and c is divided by max |c| first, so that coefficients near the ends of the range
-    neither underflow nor overflow.
+    neither underflow nor overflow. Rows whose c is not finite (the lse of a broken row squared) have no say.
     """
     like = pairs[0][1]
     wide = torch.float32 if like.device.type == "mps" else torch.float64
     g = torch.cat([a.reshape(-1).to(wide) for a, _ in pairs])
     c = torch.cat([b.reshape(-1).to(wide) for _, b in pairs])
+    counts = c.isfinite()
+    g, c = torch.where(counts, g, 0), torch.where(counts, c, 0)
     most = torch.cat((c.abs(), c.new_zeros(1))).amax()
     unit = c / torch.where(most == 0, 1, most)
     square = (unit * unit).sum()

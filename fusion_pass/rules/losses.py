@@ -47,6 +47,15 @@ def log_softmax(context: Context, value: Any, dim: int, dtype: Any = None, **_: 
     return LogProbs(logits, context.val)
 
 
+def normaliser(emit: Emit, stats: Statistics) -> Node:
+    """The lse that a log_softmax subtracts: NaN where a logit is +inf, and `logsumexp` therefore +inf.
+
+    ``lse + 0 lse``, which leaves every other number as it is. Its slope must be 1 and read no statistic, or the loss
+    would not be linear in them any more; hence the detached zero.
+    """
+    return named(emit(aten.add.Tensor, stats.lse, emit(aten.detach.default, stats.lse), alpha=0), "normaliser")
+
+
 def rows_shape(logits: Logits) -> list[Any]:
     return [size for d, size in enumerate(logits.val.shape) if d != logits.class_dim]
 
@@ -102,7 +111,7 @@ def nll_terminal(
     def result(emit: Emit, stats: Statistics) -> Node:
         assert stats.picked is not None
         valid, label = valid_and_labels(emit)
-        loss = emit(aten.sub.Tensor, stats.lse, emit(aten.select.int, stats.picked, 1, 0))
+        loss = emit(aten.sub.Tensor, normaliser(emit, stats), emit(aten.select.int, stats.picked, 1, 0))
         row_weight: Node | None = None
         total: Node | float = float(size)
         if weight is not None:
@@ -211,7 +220,7 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
         assert stats.picked is not None
         out = stats.picked
         if isinstance(value, LogProbs):
-            out = emit(aten.sub.Tensor, out, emit(aten.unsqueeze.default, stats.lse, 1))
+            out = emit(aten.sub.Tensor, out, emit(aten.unsqueeze.default, normaliser(emit, stats), 1))
             out = emit(aten.mul.Tensor, out, value.factor) if value.factor != 1.0 else out
         sizes = stats.row_sizes()
         out = out if len(sizes) == 1 else emit(aten.reshape.default, out, [*sizes, picked])

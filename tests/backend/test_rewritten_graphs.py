@@ -62,8 +62,10 @@ no_coefficients = aten.new_empty.default(reshape_default, [0], dtype = torch.flo
 head_1 = fusedhead.head_loss.default(reshape_default, l_w_, unsqueeze_default, no_columns, no_rows, unweighted, coefficients, coefficients_1, no_coefficients, no_coefficients, '', 'lse,picked', 0, True, True, False, False)
 lse_1 = head_1[0]
 picked_1 = head_1[1]
+detach_default = aten.detach.default(lse_1)
+normaliser = aten.add.Tensor(lse_1, detach_default, alpha = 0)
 select_int = aten.select.int(picked_1, 1, 0)
-sub_tensor = aten.sub.Tensor(lse_1, select_int)
+sub_tensor = aten.sub.Tensor(normaliser, select_int)
 where_scalar_other = aten.where.ScalarOther(valid, sub_tensor, 0.0)
 sum_default = aten.sum.default(where_scalar_other)
 div_tensor = aten.div.Tensor(sum_default, sum_default_1)
@@ -91,7 +93,9 @@ unweighted = aten.new_empty.default(reshape_default, [0], dtype = torch.float32)
 head = fusedhead.head_stats.default(reshape_default, t_default, reshape_default_1, no_columns, no_rows, unweighted, 'mul:1.4285714285714286', 'lse,picked', 0)
 lse = head[0]
 picked = head[1]
-unsqueeze_default = aten.unsqueeze.default(lse, 1)
+detach_default = aten.detach.default(lse)
+normaliser = aten.add.Tensor(lse, detach_default, alpha = 0)
+unsqueeze_default = aten.unsqueeze.default(normaliser, 1)
 sub_tensor = aten.sub.Tensor(picked, unsqueeze_default)
 reshape_default_2 = aten.reshape.default(sub_tensor, [2, 5, 1])
 squeeze = reshape_default_2.squeeze(-1)
@@ -118,8 +122,10 @@ unweighted = aten.new_empty.default(l_h_, [0], dtype = torch.float32)
 head = fusedhead.head_stats.default(l_h_, t_default, unsqueeze_default, no_columns, no_rows, unweighted, 'mul:0.03333333333333333 tanh mul:30.0', 'lse,picked', 0)
 lse = head[0]
 picked = head[1]
+detach_default = aten.detach.default(lse)
+normaliser = aten.add.Tensor(lse, detach_default, alpha = 0)
 select_int = aten.select.int(picked, 1, 0)
-sub_tensor = aten.sub.Tensor(lse, select_int)
+sub_tensor = aten.sub.Tensor(normaliser, select_int)
 where_scalar_other = aten.where.ScalarOther(valid, sub_tensor, 0.0)
 sum_default = aten.sum.default(where_scalar_other)
 return (sum_default,)

@@ -312,6 +312,25 @@ def test_a_row_that_is_not_finite_stays_alone():
     assert error(got.lse[fine], true.lse[fine]) < STEPS
 
 
+@pytest.mark.parametrize("dtype", [F32, torch.float16])
+@pytest.mark.parametrize("tokens", [20, 8])  # one sweep, or two for so few
+def test_a_row_with_infinite_logits_has_no_gradient_and_others_have_theirs(tokens, dtype):
+    x, g = head(n=tokens, transform="addrow:0 addcol:1", dtype=dtype), gradients(tokens)
+    x.cols[1] = 0
+    x.rows[0, [2, 5]] = torch.tensor([torch.inf, -torch.inf])
+    stats, grads = engine.head_loss(x, g, Needs(True, False, False, False), Windows(tokens, 70, dtype))
+    fine = torch.ones(tokens, dtype=torch.bool)
+    fine[[2, 5]] = False
+    true, d = truth(x, g)
+    assert stats.lse[~fine].tolist() == [torch.inf, -torch.inf]
+    assert grads.h[~fine].isnan().all()
+    assert error(grads.h[fine], d[0][fine]) < (STEPS if dtype == F32 else 2e-3)
+    x.rows.zero_()
+    x.cols[1, 3] = torch.inf
+    _, grads = engine.head_loss(x, g, OPERANDS, Windows(tokens, 70, dtype))
+    assert grads.w.isnan().all()
+
+
 def test_argmax_is_taken_on_rounded_logits_with_the_first_index_on_ties():
     x = head(transform="mul:1.0 round:float16", scale=0.01)
     got = engine.head_stats(x, frozenset({"max", "argmax"}), Windows(20, 70, F32))
