@@ -9,12 +9,21 @@ through Triton; so does everything in Triton's interpreter. This file must not k
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.runtime import driver
 
 ALIGNED = 16  # bytes: what Triton specialises a pointer on
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels launch on the current device: make it that of x."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 class Launch:

@@ -9,10 +9,15 @@ product would be x again. It must not know whose gradient x is.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fusedhead.kernels.triton_launch import Launch, on_device
+from fusedhead.kernels.triton_tiles import device_of
 
 BLOCK = 4096
 PROGRAMS_PER_MULTIPROCESSOR = 8
@@ -31,11 +36,15 @@ def _scale(x_ptr, g_ptr, size, unmoved, BLOCK: tl.constexpr):
             at += step
 
 
+@lru_cache(maxsize=256)
+def _launch(device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], size: int, unmoved: float) -> Launch:
+    _, multiprocessors = device_of(device)
+    programs = min(triton.cdiv(size, BLOCK), multiprocessors * PROGRAMS_PER_MULTIPROCESSOR)
+    return Launch(_scale, (programs, 1, 1), {"size": size, "unmoved": unmoved, "BLOCK": BLOCK, "num_warps": 8})
+
+
 def scale_in_place(x: Tensor, g: Tensor, unmoved: float) -> None:
     """``x *= g`` rounded once from float32, x contiguous and g 0-d; nothing where |g - 1| <= unmoved. No host sync."""
-    blocks = triton.cdiv(x.numel(), BLOCK)
-    if blocks == 0:
-        return
-    most = torch.cuda.get_device_properties(x.device).multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
-    with torch.cuda.device(x.device):
-        _scale[(min(blocks, most),)](x, g, x.numel(), unmoved, BLOCK=BLOCK, num_warps=8)
+    if x.numel():
+        with on_device(x):
+            _launch(x.device, (x.dtype, g.dtype), x.numel(), unmoved)(x, g)

@@ -23,7 +23,6 @@ Speed against bare cuBLAS GEMMs in bfloat16 on an H100 (benchmarks/gpu_times.py;
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -34,6 +33,7 @@ from fusedhead.kernels.triton_exp import exponentials
 from fusedhead.kernels.triton_finalize import finalize, mark_unsafe, scale_rows
 from fusedhead.kernels.triton_gemm import gemm, weighted_rows
 from fusedhead.kernels.triton_labels import check_labels, map_labels
+from fusedhead.kernels.triton_launch import on_device
 from fusedhead.kernels.triton_merge import merge_reference, merge_statistics
 from fusedhead.kernels.triton_reference import reference
 from fusedhead.kernels.triton_stream import stream
@@ -45,13 +45,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEW = 16  # up to this many tokens, dz is rounded once (two sweeps): sums too short to average roundings out
 ALIGNED = 64  # windows start at, and rows of a window are padded to, a multiple of this many elements
 FLOAT16_SHIFT = 10  # float16 exponentials are scaled by 2^10: small ones keep digits, targets up to 2^4 fit
-
-
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Kernels launch on the current device: make it the operands'."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
 
 
 def _cuts(total: int, size: int) -> Iterator[slice]:
@@ -105,7 +98,7 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     """One sweep. Keeps no window at all, so ``windows`` does not matter."""
     head = _ready(head)
     n, vocab = len(head.h), len(head.w)
-    with _on(head.h):
+    with on_device(head.h):
         check_labels(head.y, vocab)
         picked = head.h.new_empty(head.y.shape, dtype=torch.float32) if "picked" in want else None
         if n == 0:
@@ -144,7 +137,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     if n == 0:
         return HeadGrads(dh, head.w.new_zeros(head.w.shape) if needs.w else None, dcols, drows)
     dw = WeightGradient(head.w, len(token_cuts), windows.accumulate) if needs.w else None
-    with _on(head.h):
+    with on_device(head.h):
         buffer = _window(head, token_cuts[0].stop, vocab_cuts[0].stop)
         # always float32: a vocabulary is many windows, and a narrow sum over them loses to eager code
         wide = needs.h and len(vocab_cuts) > 1 and head.h.dtype != torch.float32
@@ -217,7 +210,7 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     total = None if coefficients.sum is None else torch.empty_like(lse)
     cuts = list(_cuts(n, windows.tokens))
     tokens = cuts[0].stop
-    with _on(head.h):
+    with on_device(head.h):
         check_labels(head.y, vocab)
         dh = new((n, hidden)) if needs.h else None
         dw = WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
