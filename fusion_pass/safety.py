@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from fusedhead.aliases import storage, written
-from fusedhead.interpret import Site
+from fusedhead.interpret import Site, candidates
 from fusedhead.read import fake, name_of, where
 from fusedhead.values import Call, Plain
 
@@ -66,11 +66,22 @@ class Mutations:
 
 
 def functorch(graph: Graph) -> str | None:
-    """torch.func transforms need batching and double-backward rules that the fused ops do not have."""
+    """torch.func transforms need batching and double-backward rules that the fused ops do not have.
+
+    One that has ended before the first head (a mask made with ``vmap``) is none of its business.
+    """
+    heads = candidates(graph)
+    depth, reached = 0, not heads
     for node in graph.nodes:
         module = getattr(node.target, "__module__", None) or ""
         if node.op == "call_function" and "_functorch" in f"{module}.{node.target}":
-            return f"the graph is inside a torch.func transform ({name_of(node)})"
+            depth += ("increment_nesting" in name_of(node)) - ("decrement_nesting" in name_of(node))
+            if reached:
+                return f"the graph is inside a torch.func transform ({name_of(node)})"
+        if node in heads:
+            reached = True
+            if depth:
+                return "the head is inside a torch.func transform"
     return None
 
 

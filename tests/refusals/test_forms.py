@@ -236,6 +236,17 @@ def test_a_head_under_vmap_is_left_alone() -> None:
     not_fused(program, torch.randn(B, T, D), torch.randn(V, D), labels())
 
 
+def test_a_function_transform_that_ended_before_the_head_is_none_of_its_business() -> None:
+    """Transformers makes attention masks with vmap."""
+
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        rows = torch.arange(6)
+        mask = torch.func.vmap(torch.func.vmap(lambda i, j: i >= j, (None, 0)), (0, None))(rows, rows)
+        return F.cross_entropy(F.linear(mask.float() @ h, w), y)
+
+    right(program, hidden(6, D), weight(), labels(6))
+
+
 def test_a_head_in_float64_is_left_alone() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(h, w), y)

@@ -44,5 +44,5 @@ def markdown(found: Sequence[Verdict], title: str, origin: str) -> str:
         fused = f"{sum(h['fused'] for h in v.heads)} of {len(v.heads)}" if v.heads else ""
         ratio = f"{v.worst_ratio:.2f}" if v.worst else ""
         numbers = (v.nodes or "", f"{v.pass_ms:.0f}" if v.nodes else "", ratio)
-        lines.append("| " + " | ".join(map(cell, (v.name, v.kind, fused, *numbers, v.detail))) + " |")
+        lines.append("| " + " | ".join(map(cell, (v.name, v.kind, fused, *numbers, v.detail or v.note))) + " |")
     return "\n".join(lines) + "\n"

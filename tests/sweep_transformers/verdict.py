@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from fusedhead import Report
 from fusedhead.backend import compile_with
+from fusedhead.read import name_of
+from fusedhead.rules.projections import SPELLINGS
 from tests.eager_stack import as_it_is, backend
 from tests.sweep_transformers.batches import batch
 from tests.sweep_transformers.configs import VOCAB, of_class
@@ -33,13 +36,16 @@ KINDS = {
     "differs": "the loss or a gradient breaks the error rule",
     "fails": "it compiles under the reference and not under fusedhead",
     "reference fails": "it does not compile under the reference either",
+    "not traced": "Dynamo leaves its head to eager code, whatever the backend",
     "no head": "its loss is no cross-entropy over a linear head",
     "no loss": "its forward returns no loss for labels",
     "not built": "no tiny one could be built or run eagerly",
 }
+RECORDED = ("fused", "reason", "where", "computes", "engine", "logits")
 LARGEST = 40_000_000  # parameters
 ULPS = 64  # units in the last place of float32, of the largest entry, that a compiled model may add to eager's error
 SPREAD = 0.2  # standard deviation that the vocabulary's weights have at least, so that probabilities are not flat
+UNKNOWN = 4  # times the slack where a model does not run in float64, so that eager's own error is unknown
 QUIET = 1e-2  # entries this far below the largest gradient of the model are held to its scale, not their own
 
 
@@ -56,6 +62,7 @@ class Verdict:
     seconds: float = 0.0
     worst: str = ""  # the quantity with the largest error over what is allowed
     worst_ratio: float = 0.0
+    note: str = ""
 
 
 class Watch(TorchFunctionMode):
@@ -121,13 +128,23 @@ def doubled(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def compiled(model: nn.Module, stack: str, report: Report, counted: list[int]) -> Callable[..., Any]:
-    """The model under fusedhead: "eager" runs rewritten graphs as they are, "aot" and "inductor" hand them on."""
+def makes_logits(gm: GraphModule) -> bool:
+    """Whether a graph holds a linear product of the vocabulary's extent."""
+    made = (n.meta.get("example_value") for n in gm.graph.nodes if name_of(n) in SPELLINGS)
+    return any(isinstance(z, Tensor) and z.ndim and z.shape[-1] and z.shape[-1] % VOCAB == 0 for z in made)
+
+
+def compiled(model: nn.Module, stack: str, report: Report, counted: list[int], seen: list[bool]) -> Callable[..., Any]:
+    """The model under fusedhead: "eager" runs rewritten graphs as they are, "aot" and "inductor" hand them on.
+
+    ``counted`` and ``seen`` get the number of nodes of every graph, and whether it makes logits.
+    """
     options = {"fusedhead.logits": "deferred"}
     if stack == "inductor":
 
         def compile_one(gm: Any, example_inputs: Any) -> Any:
             counted.append(len(gm.graph.nodes))
+            seen.append(makes_logits(gm))
             return compile_with(gm, example_inputs, options=options, observe=report.extend)
 
         return torch.compile(model, backend=compile_one)
@@ -135,6 +152,7 @@ def compiled(model: nn.Module, stack: str, report: Report, counted: list[int]) -
 
     def rewrite(gm: Any, example_inputs: Any) -> Any:
         counted.append(len(gm.graph.nodes))
+        seen.append(makes_logits(gm))
         return own(gm, example_inputs)
 
     return torch.compile(model, backend=rewrite)
@@ -173,11 +191,13 @@ def judged(name: str, stack: str) -> Verdict:
         return Verdict(name, "not built", one_line(error))
     if eager is None:
         return Verdict(name, "no loss", "takes no labels" if "labels" not in inputs else "")
-    report, counted = Report(), []  # type: ignore[var-annotated]
+    report = Report()
+    counted: list[int] = []
+    seen: list[bool] = []
     found = Verdict(name, "no head" if not (watch.losses and watch.products) else "", losses=watch.losses)
     torch.compiler.reset()
     try:
-        ours = step(model, compiled(model, stack, report, counted), inputs)
+        ours = step(model, compiled(model, stack, report, counted, seen), inputs)
     except Exception as error:
         torch.compiler.reset()
         try:
@@ -188,60 +208,82 @@ def judged(name: str, stack: str) -> Verdict:
         found.kind, found.detail = "fails", one_line(error)
         return found
     found.heads = [
-        {k: v for k, v in asdict(h).items() if k in ("fused", "reason", "where", "computes", "engine", "logits")}
+        {k: v for k, v in asdict(h).items() if k in RECORDED}
         for h in report.heads
+        if h.vocab_size % VOCAB == 0  # a router that takes a log-softmax of its projection is no head
     ]
     found.graphs, found.nodes, found.pass_ms = len(counted), sum(counted), round(report.milliseconds, 1)
     if report.errors:
         found.kind, found.detail = "fails", "the pass raised: " + report.errors[0]
         return found
     assert ours is not None
-    try:
-        twin = copy.deepcopy(model).double()
-        truth = step(twin, twin, tree_map(doubled, inputs))
-    except Exception as error:
-        truth, found.detail = eager, f"no float64 truth: {one_line(error)}"
-    assert truth is not None
-    compare(found, ours, eager, truth)
+    wrong = compare(found, ours, eager, truth_of(model, inputs))
+    if wrong:  # is it tracing that changes the numbers, whatever the backend?
+        torch.compiler.reset()
+        traced = step(model, torch.compile(model, backend=reference(stack)), inputs)
+        torch.compiler.reset()
+        if traced is None or not compare(Verdict(name, ""), traced, eager, truth_of(model, inputs)):
+            found.kind, found.detail = "differs", wrong
+            return found
+        found.worst, found.worst_ratio = "", 0.0
+        wrong = compare(found, ours, traced, truth_of(model, inputs, stack))
+        found.kind, found.detail = "differs" if wrong else found.kind, wrong
+        found.note = "tracing alone changes its numbers: held against the traced model"
     if found.kind == "":
-        classify(found)
+        classify(found, any(seen))
     return found
 
 
-def classify(found: Verdict) -> None:
-    """What became of a model that has a head and whose numbers are right."""
+def truth_of(model: nn.Module, inputs: dict[str, Any], traced_by: str = "") -> Step | None:
+    """The step in float64, if the model can take it."""
+    try:
+        twin = copy.deepcopy(model).double()
+        if hasattr(twin, "set_experts_implementation"):
+            twin.set_experts_implementation("eager")  # grouped products are of float32 at most
+        run = torch.compile(twin, backend=reference(traced_by)) if traced_by else twin
+        return step(twin, run, tree_map(doubled, inputs))
+    except Exception:
+        return None
+
+
+def classify(found: Verdict, seen: bool) -> None:
+    """What became of a model that has a head and whose numbers are right; ``seen``: in a graph of Dynamo's."""
     fused = [h for h in found.heads if h["fused"]]
     left = [h for h in found.heads if not h["fused"]]
     if fused and not left:
         found.kind = "fused"
     elif fused:
         found.kind, found.detail = "partly fused", left[0]["reason"]
-    else:
+    elif left or seen:
         found.kind, found.detail = "refused", left[0]["reason"] if left else "no projection was seen before the loss"
+    else:
+        found.kind = "not traced"
 
 
-def compare(found: Verdict, ours: Step, eager: Step, truth: Step) -> None:
-    """Hold every tensor against the truth, and note the worst."""
+def compare(found: Verdict, ours: Step, eager: Step, truth: Step | None) -> str:
+    """Hold every tensor against the truth, and note the worst: "" where all are right, else what is wrong."""
     if ours.tensors.keys() != eager.tensors.keys():
         odd = sorted(ours.tensors.keys() ^ eager.tensors.keys())
-        found.kind, found.detail = "differs", f"gradients present on one side only: {', '.join(odd[:3])}"
-        return
-    grads = [t.abs().max().item() for n, t in truth.tensors.items() if n != "loss" and t.numel()]
-    floor = QUIET * max(grads, default=1.0)
+        return f"gradients present on one side only: {', '.join(odd[:3])}"
+    factor = 1 if truth else UNKNOWN
+    true_tensors = (truth or eager).tensors
+    floor = QUIET * max(
+        (t.abs().max().item() for n, t in true_tensors.items() if n != "loss" and t.numel()), default=1.0
+    )
+    wrong = ""
     for name, theirs in eager.tensors.items():
-        got, true = ours.tensors[name], truth.tensors.get(name, theirs).double()
+        got, true = ours.tensors[name], true_tensors.get(name, theirs).double()
         if not theirs.numel():
             continue
         if not torch.equal(got.isfinite(), theirs.isfinite()):
-            found.kind, found.detail = "differs", f"{name} is not finite where eager code is, or the reverse"
-            return
+            return f"{name} is not finite where eager code is, or the reverse"
         if not bool(theirs.isfinite().all()):
             continue
         size = max(true.abs().max().item(), floor)
         far, near = (got.double() - true).abs().max().item(), (theirs.double() - true).abs().max().item()
-        allowed = near + ULPS * torch.finfo(torch.float32).eps * size
+        allowed = near + factor * ULPS * torch.finfo(torch.float32).eps * size
         if far / allowed > found.worst_ratio:
             found.worst, found.worst_ratio = name, round(far / allowed, 3)
         if far > allowed:
-            found.kind = "differs"
-            found.detail = f"{name}: error {far:.3g}, eager's {near:.3g}, allowed {allowed:.3g}, size {size:.3g}"
+            wrong = f"{name}: error {far:.3g}, eager's {near:.3g}, allowed {allowed:.3g}, size {size:.3g}"
+    return wrong
