@@ -192,6 +192,7 @@ def dlogits_kernel(
     DTYPE: tl.constexpr,
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
+    READY: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -207,7 +208,7 @@ def dlogits_kernel(
         here = 0
         if LABELS > 0:
             here = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
-        acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION)
+        acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY)
         for j in tl.static_range(PARTS):
             x = column_part(acc, j, PARTS, BM, BN)
             _epilogue(
@@ -220,7 +221,8 @@ def dlogits_kernel(
 @lru_cache(maxsize=KEPT)
 def _launch(s: Sweep, given: tuple[bool, ...], need_cols: bool, need_rows: bool) -> Launch:
     has_lse, has_picked, has_sum, has_entropy = given
-    bound = s.arguments(
+    return s.launch(
+        dlogits_kernel,
         LABELS=s.labels if has_picked else 0,
         HAS_LSE=has_lse,
         HAS_SUM=has_sum,
@@ -229,7 +231,6 @@ def _launch(s: Sweep, given: tuple[bool, ...], need_cols: bool, need_rows: bool)
         NEED_ROWS=need_rows,
         rows_size=_column_parts(s),
     )
-    return Launch(dlogits_kernel, s.grid(), bound)
 
 
 def _column_parts(s: Sweep) -> int:
@@ -258,7 +259,7 @@ def dlogits(
     if low is None:  # read in float32 only
         low = torch.zeros_like(lse) if h.dtype == torch.float32 else lse
     _launch(s, given, need_cols, need_rows)(
-        *s.operands(h, w),
+        *s.operands(h, w, window),
         s.window(window),
         y,
         y if g_picked is None else map_labels(s, y, first_col),

@@ -129,6 +129,7 @@ def exp_kernel(
     DTYPE: tl.constexpr,
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
+    READY: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -155,7 +156,7 @@ def exp_kernel(
             if LABELS > 0:
                 here = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
             r = tl.load(ref2 + row, mask=row < N, other=0.0)
-            acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION)
+            acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY)
             for j in tl.static_range(PARTS):
                 x = column_part(acc, j, PARTS, BM, BN)
                 start = tile * BN + j * (BN // PARTS)
@@ -181,7 +182,7 @@ def exp_kernel(
 def _launch(s: Sweep, total: bool, only: bool) -> Launch:
     own = {"FLATTEN": False} if only else {}
     varying = varies_along_row(s.transform)
-    return Launch(exp_kernel, s.grid(), s.arguments(SUM=total, VARYING=varying, ONLY=only, **own))
+    return s.launch(exp_kernel, SUM=total, VARYING=varying, ONLY=only, **own)
 
 
 def exponentials(
@@ -199,7 +200,7 @@ def exponentials(
     h, w, y, cols, rows, u, _ = head
     launch = _launch(s, part.shape[0] == 2, flags is not None)
     launch(
-        *s.operands(h, w),
+        *s.operands(h, w, window),
         s.window(window),
         y,
         y if label_map is None else label_map,

@@ -5,7 +5,8 @@ GEMM.
 
 Operands come through TMA descriptors (made on the host, `triton_sweep`) where the strides allow it, else through
 pointers with any strides; w is read in place whichever of its dimensions is contiguous. Rows past the end give
-values that the caller has to ignore. Must not know about softmax.
+values that the caller has to ignore. With READY the logits have been computed (by cuBLAS: float32 without tensor
+cores) and are read from where the window will be written. Must not know about softmax.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def readable_by_tma(h: Tensor, w: Tensor, major: int) -> bool:
 
 @triton.jit
 def product(
-    h,
+    h,  # with READY: raw logits [N, V], strides sh0 and 1
     w,
     block,  # token block
     tile,  # vocabulary tile
@@ -59,9 +60,15 @@ def product(
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
+    READY: tl.constexpr,
 ):
     acc = tl.zeros((BM, BN), tl.float32)
-    if TMA:
+    if READY:
+        row = block * BM + tl.arange(0, BM)
+        col = tile * BN + tl.arange(0, BN)
+        at = h + row.to(tl.int64)[:, None] * sh0 + col[None, :]
+        acc = tl.load(at, mask=(row < N)[:, None] & (col < V)[None, :], other=0.0)
+    elif TMA:
         for k in range(0, tl.cdiv(D, BK)):
             a = h.load([block * BM, k * BK])
             if W_BY_ROWS:

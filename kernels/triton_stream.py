@@ -74,6 +74,7 @@ def stream_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
+    READY: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -103,7 +104,7 @@ def stream_kernel(
         if LABELS > 0:
             here = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
         if live != 0:
-            acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION)
+            acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY)
             for j in tl.static_range(PARTS):
                 raw = column_part(acc, j, PARTS, BM, BN)
                 start = tile * BN + j * (BN // PARTS)
@@ -164,23 +165,25 @@ def stream_kernel(
 def _launch(s: Sweep, want: frozenset[str], labels: int, only: bool) -> Launch:
     top = bool(want & {"max", "argmax"})
     own = {"FLATTEN": False} if only else {}
-    return Launch(
+    return s.launch(
         stream_kernel,
-        s.grid(),
-        s.arguments(
-            STEPS=steps_of(s.layout.transform) if top else s.steps,
-            LABELS=labels,
-            SUM="sum" in want,
-            ENTROPY="entropy" in want,
-            TOP=top,
-            ONLY=only,
-            **own,
-        ),
+        STEPS=steps_of(s.layout.transform) if top else s.steps,
+        LABELS=labels,
+        SUM="sum" in want,
+        ENTROPY="entropy" in want,
+        TOP=top,
+        ONLY=only,
+        **own,
     )
 
 
 def stream(
-    s: Sweep, head: Head, want: frozenset[str], picked: Tensor | None, flags: Tensor | None = None
+    s: Sweep,
+    head: Head,
+    want: frozenset[str],
+    picked: Tensor | None,
+    flags: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Partial rows ([4, size] float32, [2, size] int32) of a sweep; ``picked`` [N, K] float32 is filled."""
     h, w, y, cols, rows, u, _ = head
@@ -190,7 +193,7 @@ def stream(
     part_top = h.new_empty((2, s.schedule.size), dtype=torch.int32) if top else part
     launch = _launch(s, want, 0 if picked is None else s.labels, flags is not None)
     launch(
-        *s.operands(h, w),
+        *s.operands(h, w, logits),
         y,
         y if picked is None else map_labels(s, y),
         u,

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import Head
+from fusedhead.kernels.triton_launch import Launch
 from fusedhead.kernels.triton_product import readable_by_tma, reads_rows
 from fusedhead.kernels.triton_schedule import Schedule, schedule
 from fusedhead.kernels.triton_tiles import Tile, device_of, tile_for
@@ -54,6 +55,7 @@ class Layout(NamedTuple):
     transform: Transform
     tma: bool
     precision: str
+    logits_strides: tuple[int, ...]  # of logits that are read, () where they are computed
 
 
 class Sweep:
@@ -61,11 +63,12 @@ class Sweep:
 
     def __init__(self, kernel: str, layout: Layout, want: frozenset[str], tile: Tile | None) -> None:
         (n, hidden), (vocab, _) = layout.h, layout.w
-        smooth = layout.transform.smooth
+        smooth, self.ready = layout.transform.smooth, bool(layout.logits_strides)
         major, multiprocessors = device_of(layout.device)
         if tile is None:
-            tile = tile_for(kernel, n, hidden, layout.dtype.itemsize, major, layout.precision, layout.tma)
-            if tile.BN >= 256 and (smooth.steps or want & {"sum", "entropy", "max", "argmax"}):
+            tile = tile_for(kernel, n, hidden, layout.dtype.itemsize, major, layout.tma, self.ready)
+            longer = smooth.steps or want & {"sum", "entropy", "max", "argmax"}
+            if tile.BN >= 256 and longer and not self.ready:
                 tile = tile._replace(parts=4)  # a longer epilogue would not fit the registers in wider parts
         self.n, self.vocab, self.hidden, self.k = n, vocab, hidden, layout.y[1]
         self.labels = min(self.k, 2)
@@ -74,11 +77,13 @@ class Sweep:
         self.schedule: Schedule = schedule(n, vocab, tile, multiprocessors * tile.resident)
         self.by_rows = not layout.tma or reads_rows(layout.w_strides)
 
-    def grid(self) -> tuple[int, int, int]:
-        return self.schedule.programs, 1, 1
+    def launch(self, kernel: Any, **own: Any) -> Launch:
+        """A launch of a sweeping kernel: ready logits take the place of h."""
+        place = dict(zip(("sh0", "sh1"), self.layout.logits_strides))
+        return Launch(kernel, (self.schedule.programs, 1, 1), self.arguments(**place, **own))
 
     def arguments(self, **own: Any) -> dict[str, Any]:
-        """Arguments that every sweeping kernel takes, and its own."""
+        """Arguments that kernels of a sweep take, and one's own."""
         layout, tile = self.layout, self.tile
         return {
             "N": self.n,
@@ -105,6 +110,7 @@ class Sweep:
             "DTYPE": TRITON_DTYPE[layout.dtype],
             "TMA": layout.tma,
             "W_BY_ROWS": self.by_rows,
+            "READY": self.ready,
             "BM": tile.BM,
             "BN": tile.BN,
             "BK": tile.BK,
@@ -115,8 +121,10 @@ class Sweep:
             "num_stages": tile.stages,
         } | own
 
-    def operands(self, h: Tensor, w: Tensor) -> tuple[Any, Any]:
-        """h and w as `triton_product` reads them: TMA descriptors, else the tensors themselves."""
+    def operands(self, h: Tensor, w: Tensor, window: Tensor | None) -> tuple[Any, Any]:
+        """h and w as `triton_product` reads them: TMA descriptors, else the tensors themselves, or ready logits."""
+        if self.ready:
+            return window, window
         if not self.layout.tma:
             return h, w
         tile, view = self.tile, w if self.by_rows else w.t()
@@ -133,10 +141,24 @@ class Sweep:
 _sweep = lru_cache(maxsize=KEPT)(Sweep)
 
 
-def sweep(kernel: str, head: Head, want: frozenset[str] = frozenset(), tile: Tile | None = None) -> Sweep:
+def multiplied_by_cublas(head: Head) -> bool:
+    """Whether logits are computed into the window before a sweep: where Triton's product is slow.
+
+    float32 products without tensor cores take Triton 5 times as long as cuBLAS.
+    """
+    return head.h.dtype == torch.float32 and device_of(head.h.device)[0] > 0 and matmul_precision() == "ieee"
+
+
+def sweep(
+    kernel: str,
+    head: Head,
+    want: frozenset[str] = frozenset(),
+    tile: Tile | None = None,
+    logits: Tensor | None = None,
+) -> Sweep:
     """The sweep of ``kernel`` ("stream", "exp", "dlogits") over z [N, V] of this (sliced) head; N, V >= 1.
 
-    ``tile`` takes the place of the one in the table.
+    ``tile`` takes the place of the one in the table; ``logits`` [N, ld] holds h @ w.T where that was computed.
     """
     h, w, y, cols, rows, u, transform = head
     major, _ = device_of(h.device)
@@ -153,7 +175,8 @@ def sweep(kernel: str, head: Head, want: frozenset[str] = frozenset(), tile: Til
         rows.stride(),
         u.numel() > 0,
         transform,
-        readable_by_tma(h, w, major),
+        logits is None and readable_by_tma(h, w, major),
         matmul_precision() if h.dtype == torch.float32 else "ieee",
+        () if logits is None else logits.stride(),
     )
     return _sweep(kernel, layout, want, tile)

@@ -55,8 +55,8 @@ POINTERS = (
     Row((), "", 2, 0, 0, Tile(64, 128, 32, 8, 4, 2, False)),
     Row((), "", 4, 0, 0, Tile(64, 64, 32, 8, 4, 2, False)),
 )
-# float32 without tensor cores: the product is done by the FMA units; larger tiles than this spill registers
-IEEE = Tile(64, 64, 16, 8, 4, 2, False, 1, 2)
+# logits that cuBLAS computed: tiles are read, not multiplied, and enough programs are resident to hide the reads
+READY = Tile(32, 256, 16, 8, 4, 1, False, 1, 4)
 
 
 @lru_cache(maxsize=64)
@@ -72,13 +72,13 @@ def device_of(device: torch.device) -> tuple[int, int]:
     return _device(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def tile_for(kernel: str, tokens: int, hidden: int, itemsize: int, major: int, precision: str, tma: bool) -> Tile:
+def tile_for(kernel: str, tokens: int, hidden: int, itemsize: int, major: int, tma: bool, ready: bool) -> Tile:
     """The tile of ``kernel`` ("stream", "exp" or "dlogits") for operands [tokens, hidden] of this itemsize.
 
-    ``precision`` is the input precision of a float32 product, "ieee" or "tf32"; ``tma`` whether TMA reads them.
+    ``tma``: whether TMA reads them; ``ready``: whether logits are read instead.
     """
-    if itemsize == 4 and precision == "ieee" and major:
-        return IEEE
+    if ready and major:
+        return READY
     for row in (*(TABLE if tma else ()), *POINTERS):
         if (
             (not row.capability or major in row.capability)

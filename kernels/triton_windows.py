@@ -37,7 +37,7 @@ from fusedhead.kernels.triton_launch import on_device
 from fusedhead.kernels.triton_merge import merge_reference, merge_statistics
 from fusedhead.kernels.triton_reference import reference
 from fusedhead.kernels.triton_stream import stream
-from fusedhead.kernels.triton_sweep import Sweep, sweep
+from fusedhead.kernels.triton_sweep import Sweep, multiplied_by_cublas, sweep
 from fusedhead.kernels.triton_transform import varies_along_row
 from fusedhead.kernels.triton_weight_gradient import WeightGradient
 
@@ -95,7 +95,7 @@ def _window(head: Head, tokens: int, vocab: int) -> Tensor:
 
 
 def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
-    """One sweep. Keeps no window at all, so ``windows`` does not matter."""
+    """One sweep. Keeps a window only where cuBLAS multiplies."""
     head = _ready(head)
     n, vocab = len(head.h), len(head.w)
     with on_device(head.h):
@@ -105,9 +105,22 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
             empty = {k: head.h.new_empty(0, dtype=torch.float32) for k in want - {"picked", "argmax"}}
             argmax = head.y.new_empty(0) if "argmax" in want else None
             return RowStats(**({"lse": head.h.new_empty(0, dtype=torch.float32)} | empty), picked=picked, argmax=argmax)
-        s = sweep("stream", head, want)
-        part, part_top = stream(s, head, want, picked if head.y.shape[1] else None)
-        return RowStats(picked=picked, **merge_statistics(s, part, part_top, want))
+        if not multiplied_by_cublas(head):
+            return RowStats(picked=picked, **_statistics(head, want, picked, None))
+        cuts = list(_cuts(n, windows.tokens * windows.vocab // vocab))  # whole rows in the room of a window
+        buffer, whole = _window(head, cuts[0].stop, vocab), slice(0, vocab)
+        found = []
+        for i in cuts:
+            part = _slice(head, i, whole)
+            logits = _multiplied(part, buffer[: len(part.h)])
+            found.append(_statistics(part, want, None if picked is None else picked[i], logits))
+        return RowStats(picked=picked, **{name: torch.cat([f[name] for f in found]) for name in found[0]})
+
+
+def _statistics(head: Head, want: frozenset[str], picked: Tensor | None, logits: Tensor | None) -> dict[str, Tensor]:
+    s = sweep("stream", head, want, logits=logits)
+    part, part_top = stream(s, head, want, picked if head.y.shape[1] else None, logits=logits)
+    return merge_statistics(s, part, part_top, want)
 
 
 def _add_vectors(
@@ -149,7 +162,8 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
             for v in vocab_cuts:
                 part = _slice(head, i, v)
                 window = buffer[: len(part.h)]
-                s = sweep("dlogits", part)
+                logits = _multiplied(part, window)
+                s = sweep("dlogits", part, logits=logits)
                 sums = dlogits(s, part, window, grads, rows, v.start, needs.cols, needs.rows)
                 _add_vectors(part, sums, dcols, drows, i, v)
                 window = window[:, : len(part.w)]
@@ -229,9 +243,10 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
         for i in cuts:
             part = _slice(head, i, whole)
             m = len(part.h)
-            s = sweep("exp", part)
+            logits = _multiplied(part, buffer[:m])
+            s = sweep("exp", part, logits=logits)
             totals = new((1 if total is None else 2, s.schedule.size), dtype=torch.float32)
-            _exponentials(s, part, buffer[:m], ref2[:m], picked[i], slope, totals)
+            _exponentials(s, part, buffer[:m], ref2[:m], picked[i], slope, totals, logits)
             # dh's own rows hold s ⊙ h until dw has used it
             sh = None if dw is None else dh[i] if dh is not None else scaled[:m] if scaled is not None else None
             row_total = None if total is None else total[i]
@@ -251,21 +266,36 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     return RowStats(lse, picked, total), grads
 
 
+def _multiplied(head: Head, window: Tensor) -> Tensor | None:
+    """The window with h @ w.T in it, where cuBLAS is to multiply; a sweep then reads it and writes over it."""
+    if not multiplied_by_cublas(head):
+        return None
+    gemm(head.h, head.w.t(), window[:, : len(head.w)])
+    return window
+
+
 def _exponentials(
-    s: Sweep, part: Head, window: Tensor, ref2: Tensor, picked: Tensor, slope: Tensor, totals: Tensor
+    s: Sweep,
+    part: Head,
+    window: Tensor,
+    ref2: Tensor,
+    picked: Tensor,
+    slope: Tensor,
+    totals: Tensor,
+    logits: Tensor | None,
 ) -> None:
     """window <- E with a reference that is safe for every row.
 
     bfloat16 and float32 start from the target logit and redo, on the device's own decision, the token blocks
-    where it was too far from the maximum. float16 has no such range: it sweeps twice, with the true lse as
-    reference.
+    where it was too far from the maximum. float16 has no such range, and logits that lie in the window are gone
+    after one sweep over them: these sweep twice, with the true lse as reference.
     """
-    redo = sweep("stream", part)
+    redo = sweep("stream", part, logits=logits)
     labels = map_labels(s, part.y) if s.labels else None
     lse_only = frozenset({"lse"})
-    if window.dtype == torch.float16:
-        rows, _ = stream(redo, part, lse_only, None)
-        merge_reference(redo, rows, ref2, -float(FLOAT16_SHIFT))
+    if window.dtype == torch.float16 or logits is not None:
+        rows, _ = stream(redo, part, lse_only, None, logits=logits)
+        merge_reference(redo, rows, ref2, -float(FLOAT16_SHIFT) if window.dtype == torch.float16 else 0.0)
         exponentials(s, part, window, ref2, picked, slope, totals, labels)
         return
     reference(s, part, ref2)

@@ -2,7 +2,7 @@
 
 | algorithm   | held besides operands and results                                                          |
 |-------------|--------------------------------------------------------------------------------------------|
-| statistics  | partial rows                                                                               |
+| statistics  | partial rows, in float32 a window of logits [tokens, V] too                                |
 | single pass | a window of exponentials [tokens, V], E w of its rows in float32, float32 sums of dw        |
 | frozen      | the same without dw                                                                        |
 | recompute   | a block of dz [tokens, vocab], dh of its rows in float32, float32 sums of dw                |
@@ -62,7 +62,7 @@ def _way(head: Sizes, algorithm: str, tokens: int, vocab: int) -> Way:
     windows = Windows(tokens, vocab, torch.float32 if wide_sums else dtype)
     partial = 192 if _narrow(head) else 640  # bytes of a row in partial sums: 6 to 33 slots, and of its statistics
     held = MIB + n * partial * (1 if any(needs) else 2)
-    if any(needs):
+    if any(needs) or not _narrow(head):
         held += tokens * -(-vocab // 64) * 64 * dtype.itemsize
         held += 4 * tokens * d * (needs.h and _narrow(head) and (algorithm != "recompute" or vocab < v))
         held += 2 * v * d * wide_sums
@@ -122,7 +122,10 @@ def ways(head: Sizes, *, one_pass: bool, budget: int) -> list[Way]:
     """
     needs = head.needs
     if not any(needs):
-        return [_way(head, "statistics", head.n, head.v)]
+        if _narrow(head):
+            return [_way(head, "statistics", head.n, head.v)]
+        found = [_way(head, "statistics", at, head.v) for at in _equal_windows(head.n, MOST_TOKENS, 16)]
+        return found if budget else _first(found, BLOCK_BYTES, 16)
     frozen = not (needs.w or needs.cols)
     recompute = _recomputes(head, budget or RECOMPUTE_BYTES)
     if one_pass and frozen:
