@@ -16,7 +16,7 @@ if torch.cuda.is_available():
 import triton
 import triton.language as tl
 
-from fusedhead.kernels import reference, triton_tiles
+from fusedhead.kernels import reference, triton_sweep, triton_tiles
 from fusedhead.kernels import triton_windows as engine
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import STATS, Head, Needs, RowGrads, RowStats, Windows
@@ -127,6 +127,30 @@ def test_one_sweep_gives_statistics_and_gradients(transform, tokens):
     assert stats.sum is None or error(stats.sum, true.sum) < STEPS
     assert error(grads.h, d[0]) < STEPS
     assert error(grads.w, d[1]) < STEPS
+
+
+@pytest.mark.parametrize("transform", ["", "addcol:0 mulrow:1", EACH_STEP])
+@pytest.mark.parametrize("windows", [Windows(64, 70, F32), Windows(16, 32, F32), Windows(16, 70, F32)])
+def test_logits_that_lie_in_memory_are_read(monkeypatch, transform, windows):
+    for module in (engine, triton_sweep):
+        monkeypatch.setattr(module, "multiplied_by_cublas", lambda head: True)
+    x = head(n=37, v=70, k=2, transform=transform, weighted=True)
+    g = gradients(37, 2, sum=True, entropy=True)
+    stats = engine.head_stats(x, frozenset(STATS), windows)
+    true, d_true = truth(x, g)
+    for name in ("lse", "picked", "sum", "entropy", "max"):
+        assert error(getattr(stats, name), getattr(true, name)) < STEPS, name
+    assert torch.equal(stats.argmax, true.argmax)
+    got = engine.head_stats_backward(x, g, stats, ALL, windows)
+    for name, a, b in zip(Needs._fields, got, d_true):
+        assert error(a, b) < STEPS if b.any() else not a.any(), name
+    g = gradients(37, 2, square=True)
+    stats, grads = engine.head_loss(x, g, OPERANDS, windows)
+    true, d_true = truth(x, g)
+    assert error(stats.lse, true.lse) < STEPS
+    assert error(stats.picked, true.picked) < STEPS
+    assert error(grads.h, d_true[0]) < STEPS
+    assert error(grads.w, d_true[1]) < STEPS
 
 
 def test_a_sum_behind_a_squashing_step_takes_two_sweeps():
