@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fusedhead import linear_tail, returned
+from fusedhead import joined, linear_tail, returned
 from fusedhead.aliases import storage, written
 from fusedhead.interpret import Reading, Site, candidates, grad_modes, interpret
 from fusedhead.kernels.columns import parse
@@ -60,6 +60,8 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
     wrap: Wrap = unwrapped
     changed = False
     for module, owner in bodies(gm):
+        apart = joined.separate(module.graph) if owner == "" else None
+        wrap = apart or wrap
         alone = (
             returned.heads_without_loss(module.graph)
             if owner == "" and options.logits == "deferred"
@@ -70,7 +72,7 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
             continue
         records, wrapped = fuse_body(module.graph, reading, owner, options, alone)
         report.heads += records
-        wrap = wrapped or wrap
+        wrap = joined.nested(apart, wrapped) or wrap
         if any(record.fused for record in records):
             module.graph.lint()
             module.recompile()

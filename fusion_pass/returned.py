@@ -11,7 +11,7 @@ This file does not decide which outputs are replaced.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +49,18 @@ def program_of(site: Site, output: Node) -> tuple[list[Node], list[Node]]:
         node = stack.pop()
         if node in inside or node in sources:
             continue
-        cheap = name_of(node) in PURE_VIEWS if node.op.startswith("call_") else False
-        if node in followed or (cheap and rooted_in_inputs(node)):
+        if node in followed or is_cheap(node):
             inside.add(node)
             stack.extend(node.all_input_nodes)
         else:
             sources.append(node)
     order = {node: i for i, node in enumerate(output.graph.nodes)}
     return sorted(inside, key=order.__getitem__), sorted(sources, key=order.__getitem__)
+
+
+def is_cheap(node: Node) -> bool:
+    """Whether a node is a view of graph inputs, made again at no cost."""
+    return node.op.startswith("call_") and name_of(node) in PURE_VIEWS and rooted_in_inputs(node)
 
 
 def rooted_in_inputs(node: Node) -> bool:
@@ -86,26 +90,39 @@ INSIDE = frozenset({"self", "L", "G", "_modules", "_parameters", "_buffers", "_o
 
 
 def recipe(site: Site, slot: int, output: Node, class_dim: int) -> Recipe:
-    """The recipe of a followed node that the graph returns in ``slot``.
+    """The recipe of a followed node that the graph returns in ``slot``."""
+    nodes, sources = program_of(site, output)
+    return recipe_of(nodes, sources, {site.head.node: site.head.weight.val.shape}, slot, output, class_dim)
+
+
+def recipe_of(
+    nodes: Sequence[Node],
+    sources: Sequence[Node],
+    heads: Mapping[Node, Sequence[Any]],
+    slot: int,
+    output: Node,
+    class_dim: int,
+) -> Recipe:
+    """The recipe of ``output``, which ``nodes`` make of ``sources``; ``heads``: the projections and their [V, D].
 
     Autocast is off when it runs; where it acted in the graph, the recorded dtypes bring explicit casts.
     """
-    nodes, sources = program_of(site, output)
     graph = Graph()
     env: dict[Node, Node] = {source: graph.placeholder(source.name) for source in sources}
     for node in nodes:
-        if node is site.head.node:
-            dtype = site.head.dtype
+        given = dict(env)
+        if node in heads:
+            dtype = fake(node).dtype
             for source in node.all_input_nodes:
                 if fake(source).is_floating_point() and fake(source).dtype != dtype:
-                    env[source] = graph.call_method("to", (env[source], dtype))
-        args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+                    given[source] = graph.call_method("to", (env[source], dtype))
+        args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
         env[node] = graph.create_node(node.op, node.target, args, kwargs)
     result, wanted = env[output], fake(output).dtype
     graph.output(graph.call_method("to", (result, wanted)))
     program = GraphModule(torch.nn.Module(), graph)
     names = tuple(name_for_users(s) for s in sources if isinstance(fake(s), Tensor))
-    exact = frozenset(size for size in site.head.weight.val.shape if isinstance(size, int))
+    exact = frozenset(size for shape in heads.values() for size in shape if isinstance(size, int))
     return Recipe(slot, program, tuple(sources), fake(output).device.type, class_dim, exact, names)
 
 

@@ -1,0 +1,224 @@
+"""Logits of several heads, stacked and taken apart again: ``torch.stack([head(h) for head in heads], 1)[:, k]``.
+
+Models with codebooks (MusicGen) stack their heads' logits, return the stack, and compute a loss for each. A part that
+is read from the stack by its number is the head's own product, so it is read there; a stack that is only returned
+besides is computed outside the differentiated graph (`returned`). What is left are heads like any other. This file
+decides only whether the rewriting is exact; it knows no losses.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fusedhead import returned
+from fusedhead.aliases import storage, written
+from fusedhead.interpret import candidates, grad_modes
+from fusedhead.read import fake, name_of
+from fusedhead.rules.projections import SPELLINGS
+from fusedhead.safety import Mutations
+
+Wrap = Callable[[Callable[..., Any], returned.Finish], Callable[..., Any]]
+
+# What may lie between a stack and the graph's output: the same numbers in another arrangement or dtype.
+ARRANGING = frozenset(
+    {"getitem", "view", "reshape", "contiguous", "transpose", "permute", "flatten", "unflatten", "float", "to", "clone"}
+)
+
+
+Index = tuple[Any, ...]  # an integer or a slice for every dimension
+
+
+@dataclass(eq=False)
+class Taken:
+    """What ``node`` reads from a stack: ``part``, indexed by one index after the other."""
+
+    node: Node
+    part: Node
+    indices: tuple[Index, ...]
+
+
+@dataclass(eq=False)
+class Stack:
+    """One stack of projections: what is taken from it by number, and what of it is only returned."""
+
+    node: Node
+    parts: tuple[Node, ...]
+    taken: list[Taken]
+    kept: list[Node]  # the stack, and what is made of it on the way to an output, in order
+    outputs: list[Node]
+
+
+def stacked(node: Node) -> tuple[tuple[Node, ...], int] | None:
+    """The projections that a node stacks, and the dimension they are numbered in."""
+    if node.op != "call_function" or name_of(node) != "stack" or not isinstance(fake(node), Tensor):
+        return None
+    parts = node.args[0] if node.args else node.kwargs.get("tensors")
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if not isinstance(parts, (list, tuple)) or len(parts) < 2 or not isinstance(dim, int):
+        return None
+    if not all(isinstance(part, Node) and name_of(part) in SPELLINGS for part in parts):
+        return None
+    return tuple(parts), dim % fake(node).ndim  # type: ignore[return-value]
+
+
+def spelled_out(index: Any, ndim: int) -> tuple[Any, ...] | None:
+    """An index of integers and slices with an entry for every dimension, or None if it holds anything else."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in entries:
+        at = entries.index(Ellipsis)
+        entries[at : at + 1] = [slice(None)] * (ndim - len(entries) + 1)
+    entries += [slice(None)] * (ndim - len(entries))
+    known = all(type(e) is int or isinstance(e, slice) for e in entries)
+    return tuple(entries) if known and len(entries) == ndim else None
+
+
+def read(node: Node) -> Stack | None:
+    """What the graph does with a stack of projections, or None if that is more than taking apart and returning."""
+    known = stacked(node)
+    if known is None:
+        return None
+    parts, dim = known
+    found = Stack(node, parts, [], [node], [])
+    # the stack and what is still numbered like it: in which dimension, and how the parts were indexed until then
+    numbered: dict[Node, tuple[int, tuple[Index, ...]]] = {node: (dim, ())}
+    for user in following(node):
+        made_of = [source for source in user.all_input_nodes if source in found.kept]
+        if not made_of:
+            continue
+        if user.op == "output":
+            found.outputs = made_of
+            continue
+        if len(user.all_input_nodes) != 1 or name_of(user) not in ARRANGING:
+            return None
+        index = index_of(user) if made_of[0] in numbered else None
+        if index is None:
+            found.kept.append(user)
+            continue
+        at, done = numbered[made_of[0]]
+        number, rest = index[at], (*done, (*index[:at], *index[at + 1 :]))
+        if isinstance(number, int):
+            found.taken.append(Taken(user, parts[number], rest))
+            continue
+        found.kept.append(user)
+        if number == slice(None):
+            numbered[user] = at - sum(isinstance(entry, int) for entry in index[:at]), rest
+    return found
+
+
+def index_of(node: Node) -> Index | None:
+    """The index of a ``getitem``, or None if it is none or holds anything but integers and slices of numbers."""
+    if name_of(node) != "getitem" or len(node.all_input_nodes) != 1:
+        return None
+    ndim = fake(node.all_input_nodes[0]).ndim
+    entries = list(node.args[1]) if isinstance(node.args[1], tuple) else [node.args[1]]
+    if not all(entry is Ellipsis or type(entry) is int or isinstance(entry, slice) for entry in entries):
+        return None
+    if Ellipsis in entries:
+        at = entries.index(Ellipsis)
+        entries[at : at + 1] = [slice(None)] * (ndim - len(entries) + 1)
+    return tuple(entries + [slice(None)] * (ndim - len(entries)))
+
+
+def following(node: Node) -> list[Node]:
+    nodes = list(node.graph.nodes)
+    return nodes[nodes.index(node) + 1 :]
+
+
+def exact(found: Stack, mutations: Mutations, recorded: dict[Node, bool]) -> bool:
+    """Whether every part may be read from its own head, and the rest be computed when the graph has run."""
+    nodes = [*found.parts, *found.kept, *(taken.node for taken in found.taken)]
+    memory = {storage(fake(node)) for node in nodes}
+    if any(storage(fake(target)) in memory for node in found.node.graph.nodes for target in written(node)):
+        return False
+    if not found.outputs:
+        return True
+    values = [fake(output) for output in found.outputs]
+    vocab = fake(found.node).shape[-1]
+    making, sources = program_of(found)
+    return (
+        all(recorded[node] for node in making)
+        and fake(found.node).requires_grad
+        and all(value.shape[-1:] == (vocab,) for value in values)
+        and mutations.anywhere_after(making[0], sources) is None
+    )
+
+
+def program_of(found: Stack) -> tuple[list[Node], list[Node]]:
+    """The nodes that make what is returned, in order, and the inputs they need."""
+    inside: set[Node] = set()
+    sources: list[Node] = []
+    stack = list(found.outputs)
+    while stack:
+        node = stack.pop()
+        if node in inside or node in sources:
+            continue
+        if node in found.kept or node in found.parts or returned.is_cheap(node):
+            inside.add(node)
+            stack.extend(node.all_input_nodes)
+        else:
+            sources.append(node)
+    order = {node: i for i, node in enumerate(found.node.graph.nodes)}
+    return sorted(inside, key=order.__getitem__), sorted(sources, key=order.__getitem__)
+
+
+def separate(graph: Graph) -> Wrap | None:
+    """Take the graph's stacks of heads apart, in place. Returns what must be put around the compiled graph, if any."""
+    heads = candidates(graph)
+    if not any(stacked(node) for node in graph.nodes):
+        return None
+    recorded, mutations = grad_modes(graph), Mutations(graph)
+    found = [read(node) for node in graph.nodes]
+    useful = [s for s in found if s and s.taken and heads.issuperset(s.parts) and exact(s, mutations, recorded)]
+    recipes = []
+    output = next(node for node in graph.nodes if node.op == "output")
+    for stack in useful:
+        take_apart(stack, recorded)
+        making, sources = program_of(stack) if stack.outputs else ([], [])
+        recipes += [
+            returned.recipe_of(making, sources, sizes(stack), slot, node, fake(node).ndim - 1)
+            for slot, node in enumerate(output.args[0])  # type: ignore[arg-type]
+            if node in stack.outputs
+        ]
+    wrap = returned.redirect(graph, recipes) if recipes else None
+    for stack in useful:
+        for node in reversed(stack.kept):
+            graph.erase_node(node)
+    if useful:
+        graph.lint()
+        graph.owning_module.recompile()
+    return wrap
+
+
+def nested(outer: Wrap | None, inner: Wrap | None) -> Wrap | None:
+    """Both wraps around a compiled graph, ``inner`` closer to it."""
+    if outer is None or inner is None:
+        return outer or inner
+    return lambda compiled, finish: outer(inner(compiled, finish), finish)
+
+
+def sizes(stack: Stack) -> dict[Node, tuple[Any, ...]]:
+    """The sizes [V, D] that belong to each head."""
+    return {part: tuple(fake(n).shape[-1] for n in (part, *part.all_input_nodes)) for part in stack.parts}
+
+
+def take_apart(stack: Stack, recorded: dict[Node, bool]) -> None:
+    """Let what is taken from the stack be read from the parts."""
+    graph = stack.node.graph
+    for taken in stack.taken:
+        source = taken.part
+        with graph.inserting_before(taken.node), torch.set_grad_enabled(recorded[taken.node]):
+            for index in taken.indices:
+                if all(entry == slice(None) for entry in index):
+                    continue
+                value = fake(source)[index]
+                source = graph.call_function(operator.getitem, (source, index))
+                source.meta = {**taken.node.meta, "example_value": value}
+        taken.node.replace_all_uses_with(source)
+        graph.erase_node(taken.node)
