@@ -22,6 +22,7 @@ from torch import Tensor
 from fusedhead.kernels.contract import Head, RowGrads, RowStats
 from fusedhead.kernels.triton_labels import map_labels
 from fusedhead.kernels.triton_launch import Launch
+from fusedhead.kernels.triton_prefetch import prefetch_columns
 from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import label_position
 from fusedhead.kernels.triton_schedule import locate, step_counts
@@ -193,6 +194,7 @@ def dlogits_kernel(
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
     READY: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -208,6 +210,7 @@ def dlogits_kernel(
         here = 0
         if LABELS > 0:
             here = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
+        prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
         acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY)
         for j in tl.static_range(PARTS):
             x = column_part(acc, j, PARTS, BM, BN)

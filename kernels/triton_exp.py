@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_launch import Launch
+from fusedhead.kernels.triton_prefetch import prefetch_columns
 from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import store_labelled
 from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
@@ -130,6 +131,7 @@ def exp_kernel(
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
     READY: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -156,6 +158,7 @@ def exp_kernel(
             if LABELS > 0:
                 here = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
             r = tl.load(ref2 + row, mask=row < N, other=0.0)
+            prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
             acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY)
             for j in tl.static_range(PARTS):
                 x = column_part(acc, j, PARTS, BM, BN)

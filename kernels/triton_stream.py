@@ -26,6 +26,7 @@ from torch import Tensor
 from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_labels import map_labels
 from fusedhead.kernels.triton_launch import Launch
+from fusedhead.kernels.triton_prefetch import prefetch_columns
 from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import finite_or_zero, order_key, store_labelled
 from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
@@ -75,6 +76,7 @@ def stream_kernel(
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
     READY: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -104,6 +106,7 @@ def stream_kernel(
         if LABELS > 0:
             here = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
         if live != 0:
+            prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
             acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY)
             for j in tl.static_range(PARTS):
                 raw = column_part(acc, j, PARTS, BM, BN)

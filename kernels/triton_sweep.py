@@ -23,7 +23,7 @@ from fusedhead.kernels.triton_launch import Launch
 from fusedhead.kernels.triton_product import readable_by_tma, reads_rows
 from fusedhead.kernels.triton_schedule import Schedule, schedule
 from fusedhead.kernels.triton_tiles import Tile, device_of, tile_for
-from fusedhead.kernels.triton_transform import steps_of
+from fusedhead.kernels.triton_transform import steps_of, varies_along_row
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 SLOTS = 16  # partial rows that a kernel reads at once
@@ -58,6 +58,13 @@ class Layout(NamedTuple):
     logits_strides: tuple[int, ...]  # of logits that are read, () where they are computed
 
 
+def _long_epilogue(kernel: str, transform: Transform, want: frozenset[str]) -> bool:
+    """Whether an epilogue holds more values at once than 2 column parts of a tile of 256 leave registers for."""
+    if kernel == "dlogits":
+        return bool(transform.steps)
+    return varies_along_row(transform) or bool(want & {"sum", "entropy", "max", "argmax"})
+
+
 class Sweep:
     """One window as one persistent kernel sees it. Compared by identity: equal layouts give the same object."""
 
@@ -65,11 +72,11 @@ class Sweep:
         (n, hidden), (vocab, _) = layout.h, layout.w
         smooth, self.ready = layout.transform.smooth, bool(layout.logits_strides)
         major, multiprocessors = device_of(layout.device)
+        self.compiled = major > 0  # not by the interpreter
         if tile is None:
             tile = tile_for(kernel, n, hidden, layout.dtype.itemsize, major, layout.tma, self.ready)
-            longer = smooth.steps or want & {"sum", "entropy", "max", "argmax"}
-            if tile.BN >= 256 and longer and not self.ready:
-                tile = tile._replace(parts=4)  # a longer epilogue would not fit the registers in wider parts
+            if tile.BN >= 256 and not self.ready and _long_epilogue(kernel, smooth, want):
+                tile = tile._replace(parts=4)  # would not fit the registers in wider parts
         self.n, self.vocab, self.hidden, self.k = n, vocab, hidden, layout.y[1]
         self.labels = min(self.k, 2)
         self.layout, self.transform, self.steps = layout, smooth, steps_of(smooth)
@@ -111,6 +118,7 @@ class Sweep:
             "TMA": layout.tma,
             "W_BY_ROWS": self.by_rows,
             "READY": self.ready,
+            "PREFETCH": self.compiled,
             "BM": tile.BM,
             "BN": tile.BN,
             "BK": tile.BK,
