@@ -96,6 +96,26 @@ def accelerate_accepts_the_name(module: ModuleType) -> Undo:
     return undo
 
 
+class Method(str):
+    """A logger's method among those that Dynamo skips. Torch 2.11 sorts them and writes them as JSON, so it is text."""
+
+    method: Callable[..., Any]
+
+    def __new__(cls, method: Callable[..., Any]) -> Method:
+        self = super().__new__(cls, method.__name__)
+        self.method = method
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return (other.method if isinstance(other, Method) else other) == self.method
+
+    def __hash__(self) -> int:
+        return hash(self.method)
+
+    def __reduce__(self) -> Any:
+        return Method, (self.method,)
+
+
 def transformers_warns_without_a_break(module: ModuleType) -> Undo:
     """Trace past ``logger.warning_once``, which otherwise ends the graph between the head and the loss.
 
@@ -103,8 +123,8 @@ def transformers_warns_without_a_break(module: ModuleType) -> Undo:
     """
     ignored = torch._dynamo.config.ignore_logger_methods
     methods = [getattr(logging.Logger, name, None) for name in ("warning_once", "info_once")]
-    added = [method for method in methods if method is not None and method not in ignored]
-    ignored.update(added)
+    added = [Method(method) for method in methods if method is not None and method not in ignored]
+    ignored.update(added)  # type: ignore[arg-type]
     return lambda: ignored.difference_update(added)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import importlib
+import json
 import logging
 import pickle
 import sys
@@ -17,6 +19,7 @@ from torch import Tensor
 
 import fusedhead
 from fusedhead import observe
+from fusedhead.enable import Method
 from fusedhead.imports import after_import
 from fusedhead.report import Report
 
@@ -96,6 +99,7 @@ def test_a_module_that_fails_to_import_fails_as_it_would(package: Path) -> None:
 
 
 ACCELERATE = """
+import copy
 import enum
 
 class Contains(enum.EnumMeta):
@@ -163,3 +167,14 @@ def test_a_warning_between_head_and_loss_does_not_split_the_graph(
     torch.compile(forward)(torch.randn(8, 16), w, torch.randint(0, 64, (8,))).backward()
     remove()
     assert [head.fused for report in heard for head in report.heads] == [True]
+
+
+def test_skipped_logging_does_not_disturb_the_records_of_a_compilation() -> None:
+    """Torch 2.11 sorts its settings and writes them as JSON."""
+    methods = [Method(getattr(logging.Logger, name)) for name in ("warning", "info")]
+    skipped = set(methods)
+    assert logging.Logger.info in skipped
+    assert logging.Logger.debug not in skipped
+    assert json.dumps(sorted(copy.deepcopy(skipped))) == '["info", "warning"]'
+    skipped.difference_update(methods)
+    assert not skipped

@@ -58,9 +58,6 @@ MAMBA = {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba
 # Fields by model type, configuration class or model class, for what the names do not tell.
 SPECIAL: dict[str, dict[str, Any]] = {
     "step3p5": {"sliding_window": 16},
-    "Qwen3OmniMoeTalkerConfig": {
-        "code_predictor_config": {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128},
-    },
     "qwen2_5_omni_text": {"rope_parameters": rope(2, 3, 3)},
     "kosmos-2": {"latent_query_num": 4},
     "blip-2": {"image_token_id": VOCAB - 1, "num_query_tokens": 4},
@@ -80,6 +77,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 4},
     "florence_vision": {"embed_dim": [16] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4, "depths": [1] * 4},
     "fun_asr_nano": {"adaptor_config": None},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+        "intermediate_size": 128, "activation_sparsity_pattern": [0.0] * 4, "vocab_size_per_layer_input": VOCAB,
+        "hidden_size_per_layer_input": 16, "laurel_rank": 16,
+    },
     "gemma4_assistant": {"text_config": Tiny("gemma4_text")},
     "gemma4_unified_assistant": {"text_config": Tiny("gemma4_unified_text")},
     "gemma4_text": {"vocab_size_per_layer_input": VOCAB},
