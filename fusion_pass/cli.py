@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--logits", metavar="deferred|eager", help="what becomes of logits that are returned"
     )
+    command.add_argument("--min-logits", metavar="auto|N", help="heads with fewer logits are left to Inductor")
     command.add_argument("--quiet", action="store_true", help="print nothing at the end")
     return command
 
@@ -65,7 +66,8 @@ def split(command: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[l
 def options_of(given: argparse.Namespace) -> dict[str, object]:
     """The backend's options that were given; the others keep their defaults."""
     flags = {name: True for name in ("strict", "debug") if getattr(given, name)}
-    values = {name: getattr(given, name) for name in ("memory", "logits") if getattr(given, name) is not None}
+    named = {name: getattr(given, name) for name in ("memory", "logits", "min_logits")}
+    values = {name: value for name, value in named.items() if value is not None}
     return {**flags, **values}
 
 

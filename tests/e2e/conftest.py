@@ -14,6 +14,7 @@ os.environ.update(
     WANDB_DISABLED="true",
     ACCELERATE_USE_CPU="true",
     TRL_EXPERIMENTAL_SILENCE="1",
+    FUSEDHEAD_MIN_LOGITS="0",
 )
 
 
