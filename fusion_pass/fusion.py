@@ -25,6 +25,7 @@ from fusedhead.read import fake, name_of, where
 from fusedhead.report import HeadRecord, Report
 from fusedhead.rewrite import fuse
 from fusedhead.safety import Mutations, functorch, leaves, subclass
+from fusedhead.size_gate import gate
 from fusedhead.values import logits_of
 
 Wrap = Callable[[Callable[..., Any], returned.Finish], Callable[..., Any]]
@@ -92,12 +93,13 @@ def fuse_body(
     decided = []
     deferred = options.logits == "deferred"
     with_loss = candidates(graph)
+    too_small = gate(reading.sites, options.min_logits)
     for site in reading.sites:
         if not site.terminals and (not site.escapes or site.head.node not in with_loss):
             if site.head.node in alone and not unsafe and returned_alone(site, mutations, modes):
-                decided.append((site, ""))
+                decided.append((site, too_small(site)))
             continue
-        reason = unsafe or refusal(site, mutations, modes, owner, deferred)
+        reason = unsafe or refusal(site, mutations, modes, owner, deferred) or too_small(site)
         decided.append((site, reason))
     recipes = []
     slots: list[Any] = list(linear_tail.output_of(graph).args[0]) if owner == "" else []  # type: ignore[arg-type]

@@ -24,12 +24,14 @@ class Options:
     strict: an unfused head, or any error inside the pass, raises.
     memory: workspace of a head: "auto", "min", or a number of MiB.
     logits: what the caller gets where logits leave the graph: "deferred" or "eager".
+    min_logits: a head of fewer logits, tokens times vocabulary, is left to Inductor: "auto" or a number.
     """
 
     debug: bool = False
     strict: bool = False
     memory: str | int = "auto"
     logits: str = "deferred"
+    min_logits: str | int = "auto"
 
     @property
     def budget(self) -> int:
@@ -64,6 +66,14 @@ def memory(value: Any) -> str | int:
     raise ValueError('expected "auto", "min" or a positive number of MiB')
 
 
+def min_logits(value: Any) -> str | int:
+    if value == "auto":
+        return "auto"
+    if not isinstance(value, bool) and str(value).isdigit():
+        return int(value)
+    raise ValueError('expected "auto" or a number of logits, 0 for every head')
+
+
 def one_of(*allowed: str) -> Callable[[Any], str]:
     def check(value: Any) -> str:
         if value in allowed:
@@ -78,6 +88,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "strict": boolean,
     "memory": memory,
     "logits": one_of("deferred", "eager"),
+    "min_logits": min_logits,
 }
 assert set(READERS) == {field.name for field in fields(Options)}
 

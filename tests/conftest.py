@@ -22,6 +22,8 @@ import torch
 # Read when triton is imported, so set before: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Tests are about small heads, which would be left to Inductor.
+os.environ.setdefault("FUSEDHEAD_MIN_LOGITS", "0")
 
 
 def pytest_configure(config: pytest.Config) -> None:

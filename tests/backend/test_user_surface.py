@@ -68,10 +68,10 @@ def test_a_bad_memory_says_what_is_expected(bad: object) -> None:
 
 
 def test_every_option_has_an_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"debug": "1", "strict": "true", "memory": "min", "logits": "eager"}.items():
+    for name, value in {"debug": "1", "strict": "true", "memory": "min", "logits": "eager", "min_logits": "5"}.items():
         monkeypatch.setenv(f"FUSEDHEAD_{name.upper()}", value)
     options, rest = split({"max_autotune": False, "fusedhead.memory": 7})
-    assert options == Options(debug=True, strict=True, memory=7, logits="eager")
+    assert options == Options(debug=True, strict=True, memory=7, logits="eager", min_logits=5)
     assert rest == {"max_autotune": False}
 
 

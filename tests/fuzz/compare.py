@@ -118,7 +118,7 @@ def same(name: str, got: Any, eager: Any, true: Any, case: Case) -> str:
 
 def compiled_by(stack: str, case: Case, report: Report) -> Callable[..., Any]:
     """The program compiled: "eager" runs the rewritten graph as it is, "aot" and "inductor" hand it on."""
-    options: dict[str, Any] = {"fusedhead.logits": case.logits}
+    options: dict[str, Any] = {"fusedhead.logits": case.logits, "fusedhead.min_logits": 0}
     if stack in ("eager", "aot"):
         compiler = as_it_is if stack == "eager" else lookup_backend("aot_eager")
         own = backend(report.extend, compiler, **options)

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 N, D, V = 252, 128, 5003
+OCTAVE = [round(128 * 2 ** (k / 24)) for k in range(24)]  # token counts
 Program = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -35,7 +36,7 @@ def capped(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
 
 def weighted_log_probs(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     log_probs = (h @ w.T).float().log_softmax(-1).gather(-1, y.clamp(min=0)[:, None]).squeeze(-1)
-    return (log_probs * torch.linspace(-1, 1, N, device=h.device, dtype=log_probs.dtype)).pow(2).sum()
+    return (log_probs * torch.linspace(-1, 1, len(h), device=h.device, dtype=log_probs.dtype)).pow(2).sum()
 
 
 def with_z_loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
@@ -46,12 +47,12 @@ def with_z_loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
 PROGRAMS = [mean_loss, with_bias_and_smoothing, capped, weighted_log_probs, with_z_loss]
 
 
-def operands(dtype: torch.dtype, offset: float = 0.0, spread: float = 1.0) -> tuple[Tensor, ...]:
-    generator = torch.Generator("cuda").manual_seed(0)
-    h = torch.randn(N, D, generator=generator, device="cuda")
+def operands(dtype: torch.dtype, offset: float = 0.0, spread: float = 1.0, tokens: int = N) -> tuple[Tensor, ...]:
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    h = torch.randn(tokens, D, generator=generator, device="cuda")
     w = torch.randn(V, D, generator=generator, device="cuda") * spread / D**0.5
     b = torch.randn(V, generator=generator, device="cuda") + offset
-    y = torch.randint(0, V, (N,), generator=generator, device="cuda")
+    y = torch.randint(0, V, (tokens,), generator=generator, device="cuda")
     y[::17] = -1
     return (*(x.to(dtype).requires_grad_() for x in (h, w, b)), y)
 
@@ -79,15 +80,24 @@ def in_float64(program: Program) -> Program:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
 def test_the_error_is_at_most_that_of_eager_code_in_the_same_dtype(program: Program, dtype: torch.dtype) -> None:
-    given = operands(dtype)
-    truth = results(in_float64(program), given, torch.float64)
-    eager = results(program, given)
-    fused = results(torch.compile(program, backend="fusedhead", options={"fusedhead.strict": True}), given)
-    for name, t, e, f in zip(("loss", "dh", "dw", "db"), truth, eager, fused):
-        assert f.dtype == e.dtype
-        allowed = (e.double() - t).norm() + 2e-6 * t.norm()
-        error = (f.double() - t).norm()
-        assert error <= allowed, f"{name}: {error / t.norm():.3e} of {allowed / t.norm():.3e}"
+    """Root mean square over an octave of token counts.
+
+    Most of the gradient of an untrained head is its labels' rows, -h / N. Eager code rounds 1 / N, one number, ours h,
+    many: on average over N the same, but for one N eager's error is anything from 0.6 to 1.4 times its average.
+    """
+    options = {"fusedhead.strict": True, "fusedhead.min_logits": 0}
+    compiled = torch.compile(program, backend="fusedhead", options=options, dynamic=True)
+    squares: dict[str, list[Tensor]] = {}
+    for tokens in OCTAVE:
+        given = operands(dtype, tokens=tokens)
+        truth = results(in_float64(program), given, torch.float64)
+        for name, t, e, f in zip(("loss", "dh", "dw", "db"), truth, results(program, given), results(compiled, given)):
+            assert f.dtype == e.dtype
+            both = torch.stack([(x.double() - t).norm() / t.norm() for x in (f, e)]) ** 2
+            squares.setdefault(name, []).append(both)
+    for name, each in squares.items():
+        ours, eager = torch.stack(each).mean(0).sqrt().tolist()
+        assert ours <= eager + 2e-6, f"{name}: {ours:.3e} of {eager:.3e}"
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)

@@ -139,7 +139,7 @@ def compiled(model: nn.Module, stack: str, report: Report, counted: list[int], s
 
     ``counted`` and ``seen`` get the number of nodes of every graph, and whether it makes logits.
     """
-    options = {"fusedhead.logits": "deferred"}
+    options: dict[str, Any] = {"fusedhead.logits": "deferred", "fusedhead.min_logits": 0}
     if stack == "inductor":
 
         def compile_one(gm: Any, example_inputs: Any) -> Any:

@@ -1,0 +1,67 @@
+"""Heads too small to be worth fusing: they stay as they are, and the report says so.
+
+Fused, a small head costs time: its windows are launched, or walked, one by one, where Inductor has a kernel. What it
+saves, memory for [N, V], is then small as well. Where that turns:
+
+| device | step time of a float32 head, fused over Inductor's, by logits                                       | from |
+|--------|-----------------------------------------------------------------------------------------------------|------|
+| CPU    | 2^11: 5.1, 2^13: 3.2-3.7, 2^15: 1.5-2.8, 2^17: 1.3-2.4, 2^19: 1.0-1.9, 2^20: 1.1-1.3, 2^22: 0.8-1.0 | 2^20 |
+| CUDA   | below 2^22 the logits and their gradient, 16 MiB, lie in the second-level cache: no traffic to save  | 2^22 |
+
+(one thread, D from 64 to 768, V from 128 to 50257, forward and backward.) This file knows sizes and nothing of rules.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fusedhead.interpret import Site
+from fusedhead.read import fake
+from fusedhead.safety import leaves
+
+LEAST = {"cuda": 1 << 22}  # logits, by device
+LEAST_ELSEWHERE = 1 << 20
+
+
+def gate(sites: Iterable[Site], min_logits: str | int) -> Callable[[Site], str]:
+    """A function that says why a site is too small, or "".
+
+    Heads of one graph that share a weight count together: a loop over pieces of the tokens is one head. Sizes that are
+    symbols count with this compilation's values, without a guard; sizes that only the data decide are never too small.
+    """
+    count: Counter[tuple[Node, ...]] = Counter()
+    unknown = set()
+    for site in sites:
+        logits = known(fake(site.head.node).numel())
+        count[weight(site)] += logits or 0
+        if logits is None:
+            unknown.add(weight(site))
+
+    def too_small(site: Site) -> str:
+        least = LEAST.get(fake(site.head.node).device.type, LEAST_ELSEWHERE)
+        least = least if isinstance(min_logits, str) else min_logits
+        logits = count[weight(site)]
+        if logits >= least or weight(site) in unknown:
+            return ""
+        return (
+            f"its {logits:,} logits are too few for fusing to pay (fewer than fusedhead.min_logits, {least:,}; "
+            "with 0 it would be fused)"
+        )
+
+    return too_small
+
+
+def weight(site: Site) -> tuple[Node, ...]:
+    return tuple(leaves([site.head.weight]))
+
+
+def known(size: Any) -> int | None:
+    """The number of this compilation, for a size that may be symbolic."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else None
+    return int(size)
