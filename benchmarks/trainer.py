@@ -45,6 +45,12 @@ def line(contender: str, numbers: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def summary(log: list[str]) -> list[str]:
+    """What ``fusedhead run`` printed at the end."""
+    first = next((i for i, text in enumerate(log) if text.startswith("fusedhead:")), len(log))
+    return log[first:]
+
+
 def table(lines: list[tuple[str, ...]]) -> str:
     rows = [HEADINGS, ("---",) * len(HEADINGS), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -74,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
         late = {"note": "not run: no time left"}
         command, limit = [*CONTENDERS[contender], *sizes], min(given.limit, left)
         numbers = run(command, limit, keep_log=contender == "fusedhead") if left > 30 else late
+        if "step_ms" in numbers and "log" in numbers:
+            numbers["fused"] = summary(numbers.pop("log"))
         rows.append({"contender": contender, **numbers})
         lines.append(line(contender, numbers))
         (given.out / "trainer.json").write_text(json.dumps({"run": origin, "rows": rows}, indent=1) + "\n")
