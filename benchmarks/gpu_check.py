@@ -40,12 +40,13 @@ class Case(NamedTuple):
     weighted: bool = False
     grads: str = "loss"  # "loss" (one sweep), "stats" (any upstream), "smooth" (one sweep with the sum)
     tokens: int = 0  # rows of a window, 0 for all
+    kept: int = 0  # columns whose exponentials are kept, 0 for all
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         extra = " w.T" if self.transposed else ""
         size = f"{self.n}x{self.d}x{self.v} {name}{extra}"
-        return f"{size} K={self.k} {self.grads} m={self.tokens} '{self.transform}'"
+        return f"{size} K={self.k} {self.grads} m={self.tokens} v={self.kept} '{self.transform}'"
 
 
 SOFTCAP = "mul:0.03333333333333333 tanh mul:30.0"
@@ -53,6 +54,11 @@ CASES = (
     *(Case(252, 768, 50257, t, grads=g) for t in (BF16, F16, F32) for g in ("loss", "stats")),
     *(Case(1024, 1024, 32000, t, tokens=384, grads=g) for t in (BF16, F16) for g in ("loss", "smooth")),
     Case(2048, 2048, 128256, BF16, tokens=1024),
+    Case(1000, 512, 20000, BF16, tokens=384, kept=6016),
+    Case(1000, 512, 20000, BF16, SOFTCAP, tokens=512, kept=2048),
+    Case(512, 768, 30001, BF16, "addcol:0", kept=16000),
+    Case(512, 768, 30001, BF16, "addcol:0"),
+    Case(512, 768, 30001, F32, "addcol:0 mul:0.5", grads="stats", tokens=200),
     Case(1, 512, 32000, BF16),
     Case(7, 123, 507, BF16),
     Case(7, 123, 507, F32, grads="stats"),
@@ -141,7 +147,7 @@ def ratios(c: Case, device: str) -> dict[str, float]:
     """Our error over eager's, for every result of this case."""
     head = make_head(c, device)
     g = make_grads(c, head)
-    windows = Windows(c.tokens or c.n, c.v, F32)
+    windows = Windows(c.tokens or c.n, c.kept or c.v, F32)
     if c.grads == "stats":
         windows = Windows(c.tokens or c.n, 8192, F32)
         stats = engine.head_stats(head, frozenset(STATS), windows)
@@ -237,7 +243,9 @@ def runs(c: Case, device: str) -> tuple[Callable[[], list[Tensor]], Head]:
         stats, grads = engine.head_loss(head, g, OPERANDS, w)
         again = engine.head_stats(head, frozenset(STATS), w)
         back = engine.head_stats_backward(head, g, again, OPERANDS, Windows(c.n, 8192, F32))
-        return [stats.lse, stats.picked, grads.h, grads.w, again.entropy, again.argmax, back.h, back.w]
+        part = engine.head_loss(head, g, OPERANDS, Windows(c.tokens or c.n, c.v // 3 // 64 * 64, BF16))[1]
+        results = [stats.lse, stats.picked, grads.h, grads.w, again.entropy, again.argmax, back.h, back.w]
+        return [*results, part.h, part.w]
 
     return step, head
 

@@ -71,6 +71,7 @@ def finalize_kernel(
     c_lse,  # [N] float32 when HAS_LSE
     c_picked,  # [N, K] float32 when HAS_PICKED, contiguous
     c_square,  # [N] float32 when HAS_SQUARE
+    others,  # [N] float32 when OTHERS: base-2 lse of the columns that the window does not hold
     lse,  # [N] float32, out
     sum_out,  # [N] float32, out when SUM
     scale,  # [N] float32, out: s · (row part of dT/dz)
@@ -94,6 +95,7 @@ def finalize_kernel(
     HAS_LSE: tl.constexpr,
     HAS_PICKED: tl.constexpr,
     HAS_SQUARE: tl.constexpr,
+    OTHERS: tl.constexpr,
     SUM: tl.constexpr,
     NEED_W: tl.constexpr,
     GAIN: tl.constexpr,  # sh = GAIN s h, a power of two undone by the GEMM's alpha (float16 only)
@@ -121,6 +123,15 @@ def finalize_kernel(
         tl.store(sum_out + row, tl.sum(sums, 0))
     r = tl.load(ref2 + row)
     lse_row = log_sum(r, total)
+    beyond = 0.0
+    if OTHERS:
+        o = tl.load(others + row)
+        d = o - r
+        # 2^100 against at most 1e18: what the window holds is nothing then, and the lse is that of the others
+        far = d > 100.0
+        total += tl.where(d == d, tl.exp2(tl.where(far, 100.0, d)), d)
+        lse_row = tl.where(far, log_sum(o, 1.0), log_sum(r, total))
+        beyond = tl.where(far, d, 0.0)
     tl.store(lse + row, lse_row)
 
     a = 0.0
@@ -128,7 +139,8 @@ def finalize_kernel(
         a += tl.load(c_lse + row)
     if HAS_SQUARE:
         a += 2.0 * tl.load(c_square + row) * lse_row
-    s = a / total + 0.0 * total  # NaN where an infinite logit made the total infinite, as through a log_softmax
+    # NaN where an infinite logit made the total infinite, as through a log_softmax
+    s = a / total + 0.0 * total + 0.0 * beyond
     E_row = E + row.to(tl.int64) * ld
     if HAS_PICKED:
         most = 0.0
@@ -162,7 +174,7 @@ def finalize_kernel(
             stored = entry.to(DTYPE)
             if (label >= 0) & (label < V):
                 tl.store(E_row + label, stored)
-            if LABELS == 1:
+            if (LABELS == 1) & (label >= 0) & (label < V):
                 ratio = entry / stored.to(tl.float32)
                 s = tl.where((ratio > 0.9) & (ratio < 1.1), s * ratio, s)
     index = row + tl.zeros((1,), tl.int32)
@@ -214,13 +226,14 @@ def mark_unsafe(s: Sweep, part: Tensor) -> Tensor:
 
 @lru_cache(maxsize=KEPT)
 def _launch(s: Sweep, given: tuple[bool, ...], total: bool, need_w: bool, ld: int, gain: float) -> Launch:
-    has_lse, has_picked, has_square = given
+    has_lse, has_picked, has_square, others = given
     bound = s.arguments(
         ld=ld,
         VARYING=varies_along_row(s.transform),
         HAS_LSE=has_lse,
         HAS_PICKED=has_picked and s.labels > 0,
         HAS_SQUARE=has_square,
+        OTHERS=others,
         SUM=total,
         NEED_W=need_w,
         GAIN=gain,
@@ -245,11 +258,15 @@ def finalize(
     total: Tensor | None,
     sh: Tensor | None,
     gain: float,
+    others: Tensor | None = None,
 ) -> Tensor:
-    """Row results and the target entries; returns scale [N] float32 with dz = scale ⊙ window."""
+    """Row results and the target entries; returns scale [N] float32 with dz = scale ⊙ window.
+
+    ``others`` [N] float32: the base-2 lse of columns that are not in the window.
+    """
     c_lse, c_picked, _, _, c_square = coefficients
     scale = torch.empty_like(lse)
-    given = (c_lse is not None, c_picked is not None, c_square is not None)
+    given = (c_lse is not None, c_picked is not None, c_square is not None, others is not None)
     launch = _launch(s, given, total is not None, sh is not None, window.stride(0), gain)
     launch(
         part,
@@ -263,6 +280,7 @@ def finalize(
         lse if c_lse is None else c_lse,
         lse if c_picked is None else c_picked,
         lse if c_square is None else c_square,
+        lse if others is None else others,
         lse,
         lse if total is None else total,
         scale,

@@ -43,6 +43,7 @@ def merge_kernel(
     size,
     SHIFT: tl.constexpr,
     REF: tl.constexpr,
+    FINITE: tl.constexpr,
     ONLY: tl.constexpr,
     SUM: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -95,7 +96,9 @@ def merge_kernel(
                 where = tl.where(best >= top, tied, where)
                 top = tl.maximum(best, top)
         if REF:
-            reference = finite_or_zero(ref2 + tl.log2(total) + SHIFT)  # a row of no finite lse shows it in its total
+            reference = ref2 + tl.log2(total) + SHIFT
+            if FINITE:  # a row of no finite lse shows it in the total of its exponentials
+                reference = finite_or_zero(reference)
             tl.store(ref2_out + row, reference, mask=row < N)
         else:
             base = finite_or_zero(ref2)
@@ -113,7 +116,7 @@ def merge_kernel(
 
 
 MERGE_ROWS = 16
-DEFAULTS: dict[str, Any] = dict.fromkeys(("REF", "ONLY", "SUM", "ENTROPY", "TOP"), False) | {"SHIFT": 0.0}
+DEFAULTS: dict[str, Any] = dict.fromkeys(("REF", "FINITE", "ONLY", "SUM", "ENTROPY", "TOP"), False) | {"SHIFT": 0.0}
 
 
 @lru_cache(maxsize=KEPT)
@@ -135,7 +138,9 @@ def merge_statistics(s: Sweep, part: Tensor, part_top: Tensor, want: frozenset[s
     return {name: out for name, out in got.items() if name not in ("max", "argmax") or name in want}
 
 
-def merge_reference(s: Sweep, part: Tensor, ref2: Tensor, shift: float, flags: Tensor | None = None) -> None:
-    """ref2 [N] <- base-2 lse + shift, for the token blocks that ``flags`` marks (None: all)."""
-    chosen = frozenset({("REF", True), ("SHIFT", shift), ("ONLY", flags is not None)})
+def merge_reference(
+    s: Sweep, part: Tensor, ref2: Tensor, shift: float = 0.0, flags: Tensor | None = None, finite: bool = True
+) -> None:
+    """ref2 [N] <- base-2 lse + shift, for the token blocks that ``flags`` marks (None: all); 0 where not finite."""
+    chosen = frozenset({("REF", True), ("FINITE", finite), ("SHIFT", shift), ("ONLY", flags is not None)})
     _launch(s, chosen)(part, part, part if flags is None else flags, ref2, *(part,) * 6)

@@ -2,6 +2,7 @@
 
     head_stats            stream, merge                                                  1 GEMM
     head_loss             per window of tokens: exponentials, then dw += Eᵀ sh, dh = E w   3 GEMMs
+                          (4 for the columns whose exponentials there is no room for)
     head_stats_backward   per window: dlogits, then dw, dh                           4 GEMMs with the forward
 
 float32, float16 and bfloat16. Nothing of size [N, V] exists beyond one window; the only other buffers above a
@@ -42,6 +43,7 @@ from fusedhead.kernels.triton_transform import varies_along_row
 from fusedhead.kernels.triton_weight_gradient import WeightGradient
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PARTLY = (torch.bfloat16,)  # of which part of the exponentials may be kept: those that sweep once for all of them
 FEW = 16  # up to this many tokens, dz is rounded once (two sweeps): sums too short to average roundings out
 ALIGNED = 64  # windows start at, and rows of a window are padded to, a multiple of this many elements
 FLOAT16_SHIFT = 10  # float16 exponentials are scaled by 2^10: small ones keep digits, targets up to 2^4 fit
@@ -178,13 +180,17 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
 
 
 def _fits_one_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
-    """Whether gradients are a row scale away from exponentials, and the planner allows whole rows of them."""
+    """Whether gradients are a row scale away from exponentials, and the planner allows whole rows of them.
+
+    Of bfloat16 rows it may allow a part: the rest is swept for its lse, and rebuilt for the gradients.
+    """
+    part = head.h.dtype in PARTLY and c.sum is None
     return (
         (needs.h or needs.w)
         and not (needs.cols or needs.rows)
         and (c.lse is not None or c.square is not None)
         and (c.sum is None or not head.transform.bounded_slope)
-        and windows.vocab >= len(head.w)
+        and (part or windows.vocab >= len(head.w))
         and len(head.h) > FEW
     )
 
@@ -219,7 +225,9 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
         return _two_sweeps(head, coefficients, needs, windows)
     coefficients = _ready_rows(coefficients)
     n, (vocab, hidden), narrow = len(head.h), head.w.shape, head.h.dtype
-    new, whole = head.h.new_empty, slice(0, vocab)
+    new = head.h.new_empty
+    kept = slice(0, min(windows.vocab, vocab))
+    others = [slice(kept.stop + v.start, kept.stop + v.stop) for v in _cuts(vocab - kept.stop, windows.vocab)]
     lse, picked = new(n, dtype=torch.float32), new(head.y.shape, dtype=torch.float32)
     total = None if coefficients.sum is None else torch.empty_like(lse)
     cuts = list(_cuts(n, windows.tokens))
@@ -234,36 +242,79 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
             if dw is not None:
                 dw.start(f, weighted_rows(r, head.h))
             rank_one = (r, weighted_rows(f, head.w)) if dh is not None else None
-        buffer = _window(head, tokens, vocab)
+        buffer = _window(head, tokens, kept.stop)
         ref2 = new(tokens, dtype=torch.float32)
         slope = torch.empty_like(picked[:tokens] if varies_along_row(head.transform) else picked[:0])
         scaled = new((tokens, hidden)) if dw is not None and dh is None else None
         wide = new((tokens, hidden), dtype=torch.float32) if dh is not None and narrow != torch.float32 else None
         gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
         for i in cuts:
-            part = _slice(head, i, whole)
+            part, c = _slice(head, i, kept), _slice_rows(coefficients, i)
             m = len(part.h)
+            other_lse = _lse_of_others(head, i, kept.stop, picked[i]) if others else None
             logits = _multiplied(part, buffer[:m])
             s = sweep("exp", part, logits=logits)
             totals = new((1 if total is None else 2, s.schedule.size), dtype=torch.float32)
-            _exponentials(s, part, buffer[:m], ref2[:m], picked[i], slope, totals, logits)
+            whole = _slice(head, i, slice(0, vocab)) if others else part
+            _exponentials(s, part, whole, buffer[:m], ref2[:m], picked[i], slope, totals, logits)
             # dh's own rows hold s ⊙ h until dw has used it
             sh = None if dw is None else dh[i] if dh is not None else scaled[:m] if scaled is not None else None
-            row_total = None if total is None else total[i]
             rows = (ref2[:m], picked[i], slope, totals)
-            c = _slice_rows(coefficients, i)
-            scale = finalize(s, part, buffer[:m], *rows, c, lse[i], row_total, sh, gain)
-            window = buffer[:m, :vocab]
+            row_total = None if total is None else total[i]
+            scale = finalize(s, part, buffer[:m], *rows, c, lse[i], row_total, sh, gain, other_lse)
+            window = buffer[:m, : kept.stop]
             if dw is not None and sh is not None:
-                dw.add(window, whole, sh, first=i.start == 0, alpha=1 / gain)
-            if dh is not None:
-                product = dh[i] if wide is None else wide[:m]
-                gemm(window, head.w, product)
-                outer = None if rank_one is None else (rank_one[0][i], rank_one[1])
-                scale_rows(product, scale, dh[i], outer)
+                dw.add(window, kept, sh, first=i.start == 0, alpha=1 / gain)
+            product = None if dh is None else dh[i] if wide is None else wide[:m]
+            if product is not None:
+                gemm(window, part.w, product)
+            outer = None if rank_one is None else (rank_one[0][i], rank_one[1])
+            if product is not None and dh is not None:
+                scale_rows(product, scale, product if others else dh[i], outer)
+            if others:
+                _add_others(head, i, others, buffer[:m], c, lse[i], dw, product)
+                if product is not None and dh is not None:
+                    dh[i] = product
         del buffer, window
         grads = HeadGrads(dh, None if dw is None else dw.finish(), None, None)
     return RowStats(lse, picked, total), grads
+
+
+def _lse_of_others(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:
+    """Base-2 lse [m] of the columns from ``first`` on; their labels are picked."""
+    part = _slice(head, i, slice(first, len(head.w)))
+    part = part._replace(y=part.y - first)
+    s = sweep("stream", part)
+    rows, _ = stream(s, part, frozenset({"lse"}), picked if part.y.shape[1] else None)
+    out = rows.new_empty(len(part.h))
+    merge_reference(s, rows, out, finite=False)
+    return out
+
+
+def _add_others(
+    head: Head,
+    i: slice,
+    others: list[slice],
+    buffer: Tensor,
+    c: RowGrads,
+    lse: Tensor,
+    dw: WeightGradient | None,
+    dh: Tensor | None,
+) -> None:
+    """Rebuild dz of the columns whose exponentials were not kept, block by block, and add their gradients."""
+    grads = c
+    if c.square is not None:
+        slope = 2 * c.square * lse
+        grads = c._replace(lse=slope if c.lse is None else c.lse + slope, square=None)
+    for v in others:
+        part = _slice(head, i, v)
+        s = sweep("dlogits", part)
+        dlogits(s, part, buffer, grads, RowStats(lse), v.start, False, False)
+        window = buffer[:, : len(part.w)]
+        if dw is not None:
+            dw.add(window, v, part.h, first=i.start == 0)
+        if dh is not None:
+            gemm(window, part.w, dh, add=True)
 
 
 def _multiplied(head: Head, window: Tensor) -> Tensor | None:
@@ -277,6 +328,7 @@ def _multiplied(head: Head, window: Tensor) -> Tensor | None:
 def _exponentials(
     s: Sweep,
     part: Head,
+    whole: Head,
     window: Tensor,
     ref2: Tensor,
     picked: Tensor,
@@ -298,7 +350,8 @@ def _exponentials(
         merge_reference(redo, rows, ref2, -float(FLOAT16_SHIFT) if window.dtype == torch.float16 else 0.0)
         exponentials(s, part, window, ref2, picked, slope, totals, labels)
         return
-    reference(s, part, ref2)
+    # the label may lie outside the part
+    reference(redo if whole is part else sweep("stream", whole), whole, ref2)
     exponentials(s, part, window, ref2, picked, slope, totals, labels)
     flags = mark_unsafe(s, totals)
     rows, _ = stream(redo, part, lse_only, None, flags)

@@ -7,6 +7,9 @@
 | frozen      | the same without dw                                                                        |
 | recompute   | a block of dz [tokens, vocab], dh of its rows in float32, float32 sums of dw                |
 
+Where one pass would do but has no room, recompute keeps the exponentials of its first block, so the wider a block is
+the less is computed twice: windows are then as low as sums of dw allow.
+
 Rules behind the order, measured on an H100 (benchmarks/NOTES.md): windows are equal and of whole token blocks; dw is
 added up in its own dtype over up to `EXACT_SUMS` windows (each addition rounds: at 4 windows the error of dw was that
 of eager code, at 8 1.35 times it), in float32 over more, half of which lies in dw's own memory; a window of less than
@@ -26,7 +29,7 @@ MIB = 1 << 20
 BLOCK = 128  # tokens and columns that windows are cut to
 EXACT_SUMS = 3
 MOST_TOKENS = 8192  # of a window
-SUMMED_TOKENS = (1536, 4096)  # of a window where dw is summed in float32: fewer lose to recompute, more gain nothing
+SUMMED_TOKENS = (2048, 4096)  # of a window where dw is summed in float32: fewer lose to recompute, more gain nothing
 AUTO_TOKENS = 2048  # auto goes no lower to save memory
 FEWEST_TOKENS = 512  # fewer make a single pass slower than to recompute
 FROZEN_BYTES, FROZEN_TOKENS = 576 * MIB, 1024
@@ -87,10 +90,11 @@ def _single_passes(head: Sizes) -> list[Way]:
     return [way for way in ways if way.windows.accumulate == head.dtype or least <= way.windows.tokens <= most]
 
 
-def _recomputes(head: Sizes, most: int) -> list[Way]:
-    """Blocks of dz that fill ``most`` bytes, tall ones first: dw is not added up then."""
+def _recomputes(head: Sizes, most: int, keep: bool) -> list[Way]:
+    """Blocks of dz that fill ``most`` bytes, tall ones first (dw is not added up then) unless a block is kept."""
     few = -(-head.n // EXACT_SUMS)
-    heights = [max(MOST_TOKENS, -(-few // BLOCK) * BLOCK)]
+    few = -(-few // BLOCK) * BLOCK
+    heights = [max(few, AUTO_TOKENS if keep else MOST_TOKENS)]
     while heights[-1] > 16:
         heights.append(max(16, heights[-1] // 2))
     ways = []
@@ -127,7 +131,8 @@ def ways(head: Sizes, *, one_pass: bool, budget: int) -> list[Way]:
         found = [_way(head, "statistics", at, head.v) for at in _equal_windows(head.n, MOST_TOKENS, 16)]
         return found if budget else _first(found, BLOCK_BYTES, 16)
     frozen = not (needs.w or needs.cols)
-    recompute = _recomputes(head, budget or RECOMPUTE_BYTES)
+    keep = one_pass and head.dtype == torch.bfloat16
+    recompute = _recomputes(head, budget or RECOMPUTE_BYTES, keep)
     if one_pass and frozen:
         found = [_way(head, "frozen", at, head.v) for at in _equal_windows(head.n, SUMMED_TOKENS[1], 16)]
         return [*(found if budget else _first(found, FROZEN_BYTES, FROZEN_TOKENS)), *recompute]

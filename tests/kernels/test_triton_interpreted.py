@@ -153,6 +153,51 @@ def test_logits_that_lie_in_memory_are_read(monkeypatch, transform, windows):
     assert error(grads.w, d_true[1]) < STEPS
 
 
+@pytest.mark.parametrize("transform", ["", "mulrow:0 mulcol:1 mul:0.5 addcol:0"])
+@pytest.mark.parametrize("needs", [OPERANDS, Needs(True, False, False, False), Needs(False, True, False, False)])
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_a_part_of_the_exponentials_may_be_kept(monkeypatch, transform, needs, k):
+    monkeypatch.setattr(engine, "PARTLY", (F32,))
+    x, g = head(n=37, v=300, k=k, transform=transform), gradients(37, k, square=True)
+    stats, grads = engine.head_loss(x, g, needs, Windows(16, 128, F32))
+    true, d = truth(x, g)
+    assert error(stats.lse, true.lse) < STEPS
+    assert not k or error(stats.picked, true.picked) < STEPS
+    for need, got, exact in zip(needs, grads, d):
+        assert error(got, exact) < STEPS if need else got is None
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("label", [0, 127, 128, 299])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_kept_and_other_columns_may_lie_300_apart(monkeypatch, label, reverse):
+    monkeypatch.setattr(engine, "PARTLY", (F32,))
+    x, g = head(n=20, v=300, transform="addcol:0"), gradients(20)
+    x.cols[0] = torch.linspace(-150, 150, 300).flip(0) if reverse else torch.linspace(-150, 150, 300)
+    x.y[:] = label
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(20, 128, F32))
+    true, d = truth(x, g)
+    assert error(stats.lse, true.lse) < STEPS
+    assert error(grads.h, d[0]) < 1e-5
+    assert error(grads.w, d[1]) < 1e-5
+
+
+def test_an_infinite_logit_among_the_others_is_not_lost(monkeypatch):
+    monkeypatch.setattr(engine, "PARTLY", (F32,))
+    x, g = head(n=20, v=300, transform="addcol:0"), gradients(20)
+    x.cols[0, 200] = torch.inf
+    x.y.clamp_(max=100)
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(20, 128, F32))
+    assert stats.lse.isposinf().all()
+    assert grads.h.isnan().all()
+    x.cols[0, 128:] = -torch.inf
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(20, 128, F32))
+    kept = Head(x.h, x.w[:128], x.y, x.cols[:, :128], x.rows, x.u, x.transform)
+    true, d = truth(kept, g)
+    assert error(stats.lse, true.lse) < STEPS
+    assert error(grads.h, d[0]) < STEPS
+
+
 def test_a_sum_behind_a_squashing_step_takes_two_sweeps():
     x = head(transform="tanh mul:3.0")
     g = gradients(20, sum=True)
