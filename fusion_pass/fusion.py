@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fusedhead import joined, linear_tail, returned
+from fusedhead import joined, linear_tail, returned, row_region
 from fusedhead.aliases import storage, written
 from fusedhead.interpret import Reading, Site, candidates, grad_modes, interpret
 from fusedhead.kernels.columns import parse
@@ -24,9 +24,11 @@ from fusedhead.options import Options
 from fusedhead.read import fake, name_of, where
 from fusedhead.report import HeadRecord, Report
 from fusedhead.rewrite import fuse
+from fusedhead.row_region import Region
 from fusedhead.safety import Mutations, functorch, leaves, subclass
 from fusedhead.size_gate import gate
-from fusedhead.values import logits_of
+from fusedhead.unread import unread
+from fusedhead.values import Projection, logits_of
 
 Wrap = Callable[[Callable[..., Any], returned.Finish], Callable[..., Any]]
 CHECKPOINTS = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
@@ -63,12 +65,9 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
     for module, owner in bodies(gm):
         apart = joined.separate(module.graph) if owner == "" else None
         wrap = apart or wrap
-        alone = (
-            returned.heads_without_loss(module.graph)
-            if owner == "" and options.logits == "deferred"
-            else set()
-        )
+        alone = returned.heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
         reading = interpret(module.graph, candidates(module.graph) | alone)
+        report.heads += unread(module.graph, reading)
         if not reading.sites:
             continue
         records, wrapped = fuse_body(module.graph, reading, owner, options, alone)
@@ -94,13 +93,16 @@ def fuse_body(
     deferred = options.logits == "deferred"
     with_loss = candidates(graph)
     too_small = gate(reading.sites, options.min_logits)
+    found = row_region.regions(reading)
+    met = {head: region for region in found for head in region.heads}
     for site in reading.sites:
-        if not site.terminals and (not site.escapes or site.head.node not in with_loss):
+        if not site.terminals and site.head not in met and (not site.escapes or site.head.node not in with_loss):
             if site.head.node in alone and not unsafe and returned_alone(site, mutations, modes):
                 decided.append((site, too_small(site)))
             continue
         reason = unsafe or refusal(site, mutations, modes, owner, deferred) or too_small(site)
         decided.append((site, reason))
+    decided = together(decided, met, mutations, owner)
     recipes = []
     slots: list[Any] = list(linear_tail.output_of(graph).args[0]) if owner == "" else []  # type: ignore[arg-type]
     for site, reason in decided:
@@ -112,12 +114,16 @@ def fuse_body(
             ]
     wrap = returned.redirect(graph, recipes) if recipes else None
     records = []
+    refused = {site.head for site, reason in decided if reason}
+    kept = [region for region in found if not region.heads & refused]
+    for region in kept:
+        row_region.fuse(graph, region, options.budget, modes, mutations.position)
     for site, reason in decided:
         if reason:
             records.append(describe(site, reason, ""))
             continue
-        record = describe(site, "", "", deferred)
-        engines = []
+        record = describe(site, "", "", deferred, met.get(site.head))
+        engines = [ROW_ENGINE] if site.head in met else []
         for call in fuse(graph, site, options.budget, modes, mutations.position):
             planned = planner(call, options.budget)  # reads the call, which an upgrade replaces
             why = "inside a checkpointed region" if owner in CHECKPOINTS else linear_tail.upgrade(call)
@@ -125,6 +131,37 @@ def fuse_body(
         record.engine = ", ".join(dict.fromkeys(engines)) or "as the caller asks"
         records.append(record)
     return records, wrap
+
+
+ROW_ENGINE = "row windows: the program's own ops on some tokens at a time, again in the backward"
+
+
+def together(
+    decided: list[tuple[Site, str]], met: dict[Projection, Region], mutations: Mutations, owner: str
+) -> list[tuple[Site, str]]:
+    """The decisions, with heads that meet in a row program fused or refused together."""
+    reasons = {site.head: reason for site, reason in decided}
+    for region in dict.fromkeys(met.values()):
+        why = next((reasons[head] for head in region.heads if reasons.get(head)), "")
+        alone = [head for head in region.heads if head not in reasons]
+        why = why or unsafe_rows(region, mutations, owner) or ("a head it meets is not fused" if alone else "")
+        for head in region.heads:
+            reasons[head] = reasons.get(head) or why
+    return [(site, reasons[site.head]) for site, _ in decided]
+
+
+def unsafe_rows(region: Region, mutations: Mutations, owner: str) -> str:
+    """Why a row program must not take the place of its nodes, or ""."""
+    if owner:
+        return "what is made of the logits token by token is inside a checkpointed region"
+    operands = leaves(x for head in region.heads for x in (head.hidden, head.weight))
+    end = max((node for node, _ in region.results), key=mutations.position.__getitem__)
+    first = min((head.node for head in region.heads), key=mutations.position.__getitem__)
+    read = row_region.reads(region.outputs)
+    devices = {v.device for v in map(fake, [*operands, *read]) if isinstance(v, torch.Tensor) and v.ndim}
+    if len(devices) > 1:
+        return f"its operands are on different devices ({', '.join(sorted(map(str, devices)))})"
+    return mutations.between(first, end, operands) or mutations.anywhere_after(first, [*operands, *read]) or ""
 
 
 def higher_order(owner: str) -> str | None:
@@ -135,18 +172,12 @@ def higher_order(owner: str) -> str | None:
 
 def returned_alone(site: Site, mutations: Mutations, modes: dict[Node, bool]) -> bool:
     """Whether logits that the graph only returns are to be deferred."""
-    if (
-        not site.outputs
-        or site.escapes
-        or not all(map(returned.rooted_in_inputs, leaves([site.head.weight])))
-    ):
+    if not site.outputs or site.escapes or not all(map(returned.rooted_in_inputs, leaves([site.head.weight]))):
         return False
     return not refusal(site, mutations, modes, "", True)
 
 
-def refusal(
-    site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str, deferred: bool = False
-) -> str:
+def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str, deferred: bool = False) -> str:
     """Why a site must stay as it is, or ""."""
     if site.escapes:
         node, sentence = site.escapes[0]
@@ -241,22 +272,21 @@ def hint(size: Any) -> int:
     return int(size)
 
 
-def describe(site: Site, reason: str, engine: str, deferred: bool = False) -> HeadRecord:
+def describe(site: Site, reason: str, engine: str, deferred: bool = False, region: Region | None = None) -> HeadRecord:
     vocab, hidden = site.head.weight.val.shape
     tokens = tokens_of(site)
     fused = not reason
     size = hint(tokens) * vocab * site.head.dtype.itemsize
+    computed = [t.computes for _, t in site.terminals] + ([region.computes] if region else [])
     return HeadRecord(
         fused=fused,
         reason=reason,
         where=where(site.head.node),
-        computes=", ".join(dict.fromkeys(t.computes for _, t in site.terminals)) or "returned, deferred",
+        computes=", ".join(dict.fromkeys(computed)) or "returned, deferred",
         tokens=tokens if isinstance(tokens, int) else str(tokens),
         hidden_size=hidden,
         vocab_size=vocab,
-        logits=(
-            "never built" if fused and not site.outputs else "deferred" if fused and deferred else "built"
-        ),
+        logits=("never built" if fused and not site.outputs else "deferred" if fused and deferred else "built"),
         engine=engine,
         bytes_saved=size if fused and (deferred or not site.outputs) else 0,
         bytes_logits=size,

@@ -20,9 +20,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.aliases import storage, written
 from fusedhead.read import fake, inputs, name_of, trace
+from fusedhead.rowwise import Rowwise, parts
+from fusedhead.rowwise import detached as detached_rows
 from fusedhead.rules import RULES
 from fusedhead.rules.projections import SPELLINGS
+from fusedhead.rules.rowwise import read as by_rows
 from fusedhead.rules.table import Context
+from fusedhead.setitem import columns_set
 from fusedhead.terminals import Terminal
 from fusedhead.values import FOLLOWED, Call, Escape, Followed, Plain, Projection, detached, logits_of
 
@@ -36,6 +40,7 @@ ANCHORS = frozenset(
         "log_softmax",
         "_log_softmax",
         "logsumexp",
+        "kl_div",
     }
 )
 
@@ -59,6 +64,7 @@ class Site:
 class Reading:
     sites: list[Site]
     values: dict[Node, Any]
+    rowwise: dict[Node, Any] = field(default_factory=dict)  # what no statistic gives, computed token by token
 
 
 def candidates(graph: Graph) -> set[Node]:
@@ -90,7 +96,7 @@ def grad_modes(graph: Graph) -> dict[Node, bool]:
 
 
 def is_value(x: Any) -> bool:
-    return isinstance(x, (Plain, Terminal, *FOLLOWED))
+    return isinstance(x, (Plain, Terminal, Rowwise, *FOLLOWED))
 
 
 def all_followed(values: Any) -> list[Followed]:
@@ -117,17 +123,31 @@ def evaluate(node: Node, known: dict[Node, Any]) -> Any:
             env[op] = args[0][args[1]]
             continue
         val = fake(node) if op is calls[-1] else op.meta.get("val")
-        if op.target in RULES and (all_followed((args, kwargs)) or is_projection(op)):
+        if all_followed((args, kwargs)) or any(isinstance(x, Rowwise) for x in tree_leaves((args, kwargs))):
+            env[op] = applied(op, Context(node, val), args, kwargs)
+        elif op.target in RULES and is_projection(op):
             env[op] = RULES[op.target](Context(node, val), *args, **kwargs)
-        elif all_followed((args, kwargs)):
-            pure = out_of_place(op.target)
-            if pure not in RULES:
-                what = "changes the logits in place" if is_mutable(op.target) else "is not read by any rule"
-                raise Escape(f"{name_of(op)} {what} ({op.target})")
-            env[op] = RULES[pure](Context(node, val), *args, **kwargs)
         else:
             env[op] = Plain(Call(op.target, args, kwargs), val)
     raise AssertionError("a traced graph has an output")
+
+
+def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What an op makes of followed values: by its rule, or, if it has none that says so, token by token."""
+    mutable = is_mutable(op.target)
+    target = out_of_place(op.target) if mutable else op.target
+    if target is None:
+        raise Escape(f"{name_of(op)} changes the logits in place ({op.target})")
+    unread = Escape(f"{name_of(op)} is not read by any rule ({op.target})")
+    try:
+        if target not in RULES or any(isinstance(x, Rowwise) for x in tree_leaves((args, kwargs))):
+            raise unread
+        return RULES[target](context, *args, **kwargs)
+    except Escape as escape:
+        try:
+            return by_rows(target, context.val, op.meta.get("val"), args, kwargs)
+        except Escape as rowwise:
+            raise (rowwise if escape is unread else escape) from rowwise
 
 
 def is_mutable(target: Any) -> bool:
@@ -149,23 +169,25 @@ def overwritten(node: Node, values: dict[Node, Any], sites: dict[Projection, Sit
     Pure as long as no other live name shares the memory; otherwise the site escapes.
     """
     target = next(iter(written(node)), None)
-    if target is None or target not in values or not isinstance(values[node], FOLLOWED):
+    if target is None or target not in values or not isinstance(values[node], (Rowwise, *FOLLOWED)):
         return
+
+    def escape(reason: str) -> None:
+        for head in heads_of([values[node]]):
+            sites[head].escapes.append((node, reason))
+
     if not grad and fake(target).requires_grad:
-        reason = f"{name_of(node)} changes the logits in place where no gradient is recorded"
-        sites[logits_of(values[node]).head].escapes.append((node, reason))
+        escape(f"{name_of(node)} changes the logits in place where no gradient is recorded")
     memory = storage(fake(target))
     later = set(following(node))
     for other, value in values.items():
-        if other in (node, target) or storage(fake(other)) != memory or not all_followed(value):
+        if other in (node, target) or storage(fake(other)) != memory or not heads_of([value]):
             continue
         if any(user in later for user in other.users):
-            head = logits_of(values[node]).head
-            sites[head].escapes.append(
-                (node, f"{name_of(node)} changes logits that {other.name} is a view of")
-            )
+            escape(f"{name_of(node)} changes logits that {other.name} is a view of")
     values[target] = values[node]
-    sites[logits_of(values[node]).head].overwritten.append(target)
+    for head in heads_of([values[node]]):
+        sites[head].overwritten.append(target)
 
 
 def following(node: Node) -> Iterable[Node]:
@@ -192,29 +214,47 @@ def interpret(graph: Graph, starts: Iterable[Node] | None = None) -> Reading:
     starts, modes = candidates(graph) if starts is None else set(starts), grad_modes(graph)
     values: dict[Node, Any] = {}
     sites: dict[Projection, Site] = {}
+    rowwise: dict[Node, Any] = {}
     for node in graph.nodes:
         sources = [values[s] for s in node.all_input_nodes if s in values]
         heads = heads_of(sources)
         if node.op == "output":
             for source in node.all_input_nodes:
-                for value in all_followed(values.get(source)):
-                    sites[logits_of(value).head].outputs.append(source)
+                returned(source, values.get(source), sites)
             continue
         if not heads and node not in starts:
             continue
         try:
             value = follow(node, values)
         except Escape as escape:
-            for head in heads:
-                sites[head].escapes.append((node, str(escape)))
+            if not all(isinstance(s, Rowwise) and s.small for s in sources):
+                for head in heads:
+                    sites[head].escapes.append((node, str(escape)))
             continue
         if not modes[node]:
-            value = tree_map(detached, value, is_leaf=is_value)
-        record(node, value, heads, sites)
+            value = tree_map(quiet, value, is_leaf=is_value)
+        if any(True for _ in parts(value)):
+            rowwise[node] = value
+        else:
+            record(node, value, heads, sites)
         if not isinstance(value, (Terminal, Plain)):
             values[node] = value
             overwritten(node, values, sites, modes[node])
-    return Reading(list(sites.values()), values)
+    return Reading(list(sites.values()), values, rowwise)
+
+
+def returned(source: Node, value: Any, sites: dict[Projection, Site]) -> None:
+    """File what the graph returns: logits leave it, small results of theirs do anyway."""
+    for followed in all_followed(value):
+        sites[logits_of(followed).head].outputs.append(source)
+    for part in parts(value):
+        if not part.small:
+            for head in part.heads:
+                sites[head].escapes.append((source, f"{source.name}, computed from all logits, is returned"))
+
+
+def quiet(value: Any) -> Any:
+    return detached_rows(value, torch.ops.aten.detach.default) if isinstance(value, Rowwise) else detached(value)
 
 
 def follow(node: Node, values: dict[Node, Any]) -> Any:
@@ -227,6 +267,8 @@ def follow(node: Node, values: dict[Node, Any]) -> Any:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         # traced alone it may look like nothing: a gradient hook is the identity on values
         raise Escape(f"{name_of(node)} takes the logits, and what it does with them is not read")
+    if name_of(node) == "setitem":
+        return columns_set(node, values.get(node.args[0]))  # type: ignore[arg-type]
     if not isinstance(fake(node), (torch.Tensor, tuple, list)):
         raise Escape(f"{name_of(node)} of the logits is no tensor")
     try:
@@ -240,7 +282,8 @@ def follow(node: Node, values: dict[Node, Any]) -> Any:
 def heads_of(values: Any) -> set[Projection]:
     """The heads that values, or results that hang on them, belong to."""
     found = [v.logits if isinstance(v, Terminal) else v for v in tree_leaves(values, is_leaf=is_value)]
-    return {logits_of(v).head for v in found if isinstance(v, FOLLOWED)}
+    met = {head for v in found for part in parts(v) for head in part.heads}
+    return met.union(logits_of(v).head for v in found if isinstance(v, FOLLOWED))
 
 
 def record(node: Node, value: Any, heads: Iterable[Projection], sites: dict[Projection, Site]) -> None:

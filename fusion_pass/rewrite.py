@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-import fusedhead.lowering.ops  # noqa: F401  registers torch.ops.fusedhead
+import fusedhead.lowering.ops
+import fusedhead.lowering.row_ops  # noqa: F401  register torch.ops.fusedhead
 from fusedhead.emit import Emit, named
 from fusedhead.interpret import Site
 from fusedhead.kernels.columns import Transform

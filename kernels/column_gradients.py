@@ -9,6 +9,7 @@ statistics or devices.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fusedhead.kernels.columns import UNARY, WITH_CONSTANT, WITH_VECTOR, Transform
@@ -62,6 +63,8 @@ def record(
             z.add_(cols[k])
         elif op == "mulcol":
             z.mul_(cols[k])
+        elif op == "setcol":
+            torch.where(cols[k].isnan(), z, cols[k], out=z)
         elif op == "addrow":
             z.add_(rows[k][:, None])
         elif op == "mulrow":
@@ -100,6 +103,8 @@ def pull_back(
             if dcols is not None:
                 dcols[k] += tape.pop().mul_(dz).sum(0)
             dz.mul_(cols[k])
+        elif op == "setcol":
+            dz.masked_fill_(cols[k].isnan().logical_not_(), 0)
         elif op == "mulrow":
             if drows is not None:
                 drows[k] += tape.pop().mul_(dz).sum(1)

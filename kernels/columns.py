@@ -16,6 +16,7 @@ know about windows, engines or graphs.
 | ``mulcol:k``  | z · cols[k][v]                | cols[k][v]            |
 | ``addrow:k``  | z + rows[k][i]                | 1                     |
 | ``mulrow:k``  | z · rows[k][i]                | rows[k][i]            |
+| ``setcol:k``  | cols[k][v], or z where it is NaN | 0, or 1          |
 | ``round:t``   | z (decisions: z rounded to t) | 1                     |
 """
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 WITH_CONSTANT = ("mul", "add")
-WITH_VECTOR = ("addcol", "mulcol", "addrow", "mulrow")
+WITH_VECTOR = ("addcol", "mulcol", "setcol", "addrow", "mulrow")
 UNARY = ("tanh", "sigmoid")
 
 
@@ -99,6 +100,8 @@ def apply(transform: Transform, z: Tensor, cols: Tensor, rows: Tensor, *, decide
             z = z + cols[value]
         elif op == "mulcol":
             z = z * cols[value]
+        elif op == "setcol":
+            z = torch.where(cols[value].isnan(), z, cols[value])
         elif op == "addrow":
             z = z + rows[value][:, None]
         elif op == "mulrow":

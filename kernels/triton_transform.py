@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fusedhead.kernels.columns import Transform
 
-VARYING = ("mulcol", "tanh", "sigmoid")  # steps whose derivative differs along a row
+VARYING = ("mulcol", "setcol", "tanh", "sigmoid")  # steps whose derivative differs along a row
 
 
 def steps_of(transform: Transform) -> tuple[float | int | str, ...]:
@@ -81,6 +81,9 @@ def _stepped(z, vectors, col, row, STEPS: tl.constexpr, J: tl.constexpr, DECIDE:
         z = z + along_columns(z, vectors, value, col)
     elif op == "mulcol":
         z = z * along_columns(z, vectors, value, col)
+    elif op == "setcol":
+        there = along_columns(z, vectors, value, col)
+        z = tl.where(there != there, z, there)
     elif op == "addrow":
         z = z + along_rows(z, vectors, value, row)
     elif op == "mulrow":
@@ -133,6 +136,9 @@ def _pulled(
         g = g * (t / ((1.0 + t) * (1.0 + t)))
     elif op == "mulcol":
         g = g * along_columns(z, vectors, value, col)
+    elif op == "setcol":
+        there = along_columns(z, vectors, value, col)
+        g = tl.where(there != there, g, 0.0)
     elif not ALONG_ROW:
         if op == "mul":
             g = g * value

@@ -1,5 +1,7 @@
 """One rule per ATen op, by family; importing this package fills the table.
 
+`rowwise` stands apart: it reads what no rule of the table does, token by token.
+
 To add a rule: write it in the family's file with ``@rule(aten.op.overload)`` and a property test beside its kin
 in tests/rules/.
 """

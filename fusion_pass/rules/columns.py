@@ -7,16 +7,18 @@ notes where the program rounds.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.kernels.columns import Step
 from fusedhead.rules.statistics import expected
-from fusedhead.rules.table import Context, needs_logits, rule
+from fusedhead.rules.table import Context, needs_logits, rule, vocab_size
 from fusedhead.values import (
     FOLLOWED,
     Call,
@@ -75,9 +77,7 @@ def combine(context: Context, logits: Logits, operand: Any, how: str) -> Logits:
         raise Escape(f"{how} broadcasts the logits or combines them with {operand.val.dtype}")
     along_vocab, along_tokens = extent(operand.val, logits)
     if along_vocab and along_tokens:
-        raise Escape(
-            f"{how} of the logits and a tensor with token and vocabulary extent is not a bias or a scale"
-        )
+        raise Escape(f"{how} of the logits and a tensor with token and vocabulary extent is not a bias or a scale")
     if along_vocab:
         column = Plain(Call(aten.reshape.default, (operand.ref, [-1])), operand.val.reshape(-1))
         step = Step(f"{how}col", len(logits.cols))
@@ -163,3 +163,48 @@ def pointwise(name: str) -> Any:
 
 for _name in ("tanh", "sigmoid"):
     rule(getattr(aten, _name).default)(pointwise(_name))
+
+
+def column_mask(mask: Any, logits: Logits) -> Plain:
+    """A mask that says the same for every token, as a vector [V]."""
+    if not isinstance(mask, Plain) or not isinstance(mask.val, Tensor) or mask.val.dtype != torch.bool:
+        raise Escape("a mask of the logits depends on the logits")
+    along_vocab, along_tokens = extent(mask.val, logits)
+    if along_tokens or not along_vocab:
+        raise Escape("a mask of the logits differs from token to token")
+    return Plain(Call(aten.reshape.default, (mask.ref, [-1])), mask.val.reshape(-1))
+
+
+def put(context: Context, logits: Logits, mask: Any, number: Any) -> Logits:
+    """The logits with ``number`` where ``mask`` is True."""
+    if isinstance(number, Plain):
+        raise Escape("the logits are replaced by a number that is not known at compile time")
+    if context.val.dtype != logits.val.dtype or context.val.ndim != logits.val.ndim:
+        raise Escape("a mask broadcasts the logits or changes their dtype")
+    column = column_mask(mask, logits)
+    with unset_fake_temporarily():
+        number = float(torch.tensor(number, dtype=logits.val.dtype))  # as the program rounds it
+    if math.isnan(number):
+        raise Escape("logits are replaced by NaN")
+    like = {"dtype": torch.float32, "device": column.val.device}
+    kept = Call(aten.full.default, ([vocab_size(logits)], math.nan), like)
+    filled = Plain(Call(aten.masked_fill.Scalar, (kept, column, number)), column.val.float())
+    return logits.step(context.val, Step("setcol", len(logits.cols)), cols=(*logits.cols, filled))
+
+
+@rule(aten.masked_fill.Scalar)
+def masked_fill(context: Context, value: Any, mask: Any, number: Any) -> Logits:
+    return put(context, needs_logits(value, "masked_fill"), mask, number)
+
+
+@rule(aten.where.ScalarOther)
+def where_else(context: Context, mask: Any, value: Any, number: Any) -> Logits:
+    if not isinstance(mask, Plain):
+        raise Escape("a mask of the logits depends on the logits")
+    other = Plain(Call(aten.logical_not.default, (mask.ref,)), mask.val)
+    return put(context, needs_logits(value, "where"), other, number)
+
+
+@rule(aten.where.ScalarSelf)
+def where_not(context: Context, mask: Any, number: Any, value: Any) -> Logits:
+    return put(context, needs_logits(value, "where"), mask, number)

@@ -212,9 +212,7 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
 
     def labels(emit: Emit) -> Node:
         last = emit.last(emit.ref(index), class_dim)
-        return (
-            last if last.meta["example_value"].ndim == 2 else emit(aten.reshape.default, last, [-1, picked])
-        )
+        return last if last.meta["example_value"].ndim == 2 else emit(aten.reshape.default, last, [-1, picked])
 
     def result(emit: Emit, stats: Statistics) -> Node:
         assert stats.picked is not None

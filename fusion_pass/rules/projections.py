@@ -27,17 +27,13 @@ def project(context: Context, hidden: Plain, weight: Plain, class_dim: int | Non
         raise Escape(f"the weight has {weight.val.ndim} dimensions, a head's weight has 2")
     dtype = context.val.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise Escape(
-            f"the projection is computed in {dtype}; heads are fused in float32, bfloat16 and float16"
-        )
+        raise Escape(f"the projection is computed in {dtype}; heads are fused in float32, bfloat16 and float16")
     if any(not isinstance(size, int) for size in weight.val.shape):
         raise Escape("the weight's shape is not a compile-time constant")
     same_dtype(context, hidden, weight)
     head = Projection(context.node, hidden, weight, dtype)
     last = context.val.ndim - 1
-    moved = (
-        () if class_dim in (None, last) else (RowStep(aten.movedim.int, (last, class_dim), keeps_order=True),)
-    )
+    moved = () if class_dim in (None, last) else (RowStep(aten.movedim.int, (last, class_dim), keeps_order=True),)
     start = Logits(head, context.val, last if class_dim is None else class_dim, row_steps=moved)
     return start.step(context.val)
 
@@ -83,9 +79,7 @@ def matmul(context: Context, hidden: Plain, weight: Plain) -> Logits:
 
 
 @rule(aten.addmm.default)
-def addmm(
-    context: Context, bias: Plain, hidden: Plain, weight: Plain, *, beta: float = 1, alpha: float = 1
-) -> Logits:
+def addmm(context: Context, bias: Plain, hidden: Plain, weight: Plain, *, beta: float = 1, alpha: float = 1) -> Logits:
     if beta != 1 or alpha != 1:
         raise Escape(f"addmm with beta={beta} and alpha={alpha}")
     return with_bias(context, project(context, hidden, transposed(weight)), bias)

@@ -32,9 +32,7 @@ from fusedhead.values import (
 aten = torch.ops.aten
 
 
-def moved(
-    value: Followed, val: Tensor, class_dim: int, op: Any, *args: Any, keeps_order: bool = False
-) -> Followed:
+def moved(value: Followed, val: Tensor, class_dim: int, op: Any, *args: Any, keeps_order: bool = False) -> Followed:
     """``value`` after a row step, whatever it is of the logits."""
     if not isinstance(value, Logits):
         of = moved(value.of, val, class_dim, op, *args, keeps_order=keeps_order)
@@ -134,9 +132,7 @@ def movedim(context: Context, value: Followed, source: int, destination: int) ->
 @rule(aten.unsqueeze.default)
 def unsqueeze(context: Context, value: Followed, dim: int) -> Followed:
     class_dim, at = class_dim_of(value), dim % (value.val.ndim + 1)
-    return moved(
-        value, context.val, class_dim + (at <= class_dim), aten.unsqueeze.default, at, keeps_order=True
-    )
+    return moved(value, context.val, class_dim + (at <= class_dim), aten.unsqueeze.default, at, keeps_order=True)
 
 
 @rule(aten.squeeze.dim)
@@ -185,9 +181,7 @@ def slice_(
     """A slice of rows, or of the vocabulary: then fewer rows of W."""
     if dimension(dim, value) != class_dim_of(value):
         return rows_slice(context, value, dim, start, end, step)
-    if statically_known_true(
-        sym_eq(context.val.shape[class_dim_of(value)], value.val.shape[class_dim_of(value)])
-    ):
+    if statically_known_true(sym_eq(context.val.shape[class_dim_of(value)], value.val.shape[class_dim_of(value)])):
         return replace(value, val=context.val)
     if not isinstance(value, Logits):
         raise Escape("a slice of the probabilities along the vocabulary")
@@ -197,8 +191,7 @@ def slice_(
         raise Escape("a slice along the vocabulary with a step or a size not known at compile time")
     begin = min((start or 0) % (last - first), last - first) if (start or 0) < 0 else (start or 0)
     cols = tuple(
-        Plain(Call(aten.slice.Tensor, (c.ref, 0, begin, begin + kept)), c.val[begin : begin + kept])
-        for c in value.cols
+        Plain(Call(aten.slice.Tensor, (c.ref, 0, begin, begin + kept)), c.val[begin : begin + kept]) for c in value.cols
     )
     return replace(value, val=context.val, vocab=(first + begin, first + begin + kept), cols=cols)
 
@@ -272,6 +265,5 @@ def unbind(context: Context, value: Followed, dim: int = 0) -> list[Followed]:
     if at == class_dim:
         raise Escape("unbind cuts the vocabulary")
     return [
-        moved(value, piece, class_dim - (at < class_dim), aten.select.int, at, i)
-        for i, piece in enumerate(context.val)
+        moved(value, piece, class_dim - (at < class_dim), aten.select.int, at, i) for i, piece in enumerate(context.val)
     ]

@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from fusedhead.emit import Emit
+from fusedhead.read import name_of
 from fusedhead.rules.losses import per_row
 from fusedhead.rules.table import Context, Terminal, needs_logits, over_classes, rule, vocab_size
 from fusedhead.terminals import Statistics
@@ -84,11 +85,16 @@ def argmax(context: Context, value: Any, dim: int | None = None, keepdim: bool =
     return argmax_of(context, logits, keepdim, context.val)
 
 
+def only_the_index(node: Node) -> bool:
+    """Whether ``z.max(dim)`` is asked for its second result alone, which has no gradient."""
+    return name_of(node) == "max" and all(name_of(use) == "getitem" and use.args[1] == 1 for use in node.users)
+
+
 @rule(aten.max.dim)
 def max_dim(context: Context, value: Any, dim: int, keepdim: bool = False) -> list[Terminal]:
     logits = needs_logits(value, "max")
     over_classes(dim, logits, "max")
-    if not logits.quiet and context.val[0].requires_grad:
+    if not logits.quiet and context.val[0].requires_grad and not only_the_index(context.node):
         raise Escape("a gradient flows through the maximum of the logits")
 
     def result(emit: Emit, stats: Statistics) -> Node:

@@ -47,9 +47,7 @@ def needs_logits(value: Any, op: str) -> Logits:
     if isinstance(value, Logits):
         return value
     if isinstance(value, FOLLOWED):
-        what = {LogProbs: "log-probabilities", Probs: "probabilities"}.get(
-            type(value), "products of probabilities"
-        )
+        what = {LogProbs: "log-probabilities", Probs: "probabilities"}.get(type(value), "products of probabilities")
         raise Escape(f"{op} is applied to the {what} of the head")
     raise Escape(f"{op} takes the logits in a position other than its first")
 
@@ -61,9 +59,7 @@ def dimension(dim: int, value: Followed) -> int:
 def over_classes(dim: int, logits: Logits, op: str) -> None:
     """Escape unless ``dim`` is the vocabulary's dimension."""
     if logits.val.ndim == 0 or dimension(dim, logits) != logits.class_dim:
-        raise Escape(
-            f"{op} runs over dimension {dim} of a tensor whose vocabulary is dimension {logits.class_dim}"
-        )
+        raise Escape(f"{op} runs over dimension {dim} of a tensor whose vocabulary is dimension {logits.class_dim}")
 
 
 def plain_tensor(value: Value | Any, what: str) -> Plain:

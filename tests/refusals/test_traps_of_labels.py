@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.eager_stack import Rewritten
-from tests.refusals.claims import B, D, T, V, compiled, hidden, labels, left, not_fused, right, weight
+from tests.refusals.claims import B, D, T, V, compiled, hidden, labels, not_fused, right, weight
 
 N = 8
 
@@ -182,11 +182,8 @@ def test_labels_computed_after_the_projection_are_right() -> None:
     right(program, hidden(N, D), weight(), labels(N))
 
 
-def test_probabilities_as_targets_are_left_alone() -> None:
-    left(
-        lambda h, w, p: F.cross_entropy(F.linear(h, w), p), hidden(N, D), weight(), torch.rand(N, V).softmax(-1),
-        because="the targets are probabilities",
-    )  # fmt: skip
+def test_probabilities_as_targets_are_right() -> None:
+    right(lambda h, w, p: F.cross_entropy(F.linear(h, w), p), hidden(N, D), weight(), torch.rand(N, V).softmax(-1))
 
 
 def test_all_eight_positional_arguments_are_read() -> None:

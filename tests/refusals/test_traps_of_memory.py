@@ -111,7 +111,7 @@ def test_classes_masked_by_assignment_are_masked() -> None:
         z[:, :, 3:5] = torch.finfo(z.dtype).min
         return flat_loss(z, y)
 
-    left(program, hidden(), weight(), labels(high=3), because="")
+    right(program, hidden(), weight(), labels(high=3))
 
 
 def test_an_assignment_into_the_log_probabilities_of_tokens_counts() -> None:

@@ -13,18 +13,20 @@ from rules.states import World, concrete, flat, numbers
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from fusedhead import interpret
 from fusedhead.emit import Emit
 from fusedhead.interpret import follow
 from fusedhead.kernels import reference
-from fusedhead.kernels.columns import Transform
+from fusedhead.kernels.columns import Transform, apply
 from fusedhead.kernels.contract import Head
 from fusedhead.read import callee, name_of
-from fusedhead.rules import RULES
+from fusedhead.rowwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed
+from fusedhead.rules import RULES, rowwise
 from fusedhead.rules.projections import SPELLINGS as PROJECTION_NAMES
 from fusedhead.terminals import Statistics, Terminal
-from fusedhead.values import FOLLOWED, Escape, Plain, logits_of
+from fusedhead.values import FOLLOWED, Call, Escape, Plain, logits_of
 
 
 def computed(node: Any, world: World) -> Any:
@@ -54,10 +56,51 @@ def result_of(terminal: Terminal, world: World) -> Tensor:
         return computed(terminal.result(emit, Statistics(row_sizes=lambda: list(head.sizes), **given)), world)
 
 
+def token_by_token(expr: Any, world: World) -> Any:
+    """The numbers [N, ...] of a rowwise expression, all tokens at once."""
+    if isinstance(expr, Seed):
+        logits = expr.logits
+        head = flat(logits, world)
+        z = apply(Transform(logits.steps), head.h @ head.w.T, head.cols, head.rows, decide=True)
+        return z.to(logits.val.dtype)
+    if isinstance(expr, RowLeaf):
+        return concrete(expr.value, world)
+    if isinstance(expr, RowCall):
+        args, kwargs = tree_map(lambda x: token_by_token(x, world), (expr.args, expr.kwargs))
+        return expr.op(*args, **kwargs)
+    return expr
+
+
+def in_shape(value: Rowwise, world: World) -> Tensor:
+    """A rowwise value in the program's own dimensions."""
+    order = [d for d, t in enumerate(value.tail) if not t] + [d for d, t in enumerate(value.tail) if t]
+    rows = token_by_token(value.expr, world)
+    tail = [value.val.shape[d] for d, t in enumerate(value.tail) if t]
+    assert list(rows.shape[1:]) == tail, "the tail is not what the expression gives"
+    moved = rows.reshape([value.val.shape[d] for d in order])
+    return moved.permute([order.index(d) for d in range(len(order))])
+
+
+def expressed(value: Any, world: World) -> Any:
+    """The number of an expression of the graph that reads results of a row program."""
+    if isinstance(value, RowOutput):
+        return in_shape(value.value, world)
+    if isinstance(value, Plain):
+        return expressed(value.ref, world)
+    if isinstance(value, Call):
+        args, kwargs = tree_map(lambda x: expressed(x, world), (value.args, value.kwargs))
+        return value.op(*args, **kwargs)
+    return concrete(value, world)
+
+
 def claimed(value: Any, world: World) -> Tensor:
     """The tensor that a rule claims its op returns, after checking what it says of its shape."""
     if isinstance(value, Terminal):
         return result_of(value, world)
+    if isinstance(value, Rowwise):
+        return in_shape(value, world)
+    if isinstance(value, Plain):
+        return expressed(value, world)
     logits = logits_of(value)
     first, last = logits.vocab or (0, logits.head.weight.val.shape[0])
     assert value.val.shape[logits.class_dim] == last - first, "the class dimension is not as long as the vocabulary"
@@ -94,7 +137,8 @@ def read(text: str, operands: dict[str, Plain], world: World, logits: Any = None
         else:
             break
         node.meta["example_value"] = world.fake(world.real[node])
-        followed = any(isinstance(v, FOLLOWED) for s in node.all_input_nodes for v in tree_leaves(values.get(s)))
+        sources = [v for s in node.all_input_nodes for v in tree_leaves(values.get(s))]
+        followed = any(isinstance(v, (Rowwise, *FOLLOWED)) for v in sources)
         if not node.op.startswith("call_") or not (followed or name_of(node) in PROJECTION_NAMES):
             continue
         try:
@@ -106,9 +150,9 @@ def read(text: str, operands: dict[str, Plain], world: World, logits: Any = None
             for one, each in zip(value, real):
                 agree(claimed(one, world), each)
             values[node] = value
-        elif isinstance(value, Terminal):
+        elif isinstance(value, (Terminal, Plain)):
             agree(claimed(value, world), real)
-        elif isinstance(value, FOLLOWED):
+        elif isinstance(value, (Rowwise, *FOLLOWED)):
             agree(claimed(value, world), real)
             values[node] = value
     return asked, ""
@@ -125,9 +169,16 @@ def spied(node: Node, values: dict[Node, Any], asked: set[Any]) -> Any:
 
         return rule
 
+    def spied_rows(target: Any, *args: Any) -> Any:
+        asked.add(target)
+        return by_rows(target, *args)
+
+    by_rows = rowwise.read
     for overload in original:
         RULES[overload] = spy(overload)
+    rowwise.read = interpret.by_rows = spied_rows
     try:
         return follow(node, values)
     finally:
         RULES.update(original)
+        rowwise.read = interpret.by_rows = by_rows

@@ -158,8 +158,10 @@ def draw_state(draw: Any) -> tuple[World, Logits]:
             step = RowStep(aten.index_select.default, (at, world.plain(f"i{len(world.real)}", picked)))
             z = Logits(z.head, world.fake(random(*shape)), z.class_dim, (*z.row_steps, step), z.steps, z.cols, z.rows)
         elif kind == "col":
-            column = world.plain(f"col{len(z.cols)}", random(vocab))
-            z = z.step(z.val, Step(draw(st.sampled_from(("addcol", "mulcol"))), len(z.cols)), cols=(*z.cols, column))
+            op, column = draw(st.sampled_from(("addcol", "mulcol", "setcol"))), random(vocab)
+            if op == "setcol":
+                column[column < 0.5] = torch.nan
+            z = z.step(z.val, Step(op, len(z.cols)), cols=(*z.cols, world.plain(f"col{len(z.cols)}", column)))
         elif kind == "row":
             shape[z.class_dim] = 1
             vector = RowVector(world.plain(f"row{len(z.rows)}", random(*shape)), len(z.row_steps), z.val, z.class_dim)

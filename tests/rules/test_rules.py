@@ -16,10 +16,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rules.checking import read
-from rules.spellings import PROJECTIONS, SPELLINGS
+from rules.spellings import PROJECTIONS, ROWWISE, SPELLINGS
 from rules.states import World, draw_state, numbers
 
-from fusedhead.rules import RULES
+from fusedhead.rules import RULES, rowwise
 
 EXAMPLES = int(os.environ.get("FUSEDHEAD_RULE_EXAMPLES", "3"))  # logits a spelling
 
@@ -133,6 +133,24 @@ def test_a_rule_says_what_its_op_computes(overload: Any) -> None:
         total += check(overload, text)
     assert total["asked"], f"no spelling of {overload} reached its rule: {total}"
     assert total["read"], f"every spelling of {overload} was refused: {total}"
+
+
+@pytest.mark.parametrize("overload", ROWWISE, ids=name)
+def test_an_op_without_a_rule_is_right_token_by_token(overload: Any) -> None:
+    total: Counter[str] = Counter()
+    for text in ROWWISE[overload]:
+        total += check(overload, text)
+    assert total["asked"], f"no spelling of {overload} reached its rule: {total}"
+    assert total["read"], f"every spelling of {overload} was refused: {total}"
+
+
+def test_every_op_that_is_read_token_by_token_has_a_property_test() -> None:
+    tables = (
+        rowwise.ALONG, rowwise.REDUCE, rowwise.RESIZE, rowwise.TOTALS, rowwise.INDEXED, rowwise.FILLED,
+        rowwise.LOSSES, rowwise.KEPT, rowwise.CASTS, rowwise.LAYOUTS,
+    )  # fmt: skip
+    missing = sorted(map(str, set().union(*tables) - set(ROWWISE)))
+    assert not missing, f"ops without a line in tests/rules/spellings.py: {', '.join(missing)}"
 
 
 def test_every_rule_has_a_property_test() -> None:

@@ -1,0 +1,196 @@
+"""Runs a row program in windows of tokens, and its gradient: the engine for what no statistic serves.
+
+    results = program(h, w, ...)                       one sweep, 2 N V D FLOP a head
+    dz = vjp of the program on one window of z          then dh = dz w, dw += dzᵀ h: 6 N V D FLOP a head
+
+What never reaches memory: anything [N, V]; a window holds what the program's own ops hold for its tokens. The
+vjp is traced once for a program and the shape of its window, and on CUDA both directions are compiled by
+Inductor. Results are rounded as the program rounds them; dw is summed in float32. This file must not know
+about graphs or ops.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fusedhead.kernels.contract import stat_dtype
+from fusedhead.kernels.row_program import Ref, RowProgram, run
+from fusedhead.kernels.torch_blocks import cuts
+
+Function = Callable[..., Any]
+_MADE: dict[tuple, Function] = {}
+_MAKING = threading.Lock()
+MOST_MADE = 256  # programs and window shapes remembered
+PRODUCT_BYTES = 64 << 20  # of one block of dzᵀ h before it is added to dw
+
+
+def row_inputs(program: RowProgram) -> frozenset[int]:
+    """The inputs of which a window reads only its rows."""
+    refs = (a for line in program.lines for a in (*line.args, *(v for _, v in line.kwargs)))
+    flat = (e for a in refs for e in ((a,) if isinstance(a, Ref) or not isinstance(a, tuple) else a))
+    return frozenset(e.at for e in flat if isinstance(e, Ref) and e.kind == "r")
+
+
+def operands(program: RowProgram) -> list[tuple[int, int]]:
+    """The inputs (h, w) of every head, in order."""
+    return [(line.args[0].at, line.args[1].at) for line in program.heads]
+
+
+def above_autograd() -> AbstractContextManager[object]:
+    """Autograd's dispatch keys again: they are excluded where an op's body runs, and tracing a vjp needs them."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    nothing = torch._C.DispatchKeySet.from_raw_repr(0)
+    with torch._C._ForceDispatchKeyGuard(include, nothing), torch._C._AutoDispatchBelowAutograd():
+        autograd = torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(include, exclude - autograd)
+
+
+def _signature(tensors: Sequence[Tensor]) -> tuple:
+    return tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
+
+
+def _made(key: tuple, function: Function, given: list[Tensor], compiled: bool) -> Function:
+    """`_traced`, once per key and shapes; threads that ask at the same time wait."""
+    key = (*key, compiled, _signature(given))
+    made = _MADE.get(key)
+    if made is None:
+        with _MAKING:
+            made = _MADE.get(key)
+            if made is None:
+                if len(_MADE) >= MOST_MADE:
+                    _MADE.clear()
+                made = _MADE[key] = _traced(function, given, compiled)
+    return made
+
+
+def _traced(function: Function, given: list[Tensor], compiled: bool) -> Function:
+    """``function`` as a graph of ATen calls, differentiation included, compiled by Inductor where asked."""
+    with above_autograd():
+        graph = make_fx(lambda *flat: function(list(flat)))(*given)
+    made = import_module("torch._inductor").compile(graph, given) if compiled else graph
+    return lambda given: made(*given)
+
+
+def _forward(program: RowProgram) -> Function:
+    def results(tensors: list[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return run(program, tensors)
+
+    return results
+
+
+def _vjp(
+    program: RowProgram, differentiable: tuple[bool, ...], wanted: tuple[int, ...], heads: tuple[bool, ...]
+) -> Function:
+    """(inputs..., products..., upstream...) -> gradients of the inputs ``wanted`` and of the products of ``heads``."""
+    count = len(program.heads)
+
+    def gradients(given: list[Tensor]) -> list[Tensor]:
+        total = len(given) - count - sum(differentiable)
+        tensors, products = list(given[:total]), list(given[total : total + count])
+        upstream = given[total + count :]
+        with torch.enable_grad():
+            for i in wanted:
+                tensors[i] = tensors[i].detach().requires_grad_()
+            products = [z.detach().requires_grad_(need) for z, need in zip(products, heads)]
+            results = run(program, tensors, products)
+            out = [r for r, used in zip(results, differentiable) if used]
+            pairs = [(r, g) for r, g in zip(out, upstream) if r.requires_grad]
+            leaves = [tensors[i] for i in wanted] + [z for z, need in zip(products, heads) if need]
+            if not pairs:
+                return [torch.zeros_like(x) for x in leaves]
+            found = torch.autograd.grad([r for r, _ in pairs], leaves, [g for _, g in pairs], materialize_grads=True)
+        return list(found)
+
+    return gradients
+
+
+def _window(tensors: Sequence[Tensor], rows: frozenset[int], i: slice) -> list[Tensor]:
+    return [t[i] if k in rows else t for k, t in enumerate(tensors)]
+
+
+def _full(n: int, tokens: int, device: torch.device) -> Callable[[slice], bool]:
+    """Whether a window is one that a compiled function serves: whole, on CUDA."""
+    return lambda i: device.type == "cuda" and i.stop - i.start == min(tokens, n)
+
+
+def head_rows(program: RowProgram, tensors: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The program's results, each [N, ...]. ``tokens`` rows of logits are held at once."""
+    rows = row_inputs(program)
+    n = tensors[operands(program)[0][0]].shape[0]
+    compiled = _full(n, tokens, tensors[0].device)
+    results: list[Tensor] = []
+    for i in cuts(n, tokens) if n else [slice(0, 0)]:
+        given = _window(tensors, rows, i)
+        function = _forward(program)
+        if compiled(i):
+            function = _made(("forward", program), function, given, True)
+        found = function(given)
+        if not results:
+            results = [r.new_empty((n, *r.shape[1:])) for r in found]
+        for into, r in zip(results, found):
+            into[i] = r
+    return results
+
+
+def head_rows_backward(
+    program: RowProgram,
+    upstream: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+    tokens: int,
+) -> list[Tensor | None]:
+    """The gradients of the inputs that need one, in their dtypes; None for the others."""
+    rows, heads = row_inputs(program), operands(program)
+    parts = {at for pair in heads for at in pair}
+    n = tensors[heads[0][0]].shape[0]
+    compiled = _full(n, tokens, tensors[0].device)
+    differentiable = tuple(g is not None for g in upstream)
+    wanted = tuple(i for i, need in enumerate(needs) if need and i not in parts)
+    live = tuple(needs[h] or needs[w] for h, w in heads)
+    sums: list[Tensor | None] = [
+        None if not need
+        else torch.zeros_like(t, dtype=stat_dtype(t.dtype) if i not in rows else t.dtype)
+        for i, (t, need) in enumerate(zip(tensors, needs))
+    ]  # fmt: skip
+
+    def add(at: int, i: slice, gradient: Tensor) -> None:
+        into = sums[at]
+        if into is not None:
+            (into[i] if at in rows else into).add_(gradient)
+
+    def add_product(into: Tensor | None, dz: Tensor, h: Tensor) -> None:
+        if into is None:
+            return
+        for v in cuts(len(into), max(1, PRODUCT_BYTES // max(1, into.element_size() * into.shape[1]))):
+            if into.dtype == dz.dtype:
+                into[v].addmm_(dz[:, v].t(), h)
+            elif dz.device.type == "cuda":
+                into[v].add_(torch.mm(dz[:, v].t(), h, out_dtype=into.dtype))
+            else:
+                into[v].add_(dz[:, v].t() @ h)
+
+    for i in cuts(n, tokens):
+        given = _window(tensors, rows, i)
+        products = [given[h] @ given[w].t() for h, w in heads]
+        seen = [g[i] for g in upstream if g is not None]
+        everything = [*given, *products, *seen]
+        vjp = _vjp(program, differentiable, wanted, live)
+        found = _made(("vjp", program, differentiable, wanted, live), vjp, everything, compiled(i))(everything)
+        del products, everything
+        for at, gradient in zip(wanted, found):
+            add(at, i, gradient)
+        for (h, w), dz in zip((pair for pair, on in zip(heads, live) if on), found[len(wanted) :]):
+            if needs[h]:
+                add(h, i, dz @ given[w])
+            if needs[w]:
+                add_product(sums[w], dz, given[h])
+    return [None if s is None else s.to(t.dtype) for s, t in zip(sums, tensors)]

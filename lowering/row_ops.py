@@ -1,0 +1,96 @@
+"""The custom ops that run a row program on the logits of one or several heads.
+
+    head_rows           one sweep: the program's results, [N, ...] each
+    head_rows_backward  one sweep: the gradients of the inputs that need one
+
+The program is text (`fusedhead.kernels.row_program`), so that a graph with these ops depends on nothing else.
+This file must not know what a program computes or where it came from.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels import row_windows
+from fusedhead.kernels.row_program import read, run
+from fusedhead.lowering.autograd import ONCE
+from fusedhead.lowering.plan import row_tokens
+
+SCHEMAS = {
+    "head_rows": "(Tensor[] tensors, str program, int memory) -> Tensor[]",
+    "head_rows_backward": "(Tensor[] upstream, Tensor[] tensors, str program, int memory, bool[] needs) -> Tensor[]",
+}
+
+
+def _as_written(device: torch.device) -> AbstractContextManager[object]:
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _tokens(tensors: list[Tensor], program: str, memory: int) -> int:
+    parsed = read(program)
+    heads = [(tensors[h], tensors[w]) for h, w in row_windows.operands(parsed)]
+    vocab, dtype = max(((len(w), w.dtype) for _, w in heads), key=lambda s: s[0] * s[1].itemsize)
+    h = heads[0][0]
+    return row_tokens(len(h), vocab, dtype, h.device.type, len(parsed.lines), memory)
+
+
+def _rows(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
+    with _as_written(tensors[0].device):
+        return row_windows.head_rows(read(program), tensors, _tokens(tensors, program, memory))
+
+
+def _rows_fake(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
+    with _as_written(tensors[0].device):
+        return [torch.empty_like(r, memory_format=torch.contiguous_format) for r in run(read(program), tensors)]
+
+
+def _rows_backward(
+    upstream: list[Tensor], tensors: list[Tensor], program: str, memory: int, needs: list[bool]
+) -> list[Tensor]:
+    given = [g if g.dim() else None for g in upstream]
+    with _as_written(tensors[0].device):
+        found = row_windows.head_rows_backward(read(program), given, tensors, needs, _tokens(tensors, program, memory))
+    return [g for g in found if g is not None]
+
+
+def _rows_backward_fake(
+    upstream: list[Tensor], tensors: list[Tensor], program: str, memory: int, needs: list[bool]
+) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in zip(tensors, needs) if need]
+
+
+def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    tensors, ctx.program, ctx.memory = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.dtypes = [r.dtype for r in output]
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
+    tensors, needs = list(ctx.saved_tensors), list(ctx.needs_input_grad[0])
+    absent = tensors[0].new_empty(())  # of no dimension, which no gradient of rows is
+    upstream = [absent if g is None or not t.is_floating_point else g for g, t in zip(grads, ctx.dtypes)]
+    found = iter(torch.ops.fusedhead.head_rows_backward(upstream, tensors, ctx.program, ctx.memory, needs))
+    return [next(found) if need else None for need in needs], None, None
+
+
+def _setup_once(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    pass
+
+
+def _backward_once(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(ONCE)
+
+
+for _name, _run, _fake, _autograd in (
+    ("head_rows", _rows, _rows_fake, (_setup, _backward)),
+    ("head_rows_backward", _rows_backward, _rows_backward_fake, (_setup_once, _backward_once)),
+):
+    torch.library.define(f"fusedhead::{_name}", SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"fusedhead::{_name}", "default", _run)
+    torch.library.register_fake(f"fusedhead::{_name}", _fake)
+    torch.library.register_autograd(f"fusedhead::{_name}", _autograd[1], setup_context=_autograd[0])
