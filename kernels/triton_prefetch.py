@@ -11,11 +11,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _prefetch(vectors, index: tl.constexpr, col):
-    at = vectors[0] + index * vectors[1].to(tl.int64) + tl.minimum(col, vectors[2] - 1)
-    tl.inline_asm_elementwise(
-        "{ prefetch.global.L1 [$1]; mov.u32 $0, 0; }", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
+def _prefetch(vectors, col, STEPS: tl.constexpr, J: tl.constexpr):
+    op: tl.constexpr = STEPS[2 * J]
+    if op == "addcol" or op == "mulcol" or op == "setcol":
+        at = vectors[0] + STEPS[2 * J + 1] * vectors[1].to(tl.int64) + tl.minimum(col, vectors[2] - 1)
+        tl.inline_asm_elementwise(
+            "{ prefetch.global.L1 [$1]; mov.u32 $0, 0; }", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -23,6 +25,4 @@ def prefetch_columns(vectors, col, STEPS: tl.constexpr, PREFETCH: tl.constexpr):
     """Ask for the entries at ``col`` [BN] of every column vector that the chain names; nothing unless PREFETCH."""
     if PREFETCH:
         for j in tl.static_range(len(STEPS) // 2):
-            op: tl.constexpr = STEPS[2 * j]
-            if op == "addcol" or op == "mulcol" or op == "setcol":
-                _prefetch(vectors, STEPS[2 * j + 1], col)
+            _prefetch(vectors, col, STEPS, j)
