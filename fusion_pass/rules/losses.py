@@ -32,7 +32,7 @@ from fusedhead.rules.table import (
     vocab_size,
 )  # fmt: skip
 from fusedhead.terminals import Statistics
-from fusedhead.values import Escape, Logits, LogProbs, Plain
+from fusedhead.values import Call, Escape, Logits, LogProbs, Plain, logits_of
 
 aten = torch.ops.aten
 REDUCTIONS = ("none", "mean", "sum")
@@ -243,7 +243,9 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
 def take_along_dim(context: Context, value: Any, index: Any, dim: int | None = None) -> Terminal:
     if dim is None or not isinstance(index, Plain) or index.val.ndim != value.val.ndim:
         raise Escape("take_along_dim that flattens or broadcasts")
-    return gather(context, value, dim, index)
+    size = vocab_size(logits_of(value))
+    inside = Call(aten.remainder.Scalar, (index.ref, size))  # unlike gather it takes any index, modulo the size
+    return gather(context, value, dim, Plain(inside, index.val))
 
 
 @rule(aten.logsumexp.default, aten.special_logsumexp.default)

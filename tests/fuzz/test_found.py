@@ -88,3 +88,8 @@ def test_vectors_that_join_the_logits_after_they_were_detached() -> None:
     quiet = Block("with torch.no_grad():", ("z = z + c",))
     body = ("z = F.linear(h, w)", quiet, "z = z * c", "l = F.cross_entropy(z, y, reduction='none')")
     agrees(Case(SIZES, inputs, body, ("l",)))
+
+
+def test_take_along_dim_takes_any_index_modulo_the_size() -> None:
+    body = ("z = F.linear(h, w)", "l = -F.log_softmax(z, 2).take_along_dim(y.unsqueeze(2), 2).squeeze(2)")
+    agrees(Case(SIZES, {"h": H, "w": W, "y": "torch.randint(-100, 100, (B, T))"}, body, ("l",)))

@@ -193,8 +193,8 @@ LOSSES = {
         "(z.log_softmax({d}) * 2).gather({d}, y.unsqueeze({p}))", "z.gather({r}, idx * 0)",
     ],
     aten.take_along_dim.default: [
-        "torch.take_along_dim(z, idx, {d})", "z.log_softmax({d}).take_along_dim(idx, dim={d})",
-        "z.take_along_dim(idx)",
+        "torch.take_along_dim(z, idx, {d})", "z.take_along_dim(idx - 7, {d})",
+        "z.log_softmax({d}).take_along_dim(idx, dim={d})", "z.take_along_dim(idx)",
     ],
     aten.logsumexp.default: [
         "z.logsumexp({d})", "torch.logsumexp(z, dim={d}, keepdim=True)", "z.logsumexp({k})",
