@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, RowGrads, RowStats
-from fusedhead.kernels.triton_labels import map_labels
+from fusedhead.kernels.triton_labels import labelled_parts, map_labels
 from fusedhead.kernels.triton_launch import Launch
 from fusedhead.kernels.triton_prefetch import prefetch_columns
 from fusedhead.kernels.triton_product import column_part, product
@@ -207,9 +207,7 @@ def dlogits_kernel(
     main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
     for step in tl.range(0, steps, flatten=FLATTEN):
         block, tile, _, _ = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
-        here = 0
-        if LABELS > 0:
-            here = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
+        here = labelled_parts(label_map, block, tile, V, LABELS, BN)
         prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
         acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY)
         for j in tl.static_range(PARTS):

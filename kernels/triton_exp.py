@@ -23,10 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head
+from fusedhead.kernels.triton_labels import labelled_parts
 from fusedhead.kernels.triton_launch import Launch
 from fusedhead.kernels.triton_prefetch import prefetch_columns
 from fusedhead.kernels.triton_product import column_part, product
-from fusedhead.kernels.triton_rows import store_labelled
+from fusedhead.kernels.triton_rows import store_labelled, weighted_sum
 from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
 from fusedhead.kernels.triton_sweep import KEPT, Sweep
 from fusedhead.kernels.triton_transform import column_slope, transform, varies_along_row
@@ -72,10 +73,7 @@ def _epilogue(
     total = tl.sum(e, 1)
     weighted = tl.zeros((BM,), tl.float32)
     if SUM:
-        weight = tl.full((WIDTH,), 1.0, tl.float32)
-        if HAS_U:
-            weight = tl.load(u + col, mask=col < V, other=0.0)
-        weighted = tl.sum(tl.where((col < V)[None, :], z * weight[None, :], 0.0), 1)
+        weighted = weighted_sum(z, u, col, V, HAS_U, WIDTH)
     if LABELS > 0:
         if here != 0:
             store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
@@ -154,9 +152,7 @@ def exp_kernel(
             live = tl.load(flags + block)
         if live != 0:
             row = block * BM + tl.arange(0, BM)
-            here = 0
-            if LABELS > 0:
-                here = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
+            here = labelled_parts(label_map, block, tile, V, LABELS, BN)
             r = tl.load(ref2 + row, mask=row < N, other=0.0)
             prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
             acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY)

@@ -59,6 +59,15 @@ def map_labels_kernel(
     tl.store(label_map + block.to(tl.int64) * tiles + tile, bits, mask=tile < tiles)
 
 
+@triton.jit
+def labelled_parts(label_map, block, tile, V, LABELS: tl.constexpr, BN: tl.constexpr):
+    """The bits of a tile: which of its column parts hold a label. 0 where the sweep asks for none."""
+    bits = 0
+    if LABELS > 0:
+        bits = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
+    return bits
+
+
 @lru_cache(maxsize=KEPT)
 def _check_launch(device: torch.device, shape: tuple[int, int], strides: tuple[int, int], vocab: int) -> Launch:
     rows, (n, k) = 256, shape

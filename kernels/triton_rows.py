@@ -28,6 +28,15 @@ def rounded_off(ref2, total, lse):
 
 
 @triton.jit
+def weighted_sum(z, u, col, V, HAS_U: tl.constexpr, WIDTH: tl.constexpr):
+    """Σ_v u_v z over the columns ``col`` [WIDTH] of a tile that exist; u counts as ones unless HAS_U."""
+    weight = tl.full((WIDTH,), 1.0, tl.float32)
+    if HAS_U:
+        weight = tl.load(u + col, mask=col < V, other=0.0)
+    return tl.sum(tl.where((col < V)[None, :], z * weight[None, :], 0.0), 1)
+
+
+@triton.jit
 def finite_or_zero(x):
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 

@@ -24,11 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head
-from fusedhead.kernels.triton_labels import map_labels
+from fusedhead.kernels.triton_labels import labelled_parts, map_labels
 from fusedhead.kernels.triton_launch import Launch
 from fusedhead.kernels.triton_prefetch import prefetch_columns
 from fusedhead.kernels.triton_product import column_part, product
-from fusedhead.kernels.triton_rows import finite_or_zero, order_key, store_labelled
+from fusedhead.kernels.triton_rows import finite_or_zero, order_key, store_labelled, weighted_sum
 from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
 from fusedhead.kernels.triton_sweep import KEPT, Sweep
 from fusedhead.kernels.triton_transform import decided, steps_of, transform
@@ -102,9 +102,7 @@ def stream_kernel(
         if ONLY:
             live = tl.load(flags + block)
         row = block * BM + tl.arange(0, BM)
-        here = 0
-        if LABELS > 0:
-            here = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
+        here = labelled_parts(label_map, block, tile, V, LABELS, BN)
         if live != 0:
             prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
             acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY)
@@ -121,10 +119,7 @@ def stream_kernel(
                     top = tl.maximum(best, top)
                 z = transform(raw, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
                 if SUM:
-                    weight = tl.full((BN // PARTS,), 1.0, tl.float32)
-                    if HAS_U:
-                        weight = tl.load(u + col, mask=col < V, other=0.0)
-                    weighted += tl.sum(tl.where((col < V)[None, :], z * weight[None, :], 0.0), 1)
+                    weighted += weighted_sum(z, u, col, V, HAS_U, BN // PARTS)
                 if not EVEN:
                     if start + BN // PARTS > V:
                         z = tl.where((col < V)[None, :], z, float("-inf"))
