@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from fusedhead.aliases import storage, written
 from fusedhead.interpret import Site
 from fusedhead.read import fake, name_of
 from fusedhead.rewrite import PURE_VIEWS
@@ -40,11 +41,15 @@ class Recipe:
 
 
 def program_of(site: Site, output: Node) -> tuple[list[Node], list[Node]]:
-    """The nodes that make ``output`` out of the head's operands, in order, and the inputs they need."""
+    """The nodes that make ``output`` out of the head's operands, in order, and the inputs they need.
+
+    Whatever writes to memory that they share belongs to them: run in order, they leave what the program left.
+    """
     inside: set[Node] = set()
     sources: list[Node] = []
     stack = [output]
     followed = {site.head.node, *site.followed}
+    writers = {node: [storage(fake(target)) for target in written(node)] for node in site.followed}
     while stack:
         node = stack.pop()
         if node in inside or node in sources:
@@ -52,6 +57,8 @@ def program_of(site: Site, output: Node) -> tuple[list[Node], list[Node]]:
         if node in followed or is_cheap(node):
             inside.add(node)
             stack.extend(node.all_input_nodes)
+            memory = storage(fake(node))
+            stack.extend(writer for writer, targets in writers.items() if memory in targets)
         else:
             sources.append(node)
     order = {node: i for i, node in enumerate(output.graph.nodes)}

@@ -402,7 +402,7 @@ def test_hidden_states_in_memory_that_is_used_again_are_copied(model: Model) -> 
         from fusedhead.backend import run_pass
         from fusedhead.options import Options
 
-        working, _, wrap = run_pass(gm, Options(logits="deferred"))
+        working, _, wrap = run_pass(gm, Options(logits="deferred", min_logits=0))
         finish = finishing(0, True)
         return wrap(working.forward, lambda r, s: recipes.append((r, s)) or finish(r, s))
 

@@ -87,13 +87,45 @@ def test_logits_returned_and_then_changed_in_place_are_returned_changed() -> Non
     not_fused(program, hidden(), weight(), labels(), options=EAGER)
 
 
-def test_logits_returned_through_another_view_of_what_was_written_are_left_alone() -> None:
+def test_logits_returned_through_another_view_of_what_was_written_are_right() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         z = F.linear(h, w)
         z.mul_(0.8)
         return flat_loss(z, y), z.unsqueeze(0)
 
-    left(program, hidden(), weight(), labels(), because="through another name", options=EAGER)
+    right(program, hidden(), weight(), labels(), options=EAGER)
+
+
+def test_returned_logits_with_columns_that_were_set_are_right() -> None:
+    """Chameleon disallows image tokens, by their numbers."""
+
+    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        z[..., [8, 10]] = -50.0
+        return flat_loss(z, y % 8), z
+
+    for options in (EAGER, {"fusedhead.logits": "deferred"}):
+        right(program, hidden(), weight(), labels(), options=options)
+
+
+def test_logits_written_after_their_loss_are_returned_as_written() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        loss = flat_loss(2 * z, y)
+        before = z.clone()
+        z.mul_(0.8)
+        return loss, torch.stack([before, z])
+
+    not_fused(program, hidden(), weight(), labels(), options=EAGER)
+
+    def apart(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = F.linear(h, w)
+        loss = flat_loss(2 * z, y)
+        before = z.clone()
+        z.mul_(0.8)
+        return loss, before, z
+
+    right(apart, hidden(), weight(), labels(), options=EAGER)
 
 
 def test_logits_returned_as_they_are_after_a_step_in_place_are_right() -> None:

@@ -62,7 +62,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "kosmos-2": {"latent_query_num": 4},
     "blip-2": {"image_token_id": VOCAB - 1, "num_query_tokens": 4},
     "blt": {"encoder_hash_byte_group_vocab": 500},
-    "chameleon": {"vocabulary_map": {"<image>": VOCAB - 1}},
+    "chameleon": {"vocabulary_map": {"<image>": VOCAB - 1, "IMGIMGABZ": VOCAB - 2, "IMGIMGACZ": VOCAB - 3}},
     "cohere_compass_text": {
         "layer_types": ["full_attention", "sliding_attention"],
         "rope_parameters": {"full_attention": rope(3, 3, 2), "sliding_attention": rope(3, 3, 2)},
