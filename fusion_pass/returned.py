@@ -25,6 +25,13 @@ from fusedhead.interpret import Site
 from fusedhead.read import fake, name_of
 from fusedhead.rewrite import PURE_VIEWS
 from fusedhead.rules.projections import SPELLINGS
+from fusedhead.rules.table import Family
+
+FAMILY = Family(
+    "returned logits",
+    "deferred: no memory, no backward, until something other than a loss asks for them",
+    "logits, or what they are made of, that are written later",
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,16 @@ from torch.utils._pytree import tree_leaves
 from fusedhead.aliases import storage, written
 from fusedhead.interpret import Site, candidates
 from fusedhead.read import fake, name_of, where
+from fusedhead.rules.table import Family
 from fusedhead.values import Call, Plain
+
+FAMILY = Family(
+    "where",
+    "training, `no_grad`, `inference_mode`, autocast, activation checkpointing, gradient accumulation, several heads, "
+    "`dynamic=True`, `mode=`",
+    "inside `torch.func` transforms; DTensor and other tensor subclasses; where hidden states, weight or labels are "
+    "written between the projection and the loss",
+)
 
 
 def leaves(refs: Iterable[Any]) -> list[Node]:

@@ -22,8 +22,14 @@ from torch.fx import Node
 
 from fusedhead.interpret import Site
 from fusedhead.read import fake
+from fusedhead.rules.table import Family
 from fusedhead.safety import leaves
 
+FAMILY = Family(
+    "size",
+    "2²⁰ logits and more, on CUDA 2²²",
+    "smaller heads, where fusing costs time and saves little; `fusedhead.min_logits` moves the limit",
+)
 LEAST = {"cuda": 1 << 22}  # logits, by device
 LEAST_ELSEWHERE = 1 << 20
 

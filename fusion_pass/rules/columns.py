@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.kernels.columns import Step
 from fusedhead.rules.statistics import expected
-from fusedhead.rules.table import Context, needs_logits, rule, vocab_size
+from fusedhead.rules.table import Context, Family, needs_logits, rule, vocab_size
 from fusedhead.values import (
     FOLLOWED,
     Call,
@@ -33,6 +33,12 @@ from fusedhead.values import (
 )
 
 aten = torch.ops.aten
+FAMILY = Family(
+    "on the logits",
+    "cast, bias, scale (constant, learned, per class, per token), tanh and sigmoid caps, masks of classes; the same in "
+    "place where no other name sees it",
+    "writes that another name sees; masks by NaN",
+)
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from fusedhead.emit import Emit, named
 from fusedhead.rules.table import (
     Context,
+    Family,
     Terminal,
     needs_logits,
     over_classes,
@@ -35,6 +36,13 @@ from fusedhead.terminals import Statistics
 from fusedhead.values import Call, Escape, Logits, LogProbs, Plain, logits_of
 
 aten = torch.ops.aten
+FAMILY = Family(
+    "loss",
+    "`cross_entropy` (mean, sum, none; `ignore_index`, class weights, label smoothing; classes last or in dimension "
+    "1), `log_softmax` + `nll_loss`, `log_softmax` + `gather` (any number of labels a row), `gather` − `logsumexp`, "
+    "z-loss; then any masks and reductions",
+    "labels of another shape or dtype than eager code takes",
+)
 REDUCTIONS = ("none", "mean", "sum")
 
 

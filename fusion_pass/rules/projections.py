@@ -12,10 +12,16 @@ import torch
 
 from fusedhead.kernels.columns import Step
 from fusedhead.read import name_of
-from fusedhead.rules.table import Context, rule
+from fusedhead.rules.table import Context, Family, rule
 from fusedhead.values import Call, Escape, Logits, Plain, Projection, RowStep
 
 aten = torch.ops.aten
+FAMILY = Family(
+    "projection",
+    "hidden states `[N, D]`, `[B, T, D]`, frozen or not, and any weight of the graph: tied, transposed, cast, sliced; "
+    "with or without bias; float32, bfloat16, float16",
+    "weights that are not `[V, D]`; float64 and integer products",
+)
 
 
 def project(context: Context, hidden: Plain, weight: Plain, class_dim: int | None = None) -> Logits:

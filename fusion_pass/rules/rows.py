@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fusedhead.rules.table import Context, dimension, rule
+from fusedhead.rules.table import Context, Family, dimension, rule
 from fusedhead.values import (
     FOLLOWED,
     HIDDEN,
@@ -30,6 +30,11 @@ from fusedhead.values import (
 )
 
 aten = torch.ops.aten
+FAMILY = Family(
+    "rows",
+    "views, permutations, shift slices and row selection, before or after the head; vocabulary slices",
+    "views that mix tokens and classes; steps along the vocabulary",
+)
 
 
 def moved(value: Followed, val: Tensor, class_dim: int, op: Any, *args: Any, keeps_order: bool = False) -> Followed:

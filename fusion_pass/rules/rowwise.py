@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.emit import static
 from fusedhead.rowwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed
+from fusedhead.rules.table import Family
 from fusedhead.values import FOLLOWED, Call, Escape, Expected, Followed, Logits, LogProbs, Plain, Probs
 
 aten = torch.ops.aten
@@ -40,6 +41,13 @@ REDUCE: dict[Any, int] = {
 }  # fmt: skip
 # overload -> position of its dimension argument; that dimension changes its length
 RESIZE: dict[Any, int] = {aten.topk.default: 2, aten.sort.default: 1, aten.slice.Tensor: 1}
+LISTED = (ALONG, REDUCE, RESIZE)  # overloads that the table of what is fused names
+FAMILY = Family(
+    "anything else, token by token",
+    "the program's own ops on some tokens at a time, and again in the backward: targets that are probabilities, KL "
+    "between heads, adapters (LoRA) on a head, margins, mixtures, every pointwise op",
+    "ops that run over tokens, or mix tokens and classes; the same inside a checkpointed region",
+)
 DEFAULT_DIM = {aten.topk.default: -1, aten.sort.default: -1, aten.argsort.default: -1, aten.slice.Tensor: 0}
 TOTALS = {aten.sum.default: aten.sum.dim_IntList, aten.mean.default: aten.mean.dim}
 SPLIT = frozenset({aten.sum.dim_IntList, aten.mean.dim})  # over tokens too: the rest is done on the row results

@@ -15,11 +15,16 @@ from torch.fx import Node
 from fusedhead.emit import Emit
 from fusedhead.read import name_of
 from fusedhead.rules.losses import per_row
-from fusedhead.rules.table import Context, Terminal, needs_logits, over_classes, rule, vocab_size
+from fusedhead.rules.table import Context, Family, Terminal, needs_logits, over_classes, rule, vocab_size
 from fusedhead.terminals import Statistics
 from fusedhead.values import Escape, Expected, Logits, LogProbs, Probs, same_logits
 
 aten = torch.ops.aten
+FAMILY = Family(
+    "beside the loss",
+    "entropy in its spellings, sums over the classes, argmax and max as eager code rounds",
+    "",
+)
 
 
 @rule(aten.softmax.int, aten._softmax.default, aten.special_softmax.default)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ from fusedhead.values import FOLLOWED, Escape, Followed, Logits, LogProbs, Plain
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
+
+
+class Family(NamedTuple):
+    """A row of the table of what is fused, kept beside the rules that make it true (`fusedhead.rules.listing`)."""
+
+    part: str  # of a program
+    fused: str  # what is read, besides the names of the ops, which the listing takes from the rules
+    left: str  # what is left to Inductor
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +85,6 @@ def vocab_size(logits: Logits) -> int:
 
 
 __all__ = [
-    "RULES", "Context", "Terminal", "dimension", "needs_logits", "over_classes", "plain_tensor", "rule",
+    "RULES", "Context", "Family", "Terminal", "dimension", "needs_logits", "over_classes", "plain_tensor", "rule",
     "torch", "vocab_size",
 ]  # fmt: skip

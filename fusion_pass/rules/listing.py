@@ -1,0 +1,75 @@
+"""What the pass reads and what it leaves, as a table for people and as the list of its sentences, out of the code.
+
+The ops of a row are those of the module's rules; the words beside them stand in the module, as its ``FAMILY``.
+Sentences are the texts of every ``Escape``. ``python -m fusedhead.rules`` prints both; nothing else imports this file.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fusedhead import returned, safety, size_gate
+from fusedhead.rules import RULES, columns, losses, projections, rows, rowwise, statistics
+from fusedhead.rules.table import Family
+
+PARTS: tuple[ModuleType, ...] = (
+    projections, columns, rows, losses, statistics, rowwise, returned, safety, size_gate
+)  # fmt: skip
+HEADER = ("part", "fused", "left to Inductor, with the reason")
+BEGIN, END = "<!-- python -m fusedhead.rules -->", "<!-- end -->"
+
+
+def overloads(module: ModuleType) -> list[Any]:
+    """The ATen overloads that a module reads: those of its rules, and of its tables of overloads."""
+    ruled = [target for target, rule in RULES.items() if rule.__module__ == module.__name__]
+    tabled = getattr(module, "LISTED", ())
+    return [*ruled, *(target for table in tabled for target in table)]
+
+
+def ops(module: ModuleType) -> list[str]:
+    """Their names as users write them, each once."""
+    names = (target._schema.name.removeprefix("aten::") for target in overloads(module))
+    return list(dict.fromkeys(name for name in names if not name.startswith(("_", "special_"))))
+
+
+def cells(module: ModuleType) -> tuple[str, str, str]:
+    family: Family = module.FAMILY
+    named = ", ".join(f"`{name}`" for name in ops(module))
+    return family.part, f"{family.fused}. Ops: {named}" if named else family.fused, family.left
+
+
+def table() -> str:
+    """The table in Markdown."""
+    lines = [f"| {' | '.join(line)} |".replace("|  |", "| |") for line in (HEADER, *map(cells, PARTS))]
+    return "\n".join([lines[0], "|---|---|---|", *lines[1:]])
+
+
+def sentences() -> list[str]:
+    """The sentences of every `Escape` in the package, sorted, with … for what a program fills in."""
+    folder = Path(safety.__file__).parent
+    files = sorted([*folder.glob("*.py"), *(folder / "rules").glob("*.py")])
+    return sorted({text for file in files for text in escapes(ast.parse(file.read_text(encoding="utf-8")))})
+
+
+def escapes(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            name, text = node.exc.func, node.exc.args[0]
+            if isinstance(name, ast.Name) and name.id == "Escape":
+                parts: Sequence[Any] = text.values if isinstance(text, ast.JoinedStr) else [text]
+                shown = "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in parts)
+                if shown != "…":
+                    yield shown
+
+
+def between_markers(text: str) -> str:
+    """A document with the table put between its markers. Raises ValueError where it has none."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"no {BEGIN} ... {END} in the document")
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
