@@ -30,6 +30,9 @@ from tests.fuzz.program import Case, make_inputs, program, truth
 
 ULPS = 16
 VERSION = "modified by an inplace operation"  # an error of eager autograd that compiled programs do not always have
+TWINS_OWN = (VERSION, "view size is not compatible")  # errors of the float64 twin alone, whose casts change nothing
+# Where the gradient of rounded logits goes hangs on how they compare: other roundings, other routes.
+ROUTES = (".sort(", ".topk(", ".amax(", ".max(", ".relu(", "clamp", ".kthvalue(")
 CHANGED_DECISIONS = 0.25  # share of a low-precision output that may differ where it hangs on comparisons of logits
 
 
@@ -98,7 +101,8 @@ def same(name: str, got: Any, eager: Any, true: Any, case: Case) -> str:
         differ = (got != eager).double().mean().item() if eager.numel() else 0.0
         allowed = CHANGED_DECISIONS if low and name in case.decisions else 0.0
         return "" if differ <= allowed else f"{name}: {differ:.0%} of the entries differ"
-    if low and name in case.decisions:
+    routed = name in case.decisions or (name.startswith("d") and any(op in str(case) for op in ROUTES))
+    if low and routed:
         return ""
     odd = ~eager.isfinite() | ~true.isfinite()
     regular = got.isfinite()
@@ -165,7 +169,7 @@ def differs(case: Case, sizes: dict[str, int], ours: Ran) -> tuple[str, str] | N
     if ours.error is not None:
         return f"raises {type(ours.error).__name__}", str(ours.error)[:2000]
     true = run(truth(case), case, sizes, double=True)
-    if true.error is not None and VERSION not in str(true.error):
+    if true.error is not None and not any(text in str(true.error) for text in TWINS_OWN):
         return "the float64 twin raises", repr(true.error)
     for name, value in eager.tensors.items():
         sentence = same(name, ours.tensors.get(name), value, true.tensors.get(name, value), case)

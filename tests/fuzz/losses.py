@@ -144,6 +144,30 @@ def probabilities(w: Writer, z: Logits) -> tuple[str, bool]:
     return w.let("l", w.pick(forms)), True
 
 
+def soft_targets(w: Writer, z: Logits) -> tuple[str, bool]:
+    """Losses against a distribution: cross entropy of probabilities, KL both ways, JSD, a margin, a mixture."""
+    n, d = z.name, z.class_dim
+    shape = ", ".join("-1" if k == d else "1" for k in range(z.rank))
+    t = w.let("t", f"torch.softmax({z.rows.m}.unsqueeze({d}) * torch.linspace(-2, 2, {z.vocab}).view({shape}), {d})")
+    hot = f"F.one_hot({valid_labels(w, z)}, {z.vocab}).movedim(-1, {d})"
+    kl = "F.kl_div(F.log_softmax({}, {}), {}, reduction='{}')"
+    forms: list[tuple[int, str, bool]] = [
+        (2, f"-({t} * F.log_softmax({n}, {d})).sum({d})", True),
+        (2, kl.format(n, d, t, "batchmean"), False),
+        (1, kl.format(n, d, t, "none") + f".sum({d})", True),
+        (1, f"(F.softmax({n}, {d}) * (F.log_softmax({n}, {d}) - {t}.log())).sum({d})", True),
+        (1, f"({hot} * F.log_softmax({n} - 0.3 * {hot}, {d})).sum({d})", True),
+        (1, f"-torch.log(0.5 * F.softmax({n}, {d}) + 0.5 * F.softmax({n} * 0.5, {d})).amax({d})", True),
+        (1, f"(F.softmax({n}, {d}) - {t}).pow(2).sum({d})", True),
+        (1, f"(torch.sigmoid({n}) * {t}).sum({d})", True),
+    ]
+    if d == 1:
+        forms.append((2, f"F.cross_entropy({n}, {t}.to({n}.dtype))", False))
+        forms.append((1, f"F.cross_entropy({n}, {t}.to({n}.dtype), label_smoothing=0.1, reduction='none')", True))
+    _, form, per_token = w.weighted([(weight, (weight, f, p)) for weight, f, p in forms])
+    return w.let("l", form), per_token
+
+
 def wrong_dimension(w: Writer, z: Logits) -> tuple[str, bool]:
     """Losses over a dimension that is not the vocabulary."""
     d = (z.class_dim + 1) % z.rank
@@ -161,7 +185,7 @@ def wrong_dimension(w: Writer, z: Logits) -> tuple[str, bool]:
 
 TERMINALS = [
     (10, cross_entropy), (3, nll), (4, gathered), (3, gather_minus_lse), (2, z_loss), (2, smooth), (2, probabilities),
-    (1, wrong_dimension),
+    (2, soft_targets), (1, wrong_dimension),
 ]  # fmt: skip
 
 
@@ -227,6 +251,8 @@ def side(w: Writer, z: Logits) -> None:
                 f"{n}.detach().argmax({d})",
                 f"({n}.argmax({d}) == {z.rows.y}).float()",
                 f"{n}.max({d}).indices",
+                f"{n}.max({d})[1]",
+                f"{n}.argsort({d})",
                 f"{n}.topk(2, {d}).indices",
             ]
         )

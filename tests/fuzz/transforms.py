@@ -38,6 +38,7 @@ def scale(w: Writer, z: Logits) -> Logits:
         f"torch.mul({z.name}, 0.5)",
         f"torch.div({z.name}, 2)",
     ]
+    kinds += [f"{z.name} * 30.0"] if w.chance(0.2) else []
     kinds += [f"-{z.name}", f"{z.name} + 0.25", f"{z.name} - 1", f"2 - {z.name}", f"{z.name}.div(0.8)"]
     return out_of_place(w, z, w.pick(kinds))
 
@@ -96,7 +97,10 @@ def inplace(w: Writer, z: Logits) -> Logits:
 def setitem(w: Writer, z: Logits) -> Logits:
     """Masks classes, or rows, by assignment."""
     if z.class_dim == z.rank - 1:
-        w.line(w.pick([f"{z.name}[..., 0] = -5.0", f"{z.name}[..., {z.vocab - 2}:] = -3.0", f"{z.name}[0] = 0.0"]))
+        minimum = f"torch.finfo({z.name}.dtype).min"
+        w.line(w.pick([f"{z.name}[..., 0] = -5.0", f"{z.name}[..., {z.vocab - 2}:] = -3.0", f"{z.name}[0] = 0.0",
+                       f"{z.name}[..., [1, 2]] = -float('inf')", f"{z.name}[:, 1:] = 0.5",
+                       f"{z.name}[..., torch.arange({z.vocab}) % 3 == 1] = {minimum}"]))  # fmt: skip
     else:
         w.line(f"{z.name}[:, 1] = -5.0")
     return z
@@ -108,6 +112,9 @@ def column_mask(w: Writer, z: Logits) -> Logits:
     n, v = z.name, z.vocab
     kinds = [f"{n}.masked_fill(torch.arange({v}) == 1, -1e4)", f"torch.where(torch.arange({v}) < {v - 1}, {n}, -1e4)"]
     kinds += [f"{n} + torch.where(torch.arange({v}) < {v - 1}, 0.0, -1e4)", f"{n}.clamp(min=-4)"]
+    kinds += [f"{n}.masked_fill(torch.arange({v}) == 1, -float('inf'))", f"{n}.nan_to_num(nan=0.0)"]
+    kinds += [f"{n}.masked_fill({n} < {n}.topk(3, -1).values[..., -1:], -1e4)"]
+    kinds += [f"torch.where(({z.rows.m} > 0.5).unsqueeze(-1), {n}, {n} * 0.5)"]
     return out_of_place(w, z, w.pick(kinds))
 
 
@@ -206,7 +213,8 @@ def near_miss(w: Writer, z: Logits) -> Logits:
                     f"{n} + {n}.detach()", f"{n} * {n}", f"{n}.exp().clamp(max=50)",
                     f"{n}.reshape(-1).reshape({n}.shape)",
                     f"{n} + torch.linspace(0, 1, {n}.numel()).view({n}.shape)", f"F.dropout({n}, 0.2)",
-                    f"{n}.cumsum({z.class_dim})",
+                    f"{n}.cumsum({z.class_dim})", f"F.gelu({n})", f"{n} - 0.5 * {n}.logsumexp({z.class_dim}, keepdim=True)",
+                    f"{n} + {n}.std({z.class_dim}, keepdim=True)", f"F.layer_norm({n}, {n}.shape[-1:])",
                     f"{n} - {n}.amax({z.class_dim}, keepdim=True)", f"F.pad({n}, (0, 0)) * 1"])  # fmt: skip
     return out_of_place(w, z, other)
 
