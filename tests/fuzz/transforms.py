@@ -213,7 +213,8 @@ def near_miss(w: Writer, z: Logits) -> Logits:
                     f"{n} + {n}.detach()", f"{n} * {n}", f"{n}.exp().clamp(max=50)",
                     f"{n}.reshape(-1).reshape({n}.shape)",
                     f"{n} + torch.linspace(0, 1, {n}.numel()).view({n}.shape)", f"F.dropout({n}, 0.2)",
-                    f"{n}.cumsum({z.class_dim})", f"F.gelu({n})", f"{n} - 0.5 * {n}.logsumexp({z.class_dim}, keepdim=True)",
+                    f"{n}.cumsum({z.class_dim})", f"F.gelu({n})",
+                    f"{n} - 0.5 * {n}.logsumexp({z.class_dim}, keepdim=True)",
                     f"{n} + {n}.std({z.class_dim}, keepdim=True)", f"F.layer_norm({n}, {n}.shape[-1:])",
                     f"{n} - {n}.amax({z.class_dim}, keepdim=True)", f"F.pad({n}, (0, 0)) * 1"])  # fmt: skip
     return out_of_place(w, z, other)
