@@ -66,7 +66,7 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
         apart = joined.separate(module.graph) if owner == "" else None
         wrap = apart or wrap
         alone = returned.heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
-        reading = interpret(module.graph, candidates(module.graph) | alone)
+        reading = with_teachers(module.graph, candidates(module.graph) | alone)
         report.heads += unread(module.graph, reading)
         if not reading.sites:
             continue
@@ -81,6 +81,16 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
         gm.recompile()
     report.milliseconds = (time.perf_counter() - started) * 1e3
     return report, wrap
+
+
+def with_teachers(graph: Graph, starts: set[Node]) -> Reading:
+    """The reading of a graph, with such projections as no loss is on but a row program reads all logits of."""
+    reading = interpret(graph, starts)
+    more = row_region.teachers(reading)
+    if not more:
+        return reading
+    again = interpret(graph, starts | more)
+    return reading if any(site.escapes for site in again.sites if site.head.node in more) else again
 
 
 def fuse_body(
@@ -100,7 +110,9 @@ def fuse_body(
             if site.head.node in alone and not unsafe and returned_alone(site, mutations, modes):
                 decided.append((site, too_small(site)))
             continue
-        reason = unsafe or refusal(site, mutations, modes, owner, deferred) or too_small(site)
+        company = [s for s in reading.sites if site.head in met and s.head in met[site.head].heads] or [site]
+        small = too_small(site) if all(map(too_small, company)) else ""
+        reason = unsafe or refusal(site, mutations, modes, owner, deferred) or small
         decided.append((site, reason))
     decided = together(decided, met, mutations, owner)
     recipes = []

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -19,8 +20,10 @@ from fusedhead.emit import Emit, named, static
 from fusedhead.interpret import Reading
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.row_program import HEAD, ITEM, Line, Ref, RowProgram, Unspeakable, spelled
+from fusedhead.read import fake, name_of
 from fusedhead.rewrite import Group, erase, operands, replay
 from fusedhead.rowwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed, parts
+from fusedhead.rules.projections import SPELLINGS
 from fusedhead.safety import leaves
 from fusedhead.terminals import Terminal
 from fusedhead.values import Call, Logits, Plain, Projection
@@ -105,6 +108,28 @@ def regions(reading: Reading) -> list[Region]:
     for region in found:
         settle(region, reading)
     return [r for r in found if r.results]
+
+
+def teachers(reading: Reading) -> set[Node]:
+    """Projections whose logits a row program would read as tensors from outside: a teacher that has no loss."""
+    found: set[Node] = set()
+    values = [part for value in reading.rowwise.values() for part in parts(value)]
+    known = {site.head.node for site in reading.sites}
+    stack = leaves(leaf.value for leaf in leaves_of(values)[1] if leaf.by_rows and leaf.value.val.ndim)
+    seen: set[Node] = set()
+    vocabs = {head.weight.val.shape[0] for part in values for head in part.heads}
+    while stack:
+        node = stack.pop()
+        val = fake(node)
+        if node in seen or not node.op.startswith("call_") or not isinstance(val, Tensor):
+            continue
+        seen.add(node)
+        if name_of(node) in SPELLINGS:
+            if node not in known and val.ndim and static(val.shape[-1]) in vocabs:
+                found.add(node)
+            continue
+        stack += node.all_input_nodes
+    return found
 
 
 def settle(region: Region, reading: Reading) -> None:

@@ -3,12 +3,13 @@
 Where no statistic serves (a divergence between two heads, soft targets, top-k, any chain of pointwise ops) the
 program's own ATen calls are kept, in a form that runs on any window of tokens: dimension 0 counts tokens, and
 every call treats tokens apart. The text travels through an op's schema, so that a compiled graph carries it
-with no state elsewhere; it is a few lines of Python's syntax and is read without being executed:
+with no state elsewhere; it is Python's syntax and is read without being executed. It stands in one line (here in
+several), because a compiler may put it into a comment:
 
-    v0 = head(r0, t1, t2, r3, '', bfloat16)       # r0 [N, D] hidden, t1 [V, D], t2 [C, V], r3 [N, R] vectors
-    v1 = log_softmax.int(v0, 1, float32)
-    v2 = mul.Tensor(v1, r4)
-    v3 = sum.dim_IntList(v2, [1])
+    v0 = head(r0, t1, t2, r3, '', bfloat16);       r0 [N, D] hidden, t1 [V, D], t2 [C, V], r3 [N, R] vectors
+    v1 = log_softmax.int(v0, 1, float32);
+    v2 = mul.Tensor(v1, r4);
+    v3 = sum.dim_IntList(v2, [1]);
     return v3
 
 ``t3`` is input 3 whole, ``r3`` its rows of the window, ``v3`` the result of line 3. This file holds the form and
@@ -62,7 +63,7 @@ class RowProgram(NamedTuple):
         for i, (op, args, kwargs) in enumerate(self.lines):
             given = [spelled(a) for a in args] + [f"{k}={spelled(a)}" for k, a in kwargs]
             out.append(f"v{i} = {op}({', '.join(given)})")
-        return "\n".join((*out, f"return {', '.join(f'v{i}' for i in self.results)}"))
+        return "; ".join((*out, f"return {', '.join(f'v{i}' for i in self.results)}"))
 
     @property
     def heads(self) -> tuple[Line, ...]:
@@ -113,7 +114,7 @@ def _value(node: ast.expr) -> Any:
 @lru_cache(maxsize=256)
 def read(text: str) -> RowProgram:
     """Read a program's text. Raises Unspeakable naming the part that is none."""
-    *calls, last = ast.parse(f"def program():\n {text.replace(chr(10), chr(10) + ' ')}").body[0].body  # type: ignore[attr-defined]
+    *calls, last = ast.parse(f"def program(): {text}").body[0].body  # type: ignore[attr-defined]
     lines = []
     for statement in calls:
         if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Call):
@@ -142,6 +143,32 @@ def head_logits(z: Tensor, cols: Tensor, rows: Tensor, transform: str, dtype: to
     return apply(chain, z.to(wide), cols.to(wide), rows.to(wide).t(), decide=True).to(dtype)
 
 
+def operand(x: Any, values: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
+    """An argument of a line. (A closure that calls itself would keep a window alive until the next collection.)"""
+    if isinstance(x, Ref):
+        return values[x.at] if x.kind == "v" else tensors[x.at]
+    return tuple(operand(e, values, tensors) for e in x) if isinstance(x, tuple) else x
+
+
+@lru_cache(maxsize=256)
+def last_uses(program: RowProgram) -> dict[int, list[int]]:
+    """Which results are used for the last time by each line; those that leave the program are not among them."""
+    last: dict[int, int] = {}
+    for at, line in enumerate(program.lines):
+        stack: list[Any] = [*line.args, *(v for _, v in line.kwargs)]
+        while stack:
+            x = stack.pop()
+            if isinstance(x, Ref):
+                last |= {x.at: at} if x.kind == "v" else {}
+            elif isinstance(x, tuple):
+                stack += x
+    found: dict[int, list[int]] = {}
+    for value, at in last.items():
+        if value not in program.results:
+            found.setdefault(at, []).append(value)
+    return found
+
+
 def run(program: RowProgram, tensors: Sequence[Tensor], products: Sequence[Tensor] | None = None) -> list[Tensor]:
     """The program's results for the tokens that the row inputs hold.
 
@@ -149,14 +176,9 @@ def run(program: RowProgram, tensors: Sequence[Tensor], products: Sequence[Tenso
     """
     values: list[Any] = []
     given = iter(products or ())
-
-    def operand(x: Any) -> Any:
-        if isinstance(x, Ref):
-            return values[x.at] if x.kind == "v" else tensors[x.at]
-        return tuple(operand(e) for e in x) if isinstance(x, tuple) else x
-
-    for op, args, kwargs in program.lines:
-        here = [operand(a) for a in args]
+    last_use = last_uses(program)
+    for line, (op, args, kwargs) in enumerate(program.lines):
+        here = [operand(a, values, tensors) for a in args]
         if op == HEAD:
             h, w, cols, rows, transform, dtype = here
             z = h @ w.t() if products is None else next(given)
@@ -164,5 +186,8 @@ def run(program: RowProgram, tensors: Sequence[Tensor], products: Sequence[Tenso
         elif op == ITEM:
             values.append(here[0][here[1]])
         else:
-            values.append(overload(op)(*here, **{k: operand(a) for k, a in kwargs}))
+            values.append(overload(op)(*here, **{k: operand(a, values, tensors) for k, a in kwargs}))
+        del here
+        for done in last_use.get(line, ()):
+            values[done] = None
     return [values[i] for i in program.results]

@@ -522,10 +522,29 @@ def taken_apart(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> A
         if node.target is operator.getitem:
             env[node] = here[0][here[1]]
         elif any(isinstance(x, Rowwise) for x in tree_leaves((here, named))):
+            if node.target is target:
+                raise Escape(f"{target} is not known to treat tokens apart")
             env[node] = read(node.target, node.meta["val"], node.meta["val"], here, named)
         else:
             env[node] = Plain(Call(node.target, here, named), node.meta["val"])
     raise AssertionError("a traced graph has an output")
+
+
+def length(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A size of a rowwise tensor, read off the hidden states where it is a symbol."""
+    x = operand(args[0], target)
+    known = static(x.val.shape[args[1]])
+    if known is not None:
+        return known
+    for head in x.heads:
+        hidden = head.hidden.val
+        for d in range(hidden.ndim):
+            if same(hidden.shape[d], x.val.shape[args[1]]):
+                return Plain(Call(target, (head.hidden, d)), val)
+        if same(math.prod(hidden.shape[:-1]), x.val.shape[args[1]]):
+            rows = Call(aten.reshape.default, (head.hidden, [-1, size(hidden.shape[-1], "the hidden size")]))
+            return Plain(Call(target, (rows, 0)), val)
+    raise Escape("a symbolic number of tokens is computed with")
 
 
 def one_of(*tables: Any) -> Callable[[Any], bool]:
@@ -551,6 +570,7 @@ LAYOUTS: dict[Any, Callable[..., Any]] = {
     aten.cat.default: joined,
     aten.stack.default: joined,
     aten.select.int: selected,
+    aten.sym_size.int: length,
 }
 RANDOM = torch.Tag.nondeterministic_seeded
 # (does it concern this overload, the rule), tried in order

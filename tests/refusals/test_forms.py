@@ -47,7 +47,7 @@ def test_a_mixture_of_softmaxes_is_right() -> None:
         parts = torch.stack([F.softmax(F.linear(h * (k + 1), w), -1) for k in range(2)], 1)
         return F.nll_loss(torch.log((mix.unsqueeze(-1) * parts).sum(1)), y)
 
-    right(program, hidden(6, D), weight(2, D), weight(), labels(6), fused=2)
+    right(program, hidden(6, D), weight(2, D), weight(), labels(6), fused=3)
 
 
 def test_a_margin_on_the_target_logit_is_right() -> None:
