@@ -124,7 +124,7 @@ def by_autograd(head: Head, g: RowGrads, dtype: torch.dtype | None) -> tuple[Row
     if g.square is not None:
         loss = loss + (g.square.to(loss.dtype) * stats.lse**2).sum()
     grads = torch.autograd.grad(loss, [h, w, *vectors], allow_unused=True, materialize_grads=True)
-    return RowStats(*(x.detach() for x in stats)), [x.detach() for x in grads]
+    return RowStats(*(None if x is None else x.detach() for x in stats)), [x.detach() for x in grads]
 
 
 def _stats_of(raw: Tensor, head: Head) -> RowStats:
