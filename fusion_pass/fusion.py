@@ -130,6 +130,7 @@ def fuse_body(
     kept = [region for region in found if not region.heads & refused]
     for region in kept:
         row_region.fuse(graph, region, options.budget, modes, mutations.position)
+    row_region.erase_unused(reading, {site.head for site, reason in decided if not reason})
     for site, reason in decided:
         if reason:
             records.append(describe(site, reason, ""))

@@ -6,6 +6,7 @@ results are the small values that the rest of the graph reads. This file decides
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.emit import Emit, named, static
@@ -132,6 +134,16 @@ def teachers(reading: Reading) -> set[Node]:
     return found
 
 
+def erase_unused(reading: Reading, heads: set[Projection]) -> None:
+    """Remove what is computed from these heads token by token and read by nobody, in place or not."""
+    nodes = [
+        node
+        for node, value in reading.rowwise.items()
+        if not node._erased and all(part.heads <= heads for part in parts(value))
+    ]
+    erase(reversed(nodes), set(nodes).__contains__)
+
+
 def settle(region: Region, reading: Reading) -> None:
     """Keep what only the row program can compute; what hangs on its small results alone stays in the graph."""
     values = reading.rowwise
@@ -208,7 +220,7 @@ def fuse(graph: Graph, region: Region, memory: int, grad: dict[Node, bool], posi
     if any(position[n] >= first for n in reads(region.outputs)) or len({grad[n] for n, _ in region.results}) > 1:
         batches = [[result] for result in region.results]
     for batch in batches:
-        emit_call(emit, batch, memory, grad)
+        emit_results(emit, batch, memory, grad)
     inside = set(region.inside)
     erase(reversed(region.inside), inside.__contains__)
     made = set(emit.made)
@@ -224,29 +236,50 @@ def reads(values: Iterable[Rowwise]) -> list[Node]:
     return leaves([*(x.value for x in outside), *vectors])
 
 
-def emit_call(emit: Emit, results: list[tuple[Node, Any]], memory: int, grad: dict[Node, bool]) -> Node:
+def emit_results(emit: Emit, results: list[tuple[Node, Any]], memory: int, grad: dict[Node, bool]) -> None:
+    """Calls that serve some results, before the first of them, and what takes the place of each."""
     outputs = list({id(p.expr): p for _, value in results for p in parts(value)}.values())
-    seeds, outside = leaves_of(outputs)
-    text = program(outputs, seeds, outside).text
     anchor = results[0][0]
+    made: dict[int, Node] = {}
     with emit.before(anchor, anchor, grad=grad[anchor]):
-        tensors: list[Node] = []
-        for seed in seeds:
-            nothing = Terminal(seed.logits, None, "", frozenset(), lambda *_: None)  # type: ignore[arg-type, return-value]
-            h, w, _, cols, rows, _ = operands(emit, Group([(anchor, nothing)]))
-            tensors += [h, w, cols, emit(aten.t.default, rows)]
-        tensors += [emit.ref(leaf.value) for leaf in outside]
-        call = named(emit(torch.ops.fusedhead.head_rows.default, tensors, text, memory), "head_rows")
-        made = {id(out.expr): emit(operator.getitem, call, i) for i, out in enumerate(outputs)}
+        for some in by_tokens(outputs):
+            made |= emit_call(emit, some, anchor, memory)
     for node, value in results:
         with emit.before(node, node, grad=grad[node]):
-            replacement = resolved(emit, value, made, seeds)
-            if not grad[node]:
+            replacement = resolved(emit, value, made, leaves_of(outputs)[0])
+            if not grad[node] or not fake(node).requires_grad:
                 replacement = emit(aten.detach.default, replacement)
             replacement = emit.cast(replacement, value.val.dtype)
             node.replace_all_uses_with(replacement)
             emit.replaced(node, replacement)
-    return call
+
+
+def by_tokens(outputs: Iterable[Rowwise]) -> list[list[Rowwise]]:
+    """Values with as many tokens together: one call walks over the tokens once."""
+    found: list[tuple[Any, list[Rowwise]]] = []
+    for out in outputs:
+        tokens = math.prod(s for s, is_tail in zip(out.val.shape, out.tail) if not is_tail)
+        for known, some in found:
+            if statically_known_true(known == tokens):
+                some.append(out)
+                break
+        else:
+            found.append((tokens, [out]))
+    return [some for _, some in found]
+
+
+def emit_call(emit: Emit, outputs: list[Rowwise], anchor: Node, memory: int) -> dict[int, Node]:
+    """One ``head_rows`` call and the nodes of its results, by the identity of their expressions."""
+    seeds, outside = leaves_of(outputs)
+    tensors: list[Node] = []
+    for seed in seeds:
+        nothing = Terminal(seed.logits, None, "", frozenset(), lambda *_: None)  # type: ignore[arg-type, return-value]
+        h, w, _, cols, rows, _ = operands(emit, Group([(anchor, nothing)]))
+        tensors += [h, w, cols, emit(aten.t.default, rows)]
+    tensors += [emit.ref(leaf.value) for leaf in outside]
+    text = program(outputs, seeds, outside).text
+    call = named(emit(torch.ops.fusedhead.head_rows.default, tensors, text, memory), "head_rows")
+    return {id(out.expr): emit(operator.getitem, call, i) for i, out in enumerate(outputs)}
 
 
 def resolved(emit: Emit, value: Any, made: dict[int, Node], seeds: Sequence[Seed]) -> Node:

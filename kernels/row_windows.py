@@ -157,10 +157,9 @@ def head_rows_backward(
     wanted = tuple(i for i, need in enumerate(needs) if need and i not in parts)
     live = tuple(needs[h] or needs[w] for h, w in heads)
     sums: list[Tensor | None] = [
-        None if not need
-        else torch.zeros_like(t, dtype=stat_dtype(t.dtype) if i not in rows else t.dtype)
+        t.new_zeros(t.shape, dtype=t.dtype if i in rows else stat_dtype(t.dtype)) if need else None
         for i, (t, need) in enumerate(zip(tensors, needs))
-    ]  # fmt: skip
+    ]
 
     def add(at: int, i: slice, gradient: Tensor) -> None:
         into = sums[at]

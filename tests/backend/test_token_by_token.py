@@ -183,6 +183,42 @@ def test_token_counts_may_be_symbols() -> None:
     assert sum(head.fused for head in rewritten.report.heads) == 2
 
 
+def test_what_is_detached_wants_no_gradient() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        return F.cross_entropy(z, y), z.sin().detach().logsumexp(1)
+
+    right(program, hidden(6, D), weight(), labels(6))
+
+
+def test_what_nobody_reads_goes_with_the_logits() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, w)
+        torch.log(torch.softmax(z, 1) + 1e-9)
+        return F.cross_entropy(z, y)
+
+    right(program, hidden(6, D), weight(), labels(6))
+
+
+def test_results_of_different_tokens_have_calls_of_their_own() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = F.linear(h, w)
+        first = z[:, 0]
+        return F.cross_entropy(z.view(-1, V), y.view(-1)), z.topk(1, 2).indices, (first.sin() * first).sum(1)
+
+    right(program, hidden(), weight(), labels())
+
+
+def test_a_transposed_weight_gets_its_gradient_in_one_layout() -> None:
+    def program(h: Tensor, wt: Tensor, q: Tensor) -> Tensor:
+        return F.cross_entropy(h @ wt, q)
+
+    inputs = hidden(6, D), weight(D, V), torch.rand(6, V)
+    expected = torch.autograd.grad(program(*inputs), inputs[:2])
+    got = torch.autograd.grad(torch.compile(program, backend="fusedhead")(*inputs), inputs[:2])
+    torch.testing.assert_close(got, expected)
+
+
 def test_logits_beside_it_are_deferred() -> None:
     def program(h: Tensor, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         z = F.linear(h, w)
