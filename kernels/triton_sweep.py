@@ -58,11 +58,19 @@ class Layout(NamedTuple):
     logits_strides: tuple[int, ...]  # of logits that are read, () where they are computed
 
 
-def _long_epilogue(kernel: str, transform: Transform, want: frozenset[str]) -> bool:
-    """Whether an epilogue holds more values at once than 2 column parts of a tile of 256 leave registers for."""
+def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str]) -> Tile:
+    """The tile with an epilogue that fits the registers: 4 column parts where it holds more values at once.
+
+    Column vectors alone are another matter: read at one place, by all columns, they cost a twentieth of the sweep,
+    and a quarter where loads of the next tile overtake the epilogue.
+    """
     if kernel == "dlogits":
-        return bool(transform.steps)
-    return varies_along_row(transform) or bool(want & {"sum", "entropy", "max", "argmax"})
+        return tile._replace(parts=4) if transform.steps else tile
+    if varies_along_row(transform) or want & {"sum", "entropy", "max", "argmax"}:
+        return tile._replace(parts=4)
+    if kernel == "stream" and any(op == "addcol" for op, _ in transform.steps):
+        return tile._replace(flatten=False, parts=1)
+    return tile
 
 
 class Sweep:
@@ -75,8 +83,8 @@ class Sweep:
         self.compiled = major > 0  # not by the interpreter
         if tile is None:
             tile = tile_for(kernel, n, hidden, layout.dtype.itemsize, major, layout.tma, self.ready)
-            if tile.BN >= 256 and not self.ready and _long_epilogue(kernel, smooth, want):
-                tile = tile._replace(parts=4)  # would not fit the registers in wider parts
+            if tile.BN >= 256 and not self.ready:
+                tile = _suited(tile, kernel, smooth, want)
         self.n, self.vocab, self.hidden, self.k = n, vocab, hidden, layout.y[1]
         self.labels = min(self.k, 2)
         self.layout, self.transform, self.steps = layout, smooth, steps_of(smooth)
