@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compile_time, end_to_end
+from benchmarks import compile_time, end_to_end, trainer
 
 
 def test_the_pass_is_timed_and_compiles_as_often_as_inductor(
@@ -37,3 +37,19 @@ def test_a_run_that_fails_says_why() -> None:
 def test_a_run_that_takes_too_long_is_stopped() -> None:
     numbers = end_to_end.run(["-c", "import time; time.sleep(60)"], limit=0.5)
     assert numbers["note"] == "took longer than 0 s"
+
+
+def test_a_trainer_line_and_what_the_command_said() -> None:
+    numbers = {
+        "step_ms": 100.0,
+        "tokens_per_second": 81920.0,
+        "peak_bytes": 15 << 30,
+        "warm_up_seconds": 90.4,
+        "losses": [9.0],
+    }
+    assert trainer.line("fusedhead", numbers)[1:6] == ("100.0", "81,920", "15.00", "90", "9.0000")
+    assert trainer.line("liger", {"note": "exit code 1"})[-1] == "exit code 1"
+    assert trainer.summary(["{'loss': 9.0}", "fusedhead: 1 head fused", "  yes"]) == [
+        "fusedhead: 1 head fused",
+        "  yes",
+    ]
