@@ -1,4 +1,4 @@
-"""x-transformers: its cross-entropy masks the target out of the logits, a form that is left as it is."""
+"""x-transformers: its cross-entropy masks the target out of the logits, which takes a row program."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ def test_the_autoregressive_wrapper() -> None:
             logged[f"loss {step}"] = float(loss)
         return Trained(logged, before, weights(model))
 
-    check(program, heads=0)
+    check(program, heads=1)
