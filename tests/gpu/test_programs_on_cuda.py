@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedhead
+from fusedhead.backend import compile_with
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # Inductor's own, when it makes its memory pool
@@ -36,7 +37,8 @@ def capped(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
 
 def weighted_log_probs(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     log_probs = (h @ w.T).float().log_softmax(-1).gather(-1, y.clamp(min=0)[:, None]).squeeze(-1)
-    return (log_probs * torch.linspace(-1, 1, len(h), device=h.device, dtype=log_probs.dtype)).pow(2).sum()
+    weights = torch.arange(len(h), device=h.device, dtype=log_probs.dtype) / len(h) - 0.5
+    return (log_probs * weights).pow(2).sum()
 
 
 def with_z_loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
@@ -85,8 +87,12 @@ def test_the_error_is_at_most_that_of_eager_code_in_the_same_dtype(program: Prog
     Most of the gradient of an untrained head is its labels' rows, -h / N. Eager code rounds 1 / N, one number, ours h,
     many: on average over N the same, but for one N eager's error is anything from 0.6 to 1.4 times its average.
     """
-    options = {"fusedhead.strict": True, "fusedhead.min_logits": 0}
-    compiled = torch.compile(program, backend="fusedhead", options=options, dynamic=True)
+    report = fusedhead.Report()
+
+    def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
+        return compile_with(gm, inputs, options={"fusedhead.min_logits": 0}, observe=report.extend)
+
+    compiled = torch.compile(program, backend=backend)
     squares: dict[str, list[Tensor]] = {}
     for tokens in OCTAVE:
         given = operands(dtype, tokens=tokens)
@@ -95,6 +101,8 @@ def test_the_error_is_at_most_that_of_eager_code_in_the_same_dtype(program: Prog
             assert f.dtype == e.dtype
             both = torch.stack([(x.double() - t).norm() / t.norm() for x in (f, e)]) ** 2
             squares.setdefault(name, []).append(both)
+    assert report.graphs <= 2, "the first size, then any"
+    assert [head.fused for head in report.heads] == [True] * report.graphs, report
     for name, each in squares.items():
         ours, eager = torch.stack(each).mean(0).sqrt().tolist()
         assert ours <= eager + 2e-6, f"{name}: {ours:.3e} of {eager:.3e}"
