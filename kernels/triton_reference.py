@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_launch import Launch
+from fusedhead.kernels.triton_rows import finite_or_zero
 from fusedhead.kernels.triton_sweep import KEPT, Sweep
 from fusedhead.kernels.triton_transform import transform
 
@@ -61,7 +62,7 @@ def reference_kernel(
         acc += a.to(tl.float32) * b.to(tl.float32)
     vectors = (cols, stride_cols, V, rows, stride_rows, N)
     z = transform(tl.sum(acc, 1), vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
-    tl.store(ref2 + row, z * 1.4426950408889634, mask=there)
+    tl.store(ref2 + row, finite_or_zero(z * 1.4426950408889634), mask=there)  # a masked target is none to refer to
 
 
 ROWS_EACH = 4  # of a program

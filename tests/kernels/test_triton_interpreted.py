@@ -368,6 +368,20 @@ def test_masked_columns_take_no_part():
     assert not grads.w[40:].any()
 
 
+def test_a_masked_target_leaves_the_others_gradients_right():
+    x, g = head(transform="addcol:0"), gradients(20)
+    x.cols[0] = 0
+    x.cols[0, 40:] = -torch.inf
+    x.y[:] = 50
+    x.y[::3] = 7
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(20, 70, F32))
+    true, d = truth(x, g)
+    assert torch.equal(stats.picked.isneginf(), x.y == 50)
+    assert error(stats.lse, true.lse) < STEPS
+    assert error(grads.h, d[0]) < STEPS
+    assert error(grads.w, d[1]) < STEPS
+
+
 def test_a_row_that_is_not_finite_stays_alone():
     x = head()
     x.h[2], x.h[5] = torch.nan, torch.inf
