@@ -151,9 +151,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = Model(given.layers, given.width, given.vocab).to(given.device)
     batches = [torch.randint(given.vocab, (b, 65), device=given.device) for b in (2, 3, 4, 6)]
     result: dict[str, Any] = machine.origin(torch.device(given.device), "benchmarks.compile_time", words)
-    print(
-        f"{'backend':12}{'dynamo ms':>12}{'pass ms':>10}{'first':>8}{'graphs':>8}" + "  full s" * given.full
-    )
+    print(f"{'backend':12}{'dynamo ms':>12}{'pass ms':>10}{'first':>8}{'graphs':>8}" + "  full s" * given.full)
     for backend in BACKENDS:
         runs = [
             pass_milliseconds(model, batches[0], backend)

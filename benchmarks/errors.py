@@ -83,8 +83,4 @@ def against(errors: dict[str, float], eager: dict[str, float]) -> dict[str, floa
 
     Errors below FLOAT32 count as that: a float32 result is not nearer to the truth than by luck.
     """
-    return {
-        name: max(error, FLOAT32) / max(eager[name], FLOAT32)
-        for name, error in errors.items()
-        if name in eager
-    }
+    return {name: max(error, FLOAT32) / max(eager[name], FLOAT32) for name, error in errors.items() if name in eager}

@@ -136,9 +136,7 @@ def alive(run: Run, rows: list[Row], name: str) -> None:
         measure.wait(run.device)
     except RuntimeError as error:
         report.save(Path(run.given.out), run.runs, run.rows + rows)
-        raise SystemExit(
-            f"{name} broke the device ({reason(error)}): go on with --append --without"
-        ) from error
+        raise SystemExit(f"{name} broke the device ({reason(error)}): go on with --append --without") from error
 
 
 def fill(rows: list[Row], times: dict[str, list[float]]) -> None:
@@ -159,29 +157,21 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.head", description=__doc__)
     known = ", ".join(contenders.CONTENDERS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--shapes", help=f"NxDxV[:dtype],... or {', '.join(shapes.FAMILIES)} (default: the device's)"
-    )
+    parser.add_argument("--shapes", help=f"NxDxV[:dtype],... or {', '.join(shapes.FAMILIES)} (default: the device's)")
     parser.add_argument("--contenders", type=lambda s: s.split(","), help=f"of {known} (default: by task)")
     parser.add_argument(
         "--without", type=lambda s: s.split(","), default=[], help=f"leave out contenders, or {FLOOR!r}"
     )
-    parser.add_argument(
-        "--tasks", type=lambda s: s.split(","), default=list(tasks.TASKS), help="default: all four"
-    )
+    parser.add_argument("--tasks", type=lambda s: s.split(","), default=list(tasks.TASKS), help="default: all four")
     parser.add_argument("--data", type=lambda s: s.split(","), default=list(data.SETS), help="random,trained")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds at most")
     parser.add_argument("--seconds", type=float, default=2.0, help="timing budget of one row")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for the whole run")
-    parser.add_argument(
-        "--out", default="benchmarks/results/latest", help="folder of head.json, head.md, head.png"
-    )
+    parser.add_argument("--out", default="benchmarks/results/latest", help="folder of head.json, head.md, head.png")
     parser.add_argument("--append", action="store_true", help="keep the rows that --out has already")
     parser.add_argument("--no-errors", action="store_true", help="skip the comparison with float64")
     parser.add_argument("--precompile", action="store_true", help="compile all cases side by side first")
-    parser.add_argument(
-        "--once", action="store_true", help="only call everything once (what --precompile does)"
-    )
+    parser.add_argument("--once", action="store_true", help="only call everything once (what --precompile does)")
     given = parser.parse_args(words)
     given.words = words
     unknown = [name for name in given.contenders or () if name not in contenders.CONTENDERS]
@@ -215,9 +205,7 @@ def main(words: list[str] | None = None) -> list[Row]:
                     rows = group(run, case, kind, task, batch, truths[task.per_token], programs, bar)
                     run.rows = report.merged(run.rows + rows)
                     if not given.once:
-                        tqdm.write(
-                            f"\n{case.text}  {task.name} ({task.about})  {kind} data\n{report.table(rows)}"
-                        )
+                        tqdm.write(f"\n{case.text}  {task.name} ({task.about})  {kind} data\n{report.table(rows)}")
                     report.save(Path(given.out), run.runs, run.rows)
     return run.rows
 

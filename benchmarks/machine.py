@@ -35,9 +35,7 @@ def device_name(device: torch.device) -> str:
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
-            model = next(
-                (line.split(":")[1].strip() for line in lines if line.startswith("model name")), model
-            )
+            model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     return f"{model}, {torch.get_num_threads()} threads"
 
 

@@ -118,9 +118,7 @@ def extra_bytes(step: Step, device: torch.device, resident: int | None = None) -
         wait(device)
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as trace:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
             results = step()
         events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
         live = peak = 0

@@ -37,9 +37,7 @@ def side_by_side(words: list[str], cases: list[Case], seconds: float) -> None:
             ]
             command = [sys.executable, "-m", "benchmarks.head", *words, *own]
             children.append(
-                subprocess.Popen(
-                    command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-                )
+                subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
             )
         for child in children:
             try:

@@ -85,9 +85,7 @@ def table(rows: list[Row]) -> str:
     lines = [HEADINGS, *map(cells, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS) - 1)]
     aligned = (
-        "  ".join(
-            [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:-1], widths[1:])), line[-1]]
-        ).rstrip()
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:-1], widths[1:])), line[-1]]).rstrip()
         for line in lines
     )
     return "\n".join(aligned)
@@ -97,9 +95,7 @@ def markdown(results: dict[str, Any], rows: list[Row]) -> str:
     """Every group as a Markdown table under a heading, with the origin of the run(s) on top."""
     out = ["# The head, measured", ""]
     for run in results["runs"]:
-        versions = ", ".join(
-            f"{name} {version}" for name, version in run["versions"].items() if version != "-"
-        )
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version != "-")
         out += [f"{run['device']}, {run['date']}: `{run['command']}`  ", f"{versions}", ""]
     out += [
         "floor/ms is the speed relative to the bare products of the task; extra MiB is the peak of one step,",

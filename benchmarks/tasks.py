@@ -15,9 +15,7 @@ from torch import Tensor
 
 from benchmarks.data import Batch
 
-Program = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # (h [N, D], w [V, D], y [N]) -> loss [] or log-probs [N]
+Program = Callable[[Tensor, Tensor, Tensor], Tensor]  # (h [N, D], w [V, D], y [N]) -> loss [] or log-probs [N]
 
 
 class Task(NamedTuple):
