@@ -281,7 +281,7 @@ def compare(found: Verdict, ours: Step, eager: Step, truth: Step | None) -> str:
             return f"{name} is not finite where eager code is, or the reverse"
         if not bool(theirs.isfinite().all()):
             continue
-        size = max(true.abs().max().item(), floor)
+        size = max(true.abs().max().item(), floor, 1e-12)
         far, near = (got.double() - true).abs().max().item(), (theirs.double() - true).abs().max().item()
         allowed = near + factor * ULPS * torch.finfo(torch.float32).eps * size
         if far / allowed > found.worst_ratio:
