@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fusedhead.aliases import written
 from fusedhead.emit import Emit, named, static
 from fusedhead.interpret import Reading
 from fusedhead.kernels.columns import Transform
@@ -135,11 +136,18 @@ def teachers(reading: Reading) -> set[Node]:
 
 
 def erase_unused(reading: Reading, heads: set[Projection]) -> None:
-    """Remove what is computed from these heads token by token and read by nobody, in place or not."""
+    """Remove what is computed from these heads token by token and read by nobody, in place or not.
+
+    A write to a small result is read through that result's name.
+    """
+
+    def writes_a_result(node: Node, value: Any) -> bool:
+        return isinstance(value, Rowwise) and value.small and any(True for _ in written(node))
+
     nodes = [
         node
         for node, value in reading.rowwise.items()
-        if not node._erased and all(part.heads <= heads for part in parts(value))
+        if not node._erased and all(part.heads <= heads for part in parts(value)) and not writes_a_result(node, value)
     ]
     erase(reversed(nodes), set(nodes).__contains__)
 

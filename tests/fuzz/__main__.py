@@ -36,7 +36,7 @@ class Tally:
         for head in verdict.report.heads:
             self.fused += head.fused
             if head.fused:
-                self.engines[re.sub(r"\(.*", "", head.engine)] += 1
+                self.engines[re.sub(r";[^;]*?GFLOP|\(.*?\)", "", head.engine)] += 1
             else:
                 self.refused[re.sub(r"\(at .*|\d+", "", head.reason)[:90]] += 1
 

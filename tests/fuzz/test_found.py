@@ -93,3 +93,11 @@ def test_vectors_that_join_the_logits_after_they_were_detached() -> None:
 def test_take_along_dim_takes_any_index_modulo_the_size() -> None:
     body = ("z = F.linear(h, w)", "l = -F.log_softmax(z, 2).take_along_dim(y.unsqueeze(2), 2).squeeze(2)")
     agrees(Case(SIZES, {"h": H, "w": W, "y": "torch.randint(-100, 100, (B, T))"}, body, ("l",)))
+
+
+def test_a_result_of_a_row_program_that_is_written_to() -> None:
+    inputs = {"h": H, "w": W, "y": "torch.randint(0, V, (B, T))"}
+    for made in ("lp.max(2).values", "lp.amax(2)", "lp.topk(2, 2).values.sum(2)"):
+        body = ("lp = F.log_softmax(F.linear(h, w), 2)", f"l = {made}", "k = l * 2", "l.mul_(0.5)", "m = l + 1")
+        agrees(Case(SIZES, inputs, body, ("l", "k", "m")))
+        agrees(Case(SIZES, inputs, body[:-1], ("l",), no_grad=True))
