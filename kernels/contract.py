@@ -18,6 +18,9 @@ upstream gradients, known before the sweep, so that the gradients come out of it
     dz_u[i, v] = (lse_i' + 2 square_i' lse_i) p[i, v] + Σ_k picked_ik' [v = y_ik] + sum_i' u_v
                  - entropy_i' p[i, v] (log p[i, v] + entropy_i)      then through the transform's derivative
     (a prime marks the upstream gradient of that statistic)
+
+A row with a logit that is NaN or +inf, or with none above -inf, has an lse that says so and NaN for all its gradients
+of a softmax, as eager code's log_softmax gives; other rows are not touched by it.
 """
 
 from __future__ import annotations
