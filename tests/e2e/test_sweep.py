@@ -16,7 +16,18 @@ SOME = "Gemma2ForCausalLM|GPT2LMHeadModel|MoshiForCausalLM"
 
 
 def swept(folder: Path, *more: str) -> list[dict[str, object]]:
-    command = [sys.executable, "-m", "tests.sweep_transformers", "--jobs", "1", "--out", str(folder), *more]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.sweep_transformers",
+        "--jobs",
+        "1",
+        "--limit",
+        "600",
+        "--out",
+        str(folder),
+        *more,
+    ]
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

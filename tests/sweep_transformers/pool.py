@@ -72,14 +72,11 @@ def judged(names: Sequence[str], stack: str, jobs: int, limit: float) -> Iterato
         else:
             todo.append(name)
     for verdict in fresh(todo, stack, jobs, limit):
-        if not verdict.detail.startswith(STOPPED):
+        if verdict.kind != "stopped":
             partial = remembered / f".{verdict.name}.{os.getpid()}"
             partial.write_text(json.dumps(asdict(verdict)))
             partial.replace(remembered / f"{verdict.name}.{stack}.json")
         yield verdict, False
-
-
-STOPPED = "stopped"
 
 
 def fresh(names: Sequence[str], stack: str, jobs: int, limit: float) -> Iterator[Verdict]:
@@ -103,7 +100,7 @@ def fresh(names: Sequence[str], stack: str, jobs: int, limit: float) -> Iterator
                 one.process.kill()
                 one.process.join()
                 del running[pipe]
-                yield Verdict(name, "not built", f"{STOPPED} after {limit:.0f} s", seconds=limit)
+                yield Verdict(name, "stopped", f"after {limit:.0f} s", seconds=limit)
 
 
 def received(name: str, pipe: Connection, process: Any) -> Verdict:

@@ -22,12 +22,12 @@ def summary(found: Sequence[Verdict]) -> list[str]:
     if heads:
         share = 100 * count["fused"] / heads
         lines += ["", f"Fused: {count['fused']} of {heads} classes with a head that compile, {share:.1f} %."]
-    slowest = max(found, key=lambda v: v.pass_ms, default=None)
-    if slowest and slowest.pass_ms:
-        lines.append(
-            f"The pass took {slowest.pass_ms:.0f} ms at most: {slowest.name}, {slowest.nodes} nodes in "
-            f"{slowest.graphs} graphs."
-        )
+    cost = {"at most": lambda v: v.pass_ms, "on the largest model": lambda v: v.nodes}
+    for which, key in cost.items():
+        one = max(found, key=key, default=None)
+        if one and one.pass_ms:
+            graphs = f"{one.nodes} nodes in {one.graphs} graph{'s' * (one.graphs > 1)}"
+            lines.append(f"The pass took {one.pass_ms:.0f} ms {which}: {one.name}, {graphs}.")
     return lines
 
 

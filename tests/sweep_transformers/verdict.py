@@ -40,6 +40,7 @@ KINDS = {
     "no head": "its loss is no cross-entropy over a linear head",
     "no loss": "its forward returns no loss for labels",
     "not built": "no tiny one could be built or run eagerly",
+    "stopped": "it took longer than the limit",
 }
 RECORDED = ("fused", "reason", "where", "computes", "engine", "logits")
 LARGEST = 40_000_000  # parameters
