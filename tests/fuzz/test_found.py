@@ -101,3 +101,22 @@ def test_a_result_of_a_row_program_that_is_written_to() -> None:
         body = ("lp = F.log_softmax(F.linear(h, w), 2)", f"l = {made}", "k = l * 2", "l.mul_(0.5)", "m = l + 1")
         agrees(Case(SIZES, inputs, body, ("l", "k", "m")))
         agrees(Case(SIZES, inputs, body[:-1], ("l",), no_grad=True))
+
+
+def test_row_programs_with_a_detach_on_the_way() -> None:
+    inputs = {"h": FLAT, "w": W, "y": "torch.randint(0, V, (B * T,))", "lb": "torch.randn(2, D).requires_grad_()"}
+    body = ("z = F.linear(h, w).clamp(-5, 5).detach()", "l = F.cross_entropy(z, y)")
+    agrees(Case(SIZES, inputs, body, ("l",)))
+    agrees(Case(SIZES, inputs, ("w1 = w.detach() + torch.ones(V, 2) @ lb", "k = w1.detach().logsumexp(1)"), ("k",)))
+
+
+def test_values_of_a_row_program_that_nobody_uses() -> None:
+    body = ("z = F.linear(h, w)", "l = z.logsumexp(1)", "q = torch.log(torch.softmax(z, 1) + 1e-9)")
+    agrees(Case(SIZES, {"h": FLAT, "w": W}, body, ("l",)))
+    agrees(Case(SIZES, {"h": FLAT, "w": W}, body, ("z",)))
+
+
+def test_results_of_row_programs_with_different_numbers_of_tokens() -> None:
+    body = ("z = F.linear(h, w)", "l = F.cross_entropy(z.reshape(-1, V), y.reshape(-1))".replace("V", "11"))
+    body += ("some = z[:, 0]", "t = -(torch.full_like(some, 0.1) * some).sum(1)", "hit = z.topk(2, 2).indices")
+    agrees(Case(SIZES, {"h": H, "w": W, "y": "torch.randint(0, V, (B, T))"}, body, ("l", "t", "hit")))
