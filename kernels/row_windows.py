@@ -12,7 +12,7 @@ about graphs or ops.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any
@@ -27,9 +27,11 @@ from fusedhead.kernels.torch_blocks import cuts
 
 Function = Callable[..., Any]
 _MADE: dict[tuple, Function] = {}
+_SEEN: set[tuple] = set()  # sizes of what whole windows leave over, by what runs on it
 _MAKING = threading.Lock()
+PIECES = 8  # of what is left over and not compiled
 MOST_MADE = 256  # programs and window shapes remembered
-PRODUCT_BYTES = 64 << 20  # of one block of dzᵀ h before it is added to dw
+PRODUCT_BYTES = 256 << 20  # of one block of dzᵀ h before it is added to dw
 
 
 def row_inputs(program: RowProgram) -> frozenset[int]:
@@ -117,22 +119,40 @@ def _window(tensors: Sequence[Tensor], rows: frozenset[int], i: slice) -> list[T
     return [t[i] if k in rows else t for k, t in enumerate(tensors)]
 
 
-def _full(n: int, tokens: int, device: torch.device) -> Callable[[slice], bool]:
-    """Whether a window is one that a compiled function serves: whole, on CUDA."""
-    return lambda i: device.type == "cuda" and i.stop - i.start == min(tokens, n)
+def windows(n: int, tokens: int, key: tuple, device: torch.device) -> Iterator[tuple[slice, bool]]:
+    """Windows of at most ``tokens`` rows, and whether each runs compiled.
+
+    On CUDA whole windows do; what is left over does from the second time on that as much is left, so that batches
+    of ever changing size are not compiled for ever. Until then it goes in small pieces, since calls that are not
+    compiled hold more.
+    """
+    whole = n // tokens * tokens if device.type == "cuda" else 0
+    for i in cuts(whole, tokens):
+        yield i, True
+    left = n - whole
+    if device.type == "cuda" and left and (*key, left) in _SEEN:
+        yield slice(whole, n), True
+        return
+    if device.type == "cuda" and left:
+        if len(_SEEN) >= MOST_MADE:
+            _SEEN.clear()
+        _SEEN.add((*key, left))
+        tokens = max(1, tokens // PIECES)
+    for i in cuts(left, tokens):
+        yield slice(whole + i.start, whole + i.stop), False
 
 
 def head_rows(program: RowProgram, tensors: Sequence[Tensor], tokens: int) -> list[Tensor]:
     """The program's results, each [N, ...]. ``tokens`` rows of logits are held at once."""
     rows = row_inputs(program)
     n = tensors[operands(program)[0][0]].shape[0]
-    compiled = _full(n, tokens, tensors[0].device)
     results: list[Tensor] = []
-    for i in cuts(n, tokens) if n else [slice(0, 0)]:
+    key = ("forward", program)
+    for i, compiled in windows(n, tokens, key, tensors[0].device) if n else [(slice(0, 0), False)]:
         given = _window(tensors, rows, i)
         function = _forward(program)
-        if compiled(i):
-            function = _made(("forward", program), function, given, True)
+        if compiled:
+            function = _made(key, function, given, True)
         found = function(given)
         if not results:
             results = [r.new_empty((n, *r.shape[1:])) for r in found]
@@ -147,17 +167,20 @@ def head_rows_backward(
     tensors: Sequence[Tensor],
     needs: Sequence[bool],
     tokens: int,
+    narrow_sums: bool = False,
 ) -> list[Tensor | None]:
-    """The gradients of the inputs that need one, in their dtypes; None for the others."""
+    """The gradients of the inputs that need one, in their dtypes; None for the others.
+
+    What is summed over windows is summed in float32, or in its own dtype with ``narrow_sums``.
+    """
     rows, heads = row_inputs(program), operands(program)
     parts = {at for pair in heads for at in pair}
     n = tensors[heads[0][0]].shape[0]
-    compiled = _full(n, tokens, tensors[0].device)
     differentiable = tuple(g is not None for g in upstream)
     wanted = tuple(i for i, need in enumerate(needs) if need and i not in parts)
     live = tuple(needs[h] or needs[w] for h, w in heads)
     sums: list[Tensor | None] = [
-        t.new_zeros(t.shape, dtype=t.dtype if i in rows else stat_dtype(t.dtype)) if need else None
+        t.new_zeros(t.shape, dtype=t.dtype if i in rows or narrow_sums else stat_dtype(t.dtype)) if need else None
         for i, (t, need) in enumerate(zip(tensors, needs))
     ]
 
@@ -177,13 +200,14 @@ def head_rows_backward(
             else:
                 into[v].add_(dz[:, v].t() @ h)
 
-    for i in cuts(n, tokens):
+    key = ("vjp", program, differentiable, wanted, live)
+    for i, compiled in windows(n, tokens, key, tensors[0].device):
         given = _window(tensors, rows, i)
         products = [given[h] @ given[w].t() for h, w in heads]
         seen = [g[i] for g in upstream if g is not None]
         everything = [*given, *products, *seen]
         vjp = _vjp(program, differentiable, wanted, live)
-        found = _made(("vjp", program, differentiable, wanted, live), vjp, everything, compiled(i))(everything)
+        found = _made(key, vjp, everything, compiled)(everything)
         del products, everything
         for at, gradient in zip(wanted, found):
             add(at, i, gradient)

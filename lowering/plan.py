@@ -28,7 +28,6 @@ from fusedhead.lowering.triton_plan import Sizes, Way
 
 AUTO, LEAST = 0, -1  # values of the option `memory` that are no budget in MiB
 MIB = 1 << 20
-MOST_LIVE = 12  # results of a row program that are alive at once
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NO_TRANSFORM = Transform()
 BOTH = Needs(True, True, False, False)
@@ -43,14 +42,13 @@ class Limits(NamedTuple):
     block_tokens: int  # where no row of z has to be complete
     least_tokens: int  # of a block under "min"
     least_vocab: int
-    row_bytes: int  # what a window of a row program may hold
     exact_sums: int  # up to this many windows, sums of dw in a narrow dtype err less than eager code does
 
 
 LIMITS = {
     # exact_sums: the error of dw against float64 was below eager's up to 8 windows and 1.1 times it at 32
-    "cpu": Limits(512, 64, 4, 512, 128, 512, 64 * MIB, 8),
-    "cuda": Limits(512, 64, 4, 512, 128, 512, 1024 * MIB, 8),
+    "cpu": Limits(512, 64, 4, 512, 128, 512, 8),
+    "cuda": Limits(512, 64, 4, 512, 128, 512, 8),
 }
 
 
@@ -202,14 +200,3 @@ def _reason(name: str, held: int, budget: int | None, memory: int, fits: bool) -
         return f"no plan fits in {budget / MIB:.0f} MiB; this one holds the least, {held / MIB:.1f} MiB"
     limit = "the least memory" if memory == LEAST else "no limit" if budget is None else f"{budget / MIB:.0f} MiB"
     return f"{WHY[name]}; {held / MIB:.1f} MiB of workspace, asked for {limit}"
-
-
-def row_tokens(N: int, V: int, dtype: torch.dtype, device_type: str, calls: int, memory: int = AUTO) -> int:
-    """Rows of logits that a row program of so many ``calls`` runs on at once.
-
-    Each call may hold a float32 result for its window, forward and backward.
-    """
-    usual = LIMITS[device_type if device_type in LIMITS else "cpu"].row_bytes
-    budget = memory * MIB if memory > 0 else usual // 2 if memory == LEAST else usual
-    held = 2 * max(4, dtype.itemsize) * min(calls, MOST_LIVE) * V
-    return max(1, min(N, budget // held))

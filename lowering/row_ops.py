@@ -18,7 +18,7 @@ from torch import Tensor
 from fusedhead.kernels import row_windows
 from fusedhead.kernels.row_program import read, run
 from fusedhead.lowering.autograd import ONCE
-from fusedhead.lowering.plan import row_tokens
+from fusedhead.lowering.row_plan import RowPlan, row_plan
 
 SCHEMAS = {
     "head_rows": "(Tensor[] tensors, str program, int memory) -> Tensor[]",
@@ -31,17 +31,18 @@ def _as_written(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _tokens(tensors: list[Tensor], program: str, memory: int) -> int:
+def _plan(tensors: list[Tensor], program: str, memory: int) -> RowPlan:
     parsed = read(program)
     heads = [(tensors[h], tensors[w]) for h, w in row_windows.operands(parsed)]
     vocab, dtype = max(((len(w), w.dtype) for _, w in heads), key=lambda s: s[0] * s[1].itemsize)
     h = heads[0][0]
-    return row_tokens(len(h), vocab, dtype, h.device.type, len(parsed.lines), memory)
+    calls = len(parsed.lines)
+    return row_plan(len(h), vocab, dtype, h.device.type, heads=len(heads), calls=calls, memory=memory)
 
 
 def _rows(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
     with _as_written(tensors[0].device):
-        return row_windows.head_rows(read(program), tensors, _tokens(tensors, program, memory))
+        return row_windows.head_rows(read(program), tensors, _plan(tensors, program, memory).tokens)
 
 
 def _rows_fake(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
@@ -54,7 +55,7 @@ def _rows_backward(
 ) -> list[Tensor]:
     given = [g if g.dim() else None for g in upstream]
     with _as_written(tensors[0].device):
-        found = row_windows.head_rows_backward(read(program), given, tensors, needs, _tokens(tensors, program, memory))
+        found = row_windows.head_rows_backward(read(program), given, tensors, needs, *_plan(tensors, program, memory))
     return [g for g in found if g is not None]
 
 

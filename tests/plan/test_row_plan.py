@@ -1,0 +1,52 @@
+"""The windows of row programs: within the budget, whole on a GPU whatever the batch, never empty."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusedhead.kernels.row_windows import windows
+from fusedhead.lowering.plan import MIB
+from fusedhead.lowering.row_plan import row_plan
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "memory", "tokens"),
+    [("cuda", BF16, 0, 1024), ("cuda", BF16, -1, 128), ("cuda", F32, 0, 640), ("cpu", F32, 0, 6), ("cpu", F32, 16, 1)],
+)
+def test_what_is_chosen_for_two_heads(device: str, dtype: torch.dtype, memory: int, tokens: int) -> None:
+    assert row_plan(4096, 128_256, dtype, device, heads=2, calls=10, memory=memory).tokens == tokens
+
+
+@given(
+    st.integers(0, 10**6), st.integers(2, 300_000), st.sampled_from([BF16, F32]), st.sampled_from(["cpu", "cuda"]),
+    st.integers(1, 4), st.integers(2, 60), st.integers(1, 4096),
+)  # fmt: skip
+def test_a_window_fits_its_budget_or_is_one_token(n, v, dtype, device, heads, calls, memory) -> None:  # type: ignore[no-untyped-def]
+    chosen = row_plan(n, v, dtype, device, heads=heads, calls=calls, memory=memory)
+    assert chosen.tokens >= 1
+    assert chosen.tokens == 1 or chosen.tokens * v * heads * dtype.itemsize <= memory * MIB
+
+
+def test_few_windows_sum_in_the_narrow_dtype() -> None:
+    assert row_plan(4096, 128_256, BF16, "cuda", heads=2, calls=9).narrow_sums
+    assert not row_plan(8192, 128_256, BF16, "cuda", heads=2, calls=9).narrow_sums
+    assert row_plan(10**6, 128_256, F32, "cuda", heads=2, calls=9).narrow_sums
+
+
+@given(st.integers(0, 500), st.integers(1, 100), st.sampled_from(["cpu", "cuda"]))
+def test_windows_cover_every_token_once(n: int, tokens: int, device: str) -> None:
+    for _ in range(2):
+        found = [i for i, _ in windows(n, tokens, ("a test", n, tokens), torch.device(device))]
+        assert [at for i in found for at in range(i.start, i.stop)] == list(range(n))
+        assert all(i.stop - i.start <= tokens for i in found)
+
+
+def test_what_is_left_over_is_compiled_when_it_comes_again() -> None:
+    first, second = (list(windows(20, 16, ("left over",), torch.device("cuda"))) for _ in range(2))
+    assert first == [(slice(0, 16), True), (slice(16, 18), False), (slice(18, 20), False)]
+    assert second == [(slice(0, 16), True), (slice(16, 20), True)]
