@@ -251,11 +251,14 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
         for i in cuts:
             part, c = _slice(head, i, kept), _slice_rows(coefficients, i)
             m = len(part.h)
-            other_lse = _lse_of_others(head, i, kept.stop, picked[i]) if others else None
+            whole, other_lse = part, None
+            if others:  # a label past the kept columns may lie in their last tile
+                whole = _slice(head, i, slice(0, vocab))
+                part = part._replace(y=part.y.masked_fill(part.y >= kept.stop, -1))
+                other_lse = _lse_of_others(head, i, kept.stop, picked[i])
             logits = _multiplied(part, buffer[:m])
             s = sweep("exp", part, logits=logits)
             totals = new((1 if total is None else 2, s.schedule.size), dtype=torch.float32)
-            whole = _slice(head, i, slice(0, vocab)) if others else part
             _exponentials(s, part, whole, buffer[:m], ref2[:m], picked[i], slope, totals, logits)
             # dh's own rows hold s ⊙ h until dw has used it
             sh = None if dw is None else dh[i] if dh is not None else scaled[:m] if scaled is not None else None
