@@ -26,7 +26,7 @@ from fusedhead.report import HeadRecord, Report
 from fusedhead.rewrite import fuse
 from fusedhead.row_region import Region
 from fusedhead.safety import Mutations, functorch, leaves, subclass
-from fusedhead.size_gate import gate
+from fusedhead.size_gate import gate, row_gate
 from fusedhead.unread import unread
 from fusedhead.values import Projection, logits_of
 
@@ -114,7 +114,7 @@ def fuse_body(
         small = too_small(site) if all(map(too_small, company)) else ""
         reason = unsafe or refusal(site, mutations, modes, owner, deferred) or small
         decided.append((site, reason))
-    decided = together(decided, met, mutations, owner)
+    decided = together(decided, met, mutations, owner, options)
     recipes = []
     slots: list[Any] = list(linear_tail.output_of(graph).args[0]) if owner == "" else []  # type: ignore[arg-type]
     for site, reason in decided:
@@ -150,7 +150,7 @@ ROW_ENGINE = "row windows: the program's own ops on some tokens at a time, again
 
 
 def together(
-    decided: list[tuple[Site, str]], met: dict[Projection, Region], mutations: Mutations, owner: str
+    decided: list[tuple[Site, str]], met: dict[Projection, Region], mutations: Mutations, owner: str, options: Options
 ) -> list[tuple[Site, str]]:
     """The decisions, with heads that meet in a row program fused or refused together."""
     reasons = {site.head: reason for site, reason in decided}
@@ -158,6 +158,8 @@ def together(
         why = next((reasons[head] for head in region.heads if reasons.get(head)), "")
         alone = [head for head in region.heads if head not in reasons]
         why = why or unsafe_rows(region, mutations, owner) or ("a head it meets is not fused" if alone else "")
+        if options.min_logits == "auto":
+            why = why or row_gate([head.node for head in region.heads], options.budget)
         for head in region.heads:
             reasons[head] = reasons.get(head) or why
     return [(site, reasons[site.head]) for site, _ in decided]

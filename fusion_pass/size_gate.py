@@ -21,6 +21,7 @@ import torch
 from torch.fx import Node
 
 from fusedhead.interpret import Site
+from fusedhead.lowering.row_plan import window_bytes
 from fusedhead.read import fake
 from fusedhead.rules.table import Family
 from fusedhead.safety import leaves
@@ -60,6 +61,24 @@ def gate(sites: Iterable[Site], min_logits: str | int) -> Callable[[Site], str]:
         )
 
     return too_small
+
+
+def row_gate(projections: Iterable[Node], memory: int) -> str:
+    """Why the logits of heads that a row program computes are too few for it, or "".
+
+    A row program saves memory and costs time: where Inductor reads logits again, it multiplies again. Below twice
+    its window there is little to save.
+    """
+    logits = [fake(node) for node in projections]
+    sizes = [(known(z.numel()), z.dtype.itemsize) for z in logits]
+    held = sum(numel * itemsize for numel, itemsize in sizes if numel is not None)
+    least = 2 * window_bytes(logits[0].device.type, memory)
+    if held >= least or any(numel is None for numel, _ in sizes):
+        return ""
+    return (
+        f"what is made of its logits would be computed token by token, and they are too few for that to pay "
+        f"({held / 2**20:,.1f} MiB, fewer than {least / 2**20:,.0f}; with fusedhead.min_logits=0 it would be fused)"
+    )
 
 
 def weight(site: Site) -> tuple[Node, ...]:

@@ -25,6 +25,11 @@ MOST_LIVE = 12
 MULTIPLE = 64  # of tokens, in a window that matrix products are to like
 
 
+def window_bytes(device_type: str, memory: int) -> int:
+    """What a window may hold. ``memory`` is 0 for auto, -1 for the least, else MiB."""
+    return memory * MIB if memory > 0 else BUDGET.get(device_type, BUDGET_ELSEWHERE)[memory]
+
+
 class RowPlan(NamedTuple):
     tokens: int  # of one window
     narrow_sums: bool  # whether dw may be summed in its own dtype
@@ -33,11 +38,8 @@ class RowPlan(NamedTuple):
 def row_plan(
     N: int, V: int, dtype: torch.dtype, device_type: str, *, heads: int, calls: int, memory: int = AUTO
 ) -> RowPlan:
-    """The windows of a program of so many ``calls`` on ``heads`` heads; V is the largest vocabulary.
-
-    ``memory`` is 0 for auto, -1 for the least, else MiB.
-    """
-    budget = memory * MIB if memory > 0 else BUDGET.get(device_type, BUDGET_ELSEWHERE)[memory]
+    """The windows of a program of so many ``calls`` on ``heads`` heads; V is the largest vocabulary."""
+    budget = window_bytes(device_type, memory)
     if device_type == "cuda":
         tokens = budget // (heads * (2 * dtype.itemsize + 4) * V)
         tokens = max(1, tokens // MULTIPLE * MULTIPLE or tokens)
