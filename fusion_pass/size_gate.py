@@ -28,7 +28,7 @@ from fusedhead.safety import leaves
 
 FAMILY = Family(
     "size",
-    "2²⁰ logits and more, on CUDA 2²²",
+    "2²⁰ logits and more, on CUDA 2²²; token by token, logits of 128 MiB and more, on CUDA 4 GiB",
     "smaller heads, where fusing costs time and saves little; `fusedhead.min_logits` moves the limit",
 )
 LEAST = {"cuda": 1 << 22}  # logits, by device
