@@ -66,6 +66,9 @@ def _epilogue(
     row = block * BM + tl.arange(0, BM)
     col = start + tl.arange(0, WIDTH)
     z = transform(acc, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
+    if LABELS > 0 and VARYING:  # before e, so that the slope finds the registers of z free
+        if here != 0:
+            store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
     e = tl.exp2(tl.fma(z, 1.4426950408889634, -ref2[:, None]))
     if not EVEN:
         if start + WIDTH > V:
@@ -74,7 +77,7 @@ def _epilogue(
     weighted = tl.zeros((BM,), tl.float32)
     if SUM:
         weighted = weighted_sum(z, u, col, V, HAS_U, WIDTH)
-    if LABELS > 0:
+    if LABELS > 0 and not VARYING:
         if here != 0:
             store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
     if VARYING:
