@@ -570,7 +570,6 @@ LAYOUTS: dict[Any, Callable[..., Any]] = {
     aten.cat.default: joined,
     aten.stack.default: joined,
     aten.select.int: selected,
-    aten.sym_size.int: length,
 }
 RANDOM = torch.Tag.nondeterministic_seeded
 # (does it concern this overload, the rule), tried in order
@@ -583,6 +582,7 @@ FORMS: tuple[tuple[Callable[[Any], bool], Callable[..., Any]], ...] = (
     (one_of(TOTALS), total),
     (one_of(INDEXED), indexed),
     (one_of(LOSSES), nll),
+    (one_of({aten.sym_size.int}), length),
     (one_of(LAYOUTS), lambda target, *given: LAYOUTS[target](target, *given)),
     (lambda target: torch.Tag.pointwise in target.tags and RANDOM not in target.tags, pointwise),
 )  # fmt: skip

@@ -313,9 +313,6 @@ ROWWISE = {
         "F.nll_loss(z.sin(), yi, ignore_index=-1, reduction='none')",
     ],
     aten.nll_loss.default: ["torch.ops.aten.nll_loss.default(z.sin(), y, None, 1, -100)"],
-    aten.sym_size.int: [
-        "torch.ops.aten.sym_size.int(z.exp(), {d}) * z", "z.exp().sum() / torch.ops.aten.sym_size.int(z.exp(), {r})",
-    ],
     # pointwise, by tag; operands of every extent
     aten.mul.Tensor: ["z * z", "z.exp() * col", "z.exp() * row", "z.exp() * s", "z * (row * col)"],
     aten.where.self: ["torch.where(z > 0, z, col)", "torch.where(row > 0, z, z.exp())"],
