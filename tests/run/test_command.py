@@ -66,7 +66,7 @@ def test_strict_stops_at_a_head_that_is_not_fused(tmp_path: Path, ours: Ours) ->
     relaxed = ours("program.py", cwd=tmp_path)
     assert relaxed.code == 0
     assert "0 heads fused, 1 left" in relaxed.err
-    assert "because std is not read by any rule" in relaxed.err
+    assert "because aten.std.correction runs over tokens" in relaxed.err
     strict = ours("--strict", "program.py", cwd=tmp_path)
     assert strict.code == 1
     assert "FusedHeadError" in strict.err
@@ -119,7 +119,7 @@ def test_the_report_is_one_page_with_every_head_reason_and_graph(tmp_path: Path,
     text = " ".join(page.text)
     assert (page.open, page.outside) == ([], [])
     assert "program.py 'an <argument>'" in text
-    assert "std is not read by any rule" in text
+    assert "aten.std.correction runs over tokens" in text
     assert "z = h @ w.T  # a < b & c" in text  # the program's own line
     assert "torch.nn.functional.cross_entropy" in text  # the graph before
     assert "fusedhead.head_loss" in text  # and after
