@@ -19,8 +19,8 @@ from torch.fx import Graph, Node
 
 from fusedhead import returned
 from fusedhead.aliases import storage, written
-from fusedhead.interpret import candidates, grad_modes
-from fusedhead.read import fake, name_of
+from fusedhead.interpret import candidates, following, grad_modes
+from fusedhead.read import every_dimension, fake, name_of
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.safety import Mutations
 
@@ -68,17 +68,6 @@ def stacked(node: Node) -> tuple[tuple[Node, ...], int] | None:
     return tuple(parts), dim % fake(node).ndim  # type: ignore[return-value]
 
 
-def spelled_out(index: Any, ndim: int) -> tuple[Any, ...] | None:
-    """An index of integers and slices with an entry for every dimension, or None if it holds anything else."""
-    entries = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in entries:
-        at = entries.index(Ellipsis)
-        entries[at : at + 1] = [slice(None)] * (ndim - len(entries) + 1)
-    entries += [slice(None)] * (ndim - len(entries))
-    known = all(type(e) is int or isinstance(e, slice) for e in entries)
-    return tuple(entries) if known and len(entries) == ndim else None
-
-
 def read(node: Node) -> Stack | None:
     """What the graph does with a stack of projections, or None if that is more than taking apart and returning."""
     known = stacked(node)
@@ -116,19 +105,8 @@ def index_of(node: Node) -> Index | None:
     """The index of a ``getitem``, or None if it is none or holds anything but integers and slices of numbers."""
     if name_of(node) != "getitem" or len(node.all_input_nodes) != 1:
         return None
-    ndim = fake(node.all_input_nodes[0]).ndim
-    entries = list(node.args[1]) if isinstance(node.args[1], tuple) else [node.args[1]]
-    if not all(entry is Ellipsis or type(entry) is int or isinstance(entry, slice) for entry in entries):
-        return None
-    if Ellipsis in entries:
-        at = entries.index(Ellipsis)
-        entries[at : at + 1] = [slice(None)] * (ndim - len(entries) + 1)
-    return tuple(entries + [slice(None)] * (ndim - len(entries)))
-
-
-def following(node: Node) -> list[Node]:
-    nodes = list(node.graph.nodes)
-    return nodes[nodes.index(node) + 1 :]
+    entries = every_dimension(node.args[1], fake(node.all_input_nodes[0]).ndim)
+    return tuple(entries) if all(type(entry) is int or isinstance(entry, slice) for entry in entries) else None
 
 
 def exact(found: Stack, mutations: Mutations, recorded: dict[Node, bool]) -> bool:
@@ -170,9 +148,9 @@ def program_of(found: Stack) -> tuple[list[Node], list[Node]]:
 
 def separate(graph: Graph) -> Wrap | None:
     """Take the graph's stacks of heads apart, in place. Returns what must be put around the compiled graph, if any."""
-    heads = candidates(graph)
     if not any(stacked(node) for node in graph.nodes):
         return None
+    heads = candidates(graph)
     recorded, mutations = grad_modes(graph), Mutations(graph)
     found = [read(node) for node in graph.nodes]
     useful = [s for s in found if s and s.taken and heads.issuperset(s.parts) and exact(s, mutations, recorded)]

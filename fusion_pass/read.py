@@ -60,6 +60,15 @@ def trace(node: Node) -> GraphModule:
         return make_fx(standalone, pre_dispatch=True)(*map(fake, sources))
 
 
+def every_dimension(index: Any, ndim: int) -> list[Any]:
+    """The entries of an index, with ``...`` and what is left out written as full slices."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    at = next((i for i, entry in enumerate(entries) if entry is Ellipsis), None)
+    if at is not None:
+        entries[at : at + 1] = [slice(None)] * (ndim - len(entries) + 1)
+    return entries + [slice(None)] * (ndim - len(entries))
+
+
 def name_of(node: Node) -> str:
     """The bare name of the op a node calls, whatever its spelling."""
     if node.op == "call_method":

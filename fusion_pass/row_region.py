@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.aliases import written
@@ -27,6 +26,7 @@ from fusedhead.read import fake, name_of
 from fusedhead.rewrite import Group, erase, operands, replay
 from fusedhead.rowwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed, parts
 from fusedhead.rules.projections import SPELLINGS
+from fusedhead.rules.rowwise_operands import same
 from fusedhead.safety import leaves
 from fusedhead.terminals import Terminal
 from fusedhead.values import Call, Logits, Plain, Projection
@@ -268,7 +268,7 @@ def by_tokens(outputs: Iterable[Rowwise]) -> list[list[Rowwise]]:
     for out in outputs:
         tokens = math.prod(s for s, is_tail in zip(out.val.shape, out.tail) if not is_tail)
         for known, some in found:
-            if statically_known_true(known == tokens):
+            if same(known, tokens):
                 some.append(out)
                 break
         else:
@@ -327,7 +327,7 @@ def shaped(emit: Emit, value: Rowwise, node: Node, seeds: Sequence[Seed]) -> Nod
 
 
 def fake_shape(node: Node) -> list[int | None]:
-    return [static(s) for s in node.meta["example_value"].shape]
+    return [static(s) for s in fake(node).shape]
 
 
 def row_sizes(emit: Emit, wanted: list[Any], seeds: Sequence[Seed]) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fusedhead.read import fake
+from fusedhead.read import every_dimension, fake
 from fusedhead.rowwise import Rowwise
 from fusedhead.rules import RULES
 from fusedhead.rules.rowwise import read as by_rows
@@ -26,11 +26,8 @@ def columns_set(node: Node, logits: Any) -> Any:
     _, index, number = node.args
     if not isinstance(logits, (Logits, Rowwise)) or not isinstance(number, (int, float)):
         raise Escape("part of the logits is set to something else than a number")
-    ndim, parts = logits.val.ndim, list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in [p for p in parts if not isinstance(p, Node)]:
-        at = next(i for i, p in enumerate(parts) if p is Ellipsis)
-        parts[at : at + 1] = [slice(None)] * (ndim - len(parts) + 1)
-    parts += [slice(None)] * (ndim - len(parts))
+    ndim = logits.val.ndim
+    parts = every_dimension(index, ndim)
     tails = [logits.class_dim] if isinstance(logits, Logits) else [d for d, t in enumerate(logits.tail) if t]
     if len(parts) != ndim or len(tails) != 1 or any(p != slice(None) for d, p in enumerate(parts) if d != tails[0]):
         raise Escape("part of the logits is set for some tokens only")

@@ -5,8 +5,8 @@
 
 What never reaches memory: anything [N, V]; a window holds what the program's own ops hold for its tokens. The
 vjp is traced once for a program and the shape of its window, and on CUDA both directions are compiled by
-Inductor. Results are rounded as the program rounds them; dw is summed in float32. This file must not know
-about graphs or ops.
+Inductor. Results are rounded as the program rounds them; dw is summed in float32, over few
+windows in its own dtype. This file must not know about graphs or ops.
 """
 
 from __future__ import annotations

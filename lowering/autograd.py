@@ -126,5 +126,5 @@ def _backward_loss(ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, g_su
 
 
 HEAD_STATS = (_setup_stats, _backward_stats)
-HEAD_STATS_BACKWARD = (_setup_once, _backward_once)
+DIFFERENTIATED_ONCE = (_setup_once, _backward_once)
 HEAD_LOSS = (_setup_loss, _backward_loss)

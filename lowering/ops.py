@@ -49,9 +49,9 @@ def _engine(head: Head) -> ModuleType:
     return import_module(f"fusedhead.kernels.{engine_for(head.h.dtype, head.h.device.type)}")
 
 
-def _as_written(head: Head) -> AbstractContextManager[object]:
+def as_written(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside: an op computes in the dtypes it was given, whatever region it is called from."""
-    kind = head.h.device.type
+    kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
@@ -109,7 +109,7 @@ def _head_stats(
     check_head(head)
     short = {"lse", "picked", "sum"} if plain_scale(head.transform) is not None else {"lse", "picked"}
     windows = _windows(head, NONE, memory, linear=True, row_scale=True, explicit=not want <= short)
-    with _as_written(head):
+    with as_written(head.h.device):
         got: RowStats = _engine(head).head_stats(head, want, windows)
     return (
         _result(got.lse if want & {"lse", "entropy"} else None, h),
@@ -152,7 +152,7 @@ def _head_stats_backward(
     saved = RowStats(lse, entropy=_given(entropy), lse_low=_given(lse_low))
     row_scale = _row_scale(head, upstream, needs)
     windows = _windows(head, needs, memory, linear=False, row_scale=row_scale, explicit=not row_scale)
-    with _as_written(head):
+    with as_written(head.h.device):
         return _gradients(_engine(head).head_stats_backward(head, upstream, saved, needs, windows), head)
 
 
@@ -185,7 +185,7 @@ def _head_loss(
         c = c._replace(sum=h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype)))
     row_scale = _row_scale(head, c, needs)
     windows = _windows(head, needs, memory, linear=True, row_scale=row_scale, explicit=not row_scale)
-    with _as_written(head):
+    with as_written(head.h.device):
         got, grads = _engine(head).head_loss(head, c, needs, windows)
     return (
         got.lse,
@@ -198,7 +198,7 @@ def _head_loss(
 Function = Callable[..., Any]
 _PARTS: dict[str, tuple[Function, Function, tuple[Function, Function]]] = {
     "head_stats": (_head_stats, fakes.head_stats, autograd.HEAD_STATS),
-    "head_stats_backward": (_head_stats_backward, fakes.head_stats_backward, autograd.HEAD_STATS_BACKWARD),
+    "head_stats_backward": (_head_stats_backward, fakes.head_stats_backward, autograd.DIFFERENTIATED_ONCE),
     "head_loss": (_head_loss, fakes.head_loss, autograd.HEAD_LOSS),
 }
 for _name, (_implementation, _fake, (_setup, _backward)) in _PARTS.items():

@@ -9,7 +9,6 @@ This file must not know what a program computes or where it came from.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,18 +16,14 @@ from torch import Tensor
 
 from fusedhead.kernels import row_windows
 from fusedhead.kernels.row_program import read, run
-from fusedhead.lowering.autograd import ONCE
+from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE
+from fusedhead.lowering.ops import as_written
 from fusedhead.lowering.row_plan import RowPlan, row_plan
 
 SCHEMAS = {
     "head_rows": "(Tensor[] tensors, str program, int memory) -> Tensor[]",
     "head_rows_backward": "(Tensor[] upstream, Tensor[] tensors, str program, int memory, bool[] needs) -> Tensor[]",
 }
-
-
-def _as_written(device: torch.device) -> AbstractContextManager[object]:
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _plan(tensors: list[Tensor], program: str, memory: int) -> RowPlan:
@@ -41,12 +36,12 @@ def _plan(tensors: list[Tensor], program: str, memory: int) -> RowPlan:
 
 
 def _rows(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
-    with _as_written(tensors[0].device):
+    with as_written(tensors[0].device):
         return row_windows.head_rows(read(program), tensors, _plan(tensors, program, memory).tokens)
 
 
 def _rows_fake(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
-    with _as_written(tensors[0].device):
+    with as_written(tensors[0].device):
         return [torch.empty_like(r, memory_format=torch.contiguous_format) for r in run(read(program), tensors)]
 
 
@@ -54,7 +49,7 @@ def _rows_backward(
     upstream: list[Tensor], tensors: list[Tensor], program: str, memory: int, needs: list[bool]
 ) -> list[Tensor]:
     given = [g if g.dim() else None for g in upstream]
-    with _as_written(tensors[0].device):
+    with as_written(tensors[0].device):
         found = row_windows.head_rows_backward(read(program), given, tensors, needs, *_plan(tensors, program, memory))
     return [g for g in found if g is not None]
 
@@ -79,17 +74,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     return [next(found) if need else None for need in needs], None, None
 
 
-def _setup_once(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    pass
-
-
-def _backward_once(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(ONCE)
-
-
 for _name, _run, _fake, _autograd in (
     ("head_rows", _rows, _rows_fake, (_setup, _backward)),
-    ("head_rows_backward", _rows_backward, _rows_backward_fake, (_setup_once, _backward_once)),
+    ("head_rows_backward", _rows_backward, _rows_backward_fake, DIFFERENTIATED_ONCE),
 ):
     torch.library.define(f"fusedhead::{_name}", SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"fusedhead::{_name}", "default", _run)
