@@ -155,7 +155,7 @@ def test_a_wrong_command_line_is_explained(
 TORCHRUN = (
     MODEL
     + """
-import os
+import sys
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
@@ -165,7 +165,8 @@ model = torch.compile(DistributedDataParallel(Model()))
 tokens = torch.randint(0, 512, (2, 16))
 loss = model(tokens, tokens)
 loss.backward()
-print("rank", distributed.get_rank(), "of", distributed.get_world_size(), f"{loss.item():.3f}", flush=True)
+# One write a rank: torchrun starts Python unbuffered, where print writes every word by itself.
+sys.stdout.write(f"rank {distributed.get_rank()} of {distributed.get_world_size()} {loss.item():.3f}\\n")
 distributed.destroy_process_group()
 """
 )
