@@ -34,22 +34,19 @@ BOTH = Needs(True, True, False, False)
 
 
 class Limits(NamedTuple):
-    """What suits one kind of device; tokens counts rows of z in a window."""
+    """What suits the torch engine; tokens counts rows of z in a window."""
 
     tokens: int  # more than this gains no speed
     fewest_tokens: int  # fewer make a single pass slower than to recompute
-    share: int  # auto takes at least this many windows, to hold a fraction of the logits
+    share: int  # auto takes at least this many windows, to hold less than a quarter of the logits
     block_tokens: int  # where no row of z has to be complete
     least_tokens: int  # of a block under "min"
     least_vocab: int
     exact_sums: int  # up to this many windows, sums of dw in a narrow dtype err less than eager code does
 
 
-LIMITS = {
-    # exact_sums: the error of dw against float64 was below eager's up to 8 windows and 1.1 times it at 32
-    "cpu": Limits(512, 64, 4, 512, 128, 512, 8),
-    "cuda": Limits(512, 64, 4, 512, 128, 512, 8),
-}
+# exact_sums: the error of dw against float64 was below eager's up to 8 windows and 1.1 times it at 32
+LIMITS = Limits(512, 64, 5, 512, 128, 512, 8)
 
 
 class Plan(NamedTuple):
@@ -109,7 +106,7 @@ def _halvings(largest: int, smallest: int) -> list[int]:
 
 def _ways(head: _Head, *, one_pass: bool, memory: int, budget: int | None) -> list[Way]:
     """What the torch engine may be asked to do, the preferred first."""
-    limits = LIMITS["cpu"]
+    limits = LIMITS
     n, v, needs = head.n, head.v, head.needs
     weight = needs.w or needs.cols
     narrow = head.dtype in (torch.bfloat16, torch.float16)
@@ -130,7 +127,7 @@ def _ways(head: _Head, *, one_pass: bool, memory: int, budget: int | None) -> li
     elif one_pass and not weight:
         tried = [("frozen", *block) for block in blocks]
     elif one_pass and memory != LEAST:
-        largest = n if budget else max(-(-n // limits.share), limits.fewest_tokens * 4)
+        largest = n if budget else max(-(-n // limits.share) + 7 & ~7, limits.fewest_tokens * 3)
         tokens = _halvings(min(largest, limits.tokens, n), limits.fewest_tokens)
         tried = [*(("single pass", at, v) for at in (tokens if budget else tokens[:1])), *tried]
     return [_way(head, name, tokens, vocab, limits) for name, tokens, vocab in tried]
