@@ -19,7 +19,13 @@ INPLACE_OPERATORS = frozenset(
     {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor",
      "ilshift", "irshift", "setitem", "delitem"}
 )  # fmt: skip
-INPLACE_BY_ARGUMENT = frozenset({"relu", "dropout", "leaky_relu", "elu", "silu", "mish"})
+# the place of ``inplace`` among the arguments of torch.nn.functional's functions
+INPLACE_BY_ARGUMENT = {
+    "hardsigmoid": 1, "hardswish": 1, "mish": 1, "relu": 1, "relu6": 1, "selu": 1, "silu": 1,
+    "celu": 2, "elu": 2, "leaky_relu": 2,
+    "alpha_dropout": 3, "dropout": 3, "dropout1d": 3, "dropout2d": 3, "dropout3d": 3, "feature_alpha_dropout": 3,
+    "hardtanh": 3, "threshold": 3, "rrelu": 4,
+}  # fmt: skip
 MUTATING_WRAPPERS = ("triton_kernel_wrapper_mutation", "auto_functionalized")
 NOT_MUTATING = frozenset({"requires_grad_", "retain_grad"})
 
@@ -51,8 +57,10 @@ def written(node: Node) -> Iterator[Node]:
         inplace
         or name in INPLACE_OPERATORS
         or node.kwargs.get("inplace") is True
-        or (name in INPLACE_BY_ARGUMENT and True in node.args)
+        or node.args[INPLACE_BY_ARGUMENT.get(name, len(node.args)) :][:1] == (True,)
     ):
         yield from everything[:1]
+    elif name == "embedding" and (node.kwargs.get("max_norm") or node.args[3:4] not in ((), (None,))):
+        yield from everything  # rows of the table that are too long are cut in place
     out = node.kwargs.get("out")
     yield from (n for n in tree_leaves(out) if isinstance(n, Node))

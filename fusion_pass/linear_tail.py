@@ -27,16 +27,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import map_arg
 
-from fusedhead.aliases import storage, written
+from fusedhead.aliases import written
 from fusedhead.emit import Emit, named
+from fusedhead.hoisting import hoist, overwritten, random
+from fusedhead.interpret import grad_modes
 from fusedhead.kernels.contract import STATS
 from fusedhead.read import callee, fake, name_of
 
 aten = torch.ops.aten
 LINEAR_STATS = ("lse", "picked", "sum")
-TRIES = (
-    4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
-)
+TRIES = 4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
 
 
 def differentiable(node: Node) -> bool:
@@ -121,12 +121,17 @@ def coefficients(
     values = [v.detach() if isinstance(v, Tensor) else v for v in values]
     mode = maybe_get_fake_mode(fake(statistics[0]))
     with torch.autocast(fake(statistics[0]).device.type, enabled=False), mode or nullcontext():
-        program = make_fx(gradient)(*values)
+        try:
+            program = make_fx(gradient)(*values)
+        except Exception as error:
+            return f"what is made of the per-row results cannot be differentiated alone ({type(error).__name__})"
     program.graph.eliminate_dead_code()
     reads = dependent(program.graph, len(free))
     for node in needed(program.graph, reads):
         if node in reads:
             return f"it is not linear in the per-row results ({name_of(node)} of them enters the gradient)"
+        if random(node):
+            return f"{name_of(node)} draws random numbers, and a gradient would draw others"
     return program
 
 
@@ -151,9 +156,7 @@ def needed(graph: Graph, reads: set[Node]) -> list[Node]:
     return [node for node in graph.nodes if node in found and (node.op == "call_function" or node in reads)]
 
 
-SHAPE_ONLY = frozenset(
-    {"sym_size", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_empty", "new_ones"}
-)
+SHAPE_ONLY = frozenset({"sym_size", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_empty", "new_ones"})
 
 
 def shape_only(node: Node) -> bool:
@@ -193,6 +196,9 @@ def try_tail(call: Node, statistics: Sequence[Node], tail: Sequence[Node], needs
     impure = writes_into(call, tail[-1])
     if impure is not None:
         return f"{name_of(impure)} works in place on the loss"
+    unread = next((node for node in tail if isinstance(node.target, torch._ops.HigherOrderOperator)), None)
+    if unread is not None:
+        return f"{name_of(unread)} takes the loss, and what it does with it is not read"
     inside = {*statistics, *tail}
     others = list(dict.fromkeys(s for node in tail for s in node.all_input_nodes if s not in inside))
     squares = squares_of_lse(statistics, tail)
@@ -210,10 +216,10 @@ def try_tail(call: Node, statistics: Sequence[Node], tail: Sequence[Node], needs
     anchor = first_use(call.graph, statistics)
     if overwritten(operands, anchor, tail[-1]):
         return "an operand of the loss is changed in place after the head"
-    if not hoist(call.graph, operands, anchor):
-        return "an operand of the loss is computed in place after the head"
-    replace(call, statistics, squares, others, program, anchor, needs)
-    return ""
+    forbidden = hoist(call.graph, operands, anchor, grad_modes(call.graph))
+    if not forbidden:
+        replace(call, statistics, squares, others, program, anchor, needs)
+    return forbidden
 
 
 def depends_on(nodes: Sequence[Node], call: Node) -> Node | None:
@@ -237,42 +243,12 @@ def writes_into(call: Node, scalar: Node) -> Node | None:
     By names, not by memory: the fake values of old nodes do not know yet that they are views of new ones.
     """
     between = computed_from(call) - computed_from(scalar)
-    return next(
-        (node for node in call.graph.nodes if any(target in between for target in written(node))), None
-    )
-
-
-def overwritten(nodes: Sequence[Node], begin: Node, end: Node) -> bool:
-    """Whether memory that ``nodes`` share is written between two nodes."""
-    memory, inside = {storage(fake(node)) for node in nodes} - {None}, False
-    for node in begin.graph.nodes:
-        inside = (inside or node is begin) and node is not end
-        if inside and any(storage(fake(target)) in memory for target in written(node)):
-            return True
-    return False
+    return next((node for node in call.graph.nodes if any(target in between for target in written(node))), None)
 
 
 def first_use(graph: Graph, statistics: Sequence[Node]) -> Node:
     users = {user for node in statistics for user in node.users}
     return next(node for node in graph.nodes if node in users)
-
-
-def hoist(graph: Graph, nodes: Sequence[Node], anchor: Node) -> bool:
-    """Move ``nodes`` and what they are computed from before ``anchor``; False if one of them is impure."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    late, stack = set(), list(nodes)
-    while stack:
-        node = stack.pop()
-        if order[node] > order[anchor] and node not in late:
-            late.add(node)
-            stack.extend(node.all_input_nodes)
-    begin, end = order[anchor], max((order[n] for n in late), default=0)
-    crossed = [n for n in graph.nodes if begin <= order[n] <= end]
-    if late and any(True for n in crossed for _ in written(n)):
-        return False
-    for node in sorted(late, key=order.__getitem__):
-        anchor.prepend(node)
-    return True
 
 
 def replace(
@@ -299,9 +275,7 @@ def replace(
                 args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = emit(node.target, *args, **kwargs)
         gradients: Any = output_of(program.graph).args[0]
-        results = [
-            named(emit(aten.detach.default, env[r]), "coefficients") for r in gradients
-        ]
+        results = [named(emit(aten.detach.default, env[r]), "coefficients") for r in gradients]
         given = {name_index(s): r for s, r in zip(statistics, results)}
         empty = named(emit(aten.new_empty.default, tensors[0], [0], dtype=torch.float32), "no_coefficients")
         c = [given.get(i, empty) for i in range(len(LINEAR_STATS))]
@@ -334,9 +308,7 @@ def shaped_like(emit: Emit, node: Node, env: dict[Node, Any], h: Node, y: Node) 
             for at, known in enumerate(fake(source).shape):
                 if statically_known_true(sym_eq(known, like.shape[d])):
                     return known if isinstance(known, int) else emit(aten.sym_size.int, source, at)
-        assert isinstance(like.shape[d], int), (
-            "a symbolic size of the losses that is not the number of tokens"
-        )
+        assert isinstance(like.shape[d], int), "a symbolic size of the losses that is not the number of tokens"
         return like.shape[d]
 
     if name_of(node) == "sym_size":

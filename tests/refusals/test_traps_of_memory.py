@@ -5,9 +5,10 @@ Where the pass reads the program it is right; where it does not, it leaves the h
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.refusals.claims import B, D, T, V, compiled, hidden, labels, left, not_fused, right, weight
 
@@ -307,3 +308,39 @@ def test_logits_that_alias_an_input_are_not_confused() -> None:
         return flat_loss(F.linear(same, w), y), same
 
     right(program, hidden(), weight(), labels())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.ELU, nn.CELU, nn.Threshold, nn.Dropout, nn.RReLU],
+)
+def test_a_layer_that_works_in_place_is_seen_to(layer: type[nn.Module]) -> None:
+    given = {nn.Threshold: (0.1, 0.5)}.get(layer, ())
+    apart, within = layer(*given), layer(*given, inplace=True)
+
+    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = h * 2
+        z = F.linear(x, w)
+        after = (within if writes else apart)(x)
+        return flat_loss(z, y), after
+
+    writes = True
+    left(program, hidden(), torch.randn(V, D), labels(), because="in place before the loss")
+    writes = False
+    right(program, hidden(), torch.randn(V, D), labels())
+
+
+def test_a_table_whose_rows_are_cut_to_length_is_written_to() -> None:
+    def program(h: Tensor, w: Tensor, ids: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        rows = F.embedding(ids, w, max_norm=0.5)
+        return flat_loss(z, y), rows
+
+    left(program, torch.randn(B, T, D), torch.randn(V, D), labels(3), labels(), because="embedding at")
+
+    def free(h: Tensor, w: Tensor, ids: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        rows = F.embedding(ids, w, 0)
+        return flat_loss(z, y), rows
+
+    right(free, torch.randn(B, T, D), torch.randn(V, D), labels(3), labels())

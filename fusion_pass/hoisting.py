@@ -1,0 +1,90 @@
+"""Moving what a loss's coefficients are made of before the head, where that changes no number and no gradient.
+
+A node may be moved unless something on the way makes it another node: a write to memory, another draw of random
+numbers, another grad mode, another autocast. This file knows no heads and no losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fusedhead.aliases import storage, written
+from fusedhead.read import fake, name_of, trace
+
+RANDOM = torch.Tag.nondeterministic_seeded
+
+
+def random(op: Node) -> bool:
+    """Whether an ATen node draws random numbers: computed a second time, it is another number."""
+    return RANDOM in getattr(op.target, "tags", ())
+
+
+def may_draw(node: Node) -> bool:
+    """Whether a Dynamo node draws random numbers, or cannot be traced to find out."""
+    try:
+        return any(map(random, trace(node).graph.nodes))
+    except Exception:
+        return True
+
+
+def autocasts(graph: Graph) -> dict[Node, tuple[Node, ...]]:
+    """The autocast regions that each node stands in, outermost first, by the nodes that enter them."""
+    inside: tuple[Node, ...] = ()
+    found = {}
+    for node in graph.nodes:
+        if name_of(node) == "_enter_autocast":
+            inside = (*inside, node)
+        elif name_of(node) == "_exit_autocast":
+            inside = tuple(region for region in inside if region is not node.args[0])
+        found[node] = inside
+    return found
+
+
+def floating(nodes: Iterable[Node]) -> bool:
+    return any(isinstance(v, Tensor) and v.is_floating_point() for v in map(fake, nodes))
+
+
+def overwritten(nodes: Sequence[Node], begin: Node, end: Node) -> bool:
+    """Whether memory that ``nodes`` share is written between two nodes."""
+    memory, inside = {storage(fake(node)) for node in nodes} - {None}, False
+    for node in begin.graph.nodes:
+        inside = (inside or node is begin) and node is not end
+        if inside and any(storage(fake(target)) in memory for target in written(node)):
+            return True
+    return False
+
+
+def hoist(graph: Graph, nodes: Sequence[Node], anchor: Node, recorded: dict[Node, bool]) -> str:
+    """Move ``nodes`` and what they are computed from before ``anchor``; else the sentence that says what forbids it.
+
+    ``recorded``: whether gradients are recorded at each node.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    late, stack = set(), list(nodes)
+    while stack:
+        node = stack.pop()
+        if order[node] > order[anchor] and node not in late:
+            late.add(node)
+            stack.extend(node.all_input_nodes)
+    if not late:
+        return ""
+    begin, end = order[anchor], max(order[n] for n in late)
+    if any(True for n in graph.nodes if begin <= order[n] <= end for _ in written(n)):
+        return "an operand of the loss is computed in place after the head"
+    regions = autocasts(graph)
+    for node in late:
+        sources = node.all_input_nodes
+        if regions[node] != regions[anchor] and floating([node, *sources]):
+            return f"{node.name}, an operand of the loss, is computed under another autocast than the head"
+        learning = any(isinstance(fake(s), Tensor) and fake(s).requires_grad for s in sources)
+        if recorded[node] != recorded[anchor] and learning:
+            return f"{node.name}, an operand of the loss, is computed where no gradient is recorded"
+        if may_draw(node):
+            return f"{node.name}, an operand of the loss, may draw random numbers after the head"
+    for node in sorted(late, key=order.__getitem__):
+        anchor.prepend(node)
+    return ""
