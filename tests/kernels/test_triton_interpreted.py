@@ -16,7 +16,7 @@ if torch.cuda.is_available():
 import triton
 import triton.language as tl
 
-from fusedhead.kernels import reference, triton_sweep, triton_tiles
+from fusedhead.kernels import reference, triton_one_pass, triton_operands, triton_sweep, triton_tiles
 from fusedhead.kernels import triton_windows as engine
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import STATS, Head, Needs, RowGrads, RowStats, Windows
@@ -132,7 +132,7 @@ def test_one_sweep_gives_statistics_and_gradients(transform, tokens):
 @pytest.mark.parametrize("transform", ["", "addcol:0 mulrow:1", EACH_STEP])
 @pytest.mark.parametrize("windows", [Windows(64, 70, F32), Windows(16, 32, F32), Windows(16, 70, F32)])
 def test_logits_that_lie_in_memory_are_read(monkeypatch, transform, windows):
-    for module in (engine, triton_sweep):
+    for module in (engine, triton_operands, triton_sweep):
         monkeypatch.setattr(module, "multiplied_by_cublas", lambda head: True)
     x = head(n=37, v=70, k=2, transform=transform, weighted=True)
     g = gradients(37, 2, sum=True, entropy=True)
@@ -160,7 +160,7 @@ def test_logits_that_lie_in_memory_are_read(monkeypatch, transform, windows):
 @pytest.mark.parametrize("needs", [OPERANDS, Needs(True, False, False, False), Needs(False, True, False, False)])
 @pytest.mark.parametrize(("k", "kept"), [(0, 128), (1, 128), (2, 128), (1, 80), (2, 144)])
 def test_a_part_of_the_exponentials_may_be_kept(monkeypatch, transform, needs, k, kept):
-    monkeypatch.setattr(engine, "PARTLY", (F32,))
+    monkeypatch.setattr(triton_one_pass, "PARTLY", (F32,))
     x, g = head(n=37, v=300, k=k, transform=transform), gradients(37, k, square=True)
     if k:
         x.y[:8, 0] = torch.arange(kept - 4, kept + 4)
@@ -176,7 +176,7 @@ def test_a_part_of_the_exponentials_may_be_kept(monkeypatch, transform, needs, k
 @pytest.mark.parametrize("label", [0, 127, 128, 299])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_kept_and_other_columns_may_lie_300_apart(monkeypatch, label, reverse):
-    monkeypatch.setattr(engine, "PARTLY", (F32,))
+    monkeypatch.setattr(triton_one_pass, "PARTLY", (F32,))
     x, g = head(n=20, v=300, transform="addcol:0"), gradients(20)
     x.cols[0] = torch.linspace(-150, 150, 300).flip(0) if reverse else torch.linspace(-150, 150, 300)
     x.y[:] = label
@@ -188,7 +188,7 @@ def test_kept_and_other_columns_may_lie_300_apart(monkeypatch, label, reverse):
 
 
 def test_an_infinite_logit_among_the_others_is_not_lost(monkeypatch):
-    monkeypatch.setattr(engine, "PARTLY", (F32,))
+    monkeypatch.setattr(triton_one_pass, "PARTLY", (F32,))
     x, g = head(n=20, v=300, transform="addcol:0"), gradients(20)
     x.cols[0, 200] = torch.inf
     x.y.clamp_(max=100)

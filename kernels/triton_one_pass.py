@@ -1,0 +1,198 @@
+"""Statistics and gradients of a loss linear in the statistics, in one sweep of the Triton engine.
+
+Per window of tokens: E = exp(z - reference) into the window, then with s one number a row that `finalize` finds
+from the row sums
+
+    dw += Eᵀ (s ⊙ h)        dh = s ⊙ (E w)
+
+so that z is computed once: 3 products of 2NDV FLOP. In memory: one window of E, dh (whose rows hold s ⊙ h until dw
+has used it), one float32 [window tokens, D], and half of dw in float32 where asked. Where the planner allows only a
+part of a row of E, the lse of the other columns comes from a sweep of its own and their dz is rebuilt block by block:
+up to one product more. It must not know how large the windows should be.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.triton_dlogits import dlogits
+from fusedhead.kernels.triton_exp import exponentials
+from fusedhead.kernels.triton_finalize import finalize, mark_unsafe, scale_rows
+from fusedhead.kernels.triton_gemm import gemm, weighted_rows
+from fusedhead.kernels.triton_labels import check_labels, map_labels
+from fusedhead.kernels.triton_launch import on_device
+from fusedhead.kernels.triton_merge import merge_reference
+from fusedhead.kernels.triton_operands import even_cuts, multiplied, new_window, ready_rows, slice_head, slice_rows
+from fusedhead.kernels.triton_reference import reference
+from fusedhead.kernels.triton_stream import stream
+from fusedhead.kernels.triton_sweep import Sweep, sweep
+from fusedhead.kernels.triton_transform import varies_along_row
+from fusedhead.kernels.triton_weight_gradient import WeightGradient
+
+PARTLY = (torch.bfloat16,)  # of which part of the exponentials may be kept: those that sweep once for all of them
+FEW = 16  # up to this many tokens, dz is rounded once (two sweeps): sums too short to average roundings out
+FLOAT16_SHIFT = 10  # float16 exponentials are scaled by 2^10: small ones keep digits, targets up to 2^4 fit
+
+
+def fits(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
+    """Whether gradients are a row scale away from exponentials, and the planner allows whole rows of them.
+
+    Of bfloat16 rows it may allow a part: the rest is swept for its lse, and rebuilt for the gradients.
+    """
+    part = head.h.dtype in PARTLY and c.sum is None
+    return (
+        (needs.h or needs.w)
+        and not (needs.cols or needs.rows)
+        and (c.lse is not None or c.square is not None)
+        and (c.sum is None or not head.transform.bounded_slope)
+        and (part or windows.vocab >= len(head.w))
+        and len(head.h) > FEW
+    )
+
+
+def _sum_terms(head: Head, c: Tensor) -> tuple[Tensor, Tensor]:
+    """(r [N], f [V]) with d(Σ_i c_i Σ_v u_v z_iv)/dz_raw = r ⊗ f, for a transform whose slope factorises."""
+    r, f = c, head.u if head.u.numel() else head.h.new_ones(len(head.w), dtype=torch.float32)
+    for op, value in head.transform.steps:
+        if op == "mul":
+            r = r * float(value)
+        elif op == "mulrow":
+            r = r * head.rows[int(value)]
+        elif op == "mulcol":
+            f = f * head.cols[int(value)]
+    return r, f
+
+
+def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
+    """Statistics and gradients, where `fits` says so."""
+    coefficients = ready_rows(coefficients)
+    n, (vocab, hidden), narrow = len(head.h), head.w.shape, head.h.dtype
+    new = head.h.new_empty
+    kept = slice(0, min(windows.vocab, vocab))
+    others = [slice(kept.stop + v.start, kept.stop + v.stop) for v in even_cuts(vocab - kept.stop, windows.vocab)]
+    lse, picked = new(n, dtype=torch.float32), new(head.y.shape, dtype=torch.float32)
+    total = None if coefficients.sum is None else torch.empty_like(lse)
+    cuts = list(even_cuts(n, windows.tokens))
+    tokens = cuts[0].stop
+    with on_device(head.h):
+        check_labels(head.y, vocab)
+        dh = new((n, hidden)) if needs.h else None
+        dw = WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
+        rank_one = None
+        if coefficients.sum is not None:
+            r, f = _sum_terms(head, coefficients.sum)
+            if dw is not None:
+                dw.start(f, weighted_rows(r, head.h))
+            rank_one = (r, weighted_rows(f, head.w)) if dh is not None else None
+        buffer = new_window(head, tokens, kept.stop)
+        ref2 = new(tokens, dtype=torch.float32)
+        slope = torch.empty_like(picked[:tokens] if varies_along_row(head.transform) else picked[:0])
+        scaled = new((tokens, hidden)) if dw is not None and dh is None else None
+        wide = new((tokens, hidden), dtype=torch.float32) if dh is not None and narrow != torch.float32 else None
+        gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
+        for i in cuts:
+            part, c = slice_head(head, i, kept), slice_rows(coefficients, i)
+            m = len(part.h)
+            whole, other_lse = part, None
+            if others:  # a label past the kept columns may lie in their last tile
+                whole = slice_head(head, i, slice(0, vocab))
+                part = part._replace(y=part.y.masked_fill(part.y >= kept.stop, -1))
+                other_lse = _lse_of_others(head, i, kept.stop, picked[i])
+            logits = multiplied(part, buffer[:m])
+            s = sweep("exp", part, logits=logits)
+            totals = new((1 if total is None else 2, s.schedule.size), dtype=torch.float32)
+            _exponentials(s, part, whole, buffer[:m], ref2[:m], picked[i], slope, totals, logits)
+            # dh's own rows hold s ⊙ h until dw has used it
+            sh = None if dw is None else dh[i] if dh is not None else scaled[:m] if scaled is not None else None
+            rows = (ref2[:m], picked[i], slope, totals)
+            row_total = None if total is None else total[i]
+            scale = finalize(s, part, buffer[:m], *rows, c, lse[i], row_total, sh, gain, other_lse)
+            window = buffer[:m, : kept.stop]
+            if dw is not None and sh is not None:
+                dw.add(window, kept, sh, first=i.start == 0, alpha=1 / gain)
+            product = None if dh is None else dh[i] if wide is None else wide[:m]
+            if product is not None:
+                gemm(window, part.w, product)
+            outer = None if rank_one is None else (rank_one[0][i], rank_one[1])
+            if product is not None and dh is not None:
+                scale_rows(product, scale, product if others else dh[i], outer)
+            if others:
+                _add_others(head, i, others, buffer[:m], c, lse[i], dw, product)
+                if product is not None and dh is not None:
+                    dh[i] = product
+        del buffer, window
+        grads = HeadGrads(dh, None if dw is None else dw.finish(), None, None)
+    return RowStats(lse, picked, total), grads
+
+
+def _lse_of_others(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:
+    """Base-2 lse [m] of the columns from ``first`` on; their labels are picked."""
+    part = slice_head(head, i, slice(first, len(head.w)))
+    part = part._replace(y=part.y - first)
+    s = sweep("stream", part)
+    rows, _ = stream(s, part, frozenset({"lse"}), picked if part.y.shape[1] else None)
+    out = rows.new_empty(len(part.h))
+    merge_reference(s, rows, out, finite=False)
+    return out
+
+
+def _add_others(
+    head: Head,
+    i: slice,
+    others: list[slice],
+    buffer: Tensor,
+    c: RowGrads,
+    lse: Tensor,
+    dw: WeightGradient | None,
+    dh: Tensor | None,
+) -> None:
+    """Rebuild dz of the columns whose exponentials were not kept, block by block, and add their gradients."""
+    grads = c
+    if c.square is not None:
+        slope = 2 * c.square * lse
+        grads = c._replace(lse=slope if c.lse is None else c.lse + slope, square=None)
+    for v in others:
+        part = slice_head(head, i, v)
+        s = sweep("dlogits", part)
+        dlogits(s, part, buffer, grads, RowStats(lse), v.start, False, False)
+        window = buffer[:, : len(part.w)]
+        if dw is not None:
+            dw.add(window, v, part.h, first=i.start == 0)
+        if dh is not None:
+            gemm(window, part.w, dh, add=True)
+
+
+def _exponentials(
+    s: Sweep,
+    part: Head,
+    whole: Head,
+    window: Tensor,
+    ref2: Tensor,
+    picked: Tensor,
+    slope: Tensor,
+    totals: Tensor,
+    logits: Tensor | None,
+) -> None:
+    """window <- E with a reference that is safe for every row.
+
+    bfloat16 and float32 start from the target logit and redo, on the device's own decision, the token blocks
+    where it was too far from the maximum. float16 has no such range, and logits that lie in the window are gone
+    after one sweep over them: these sweep twice, with the true lse as reference.
+    """
+    redo = sweep("stream", part, logits=logits)
+    labels = map_labels(s, part.y) if s.labels else None
+    lse_only = frozenset({"lse"})
+    if window.dtype == torch.float16 or logits is not None:
+        rows, _ = stream(redo, part, lse_only, None, logits=logits)
+        merge_reference(redo, rows, ref2, -float(FLOAT16_SHIFT) if window.dtype == torch.float16 else 0.0)
+        exponentials(s, part, window, ref2, picked, slope, totals, labels)
+        return
+    # the label may lie outside the part
+    reference(redo if whole is part else sweep("stream", whole), whole, ref2)
+    exponentials(s, part, window, ref2, picked, slope, totals, labels)
+    flags = mark_unsafe(s, totals)
+    rows, _ = stream(redo, part, lse_only, None, flags)
+    merge_reference(redo, rows, ref2, 0.0, flags)
+    exponentials(s, part, window, ref2, picked, slope, totals, labels, flags)
