@@ -192,7 +192,7 @@ def compile_graph(
     gm, report, wrap = run_pass(gm, own, texts=texts)
     observe(report)
     publish(report, own)
-    finish = deferring(own.budget, overwrites(compiler)) if own.logits == "deferred" else compute_now
+    finish = deferring(own.budget, overwrites(compiler), own.min_logits) if own.logits == "deferred" else compute_now
     return take_deferred(wrap(compiler(gm, example_inputs), finish))
 
 

@@ -15,20 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 import fusedhead.deferred_calls  # noqa: F401  the handler of calls on deferred logits
+from fusedhead.deferred_knowledge import Family, Knowledge, Origin, Recorded, StaleLogits, state
 from fusedhead.deferred_program import Leaf, Made, Mode, Program, Step, encode, shapes
 from fusedhead.deferred_request import LEARNT
-from fusedhead.deferred_tensor import (
-    DeferredLogits,
-    Family,
-    Knowledge,
-    Origin,
-    Recorded,
-    StaleLogits,
-    linked,
-    plain,
-    state,
-)  # fmt: skip
+from fusedhead.deferred_tensor import DeferredLogits, linked, plain
 from fusedhead.returned import LEAST_TOKENS, Recipe, compute_now
+from fusedhead.size_gate import rows_from
 
 __all__ = ["DeferredLogits", "StaleLogits", "deferring", "existing", "plain"]
 
@@ -54,7 +46,7 @@ def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
     programs, (layout,), _ = known
     if not mode.grad and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
         return compute_now(recipe, sources)
-    states = tuple(map(state, tensors))
+    states = tuple(map(state, tensors, recipe.names))
     return linked(Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout))
 
 
@@ -76,18 +68,21 @@ def existing(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return with_plain_tensors
 
 
-def deferring(memory: int, overwrites: bool) -> Callable[[Recipe, Sequence[Any]], Any]:
+def deferring(memory: int, overwrites: bool, min_logits: str | int = "auto") -> Callable[[Recipe, Sequence[Any]], Any]:
     """What a wrapped graph does with the sources of returned logits.
 
     ``memory`` is the workspace budget of the fused ops. ``overwrites``: what the graph returns lies in memory that
-    its next run uses again (CUDA graphs), so hidden states are copied.
+    its next run uses again (CUDA graphs), so hidden states are copied. ``min_logits``: the option of that name.
     """
     origins: dict[Recipe, Origin] = {}
 
     def finish(recipe: Recipe, sources: Sequence[Any]) -> Any:
         if any(isinstance(s, FakeTensor) for s in sources):
             return compute_now(recipe, sources)
-        origin = origins.get(recipe) or origins.setdefault(recipe, Origin(recipe, memory))
+        origin = origins.get(recipe)
+        if origin is None:
+            least = rows_from(recipe.device, memory) if min_logits == "auto" else 0
+            origin = origins.setdefault(recipe, Origin(recipe, memory, least))
         return defer(origin, [kept(s) for s in sources] if overwrites else sources)
 
     return finish

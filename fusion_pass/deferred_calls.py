@@ -6,7 +6,7 @@ computed by the fused ops, and what no rule can read is computed from the plain 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fusedhead import deferred_tables as tables
-from fusedhead.deferred_outcome import Unread
+from fusedhead.deferred_knowledge import Family, Recorded
+from fusedhead.deferred_outcome import Unread, Wide
 from fusedhead.deferred_picks import picks
 from fusedhead.deferred_program import Leaf, Mode, Unreadable, encode
 from fusedhead.deferred_request import NotRecorded, Request
-from fusedhead.deferred_tensor import DeferredLogits, Family, Recorded, is_adopted, plain
+from fusedhead.deferred_tensor import DeferredLogits, is_adopted, plain
 
 
 def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -31,6 +32,8 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         rows = masked(*args)
         if rows is not None:
             return rows
+    if tables.takes_looks_only(func, args, kwargs):
+        return alike(func, args, kwargs)
     found: list[Tensor] = []
 
     def local(tensor: Tensor) -> Leaf:
@@ -46,29 +49,50 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return compute(func, args, kwargs)
     tensors = [resolved(t) for t in found]
     subjects = [t for t in tensors if isinstance(t, DeferredLogits)]
-    origins = {id(t._known.origin) for t in subjects}
-    if len(origins) != 1 or not all(map(readable, tensors)):
+    if not subjects or not all(map(readable, tensors)) or any(t._known.origin is None for t in subjects):
         return compute(func, args, kwargs)
-    lazy = tables.lazy(func)
-    if lazy:
-        most = max(t.numel() // t.shape[-1] if t.ndim and t.shape[-1] else 0 for t in subjects)
-        if any(t.numel() > most and t.ndim > 1 for t in tensors if not isinstance(t, DeferredLogits)):
-            lazy = False
-        # an operand may be written to before the call is made; none is larger than a row of labels
-        tensors = [t if isinstance(t, DeferredLogits) else t.clone() for t in tensors] if lazy else tensors
-    request = Request(Recorded(func, *code, tuple(tensors), Mode.now(subjects[0].device.type)))
+    mode = Mode.now(subjects[0].device.type)
+    most = max(t.numel() // t.shape[-1] if t.ndim and t.shape[-1] else 0 for t in subjects)
+    wide = any(t.numel() > most and t.ndim > 1 for t in tensors if not isinstance(t, DeferredLogits))
     try:
-        if lazy and isinstance(args[0], DeferredLogits):
-            shape, exact = args[0]._known.layout.shape, request.origin.exact
-            chosen = picks(func.__name__, shape, args[1:], kwargs)
-            if chosen is not None and not any(shape[pick.dim] in exact for each in chosen for pick in each):
-                return request.pick(chosen)
-        if lazy:
-            return request.record()
+        if tables.lazy(func) and not wide:
+            return later(Request(Recorded(func, *code, kept(tensors), mode)), args, kwargs)
+        request = Request(Recorded(func, *code, tuple(tensors), mode))
         outcome = request.outcome()
-        return compute(func, args, kwargs) if isinstance(outcome, Unread) else request.answered(outcome)
+        if isinstance(outcome, Unread) or not request.pays(outcome):
+            return compute(func, args, kwargs)
+        if isinstance(outcome, Wide):
+            if not (tables.lazy(func) or tables.put_off(func)):
+                return compute(func, args, kwargs)
+            return Request(Recorded(func, *code, kept(tensors), mode)).record()
+        return request.answered(outcome)
     except NotRecorded:
         return compute(func, args, kwargs)
+
+
+def later(request: Request, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Deferred logits for the result of a call that is recorded unread."""
+    first = args[0] if args else None
+    if isinstance(first, DeferredLogits):
+        shape = first._known.layout.shape
+        chosen = picks(request.recorded.func.__name__, shape, args[1:], kwargs)
+        if chosen is not None and not any(shape[pick.dim] in request.exact for each in chosen for pick in each):
+            return request.pick(chosen)
+    return request.record()
+
+
+def kept(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Operands of a call that is made later, copied: they may be written to before."""
+    return tuple(t if isinstance(t, DeferredLogits) else t.clone() for t in tensors)
+
+
+def alike(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A call to which only shape, dtype and device of deferred logits matter."""
+    if func.__name__ in tables.RESHAPED_AS and not isinstance(args[0], DeferredLogits):
+        return tables.RESHAPED_AS[func.__name__](*args)
+    known = args[0]._known.layout
+    shell = torch.empty_strided(known.shape, known.stride, dtype=known.dtype, device="meta")
+    return func(shell, *args[1:], **{"device": args[0].device, **kwargs})
 
 
 def resolved(tensor: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ file knows no rules and decides nothing.
 from __future__ import annotations
 
 import builtins
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,14 @@ class Draft:
             return self.leaves[ref.at]
         made = self.made[ref.step]
         return made if ref.part is None else made[ref.part]
+
+    def function(self, text: str, free: Iterable[str]) -> tuple[tuple[tuple[int, int], ...], Callable[..., Any]]:
+        """An expression in symbolic sizes, as a function of sizes of leaves; (leaf, dimension) of its arguments.
+
+        Raises KeyError for a symbol that no leaf has.
+        """
+        names = sorted(free)
+        return tuple(self.symbols[name] for name in names), eval(f"lambda {', '.join(names)}: {text}", {"math": math})
 
 
 def stand_in(tensor: Tensor, at: int, draft: Draft, exact: frozenset[int], grad: bool) -> Tensor:
@@ -112,9 +121,7 @@ def inline(draft: Draft, program: GraphModule, args: Sequence[Any], mode: Mode, 
     raise AssertionError("a graph has an output")
 
 
-def draft(
-    steps: Sequence[Step], leaves: Sequence[Tensor], exact: frozenset[int] | None, here: Mode
-) -> Draft:
+def draft(steps: Sequence[Step], leaves: Sequence[Tensor], exact: frozenset[int] | None, here: Mode) -> Draft:
     """The graph of a program, with fake values; ``exact`` None makes all sizes constants."""
     env = None if exact is None else ShapeEnv()
     made = Draft(Graph(), [], [], env, FakeTensorMode(shape_env=env, allow_non_fake_inputs=False))

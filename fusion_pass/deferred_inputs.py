@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import GraphModule, Node
 
 from fusedhead.deferred_draft import Draft, write
+from fusedhead.deferred_knowledge import check_fresh
 from fusedhead.deferred_program import Mode
-from fusedhead.deferred_tensor import DeferredLogits, check_fresh
+from fusedhead.deferred_tensor import DeferredLogits
 from fusedhead.read import fake
 
 Run = Callable[..., Any]

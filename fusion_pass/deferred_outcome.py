@@ -48,13 +48,44 @@ class Sharing(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class Size:
+    """Bytes, by the sizes of the leaves."""
+
+    places: tuple[tuple[int, int], ...]  # (leaf, dimension) of each argument
+    count: Callable[..., int]
+
+    def of(self, leaves: Sequence[Tensor]) -> int:
+        return int(self.count(*(leaves[at].shape[d] for at, d in self.places)))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenByToken:
+    """The answers are one graph of the leaves, which runs a row program."""
+
+    run: GraphModule
+    many: Callable[[list], Any] | None
+    held: Size  # of the logits that are not built
+
+
+@dataclass(frozen=True, eq=False)
+class Wide:
+    """The result is as wide as logits, and its rows are computed apart: worth recording, not computing.
+
+    ``held``: the logits that a row program on it would not build; None where statistics may serve.
+    """
+
+    held: Size | None
+
+
+@dataclass(frozen=True, eq=False)
 class Unread:
     """The call needs the numbers. The reason is for the log."""
 
     reason: str
 
 
-Outcome = Whole | Swept | Unread
+Answer = Whole | Swept | TokenByToken
+Outcome = Answer | Wide | Unread
 
 
 @dataclass(frozen=True, eq=False)

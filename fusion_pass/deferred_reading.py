@@ -8,7 +8,6 @@ nothing on real tensors.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
@@ -22,6 +21,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from fusedhead.deferred_draft import Draft, draft
 from fusedhead.deferred_outcome import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole
 from fusedhead.deferred_program import Made, Step, modes
+from fusedhead.deferred_rows import token_by_token
 from fusedhead.fusion import hint, refusal
 from fusedhead.interpret import Reading, Site, grad_modes, interpret
 from fusedhead.kernels.contract import STATS
@@ -60,6 +60,8 @@ def read_call(
     with modes(here._replace(autocast=None), device):
         reading = interpret(made.graph, {n for n in made.graph.nodes if is_projection(n)})
         outcome = outcome_of(made, sources, chain, results, reading, memory)
+        if isinstance(outcome, Unread):
+            outcome = token_by_token(made, results, reading, memory, many_of(made)) or outcome
     return guard_of(made), outcome
 
 
@@ -69,11 +71,10 @@ def guard_of(made: Draft) -> Guard:
         return ALWAYS
     printer = PythonPrinter()
     tests = list(dict.fromkeys(f"({printer.doprint(guard.expr)})" for guard in made.shape_env.guards))
-    free = sorted({str(symbol) for guard in made.shape_env.guards for symbol in guard.expr.free_symbols})
-    if any(symbol not in made.symbols for symbol in free):
+    free = {str(symbol) for guard in made.shape_env.guards for symbol in guard.expr.free_symbols}
+    if not free.issubset(made.symbols):
         raise DependsOnSizes
-    test = eval(f"lambda {', '.join(free)}: {' and '.join(tests)}", {"math": math})
-    return Guard(tuple(made.symbols[symbol] for symbol in free), test)
+    return Guard(*made.function(" and ".join(tests), free))
 
 
 def is_projection(node: Node) -> bool:
@@ -92,11 +93,15 @@ def outcome_of(
     values = [reading.values.get(made.node(ref)) for ref in chain]
     shared = all(sweep(reading.values.get(made.node(s))) == key(t.logits) for s in sources for t in terminals)
     related = tuple(relation(a, b) for a, b in pairwise(values)) if shared else ()
-    many = container(fake(origin(results[0]))) if isinstance(made.made[-1], list) else None
-    return answer(made, site, terminals, memory, shared, related, many)
+    return answer(made, site, terminals, memory, shared, related, many_of(made))
 
 
-def container(value: Any) -> Callable[[list], Any]:
+def many_of(made: Draft) -> Callable[[list], Any] | None:
+    """What makes the container of the last step's results; None where there is one."""
+    last = made.made[-1]
+    if not isinstance(last, list):
+        return None
+    value = fake(origin(last[0]))
     return list if isinstance(value, list) else type(value)
 
 
@@ -185,9 +190,7 @@ def cut(made: Draft, call: Node, sharing: Sharing, memory: int, many: Callable[[
     return Swept(before, after, asks, str(call.args[6]), memory, many, sharing)
 
 
-def copied(
-    made: Draft, stand_ins: dict[Node, str], results: Sequence[Any], asks: Sequence[str] = ()
-) -> GraphModule:
+def copied(made: Draft, stand_ins: dict[Node, str], results: Sequence[Any], asks: Sequence[str] = ()) -> GraphModule:
     """The part of the graph that computes ``results`` from the leaves and from named extra inputs."""
     graph = Graph()
     env = {leaf: graph.placeholder(leaf.name) for leaf in made.leaves}

@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.deferred_outcome import ALWAYS, DependsOnSizes, Guard, Outcome, Swept, Unread, Whole
+from fusedhead.deferred_knowledge import Knowledge, Origin, Recorded, State, check_fresh, state
+from fusedhead.deferred_outcome import (
+    ALWAYS,
+    Answer,
+    DependsOnSizes,
+    Guard,
+    Outcome,
+    Swept,
+    TokenByToken,
+    Unread,
+    Wide,
+)  # fmt: skip
 from fusedhead.deferred_picks import Pick, Picks
 from fusedhead.deferred_program import (
     Const,
@@ -32,16 +43,7 @@ from fusedhead.deferred_program import (
 )  # fmt: skip
 from fusedhead.deferred_reading import read_call
 from fusedhead.deferred_sweeps import ancestry, known_statistic, top
-from fusedhead.deferred_tensor import (
-    DeferredLogits,
-    Knowledge,
-    Origin,
-    Recorded,
-    State,
-    check_fresh,
-    linked,
-    state,
-)  # fmt: skip
+from fusedhead.deferred_tensor import DeferredLogits, linked
 from fusedhead.kernels.contract import STATS
 
 log = logging.getLogger("fusedhead")
@@ -60,9 +62,10 @@ class Request:
     def __init__(self, recorded: Recorded) -> None:
         self.recorded = recorded
         self.subjects = [t for t in recorded.tensors if isinstance(t, DeferredLogits)]
-        origin = self.subjects[0]._known.origin
-        assert origin is not None, "a compiler's stand-in is handled by the compiler"
-        self.origin: Origin = origin
+        origins = [t._known.origin for t in self.subjects]
+        assert None not in origins, "a compiler's stand-in is handled by the compiler"
+        self.origin: Origin = origins[0]  # type: ignore[assignment]  # it keeps what is learnt
+        self.exact = frozenset().union(*(origin.exact for origin in origins))  # type: ignore[union-attr]
         self.leaves: list[Tensor] = []
         self.states: list[State] = []
         # what each tensor of the call is: a program with the places of its leaves, or a leaf
@@ -106,6 +109,9 @@ class Request:
             linked(Knowledge(origin, program, leaves, states, call, None if many is None else part, family, layout))
             for part, (program, layout) in enumerate(zip(programs, layouts))
         ]
+        for subject in self.subjects[1:]:
+            for result in results:  # a write to another head's logits concerns it too
+                subject._known.family.join(result)
         return results[0] if many is None else many(results)
 
     def pick(self, rows: Picks) -> Any:
@@ -157,13 +163,13 @@ class Request:
     def outcome(self) -> Outcome:
         """Look up what the call amounts to, or learn it."""
         with self.origin.lock:
-            variants = self.variants(self.origin.exact)
+            variants = self.variants(self.exact)
             for guard, outcome in variants:
                 if guard.holds(self.leaves):
                     return outcome if outcome is not RESORT else self.for_these_sizes()
             if len(variants) >= VARIANTS:
                 return self.for_these_sizes()
-            variants.append(self.learn(self.origin.exact))
+            variants.append(self.learn(self.exact))
             if not isinstance(variants[-1][1], Unread):
                 return variants[-1][1]
             outcome = self.for_these_sizes()
@@ -204,14 +210,19 @@ class Request:
             log.info("deferred logits are computed for %s: %s", name, outcome.reason)
         return guard, outcome
 
-    def answered(self, outcome: Whole | Swept) -> Any:
+    def pays(self, outcome: Outcome) -> bool:
+        """Whether the logits are enough for a row program, if it takes one."""
+        held = outcome.held if isinstance(outcome, (TokenByToken, Wide)) else None
+        return held is None or held.of(self.leaves) >= self.origin.rows_from
+
+    def answered(self, outcome: Answer) -> Any:
         for subject in self.subjects:
             check_fresh(subject._known)
         with modes(self.recorded.mode._replace(autocast=None), self.leaves[0].device.type):
-            if isinstance(outcome, Whole):
-                results = outcome.run.forward(*self.leaves)
-            else:
+            if isinstance(outcome, Swept):
                 results = outcome.tail.forward(*self.leaves, *self.statistics(outcome))
+            else:
+                results = outcome.run.forward(*self.leaves)
         return results[0] if outcome.many is None else outcome.many(results)
 
     def statistics(self, outcome: Swept) -> list[Tensor]:

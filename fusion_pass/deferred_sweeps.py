@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from fusedhead.deferred_knowledge import Knowledge
 from fusedhead.deferred_outcome import Relation
 from fusedhead.deferred_tensor import DeferredLogits
 
@@ -19,17 +20,22 @@ Relations = tuple[Relation | None, ...]
 SweepWhole = Callable[[DeferredLogits, str, int], None]
 
 
+def made_of(known: Knowledge) -> DeferredLogits | None:
+    """The first deferred tensor among those that the call takes."""
+    return next((t for t in known.recorded.tensors if isinstance(t, DeferredLogits)), None)
+
+
 def ancestry(tensor: DeferredLogits | None) -> Iterator[DeferredLogits]:
     """A deferred tensor, what it was made of, and so on."""
     while tensor is not None:
         yield tensor
-        tensor = tensor._known.made_of
+        tensor = made_of(tensor._known)
 
 
 def top(tensor: DeferredLogits, relations: Relations) -> tuple[DeferredLogits, Relations]:
     """The furthest tensor back that has the same rows through the same transform, and its relations."""
     while relations and relations[0] is not None and relations[0].same:
-        before = tensor._known.made_of
+        before = made_of(tensor._known)
         assert before is not None
         tensor, relations = before, relations[1:]
     return tensor, relations
@@ -45,7 +51,7 @@ def known_statistic(
         if name in known.statistics.get(graded, ()):
             value = known.statistics[graded][name]
             return value if grad else value.detach()
-    whole = known.made_of
+    whole = made_of(known)
     if whole is None or not relations or relations[0] is None:
         return None
     of_all = known_statistic(whole, name, grad, relations[1:], sweep_whole)

@@ -53,6 +53,17 @@ LAZY = words(
     __neg__ add sub subtract __add__ __radd__ __sub__ __rsub__ tanh sigmoid exp log_softmax softmax
     """
 )
+# Steps that a loss takes between logits and what it makes of them token by token. Recorded if a rule reads them as
+# such; other calls whose result is as wide as the logits are made at once.
+PUT_OFF = words(
+    """
+    abs absolute __abs__ square pow __pow__ __rpow__ sqrt rsqrt reciprocal log log2 log1p expm1 logaddexp xlogy clamp
+    clip clamp_min clamp_max minimum maximum max min relu softplus logsigmoid where masked_fill masked_scatter
+    nan_to_num isinf isnan isfinite logical_not logical_and logical_or __invert__ __and__ __or__ bitwise_not
+    eq ne gt ge lt le __eq__ __ne__ __gt__ __ge__ __lt__ __le__ stack logsumexp kl_div mse_loss l1_loss smooth_l1_loss
+    binary_cross_entropy_with_logits softmax log_softmax view_as reshape_as expand_as scatter scatter_add sort argsort
+    """
+)
 LAZY_PROPERTIES = frozenset({"T", "mT", "data"})
 
 
@@ -61,6 +72,29 @@ def lazy(func: Callable[..., Any]) -> bool:
     if name == "__get__":
         return getattr(func, "__self__", None).__name__ in LAZY_PROPERTIES  # type: ignore[union-attr]
     return name in LAZY
+
+
+# Make a tensor of the shape, dtype or device of another: its numbers are not needed.
+ALIKE = words("zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty")
+RESHAPED_AS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "type_as": lambda x, like: x.to(like.device, like.dtype),
+    "to": lambda x, like: x.to(like.device, like.dtype),
+    "view_as": lambda x, like: x.view(like.shape),
+    "reshape_as": lambda x, like: x.reshape(like.shape),
+    "expand_as": lambda x, like: x.expand(like.shape),
+}
+
+
+def takes_looks_only(func: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether of deferred logits among the arguments only shape, dtype and device matter."""
+    name, deferred = getattr(func, "__name__", ""), [isinstance(a, Tensor) and hasattr(a, "_known") for a in args]
+    if name in ALIKE:
+        return deferred[:1] == [True]
+    return name in RESHAPED_AS and deferred == [False, True] and isinstance(args[0], Tensor) and not kwargs
+
+
+def put_off(func: Callable[..., Any]) -> bool:
+    return getattr(func, "__name__", "") in PUT_OFF
 
 
 # Asked of a tensor about its relations: deferred logits have none yet.

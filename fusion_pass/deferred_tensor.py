@@ -6,126 +6,19 @@ asked to. What is done with a call on it is decided elsewhere (`deferred_calls`)
 
 from __future__ import annotations
 
-import threading
 import uuid
-import weakref
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from fusedhead.deferred_outcome import Guard, Outcome
-from fusedhead.deferred_program import Leaf, Mode, Program, decode, encode, modes, unobserved
+from fusedhead.deferred_knowledge import Family, Knowledge, Layout, Recorded, check_fresh
+from fusedhead.deferred_program import Leaf, Mode, Program, encode, modes
 from fusedhead.deferred_tables import ALONE, METADATA
-from fusedhead.returned import Recipe
 
 aten = torch.ops.aten
-
-
-class StaleLogits(RuntimeError):
-    """Deferred logits were asked for after what they are made of had changed."""
-
-
-class Layout(NamedTuple):
-    """What can be asked of a tensor without computing it."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    grad: bool  # whether a gradient flows through it
-
-
-@dataclass(eq=False)
-class Origin:
-    """One returned tensor of one compiled graph, and what has been learnt about calls on it."""
-
-    recipe: Recipe
-    memory: int
-    recorded: dict[Hashable, tuple[tuple[Program, ...], list[Layout], Any]] = field(default_factory=dict)
-    outcomes: dict[Hashable, list[tuple[Guard, Outcome]]] = field(default_factory=dict)
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-    def __post_init__(self) -> None:
-        self.exact = frozenset({0, 1, *self.recipe.exact})
-
-
-@dataclass(eq=False)
-class Recorded:
-    """A call that was not made yet. Its arguments are encoded over ``tensors``."""
-
-    func: Callable[..., Any]
-    args: Any
-    kwargs: Any
-    tensors: tuple[Tensor, ...]
-    mode: Mode
-    result: Any = None
-
-    def on(self, tensors: Sequence[Tensor]) -> Any:
-        """The call, made with other tensors in the place of its own."""
-        args = decode(self.args, lambda leaf: tensors[leaf.at])  # type: ignore[union-attr]
-        kwargs = decode(self.kwargs, lambda leaf: tensors[leaf.at])  # type: ignore[union-attr]
-        return self.func(*args, **kwargs)
-
-    def made(self) -> Any:
-        """The result on plain tensors, computed once, in the modes it was recorded under."""
-        if self.result is None:
-            tensors = [plain(t) if isinstance(t, DeferredLogits) else t for t in self.tensors]
-            with modes(self.mode, tensors[0].device.type):
-                self.result = self.on(tensors)
-        return self.result
-
-    def layouts(self) -> tuple[list[Layout], Any]:
-        """The layouts of the results, found on fake tensors, and the container they come in (None: a single one)."""
-        with unobserved(), FakeTensorMode() as fakes:
-            like = [
-                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device, requires_grad=t.requires_grad)
-                for t in self.tensors
-            ]
-            with modes(self.mode, self.tensors[0].device.type), fakes:
-                result = self.on(like)
-        many = None if isinstance(result, Tensor) else type(result)
-        results = [result] if many is None else list(result)
-        return [Layout(tuple(r.shape), tuple(r.stride()), r.dtype, r.requires_grad) for r in results], many
-
-
-@dataclass(eq=False)
-class Family:
-    """Everything made of one returned tensor."""
-
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    members: list[weakref.ref] = field(default_factory=list)
-
-    def join(self, member: DeferredLogits) -> None:
-        if len(self.members) > 256:
-            self.members = [m for m in self.members if m() is not None]
-        self.members.append(weakref.ref(member))
-
-
-State = tuple[int, int]  # version and address
-
-
-@dataclass(eq=False)
-class Knowledge:
-    """What a `DeferredLogits` knows besides its shape."""
-
-    origin: Origin | None  # None inside a compiler
-    program: Program
-    leaves: tuple[Tensor, ...]
-    states: tuple[State, ...]  # of the leaves, when they were taken in
-    recorded: Recorded  # the call that makes it ...
-    part: int | None  # ... or one of its results
-    family: Family
-    layout: Layout
-    # statistics by name, [N], rows in order; those under True were made with gradients recorded
-    statistics: dict[bool, dict[str, Tensor]] = field(default_factory=dict)
-
-    @property
-    def made_of(self) -> DeferredLogits | None:
-        return next((t for t in self.recorded.tensors if isinstance(t, DeferredLogits)), None)
 
 
 class DeferredLogits(Tensor):
@@ -243,8 +136,7 @@ class Link(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         recorded = ctx.recorded
-        inputs = [plain(t) if isinstance(t, DeferredLogits) else t for t in ctx.saved_tensors]
-        grad = plain(grad) if isinstance(grad, DeferredLogits) else grad
+        inputs, grad = list(map(existing, ctx.saved_tensors)), existing(grad)
         needed = [at for at, need in enumerate(ctx.needs_input_grad[1:]) if need]
         leaves = [t.detach().requires_grad_() if at in needed else t for at, t in enumerate(inputs)]
         with modes(recorded.mode, grad.device.type), torch.enable_grad():
@@ -278,42 +170,23 @@ def is_adopted(tensor: DeferredLogits) -> bool:
         return tensor.requires_grad and not tensor._known.layout.grad
 
 
-def state(tensor: Tensor) -> State:
-    """What changes when a tensor is written to or given other memory."""
-    return (0 if tensor.is_inference() else tensor._version, tensor.data_ptr())
-
-
-def check_fresh(known: Knowledge) -> None:
-    """Raise StaleLogits if a leaf has changed since it was taken in."""
-    for at, (leaf, before) in enumerate(zip(known.leaves, known.states)):
-        now = state(leaf)
-        freed = leaf.untyped_storage().nbytes() == 0 and leaf.numel() > 0
-        if now == before and not freed:
-            continue
-        names = known.origin.recipe.names
-        what = names[at] if at < len(names) else "an operand"
-        how = (
-            "has been freed or moved" if freed or now[1] != before[1]
-            else f"has been changed in place (version {before[0]}, now {now[0]})"
-        )  # fmt: skip
-        raise StaleLogits(
-            f"these logits were deferred, and {what}, which they are made of, {how} since the forward pass. "
-            "Read them before that (for a weight: before optimizer.step()), or compile with "
-            'options={"fusedhead.logits": "eager"} (FUSEDHEAD_LOGITS=eager), which computes logits at once.'
-        )
-
-
 def plain(tensor: DeferredLogits) -> Tensor:
     """The ordinary tensor that ``tensor`` stands for: exact, differentiable, computed on first use."""
     known = tensor._known
+    if tensor._plain is None and known.recorded.result is None:
+        check_fresh(known)
+        for operand in known.recorded.tensors:
+            existing(operand)  # before the lock is taken: another head's logits have their own
     with known.family.lock:
         if tensor._plain is None:
-            if known.recorded.result is None:
-                check_fresh(known)
             tensor._plain = Adopted.apply(tensor) if is_adopted(tensor) else made_by_call(known)
     return tensor._plain
 
 
+def existing(tensor: Tensor) -> Tensor:
+    return plain(tensor) if isinstance(tensor, DeferredLogits) else tensor
+
+
 def made_by_call(known: Knowledge) -> Tensor:
-    result = known.recorded.made()
+    result = known.recorded.made(existing)
     return result if known.part is None else result[known.part]

@@ -72,13 +72,18 @@ def row_gate(projections: Iterable[Node], memory: int) -> str:
     logits = [fake(node) for node in projections]
     sizes = [(known(z.numel()), z.dtype.itemsize) for z in logits]
     held = sum(numel * itemsize for numel, itemsize in sizes if numel is not None)
-    least = 2 * window_bytes(logits[0].device.type, memory)
+    least = rows_from(logits[0].device.type, memory)
     if held >= least or any(numel is None for numel, _ in sizes):
         return ""
     return (
         f"what is made of its logits would be computed token by token, and they are too few for that to pay "
         f"({held / 2**20:,.1f} MiB, fewer than {least / 2**20:,.0f}; with fusedhead.min_logits=0 it would be fused)"
     )
+
+
+def rows_from(device_type: str, memory: int) -> int:
+    """Bytes of logits from which on a row program pays."""
+    return 2 * window_bytes(device_type, memory)
 
 
 def weight(site: Site) -> tuple[Node, ...]:

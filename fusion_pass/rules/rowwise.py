@@ -32,7 +32,8 @@ from fusedhead.rules.rowwise_dimensions import (
 )
 from fusedhead.rules.rowwise_layouts import CASTS, FILLED, KEPT, LAYOUTS, cast, filled, kept, length
 from fusedhead.rules.rowwise_losses import LOSSES, nll
-from fusedhead.rules.rowwise_operands import common_tail, heads_of, lined_up
+from fusedhead.rules.rowwise_operands import common_tail, heads_of, lined_up, same
+from fusedhead.rules.rowwise_picks import PICKS, picked
 from fusedhead.rules.table import Family
 from fusedhead.values import FOLLOWED, Call, Escape, Expected, Followed, Logits, LogProbs, Plain, Probs
 
@@ -108,10 +109,16 @@ def expression(value: Followed, seed: Seed, dtype: torch.dtype) -> Seed | RowCal
 
 def pointwise(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Rowwise:
     operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Rowwise)]
-    tail = common_tail(val, operands)
+    return entrywise(target, val, args, kwargs, common_tail(val, operands), heads_of(operands))
+
+
+def entrywise(
+    target: Any, val: Any, args: tuple, kwargs: dict[str, Any], tail: tuple[bool, ...], heads: frozenset[Any]
+) -> Rowwise:
+    """A pointwise op with its operands lined up; none of them need come from the logits."""
     given, named = tree_map(lambda x: lined_up(x, tail, val.shape), (args, kwargs))
     named = {k: v for k, v in named.items() if k not in ("memory_format", "device", "layout", "pin_memory")}
-    return Rowwise(RowCall(target, given, named), val, tail, heads_of(operands))
+    return Rowwise(RowCall(target, given, named), val, tail, heads)
 
 
 def taken_apart(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -142,21 +149,35 @@ def taken_apart(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> A
             if node.target is target:
                 raise Escape(f"{target} is not known to treat tokens apart")
             env[node] = read(node.target, node.meta["val"], node.meta["val"], here, named)
+        elif is_pointwise(node.target) and (like := as_wide(node.meta["val"], leaves)) is not None:
+            env[node] = entrywise(node.target, node.meta["val"], here, named, like.tail, like.heads)
         else:
             env[node] = Plain(Call(node.target, here, named), node.meta["val"])
     raise AssertionError("a traced graph has an output")
+
+
+def as_wide(val: Any, operands: list[Any]) -> Rowwise | None:
+    """What comes from the logits among operands and is of the shape of ``val``."""
+    wide = (x for x in operands if isinstance(x, Rowwise) and not x.small)
+    if not isinstance(val, Tensor):
+        return None
+    return next((x for x in wide if x.val.ndim == val.ndim and all(map(same, x.val.shape, val.shape))), None)
+
+
+def is_pointwise(target: Any) -> bool:
+    return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def one_of(*tables: Any) -> Callable[[Any], bool]:
     return lambda target: any(target in table for table in tables)
 
 
-RANDOM = torch.Tag.nondeterministic_seeded
 # (does it concern this overload, the rule), tried in order
 FORMS: tuple[tuple[Callable[[Any], bool], Callable[..., Any]], ...] = (
     (one_of(CASTS), cast),
     (one_of(KEPT), kept),
     (one_of(FILLED), filled),
+    (one_of(PICKS), picked),
     (one_of(ALONG, RESIZE), along),
     (one_of(REDUCE), reduced),
     (one_of(TOTALS), total),
@@ -164,5 +185,5 @@ FORMS: tuple[tuple[Callable[[Any], bool], Callable[..., Any]], ...] = (
     (one_of(LOSSES), nll),
     (one_of({aten.sym_size.int}), length),
     (one_of(LAYOUTS), lambda target, *given: LAYOUTS[target](target, *given)),
-    (lambda target: torch.Tag.pointwise in target.tags and RANDOM not in target.tags, pointwise),
+    (is_pointwise, pointwise),
 )  # fmt: skip

@@ -21,6 +21,8 @@ def nll(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     names = [a.name for a in target._schema.arguments]
     given = {a.name: a.default_value for a in target._schema.arguments} | dict(zip(names, args)) | kwargs
     x, labels, weight = given["self"], given["target"], given["weight"]
+    if isinstance(labels, Rowwise) and labels.val.is_floating_point():
+        return NotImplemented  # probabilities that come from logits: by the ops it is made of
     if not isinstance(x, Rowwise) or not isinstance(labels, Plain) or isinstance(weight, Rowwise):
         raise Escape(f"{target} takes what comes from the logits in another place than its first")
     if labels.val.is_floating_point():

@@ -48,10 +48,10 @@ def test_reading_after_the_optimizer_step_is_an_error_with_the_remedy(model: Mod
 
 def test_logits_that_were_read_before_the_step_stay_readable(model: Model) -> None:
     z = deferring(model)(tokens())
-    before = z.abs()
+    before = z.sin()
     with torch.no_grad():
         model.lm_head.weight.add_(1)
-    assert torch.equal(z.abs(), before)
+    assert torch.equal(z.sin(), before)
 
 
 def test_memory_that_was_taken_away_is_never_read(model: Model) -> None:

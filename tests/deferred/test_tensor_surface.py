@@ -100,9 +100,9 @@ def test_the_plain_tensor_is_what_eager_code_makes_of_the_same_operands(model: M
 def test_it_is_computed_once(model: Model) -> None:
     z = deferring(model)(tokens())
     with Operations() as ran:
-        first = (z * 2).abs()
-        second = (z * 3).abs()
-        z.view(-1, V).sqrt()
+        first = torch.deg2rad(z * 2)
+        second = torch.deg2rad(z * 3)
+        z.view(-1, V).sin()
     assert ran.large.count("mm") + ran.large.count("addmm") == 1
     torch.testing.assert_close(first * 1.5, second)
     assert not is_deferred(z)
