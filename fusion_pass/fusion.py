@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fusedhead import joined, linear_tail, returned, row_region
+from fusedhead import joined, linear_tail, regions, returned, row_region
 from fusedhead.aliases import storage, written
 from fusedhead.interpret import Reading, Site, candidates, grad_modes, interpret
 from fusedhead.kernels.columns import parse
@@ -32,25 +32,40 @@ from fusedhead.values import Projection, logits_of
 
 Wrap = Callable[[Callable[..., Any], returned.Finish], Callable[..., Any]]
 CHECKPOINTS = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
+RUN_AS_THEY_ARE = CHECKPOINTS | {"invoke_subgraph"}
+BOTH_MODES = "its region is run without recording gradients too"
 
 
 def unwrapped(compiled: Callable[..., Any], finish: returned.Finish) -> Callable[..., Any]:
     return compiled
 
 
-def bodies(gm: GraphModule) -> list[tuple[GraphModule, str]]:
-    """Every graph of a module, with the name of the higher-order op that runs it ("" for the graph itself)."""
-    owner: dict[str, str] = {}
-    for module in gm.modules():
-        if isinstance(module, GraphModule):
-            for node in module.graph.nodes:
-                if node.op == "get_attr" and node.users:
-                    owner[str(node.target)] = name_of(next(iter(node.users)))
-    found = []
-    for path, module in gm.named_modules():
-        if isinstance(module, GraphModule):
-            found.append((module, owner.get(path.rsplit(".", 1)[-1], "a submodule") if path else ""))
-    return found
+class Body(NamedTuple):
+    """One graph of a module, and how it is run."""
+
+    module: GraphModule
+    owner: str  # the name of the higher-order op that runs it, "" for the graph itself
+    grad: bool | None  # whether gradients are recorded where it is run; None for both
+
+
+def bodies(gm: GraphModule) -> list[Body]:
+    """The graph of a module and those that its nodes run, each once."""
+    found: dict[GraphModule, Body] = {}
+
+    def visit(module: GraphModule, owner: str, grad: bool | None) -> None:
+        known = found.get(module)
+        if known is not None and known.grad == grad:
+            return
+        found[module] = Body(module, owner, grad if known is None else None)
+        modes = grad_modes(module.graph, grad is not False)
+        for node in module.graph.nodes:
+            part = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+            if isinstance(part, GraphModule):
+                for user in node.users:
+                    visit(part, name_of(user), modes[user] if grad is not None else None)
+
+    visit(gm, "", torch.is_grad_enabled())
+    return list(found.values())
 
 
 def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
@@ -62,15 +77,16 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
     report = Report(graphs=1)
     wrap: Wrap = unwrapped
     changed = False
-    for module, owner in bodies(gm):
+    report.heads += regions.inline(gm)
+    for module, owner, grad in bodies(gm):
         apart = joined.separate(module.graph) if owner == "" else None
         wrap = apart or wrap
         alone = returned.heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
-        reading = with_teachers(module.graph, candidates(module.graph) | alone)
+        reading = with_teachers(module.graph, candidates(module.graph) | alone, grad is not False)
         report.heads += unread(module.graph, reading)
         if not reading.sites:
             continue
-        records, wrapped = fuse_body(module.graph, reading, owner, options, alone)
+        records, wrapped = fuse_body(module.graph, reading, owner, options, alone, grad)
         report.heads += records
         wrap = joined.nested(apart, wrapped) or wrap
         if any(record.fused for record in records):
@@ -83,21 +99,21 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
     return report, wrap
 
 
-def with_teachers(graph: Graph, starts: set[Node]) -> Reading:
+def with_teachers(graph: Graph, starts: set[Node], grad: bool) -> Reading:
     """The reading of a graph, with such projections as no loss is on but a row program reads all logits of."""
-    reading = interpret(graph, starts)
+    reading = interpret(graph, starts, grad)
     more = row_region.teachers(reading)
     if not more:
         return reading
-    again = interpret(graph, starts | more)
+    again = interpret(graph, starts | more, grad)
     return reading if any(site.escapes for site in again.sites if site.head.node in more) else again
 
 
 def fuse_body(
-    graph: Graph, reading: Reading, owner: str, options: Options, alone: set[Node]
+    graph: Graph, reading: Reading, owner: str, options: Options, alone: set[Node], grad: bool | None
 ) -> tuple[list[HeadRecord], Wrap | None]:
     """Decide and rewrite the sites of one graph; ``alone`` are projections to be deferred without a loss."""
-    modes, mutations = grad_modes(graph), Mutations(graph)
+    modes, mutations = grad_modes(graph, grad is not False), Mutations(graph)
     unsafe = functorch(graph) or higher_order(owner)
     decided = []
     deferred = options.logits == "deferred"
@@ -114,7 +130,7 @@ def fuse_body(
         small = too_small(site) if all(map(too_small, company)) else ""
         reason = unsafe or refusal(site, mutations, modes, owner, deferred) or small
         decided.append((site, reason))
-    decided = together(decided, met, mutations, owner, options)
+    decided = together(decided, met, mutations, options)
     recipes = []
     slots: list[Any] = list(linear_tail.output_of(graph).args[0]) if owner == "" else []  # type: ignore[arg-type]
     for site, reason in decided:
@@ -125,6 +141,7 @@ def fuse_body(
                 if n in set(site.outputs)
             ]
     wrap = returned.redirect(graph, recipes) if recipes else None
+    recomputed = "inside a checkpointed region" if owner in CHECKPOINTS else BOTH_MODES if grad is None else ""
     records = []
     refused = {site.head for site, reason in decided if reason}
     kept = [region for region in found if not region.heads & refused]
@@ -139,7 +156,7 @@ def fuse_body(
         engines = [ROW_ENGINE] if site.head in met else []
         for call in fuse(graph, site, options.budget, modes, mutations.position):
             planned = planner(call, options.budget)  # reads the call, which an upgrade replaces
-            why = "inside a checkpointed region" if owner in CHECKPOINTS else linear_tail.upgrade(call)
+            why = recomputed or linear_tail.upgrade(call)
             engines.append(engine(planned, why))
         record.engine = ", ".join(dict.fromkeys(engines)) or "as the caller asks"
         records.append(record)
@@ -150,14 +167,14 @@ ROW_ENGINE = "row windows: the program's own ops on some tokens at a time, again
 
 
 def together(
-    decided: list[tuple[Site, str]], met: dict[Projection, Region], mutations: Mutations, owner: str, options: Options
+    decided: list[tuple[Site, str]], met: dict[Projection, Region], mutations: Mutations, options: Options
 ) -> list[tuple[Site, str]]:
     """The decisions, with heads that meet in a row program fused or refused together."""
     reasons = {site.head: reason for site, reason in decided}
     for region in dict.fromkeys(met.values()):
         why = next((reasons[head] for head in region.heads if reasons.get(head)), "")
         alone = [head for head in region.heads if head not in reasons]
-        why = why or unsafe_rows(region, mutations, owner) or ("a head it meets is not fused" if alone else "")
+        why = why or unsafe_rows(region, mutations) or ("a head it meets is not fused" if alone else "")
         if options.min_logits == "auto":
             why = why or row_gate([head.node for head in region.heads], options.budget)
         for head in region.heads:
@@ -165,10 +182,8 @@ def together(
     return [(site, reasons[site.head]) for site, _ in decided]
 
 
-def unsafe_rows(region: Region, mutations: Mutations, owner: str) -> str:
+def unsafe_rows(region: Region, mutations: Mutations) -> str:
     """Why a row program must not take the place of its nodes, or ""."""
-    if owner:
-        return "what is made of the logits token by token is inside a checkpointed region"
     operands = leaves(x for head in region.heads for x in (head.hidden, head.weight))
     end = max((node for node, _ in region.results), key=mutations.position.__getitem__)
     first = min((head.node for head in region.heads), key=mutations.position.__getitem__)
@@ -180,7 +195,7 @@ def unsafe_rows(region: Region, mutations: Mutations, owner: str) -> str:
 
 
 def higher_order(owner: str) -> str | None:
-    if owner == "" or owner in CHECKPOINTS:
+    if owner == "" or owner in RUN_AS_THEY_ARE:
         return None
     return f"the head is inside {owner}"
 
@@ -211,7 +226,7 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
     if any(written_behind(site, output) for output in site.outputs):
         return "the returned logits are changed in place through another name"
     if site.outputs and owner:
-        return "the logits leave the region that is checkpointed"
+        return f"the logits leave the region that is {'checkpointed' if owner in CHECKPOINTS else 'compiled once'}"
     few = hint(tokens_of(site)) < returned.LEAST_TOKENS
     if site.outputs and not modes[site.head.node] and (few or not deferred):
         return "the logits are returned and no gradient is recorded, so building them once is the cheapest"

@@ -28,7 +28,7 @@ from fusedhead.rules.rowwise import read as by_rows
 from fusedhead.rules.table import Context
 from fusedhead.setitem import columns_set
 from fusedhead.terminals import Terminal
-from fusedhead.values import FOLLOWED, Call, Escape, Followed, Plain, Projection, detached, logits_of
+from fusedhead.values import FOLLOWED, Call, Escape, Followed, Plain, Projection, detached, logits_of, rows_of_hidden
 
 # Names of the ops that can end a head; only projections that reach one of them are looked at.
 ANCHORS = frozenset(
@@ -57,6 +57,7 @@ class Site:
     outputs: list[Node] = field(default_factory=list)  # followed nodes that the graph returns
     escapes: list[tuple[Node, str]] = field(default_factory=list)
     followed: list[Node] = field(default_factory=list)  # nodes whose value is followed, in order
+    sizes: list[tuple[Node, Any]] = field(default_factory=list)  # nodes that are numbers of rows, and what is as long
     overwritten: list[Node] = field(default_factory=list)  # nodes whose value was changed in place later
 
 
@@ -85,9 +86,9 @@ def candidates(graph: Graph) -> set[Node]:
     return found
 
 
-def grad_modes(graph: Graph) -> dict[Node, bool]:
-    """Whether gradients are recorded at each node."""
-    enabled, modes = torch.is_grad_enabled(), {}
+def grad_modes(graph: Graph, enabled: bool | None = None) -> dict[Node, bool]:
+    """Whether gradients are recorded at each node; ``enabled`` where the graph begins, by default as it is here."""
+    enabled, modes = torch.is_grad_enabled() if enabled is None else enabled, {}
     for node in graph.nodes:
         if node.op == "call_function" and name_of(node) == "_set_grad_enabled":
             enabled = bool(node.args[0])
@@ -209,9 +210,9 @@ def is_projection(op: Node) -> bool:
     return name_of(op) in SPELLINGS
 
 
-def interpret(graph: Graph, starts: Iterable[Node] | None = None) -> Reading:
+def interpret(graph: Graph, starts: Iterable[Node] | None = None, grad: bool | None = None) -> Reading:
     """Follow the logits of every candidate projection, or of those in ``starts``, through the graph."""
-    starts, modes = candidates(graph) if starts is None else set(starts), grad_modes(graph)
+    starts, modes = candidates(graph) if starts is None else set(starts), grad_modes(graph, grad)
     values: dict[Node, Any] = {}
     sites: dict[Projection, Site] = {}
     rowwise: dict[Node, Any] = {}
@@ -223,6 +224,10 @@ def interpret(graph: Graph, starts: Iterable[Node] | None = None) -> Reading:
                 returned(source, values.get(source), sites)
             continue
         if not heads and node not in starts:
+            continue
+        if counts_rows(node, values):
+            logits = logits_of(values[node.args[0]])  # type: ignore[index]
+            sites[logits.head].sizes.append((node, rows_of_hidden(logits)))
             continue
         try:
             value = follow(node, values)
@@ -251,6 +256,14 @@ def returned(source: Node, value: Any, sites: dict[Projection, Site]) -> None:
         if not part.small:
             for head in part.heads:
                 sites[head].escapes.append((source, f"{source.name}, computed from all logits, is returned"))
+
+
+def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
+    """Whether a node is the length of a row dimension of followed logits, which after a mask only the data know."""
+    value = values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
+    if node.target is not torch.ops.aten.sym_size.int or not isinstance(value, FOLLOWED):
+        return False
+    return int(node.args[1]) % value.val.ndim != logits_of(value).class_dim  # type: ignore[arg-type]
 
 
 def quiet(value: Any) -> Any:

@@ -237,6 +237,10 @@ def fuse(
         for node, terminal in group.terminals:
             rebuild(emit, group, statistics, node, terminal, grad[node])
         calls.append(call)
+    for node, rows in site.sizes:
+        with emit.before(node, node, grad=grad[node]):
+            node.replace_all_uses_with(emit(aten.sym_size.int, emit.ref(rows), *node.args[1:]))
+        node.graph.erase_node(node)
     made = set(emit.made)
     erase(old, lambda node: node in old or node in made or name_of(node) in PURE_VIEWS)
     erase(reversed(emit.made), made.__contains__)

@@ -147,6 +147,16 @@ def logits_of(value: Followed) -> Logits:
     return value if isinstance(value, Logits) else value.of
 
 
+def rows_of_hidden(logits: Logits) -> Any:
+    """The hidden states with the logits' row steps taken: a node, or a `Call`, that has the logits' rows."""
+    ref: Any = logits.head.hidden.ref
+    width = logits.head.weight.val.shape[1]
+    for step in logits.row_steps:
+        args = [[width if s is HIDDEN else s for s in a] if isinstance(a, list) else a for a in step.args]
+        ref = Call(step.op, (ref, *args))
+    return ref
+
+
 def detached(value: Any) -> Any:
     """A followed value through which no gradient flows; anything else as it is."""
     if isinstance(value, Logits):

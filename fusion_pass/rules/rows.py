@@ -227,12 +227,20 @@ def select(context: Context, value: Followed, dim: int, index: Any) -> Followed:
 
 @rule(aten.index.Tensor)
 def index(context: Context, value: Followed, indices: Sequence[Any]) -> Followed:
-    """Rows picked by one integer or boolean tensor in a leading dimension."""
+    """Rows picked by one integer or boolean tensor, or by integer tensors in neighbouring leading dimensions."""
     class_dim = class_dim_of(value)
     used = [(d, i) for d, i in enumerate(indices) if i is not None]
-    if len(used) != 1 or not isinstance(used[0][1], Plain):
-        raise Escape("the logits are indexed by several tensors")
+    if not used or any(not isinstance(which, Plain) for _, which in used):
+        raise Escape("the logits are indexed by something that depends on them")
     at, which = used[0]
+    if len(used) > 1:
+        neighbours = [d for d, _ in used] == list(range(at, at + len(used)))
+        if not neighbours or any(i.val.dtype in (torch.bool, torch.uint8) for _, i in used) or class_dim < at:
+            raise Escape("the logits are indexed by several tensors that are not integers in neighbouring dimensions")
+        if at + len(used) > class_dim:
+            raise Escape("the logits are indexed along the vocabulary")
+        class_dim += context.val.ndim - value.val.ndim
+        return moved(value, context.val, class_dim, aten.index.Tensor, list(indices))
     mask = which.val.dtype in (torch.bool, torch.uint8)
     if at > class_dim or (mask and at + which.val.ndim > class_dim) or at == class_dim:
         raise Escape("the logits are indexed along the vocabulary")

@@ -7,15 +7,16 @@ order, escapes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from fusedhead.emit import static
-from fusedhead.rowwise import RowCall, Rowwise
+from fusedhead.rowwise import RowCall, Rowwise, Seed
 from fusedhead.rules.rowwise_operands import constants, heads_of, lined_up, operand, same, size, tail_dim
-from fusedhead.values import Call, Escape, Plain
+from fusedhead.values import Call, Escape, Logits, Plain, rows_of_hidden
 
 aten = torch.ops.aten
 
@@ -161,7 +162,23 @@ def length(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if same(math.prod(hidden.shape[:-1]), x.val.shape[args[1]]):
             rows = Call(aten.reshape.default, (head.hidden, [-1, size(hidden.shape[-1], "the hidden size")]))
             return Plain(Call(target, (rows, 0)), val)
+    for logits in seeds_of(x.expr):
+        for d in range(logits.val.ndim):
+            if d != logits.class_dim and same(logits.val.shape[d], x.val.shape[args[1]]):
+                return Plain(Call(target, (rows_of_hidden(logits), d)), val)
     raise Escape("a symbolic number of tokens is computed with")
+
+
+def seeds_of(expr: Any) -> Iterator[Logits]:
+    """The logits that an expression reads."""
+    stack, seen = [expr], set()
+    while stack:
+        x = stack.pop()
+        if isinstance(x, Seed) and id(x) not in seen:
+            yield x.logits
+        elif isinstance(x, RowCall) and id(x) not in seen:
+            stack += tree_leaves((x.args, x.kwargs))
+        seen.add(id(x))
 
 
 # overloads that only say how the dimensions are laid out, by the rule that reads them

@@ -234,14 +234,24 @@ def test_logits_beside_it_are_deferred() -> None:
     right(program, hidden(), weight(), torch.rand(B, T, V))
 
 
-def test_a_row_program_in_a_checkpointed_region_is_left_alone() -> None:
-    def inner(h: Tensor, w: Tensor, q: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(h, w), q)
+@pytest.mark.parametrize("program", [distillation, jensen_shannon])
+def test_a_checkpointed_divergence_is_computed_again_in_the_backward(program: Program) -> None:
+    def recomputed(*operands: Tensor) -> object:
+        return checkpoint(program, *operands, use_reentrant=False)
 
-    left(
-        lambda h, w, q: checkpoint(inner, h, w, q, use_reentrant=False), hidden(6, D), weight(), torch.rand(6, V),
-        because="inside a checkpointed region",
-    )  # fmt: skip
+    right(recomputed, hidden(), weight(), hidden().detach(), weight().detach(), fused=2)
+
+
+def test_a_checkpointed_region_may_return_what_was_made_of_every_token() -> None:
+    def body(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        lp = F.linear(h, w).log_softmax(-1)
+        return F.nll_loss((1 - lp.exp()) ** 2 * lp, y, reduction="none"), lp.topk(2, -1).values.sum(-1)
+
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        losses, best = checkpoint(body, h, w, y, use_reentrant=False)
+        return losses.mean() + best.square().mean()
+
+    right(program, hidden(6, D), weight(), labels(6))
 
 
 def test_what_mixes_tokens_is_left_alone() -> None:
