@@ -132,7 +132,7 @@ def fuse_body(
         decided.append((site, reason))
     decided = together(decided, met, mutations, options)
     recipes = []
-    slots: list[Any] = list(linear_tail.output_of(graph).args[0]) if owner == "" else []  # type: ignore[arg-type]
+    slots: list[Any] = list(graph.output_node().args[0]) if owner == "" else []  # type: ignore[arg-type]
     for site, reason in decided:
         if not reason:
             recipes += [
@@ -240,7 +240,7 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
         if reason:
             return reason
     for output in site.outputs:
-        making, sources = returned.program_of(site, output)  # they are read when the graph has run
+        making, sources = returned.program_of([output], returned.followed(site))  # they are read when the graph has run
         reason = mutations.anywhere_after(making[0], sources)
         if reason:
             return reason
@@ -254,7 +254,7 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
 
 def written_behind(site: Site, output: Node) -> bool:
     """Whether memory that a returned tensor is made of is written by a node that is no part of its making."""
-    making = returned.program_of(site, output)[0]
+    making = returned.program_of([output], returned.followed(site))[0]
     memory = {storage(fake(node)) for node in making}
     others = set(site.followed).difference(making)
     return any(storage(fake(target)) in memory for node in others for target in written(node))

@@ -119,31 +119,13 @@ def exact(found: Stack, mutations: Mutations, recorded: dict[Node, bool]) -> boo
         return True
     values = [fake(output) for output in found.outputs]
     vocab = fake(found.node).shape[-1]
-    making, sources = program_of(found)
+    making, sources = returned.program_of(found.outputs, {*found.kept, *found.parts})
     return (
         all(recorded[node] for node in making)
         and fake(found.node).requires_grad
         and all(value.shape[-1:] == (vocab,) for value in values)
         and mutations.anywhere_after(making[0], sources) is None
     )
-
-
-def program_of(found: Stack) -> tuple[list[Node], list[Node]]:
-    """The nodes that make what is returned, in order, and the inputs they need."""
-    inside: set[Node] = set()
-    sources: list[Node] = []
-    stack = list(found.outputs)
-    while stack:
-        node = stack.pop()
-        if node in inside or node in sources:
-            continue
-        if node in found.kept or node in found.parts or returned.is_cheap(node):
-            inside.add(node)
-            stack.extend(node.all_input_nodes)
-        else:
-            sources.append(node)
-    order = {node: i for i, node in enumerate(found.node.graph.nodes)}
-    return sorted(inside, key=order.__getitem__), sorted(sources, key=order.__getitem__)
 
 
 def separate(graph: Graph) -> Wrap | None:
@@ -155,10 +137,10 @@ def separate(graph: Graph) -> Wrap | None:
     found = [read(node) for node in graph.nodes]
     useful = [s for s in found if s and s.taken and heads.issuperset(s.parts) and exact(s, mutations, recorded)]
     recipes = []
-    output = next(node for node in graph.nodes if node.op == "output")
+    output = graph.output_node()
     for stack in useful:
         take_apart(stack, recorded)
-        making, sources = program_of(stack) if stack.outputs else ([], [])
+        making, sources = returned.program_of(stack.outputs, {*stack.kept, *stack.parts}) if stack.outputs else ([], [])
         recipes += [
             returned.recipe_of(making, sources, sizes(stack), slot, node, fake(node).ndim - 1)
             for slot, node in enumerate(output.args[0])  # type: ignore[arg-type]

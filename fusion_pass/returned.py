@@ -11,7 +11,7 @@ This file does not decide which outputs are replaced.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,16 +47,15 @@ class Recipe:
     names: tuple[str, ...]  # of those sources that are tensors, as a user knows them
 
 
-def program_of(site: Site, output: Node) -> tuple[list[Node], list[Node]]:
-    """The nodes that make ``output`` out of the head's operands, in order, and the inputs they need.
+def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[list[Node], list[Node]]:
+    """The nodes among ``followed`` that make ``outputs`` out of heads' operands, in order, and the inputs they need.
 
     Whatever writes to memory that they share belongs to them: run in order, they leave what the program left.
     """
     inside: set[Node] = set()
     sources: list[Node] = []
-    stack = [output]
-    followed = {site.head.node, *site.followed}
-    writers = {node: [storage(fake(target)) for target in written(node)] for node in site.followed}
+    stack = list(outputs)
+    writers = {node: [storage(fake(target)) for target in written(node)] for node in followed}
     while stack:
         node = stack.pop()
         if node in inside or node in sources:
@@ -68,8 +67,13 @@ def program_of(site: Site, output: Node) -> tuple[list[Node], list[Node]]:
             stack.extend(writer for writer, targets in writers.items() if memory in targets)
         else:
             sources.append(node)
-    order = {node: i for i, node in enumerate(output.graph.nodes)}
+    order = {node: i for i, node in enumerate(outputs[0].graph.nodes)}
     return sorted(inside, key=order.__getitem__), sorted(sources, key=order.__getitem__)
+
+
+def followed(site: Site) -> set[Node]:
+    """The head's projection and what was followed from it."""
+    return {site.head.node, *site.followed}
 
 
 def is_cheap(node: Node) -> bool:
@@ -89,7 +93,7 @@ def rooted_in_inputs(node: Node) -> bool:
 
 
 def name_for_users(source: Node) -> str:
-    """"lm_head.weight" for a parameter; graph inputs by their Python names; what the graph makes is hidden states."""
+    """ "lm_head.weight" for a parameter; graph inputs by their Python names; what the graph makes is hidden states."""
     if source.op != "placeholder":
         return "the hidden states"
     origin = getattr(source, "_dynamo_source", None)
@@ -105,7 +109,7 @@ INSIDE = frozenset({"self", "L", "G", "_modules", "_parameters", "_buffers", "_o
 
 def recipe(site: Site, slot: int, output: Node, class_dim: int) -> Recipe:
     """The recipe of a followed node that the graph returns in ``slot``."""
-    nodes, sources = program_of(site, output)
+    nodes, sources = program_of([output], followed(site))
     return recipe_of(nodes, sources, {site.head.node: site.head.weight.val.shape}, slot, output, class_dim)
 
 
@@ -170,7 +174,7 @@ def heads_without_loss(graph: Graph) -> set[Node]:
     """Projections from which an output of the graph is reached without passing another one."""
     found: set[Node] = set()
     seen: set[Node] = set()
-    stack = [node for node in graph.nodes if node.op == "output"]
+    stack = [graph.output_node()]
     while stack:
         for source in stack.pop().all_input_nodes:
             if source in seen or not source.op.startswith("call_"):
@@ -188,7 +192,7 @@ def redirect(graph: Graph, recipes: Sequence[Recipe]) -> Callable[[Callable[...,
 
     Returns a function that wraps the compiled graph into a callable with the original outputs.
     """
-    output = next(node for node in graph.nodes if node.op == "output")
+    output = graph.output_node()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     returned: list[Any] = list(output.args[0])
     by_slot = {r.slot: r for r in recipes}
