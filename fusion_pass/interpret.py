@@ -66,6 +66,7 @@ class Reading:
     sites: list[Site]
     values: dict[Node, Any]
     rowwise: dict[Node, Any] = field(default_factory=dict)  # what no statistic gives, computed token by token
+    unread: dict[Node, str] = field(default_factory=dict)  # products in which no rule sees a head, and why
 
 
 def candidates(graph: Graph) -> set[Node]:
@@ -216,6 +217,7 @@ def interpret(graph: Graph, starts: Iterable[Node] | None = None, grad: bool | N
     values: dict[Node, Any] = {}
     sites: dict[Projection, Site] = {}
     rowwise: dict[Node, Any] = {}
+    unread: dict[Node, str] = {}
     for node in graph.nodes:
         sources = [values[s] for s in node.all_input_nodes if s in values]
         heads = heads_of(sources)
@@ -232,6 +234,8 @@ def interpret(graph: Graph, starts: Iterable[Node] | None = None, grad: bool | N
         try:
             value = follow(node, values)
         except Escape as escape:
+            if not heads:
+                unread[node] = str(escape)
             if not all(isinstance(s, Rowwise) and s.small for s in sources):
                 for head in heads:
                     sites[head].escapes.append((node, str(escape)))
@@ -245,7 +249,7 @@ def interpret(graph: Graph, starts: Iterable[Node] | None = None, grad: bool | N
         if not isinstance(value, (Terminal, Plain)):
             values[node] = value
             overwritten(node, values, sites, modes[node])
-    return Reading(list(sites.values()), values, rowwise)
+    return Reading(list(sites.values()), values, rowwise, unread)
 
 
 def returned(source: Node, value: Any, sites: dict[Projection, Site]) -> None:

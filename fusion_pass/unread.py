@@ -1,34 +1,86 @@
-"""Records of heads that could not even be read: those inside a torch.func transform, whose tensors are wrapped.
+"""Records of heads that could not even be read: in a torch.func transform or a region, or products of another form.
 
-Other projections that are not read (a float64 one, a batched one) are no heads and leave no record. This file
-decides nothing.
+A product that no rule reads (in float64, of two batches) is worth a record where its entries are what a loss over
+classes is taken of; elsewhere, in attention or a router, it is no head. This file decides nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+import torch
 from torch import Tensor
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule, Node
 
 from fusedhead.interpret import Reading, candidates
-from fusedhead.read import fake, where
+from fusedhead.read import fake, name_of, where
 from fusedhead.report import HeadRecord
+from fusedhead.rules.projections import SPELLINGS
 from fusedhead.safety import functorch
+
+LOSSES = frozenset({"cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd"})
+# what leaves logits logits, or makes them log-probabilities, by the names of nodes
+CARRYING = frozenset(
+    {"view", "reshape", "flatten", "transpose", "permute", "movedim", "contiguous", "squeeze", "unsqueeze", "t",
+     "float", "double", "to", "mul", "truediv", "div", "add", "sub", "log_softmax", "getitem", "clone"}
+)  # fmt: skip
 
 
 def unread(graph: Graph, reading: Reading) -> list[HeadRecord]:
-    """One record a projection with a loss that the reading does not have, where a transform is the reason."""
-    missed = candidates(graph) - {site.head.node for site in reading.sites}
-    reason = functorch(graph) if missed else None
-    if reason is None:
-        return []
-    records = []
-    for node in sorted(missed):
-        logits, hidden = fake(node), next((fake(n) for n in node.all_input_nodes), None)
-        if isinstance(logits, Tensor) and isinstance(hidden, Tensor) and logits.ndim and hidden.ndim:
-            sizes = [str(size) for size in logits.shape[:-1]]
-            tokens = math.prod(map(int, sizes)) if all(map(str.isdigit, sizes)) else " x ".join(sizes)
-            depth, vocab = (int(s) if str(s).isdigit() else 0 for s in (hidden.shape[-1], logits.shape[-1]))
-            records.append(HeadRecord(False, reason, where(node), "", tokens, depth, vocab, "built", "", 0))
-    return records
+    """One record a projection with a loss that the reading does not have."""
+    read = {site.head.node for site in reading.sites}
+    missed = candidates(graph) - read
+    transform = functorch(graph) if missed else None
+    if transform is not None:
+        reasons = dict.fromkeys(sorted(missed), transform)
+    else:
+        reasons = {}
+        for node, region in taken(graph):
+            if region and name_of(node) in SPELLINGS:
+                reasons[node] = f"the head is inside {region}, and its loss outside (at {where(node)})"
+            elif node in reading.unread and node not in read:
+                reasons[node] = f"{reading.unread[node]} (at {where(node)})"
+    return [record for node, reason in reasons.items() for record in describe(node, reason)]
+
+
+def taken(graph: Graph) -> Iterator[tuple[Node, str]]:
+    """The nodes that losses over classes are taken of, down to where their numbers are made.
+
+    With each the region it is in: the name of the higher-order op whose result the loss is taken of, or "".
+    """
+    for loss in graph.nodes:
+        if loss.op == "call_function" and name_of(loss) in LOSSES:
+            node, region = loss.args[0] if loss.args else loss.kwargs.get("input"), ""
+            while isinstance(node, Node):
+                yield node, region
+                if name_of(node) == "getitem" and is_region(node.args[0]):
+                    node, region = made_inside(node), name_of(node.args[0])  # type: ignore[arg-type]
+                elif node.op.startswith("call_") and name_of(node) in CARRYING and node.args:
+                    node = node.args[0]
+                else:
+                    break
+
+
+def is_region(node: object) -> bool:
+    return isinstance(node, Node) and isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def made_inside(item: Node) -> object:
+    """The node of a region's body that becomes the result that ``item`` reads, or None."""
+    region, number = item.args
+    body = region.args[0] if isinstance(region, Node) and region.args else None
+    module = getattr(item.graph.owning_module, str(body.target), None) if isinstance(body, Node) else None
+    if not isinstance(module, GraphModule) or not isinstance(number, int):
+        return None
+    results = module.graph.output_node().args[0]
+    return results[number] if isinstance(results, (list, tuple)) and number < len(results) else None
+
+
+def describe(node: Node, reason: str) -> Iterator[HeadRecord]:
+    logits, hidden = fake(node), next((fake(n) for n in node.all_input_nodes), None)
+    if isinstance(logits, Tensor) and isinstance(hidden, Tensor) and logits.ndim and hidden.ndim:
+        sizes = [str(size) for size in logits.shape[:-1]]
+        tokens = math.prod(map(int, sizes)) if all(map(str.isdigit, sizes)) else " x ".join(sizes)
+        depth, vocab = (int(s) if str(s).isdigit() else 0 for s in (hidden.shape[-1], logits.shape[-1]))
+        yield HeadRecord(False, reason, where(node), "", tokens, depth, vocab, "built", "", 0)

@@ -36,6 +36,8 @@ def project(context: Context, hidden: Plain, weight: Plain, class_dim: int | Non
         raise Escape(f"the projection is computed in {dtype}; heads are fused in float32, bfloat16 and float16")
     if any(not isinstance(size, int) for size in weight.val.shape):
         raise Escape("the weight's shape is not a compile-time constant")
+    if weight.val.shape[0] == 0:
+        raise Escape("the weight has no rows: there are no classes")
     same_dtype(context, hidden, weight)
     head = Projection(context.node, hidden, weight, dtype)
     last = context.val.ndim - 1

@@ -178,3 +178,59 @@ def test_a_sum_over_everything_times_zero_is_right() -> None:
         return F.cross_entropy(z, y) + z.sum() * 0 + z.mean() * 0.1
 
     right(program, hidden(6, D), weight(), labels(6))
+
+
+def test_classes_moved_by_einops_are_right() -> None:
+    rearrange = pytest.importorskip("einops").rearrange
+
+    def moved(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(rearrange(F.linear(h, w), "b n c -> b c n"), y)
+
+    def flattened(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(rearrange(F.linear(h, w), "b n c -> (b n) c"), rearrange(y, "b n -> (b n)"))
+
+    for program in (moved, flattened):
+        right(program, hidden(), weight(), labels())
+
+
+def test_choices_scored_by_one_number_each_are_right() -> None:
+    right(lambda h, w, y: F.cross_entropy(F.linear(h, w).view(-1, 3), y), hidden(6, D), weight(1, D), labels(2, high=3))
+
+
+def test_the_last_classes_and_the_last_positions_are_told_apart() -> None:
+    def classes(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, w)[..., -3:].reshape(-1, 3), y.reshape(-1))
+
+    def positions(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, w)[:, -3:].reshape(-1, V), y[:, -3:].reshape(-1))
+
+    for program in (classes, positions):
+        right(program, hidden(), weight(), labels(high=3))
+
+
+def test_a_stack_of_rows_own_normalisers_is_right() -> None:
+    right(lambda h, w: torch.stack([z.logsumexp(-1) for z in F.linear(h, w)]), hidden(), weight())
+
+
+def test_rows_in_another_order_are_right_and_classes_are_left_alone() -> None:
+    def rows(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, w)
+        return F.cross_entropy(z, y) + F.cross_entropy(z.flip(0), y) + F.cross_entropy(z.roll(1, 0), y)
+
+    right(rows, hidden(6, D), weight(), labels(6))
+    left(
+        lambda h, w, y: F.cross_entropy(F.linear(h, w).flip(-1), y), hidden(6, D), weight(), labels(6),
+        because="flip acts along the vocabulary",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(0, D), (6, 0), (1, 2, 1, 3, D)])
+def test_empty_and_many_dimensions_are_right(shape: tuple[int, ...]) -> None:
+    def program(h: Tensor, w: Tensor) -> Tensor:
+        return F.linear(h, w).logsumexp(-1)
+
+    right(program, hidden(*shape), weight(V, shape[-1]))
+
+
+def test_no_classes_at_all_are_as_in_eager_code() -> None:
+    unseen(lambda h, w: F.linear(h, w).logsumexp(-1), hidden(6, D), weight(0, D))

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.eager_stack import Rewritten
-from tests.refusals.claims import B, D, T, V, compiled, hidden, labels, not_fused, right, weight
+from fusedhead import Report
+from tests.eager_stack import Rewritten, backend
+from tests.refusals.claims import B, D, T, V, compiled, hidden, labels, left, outcome, right, unseen, weight
 
 EAGER = {"fusedhead.logits": "eager"}
 
@@ -32,7 +33,7 @@ def test_a_checkpointed_head_with_the_loss_outside_is_left_alone() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(checkpoint(F.linear, h, w, use_reentrant=False), y)
 
-    not_fused(program, hidden(6, D), weight(), labels(6))
+    left(program, hidden(6, D), weight(), labels(6), because="inside tag_activation_checkpoint, and its loss outside")
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -43,7 +44,7 @@ def test_a_branch_on_data_between_head_and_loss_breaks_the_graph() -> None:
             return z.sum() * 0
         return F.cross_entropy(z, y)
 
-    not_fused(program, hidden(6, D), weight(), labels(6), options=EAGER)
+    unseen(program, hidden(6, D), weight(), labels(6), options=EAGER)
 
 
 def test_dropout_before_the_head_is_drawn_once() -> None:
@@ -136,7 +137,7 @@ def test_rows_picked_by_a_mask_on_the_hidden_states_are_right() -> None:
         return F.cross_entropy(F.linear(h[mask], w), y[mask])
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        compiled(program, [hidden(), weight(), labels(), torch.rand(B, T) > 0.3])
+        right(program, hidden(), weight(), labels(), torch.rand(B, T) > 0.3)
 
 
 def test_rows_picked_by_a_mask_on_the_logits_agree() -> None:
@@ -155,14 +156,14 @@ def test_one_row_more_than_needed_is_dropped() -> None:
     right(program, hidden(), weight(), labels())
 
 
-def test_a_student_and_a_teacher_agree() -> None:
+def test_a_student_and_a_teacher_are_right() -> None:
     def program(h: Tensor, w: Tensor, v: Tensor, y: Tensor) -> Tensor:
         student = F.linear(h, w)
         with torch.no_grad():
             teacher = F.softmax(F.linear(h, v) / 2, -1)
         return F.kl_div(F.log_softmax(student / 2, -1), teacher, reduction="batchmean") + F.cross_entropy(student, y)
 
-    compiled(program, [hidden(6, D), weight(), weight(), labels(6)])
+    right(program, hidden(6, D), weight(), weight(), labels(6), fused=2)
 
 
 def test_a_loss_nobody_returns_disturbs_nothing() -> None:
@@ -183,13 +184,13 @@ def test_the_same_loss_written_twice_is_right() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_a_compiled_step_that_takes_its_own_gradients_agrees() -> None:
+def test_a_compiled_step_that_takes_its_own_gradients_is_right() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         leaf = w.detach().requires_grad_()
         loss = F.cross_entropy(F.linear(h, leaf), y)
         return loss.detach(), *torch.autograd.grad(loss, [leaf])
 
-    compiled(program, [torch.randn(6, D), torch.randn(V, D), labels(6)])
+    right(program, torch.randn(6, D), torch.randn(V, D), labels(6))
 
 
 def test_a_head_in_a_loop_over_heads_is_right() -> None:
@@ -200,8 +201,52 @@ def test_a_head_in_a_loop_over_heads_is_right() -> None:
     right(program, hidden(6, D), weight(3, V, D), labels(3, 6), fused=3)
 
 
-def test_a_list_of_head_outputs_joined_along_the_vocabulary_agrees() -> None:
+def test_a_list_of_head_outputs_joined_along_the_vocabulary_is_right() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(torch.cat([F.linear(h, part) for part in w.split(4)], -1), y)
 
-    compiled(program, [hidden(6, D), weight(), labels(6)])
+    right(program, hidden(6, D), weight(), labels(6), fused=3)
+
+
+@pytest.mark.parametrize("kept", ["loss", "loss and logits"])
+def test_logits_that_leave_a_checkpointed_region_are_left_alone(kept: str) -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> object:
+        def body(h: Tensor, y: Tensor) -> object:
+            z = F.linear(h, w)
+            return F.cross_entropy(z, y) if kept == "loss" else (F.cross_entropy(z, y), z)
+
+        return checkpoint(body, h, y, use_reentrant=False)
+
+    if kept == "loss":
+        right(program, hidden(6, D), weight(), labels(6))
+    else:
+        left(program, hidden(6, D), weight(), labels(6), because="the logits leave the region that is checkpointed")
+
+
+@torch.compiler.nested_compile_region
+def region(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, w), y)
+
+
+def test_a_region_that_is_compiled_once_and_run_twice_is_left_alone() -> None:
+    """The runs share their compiled code: rewritten alike, or not at all."""
+
+    def program(h: Tensor, w: Tensor, v: Tensor, y: Tensor) -> Tensor:
+        return region(h, w, y) + region(h, v, y)
+
+    given = hidden(6, D), weight(), weight(), labels(6)
+    report = Report()
+    compiler = torch._dynamo.lookup_backend("aot_eager")
+    got = outcome(torch.compile(program, backend=backend(report.extend, compiler)), given)
+    torch.testing.assert_close(got, outcome(program, given))
+    assert {head.reason for head in report.heads} == {"the head is inside invoke_subgraph"}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_number_read_out_between_head_and_loss_breaks_the_graph() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, w)
+        scale = z.detach().abs().max().item()
+        return F.cross_entropy(z, y) / scale
+
+    unseen(program, hidden(6, D), weight(), labels(6), options=EAGER)

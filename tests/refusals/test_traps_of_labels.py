@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.eager_stack import Rewritten
-from tests.refusals.claims import B, D, T, V, compiled, hidden, labels, not_fused, right, weight
+from tests.refusals.claims import B, D, T, V, compiled, hidden, labels, left, right, weight
 
 N = 8
 
@@ -196,7 +196,7 @@ def test_labels_drawn_from_the_same_logits_are_right() -> None:
         z = F.linear(h, w)
         return F.cross_entropy(z, z.detach().argmax(-1))
 
-    compiled(program, [hidden(N, D), weight()])
+    right(program, hidden(N, D), weight())
 
 
 def test_labels_that_a_sort_of_the_logits_gives_are_left_alone() -> None:
@@ -204,7 +204,7 @@ def test_labels_that_a_sort_of_the_logits_gives_are_left_alone() -> None:
         z = F.linear(h, w)
         return F.cross_entropy(z, z.sort(-1).indices[:, 2])
 
-    not_fused(program, hidden(N, D), weight())
+    left(program, hidden(N, D), weight(), because="takes what comes from the logits in another place than its first")
 
 
 def test_no_tokens_at_all_are_as_in_eager_code() -> None:
@@ -212,7 +212,7 @@ def test_no_tokens_at_all_are_as_in_eager_code() -> None:
         z = F.linear(h, w)
         return F.cross_entropy(z, y), F.cross_entropy(z, y, reduction="sum")
 
-    compiled(program, [hidden(0, D), weight(), labels(0)])
+    right(program, hidden(0, D), weight(), labels(0))
 
 
 def test_labels_of_one_batch_row_do_not_broadcast() -> None:
@@ -220,3 +220,101 @@ def test_labels_of_one_batch_row_do_not_broadcast() -> None:
         return F.linear(h, w).log_softmax(-1).gather(2, y.expand(B, T).unsqueeze(2)).sum()
 
     right(program, hidden(), weight(), labels(1, T))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_labels_that_no_compiler_takes_raise(dtype: torch.dtype) -> None:
+    """Eager code takes eight bits; Dynamo's fake tensors do not, whatever the backend."""
+    program = lambda h, w, y: F.cross_entropy(F.linear(h, w), y)  # noqa: E731
+    for compiled_program in (Rewritten(program), torch.compile(program, backend="eager")):
+        with pytest.raises(RuntimeError, match="gather"):
+            compiled_program(hidden(N, D), weight(), labels(N).to(dtype))
+
+
+def test_indices_of_32_bits_into_log_probabilities_are_right() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.linear(h, w).log_softmax(-1).gather(1, y[:, None])
+
+    right(program, hidden(N, D), weight(), labels(N).int())
+
+
+@pytest.mark.parametrize(
+    "y", [torch.rand(N, V), torch.rand(N), torch.zeros(N + 1, dtype=torch.int64)], ids=["ignored", "real", "longer"]
+)
+def test_labels_that_do_not_fit_raise_as_in_eager_code(y: Tensor) -> None:
+    program = lambda h, w, y: F.cross_entropy(F.linear(h, w), y, ignore_index=3)  # noqa: E731
+    arguments = hidden(N, D), weight(), y
+    with pytest.raises((RuntimeError, ValueError)):
+        program(*arguments)
+    with pytest.raises(RuntimeError):
+        Rewritten(program)(*arguments)
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning")
+@pytest.mark.parametrize(("average", "reduces"), [(False, None), (None, False), (True, True), (False, True)])
+def test_reductions_of_the_old_arguments_are_read(average: bool | None, reduces: bool | None) -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, w), y, None, average, 3, reduces)
+
+    right(program, hidden(N, D), weight(), some_ignored(3))
+
+
+def test_smoothing_by_prophetnet_takes_nothing_from_the_label() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        lp = F.linear(h, w).log_softmax(-1)
+        return (-0.9 * lp.gather(1, y[:, None]) - 0.1 / (V - 1) * lp.sum(-1, keepdim=True)).sum()
+
+    right(program, hidden(N, D), weight(), labels(N))
+
+
+def test_smoothing_by_the_annotated_transformer_leaves_out_label_and_padding() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        lp = F.linear(h, w).log_softmax(-1)
+        target = torch.full_like(lp, 0.1 / (V - 2)).scatter_(1, y[:, None], 0.9)
+        target[:, 0] = 0
+        return F.kl_div(lp, target.masked_fill((y == 0)[:, None], 0.0).detach(), reduction="sum")
+
+    right(program, hidden(N, D), weight(), labels(N))
+
+
+def test_smoothing_by_speechbrain_is_made_without_gradients() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        lp = F.linear(h, w).log_softmax(-1)
+        with torch.no_grad():
+            target = torch.zeros_like(lp)
+            target.fill_(0.1 / (V - 1))
+            target.scatter_(1, y[:, None], 0.9)
+        return F.kl_div(lp, target, reduction="none").sum(1).mean()
+
+    right(program, hidden(N, D), weight(), labels(N))
+
+
+def test_smoothing_of_a_one_hot_target_is_right() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        lp = F.linear(h, w).log_softmax(-1)
+        one = torch.zeros_like(lp).scatter(1, y[:, None], 1.0)
+        return -((one * 0.9 + (1 - one) * 0.1 / (V - 1)) * lp).sum(1).mean()
+
+    right(program, hidden(N, D), weight(), labels(N))
+
+
+@pytest.mark.parametrize("mask", [-1e9, -torch.inf])
+def test_smoothing_over_a_masked_class_has_eager_gradients(mask: float) -> None:
+    def program(h: Tensor, w: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, w) + bias, y, label_smoothing=0.1)
+
+    bias = torch.zeros(V)
+    bias[-1] = mask
+    right(program, hidden(N, D), weight(), bias, labels(N, high=V - 1))
+
+
+def test_a_count_that_is_at_least_one_makes_no_nan() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, w), y, reduction="sum") / (y != -100).sum().clamp(min=1)
+
+    for y in (torch.full((N,), -100), some_ignored(-100)):
+        right(program, hidden(N, D), weight(), y)
+
+
+def test_labels_counted_off_by_rank_are_right() -> None:
+    right(lambda h, w: F.cross_entropy(F.linear(h, w), torch.arange(N) + 2), hidden(N, D), weight())

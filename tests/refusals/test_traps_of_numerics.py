@@ -206,3 +206,53 @@ def test_infinite_logits_are_losses_that_are_not_finite() -> None:
         h, weight().detach(), labels(6)
     )
     assert losses.isfinite().tolist() == [False, True, True, True, True, True]
+
+
+def test_a_policy_and_its_reference_of_the_same_weights_agree_to_the_last_bit() -> None:
+    """The ratio that policy gradients begin with is one, though one sweep has gradients and the other has none."""
+
+    def log_probs(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.linear(h, w).log_softmax(-1).gather(1, y[:, None])
+
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            reference = log_probs(h, w, y)
+        return log_probs(h, w, y) - reference
+
+    for dtype in (torch.float32, torch.bfloat16):
+        h, w = (x.detach().to(dtype).requires_grad_() for x in (torch.randn(6, 64), torch.randn(300, 64)))
+        rewritten = Rewritten(program)
+        assert rewritten(h, w, labels(6)).count_nonzero() == 0
+        assert [head.fused for head in rewritten.report.heads] == [True, True]
+
+
+def test_a_head_in_float32_within_autocast_stays_in_float32() -> None:
+    def both_off(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = h * 2
+            with torch.autocast("cpu", enabled=False):
+                return F.cross_entropy(F.linear(x.float(), w.float()), y)
+
+    def head_off(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", enabled=False):
+                z = F.linear(h, w)
+            return F.cross_entropy(z, y)
+
+    for program in (both_off, head_off):
+        right(program, hidden(6, D), weight(), labels(6))
+
+
+@pytest.mark.parametrize("option", ["eager", "deferred"])
+def test_logits_returned_from_an_autocast_region_are_those_of_eager_code(option: str) -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            z = F.linear(h, w)
+            return F.cross_entropy(z, y), z * 2
+
+    given = hidden(6, D), weight(), labels(6)
+    rewritten = Rewritten(program, {"fusedhead.logits": option})
+    got, expected = rewritten(*given)[1] + 0, program(*given)[1]
+    assert got.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(got, expected)
+    assert [head.fused for head in rewritten.report.heads] == [True]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.refusals.claims import D, V, compiled, hidden, labels, not_fused, right, weight
+from tests.refusals.claims import D, V, hidden, labels, left, right, unseen, weight
 
 
 def test_a_tied_weight_gets_both_gradients() -> None:
@@ -77,7 +77,7 @@ def test_inference_mode_is_right() -> None:
         with torch.inference_mode():
             return F.cross_entropy(F.linear(h, w), y)
 
-    compiled(program, [torch.randn(6, D), torch.randn(V, D), labels(6)])
+    right(program, torch.randn(6, D), torch.randn(V, D), labels(6))
 
 
 @pytest.mark.parametrize("shape", [(V,), (1, V)])
@@ -95,14 +95,14 @@ def test_a_bias_that_varies_by_token_in_addmm_is_left_alone() -> None:
     def program(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(torch.addmm(b, h, w.t()), y)
 
-    not_fused(program, hidden(6, D), weight(), hidden(6, V), labels(6))
+    left(program, hidden(6, D), weight(), hidden(6, V), labels(6), because="varies from token to token")
 
 
 def test_a_weight_of_three_dimensions_is_left_alone() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy((h @ w).flatten(0, 1), y)
 
-    not_fused(program, hidden(2, 3, D), weight(2, D, V), labels(6))
+    left(program, hidden(2, 3, D), weight(2, D, V), labels(6), because="is not a two-dimensional weight")
 
 
 def test_a_weight_that_is_logits_itself_is_left_alone() -> None:
@@ -110,7 +110,7 @@ def test_a_weight_that_is_logits_itself_is_left_alone() -> None:
         z = F.linear(h, w)
         return F.cross_entropy(z @ z.t(), y) + F.cross_entropy(z, y)
 
-    compiled(program, [hidden(6, D), weight(), labels(6, high=6)])
+    left(program, hidden(6, D), weight(), labels(6, high=6), because="is not a two-dimensional weight")
 
 
 def test_operands_of_different_dtypes_raise_as_in_eager_code() -> None:
@@ -140,3 +140,38 @@ def test_a_logit_read_out_beside_the_loss_is_right() -> None:
         return F.cross_entropy(z, y) + z[:, 0].mean()
 
     right(program, hidden(6, D), weight(), labels(6))
+
+
+def test_a_weight_cast_from_another_dtype_gets_its_gradient_in_it() -> None:
+    w = weight().detach().double().requires_grad_()
+    right(lambda h, w, y: F.cross_entropy(F.linear(h, w.type_as(h)), y), hidden(6, D), w, labels(6))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_weight_normalised_by_a_hook_is_right() -> None:
+    head = torch.nn.utils.weight_norm(nn.Linear(D, V))
+    right(lambda h, y: F.cross_entropy(head(h), y), hidden(6, D), labels(6))
+
+
+def test_a_hook_before_the_head_is_part_of_it() -> None:
+    head = nn.Linear(D, V)
+    head.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    right(lambda h, y: F.cross_entropy(head(h), y), hidden(6, D), labels(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_a_product_in_another_dtype_is_left_alone(dtype: torch.dtype) -> None:
+    h, w = (torch.randint(-3, 3, shape).to(dtype) for shape in ((6, D), (V, D)))
+    left(lambda h, w, y: F.cross_entropy(F.linear(h, w).float(), y), h, w, labels(6), because=f"computed in {dtype}")
+
+
+def test_a_sparse_or_complex_weight_is_not_seen() -> None:
+    sparse = torch.randn(V, D).to_sparse()
+    unseen(lambda h, w, y: F.cross_entropy(torch.sparse.mm(w, h.t()).t(), y), torch.randn(6, D), sparse, labels(6))
+    h, w = torch.randn(6, D, dtype=torch.complex64), torch.randn(V, D, dtype=torch.complex64)
+    unseen(lambda h, w, y: F.cross_entropy(F.linear(h, w).real, y), h, w, labels(6))
+
+
+def test_rows_and_weights_that_are_one_row_expanded_are_right() -> None:
+    right(lambda h, w, y: F.cross_entropy(F.linear(h.expand(6, D), w), y), hidden(1, D), weight(), labels(6))
+    right(lambda h, w, y: F.cross_entropy(F.linear(h, w.expand(V, D)), y), hidden(6, D), weight(1, D), labels(6))
