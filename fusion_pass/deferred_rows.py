@@ -39,7 +39,7 @@ def token_by_token(
         return None
     size = held(made, reading, reading.rowwise[results[0]])
     options = Options(logits="eager", min_logits=0, memory=BUDGETS.get(memory, memory))
-    records, _ = fuse_body(made.graph, reading, "", options, set())
+    records, _ = fuse_body(made.graph, reading, "", options, set(), torch.is_grad_enabled())
     if not records or not all(record.fused for record in records):
         return None
     made.graph.lint()
