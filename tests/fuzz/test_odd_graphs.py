@@ -1,0 +1,52 @@
+"""Random graphs, well formed and meaningless: the pass reads every one without an error, and guards nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+
+from fusedhead.backend import run_pass
+from fusedhead.options import Options
+from tests.fuzz.odd_graphs import drawn
+
+GRAPHS = int(os.environ.get("FUSEDHEAD_ODD_GRAPHS", "150"))
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    """Calls that fake tensors refuse are drawn by intent, and refused with a page of log each."""
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+
+
+def test_no_well_formed_graph_is_too_odd_to_read() -> None:
+    seen: Counter[str] = Counter()
+    for n in range(GRAPHS):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                gm, _ = drawn(n)
+            except torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode:
+                continue  # a size that only the data decide cannot be drawn on
+            before = str(gm.graph)
+            symbols = next((v.fake_mode.shape_env for v in values(gm) if hasattr(v, "fake_mode")), None)
+            guards = len(symbols.guards) if symbols else 0
+            options = Options(logits=("eager", "deferred")[n % 2], min_logits=0)
+            result, report, _ = run_pass(gm, options, texts=False)
+        assert not report.errors, (n, report.errors)
+        assert str(gm.graph) == before, "the graph that was given has been edited"
+        assert guards == (len(symbols.guards) if symbols else 0), (n, symbols.guards[guards:])
+        result.graph.lint()
+        seen["fused"] += sum(head.fused for head in report.heads)
+        seen["left"] += sum(not head.fused for head in report.heads)
+        assert all(head.fused or head.reason for head in report.heads)
+    assert seen["fused"] > GRAPHS // 50
+    assert seen["left"] > GRAPHS // 20
+
+
+def values(gm: torch.fx.GraphModule) -> list[object]:
+    return [node.meta.get("example_value") for node in gm.graph.nodes]
