@@ -19,7 +19,7 @@ from fusedhead.deferred_outcome import Unread, Wide
 from fusedhead.deferred_picks import picks
 from fusedhead.deferred_program import Leaf, Mode, Unreadable, encode
 from fusedhead.deferred_request import NotRecorded, Request
-from fusedhead.deferred_tensor import DeferredLogits, is_adopted, plain
+from fusedhead.deferred_tensor import DeferredLogits, Rebound, is_adopted, linked, plain
 
 
 def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -146,15 +146,50 @@ def mapped(function: Callable[[DeferredLogits], Any], value: Any) -> Any:
 
 
 def write(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A call that may write to deferred logits: first, everything made of the same logits has to exist."""
+    """A call that may write to deferred logits: first, everything made of the same logits has to exist.
+
+    Not so where nothing else shares the memory, and the numbers written have a call of their own: ``p -= q``.
+    """
+    if func.__name__ in tables.OUT_OF_PLACE and args and isinstance(args[0], DeferredLogits) and alone(args[0]):
+        tensor, before = args[0], linked(args[0]._known)
+        args, kwargs = mapped(lambda t: before if t is tensor else t, (args, kwargs))
+        result = call(tables.OUT_OF_PLACE[func.__name__], args, kwargs)
+        if isinstance(result, DeferredLogits) and rebind(tensor, result):
+            return tensor
+        args, kwargs = mapped(lambda t: tensor if t is before else t, (args, kwargs))
     families: list[Family] = []
     mapped(lambda t: families.append(t._known.family), (args, kwargs))
     for family in families:
         for member in list(family.members):
-            tensor = member()
-            if tensor is not None:
-                plain(tensor)
+            alive = member()
+            if alive is not None:
+                plain(alive)
     return compute(func, args, kwargs)
+
+
+def alone(tensor: DeferredLogits) -> bool:
+    """Whether the memory of a tensor that was not computed yet would be its own, and nothing waits to read it."""
+    if tensor._plain is not None or is_adopted(tensor) or (tensor.requires_grad and not torch.is_grad_enabled()):
+        return False
+    recorded = tensor._known.recorded
+    if not isinstance(recorded.func, torch.fx.GraphModule) and recorded.func.__name__ not in tables.FRESH:
+        return False  # a view, perhaps
+    members = (ref() for ref in tensor._known.family.members)
+    return not any(t is tensor for m in members if m is not None for t in m._known.recorded.tensors)
+
+
+def rebind(tensor: DeferredLogits, result: DeferredLogits) -> bool:
+    """Let ``tensor`` stand for ``result`` from here on, if it is a tensor of the same form."""
+    known, before = result._known, tensor._known
+    if result._plain is not None or known.layout[:3] != before.layout[:3]:
+        return False
+    if known.layout.grad:
+        with torch._C.DisableTorchFunctionSubclass():
+            Rebound.apply(known, tensor, *known.recorded.tensors)
+    else:
+        tensor._known = known
+        torch.autograd.graph.increment_version(tensor)
+    return True
 
 
 DeferredLogits.handler = staticmethod(call)

@@ -20,6 +20,7 @@ from fusedhead.deferred_draft import Draft, write
 from fusedhead.deferred_knowledge import check_fresh
 from fusedhead.deferred_program import Mode
 from fusedhead.deferred_tensor import DeferredLogits
+from fusedhead.emit import static
 from fusedhead.read import fake
 
 Run = Callable[..., Any]
@@ -42,7 +43,8 @@ def spread(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Callable[
     start = next(node for node in gm.graph.nodes if node.op != "placeholder")
     for node, value in zip(placeholders, inputs):
         if isinstance(value, DeferredLogits):
-            replace(gm, node, leaves_of(value), start)
+            origin = value._known.origin
+            replace(gm, node, leaves_of(value), start, origin.exact if origin else frozenset())
     gm.graph.lint()
     gm.recompile()
 
@@ -58,7 +60,19 @@ def spread(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Callable[
     return flat(inputs), wrap
 
 
-def replace(gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node) -> None:
+def of_known_sizes(inner: Tensor, real: Tensor, exact: frozenset[int]) -> Tensor:
+    """A fake tensor whose sizes in ``exact`` are no symbols: those of the head, where Dynamo takes all as dynamic."""
+    sizes = [int(s) if n in exact else s for s, n in zip(inner.shape, real.shape)]
+    strides = [s if static(s) is None else int(s) for s in inner.stride()]
+    if all(type(s) is int for s in inner.shape) or not any(type(s) is int for s in sizes):
+        return inner.detach()
+    mode = maybe_get_fake_mode(inner)
+    assert mode is not None
+    with mode:
+        return torch.empty_strided(sizes, strides, dtype=inner.dtype, device=inner.device)
+
+
+def replace(gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node, exact: frozenset[int]) -> None:
     """Placeholders for what one deferred tensor is made of, and its program before ``start``."""
     value = fake(node)
     names, (program, _) = value.__tensor_flatten__()
@@ -67,7 +81,8 @@ def replace(gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node) ->
         for name, tensor in zip(names, real):
             leaf = gm.graph.placeholder(f"{node.name}{name}")
             # Dynamo's fakes of inner tensors do not say whether a gradient is wanted
-            leaf.meta = {"example_value": getattr(value, name).detach().requires_grad_(tensor.requires_grad)}
+            inner = of_known_sizes(getattr(value, name), tensor, exact)
+            leaf.meta = {"example_value": inner.requires_grad_(tensor.requires_grad)}
             leaf._dynamo_source = AttrSource(node._dynamo_source, name)  # type: ignore[attr-defined]
             leaves.append(leaf)
     mode = maybe_get_fake_mode(fake(leaves[0]))

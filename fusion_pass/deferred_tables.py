@@ -109,6 +109,29 @@ _INPLACE = words(
     retain_grad register_hook register_post_accumulate_grad_hook
     """
 )
+
+
+def _out_of_place() -> dict[str, Callable[..., Any]]:
+    found = {}
+    for name in words(
+        "add sub mul div true_divide neg exp tanh sigmoid clamp abs square masked_fill float half bfloat16"
+    ):
+        if hasattr(Tensor, f"{name}_"):
+            found[f"{name}_"] = getattr(Tensor, name)
+    for name, of in (("__iadd__", "add"), ("__isub__", "sub"), ("__imul__", "mul"), ("__itruediv__", "div")):
+        found[name] = getattr(Tensor, of)
+    return found
+
+
+OUT_OF_PLACE = _out_of_place()  # writes whose result is that of another function, in the tensor's own memory
+# Calls whose result shares its memory with nothing that the call was given.
+FRESH = words(
+    """
+    mul multiply __mul__ __rmul__ div divide true_divide __truediv__ add __add__ __radd__ sub subtract __sub__ __rsub__
+    neg negative __neg__ tanh sigmoid exp log_softmax softmax abs square pow log masked_fill where
+    kl_div stack logsumexp
+    """
+)
 _WITH_INPLACE_ARGUMENT = words("relu dropout leaky_relu elu silu mish celu selu")
 
 

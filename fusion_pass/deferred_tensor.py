@@ -7,7 +7,7 @@ asked to. What is done with a call on it is decided elsewhere (`deferred_calls`)
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -135,21 +135,42 @@ class Link(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        recorded = ctx.recorded
-        inputs, grad = list(map(existing, ctx.saved_tensors)), existing(grad)
-        needed = [at for at, need in enumerate(ctx.needs_input_grad[1:]) if need]
-        leaves = [t.detach().requires_grad_() if at in needed else t for at, t in enumerate(inputs)]
-        with modes(recorded.mode, grad.device.type), torch.enable_grad():
-            result = recorded.on(leaves)
-            result = result if ctx.part is None else result[ctx.part]
-            grads = torch.autograd.grad(result, [leaves[at] for at in needed], grad, allow_unused=True)
-        given = dict(zip(needed, grads))
-        return (None, *(given.get(at) for at in range(len(inputs))))
+        return (None, *gradients(ctx, grad, ctx.needs_input_grad[1:]))
+
+
+def gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of a recorded call's tensors, for an autograd node that stands for the call."""
+    recorded = ctx.recorded
+    inputs, grad = list(map(existing, ctx.saved_tensors)), existing(grad)
+    needed = [at for at, need in enumerate(needs) if need]
+    leaves = [t.detach().requires_grad_() if at in needed else t for at, t in enumerate(inputs)]
+    with modes(recorded.mode, grad.device.type), torch.enable_grad():
+        result = recorded.on(leaves)
+        result = result if ctx.part is None else result[ctx.part]
+        grads = torch.autograd.grad(result, [leaves[at] for at in needed], grad, allow_unused=True)
+    given = dict(zip(needed, grads))
+    return [given.get(at) for at in range(len(inputs))]
 
 
 def linked(known: Knowledge) -> DeferredLogits:
     """Deferred logits that autograd knows of."""
     return Link.apply(known, *known.recorded.tensors) if known.layout.grad else DeferredLogits(known)
+
+
+class Rebound(torch.autograd.Function):
+    """Lets deferred logits stand for something else from here on, as a write to their memory does."""
+
+    @staticmethod
+    def forward(ctx: Any, known: Knowledge, tensor: DeferredLogits, *inputs: Tensor) -> Any:
+        ctx.recorded, ctx.part = known.recorded, known.part
+        ctx.save_for_backward(*inputs)
+        ctx.mark_dirty(tensor)
+        tensor._known = known
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return (None, None, *gradients(ctx, grad, ctx.needs_input_grad[2:]))
 
 
 class Adopted(torch.autograd.Function):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fusedhead.emit import static
 from fusedhead.terminals import Terminal
 from fusedhead.values import FOLLOWED, Escape, Followed, Logits, LogProbs, Plain, Probs, Value
 
@@ -78,8 +79,8 @@ def plain_tensor(value: Value | Any, what: str) -> Plain:
 
 
 def vocab_size(logits: Logits) -> int:
-    size = logits.val.shape[logits.class_dim]
-    if not isinstance(size, int):
+    size = static(logits.val.shape[logits.class_dim])
+    if size is None:
         raise Escape("the vocabulary size is not a compile-time constant")
     return size
 
