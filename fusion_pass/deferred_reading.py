@@ -23,11 +23,12 @@ from fusedhead.deferred_outcome import ALWAYS, DependsOnSizes, Guard, Outcome, R
 from fusedhead.deferred_program import Made, Step, modes
 from fusedhead.deferred_rows import token_by_token
 from fusedhead.fusion import hint, refusal
+from fusedhead.groups import sweep_key
 from fusedhead.interpret import Reading, Site, grad_modes, interpret
 from fusedhead.kernels.contract import STATS
 from fusedhead.linear_tail import upgrade
 from fusedhead.read import fake, name_of
-from fusedhead.rewrite import fuse, sweep_key
+from fusedhead.rewrite import fuse
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.safety import Mutations
 from fusedhead.terminals import Terminal
@@ -166,7 +167,7 @@ def answer(
     if reason:
         return Unread(reason)
     rows, all_rows = hint(terminals[0].logits.val.numel()), hint(fake(site.head.node).numel())
-    calls = fuse(graph, site, memory, grads, mutations.position)
+    calls = [call for call, _ in fuse(graph, [site], memory, grads, mutations)]
     if len(calls) != 1:
         return Unread("the call has no sweep, or several")
     # A gradient taken in the forward sweep holds a [V, D] buffer until the backward: not for one chunk of many.

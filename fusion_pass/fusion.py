@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fusedhead import joined, linear_tail, regions, returned, row_region
+from fusedhead import accumulations, joined, linear_tail, pieces, regions, returned, row_region
 from fusedhead.aliases import storage, written
 from fusedhead.interpret import Reading, Site, candidates, grad_modes, interpret
 from fusedhead.kernels.columns import parse
@@ -79,6 +79,8 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
     changed = False
     report.heads += regions.inline(gm)
     for module, owner, grad in bodies(gm):
+        accumulations.separate(module.graph)
+        pieces.join(module.graph)
         apart = joined.separate(module.graph) if owner == "" else None
         wrap = apart or wrap
         alone = returned.heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
@@ -148,17 +150,16 @@ def fuse_body(
     for region in kept:
         row_region.fuse(graph, region, options.budget, modes, mutations.position)
     row_region.erase_unused(reading, {site.head for site, reason in decided if not reason})
+    engines: dict[Projection, list[str]] = {site.head: [ROW_ENGINE] if site.head in met else [] for site, _ in decided}
+    for call, heads in fuse(graph, [site for site, reason in decided if not reason], options.budget, modes, mutations):
+        planned = planner(call, options.budget)  # reads the call, which an upgrade replaces
+        why = recomputed or linear_tail.upgrade(call)
+        for head in heads:
+            engines[head].append(engine(planned, why))
     for site, reason in decided:
-        if reason:
-            records.append(describe(site, reason, ""))
-            continue
-        record = describe(site, "", "", deferred, met.get(site.head))
-        engines = [ROW_ENGINE] if site.head in met else []
-        for call in fuse(graph, site, options.budget, modes, mutations.position):
-            planned = planner(call, options.budget)  # reads the call, which an upgrade replaces
-            why = recomputed or linear_tail.upgrade(call)
-            engines.append(engine(planned, why))
-        record.engine = ", ".join(dict.fromkeys(engines)) or "as the caller asks"
+        record = describe(site, reason, "", deferred, met.get(site.head))
+        if not reason:
+            record.engine = ", ".join(dict.fromkeys(engines[site.head])) or "as the caller asks"
         records.append(record)
     return records, wrap
 

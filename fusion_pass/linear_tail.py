@@ -90,9 +90,7 @@ def try_tail(call: Node, statistics: Sequence[Node], tail: Sequence[Node], needs
     if overwritten(operands, anchor, tail[-1]):
         return "an operand of the loss is changed in place after the head"
     forbidden = hoist(call.graph, operands, anchor, grad_modes(call.graph))
-    if not forbidden:
-        replace(call, statistics, squares, others, program, anchor, needs)
-    return forbidden
+    return forbidden or replace(call, statistics, squares, others, program, anchor, needs)
 
 
 def replace(
@@ -103,8 +101,8 @@ def replace(
     program: GraphModule,
     anchor: Node,
     needs: list[bool],
-) -> None:
-    """Put ``head_loss``, with its coefficients, in the place of ``head_stats``."""
+) -> str:
+    """Put ``head_loss``, with its coefficients, in the place of ``head_stats``: "" when done."""
     emit = Emit(call.graph)
     tensors: Any = call.args[:6]
     transform, stats, memory = call.args[6:]
@@ -114,7 +112,12 @@ def replace(
         reads = dependent(program.graph, len(statistics) + len(squares))
         for node in needed(program.graph, reads):
             if shape_only(node) and node.args[0] in reads:
-                env[node] = shaped_like(emit, node, env, tensors[0], tensors[2])
+                try:
+                    env[node] = shaped_like(emit, node, env, tensors[0], tensors[2])
+                except UnknownSize as unknown:
+                    for made in reversed(emit.made):
+                        call.graph.erase_node(made)
+                    return str(unknown)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = emit(node.target, *args, **kwargs)
@@ -135,18 +138,28 @@ def replace(
     named(loss, "head")
     for node in read.values():
         named(node, LINEAR_STATS[name_index(node)])
+    return ""
+
+
+class UnknownSize(Exception):
+    """The coefficients need a symbolic size that nothing known before the sweep has."""
 
 
 def shaped_like(emit: Emit, node: Node, env: dict[Node, Any], h: Node, y: Node) -> Any:
-    """A shape-only op on a statistic, before the statistic exists: its sizes are those of h [N, D] and y [N, K]."""
+    """A shape-only op on a statistic, before the statistic exists: its sizes are those of h [N, D] and y [N, K].
+
+    Where h is made of the rows of several groups, a statistic may have the sizes of one of them.
+    """
+    pieces = h.args[0] if h.target is aten.cat.default else ()
     like = node.args[0].meta["val"]  # type: ignore[union-attr]
 
     def size(d: int) -> Any:
-        for source in (h, y):
+        for source in (h, y, *pieces):  # type: ignore[misc]
             for at, known in enumerate(fake(source).shape):
                 if statically_known_true(sym_eq(known, like.shape[d])):
                     return known if isinstance(known, int) else emit(aten.sym_size.int, source, at)
-        assert isinstance(like.shape[d], int), "a symbolic size of the losses that is not the number of tokens"
+        if not isinstance(like.shape[d], int):
+            raise UnknownSize("a symbolic size of what is made of the per-row results is not the number of tokens")
         return like.shape[d]
 
     if name_of(node) == "sym_size":

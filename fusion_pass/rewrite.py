@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,80 +17,16 @@ from torch.fx import Graph, Node
 import fusedhead.lowering.ops
 import fusedhead.lowering.row_ops  # noqa: F401  register torch.ops.fusedhead
 from fusedhead.emit import Emit, named
+from fusedhead.groups import Batch, Group, batches, roundings_of
 from fusedhead.interpret import Site
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import STATS
 from fusedhead.read import fake, name_of
-from fusedhead.safety import leaves
+from fusedhead.safety import Mutations
 from fusedhead.terminals import Statistics, Terminal
-from fusedhead.values import HIDDEN, Logits, RowStep, RowVector, sweep
+from fusedhead.values import HIDDEN, Logits, Projection, RowStep, RowVector
 
 aten = torch.ops.aten
-DECISIONS = frozenset({"max", "argmax"})
-
-
-@dataclass(eq=False)
-class Group:
-    """Terminals that one sweep over the vocabulary serves."""
-
-    terminals: list[tuple[Node, Terminal]]
-
-    @property
-    def first(self) -> Terminal:
-        return self.terminals[0][1]
-
-    @property
-    def want(self) -> list[str]:
-        asked = {"lse"}.union(*(t.want for _, t in self.terminals))
-        return [name for name in STATS if name in asked]
-
-
-def sweep_key(terminal: Terminal) -> tuple:
-    """Terminals with equal keys see the same [N, V] logits in the same order of rows."""
-    logits = terminal.logits
-    return *sweep(logits), Transform(logits.steps).smooth, logits.detached
-
-
-def weights_of(terminals: Sequence[tuple[Node, Terminal]]) -> set[int]:
-    """The distinct weightings of the statistic `sum` among terminals that ask for it."""
-    return {id(t.weights) if t.weights is not None else 0 for _, t in terminals if "sum" in t.want}
-
-
-def roundings_of(terminals: Sequence[tuple[Node, Terminal]]) -> set[tuple]:
-    """The distinct chains, with their rounding, that decisions (max, argmax) are taken on."""
-    return {t.logits.steps for _, t in terminals if DECISIONS & t.want}
-
-
-def groups(site: Site, position: dict[Node, int], grad: dict[Node, bool]) -> list[Group]:
-    """Partition a site's terminals into sweeps.
-
-    Two terminals share one if their keys agree, their labels exist before the first of them is used, they do not
-    weigh the sum over classes differently, and no gradient is wanted of a sweep that starts under no_grad.
-    """
-    found: dict[tuple, list[Group]] = {}
-    for node, terminal in site.terminals:
-        ready = all(position[leaf] < position[node] for leaf in leaves(terminal.label_sources))
-        assert ready, "a node follows its inputs"
-        for group in found.setdefault(sweep_key(terminal), []):
-            first = group.terminals[0][0]
-            if grad[node] and not grad[first]:
-                continue
-            start = min(position[n] for n, _ in group.terminals)
-            joined = [*group.terminals, (node, terminal)]
-            if (
-                len(weights_of(joined)) <= 1
-                and len(roundings_of(joined)) <= 1
-                and all(
-                    position[leaf] < start for leaf in leaves((*terminal.label_sources, terminal.weights))
-                )
-            ):
-                group.terminals.append((node, terminal))
-                break
-        else:
-            found[sweep_key(terminal)].append(Group([(node, terminal)]))
-    return [group for each in found.values() for group in each]
-
-
 def replay(emit: Emit, start: Node, steps: Sequence[RowStep], width: Any) -> Node:
     """Row steps on a tensor that has length ``width`` where the logits have their classes."""
     node = start
@@ -122,6 +57,17 @@ def row_vector(emit: Emit, hidden: Node, logits: Logits, vector: RowVector) -> N
     node = emit(aten.expand.default, node, sizes)
     node = replay(emit, node, logits.row_steps[vector.after :], 1)
     return emit.flat(emit.last(node, logits.class_dim))
+
+
+def joined_operands(emit: Emit, batch: Batch) -> tuple[list[Node], list[Any]]:
+    """`operands` of several groups, one after the other, and how many rows each has."""
+    each = [operands(emit, group) for group in batch]
+    counts = [emit.sizes(h)[0] for h, *_ in each]
+    if len(batch) == 1:
+        return each[0], counts
+    h, w, y, cols, rows, u = (list(nodes) for nodes in zip(*each))
+    cat = aten.cat.default
+    return [emit(cat, h, 0), w[0], emit(cat, y, 0), cols[0], emit(cat, rows, 1), u[0]], counts
 
 
 def operands(emit: Emit, group: Group) -> list[Node]:
@@ -167,10 +113,10 @@ def operands(emit: Emit, group: Group) -> list[Node]:
 def columns_of(group: Group, terminal: Terminal) -> tuple[int, int]:
     """Which of the group's K picked entries are this terminal's."""
     begin = 0
-    for key, owner in {t.label_key: t for _, t in group.terminals if t.labels is not None}.items():
+    for key, count in group.picks:
         if key == terminal.label_key:
-            return begin, begin + owner.label_count
-        begin += owner.label_count
+            return begin, begin + count
+        begin += count
     raise AssertionError("a terminal without labels asked for picked entries")
 
 
@@ -218,26 +164,14 @@ PURE_VIEWS = frozenset({"t", "transpose", "getattr", "view", "reshape", "permute
 
 
 def fuse(
-    graph: Graph, site: Site, memory: int, grad: dict[Node, bool], position: dict[Node, int]
-) -> list[Node]:
-    """Rewrite one site with ``head_stats`` calls and return them."""
+    graph: Graph, sites: Sequence[Site], memory: int, grad: dict[Node, bool], mutations: Mutations
+) -> list[tuple[Node, list[Projection]]]:
+    """Rewrite sites with ``head_stats`` calls. Returns each call and the heads that it serves."""
     calls, emit = [], Emit(graph)
-    old = {site.head.node, *site.followed, *(node for node, _ in site.terminals)}
-    for group in groups(site, position, grad):
-        anchor = min((node for node, _ in group.terminals), key=position.__getitem__)
-        with emit.before(anchor, anchor, grad=grad[anchor]):
-            tensors = operands(emit, group)
-            chain = next(iter(roundings_of(group.terminals)), None)
-            text = Transform(group.first.logits.steps).smooth.text if chain is None else Transform(chain).text
-            op = torch.ops.fusedhead.head_stats.default
-            call = named(emit(op, *tensors, text, ",".join(group.want), memory), "head")
-            statistics = {
-                name: named(emit(operator.getitem, call, STATS.index(name)), name) for name in group.want
-            }
-        for node, terminal in group.terminals:
-            rebuild(emit, group, statistics, node, terminal, grad[node])
-        calls.append(call)
-    for node, rows in site.sizes:
+    old = {node for site in sites for node in (site.head.node, *site.followed, *(n for n, _ in site.terminals))}
+    for batch in batches(graph, sites, grad, mutations):
+        calls.append((sweep_of(emit, batch, memory, grad, mutations.position), [g.first.logits.head for g in batch]))
+    for node, rows in (size for site in sites for size in site.sizes):
         with emit.before(node, node, grad=grad[node]):
             node.replace_all_uses_with(emit(aten.sym_size.int, emit.ref(rows), *node.args[1:]))
         node.graph.erase_node(node)
@@ -246,4 +180,35 @@ def fuse(
     erase(reversed(emit.made), made.__contains__)
     kept = [node.name for node in old if not node._erased]
     assert not kept, f"{', '.join(kept)} would still be computed"  # the caller then keeps the original graph
-    return [call for call in calls if not call._erased]  # a result that nobody uses takes its sweep with it
+    return [(call, heads) for call, heads in calls if not call._erased]  # what nobody uses takes its sweep with it
+
+
+def cut(emit: Emit, whole: dict[str, Node], counts: Sequence[Any]) -> dict[str, list[Node]]:
+    """Statistics by the groups whose rows they are of; ``counts`` rows each, ints or nodes."""
+    if len(counts) == 1:
+        return {name: [stat] for name, stat in whole.items()}
+    ends = [counts[0]]
+    for count in counts[1:]:
+        both = isinstance(ends[-1], int) and isinstance(count, int)
+        ends.append(ends[-1] + count if both else emit(operator.add, ends[-1], count))
+    bounds = list(zip([0, *ends], ends))
+    return {name: [emit(aten.slice.Tensor, stat, 0, *bound) for bound in bounds] for name, stat in whole.items()}
+
+
+def sweep_of(emit: Emit, batch: Batch, memory: int, grad: dict[Node, bool], position: dict[Node, int]) -> Node:
+    """One ``head_stats`` call, and its terminals rebuilt from its results."""
+    first = batch[0]
+    anchor = first.anchor(position)
+    with emit.before(anchor, anchor, grad=grad[anchor]):
+        tensors, counts = joined_operands(emit, batch)
+        chain = next(iter(roundings_of(first.terminals)), None)
+        text = Transform(first.first.logits.steps).smooth.text if chain is None else Transform(chain).text
+        op = torch.ops.fusedhead.head_stats.default
+        call = named(emit(op, *tensors, text, ",".join(first.want), memory), "head")
+        whole = {name: named(emit(operator.getitem, call, STATS.index(name)), name) for name in first.want}
+        pieces = cut(emit, whole, counts)
+    for i, group in enumerate(batch):
+        statistics = {name: stats[i] for name, stats in pieces.items()}
+        for node, terminal in group.terminals:
+            rebuild(emit, group, statistics, node, terminal, grad[node])
+    return call

@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.aliases import written
 from fusedhead.emit import Emit, named, static
+from fusedhead.groups import Group
 from fusedhead.interpret import Reading
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.row_program import HEAD, ITEM, Line, Ref, RowProgram, Unspeakable, spelled
 from fusedhead.read import fake, name_of
-from fusedhead.rewrite import Group, erase, operands, replay
+from fusedhead.rewrite import erase, operands, replay
 from fusedhead.rowwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed, parts
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.rules.rowwise_operands import same
@@ -136,18 +137,19 @@ def teachers(reading: Reading) -> set[Node]:
 
 
 def erase_unused(reading: Reading, heads: set[Projection]) -> None:
-    """Remove what is computed from one of these heads, token by token, and read by nobody, in place or not.
+    """Remove what is computed from these heads token by token and read by nobody, in place or not.
 
     A write to a small result is read through that result's name.
     """
 
-    def may_go(node: Node, value: Any) -> bool:
-        if not any(True for _ in written(node)):
-            return any(part.heads & heads for part in parts(value))
-        a_result = isinstance(value, Rowwise) and value.small
-        return not a_result and all(part.heads <= heads for part in parts(value))
+    def writes_a_result(node: Node, value: Any) -> bool:
+        return isinstance(value, Rowwise) and value.small and any(True for _ in written(node))
 
-    nodes = [node for node, value in reading.rowwise.items() if not node._erased and may_go(node, value)]
+    nodes = [
+        node
+        for node, value in reading.rowwise.items()
+        if not node._erased and all(part.heads <= heads for part in parts(value)) and not writes_a_result(node, value)
+    ]
     erase(reversed(nodes), set(nodes).__contains__)
 
 

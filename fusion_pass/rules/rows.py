@@ -7,6 +7,8 @@ must refuse whenever it cannot prove that the vocabulary stays one unit.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -248,20 +250,37 @@ def index(context: Context, value: Followed, indices: Sequence[Any]) -> Followed
     return moved(value, context.val, class_dim, aten.index.Tensor, list(indices))
 
 
+def classes(context: Context, value: Followed, at: int, name: str) -> list[Followed]:
+    """Pieces of the vocabulary, each the logits of some rows of W."""
+    if not isinstance(value, Logits):
+        raise Escape(f"{name} cuts the vocabulary of the probabilities")
+    if all(int(piece.shape[at]) == 1 for piece in context.val):
+        raise Escape(f"{name} cuts the vocabulary into single classes")
+    ends = list(itertools.accumulate(int(piece.shape[at]) for piece in context.val))
+    bounds = zip([0, *ends], ends)
+    return [slice_(Context(context.node, z), value, at, a, b) for z, (a, b) in zip(context.val, bounds)]
+
+
+def taken(value: Followed, piece: Tensor, op: Any, args: tuple, number: int) -> Followed:
+    """Piece ``number`` of what ``op`` cuts a tensor into, replayed as that: its bounds may be symbols."""
+    cut = moved(value, value.val, class_dim_of(value), op, *args)
+    return moved(cut, piece, class_dim_of(value), operator.getitem, number)
+
+
 def pieces(op: Any, name: str) -> Callable[..., list[Followed]]:
     """The rule of an op that cuts a tensor along one dimension and returns the list of pieces."""
 
     def cut(context: Context, value: Followed, sizes: Any, dim: int = 0) -> list[Followed]:
         class_dim, at = class_dim_of(value), dimension(dim, value)
         if at == class_dim:
-            raise Escape(f"{name} cuts the vocabulary")
+            return classes(context, value, at, name)
+        if not isinstance(value.val.shape[at], int):
+            return [taken(value, piece, op, (sizes, at), i) for i, piece in enumerate(context.val)]
         results, begin = [], 0
         for piece in context.val:
             step = (at, begin, begin + piece.shape[at])
             results.append(moved(value, piece, class_dim, aten.slice.Tensor, *step))
             begin = begin + piece.shape[at]
-        if not isinstance(begin, int):
-            raise Escape(f"{name} of a dimension whose length is not a compile-time constant")
         return results
 
     return cut

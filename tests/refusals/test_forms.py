@@ -172,7 +172,7 @@ def test_a_span_head_over_positions_is_left_alone() -> None:
         first, last = F.linear(h, w).split(1, dim=-1)
         return F.cross_entropy(first.squeeze(-1), start) + F.cross_entropy(last.squeeze(-1), end)
 
-    left(program, hidden(), weight(2, D), labels(B, high=T), labels(B, high=T), because="split cuts the vocabulary")
+    left(program, hidden(), weight(2, D), labels(B, high=T), labels(B, high=T), because="into single classes")
 
 
 def test_attention_is_not_a_head() -> None:

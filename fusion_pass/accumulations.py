@@ -1,0 +1,78 @@
+"""Sums that a loop writes into one scalar, ``total += loss``, as sums of two tensors each.
+
+Exact where no other name sees the memory that is written, and nothing reads the old value afterwards. What comes
+between the losses is then free of writes, so that they can be looked at, and computed, together. This file knows
+nothing of heads.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import maybe_get_fake_mode
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.fx.node import map_arg
+
+from fusedhead.aliases import storage
+from fusedhead.interpret import grad_modes
+from fusedhead.read import callee, fake
+
+FUNCTIONS = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+METHODS = {"add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div"}
+
+
+def out_of_place(node: Node) -> Any:
+    """What computes the same without writing, or None for any other node."""
+    if node.op == "call_function":
+        return FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+    return METHODS.get(str(node.target)) if node.op == "call_method" else None
+
+
+def separate(graph: Graph) -> None:
+    """Replace writes into scalars that nothing else sees, in place."""
+    writes = [node for node in graph.nodes if out_of_place(node) is not None]
+    if not writes:
+        return
+    recorded = grad_modes(graph)
+    for node in writes:
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        target = node.args[0]
+        if not isinstance(target, Node):  # a number: nothing is written
+            node.target = out_of_place(node)
+        elif unseen(node, target, order) and (recorded[node] or not fake(target).requires_grad):
+            become(node, recorded[node])
+
+
+def unseen(node: Node, target: Node, order: dict[Node, int]) -> bool:
+    """Whether nobody but ``node`` reads the memory of ``target``, a scalar, from ``node`` on."""
+    value = fake(target)
+    if not isinstance(value, Tensor) or not target.op.startswith("call_") or (value.is_leaf and value.requires_grad):
+        return False
+    if not statically_known_true(sym_eq(value.numel(), 1)) or any(order[user] > order[node] for user in target.users):
+        return False
+    memory = storage(value)
+    earlier = (other for other in order if order[other] < order[node] and other is not target)
+    return memory is not None and all(storage(fake(other)) != memory for other in earlier)
+
+
+def become(node: Node, recorded: bool) -> None:
+    """Make a write an op with a result of its own, unless that would have another dtype or shape."""
+    before = node.target
+    node.target = out_of_place(node)
+    args, kwargs = map_arg((node.args, node.kwargs), fake)
+    value = fake(node)
+    with maybe_get_fake_mode(value), torch.set_grad_enabled(recorded):  # type: ignore[union-attr]
+        made = callee(node)(*args, **kwargs)
+    if made.dtype == value.dtype and made.shape == value.shape:
+        node.meta["example_value"] = made
+    else:
+        node.target = before
