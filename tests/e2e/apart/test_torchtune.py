@@ -1,4 +1,4 @@
-"""torchtune: the chunked loss that its recipes compile with the backend named in TORCH_COMPILE_BACKEND."""
+"""torchtune: the loss that its recipes compile with the backend named in TORCH_COMPILE_BACKEND; its distillation."""
 
 from __future__ import annotations
 
