@@ -5,6 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # torch without a GPU: the version that is tested on the CPU. With one: the newest, which brings its own triton.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+# Packages that ask for versions of others, or for a torch, that do not fit the rest: installed beside it, without
+# what they ask for (the extra "e2e" brings the rest of that), and seen by the tests in tests/e2e/apart only.
+APART := $(if $(shell command -v nvidia-smi),torchvision,torchvision==0.28.0) timm "torchtune>=0.6.1" "torchao==0.11.0"
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(sort $(wildcard fusion_pass/*.py fusion_pass/*/*.py lowering/*.py kernels/*.py))
 
@@ -25,6 +28,7 @@ pytest: .venv/.installed
 # Training programs of real packages, three ways each (tests/e2e/README.md).
 e2e: .venv/.e2e
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 0 tests/e2e
+	PYTHONPATH=.venv/apart $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 0 tests/e2e/apart
 
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
@@ -54,6 +58,7 @@ clean:
 
 .venv/.e2e: .venv/.installed
 	$(PIP) --no-build-isolation -e ".[e2e]" --config-settings editable_mode=strict
+	$(PIP) --no-deps --upgrade --target .venv/apart $(APART)
 	touch $@
 
 .venv/.sources: FORCE | .venv/.torch

@@ -58,10 +58,10 @@ LAZY = words(
 PUT_OFF = words(
     """
     abs absolute __abs__ square pow __pow__ __rpow__ sqrt rsqrt reciprocal log log2 log1p expm1 logaddexp xlogy clamp
-    clip clamp_min clamp_max minimum maximum max min relu softplus logsigmoid where masked_fill masked_scatter
+    clip clamp_min clamp_max minimum maximum max min relu softplus where masked_fill masked_scatter
     nan_to_num isinf isnan isfinite logical_not logical_and logical_or __invert__ __and__ __or__ bitwise_not
     eq ne gt ge lt le __eq__ __ne__ __gt__ __ge__ __lt__ __le__ stack logsumexp kl_div mse_loss l1_loss smooth_l1_loss
-    binary_cross_entropy_with_logits softmax log_softmax view_as reshape_as expand_as scatter scatter_add sort argsort
+    huber_loss softmax log_softmax view_as reshape_as expand_as scatter scatter_add sort argsort
     """
 )
 LAZY_PROPERTIES = frozenset({"T", "mT", "data"})

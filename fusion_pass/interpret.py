@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -105,9 +105,8 @@ def all_followed(values: Any) -> list[Followed]:
     return [v for v in tree_leaves(values, is_leaf=is_value) if isinstance(v, FOLLOWED)]
 
 
-def evaluate(node: Node, known: dict[Node, Any]) -> Any:
+def evaluate(node: Node, program: GraphModule, known: dict[Node, Any]) -> Any:
     """The value of one Dynamo node from its inputs' values, through its ATen trace and the rules."""
-    program = trace(node)
     given = [known.get(source, Plain(source, fake(source))) for source in inputs(node)]
     env: dict[Node, Any] = {}
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
@@ -289,11 +288,10 @@ def follow(node: Node, values: dict[Node, Any]) -> Any:
     if not isinstance(fake(node), (torch.Tensor, tuple, list)):
         raise Escape(f"{name_of(node)} of the logits is no tensor")
     try:
-        return evaluate(node, values)
-    except Escape:
-        raise
+        program = trace(node)
     except Exception as error:  # a node that cannot be traced alone is a use we cannot read
         raise Escape(f"{name_of(node)} cannot be traced alone ({type(error).__name__}: {error})") from error
+    return evaluate(node, program, values)
 
 
 def heads_of(values: Any) -> set[Projection]:

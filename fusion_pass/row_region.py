@@ -137,19 +137,18 @@ def teachers(reading: Reading) -> set[Node]:
 
 
 def erase_unused(reading: Reading, heads: set[Projection]) -> None:
-    """Remove what is computed from these heads token by token and read by nobody, in place or not.
+    """Remove what is computed from one of these heads, token by token, and read by nobody, in place or not.
 
     A write to a small result is read through that result's name.
     """
 
-    def writes_a_result(node: Node, value: Any) -> bool:
-        return isinstance(value, Rowwise) and value.small and any(True for _ in written(node))
+    def may_go(node: Node, value: Any) -> bool:
+        if not any(True for _ in written(node)):
+            return any(part.heads & heads for part in parts(value))
+        a_result = isinstance(value, Rowwise) and value.small
+        return not a_result and all(part.heads <= heads for part in parts(value))
 
-    nodes = [
-        node
-        for node, value in reading.rowwise.items()
-        if not node._erased and all(part.heads <= heads for part in parts(value)) and not writes_a_result(node, value)
-    ]
+    nodes = [node for node, value in reading.rowwise.items() if not node._erased and may_go(node, value)]
     erase(reversed(nodes), set(nodes).__contains__)
 
 

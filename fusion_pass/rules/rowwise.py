@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,10 +26,12 @@ from fusedhead.rules.rowwise_dimensions import (
     REDUCE,
     RESIZE,
     TOTALS,
+    VERDICTS,
     along,
     indexed,
     reduced,
     total,
+    verdict,
 )
 from fusedhead.rules.rowwise_layouts import CASTS, FILLED, KEPT, LAYOUTS, cast, filled, kept, length
 from fusedhead.rules.rowwise_losses import LOSSES, nll
@@ -63,9 +66,11 @@ def read(target: Any, val: Any, traced: Any, args: tuple, kwargs: dict[str, Any]
         found = form(target, val, args, kwargs) if matches(target) else NotImplemented
         if found is not NotImplemented:
             return found
+    if target in BY_PARTS:
+        return taken_apart(decomposition_table[target], target, val, args, kwargs)
     if not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd"):
         raise Escape(f"{target} is not known to treat tokens apart")
-    return taken_apart(target, val, args, kwargs)
+    return taken_apart(target, target, val, args, kwargs)
 
 
 def first_dtype(val: Any) -> torch.dtype | None:
@@ -121,8 +126,14 @@ def entrywise(
     return Rowwise(RowCall(target, given, named), val, tail, heads)
 
 
-def taken_apart(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A composite op by the ops it is made of."""
+# losses with a kernel of their own that are pointwise up to their reduction: by torch's decomposition
+BY_PARTS = frozenset(
+    {aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default, aten.soft_margin_loss.default}
+)  # fmt: skip
+
+
+def taken_apart(parts: Callable[..., Any], target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A composite op by the ops that ``parts`` makes it of."""
     leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, (Rowwise, Plain))]
     mode = next((m for m in (maybe_get_fake_mode(x.val) for x in leaves if isinstance(x.val, Tensor)) if m), None)
     assert mode is not None
@@ -130,7 +141,7 @@ def taken_apart(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> A
     def call(*values: Any) -> Any:
         given = dict(zip(map(id, leaves), values))
         here, named = tree_map(lambda x: given.get(id(x), x), (args, kwargs))
-        return target(*here, **named)
+        return parts(*here, **named)
 
     with mode, torch.no_grad(), torch.autocast(leaves[0].val.device.type, enabled=False):
         graph = make_fx(call)(*(x.val for x in leaves)).graph
@@ -181,6 +192,7 @@ FORMS: tuple[tuple[Callable[[Any], bool], Callable[..., Any]], ...] = (
     (one_of(ALONG, RESIZE), along),
     (one_of(REDUCE), reduced),
     (one_of(TOTALS), total),
+    (one_of(VERDICTS), verdict),
     (one_of(INDEXED), indexed),
     (one_of(LOSSES), nll),
     (one_of({aten.sym_size.int}), length),

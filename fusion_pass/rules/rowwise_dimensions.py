@@ -33,6 +33,7 @@ REDUCE: dict[Any, int] = {
 RESIZE: dict[Any, int] = {aten.topk.default: 2, aten.sort.default: 1, aten.slice.Tensor: 1}
 DEFAULT_DIM = {aten.topk.default: -1, aten.sort.default: -1, aten.argsort.default: -1, aten.slice.Tensor: 0}
 TOTALS = {aten.sum.default: aten.sum.dim_IntList, aten.mean.default: aten.mean.dim}
+VERDICTS = {aten.any.default: aten.any.dims, aten.all.default: aten.all.dims}
 SPLIT = frozenset({aten.sum.dim_IntList, aten.mean.dim})  # over tokens too: the rest is done on the row results
 INDEXED = frozenset({aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default})
 
@@ -109,6 +110,17 @@ def split(target: Any, val: Any, x: Rowwise, dims: list[int], args: tuple, kwarg
 def total(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Plain:
     x = operand(args[0], target)
     return split(TOTALS[target], val, x, list(range(x.val.ndim)), (), {})
+
+
+def verdict(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Plain:
+    """any and all: over the tail in the program's rows, then over tokens in the graph."""
+    x = operand(args[0], target)
+    if x.small:
+        raise Escape(f"{target} of a few numbers a token is left to the graph")
+    tails = [d for d, is_tail in enumerate(x.tail) if is_tail]
+    call = RowCall(VERDICTS[target], (x.expr, tuple(tail_dim(x, d, target) for d in tails)))
+    each = Rowwise(call, VERDICTS[target](x.val, tails), tuple(False for t in x.tail if not t), x.heads)
+    return Plain(Call(target, (RowOutput(each),)), val)
 
 
 def indexed(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Rowwise:

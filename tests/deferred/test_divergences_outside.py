@@ -22,7 +22,7 @@ from tests.eager_stack import backend
 MASK = torch.tensor([[1, 1, 0, 1, 0, 1], [0, 1, 1, 1, 1, 0]]).bool()
 BOTH_WAYS = ["head_rows", "head_rows_backward"]
 # what runs on a teacher that is a tensor: the program's own calls, views, and at most one copy
-ON_A_TENSOR = {"exp", "add", "view", "_reshape_alias", "clone"}
+ON_A_TENSOR = {"exp", "add", "abs", "eq", "view", "_reshape_alias", "clone"}
 
 
 def forward_kl(s: Tensor, lt: Tensor) -> Tensor:
@@ -73,9 +73,23 @@ def a_stretch_of_tokens(s: Tensor, lt: Tensor) -> Tensor:
     return each[:, 1:4].sum() / 3
 
 
+def reverse_kl_in_place(s: Tensor, lt: Tensor) -> Tensor:
+    """torchtune: infinite logits of either model count as zero, one product is subtracted from the other in place."""
+    p, ls = F.softmax(s, dim=-1, dtype=torch.float32), F.log_softmax(s, dim=-1, dtype=torch.float32)
+    infinite = torch.isinf(s) | torch.isinf(lt)
+    products = torch.masked_fill(p * lt, infinite, 0)
+    products -= torch.masked_fill(p * ls, infinite, 0)
+    each = torch.sum(products, dim=-1).view(-1)
+    return -torch.sum(each * MASK.view(-1), dim=0) / torch.sum(MASK.view(-1).int(), dim=0)
+
+
+def squared_distance(s: Tensor, lt: Tensor) -> Tensor:
+    return F.mse_loss(s.log_softmax(-1), lt)
+
+
 FORMS = [
-    forward_kl, log_target_kl, reverse_kl, generalized_jsd, where_finite, soft_targets, total_variation,
-    weighted_tokens, a_stretch_of_tokens,
+    forward_kl, log_target_kl, reverse_kl, reverse_kl_in_place, generalized_jsd, where_finite, soft_targets,
+    total_variation, squared_distance, weighted_tokens, a_stretch_of_tokens,
 ]  # fmt: skip
 Form = Callable[[Tensor, Tensor], Tensor]
 
@@ -140,6 +154,27 @@ def test_the_best_classes_of_every_token() -> None:
     torch.testing.assert_close(found, gradients(model, expected.values.logsumexp(-1).sum()), rtol=1e-4, atol=1e-7)
     assert hits == (real.topk(3, -1).indices == x.unsqueeze(-1)).any(-1).float().mean()
     assert (ran.fused, ran.large) == ([*BOTH_WAYS, "head_rows"], [])
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_check_for_numbers_builds_no_logits(broken: bool) -> None:
+    model, x = Model(), tokens()
+    if broken:
+        with torch.no_grad():
+            model.lm_head.weight[7, 3] = float("nan")
+    z = deferring(model)(x)
+    with Operations() as ran:
+        assert bool(torch.isnan(z).any()) is broken
+        assert bool(torch.isfinite(z).all()) is not broken
+    assert (ran.fused, ran.large) == (["head_rows"] * 2, [])
+
+
+def test_a_distribution_of_the_logits_builds_none() -> None:
+    def loss(z: Tensor) -> Tensor:
+        policy = torch.distributions.Categorical(logits=z, validate_args=False)
+        return -policy.log_prob(torch.arange(B * T).view(B, T)).mean() - 0.1 * policy.entropy().mean()
+
+    assert compare(Model(), loss, tokens()).large == []
 
 
 def test_confident_tokens_weigh_more() -> None:

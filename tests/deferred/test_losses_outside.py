@@ -135,6 +135,64 @@ def torchtune_chunked_output(z: Tensor) -> Tensor:
     return total / (Y != -100).sum()
 
 
+def litgpt_chunks_of_flat_logits(z: Tensor) -> Tensor:
+    flat, y = z.reshape(-1, z.size(-1)), Y.reshape(-1)
+    losses = [F.cross_entropy(p, t, ignore_index=-100, reduction="none") for p, t in zip(flat.split(5), y.split(5))]
+    counted = (y != -100).sum()
+    return torch.cat(losses).sum() / counted.maximum(torch.ones_like(counted))
+
+
+def torchtitan_log_probabilities(z: Tensor) -> Tensor:
+    z = z.float()
+    logps = -F.cross_entropy(z.flatten(0, 1), Y.flatten(), reduction="none", ignore_index=-100)
+    with torch.no_grad():
+        entropy = torch.logsumexp(z, -1) - (torch.softmax(z, -1) * z).sum(-1)
+    return -(logps * (1 + 0 * entropy.flatten())).mean()
+
+
+def entropy_by_products(z: Tensor) -> Tensor:
+    """verl."""
+    return (torch.logsumexp(z, dim=-1) - torch.sum(torch.softmax(z, dim=-1) * z, dim=-1)).mean()
+
+
+def own_confidence_weighs(z: Tensor) -> Tensor:
+    """TRL's dft loss."""
+    logps = torch.gather(z[:, :-1].log_softmax(-1), 2, Y[:, 1:].unsqueeze(-1)).squeeze(-1)
+    return (-logps.exp().detach() * logps * MASK[:, 1:]).sum() / MASK[:, 1:].sum()
+
+
+def own_confidence_of_chosen_tokens(z: Tensor) -> Tensor:
+    """LLaMA-Factory's."""
+    each = F.cross_entropy(z.float().view(-1, V), Y.view(-1), reduction="none")[MASK.view(-1)]
+    return (torch.exp(-each).detach() * each).mean()
+
+
+def mean_logits_for_the_log(z: Tensor) -> Tensor:
+    """TRL's DPO and ORPO."""
+    with torch.no_grad():
+        mean = z[:1].detach().mean() + z[1:].detach().mean()
+    return F.cross_entropy(z[..., :-1, :].contiguous().view(-1, V), Y[..., 1:].reshape(-1)) + 0 * mean
+
+
+def collision_weights(z: Tensor) -> Tensor:
+    """WPO: the logsumexp of the doubled logits."""
+    logps = z.log_softmax(-1).gather(2, Y.unsqueeze(-1)).squeeze(-1)
+    weights = (torch.logsumexp(2 * z, -1) - 2 * torch.logsumexp(z, -1)).detach()
+    return -((logps - weights) * MASK).sum()
+
+
+def a_temperature_per_token(z: Tensor) -> Tensor:
+    """prime-rl."""
+    temperature = torch.linspace(0.5, 1, B * T).view(B, T)
+    return -(z / temperature.unsqueeze(-1)).log_softmax(-1).gather(2, Y.unsqueeze(-1)).mean()
+
+
+def timm_label_smoothing(z: Tensor) -> Tensor:
+    logps = F.log_softmax(z.view(-1, V), dim=-1)
+    nll = -logps.gather(dim=-1, index=Y.view(-1).unsqueeze(1)).squeeze(1)
+    return (0.9 * nll + 0.1 * -logps.mean(dim=-1)).mean()
+
+
 def with_z_loss(z: Tensor) -> Tensor:
     flat = z.view(-1, V)
     return F.cross_entropy(flat, Y.view(-1)) + 1e-2 * torch.logsumexp(flat, -1).pow(2).mean()
@@ -162,6 +220,15 @@ FORMS: dict[Callable[[Tensor], Tensor], list[str]] = {
     policy_and_entropy: ["head_stats", *LABELS_AND_SWEEP],
     litgpt_chunks_after_the_head: ["head_stats"] * 3 + ["head_stats_backward"] * 3,
     torchtune_chunked_output: ["head_stats"] * 3 + ["head_stats_backward"] * 3,
+    litgpt_chunks_of_flat_logits: ["head_stats"] * 3 + ["head_stats_backward"] * 3,
+    torchtitan_log_probabilities: ["head_stats"] * 2 + ["head_stats_backward"],
+    entropy_by_products: LABELS_AND_SWEEP,
+    own_confidence_weighs: ONE_SWEEP,
+    own_confidence_of_chosen_tokens: ONE_SWEEP,
+    mean_logits_for_the_log: ["head_stats"] * 2 + IN_THE_FORWARD,
+    collision_weights: ["head_stats"] * 2 + ["head_stats_backward"],
+    a_temperature_per_token: ONE_SWEEP,
+    timm_label_smoothing: ONE_SWEEP,
     with_z_loss: ["head_loss", *ONE_SWEEP],
     unmasked_token_loop: ["head_stats"] * 2 + ["head_stats_backward"] * 2,
 }

@@ -24,7 +24,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 B, T, D, V = 2, 3, 4, 11
 ROWS = [(B * T,), (B, T), (), (0,), (1,), (1, B, T)]
-WEIGHTS = [(V, D), (V, D), (V, D), (D, V), (2, V, D), (1, D), (V,), (0, D)]
+WEIGHTS = [(V, D), (V, D), (V, D), (D, V), (2, V, D), (V,), (0, D)]
 DTYPES = [torch.float32] * 12 + [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.complex64, torch.bool]
 WRITES = ["mul_", "add_", "div_", "copy_", "clamp_", "zero_", "exp_", "masked_fill_"]
 UNARY = ["exp", "tanh", "sigmoid", "relu", "neg", "abs", "square", "float", "double", "half", "bool", "contiguous",
@@ -94,6 +94,9 @@ class Draft:
         found = self.tensors()
         made = [n for n in found if n.op != "placeholder"]
         return self.rng.choice(made[-3:]) if made and self.rng.random() < 0.8 else self.rng.choice(found)
+
+    def mask(self) -> Node:
+        return self.rng.choice([n for n in self.tensors() if n.meta["example_value"].dtype == torch.bool])
 
     def labels(self, like: Node) -> Node:
         shape = like.meta["example_value"].shape
@@ -168,7 +171,7 @@ def step(draft: Draft) -> Node | None:
         return draft.call(rng.choice(["transpose", "movedim", "flatten"]), x, dim, rng.choice([0, 1, -1]))
     if choice < 0.74:
         name = rng.choice(WRITES)
-        extra = {"copy_": (draft.tensor(),), "clamp_": (-1, 1), "masked_fill_": (draft.tensor(), 0.5)}
+        extra = {"copy_": (draft.tensor(),), "clamp_": (-1, 1), "masked_fill_": (draft.mask(), 0.5)}
         return draft.call(name, x, *extra.get(name, () if name in ("zero_", "exp_") else (rng.choice([2, 0.5]),)))
     if choice < 0.78:
         return draft.call(operator.setitem, x, index(draft, x), rng.choice([0, 1.5, draft.tensor()]))
@@ -176,7 +179,7 @@ def step(draft: Draft) -> Node | None:
         joined = [x, draft.tensor()]
         return draft.call(rng.choice([torch.cat, torch.stack]), joined, dim)
     if choice < 0.87:
-        return draft.call(torch.where, draft.tensor(), x, rng.choice([draft.tensor(), 0.0]))
+        return draft.call(torch.where, draft.mask(), x, rng.choice([draft.tensor(), 0.0]))
     if choice < 0.9:
         return draft.call("gather", x, dim, draft.tensor())
     if choice < 0.93:

@@ -230,3 +230,12 @@ def test_a_number_read_out_between_head_and_loss_breaks_the_graph() -> None:
         return F.cross_entropy(z, y) / scale
 
     unseen(program, hidden(6, D), weight(), labels(6), options=EAGER)
+
+
+def test_what_nobody_reads_of_two_heads_disturbs_neither() -> None:
+    def program(h: Tensor, w: Tensor, v: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, w)
+        torch.stack([z, F.linear(h, v)], -1)
+        return F.cross_entropy(z, y)
+
+    right(program, hidden(6, D), weight(), weight(), labels(6))

@@ -1,0 +1,124 @@
+"""A bug anywhere in the pass costs the fusion and one warning, never the program: Inductor gets the graph as it was."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedhead.rules import RULES
+from tests.deferred.heads import Model, deferring, is_deferred, tokens
+from tests.eager_stack import Rewritten
+from tests.refusals.claims import D, hidden, labels, outcome, weight
+
+aten = torch.ops.aten
+
+
+def many_forms(h: Tensor, w: Tensor, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Heads that a statistic gives, one token by token, stacked ones, and returned logits."""
+    z = F.linear(h, w)
+    pair = torch.stack([F.linear(h, v), F.linear(h, v * 2)], 1)
+    divergence = F.kl_div(F.linear(h, w * 2).log_softmax(-1), F.linear(h, v).softmax(-1), reduction="batchmean")
+    return F.cross_entropy(z, y), z, divergence, F.cross_entropy(pair[:, 0], y), pair
+
+
+def given() -> list[Tensor]:
+    return [hidden(6, D), weight(), weight(), labels(6)]
+
+
+class Bug(Exception):
+    pass
+
+
+def buggy(*_: Any, **__: Any) -> Any:
+    raise Bug("a surprise")
+
+
+STAGES = [
+    "fusion.bodies", "fusion.regions.inline", "fusion.joined.separate", "fusion.returned.heads_without_loss",
+    "fusion.candidates", "fusion.interpret", "interpret.applied", "interpret.record", "interpret.returned",
+    "interpret.overwritten", "fusion.unread", "fusion.gate", "size_gate.known", "fusion.row_region.regions",
+    "fusion.row_region.teachers", "fusion.row_region.fuse", "fusion.row_region.erase_unused", "fusion.refusal",
+    "fusion.subclass", "fusion.functorch", "fusion.together", "fusion.returned.recipe", "fusion.returned.redirect",
+    "fusion.fuse", "rewrite.groups", "rewrite.operands", "rewrite.rebuild", "rewrite.erase", "emit.Emit.__call__",
+    "fusion.planner", "fusion.engine", "fusion.linear_tail.upgrade", "linear_tail.try_tail", "linear_tail.hoist",
+    "linear_tail.replace", "fusion.describe",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unharmed() -> None:
+    """Every form of the program is fused, so that every stage has something to do."""
+    rewritten = Rewritten(many_forms)
+    outcome(rewritten, given())
+    assert len(rewritten.report.heads) == 4
+    assert all(head.fused for head in rewritten.report.heads)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_raises_leaves_the_graph_to_inductor(
+    stage: str, unharmed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, *path = stage.split(".")
+    owner: Any = importlib.import_module(f"fusedhead.{module}")
+    for name in path[:-1]:
+        owner = getattr(owner, name)
+    assert callable(getattr(owner, path[-1]))
+    monkeypatch.setattr(owner, path[-1], buggy)
+    stepped_back(caplog)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [aten.linear.default, aten.cross_entropy_loss.default, aten.log_softmax.int, aten.softmax.int],
+)
+def test_a_rule_that_raises_leaves_the_graph_to_inductor(
+    op: Any, unharmed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(RULES, op, buggy)
+    stepped_back(caplog)
+
+
+def stepped_back(caplog: pytest.LogCaptureFixture) -> None:
+    inputs = given()
+    expected = outcome(many_forms, inputs)
+    rewritten = Rewritten(many_forms)
+    with caplog.at_level(logging.WARNING, "fusedhead"):
+        got = outcome(rewritten, inputs)
+    torch.testing.assert_close(got, expected)
+    (record,) = [r for r in caplog.records if r.name == "fusedhead"]
+    assert record.levelname == "WARNING"
+    assert "leaves it to Inductor (Bug: a surprise)" in record.getMessage()
+    assert "Traceback" in record.getMessage()
+    assert rewritten.report.errors == ["Bug: a surprise"]
+
+
+def outside(forward: Callable[..., Any], x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(forward(x).view(-1, 1024), y.view(-1))
+
+
+def test_a_rule_that_raises_outside_the_graph_costs_the_plain_logits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x, y = Model(), tokens(), tokens()
+    forward = deferring(model)
+    assert is_deferred(forward(x))
+    monkeypatch.setitem(RULES, aten.cross_entropy_loss.default, buggy)
+    expected = outside(model, x, y)
+    with caplog.at_level(logging.WARNING, "fusedhead"):
+        got = outside(forward, x, y)
+        said = [r.getMessage() for r in caplog.records if r.name == "fusedhead"]
+        outside(forward, x, y)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, model.lm_head.weight), torch.autograd.grad(expected, model.lm_head.weight)
+    )
+    assert len(set(said)) == 1
+    assert "of deferred logits could not be read" in said[0]
+    assert said == [r.getMessage() for r in caplog.records if r.name == "fusedhead"], "it is said again"
