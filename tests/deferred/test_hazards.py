@@ -481,3 +481,34 @@ def test_deferred_logits_of_two_forwards_may_meet(model: Model) -> None:
         F.kl_div(F.log_softmax(model(X), -1), F.log_softmax(model(other), -1), log_target=True, reduction="sum"),
     )
     assert torch.cat([compiled(X), compiled(other)]).shape == (2 * B, T, V)
+
+
+def test_data_parallel_hands_it_on(model: Model) -> None:
+    z = nn.DataParallel(deferring(model))(X)
+    assert is_deferred(z)
+    wanted = gradients(model, F.cross_entropy(model(X).view(-1, V), X.view(-1)))
+    torch.testing.assert_close(
+        gradients(model, F.cross_entropy(z.view(-1, V), X.view(-1))), wanted, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_walkers_of_trees_keep_it_deferred(model: Model) -> None:
+    from torch.utils._pytree import tree_flatten, tree_map
+
+    output = deferring(model)(X)
+    detached = tree_map(lambda t: t.detach(), {"logits": (output, [output])})
+    assert all(map(is_deferred, tree_flatten(detached)[0]))
+
+
+def test_collectives_get_numbers(model: Model, tmp_path: Any) -> None:
+    """What accelerate does to gather metrics: the memory of the tensor is read past Python."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        run, real, into = deferring(model), model(X).detach(), [torch.zeros(B, T, V)]
+        torch.distributed.all_gather(into, run(X).detach().contiguous())
+        assert torch.equal(into[0], real)
+        reduced = run(X).detach()
+        torch.distributed.all_reduce(reduced)
+        assert torch.equal(reduced + 0, real)
+    finally:
+        torch.distributed.destroy_process_group()
