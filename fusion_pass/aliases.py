@@ -42,25 +42,29 @@ def storage(value: Any) -> int | None:
 
 def written(node: Node) -> Iterator[Node]:
     """The arguments a node writes to (an over-approximation where the node does not say)."""
-    if not node.op.startswith("call_") or name_of(node) in NOT_MUTATING:
+    if not node.op.startswith("call_"):
         return
     name, schema = name_of(node), getattr(node.target, "_schema", None)
-    everything = [n for n in node.all_input_nodes if isinstance(fake(n), Tensor)]
     if schema is not None:
         if schema.is_mutable:
-            yield from everything
+            yield from tensors(node)
         return
-    inplace = name.endswith("_") and not name.endswith("__")
+    inplace = name.endswith("_") and not name.endswith("__") and name not in NOT_MUTATING
     if (name.startswith("_foreach") and inplace) or any(op in name for op in MUTATING_WRAPPERS):
-        yield from everything
+        yield from tensors(node)
     elif (
         inplace
         or name in INPLACE_OPERATORS
         or node.kwargs.get("inplace") is True
         or node.args[INPLACE_BY_ARGUMENT.get(name, len(node.args)) :][:1] == (True,)
     ):
-        yield from everything[:1]
+        yield from tensors(node)[:1]
     elif name == "embedding" and (node.kwargs.get("max_norm") or node.args[3:4] not in ((), (None,))):
-        yield from everything  # rows of the table that are too long are cut in place
-    out = node.kwargs.get("out")
-    yield from (n for n in tree_leaves(out) if isinstance(n, Node))
+        yield from tensors(node)  # rows of the table that are too long are cut in place
+    if "out" in node.kwargs:
+        yield from (n for n in tree_leaves(node.kwargs["out"]) if isinstance(n, Node))
+
+
+def tensors(node: Node) -> list[Node]:
+    """The nodes among a node's arguments that are tensors."""
+    return [n for n in node.all_input_nodes if isinstance(fake(n), Tensor)]

@@ -7,13 +7,17 @@ numbers, another grad mode, another autocast. This file knows no heads and no lo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedhead.aliases import storage, written
-from fusedhead.read import fake, name_of, trace
+from fusedhead.read import callee, fake, name_of
 
 RANDOM = torch.Tag.nondeterministic_seeded
 
@@ -23,10 +27,26 @@ def random(op: Node) -> bool:
     return RANDOM in getattr(op.target, "tags", ())
 
 
+class Draws(TorchDispatchMode):
+    """Sees whether anything that runs draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.any = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.any |= RANDOM in func.tags
+        return func(*args, **(kwargs or {}))
+
+
 def may_draw(node: Node) -> bool:
-    """Whether a Dynamo node draws random numbers, or cannot be traced to find out."""
+    """Whether a Dynamo node draws random numbers, or cannot be run on its fake inputs to find out."""
     try:
-        return any(map(random, trace(node).graph.nodes))
+        args, kwargs = map_arg((node.args, node.kwargs), fake)
+        modes = filter(None, map(maybe_get_fake_mode, map(fake, [node, *node.all_input_nodes])))
+        with next(modes), torch.no_grad(), Draws() as seen:
+            callee(node)(*args, **kwargs)
+        return seen.any
     except Exception:
         return True
 

@@ -84,20 +84,22 @@ def depends_on(nodes: Sequence[Node], call: Node) -> Node | None:
 
 def computed_from(start: Node) -> set[Node]:
     """``start`` and every node that reads it, directly or not."""
-    reached = {start}
-    for node in start.graph.nodes:
-        if any(s in reached for s in node.all_input_nodes):
-            reached.add(node)
+    reached, stack = {start}, [start]
+    while stack:
+        fresh = [user for user in stack.pop().users if user not in reached]
+        reached.update(fresh)
+        stack += fresh
     return reached
 
 
 def writes_into(call: Node, scalar: Node) -> Node | None:
-    """The first node that writes to something between the head and the scalar.
+    """A node that writes to something between the head and the scalar.
 
     By names, not by memory: the fake values of old nodes do not know yet that they are views of new ones.
     """
-    between = computed_from(call) - computed_from(scalar)
-    return next((node for node in call.graph.nodes if any(target in between for target in written(node))), None)
+    reached = computed_from(call)
+    between = reached - computed_from(scalar)
+    return next((node for node in reached if any(target in between for target in written(node))), None)
 
 
 def first_use(graph: Graph, statistics: Sequence[Node]) -> Node:

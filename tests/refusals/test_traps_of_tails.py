@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.eager_stack import Rewritten
 from tests.refusals.claims import D, Program, V, hidden, labels, right, weight
 
 
@@ -164,3 +165,17 @@ def test_losses_that_the_program_sorts_or_weighs_by_themselves_are_right() -> No
 
     for program in (hardest, focal, unlikely):
         right(program, hidden(6, D), weight(), labels(6))
+
+
+def test_looking_for_random_numbers_draws_none() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return (losses(h, w, y) * torch.rand(6)).sum()
+
+    given = hidden(6, D), weight(), labels(6)
+    before = torch.get_rng_state()
+    rewritten = Rewritten(program)
+    got = rewritten(*given)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    torch.testing.assert_close(got, program(*given))
+    assert torch.equal(torch.get_rng_state(), after)

@@ -1,0 +1,85 @@
+"""What the pass does to a graph, counted: it reads around the heads, and the rest of a model once or twice.
+
+Counts, not milliseconds, so that a busy machine fails nothing. `fx` and fake tensors take the time, by node and trace.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedhead import aliases, backend, hoisting, interpret, joined, read, returned, safety, tail_gradient, tail_nodes
+from fusedhead.emit import Emit
+from fusedhead.options import Options
+
+D, V = 16, 64
+
+
+class Decoder(nn.Module):
+    """A language model with so many layers of ten nodes and more."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(V, D)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D), nn.Dropout(0.0))
+            for _ in range(layers)
+        )
+        self.head = nn.Linear(D, V, bias=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.embed(x)
+        for layer in self.layers:
+            h = h + torch.cat([layer(h) * 0.5, layer(h)], -1).unflatten(-1, (2, D)).sum(-2)
+        z = self.head(h)
+        return F.cross_entropy(z.view(-1, V), y.view(-1)), z
+
+
+def counted(layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the pass visits, traces and emits nodes of a model of so many layers."""
+    count: Counter[str] = Counter()
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name, modules in {
+            "written": (aliases, hoisting, interpret, joined, returned, safety, tail_nodes),
+            "trace": (interpret, read),
+            "make_fx": (read, tail_gradient),
+        }.items():
+            for module in modules:
+                if hasattr(module, name):
+                    patch.setattr(module, name, counting(name, getattr(module, name)))
+        patch.setattr(Emit, "__call__", counting("emit", Emit.__call__))
+
+        def compile_graph(gm: Any, example_inputs: Any) -> Any:
+            count["nodes"] += len(gm.graph.nodes)
+            _, report, _ = backend.run_pass(gm, Options(min_logits=0), texts=False)
+            count["heads"] += sum(head.fused for head in report.heads)
+            return gm.forward
+
+        torch.compiler.reset()
+        x = torch.randint(0, V, (2, 8))
+        torch.compile(Decoder(layers), backend=compile_graph)(x, x)
+    return count
+
+
+def test_layers_are_visited_and_never_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = counted(1, monkeypatch), counted(9, monkeypatch)
+    assert few["heads"] == many["heads"] == 1
+    assert many["nodes"] > 4 * few["nodes"]
+    assert few["trace"] == many["trace"] == 3  # the product, a view, the loss
+    assert few["make_fx"] == many["make_fx"] == 4  # ... and the gradient of the tail
+    assert few["emit"] == many["emit"] < 40
+    assert many["written"] <= 2 * many["nodes"]
