@@ -5,6 +5,7 @@ These are estimates for a page that people read, not measurements; nothing is de
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from fusedhead.report import HeadRecord
@@ -15,8 +16,7 @@ BANDWIDTH = {"cuda": 2.0e12, "cpu": 2.0e10}
 
 @dataclass(frozen=True)
 class Estimate:
-    """bytes_unfused: the most logits-sized memory that exists at once without fusion; bytes_left: and with
-    it.
+    """bytes_unfused: memory for logits in a step without fusion. bytes_left: with it, logits or a workspace.
 
     flop: of the head's matrix products for one step. traffic: bytes of logits-sized reads and writes that a
     step no longer makes. milliseconds: the time of that traffic at ``bandwidth`` (bytes a second).
@@ -36,24 +36,27 @@ class Estimate:
 def estimate(head: HeadRecord) -> Estimate:
     """For one head and one step at the compiled size.
 
-    Without fusion a training step holds the logits in the dtype of the head while it builds their gradient,
-    both [N, V], next to float32 log-probabilities [N, V]; it writes and reads each of the three at least
-    once. A forward-only step holds and moves the logits alone. 1 matrix product is 2 N D V FLOP.
+    Inductor holds the logits [N, V] and puts their gradient in their place. Beside the matrix products, it reads
+    them for their statistics, and reads them and writes the gradient. A forward-only step writes and reads them.
+    1 matrix product is 2 N D V FLOP.
     """
     forward_only = head.engine.endswith("forward only")
     elements = head.bytes_logits // itemsize(head)
-    parts = [head.bytes_logits] if forward_only else [head.bytes_logits, 4 * elements, head.bytes_logits]
-    left = head.bytes_logits if "built" in head.logits.split(" / ") else 0
-    if not head.fused:
-        left = sum(parts)
-    products = 1 if forward_only else 3
+    built = not head.fused or "built" in head.logits.split(" / ")
+    passes, products = (2, 1) if forward_only else (3, 3)
     return Estimate(
-        bytes_unfused=sum(parts),
-        bytes_left=left,
+        bytes_unfused=head.bytes_logits,
+        bytes_left=head.bytes_logits if built else workspace(head.engine),
         flop=2 * products * elements * head.hidden_size,
-        traffic=2 * sum(parts) - 2 * left if head.fused else 0,
+        traffic=0 if built else passes * head.bytes_logits,
         bandwidth=bandwidth(head.device),
     )
+
+
+def workspace(engine: str) -> int:
+    """Bytes of the windows, as an engine's description tells them."""
+    found = re.search(r"([\d,.]+) MiB of workspace", engine)
+    return int(float(found[1].replace(",", "")) * 2**20) if found else 0
 
 
 def itemsize(head: HeadRecord) -> int:

@@ -59,7 +59,7 @@ def totals(summary: Summary, fused: list[HeadRecord], left: list[HeadRecord]) ->
     tiles = [
         (str(len(fused)), "head fused" if len(fused) == 1 else "heads fused"),
         (str(len(left)), "left as it was" if len(left) == 1 else "left as they were"),
-        (size(saved), "of logits-sized memory saved a step (estimate)"),
+        (size(max(0, saved)), "of memory for logits saved a step (estimate)"),
         (str(summary.graphs), "graph compiled" if summary.graphs == 1 else "graphs compiled"),
         (f"{summary.seconds:.1f} s", "spent in the pass"),
     ]
@@ -76,17 +76,15 @@ def totals(summary: Summary, fused: list[HeadRecord], left: list[HeadRecord]) ->
 def card(head: HeadRecord) -> str:
     worth = estimate(head)
     state = "fused" if head.fused else "left"
+    sizes = f"N = {head.tokens}, D = {head.hidden_size}, V = {head.vocab_size}"
     facts = [
-        ("computes", head.computes or "no loss in this graph"),
-        (
-            "shape",
-            f"N = {head.tokens}, D = {head.hidden_size}, V = {head.vocab_size}, {head.dtype}, {head.device}",
-        ),
+        ("computes", head.computes),
+        ("shape", ", ".join(filter(None, (sizes, head.dtype, head.device)))),
         ("logits", head.logits),
     ]
     if head.fused:
         facts += [("how", head.engine), ("matrix products", f"{quantity(worth.flop)}FLOP a step")]
-    table = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts)
+    table = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts if value)
     reason = f"<p class=reason>{escape(sentence(head.reason))}</p>" if head.reason else ""
     return (
         f"<article class='card {state}'><h3><span class=badge>{state}</span> {escape(head.where)}</h3>"
@@ -106,30 +104,24 @@ def source(head: HeadRecord) -> str:
 
 
 def bars(head: HeadRecord, worth: Estimate) -> str:
-    """Logits-sized memory without and with fusion, to one scale, and the time of the traffic that is gone."""
-    without, kept = worth.bytes_unfused, worth.bytes_left if head.fused else worth.bytes_unfused
-    share = 100 * kept / without if without else 0
-    gone = (
-        f"<p class=fine>A step moves {size(worth.traffic)} less: about {worth.milliseconds:,.2f} ms at "
-        f"{worth.bandwidth / 1e9:,.0f} GB/s. Estimates from the sizes: logits, their gradient and float32 "
-        "log-probabilities, each written and read once.</p>"
-        if head.fused
-        else "<p class=fine>Estimates from the sizes.</p>"
-    )
+    """Memory for the logits without and with fusion, to one scale, and the time of the traffic that is gone."""
+    without, kept = worth.bytes_unfused, worth.bytes_left
+    if not without:
+        return ""
+    gone = f"A step makes {size(worth.traffic)} less of reads and writes: {worth.milliseconds:,.2f} ms at "
+    gone += f"{worth.bandwidth / 1e9:,.0f} GB/s. " if head.fused else ""
+    note = (gone if head.fused and worth.traffic else "") + "Estimates from the sizes."
+    scale = 60 / max(without, kept)
     row = "<div class=bar><span>{}</span><i style='width:{:.1f}%' class={}></i><em>{}</em></div>"
-    shown = row.format("Inductor", 60, "without", size(without))
-    shown += (
-        row.format("fusedhead", 0.6 * share, "with", size(kept) if kept else "none") if head.fused else ""
-    )
-    return f"<div class=bars><p class=fine>Logits-sized memory of a step</p>{shown}{gone}</div>"
+    shown = row.format("Inductor", scale * without, "without", size(without))
+    shown += row.format("fusedhead", scale * kept, "with", size(kept)) if head.fused else ""
+    return f"<div class=bars><p class=fine>Memory for logits in a step</p>{shown}<p class=fine>{note}</p></div>"
 
 
 def graphs(summary: Summary) -> Iterator[str]:
     """The graphs that hold a head, each once, the changed ones first."""
     seen: set[str] = set()
-    for report in sorted(
-        (r for r in summary.reports if r.heads), key=lambda r: not any(h.fused for h in r.heads)
-    ):
+    for report in sorted((r for r in summary.reports if r.heads), key=lambda r: not any(h.fused for h in r.heads)):
         if report.before not in seen:
             seen.add(report.before)
             yield graph(report, len(seen))
@@ -138,9 +130,7 @@ def graphs(summary: Summary) -> Iterator[str]:
 def graph(report: Report, number: int) -> str:
     fused = sum(head.fused for head in report.heads)
     where = ", ".join(dict.fromkeys(head.where for head in report.heads))
-    title = (
-        f"Graph {number}: {where}, {plural(fused, 'head')} fused, {report.milliseconds:.0f} ms in the pass"
-    )
+    title = f"Graph {number}: {where}, {plural(fused, 'head')} fused, {report.milliseconds:.0f} ms in the pass"
     columns = "<div class=names><span>before</span><span>after</span></div>"
     body = columns + side_by_side(report.before, report.after)
     state = " open" if number == 1 else ""
@@ -153,16 +143,13 @@ def side_by_side(before: str, after: str) -> str:
     rows: list[str] = []
     for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         pairs = [
-            (i1 + k if i1 + k < i2 else None, j1 + k if j1 + k < j2 else None)
-            for k in range(max(i2 - i1, j2 - j1))
+            (i1 + k if i1 + k < i2 else None, j1 + k if j1 + k < j2 else None) for k in range(max(i2 - i1, j2 - j1))
         ]
         shown = [pair_row(a, b, tag, pair) for pair in pairs]
         if tag == "equal" and len(shown) > 2 * AROUND + 3:
             hidden = "".join(shown[AROUND:-AROUND])
             rows += shown[:AROUND]
-            rows.append(
-                f"<details><summary>{len(shown) - 2 * AROUND} equal lines</summary>{hidden}</details>"
-            )
+            rows.append(f"<details><summary>{len(shown) - 2 * AROUND} equal lines</summary>{hidden}</details>")
             rows += shown[-AROUND:]
         else:
             rows += shown

@@ -1,0 +1,52 @@
+"""The page of a run: what it says of a head, from its record alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fusedhead.estimates import estimate, workspace
+from fusedhead.page import page
+from fusedhead.report import HeadRecord, Report
+from fusedhead.summary import Summary
+
+FUSED = HeadRecord(
+    fused=True, reason="", where="model.py:7", computes="cross_entropy(mean)", tokens=1024, hidden_size=64,
+    vocab_size=32768, logits="never built", engine="torch windows: gradients in the forward sweep; 12.5 MiB of workspace",
+    bytes_saved=128 << 20, bytes_logits=128 << 20, dtype="float32", device="cpu", source='  File "model.py", line 7\n    z',
+)  # fmt: skip
+LEFT = replace(FUSED, fused=False, reason="the <loss> is odd", computes="", logits="built", engine="", bytes_saved=0)
+
+
+def written(*heads: HeadRecord) -> str:
+    summary = Summary()
+    summary.add(Report(graphs=1, before="a\nb", after="a\nc", heads=list(heads)))
+    return page(summary, "train.py")
+
+
+def test_a_fused_head_is_worth_its_logits_less_its_workspace() -> None:
+    worth = estimate(FUSED)
+    assert (worth.bytes_unfused, worth.bytes_left) == (128 << 20, int(12.5 * 2**20))
+    text = written(FUSED)
+    assert "115.5 MiB" in text
+    assert "12.5 MiB" in text
+
+
+def test_logits_that_stay_save_nothing() -> None:
+    assert estimate(LEFT).bytes_left == estimate(LEFT).bytes_unfused == 128 << 20
+    assert estimate(LEFT).traffic == 0
+
+
+def test_a_head_that_is_left_shows_its_reason_its_line_and_no_empty_fields() -> None:
+    text = written(LEFT)
+    assert "the &lt;loss&gt; is odd." in text
+    assert "line 7" in text
+    assert "<dd></dd>" not in text
+
+
+def test_a_head_of_unknown_size_has_no_bars() -> None:
+    assert "class=bars" not in written(replace(LEFT, bytes_logits=0, dtype="", device=""))
+
+
+def test_an_engine_without_windows_needs_no_workspace() -> None:
+    assert workspace("as the caller asks") == 0
+    assert workspace("triton: recompute; 1,024.0 MiB of workspace, 3 GFLOP") == 1 << 30
