@@ -194,7 +194,7 @@ def redirect(graph: Graph, recipes: Sequence[Recipe]) -> Callable[[Callable[...,
     """
     output = graph.output_node()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    returned: list[Any] = list(output.args[0])
+    returned: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     by_slot = {r.slot: r for r in recipes}
     kept = [value for slot, value in enumerate(returned) if slot not in by_slot]
     extra = list(dict.fromkeys(s for r in recipes for s in r.sources if s.op != "placeholder"))

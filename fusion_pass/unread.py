@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ def taken(graph: Graph) -> Iterator[tuple[Node, str]]:
     """
     for loss in graph.nodes:
         if loss.op == "call_function" and name_of(loss) in LOSSES:
-            node, region = loss.args[0] if loss.args else loss.kwargs.get("input"), ""
+            node: Any = loss.args[0] if loss.args else loss.kwargs.get("input")
+            region = ""
             while isinstance(node, Node):
                 yield node, region
                 if name_of(node) == "getitem" and is_region(node.args[0]):
