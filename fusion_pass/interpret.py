@@ -139,6 +139,9 @@ def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> 
     target = out_of_place(op.target) if mutable else op.target
     if target is None:
         raise Escape(f"{name_of(op)} changes the logits in place ({op.target})")
+    single = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Rowwise) and x.val.ndim == 0]
+    if single:  # it is small, and stays a result of the row program; the program's own ops take it from there
+        raise Escape(f"{name_of(op)} is taken of a single number that comes from the logits")
     unread = Escape(f"{name_of(op)} is not read by any rule ({op.target})")
     try:
         if target not in RULES or any(isinstance(x, Rowwise) for x in tree_leaves((args, kwargs))):
