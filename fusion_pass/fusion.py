@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fusedhead import accumulations, joined, linear_tail, pieces, regions, returned, row_region
+from fusedhead import accumulations, joined, linear_tail, pieces, regions, returned, row_region, sharded
 from fusedhead.aliases import storage, written
 from fusedhead.interpret import Reading, Site, candidates, grad_modes, interpret
 from fusedhead.kernels.columns import parse
@@ -38,6 +38,11 @@ BOTH_MODES = "its region is run without recording gradients too"
 
 def unwrapped(compiled: Callable[..., Any], finish: returned.Finish) -> Callable[..., Any]:
     return compiled
+
+
+def at_once(wrap: Wrap) -> Wrap:
+    """The same, where returned logits are computed right behind the graph whatever the caller asks."""
+    return lambda compiled, finish: wrap(compiled, returned.compute_now)
 
 
 class Body(NamedTuple):
@@ -78,6 +83,7 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
     wrap: Wrap = unwrapped
     changed = False
     report.heads += regions.inline(gm)
+    deferred = options.logits == "deferred" and not sharded.given_back(gm.graph)
     for module, owner, grad in bodies(gm):
         accumulations.separate(module.graph)
         pieces.join(module.graph)
@@ -88,7 +94,7 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
         report.heads += unread(module.graph, reading)
         if not reading.sites:
             continue
-        records, wrapped = fuse_body(module.graph, reading, owner, options, alone, grad)
+        records, wrapped = fuse_body(module.graph, reading, owner, options, alone, grad, deferred)
         report.heads += records
         wrap = joined.nested(apart, wrapped) or wrap
         if any(record.fused for record in records):
@@ -98,7 +104,7 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
     if changed:
         gm.recompile()
     report.milliseconds = (time.perf_counter() - started) * 1e3
-    return report, wrap
+    return report, wrap if deferred else at_once(wrap)
 
 
 def with_teachers(graph: Graph, starts: set[Node], grad: bool) -> Reading:
@@ -112,13 +118,18 @@ def with_teachers(graph: Graph, starts: set[Node], grad: bool) -> Reading:
 
 
 def fuse_body(
-    graph: Graph, reading: Reading, owner: str, options: Options, alone: set[Node], grad: bool | None
+    graph: Graph,
+    reading: Reading,
+    owner: str,
+    options: Options,
+    alone: set[Node],
+    grad: bool | None,
+    deferred: bool = False,
 ) -> tuple[list[HeadRecord], Wrap | None]:
     """Decide and rewrite the sites of one graph; ``alone`` are projections to be deferred without a loss."""
     modes, mutations = grad_modes(graph, grad is not False), Mutations(graph)
     unsafe = functorch(graph) or higher_order(owner)
     decided = []
-    deferred = options.logits == "deferred"
     with_loss = candidates(graph)
     too_small = gate(reading.sites, options.min_logits)
     found = row_region.regions(reading)
@@ -126,7 +137,7 @@ def fuse_body(
     for site in reading.sites:
         if not site.terminals and site.head not in met and (not site.escapes or site.head.node not in with_loss):
             if site.head.node in alone and not unsafe and returned_alone(site, mutations, modes):
-                decided.append((site, too_small(site)))
+                decided.append((site, too_small(site) or ("" if deferred else sharded.REASON)))
             continue
         company = [s for s in reading.sites if site.head in met and s.head in met[site.head].heads] or [site]
         small = too_small(site) if all(map(too_small, company)) else ""
@@ -313,7 +324,7 @@ def describe(site: Site, reason: str, engine: str, deferred: bool = False, regio
         fused=fused,
         reason=reason,
         where=where(site.head.node),
-        computes=", ".join(dict.fromkeys(computed)) or "returned, deferred",
+        computes=", ".join(dict.fromkeys(computed)) or ("returned, deferred" if fused else ""),
         tokens=tokens if isinstance(tokens, int) else str(tokens),
         hidden_size=hidden,
         vocab_size=vocab,

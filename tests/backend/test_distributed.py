@@ -1,9 +1,12 @@
-"""DistributedDataParallel: DDPOptimizer cuts the graph before the backend sees it; head and loss stay together."""
+"""DistributedDataParallel, whose optimizer cuts the graph before the backend sees it, and FSDP, which frees weights."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+
+from fusedhead import sharded
 
 PROGRAM = """
 import json, os, torch, torch.nn.functional as F, torch.distributed as dist
@@ -48,3 +51,50 @@ def test_a_head_under_ddp_is_fused_and_its_gradients_are_right() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == '{"graphs": 3, "fused": 1}'
+
+
+SHARDED = """
+import json, torch, torch.nn.functional as F, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from fusedhead import observe
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+V, D = 2048, 64
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(D, V, bias=False)
+
+    def forward(self, h, y=None):
+        logits = self.project(torch.tanh(h))
+        return logits if y is None else F.cross_entropy(logits, y)
+
+reports, losses = [], {}
+observe.add(reports.append)
+h, y = torch.randn(8, D), torch.randint(0, V, (8,))
+for backend in ("eager", "fusedhead"):
+    for within in (False, True):
+        torch.manual_seed(0)
+        model = Head()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=True)
+        model.compile(backend=backend)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        for _ in range(2):
+            loss = model(h, y) if within else F.cross_entropy(model(h), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses[backend, within] = loss
+for within in (False, True):
+    torch.testing.assert_close(losses["fusedhead", within], losses["eager", within])
+print(json.dumps([[head.fused, head.reason] for report in reports for head in report.heads]))
+dist.destroy_process_group()
+"""
+
+
+def test_what_fsdp_frees_after_the_forward_is_not_read_later_and_a_loss_in_the_graph_is_fused() -> None:
+    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [[False, sharded.REASON], [True, ""]]
