@@ -37,7 +37,7 @@ FAMILY = Family(
     "on the logits",
     "cast, bias, scale (constant, learned, per class, per token), tanh and sigmoid caps, masks of classes; the same in "
     "place where no other name sees it",
-    "writes that another name sees; masks by NaN",
+    "writes that another name sees; classes that are set to NaN",
 )
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -47,7 +47,7 @@ FAMILY = Family(
     "anything else, token by token",
     "the program's own ops on some tokens at a time, and again in the backward: targets that are probabilities, KL "
     "between heads, adapters (LoRA) on a head, margins, mixtures, every pointwise op",
-    "ops that run over tokens, or mix tokens and classes; the same inside a checkpointed region",
+    "ops that run over tokens, or mix tokens and classes",
 )
 
 

@@ -147,6 +147,15 @@ def test_classes_masked_by_assignment_are_masked() -> None:
     right(program, hidden(), weight(), labels(high=3))
 
 
+def test_classes_that_are_set_to_nan_are_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, w)
+        z[..., 2] = float("nan")
+        return flat_loss(z, y)
+
+    left(program, hidden(), weight(), labels(), because="logits are replaced by NaN")
+
+
 def test_an_assignment_into_the_log_probabilities_of_tokens_counts() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         lp = F.linear(h, w).log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
