@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import data, shapes, tasks
 from benchmarks.contenders import STRICT, compiled
-from benchmarks.gpu_check import OPERANDS, make_grads, make_head
-from benchmarks.gpu_check import Case as HeadCase
+from benchmarks.gpu_heads import OPERANDS, make_grads, make_head
+from benchmarks.gpu_heads import Case as HeadCase
 from fusedhead.kernels import triton_windows as engine
 from fusedhead.kernels.contract import Needs, Windows
 from fusedhead.lowering.plan import plan

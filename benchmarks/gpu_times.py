@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from gpu_check import BF16, F16, F32, OPERANDS, SOFTCAP, Case, make_grads, make_head
+from gpu_heads import BF16, F16, F32, OPERANDS, SOFTCAP, Case, make_grads, make_head
 
 from fusedhead.kernels import triton_windows as engine
 from fusedhead.kernels.contract import STATS, Head, Needs, RowGrads, RowStats, Windows

@@ -9,10 +9,9 @@ a row:
                                          digit is lost when p -> 1, as a later subtraction would
     sh[i] = s_i h_i in the dtype of h, for dw = Eᵀ sh
 
-`scale_kernel` finishes dh[i] = s_i (E w)_i + r_i b from the float32 product, one rounding. E's target entry
-is rounded to its dtype; s absorbs that rounding (one factor a row, below E's own precision), so that the
-largest entry of a row is exact. These kernels must not know about windows or tiles' order beyond
-`partial_offset`. Bytes: N · slots · 4 + 4ND at most.
+E's target entry is rounded to its dtype; s absorbs that rounding (one factor a row, below E's own precision), so
+that the largest entry of a row is exact; `triton_row_scale` applies s to dh. These kernels must not know about
+windows or tiles' order beyond `partial_offset`. Bytes: N · slots · 4, and 4ND for sh.
 """
 
 from __future__ import annotations
@@ -188,30 +187,6 @@ def finalize_kernel(
             tl.store(sh + row.to(tl.int64) * D + inner, (x.to(tl.float32) * (s * GAIN)).to(DTYPE), mask=inner < D)
 
 
-@triton.jit(do_not_specialize=("N", "D"))
-def scale_kernel(
-    product,  # [N, D] float32: E w
-    scale,  # [N] float32
-    r,  # [N] float32 when RANK_ONE
-    b,  # [D] float32 when RANK_ONE
-    out,  # [N, D] dtype of h
-    N,
-    D,
-    RANK_ONE: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """out = scale ⊙ product + r ⊗ b. One program a row; ``product`` may be ``out`` itself."""
-    row = tl.program_id(0)
-    s = tl.load(scale + row)
-    base = row.to(tl.int64) * D
-    for d in range(0, D, INNER):
-        inner = d + tl.arange(0, INNER)
-        x = tl.load(product + base + inner, mask=inner < D, other=0.0).to(tl.float32) * s
-        if RANK_ONE:
-            x += tl.load(r + row) * tl.load(b + inner, mask=inner < D, other=0.0)
-        tl.store(out + base + inner, x.to(out.dtype.element_ty), mask=inner < D)
-
-
 @lru_cache(maxsize=KEPT)
 def _check_launch(s: Sweep) -> Launch:
     return Launch(check_kernel, (s.schedule.blocks, 1, 1), s.arguments(num_warps=4))
@@ -287,16 +262,3 @@ def finalize(
         scale if sh is None else sh,
     )
     return scale
-
-
-@lru_cache(maxsize=KEPT)
-def _scale_launch(device: torch.device, dtype: torch.dtype, n: int, hidden: int, rank_one: bool, wide: bool) -> Launch:
-    return Launch(scale_kernel, (n, 1, 1), {"N": n, "D": hidden, "RANK_ONE": rank_one, "INNER": 1024})
-
-
-def scale_rows(product: Tensor, scale: Tensor, out: Tensor, rank_one: tuple[Tensor, Tensor] | None) -> None:
-    """out [N, D] <- scale ⊙ product + r ⊗ b; product [N, D] float32 (or out itself), both contiguous."""
-    r, b = rank_one or (scale, scale)
-    n, hidden = out.shape
-    wide = product.dtype != out.dtype
-    _scale_launch(out.device, out.dtype, n, hidden, rank_one is not None, wide)(product, scale, r, b, out)

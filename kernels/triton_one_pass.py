@@ -19,13 +19,14 @@ from torch import Tensor
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
 from fusedhead.kernels.triton_dlogits import dlogits
 from fusedhead.kernels.triton_exp import exponentials
-from fusedhead.kernels.triton_finalize import finalize, mark_unsafe, scale_rows
+from fusedhead.kernels.triton_finalize import finalize, mark_unsafe
 from fusedhead.kernels.triton_gemm import gemm, weighted_rows
 from fusedhead.kernels.triton_labels import check_labels, map_labels
 from fusedhead.kernels.triton_launch import on_device
 from fusedhead.kernels.triton_merge import merge_reference
 from fusedhead.kernels.triton_operands import even_cuts, multiplied, new_window, ready_rows, slice_head, slice_rows
 from fusedhead.kernels.triton_reference import reference
+from fusedhead.kernels.triton_row_scale import scale_rows
 from fusedhead.kernels.triton_stream import stream
 from fusedhead.kernels.triton_sweep import Sweep, sweep
 from fusedhead.kernels.triton_transform import varies_along_row
