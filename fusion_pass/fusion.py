@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fusedhead import accumulations, joined, linear_tail, pieces, regions, returned, row_region, sharded
+from fusedhead import accumulations, joined, linear_tail, pieces, regions, returned, row_region, sharded, stacks
 from fusedhead.aliases import storage, written
 from fusedhead.interpret import Reading, Site, candidates, grad_modes, interpret
 from fusedhead.kernels.columns import parse
@@ -109,6 +109,9 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
 
 def with_teachers(graph: Graph, starts: set[Node], grad: bool) -> Reading:
     """The reading of a graph, with such projections as no loss is on but a row program reads all logits of."""
+    with_stacks = stacks.reading_of(graph, starts, grad)
+    if with_stacks is not None:
+        return with_stacks
     reading = interpret(graph, starts, grad)
     more = row_region.teachers(reading)
     if not more:
@@ -224,7 +227,8 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
     if site.escapes:
         node, sentence = site.escapes[0]
         return f"{sentence} (at {where(node)})"
-    read = leaves([site.head.hidden, site.head.weight])
+    read = leaves(site.head.operands)
+    begin = min(site.head.products, key=mutations.position.__getitem__)
     steps = [t.logits for _, t in site.terminals]
     vectors = leaves([c for s in steps for c in s.cols] + [r.value for s in steps for r in s.rows])
     indices = leaves([a for s in steps for step in s.row_steps for a in step.args])
@@ -244,7 +248,7 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
         return "the logits are returned and no gradient is recorded, so building them once is the cheapest"
     if site.terminals:
         end = max((node for node, _ in site.terminals), key=mutations.position.__getitem__)
-        reason = mutations.between(site.head.node, end, [*read, *vectors, *indices])
+        reason = mutations.between(begin, end, [*read, *vectors, *indices])
         if reason:
             return reason
         first = min((node for node, _ in site.terminals), key=mutations.position.__getitem__)
@@ -257,10 +261,10 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
         if reason:
             return reason
     if site.outputs:
-        return mutations.anywhere_after(site.head.node, [*read, *vectors, *indices]) or ""
+        return mutations.anywhere_after(begin, [*read, *vectors, *indices]) or ""
     if any(isinstance(fake(node), torch.Tensor) and fake(node).requires_grad for node in read):
         # the backward reads both operands again, where eager code may need only one of them
-        return mutations.anywhere_after(site.head.node, read) or ""
+        return mutations.anywhere_after(begin, read) or ""
     return ""
 
 

@@ -21,7 +21,7 @@ from fusedhead.kernels.contract import STATS
 from fusedhead.read import name_of
 from fusedhead.safety import Mutations, leaves
 from fusedhead.terminals import Terminal
-from fusedhead.values import Call, Plain, sweep
+from fusedhead.values import Call, Plain, Stack, sweep
 
 MOST_MOVED = 24  # nodes that are moved for the sake of one group
 
@@ -116,6 +116,8 @@ def key_of(ref: Any) -> Any:
 def apart_from_rows(group: Group, grad: dict[Node, bool]) -> tuple:
     """Groups with equal keys differ in their rows alone."""
     logits, head = group.first.logits, group.first.logits.head
+    if isinstance(head, Stack):
+        return (id(group),)
     hidden, weight = head.hidden.val, head.weight.val
     return (
         (key_of(head.weight), head.dtype, logits.vocab, weight.requires_grad),

@@ -8,7 +8,7 @@ sentence). This file reads; it never edits and never decides.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,18 @@ from fusedhead.rules.rowwise import read as by_rows
 from fusedhead.rules.table import Context
 from fusedhead.setitem import columns_set
 from fusedhead.terminals import Terminal
-from fusedhead.values import FOLLOWED, Call, Escape, Followed, Plain, Projection, detached, logits_of, rows_of_hidden
+from fusedhead.values import (
+    FOLLOWED,
+    Call,
+    Escape,
+    Followed,
+    Logits,
+    Plain,
+    Projection,
+    detached,
+    logits_of,
+    rows_of_hidden,
+)
 
 # Names of the ops that can end a head; only projections that reach one of them are looked at.
 ANCHORS = frozenset(
@@ -45,6 +56,7 @@ ANCHORS = frozenset(
 )
 
 
+EMPTY: Mapping[Node, Logits] = {}
 LARGEST_CONSTANT = 4096  # entries of a literal index that may be written into the graph again
 
 
@@ -213,8 +225,13 @@ def is_projection(op: Node) -> bool:
     return name_of(op) in SPELLINGS
 
 
-def interpret(graph: Graph, starts: Iterable[Node] | None = None, grad: bool | None = None) -> Reading:
-    """Follow the logits of every candidate projection, or of those in ``starts``, through the graph."""
+def interpret(
+    graph: Graph, starts: Iterable[Node] | None = None, grad: bool | None = None, stacks: Mapping[Node, Logits] = EMPTY
+) -> Reading:
+    """Follow the logits of every candidate projection, or of those in ``starts``, through the graph.
+
+    ``stacks``: nodes that are the logits of several heads at once.
+    """
     starts, modes = candidates(graph) if starts is None else set(starts), grad_modes(graph, grad)
     values: dict[Node, Any] = {}
     sites: dict[Projection, Site] = {}
@@ -226,6 +243,10 @@ def interpret(graph: Graph, starts: Iterable[Node] | None = None, grad: bool | N
         if node.op == "output":
             for source in node.all_input_nodes:
                 returned(source, values.get(source), sites)
+            continue
+        if node in stacks:
+            values[node] = stacks[node] if modes[node] else detached(stacks[node])
+            sites[stacks[node].head] = Site(stacks[node].head, followed=[*stacks[node].head.products, node])
             continue
         if not heads and node not in starts:
             continue

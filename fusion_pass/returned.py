@@ -107,10 +107,15 @@ def name_for_users(source: Node) -> str:
 INSIDE = frozenset({"self", "L", "G", "_modules", "_parameters", "_buffers", "_orig_mod"})
 
 
+def shape_of(product: Node) -> tuple[Any, ...]:
+    """The sizes [V, D] that belong to a product."""
+    return tuple(fake(node).shape[-1] for node in (product, *product.all_input_nodes[:1]))
+
+
 def recipe(site: Site, slot: int, output: Node, class_dim: int) -> Recipe:
     """The recipe of a followed node that the graph returns in ``slot``."""
     nodes, sources = program_of([output], followed(site))
-    return recipe_of(nodes, sources, {site.head.node: site.head.weight.val.shape}, slot, output, class_dim)
+    return recipe_of(nodes, sources, {node: shape_of(node) for node in site.head.products}, slot, output, class_dim)
 
 
 def recipe_of(

@@ -23,8 +23,9 @@ from fusedhead.groups import Group
 from fusedhead.interpret import Reading
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.row_program import HEAD, ITEM, Line, Ref, RowProgram, Unspeakable, spelled
+from fusedhead.operands import operands, replay
 from fusedhead.read import fake, name_of
-from fusedhead.rewrite import erase, operands, replay
+from fusedhead.rewrite import erase
 from fusedhead.rowwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed, parts
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.rules.rowwise_operands import same

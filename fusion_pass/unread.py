@@ -30,7 +30,7 @@ CARRYING = frozenset(
 
 def unread(graph: Graph, reading: Reading) -> list[HeadRecord]:
     """One record a projection with a loss that the reading does not have."""
-    read = {site.head.node for site in reading.sites}
+    read = {node for site in reading.sites for node in (site.head.node, *site.head.products)}
     missed = candidates(graph) - read
     transform = functorch(graph) if missed else None
     if transform is not None:

@@ -61,6 +61,16 @@ class Projection:
     dtype: torch.dtype  # of the projection's result; operands are cast to it when they differ (autocast)
 
 
+    @property
+    def products(self) -> tuple[Node, ...]:
+        """The nodes that multiply."""
+        return (self.node,)
+
+    @property
+    def operands(self) -> tuple[Plain, ...]:
+        return (self.hidden, self.weight)
+
+
 @dataclass(frozen=True, eq=False)
 class RowStep:
     """An op that moves or picks rows: it commutes with the projection, so it is replayed on h."""
@@ -141,6 +151,30 @@ class Expected:
 Followed = Logits | LogProbs | Probs | Expected
 FOLLOWED = (Logits, LogProbs, Probs, Expected)
 Value = Plain | Logits | LogProbs | Probs | Expected
+
+
+@dataclass(frozen=True, eq=False)
+class Stack(Projection):
+    """Logits of several heads in one tensor, numbered by its dimension ``dim``: where they begin, once they are one.
+
+    ``hidden`` is the stack of their hidden states, for the shapes of their rows; ``weight`` is that of the first.
+    """
+
+    parts: tuple[Logits, ...]  # [..., V] each, without row steps
+    dim: int
+
+    @property
+    def products(self) -> tuple[Node, ...]:
+        return tuple(dict.fromkeys(part.head.node for part in self.parts))
+
+    @property
+    def operands(self) -> tuple[Plain, ...]:
+        return tuple(x for part in self.parts for x in (*part.head.operands, *part.cols))
+
+
+def piece_of(cols: tuple[Plain, ...], begin: int, end: int) -> tuple[Plain, ...]:
+    """Vectors along the vocabulary, from one class to another."""
+    return tuple(Plain(Call(torch.ops.aten.slice.Tensor, (c.ref, 0, begin, end)), c.val[begin:end]) for c in cols)
 
 
 def logits_of(value: Followed) -> Logits:

@@ -34,7 +34,7 @@ from fusedhead.values import (
 aten = torch.ops.aten
 FAMILY = Family(
     "rows",
-    "views, permutations, shift slices and row selection, before or after the head; vocabulary slices",
+    "views, permutations, shift slices, row selection (masks too) before or after the head; pieces of the vocabulary",
     "views that mix tokens and classes; steps along the vocabulary",
 )
 

@@ -38,7 +38,7 @@ from fusedhead.rules.rowwise_losses import LOSSES, nll
 from fusedhead.rules.rowwise_operands import common_tail, heads_of, lined_up, same
 from fusedhead.rules.rowwise_picks import PICKS, picked
 from fusedhead.rules.table import Family
-from fusedhead.values import FOLLOWED, Call, Escape, Expected, Followed, Logits, LogProbs, Plain, Probs
+from fusedhead.values import FOLLOWED, Call, Escape, Expected, Followed, Logits, LogProbs, Plain, Probs, Stack
 
 aten = torch.ops.aten
 
@@ -94,6 +94,8 @@ def rowwise(value: Any) -> Any:
     if not isinstance(value, FOLLOWED):
         return value
     logits = value if isinstance(value, Logits) else value.of
+    if isinstance(logits.head, Stack):
+        raise Escape("logits of several heads that are stacked are not computed token by token")
     tail = tuple(d == logits.class_dim for d in range(logits.val.ndim))
     expr = expression(value, Seed(logits), value.val.dtype)
     return Rowwise(expr, value.val, tail, frozenset({logits.head}))

@@ -117,9 +117,9 @@ def test_a_part_that_is_written_to_is_not_taken_apart() -> None:
     not_fused(program, hidden(6, WIDTH), weight(), weight(), labels(6))
 
 
-def test_an_index_that_is_a_tensor_is_not_taken_apart() -> None:
+def test_an_index_that_is_a_tensor_says_at_run_time_which_head_it_is() -> None:
     def program(h: Tensor, v: Tensor, w: Tensor, y: Tensor, k: Tensor) -> Tensor:
         z = two(h, v, w)
         return F.cross_entropy(z[k][0], y) + F.cross_entropy(z[1], y)
 
-    not_fused(program, hidden(6, WIDTH), weight(), weight(), labels(6), torch.tensor([1, 0]))
+    right(program, hidden(6, WIDTH), weight(), weight(), labels(6), torch.tensor([1, 0]))
