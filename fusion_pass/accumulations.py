@@ -55,7 +55,7 @@ def separate(graph: Graph) -> None:
 def unseen(node: Node, target: Node, order: dict[Node, int]) -> bool:
     """Whether nobody but ``node`` reads the memory of ``target``, a scalar, from ``node`` on."""
     value = fake(target)
-    if not isinstance(value, Tensor) or not target.op.startswith("call_") or (value.is_leaf and value.requires_grad):
+    if not isinstance(value, Tensor) or not target.op.startswith("call_") or (value.requires_grad and value.is_leaf):
         return False
     if not statically_known_true(sym_eq(value.numel(), 1)) or any(order[user] > order[node] for user in target.users):
         return False

@@ -211,6 +211,8 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
     over_classes(dim, logits, "gather")
     index = plain_tensor(index, "the index of gather")
     class_dim = logits.class_dim
+    if index.val.ndim != logits.val.ndim:  # eager code allows it of an index without entries
+        raise Escape("gather reads another number of rows than the logits have")
     picked = index.val.shape[class_dim]
     others = [size for d, size in enumerate(index.val.shape) if d != class_dim]
     if not isinstance(picked, int) or not same_shape(others, rows_shape(logits)):
