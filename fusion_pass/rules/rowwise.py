@@ -56,6 +56,8 @@ def read(target: Any, val: Any, traced: Any, args: tuple, kwargs: dict[str, Any]
 
     ``val`` is the fake result in the program, ``traced`` that of the op alone: they differ where autocast acts.
     """
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        raise Escape(f"{target} is no op that makes a new tensor")
     args, kwargs = tree_map(rowwise, (args, kwargs), is_leaf=lambda x: isinstance(x, FOLLOWED))
     wanted, made = first_dtype(val), first_dtype(traced)
     if wanted != made and wanted is not None and made is not None and wanted.itemsize > made.itemsize:
