@@ -7,7 +7,8 @@ BIN := .venv/bin
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 # Packages that ask for versions of others, or for a torch, that do not fit the rest: installed beside it, without
 # what they ask for (the extra "e2e" brings the rest of that), and seen by the tests in tests/e2e/apart only.
-APART := $(if $(shell command -v nvidia-smi),torchvision,torchvision==0.28.0) timm "torchtune>=0.6.1" "torchao==0.11.0"
+APART := "litgpt>=0.5.13" timm "torchtune>=0.6.1" "torchao==0.11.0" \
+	$(if $(shell command -v nvidia-smi),torchvision,torchvision==0.28.0)
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(sort $(wildcard fusion_pass/*.py fusion_pass/*/*.py lowering/*.py kernels/*.py))
 
