@@ -21,7 +21,7 @@ from fusedhead import observe as observing
 from fusedhead.deferred import deferring, existing
 from fusedhead.deferred_inputs import any_deferred, spread
 from fusedhead.donated import scale_in_place
-from fusedhead.fusion import Wrap, fuse_graph, unwrapped
+from fusedhead.fusion import Needless, Wrap, fuse_graph, unwrapped
 from fusedhead.lowering.cache_key import source_hash
 from fusedhead.options import Options, split
 from fusedhead.report import Report
@@ -74,7 +74,11 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
     original = gm.graph
     try:
         working = copied(gm)
-        report, wrap = fuse_graph(working, options)
+        try:
+            report, wrap = fuse_graph(working, options)
+        except Needless:
+            working = copied(gm)
+            report, wrap = fuse_graph(working, options, twice=False)
     except Exception as error:
         if options.strict:
             raise FusedHeadError(f"fusedhead: the pass failed on this graph: {error}") from error

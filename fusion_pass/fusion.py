@@ -14,7 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fusedhead import accumulations, joined, linear_tail, pieces, regions, returned, row_region, sharded, stacks
+from fusedhead import (
+    accumulations,
+    both_ways,
+    joined,
+    linear_tail,
+    pieces,
+    regions,
+    returned,
+    row_region,
+    sharded,
+    stacks,
+)
 from fusedhead.aliases import storage, written
 from fusedhead.interpret import Reading, Site, candidates, grad_modes, interpret
 from fusedhead.kernels.columns import parse
@@ -73,10 +84,15 @@ def bodies(gm: GraphModule) -> list[Body]:
     return list(found.values())
 
 
-def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
+class Needless(Exception):
+    """Logits that losses read both ways were given two products, and not all losses on them are fused."""
+
+
+def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tuple[Report, Wrap]:
     """Fuse every provable head of ``gm`` in place.
 
     Returns the report and a function to put around the compiled graph (it restores outputs that were redirected).
+    ``twice``: whether logits that are read both ways may get two products; raises Needless where that does not pay.
     """
     started = time.perf_counter()
     report = Report(graphs=1)
@@ -87,14 +103,19 @@ def fuse_graph(gm: GraphModule, options: Options) -> tuple[Report, Wrap]:
     for module, owner, grad in bodies(gm):
         accumulations.separate(module.graph)
         pieces.join(module.graph)
+        products = both_ways.separate(module.graph) if twice else []
         apart = joined.separate(module.graph) if owner == "" else None
         wrap = apart or wrap
         alone = returned.heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
         reading = with_teachers(module.graph, candidates(module.graph) | alone, grad is not False)
         report.heads += unread(module.graph, reading)
+        if products and not reading.sites:
+            raise Needless
         if not reading.sites:
             continue
         records, wrapped = fuse_body(module.graph, reading, owner, options, alone, grad, deferred)
+        if both_ways.left(products):
+            raise Needless
         report.heads += records
         wrap = joined.nested(apart, wrapped) or wrap
         if any(record.fused for record in records):
