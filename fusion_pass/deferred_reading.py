@@ -167,7 +167,7 @@ def answer(
     if reason:
         return Unread(reason)
     rows, all_rows = hint(terminals[0].logits.val.numel()), hint(fake(site.head.node).numel())
-    calls = [call for call, _ in fuse(graph, [site], memory, grads, mutations)]
+    calls = [call for some, _ in fuse(graph, [site], memory, grads, mutations) for call in some]
     if len(calls) != 1:
         return Unread("the call has no sweep, or several")
     # A gradient taken in the forward sweep holds a [V, D] buffer until the backward: not for one chunk of many.

@@ -186,9 +186,9 @@ def fuse_body(
         row_region.fuse(graph, region, options.budget, modes, mutations.position)
     row_region.erase_unused(reading, {site.head for site, reason in decided if not reason})
     engines: dict[Projection, list[str]] = {site.head: [ROW_ENGINE] if site.head in met else [] for site, _ in decided}
-    for call, heads in fuse(graph, [site for site, reason in decided if not reason], options.budget, modes, mutations):
-        planned = planner(call, options.budget)  # reads the call, which an upgrade replaces
-        why = recomputed or linear_tail.upgrade(call)
+    for calls, heads in fuse(graph, [site for site, reason in decided if not reason], options.budget, modes, mutations):
+        planned = planner(calls[0], options.budget)  # reads the call, which an upgrade replaces
+        why = recomputed or linear_tail.upgrade(*calls)
         for head in heads:
             engines[head].append(engine(planned, why))
     for site, reason in decided:

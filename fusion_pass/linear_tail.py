@@ -41,32 +41,38 @@ aten = torch.ops.aten
 TRIES = 4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
 
 
-def upgrade(call: Node) -> str:
-    """Turn a ``head_stats`` call into ``head_loss`` where the tail allows it.
+def upgrade(*calls: Node) -> str:
+    """Turn ``head_stats`` calls whose results meet into ``head_loss`` where the tail allows it.
 
     Returns "" when done, else the sentence that says why the gradients are recomputed instead.
     """
-    h, w, _, cols, rows, _ = call.args[:6]
-    needs = [differentiable(n) for n in (h, w, cols, rows)]  # type: ignore[arg-type]
-    if not any(needs) or not any(map(differentiable, call.users)):
-        return "no gradient is needed"
-    if fake(h).dtype == torch.float16:  # type: ignore[arg-type]
-        return "in float16 a gradient taken before the loss scale is known would underflow"
-    asked = str(call.args[7]).split(",")
-    if set(asked) - set(LINEAR_STATS):
-        return f"{', '.join(sorted(set(asked) - set(LINEAR_STATS)))} is asked for as well"
-    statistics = [user for user in call.users if user.users]
+    for call in calls:
+        if not any(needs_of(call)) or not any(map(differentiable, call.users)):
+            return "no gradient is needed"
+        if fake(call.args[0]).dtype == torch.float16:  # type: ignore[arg-type]
+            return "in float16 a gradient taken before the loss scale is known would underflow"
+        asked = set(str(call.args[7]).split(","))
+        if asked - set(LINEAR_STATS):
+            return f"{', '.join(sorted(asked - set(LINEAR_STATS)))} is asked for as well"
+    statistics = [user for call in calls for user in call.users if user.users]
     reason = "the per-row results are not reduced to one scalar"
     for tail in tails(statistics)[:TRIES]:
-        reason = try_tail(call, statistics, tail, needs)
+        reason = try_tail(calls, statistics, tail)
         if not reason:
             break
     return reason
 
 
-def try_tail(call: Node, statistics: Sequence[Node], tail: Sequence[Node], needs: list[bool]) -> str:
+def needs_of(call: Node) -> list[bool]:
+    """Which of h, w, cols, rows want a gradient."""
+    h, w, _, cols, rows, _ = call.args[:6]
+    return [differentiable(n) for n in (h, w, cols, rows)]  # type: ignore[arg-type]
+
+
+def try_tail(calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[Node]) -> str:
     """`upgrade` with one tail: "" when done."""
-    impure = writes_into(call, tail[-1])
+    graph = tail[-1].graph
+    impure = next((node for call in calls if (node := writes_into(call, tail[-1])) is not None), None)
     if impure is not None:
         return f"{name_of(impure)} works in place on the loss"
     unread = next((node for node in tail if isinstance(node.target, torch._ops.HigherOrderOperator)), None)
@@ -74,7 +80,7 @@ def try_tail(call: Node, statistics: Sequence[Node], tail: Sequence[Node], needs
         return f"{name_of(unread)} takes the loss, and what it does with it is not read"
     inside = {*statistics, *tail}
     others = list(dict.fromkeys(s for node in tail for s in node.all_input_nodes if s not in inside))
-    squares = squares_of_lse(statistics, tail)
+    squares = squares_of_lse(statistics, tail) if len(calls) == 1 else []
     program = coefficients(statistics, squares, tail, others)
     if isinstance(program, str):
         return program
@@ -83,54 +89,62 @@ def try_tail(call: Node, statistics: Sequence[Node], tail: Sequence[Node], needs
     reads = dependent(program.graph, free)
     used = {n for node in needed(program.graph, reads) for n in node.all_input_nodes}
     operands = [other for other, n in zip(others, placeholders[free:]) if n in used]
-    blocked = depends_on(operands, call)
+    blocked = next((node for call in calls if (node := depends_on(operands, call)) is not None), None)
     if blocked is not None:
         return f"{blocked.name} depends on the per-row results themselves"
-    anchor = first_use(call.graph, statistics)
+    anchor = first_use(graph, statistics)
     if overwritten(operands, anchor, tail[-1]):
         return "an operand of the loss is changed in place after the head"
-    forbidden = hoist(call.graph, operands, anchor, grad_modes(call.graph))
-    return forbidden or replace(call, statistics, squares, others, program, anchor, needs)
+    forbidden = hoist(graph, operands, anchor, grad_modes(graph))
+    return forbidden or replace(calls, statistics, squares, others, program, anchor)
 
 
 def replace(
-    call: Node,
+    calls: Sequence[Node],
     statistics: Sequence[Node],
     squares: Sequence[Node],
     others: Sequence[Node],
     program: GraphModule,
     anchor: Node,
-    needs: list[bool],
 ) -> str:
-    """Put ``head_loss``, with its coefficients, in the place of ``head_stats``: "" when done."""
-    emit = Emit(call.graph)
-    tensors: Any = call.args[:6]
-    transform, stats, memory = call.args[6:]
-    with emit.before(anchor, call, grad=True):
+    """Put ``head_loss``, with its coefficients, in the place of each ``head_stats``: "" when done."""
+    emit = Emit(anchor.graph)
+    h, _, y = calls[0].args[:3]
+    with emit.before(anchor, calls[0], grad=True):
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
         env: dict[Node, Any] = dict(zip(placeholders, [*statistics, *squares, *others]))
         reads = dependent(program.graph, len(statistics) + len(squares))
         for node in needed(program.graph, reads):
             if shape_only(node) and node.args[0] in reads:
                 try:
-                    env[node] = shaped_like(emit, node, env, tensors[0], tensors[2])
+                    env[node] = shaped_like(emit, node, env, h, y)  # type: ignore[arg-type]
                 except UnknownSize as unknown:
                     for made in reversed(emit.made):
-                        call.graph.erase_node(made)
+                        made.graph.erase_node(made)
                     return str(unknown)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = emit(node.target, *args, **kwargs)
         gradients: Any = program.graph.output_node().args[0]
         results = [named(emit(aten.detach.default, env[r]), "coefficients") for r in gradients]
-        given = {name_index(s): r for s, r in zip(statistics, results)}
-        empty = named(emit(aten.new_empty.default, tensors[0], [0], dtype=torch.float32), "no_coefficients")
-        c = [given.get(i, empty) for i in range(len(LINEAR_STATS))]
         square = [emit(aten.reshape.default, r, [-1]) for r in results[len(statistics) :]]
-        total = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), square) if square else empty
-        op = torch.ops.fusedhead.head_loss.default
-        loss = emit(op, *tensors, *c, total, transform, stats, memory, *needs)
-        read = {s: emit(operator.getitem, loss, name_index(s)) for s in statistics}
+        for call in calls:
+            given = {s: r for s, r in zip(statistics, results) if s.args[0] is call}
+            replace_call(emit, call, given, square)
+    return ""
+
+
+def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares: Sequence[Node]) -> None:
+    """One ``head_loss`` in the place of a ``head_stats``; ``coefficients`` of its results."""
+    tensors: Any = call.args[:6]
+    transform, stats, memory = call.args[6:]
+    given = {name_index(s): r for s, r in coefficients.items()}
+    empty = named(emit(aten.new_empty.default, tensors[0], [0], dtype=torch.float32), "no_coefficients")
+    c = [given.get(i, empty) for i in range(len(LINEAR_STATS))]
+    total = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), squares) if squares else empty
+    op = torch.ops.fusedhead.head_loss.default
+    loss = emit(op, *tensors, *c, total, transform, stats, memory, *needs_of(call))
+    read = {s: emit(operator.getitem, loss, name_index(s)) for s in coefficients}
     for statistic, node in read.items():
         statistic.replace_all_uses_with(node)
     for node in [*call.users, call]:
@@ -138,7 +152,6 @@ def replace(
     named(loss, "head")
     for node in read.values():
         named(node, LINEAR_STATS[name_index(node)])
-    return ""
 
 
 class UnknownSize(Exception):

@@ -84,13 +84,13 @@ PURE_VIEWS = frozenset({"t", "transpose", "getattr", "view", "reshape", "permute
 
 def fuse(
     graph: Graph, sites: Sequence[Site], memory: int, grad: dict[Node, bool], mutations: Mutations
-) -> list[tuple[Node, list[Projection]]]:
-    """Rewrite sites with ``head_stats`` calls. Returns each call and the heads that it serves."""
+) -> list[tuple[list[Node], list[Projection]]]:
+    """Rewrite sites with ``head_stats`` calls. Returns the calls of each batch and the heads that they serve."""
     calls, emit = [], Emit(graph)
     old = {node for site in sites for node in (site.head.node, *site.followed, *(n for n, _ in site.terminals))}
     for batch in batches(graph, sites, grad, mutations):
         heads = [group.first.logits.head for group in batch]
-        calls += [(call, heads) for call in sweeps_of(emit, batch, memory, grad, mutations.position)]
+        calls.append((sweeps_of(emit, batch, memory, grad, mutations.position), heads))
     for node, rows in (size for site in sites for size in site.sizes):
         with emit.before(node, node, grad=grad[node]):
             node.replace_all_uses_with(emit(aten.sym_size.int, emit.ref(rows), *node.args[1:]))
@@ -100,7 +100,8 @@ def fuse(
     erase(reversed(emit.made), made.__contains__)
     kept = [node.name for node in old if not node._erased]
     assert not kept, f"{', '.join(kept)} would still be computed"  # the caller then keeps the original graph
-    return [(call, heads) for call, heads in calls if not call._erased]  # what nobody uses takes its sweep with it
+    left = [([call for call in some if not call._erased], heads) for some, heads in calls]
+    return [(some, heads) for some, heads in left if some]  # what nobody uses takes its sweep with it
 
 
 def cut(emit: Emit, whole: dict[str, Node], counts: Sequence[Any]) -> dict[str, list[Node]]:

@@ -23,8 +23,8 @@ from fusedhead.values import Call, Plain
 
 FAMILY = Family(
     "where",
-    "training, `no_grad`, `inference_mode`, autocast, activation checkpointing, `nested_compile_region`, gradient accumulation, several heads, "
-    "`dynamic=True`, `mode=`",
+    "training, `no_grad`, `inference_mode`, autocast, activation checkpointing, `nested_compile_region`, gradient "
+    "accumulation, several heads, `dynamic=True`, `mode=`",
     "inside `torch.func` transforms; DTensor and other tensor subclasses; where hidden states, weight or labels are "
     "written between the projection and the loss",
 )

@@ -83,11 +83,12 @@ def statistics_of(emit: Emit, group: Group, memory: int) -> tuple[dict[str, Node
         op = torch.ops.fusedhead.head_stats.default
         call = named(emit(op, *tensors, text, ",".join(group.want), memory), "head")
         calls.append(call)
-        rows = [size for d, size in enumerate(sizes) if d != head.dim]
         for name in group.want:
-            stat = named(emit(operator.getitem, call, STATS.index(name)), name)
-            tail = [width] if name == "picked" else []
-            found[name].append(emit(aten.reshape.default, stat, [*rows, *tail]))
+            found[name].append(named(emit(operator.getitem, call, STATS.index(name)), name))
+    rows = [size for d, size in enumerate(sizes) if d != head.dim]
+    for name, stats in found.items():  # when all sweeps have run: what is linear in one is so in all of them
+        shape = [*rows, width] if name == "picked" else rows
+        found[name] = [emit(aten.reshape.default, stat, shape) for stat in stats]
     return {name: together(emit, stats, head.dim, place, name == "picked") for name, stats in found.items()}, calls
 
 

@@ -8,10 +8,11 @@ checkpointing, grad-mode toggles and loops, and in-place writes where they hurt 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from tests.fuzz.losses import TERMINALS, reduce, side
 from tests.fuzz.program import Case
-from tests.fuzz.projections import align, hidden, project
+from tests.fuzz.projections import align, hidden, project, several
 from tests.fuzz.transforms import MOVES, STEPS
 from tests.fuzz.writer import Logits, Writer
 
@@ -77,8 +78,52 @@ def chunked(w: Writer, z: Logits) -> str:
     return total
 
 
+def chunked_heads(w: Writer, h: str, flat: bool) -> tuple[str, Logits]:
+    """A loop over pieces of the tokens that calls the head for each."""
+    rows = align(w, flat)
+    weight = w.floats("w", "V, D", grad=0.9, scale=0.6)
+    total = w.let("total", w.pick(["0.0", "torch.zeros([])"]))
+    piece = w.pick([".split(2)", ".chunk(3)", "" if not flat else ".split(3)"])
+    ignore = f"ignore_index={w.ignore}, reduction='{w.pick(['mean', 'sum'])}'"
+    with w.block(f"for hc, yc in zip({h}{piece}, {rows.y}{piece}):"):
+        z = w.pick(["{}", "3 * torch.tanh({} / 3)", "{}.float()"]).format(f"F.linear(hc, {weight}.to(hc.dtype))")
+        one = f"F.cross_entropy(({z}).reshape(-1, {w.sizes['V']}), yc.reshape(-1), {ignore})"
+        w.line(w.pick([f"{total} += {one}", f"{total} = {total} + {one}", f"{total} -= 0.5 * {one}"]))
+    z = w.let("z", f"F.linear({h}, {weight}.to({h}.dtype))")
+    return total, Logits(z, rows.rank + 1, rows.rank, w.sizes["V"], rows)
+
+
+def in_a_region(w: Writer, h: str, flat: bool) -> tuple[str, Logits]:
+    """Head and loss, or one of them, in a region that is compiled once and called twice."""
+    inner = w.fresh("body")
+    rows = align(w, flat)
+    kind = w.pick(["both", "head", "loss"])
+    once = f"{inner} = torch.compiler.nested_compile_region({inner})"
+    if kind == "loss":
+        z = project(w, h, flat, rows)
+        with w.block(f"def {inner}(z):"):
+            w.line(f"return {loss(w, replace(z, name='z'))}")
+        w.line(once)
+        found = w.let("l", f"{inner}({z.name}).sum() + {inner}({z.name} * 0.5).sum()")
+        return found, z
+    with w.block(f"def {inner}(h):"):
+        z = change(w, project(w, "h", flat, rows)) if kind == "both" else project(w, "h", flat, rows)
+        w.line(f"return {loss(w, z) if kind == 'both' else z.name}")
+    w.returns.clear()  # what was given inside is not visible out here
+    w.line(once)
+    if kind == "both":
+        return w.let("l", f"{inner}({h}).sum() + {inner}({h} * 0.5).sum()"), z
+    first, second = (replace(z, name=w.let("z", f"{inner}({x})")) for x in (h, f"{h} * 0.5"))
+    return w.let("l", f"{loss(w, first)}.sum() + {loss(w, second)}.sum()"), first
+
+
 def whole_loss(w: Writer, h: str, flat: bool, previous: Logits | None) -> tuple[str, Logits]:
-    z = head(w, h, flat, previous)
+    if previous is None and w.chance(0.04):
+        return chunked_heads(w, h, flat)
+    if previous is None and w.chance(0.08):
+        z = change(w, several(w, h, flat))
+    else:
+        z = head(w, h, flat, previous)
     if w.chance(0.06):
         return chunked(w, z), z
     found = loss(w, z)
@@ -119,6 +164,8 @@ def draw(seed: str | int) -> Case:
     h = hidden(w, flat)
     if w.chance(0.08):
         found, z = checkpointed(w, h, flat)
+    elif w.chance(0.04):
+        found, z = in_a_region(w, h, flat)
     else:
         with w.maybe(0.06, 'with torch.autocast("cpu", torch.bfloat16):'):
             found, z = whole_loss(w, h, flat, None)

@@ -63,6 +63,28 @@ def align(w: Writer, flat: bool) -> Rows:
     return Rows(y, m, rank)
 
 
+def several(w: Writer, h: str, flat: bool) -> Logits:
+    """The logits of several heads in one tensor, numbered by its first or its last dimension of rows."""
+    k, vocab, rank = w.pick([2, 3]), w.sizes["V"], 1 if flat else 2
+    last = w.chance(0.6)
+    tokens = "B * T" if flat else "B, T"
+    shape = f"{tokens}, {k}" if last else f"{k}, {tokens}"
+    ignored = f"torch.where(torch.rand({shape}) < 0.2, {w.ignore}, torch.randint(0, V, ({shape},)))"
+    rows = Rows(w.input("y", ignored), w.input("m", f"torch.rand({shape}).to(dtype)"), rank + 1)
+    weights = w.floats("w", f"{k}, V, D", grad=0.9, scale=0.6)
+    cast = f"{weights}.to({h}.dtype)"
+    biases = w.floats("b", f"{k}, V", grad=0.7) if w.chance(0.3) else ""
+    bias = f", {biases}[i].to({h}.dtype)" if biases else ""
+    at = rank if last else 0
+    stacked = f"torch.stack([F.linear({h}, {cast}[i]{bias}) for i in range({k})], {at})"
+    rest = "nd" if flat else "btd"
+    out = rest[:-1] + "kv" if last else "k" + rest[:-1] + "v"
+    viewed = f"F.linear({h}, {cast}.view(-1, {h}.shape[-1])).view(*{h}.shape[:-1], {k}, {vocab})"
+    spelled = [(4, stacked), (2, f"torch.einsum('{rest},kvd->{out}', {h}, {cast})")]
+    spelled += [(2, viewed)] if last else []
+    return Logits(w.let("z", w.weighted(spelled)), rank + 2, rank + 1, vocab, rows)
+
+
 def rows_of(w: Writer, rank: int, previous: Rows | None) -> Rows:
     return previous if previous is not None else align(w, rank == 2)
 
@@ -82,6 +104,12 @@ def project(w: Writer, h: str, flat: bool, rows: Rows) -> Logits:
         (1, f"({h} @ {transposed}).contiguous()"),
         (1, f"torch.inner({h}, {stored})"),
         (1, f"torch.tensordot({h}, {transposed}, 1)"),
+    ]
+    spelled += [
+        (1, f"torch.cat([F.linear(x, {stored}) for x in {h}.split(2)])"),
+        (1, f"torch.cat([F.linear({h}, x) for x in ({stored}).split(3)], -1)"),
+        (1, f"torch.cat([x.float() * 0.5 for x in F.linear({h}, {stored}).chunk(2, -1)], -1)"),
+        (1, f"torch.stack([F.linear(x, {stored}) for x in {h}])"),
     ]
     if flat:
         spelled += [(3, f"torch.mm({h}, {transposed})"), (1, f"{h}.mm({transposed})"), (1, f"({stored} @ {h}.t()).t()")]
