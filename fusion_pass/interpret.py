@@ -8,7 +8,7 @@ sentence). This file reads; it never edits and never decides.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.aliases import storage, written
-from fusedhead.read import fake, inputs, name_of, trace
+from fusedhead.read import Traces, fake, inputs, name_of, trace
 from fusedhead.rowwise import Rowwise, parts
 from fusedhead.rowwise import detached as detached_rows
 from fusedhead.rules import RULES
@@ -237,6 +237,7 @@ def interpret(
     sites: dict[Projection, Site] = {}
     rowwise: dict[Node, Any] = {}
     unread: dict[Node, str] = {}
+    traced = Traces()
     for node in graph.nodes:
         sources = [values[s] for s in node.all_input_nodes if s in values]
         heads = heads_of(sources)
@@ -255,7 +256,7 @@ def interpret(
             sites[logits.head].sizes.append((node, rows_of_hidden(logits)))
             continue
         try:
-            value = follow(node, values)
+            value = follow(node, values, traced)
         except Escape as escape:
             if not heads:
                 unread[node] = str(escape)
@@ -297,7 +298,7 @@ def quiet(value: Any) -> Any:
     return detached_rows(value, torch.ops.aten.detach.default) if isinstance(value, Rowwise) else detached(value)
 
 
-def follow(node: Node, values: dict[Node, Any]) -> Any:
+def follow(node: Node, values: dict[Node, Any], traced: Callable[[Node], GraphModule] = trace) -> Any:
     """`evaluate`, for the nodes that have no ATen trace of their own too."""
     if name_of(node) == "getitem" and isinstance(values.get(node.args[0]), (list, tuple)):  # type: ignore[arg-type]
         return values[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -312,7 +313,7 @@ def follow(node: Node, values: dict[Node, Any]) -> Any:
     if not isinstance(fake(node), (torch.Tensor, tuple, list)):
         raise Escape(f"{name_of(node)} of the logits is no tensor")
     try:
-        program = trace(node)
+        program = traced(node)
     except Exception as error:  # a node that cannot be traced alone is a use we cannot read
         raise Escape(f"{name_of(node)} cannot be traced alone ({type(error).__name__}: {error})") from error
     return evaluate(node, program, values)

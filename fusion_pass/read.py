@@ -7,7 +7,7 @@ nothing of heads; it must not edit the graph it reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from typing import Any
 
@@ -58,6 +58,51 @@ def trace(node: Node) -> GraphModule:
     mode = maybe_get_fake_mode(tensors[0]) if tensors else None
     with torch.autocast(device, enabled=False), torch.no_grad(), mode or nullcontext():
         return make_fx(standalone, pre_dispatch=True)(*map(fake, sources))
+
+
+def kind(node: Node) -> Hashable:
+    """What a node's trace depends on: its function, its constants, and what tensors it is given. None: not known."""
+    sources = inputs(node)
+    leaves, spec = tree_flatten((node.args, node.kwargs))
+
+    def of(leaf: Any) -> Hashable:
+        if isinstance(leaf, Node):
+            return "node", sources.index(leaf)
+        if isinstance(leaf, slice):
+            return "slice", of(leaf.start), of(leaf.stop), of(leaf.step)
+        return type(leaf), leaf
+
+    try:
+        found = node.op, node.target, str(spec), *map(of, leaves), *map(layout, map(fake, sources))
+        hash(found)
+        return found
+    except (TypeError, RuntimeError, NotImplementedError):
+        return None
+
+
+def layout(value: Any) -> Hashable:
+    """What tells fake tensors apart, but for their place in memory. Raises TypeError where it is not known."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        raise TypeError
+    sizes = *value.shape, *value.stride()
+    if not all(isinstance(size, int) for size in sizes):
+        raise TypeError
+    return type(value), value.ndim, sizes, value.dtype, value.device, value.is_conj(), value.is_neg()
+
+
+class Traces:
+    """The traces of one graph's nodes. Nodes that do the same to tensors of the same kind, as in loops, share one."""
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, GraphModule] = {}
+
+    def __call__(self, node: Node) -> GraphModule:
+        known = kind(node)
+        if known is None:
+            return trace(node)
+        if known not in self.known:
+            self.known[known] = trace(node)
+        return self.known[known]
 
 
 def every_dimension(index: Any, ndim: int) -> list[Any]:

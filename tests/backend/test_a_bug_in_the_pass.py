@@ -46,7 +46,7 @@ STAGES = [
     "interpret.overwritten", "fusion.unread", "fusion.gate", "size_gate.known", "fusion.row_region.regions",
     "fusion.row_region.teachers", "fusion.row_region.fuse", "fusion.row_region.erase_unused", "fusion.refusal",
     "fusion.subclass", "fusion.functorch", "fusion.together", "fusion.returned.recipe", "fusion.returned.redirect",
-    "fusion.fuse", "rewrite.groups", "rewrite.operands", "rewrite.rebuild", "rewrite.erase", "emit.Emit.__call__",
+    "fusion.fuse", "groups.groups", "operands.operands", "rewrite.rebuild", "rewrite.erase", "emit.Emit.__call__",
     "fusion.planner", "fusion.engine", "fusion.linear_tail.upgrade", "linear_tail.try_tail", "linear_tail.hoist",
     "linear_tail.replace", "fusion.describe",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fusedhead import aliases, backend, hoisting, interpret, joined, read, returned, safety, tail_gradient, tail_nodes
 from fusedhead.emit import Emit
 from fusedhead.options import Options
+from tests.eager_stack import Rewritten
 
 D, V = 16, 64
 
@@ -55,7 +56,7 @@ def counted(layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     with monkeypatch.context() as patch:
         for name, modules in {
             "written": (aliases, hoisting, interpret, joined, returned, safety, tail_nodes),
-            "trace": (interpret, read),
+            "trace": (read,),
             "make_fx": (read, tail_gradient),
         }.items():
             for module in modules:
@@ -73,6 +74,20 @@ def counted(layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         x = torch.randint(0, V, (2, 8))
         torch.compile(Decoder(layers), backend=compile_graph)(x, x)
     return count
+
+
+def test_the_pieces_of_a_loop_share_their_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([F.cross_entropy(F.linear(a, w), b) for a, b in zip(h.split(2), y.split(2))]).sum()
+
+    made, once = [], read.trace
+    monkeypatch.setattr(read, "trace", lambda node: made.append(node) or once(node))
+    h, w = torch.randn(16, D, requires_grad=True), nn.Parameter(torch.randn(V, D))
+    y = torch.randint(0, V, (16,))
+    rewritten = Rewritten(program)
+    torch.testing.assert_close(rewritten(h, w, y), program(h, w, y))
+    assert all(head.fused for head in rewritten.report.heads)
+    assert len(made) <= 4
 
 
 def test_layers_are_visited_and_never_traced(monkeypatch: pytest.MonkeyPatch) -> None:
