@@ -18,6 +18,7 @@ from fusedhead.deferred_knowledge import Family, Recorded
 from fusedhead.deferred_outcome import Unread, Wide
 from fusedhead.deferred_picks import picks
 from fusedhead.deferred_program import Leaf, Mode, Unreadable, encode
+from fusedhead.deferred_recording import pick, record
 from fusedhead.deferred_request import NotRecorded, Request
 from fusedhead.deferred_tensor import DeferredLogits, Rebound, is_adopted, linked, plain
 
@@ -67,7 +68,7 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         if isinstance(outcome, Wide):
             if not (tables.lazy(func) or tables.put_off(func)):
                 return compute(func, args, kwargs)
-            return Request(Recorded(func, *code, kept(tensors), mode)).record()
+            return record(Request(Recorded(func, *code, kept(tensors), mode)))
         return request.answered(outcome)
     except NotRecorded:
         return compute(func, args, kwargs)
@@ -80,8 +81,8 @@ def later(request: Request, args: tuple, kwargs: dict[str, Any]) -> Any:
         shape = first._known.layout.shape
         chosen = picks(request.recorded.func.__name__, shape, args[1:], kwargs)
         if chosen is not None and not any(shape[pick.dim] in request.exact for each in chosen for pick in each):
-            return request.pick(chosen)
-    return request.record()
+            return pick(request, chosen)
+    return record(request)
 
 
 def kept(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""One call on deferred logits: recorded for later, or looked up, learnt and answered.
+"""One call on deferred logits: looked up, learnt and answered.
 
 What was learnt about a call is kept by its form, so that the next batch finds it again, whatever its size.
 """
@@ -25,14 +25,10 @@ from fusedhead.deferred_outcome import (
     Unread,
     Wide,
 )  # fmt: skip
-from fusedhead.deferred_picks import Pick, Picks
 from fusedhead.deferred_program import (
-    Const,
-    Group,
     Leaf,
     Made,
     Mode,
-    Program,
     Step,
     encode,
     joined,
@@ -43,7 +39,7 @@ from fusedhead.deferred_program import (
 )  # fmt: skip
 from fusedhead.deferred_reading import read_call
 from fusedhead.deferred_sweeps import ancestry, known_statistic, top
-from fusedhead.deferred_tensor import DeferredLogits, linked
+from fusedhead.deferred_tensor import DeferredLogits
 from fusedhead.kernels.contract import STATS
 
 log = logging.getLogger("fusedhead")
@@ -85,70 +81,6 @@ class Request:
         self.leaves.append(tensor)
         self.states.append(state(tensor) if at is None else at)
         return Leaf(len(self.leaves) - 1)
-
-    def record(self) -> Any:
-        """Deferred logits for the result."""
-        call, origin = self.recorded, self.origin
-        key = (self.what, tuple(
-            t._known.layout if isinstance(t, DeferredLogits) else (t.shape, t.stride(), t.dtype, t.requires_grad)
-            for t in call.tensors
-        ))  # fmt: skip
-        known = origin.recorded.get(key)
-        if known is None:
-            try:
-                layouts, many = call.layouts()
-            except Exception as error:
-                raise NotRecorded from error
-            with origin.lock:
-                if len(origin.recorded) > LEARNT:
-                    origin.recorded.clear()
-                known = origin.recorded.setdefault(key, (self.programs(layouts, many), layouts, many))
-        programs, layouts, many = known
-        leaves, states, family = tuple(self.leaves), tuple(self.states), self.subjects[0]._known.family
-        results = [
-            linked(Knowledge(origin, program, leaves, states, call, None if many is None else part, family, layout))
-            for part, (program, layout) in enumerate(zip(programs, layouts))
-        ]
-        for subject in self.subjects[1:]:
-            for result in results:  # a write to another head's logits concerns it too
-                subject._known.family.join(result)
-        return results[0] if many is None else many(results)
-
-    def pick(self, rows: Picks) -> Any:
-        """Deferred logits for rows picked by number, read as a choice by a tensor of numbers."""
-        call, origin, before = self.recorded, self.origin, self.subjects[0]._known
-        key = ("layouts", call.func, call.args, call.kwargs, call.mode.grad, before.layout)
-        known = origin.recorded.get(key)
-        if known is None:
-            try:
-                known = origin.recorded[key] = ((), *call.layouts())
-            except Exception as error:
-                raise NotRecorded from error
-        _, layouts, many = known
-        results = []
-        for part, (chosen, layout) in enumerate(zip(rows, layouts)):
-            numbers = [index(pick.rows, before.leaves[0].device) for pick in chosen]
-            form = ("rows", before.program, call.mode, tuple((pick.dim, pick.drop) for pick in chosen))
-            known = origin.recorded.get(form)
-            if known is None:
-                program = picking(before.program, len(before.leaves), chosen, call.mode)
-                known = origin.recorded.setdefault(form, ((program,), [], None))
-            results.append(linked(Knowledge(
-                origin, known[0][0], (*before.leaves, *numbers), (*before.states, *map(state, numbers)), call,
-                None if many is None else part, before.family, layout,
-            )))  # fmt: skip
-        return results[0] if many is None else many(results)
-
-    def programs(self, layouts: Sequence[Any], many: Any) -> tuple[Program, ...]:
-        """The programs of the results; the same ones for the same call on tensors of other sizes."""
-        same = self.origin.recorded.get((self.what, len(layouts)))
-        if same is not None:
-            return same[0]
-        steps, _ = self.steps()
-        last = len(steps) - 1
-        made = tuple(Program(tuple(steps), Made(last, None if many is None else i)) for i in range(len(layouts)))
-        self.origin.recorded[self.what, len(layouts)] = (made, [], many)
-        return made
 
     def steps(self, others: Sequence[Knowledge] = ()) -> tuple[list[Step], list[Made]]:
         """The call and all that leads to it, and where the subjects and ``others`` are among the steps."""
@@ -253,28 +185,6 @@ class Request:
         kept = {name: have[name] for name in names if name in sharing.shareable}
         home._known.statistics.setdefault(grad, {}).update(kept)
         return have
-
-
-def index(rows: range, device: torch.device) -> Tensor:
-    return torch.arange(rows.start, rows.stop, rows.step, device=device)
-
-
-def picking(before: Program, leaves: int, chosen: Sequence[Pick], mode: Mode) -> Program:
-    """``before``, and then the rows that leaves from number ``leaves`` on hold the numbers of."""
-    steps, at = list(before.steps), before.result
-    none = encode({}, lambda _: Leaf(0))
-
-    def add(func: Any, *args: Any) -> Made:
-        code = Group(tuple, tuple(a if isinstance(a, (Leaf, Made)) else Const(int, a) for a in args))
-        steps.append(Step(func, code, none, mode))
-        return Made(len(steps) - 1)
-
-    for i, pick in enumerate(chosen):
-        at = add(Tensor.index_select, at, pick.dim, Leaf(leaves + i))
-    for pick in reversed(chosen):
-        if pick.drop:
-            at = add(Tensor.squeeze, at, pick.dim)
-    return Program(tuple(steps), at)
 
 
 def sweep_whole(tensor: DeferredLogits, name: str, class_dim: int) -> None:
