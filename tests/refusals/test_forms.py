@@ -75,15 +75,21 @@ def test_an_angular_margin_taken_in_place_without_gradients_is_left_alone() -> N
     left(program, hidden(6, D), weight(), labels(6), because="the logits are indexed along the vocabulary")
 
 
-def test_a_contrastive_loss_in_both_directions_is_left_alone() -> None:
+def test_a_contrastive_loss_in_both_directions_is_right() -> None:
     def program(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         z = scale.exp() * F.normalize(a) @ F.normalize(b).t()
         y = torch.arange(6)
         return F.cross_entropy(z, y) + F.cross_entropy(z.t(), y)
 
-    left(
-        program, hidden(6, D), hidden(6, D), torch.tensor(0.5, requires_grad=True), because="dimension 1 as the classes"
-    )
+    right(program, hidden(6, D), hidden(6, D), torch.tensor(0.5, requires_grad=True), fused=2)
+
+
+def test_classes_in_the_dimension_of_the_tokens_are_left_alone() -> None:
+    def program(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        z, y = a @ b.t(), torch.arange(6)
+        return F.cross_entropy(z, y) + F.cross_entropy(z.t(), y), z.cumsum(0)
+
+    left(program, hidden(6, D), hidden(6, D), because="dimension 1 as the classes")
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo itself
