@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fusedhead.interpret import ANCHORS, Reading, follow, interpret
-from fusedhead.joined import stacked
 from fusedhead.read import fake, name_of
 from fusedhead.returned import rooted_in_inputs
 from fusedhead.rules.projections import SPELLINGS
@@ -35,6 +34,7 @@ FAMILY = Family(
     "weight); logits put together from pieces; heads stacked under one loss",
     "pieces that something else reads or writes to",
 )
+CATS = frozenset({"cat", "concat", "concatenate"})  # along tokens, a stack whose numbers are then tokens too
 MOST = 64  # heads: each is a sweep
 
 
@@ -83,9 +83,11 @@ def stack_at(node: Node) -> Logits | None:
     )  # fmt: skip
     if not alike or dim >= fake(node).ndim - 1:
         return None
+    moved = (RowStep(aten.flatten.using_ints, (dim, dim + 1), keeps_order=True),) if name_of(node) in CATS else ()
     hidden = Plain(Call(aten.stack.default, ([rows_of_hidden(p) for p in parts], dim)), None)
     head = Stack(node, hidden, first.head.weight, first.head.dtype, tuple(parts), dim)
-    return Logits(head, fake(node), fake(node).ndim - 1, vocab=first.vocab and (0, int(first.val.shape[-1])))
+    vocab = first.vocab and (0, int(first.val.shape[-1]))
+    return Logits(head, fake(node), fake(node).ndim - 1, row_steps=moved, vocab=vocab)
 
 
 def product(node: Node) -> Logits:
@@ -97,10 +99,14 @@ def product(node: Node) -> Logits:
 
 
 def of_products(node: Node) -> tuple[list[Logits], int] | None:
-    known = stacked(node)
-    if known is None or len(set(known[0])) != len(known[0]):
+    listed = node.args[0] if node.args else node.kwargs.get("tensors")
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if name_of(node) not in {"stack", *CATS} or not isinstance(listed, (list, tuple)) or not isinstance(dim, int):
         return None
-    return [product(part) for part in known[0]], known[1]
+    nodes = [part for part in listed if isinstance(part, Node)]
+    if len(set(nodes)) != len(listed):
+        return None
+    return [product(part) for part in nodes], dim % fake(node).ndim
 
 
 def of_pieces(node: Node) -> tuple[list[Logits], int] | None:

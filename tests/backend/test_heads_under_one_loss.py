@@ -66,6 +66,15 @@ def test_losses_of_stacked_heads(loss: str) -> None:
     right(program("one weight, viewed", loss), *inputs())
 
 
+def test_heads_joined_along_the_tokens() -> None:
+    def joined(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = torch.cat([F.linear(h, w[k]) for k in range(K)], 1)
+        return F.cross_entropy(z[:, 1:].reshape(-1, V), y[:, 1:].reshape(-1))
+
+    report = right(joined, hidden(), weight(K, V, D), labels(B, K * T))
+    assert report.after.count("fusedhead.head_loss.default(") == K
+
+
 def test_a_head_for_every_position() -> None:
     def depth_decoder(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         z = torch.stack([F.linear(h[:, k, :], w[k].T) for k in range(K)], dim=1)
