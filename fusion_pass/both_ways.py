@@ -23,8 +23,14 @@ from fusedhead.emit import Emit, aten
 from fusedhead.hoisting import autocasts
 from fusedhead.interpret import ANCHORS, grad_modes
 from fusedhead.read import fake, name_of
+from fusedhead.rules.table import Family
 from fusedhead.safety import Mutations
 
+FAMILY = Family(
+    "losses in both directions",
+    "one loss along the classes and one along the other dimension of the same product (CLIP), as two heads",
+    "",
+)
 TRANSPOSES = frozenset({"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute"})
 PRODUCTS = frozenset({"matmul", "mm", "linear"})
 # element by element, of one matrix and numbers: the same before and after a transpose

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fusedhead import returned, safety, size_gate, stacks
+from fusedhead import both_ways, returned, safety, size_gate, stacks
 from fusedhead.rules import RULES, columns, losses, projections, rows, rowwise, statistics
 from fusedhead.rules.table import Family
 
 PARTS: tuple[ModuleType, ...] = (
-    projections, columns, rows, losses, statistics, rowwise, stacks, returned, safety, size_gate
+    projections, columns, rows, losses, statistics, rowwise, stacks, both_ways, returned, safety, size_gate
 )  # fmt: skip
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 BEGIN, END = "<!-- python -m fusedhead.rules -->", "<!-- end -->"
