@@ -25,6 +25,7 @@ from fusedhead.lowering.row_plan import window_bytes
 from fusedhead.read import fake
 from fusedhead.rules.table import Family
 from fusedhead.safety import leaves
+from fusedhead.values import Stack
 
 FAMILY = Family(
     "size",
@@ -38,14 +39,15 @@ LEAST_ELSEWHERE = 1 << 20
 def gate(sites: Iterable[Site], min_logits: str | int) -> Callable[[Site], str]:
     """A function that says why a site is too small, or "".
 
-    Heads of one graph that share a weight count together: a loop over pieces of the tokens is one head. Sizes that are
-    symbols count with this compilation's values, without a guard; sizes that only the data decide are never too small.
+    Heads of one graph that share a weight count together: a loop over pieces of the tokens is one head. Of heads that
+    are stacked each counts alone: it is swept alone. Sizes that are symbols count with this compilation's values,
+    without a guard; sizes that only the data decide are never too small.
     """
     count: Counter[tuple[Node, ...]] = Counter()
     unknown = set()
     for site in sites:
         logits = known(fake(site.head.node).numel())
-        count[weight(site)] += logits or 0
+        count[weight(site)] += (logits or 0) // (len(site.head.parts) if isinstance(site.head, Stack) else 1)
         if logits is None:
             unknown.add(weight(site))
 

@@ -52,6 +52,15 @@ def test_a_large_head_is_fused_without_being_asked() -> None:
     assert LEAST["cuda"] > LEAST_ELSEWHERE
 
 
+def test_each_of_several_stacked_heads_counts_alone() -> None:
+    def per_batch(q: Tensor, k: Tensor, y: Tensor) -> Tensor:
+        return F.nll_loss(F.log_softmax(q @ k.transpose(1, 2), -1).flatten(0, 1), y)
+
+    given = torch.randn(4, 8, D, requires_grad=True), torch.randn(4, V, D), torch.randint(0, V, (32,))
+    assert record(per_batch, *given, least=8 * V).fused
+    assert "512 logits are too few" in record(per_batch, *given, least=8 * V + 1).reason
+
+
 def test_what_is_wrong_with_a_head_comes_before_its_size() -> None:
     def written(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         z = F.linear(h, w)
