@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fusedhead.interpret import ANCHORS, Reading, follow, interpret
-from fusedhead.read import fake, name_of
+from fusedhead.read import Traces, fake, name_of
 from fusedhead.returned import rooted_in_inputs
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.rules.table import Family
@@ -40,7 +40,8 @@ MOST = 64  # heads: each is a sweep
 
 def reading_of(graph: Graph, starts: Collection[Node], grad: bool) -> Reading | None:
     """The reading of a graph with stacks that are all read to their losses; None if it has none."""
-    found = {node: logits for node in reached(graph) if (logits := stack_at(node)) is not None}
+    traced = Traces()
+    found = {node: logits for node in reached(graph) if (logits := stack_at(node, traced)) is not None}
     while found:
         products = {p for logits in found.values() for p in logits.head.products}
         reading = interpret(graph, set(starts) - products, grad, found)
@@ -65,12 +66,12 @@ def reached(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if node in seen]
 
 
-def stack_at(node: Node) -> Logits | None:
+def stack_at(node: Node, traced: Traces) -> Logits | None:
     """The logits of a node that stacks several heads'."""
     if not isinstance(fake(node), Tensor):
         return None
     try:
-        found = of_products(node) or of_pieces(node) or of_a_product(node)
+        found = of_products(node, traced) or of_pieces(node, traced) or of_a_product(node)
     except Escape:
         return None
     if found is None or not 2 <= len(found[0]) <= MOST:
@@ -90,15 +91,15 @@ def stack_at(node: Node) -> Logits | None:
     return Logits(head, fake(node), fake(node).ndim - 1, row_steps=moved, vocab=vocab)
 
 
-def product(node: Node) -> Logits:
+def product(node: Node, traced: Traces) -> Logits:
     """The logits of a projection that nothing else reads. Raises Escape."""
-    value = follow(node, {}) if len(node.users) == 1 and name_of(node) in SPELLINGS else None
+    value = follow(node, {}, traced) if len(node.users) == 1 and name_of(node) in SPELLINGS else None
     if not isinstance(value, Logits):
         raise Escape("not a product")
     return value
 
 
-def of_products(node: Node) -> tuple[list[Logits], int] | None:
+def of_products(node: Node, traced: Traces) -> tuple[list[Logits], int] | None:
     listed = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     if name_of(node) not in {"stack", *CATS} or not isinstance(listed, (list, tuple)) or not isinstance(dim, int):
@@ -106,10 +107,10 @@ def of_products(node: Node) -> tuple[list[Logits], int] | None:
     nodes = [part for part in listed if isinstance(part, Node)]
     if len(set(nodes)) != len(listed):
         return None
-    return [product(part) for part in nodes], dim % fake(node).ndim
+    return [product(part, traced) for part in nodes], dim % fake(node).ndim
 
 
-def of_pieces(node: Node) -> tuple[list[Logits], int] | None:
+def of_pieces(node: Node, traced: Traces) -> tuple[list[Logits], int] | None:
     """A product whose classes are viewed as K times V."""
     source = node.args[0] if node.args else None
     if name_of(node) not in ("view", "reshape", "unflatten") or not isinstance(source, Node):
@@ -120,7 +121,7 @@ def of_pieces(node: Node) -> tuple[list[Logits], int] | None:
     count, vocab = after[-2:]
     if not isinstance(count, int) or not isinstance(vocab, int) or before[-1] != count * vocab or count < 2:
         return None
-    whole = product(source)
+    whole = product(source, traced)
     rows = [s if isinstance(s, int) else -1 for s in after[:-2]]
     if rows.count(-1) > 1 or math.prod(before[:-1]) != math.prod(after[:-2]) or whole.row_steps:
         return None
