@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from tests.sweep_transformers.pool import judged
-from tests.sweep_transformers.table import markdown, summary
+from tests.sweep_transformers.table import markdown, merged, summary
 from tests.sweep_transformers.verdict import Verdict
 
 FAMILIES = re.compile(r"For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)$|LMHead")
@@ -51,11 +51,16 @@ STACKS = {
 }
 
 
-def origin(stack: str) -> str:
+def origin(stacks: set[str]) -> str:
     import transformers
 
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{versions}, CPU, float32; rewritten graphs {STACKS[stack]}"
+    ways = "; ".join(f"{stack}: rewritten graphs {how}" for stack, how in STACKS.items() if stack in stacks)
+    return f"{versions}, CPU, float32. {ways}"
+
+
+def read(file: Path) -> list[Verdict]:
+    return [Verdict(**row) for row in json.loads(file.read_text())["rows"]]
 
 
 def write(folder: Path, found: list[Verdict], run: str) -> None:
@@ -76,15 +81,22 @@ def main(argv: list[str] | None = None) -> int:
     stacks = parser.add_mutually_exclusive_group()
     stacks.add_argument("--aot", dest="stack", action="store_const", const="aot", default="eager")
     stacks.add_argument("--inductor", dest="stack", action="store_const", const="inductor")
+    parser.add_argument("--merge", type=Path, nargs="+", help="run nothing: one table of these sweep_transformers.json")
     parser.add_argument("--out", type=Path, help="folder for sweep_transformers.json and sweep_transformers.md")
     given = parser.parse_args(argv)
+    if given.merge:
+        runs = [read(file) for file in given.merge]
+        found = merged(runs)
+        write(given.out or Path(), found, origin({v.stack for run in runs for v in run}))
+        print("\n".join(summary(found)))
+        return 0
 
     import torch._dynamo
     import torch._inductor.compile_fx  # noqa: F401  imported once, for all processes
 
     names = [name for name in classes() if re.search(given.only, name)]
     names = sample(names, given.sample) if given.sample else names
-    found: list[Verdict] = []
+    found = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         for verdict, _ in tqdm(judged(names, given.stack, given.jobs, given.limit), total=len(names), unit="class"):
@@ -94,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:  # also when it is stopped
         found.sort(key=lambda v: v.name)
         if given.out:
-            write(given.out, found, origin(given.stack))
+            write(given.out, found, origin({given.stack}))
     print("\n".join(summary(found)))
     return any(v.kind in ("fails", "differs") for v in found)
 

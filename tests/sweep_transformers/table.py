@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tests.sweep_transformers.verdict import KINDS, Verdict
 
 WITH_A_HEAD = ("fused", "partly fused", "refused", "differs", "fails")
+WRONG = ("differs", "fails")
+WITHOUT_A_VERDICT = ("reference fails", "stopped")
+DEPTH = ("eager", "aot", "inductor")
+
+
+def merged(runs: Sequence[Sequence[Verdict]]) -> list[Verdict]:
+    """One verdict a class out of several runs: what is wrong under any stack, else that of the deepest that runs."""
+    by_class: dict[str, list[Verdict]] = defaultdict(list)
+    for run in runs:
+        for verdict in run:
+            by_class[verdict.name].append(verdict)
+    found = []
+    for verdicts in by_class.values():
+        verdicts.sort(key=lambda v: DEPTH.index(v.stack))
+        ran = [v for v in verdicts if v.kind not in WITHOUT_A_VERDICT] or verdicts[:1]
+        chosen = next((v for v in verdicts if v.kind in WRONG), ran[-1])
+        found.append(replace(chosen, stack=", ".join(dict.fromkeys(v.stack for v in ran))))
+    return sorted(found, key=lambda v: v.name)
 
 
 def cell(text: object) -> str:
@@ -37,12 +56,14 @@ def markdown(found: Sequence[Verdict], title: str, origin: str) -> str:
     rows = sorted(found, key=lambda v: (order[v.kind] == 0, order[v.kind], v.name))
     lines = [f"# {title}", "", origin, "", *summary(found), ""]
     lines += [
-        "| class | result | heads fused | nodes | pass, ms | error / allowed | |",
-        "|---|---|---|---|---|---|---|",
+        "| class | result | stack | heads fused | nodes | pass, ms | error / allowed | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for v in rows:
         fused = f"{sum(h['fused'] for h in v.heads)} of {len(v.heads)}" if v.heads else ""
         ratio = f"{v.worst_ratio:.2f}" if v.worst else ""
         numbers = (v.nodes or "", f"{v.pass_ms:.0f}" if v.nodes else "", ratio)
-        lines.append("| " + " | ".join(map(cell, (v.name, v.kind, fused, *numbers, v.detail or v.note))) + " |")
+        lines.append(
+            "| " + " | ".join(map(cell, (v.name, v.kind, v.stack, fused, *numbers, v.detail or v.note))) + " |"
+        )
     return "\n".join(lines) + "\n"

@@ -64,6 +64,7 @@ class Verdict:
     worst: str = ""  # the quantity with the largest error over what is allowed
     worst_ratio: float = 0.0
     note: str = ""
+    stack: str = ""  # what the rewritten graphs were handed to; of several runs, all of them
 
 
 class Watch(TorchFunctionMode):
@@ -173,7 +174,7 @@ def judge(name: str, stack: str = "eager") -> Verdict:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = judged(name, stack)
-    found.seconds = round(time.perf_counter() - began, 2)
+    found.seconds, found.stack = round(time.perf_counter() - began, 2), stack
     return found
 
 
@@ -236,15 +237,17 @@ def judged(name: str, stack: str) -> Verdict:
 
 
 def truth_of(model: nn.Module, inputs: dict[str, Any], traced_by: str = "") -> Step | None:
-    """The step in float64, if the model can take it."""
+    """The step in float64, if the model can take it and gives numbers."""
     try:
         twin = copy.deepcopy(model).double()
         if hasattr(twin, "set_experts_implementation"):
             twin.set_experts_implementation("eager")  # grouped products are of float32 at most
         run = torch.compile(twin, backend=reference(traced_by)) if traced_by else twin
-        return step(twin, run, tree_map(doubled, inputs))
+        found = step(twin, run, tree_map(doubled, inputs))
     except Exception:
         return None
+    # a model may hold constants of float32, so that in float64 it masks with numbers that are no longer the smallest
+    return found if found and all(bool(t.isfinite().all()) for t in found.tensors.values()) else None
 
 
 def classify(found: Verdict, seen: bool) -> None:
