@@ -6,7 +6,6 @@ returns what it did; it may raise, and the backend then falls back to a copy of 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,17 +21,16 @@ from fusedhead import (
     pieces,
     regions,
     returned,
+    row_emission,
     row_region,
     sharded,
     stacks,
 )
 from fusedhead.aliases import storage, written
 from fusedhead.interpret import Reading, Site, candidates, grad_modes, interpret
-from fusedhead.kernels.columns import parse
-from fusedhead.kernels.contract import Needs
-from fusedhead.lowering.plan import Plan, plan
 from fusedhead.options import Options
 from fusedhead.read import fake, name_of, where
+from fusedhead.records import describe, engine, hint, planner, tokens_of
 from fusedhead.report import HeadRecord, Report
 from fusedhead.rewrite import fuse
 from fusedhead.row_region import Region
@@ -183,7 +181,7 @@ def fuse_body(
     refused = {site.head for site, reason in decided if reason}
     kept = [region for region in found if not region.heads & refused]
     for region in kept:
-        row_region.fuse(graph, region, options.budget, modes, mutations.position)
+        row_emission.fuse(graph, region, options.budget, modes, mutations.position)
     row_region.erase_unused(reading, {site.head for site, reason in decided if not reason})
     engines: dict[Projection, list[str]] = {site.head: [ROW_ENGINE] if site.head in met else [] for site, _ in decided}
     for calls, heads in fuse(graph, [site for site, reason in decided if not reason], options.budget, modes, mutations):
@@ -295,69 +293,3 @@ def written_behind(site: Site, output: Node) -> bool:
     memory = {storage(fake(node)) for node in making}
     others = set(site.followed).difference(making)
     return any(storage(fake(target)) in memory for node in others for target in written(node))
-
-
-def planner(call: Node, memory: int) -> Callable[[bool], Plan]:
-    """What the planner will choose for a head's call with this compilation's sizes, given "is the tail linear"."""
-    h, w, cols, rows = (fake(call.args[i]) for i in (0, 1, 3, 4))  # type: ignore[arg-type]
-    needs = Needs(*(x.requires_grad for x in (h, w, cols, rows)))
-    transform, tokens = parse(str(call.args[6])), hint(h.shape[0])
-
-    def planned(linear: bool) -> Plan:
-        return plan(
-            tokens, int(w.shape[0]), int(w.shape[1]), h.dtype, w.device.type,
-            needs=needs, linear=linear, transform=transform, memory=memory,
-        )  # fmt: skip
-
-    return planned
-
-
-def engine(planned: Callable[[bool], Plan], why: str) -> str:
-    """What computes a head, how, and at what price, for the report."""
-    chosen = planned(not why)
-    name = chosen.engine.replace("_", " ")
-    if why == "no gradient is needed":
-        return f"{name}: forward only"
-    how = "gradients in the forward sweep" if not why else f"recompute in the backward ({why})"
-    held, work = chosen.predicted_bytes / 2**20, chosen.predicted_flop / 1e9
-    return f"{name}: {how}; {held:,.1f} MiB of workspace, {work:,.3g} GFLOP"
-
-
-def tokens_of(site: Site) -> Any:
-    shape = fake(site.head.node).shape[:-1] if fake(site.head.node).ndim else ()
-    if site.terminals:
-        logits = site.terminals[0][1].logits
-        shape = [s for d, s in enumerate(logits.val.shape) if d != logits.class_dim]
-    return math.prod(shape)
-
-
-def hint(size: Any) -> int:
-    """The size of this compilation, for a size that may be symbolic."""
-    if isinstance(size, torch.SymInt):
-        known = size.node.hint
-        return int(known) if known is not None else 0
-    return int(size)
-
-
-def describe(site: Site, reason: str, engine: str, deferred: bool = False, region: Region | None = None) -> HeadRecord:
-    vocab, hidden = site.head.weight.val.shape
-    tokens = tokens_of(site)
-    fused = not reason
-    size = hint(tokens) * vocab * site.head.dtype.itemsize
-    computed = [t.computes for _, t in site.terminals] + ([region.computes] if region else [])
-    return HeadRecord(
-        fused=fused,
-        reason=reason,
-        where=where(site.head.node),
-        computes=", ".join(dict.fromkeys(computed)) or ("returned, deferred" if fused else ""),
-        tokens=tokens if isinstance(tokens, int) else str(tokens),
-        hidden_size=hidden,
-        vocab_size=vocab,
-        logits=("never built" if fused and not site.outputs else "deferred" if fused and deferred else "built"),
-        engine=engine,
-        bytes_saved=size if fused and (deferred or not site.outputs) else 0,
-        bytes_logits=size,
-        dtype=str(site.head.dtype).removeprefix("torch."),
-        device=site.head.weight.val.device.type,
-        source=site.head.node.meta.get("stack_trace") or "",
-    )

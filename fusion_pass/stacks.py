@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fusedhead.interpret import ANCHORS, Reading, follow, interpret
+from fusedhead.interpret import ANCHORS, Reading, follow, grad_modes, interpret
 from fusedhead.read import Traces, fake, name_of
 from fusedhead.returned import rooted_in_inputs
 from fusedhead.rules.projections import SPELLINGS
@@ -40,8 +40,12 @@ MOST = 64  # heads: each is a sweep
 
 def reading_of(graph: Graph, starts: Collection[Node], grad: bool) -> Reading | None:
     """The reading of a graph with stacks that are all read to their losses; None if it has none."""
-    traced = Traces()
-    found = {node: logits for node in reached(graph) if (logits := stack_at(node, traced)) is not None}
+    modes, traced = grad_modes(graph, grad), Traces()
+    found = {}
+    for node in reached(graph):
+        logits = stack_at(node, traced)
+        if logits is not None and all(modes[product] == modes[node] for product in logits.head.products):
+            found[node] = logits
     while found:
         products = {p for logits in found.values() for p in logits.head.products}
         reading = interpret(graph, set(starts) - products, grad, found)
@@ -154,6 +158,8 @@ def of_a_product(node: Node) -> tuple[list[Logits], int] | None:
     d, v, k = shared[0], classes[0], numbers[0]
     rows = h.replace(k, "").replace(d, "")
     count = fake(weight).shape[w.index(k)]
+    if k in h and not is_parameter(weight):  # attention looks the same
+        return None
     if not h.endswith(d) or out.replace(k, "") != rows + v or not isinstance(count, int) or count > MOST:
         return None
     parts = []
@@ -172,6 +178,13 @@ def of_a_product(node: Node) -> tuple[list[Logits], int] | None:
         start = Logits(head, val, val.ndim - 1)
         parts.append(start.step(val))
     return parts, out.index(k)
+
+
+def is_parameter(node: Node) -> bool:
+    """Whether a node is a view of a parameter."""
+    while node.op != "placeholder" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return isinstance(fake(node), torch.nn.Parameter)
 
 
 def letters(node: Node) -> tuple[Node, str, Node, str, str] | None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.eager_stack import Rewritten
 from tests.refusals.claims import B, D, T, V, compiled, hidden, labels, right, weight
 
 K = 3
@@ -22,7 +23,6 @@ SPELLINGS: dict[str, Stacked] = {
     "one weight, viewed": lambda h, w, b: F.linear(h, w.view(-1, D), b.view(-1)).view(B, T, K, V),
     "einsum": lambda h, w, b: torch.einsum("btd,kvd->btkv", h, w),
     "einsum, weights transposed": lambda h, w, b: torch.einsum("btd,kdv->kbtv", h, w.mT).permute(1, 2, 0, 3),
-    "bmm": lambda h, w, b: torch.bmm(h.expand(K, B, T, D).reshape(K, -1, D), w.mT).view(K, B, T, V).permute(1, 2, 0, 3),
 }
 
 Loss = Callable[[Tensor, Tensor], object]  # of z [B, T, K, V], y [B, T, K]
@@ -81,6 +81,22 @@ def test_a_head_for_every_position() -> None:
         return F.cross_entropy(z.float().view(-1, V), y.view(-1))
 
     right(depth_decoder, hidden(B, K, D), weight(K, D, V), labels(B, K))
+
+
+@pytest.mark.parametrize("product", ["bmm", "matmul", "einsum"])
+def test_hidden_states_of_every_head(product: str) -> None:
+    """Told from attention by the weight: it must be a parameter."""
+    w, y = weight(K, V, D), labels(K, 6)
+
+    def program(h: Tensor) -> Tensor:
+        z = {"bmm": lambda: torch.bmm(h, w.mT), "matmul": lambda: h @ w.mT,
+             "einsum": lambda: torch.einsum("knd,kvd->knv", h, w)}[product]()  # fmt: skip
+        return F.cross_entropy(z.view(-1, V), y.view(-1))
+
+    right(program, hidden(K, 6, D))
+    h = hidden(K, 6, D)
+    got, expected = Rewritten(program)(h), program(h)
+    torch.testing.assert_close(torch.autograd.grad(got, [h, w]), torch.autograd.grad(expected, [h, w]))
 
 
 @pytest.mark.parametrize("logits", ["eager", "deferred"])

@@ -204,7 +204,7 @@ def test_a_list_of_head_outputs_joined_along_the_vocabulary_is_right() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(torch.cat([F.linear(h, part) for part in w.split(4)], -1), y)
 
-    right(program, hidden(6, D), weight(), labels(6), fused=3)
+    right(program, hidden(6, D), weight(), labels(6))
 
 
 @pytest.mark.parametrize("kept", ["loss", "loss and logits"])

@@ -1,0 +1,186 @@
+"""From a `Region` to ``head_rows`` calls: the program's text, its operands, and its results in the program's shapes."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_map
+
+from fusedhead.emit import Emit, named, static
+from fusedhead.groups import Group
+from fusedhead.kernels.columns import Transform
+from fusedhead.kernels.row_program import HEAD, ITEM, Line, Ref, RowProgram, Unspeakable, spelled
+from fusedhead.operands import operands, replay
+from fusedhead.read import fake
+from fusedhead.rewrite import erase
+from fusedhead.row_region import Region, leaves_of, reads
+from fusedhead.rowwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed, parts
+from fusedhead.rules.rowwise_operands import same
+from fusedhead.terminals import Terminal
+from fusedhead.values import Call, Logits, Plain
+
+aten = torch.ops.aten
+
+
+def program(values: Sequence[Rowwise], seeds: Sequence[Seed], outside: Sequence[RowLeaf]) -> RowProgram:
+    """The row program of ``values``. Its inputs are h, w, cols, rows of every seed, then the outside tensors.
+
+    Raises Unspeakable for a constant it has no form for.
+    """
+    lines: list[Line] = []
+    known: dict[Any, Ref] = {}
+    place = {id(s.logits): i for i, s in enumerate(seeds)}
+    at = {id(x): 4 * len(seeds) + i for i, x in enumerate(outside)}
+
+    def add(line: Line) -> Ref:
+        key = repr(line)
+        if key not in known:
+            known[key] = Ref("v", len(lines))
+            lines.append(line)
+        return known[key]
+
+    def ref(x: Any) -> Any:
+        if isinstance(x, (Seed, RowCall)) and id(x) in known:
+            return known[id(x)]
+        if isinstance(x, Seed):
+            i, text = 4 * place[id(x.logits)], Transform(x.logits.steps).text
+            dtype = x.logits.val.dtype
+            out = add(Line(HEAD, (Ref("r", i), Ref("t", i + 1), Ref("t", i + 2), Ref("r", i + 3), text, dtype)))
+        elif isinstance(x, RowLeaf):
+            return Ref("r" if x.by_rows else "t", at[id(x)])
+        elif isinstance(x, RowCall):
+            args = tuple(tree_map(ref, list(x.args)))
+            name = ITEM if x.op is operator.getitem else str(x.op).removeprefix("aten.")
+            kwargs = tuple((k, ref(v)) for k, v in x.kwargs.items())
+            out = add(Line(name, tuple(tuple(a) if isinstance(a, list) else a for a in args), kwargs))
+        else:
+            spelled(x)
+            return x
+        known[id(x)] = out
+        return out
+
+    results = tuple(ref(v.expr).at for v in values)
+    return RowProgram(tuple(lines), results)
+
+
+def fuse(graph: Graph, region: Region, memory: int, grad: dict[Node, bool], position: dict[Node, int]) -> None:
+    """Replace a region's results by those of ``head_rows`` calls.
+
+    One call serves all results if every operand exists before the first of them; else each has its own.
+    """
+    emit = Emit(graph)
+    batches = [region.results]
+    first = min(position[node] for node, _ in region.results)
+    if any(position[n] >= first for n in reads(region.outputs)) or len({grad[n] for n, _ in region.results}) > 1:
+        batches = [[result] for result in region.results]
+    for batch in batches:
+        emit_results(emit, batch, memory, grad)
+    inside = set(region.inside)
+    erase(reversed(region.inside), inside.__contains__)
+    made = set(emit.made)
+    erase(reversed(emit.made), made.__contains__)
+    left = [node.name for node in region.inside if not node._erased]
+    assert not left, f"{', '.join(left)} would still be computed"  # the caller then keeps the original graph
+
+
+def emit_results(emit: Emit, results: list[tuple[Node, Any]], memory: int, grad: dict[Node, bool]) -> None:
+    """Calls that serve some results, before the first of them, and what takes the place of each."""
+    outputs = list({id(p.expr): p for _, value in results for p in parts(value)}.values())
+    anchor = results[0][0]
+    made: dict[int, Node] = {}
+    with emit.before(anchor, anchor, grad=grad[anchor]):
+        for some in by_tokens(outputs):
+            made |= emit_call(emit, some, anchor, memory)
+    for node, value in results:
+        with emit.before(node, node, grad=grad[node]):
+            replacement = resolved(emit, value, made, leaves_of(outputs)[0])
+            if not grad[node] or not fake(node).requires_grad:
+                replacement = emit(aten.detach.default, replacement)
+            replacement = emit.cast(replacement, value.val.dtype)
+            node.replace_all_uses_with(replacement)
+            emit.replaced(node, replacement)
+
+
+def by_tokens(outputs: Iterable[Rowwise]) -> list[list[Rowwise]]:
+    """Values with as many tokens together: one call walks over the tokens once."""
+    found: list[tuple[Any, list[Rowwise]]] = []
+    for out in outputs:
+        tokens = math.prod(s for s, is_tail in zip(out.val.shape, out.tail) if not is_tail)
+        for known, some in found:
+            if same(known, tokens):
+                some.append(out)
+                break
+        else:
+            found.append((tokens, [out]))
+    return [some for _, some in found]
+
+
+def emit_call(emit: Emit, outputs: list[Rowwise], anchor: Node, memory: int) -> dict[int, Node]:
+    """One ``head_rows`` call and the nodes of its results, by the identity of their expressions."""
+    seeds, outside = leaves_of(outputs)
+    tensors: list[Node] = []
+    for seed in seeds:
+        nothing = Terminal(seed.logits, None, "", frozenset(), lambda *_: None)  # type: ignore[arg-type, return-value]
+        h, w, _, cols, rows, _ = operands(emit, Group([(anchor, nothing)]))
+        tensors += [h, w, cols, emit(aten.t.default, rows)]
+    tensors += [emit.ref(leaf.value) for leaf in outside]
+    text = program(outputs, seeds, outside).text
+    call = named(emit(torch.ops.fusedhead.head_rows.default, tensors, text, memory), "head_rows")
+    return {id(out.expr): emit(operator.getitem, call, i) for i, out in enumerate(outputs)}
+
+
+def resolved(emit: Emit, value: Any, made: dict[int, Node], seeds: Sequence[Seed]) -> Node:
+    """The node that holds a result in the program's shape."""
+    if isinstance(value, Rowwise):
+        return shaped(emit, value, made[id(value.expr)], seeds)
+
+    def substitute(x: Any) -> Any:
+        if isinstance(x, RowOutput):
+            return shaped(emit, x.value, made[id(x.value.expr)], seeds)
+        if isinstance(x, Plain):
+            return substitute(x.ref)
+        if isinstance(x, Call):
+            args, kwargs = tree_map(substitute, (x.args, x.kwargs))
+            return emit(x.op, *args, **kwargs)
+        return emit.ref(x)
+
+    return substitute(value)
+
+
+def shaped(emit: Emit, value: Rowwise, node: Node, seeds: Sequence[Seed]) -> Node:
+    """A result [N, *tail] in the program's own dimensions."""
+    rows = [d for d, is_tail in enumerate(value.tail) if not is_tail]
+    order = [*rows, *(d for d, is_tail in enumerate(value.tail) if is_tail)]
+    known = [static(value.val.shape[d]) for d in order]
+    if fake_shape(node) != known or len(rows) != 1:
+        sizes: list[Any] = list(known)
+        unknown = [i for i, s in enumerate(sizes) if s is None]
+        if len(unknown) == 1:
+            sizes[unknown[0]] = -1
+        elif unknown:
+            sizes = row_sizes(emit, [value.val.shape[d] for d in rows], seeds) + sizes[len(rows) :]
+        node = emit(aten.reshape.default, node, sizes)
+    if order != sorted(order):
+        node = emit(aten.permute.default, node, [order.index(d) for d in range(len(order))])
+    return node
+
+
+def fake_shape(node: Node) -> list[int | None]:
+    return [static(s) for s in fake(node).shape]
+
+
+def row_sizes(emit: Emit, wanted: list[Any], seeds: Sequence[Seed]) -> list[Any]:
+    """Sizes of the token dimensions, several of them symbolic: those of a head's hidden states."""
+    for seed in seeds:
+        logits: Logits = seed.logits
+        hidden = emit.ref(logits.head.hidden)
+        node = emit.last(replay(emit, hidden, logits.row_steps, logits.head.weight.val.shape[1]), logits.class_dim)
+        found = emit.sizes(node)[:-1]
+        if len(found) == len(wanted):
+            return found
+    raise Unspeakable("several token dimensions of symbolic size")
