@@ -313,7 +313,6 @@ LEFT: dict[str, list[str]] = {
     ],
     "ops that run over tokens, or mix tokens and classes": ["test_what_mixes_the_logits_of_tokens_is_left_alone"],
     "pieces that something else reads or writes to": ["test_pieces_with_a_life_of_their_own_come_out_right"],
-    "pieces that something else reads or writes to": ["test_pieces_with_a_life_of_their_own_come_out_right"],
     "logits, or what they are made of, that are written later": [
         "test_logits_returned_and_then_changed_in_place_are_returned_changed",
         "test_hidden_states_changed_after_the_loss_are_not_needed_by_a_frozen_weight",
