@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,8 @@ def transposes(node: Node) -> bool:
         return node.args[1:] in (("T",), ("mT",)) and is_matrix(fake(node))
     if name_of(node) not in TRANSPOSES or not is_matrix(fake(node)) or not is_matrix(fake(node.all_input_nodes[0])):
         return False
-    dims = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    given: Any = node.args[1:]
+    dims = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
     if node.kwargs or any(type(d) is not int for d in dims):
         return False
     if name_of(node) == "permute":

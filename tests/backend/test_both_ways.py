@@ -56,7 +56,7 @@ def autocast(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
         return both(z.float(), z.float().mT)
 
 
-@pytest.mark.parametrize("program", (openai, hugging_face, linear_and_cast))
+@pytest.mark.parametrize("program", [openai, hugging_face, linear_and_cast])
 def test_losses_in_both_directions_are_two_heads(program: Program) -> None:
     report = right(program, image(), image(), scale(), fused=2)
     assert [head.logits for head in report.heads] == ["never built"] * 2
@@ -88,7 +88,7 @@ def written(a: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return both(z, turned), s
 
 
-@pytest.mark.parametrize("program", (also_read, written))
+@pytest.mark.parametrize("program", [also_read, written])
 def test_one_product_stays_one_where_its_logits_are_built_anyway(program: Program) -> None:
     report = compiled(program, (image(), image(), scale()))
     assert "aten.mm" not in report.after
