@@ -53,10 +53,12 @@ def test_a_large_head_is_fused_without_being_asked() -> None:
 
 
 def test_each_of_several_stacked_heads_counts_alone() -> None:
-    def per_batch(q: Tensor, k: Tensor, y: Tensor) -> Tensor:
-        return F.nll_loss(F.log_softmax(q @ k.transpose(1, 2), -1).flatten(0, 1), y)
+    weights = torch.nn.Parameter(torch.randn(4, V, D))
 
-    given = torch.randn(4, 8, D, requires_grad=True), torch.randn(4, V, D), torch.randint(0, V, (32,))
+    def per_batch(q: Tensor, y: Tensor) -> Tensor:
+        return F.nll_loss(F.log_softmax(q @ weights.transpose(1, 2), -1).flatten(0, 1), y)
+
+    given = torch.randn(4, 8, D, requires_grad=True), torch.randint(0, V, (32,))
     assert record(per_batch, *given, least=8 * V).fused
     assert "512 logits are too few" in record(per_batch, *given, least=8 * V + 1).reason
 
