@@ -108,7 +108,9 @@ class Draft:
     def given_late(self, tensor: Tensor) -> Node:
         first = next(iter(self.graph.nodes))
         with self.graph.inserting_before(first):
-            return self.given(tensor)
+            node = self.given(tensor)
+        self.inputs.insert(0, self.inputs.pop())
+        return node
 
 
 def index(draft: Draft, x: Node) -> Any:
