@@ -151,6 +151,8 @@ def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> 
     target = out_of_place(op.target) if mutable else op.target
     if target is None:
         raise Escape(f"{name_of(op)} changes the logits in place ({op.target})")
+    if not isinstance(target, torch._ops.OpOverload):  # Python's own, on sizes
+        raise Escape(f"{name_of(op)} is no op of PyTorch")
     single = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Rowwise) and x.val.ndim == 0]
     if single:  # it is small, and stays a result of the row program; the program's own ops take it from there
         raise Escape(f"{name_of(op)} is taken of a single number that comes from the logits")
