@@ -7,7 +7,7 @@ Programs that cannot name a backend: ``fusedhead.enable()``, or ``fusedhead run 
 """
 
 from fusedhead.backend import FusedHeadError, fusedhead
-from fusedhead.deferred_knowledge import StaleLogits
+from fusedhead.deferred.knowledge import StaleLogits
 from fusedhead.enable import changes, disable, enable
 from fusedhead.explain import explain
 from fusedhead.lowering.ops import LabelOutOfRange

@@ -18,8 +18,8 @@ from torch.fx import Graph, GraphModule
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from fusedhead import observe as observing
-from fusedhead.deferred import deferring, existing
-from fusedhead.deferred_inputs import any_deferred, spread
+from fusedhead.deferred.handing_out import deferring, existing
+from fusedhead.deferred.inputs import any_deferred, spread
 from fusedhead.donated import scale_in_place
 from fusedhead.fusion import Needless, Wrap, fuse_graph, unwrapped
 from fusedhead.lowering.cache_key import source_hash

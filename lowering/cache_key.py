@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SUFFIXES = (".py", ".cpp", ".h", ".cu")
-PACKAGES = ("fusedhead", "fusedhead.rules", "fusedhead.lowering", "fusedhead.kernels")
+PACKAGES = ("fusedhead", "fusedhead.deferred", "fusedhead.rules", "fusedhead.lowering", "fusedhead.kernels")
 
 
 def _sources() -> list[tuple[str, Path]]:

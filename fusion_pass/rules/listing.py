@@ -51,7 +51,7 @@ def table() -> str:
 def sentences() -> list[str]:
     """The sentences of every `Escape` in the package, sorted, with … for what a program fills in."""
     folder = Path(safety.__file__).parent
-    files = sorted([*folder.glob("*.py"), *(folder / "rules").glob("*.py")])
+    files = sorted(folder.rglob("*.py"))
     return sorted({text for file in files for text in escapes(ast.parse(file.read_text(encoding="utf-8")))})
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedhead.deferred import DeferredLogits
+from fusedhead.deferred.handing_out import DeferredLogits
 from fusedhead.report import Report
 from tests.eager_stack import backend
 

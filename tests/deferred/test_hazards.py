@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedhead.deferred import StaleLogits
+from fusedhead.deferred.handing_out import StaleLogits
 from fusedhead.report import Report
 from tests.deferred.heads import (
     B,
@@ -444,7 +444,7 @@ def test_converters_of_outputs_keep_it_deferred() -> None:
 
 def test_hidden_states_in_memory_that_is_used_again_are_copied(model: Model) -> None:
     """CUDA graphs hand out the same memory at every run."""
-    from fusedhead.deferred import deferring as finishing
+    from fusedhead.deferred.handing_out import deferring as finishing
     from fusedhead.returned import Recipe
 
     recipes: list[tuple[Recipe, Any]] = []

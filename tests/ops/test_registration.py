@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fusedhead.lowering.cache_key import source_hash
+from fusedhead.lowering.cache_key import _sources, source_hash
 from fusedhead.lowering.ops import SCHEMAS
 from tests.ops.heads import ALL, OPS, leaves, operands
 
@@ -105,11 +107,11 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(stats, (o.h, o.w, o.cols, o.rows))
 
 
-def test_the_source_hash_is_stable_and_covers_kernels_and_lowering():
+def test_the_source_hash_is_stable_and_covers_every_source_file():
     assert len(source_hash()) == 32
     assert source_hash() is source_hash()
-    from fusedhead.lowering import cache_key
-
-    named = [name for name, _ in cache_key._sources()]
-    for file in ("fusedhead.kernels/torch_windows.py", "fusedhead.lowering/ops.py", "fusedhead/__init__.py"):
-        assert file in named
+    named = {name.removeprefix("fusedhead").lstrip("./") for name, _ in _sources()}
+    root = Path(__file__).parents[2]
+    wanted = {f"{f.relative_to(root / 'fusion_pass')}" for f in (root / "fusion_pass").rglob("*.py")}
+    wanted |= {f"{f.relative_to(root)}" for folder in ("lowering", "kernels") for f in (root / folder).rglob("*.py")}
+    assert named == wanted

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from fusedhead.deferred_knowledge import Knowledge
-from fusedhead.deferred_outcome import Relation
-from fusedhead.deferred_tensor import DeferredLogits
+from fusedhead.deferred.knowledge import Knowledge
+from fusedhead.deferred.outcome import Relation
+from fusedhead.deferred.tensor import DeferredLogits
 
 Relations = tuple[Relation | None, ...]
 

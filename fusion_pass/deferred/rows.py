@@ -13,8 +13,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._sympy.printers import PythonPrinter
 
-from fusedhead.deferred_draft import Draft
-from fusedhead.deferred_outcome import Size, TokenByToken, Wide
+from fusedhead.deferred.draft import Draft
+from fusedhead.deferred.outcome import Size, TokenByToken, Wide
 from fusedhead.fusion import fuse_body
 from fusedhead.interpret import Reading, heads_of
 from fusedhead.options import Options

@@ -16,10 +16,10 @@ from torch._dynamo.source import AttrSource
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import GraphModule, Node
 
-from fusedhead.deferred_draft import Draft, write
-from fusedhead.deferred_knowledge import check_fresh
-from fusedhead.deferred_program import Mode
-from fusedhead.deferred_tensor import DeferredLogits
+from fusedhead.deferred.draft import Draft, write
+from fusedhead.deferred.knowledge import check_fresh
+from fusedhead.deferred.program import Mode
+from fusedhead.deferred.tensor import DeferredLogits
 from fusedhead.emit import static
 from fusedhead.read import fake
 

@@ -1,6 +1,6 @@
 """What happens to a call on deferred logits: recorded, answered by a fused op, or made on the plain tensor.
 
-Steps that a loss takes are recorded. Anything else is read (`deferred_reading`): an answer from row statistics is
+Steps that a loss takes are recorded. Anything else is read (`deferred.reading`): an answer from row statistics is
 computed by the fused ops, and what no rule can read is computed from the plain tensor, as is every write.
 """
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fusedhead import deferred_tables as tables
-from fusedhead.deferred_knowledge import Family, Recorded
-from fusedhead.deferred_outcome import Unread, Wide
-from fusedhead.deferred_picks import picks
-from fusedhead.deferred_program import Leaf, Mode, Unreadable, encode
-from fusedhead.deferred_recording import pick, record
-from fusedhead.deferred_request import NotRecorded, Request
-from fusedhead.deferred_tensor import DeferredLogits, Rebound, is_adopted, linked, plain
+from fusedhead.deferred import tables
+from fusedhead.deferred.knowledge import Family, Recorded
+from fusedhead.deferred.outcome import Unread, Wide
+from fusedhead.deferred.picks import picks
+from fusedhead.deferred.program import Leaf, Mode, Unreadable, encode
+from fusedhead.deferred.recording import pick, record
+from fusedhead.deferred.request import NotRecorded, Request
+from fusedhead.deferred.tensor import DeferredLogits, Rebound, is_adopted, linked, plain
 
 
 def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy.printers import PythonPrinter
 
-from fusedhead.deferred_draft import Draft, draft
-from fusedhead.deferred_outcome import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole
-from fusedhead.deferred_program import Made, Step, modes
-from fusedhead.deferred_rows import token_by_token
+from fusedhead.deferred.draft import Draft, draft
+from fusedhead.deferred.outcome import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole
+from fusedhead.deferred.program import Made, Step, modes
+from fusedhead.deferred.rows import token_by_token
 from fusedhead.fusion import hint, refusal
 from fusedhead.groups import sweep_key
 from fusedhead.interpret import Reading, Site, grad_modes, interpret

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fusedhead.deferred_program import Leaf, Made, Mode, Step, decode, modes
+from fusedhead.deferred.program import Leaf, Made, Mode, Step, decode, modes
 from fusedhead.read import callee, fake
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.deferred_knowledge import Knowledge, state
-from fusedhead.deferred_picks import Pick, Picks
-from fusedhead.deferred_program import Const, Group, Leaf, Made, Mode, Program, Step, encode
-from fusedhead.deferred_request import LEARNT, NotRecorded, Request
-from fusedhead.deferred_tensor import DeferredLogits, linked
+from fusedhead.deferred.knowledge import Knowledge, state
+from fusedhead.deferred.picks import Pick, Picks
+from fusedhead.deferred.program import Const, Group, Leaf, Made, Mode, Program, Step, encode
+from fusedhead.deferred.request import LEARNT, NotRecorded, Request
+from fusedhead.deferred.tensor import DeferredLogits, linked
 
 
 def record(request: Request) -> Any:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-import fusedhead.deferred_calls  # noqa: F401  the handler of calls on deferred logits
-from fusedhead.deferred_knowledge import Family, Knowledge, Origin, Recorded, StaleLogits, state
-from fusedhead.deferred_program import Leaf, Made, Mode, Program, Step, encode, shapes
-from fusedhead.deferred_request import LEARNT
-from fusedhead.deferred_tensor import DeferredLogits, linked, plain
+import fusedhead.deferred.calls  # noqa: F401  the handler of calls on deferred logits
+from fusedhead.deferred.knowledge import Family, Knowledge, Origin, Recorded, StaleLogits, state
+from fusedhead.deferred.program import Leaf, Made, Mode, Program, Step, encode, shapes
+from fusedhead.deferred.request import LEARNT
+from fusedhead.deferred.tensor import DeferredLogits, linked, plain
 from fusedhead.returned import LEAST_TOKENS, Recipe, compute_now
 from fusedhead.size_gate import rows_from
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.deferred_knowledge import Knowledge, Origin, Recorded, State, check_fresh, state
-from fusedhead.deferred_outcome import (
+from fusedhead.deferred.knowledge import Knowledge, Origin, Recorded, State, check_fresh, state
+from fusedhead.deferred.outcome import (
     ALWAYS,
     Answer,
     DependsOnSizes,
@@ -25,7 +25,7 @@ from fusedhead.deferred_outcome import (
     Unread,
     Wide,
 )  # fmt: skip
-from fusedhead.deferred_program import (
+from fusedhead.deferred.program import (
     Leaf,
     Made,
     Mode,
@@ -37,9 +37,9 @@ from fusedhead.deferred_program import (
     shapes,
     unobserved,
 )  # fmt: skip
-from fusedhead.deferred_reading import read_call
-from fusedhead.deferred_sweeps import ancestry, known_statistic, top
-from fusedhead.deferred_tensor import DeferredLogits
+from fusedhead.deferred.reading import read_call
+from fusedhead.deferred.sweeps import ancestry, known_statistic, top
+from fusedhead.deferred.tensor import DeferredLogits
 from fusedhead.kernels.contract import STATS
 
 log = logging.getLogger("fusedhead")

@@ -1,7 +1,7 @@
 """Deferred logits: the tensor that stands for logits that were not computed, and may never be.
 
 It answers questions about shape and type, keeps the calls that lead to it, and becomes the ordinary tensor when
-asked to. What is done with a call on it is decided elsewhere (`deferred_calls`), and set as its `handler`.
+asked to. What is done with a call on it is decided elsewhere (`deferred.calls`), and set as its `handler`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fusedhead.deferred_knowledge import Family, Knowledge, Layout, Recorded, check_fresh
-from fusedhead.deferred_program import Leaf, Mode, Program, encode, modes
-from fusedhead.deferred_tables import ALONE, METADATA
+from fusedhead.deferred.knowledge import Family, Knowledge, Layout, Recorded, check_fresh
+from fusedhead.deferred.program import Leaf, Mode, Program, encode, modes
+from fusedhead.deferred.tables import ALONE, METADATA
 
 aten = torch.ops.aten
 

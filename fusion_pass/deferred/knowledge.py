@@ -1,6 +1,6 @@
 """What deferred logits know: where they come from, which calls lead to them, and whether that still holds.
 
-Plain data and its upkeep. The tensor that carries it is `deferred_tensor`'s, and this file does not know it.
+Plain data and its upkeep. The tensor that carries it is `deferred.tensor`'s, and this file does not know it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusedhead.deferred_outcome import Guard, Outcome
-from fusedhead.deferred_program import Mode, Program, decode, modes, unobserved
+from fusedhead.deferred.outcome import Guard, Outcome
+from fusedhead.deferred.program import Mode, Program, decode, modes, unobserved
 from fusedhead.returned import Recipe
 
 
