@@ -279,6 +279,8 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
         reason = mutations.anywhere_after(making[0], sources)
         if reason:
             return reason
+        if fake(output).requires_grad and len({modes[node] for node in making}) > 1:
+            return "the returned logits are made partly with and partly without gradients recorded"
     if site.outputs:
         return mutations.anywhere_after(begin, [*read, *vectors, *indices]) or ""
     if any(isinstance(fake(node), torch.Tensor) and fake(node).requires_grad for node in read):

@@ -141,8 +141,11 @@ def recipe_of(
                     given[source] = graph.call_method("to", (env[source], dtype))
         args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
         env[node] = graph.create_node(node.op, node.target, args, kwargs)
-    result, wanted = env[output], fake(output).dtype
-    graph.output(graph.call_method("to", (result, wanted)))
+    result = graph.call_method("to", (env[output], fake(output).dtype))
+    learning = any(isinstance(fake(s), Tensor) and fake(s).requires_grad for s in sources)
+    if torch.is_grad_enabled() and learning and not fake(output).requires_grad:
+        result = graph.call_method("detach", (result,))  # made under no_grad, in a graph that is run without it
+    graph.output(result)
     program = GraphModule(torch.nn.Module(), graph)
     names = tuple(name_for_users(s) for s in sources if isinstance(fake(s), Tensor))
     exact = frozenset(size for shape in heads.values() for size in shape if isinstance(size, int))

@@ -68,6 +68,23 @@ def test_a_weight_that_was_replaced_is_noticed(model: Model) -> None:
         z.sum()
 
 
+def halved_without_gradients(z: Tensor) -> tuple[Tensor, Tensor]:
+    loss = F.cross_entropy(z.view(-1, V), torch.zeros(z.shape[:-1].numel(), dtype=torch.long))
+    with torch.no_grad():
+        return loss, z / 2
+
+
+def test_what_is_made_of_them_under_no_grad_in_the_graph_carries_no_gradient() -> None:
+    model = Model(halved_without_gradients)
+    x = tokens()
+    loss, z = deferring(model)(x)
+    assert is_deferred(z)
+    assert not z.requires_grad
+    assert not F.cross_entropy(z.view(-1, V), tokens().view(-1)).requires_grad
+    loss.backward()
+    torch.testing.assert_close(z + 0, model(x)[1])
+
+
 def test_the_next_forward_changes_nothing(model: Model) -> None:
     compiled, x, other = deferring(model), tokens(), tokens()
     z = compiled(x)

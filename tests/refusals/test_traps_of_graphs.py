@@ -239,3 +239,14 @@ def test_what_nobody_reads_of_two_heads_disturbs_neither() -> None:
         return F.cross_entropy(z, y)
 
     right(program, hidden(6, D), weight(), weight(), labels(6))
+
+
+def test_returned_logits_that_are_made_partly_under_no_grad_are_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        with torch.no_grad():
+            half = z / 2
+        return F.cross_entropy(z, y), half * scale
+
+    scale = torch.tensor(3.0, requires_grad=True)
+    left(program, hidden(6, D), weight(), labels(6), scale, because="partly with and partly without gradients")
