@@ -34,6 +34,7 @@ class Trained:
     before: dict[str, Tensor]
     after: dict[str, Tensor]
     heads: list[HeadRecord] = field(default_factory=list)
+    peak: int = 0  # bytes of torch's CPU allocator, above what was there before the training
 
     @property
     def fused(self) -> int:
@@ -72,6 +73,22 @@ def switched_on(logits: str) -> Iterator[list[HeadRecord]]:
 
 
 Program = Callable[[bool], Trained]  # told whether to compile
+PEAKS: list[tuple[int, int, int]] = []  # of each program that this test has trained: eager, Inductor, fusedhead
+
+
+def watched(program: Program, compiled: bool) -> Trained:
+    """The training, and the peak of its memory: the profiler's trace of every allocation and release, in order."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as trace:
+        result = program(compiled)
+    assert trace.profiler is not None
+    assert trace.profiler.kineto_results is not None
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        result.peak = max(result.peak, live)
+    return result
 
 
 def three_ways(program: Program, logits: str = "deferred") -> tuple[Trained, Trained, Trained]:
@@ -82,12 +99,13 @@ def three_ways(program: Program, logits: str = "deferred") -> tuple[Trained, Tra
         torch.manual_seed(0)
         if way == "fusedhead":
             with switched_on(logits) as heads:
-                result = program(True)
+                result = watched(program, True)
             result.heads = heads
         else:
-            result = program(way == "inductor")
+            result = watched(program, way == "inductor")
         results.append(result)
     eager, inductor, fused = results
+    PEAKS.append((eager.peak, inductor.peak, fused.peak))
     return eager, inductor, fused
 
 
