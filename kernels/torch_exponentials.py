@@ -49,12 +49,23 @@ def level_at(head: Head, at: Tensor, exact: bool) -> Level:
     return Level(binary, binary.to(fine_dtype(head.h.device.type)) / LOG2E, exact)
 
 
-def usual_level(head: Head, i: slice) -> Level:
-    """A level that serves most data, and no lse need be known for it; the row sums tell whether it did."""
+def usual_level(head: Head, i: slice, labelled: Tensor) -> Level:
+    """A level that serves most data, and no lse need be known for it; the row sums tell whether it did.
+
+    ``labelled`` [m, K] are the logits of the labels: where one is likely, it is where z - level must round least.
+    """
     work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
-    level = sampled_level(head, i, work)
+    level = above(sampled_level(head, i, work), labelled)
     far = work != wide and level.numel() > 0 and bool(level.abs().amax() > FAR)
-    return level_at(head, sampled_level(head, i, wide) if far else level, far)
+    return level_at(head, above(sampled_level(head, i, wide), labelled) if far else level, far)
+
+
+def above(level: Tensor, labelled: Tensor) -> Tensor:
+    """The larger of a level [m] and the finite logits of the labels."""
+    if not labelled.shape[1]:
+        return level
+    largest = labelled.amax(1).to(level.dtype)
+    return torch.where(largest.isfinite(), torch.maximum(level, largest), level)
 
 
 class Block(NamedTuple):

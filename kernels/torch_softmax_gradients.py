@@ -100,7 +100,7 @@ def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
         z, slope = label_terms(head, i)
         first = first_of_equal(head.y[i])
         on_cpu = head.h.device.type == "cpu"
-        level = usual_level(head, i) if on_cpu else level_at(head, row_maximum(head, i, columns), False)
+        level = usual_level(head, i, z) if on_cpu else level_at(head, row_maximum(head, i, columns), False)
         certain = not on_cpu
         while True:
             rest = head.h.new_zeros(m, dtype=fine)
@@ -166,7 +166,7 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
         z, slope = label_terms(head, i)
         level = level_at(head, at, False)
         if work != wide:
-            near = usual_level(head, i) if on_cpu else level_at(head, sampled_level(head, i, work), False)
+            near = usual_level(head, i, z) if on_cpu else level_at(head, sampled_level(head, i, work), False)
             level = level_at(head, torch.where((near.natural - at).abs() < NEAR, near.natural, at), near.exact)
         g = g_lse[i] if upstream.square is None else g_lse[i] + 2 * upstream.square[i] * at
         early = g * torch.exp(level.natural - at) * (1.0 if scale is None else scale)
