@@ -9,13 +9,16 @@ of no arguments.
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Result = TypeVar("Result")
 Step = Callable[[], Sequence[Tensor]]
 TURN_SECONDS = 0.03  # timed part of a turn, when one step is shorter
 FEWEST_ROUNDS = 3
@@ -103,12 +106,27 @@ def median_ms(times: list[float]) -> float | None:
     return statistics.median(times) * 1e3 if times else None
 
 
+def cpu_allocations(run: Callable[[], Result]) -> tuple[Result, list[int]]:
+    """What ``run`` returns, and the bytes of every allocation (and, negative, release) by torch's CPU allocator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        result = run()
+    assert trace.profiler is not None
+    assert trace.profiler.kineto_results is not None
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def peak_of(allocated: Sequence[int]) -> int:
+    """Bytes live at the peak, above what was there before."""
+    return max(itertools.accumulate(allocated, initial=0))
+
+
 def extra_bytes(step: Step, device: torch.device, resident: int | None = None) -> int:
     """Peak bytes of one step above what was there, less the bytes of what it returns.
 
     On CUDA: the allocator's own peak, above ``resident`` (bytes allocated before the contender was first
-    called, so that what it keeps between steps counts). On the CPU: the profiler's trace of every allocation
-    and release of torch's CPU allocator, summed in order; a library's private scratch does not show there.
+    called, so that what it keeps between steps counts). On the CPU: `cpu_allocations`, summed in order; a
+    library's private scratch does not show there.
     """
     if device.type == "cuda":
         wait(device)
@@ -118,13 +136,8 @@ def extra_bytes(step: Step, device: torch.device, resident: int | None = None) -
         wait(device)
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
-            results = step()
-        events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
-        live = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            live += event.nbytes()
-            peak = max(peak, live)
+        results, allocated = cpu_allocations(step)
+        peak = peak_of(allocated)
     return peak - sum(t.numel() * t.element_size() for t in results)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedhead
+from benchmarks.measure import cpu_allocations, peak_of
 from fusedhead import observe
 from fusedhead.report import HeadRecord, Report
 
@@ -77,17 +78,9 @@ PEAKS: list[tuple[int, int, int]] = []  # of each program that this test has tra
 
 
 def watched(program: Program, compiled: bool) -> Trained:
-    """The training, and the peak of its memory: the profiler's trace of every allocation and release, in order."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as trace:
-        result = program(compiled)
-    assert trace.profiler is not None
-    assert trace.profiler.kineto_results is not None
-    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        result.peak = max(result.peak, live)
+    """The training, and the peak of its memory."""
+    result, allocated = cpu_allocations(lambda: program(compiled))
+    result.peak = peak_of(allocated)
     return result
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure import cpu_allocations, peak_of
 from fusedhead.kernels.contract import Needs
 from fusedhead.lowering.plan import MIB, plan
 from tests.ops.heads import OPS, Operands, leaves, none, operands
@@ -17,14 +17,8 @@ FIXED = 64 << 10  # row vectors [N] of results and coefficients
 
 def watch(call):
     """(result, bytes live at the peak, bytes of the largest allocation) of a call, what it returns included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        result = call()
-    live = peak = largest = 0
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak, largest = max(peak, live), max(largest, event.nbytes())
-    return result, peak, largest
+    result, allocated = cpu_allocations(call)
+    return result, peak_of(allocated), max(allocated, default=0)
 
 
 def size(tensors) -> int:
