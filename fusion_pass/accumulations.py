@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import map_arg
 
 from fusedhead.aliases import storage
-from fusedhead.interpret import grad_modes
+from fusedhead.modes import grad_modes
 from fusedhead.read import callee, fake
 
 FUNCTIONS = {
@@ -42,9 +42,8 @@ def separate(graph: Graph) -> None:
     writes = [node for node in graph.nodes if out_of_place(node) is not None]
     if not writes:
         return
-    recorded = grad_modes(graph)
+    recorded, order = grad_modes(graph), {node: i for i, node in enumerate(graph.nodes)}
     for node in writes:
-        order = {n: i for i, n in enumerate(graph.nodes)}
         target = node.args[0]
         if not isinstance(target, Node):  # a number: nothing is written
             node.target = out_of_place(node)

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from fusedhead.anchors import ANCHORS
 from fusedhead.emit import Emit, aten
-from fusedhead.hoisting import autocasts
-from fusedhead.interpret import ANCHORS, grad_modes
+from fusedhead.modes import autocasts, grad_modes
 from fusedhead.read import fake, name_of
 from fusedhead.rules.table import Family
 from fusedhead.safety import Mutations

@@ -27,10 +27,12 @@ from fusedhead import (
     stacks,
 )
 from fusedhead.aliases import storage, written
-from fusedhead.interpret import Reading, Site, candidates, grad_modes, interpret
+from fusedhead.anchors import candidates
+from fusedhead.interpret import Reading, Site, interpret
+from fusedhead.modes import grad_modes
 from fusedhead.options import Options
-from fusedhead.read import fake, name_of, where
-from fusedhead.records import describe, engine, hint, planner, tokens_of
+from fusedhead.read import fake, hint, name_of, where
+from fusedhead.records import describe, engine, planner, tokens_of
 from fusedhead.report import HeadRecord, Report
 from fusedhead.rewrite import fuse
 from fusedhead.row_region import Region
@@ -107,11 +109,10 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
         alone = returned.heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
         reading = with_teachers(module.graph, candidates(module.graph) | alone, grad is not False)
         report.heads += unread(module.graph, reading)
-        if products and not reading.sites:
-            raise Needless
-        if not reading.sites:
-            continue
-        records, wrapped = fuse_body(module.graph, reading, owner, options, alone, grad, deferred)
+        records: list[HeadRecord] = []
+        wrapped = None
+        if reading.sites:
+            records, wrapped = fuse_body(module.graph, reading, owner, options, alone, grad, deferred)
         if both_ways.left(products):
             raise Needless
         report.heads += records
@@ -262,7 +263,7 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
         return "the returned logits are changed in place through another name"
     if site.outputs and owner:
         return f"the logits leave the region that is {'checkpointed' if owner in CHECKPOINTS else 'compiled once'}"
-    few = hint(tokens_of(site)) < returned.LEAST_TOKENS
+    few = (hint(tokens_of(site)) or 0) < returned.LEAST_TOKENS
     if site.outputs and not modes[site.head.node] and (few or not deferred):
         return "the logits are returned and no gradient is recorded, so building them once is the cheapest"
     if site.terminals:

@@ -17,7 +17,8 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedhead.aliases import storage, written
-from fusedhead.read import callee, fake, name_of
+from fusedhead.modes import autocasts
+from fusedhead.read import callee, fake
 
 RANDOM = torch.Tag.nondeterministic_seeded
 
@@ -49,19 +50,6 @@ def may_draw(node: Node) -> bool:
         return seen.any
     except Exception:
         return True
-
-
-def autocasts(graph: Graph) -> dict[Node, tuple[Node, ...]]:
-    """The autocast regions that each node stands in, outermost first, by the nodes that enter them."""
-    inside: tuple[Node, ...] = ()
-    found = {}
-    for node in graph.nodes:
-        if name_of(node) == "_enter_autocast":
-            inside = (*inside, node)
-        elif name_of(node) == "_exit_autocast":
-            inside = tuple(region for region in inside if region is not node.args[0])
-        found[node] = inside
-    return found
 
 
 def floating(nodes: Iterable[Node]) -> bool:

@@ -19,7 +19,9 @@ from torch.fx import Graph, Node
 
 from fusedhead import returned
 from fusedhead.aliases import storage, written
-from fusedhead.interpret import candidates, following, grad_modes
+from fusedhead.anchors import candidates
+from fusedhead.interpret import following
+from fusedhead.modes import grad_modes
 from fusedhead.read import every_dimension, fake, name_of
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.safety import Mutations

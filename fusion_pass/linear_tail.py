@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 
 from fusedhead.emit import Emit, named
 from fusedhead.hoisting import hoist, overwritten
-from fusedhead.interpret import grad_modes
+from fusedhead.modes import grad_modes
 from fusedhead.read import fake, name_of
 from fusedhead.tail_gradient import coefficients, dependent, needed, shape_only
 from fusedhead.tail_nodes import (

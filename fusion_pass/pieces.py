@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from fusedhead.hoisting import autocasts
-from fusedhead.interpret import ANCHORS, grad_modes
+from fusedhead.anchors import above_losses
+from fusedhead.modes import autocasts, grad_modes
 from fusedhead.read import callee, every_dimension, fake, name_of
 from fusedhead.rewrite import PURE_VIEWS
 from fusedhead.rules.projections import SPELLINGS
@@ -44,18 +44,7 @@ class Apart(Exception):
 
 def joins(graph: Graph) -> list[Node]:
     """What is joined on the way from a loss up to its projections, the lowest first."""
-    found: list[Node] = []
-    seen: set[Node] = set()
-    stack = [node for node in graph.nodes if node.op.startswith("call_") and name_of(node) in ANCHORS]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source in seen or not source.op.startswith("call_") or name_of(source) in SPELLINGS:
-                continue
-            seen.add(source)
-            stack.append(source)
-            if name_of(source) in JOINS:
-                found.append(source)
-    return found
+    return [node for node in above_losses(graph) if name_of(node) in JOINS]
 
 
 def join(graph: Graph) -> None:
@@ -92,6 +81,7 @@ class Plan:
 
     def __init__(self, node: Node) -> None:
         self.node = node
+        self.recorded = grad_modes(node.graph)  # of the program's own nodes
         self.made: list[Node] = []
         self.used: list[Node] = [node]  # read by nobody but one another
         self.operands: list[Node] = []  # read earlier than they were, or later
@@ -108,7 +98,7 @@ class Plan:
         """The fake value of a call, in the grad mode of the join."""
         mode = maybe_get_fake_mode(fake(self.node))
         assert mode is not None
-        with mode, torch.set_grad_enabled(grad_modes(self.node.graph)[self.node]):
+        with mode, torch.set_grad_enabled(self.recorded[self.node]):
             return run(*map_arg(args, fake), **map_arg(kwargs, fake))
 
     def whole(self, parts: Sequence[Node], join: Callable[..., Any], dim: int) -> Node:
@@ -207,7 +197,7 @@ class Plan:
     def safe(self) -> bool:
         """Whether nothing between the pieces and their join makes them something else."""
         graph, node = self.node.graph, self.node
-        recorded, regions, mutations = grad_modes(graph), autocasts(graph), Mutations(graph)
+        recorded, regions, mutations = self.recorded, autocasts(graph), Mutations(graph)
         if any(recorded[u] != recorded[node] or regions[u] != regions[node] for u in self.used):
             return False
         first = min(self.used, key=mutations.position.__getitem__)

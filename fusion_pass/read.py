@@ -114,6 +114,13 @@ def every_dimension(index: Any, ndim: int) -> list[Any]:
     return entries + [slice(None)] * (ndim - len(entries))
 
 
+def hint(size: Any) -> int | None:
+    """The number of this compilation, for a size that may be symbolic; None where only the data decide."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else None
+    return int(size)
+
+
 def name_of(node: Node) -> str:
     """The bare name of the op a node calls, whatever its spelling."""
     if node.op == "call_method":

@@ -9,14 +9,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from fusedhead.interpret import Site
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Needs
 from fusedhead.lowering.plan import Plan, plan
-from fusedhead.read import fake, where
+from fusedhead.read import fake, hint, where
 from fusedhead.report import HeadRecord
 from fusedhead.row_region import Region
 
@@ -25,7 +24,7 @@ def planner(call: Node, memory: int) -> Callable[[bool], Plan]:
     """What the planner will choose for a head's call with this compilation's sizes, given "is the tail linear"."""
     h, w, cols, rows = (fake(call.args[i]) for i in (0, 1, 3, 4))  # type: ignore[arg-type]
     needs = Needs(*(x.requires_grad for x in (h, w, cols, rows)))
-    transform, tokens = parse(str(call.args[6])), hint(h.shape[0])
+    transform, tokens = parse(str(call.args[6])), hint(h.shape[0]) or 0
 
     def planned(linear: bool) -> Plan:
         return plan(
@@ -55,19 +54,11 @@ def tokens_of(site: Site) -> Any:
     return math.prod(shape)
 
 
-def hint(size: Any) -> int:
-    """The size of this compilation, for a size that may be symbolic."""
-    if isinstance(size, torch.SymInt):
-        known = size.node.hint
-        return int(known) if known is not None else 0
-    return int(size)
-
-
 def describe(site: Site, reason: str, engine: str, deferred: bool = False, region: Region | None = None) -> HeadRecord:
     vocab, hidden = site.head.weight.val.shape
     tokens = tokens_of(site)
     fused = not reason
-    size = hint(tokens) * vocab * site.head.dtype.itemsize
+    size = (hint(tokens) or 0) * vocab * site.head.dtype.itemsize
     computed = [t.computes for _, t in site.terminals] + ([region.computes] if region else [])
     return HeadRecord(
         fused=fused,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from fusedhead.interpret import ANCHORS, grad_modes, interpret
+from fusedhead.anchors import ANCHORS
+from fusedhead.interpret import interpret
+from fusedhead.modes import grad_modes
 from fusedhead.read import callee, fake, name_of, where
 from fusedhead.report import HeadRecord
 from fusedhead.rules.projections import SPELLINGS
@@ -54,8 +57,7 @@ def operand_of(call: Node, placeholder: Node) -> Any:
 
 
 def returned_by(region: GraphModule) -> list[Any]:
-    output = next(node for node in region.graph.nodes if node.op == "output")
-    found = output.args[0]
+    found = region.graph.output_node().args[0]
     return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
@@ -120,10 +122,11 @@ def inline(gm: GraphModule) -> list[HeadRecord]:
     """Replace calls of regions by their nodes where a head needs it, in place. Returns a record where that fails."""
     kept: set[Node] = set()
     records: list[HeadRecord] = []
+    worth = cache(worth_sharing)  # a region has one answer for all its calls
     while True:
         calls = [node for node in gm.graph.nodes if is_call(node) and node not in kept]
         boundary = crossed(gm.graph) if calls else set()
-        chosen = [call for call in calls if call in boundary or worth_sharing(region_of(call))]
+        chosen = [call for call in calls if call in boundary or worth(region_of(call))]
         if not chosen:
             return records
         for call in chosen:

@@ -16,7 +16,8 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from fusedhead.aliases import storage, written
-from fusedhead.interpret import Site, candidates
+from fusedhead.anchors import candidates
+from fusedhead.interpret import Site
 from fusedhead.read import fake, name_of, where
 from fusedhead.rules.table import Family
 from fusedhead.values import Call, Plain

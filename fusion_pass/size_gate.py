@@ -15,14 +15,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
 
-import torch
 from torch.fx import Node
 
 from fusedhead.interpret import Site
 from fusedhead.lowering.row_plan import window_bytes
-from fusedhead.read import fake
+from fusedhead.read import fake, hint
 from fusedhead.rules.table import Family
 from fusedhead.safety import leaves
 from fusedhead.values import Stack
@@ -46,7 +44,7 @@ def gate(sites: Iterable[Site], min_logits: str | int) -> Callable[[Site], str]:
     count: Counter[tuple[Node, ...]] = Counter()
     unknown = set()
     for site in sites:
-        logits = known(fake(site.head.node).numel())
+        logits = hint(fake(site.head.node).numel())
         count[weight(site)] += (logits or 0) // (len(site.head.parts) if isinstance(site.head, Stack) else 1)
         if logits is None:
             unknown.add(weight(site))
@@ -72,7 +70,7 @@ def row_gate(projections: Iterable[Node], memory: int) -> str:
     its window there is little to save.
     """
     logits = [fake(node) for node in projections]
-    sizes = [(known(z.numel()), z.dtype.itemsize) for z in logits]
+    sizes = [(hint(z.numel()), z.dtype.itemsize) for z in logits]
     held = sum(numel * itemsize for numel, itemsize in sizes if numel is not None)
     least = rows_from(logits[0].device.type, memory)
     if held >= least or any(numel is None for numel, _ in sizes):
@@ -90,10 +88,3 @@ def rows_from(device_type: str, memory: int) -> int:
 
 def weight(site: Site) -> tuple[Node, ...]:
     return tuple(leaves([site.head.weight]))
-
-
-def known(size: Any) -> int | None:
-    """The number of this compilation, for a size that may be symbolic."""
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint) if size.node.has_hint() else None
-    return int(size)

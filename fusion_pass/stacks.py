@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fusedhead.interpret import ANCHORS, Reading, follow, grad_modes, interpret
+from fusedhead.anchors import above_losses
+from fusedhead.evaluate import follow
+from fusedhead.interpret import Reading, interpret
+from fusedhead.modes import grad_modes
 from fusedhead.read import Traces, fake, name_of
 from fusedhead.returned import rooted_in_inputs
 from fusedhead.rules.projections import SPELLINGS
@@ -59,14 +62,7 @@ def reading_of(graph: Graph, starts: Collection[Node], grad: bool) -> Reading | 
 
 def reached(graph: Graph) -> list[Node]:
     """The nodes between a graph's losses and its products, those included, in order."""
-    seen: set[Node] = set()
-    stack = [node for node in graph.nodes if node.op.startswith("call_") and name_of(node) in ANCHORS]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen and source.op.startswith("call_"):
-                seen.add(source)
-                if name_of(source) not in {*SPELLINGS, "bmm"}:
-                    stack.append(source)
+    seen = set(above_losses(graph, {*SPELLINGS, "bmm"}))
     return [node for node in graph.nodes if node in seen]
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from fusedhead.interpret import Reading, candidates
-from fusedhead.read import fake, name_of, where
+from fusedhead.anchors import candidates
+from fusedhead.interpret import Reading
+from fusedhead.read import fake, hint, name_of, where
 from fusedhead.report import HeadRecord
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.safety import functorch
@@ -85,15 +86,8 @@ def describe(node: Node, reason: str) -> Iterator[HeadRecord]:
         sizes = [str(size) for size in logits.shape[:-1]]
         tokens = math.prod(map(int, sizes)) if all(map(str.isdigit, sizes)) else " x ".join(sizes)
         depth, vocab = (int(s) if str(s).isdigit() else 0 for s in (hidden.shape[-1], logits.shape[-1]))
-        size = hint(logits.numel()) * logits.dtype.itemsize
+        size = (hint(logits.numel()) or 0) * logits.dtype.itemsize
         yield HeadRecord(
             False, reason, where(node), "", tokens, depth, vocab, "built", "", 0, size,
             str(logits.dtype).removeprefix("torch."), logits.device.type, node.meta.get("stack_trace") or "",
         )  # fmt: skip
-
-
-def hint(size: object) -> int:
-    """The size of this compilation, for a size that may be symbolic; 0 where only the data decide."""
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint) if size.node.has_hint() else 0
-    return int(size)  # type: ignore[call-overload]

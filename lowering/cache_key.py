@@ -16,7 +16,7 @@ SUFFIXES = (".py", ".cpp", ".h", ".cu")
 PACKAGES = ("fusedhead", "fusedhead.deferred", "fusedhead.rules", "fusedhead.lowering", "fusedhead.kernels")
 
 
-def _sources() -> list[tuple[str, Path]]:
+def sources() -> list[tuple[str, Path]]:
     """(name inside the package, file) of every source, sorted by name."""
     found = {}
     for package in PACKAGES:
@@ -35,7 +35,7 @@ def source_hash() -> bytes:
     Two installs of the same files agree wherever they lie on disk.
     """
     digest = hashlib.sha256()
-    for name, file in _sources():
+    for name, file in sources():
         content = file.read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from fusedhead.read import every_dimension
+
 
 class Pick(NamedTuple):
     """Positions along one dimension; with ``drop`` there is one, and the dimension goes."""
@@ -27,13 +29,9 @@ def by_index(shape: Sequence[int], index: Any) -> Picks | None:
     entries = index if isinstance(index, tuple) else (index,)
     if any(type(e) not in (int, slice, type(Ellipsis)) for e in entries) or entries.count(Ellipsis) > 1:
         return None
-    if Ellipsis not in entries:
-        entries = (*entries, Ellipsis)
-    at = entries.index(Ellipsis)
-    missing = len(shape) - (len(entries) - 1)
-    if missing < 0:
+    full = every_dimension(index, len(shape))
+    if len(full) > len(shape):
         return None
-    full = (*entries[:at], *[slice(None)] * missing, *entries[at + 1 :])
     found = []
     for dim, (entry, size) in enumerate(zip(full, shape)):
         if isinstance(entry, int):

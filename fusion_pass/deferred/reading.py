@@ -22,12 +22,13 @@ from fusedhead.deferred.draft import Draft, draft
 from fusedhead.deferred.outcome import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole
 from fusedhead.deferred.program import Made, Step, modes
 from fusedhead.deferred.rows import token_by_token
-from fusedhead.fusion import hint, refusal
+from fusedhead.fusion import refusal
 from fusedhead.groups import sweep_key
-from fusedhead.interpret import Reading, Site, grad_modes, interpret
+from fusedhead.interpret import Reading, Site, interpret
 from fusedhead.kernels.contract import STATS
 from fusedhead.linear_tail import upgrade
-from fusedhead.read import fake, name_of
+from fusedhead.modes import grad_modes
+from fusedhead.read import fake, hint, name_of
 from fusedhead.rewrite import fuse
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.safety import Mutations
@@ -166,7 +167,7 @@ def answer(
     reason = refusal(site, mutations, grads, "")
     if reason:
         return Unread(reason)
-    rows, all_rows = hint(terminals[0].logits.val.numel()), hint(fake(site.head.node).numel())
+    rows, all_rows = (hint(z.numel()) or 0 for z in (terminals[0].logits.val, fake(site.head.node)))
     calls = [call for some, _ in fuse(graph, [site], memory, grads, mutations) for call in some]
     if len(calls) != 1:
         return Unread("the call has no sweep, or several")
@@ -186,8 +187,7 @@ def cut(made: Draft, call: Node, sharing: Sharing, memory: int, many: Callable[[
     before = copied(made, {}, list(call.args[:6]))
     statistics = {user: STATS[int(user.args[1])] for user in call.users}  # type: ignore[arg-type]
     asks = tuple(name for name in STATS if name in statistics.values())
-    output = next(n for n in made.graph.nodes if n.op == "output")
-    after = copied(made, statistics, list(output.args[0]), asks)
+    after = copied(made, statistics, list(made.graph.output_node().args[0]), asks)  # type: ignore[arg-type]
     return Swept(before, after, asks, str(call.args[6]), memory, many, sharing)
 
 

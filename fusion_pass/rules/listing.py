@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from fusedhead import both_ways, returned, safety, size_gate, stacks
-from fusedhead.rules import RULES, columns, losses, projections, rows, rowwise, statistics
+from fusedhead.lowering.cache_key import sources
+from fusedhead.rules import RULES, columns, losses, picks, projections, rows, rowwise, statistics
 from fusedhead.rules.table import Family
 
 PARTS: tuple[ModuleType, ...] = (
-    projections, columns, rows, losses, statistics, rowwise, stacks, both_ways, returned, safety, size_gate
+    projections, columns, rows, picks, losses, statistics, rowwise, stacks, both_ways, returned, safety, size_gate
 )  # fmt: skip
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 BEGIN, END = "<!-- python -m fusedhead.rules -->", "<!-- end -->"
@@ -50,9 +50,11 @@ def table() -> str:
 
 def sentences() -> list[str]:
     """The sentences of every `Escape` in the package, sorted, with … for what a program fills in."""
-    folder = Path(safety.__file__).parent
-    files = sorted(folder.rglob("*.py"))
-    return sorted({text for file in files for text in escapes(ast.parse(file.read_text(encoding="utf-8")))})
+    return sorted({text for _, file in sources() if file.suffix == ".py" for text in texts(file)})
+
+
+def texts(file: Path) -> Iterator[str]:
+    return escapes(ast.parse(file.read_text(encoding="utf-8")))
 
 
 def escapes(tree: ast.AST) -> Iterator[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusedhead.lowering.cache_key import _sources, source_hash
+from fusedhead.lowering.cache_key import source_hash, sources
 from fusedhead.lowering.ops import SCHEMAS
 from tests.ops.heads import ALL, OPS, leaves, operands
 
@@ -110,7 +110,7 @@ def test_gradients_agree_with_finite_differences():
 def test_the_source_hash_is_stable_and_covers_every_source_file():
     assert len(source_hash()) == 32
     assert source_hash() is source_hash()
-    named = {name.removeprefix("fusedhead").lstrip("./") for name, _ in _sources()}
+    named = {name.removeprefix("fusedhead").lstrip("./") for name, _ in sources()}
     root = Path(__file__).parents[2]
     wanted = {f"{f.relative_to(root / 'fusion_pass')}" for f in (root / "fusion_pass").rglob("*.py")}
     wanted |= {f"{f.relative_to(root)}" for folder in ("lowering", "kernels") for f in (root / folder).rglob("*.py")}

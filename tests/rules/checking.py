@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead import interpret
 from fusedhead.emit import Emit
-from fusedhead.interpret import follow
+from fusedhead.evaluate import follow
 from fusedhead.kernels import reference
 from fusedhead.kernels.columns import Transform, apply
 from fusedhead.kernels.contract import Head
