@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fusedhead import interpret
+from fusedhead import evaluate
 from fusedhead.emit import Emit
 from fusedhead.evaluate import follow
 from fusedhead.kernels import reference
@@ -176,9 +176,9 @@ def spied(node: Node, values: dict[Node, Any], asked: set[Any]) -> Any:
     by_rows = rowwise.read
     for overload in original:
         RULES[overload] = spy(overload)
-    rowwise.read = interpret.by_rows = spied_rows
+    rowwise.read = evaluate.by_rows = spied_rows
     try:
         return follow(node, values)
     finally:
         RULES.update(original)
-        rowwise.read = interpret.by_rows = by_rows
+        rowwise.read = evaluate.by_rows = by_rows
