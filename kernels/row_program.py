@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.columns import apply, parse
+from fusedhead.kernels.columns import Transform, apply, parse
 from fusedhead.kernels.contract import stat_dtype
+from fusedhead.kernels.one_rounding import rounded_bias
 
 HEAD, ITEM = "head", "item"
 
@@ -134,9 +135,18 @@ def overload(name: str) -> Any:
     return getattr(getattr(torch.ops.aten, packet), which)
 
 
+def product(head: Line, tensors: Sequence[Tensor]) -> Tensor:
+    """h wᵀ of one head, [n, V] in its dtype; its bias is in it where the program rounds the sum of both once."""
+    h, w, cols, _, transform, _ = (operand(a, (), tensors) for a in head.args)
+    bias = rounded_bias(parse(transform), h.dtype)
+    return h @ w.t() if bias is None else torch.addmm(cols[bias].to(h.dtype), h, w.t())
+
+
 def head_logits(z: Tensor, cols: Tensor, rows: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
-    """The logits of a head as the program has them, [n, V] of ``dtype``, from its bare product z."""
+    """The logits of a head as the program has them, [n, V] of ``dtype``, from its `product` z."""
     chain = parse(transform)
+    if rounded_bias(chain, z.dtype) is not None:
+        chain = Transform(chain.steps[2:])
     if not chain.smooth.steps:
         return z.to(dtype)
     wide = stat_dtype(z.dtype)
@@ -172,7 +182,7 @@ def last_uses(program: RowProgram) -> dict[int, list[int]]:
 def run(program: RowProgram, tensors: Sequence[Tensor], products: Sequence[Tensor] | None = None) -> list[Tensor]:
     """The program's results for the tokens that the row inputs hold.
 
-    ``products`` are the bare products h wᵀ of its heads in order, where they are known already.
+    ``products`` are the `product` of each of its heads in order, where they are known already.
     """
     values: list[Any] = []
     given = iter(products or ())
@@ -180,8 +190,8 @@ def run(program: RowProgram, tensors: Sequence[Tensor], products: Sequence[Tenso
     for line, (op, args, kwargs) in enumerate(program.lines):
         here = [operand(a, values, tensors) for a in args]
         if op == HEAD:
-            h, w, cols, rows, transform, dtype = here
-            z = h @ w.t() if products is None else next(given)
+            _, _, cols, rows, transform, dtype = here
+            z = product(program.lines[line], tensors) if products is None else next(given)
             values.append(head_logits(z, cols, rows, transform, dtype))
         elif op == ITEM:
             values.append(here[0][here[1]])

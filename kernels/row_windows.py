@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import stat_dtype
-from fusedhead.kernels.row_program import Ref, RowProgram, run
+from fusedhead.kernels.one_rounding import rounded_bias
+from fusedhead.kernels.row_program import Ref, RowProgram, product, run
 from fusedhead.kernels.torch_blocks import cuts
 
 Function = Callable[..., Any]
@@ -44,6 +46,15 @@ def row_inputs(program: RowProgram) -> frozenset[int]:
 def operands(program: RowProgram) -> list[tuple[int, int]]:
     """The inputs (h, w) of every head, in order."""
     return [(line.args[0].at, line.args[1].at) for line in program.heads]
+
+
+def biases(program: RowProgram, tensors: Sequence[Tensor]) -> list[tuple[int, int] | None]:
+    """Of every head in order, the input and row of the bias that its product holds; None where it holds none."""
+    found: list[tuple[int, int] | None] = []
+    for h, _, cols, _, transform, _ in (line.args for line in program.heads):
+        bias = rounded_bias(parse(transform), tensors[h.at].dtype)
+        found.append(None if bias is None else (cols.at, bias))
+    return found
 
 
 def above_autograd() -> AbstractContextManager[object]:
@@ -173,12 +184,12 @@ def head_rows_backward(
 
     What is summed over windows is summed in float32, or in its own dtype with ``narrow_sums``.
     """
-    rows, heads = row_inputs(program), operands(program)
+    rows, heads, added = row_inputs(program), operands(program), biases(program, tensors)
     parts = {at for pair in heads for at in pair}
     n = tensors[heads[0][0]].shape[0]
     differentiable = tuple(g is not None for g in upstream)
     wanted = tuple(i for i, need in enumerate(needs) if need and i not in parts)
-    live = tuple(needs[h] or needs[w] for h, w in heads)
+    live = tuple(needs[h] or needs[w] or (b is not None and needs[b[0]]) for (h, w), b in zip(heads, added))
     sums: list[Tensor | None] = [
         t.new_zeros(t.shape, dtype=t.dtype if i in rows or narrow_sums else stat_dtype(t.dtype)) if need else None
         for i, (t, need) in enumerate(zip(tensors, needs))
@@ -203,7 +214,7 @@ def head_rows_backward(
     key = ("vjp", program, differentiable, wanted, live)
     for i, compiled in windows(n, tokens, key, tensors[0].device):
         given = _window(tensors, rows, i)
-        products = [given[h] @ given[w].t() for h, w in heads]
+        products = [product(head, given) for head in program.heads]
         seen = [g[i] for g in upstream if g is not None]
         everything = [*given, *products, *seen]
         vjp = _vjp(program, differentiable, wanted, live)
@@ -211,9 +222,12 @@ def head_rows_backward(
         del products, everything
         for at, gradient in zip(wanted, found):
             add(at, i, gradient)
-        for (h, w), dz in zip((pair for pair, on in zip(heads, live) if on), found[len(wanted) :]):
+        differentiated = (head for *head, on in zip(heads, added, live) if on)
+        for ((h, w), bias), dz in zip(differentiated, found[len(wanted) :]):
             if needs[h]:
                 add(h, i, dz @ given[w])
             if needs[w]:
                 add_product(sums[w], dz, given[h])
+            if bias is not None and (into := sums[bias[0]]) is not None:
+                into[bias[1]].add_(dz.sum(0, dtype=into.dtype))
     return [None if s is None else s.to(t.dtype) for s, t in zip(sums, tensors)]

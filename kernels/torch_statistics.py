@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.column_gradients import record
-from fusedhead.kernels.columns import apply
+from fusedhead.kernels.columns import Transform, apply
 from fusedhead.kernels.contract import Head, RowStats, Windows, stat_dtype
+from fusedhead.kernels.one_rounding import rounded_bias
 from fusedhead.kernels.torch_blocks import (
     LOG2E,
     block_columns,
@@ -82,19 +83,26 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     soft, summed = bool(want & {"lse", "entropy"}), "sum" in want
     out = {name: head.h.new_empty(n, dtype=wide) for name in ("lse", "sum", "entropy", "max", "lse_low")}
     argmax = head.h.new_empty(n, dtype=torch.int64)
-    rounds = head.transform.smooth != head.transform
+    rounds, chain = head.transform.smooth != head.transform, head.transform
+    bias = rounded_bias(chain, work) if decide else None
+    if bias is not None:
+        chain = Transform(chain.steps[2:])
     for i in cuts(n, tokens):
         h = head.h[i].to(work)
         m = len(h)
         state: Partial | None = None
         for v in cuts(vocab, columns):
             size = m * (v.stop - v.start)
-            raw = torch.mm(h, head.w[v].to(work).t(), out=buffers.work[:size].view(m, -1))
+            raw, w = buffers.work[:size].view(m, -1), head.w[v].to(work)
+            if bias is None:
+                torch.mm(h, w.t(), out=raw)
+            else:
+                torch.addmm(head.cols[bias, v].to(work), h, w.t(), out=raw)
             z = raw if work == wide else buffers.wide[:size].view(m, -1).copy_(raw)
             cols, rows = vectors(head, i, v)
             if decide and rounds:
-                best, at = apply(head.transform, z, cols, rows, decide=True).max(1)
-            z, _ = record(head.transform, z, cols, rows, False, False)
+                best, at = apply(chain, z, cols, rows, decide=True).max(1)
+            z, _ = record(chain, z, cols, rows, False, False)
             if decide:
                 if not rounds:
                     best, at = z.max(1)

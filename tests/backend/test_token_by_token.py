@@ -254,6 +254,23 @@ def test_a_checkpointed_region_may_return_what_was_made_of_every_token() -> None
     right(program, hidden(6, D), weight(), labels(6))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_best_classes_of_a_low_precision_with_bias_are_eagers(dtype: torch.dtype) -> None:
+    def program(h: Tensor, w: Tensor, b: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w, b)
+        return F.cross_entropy(z, q), z.detach().topk(3, -1).indices
+
+    h, w, b = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((64, D), (50, D), (50,)))
+    q = torch.rand(64, 50).softmax(-1).to(dtype)
+    rewritten = Rewritten(program)
+    loss, best = rewritten(h, w, b, q)
+    expected, eagers = program(h, w, b, q)
+    assert all(head.fused for head in rewritten.report.heads)
+    assert torch.equal(best, eagers)  # of the roundings of a sum, linear makes one
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, b), torch.autograd.grad(expected, b))
+
+
 def test_what_mixes_tokens_is_left_alone() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(h, w).cumsum(0), y)

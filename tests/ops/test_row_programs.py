@@ -97,6 +97,37 @@ def test_gradients_err_no_more_than_eager_code(dtype: torch.dtype) -> None:
         assert (ours - right).norm() <= 1.05 * allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [5, 37])
+def test_a_bias_is_rounded_with_the_product_as_linear_rounds_it(dtype: torch.dtype, tokens: int) -> None:
+    name = str(dtype).removeprefix("torch.")
+    program = read(f"v0 = head(r0, t1, t2, r3, 'addcol:0 round:{name} mul:0.5 round:{name}', {name}); return v0")
+    h, w, bias = (torch.randn(*s).to(dtype) for s in ((N, D), (V, D), (V,)))
+    tensors = [h, w, bias.float()[None], torch.empty(N, 0)]
+    eager = [t.clone().requires_grad_() for t in (h, w, bias)]
+    z = F.linear(*eager) * 0.5
+    (got,) = row_windows.head_rows(program, tensors, tokens)
+    assert torch.equal(got, z)  # rounded before the sum as well, 30 % of the entries differ
+    upstream = torch.randn(N, V).to(dtype)
+    ours = row_windows.head_rows_backward(program, [upstream], tensors, [True, True, True, False], tokens)
+    theirs = torch.autograd.grad(z, eager, upstream)
+    truth = [t.detach().double().requires_grad_() for t in eager]
+    true = torch.autograd.grad(F.linear(*truth) * 0.5, truth, upstream.double())
+    for a, b, right in zip(ours, theirs, true):
+        assert a is not None
+        windows = 1 if tokens == N else 2  # each rounds its share of dw
+        assert (a.reshape(b.shape) - right).norm() <= 1.05 * windows * (b - right).norm()
+
+
+def test_a_bias_alone_gets_its_gradient() -> None:
+    program = read("v0 = head(r0, t1, t2, r3, 'addcol:0 round:bfloat16', bfloat16); return v0")
+    tensors = [torch.randn(N, D).bfloat16(), torch.randn(V, D).bfloat16(), torch.randn(1, V), torch.empty(N, 0)]
+    upstream = torch.randn(N, V).bfloat16()
+    found = row_windows.head_rows_backward(program, [upstream], tensors, [False, False, True, False], 7)
+    torch.testing.assert_close(found[2], upstream.float().sum(0)[None])
+    assert [g is None for g in found] == [True, True, False, True]
+
+
 def test_an_input_without_gradient_gets_none() -> None:
     tensors = inputs()
     tensors[1].requires_grad_(False)

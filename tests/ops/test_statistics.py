@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ops.heads import ALL, OPS, RAGGED, Operands, leaves, operands, truth
@@ -102,6 +103,15 @@ def test_a_decision_is_taken_on_rounded_logits_with_the_first_index_on_ties():
     assert (top.item(), at.item()) == (3.0, 1)
     *_, top, at, _ = OPS.head_stats(h, w, y, e, e, e, "", "max,argmax", 0)
     assert at.item() == 2
+
+
+def test_a_decision_on_a_bias_is_taken_on_the_sum_as_linear_rounds_it():
+    h, w, bias = (torch.randn(*shape).bfloat16() for shape in ((512, 8), (700, 8), (700,)))
+    e, y = torch.empty(0), torch.zeros(512, 0, dtype=torch.int64)
+    *_, top, at, _ = OPS.head_stats(h, w, y, bias.float()[None], e, e, "addcol:0 round:bfloat16", "max,argmax", 0)
+    z = F.linear(h, w, bias)
+    assert torch.equal(at, z.argmax(1))
+    assert torch.equal(top, z.amax(1).float())
 
 
 def test_the_first_index_wins_across_blocks():
