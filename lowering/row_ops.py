@@ -41,7 +41,9 @@ def _rows(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
 
 
 def _rows_fake(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
-    with as_written(tensors[0].device):
+    # above autograd, where a composite op is taken apart as when it runs: below it, the fake result of nll_loss has no
+    # dimension where a size is a symbol, whatever its reduction
+    with as_written(tensors[0].device), row_windows.above_autograd(), torch.no_grad():
         return [torch.empty_like(r, memory_format=torch.contiguous_format) for r in run(read(program), tensors)]
 
 

@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.library import opcheck
 
 import fusedhead.lowering.row_ops  # noqa: F401  registers the ops
@@ -156,6 +159,25 @@ def test_the_op_keeps_its_contract() -> None:
         needs = [True, True, False, False, True, True, False, False]
         given = ([g, g.new_empty(())], [t.detach() for t in inputs()], DIVERGENCE, 0, needs)
         opcheck(torch.ops.fusedhead.head_rows_backward.default, given)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy_loss.default(v0, r4, None, reduction=0)",
+                                  "nll_loss_nd.default(v0, r4, None, reduction=0)"])  # fmt: skip
+def test_a_loss_a_token_has_a_loss_a_token_where_their_number_is_a_symbol(loss: str) -> None:
+    text = f"v0 = head(r0, t1, t2, r3, '', float32); v1 = {loss}; return v1"
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def symbolic(tensor: Tensor) -> Tensor:
+        dims = [DimDynamic.DYNAMIC if n == N else DimDynamic.STATIC for n in tensor.shape]
+        context = StatelessSymbolicContext(dims)
+        return mode.from_tensor(tensor, source=ConstantSource(f"x{id(tensor)}"), symbolic_context=context)
+
+    real = [*inputs()[:4], torch.randint(0, V, (N,))]
+    tensors = [symbolic(t) for t in real]
+    (out,) = torch.ops.fusedhead.head_rows(tensors, text, 0)
+    assert isinstance(out.shape[0], torch.SymInt)
+    assert out.ndim == 1
+    assert torch.ops.fusedhead.head_rows(real, text, 0)[0].shape == (N,)
 
 
 def test_double_backward_is_refused() -> None:
