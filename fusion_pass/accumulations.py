@@ -54,13 +54,22 @@ def separate(graph: Graph) -> None:
 def unseen(node: Node, target: Node, order: dict[Node, int]) -> bool:
     """Whether nobody but ``node`` reads the memory of ``target``, a scalar, from ``node`` on."""
     value = fake(target)
-    if not isinstance(value, Tensor) or not target.op.startswith("call_") or (value.requires_grad and value.is_leaf):
+    if not isinstance(value, Tensor) or not target.op.startswith("call_") or learnt(value):
         return False
     if not statically_known_true(sym_eq(value.numel(), 1)) or any(order[user] > order[node] for user in target.users):
         return False
     memory = storage(value)
     earlier = (other for other in order if order[other] < order[node] and other is not target)
     return memory is not None and all(storage(fake(other)) != memory for other in earlier)
+
+
+def learnt(value: Tensor) -> bool:
+    """Whether gradients are for a tensor itself; so it is held of one that autograd forbids to ask (a view of memory
+    written in another grad mode)."""
+    try:
+        return value.requires_grad and value.is_leaf
+    except RuntimeError:
+        return True
 
 
 def become(node: Node, recorded: bool) -> None:

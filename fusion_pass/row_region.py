@@ -156,7 +156,8 @@ def settle(region: Region, reading: Reading) -> None:
 
     inner: set[Node] = set()
     for node in reversed(region.inside):
-        if unfit(node) or any(user in inner for user in node.users):
+        # a total is no part of a row program: what reads it reads a tensor from outside
+        if unfit(node) or (isinstance(values[node], Rowwise) and any(user in inner for user in node.users)):
             inner.add(node)
     for node in region.inside:
         followed = any(s in reading.values and s not in values for s in node.all_input_nodes)

@@ -180,6 +180,8 @@ def as_wide(val: Any, operands: list[Any]) -> Rowwise | None:
 
 
 def is_pointwise(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return False  # Python's own, on sizes
     return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
 
 

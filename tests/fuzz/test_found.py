@@ -120,3 +120,26 @@ def test_results_of_row_programs_with_different_numbers_of_tokens() -> None:
     body = ("z = F.linear(h, w)", "l = F.cross_entropy(z.reshape(-1, V), y.reshape(-1))".replace("V", "11"))
     body += ("some = z[:, 0]", "t = -(torch.full_like(some, 0.1) * some).sum(1)", "hit = z.topk(2, 2).indices")
     agrees(Case(SIZES, {"h": H, "w": W, "y": "torch.randint(0, V, (B, T))"}, body, ("l", "t", "hit")))
+
+
+PARAMETER = {"h": FLAT, "w": "torch.nn.Parameter(torch.randn(V, D) * 0.6)", "y": "torch.randint(0, V, (B * T,))"}
+
+
+def test_a_view_whose_base_is_written_where_another_grad_mode_holds() -> None:
+    loss = "l = F.cross_entropy(F.linear(h, w), y)"
+    for inside in (("v = c.view(-1)", "c += 1", "v += 1"), ("v = c.squeeze(0)", "v += 1")):
+        body = ("c = h * 2", Block("with torch.no_grad():", inside), "c.mul_(2)", loss)
+        agrees(Case(SIZES, PARAMETER, body, ("l", "c")))
+
+
+def test_a_result_a_token_cut_into_pieces_whose_number_is_a_symbol() -> None:
+    for pieces in (1, 2):
+        body = ("z = F.linear(h, w)", "l = F.cross_entropy(z, y)", f"c = z.prod(-1).chunk({pieces}, 0)[0]")
+        agrees(Case(SIZES, PARAMETER, body, ("l", "c"), dynamic=True))
+
+
+def test_a_total_of_a_row_program_that_its_logits_are_combined_with() -> None:
+    total = "t = F.kl_div(z.log_softmax(-1), -z, reduction='sum')"
+    for step in ("z + t", "(z * z * t).prod(-1, keepdim=True) + z"):
+        body = ("z = F.linear(h, w)", total, f"l = ({step}).log_softmax(-1).gather(1, y[:, None])")
+        agrees(Case(SIZES, PARAMETER, body, ("l",)))
