@@ -24,7 +24,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 8
 
 
 @triton.jit
-def _scale(x_ptr, g_ptr, size, unmoved, BLOCK: tl.constexpr):
+def scale_in_place_kernel(x_ptr, g_ptr, size, unmoved, BLOCK: tl.constexpr):
     g = tl.load(g_ptr).to(tl.float32)
     if not (tl.abs(g - 1.0) <= unmoved):  # so that a NaN moves on
         at = tl.program_id(0).to(tl.int64) * BLOCK
@@ -40,7 +40,8 @@ def _scale(x_ptr, g_ptr, size, unmoved, BLOCK: tl.constexpr):
 def _launch(device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], size: int, unmoved: float) -> Launch:
     _, multiprocessors = device_of(device)
     programs = min(triton.cdiv(size, BLOCK), multiprocessors * PROGRAMS_PER_MULTIPROCESSOR)
-    return Launch(_scale, (programs, 1, 1), {"size": size, "unmoved": unmoved, "BLOCK": BLOCK, "num_warps": 8})
+    bound = {"size": size, "unmoved": unmoved, "BLOCK": BLOCK, "num_warps": 8}
+    return Launch(scale_in_place_kernel, (programs, 1, 1), bound)
 
 
 def scale_in_place(x: Tensor, g: Tensor, unmoved: float) -> None:

@@ -1,0 +1,200 @@
+"""Registers, spills and shared memory of the engine's kernels on an H100, found without one.
+
+    TRITON_INTERPRET=0 python -m benchmarks.registers [--cases "mask|cap"] [--jobs 2] [--out DIR] [--ptx DIR]
+
+Every kernel that a head of a case launches is compiled by `absent_gpu` with the tile, the constants and the alignments
+of that launch. A spill in a kernel that sweeps the logits costs time at once; registers near 255 say that the next
+value will spill. Prints a table of cases by kernels and writes it (``registers.md``) and all numbers with the version
+of Triton (``registers.json``) into --out. A kernel's digest is that of its PTX without line numbers: equal digests
+before and after a change mean that it compiles to the same code. ``--ptx`` keeps the PTX itself. It must not know how
+a kernel is launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.absent_gpu import H100, Compiled, absent_gpu
+from benchmarks.machine import versions
+from fusedhead.kernels import triton_windows as engine
+from fusedhead.kernels.columns import parse
+from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats
+from fusedhead.kernels.triton_scale import scale_in_place
+from fusedhead.lowering.plan import LEAST, plan
+
+CAP = "mul:0.03333333333333333 tanh mul:30.0"
+MASK = "setcol:0"
+MIDDLE = (4096, 2048, 128256)  # tokens, hidden, vocabulary; the tile is that of all hidden sizes up to 2048
+LLAMA3, GEMMA2, QWEN3 = (8192, 4096, 128256), (8192, 2304, 256000), (8192, 1024, 151936)
+NEITHER, OPERANDS, VECTORS = Needs(False, False, False, False), Needs(True, True, False, False), Needs(*4 * (True,))
+
+
+class Case(NamedTuple):
+    """A head, and what is asked of it besides lse and labels."""
+
+    shape: tuple[int, int, int]
+    transform: str = ""
+    dtype: torch.dtype = torch.bfloat16
+    labels: int = 1
+    total: bool = False  # label smoothing: the sum over the logits takes part in the loss
+    weighted: bool = False  # that sum has weights, one a class
+    want: frozenset[str] = frozenset()  # statistics besides
+    needs: Needs = OPERANDS
+    transposed: bool = False  # w [V, D] lies along the vocabulary
+    precision: str = "ieee"  # of float32 products
+
+
+CASES = {
+    "plain, D 4096": Case(LLAMA3),
+    "plain, D 2304": Case(GEMMA2),
+    "plain, D 2048": Case(MIDDLE),
+    "plain, D 1024, V 151936": Case(QWEN3),
+    "plain, 64 tokens": Case((64, 4096, 128256)),
+    "plain, w along V": Case(MIDDLE, transposed=True),
+    "float16": Case(LLAMA3, dtype=torch.float16),
+    "float32": Case(MIDDLE, dtype=torch.float32),
+    "float32 as tf32": Case(MIDDLE, dtype=torch.float32, precision="tf32"),
+    "rows of 123": Case((4096, 123, 50257)),  # strides that TMA does not read
+    "bias": Case(MIDDLE, "addcol:0"),
+    "bias, trained": Case(MIDDLE, "addcol:0", needs=VECTORS),
+    "scale a class": Case(MIDDLE, "mulcol:0"),
+    "scale a class, trained": Case(MIDDLE, "mulcol:0", needs=VECTORS),
+    "soft cap": Case(MIDDLE, CAP),
+    "soft cap, D 2304": Case(GEMMA2, CAP),
+    "soft cap, float16": Case(MIDDLE, CAP, torch.float16),
+    "mask": Case(MIDDLE, MASK),
+    "mask, D 4096": Case(LLAMA3, MASK),
+    "mask, V 50257": Case((16384, 768, 50257), MASK),
+    "mask, float16": Case(MIDDLE, MASK, torch.float16),
+    "mask after soft cap": Case(MIDDLE, f"{CAP} {MASK}"),
+    "mask before soft cap": Case(MIDDLE, f"{MASK} {CAP}"),
+    "smoothing": Case(MIDDLE, total=True),
+    "smoothing, weights": Case(MIDDLE, total=True, weighted=True),
+    "smoothing, mask": Case(MIDDLE, MASK, total=True),
+    "entropy": Case(MIDDLE, want=frozenset({"entropy"})),
+    "max, argmax": Case(MIDDLE, "round:bfloat16", want=frozenset({"max", "argmax"})),
+    "entropy, soft cap": Case(MIDDLE, CAP, want=frozenset({"entropy"})),
+    "4 labels": Case(MIDDLE, labels=4),
+    "4 labels, mask": Case(MIDDLE, MASK, labels=4),
+    "everything, rows of 123": Case(
+        (4096, 123, 50257),
+        f"addcol:0 mulrow:0 tanh {MASK} round:bfloat16",
+        labels=4,
+        total=True,
+        weighted=True,
+        want=frozenset({"entropy", "max", "argmax"}),
+        needs=VECTORS,
+    ),
+}
+SWEEPS = ("stream", "stream again", "exp", "exp again", "dlogits")
+
+
+def launch_all(case: Case) -> None:
+    """A training step, one under the least memory, and statistics with a backward pass of their own."""
+    (n, d, v), on = case.shape, "meta"
+    h = torch.empty(n, d, dtype=case.dtype, device=on)
+    w = h.new_empty(d, v).t() if case.transposed else h.new_empty(v, d)
+    y = torch.empty(n, case.labels, dtype=torch.int64, device=on)
+    row, picked = torch.empty(n, device=on), torch.empty(n, case.labels, device=on)
+    u = torch.empty(v if case.weighted else 0, device=on)
+    head = Head(h, w, y, torch.empty(1, v, device=on), torch.empty(1, n, device=on), u, parse(case.transform))
+
+    def windows(needs: Needs, **more: Any) -> Any:
+        return plan(
+            n, v, d, case.dtype, "cuda", needs=needs, transform=head.transform, labels=case.labels, **more
+        ).windows
+
+    total = row if case.total else None
+    one_sweep = not (case.needs.cols or case.needs.rows)
+    for memory in (0, LEAST) if one_sweep and not case.want else ():
+        engine.head_loss(head, RowGrads(row, picked, total), case.needs, windows(case.needs, memory=memory))
+    want = {"lse", "picked"} | case.want | ({"sum"} if case.total else set())
+    engine.head_stats(head, frozenset(want), windows(NEITHER))
+    entropy = row if "entropy" in want else None
+    saved, upstream = RowStats(row, entropy=entropy, lse_low=row), RowGrads(row, picked, total, entropy)
+    engine.head_stats_backward(head, upstream, saved, case.needs, windows(case.needs, linear=False))
+    scale_in_place(h, row[0], 0.0)
+
+
+def compiled(name: str) -> list[Compiled]:
+    """All kernels that the case launches. Tiles and alignments decide, so one window says what all of them do."""
+    case = CASES[name]
+    torch.backends.cuda.matmul.fp32_precision = case.precision
+    with absent_gpu() as listed:
+        launch_all(case)
+    return listed
+
+
+def title(found: Compiled) -> str:
+    again = " again" if found.constants.get("ONLY") else ""
+    return found.kernel.removesuffix("_kernel") + again
+
+
+def digest(ptx: str) -> str:
+    code = re.sub(r"//.*", "", ptx)
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Markdown: a row a case, a column a sweeping kernel; the others in the last one."""
+    lines = ["| case | " + " | ".join(SWEEPS) + " | others, the most |", "|---" * (len(SWEEPS) + 2) + "|"]
+    for name, kernels in results.items():
+        cells = []
+        for kernel in (*SWEEPS, None):
+            own = [k for k in kernels if k["kernel"] == kernel or (kernel is None and k["kernel"] not in SWEEPS)]
+            most = {key: max((k[key] for k in own), default=0) for key in ("registers", "spilled", "shared")}
+            spilled = f"**+{most['spilled']}**" if most["spilled"] else "+0"
+            cells.append(f"{most['registers']} {spilled}, {most['shared'] / 1024:.0f}" if own else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def about(found: Compiled) -> dict[str, Any]:
+    tile = {name: found.constants[name] for name in ("BM", "BN", "BK", "PARTS", "FLATTEN") if name in found.constants}
+    numbers = {"registers": found.registers, "spilled": found.spilled, "shared": found.shared}
+    return {"kernel": title(found), **numbers, "tile": tile, "digest": digest(found.ptx)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="", help="a regular expression that their names contain")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--ptx", type=Path, help="a folder for every kernel's PTX")
+    options = parser.parse_args()
+    names = [name for name in CASES if re.search(options.cases, name)]
+    results: dict[str, list[dict[str, Any]]] = {}
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        several = map if options.jobs == 1 else pool.map  # a pool starts its processes when it is asked
+        for name, kernels in zip(names, tqdm(several(compiled, names), total=len(names), unit="case")):
+            results[name] = [about(found) for found in kernels]
+            for at, found in enumerate(kernels if options.ptx else ()):
+                options.ptx.mkdir(parents=True, exist_ok=True)
+                (options.ptx / f"{name}, {at} {title(found)}.ptx").write_text(found.ptx)
+    said = versions()
+    origin = {"chip": H100._asdict(), "versions": {name: said[name] for name in ("torch", "triton")}}
+    lines = [
+        f"Compiled for an {H100.name} with Triton {said['triton']}: registers a thread **+bytes spilled** a thread,",
+        "KiB of shared memory a program. `again`: the sweep that redoes marked token blocks.",
+        "",
+        *table(results),
+    ]
+    print("\n".join(lines))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "registers.md").write_text("\n".join(lines) + "\n")
+    (options.out / "registers.json").write_text(json.dumps({"origin": origin, "cases": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
