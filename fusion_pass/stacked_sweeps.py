@@ -27,16 +27,13 @@ aten = torch.ops.aten
 
 def part_of(logits: Logits, part: Logits) -> Logits:
     """One head's logits, with what is done to all of them once they are stacked."""
-    shifted = [s._replace(value=int(s.value) + len(part.cols)) if s.op in BY_COLUMN else s for s in logits.steps]
+    shifted = [s.behind(len(part.cols)) for s in logits.steps]
     first = part.vocab[0] if part.vocab else 0
     vocab = (first + logits.vocab[0], first + logits.vocab[1]) if logits.vocab else part.vocab
     own = piece_of(part.cols, *logits.vocab) if logits.vocab else part.cols
     cols = (*own, *logits.cols)
     detached = part.detached if logits.detached is None else (len(own) + logits.detached[0], 0)
     return replace(part, steps=part.steps + tuple(shifted), cols=cols, vocab=vocab, detached=detached)
-
-
-BY_COLUMN = frozenset({"addcol", "mulcol", "setcol"})
 
 
 def numbers_of_rows(emit: Emit, logits: Logits) -> tuple[list[Any], Node | None]:
@@ -115,4 +112,3 @@ def product(emit: Emit, sizes: list[Any]) -> Any:
         both = isinstance(total, int) and isinstance(size, int)
         total = total * size if both else emit(operator.mul, total, size)
     return total
-

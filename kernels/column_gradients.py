@@ -12,21 +12,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.columns import UNARY, WITH_CONSTANT, WITH_VECTOR, Transform
+from fusedhead.kernels import pointwise
+from fusedhead.kernels.columns import CURVED, UNARY, WITH_CONSTANT, WITH_VECTOR, Transform
 
 Tape = list[Tensor]
 
 
 def _on_tape(op: str, need_cols: bool, need_rows: bool) -> bool:
-    """Whether a step's derivative reads a window: its output (tanh, sigmoid) or its input (a multiplier's
-    own).
+    """Whether a step's derivative reads a window: its output (tanh, sigmoid) or its input (a function's, a
+    multiplier's own).
     """
-    return op in UNARY or (op == "mulcol" and need_cols) or (op == "mulrow" and need_rows)
+    return op in CURVED or (op == "mulcol" and need_cols) or (op == "mulrow" and need_rows)
 
 
 def windows_held(transform: Transform, need_cols: bool, need_rows: bool) -> int:
     """How many windows `record` leaves alive, the transformed one included."""
     return 1 + sum(_on_tape(op, need_cols, need_rows) for op, _ in transform.steps)
+
+
+def windows_passing(transform: Transform) -> int:
+    """How many windows a step holds at most while it is taken, or taken back, besides those on the tape."""
+    functions = [pointwise.parse(str(value)) for op, value in transform.steps if op == "fn"]
+    return max((pointwise.most_alive(code) for function in functions for code in function), default=0)
 
 
 def _operand(op: str, value: float | int | str) -> tuple[float, int]:
@@ -51,6 +58,10 @@ def record(
             z = z.tanh_() if op == "tanh" else z.sigmoid_()
             tape.append(z)
             z = z.clone()
+            continue
+        if op == "fn":
+            tape.append(z)
+            z = pointwise.run(pointwise.parse(str(value)).value, z, cols, rows).clone()
             continue
         if kept:
             tape.append(z)
@@ -95,6 +106,8 @@ def pull_back(
         elif op == "sigmoid":
             s = tape.pop()
             dz.mul_(s.addcmul_(s, s, value=-1))  # s - s²
+        elif op == "fn":
+            dz.copy_(pointwise.run(pointwise.parse(str(value)).gradient, tape.pop(), cols, rows, dz))
         elif op == "addcol" and dcols is not None:
             dcols[k] += dz.sum(0)
         elif op == "addrow" and drows is not None:

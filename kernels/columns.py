@@ -17,25 +17,45 @@ know about windows, engines or graphs.
 | ``addrow:k``  | z + rows[k][i]                | 1                     |
 | ``mulrow:k``  | z · rows[k][i]                | rows[k][i]            |
 | ``setcol:k``  | cols[k][v], or z where it is NaN | 0, or 1          |
+| ``fn:code``   | any function, generated from the program's op (`kernels.pointwise`) | generated with it |
 | ``round:t``   | z (decisions: z rounded to t) | 1                     |
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedhead.kernels import pointwise
+
 WITH_CONSTANT = ("mul", "add")
 WITH_VECTOR = ("addcol", "mulcol", "setcol", "addrow", "mulrow")
 UNARY = ("tanh", "sigmoid")
+CURVED = (*UNARY, "fn")  # steps whose derivative depends on z
 
 
 class Step(NamedTuple):
     op: str
-    value: float | int | str = 0  # the constant, the index of the vector, or the dtype's name
+    value: float | int | str = 0  # the constant, the index of the vector, the dtype's name, or the code
+
+    @property
+    def vectors(self) -> Iterator[tuple[str, int]]:
+        """("c" or "r", index) of each vector along the vocabulary or the tokens that the step reads."""
+        if self.op in WITH_VECTOR:
+            yield ("c" if self.op.endswith("col") else "r"), int(self.value)
+        elif self.op == "fn":
+            yield from pointwise.vectors(str(self.value))
+
+    def behind(self, columns: int) -> Step:
+        """The same step where its column vectors stand behind ``columns`` others."""
+        if self.op == "fn":
+            return self._replace(value=pointwise.shifted(str(self.value), columns))
+        named = self.op in WITH_VECTOR and self.op.endswith("col")
+        return self._replace(value=int(self.value) + columns) if named else self
 
 
 class Transform(NamedTuple):
@@ -52,9 +72,9 @@ class Transform(NamedTuple):
         return Transform(tuple(s for s in self.steps if s.op != "round"))
 
     @property
-    def bounded_slope(self) -> bool:
-        """Whether a step squashes z (tanh, sigmoid), so that the derivative varies along a row."""
-        return any(s.op in UNARY for s in self.steps)
+    def factorises(self) -> bool:
+        """Whether the derivative is a number a token times a number a class, whatever z is."""
+        return not any(s.op in CURVED for s in self.steps)
 
 
 @lru_cache(maxsize=256)
@@ -72,10 +92,12 @@ def parse(text: str) -> Transform:
             steps.append(Step(op, float(value)))
         elif op in WITH_VECTOR:
             steps.append(Step(op, int(value)))
+        elif op == "fn":
+            steps.append(Step(op, pointwise.parse(value).text))
         elif op == "round":
             steps.append(Step(op, value))
         else:
-            known = ", ".join((*WITH_CONSTANT, *WITH_VECTOR, *UNARY, "round"))
+            known = ", ".join((*WITH_CONSTANT, *WITH_VECTOR, *UNARY, "fn", "round"))
             raise ValueError(f"transform step {word!r} is not known; expected one of {known}")
     return Transform(tuple(steps))
 
@@ -106,6 +128,8 @@ def apply(transform: Transform, z: Tensor, cols: Tensor, rows: Tensor, *, decide
             z = z + rows[value][:, None]
         elif op == "mulrow":
             z = z * rows[value][:, None]
+        elif op == "fn":
+            z = pointwise.run(pointwise.parse(value).value, z, cols, rows)
         elif op == "round" and decide:
             z = z.to(getattr(torch, str(value))).to(z.dtype)
     return z

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fusedhead.kernels.column_gradients import windows_held
+from fusedhead.kernels.column_gradients import windows_held, windows_passing
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import Needs, stat_dtype
 from fusedhead.kernels.torch_blocks import (
@@ -48,7 +48,7 @@ def workspace(
     block = tokens * columns
     blocks = block * work.itemsize * (not keep) + block * wide.itemsize * narrow
     held = windows_held(transform, needs.cols and explicit, needs.rows) - 1
-    blocks += block * wide.itemsize * (held + (2 if explicit else 0))
+    blocks += block * wide.itemsize * (held + windows_passing(transform) + (2 if explicit else 0))
     if keep:
         blocks += tokens * v * work.itemsize
     hidden = tokens * d

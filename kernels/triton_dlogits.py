@@ -22,12 +22,12 @@ from torch import Tensor
 from fusedhead.kernels.contract import Head, RowGrads, RowStats
 from fusedhead.kernels.triton_labels import labelled_parts, map_labels
 from fusedhead.kernels.triton_launch import Launch
-from fusedhead.kernels.triton_prefetch import prefetch_columns
 from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import label_position
 from fusedhead.kernels.triton_schedule import locate, step_counts
 from fusedhead.kernels.triton_sweep import KEPT, Sweep
 from fusedhead.kernels.triton_transform import pulled_back, transform
+from fusedhead.kernels.triton_vectors import prefetch_columns
 
 
 @triton.jit

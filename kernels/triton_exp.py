@@ -25,12 +25,12 @@ from torch import Tensor
 from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_labels import labelled_parts
 from fusedhead.kernels.triton_launch import Launch
-from fusedhead.kernels.triton_prefetch import prefetch_columns
 from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import store_labelled, weighted_sum
 from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
 from fusedhead.kernels.triton_sweep import KEPT, Sweep
 from fusedhead.kernels.triton_transform import column_slope, transform, varies_along_row
+from fusedhead.kernels.triton_vectors import prefetch_columns
 
 
 @triton.jit

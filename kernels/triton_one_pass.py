@@ -47,7 +47,7 @@ def fits(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
         (needs.h or needs.w)
         and not (needs.cols or needs.rows)
         and (c.lse is not None or c.square is not None)
-        and (c.sum is None or not head.transform.bounded_slope)
+        and (c.sum is None or head.transform.factorises)
         and (part or windows.vocab >= len(head.w))
         and len(head.h) > FEW
     )
@@ -63,6 +63,8 @@ def _sum_terms(head: Head, c: Tensor) -> tuple[Tensor, Tensor]:
             r = r * head.rows[int(value)]
         elif op == "mulcol":
             f = f * head.cols[int(value)]
+        elif op == "setcol":
+            f = torch.where(head.cols[int(value)].isnan(), f, 0)
     return r, f
 
 

@@ -26,12 +26,12 @@ from torch import Tensor
 from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_labels import labelled_parts, map_labels
 from fusedhead.kernels.triton_launch import Launch
-from fusedhead.kernels.triton_prefetch import prefetch_columns
 from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import finite_or_zero, order_key, store_labelled, weighted_sum
 from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
 from fusedhead.kernels.triton_sweep import KEPT, Sweep
 from fusedhead.kernels.triton_transform import decided, steps_of, transform
+from fusedhead.kernels.triton_vectors import prefetch_columns
 
 UNSPECIALISED = ("N", "V", "D", "K", "GROUP", "size", "sy0", "sy1", "stride_cols", "stride_rows")
 

@@ -9,59 +9,33 @@ must not know about tiles' order, windows or statistics.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
-from fusedhead.kernels.columns import Transform
+from fusedhead.kernels.columns import CURVED, Step, Transform
+from fusedhead.kernels.pointwise import parse
+from fusedhead.kernels.triton_functions import sigmoid, tanh
+from fusedhead.kernels.triton_pointwise import encoded, pointwise
+from fusedhead.kernels.triton_vectors import along_columns, along_rows
 
-VARYING = ("mulcol", "setcol", "tanh", "sigmoid")  # steps whose derivative differs along a row
+VARYING = ("mulcol", "setcol", *CURVED)  # steps whose derivative differs along a row
 
 
-def steps_of(transform: Transform) -> tuple[float | int | str, ...]:
+def _value(step: Step) -> Any:
+    """What a kernel takes of a step: its value, or the two codes of a function."""
+    return tuple(map(encoded, parse(str(step.value)))) if step.op == "fn" else step.value
+
+
+def steps_of(transform: Transform) -> tuple[Any, ...]:
     """The chain as one flat tuple op, value, op, value ..., which a kernel takes as a constexpr."""
-    return tuple(x for op, value in transform.steps for x in (str(op), value))
+    return tuple(x for step in transform.steps for x in (str(step.op), _value(step)))
 
 
 def varies_along_row(transform: Transform) -> bool:
     """Whether dT/dz differs from column to column, so that it has to be multiplied in element by element."""
     return any(op in VARYING for op, _ in transform.steps)
-
-
-@triton.jit
-def along_columns(z, vectors, index: tl.constexpr, col):
-    """cols[index][col] to go with z, zero past the vocabulary."""
-    values = tl.load(vectors[0] + index * vectors[1].to(tl.int64) + col, mask=col < vectors[2], other=0.0)
-    if len(z.shape) == 2:  # loaded flat: a two-dimensional load would drag the whole tile into its layout
-        values = values[None, :]
-    return values
-
-
-@triton.jit
-def along_rows(z, vectors, index: tl.constexpr, row):
-    """rows[index][row] to go with z, zero past the last token."""
-    values = tl.load(vectors[3] + index * vectors[4].to(tl.int64) + row, mask=row < vectors[5], other=0.0)
-    if len(z.shape) == 2:
-        values = values[:, None]
-    return values
-
-
-@triton.jit
-def tanh(x, PRECISE: tl.constexpr):
-    """tanh in float32 to 1e-7 absolute; with PRECISE to 3e-7 relative near zero as well."""
-    t = tl.exp2(-2.8853900817779268 * tl.abs(x))
-    y = (1.0 - t) * (1.0 / (1.0 + t))  # the reciprocal that the derivative needs too
-    y = tl.where(x < 0, -y, y)
-    if PRECISE:
-        s = x * x
-        series = 0.021869488536155 + s * -0.008863235529902202
-        series = 0.13333333333333333 + s * (-0.05396825396825397 + s * series)
-        y = tl.where(tl.abs(x) < 0.3, x * (1.0 + s * (-0.3333333333333333 + s * series)), y)
-    return y
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
 
 
 @triton.jit
@@ -88,6 +62,8 @@ def _stepped(z, vectors, col, row, STEPS: tl.constexpr, J: tl.constexpr, DECIDE:
         z = z + along_rows(z, vectors, value, row)
     elif op == "mulrow":
         z = z * along_rows(z, vectors, value, row)
+    elif op == "fn":
+        z = pointwise(value[0], z, z, vectors, col, row, PRECISE)
     elif DECIDE and value == "bfloat16":
         z = z.to(tl.bfloat16).to(tl.float32)
     elif DECIDE and value == "float16":
@@ -139,6 +115,8 @@ def _pulled(
     elif op == "setcol":
         there = along_columns(z, vectors, value, col)
         g = tl.where(there != there, g, 0.0)
+    elif op == "fn":
+        g = pointwise(value[1], transform(z, vectors, col, row, STEPS, J, PRECISE), g, vectors, col, row, PRECISE)
     elif not ALONG_ROW:
         if op == "mul":
             g = g * value

@@ -52,10 +52,11 @@ def check_head(head: Head) -> None:
         raise ValueError(f"h is {h.dtype} and w is {w.dtype}; both must have the same floating dtype")
     if y.dtype != torch.int64:
         raise ValueError(f"labels are {y.dtype}; they must be torch.int64")
-    for op, value in transform.steps:
-        given = cols if op.endswith("col") else rows if op.endswith("row") else None
-        if given is not None and int(value) >= len(given):
-            raise ValueError(f"the transform names vector {op}:{value} but only {len(given)} were given")
+    for step in transform.steps:
+        for kind, index in step.vectors:
+            given = cols if kind == "c" else rows
+            if index >= len(given):
+                raise ValueError(f"the transform names vector {step.op}:{index} but only {len(given)} were given")
     if y.numel() and y.device.type == "cpu":
         least, most = (int(at) for at in y.aminmax())
         if least < 0 or most >= w.shape[0]:

@@ -70,26 +70,35 @@ def extent(operand: Tensor, logits: Logits) -> tuple[bool, bool]:
     return varies[logits.class_dim], any(v for d, v in enumerate(varies) if d != logits.class_dim)
 
 
+def vector(operand: Plain, logits: Logits, what: str) -> tuple[str, Plain | RowVector]:
+    """("col" or "row", the vector) of an operand that broadcasts to the logits; one number for all goes by tokens."""
+    along_vocab, along_tokens = extent(operand.val, logits)
+    if along_vocab and along_tokens:
+        raise Escape(f"{what} of the logits and a tensor with token and vocabulary extent is not a bias or a scale")
+    if along_vocab:
+        return "col", Plain(Call(aten.reshape.default, (operand.ref, [-1])), operand.val.reshape(-1))
+    return "row", RowVector(operand, len(logits.row_steps), logits.val, logits.class_dim)
+
+
+def needs_same_shape(context: Context, logits: Logits, operand: Tensor, how: str) -> None:
+    same_shape = len(context.val.shape) == logits.val.ndim and all(
+        statically_known_true(sym_eq(a, b)) for a, b in zip(context.val.shape, logits.val.shape)
+    )
+    if not same_shape or not operand.is_floating_point():
+        raise Escape(f"{how} broadcasts the logits or combines them with {operand.dtype}")
+
+
 def combine(context: Context, logits: Logits, operand: Any, how: str) -> Logits:
     """The logits after ``z how operand`` with ``how`` in {"mul", "add"} and an operand of any allowed extent."""
     if isinstance(operand, (int, float)) and not isinstance(operand, bool):
         return logits.step(context.val, Step(how, float(operand)))
     if not isinstance(operand, Plain) or not isinstance(operand.val, Tensor):
         raise Escape("the logits are combined with a number that is not known at compile time")
-    same_shape = len(context.val.shape) == logits.val.ndim and all(
-        statically_known_true(sym_eq(a, b)) for a, b in zip(context.val.shape, logits.val.shape)
-    )
-    if not same_shape or not operand.val.is_floating_point():
-        raise Escape(f"{how} broadcasts the logits or combines them with {operand.val.dtype}")
-    along_vocab, along_tokens = extent(operand.val, logits)
-    if along_vocab and along_tokens:
-        raise Escape(f"{how} of the logits and a tensor with token and vocabulary extent is not a bias or a scale")
-    if along_vocab:
-        column = Plain(Call(aten.reshape.default, (operand.ref, [-1])), operand.val.reshape(-1))
-        step = Step(f"{how}col", len(logits.cols))
-        return logits.step(context.val, step, cols=(*logits.cols, column))
-    row = RowVector(operand, len(logits.row_steps), logits.val, logits.class_dim)
-    return logits.step(context.val, Step(f"{how}row", len(logits.rows)), rows=(*logits.rows, row))
+    needs_same_shape(context, logits, operand.val, how)
+    kind, found = vector(operand, logits, how)
+    if isinstance(found, RowVector):
+        return logits.step(context.val, Step(f"{how}{kind}", len(logits.rows)), rows=(*logits.rows, found))
+    return logits.step(context.val, Step(f"{how}{kind}", len(logits.cols)), cols=(*logits.cols, found))
 
 
 def inverse(operand: Any) -> Any:

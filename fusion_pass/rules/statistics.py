@@ -34,13 +34,6 @@ def softmax(context: Context, value: Any, dim: int, dtype: Any = None, **_: Any)
     return Probs(logits, context.val)
 
 
-@rule(aten.exp.default)
-def exp(context: Context, value: Any) -> Probs:
-    if isinstance(value, LogProbs) and value.factor == 1.0:
-        return Probs(value.of, context.val)
-    raise Escape("exp is applied to something else than log-probabilities")
-
-
 def expected(context: Context, a: Any, b: Any) -> Expected | None:
     """p · log p or p · z, if that is what a product is."""
     p, x = (a, b) if isinstance(a, Probs) else (b, a)

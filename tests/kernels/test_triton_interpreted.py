@@ -16,7 +16,8 @@ if torch.cuda.is_available():
 import triton
 import triton.language as tl
 
-from fusedhead.kernels import reference, triton_one_pass, triton_operands, triton_sweep, triton_tiles
+from fusedhead.generate import function_of
+from fusedhead.kernels import pointwise, reference, triton_one_pass, triton_operands, triton_sweep, triton_tiles
 from fusedhead.kernels import triton_windows as engine
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import STATS, Head, Needs, RowGrads, RowStats, Windows
@@ -29,6 +30,48 @@ ALL = Needs(True, True, True, True)
 OPERANDS = Needs(True, True, False, False)
 STEPS = 8e-7  # relative error allowed to float32: a few roundings
 EACH_STEP = "mul:0.5 addcol:0 mulcol:1 tanh mul:3.0 addrow:0 mulrow:1 sigmoid add:0.25 mul:6.0"
+
+
+def fn(op, *args) -> str:
+    """The step of a pointwise op; its operands are "z", "c0", "r1" or numbers."""
+    return f"fn:{function_of(op, args, (), args.index('z')).text}"
+
+
+aten = torch.ops.aten
+CURVED = f"mul:0.5 {fn(aten.silu.default, 'z')} addcol:0 {fn(aten.mish.default, 'z')} mulrow:1"
+# every op that a function is made of, somewhere they are defined
+FUNCTIONS = {
+    name: f"{before} {fn(op, *args)} {after}".strip()
+    for name, before, op, args, after in (
+        ("relu", "", aten.relu.default, ("z",), ""),
+        ("gelu", "", aten.gelu.default, ("z",), "mul:2.0"),
+        ("mish", "", aten.mish.default, ("z",), ""),
+        ("softplus", "mul:12.0", aten.softplus.default, ("z",), ""),
+        ("elu", "", aten.elu.default, ("z",), "addcol:0"),
+        ("hardswish", "", aten.hardswish.default, ("z",), ""),
+        ("log_sigmoid", "", aten.log_sigmoid.default, ("z",), ""),
+        ("clamp", "", aten.clamp.default, ("z", -1.0, 1.0), "mul:3.0"),
+        ("threshold", "", aten.threshold.default, ("z", 0.1, 0.2), ""),
+        ("maximum", "", aten.maximum.default, ("z", "c1"), ""),
+        ("minimum", "", aten.minimum.default, ("r0", "z"), ""),
+        ("logaddexp", "", aten.logaddexp.default, ("c0", "z"), ""),
+        ("abs", "", aten.abs.default, ("z",), ""),
+        ("pow", "", aten.pow.Tensor_Scalar, ("z", 3), ""),
+        ("power of a root", "sigmoid", aten.pow.Tensor_Scalar, ("z", -1.5), ""),
+        ("sqrt", "sigmoid", aten.sqrt.default, ("z",), "mul:5.0"),
+        ("rsqrt", "sigmoid", aten.rsqrt.default, ("z",), ""),
+        ("reciprocal", "sigmoid add:0.5", aten.reciprocal.default, ("z",), ""),
+        ("log", "sigmoid", aten.log.default, ("z",), ""),
+        ("log2", "sigmoid", aten.log2.default, ("z",), ""),
+        ("log1p", "sigmoid mul:0.9", aten.log1p.default, ("z",), ""),
+        ("exp", "", aten.exp.default, ("z",), "mul:0.1"),
+        ("exp2", "", aten.exp2.default, ("z",), "mul:0.1"),
+        ("expm1", "", aten.expm1.default, ("z",), "mul:0.1"),
+        ("sin", "", aten.sin.default, ("z",), ""),
+        ("cos", "", aten.cos.default, ("z",), "mul:4.0"),
+        ("erf", "", aten.erf.default, ("z",), ""),
+    )
+}  # fmt: skip
 
 
 def head(n=20, v=70, d=16, k=1, transform="", dtype=F32, seed=0, weighted=False, scale=2.0) -> Head:
@@ -79,7 +122,7 @@ def gradients(n: int, k: int = 1, seed: int = 1, **more: bool) -> RowGrads:
     )
 
 
-@pytest.mark.parametrize("transform", ["", "mul:0.5 addcol:1", EACH_STEP])
+@pytest.mark.parametrize("transform", ["", "mul:0.5 addcol:1", EACH_STEP, CURVED])
 def test_every_statistic_matches_float64(transform):
     x = head(n=37, v=101, d=24, k=2, transform=transform, weighted=True)
     got = engine.head_stats(x, frozenset(STATS), Windows(16, 32, F32))
@@ -100,7 +143,7 @@ def test_every_size_is_covered(n, v):
     assert torch.equal(got.argmax, true.argmax)
 
 
-@pytest.mark.parametrize("transform", ["", "addcol:0 mulrow:1", EACH_STEP])
+@pytest.mark.parametrize("transform", ["", "addcol:0 mulrow:1", EACH_STEP, CURVED])
 @pytest.mark.parametrize("windows", [Windows(64, 128, F32), Windows(16, 32, F32)])
 def test_gradients_for_any_upstream_match_float64(transform, windows):
     x = head(n=20, v=70, k=2, transform=transform, weighted=True)
@@ -203,8 +246,34 @@ def test_an_infinite_logit_among_the_others_is_not_lost(monkeypatch):
     assert error(grads.h, d[0]) < STEPS
 
 
-def test_a_sum_behind_a_squashing_step_takes_two_sweeps():
-    x = head(transform="tanh mul:3.0")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_generated_function_and_its_derivative_match_float64(name):
+    x, g = head(n=20, v=70, transform=FUNCTIONS[name]), gradients(20)
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(16, 70, F32))
+    true, d = truth(x, g)
+    for got, exact in ((stats.lse, true.lse), (stats.picked, true.picked), (grads.h, d[0]), (grads.w, d[1])):
+        assert error(got, exact) < STEPS
+
+
+def test_every_word_of_a_function_is_computed_by_the_kernels():
+    steps = [step for transform in FUNCTIONS.values() for step in parse(transform).steps]
+    functions = [pointwise.parse(str(step.value)) for step in steps if step.op == "fn"]
+    spoken = {op for function in functions for code in function for op, _ in code.instructions}
+    assert spoken == set(pointwise.OPS)
+
+
+def test_a_sum_over_columns_that_are_set_has_no_gradient_there():
+    x, g = head(transform="mulcol:1 setcol:0 mulrow:0", weighted=True), gradients(20, sum=True)
+    x.cols[0] = torch.where(x.cols[0] < 0, torch.nan, x.cols[0])
+    _, grads = engine.head_loss(x, g, OPERANDS, Windows(16, 70, F32))
+    _, d = truth(x, g)
+    assert error(grads.h, d[0]) < STEPS
+    assert error(grads.w, d[1]) < STEPS
+
+
+@pytest.mark.parametrize("transform", ["tanh mul:3.0", FUNCTIONS["gelu"]])
+def test_a_sum_behind_a_curved_step_takes_two_sweeps(transform):
+    x = head(transform=transform)
     g = gradients(20, sum=True)
     _, grads = engine.head_loss(x, g, OPERANDS, Windows(16, 70, F32))
     _, d = truth(x, g)

@@ -405,7 +405,7 @@ def test_what_mixes_the_logits_of_tokens_is_left_alone() -> None:
         return F.cross_entropy(z - z.max(), y)
 
     for program, because in (
-        (balanced, "of the logits over tokens alone"),
+        (balanced, "sum of the logits over other dimensions than the vocabulary"),
         (normalised, "aten.native_batch_norm.default is not known to treat tokens apart"),
         (shifted, "aten.max.default is not known to treat tokens apart"),
     ):

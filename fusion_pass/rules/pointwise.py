@@ -1,0 +1,93 @@
+"""Functions of the logits element by element, as code that is generated from the op: any of them is one step.
+
+What no code is generated for (`fusedhead.generate` says why), or wants a gradient of its second operand, is computed
+token by token like any other op. Functions that jump (floor, sign, comparisons) are left to that too: a logit just
+beside the jump falls on one side or the other as the program rounds it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedhead.generate import function_of
+from fusedhead.kernels.columns import Step
+from fusedhead.rules.columns import COMPUTED, needs_same_shape, vector
+from fusedhead.rules.table import Context, Family, needs_logits, rule
+from fusedhead.values import FOLLOWED, Escape, Logits, LogProbs, Plain, Probs, RowVector
+
+aten = torch.ops.aten
+FAMILY = Family(
+    "through functions",
+    "any function of each logit, with constants and with vectors along the classes or the tokens; its derivative comes "
+    "from autograd's own formula",
+    "",
+)
+
+
+def pointwise(context: Context, op: Any, args: tuple, kwargs: dict[str, Any]) -> Logits:
+    """The logits after ``op(*args, **kwargs)``, of whose arguments one is the logits."""
+    name = op._schema.name.removeprefix("aten::")
+    constants = [a for a in (*args, *kwargs.values()) if not isinstance(a, (Plain, *FOLLOWED))]
+    if any(a is not None and not isinstance(a, (bool, int, float, str)) for a in constants):
+        raise Escape(f"{name} of the logits has an argument that is not known at compile time")
+    at = [i for i, a in enumerate(args) if isinstance(a, FOLLOWED)]
+    if len(at) != 1:
+        raise Escape(f"{name} combines logits with logits")
+    logits = needs_logits(args[at[0]], name)
+    cols, rows, words = logits.cols, logits.rows, list(args)
+    words[at[0]] = "z"
+    for i, operand in enumerate(args):
+        if not isinstance(operand, Plain):
+            continue
+        if not isinstance(operand.val, Tensor) or operand.val.requires_grad:
+            raise Escape(f"{name} of the logits has an operand that wants a gradient")
+        needs_same_shape(context, logits, operand.val, name)
+        kind, found = vector(operand, logits, name)
+        words[i] = f"{kind[0]}{len(cols if kind == 'col' else rows)}"
+        if isinstance(found, RowVector):
+            rows = (*rows, found)
+        else:
+            cols = (*cols, found)
+    if context.val.dtype not in (*COMPUTED, logits.val.dtype):
+        raise Escape(f"{name} of the logits has dtype {context.val.dtype}")
+    function = function_of(op, tuple(words), tuple(sorted(kwargs.items())), at[0])
+    return logits.step(context.val, Step("fn", function.text), cols=cols, rows=rows)
+
+
+@rule(aten.exp.default)
+def exp(context: Context, value: Any) -> Logits | Probs:
+    if isinstance(value, LogProbs) and value.factor == 1.0:
+        return Probs(value.of, context.val)
+    return pointwise(context, aten.exp.default, (value,), {})
+
+
+def generated(op: Any) -> Any:
+    def read(context: Context, *args: Any, **kwargs: Any) -> Logits:
+        return pointwise(context, op, args, kwargs)
+
+    return read
+
+
+LISTED = (
+    (
+        aten.abs.default, aten.square.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default,
+        aten.pow.Tensor_Scalar, aten.exp2.default, aten.expm1.default, aten.log.default, aten.log2.default,
+        aten.log1p.default, aten.sin.default, aten.cos.default, aten.erf.default, aten.special_erf.default,
+    ),
+    (
+        aten.relu.default, aten.relu6.default, aten.leaky_relu.default, aten.elu.default, aten.celu.default,
+        aten.selu.default, aten.silu.default, aten.gelu.default, aten.mish.default, aten.softplus.default,
+        aten.log_sigmoid.default, aten.hardtanh.default, aten.hardsigmoid.default, aten.hardswish.default,
+        aten.threshold.default,
+    ),
+    (
+        aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.clamp.Tensor, aten.clamp_min.Tensor,
+        aten.clamp_max.Tensor, aten.clip.default, aten.maximum.default, aten.minimum.default, aten.logaddexp.default,
+    ),
+)  # fmt: skip
+for _table in LISTED:
+    for _op in _table:
+        rule(_op)(generated(_op))

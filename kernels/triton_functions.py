@@ -1,0 +1,94 @@
+"""Elementary functions of float32 values inside a kernel, to the precision that the head's dtype asks for.
+
+PRECISE is for float32 heads: errors of a few units in the last place, near zeros of the function as well. Without it
+the device's approximations do, whose errors bfloat16 and float16 do not show. This file knows no logits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x, PRECISE: tl.constexpr):
+    """tanh in float32 to 1e-7 absolute; with PRECISE to 3e-7 relative near zero as well."""
+    t = tl.exp2(-2.8853900817779268 * tl.abs(x))
+    y = (1.0 - t) * (1.0 / (1.0 + t))  # the reciprocal that the derivative needs too
+    y = tl.where(x < 0, -y, y)
+    if PRECISE:
+        s = x * x
+        series = 0.021869488536155 + s * -0.008863235529902202
+        series = 0.13333333333333333 + s * (-0.05396825396825397 + s * series)
+        y = tl.where(tl.abs(x) < 0.3, x * (1.0 + s * (-0.3333333333333333 + s * series)), y)
+    return y
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
+
+
+@triton.jit
+def exp(x, PRECISE: tl.constexpr):
+    """e^x; with PRECISE x log2 e is carried in two floats: its rounding costs |x| / 2 units of the result."""
+    p = x * 1.4426950408889634
+    y = tl.exp2(p)
+    if PRECISE:
+        low = tl.fma(x, 1.4426950216293335, -p)
+        low = tl.fma(x, 1.925963033500601e-08, low)
+        y = tl.where((y > 0.0) & (y < float("inf")), tl.fma(y, low * 0.6931471805599453, y), y)
+    return y
+
+
+@triton.jit
+def _log_ratio(s):
+    """ln((1 + s) / (1 - s)) for |s| <= 0.18."""
+    t = s * s
+    return 2.0 * s * (1.0 + t * (0.3333333333333333 + t * (0.2 + t * (0.14285714285714285 + t * 0.1111111111111111))))
+
+
+@triton.jit
+def log(x, PRECISE: tl.constexpr):
+    """ln x; with PRECISE relative to its distance from 0 near x = 1 as well."""
+    y = tl.log2(x) * 0.6931471805599453
+    if PRECISE:
+        y = tl.where(tl.abs(x - 1.0) < 0.3, _log_ratio((x - 1.0) / (x + 1.0)), y)
+    return y
+
+
+@triton.jit
+def log1p(x, PRECISE: tl.constexpr):
+    """ln(1 + x), relative to its size near x = 0 as well."""
+    return tl.where(tl.abs(x) < 0.3, _log_ratio(x / (2.0 + x)), log(1.0 + x, PRECISE))
+
+
+@triton.jit
+def expm1(x, PRECISE: tl.constexpr):
+    """e^x - 1, relative to its size near x = 0 as well."""
+    series = 0.008333333333333333 + x * (0.001388888888888889 + x * 0.0001984126984126984)
+    series = x * (1.0 + x * (0.5 + x * (0.16666666666666666 + x * (0.041666666666666664 + x * series))))
+    return tl.where(tl.abs(x) < 0.35, series, exp(x, PRECISE) - 1.0)
+
+
+@triton.jit
+def sign(x):
+    return (x > 0.0).to(tl.float32) - (x < 0.0).to(tl.float32)
+
+
+@triton.jit
+def quotient(a, b, PRECISE: tl.constexpr):
+    if PRECISE:
+        y = tl.div_rn(a, b)
+    else:
+        y = a / b
+    return y
+
+
+@triton.jit
+def sqrt(x, PRECISE: tl.constexpr):
+    if PRECISE:
+        y = tl.sqrt_rn(x)
+    else:
+        y = tl.sqrt(x)
+    return y

@@ -1,0 +1,47 @@
+"""The vectors of a head's Transform inside a kernel: reading what belongs to a tile, and asking for it early.
+
+``vectors`` is the tuple ``(cols, stride_cols, V, rows, stride_rows, N)``. A column vector that is first touched in the
+epilogue makes all warps wait for memory, once for each column part: asking for its lines before the product costs one
+instruction a thread and no register. This file must not know what vectors mean.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def along_columns(z, vectors, index: tl.constexpr, col):
+    """cols[index][col] to go with z, zero past the vocabulary."""
+    values = tl.load(vectors[0] + index * vectors[1].to(tl.int64) + col, mask=col < vectors[2], other=0.0)
+    if len(z.shape) == 2:  # loaded flat: a two-dimensional load would drag the whole tile into its layout
+        values = values[None, :]
+    return values
+
+
+@triton.jit
+def along_rows(z, vectors, index: tl.constexpr, row):
+    """rows[index][row] to go with z, zero past the last token."""
+    values = tl.load(vectors[3] + index * vectors[4].to(tl.int64) + row, mask=row < vectors[5], other=0.0)
+    if len(z.shape) == 2:
+        values = values[:, None]
+    return values
+
+
+@triton.jit
+def _prefetch(vectors, col, STEPS: tl.constexpr, J: tl.constexpr):
+    op: tl.constexpr = STEPS[2 * J]
+    if op == "addcol" or op == "mulcol" or op == "setcol":
+        at = vectors[0] + STEPS[2 * J + 1] * vectors[1].to(tl.int64) + tl.minimum(col, vectors[2] - 1)
+        tl.inline_asm_elementwise(
+            "{ prefetch.global.L1 [$1]; mov.u32 $0, 0; }", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def prefetch_columns(vectors, col, STEPS: tl.constexpr, PREFETCH: tl.constexpr):
+    """Ask for the entries at ``col`` [BN] of every column vector that the chain names; nothing unless PREFETCH."""
+    if PREFETCH:
+        for j in tl.static_range(len(STEPS) // 2):
+            _prefetch(vectors, col, STEPS, j)

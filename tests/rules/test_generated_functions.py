@@ -1,0 +1,78 @@
+"""The code generated for a pointwise op is the op, and its derivative is autograd's, at corners and ties too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fusedhead.generate import LARGEST, function_of
+from fusedhead.kernels import pointwise
+from fusedhead.rules.pointwise import LISTED
+from fusedhead.values import Escape
+
+aten = torch.ops.aten
+INF, NAN = float("inf"), float("nan")
+# where ops have corners: their default bounds, and those below
+CORNERS = [-INF, -100.0, -6.0, -3.0, -1.0, -0.5, -0.0, 0.0, 0.1, 0.2, 0.5, 1.0, 3.0, 6.0, 20.0, 100.0, INF, NAN]
+ARGUMENTS: dict[Any, list[tuple]] = {
+    aten.pow.Tensor_Scalar: [("z", e) for e in (0, 1, 2, 3, 8, -1, -2, 0.5, 1.5, -0.5, -1.5)],
+    aten.leaky_relu.default: [("z",), ("z", 0.2)],
+    aten.elu.default: [("z",), ("z", 0.5), ("z", 1.0, 2.0, 0.5)],
+    aten.softplus.default: [("z",), ("z", 2.0, 1.0)],
+    aten.hardtanh.default: [("z",), ("z", -0.5, 0.2)],
+    aten.threshold.default: [("z", 0.1, 0.2)],
+    aten.clamp.default: [("z", -0.5, 0.5), ("z", None, 1.0), ("z", 0.1)],
+    aten.clip.default: [("z", -0.5, 0.5)],
+    aten.clamp_min.default: [("z", 0.1)],
+    aten.clamp_max.default: [("z", 0.1)],
+    aten.clamp.Tensor: [("z", "r0", "c0"), ("z", None, "c0")],
+    aten.clamp_min.Tensor: [("z", "c0")],
+    aten.clamp_max.Tensor: [("z", "r0")],
+    aten.maximum.default: [("z", "c0"), ("r0", "z")],
+    aten.minimum.default: [("z", "c0"), ("r0", "z")],
+    aten.logaddexp.default: [("z", "c0"), ("r0", "z")],
+}
+CASES = [
+    pytest.param(op, args, kwargs, id=f"{op._schema.name.removeprefix('aten::')}{args[args.index('z') + 1 :]}{kwargs}")
+    for table in LISTED
+    for op in (*table, *([aten.exp.default] if table is LISTED[0] else []))
+    for args in ARGUMENTS.get(op, [("z",)])
+    for kwargs in ([{}, {"approximate": "tanh"}] if op is aten.gelu.default else [{}])
+]
+
+
+def operands() -> dict[str, torch.Tensor]:
+    z = torch.tensor(CORNERS, dtype=torch.float64)
+    z = torch.cat([z, torch.linspace(-7, 7, 46, dtype=torch.float64)]).reshape(8, 8)
+    cols = torch.tensor([[-1.0, -0.5, 0.0, 0.1, 0.5, 1.0, 6.0, 3.0]], dtype=torch.float64)
+    return {"z": z, "c0": cols, "r0": cols[0, :, None] * 0.5}
+
+
+@pytest.mark.parametrize(("op", "args", "kwargs"), CASES)
+def test_the_code_is_the_op_and_its_derivative(op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    given = operands()
+    z = given["z"].requires_grad_()
+    value = op(*(given.get(a, a) if isinstance(a, str) else a for a in args), **kwargs)
+    g = torch.linspace(-2, 3, 64, dtype=torch.float64).reshape(8, 8)
+    (slope,) = torch.autograd.grad(value, z, g)
+    code = pointwise.parse(function_of(op, args, tuple(kwargs.items()), args.index("z")).text)
+    z, cols, rows = z.detach(), given["c0"], given["r0"].t()
+    finite = z.isfinite()
+    torch.testing.assert_close(pointwise.run(code.value, z, cols, rows), value.detach(), equal_nan=True)
+    torch.testing.assert_close(pointwise.run(code.gradient, z, cols, rows, g)[finite], slope[finite], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("op", "args"), [(aten.lgamma.default, ("z",)), (aten.pow.Tensor_Scalar, ("z", 0.3)), (aten.atan.default, ("z",))]
+)
+def test_a_function_that_kernels_do_not_compute_is_an_escape(op: Any, args: tuple) -> None:
+    with pytest.raises(Escape, match="not among the functions that a kernel computes"):
+        function_of(op, args, (), 0)
+
+
+def test_no_function_of_torch_is_larger_than_what_a_kernel_takes() -> None:
+    cases = [case.values for case in CASES]
+    functions = [function_of(op, args, tuple(kwargs.items()), args.index("z")) for op, args, kwargs in cases]
+    assert max(len(code.instructions) for function in functions for code in function) < LARGEST
