@@ -26,11 +26,11 @@ from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_labels import labelled_parts
 from fusedhead.kernels.triton_launch import Launch
 from fusedhead.kernels.triton_product import column_part, product
-from fusedhead.kernels.triton_rows import store_labelled, weighted_sum
+from fusedhead.kernels.triton_rows import laid_out_as, store_labelled, weighted_sum
 from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
 from fusedhead.kernels.triton_sweep import KEPT, Sweep
 from fusedhead.kernels.triton_transform import column_slope, transform, varies_along_row
-from fusedhead.kernels.triton_vectors import prefetch_columns
+from fusedhead.kernels.triton_vectors import prefetch, prefetch_columns
 
 
 @triton.jit
@@ -66,9 +66,12 @@ def _epilogue(
     row = block * BM + tl.arange(0, BM)
     col = start + tl.arange(0, WIDTH)
     z = transform(acc, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
-    if LABELS > 0 and VARYING:  # before e, so that the slope finds the registers of z free
-        if here != 0:
-            store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
+    if VARYING:
+        c = column_slope(acc, vectors, col, row, STEPS, PRECISE)
+        if LABELS > 0:
+            if here != 0:
+                store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
+                store_labelled(laid_out_as(c, z), y, sy0, sy1, K, row, N, start, slope, LABELS, WIDTH)
     e = tl.exp2(tl.fma(z, 1.4426950408889634, -ref2[:, None]))
     if not EVEN:
         if start + WIDTH > V:
@@ -81,10 +84,6 @@ def _epilogue(
         if here != 0:
             store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
     if VARYING:
-        c = column_slope(acc, vectors, col, row, STEPS, PRECISE)
-        if LABELS > 0:
-            if here != 0:
-                store_labelled(c, y, sy0, sy1, K, row, N, start, slope, LABELS, WIDTH)
         e = e * c
     E.store([block * BM, start], e.to(DTYPE))
     return total, weighted
@@ -156,9 +155,14 @@ def exp_kernel(
         if live != 0:
             row = block * BM + tl.arange(0, BM)
             here = labelled_parts(label_map, block, tile, V, LABELS, BN)
-            r = tl.load(ref2 + row, mask=row < N, other=0.0)
+            if VARYING:  # its epilogue needs the registers that would hold r during the product
+                prefetch(ref2 + tl.minimum(row, N - 1), PREFETCH)
+            else:
+                r = tl.load(ref2 + row, mask=row < N, other=0.0)
             prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
             acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY)
+            if VARYING:
+                r = tl.load(ref2 + row, mask=row < N, other=0.0)
             for j in tl.static_range(PARTS):
                 x = column_part(acc, j, PARTS, BM, BN)
                 start = tile * BN + j * (BN // PARTS)

@@ -55,6 +55,13 @@ def from_order_key(key):
 
 
 @triton.jit
+def laid_out_as(x, z):
+    """x, spread over threads as z. A tile made of vectors alone gets a layout of its own, with 32 rows in a thread:
+    where a sum along rows needs them all at once, registers spill (0.5 KB a thread in `triton_exp`)."""
+    return x + tl.minimum(tl.abs(z), 0.0)
+
+
+@triton.jit
 def store_labelled(values, y, sy0, sy1, K, row, N, start, out, LABELS: tl.constexpr, WIDTH: tl.constexpr):
     """out[row, k] = values[row, y[row, k] - start] for the labels that lie in this part of a tile.
 

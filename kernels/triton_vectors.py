@@ -30,13 +30,19 @@ def along_rows(z, vectors, index: tl.constexpr, row):
 
 
 @triton.jit
-def _prefetch(vectors, col, STEPS: tl.constexpr, J: tl.constexpr):
-    op: tl.constexpr = STEPS[2 * J]
-    if op == "addcol" or op == "mulcol" or op == "setcol":
-        at = vectors[0] + STEPS[2 * J + 1] * vectors[1].to(tl.int64) + tl.minimum(col, vectors[2] - 1)
+def prefetch(at, PREFETCH: tl.constexpr):
+    """Ask for the lines that hold the addresses ``at``; nothing unless PREFETCH."""
+    if PREFETCH:
         tl.inline_asm_elementwise(
             "{ prefetch.global.L1 [$1]; mov.u32 $0, 0; }", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
         )
+
+
+@triton.jit
+def _prefetch(vectors, col, STEPS: tl.constexpr, J: tl.constexpr):
+    op: tl.constexpr = STEPS[2 * J]
+    if op == "addcol" or op == "mulcol" or op == "setcol":
+        prefetch(vectors[0] + STEPS[2 * J + 1] * vectors[1].to(tl.int64) + tl.minimum(col, vectors[2] - 1), True)
 
 
 @triton.jit
