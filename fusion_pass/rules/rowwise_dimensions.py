@@ -65,8 +65,13 @@ def plain_arguments(args: tuple, kwargs: dict[str, Any], target: Any) -> tuple[t
     return given, named
 
 
+SOFT = frozenset({aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default})
+
+
 def along(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     x = operand(args[0], target)
+    if target in SOFT and isinstance(val, Tensor) and not val.is_floating_point():
+        raise Escape(f"{target} of {x.val.dtype} is an error, which fake values do not see")
     dim, args, kwargs = dim_of(target, args, kwargs, (ALONG | RESIZE)[target])
     rest, named = plain_arguments(args[1:], kwargs, target)
     given = replaced((x.expr, *rest), (ALONG | RESIZE)[target], tail_dim(x, dim, target))

@@ -129,6 +129,8 @@ def joined(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Rowwis
     listed, dim = args[0], constants(args[1] if len(args) > 1 else kwargs.get("dim", 0))
     like = next(x for x in listed if isinstance(x, Rowwise))
     stacked = target is aten.stack.default
+    if like.val.ndim + stacked != val.ndim:
+        raise Escape("a vector without entries is joined, which counts for nothing")
     d = dim % val.ndim
     tail = (*like.tail[:d], True, *like.tail[d:]) if stacked else like.tail
     if not tail[d]:
