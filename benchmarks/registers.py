@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.absent_gpu import H100, Compiled, absent_gpu
 from benchmarks.machine import versions
+from fusedhead.generate import function_of
 from fusedhead.kernels import triton_windows as engine
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats
@@ -35,6 +36,11 @@ from fusedhead.lowering.plan import LEAST, plan
 
 CAP = "mul:0.03333333333333333 tanh mul:30.0"
 MASK = "setcol:0"
+aten = torch.ops.aten
+GELU, SOFTPLUS, CLAMP = (
+    f"fn:{function_of(op, ('z', *bounds), (), 0).text}"
+    for op, *bounds in ((aten.gelu.default,), (aten.softplus.default,), (aten.clamp.default, -30.0, 30.0))
+)
 MIDDLE = (4096, 2048, 128256)  # tokens, hidden, vocabulary; the tile is that of all hidden sizes up to 2048
 LLAMA3, GEMMA2, QWEN3 = (8192, 4096, 128256), (8192, 2304, 256000), (8192, 1024, 151936)
 NEITHER, OPERANDS, VECTORS = Needs(False, False, False, False), Needs(True, True, False, False), Needs(*4 * (True,))
@@ -73,6 +79,10 @@ CASES = {
     "soft cap": Case(MIDDLE, CAP),
     "soft cap, D 2304": Case(GEMMA2, CAP),
     "soft cap, float16": Case(MIDDLE, CAP, torch.float16),
+    "gelu": Case(MIDDLE, GELU),
+    "softplus": Case(MIDDLE, SOFTPLUS),
+    "softplus, float32": Case(MIDDLE, SOFTPLUS, torch.float32),
+    "clamp": Case(MIDDLE, CLAMP),
     "mask": Case(MIDDLE, MASK),
     "mask, D 4096": Case(LLAMA3, MASK),
     "mask, V 50257": Case((16384, 768, 50257), MASK),
@@ -89,7 +99,7 @@ CASES = {
     "4 labels, mask": Case(MIDDLE, MASK, labels=4),
     "everything, rows of 123": Case(
         (4096, 123, 50257),
-        f"addcol:0 mulrow:0 tanh {MASK} round:bfloat16",
+        f"addcol:0 {CLAMP} {SOFTPLUS} mulrow:0 tanh {MASK} round:bfloat16",
         labels=4,
         total=True,
         weighted=True,

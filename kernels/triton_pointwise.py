@@ -1,7 +1,7 @@
 """The code of a pointwise function (`kernels.pointwise`) inside a kernel: unrolled into straight-line code.
 
-A code reaches a kernel as a constexpr, ``(instructions, result)`` with an instruction ``(op, kind, value, kind, value,
-...)``: two entries for each operand. It works on a float32 value ``z``, a tile or a vector, as `triton_transform` does.
+The text itself is the constexpr, and is taken apart while a kernel is compiled. It works on a float32 value ``z``, a
+tile or a vector, as `triton_transform` does.
 """
 
 from __future__ import annotations
@@ -9,42 +9,59 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedhead.kernels.pointwise import Code
 from fusedhead.kernels.triton_functions import exp, expm1, log, log1p, quotient, sign, sqrt, tanh
 from fusedhead.kernels.triton_vectors import along_columns, along_rows
 
-Entry = tuple[str | float | int, ...]
+
+@triton.constexpr_function
+def _code(text, which):
+    """One of a function's two codes."""
+    return text.split("|")[which]
 
 
-def _entry(arg: str | float) -> Entry:
-    if isinstance(arg, float):
-        return "number", arg
-    return arg[0], int(arg[1:] or 0) + (arg[0] == "#")  # `pointwise` keeps result i at i + 1
+@triton.constexpr_function
+def _count(code):
+    """The number of instructions; the entry after them is the result."""
+    return code.count(";")
 
 
-def encoded(code: Code) -> tuple[tuple[Entry, ...], Entry]:
-    """A code as a kernel takes it."""
-    lines = tuple((op, *(x for arg in args for x in _entry(arg))) for op, args in code.instructions)
-    result = code.result if code.result[0] in "zg#cr" else float(code.result)
-    return lines, _entry(result)
+@triton.constexpr_function
+def _word(code, i, j):
+    """Word j of entry i: the op, then its operands; "" past the last."""
+    words = code.split(";")[i].replace("(", ",").rstrip(")").split(",")
+    return words[j] if j < len(words) else ""
+
+
+@triton.constexpr_function
+def _kind(word):
+    return word[0] if word[0] in "zg#cr" else "number"
+
+
+@triton.constexpr_function
+def _index(word):
+    return int(word[1:])
+
+
+@triton.constexpr_function
+def _number(word):
+    return float(word)
 
 
 @triton.jit
-def _operand(ENTRY: tl.constexpr, J: tl.constexpr, values, z, g, vectors, col, row):
-    kind: tl.constexpr = ENTRY[J]
-    value: tl.constexpr = ENTRY[J + 1]
+def _operand(WORD: tl.constexpr, values, z, g, vectors, col, row):
+    kind: tl.constexpr = _kind(WORD)
     if kind == "z":
         x = z
     elif kind == "g":
         x = g
     elif kind == "#":
-        x = values[value]
+        x = values[_index(WORD) + 1]
     elif kind == "c":
-        x = along_columns(z, vectors, value, col)
+        x = along_columns(z, vectors, _index(WORD), col)
     elif kind == "r":
-        x = along_rows(z, vectors, value, row)
+        x = along_rows(z, vectors, _index(WORD), row)
     else:
-        x = tl.zeros_like(z) + value
+        x = tl.zeros_like(z) + _number(WORD)
     return x
 
 
@@ -119,22 +136,22 @@ def _computed(op: tl.constexpr, a, b, c, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _instruction(LINE: tl.constexpr, values, z, g, vectors, col, row, PRECISE: tl.constexpr):
-    count: tl.constexpr = len(LINE) // 2
-    a = _operand(LINE, 1, values, z, g, vectors, col, row)
+def _instruction(CODE: tl.constexpr, AT: tl.constexpr, values, z, g, vectors, col, row, PRECISE: tl.constexpr):
+    a = _operand(_word(CODE, AT, 1), values, z, g, vectors, col, row)
     b = a
     c = a
-    if count > 1:
-        b = _operand(LINE, 3, values, z, g, vectors, col, row)
-    if count > 2:
-        c = _operand(LINE, 5, values, z, g, vectors, col, row)
-    return _computed(LINE[0], a, b, c, PRECISE)
+    if _word(CODE, AT, 2) != "":
+        b = _operand(_word(CODE, AT, 2), values, z, g, vectors, col, row)
+    if _word(CODE, AT, 3) != "":
+        c = _operand(_word(CODE, AT, 3), values, z, g, vectors, col, row)
+    return _computed(_word(CODE, AT, 0), a, b, c, PRECISE)
 
 
 @triton.jit
-def pointwise(CODE: tl.constexpr, z, g, vectors, col, row, PRECISE: tl.constexpr):
-    """The result of a code, shaped as z."""
+def pointwise(TEXT: tl.constexpr, WHICH: tl.constexpr, z, g, vectors, col, row, PRECISE: tl.constexpr):
+    """The function of z (WHICH = 0) or its gradient for the gradient g of its result (1), shaped as z."""
+    code: tl.constexpr = _code(TEXT, WHICH)
     values = (z,)  # a tuple cannot begin empty: the result of instruction i is at i + 1
-    for i in tl.static_range(len(CODE[0])):
-        values = values + (_instruction(CODE[0][i], values, z, g, vectors, col, row, PRECISE),)  # type: ignore[assignment]  # noqa: RUF005
-    return _operand(CODE[1], 0, values, z, g, vectors, col, row) + tl.zeros_like(z)
+    for i in tl.static_range(_count(code)):
+        values = values + (_instruction(code, i, values, z, g, vectors, col, row, PRECISE),)  # type: ignore[assignment]  # noqa: RUF005
+    return _operand(_word(code, _count(code), 0), values, z, g, vectors, col, row) + tl.zeros_like(z)

@@ -9,28 +9,22 @@ must not know about tiles' order, windows or statistics.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from fusedhead.kernels.columns import CURVED, Step, Transform
-from fusedhead.kernels.pointwise import parse
+from fusedhead.kernels.columns import CURVED, Transform
 from fusedhead.kernels.triton_functions import sigmoid, tanh
-from fusedhead.kernels.triton_pointwise import encoded, pointwise
+from fusedhead.kernels.triton_pointwise import pointwise
 from fusedhead.kernels.triton_vectors import along_columns, along_rows
 
-VARYING = ("mulcol", "setcol", *CURVED)  # steps whose derivative differs along a row
+# Steps whose derivative differs along a row. That of dropcol does too, but by itself needs no multiplication:
+# exponentials of -inf are zero (labels there: `triton_one_pass`).
+VARYING = ("mulcol", "setcol", *CURVED)
 
 
-def _value(step: Step) -> Any:
-    """What a kernel takes of a step: its value, or the two codes of a function."""
-    return tuple(map(encoded, parse(str(step.value)))) if step.op == "fn" else step.value
-
-
-def steps_of(transform: Transform) -> tuple[Any, ...]:
+def steps_of(transform: Transform) -> tuple[float | int | str, ...]:
     """The chain as one flat tuple op, value, op, value ..., which a kernel takes as a constexpr."""
-    return tuple(x for step in transform.steps for x in (str(step.op), _value(step)))
+    return tuple(x for op, value in transform.steps for x in (str(op), value))
 
 
 def varies_along_row(transform: Transform) -> bool:
@@ -58,12 +52,14 @@ def _stepped(z, vectors, col, row, STEPS: tl.constexpr, J: tl.constexpr, DECIDE:
     elif op == "setcol":
         there = along_columns(z, vectors, value, col)
         z = tl.where(there != there, z, there)
+    elif op == "dropcol":
+        z = tl.where(along_columns(z, vectors, value, col) != 0.0, float("-inf"), z)
     elif op == "addrow":
         z = z + along_rows(z, vectors, value, row)
     elif op == "mulrow":
         z = z * along_rows(z, vectors, value, row)
     elif op == "fn":
-        z = pointwise(value[0], z, z, vectors, col, row, PRECISE)
+        z = pointwise(value, 0, z, z, vectors, col, row, PRECISE)
     elif DECIDE and value == "bfloat16":
         z = z.to(tl.bfloat16).to(tl.float32)
     elif DECIDE and value == "float16":
@@ -115,8 +111,11 @@ def _pulled(
     elif op == "setcol":
         there = along_columns(z, vectors, value, col)
         g = tl.where(there != there, g, 0.0)
+    elif op == "dropcol":
+        g = tl.where(along_columns(z, vectors, value, col) != 0.0, 0.0, g)
     elif op == "fn":
-        g = pointwise(value[1], transform(z, vectors, col, row, STEPS, J, PRECISE), g, vectors, col, row, PRECISE)
+        x = transform(z, vectors, col, row, STEPS, J, PRECISE)
+        g = pointwise(value, 1, x, g, vectors, col, row, PRECISE)
     elif not ALONG_ROW:
         if op == "mul":
             g = g * value
