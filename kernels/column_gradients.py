@@ -9,6 +9,8 @@ statistics or devices.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,8 @@ def record(
             z.mul_(cols[k])
         elif op == "setcol":
             torch.where(cols[k].isnan(), z, cols[k], out=z)
+        elif op == "dropcol":
+            z.masked_fill_(cols[k] != 0, -math.inf)
         elif op == "addrow":
             z.add_(rows[k][:, None])
         elif op == "mulrow":
@@ -118,6 +122,8 @@ def pull_back(
             dz.mul_(cols[k])
         elif op == "setcol":
             dz.masked_fill_(cols[k].isnan().logical_not_(), 0)
+        elif op == "dropcol":
+            dz.masked_fill_(cols[k] != 0, 0)
         elif op == "mulrow":
             if drows is not None:
                 drows[k] += tape.pop().mul_(dz).sum(1)

@@ -17,12 +17,14 @@ know about windows, engines or graphs.
 | ``addrow:k``  | z + rows[k][i]                | 1                     |
 | ``mulrow:k``  | z · rows[k][i]                | rows[k][i]            |
 | ``setcol:k``  | cols[k][v], or z where it is NaN | 0, or 1          |
+| ``dropcol:k`` | -inf where cols[k][v] is not 0, or z | 0, or 1      |
 | ``fn:code``   | any function, generated from the program's op (`kernels.pointwise`) | generated with it |
 | ``round:t``   | z (decisions: z rounded to t) | 1                     |
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ from torch import Tensor
 from fusedhead.kernels import pointwise
 
 WITH_CONSTANT = ("mul", "add")
-WITH_VECTOR = ("addcol", "mulcol", "setcol", "addrow", "mulrow")
+WITH_VECTOR = ("addcol", "mulcol", "setcol", "dropcol", "addrow", "mulrow")
 UNARY = ("tanh", "sigmoid")
 CURVED = (*UNARY, "fn")  # steps whose derivative depends on z
 
@@ -124,6 +126,8 @@ def apply(transform: Transform, z: Tensor, cols: Tensor, rows: Tensor, *, decide
             z = z * cols[value]
         elif op == "setcol":
             z = torch.where(cols[value].isnan(), z, cols[value])
+        elif op == "dropcol":
+            z = z.masked_fill(cols[value] != 0, -math.inf)
         elif op == "addrow":
             z = z + rows[value][:, None]
         elif op == "mulrow":
@@ -133,3 +137,9 @@ def apply(transform: Transform, z: Tensor, cols: Tensor, rows: Tensor, *, decide
         elif op == "round" and decide:
             z = z.to(getattr(torch, str(value))).to(z.dtype)
     return z
+
+
+def dropped(transform: Transform, cols: Tensor) -> Tensor | None:
+    """[V] bool: the columns that steps set to -inf, through which nothing flows back; None without such a step."""
+    found = [cols[int(value)] != 0 for op, value in transform.steps if op == "dropcol"]
+    return torch.stack(found).any(0) if found else None

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from fusedhead.kernels import torch_dlogits, torch_softmax_gradients, torch_statistics
+from fusedhead.kernels.columns import dropped
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
 from fusedhead.kernels.torch_blocks import fine_dtype, plain_scale, rounded_off
 from fusedhead.kernels.torch_sums import weighted_sums
@@ -41,9 +42,20 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     return stats
 
 
+def _by_row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
+    """Whether gradients come from exponentials and a number a row.
+
+    Not where masks leave no column: that number is NaN, which a mask stops on its way back. (Asked on the CPU only,
+    elsewhere the answer would have to be waited for.)
+    """
+    gone = dropped(head.transform, head.cols) if head.h.device.type == "cpu" else None
+    left = gone is None or not bool(gone.all())
+    return left and torch_softmax_gradients.serves(head, upstream, needs)
+
+
 def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
     """One sweep over z for the gradients of any per-row upstream."""
-    if torch_softmax_gradients.serves(head, upstream, needs):
+    if _by_row_scale(head, upstream, needs):
         if upstream.lse is None and upstream.square is None:
             return torch_softmax_gradients.labels_alone(head, upstream, needs, windows)
         fine = fine_dtype(head.h.device.type)
@@ -59,7 +71,7 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     the gradients; that costs one product more and only one block of memory.
     """
     scale, wide = plain_scale(head.transform), stat_dtype(head.h.dtype)
-    if not torch_softmax_gradients.serves(head, coefficients, needs):
+    if not _by_row_scale(head, coefficients, needs):
         want = {"lse", "picked"} | ({"sum"} if coefficients.sum is not None else set())
         stats = head_stats(head, frozenset(want), windows)
         return stats, torch_dlogits.backward(head, coefficients, stats, needs, windows)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedhead.kernels.columns import dropped
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
 from fusedhead.kernels.triton_dlogits import dlogits
 from fusedhead.kernels.triton_exp import exponentials
@@ -65,6 +66,8 @@ def _sum_terms(head: Head, c: Tensor) -> tuple[Tensor, Tensor]:
             f = f * head.cols[int(value)]
         elif op == "setcol":
             f = torch.where(head.cols[int(value)].isnan(), f, 0)
+        elif op == "dropcol":
+            f = f.masked_fill(head.cols[int(value)] != 0, 0)
     return r, f
 
 
@@ -81,6 +84,9 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
     tokens = cuts[0].stop
     with on_device(head.h):
         check_labels(head.y, vocab)
+        gone = dropped(head.transform, head.cols)
+        if gone is not None and coefficients.picked is not None:  # no slope says that a label has no gradient there
+            coefficients = coefficients._replace(picked=coefficients.picked.masked_fill(gone[head.y], 0))
         dh = new((n, hidden)) if needs.h else None
         dw = WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
         rank_one = None
@@ -112,6 +118,10 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
             rows = (ref2[:m], picked[i], slope, totals)
             row_total = None if total is None else total[i]
             scale = finalize(s, part, buffer[:m], *rows, c, lse[i], row_total, sh, gain, other_lse)
+            if gone is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
+                for factor in (scale, sh):
+                    if factor is not None:
+                        factor.masked_fill_(gone.all(), 0)
             window = buffer[:m, : kept.stop]
             if dw is not None and sh is not None:
                 dw.add(window, kept, sh, first=i.start == 0, alpha=1 / gain)

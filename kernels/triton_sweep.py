@@ -68,7 +68,7 @@ def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str])
         return tile._replace(parts=4) if transform.steps else tile
     if varies_along_row(transform) or want & {"sum", "entropy", "max", "argmax"}:
         return tile._replace(parts=4)
-    if kernel == "stream" and any(op == "addcol" for op, _ in transform.steps):
+    if kernel == "stream" and any(op in ("addcol", "dropcol") for op, _ in transform.steps):
         return tile._replace(flatten=False, parts=1)
     return tile
 

@@ -41,7 +41,7 @@ def prefetch(at, PREFETCH: tl.constexpr):
 @triton.jit
 def _prefetch(vectors, col, STEPS: tl.constexpr, J: tl.constexpr):
     op: tl.constexpr = STEPS[2 * J]
-    if op == "addcol" or op == "mulcol" or op == "setcol":
+    if op == "addcol" or op == "mulcol" or op == "setcol" or op == "dropcol":
         prefetch(vectors[0] + STEPS[2 * J + 1] * vectors[1].to(tl.int64) + tl.minimum(col, vectors[2] - 1), True)
 
 

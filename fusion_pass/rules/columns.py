@@ -201,6 +201,9 @@ def put(context: Context, logits: Logits, mask: Any, number: Any) -> Logits:
         number = float(torch.tensor(number, dtype=logits.val.dtype))  # as the program rounds it
     if math.isnan(number):
         raise Escape("logits are replaced by NaN")
+    if number == -math.inf:  # the common mask: exponentials are zero by themselves
+        dropped = Plain(Call(aten.to.dtype, (column.ref, torch.float32)), column.val.float())
+        return logits.step(context.val, Step("dropcol", len(logits.cols)), cols=(*logits.cols, dropped))
     like = {"dtype": torch.float32, "device": column.val.device}
     kept = Call(aten.full.default, ([vocab_size(logits)], math.nan), like)
     filled = Plain(Call(aten.masked_fill.Scalar, (kept, column, number)), column.val.float())

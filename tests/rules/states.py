@@ -158,9 +158,11 @@ def draw_state(draw: Any) -> tuple[World, Logits]:
             step = RowStep(aten.index_select.default, (at, world.plain(f"i{len(world.real)}", picked)))
             z = Logits(z.head, world.fake(random(*shape)), z.class_dim, (*z.row_steps, step), z.steps, z.cols, z.rows)
         elif kind == "col":
-            op, column = draw(st.sampled_from(("addcol", "mulcol", "setcol"))), random(vocab)
+            op, column = draw(st.sampled_from(("addcol", "mulcol", "setcol", "dropcol"))), random(vocab)
             if op == "setcol":
                 column[column < 0.5] = torch.nan
+            elif op == "dropcol":
+                column = (column > 1.0).float()
             z = z.step(z.val, Step(op, len(z.cols)), cols=(*z.cols, world.plain(f"col{len(z.cols)}", column)))
         elif kind == "row":
             shape[z.class_dim] = 1
