@@ -20,7 +20,7 @@ from gpu_heads import BF16, F16, F32, OPERANDS, SOFTCAP, Case, make_grads, make_
 from torch import Tensor
 
 from fusedhead.kernels import triton_windows as engine
-from fusedhead.kernels.columns import apply
+from fusedhead.kernels.columns import apply, parse
 from fusedhead.kernels.contract import STATS, Head, Needs, RowGrads, RowStats, Windows
 
 CASES = (
@@ -121,14 +121,19 @@ def extremes_are_right(device: str) -> Iterator[tuple[str, bool]]:
     for dtype in (BF16, F16, F32):
         c = Case(300, 256, 5003, dtype, "addcol:0")
         head, g = make_head(c, device), make_grads(c, make_head(c, device))
-        for name, bias in (
-            ("rows that span 300", torch.linspace(-150, 150, c.v, device=device)),
-            ("offset 1e4", torch.full((c.v,), 1e4, device=device)),
-            ("offset -1e4", torch.full((c.v,), -1e4, device=device)),
-            ("p(target) -> 1", torch.zeros(c.v, device=device)),
-            ("masked tail", torch.where(torch.arange(c.v, device=device) < 4000, 0.0, -torch.inf)),
+        tail = (torch.arange(c.v, device=device) >= 4000).float()
+        for name, transform, vector in (
+            ("rows that span 300", "addcol:0", torch.linspace(-150, 150, c.v, device=device)),
+            ("offset 1e4", "addcol:0", torch.full((c.v,), 1e4, device=device)),
+            ("offset -1e4", "addcol:0", torch.full((c.v,), -1e4, device=device)),
+            ("p(target) -> 1", "addcol:0", torch.zeros(c.v, device=device)),
+            ("tail at -inf", "addcol:0", torch.where(tail > 0, -torch.inf, 0.0)),
+            ("tail dropped", "dropcol:0", tail),
+            ("tail dropped after a soft cap", f"{SOFTCAP} dropcol:0", tail),
+            ("tail set to -30", "setcol:0", torch.where(tail > 0, -30.0, torch.nan)),
         ):
-            x = head._replace(cols=torch.stack((bias, bias)), y=head.y.clamp(max=3999))
+            vectors = torch.stack((vector, vector))
+            x = head._replace(cols=vectors, y=head.y.clamp(max=3999), transform=parse(transform))
             if name == "p(target) -> 1":
                 x.cols[0, 11] = 60
                 x.y[:] = 11

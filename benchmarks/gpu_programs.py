@@ -1,0 +1,125 @@
+"""What programs do to the logits before the loss, fusedhead beside Inductor: milliseconds of loss and gradients.
+
+    python -m benchmarks.gpu_programs [--shapes 4096x2048x128256,...] [--programs "masked|cap"] [--out DIR]
+
+One row a program: a soft cap, a bias, classes masked with -inf or with the dtype's least number, both together, label
+smoothing. Medians over interleaved rounds, extra MiB, and the time over that of the plain loss of the same backend:
+what the epilogue costs. Writes ``programs.json`` into --out. Runs on the CPU too, with small shapes. It must not know
+how a head is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.contenders import fresh
+from benchmarks.machine import origin
+from benchmarks.measure import extra_bytes, interleaved, median_ms, release, settle
+from benchmarks.shapes import Case, parse
+
+Program = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # h [N, D], w [V, D], b [V], drop [V] bool, y [N]
+BACKENDS = ("inductor", "fusedhead")
+
+
+def plain(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, w).float(), y)
+
+
+def bias(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, w, b).float(), y)
+
+
+def scale_a_class(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy((F.linear(h, w) * b).float(), y)
+
+
+def soft_cap(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(30 * torch.tanh(F.linear(h, w).float() / 30), y)
+
+
+def masked(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, w).float().masked_fill(drop, -torch.inf), y)
+
+
+def masked_by_least(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w).float()
+    return F.cross_entropy(z.masked_fill(drop, torch.finfo(z.dtype).min), y)
+
+
+def masked_after_soft_cap(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy((30 * torch.tanh(F.linear(h, w).float() / 30)).masked_fill(drop, -torch.inf), y)
+
+
+def smoothing(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, w).float(), y, label_smoothing=0.1)
+
+
+PROGRAMS: tuple[Program, ...] = (
+    plain, bias, scale_a_class, soft_cap, masked, masked_by_least, masked_after_soft_cap, smoothing,
+)  # fmt: skip
+
+
+def step_of(program: Program, backend: str, case: Case, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+    """Loss, dH and dW; the last 256 classes are dropped and no label lies there."""
+    generator = torch.Generator(device).manual_seed(0)
+    n, d, v, dtype = case.tokens, case.hidden, case.vocab, case.torch_dtype
+    h = torch.randn(n, d, generator=generator, device=device).to(dtype).requires_grad_()
+    w = (2 * torch.randn(v, d, generator=generator, device=device) / d**0.5).to(dtype).requires_grad_()
+    b = torch.rand(v, generator=generator, device=device).to(dtype) + 0.5
+    y = torch.randint(0, v - 256, (n,), generator=generator, device=device)
+    drop = torch.arange(v, device=device) >= v - 256
+    compiled = torch.compile(fresh(program), backend=backend, dynamic=False)
+
+    def step() -> tuple[Tensor, ...]:
+        loss = compiled(h, w, b, drop, y)
+        return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--shapes", default="4096x2048x128256,8192x4096x128256" if on_gpu else "256x64x4096:float32")
+    parser.add_argument("--programs", default="", help="a regular expression that their names contain")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    device = torch.device("cuda:0" if on_gpu else "cpu")
+    chosen = [program for program in PROGRAMS if re.search(options.programs, program.__name__)]
+    rows: list[dict[str, Any]] = []
+    for case in parse(options.shapes):
+        settle(device, case.torch_dtype)
+        plainly: dict[str, float] = {}
+        print(f"\n{case.text}\n\n| program | Inductor ms, over plain | fusedhead ms, over plain | ratio | MiB, MiB |")
+        print("|---|---|---|---|---|")
+        for program in tqdm(chosen, desc=case.text, unit="program", leave=False):
+            steps = {name: step_of(program, name, case, device) for name in BACKENDS}
+            mib = {name: extra_bytes(step, device) / 2**20 for name, step in steps.items() if step()}
+            ms = {name: median_ms(t) or 0.0 for name, t in interleaved(steps, device, options.rounds, 3.0).items()}
+            plainly = plainly or ms
+            row = {"shape": case.text, "program": program.__name__, "ms": ms, "extra_mib": mib}
+            rows.append(row | {"over_plain": {name: ms[name] / plainly[name] for name in BACKENDS}})
+            cells = [f"{ms[name]:.2f}, {ms[name] / plainly[name]:.2f}" for name in BACKENDS]
+            cells += [f"{ms['fusedhead'] / ms['inductor']:.2f}", ", ".join(f"{mib[name]:.0f}" for name in BACKENDS)]
+            tqdm.write(f"| {program.__name__} | " + " | ".join(cells) + " |")
+            del steps
+            torch.compiler.reset()
+            release(device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = {"origin": origin(device, "benchmarks.gpu_programs"), "rows": rows}
+    (options.out / "programs.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
