@@ -8,6 +8,7 @@ nothing of heads.
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.fx.node import map_arg
 
 from fusedhead.aliases import storage
 from fusedhead.modes import grad_modes
+from fusedhead.places import before
 from fusedhead.read import callee, fake
 
 FUNCTIONS = {
@@ -42,25 +44,33 @@ def separate(graph: Graph) -> None:
     writes = [node for node in graph.nodes if out_of_place(node) is not None]
     if not writes:
         return
-    recorded, order = grad_modes(graph), {node: i for i, node in enumerate(graph.nodes)}
+    recorded, sharing = grad_modes(graph), dict[int | None, list[Node]]()
+    for node in graph.nodes:
+        sharing.setdefault(storage(fake(node)), []).append(node)
     for node in writes:
         target = node.args[0]
         if not isinstance(target, Node):  # a number: nothing is written
             node.target = out_of_place(node)
-        elif unseen(node, target, order) and (recorded[node] or not fake(target).requires_grad):
+        elif unseen(node, target, sharing) and (recorded[node] or not fake(target).requires_grad):
+            memory = storage(fake(node))
             become(node, recorded[node])
+            sharing[memory].remove(node)
+            sharing.setdefault(storage(fake(node)), []).append(node)
 
 
-def unseen(node: Node, target: Node, order: dict[Node, int]) -> bool:
-    """Whether nobody but ``node`` reads the memory of ``target``, a scalar, from ``node`` on."""
+def unseen(node: Node, target: Node, sharing: dict[int | None, list[Node]]) -> bool:
+    """Whether nobody but ``node`` reads the memory of ``target``, a scalar, from ``node`` on.
+
+    ``sharing``: the nodes by the memory that they share, in order.
+    """
     value = fake(target)
     if not isinstance(value, Tensor) or not target.op.startswith("call_") or learnt(value):
         return False
-    if not statically_known_true(sym_eq(value.numel(), 1)) or any(order[user] > order[node] for user in target.users):
+    if not statically_known_true(sym_eq(value.numel(), 1)) or any(before(node, user) for user in target.users):
         return False
     memory = storage(value)
-    earlier = (other for other in order if order[other] < order[node] and other is not target)
-    return memory is not None and all(storage(fake(other)) != memory for other in earlier)
+    names = sharing[memory]
+    return memory is not None and all(other is target for other in names[: bisect_left(names, node)])  # type: ignore
 
 
 def learnt(value: Tensor) -> bool:

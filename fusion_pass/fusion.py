@@ -150,7 +150,7 @@ def fuse_body(
     deferred: bool = False,
 ) -> tuple[list[HeadRecord], Wrap | None]:
     """Decide and rewrite the sites of one graph; ``alone`` are projections to be deferred without a loss."""
-    modes, mutations = grad_modes(graph, grad is not False), Mutations(graph)
+    modes, mutations = grad_modes(graph, grad is not False), Mutations(graph, grad is not False)
     unsafe = functorch(graph) or higher_order(owner)
     decided = []
     with_loss = candidates(graph)
@@ -187,7 +187,7 @@ def fuse_body(
     engines: dict[Projection, list[str]] = {site.head: [ROW_ENGINE] if site.head in met else [] for site, _ in decided}
     for calls, heads in fuse(graph, [site for site, reason in decided if not reason], options.budget, modes, mutations):
         planned = planner(calls[0], options.budget)  # reads the call, which an upgrade replaces
-        why = recomputed or linear_tail.upgrade(*calls)
+        why = recomputed or linear_tail.upgrade(*calls, places=mutations.places)
         for head in heads:
             engines[head].append(engine(planned, why))
     for site, reason in decided:

@@ -11,10 +11,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.utils._pytree import tree_flatten
 
-from fusedhead.hoisting import hoist
+from fusedhead.hoisting import after, hoist
 from fusedhead.interpret import Site
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import STATS
@@ -146,7 +146,7 @@ def operands_of(group: Group) -> list[Node]:
     return leaves([logits.head.hidden, logits.head.weight, *logits.cols, *rows, *steps, *labels])
 
 
-def batches(graph: Graph, sites: Collection[Site], grad: dict[Node, bool], mutations: Mutations) -> list[Batch]:
+def batches(sites: Collection[Site], grad: dict[Node, bool], mutations: Mutations) -> list[Batch]:
     """The sweeps of these sites, in order."""
     position = mutations.position
     found = [group for site in sites for group in groups(site, position, grad)]
@@ -157,7 +157,7 @@ def batches(graph: Graph, sites: Collection[Site], grad: dict[Node, bool], mutat
     for group in found:
         known = joined.setdefault(apart_from_rows(group, grad), [])
         z_loss = any(t.computes == "logsumexp" and squared(node) for node, t in group.terminals)
-        if not z_loss and known and moved_up(graph, group, known[-1], replaced, grad, mutations):
+        if not z_loss and known and moved_up(group, known[-1], replaced, mutations):
             known[-1].append(group)
             continue
         batch = [group]
@@ -167,22 +167,14 @@ def batches(graph: Graph, sites: Collection[Site], grad: dict[Node, bool], mutat
     return result
 
 
-def moved_up(
-    graph: Graph, group: Group, batch: Batch, replaced: set[Node], grad: dict[Node, bool], mutations: Mutations
-) -> bool:
+def moved_up(group: Group, batch: Batch, replaced: set[Node], mutations: Mutations) -> bool:
     """Whether what a group reads is, or now was made to be, there before the first sweep of a batch."""
     anchor = batch[0].anchor(mutations.position)
     read = operands_of(group)
     if mutations.between(anchor, group.anchor(mutations.position), read):
         return False
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    late: set[Node] = set()
-    stack = list(read)
-    while stack:
-        node = stack.pop()
-        if order[node] >= order[anchor] and node not in late:
-            late.add(node)
-            stack.extend(node.all_input_nodes)
-    if len(late) > MOST_MOVED or late & replaced:
+    late = after(read, anchor, MOST_MOVED)
+    from_anchor = anchor in read or any(anchor in node.all_input_nodes for node in late)
+    if len(late) > MOST_MOVED or late & replaced or from_anchor:
         return False
-    return hoist(graph, read, anchor, grad) == ""
+    return hoist(read, anchor, mutations.places) == ""

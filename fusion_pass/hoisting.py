@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedhead.aliases import storage, written
-from fusedhead.modes import autocasts
+from fusedhead.places import Places, before
 from fusedhead.read import callee, fake
 
 RANDOM = torch.Tag.nondeterministic_seeded
@@ -56,43 +56,41 @@ def floating(nodes: Iterable[Node]) -> bool:
     return any(isinstance(v, Tensor) and v.is_floating_point() for v in map(fake, nodes))
 
 
-def overwritten(nodes: Sequence[Node], begin: Node, end: Node) -> bool:
+def overwritten(nodes: Sequence[Node], begin: Node, end: Node, places: Places) -> bool:
     """Whether memory that ``nodes`` share is written between two nodes."""
-    memory, inside = {storage(fake(node)) for node in nodes} - {None}, False
-    for node in begin.graph.nodes:
-        inside = (inside or node is begin) and node is not end
-        if inside and any(storage(fake(target)) in memory for target in written(node)):
-            return True
-    return False
+    memory = {storage(fake(node)) for node in nodes} - {None}
+    return any(storage(fake(target)) in memory for node in places.writes(begin, end) for target in written(node))
 
 
-def hoist(graph: Graph, nodes: Sequence[Node], anchor: Node, recorded: dict[Node, bool]) -> str:
-    """Move ``nodes`` and what they are computed from before ``anchor``; else the sentence that says what forbids it.
-
-    ``recorded``: whether gradients are recorded at each node.
-    """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    late, stack = set(), list(nodes)
-    while stack:
+def after(nodes: Iterable[Node], anchor: Node, most: int | None = None) -> set[Node]:
+    """``nodes`` and what they are computed from, as far as it is run after ``anchor``; no more than ``most`` + 1."""
+    late: set[Node] = set()
+    stack = list(nodes)
+    while stack and (most is None or len(late) <= most):
         node = stack.pop()
-        if order[node] > order[anchor] and node not in late:
+        if before(anchor, node) and node not in late:
             late.add(node)
             stack.extend(node.all_input_nodes)
+    return late
+
+
+def hoist(nodes: Sequence[Node], anchor: Node, places: Places) -> str:
+    """Move ``nodes`` and what they are computed from before ``anchor``; else the sentence that says what forbids it."""
+    late = sorted(after(nodes, anchor))  # type: ignore[type-var]
     if not late:
         return ""
-    begin, end = order[anchor], max(order[n] for n in late)
-    if any(True for n in graph.nodes if begin <= order[n] <= end for _ in written(n)):
+    if any(True for _ in places.writes(anchor, late[-1])) or any(True for _ in written(late[-1])):
         return "an operand of the loss is computed in place after the head"
-    regions = autocasts(graph)
+    region, recorded = places.autocast(anchor), places.recorded(anchor)
     for node in late:
         sources = node.all_input_nodes
-        if regions[node] != regions[anchor] and floating([node, *sources]):
+        if places.autocast(node) != region and floating([node, *sources]):
             return f"{node.name}, an operand of the loss, is computed under another autocast than the head"
         learning = any(isinstance(fake(s), Tensor) and fake(s).requires_grad for s in sources)
-        if recorded[node] != recorded[anchor] and learning:
+        if places.recorded(node) != recorded and learning:
             return f"{node.name}, an operand of the loss, is computed where no gradient is recorded"
         if may_draw(node):
             return f"{node.name}, an operand of the loss, may draw random numbers after the head"
-    for node in sorted(late, key=order.__getitem__):
+    for node in late:
         anchor.prepend(node)
     return ""

@@ -7,7 +7,7 @@ sentence). This file reads; it never edits and never decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from fusedhead.aliases import storage, written
 from fusedhead.anchors import candidates
 from fusedhead.evaluate import all_followed, follow, is_value
 from fusedhead.modes import grad_modes
+from fusedhead.places import before
 from fusedhead.read import Traces, fake, name_of
 from fusedhead.rowwise import Rowwise, parts
 from fusedhead.rowwise import detached as detached_rows
@@ -61,6 +62,7 @@ def interpret(
     sites: dict[Projection, Site] = {}
     rowwise: dict[Node, Any] = {}
     unread: dict[Node, str] = {}
+    sharing: dict[int | None, list[Node]] = {}
     traced = Traces()
     for node in graph.nodes:
         sources = [values[s] for s in node.all_input_nodes if s in values]
@@ -71,6 +73,7 @@ def interpret(
             continue
         if node in stacks:
             values[node] = stacks[node] if modes[node] else detached(stacks[node])
+            sharing.setdefault(storage(fake(node)), []).append(node)
             sites[stacks[node].head] = Site(stacks[node].head, followed=[*stacks[node].head.products, node])
             continue
         if not heads and node not in starts:
@@ -96,7 +99,8 @@ def interpret(
             record(node, value, heads, sites)
         if not isinstance(value, (Terminal, Plain)):
             values[node] = value
-            overwritten(node, values, sites, modes[node])
+            sharing.setdefault(storage(fake(node)), []).append(node)
+            overwritten(node, values, sharing, sites, modes[node])
     return Reading(list(sites.values()), values, rowwise, unread)
 
 
@@ -118,10 +122,17 @@ def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
     return int(node.args[1]) % value.val.ndim != logits_of(value).class_dim  # type: ignore[arg-type]
 
 
-def overwritten(node: Node, values: dict[Node, Any], sites: dict[Projection, Site], grad: bool) -> None:
+def overwritten(
+    node: Node,
+    values: dict[Node, Any],
+    sharing: Mapping[int | None, Sequence[Node]],
+    sites: dict[Projection, Site],
+    grad: bool,
+) -> None:
     """After an in-place step on followed logits: the name that was written to means the new value from here on.
 
-    Pure as long as no other live name shares the memory; otherwise the site escapes.
+    Pure as long as no other live name shares the memory; otherwise the site escapes. ``sharing``: the nodes that have
+    a value, by their memory.
     """
     target = next(iter(written(node)), None)
     if target is None or target not in values or not isinstance(values[node], (Rowwise, *FOLLOWED)):
@@ -133,23 +144,14 @@ def overwritten(node: Node, values: dict[Node, Any], sites: dict[Projection, Sit
 
     if not grad and fake(target).requires_grad:
         escape(f"{name_of(node)} changes the logits in place where no gradient is recorded")
-    memory = storage(fake(target))
-    later = set(following(node))
-    for other, value in values.items():
-        if other in (node, target) or storage(fake(other)) != memory or not heads_of([value]):
+    for other in sharing.get(storage(fake(target)), ()):
+        if other in (node, target) or not heads_of([values[other]]):
             continue
-        if any(user in later for user in other.users):
+        if any(before(node, user) for user in other.users):
             escape(f"{name_of(node)} changes logits that {other.name} is a view of")
     values[target] = values[node]
     for head in heads_of([values[node]]):
         sites[head].overwritten.append(target)
-
-
-def following(node: Node) -> Iterable[Node]:
-    """The nodes after one, in order."""
-    while node.next.op != "root":
-        node = node.next
-        yield node
 
 
 def quiet(value: Any) -> Any:

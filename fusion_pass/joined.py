@@ -9,7 +9,7 @@ decides only whether the rewriting is exact; it knows no losses.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fusedhead import returned
-from fusedhead.aliases import storage, written
+from fusedhead.aliases import storage
 from fusedhead.anchors import candidates
-from fusedhead.interpret import following
 from fusedhead.modes import grad_modes
 from fusedhead.read import every_dimension, fake, name_of
 from fusedhead.rules.projections import SPELLINGS
@@ -103,6 +102,13 @@ def read(node: Node) -> Stack | None:
     return found
 
 
+def following(node: Node) -> Iterable[Node]:
+    """The nodes after one, in order."""
+    while node.next.op != "root":
+        node = node.next
+        yield node
+
+
 def index_of(node: Node) -> Index | None:
     """The index of a ``getitem``, or None if it is none or holds anything but integers and slices of numbers."""
     if name_of(node) != "getitem" or len(node.all_input_nodes) != 1:
@@ -114,8 +120,7 @@ def index_of(node: Node) -> Index | None:
 def exact(found: Stack, mutations: Mutations, recorded: dict[Node, bool]) -> bool:
     """Whether every part may be read from its own head, and the rest be computed when the graph has run."""
     nodes = [*found.parts, *found.kept, *(taken.node for taken in found.taken)]
-    memory = {storage(fake(node)) for node in nodes}
-    if any(storage(fake(target)) in memory for node in found.node.graph.nodes for target in written(node)):
+    if not mutations.writes.keys().isdisjoint({storage(fake(node)) for node in nodes}):
         return False
     if not found.outputs:
         return True

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.fx.node import map_arg
 
 from fusedhead.emit import Emit, named
 from fusedhead.hoisting import hoist, overwritten
-from fusedhead.modes import grad_modes
+from fusedhead.places import Places
 from fusedhead.read import fake, name_of
 from fusedhead.tail_gradient import coefficients, dependent, needed, shape_only
 from fusedhead.tail_nodes import (
@@ -32,6 +33,7 @@ from fusedhead.tail_nodes import (
     differentiable,
     first_use,
     name_index,
+    passed_on,
     squares_of_lse,
     tails,
     writes_into,
@@ -41,7 +43,7 @@ aten = torch.ops.aten
 TRIES = 4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
 
 
-def upgrade(*calls: Node) -> str:
+def upgrade(*calls: Node, places: Places) -> str:
     """Turn ``head_stats`` calls whose results meet into ``head_loss`` where the tail allows it.
 
     Returns "" when done, else the sentence that says why the gradients are recomputed instead.
@@ -56,8 +58,8 @@ def upgrade(*calls: Node) -> str:
             return f"{', '.join(sorted(asked - set(LINEAR_STATS)))} is asked for as well"
     statistics = [user for call in calls for user in call.users if user.users]
     reason = "the per-row results are not reduced to one scalar"
-    for tail in tails(statistics)[:TRIES]:
-        reason = try_tail(calls, statistics, tail)
+    for tail in islice(tails(statistics), TRIES):
+        reason = try_tail(calls, statistics, tail, places)
         if not reason:
             break
     return reason
@@ -69,19 +71,20 @@ def needs_of(call: Node) -> list[bool]:
     return [differentiable(n) for n in (h, w, cols, rows)]  # type: ignore[arg-type]
 
 
-def try_tail(calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[Node]) -> str:
+def try_tail(calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[Node], places: Places) -> str:
     """`upgrade` with one tail: "" when done."""
-    graph = tail[-1].graph
-    impure = next((node for call in calls if (node := writes_into(call, tail[-1])) is not None), None)
+    impure = next((node for call in calls if (node := writes_into(call, tail[-1], places)) is not None), None)
     if impure is not None:
         return f"{name_of(impure)} works in place on the loss"
     unread = next((node for node in tail if isinstance(node.target, torch._ops.HigherOrderOperator)), None)
     if unread is not None:
         return f"{name_of(unread)} takes the loss, and what it does with it is not read"
     inside = {*statistics, *tail}
-    others = list(dict.fromkeys(s for node in tail for s in node.all_input_nodes if s not in inside))
+    passed = passed_on(tail, statistics)
+    read = (source for node in tail if node not in passed for source in node.all_input_nodes)
+    others = list(dict.fromkeys(source for source in read if source not in inside))
     squares = squares_of_lse(statistics, tail) if len(calls) == 1 else []
-    program = coefficients(statistics, squares, tail, others)
+    program = coefficients(statistics, squares, tail, others, passed)
     if isinstance(program, str):
         return program
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
@@ -92,10 +95,10 @@ def try_tail(calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[N
     blocked = next((node for call in calls if (node := depends_on(operands, call)) is not None), None)
     if blocked is not None:
         return f"{blocked.name} depends on the per-row results themselves"
-    anchor = first_use(graph, statistics)
-    if overwritten(operands, anchor, tail[-1]):
+    anchor = first_use(statistics)
+    if overwritten(operands, anchor, tail[-1], places):
         return "an operand of the loss is changed in place after the head"
-    forbidden = hoist(graph, operands, anchor, grad_modes(graph))
+    forbidden = hoist(operands, anchor, places)
     return forbidden or replace(calls, statistics, squares, others, program, anchor)
 
 

@@ -88,7 +88,7 @@ def fuse(
     """Rewrite sites with ``head_stats`` calls. Returns the calls of each batch and the heads that they serve."""
     calls, emit = [], Emit(graph)
     old = {node for site in sites for node in (site.head.node, *site.followed, *(n for n, _ in site.terminals))}
-    for batch in batches(graph, sites, grad, mutations):
+    for batch in batches(sites, grad, mutations):
         heads = [group.first.logits.head for group in batch]
         calls.append((sweeps_of(emit, batch, memory, grad, mutations.position), heads))
     for node, rows in (size for site in sites for size in site.sizes):

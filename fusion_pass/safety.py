@@ -6,6 +6,8 @@ the program did; nothing may change them in between. This file decides nothing a
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fusedhead.aliases import storage, written
 from fusedhead.anchors import candidates
 from fusedhead.interpret import Site
+from fusedhead.places import Places
 from fusedhead.read import fake, name_of, where
 from fusedhead.rules.table import Family
 from fusedhead.values import Call, Plain
@@ -47,32 +50,37 @@ def leaves(refs: Iterable[Any]) -> list[Node]:
 
 
 class Mutations:
-    """The in-place writes of one graph, by position."""
+    """The in-place writes of one graph, by position and by memory; ``places`` while the graph is edited."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, enabled: bool | None = None) -> None:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
-        self.writes = [
-            (self.position[node], node, storage(fake(target)))
-            for node in graph.nodes
-            for target in written(node)
-        ]
+        self.places = Places(graph, enabled)
+        self.writes: dict[int, list[Node]] = {}  # memory -> the nodes that write there, in order
+        for node in self.places.writers:
+            for memory in {storage(fake(target)) for target in written(node)} - {None}:
+                self.writes.setdefault(memory, []).append(node)
+
+    def first(self, begin: int, end: float, read: Iterable[Node]) -> tuple[Node, Node] | None:
+        """The first write in [begin, end) to memory of a tensor in ``read``, and the last such tensor."""
+        if not self.writes:
+            return None
+        memory = {storage(fake(node)): node for node in read}
+        found = []
+        for shared in memory.keys() & self.writes.keys():
+            nodes = self.writes[shared]
+            at = bisect_left(nodes, begin, key=self.position.__getitem__)
+            if at < len(nodes) and self.position[nodes[at]] < end:
+                found.append((self.position[nodes[at]], nodes[at], memory[shared]))
+        return min(found)[1:] if found else None
 
     def between(self, begin: Node, end: Node, read: Iterable[Node]) -> str | None:
         """A sentence if a tensor that shares memory with ``read`` is written in [begin, end)."""
-        memory = {storage(fake(node)): node for node in read}
-        for at, node, target in self.writes:
-            if self.position[begin] <= at < self.position[end] and target in memory and target is not None:
-                return (
-                    f"{name_of(node)} at {where(node)} changes {memory[target].name} in place before the loss"
-                )
-        return None
+        found = self.first(self.position[begin], self.position[end], read)
+        return found and f"{name_of(found[0])} at {where(found[0])} changes {found[1].name} in place before the loss"
 
     def anywhere_after(self, begin: Node, read: Iterable[Node]) -> str | None:
-        memory = {storage(fake(node)): node for node in read}
-        for at, node, target in self.writes:
-            if self.position[begin] <= at and target in memory and target is not None:
-                return f"{name_of(node)} at {where(node)} changes {memory[target].name} in place"
-        return None
+        found = self.first(self.position[begin], math.inf, read)
+        return found and f"{name_of(found[0])} at {where(found[0])} changes {found[1].name} in place"
 
 
 def functorch(graph: Graph) -> str | None:

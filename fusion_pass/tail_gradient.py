@@ -7,7 +7,7 @@ must not know which op takes the coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,9 +23,16 @@ from fusedhead.read import callee, fake, name_of
 
 
 def coefficients(
-    statistics: Sequence[Node], squares: Sequence[Node], tail: Sequence[Node], others: Sequence[Node]
+    statistics: Sequence[Node],
+    squares: Sequence[Node],
+    tail: Sequence[Node],
+    others: Sequence[Node],
+    passed: Mapping[Node, Node],
 ) -> GraphModule | str:
-    """∂ scalar / ∂ (statistics, squares) as a graph of ``others`` alone, or a sentence if the tail is not linear."""
+    """∂ scalar / ∂ (statistics, squares) as a graph of ``others`` alone, or a sentence if the tail is not linear.
+
+    ``passed``: nodes whose gradient is that of another one in the tail.
+    """
     free = [*statistics, *squares]
 
     def gradient(*values: Any) -> list[Tensor]:
@@ -35,7 +42,9 @@ def coefficients(
         leaves = [env[node] for node in free]
         with torch.enable_grad():
             for node in tail:
-                if node not in env:
+                if node in passed:
+                    env[node] = env[passed[node]]
+                elif node not in env:
                     args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                     env[node] = callee(node)(*args, **kwargs)
             total = env[tail[-1]]

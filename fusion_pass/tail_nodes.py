@@ -6,17 +6,21 @@ reads nodes and their fake values only; it must not know what a tail is wanted f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from heapq import heapify, heappop, heappush
 
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.aliases import written
 from fusedhead.kernels.contract import STATS
+from fusedhead.places import Places, before
 from fusedhead.read import fake, name_of
 
 LINEAR_STATS = ("lse", "picked", "sum")
+SUMS = frozenset({"add", "__add__", "__radd__"})
 
 
 def differentiable(node: Node) -> bool:
@@ -24,41 +28,71 @@ def differentiable(node: Node) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def tails(statistics: Sequence[Node]) -> list[list[Node]]:
+def tails(statistics: Sequence[Node]) -> Iterator[list[Node]]:
     """Tails to try: the differentiable nodes from the statistics to a scalar they all meet in, longest first.
 
-    The longest is the best: the further down the scalar, the likelier its upstream gradient is exactly 1.
+    The longest is the best: the further down the scalar, the likelier its upstream gradient is exactly 1. A scalar
+    ends one if all that was reached before it leads to it and nowhere else, which one look along the nodes tells.
     """
-    reached, tail = set(statistics), []
-    for node in statistics[0].graph.nodes:
-        fresh = node.op.startswith("call_") and node not in reached
-        if fresh and any(source in reached for source in node.all_input_nodes) and differentiable(node):
-            reached.add(node)
-            tail.append(node)
-    found = []
-    for end in reversed(range(len(tail))):
-        scalar, inside = tail[end], ancestors(tail[end], tail)
-        single = statically_known_true(sym_eq(fake(scalar).numel(), 1))
-        if single and all(closed(n, {*inside, scalar}, scalar) for n in [*statistics, *inside]):
-            found.append([*inside, scalar])
+    reached = reached_from(statistics)
+    at = {node: i for i, node in enumerate(reached)}
+    furthest = max((last_use(node, at) for node in statistics), default=-1)
+    ends = []
+    for i, node in enumerate(reached):
+        if furthest <= i:
+            ends.append(i)
+        use = last_use(node, at)
+        if use < 0:  # a dead end: what comes after it is not all that the statistics lead to
+            break
+        furthest = max(furthest, use)
+    for end in reversed(ends):
+        if statically_known_true(sym_eq(fake(reached[end]).numel(), 1)):
+            yield reached[: end + 1]
+
+
+def reached_from(statistics: Sequence[Node]) -> list[Node]:
+    """The differentiable nodes that are computed from the statistics, in order."""
+    seen, found = set(statistics), []
+    ahead = list({user for node in statistics for user in node.users if user not in seen})
+    seen.update(ahead)
+    heapify(ahead)  # type: ignore[type-var]
+    while ahead:
+        node = heappop(ahead)  # type: ignore[type-var]
+        if not node.op.startswith("call_") or not differentiable(node):
+            continue
+        found.append(node)
+        for user in node.users:
+            if user not in seen:
+                seen.add(user)
+                heappush(ahead, user)  # type: ignore[type-var]
     return found
 
 
-def ancestors(node: Node, among: Sequence[Node]) -> list[Node]:
-    """The nodes of ``among`` that ``node`` is computed from, in order."""
-    allowed, found, stack = set(among), set(), list(node.all_input_nodes)
-    while stack:
-        source = stack.pop()
-        if source in allowed and source not in found:
-            found.add(source)
-            stack.extend(source.all_input_nodes)
-    return [n for n in among if n in found]
+def last_use(node: Node, at: dict[Node, int]) -> float:
+    """The place in a tail of the last node through which gradients reach ``node``: -1 for none, inf for another."""
+    last: float = -1
+    for user in node.users:
+        if user in at:
+            last = max(last, at[user])
+        elif not user.op.startswith("call_") or differentiable(user):
+            return math.inf
+    return last
 
 
-def closed(node: Node, inside: set[Node], scalar: Node) -> bool:
-    """Whether every gradient through ``node`` comes from inside the tail."""
-    return node is scalar or all(user in inside or (user.op.startswith("call_") and not differentiable(user))
-                                 for user in node.users)  # fmt: skip
+def passed_on(tail: Sequence[Node], statistics: Sequence[Node]) -> dict[Node, Node]:
+    """The nodes of a tail that add a number from elsewhere, and what they add it to: one gradient serves both.
+
+    A loop over pieces of the tokens adds up its losses by one such node for each piece that is left.
+    """
+    inside, found = {*statistics, *tail}, {}
+    for node in tail:
+        within = [a for a in node.args if isinstance(a, Node) and a in inside]
+        if name_of(node) not in SUMS or len(node.args) != 2 or node.kwargs or len(within) != 1:
+            continue
+        value, was = fake(node), fake(within[0])
+        if value.dtype == was.dtype and value.ndim == was.ndim == 0:
+            found[node] = within[0]
+    return found
 
 
 def squares_of_lse(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Node]:
@@ -78,8 +112,17 @@ def squares_of_lse(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Nod
 
 def depends_on(nodes: Sequence[Node], call: Node) -> Node | None:
     """The first of ``nodes`` that is computed from the call's results."""
-    reached = computed_from(call)
-    return next((node for node in nodes if node in reached), None)
+    independent: set[Node] = set()
+    for node in nodes:
+        stack = [node]
+        while stack:
+            source = stack.pop()
+            if source is call:
+                return node
+            if source not in independent and before(call, source):
+                independent.add(source)
+                stack += source.all_input_nodes
+    return None
 
 
 def computed_from(start: Node) -> set[Node]:
@@ -92,19 +135,20 @@ def computed_from(start: Node) -> set[Node]:
     return reached
 
 
-def writes_into(call: Node, scalar: Node) -> Node | None:
+def writes_into(call: Node, scalar: Node, places: Places) -> Node | None:
     """A node that writes to something between the head and the scalar.
 
     By names, not by memory: the fake values of old nodes do not know yet that they are views of new ones.
     """
+    if not any(True for _ in places.writes(call, call.graph.output_node())):
+        return None
     reached = computed_from(call)
     between = reached - computed_from(scalar)
     return next((node for node in reached if any(target in between for target in written(node))), None)
 
 
-def first_use(graph: Graph, statistics: Sequence[Node]) -> Node:
-    users = {user for node in statistics for user in node.users}
-    return next(node for node in graph.nodes if node in users)
+def first_use(statistics: Sequence[Node]) -> Node:
+    return min(user for node in statistics for user in node.users)  # type: ignore[type-var]
 
 
 def name_index(statistic: Node) -> int:

@@ -172,7 +172,7 @@ def answer(
     if len(calls) != 1:
         return Unread("the call has no sweep, or several")
     # A gradient taken in the forward sweep holds a [V, D] buffer until the backward: not for one chunk of many.
-    if 2 * rows >= all_rows and torch.is_grad_enabled() and not upgrade(calls[0]):
+    if 2 * rows >= all_rows and torch.is_grad_enabled() and not upgrade(calls[0], places=mutations.places):
         graph.lint()
         return Whole(GraphModule(torch.nn.Module(), graph), many)
     weighted = any(t.weights is not None for t in terminals)

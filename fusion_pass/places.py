@@ -1,0 +1,68 @@
+"""What stands where in a graph that is being edited: writes, grad modes, autocast regions, by the order of nodes.
+
+Found once and then looked up, so that a question about one node costs no walk over the graph. Nodes compare by their
+place (``a < b``: a is run before b), also those made or moved since. This file knows no heads.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx import Graph, Node
+
+from fusedhead.aliases import written
+
+Regions = tuple[Node, ...]
+
+
+class Places:
+    """``recorded``: whether gradients are recorded at a node. ``autocast``: the regions it is in, outermost first.
+
+    What writes, and where modes change, must not be moved; nodes that write may be erased, but not made.
+    """
+
+    def __init__(self, graph: Graph, enabled: bool | None = None) -> None:
+        self.writers = [node for node in graph.nodes if any(True for _ in written(node))]
+        self.recorded = recorded(graph, enabled)
+        self.autocast = autocast(graph)
+
+    def writes(self, begin: Node, end: Node) -> Iterator[Node]:
+        """The nodes that write, from ``begin`` on and before ``end``."""
+        for node in self.writers[bisect_left(self.writers, begin) :]:  # type: ignore[type-var]
+            if not before(node, end):
+                return
+            if not node._erased:
+                yield node
+
+
+def before(a: Node, b: Node) -> bool:
+    """Whether a node is run before another."""
+    return bool(a < b)  # type: ignore[operator]
+
+
+def recorded(graph: Graph, enabled: bool | None = None) -> Callable[[Node], bool]:
+    """`modes.grad_modes` by question."""
+    first = torch.is_grad_enabled() if enabled is None else enabled
+    toggles = list(graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled))
+
+    def at(node: Node) -> bool:
+        past = bisect_right(toggles, node)  # type: ignore[type-var]
+        return bool(toggles[past - 1].args[0]) if past else first
+
+    return at
+
+
+def autocast(graph: Graph) -> Callable[[Node], Regions]:
+    """`modes.autocasts` by question."""
+    ends = [n for t in (_enter_autocast, _exit_autocast) for n in graph.find_nodes(op="call_function", target=t)]
+    ends.sort()  # type: ignore[call-overload]
+    inside: list[Regions] = [()]
+    for node in ends:
+        if node.target is _enter_autocast:
+            inside.append((*inside[-1], node))
+        else:
+            inside.append(tuple(region for region in inside[-1] if region is not node.args[0]))
+    return lambda node: inside[bisect_right(ends, node)]  # type: ignore[type-var]
