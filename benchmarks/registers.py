@@ -35,7 +35,7 @@ from fusedhead.kernels.triton_scale import scale_in_place
 from fusedhead.lowering.plan import LEAST, plan
 
 CAP = "mul:0.03333333333333333 tanh mul:30.0"
-MASK = "setcol:0"
+MASK, SET = "dropcol:0", "setcol:0"  # classes at -inf, at another number
 aten = torch.ops.aten
 GELU, SOFTPLUS, CLAMP = (
     f"fn:{function_of(op, ('z', *bounds), (), 0).text}"
@@ -89,6 +89,9 @@ CASES = {
     "mask, float16": Case(MIDDLE, MASK, torch.float16),
     "mask after soft cap": Case(MIDDLE, f"{CAP} {MASK}"),
     "mask before soft cap": Case(MIDDLE, f"{MASK} {CAP}"),
+    "set": Case(MIDDLE, SET),
+    "set, D 4096": Case(LLAMA3, SET),
+    "set after soft cap": Case(MIDDLE, f"{CAP} {SET}"),
     "smoothing": Case(MIDDLE, total=True),
     "smoothing, weights": Case(MIDDLE, total=True, weighted=True),
     "smoothing, mask": Case(MIDDLE, MASK, total=True),
@@ -99,7 +102,7 @@ CASES = {
     "4 labels, mask": Case(MIDDLE, MASK, labels=4),
     "everything, rows of 123": Case(
         (4096, 123, 50257),
-        f"addcol:0 {CLAMP} {SOFTPLUS} mulrow:0 tanh {MASK} round:bfloat16",
+        f"addcol:0 {CLAMP} {SOFTPLUS} mulrow:0 tanh {MASK} {SET} round:bfloat16",
         labels=4,
         total=True,
         weighted=True,

@@ -138,6 +138,7 @@ def exp_kernel(
     FLATTEN: tl.constexpr,
     PARTS: tl.constexpr,  # 1, 2 or 4 column parts, stored one after the other
 ):
+    LATE: tl.constexpr = VARYING or SUM  # epilogues that need the registers which would hold ref2 during the product
     pid = tl.program_id(0)
     P = tl.num_programs(0)
     vectors = (cols, stride_cols, V, rows, stride_rows, N)
@@ -155,13 +156,13 @@ def exp_kernel(
         if live != 0:
             row = block * BM + tl.arange(0, BM)
             here = labelled_parts(label_map, block, tile, V, LABELS, BN)
-            if VARYING:  # its epilogue needs the registers that would hold r during the product
+            if LATE:
                 prefetch(ref2 + tl.minimum(row, N - 1), PREFETCH)
             else:
                 r = tl.load(ref2 + row, mask=row < N, other=0.0)
             prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
             acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY)
-            if VARYING:
+            if LATE:
                 r = tl.load(ref2 + row, mask=row < N, other=0.0)
             for j in tl.static_range(PARTS):
                 x = column_part(acc, j, PARTS, BM, BN)
