@@ -5,8 +5,10 @@ Counts, not milliseconds, so that a busy machine fails nothing. `fx` and fake te
 
 from __future__ import annotations
 
+import cProfile
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedhead import aliases, backend, hoisting, interpret, joined, read, returned, safety, tail_gradient, tail_nodes
+from fusedhead import aliases, backend, hoisting, interpret, joined, places, read, returned, tail_gradient, tail_nodes
 from fusedhead.emit import Emit
 from fusedhead.options import Options
 from tests.eager_stack import Rewritten
@@ -55,7 +57,7 @@ def counted(layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     with monkeypatch.context() as patch:
         for name, modules in {
-            "written": (aliases, hoisting, interpret, joined, returned, safety, tail_nodes),
+            "written": (aliases, hoisting, interpret, joined, places, returned, tail_nodes),
             "trace": (read,),
             "make_fx": (read, tail_gradient),
         }.items():
@@ -98,3 +100,62 @@ def test_layers_are_visited_and_never_traced(monkeypatch: pytest.MonkeyPatch) ->
     assert few["make_fx"] == many["make_fx"] == 4  # ... and the gradient of the tail
     assert few["emit"] == many["emit"] < 40
     assert many["written"] <= 2 * many["nodes"]
+
+
+def rows_of_one_product(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w)
+    return torch.stack([F.cross_entropy(z[i : i + 2], y[i : i + 2]) for i in range(0, len(h), 2)]).mean()
+
+
+def in_place(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    total = h.new_zeros(())
+    for a, b in zip(h.split(2), y.split(2)):
+        z = F.linear(a, w)
+        z.div_(2)
+        total += F.cross_entropy(z, b, reduction="sum")
+    return total
+
+
+def with_z_loss(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    total = 0.0
+    for a, b in zip(h.split(2), y.split(2)):
+        z = F.linear(a, w)
+        total = total + F.cross_entropy(z, b, reduction="sum") + 1e-3 * z.logsumexp(-1).square().sum()
+    return total
+
+
+def token_by_token(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    total = 0.0
+    for a, b in zip(h.split(2), y.split(2)):
+        lp = F.linear(a, w).log_softmax(-1)
+        total = total + F.nll_loss((1 - lp.exp()) ** 2 * lp, b)
+    return total
+
+
+OWN = str(Path(backend.__file__).parent)
+
+
+def calls_of(program: Callable[..., Tensor], count: int) -> int:
+    """How often the pass calls its own functions for a loop of so many steps."""
+    calls: list[int] = []
+
+    def compile_graph(gm: Any, example_inputs: Any) -> Any:
+        profile = cProfile.Profile()
+        _, report, _ = profile.runcall(backend.run_pass, gm, Options(min_logits=0), texts=False)
+        assert report.heads
+        assert all(head.fused for head in report.heads)
+        codes = ((c.callcount, getattr(c.code, "co_filename", "")) for c in profile.getstats())
+        calls.append(sum(count for count, file in codes if file.startswith(OWN)))
+        return gm.forward
+
+    torch.compiler.reset()
+    h, w = torch.randn(2 * count, D, requires_grad=True), nn.Parameter(torch.randn(V, D))
+    torch.compile(program, backend=compile_graph)(h, w, torch.randint(0, V, (2 * count,)))
+    (found,) = calls
+    return found
+
+
+@pytest.mark.parametrize("program", [rows_of_one_product, in_place, with_z_loss, token_by_token])
+def test_a_loop_twice_as_long_is_twice_the_work(program: Callable[..., Tensor]) -> None:
+    few, more, many = (calls_of(program, count) for count in (4, 12, 20))
+    assert many - more <= 1.1 * (more - few)
