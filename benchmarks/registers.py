@@ -206,7 +206,10 @@ def main() -> None:
     print("\n".join(lines))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "registers.md").write_text("\n".join(lines) + "\n")
-    (options.out / "registers.json").write_text(json.dumps({"origin": origin, "cases": results}, indent=1) + "\n")
+    rows = ((name, ",\n  ".join(map(json.dumps, kernels))) for name, kernels in results.items())
+    cases = ",\n".join(f" {json.dumps(name)}: [\n  {row}\n ]" for name, row in rows)  # a line a kernel
+    text = f'{{"origin": {json.dumps(origin)}, "cases": {{\n{cases}\n}}}}\n'
+    (options.out / "registers.json").write_text(text)
 
 
 if __name__ == "__main__":
