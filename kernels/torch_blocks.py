@@ -1,15 +1,18 @@
 """What the sweeps of the torch engine share: how z is cut into cache-sized blocks, and arithmetic on labels.
 
-A sweep walks over windows of tokens and, inside each, over blocks of vocabulary small enough that the
-logits of a block are still in the cache when the next op reads them. Labels are kept apart from the blocks:
-their logits are row products in float32, their cells are blanked, and their share of every result is added
-with full precision. Nothing here may know about gradients.
+A sweep walks over windows of tokens and, inside each, over blocks of vocabulary that the matrix products of
+the gradients read. Where a whole window is kept in a narrow dtype, a block is filled strip by strip, so that only a
+strip's logits exist in float32. Labels are kept apart from the blocks: their logits are row products in
+float64, their cells are blanked, and their share of every result is added with full precision. Nothing here
+may know about gradients.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +22,9 @@ from fusedhead.kernels.contract import Head, stat_dtype
 
 LOG2E = math.log2(math.e)  # exp x = exp2(x log2 e): torch's exp2 is three times faster than its exp on a CPU
 BLOCK_BYTES = 8 << 20  # of one block of float32 logits: it shares a third-level cache; smaller costs 5-20 %
+STRIP_BYTES = 5 << 18  # of one strip of float32 logits: it stays in two cores' own caches, with its rows of w
 BLOCK_COLUMNS = 512  # fewer columns than this make the matrix products slow
+EVEN = 128  # columns come in multiples of this: an odd number of 64s is not shared evenly by threads
 GATHER_BYTES = 1 << 19  # of rows of w gathered at once
 SAMPLE = 256  # columns that estimate where a row's logits lie
 
@@ -33,7 +38,13 @@ def cuts(total: int, size: int) -> Iterator[slice]:
 def block_columns(tokens: int, vocab: int, itemsize: int) -> int:
     """Columns of one block, for a window of ``tokens`` rows whose plan allows ``vocab`` columns."""
     fit = BLOCK_BYTES // max(1, tokens * itemsize)
-    return max(1, min(vocab, max(BLOCK_COLUMNS, fit // 64 * 64)))
+    return max(1, min(vocab, max(BLOCK_COLUMNS, fit // EVEN * EVEN)))
+
+
+def strip_columns(tokens: int, columns: int, itemsize: int) -> int:
+    """Columns of one strip, for a window of ``tokens`` rows and blocks of ``columns``."""
+    fit = STRIP_BYTES // max(1, tokens * itemsize)
+    return max(1, min(columns, max(BLOCK_COLUMNS, fit // EVEN * EVEN)))
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -109,10 +120,34 @@ def first_of_equal(y: Tensor) -> Tensor:
     return ~torch.tril(y[:, :, None] == y[:, None, :], -1).any(2)
 
 
-def blank_labels(block: Tensor, y: Tensor, v: slice) -> None:
-    """Zero, in the block [m, v] of the columns v, the cells of the labels y [m, K]."""
-    for k in range(y.shape[1]):
-        column = y[:, k : k + 1] - v.start
+class Cells(NamedTuple):
+    """Where the labels of a window stand."""
+
+    y: Tensor  # [m, K]
+    tokens: Tensor  # [m·K] sorted by column, where the host can look
+    columns: Tensor  # [m·K] the same
+    known: list[int] | None  # the columns once more, None on a device that would have to be waited for
+    zero: Tensor  # [] in the dtype of the logits
+
+
+def label_cells(head: Head, i: slice) -> Cells:
+    """The cells of the labels of window i."""
+    y, zero = head.y[i], head.h.new_zeros((), dtype=stat_dtype(head.h.dtype))
+    if y.device.type != "cpu":
+        return Cells(y, y, y, None, zero)
+    columns, order = y.reshape(-1).sort()
+    return Cells(y, order // max(1, y.shape[1]), columns, columns.tolist(), zero)
+
+
+def blank_labels(block: Tensor, cells: Cells, v: slice) -> None:
+    """Zero, in the block [m, v] of the columns v, the cells of the labels."""
+    if cells.known is not None:
+        some = slice(bisect_left(cells.known, v.start), bisect_left(cells.known, v.stop))
+        if some.start < some.stop:
+            block.index_put_((cells.tokens[some], cells.columns[some] - v.start), cells.zero)
+        return
+    for k in range(cells.y.shape[1]):
+        column = cells.y[:, k : k + 1] - v.start
         inside = (column >= 0) & (column < v.stop - v.start)
         column.clamp_(0, v.stop - v.start - 1)
         block.scatter_(1, column, block.gather(1, column).masked_fill_(inside, 0))

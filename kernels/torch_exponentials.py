@@ -17,7 +17,9 @@ from fusedhead.kernels.column_gradients import Tape, pull_back, record
 from fusedhead.kernels.contract import Head, stat_dtype
 from fusedhead.kernels.torch_blocks import (
     LOG2E,
+    Cells,
     blank_labels,
+    cuts,
     fine_dtype,
     label_logits,
     label_vectors,
@@ -38,15 +40,18 @@ class Level(NamedTuple):
     binary: Tensor  # [m] finite, in the statistics' dtype; for a plain z exact in the products' dtype
     natural: Tensor  # [m] fine
     exact: bool  # whether logits are to be computed in the statistics' dtype, whatever the products'
+    shift: Tensor  # [m, 1] -binary, in the products' dtype if they subtract it
 
 
 def level_at(head: Head, at: Tensor, exact: bool) -> Level:
     """The level nearest to ``at`` [m] that a block can subtract without error."""
     work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
     binary = (at * LOG2E).to(wide)
+    shift = -binary[:, None]
     if work != wide and not exact and plain_scale(head.transform) is not None:
-        binary = binary.to(work).to(wide)
-    return Level(binary, binary.to(fine_dtype(head.h.device.type)) / LOG2E, exact)
+        shift = shift.to(work)
+        binary = -shift[:, 0].to(wide)
+    return Level(binary, binary.to(fine_dtype(head.h.device.type)) / LOG2E, exact, shift)
 
 
 def usual_level(head: Head, i: slice, labelled: Tensor) -> Level:
@@ -85,32 +90,46 @@ def block_buffers(head: Head, tokens: int, columns: int) -> Block:
     )
 
 
-def fill(head: Head, i: slice, v: slice, h: Tensor, w: Tensor, level: Level, out: Tensor, spare: Tensor) -> Tensor:
-    """Write E' [m, v] of one block into ``out`` and return the row sums of E [m], both without labels.
+def fill(
+    head: Head, i: slice, v: slice, h: Tensor, w: Tensor, level: Level, cells: Cells, out: Tensor, spare: Tensor
+) -> list[Tensor]:
+    """Write E' [m, v] of one block into ``out`` and return parts [m] of the row sums of E, both without labels.
 
-    h [m, D] and w [v, D] are the operands in the dtype of the products, ``spare`` the wide buffer of `Block`.
+    h [m, D] and w [v, D] are the operands in the dtype of the products, ``cells`` the labels of the window and
+    ``spare`` a flat wide buffer: its size says how many columns are filled at once, if ``out`` is narrower.
     Row sums are taken before E is rounded to ``out``.
     """
     m, n = out.shape
     wide = level.binary.dtype
-    narrow = out.dtype != wide
+    h = h.to(wide) if level.exact else h
+    return [
+        _fill_strip(head, i, slice(v.start + s.start, v.start + s.stop), h, w[s], level, cells, out[:, s], spare)
+        for s in cuts(n, spare.numel() // m if out.dtype != wide else n)
+    ]
+
+
+def _fill_strip(
+    head: Head, i: slice, v: slice, h: Tensor, w: Tensor, level: Level, cells: Cells, out: Tensor, spare: Tensor
+) -> Tensor:
+    """`fill` for one strip, whose rows in ``out`` need not be contiguous."""
+    m, n = out.shape
+    narrow = out.dtype != level.binary.dtype
     scale = plain_scale(head.transform)
     z = spare[: m * n].view(m, n) if narrow else out
-    shift = -level.binary[:, None]
     tape: Tape = []
     cols, rows = vectors(head, i, v)
     if narrow and scale is not None and not level.exact:
         # The product rounds z - level, not z: near 0 that loses less.
-        z.copy_(torch.addmm(shift.to(out.dtype), h, w.t(), alpha=scale * LOG2E, out=out))
+        z.copy_(torch.addmm(level.shift, h, w.t(), alpha=scale * LOG2E, out=out))
     else:
         if narrow and not level.exact:
             z.copy_(torch.mm(h, w.t(), out=out))
         else:
-            torch.mm(h.to(wide), w.to(wide).t(), out=z)
+            torch.mm(h, w.to(h.dtype).t(), out=z)
         if scale is None:
             z, tape = record(head.transform, z, cols, rows, False, False)
-        torch.add(shift, z, alpha=LOG2E * (1.0 if scale is None else scale), out=z)
-    blank_labels(z.exp2_(), head.y[i], v)
+        torch.add(level.shift, z, alpha=LOG2E * (1.0 if scale is None else scale), out=z)
+    blank_labels(z.exp2_(), cells, v)
     total = z.sum(1)
     z = pull_back(head.transform, z, tape, cols, rows, None, None) if scale is None else z
     if z.data_ptr() != out.data_ptr():

@@ -24,10 +24,12 @@ from fusedhead.kernels.torch_blocks import (
     cuts,
     fine_dtype,
     first_of_equal,
+    label_cells,
     plain_scale,
     product_dtype,
     row_maximum,
     sampled_level,
+    strip_columns,
 )
 from fusedhead.kernels.torch_exponentials import Level, block_buffers, fill, label_terms, level_at, usual_level
 from fusedhead.kernels.torch_gradient_sums import Sink, accumulate_product, bias_slopes
@@ -52,12 +54,13 @@ def _prepared(head: Head, upstream: RowGrads) -> tuple[Tensor, Tensor]:
     return lse.to(fine), picked.to(fine)
 
 
-def _totals(rest: Tensor, z: Tensor, level: Level, first: Tensor) -> tuple[Tensor, Tensor]:
-    """Row sums of E with the labels [m], and without each of the labels [m, K].
+def _totals(parts: list[Tensor], z: Tensor, level: Level, first: Tensor) -> tuple[Tensor, Tensor]:
+    """Row sums of E with the labels [m], and without each of the labels [m, K], from their parts.
 
     The second keeps 1 - p of a label, (everything else) / total, from cancelling when p is nearly 1.
     """
     e = torch.exp(z - level.natural[:, None]) * first
+    rest = torch.stack(parts).sum(0, dtype=e.dtype)
     of_labels = e.sum(1)
     return rest + of_labels, rest[:, None] + (of_labels[:, None] - e)
 
@@ -80,43 +83,50 @@ def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
 
     FLOP 6 NDV; memory: E' of one window (windows.tokens x V) where w wants a gradient, else one block.
     """
-    n, vocab = len(head.h), len(head.w)
-    wide, fine = stat_dtype(head.h.dtype), fine_dtype(head.h.device.type)
+    lse = head.h.new_empty(len(head.h), dtype=fine_dtype(head.h.device.type))
+    z, slope = label_terms(head, slice(0, len(head.h)))
+    sink = Sink(head, c, needs, windows)
+    _sweep(head, c, needs, windows, lse, z, slope, sink)
+    return lse, z.to(stat_dtype(head.h.dtype)), sink.finish()  # the window of E' is gone by now
+
+
+def _sweep(
+    head: Head, c: RowGrads, needs: Needs, windows: Windows, lse: Tensor, labelled: Tensor, slopes: Tensor, sink: Sink
+) -> None:
+    """The sweep of `single_pass`, which fills ``lse`` and ``sink``; the other two are `label_terms` of all tokens."""
+    n, vocab, wide = len(head.h), len(head.w), stat_dtype(head.h.dtype)
     work = product_dtype(head.h.dtype, head.h.device.type)
     tokens = min(windows.tokens, n)
     columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
     blocks = list(cuts(vocab, columns))
     keep = needs.w or needs.cols
     flat = head.h.new_empty(tokens * (vocab if keep else columns), dtype=work)
-    spare = head.h.new_empty(0 if work == wide else tokens * columns, dtype=wide)
-    lse = head.h.new_empty(n, dtype=fine)
-    picked = head.h.new_empty(head.y.shape, dtype=wide)
+    strip = strip_columns(tokens, columns, wide.itemsize) if keep else columns
+    spare = head.h.new_empty(0 if work == wide else tokens * strip, dtype=wide)
     c_lse, c_picked = _prepared(head, c)
-    sink = Sink(head, c, needs, windows)
     scale = plain_scale(head.transform)
     for i in cuts(n, tokens):
         h = head.h[i].to(work)
         m = len(h)
-        z, slope = label_terms(head, i)
-        first = first_of_equal(head.y[i])
+        z, slope = labelled[i], slopes[i]
+        first, cells = first_of_equal(head.y[i]), label_cells(head, i)
         on_cpu = head.h.device.type == "cpu"
-        level = usual_level(head, i, z) if on_cpu else level_at(head, row_maximum(head, i, columns), False)
+        level = usual_level(head, i, z) if on_cpu else level_at(head, row_maximum(head, i, strip), False)
         certain = not on_cpu
         while True:
-            rest = head.h.new_zeros(m, dtype=fine)
+            parts: list[Tensor] = []
             product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
             for v in blocks:
                 e = flat[m * v.start if keep else 0 :][: m * (v.stop - v.start)].view(m, v.stop - v.start)
                 w = head.w[v].to(work)
-                rest += fill(head, i, v, h, w, level, e, spare)
+                parts += fill(head, i, v, h, w, level, cells, e, spare)
                 if needs.h:
                     accumulate_product(product, e, w)
-            total, others = _totals(rest, z, level, first)
+            total, others = _totals(parts, z, level, first)
             if certain or bool(((total > 1 / SAFE) & (total < SAFE)).all()):
                 break
-            level, certain = level_at(head, row_maximum(head, i, columns), True), True
+            level, certain = level_at(head, row_maximum(head, i, strip), True), True
         lse[i] = at = level.natural + total.log()
-        picked[i] = z
         g = c_lse[i] if c.square is None else c_lse[i] + 2 * c.square[i] * at
         s, t = (x.to(wide) for x in _factors(g, c_picked[i], total, others, first, slope, scale))
         sink.hidden(i, product, s, t)
@@ -126,7 +136,6 @@ def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
                 e = flat[m * v.start :][: m * (v.stop - v.start)].view(m, v.stop - v.start)
                 sink.block(i, v, e, hs, s)
             sink.labels(i, t)
-    return lse, picked, sink.finish()
 
 
 def labels_alone(head: Head, upstream: RowGrads, needs: Needs, windows: Windows) -> HeadGrads:
@@ -156,13 +165,13 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
     work = product_dtype(head.h.dtype, head.h.device.type)
     tokens = min(windows.tokens, n)
     columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
-    buffers = block_buffers(head, tokens, columns)
+    block, spare = block_buffers(head, tokens, columns)
     g_lse, g_picked = _prepared(head, upstream)
     sink = Sink(head, upstream, needs, windows)
     scale = plain_scale(head.transform)
     for i in cuts(n, tokens):
         h, at, on_cpu = head.h[i].to(work), lse[i].to(fine), head.h.device.type == "cpu"
-        m = len(h)
+        m, cells = len(h), label_cells(head, i)
         z, slope = label_terms(head, i)
         level = level_at(head, at, False)
         if work != wide:
@@ -171,18 +180,18 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
         g = g_lse[i] if upstream.square is None else g_lse[i] + 2 * upstream.square[i] * at
         early = g * torch.exp(level.natural - at) * (1.0 if scale is None else scale)
         early = early.to(wide)
-        rest = head.h.new_zeros(m, dtype=fine)
+        parts: list[Tensor] = []
         hs = (h * early[:, None]).to(work) if needs.w or needs.cols else h
         product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
         for v in cuts(vocab, columns):
-            e = buffers.work[: m * (v.stop - v.start)].view(m, v.stop - v.start)
+            e = block[: m * (v.stop - v.start)].view(m, v.stop - v.start)
             w = head.w[v].to(work)
-            rest += fill(head, i, v, h, w, level, e, buffers.wide)
+            parts += fill(head, i, v, h, w, level, cells, e, spare)
             if needs.h:
                 accumulate_product(product, e, w)
             sink.block(i, v, e, hs, early)
         first = first_of_equal(head.y[i])
-        total, others = _totals(rest, z, level, first)
+        total, others = _totals(parts, z, level, first)
         s, t = (x.to(wide) for x in _factors(g, g_picked[i], total, others, first, slope, scale))
         sink.hidden(i, product, s, t)
         sink.labels(i, t)

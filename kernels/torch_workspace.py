@@ -18,6 +18,7 @@ from fusedhead.kernels.torch_blocks import (
     fine_dtype,
     plain_scale,
     product_dtype,
+    strip_columns,
 )
 
 
@@ -46,19 +47,21 @@ def workspace(
     tokens = max(1, min(tokens, n))
     columns = block_columns(tokens, min(vocab, v), wide.itemsize)
     block = tokens * columns
-    blocks = block * work.itemsize * (not keep) + block * wide.itemsize * narrow
+    wide_columns = strip_columns(tokens, columns, wide.itemsize) if keep and narrow else columns
+    wide_block = tokens * wide_columns
+    blocks = block * work.itemsize * (not keep) + wide_block * wide.itemsize * narrow
     held = windows_held(transform, needs.cols and explicit, needs.rows) - 1
-    blocks += block * wide.itemsize * (held + windows_passing(transform) + (2 if explicit else 0))
+    blocks += wide_block * wide.itemsize * (held + windows_passing(transform) + (2 if explicit else 0))
     if keep:
         blocks += tokens * v * work.itemsize
     hidden = tokens * d
     rows = hidden * wide.itemsize * (needs.h + narrow)  # E w, and h widened where logits must be exact
     rows += hidden * work.itemsize * ((needs.w or needs.cols) + widened + (narrow and needs.h))
-    weights = columns * d * (wide.itemsize if widened or narrow else 0)
+    weights = (columns if widened else wide_columns) * d * (wide.itemsize if widened or narrow else 0)
     weights += columns * d * work.itemsize if needs.w and accumulate != work else 0
     sums = v * d * wide.itemsize if needs.w and accumulate != dtype else 0
     sample = tokens * min(SAMPLE * 2, v) * wide.itemsize * 4 + min(SAMPLE * 2, v) * d * wide.itemsize
-    vectors = tokens * (k + 1) * fine_dtype(device_type).itemsize * 16
+    vectors = (tokens * (k + 1) * 16 + n * k * 4) * fine_dtype(device_type).itemsize
     late = n * k * 48 if needs.w and accumulate != wide else 0
     gathers = 4 * GATHER_BYTES
     plain = plain_scale(transform) is not None

@@ -68,3 +68,12 @@ def test_the_planners_prediction_bounds_what_is_held(heads, needs):
         got, peak, _ = watch(lambda a=arguments: OPS.head_loss(*a))
         chosen = plan(N, V, D, heads.h.dtype, "cpu", needs=Needs(*needs, False, False), memory=memory)
         assert peak - size(got[3:5]) <= chosen.predicted_bytes + FIXED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_training_step_holds_less_than_a_quarter_of_the_logits(dtype):
+    n, v = 1024, 32_000
+    o = operands(n, v, 64, dtype=dtype, u=False)
+    c, e = torch.full((n,), 1 / n), none(o.h)
+    got, peak, _ = watch(lambda: OPS.head_loss(*o, c, -c[:, None], e, e, "", "lse,picked", 0, True, True, False, False))
+    assert peak - size(got[3:5]) < n * v * dtype.itemsize / 4
