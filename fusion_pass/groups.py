@@ -8,7 +8,7 @@ weight. Nothing here edits a node; what a batch needs early is moved before it, 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import Node
@@ -31,9 +31,11 @@ DECISIONS = frozenset({"max", "argmax"})
 
 @dataclass(eq=False)
 class Group:
-    """Terminals that one sweep over the vocabulary serves."""
+    """Terminals that one sweep over the vocabulary serves, what they weigh its sum by, what they round it to."""
 
     terminals: list[tuple[Node, Terminal]]
+    weights: set[int] = field(default_factory=set)
+    roundings: set[tuple] = field(default_factory=set)
 
     @property
     def first(self) -> Terminal:
@@ -80,23 +82,20 @@ def groups(site: Site, position: dict[Node, int], grad: dict[Node, bool]) -> lis
     for node, terminal in site.terminals:
         ready = all(position[leaf] < position[node] for leaf in leaves(terminal.label_sources))
         assert ready, "a node follows its inputs"
-        for group in found.setdefault(sweep_key(terminal), []):
-            first = group.terminals[0][0]
+        known = found.setdefault(sweep_key(terminal), [])
+        weights, roundings = weights_of([(node, terminal)]), roundings_of([(node, terminal)])
+        for group in known:
+            first = group.terminals[0][0]  # terminals come in the order of the graph
             if grad[node] and not grad[first]:
                 continue
-            start = min(position[n] for n, _ in group.terminals)
-            joined = [*group.terminals, (node, terminal)]
-            if (
-                len(weights_of(joined)) <= 1
-                and len(roundings_of(joined)) <= 1
-                and all(
-                    position[leaf] < start for leaf in leaves((*terminal.label_sources, terminal.weights))
-                )
-            ):
+            joined = group.weights | weights, group.roundings | roundings
+            ready = (position[leaf] < position[first] for leaf in leaves((*terminal.label_sources, terminal.weights)))
+            if max(map(len, joined)) <= 1 and all(ready):
                 group.terminals.append((node, terminal))
+                group.weights, group.roundings = joined
                 break
         else:
-            found[sweep_key(terminal)].append(Group([(node, terminal)]))
+            known.append(Group([(node, terminal)], weights, roundings))
     return [group for each in found.values() for group in each]
 
 

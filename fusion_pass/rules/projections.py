@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch.amp.autocast_mode import _enter_autocast
 
 from fusedhead.kernels.columns import Step
-from fusedhead.read import name_of
 from fusedhead.rules.table import Context, Family, rule
 from fusedhead.values import Call, Escape, Logits, Plain, Projection, RowStep
 
@@ -50,8 +50,8 @@ def same_dtype(context: Context, *operands: Plain) -> None:
     """Escape where operands differ in dtype and no autocast brings them together: eager code raises there."""
     if all(operand.val.dtype == context.val.dtype for operand in operands):
         return
-    regions = any(name_of(node) == "_enter_autocast" for node in context.node.graph.nodes)
-    if not regions and not torch.is_autocast_enabled(context.val.device.type):
+    regions = context.node.graph.find_nodes(op="call_function", target=_enter_autocast)
+    if not any(True for _ in regions) and not torch.is_autocast_enabled(context.val.device.type):
         shown = ", ".join(str(operand.val.dtype) for operand in operands)
         raise Escape(f"the operands of the projection ({shown}) are not of its dtype, {context.val.dtype}")
 
