@@ -38,7 +38,7 @@ class Chip(NamedTuple):
         return self.capability // 10, self.multiprocessors
 
 
-H100 = Chip("H100", 90, 132)
+H100, A100 = Chip("H100", 90, 132), Chip("A100", 80, 108)
 
 
 class Compiled(NamedTuple):

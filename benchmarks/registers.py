@@ -1,6 +1,6 @@
-"""Registers, spills and shared memory of the engine's kernels on an H100, found without one.
+"""Registers, spills and shared memory of the engine's kernels on an H100 or an A100, found without one.
 
-    TRITON_INTERPRET=0 python -m benchmarks.registers [--cases "mask|cap"] [--jobs 2] [--out DIR] [--ptx DIR]
+    TRITON_INTERPRET=0 python -m benchmarks.registers [--cases "mask|cap"] [--chip A100] [--out DIR] [--ptx DIR]
 
 Every kernel that a head of a case launches is compiled by `absent_gpu` with the tile, the constants and the alignments
 of that launch. A spill in a kernel that sweeps the logits costs time at once; registers near 255 say that the next
@@ -18,6 +18,7 @@ import json
 import os
 import re
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from benchmarks.absent_gpu import H100, Compiled, absent_gpu
+from benchmarks.absent_gpu import A100, H100, Chip, Compiled, absent_gpu
 from benchmarks.machine import versions
 from fusedhead.generate import function_of
 from fusedhead.kernels import triton_windows as engine
@@ -110,6 +111,7 @@ CASES = {
         needs=VECTORS,
     ),
 }
+CHIPS = {chip.name: chip for chip in (H100, A100)}
 SWEEPS = ("stream", "stream again", "exp", "exp again", "dlogits")
 
 
@@ -140,11 +142,11 @@ def launch_all(case: Case) -> None:
     scale_in_place(h, row[0], 0.0)
 
 
-def compiled(name: str) -> list[Compiled]:
+def compiled(name: str, chip: Chip = H100) -> list[Compiled]:
     """All kernels that the case launches. Tiles and alignments decide, so one window says what all of them do."""
     case = CASES[name]
     torch.backends.cuda.matmul.fp32_precision = case.precision
-    with absent_gpu() as listed:
+    with absent_gpu(chip) as listed:
         launch_all(case)
     return listed
 
@@ -182,6 +184,7 @@ def about(found: Compiled) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="a regular expression that their names contain")
+    parser.add_argument("--chip", choices=CHIPS, default="H100")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--ptx", type=Path, help="a folder for every kernel's PTX")
@@ -190,15 +193,16 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         several = map if options.jobs == 1 else pool.map  # a pool starts its processes when it is asked
-        for name, kernels in zip(names, tqdm(several(compiled, names), total=len(names), unit="case")):
+        listed = several(partial(compiled, chip=CHIPS[options.chip]), names)
+        for name, kernels in zip(names, tqdm(listed, total=len(names), unit="case")):
             results[name] = [about(found) for found in kernels]
             for at, found in enumerate(kernels if options.ptx else ()):
                 options.ptx.mkdir(parents=True, exist_ok=True)
                 (options.ptx / f"{name}, {at} {title(found)}.ptx").write_text(found.ptx)
     said = versions()
-    origin = {"chip": H100._asdict(), "versions": {name: said[name] for name in ("torch", "triton")}}
+    origin = {"chip": CHIPS[options.chip]._asdict(), "versions": {name: said[name] for name in ("torch", "triton")}}
     lines = [
-        f"Compiled for an {H100.name} with Triton {said['triton']}: registers a thread **+bytes spilled** a thread,",
+        f"Compiled for an {options.chip} with Triton {said['triton']}: registers a thread **+bytes spilled** a thread,",
         "KiB of shared memory a program. `again`: the sweep that redoes marked token blocks.",
         "",
         *table(results),

@@ -194,6 +194,7 @@ def dlogits_kernel(
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
     READY: tl.constexpr,
+    EVEN_D: tl.constexpr,  # D is a multiple of BK
     PREFETCH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -209,7 +210,9 @@ def dlogits_kernel(
         block, tile, _, _ = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
         here = labelled_parts(label_map, block, tile, V, LABELS, BN)
         prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
-        acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY)
+        acc = product(
+            h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY, EVEN_D
+        )
         for j in tl.static_range(PARTS):
             x = column_part(acc, j, PARTS, BM, BN)
             _epilogue(

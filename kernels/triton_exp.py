@@ -131,6 +131,7 @@ def exp_kernel(
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
     READY: tl.constexpr,
+    EVEN_D: tl.constexpr,  # D is a multiple of BK
     PREFETCH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -161,7 +162,9 @@ def exp_kernel(
             else:
                 r = tl.load(ref2 + row, mask=row < N, other=0.0)
             prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
-            acc = product(h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY)
+            acc = product(
+                h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY, EVEN_D
+            )
             if LATE:
                 r = tl.load(ref2 + row, mask=row < N, other=0.0)
             for j in tl.static_range(PARTS):

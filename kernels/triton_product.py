@@ -61,6 +61,7 @@ def product(
     W_BY_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     READY: tl.constexpr,
+    EVEN_D: tl.constexpr,
 ):
     acc = tl.zeros((BM, BN), tl.float32)
     if READY:
@@ -82,9 +83,13 @@ def product(
         h_at = h + row[:, None] * sh0 + inner[None, :] * sh1
         w_at = w + col[None, :] * sw0 + inner[:, None] * sw1
         for k in range(0, tl.cdiv(D, BK)):
-            left = D - k * BK
-            a = tl.load(h_at, mask=(inner < left)[None, :], other=0.0)
-            b = tl.load(w_at, mask=(inner < left)[:, None], other=0.0)
+            if EVEN_D:  # a bound that is a multiple of nothing known would split loads into single numbers
+                a = tl.load(h_at)
+                b = tl.load(w_at)
+            else:
+                left = D - k * BK
+                a = tl.load(h_at, mask=(inner < left)[None, :], other=0.0)
+                b = tl.load(w_at, mask=(inner < left)[:, None], other=0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
             h_at += BK * sh1
             w_at += BK * sw1

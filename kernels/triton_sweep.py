@@ -126,6 +126,7 @@ class Sweep:
             "TMA": layout.tma,
             "W_BY_ROWS": self.by_rows,
             "READY": self.ready,
+            "EVEN_D": self.hidden % tile.BK == 0,
             "PREFETCH": self.compiled,
             "BM": tile.BM,
             "BN": tile.BN,

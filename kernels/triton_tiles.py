@@ -51,7 +51,7 @@ TABLE = (
 # Operands read through pointers: older chips, strides that TMA does not take
 POINTERS = (
     Row((0,), "", 0, 0, 0, Tile(16, 32, 16, 2, 1, 1, False, 2)),
-    Row((8, 9, 10), "", 2, 0, 0, Tile(128, 128, 32, 12, 8, 3, False)),
+    Row((8, 9, 10), "", 2, 0, 0, Tile(128, 128, 32, 12, 8, 3, False, 2)),
     Row((), "", 2, 0, 0, Tile(64, 128, 32, 8, 4, 2, False)),
     Row((), "", 4, 0, 0, Tile(64, 64, 32, 8, 4, 2, False)),
 )
