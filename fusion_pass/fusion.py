@@ -18,6 +18,7 @@ from fusedhead import (
     both_ways,
     joined,
     linear_tail,
+    opened,
     pieces,
     regions,
     returned,
@@ -30,6 +31,7 @@ from fusedhead.aliases import storage, written
 from fusedhead.anchors import candidates
 from fusedhead.interpret import Reading, Site, interpret
 from fusedhead.modes import grad_modes
+from fusedhead.opened import CHECKPOINTS
 from fusedhead.options import Options
 from fusedhead.read import fake, hint, name_of, where
 from fusedhead.records import describe, engine, planner, tokens_of
@@ -42,7 +44,6 @@ from fusedhead.unread import unread
 from fusedhead.values import Projection, logits_of
 
 Wrap = Callable[[Callable[..., Any], returned.Finish], Callable[..., Any]]
-CHECKPOINTS = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
 RUN_AS_THEY_ARE = CHECKPOINTS | {"invoke_subgraph"}
 BOTH_MODES = "its region is run without recording gradients too"
 
@@ -85,20 +86,22 @@ def bodies(gm: GraphModule) -> list[Body]:
 
 
 class Needless(Exception):
-    """Logits that losses read both ways were given two products, and not all losses on them are fused."""
+    """What was done for the sake of heads that are then not fused: two products, or an opened checkpoint."""
 
 
 def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tuple[Report, Wrap]:
     """Fuse every provable head of ``gm`` in place.
 
     Returns the report and a function to put around the compiled graph (it restores outputs that were redirected).
-    ``twice``: whether logits that are read both ways may get two products; raises Needless where that does not pay.
+    ``twice``: whether logits that are read both ways may get two products, and a checkpoint that holds a head alone
+    be opened; raises Needless where that does not pay.
     """
     started = time.perf_counter()
     report = Report(graphs=1)
     wrap: Wrap = unwrapped
     changed = False
     report.heads += regions.inline(gm)
+    taken_out = opened.open_heads(gm) if twice else []
     deferred = options.logits == "deferred" and not sharded.given_back(gm.graph)
     for module, owner, grad in bodies(gm):
         accumulations.separate(module.graph)
@@ -121,6 +124,8 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
             module.graph.lint()
             module.recompile()
             changed = True
+    if both_ways.left(taken_out):
+        raise Needless
     if changed:
         gm.recompile()
     report.milliseconds = (time.perf_counter() - started) * 1e3

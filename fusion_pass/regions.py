@@ -42,7 +42,7 @@ def is_call(node: Node) -> bool:
 
 
 def region_of(call: Node) -> GraphModule:
-    """The region that a call runs: its operands are ``call.args[2:]``."""
+    """The region that a call runs. Its operands are ``call.args[2:]``, and ``call.args[1:]`` of a checkpoint."""
     holder, owner = call.args[0], call.graph.owning_module
     assert isinstance(holder, Node)
     assert owner is not None
@@ -53,7 +53,7 @@ def region_of(call: Node) -> GraphModule:
 
 def operand_of(call: Node, placeholder: Node) -> Any:
     placeholders = [node for node in placeholder.graph.nodes if node.op == "placeholder"]
-    return call.args[2 + placeholders.index(placeholder)]
+    return call.args[(2 if is_call(call) else 1) + placeholders.index(placeholder)]
 
 
 def returned_by(region: GraphModule) -> list[Any]:

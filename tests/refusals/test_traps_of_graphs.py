@@ -5,6 +5,8 @@ Where the pass reads the program it is right; where it does not, it leaves the h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,11 +30,42 @@ def test_a_checkpointed_loss_is_right_and_recomputes() -> None:
     assert "checkpointed" in report.heads[0].engine
 
 
-def test_a_checkpointed_head_with_the_loss_outside_is_left_alone() -> None:
+def capped(h: Tensor, w: Tensor) -> Tensor:
+    return torch.tanh(F.linear(h, w).float() / 30) * 30
+
+
+@pytest.mark.parametrize("head", [F.linear, capped, lambda h, w: h @ w.t()])
+def test_a_checkpointed_head_with_the_loss_outside_is_taken_out(head: Callable[..., Tensor]) -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(checkpoint(F.linear, h, w, use_reentrant=False), y)
+        z = checkpoint(head, h, w, use_reentrant=False)
+        return F.cross_entropy(z.view(-1, V), y)
+
+    report = right(program, hidden(6, D), weight(), labels(6))
+    assert "tag_activation_checkpoint" not in report.after
+
+
+def test_logits_of_a_checkpoint_that_are_returned_too_are_taken_out() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = checkpoint(F.linear, h, w, use_reentrant=False)
+        return F.cross_entropy(z, y), z
+
+    right(program, hidden(6, D), weight(), labels(6))
+
+
+def test_a_checkpoint_of_more_than_a_head_is_left_alone() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(checkpoint(lambda h, w: F.linear(F.gelu(h), w), h, w, use_reentrant=False), y)
 
     left(program, hidden(6, D), weight(), labels(6), because="inside tag_activation_checkpoint, and its loss outside")
+
+
+def test_a_checkpointed_head_that_is_not_fused_stays_a_checkpoint() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = checkpoint(F.linear, h, w, use_reentrant=False)
+        return F.cross_entropy(z.cumsum(0), y) + F.cross_entropy(F.linear(h, w), y)
+
+    report = right(program, hidden(6, D), weight(), labels(6))
+    assert "tag_activation_checkpoint" in report.after
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
