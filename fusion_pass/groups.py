@@ -88,11 +88,14 @@ def groups(site: Site, position: dict[Node, int], grad: dict[Node, bool]) -> lis
             first = group.terminals[0][0]  # terminals come in the order of the graph
             if grad[node] and not grad[first]:
                 continue
-            joined = group.weights | weights, group.roundings | roundings
-            ready = (position[leaf] < position[first] for leaf in leaves((*terminal.label_sources, terminal.weights)))
-            if max(map(len, joined)) <= 1 and all(ready):
+            by_weights, by_roundings = group.weights | weights, group.roundings | roundings
+            if (
+                len(by_weights) <= 1
+                and len(by_roundings) <= 1
+                and all(position[x] < position[first] for x in leaves((*terminal.label_sources, terminal.weights)))
+            ):
                 group.terminals.append((node, terminal))
-                group.weights, group.roundings = joined
+                group.weights, group.roundings = by_weights, by_roundings
                 break
         else:
             known.append(Group([(node, terminal)], weights, roundings))

@@ -55,7 +55,7 @@ class Mutations:
     def __init__(self, graph: Graph, enabled: bool | None = None) -> None:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.places = Places(graph, enabled)
-        self.writes: dict[int, list[Node]] = {}  # memory -> the nodes that write there, in order
+        self.writes: dict[int | None, list[Node]] = {}  # memory -> the nodes that write there, in order
         for node in self.places.writers:
             for memory in {storage(fake(target)) for target in written(node)} - {None}:
                 self.writes.setdefault(memory, []).append(node)
