@@ -39,14 +39,14 @@ class Limits(NamedTuple):
     tokens: int  # more than this gains no speed
     fewest_tokens: int  # fewer make a single pass slower than to recompute
     share: int  # auto takes at least this many windows, to hold less than a quarter of the logits
-    block_tokens: int  # where no row of z has to be complete
+    block_tokens: int  # where no row of z has to be complete: 512 cost float32 3-5 %
     least_tokens: int  # of a block under "min"
     least_vocab: int
     exact_sums: int  # up to this many windows, sums of dw in a narrow dtype err less than eager code does
 
 
 # exact_sums: the error of dw against float64 was below eager's up to 8 windows and 1.1 times it at 32
-LIMITS = Limits(512, 64, 5, 512, 128, 512, 8)
+LIMITS = Limits(512, 64, 5, 1024, 128, 512, 8)
 
 
 class Plan(NamedTuple):
@@ -111,7 +111,8 @@ def _ways(head: _Head, *, one_pass: bool, memory: int, budget: int | None) -> li
     weight = needs.w or needs.cols
     narrow = head.dtype in (torch.bfloat16, torch.float16)
     in_place = -(-n // limits.exact_sums) if narrow and needs.w else 1  # tokens that spare a float32 dw
-    heights = _halvings(limits.block_tokens, 16) if memory != LEAST else [limits.least_tokens]
+    tallest = limits.block_tokens // (2 if narrow else 1)  # narrow logits gain nothing, their float32 block is more
+    heights = _halvings(tallest, 16) if memory != LEAST else [limits.least_tokens]
     heights = [max(tokens, in_place) for tokens in heights] + [at for at in heights if at < in_place]
     size = torch.float64.itemsize if head.dtype == torch.float64 else torch.float32.itemsize
     blocks = [

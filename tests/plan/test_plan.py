@@ -52,12 +52,13 @@ def test_the_engine_follows_device_and_dtype(dtype, device, engine):
         ((2048, 50304, 768), FP32, "cpu", {}, "single pass", Windows(416, 50304, FP32)),
         ((1024, 32000, 512), BF16, "cpu", {}, "single pass", Windows(208, 32000, BF16)),
         ((8192, 32000, 512), BF16, "cpu", {}, "single pass", Windows(512, 32000, FP32)),
-        ((1024, 32000, 512), FP32, "cpu", {"needs": HIDDEN}, "frozen", Windows(512, 4096, FP32)),
-        ((1024, 32000, 512), FP32, "cpu", {"needs": NOTHING}, "statistics", Windows(512, 4096, FP32)),
+        ((1024, 32000, 512), FP32, "cpu", {"needs": HIDDEN}, "frozen", Windows(1024, 2048, FP32)),
+        ((1024, 32000, 512), FP32, "cpu", {"needs": NOTHING}, "statistics", Windows(1024, 2048, FP32)),
+        ((1024, 32000, 512), BF16, "cpu", {"needs": HIDDEN}, "frozen", Windows(512, 4096, BF16)),
         ((1024, 32000, 512), FP32, "cpu", {"memory": -1}, "recompute", Windows(128, 512, FP32)),
         ((1024, 32000, 512), FP32, "cpu", {"memory": 24}, "single pass", Windows(128, 32000, FP32)),
         ((1024, 32000, 512), FP32, "cpu", {"memory": 8}, "recompute", Windows(256, 1024, FP32)),
-        ((1024, 32000, 512), FP32, "cpu", {"one_sweep": False}, "recompute", Windows(512, 4096, FP32)),
+        ((1024, 32000, 512), FP32, "cpu", {"one_sweep": False}, "recompute", Windows(1024, 2048, FP32)),
     ],
 )
 def test_the_plan_of(sizes, dtype, device, options, algorithm, windows):
