@@ -1,0 +1,26 @@
+"""Labels are blanked in the block that they stand in, whether or not the host may look at them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusedhead.kernels.columns import Transform
+from fusedhead.kernels.contract import Head
+from fusedhead.kernels.torch_blocks import blank_labels, cuts, label_cells
+
+N, V = 40, 300
+
+
+@pytest.mark.parametrize("host_looks", [True, False])
+@pytest.mark.parametrize("labels", [0, 1, 3])
+def test_exactly_the_cells_of_the_labels_are_blanked(labels: int, host_looks: bool) -> None:
+    none, y = torch.empty(0), torch.randint(0, V, (N, labels))
+    y[:2] = torch.tensor([0, V - 1])[:, None]  # the first and the last column, and equal labels in a row
+    window = slice(0, N - 3)
+    head = Head(torch.zeros(N, 1), torch.zeros(V, 1), y, none, none, none, Transform())
+    cells = label_cells(head, window)
+    z = torch.ones(N - 3, V)
+    for v in cuts(V, 64):
+        blank_labels(z[:, v], cells if host_looks else cells._replace(known=None), v)
+    assert torch.equal(z, torch.ones(N - 3, V).scatter_(1, y[window], 0))
