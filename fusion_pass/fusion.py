@@ -34,7 +34,7 @@ from fusedhead.modes import grad_modes
 from fusedhead.opened import CHECKPOINTS
 from fusedhead.options import Options
 from fusedhead.read import fake, hint, name_of, where
-from fusedhead.records import describe, engine, planner, tokens_of
+from fusedhead.records import describe, engine, planner, row_engine, tokens_of
 from fusedhead.report import HeadRecord, Report
 from fusedhead.rewrite import fuse
 from fusedhead.row_region import Region
@@ -110,7 +110,7 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
         apart = joined.separate(module.graph) if owner == "" else None
         wrap = apart or wrap
         alone = returned.heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
-        reading = with_teachers(module.graph, candidates(module.graph) | alone, grad is not False)
+        reading = read_all(module.graph, candidates(module.graph) | alone, grad is not False)
         report.heads += unread(module.graph, reading)
         records: list[HeadRecord] = []
         wrapped = None
@@ -132,17 +132,35 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
     return report, wrap if deferred else at_once(wrap)
 
 
-def with_teachers(graph: Graph, starts: set[Node], grad: bool) -> Reading:
+def read_all(graph: Graph, starts: set[Node], grad: bool) -> Reading:
     """The reading of a graph, with such projections as no loss is on but a row program reads all logits of."""
     with_stacks = stacks.reading_of(graph, starts, grad)
     if with_stacks is not None:
         return with_stacks
     reading = interpret(graph, starts, grad)
     more = row_region.teachers(reading)
-    if not more:
+    if more:
+        again = interpret(graph, starts | more, grad)
+        if not any(site.escapes for site in again.sites if site.head.node in more):
+            starts, reading = starts | more, again
+    return in_one_sweep(graph, starts, grad, reading)
+
+
+def in_one_sweep(graph: Graph, starts: set[Node], grad: bool, reading: Reading) -> Reading:
+    """The reading where logits that a row program needs are computed for it alone, if it serves all that reads them.
+
+    A cross-entropy beside a divergence or a top-k would be a sweep of its own: one product forward and two or three
+    for its gradients, where a row program has the logits of a window at hand.
+    """
+    several = row_region.read_more_than_once(reading)
+    if not several:
         return reading
-    again = interpret(graph, starts | more, grad)
-    return reading if any(site.escapes for site in again.sites if site.head.node in more) else again
+    again = interpret(graph, starts, grad, by_rows=several)
+    left = [site for site in again.sites if site.head.node in several and (site.terminals or site.escapes)]
+    if left or again.unread.keys() != reading.unread.keys() or row_region.read_more_than_once(again):
+        return reading
+    calls = [len(row_emission.by_tokens(r.outputs)) for r in row_region.regions(again)]
+    return again if calls and max(calls) == 1 else reading
 
 
 def fuse_body(
@@ -186,24 +204,24 @@ def fuse_body(
     records = []
     refused = {site.head for site, reason in decided if reason}
     kept = [region for region in found if not region.heads & refused]
-    for region in kept:
-        row_emission.fuse(graph, region, options.budget, modes, mutations.position)
+    by_rows = [row_emission.fuse(graph, region, options.budget, modes, mutations) for region in kept]
     row_region.erase_unused(reading, {site.head for site, reason in decided if not reason})
-    engines: dict[Projection, list[str]] = {site.head: [ROW_ENGINE] if site.head in met else [] for site, _ in decided}
+    engines: dict[Projection, list[str]] = {site.head: [] for site, _ in decided}
     for calls, heads in fuse(graph, [site for site, reason in decided if not reason], options.budget, modes, mutations):
         planned = planner(calls[0], options.budget)  # reads the call, which an upgrade replaces
         why = recomputed or linear_tail.upgrade(*calls, places=mutations.places)
         for head in heads:
             engines[head].append(engine(planned, why))
+    for region, made in zip(kept, by_rows):
+        how = dict.fromkeys(row_engine(recomputed or linear_tail.upgrade_rows(call, mutations.places)) for call in made)
+        for head in region.heads:
+            engines[head] = [*how, *engines[head]]
     for site, reason in decided:
         record = describe(site, reason, "", deferred, met.get(site.head))
         if not reason:
             record.engine = ", ".join(dict.fromkeys(engines[site.head])) or "as the caller asks"
         records.append(record)
     return records, wrap
-
-
-ROW_ENGINE = "row windows: the program's own ops on some tokens at a time, again in the backward"
 
 
 def together(

@@ -7,7 +7,7 @@ sentence). This file reads; it never edits and never decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from fusedhead.places import before
 from fusedhead.read import Traces, fake, name_of
 from fusedhead.rowwise import Rowwise, parts
 from fusedhead.rowwise import detached as detached_rows
+from fusedhead.rules.rowwise import rowwise as rowwise_of
 from fusedhead.terminals import Terminal
 from fusedhead.values import FOLLOWED, Escape, Logits, Plain, Projection, detached, logits_of, rows_of_hidden
 
@@ -51,11 +52,16 @@ class Reading:
 
 
 def interpret(
-    graph: Graph, starts: Iterable[Node] | None = None, grad: bool | None = None, stacks: Mapping[Node, Logits] = EMPTY
+    graph: Graph,
+    starts: Iterable[Node] | None = None,
+    grad: bool | None = None,
+    stacks: Mapping[Node, Logits] = EMPTY,
+    by_rows: Collection[Node] = (),
 ) -> Reading:
     """Follow the logits of every candidate projection, or of those in ``starts``, through the graph.
 
-    ``stacks``: nodes that are the logits of several heads at once.
+    ``stacks``: nodes that are the logits of several heads at once. ``by_rows``: projections whose logits are read
+    token by token from the start, whatever statistics there are.
     """
     starts, modes = candidates(graph) if starts is None else set(starts), grad_modes(graph, grad)
     values: dict[Node, Any] = {}
@@ -93,6 +99,9 @@ def interpret(
             continue
         if not modes[node]:
             value = tree_map(quiet, value, is_leaf=is_value)
+        if node in by_rows and isinstance(value, Logits):
+            sites[value.head] = Site(value.head, followed=[node])
+            value = rowwise_of(value)
         if any(True for _ in parts(value)):
             rowwise[node] = value
         else:

@@ -3,7 +3,8 @@
 ``head_stats`` allows any per-row upstream gradient, at the price of building every window of logits twice.
 When the graph reduces the statistics to one scalar with coefficients that do not depend on them (mean,
 sum / num_items, mask / mask.sum(), class weights ...), the upstream gradient of the statistics is that
-scalar's own, times numbers known before the sweep: then ``head_loss`` computes the gradients in the same sweep.
+scalar's own, times numbers known before the sweep: then ``head_loss`` computes the gradients in the same sweep,
+and ``head_rows_loss`` does in the place of ``head_rows`` for the results of a row program.
 
 `tail_nodes` finds the nodes between the statistics and the scalar, `tail_gradient` proves that they are linear. The
 tail itself stays in the graph, so the loss keeps the program's own treatment of NaN, ignored labels and rounding.
@@ -13,9 +14,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
@@ -41,6 +42,26 @@ from fusedhead.tail_nodes import (
 
 aten = torch.ops.aten
 TRIES = 4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
+IN_HALF = "in float16 a gradient taken before the loss scale is known would underflow"
+NONE_NEEDED = "no gradient is needed"
+
+
+class Form(NamedTuple):
+    """What tells the two pairs of ops apart."""
+
+    squares: Callable[[Sequence[Node], Sequence[Node]], list[Node]]  # of statistics that are statistics themselves
+    sized: Callable[[Node], Sequence[Node]]  # a call's tensors, the hidden states first: their sizes are known
+    replace: Callable[[Emit, Node, dict[Node, Node], Sequence[Node]], None]
+
+
+def upgrade_rows(call: Node, places: Places) -> str:
+    """Turn a ``head_rows`` call into ``head_rows_loss`` where the tail allows it: "" when done, else why not."""
+    tensors: Any = call.args[0]
+    if not any(map(differentiable, tensors)) or not any(map(differentiable, call.users)):
+        return NONE_NEEDED
+    if any(differentiable(t) and fake(t).dtype == torch.float16 for t in tensors):
+        return IN_HALF
+    return first_tail([call], [user for user in call.users if user.users and differentiable(user)], ROWS, places)
 
 
 def upgrade(*calls: Node, places: Places) -> str:
@@ -50,16 +71,19 @@ def upgrade(*calls: Node, places: Places) -> str:
     """
     for call in calls:
         if not any(needs_of(call)) or not any(map(differentiable, call.users)):
-            return "no gradient is needed"
+            return NONE_NEEDED
         if fake(call.args[0]).dtype == torch.float16:  # type: ignore[arg-type]
-            return "in float16 a gradient taken before the loss scale is known would underflow"
+            return IN_HALF
         asked = set(str(call.args[7]).split(","))
         if asked - set(LINEAR_STATS):
             return f"{', '.join(sorted(asked - set(LINEAR_STATS)))} is asked for as well"
-    statistics = [user for call in calls for user in call.users if user.users]
+    return first_tail(calls, [user for call in calls for user in call.users if user.users], STATISTICS, places)
+
+
+def first_tail(calls: Sequence[Node], statistics: Sequence[Node], form: Form, places: Places) -> str:
     reason = "the per-row results are not reduced to one scalar"
     for tail in islice(tails(statistics), TRIES):
-        reason = try_tail(calls, statistics, tail, places)
+        reason = try_tail(calls, statistics, tail, form, places)
         if not reason:
             break
     return reason
@@ -71,7 +95,9 @@ def needs_of(call: Node) -> list[bool]:
     return [differentiable(n) for n in (h, w, cols, rows)]  # type: ignore[arg-type]
 
 
-def try_tail(calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[Node], places: Places) -> str:
+def try_tail(
+    calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[Node], form: Form, places: Places
+) -> str:
     """`upgrade` with one tail: "" when done."""
     impure = next((node for call in calls if (node := writes_into(call, tail[-1], places)) is not None), None)
     if impure is not None:
@@ -83,7 +109,7 @@ def try_tail(calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[N
     passed = passed_on(tail, statistics)
     read = (source for node in tail if node not in passed for source in node.all_input_nodes)
     others = list(dict.fromkeys(source for source in read if source not in inside))
-    squares = squares_of_lse(statistics, tail) if len(calls) == 1 else []
+    squares = form.squares(statistics, tail) if len(calls) == 1 else []
     program = coefficients(statistics, squares, tail, others, passed)
     if isinstance(program, str):
         return program
@@ -95,11 +121,11 @@ def try_tail(calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[N
     blocked = next((node for call in calls if (node := depends_on(operands, call)) is not None), None)
     if blocked is not None:
         return f"{blocked.name} depends on the per-row results themselves"
-    anchor = first_use(statistics)
+    anchor = first_use([user for call in calls for user in call.users])
     if overwritten(operands, anchor, tail[-1], places):
         return "an operand of the loss is changed in place after the head"
     forbidden = hoist(operands, anchor, places)
-    return forbidden or replace(calls, statistics, squares, others, program, anchor)
+    return forbidden or replace(calls, statistics, squares, others, program, anchor, form)
 
 
 def replace(
@@ -109,10 +135,11 @@ def replace(
     others: Sequence[Node],
     program: GraphModule,
     anchor: Node,
+    form: Form,
 ) -> str:
-    """Put ``head_loss``, with its coefficients, in the place of each ``head_stats``: "" when done."""
+    """Put the op that takes coefficients in the place of each call: "" when done."""
     emit = Emit(anchor.graph)
-    h, _, y = calls[0].args[:3]
+    sized = form.sized(calls[0])
     with emit.before(anchor, calls[0], grad=True):
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
         env: dict[Node, Any] = dict(zip(placeholders, [*statistics, *squares, *others]))
@@ -120,7 +147,7 @@ def replace(
         for node in needed(program.graph, reads):
             if shape_only(node) and node.args[0] in reads:
                 try:
-                    env[node] = shaped_like(emit, node, env, h, y)  # type: ignore[arg-type]
+                    env[node] = shaped_like(emit, node, env, sized)
                 except UnknownSize as unknown:
                     for made in reversed(emit.made):
                         made.graph.erase_node(made)
@@ -133,7 +160,7 @@ def replace(
         square = [emit(aten.reshape.default, r, [-1]) for r in results[len(statistics) :]]
         for call in calls:
             given = {s: r for s, r in zip(statistics, results) if s.args[0] is call}
-            replace_call(emit, call, given, square)
+            form.replace(emit, call, given, square)
     return ""
 
 
@@ -157,20 +184,45 @@ def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares
         named(node, LINEAR_STATS[name_index(node)])
 
 
+def replace_rows(emit: Emit, call: Node, coefficients: dict[Node, Node], squares: Sequence[Node]) -> None:
+    """One ``head_rows_loss`` in the place of a ``head_rows``; ``coefficients`` of its results."""
+    tensors: Any
+    tensors, program, memory = call.args
+    given = {name_index(s): r for s, r in coefficients.items()}
+    absent = emit(aten.new_empty.default, tensors[0], [], dtype=torch.float32)  # of no dimension, as no result is
+    c = [given.get(i, absent) for i in range(len(fake(call)))]
+    op = torch.ops.fusedhead.head_rows_loss.default
+    loss = named(emit(op, tensors, c, program, memory, [differentiable(t) for t in tensors]), "head_rows")
+    for result in list(call.users):
+        if result.users:
+            result.replace_all_uses_with(emit(operator.getitem, loss, name_index(result)))
+        call.graph.erase_node(result)
+    call.graph.erase_node(call)
+
+
+def no_squares(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Node]:
+    return []
+
+
+STATISTICS = Form(squares_of_lse, lambda call: (call.args[0], call.args[2]), replace_call)  # type: ignore[arg-type, return-value]
+ROWS = Form(no_squares, lambda call: call.args[0], replace_rows)  # type: ignore[return-value, arg-type]
+
+
 class UnknownSize(Exception):
     """The coefficients need a symbolic size that nothing known before the sweep has."""
 
 
-def shaped_like(emit: Emit, node: Node, env: dict[Node, Any], h: Node, y: Node) -> Any:
-    """A shape-only op on a statistic, before the statistic exists: its sizes are those of h [N, D] and y [N, K].
+def shaped_like(emit: Emit, node: Node, env: dict[Node, Any], sized: Sequence[Node]) -> Any:
+    """A shape-only op on a statistic, before the statistic exists: its sizes are those of h [N, D], y [N, K] ...
 
     Where h is made of the rows of several groups, a statistic may have the sizes of one of them.
     """
+    h = sized[0]
     pieces = h.args[0] if h.target is aten.cat.default else ()
     like = node.args[0].meta["val"]  # type: ignore[union-attr]
 
     def size(d: int) -> Any:
-        for source in (h, y, *pieces):  # type: ignore[misc]
+        for source in (*sized, *pieces):  # type: ignore[misc]
             for at, known in enumerate(fake(source).shape):
                 if statically_known_true(sym_eq(known, like.shape[d])):
                     return known if isinstance(known, int) else emit(aten.sym_size.int, source, at)

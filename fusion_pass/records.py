@@ -14,6 +14,7 @@ from torch.fx import Node
 from fusedhead.interpret import Site
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Needs
+from fusedhead.linear_tail import NONE_NEEDED
 from fusedhead.lowering.plan import Plan, plan
 from fusedhead.read import fake, hint, where
 from fusedhead.report import HeadRecord
@@ -39,11 +40,17 @@ def engine(planned: Callable[[bool], Plan], why: str) -> str:
     """What computes a head, how, and at what price, for the report."""
     chosen = planned(not why)
     name = chosen.engine.replace("_", " ")
-    if why == "no gradient is needed":
+    if why == NONE_NEEDED:
         return f"{name}: forward only"
     how = "gradients in the forward sweep" if not why else f"recompute in the backward ({why})"
     held, work = chosen.predicted_bytes / 2**20, chosen.predicted_flop / 1e9
     return f"{name}: {how}; {held:,.1f} MiB of workspace, {work:,.3g} GFLOP"
+
+
+def row_engine(why: str) -> str:
+    """The same for a row program; ``why`` its gradients are not computed in the forward sweep."""
+    how = {"": ", with their gradients", NONE_NEEDED: ""}.get(why, f", again in the backward ({why})")
+    return f"row windows: the program's own ops on some tokens at a time{how}"
 
 
 def tokens_of(site: Site) -> Any:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from fusedhead.emit import Emit, named, static
 from fusedhead.groups import Group
+from fusedhead.hoisting import after, hoist
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.row_program import HEAD, ITEM, Line, Ref, RowProgram, Unspeakable, spelled
 from fusedhead.operands import operands, replay
@@ -21,6 +22,7 @@ from fusedhead.rewrite import erase
 from fusedhead.row_region import Region, leaves_of, reads
 from fusedhead.rowwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed, parts
 from fusedhead.rules.rowwise_operands import same
+from fusedhead.safety import Mutations
 from fusedhead.terminals import Terminal
 from fusedhead.values import Call, Logits, Plain
 
@@ -68,16 +70,14 @@ def program(values: Sequence[Rowwise], seeds: Sequence[Seed], outside: Sequence[
     return RowProgram(tuple(lines), results)
 
 
-def fuse(graph: Graph, region: Region, memory: int, grad: dict[Node, bool], position: dict[Node, int]) -> None:
-    """Replace a region's results by those of ``head_rows`` calls.
+def fuse(graph: Graph, region: Region, memory: int, grad: dict[Node, bool], mutations: Mutations) -> list[Node]:
+    """Replace a region's results by those of ``head_rows`` calls, which are returned.
 
-    One call serves all results if every operand exists before the first of them; else each has its own.
+    One call serves all results if every operand can be computed before the first of them; else each has its own.
     """
     emit = Emit(graph)
-    batches = [region.results]
-    first = min(position[node] for node, _ in region.results)
-    if any(position[n] >= first for n in reads(region.outputs)) or len({grad[n] for n, _ in region.results}) > 1:
-        batches = [[result] for result in region.results]
+    alike = len({grad[node] for node, _ in region.results}) == 1
+    batches = [region.results] if alike and ready(region, mutations) else [[result] for result in region.results]
     for batch in batches:
         emit_results(emit, batch, memory, grad)
     inside = set(region.inside)
@@ -86,6 +86,16 @@ def fuse(graph: Graph, region: Region, memory: int, grad: dict[Node, bool], posi
     erase(reversed(emit.made), made.__contains__)
     left = [node.name for node in region.inside if not node._erased]
     assert not left, f"{', '.join(left)} would still be computed"  # the caller then keeps the original graph
+    return [node for node in emit.made if not node._erased and node.target is torch.ops.fusedhead.head_rows.default]
+
+
+def ready(region: Region, mutations: Mutations) -> bool:
+    """Whether all that a region reads is computed before its first result, or could be moved there."""
+    results = [node for node, _ in region.results]
+    first, operands = min(results, key=mutations.position.__getitem__), reads(region.outputs)
+    if not after(operands, first).isdisjoint([*results, *region.inside]):
+        return False
+    return hoist(operands, first, mutations.places) == ""
 
 
 def emit_results(emit: Emit, results: list[tuple[Node, Any]], memory: int, grad: dict[Node, bool]) -> None:

@@ -107,6 +107,16 @@ def regions(reading: Reading) -> list[Region]:
     return [r for r in found if r.results]
 
 
+def read_more_than_once(reading: Reading) -> set[Node]:
+    """Projections whose logits are computed for a row program and again: for statistics, or as other logits of it."""
+    found: set[Node] = set()
+    with_statistics = {site.head for site in reading.sites if site.terminals}
+    for region in regions(reading):
+        seeds = [seed.logits.head for seed in leaves_of(region.outputs)[0]]
+        found |= {head.node for head in region.heads if head in with_statistics or seeds.count(head) > 1}
+    return found
+
+
 def teachers(reading: Reading) -> set[Node]:
     """Projections whose logits a row program would read as tensors from outside: a teacher that has no loss."""
     found: set[Node] = set()

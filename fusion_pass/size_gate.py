@@ -32,6 +32,7 @@ FAMILY = Family(
 )
 LEAST = {"cuda": 1 << 22}  # logits, by device
 LEAST_ELSEWHERE = 1 << 20
+WINDOWS = {"cuda": 2}  # of a row program, that its logits have to fill
 
 
 def gate(sites: Iterable[Site], min_logits: str | int) -> Callable[[Site], str]:
@@ -66,8 +67,8 @@ def gate(sites: Iterable[Site], min_logits: str | int) -> Callable[[Site], str]:
 def row_gate(projections: Iterable[Node], memory: int) -> str:
     """Why the logits of heads that a row program computes are too few for it, or "".
 
-    A row program saves memory and costs time: where Inductor reads logits again, it multiplies again. Below twice
-    its window there is little to save.
+    A row program saves memory and costs time: where its gradients are not known up to a factor, it multiplies again
+    where Inductor reads logits again. Below its window, on CUDA twice that, there is little to save.
     """
     logits = [fake(node) for node in projections]
     sizes = [(hint(z.numel()), z.dtype.itemsize) for z in logits]
@@ -83,7 +84,7 @@ def row_gate(projections: Iterable[Node], memory: int) -> str:
 
 def rows_from(device_type: str, memory: int) -> int:
     """Bytes of logits from which on a row program pays."""
-    return 2 * window_bytes(device_type, memory)
+    return WINDOWS.get(device_type, 1) * window_bytes(device_type, memory)
 
 
 def weight(site: Site) -> tuple[Node, ...]:

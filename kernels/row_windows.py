@@ -2,9 +2,10 @@
 
     results = program(h, w, ...)                       one sweep, 2 N V D FLOP a head
     dz = vjp of the program on one window of z          then dh = dz w, dw += dzᵀ h: 6 N V D FLOP a head
+    both in one sweep, for gradients of the results that are known before it: 6 N V D FLOP a head in all
 
 What never reaches memory: anything [N, V]; a window holds what the program's own ops hold for its tokens. The
-vjp is traced once for a program and the shape of its window, and on CUDA both directions are compiled by
+vjp is traced once for a program and the shape of its window, and where the planner says so compiled by
 Inductor. Results are rounded as the program rounds them; dw is summed in float32, over few
 windows in its own dtype. This file must not know about graphs or ops.
 """
@@ -101,9 +102,16 @@ def _forward(program: RowProgram) -> Function:
 
 
 def _vjp(
-    program: RowProgram, differentiable: tuple[bool, ...], wanted: tuple[int, ...], heads: tuple[bool, ...]
+    program: RowProgram,
+    differentiable: tuple[bool, ...],
+    wanted: tuple[int, ...],
+    heads: tuple[bool, ...],
+    keep: bool,
 ) -> Function:
-    """(inputs..., products..., upstream...) -> gradients of the inputs ``wanted`` and of the products of ``heads``."""
+    """(inputs..., products..., upstream...) -> gradients of the inputs ``wanted`` and of the products of ``heads``.
+
+    With ``keep`` the program's results stand before them.
+    """
     count = len(program.heads)
 
     def gradients(given: list[Tensor]) -> list[Tensor]:
@@ -118,10 +126,11 @@ def _vjp(
             out = [r for r, used in zip(results, differentiable) if used]
             pairs = [(r, g) for r, g in zip(out, upstream) if r.requires_grad]
             leaves = [tensors[i] for i in wanted] + [z for z, need in zip(products, heads) if need]
+            kept = [r.detach() for r in results] if keep else []
             if not pairs:
-                return [torch.zeros_like(x) for x in leaves]
+                return kept + [torch.zeros_like(x) for x in leaves]
             found = torch.autograd.grad([r for r, _ in pairs], leaves, [g for _, g in pairs], materialize_grads=True)
-        return list(found)
+        return [*kept, *found]
 
     return gradients
 
@@ -130,21 +139,21 @@ def _window(tensors: Sequence[Tensor], rows: frozenset[int], i: slice) -> list[T
     return [t[i] if k in rows else t for k, t in enumerate(tensors)]
 
 
-def windows(n: int, tokens: int, key: tuple, device: torch.device) -> Iterator[tuple[slice, bool]]:
+def windows(n: int, tokens: int, key: tuple, compiled: bool) -> Iterator[tuple[slice, bool]]:
     """Windows of at most ``tokens`` rows, and whether each runs compiled.
 
-    On CUDA whole windows do; what is left over does from the second time on that as much is left, so that batches
+    Where asked whole windows do; what is left over does from the second time on that as much is left, so that batches
     of ever changing size are not compiled for ever. Until then it goes in small pieces, since calls that are not
     compiled hold more.
     """
-    whole = n // tokens * tokens if device.type == "cuda" else 0
+    whole = n // tokens * tokens if compiled else 0
     for i in cuts(whole, tokens):
         yield i, True
     left = n - whole
-    if device.type == "cuda" and left and (*key, left) in _SEEN:
+    if compiled and left and (*key, left) in _SEEN:
         yield slice(whole, n), True
         return
-    if device.type == "cuda" and left:
+    if compiled and left:
         if len(_SEEN) >= MOST_MADE:
             _SEEN.clear()
         _SEEN.add((*key, left))
@@ -153,13 +162,18 @@ def windows(n: int, tokens: int, key: tuple, device: torch.device) -> Iterator[t
         yield slice(whole + i.start, whole + i.stop), False
 
 
-def head_rows(program: RowProgram, tensors: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """The program's results, each [N, ...]. ``tokens`` rows of logits are held at once."""
+def head_rows(
+    program: RowProgram, tensors: Sequence[Tensor], tokens: int, compile_whole: bool = False
+) -> list[Tensor]:
+    """The program's results, each [N, ...].
+
+    ``tokens`` rows of logits are held at once; with ``compile_whole`` whole windows run compiled.
+    """
     rows = row_inputs(program)
     n = tensors[operands(program)[0][0]].shape[0]
     results: list[Tensor] = []
     key = ("forward", program)
-    for i, compiled in windows(n, tokens, key, tensors[0].device) if n else [(slice(0, 0), False)]:
+    for i, compiled in windows(n, tokens, key, compile_whole) if n else [(slice(0, 0), False)]:
         given = _window(tensors, rows, i)
         function = _forward(program)
         if compiled:
@@ -178,12 +192,43 @@ def head_rows_backward(
     tensors: Sequence[Tensor],
     needs: Sequence[bool],
     tokens: int,
+    compile_whole: bool = False,
     narrow_sums: bool = False,
 ) -> list[Tensor | None]:
     """The gradients of the inputs that need one, in their dtypes; None for the others.
 
     What is summed over windows is summed in float32, or in its own dtype with ``narrow_sums``.
     """
+    return _swept(program, upstream, tensors, needs, tokens, compile_whole, narrow_sums, False)[1]
+
+
+def head_rows_loss(
+    program: RowProgram,
+    coefficients: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+    tokens: int,
+    compile_whole: bool = False,
+    narrow_sums: bool = False,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """`head_rows`, and `head_rows_backward` for the gradients ``coefficients`` of its results, in one sweep."""
+    if not tensors[operands(program)[0][0]].shape[0]:
+        nothing = head_rows(program, tensors, tokens)
+        return nothing, head_rows_backward(program, coefficients, tensors, needs, tokens)
+    return _swept(program, coefficients, tensors, needs, tokens, compile_whole, narrow_sums, True)
+
+
+def _swept(
+    program: RowProgram,
+    upstream: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+    tokens: int,
+    compile_whole: bool,
+    narrow_sums: bool,
+    keep: bool,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The results where they are kept, and the gradients."""
     rows, heads, added = row_inputs(program), operands(program), biases(program, tensors)
     parts = {at for pair in heads for at in pair}
     n = tensors[heads[0][0]].shape[0]
@@ -211,18 +256,24 @@ def head_rows_backward(
             else:
                 into[v].add_(dz[:, v].t() @ h)
 
-    key = ("vjp", program, differentiable, wanted, live)
-    for i, compiled in windows(n, tokens, key, tensors[0].device):
+    key = ("vjp", program, differentiable, wanted, live, keep)
+    results: list[Tensor] = []
+    for i, compiled in windows(n, tokens, key, compile_whole):
         given = _window(tensors, rows, i)
         products = [product(head, given) for head in program.heads]
         seen = [g[i] for g in upstream if g is not None]
         everything = [*given, *products, *seen]
-        vjp = _vjp(program, differentiable, wanted, live)
+        vjp = _vjp(program, differentiable, wanted, live, keep)
         found = _made(key, vjp, everything, compiled)(everything)
         del products, everything
+        if keep:
+            kept, found = found[: len(program.results)], found[len(program.results) :]
+            results = results or [r.new_empty((n, *r.shape[1:])) for r in kept]
+            for result, r in zip(results, kept):
+                result[i] = r
         for at, gradient in zip(wanted, found):
             add(at, i, gradient)
-        differentiated = (head for *head, on in zip(heads, added, live) if on)
+        differentiated = [(at, bias) for at, bias, on in zip(heads, added, live) if on]
         for ((h, w), bias), dz in zip(differentiated, found[len(wanted) :]):
             if needs[h]:
                 add(h, i, dz @ given[w])
@@ -230,4 +281,4 @@ def head_rows_backward(
                 add_product(sums[w], dz, given[h])
             if bias is not None and (into := sums[bias[0]]) is not None:
                 into[bias[1]].add_(dz.sum(0, dtype=into.dtype))
-    return [None if s is None else s.to(t.dtype) for s, t in zip(sums, tensors)]
+    return results, [None if s is None else s.to(t.dtype) for s, t in zip(sums, tensors)]

@@ -7,6 +7,7 @@ know about engines, plans or windows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -96,6 +97,15 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError(ONCE)
 
 
+def scaled(grads: Sequence[Tensor | None], scale: Tensor) -> list[Tensor | None]:
+    """Gradients that an op computed up to a factor, times that factor.
+
+    They left the op as constants, so that a second differentiation has to be refused by hand.
+    """
+    found = (None if d is None else torch.ops.fusedhead.scale.default(d, scale) for d in grads)
+    return [_Once.apply(d.requires_grad_()) if d is not None and torch.is_grad_enabled() else d for d in found]
+
+
 def _empty(x: Tensor) -> bool:
     """Whether x has no elements, without a guard when its sizes are symbols."""
     return statically_known_true(x.numel() == 0)
@@ -115,13 +125,8 @@ def _backward_loss(ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, g_su
     pairs = [(g, c) for g, c in pairs if _empty(g) or not _empty(c)]
     if not pairs or not any(needs):
         return (None,) * 17
-    # The gradients left the op as constants, so that a second differentiation has to be refused by hand.
-    scale = upstream_scale(pairs)
-    times = torch.ops.fusedhead.scale.default
-    scaled = (times(d, scale) if need else None for d, need in zip(grads, needs))
-    dh, dw, dcols, drows = (
-        _Once.apply(d.requires_grad_()) if d is not None and torch.is_grad_enabled() else d for d in scaled
-    )
+    wanted = [d if need else None for d, need in zip(grads, needs)]
+    dh, dw, dcols, drows = scaled(wanted, upstream_scale(pairs))
     return dh, dw, None, dcols, drows, *(None,) * 12
 
 

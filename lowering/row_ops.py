@@ -2,6 +2,8 @@
 
     head_rows           one sweep: the program's results, [N, ...] each
     head_rows_backward  one sweep: the gradients of the inputs that need one
+    head_rows_loss      both in one sweep, where the gradients of the results are known up to one factor: a scalar loss
+                        that is linear in them (as `head_loss`)
 
 The program is text (`fusedhead.kernels.row_program`), so that a graph with these ops depends on nothing else.
 This file must not know what a program computes or where it came from.
@@ -16,13 +18,14 @@ from torch import Tensor
 
 from fusedhead.kernels import row_windows
 from fusedhead.kernels.row_program import read, run
-from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE
+from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE, scaled, upstream_scale
 from fusedhead.lowering.ops import as_written
 from fusedhead.lowering.row_plan import RowPlan, row_plan
 
 SCHEMAS = {
     "head_rows": "(Tensor[] tensors, str program, int memory) -> Tensor[]",
     "head_rows_backward": "(Tensor[] upstream, Tensor[] tensors, str program, int memory, bool[] needs) -> Tensor[]",
+    "head_rows_loss": "(Tensor[] tensors, Tensor[] coefficients, str program, int memory, bool[] needs) -> Tensor[]",
 }
 
 
@@ -37,7 +40,7 @@ def _plan(tensors: list[Tensor], program: str, memory: int) -> RowPlan:
 
 def _rows(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
     with as_written(tensors[0].device):
-        return row_windows.head_rows(read(program), tensors, _plan(tensors, program, memory).tokens)
+        return row_windows.head_rows(read(program), tensors, *_plan(tensors, program, memory)[:2])
 
 
 def _rows_fake(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
@@ -50,7 +53,7 @@ def _rows_fake(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]
 def _rows_backward(
     upstream: list[Tensor], tensors: list[Tensor], program: str, memory: int, needs: list[bool]
 ) -> list[Tensor]:
-    given = [g if g.dim() else None for g in upstream]
+    given = _present(upstream)
     with as_written(tensors[0].device):
         found = row_windows.head_rows_backward(read(program), given, tensors, needs, *_plan(tensors, program, memory))
     return [g for g in found if g is not None]
@@ -60,6 +63,49 @@ def _rows_backward_fake(
     upstream: list[Tensor], tensors: list[Tensor], program: str, memory: int, needs: list[bool]
 ) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in zip(tensors, needs) if need]
+
+
+def _present(gradients: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of results, None for those of no dimension, which stand for none."""
+    return [g if g.dim() else None for g in gradients]
+
+
+def _rows_loss(
+    tensors: list[Tensor], coefficients: list[Tensor], program: str, memory: int, needs: list[bool]
+) -> list[Tensor]:
+    given, chosen = _present(coefficients), _plan(tensors, program, memory)
+    with as_written(tensors[0].device):
+        results, grads = row_windows.head_rows_loss(read(program), given, tensors, needs, *chosen)
+    return [*results, *(g for g in grads if g is not None)]
+
+
+def _rows_loss_fake(
+    tensors: list[Tensor], coefficients: list[Tensor], program: str, memory: int, needs: list[bool]
+) -> list[Tensor]:
+    results = _rows_fake(tensors, program, memory)
+    return results + _rows_backward_fake(coefficients, tensors, program, memory, needs)
+
+
+def _setup_loss(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    _, coefficients, program, _, ctx.computed = inputs
+    ctx.results = len(read(program).results)
+    grads = output[ctx.results :]
+    ctx.save_for_backward(*coefficients, *grads)
+    ctx.mark_non_differentiable(*grads)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_loss(ctx: Any, grads: list[Tensor | None]) -> tuple:
+    saved, needs = ctx.saved_tensors, ctx.needs_input_grad[0]
+    coefficients, computed = saved[: ctx.results], iter(saved[ctx.results :])
+    if any(need and not made for need, made in zip(needs, ctx.computed)):
+        raise RuntimeError("an input requires a gradient but head_rows_loss was called without its need")
+    pairs = [(g, c) for g, c in zip(grads, coefficients) if g is not None and c.dim()]
+    made = [next(computed) if there else None for there in ctx.computed]
+    if not pairs or not any(needs):
+        return [None] * len(needs), [None] * len(coefficients), None, None, None
+    found = scaled([d if need else None for d, need in zip(made, needs)], upstream_scale(pairs))
+    return found, [None] * len(coefficients), None, None, None
 
 
 def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -79,6 +125,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
 for _name, _run, _fake, _autograd in (
     ("head_rows", _rows, _rows_fake, (_setup, _backward)),
     ("head_rows_backward", _rows_backward, _rows_backward_fake, DIFFERENTIATED_ONCE),
+    ("head_rows_loss", _rows_loss, _rows_loss_fake, (_setup_loss, _backward_loss)),
 ):
     torch.library.define(f"fusedhead::{_name}", SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"fusedhead::{_name}", "default", _run)

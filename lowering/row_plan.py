@@ -1,11 +1,12 @@
 """In which windows a row program runs: a pure function of sizes and a budget.
 
-| device | what a window holds for each of its logits                                     | auto, min      |
-|--------|--------------------------------------------------------------------------------|----------------|
-| CUDA   | compiled: of each head z, dz and one float32 value between two reductions      | 2 GiB, 256 MiB |
-| other  | a float32 result and its gradient for each call that is alive, 12 at most      | 64, 32 MiB     |
+| window                                   | holds for each of its logits                         | auto, least    |
+|------------------------------------------|------------------------------------------------------|----------------|
+| compiled, on CUDA                        | of each head z, dz and a float32 value               | 2 GiB, 256 MiB |
+| compiled, elsewhere (from 2²² logits on) | of each head z, dz and three float32 values          | 128, 32 MiB    |
+| other                                    | a float32 result and gradient of each call, 12 alive | 128, 32 MiB    |
 
-A window on CUDA does not depend on the number of tokens, so that another batch finds it compiled. It must not know
+A compiled window does not depend on the number of tokens, so that another batch finds it compiled. It must not know
 what a program computes.
 """
 
@@ -18,11 +19,15 @@ import torch
 from fusedhead.lowering.plan import AUTO, LEAST, MIB
 
 BUDGET = {"cuda": {AUTO: 2048 * MIB, LEAST: 256 * MIB}}
-BUDGET_ELSEWHERE = {AUTO: 64 * MIB, LEAST: 32 * MIB}
+BUDGET_ELSEWHERE = {AUTO: 128 * MIB, LEAST: 32 * MIB}
 EXACT_SUMS = {"cuda": 4}  # up to this many windows, sums of dw in a narrow dtype err no more than eager code does
 EXACT_SUMS_ELSEWHERE = 8
 MOST_LIVE = 12
-MULTIPLE = 64  # of tokens, in a window that matrix products are to like
+MULTIPLE = {"cuda": 64}  # of tokens, in a window that matrix products are to like
+MULTIPLE_ELSEWHERE = 16
+BETWEEN = {"cuda": 4}  # bytes of float32 values that a compiled program keeps between its reductions
+BETWEEN_ELSEWHERE = 12
+COMPILE_FROM = 1 << 22  # logits that repay a compilation where the calls themselves are not slow to launch
 
 
 def window_bytes(device_type: str, memory: int) -> int:
@@ -32,6 +37,7 @@ def window_bytes(device_type: str, memory: int) -> int:
 
 class RowPlan(NamedTuple):
     tokens: int  # of one window
+    compiled: bool  # whether whole windows run compiled
     narrow_sums: bool  # whether dw may be summed in its own dtype
 
 
@@ -40,10 +46,13 @@ def row_plan(
 ) -> RowPlan:
     """The windows of a program of so many ``calls`` on ``heads`` heads; V is the largest vocabulary."""
     budget = window_bytes(device_type, memory)
-    if device_type == "cuda":
-        tokens = budget // (heads * (2 * dtype.itemsize + 4) * V)
-        tokens = max(1, tokens // MULTIPLE * MULTIPLE or tokens)
+    compiled = device_type == "cuda" or N * V >= COMPILE_FROM
+    if compiled:
+        multiple = MULTIPLE.get(device_type, MULTIPLE_ELSEWHERE)
+        between = BETWEEN.get(device_type, BETWEEN_ELSEWHERE)
+        tokens = budget // (heads * (2 * dtype.itemsize + between) * V)
+        tokens = max(1, tokens // multiple * multiple or tokens)
     else:
         tokens = max(1, budget // (2 * max(4, dtype.itemsize) * min(calls, MOST_LIVE) * V))
     exact = EXACT_SUMS.get(device_type, EXACT_SUMS_ELSEWHERE)
-    return RowPlan(tokens, dtype not in (torch.bfloat16, torch.float16) or -(-N // tokens) <= exact)
+    return RowPlan(tokens, compiled, dtype not in (torch.bfloat16, torch.float16) or -(-N // tokens) <= exact)

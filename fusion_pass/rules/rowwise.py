@@ -45,8 +45,8 @@ aten = torch.ops.aten
 LISTED = (ALONG, REDUCE, RESIZE)  # overloads that the table of what is fused names
 FAMILY = Family(
     "anything else, token by token",
-    "the program's own ops on some tokens at a time, and again in the backward: targets that are probabilities, KL "
-    "between heads, adapters (LoRA) on a head, margins, mixtures, every pointwise op",
+    "the program's own ops on some tokens at a time, with their gradients or again in the backward: targets that are "
+    "probabilities, KL between heads, adapters (LoRA) on a head, margins, mixtures, every pointwise op",
     "ops that run over tokens, or mix tokens and classes",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -292,3 +293,61 @@ def test_the_graph_carries_the_program_as_text() -> None:
     text = next(line for line in rewritten.report.after.splitlines() if "fusedhead.head_rows" in line)
     assert "xlogy.Tensor" in text
     assert "log_softmax.int(v" in text
+
+
+def calls(program: Program, *inputs: Tensor, fused: int = 1) -> list[str]:
+    """The ops of the package that a rewritten program calls, after it came out right."""
+    right(program, *inputs, fused=fused)
+    rewritten = Rewritten(program)
+    rewritten(*inputs)
+    return re.findall(r"fusedhead\.(\w+)", rewritten.report.after)
+
+
+def distillation_beside_a_loss(h: Tensor, w: Tensor, ht: Tensor, wt: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w)
+    with torch.no_grad():
+        p = F.softmax(F.linear(ht, wt).float() / 2, -1)
+    kl = F.kl_div(F.log_softmax(z.float() / 2, -1), p, reduction="batchmean")
+    return 0.5 * F.cross_entropy(z.float().view(-1, V), y.view(-1)) + 2.0 * kl
+
+
+def test_a_row_program_whose_loss_is_linear_gets_its_gradients_in_the_forward() -> None:
+    teacher = hidden().detach(), weight().detach()
+    assert calls(distillation, hidden(), weight(), *teacher, fused=2) == ["head_rows_loss"]
+    assert calls(reverse_kl, hidden(), weight(), *teacher, fused=2) == ["head_rows_loss"]
+
+
+def test_a_cross_entropy_beside_a_row_program_is_part_of_it() -> None:
+    inputs = hidden(), weight(), hidden().detach(), weight().detach(), labels()
+    assert calls(distillation_beside_a_loss, *inputs, fused=2) == ["head_rows_loss"]
+    assert calls(top_k_accuracy, hidden(6, D), weight(), labels(6)) == ["head_rows_loss"]
+
+
+def test_a_loss_on_other_tokens_than_a_row_program_stays_a_sweep_of_its_own() -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        return F.cross_entropy(z[:, :-1].reshape(-1, V), y[:, 1:].reshape(-1)), z.topk(1).indices
+
+    assert calls(program, hidden(), weight(), labels()) == ["head_loss", "head_rows"]
+
+
+def test_results_that_enter_their_own_gradient_are_computed_again() -> None:
+    def program(h: Tensor, w: Tensor, q: Tensor) -> Tensor:
+        return (F.linear(h, w).log_softmax(-1) * q).sum(-1).square().mean()
+
+    inputs = hidden(6, D), weight(), torch.rand(6, V)
+    assert calls(program, *inputs) == ["head_rows"]
+    rewritten = Rewritten(program)
+    rewritten(*inputs)
+    assert "again in the backward (it is not linear in the per-row results" in rewritten.report.heads[0].engine
+
+
+def test_no_gradient_is_taken_early_before_a_loss_scale_is_known() -> None:
+    def program(h: Tensor, w: Tensor, q: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, w), q)
+
+    half = torch.float16
+    inputs = hidden(6, D).detach().to(half).requires_grad_(), weight().detach().to(half), torch.rand(6, V, dtype=half)
+    rewritten = Rewritten(program)
+    rewritten(*inputs)
+    assert "would underflow" in rewritten.report.heads[0].engine

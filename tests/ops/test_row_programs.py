@@ -220,3 +220,42 @@ def test_a_window_stays_within_its_budget_forward_and_backward() -> None:
     assert peak <= budget * MIB + FIXED
     grads, peak, _ = watch(lambda: torch.autograd.grad(out.sum(), [tensors[i] for i in (0, 1, 4, 5)]))
     assert peak - size(grads) <= budget * MIB + FIXED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_sweep_gives_results_and_gradients_of_any_multiple(dtype: torch.dtype) -> None:
+    tensors = inputs(dtype=dtype)
+    needs = [t.requires_grad for t in tensors]
+    c, absent = torch.rand(N), torch.empty(())
+    leaves = [t for t in tensors if t.requires_grad]
+    loss, best = torch.ops.fusedhead.head_rows_loss(tensors, [c, absent], DIVERGENCE, 0, needs)[:2]
+    again, indices = torch.ops.fusedhead.head_rows(tensors, DIVERGENCE, 0)
+    assert torch.equal(loss, again)
+    assert torch.equal(best, indices)
+    assert not best.requires_grad
+    got = torch.autograd.grad((loss * c * 3).sum(), leaves)
+    expected = torch.autograd.grad((again * c * 3).sum(), leaves)
+    for a, b in zip(got, expected):
+        assert (a - b).norm() <= 4 * torch.finfo(dtype).eps * b.norm()
+
+
+def test_one_sweep_passes_opcheck_and_takes_no_tokens() -> None:
+    tensors, c, absent = inputs(), torch.rand(N), torch.empty(())
+    op, needs = torch.ops.fusedhead.head_rows_loss.default, [t.requires_grad for t in tensors]
+    opcheck(op, (tensors, [c, absent], DIVERGENCE, 0, needs))
+    none = inputs(n=0)
+    found = op(none, [torch.empty(0), absent], DIVERGENCE, 0, needs)
+    assert [list(f.shape) for f in found] == [[0], [0, 3], [0, D], [V, D], [0, D], [V, D]]
+    assert not found[3].any()
+
+
+def test_one_sweep_is_differentiated_once_and_for_what_was_asked() -> None:
+    tensors, c = inputs(), torch.rand(N)
+    ask = torch.ops.fusedhead.head_rows_loss
+    loss = ask(tensors, [c, torch.empty(())], DIVERGENCE, 0, [t.requires_grad for t in tensors])[0]
+    (first,) = torch.autograd.grad((loss * c).sum(), tensors[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated once"):
+        first.sum().backward()
+    loss = ask(tensors, [c, torch.empty(())], DIVERGENCE, 0, [False] * len(tensors))[0]
+    with pytest.raises(RuntimeError, match="without its need"):
+        (loss * c).sum().backward()

@@ -16,7 +16,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 @pytest.mark.parametrize(
     ("device", "dtype", "memory", "tokens"),
-    [("cuda", BF16, 0, 1024), ("cuda", BF16, -1, 128), ("cuda", F32, 0, 640), ("cpu", F32, 0, 6), ("cpu", F32, 16, 1)],
+    [("cuda", BF16, 0, 1024), ("cuda", BF16, -1, 128), ("cuda", F32, 0, 640), ("cpu", F32, 0, 16), ("cpu", F32, 16, 3)],
 )
 def test_what_is_chosen_for_two_heads(device: str, dtype: torch.dtype, memory: int, tokens: int) -> None:
     assert row_plan(4096, 128_256, dtype, device, heads=2, calls=10, memory=memory).tokens == tokens
@@ -38,15 +38,21 @@ def test_few_windows_sum_in_the_narrow_dtype() -> None:
     assert row_plan(10**6, 128_256, F32, "cuda", heads=2, calls=9).narrow_sums
 
 
-@given(st.integers(0, 500), st.integers(1, 100), st.sampled_from(["cpu", "cuda"]))
-def test_windows_cover_every_token_once(n: int, tokens: int, device: str) -> None:
+@given(st.integers(0, 500), st.integers(1, 100), st.booleans())
+def test_windows_cover_every_token_once(n: int, tokens: int, compiled: bool) -> None:
     for _ in range(2):
-        found = [i for i, _ in windows(n, tokens, ("a test", n, tokens), torch.device(device))]
+        found = [i for i, _ in windows(n, tokens, ("a test", n, tokens), compiled)]
         assert [at for i in found for at in range(i.start, i.stop)] == list(range(n))
         assert all(i.stop - i.start <= tokens for i in found)
 
 
 def test_what_is_left_over_is_compiled_when_it_comes_again() -> None:
-    first, second = (list(windows(20, 16, ("left over",), torch.device("cuda"))) for _ in range(2))
+    first, second = (list(windows(20, 16, ("left over",), True)) for _ in range(2))
     assert first == [(slice(0, 16), True), (slice(16, 18), False), (slice(18, 20), False)]
     assert second == [(slice(0, 16), True), (slice(16, 20), True)]
+
+
+def test_few_logits_on_a_cpu_are_not_worth_a_compilation() -> None:
+    assert not row_plan(64, 50_257, F32, "cpu", heads=1, calls=9).compiled
+    assert row_plan(1024, 50_257, F32, "cpu", heads=1, calls=9).compiled
+    assert row_plan(64, 50_257, F32, "cuda", heads=1, calls=9).compiled
