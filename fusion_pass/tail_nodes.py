@@ -24,8 +24,10 @@ SUMS = frozenset({"add", "__add__", "__radd__"})
 
 
 def differentiable(node: Node) -> bool:
+    """Whether gradients flow through a node's value, or through one of several (the pieces of ``chunk``)."""
     value = fake(node)
-    return isinstance(value, Tensor) and value.requires_grad
+    several = value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(v, Tensor) and v.requires_grad for v in several)
 
 
 def tails(statistics: Sequence[Node]) -> Iterator[list[Node]]:
@@ -46,7 +48,8 @@ def tails(statistics: Sequence[Node]) -> Iterator[list[Node]]:
             break
         furthest = max(furthest, use)
     for end in reversed(ends):
-        if statically_known_true(sym_eq(fake(reached[end]).numel(), 1)):
+        value = fake(reached[end])
+        if isinstance(value, Tensor) and statically_known_true(sym_eq(value.numel(), 1)):
             yield reached[: end + 1]
 
 

@@ -138,6 +138,12 @@ def test_a_result_a_token_cut_into_pieces_whose_number_is_a_symbol() -> None:
         agrees(Case(SIZES, PARAMETER, body, ("l", "c"), dynamic=True))
 
 
+def test_losses_that_are_cut_into_pieces_beside_their_sum() -> None:
+    for cut in ("l.chunk(2)[0]", "l.split(2)[1]", "l.unbind()[3]"):
+        body = ("l = F.cross_entropy(F.linear(h, w), y, reduction='none')", "t = l.sum()", f"c = {cut} * 3")
+        agrees(Case(SIZES, PARAMETER, body, ("t", "c")))
+
+
 def test_a_total_of_a_row_program_that_its_logits_are_combined_with() -> None:
     total = "t = F.kl_div(z.log_softmax(-1), -z, reduction='sum')"
     for step in ("z + t", "(z * z * t).prod(-1, keepdim=True) + z"):
