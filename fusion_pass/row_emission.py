@@ -93,7 +93,10 @@ def ready(region: Region, mutations: Mutations) -> bool:
     """Whether all that a region reads is computed before its first result, or could be moved there."""
     results = [node for node, _ in region.results]
     first, operands = min(results, key=mutations.position.__getitem__), reads(region.outputs)
-    if not after(operands, first).isdisjoint([*results, *region.inside]):
+    late = after(operands, first)
+    if not late.isdisjoint([*results, *region.inside]):
+        return False
+    if first in operands or any(first in node.all_input_nodes for node in late):
         return False
     return hoist(operands, first, mutations.places) == ""
 
