@@ -20,8 +20,7 @@ from fusedhead.lowering.plan import AUTO, LEAST, MIB
 
 BUDGET = {"cuda": {AUTO: 2048 * MIB, LEAST: 256 * MIB}}
 BUDGET_ELSEWHERE = {AUTO: 128 * MIB, LEAST: 32 * MIB}
-EXACT_SUMS = {"cuda": 4}  # up to this many windows, sums of dw in a narrow dtype err no more than eager code does
-EXACT_SUMS_ELSEWHERE = 8
+EXACT_SUMS = 3  # up to this many windows, sums of dw in a narrow dtype err no more than eager code does
 MOST_LIVE = 12
 MULTIPLE = {"cuda": 64}  # of tokens, in a window that matrix products are to like
 MULTIPLE_ELSEWHERE = 16
@@ -54,5 +53,4 @@ def row_plan(
         tokens = max(1, tokens // multiple * multiple or tokens)
     else:
         tokens = max(1, budget // (2 * max(4, dtype.itemsize) * min(calls, MOST_LIVE) * V))
-    exact = EXACT_SUMS.get(device_type, EXACT_SUMS_ELSEWHERE)
-    return RowPlan(tokens, compiled, dtype not in (torch.bfloat16, torch.float16) or -(-N // tokens) <= exact)
+    return RowPlan(tokens, compiled, dtype not in (torch.bfloat16, torch.float16) or -(-N // tokens) <= EXACT_SUMS)
