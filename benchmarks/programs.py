@@ -1,11 +1,12 @@
-"""What programs do to the logits before the loss, fusedhead beside Inductor: milliseconds of loss and gradients.
+"""What programs do with the logits besides a cross-entropy, beside Inductor: milliseconds of loss and gradients.
 
-    python -m benchmarks.gpu_programs [--shapes 4096x2048x128256,...] [--programs "masked|cap"] [--out DIR]
+    python -m benchmarks.programs [--shapes 4096x2048x128256,...] [--programs "masked|cap"] [--out DIR]
 
 One row a program: a soft cap, a bias, classes masked with -inf or with the dtype's least number, both together, label
-smoothing. Medians over interleaved rounds, extra MiB, and the time over that of the plain loss of the same backend:
-what the epilogue costs. Writes ``programs.json`` into --out. Runs on the CPU too, with small shapes. It must not know
-how a head is computed.
+smoothing, functions of each logit; divergences to a frozen teacher, alone and beside the loss, and top-5 accuracy.
+Medians over interleaved rounds, extra MiB, and the time over that of the plain loss of the same backend: what the
+rest costs. Writes ``programs.json`` and ``programs.md`` into --out. Runs on the CPU too, with small shapes. It must
+not know how a head is computed.
 """
 
 from __future__ import annotations
@@ -27,45 +28,74 @@ from benchmarks.machine import origin
 from benchmarks.measure import extra_bytes, interleaved, median_ms, release, settle
 from benchmarks.shapes import Case, parse
 
-Program = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # h [N, D], w [V, D], b [V], drop [V] bool, y [N]
+Program = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# h [N, D], w [V, D], b [V], drop [V] bool, y [N], t [V, D] a frozen teacher's weight
 BACKENDS = ("inductor", "fusedhead")
 
 
-def plain(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+def plain(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(h, w).float(), y)
 
 
-def bias(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+def bias(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(h, w, b).float(), y)
 
 
-def scale_a_class(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+def scale_a_class(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy((F.linear(h, w) * b).float(), y)
 
 
-def soft_cap(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+def soft_cap(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(30 * torch.tanh(F.linear(h, w).float() / 30), y)
 
 
-def masked(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+def masked(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(h, w).float().masked_fill(drop, -torch.inf), y)
 
 
-def masked_by_least(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+def masked_by_least(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
     z = F.linear(h, w).float()
     return F.cross_entropy(z.masked_fill(drop, torch.finfo(z.dtype).min), y)
 
 
-def masked_after_soft_cap(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+def masked_after_soft_cap(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy((30 * torch.tanh(F.linear(h, w).float() / 30)).masked_fill(drop, -torch.inf), y)
 
 
-def smoothing(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor) -> Tensor:
+def smoothing(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(h, w).float(), y, label_smoothing=0.1)
 
 
+def gelu(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.gelu(F.linear(h, w).float()), y)
+
+
+def clamped(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, w).float().clamp(-30, 30), y)
+
+
+def distilled(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    with torch.no_grad():
+        teacher = F.softmax(F.linear(h, t).float() / 2, -1)
+    return 4 * F.kl_div(F.log_softmax(F.linear(h, w).float() / 2, -1), teacher, reduction="batchmean")
+
+
+def distilled_beside_the_loss(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    z = F.linear(h, w).float()
+    with torch.no_grad():
+        teacher = F.softmax(F.linear(h, t).float() / 2, -1)
+    return F.cross_entropy(z, y) + 4 * F.kl_div(F.log_softmax(z / 2, -1), teacher, reduction="batchmean")
+
+
+def top5_beside_the_loss(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    z = F.linear(h, w)
+    hits = (z.detach().topk(5, -1).indices == y[:, None]).any(-1)
+    return F.cross_entropy(z.float(), y) + 0 * hits.float().mean()
+
+
 PROGRAMS: tuple[Program, ...] = (
-    plain, bias, scale_a_class, soft_cap, masked, masked_by_least, masked_after_soft_cap, smoothing,
+    plain, bias, scale_a_class, soft_cap, masked, masked_by_least, masked_after_soft_cap, smoothing, gelu, clamped,
+    distilled, distilled_beside_the_loss, top5_beside_the_loss,
 )  # fmt: skip
 
 
@@ -77,11 +107,12 @@ def step_of(program: Program, backend: str, case: Case, device: torch.device) ->
     w = (2 * torch.randn(v, d, generator=generator, device=device) / d**0.5).to(dtype).requires_grad_()
     b = torch.rand(v, generator=generator, device=device).to(dtype) + 0.5
     y = torch.randint(0, v - 256, (n,), generator=generator, device=device)
+    t = (2 * torch.randn(v, d, generator=generator, device=device) / d**0.5).to(dtype)
     drop = torch.arange(v, device=device) >= v - 256
     compiled = torch.compile(fresh(program), backend=backend, dynamic=False)
 
     def step() -> tuple[Tensor, ...]:
-        loss = compiled(h, w, b, drop, y)
+        loss = compiled(h, w, b, drop, y, t)
         return loss.detach(), *torch.autograd.grad(loss, (h, w))
 
     return step
@@ -98,11 +129,17 @@ def main() -> None:
     device = torch.device("cuda:0" if on_gpu else "cpu")
     chosen = [program for program in PROGRAMS if re.search(options.programs, program.__name__)]
     rows: list[dict[str, Any]] = []
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        tqdm.write(line)
+
     for case in parse(options.shapes):
         settle(device, case.torch_dtype)
         plainly: dict[str, float] = {}
-        print(f"\n{case.text}\n\n| program | Inductor ms, over plain | fusedhead ms, over plain | ratio | MiB, MiB |")
-        print("|---|---|---|---|---|")
+        say(f"\n{case.text}\n\n| program | Inductor ms, over plain | fusedhead ms, over plain | ratio | MiB, MiB |")
+        say("|---|---|---|---|---|")
         for program in tqdm(chosen, desc=case.text, unit="program", leave=False):
             steps = {name: step_of(program, name, case, device) for name in BACKENDS}
             mib = {name: extra_bytes(step, device) / 2**20 for name, step in steps.items() if step()}
@@ -112,13 +149,14 @@ def main() -> None:
             rows.append(row | {"over_plain": {name: ms[name] / plainly[name] for name in BACKENDS}})
             cells = [f"{ms[name]:.2f}, {ms[name] / plainly[name]:.2f}" for name in BACKENDS]
             cells += [f"{ms['fusedhead'] / ms['inductor']:.2f}", ", ".join(f"{mib[name]:.0f}" for name in BACKENDS)]
-            tqdm.write(f"| {program.__name__} | " + " | ".join(cells) + " |")
+            say(f"| {program.__name__} | " + " | ".join(cells) + " |")
             del steps
             torch.compiler.reset()
             release(device)
     options.out.mkdir(parents=True, exist_ok=True)
-    report = {"origin": origin(device, "benchmarks.gpu_programs"), "rows": rows}
+    report = {"origin": origin(device, "benchmarks.programs"), "rows": rows}
     (options.out / "programs.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / "programs.md").write_text("\n".join(lines).strip() + "\n")
 
 
 if __name__ == "__main__":
