@@ -10,6 +10,7 @@ moved the weights by 1 may end `slack` away. Inductor is the measure because com
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from fusedhead.report import HeadRecord, Report
 
 FACTOR = 1.5
 FLOAT32 = 2e-3  # a float32 training of a few steps with Adam, whose step is a ratio of small numbers
+NO_GRADIENT = re.compile(r"\b(key|k_proj)\.bias$")  # it adds the same to all scores of a query: only rounding moves it
 BFLOAT16 = 5e-2  # under bfloat16 autocast eager rounds the logits to 8 bits of mantissa; the fused head does not
 
 
@@ -108,6 +110,8 @@ def differences(eager: Trained, other: Trained) -> Mapping[str, tuple[float, flo
     assert eager.after.keys() == other.after.keys()
     found = {f"logged {n}": (abs(other.logged[n] - x), max(abs(x), 1.0)) for n, x in eager.logged.items()}
     for name in eager.after:
+        if NO_GRADIENT.search(name):
+            continue
         moved = eager.movement(name)
         found[name] = (float((other.movement(name) - moved).norm()), float(moved.norm()))
     return found
