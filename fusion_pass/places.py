@@ -44,7 +44,7 @@ def before(a: Node, b: Node) -> bool:
 
 
 def recorded(graph: Graph, enabled: bool | None = None) -> Callable[[Node], bool]:
-    """`modes.grad_modes` by question."""
+    """Whether gradients are recorded at a node; ``enabled`` where the graph begins, by default as it is here."""
     first = torch.is_grad_enabled() if enabled is None else enabled
     toggles = list(graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled))
 
@@ -56,7 +56,7 @@ def recorded(graph: Graph, enabled: bool | None = None) -> Callable[[Node], bool
 
 
 def autocast(graph: Graph) -> Callable[[Node], Regions]:
-    """`modes.autocasts` by question."""
+    """The autocast regions that a node stands in, outermost first, by the nodes that enter them."""
     ends = [n for t in (_enter_autocast, _exit_autocast) for n in graph.find_nodes(op="call_function", target=t)]
     ends.sort()  # type: ignore[call-overload]
     inside: list[Regions] = [()]
