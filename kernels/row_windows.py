@@ -87,7 +87,9 @@ def _made(key: tuple, function: Function, given: list[Tensor], compiled: bool) -
 
 def _traced(function: Function, given: list[Tensor], compiled: bool) -> Function:
     """``function`` as a graph of ATen calls, differentiation included, compiled by Inductor where asked."""
-    with above_autograd():
+    given = [t.detach() for t in given]  # examples: what made them, and their .grad, are nobody's business
+    # on this thread: the dispatch modes of whoever called the op are not entered on a device's own
+    with above_autograd(), torch.autograd.set_multithreading_enabled(False):
         graph = make_fx(lambda *flat: function(list(flat)))(*given)
     made = import_module("torch._inductor").compile(graph, given) if compiled else graph
     return lambda given: made(*given)

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 N, D, V = 252, 128, 5003
-OCTAVE = [round(128 * 2 ** (k / 24)) for k in range(24)]  # token counts
+OCTAVE = range(128, 256)  # token counts
 Program = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -82,10 +82,11 @@ def in_float64(program: Program) -> Program:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
 def test_the_error_is_at_most_that_of_eager_code_in_the_same_dtype(program: Program, dtype: torch.dtype) -> None:
-    """Root mean square over an octave of token counts.
+    """Mean square over an octave of token counts.
 
     Most of the gradient of an untrained head is its labels' rows, -h / N. Eager code rounds 1 / N, one number, ours h,
-    many: on average over N the same, but for one N eager's error is anything from 0.6 to 1.4 times its average.
+    many: on average over N the same, but for one N eager's error is anything from 0.6 to 1.4 times its average. So
+    the difference of the squares is a mean of numbers that scatter, and must not be above twice its standard error.
     """
     report = fusedhead.Report()
 
@@ -104,8 +105,11 @@ def test_the_error_is_at_most_that_of_eager_code_in_the_same_dtype(program: Prog
     assert report.graphs <= 2, "the first size, then any"
     assert [head.fused for head in report.heads] == [True] * report.graphs, report
     for name, each in squares.items():
-        ours, eager = torch.stack(each).mean(0).sqrt().tolist()
-        assert ours <= eager + 2e-6, f"{name}: {ours:.3e} of {eager:.3e}"
+        pairs = torch.stack(each)
+        ours, eager = pairs.mean(0).sqrt().tolist()
+        excess = pairs[:, 0] - pairs[:, 1]
+        scatter = 2 * excess.std().item() / len(pairs) ** 0.5
+        assert excess.mean().item() <= scatter + 4e-12, f"{name}: {ours:.3e} of {eager:.3e}"
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
@@ -129,6 +133,30 @@ def test_no_host_sync(program: Program) -> None:
         results(compiled, given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_row_program_runs_where_dispatch_modes_are_active() -> None:
+    """AOTAutograd's first run of a graph checks custom ops in a mode; gradients are traced inside of the op there."""
+    torch.manual_seed(0)
+    teacher = torch.randn(V, D, device="cuda", dtype=torch.bfloat16)
+
+    def program(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = F.softmax(F.linear(h, teacher.to(h.dtype)).float() / 8, -1)
+        return F.kl_div(F.log_softmax(F.linear(h, w).float(), -1), target, reduction="batchmean")
+
+    given, report = operands(torch.bfloat16), fusedhead.Report()
+
+    def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
+        return compile_with(gm, inputs, options={"fusedhead.min_logits": 0}, observe=report.extend)
+
+    compiled = torch.compile(program, backend=backend)
+    truth = results(in_float64(program), given, torch.float64)
+    for _ in range(2):
+        for t, e, f in zip(truth, results(program, given), results(compiled, given)):
+            ours, eager = ((x.double() - t).norm() / t.norm() for x in (f, e))
+            assert ours <= 1.02 * eager + 2e-6
+    assert any(head.fused for head in report.heads), report
 
 
 def test_dynamic_shapes_compile_once() -> None:
@@ -180,4 +208,4 @@ torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y), backend="fused
 def test_a_label_out_of_range_is_a_device_assert() -> None:
     done = subprocess.run([sys.executable, "-c", BAD_LABEL], capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "device-side assert" in done.stderr
+    assert "a label is out of range: it must lie in [0, vocabulary)" in done.stderr
