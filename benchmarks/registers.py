@@ -139,7 +139,7 @@ def launch_all(case: Case) -> None:
     entropy = row if "entropy" in want else None
     saved, upstream = RowStats(row, entropy=entropy, lse_low=row), RowGrads(row, picked, total, entropy)
     engine.head_stats_backward(head, upstream, saved, case.needs, windows(case.needs, linear=False))
-    scale_in_place(h, row[0], 0.0)
+    scale_in_place(h, w, row[0], 0.0)
 
 
 def compiled(name: str, chip: Chip = H100) -> list[Compiled]:

@@ -24,16 +24,19 @@ def donated_inputs(graph: Graph) -> set[Node]:
 
 
 def scale_in_place(graph: Graph) -> None:
-    """Turn ``scale(x, g)`` of a donated x with no other user into ``scale_(x, g)`` and x itself."""
+    """Turn ``scale(x, g)`` of donated x without another user into x itself, and one ``scale_(xs, g)`` for each g."""
     products = graph.find_nodes(op="call_function", target=torch.ops.fusedhead.scale.default)
     if not products:
         return
     donated = donated_inputs(graph)
+    together: dict[Node, list[tuple[Node, Node]]] = {}
     for product in products:
         x, g = product.args
-        if x not in donated or len(x.users) != 1:
-            continue
-        with graph.inserting_before(product):
-            graph.call_function(torch.ops.fusedhead.scale_.default, (x, g))
-        product.replace_all_uses_with(x)
-        graph.erase_node(product)
+        if x in donated and len(x.users) == 1:
+            together.setdefault(g, []).append((product, x))
+    for g, same in together.items():
+        with graph.inserting_before(same[0][0]):
+            graph.call_function(torch.ops.fusedhead.scale_.default, ([x for _, x in same], g))
+        for product, x in same:
+            product.replace_all_uses_with(x)
+            graph.erase_node(product)

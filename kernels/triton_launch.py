@@ -33,7 +33,7 @@ class Launch:
     leading arguments must not be specialised by the kernel.
     """
 
-    __slots__ = ("bound", "grid", "kernel", "options", "run")
+    __slots__ = ("bound", "grid", "kernel", "options", "pointers", "run")
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], bound: dict[str, Any]) -> None:
         names = kernel.arg_names
@@ -41,18 +41,21 @@ class Launch:
         self.kernel, self.grid = kernel, grid
         self.bound = tuple(bound[name] for name in names[leading:])
         self.options = {name: value for name, value in bound.items() if name.startswith("num_")}
+        self.pointers: tuple[int, ...] = ()  # which of the leading arguments are tensors
         self.run: Callable[..., None] | None = None  # what Triton compiled, for aligned pointers
 
     def __call__(self, *leading: Any) -> None:
-        addresses = 0
-        for x in leading:
-            if isinstance(x, Tensor):
-                addresses |= x.data_ptr()
-        aligned = addresses % ALIGNED == 0
-        if aligned and self.run is not None:
-            active = driver.active
-            self.run(*leading, *self.bound, stream=active.get_current_stream(active.get_current_device()))
-            return
+        if self.run is not None:
+            given, addresses = list(leading), 0
+            for at in self.pointers:
+                given[at] = address = leading[at].data_ptr()
+                addresses |= address
+            if addresses % ALIGNED == 0:
+                # an address is passed on as it is; of a tensor the driver would be asked whether it is one of its own
+                active = driver.active
+                self.run(*given, *self.bound, stream=active.get_current_stream(active.get_current_device()))
+                return
         compiled = self.kernel[self.grid](*leading, *self.bound, **self.options)
-        if aligned and compiled is not None:  # None in the interpreter
-            self.run = compiled[self.grid]
+        pointers = tuple(at for at, x in enumerate(leading) if isinstance(x, Tensor))
+        if compiled is not None and all(leading[at].data_ptr() % ALIGNED == 0 for at in pointers):
+            self.pointers, self.run = pointers, compiled[self.grid]  # None in the interpreter

@@ -25,7 +25,16 @@ from fusedhead.kernels.triton_gemm import gemm, weighted_rows
 from fusedhead.kernels.triton_labels import check_labels, map_labels
 from fusedhead.kernels.triton_launch import on_device
 from fusedhead.kernels.triton_merge import merge_reference
-from fusedhead.kernels.triton_operands import even_cuts, multiplied, new_window, ready_rows, slice_head, slice_rows
+from fusedhead.kernels.triton_operands import (
+    even_cuts,
+    first_rows,
+    multiplied,
+    new_window,
+    ready_rows,
+    rows_of,
+    slice_head,
+    slice_rows,
+)
 from fusedhead.kernels.triton_reference import reference
 from fusedhead.kernels.triton_row_scale import scale_rows
 from fusedhead.kernels.triton_stream import stream
@@ -109,33 +118,36 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
                 whole = slice_head(head, i, slice(0, vocab))
                 part = part._replace(y=part.y.masked_fill(part.y >= kept.stop, -1))
                 other_lse = _lse_of_others(head, i, kept.stop, picked[i])
-            logits = multiplied(part, buffer[:m])
+            exps, reference2 = first_rows(buffer, m), first_rows(ref2, m)
+            row_lse, row_picked = rows_of(lse, i), rows_of(picked, i)
+            row_dh = None if dh is None else rows_of(dh, i)
+            logits = multiplied(part, exps)
             s = sweep("exp", part, logits=logits)
             totals = new((1 if total is None else 2, s.schedule.size), dtype=torch.float32)
-            _exponentials(s, part, whole, buffer[:m], ref2[:m], picked[i], slope, totals, logits)
+            _exponentials(s, part, whole, exps, reference2, row_picked, slope, totals, logits)
             # dh's own rows hold s ⊙ h until dw has used it
-            sh = None if dw is None else dh[i] if dh is not None else scaled[:m] if scaled is not None else None
-            rows = (ref2[:m], picked[i], slope, totals)
-            row_total = None if total is None else total[i]
-            scale = finalize(s, part, buffer[:m], *rows, c, lse[i], row_total, sh, gain, other_lse)
+            sh = None if dw is None else row_dh if scaled is None else first_rows(scaled, m)
+            rows = (reference2, row_picked, slope, totals)
+            row_total = None if total is None else rows_of(total, i)
+            scale = finalize(s, part, exps, *rows, c, row_lse, row_total, sh, gain, other_lse)
             if gone is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
                 for factor in (scale, sh):
                     if factor is not None:
                         factor.masked_fill_(gone.all(), 0)
-            window = buffer[:m, : kept.stop]
+            window = exps if exps.shape[1] == kept.stop else exps[:, : kept.stop]
             if dw is not None and sh is not None:
                 dw.add(window, kept, sh, first=i.start == 0, alpha=1 / gain)
-            product = None if dh is None else dh[i] if wide is None else wide[:m]
-            if product is not None:
+            if row_dh is not None:
+                product = row_dh if wide is None else first_rows(wide, m)
                 gemm(window, part.w, product)
-            outer = None if rank_one is None else (rank_one[0][i], rank_one[1])
-            if product is not None and dh is not None:
-                scale_rows(product, scale, product if others else dh[i], outer)
-            if others:
-                _add_others(head, i, others, buffer[:m], c, lse[i], dw, product)
-                if product is not None and dh is not None:
-                    dh[i] = product
-        del buffer, window
+                outer = None if rank_one is None else (rank_one[0][i], rank_one[1])
+                scale_rows(product, scale, product if others else row_dh, outer)
+                if others:
+                    _add_others(head, i, others, exps, c, row_lse, dw, product)
+                    row_dh.copy_(product)
+            elif others:
+                _add_others(head, i, others, exps, c, row_lse, dw, None)
+        del buffer, exps, window
         grads = HeadGrads(dh, None if dw is None else dw.finish(), None, None)
     return RowStats(lse, picked, total), grads
 

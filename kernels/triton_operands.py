@@ -25,6 +25,15 @@ def even_cuts(total: int, size: int) -> Iterator[slice]:
     return (slice(at, min(at + even, total)) for at in range(0, total, even))
 
 
+def rows_of(x: Tensor, i: slice) -> Tensor:
+    """x[i]; x itself where these are all its rows, since a view costs the host as much as a launch's arguments."""
+    return x if i.start == 0 and i.stop == len(x) else x[i]
+
+
+def first_rows(x: Tensor, count: int) -> Tensor:
+    return rows_of(x, slice(0, count))
+
+
 def slice_head(head: Head, i: slice, v: slice) -> Head:
     """The head of one window. Labels keep counting from the whole vocabulary's first column."""
     if i.start == v.start == 0 and i.stop == len(head.h) and v.stop == len(head.w):
@@ -35,7 +44,7 @@ def slice_head(head: Head, i: slice, v: slice) -> Head:
 
 
 def slice_rows(grads: RowGrads, i: slice) -> RowGrads:
-    return RowGrads(*(None if g is None else g[i] for g in grads))
+    return RowGrads(*(None if g is None else rows_of(g, i) for g in grads))
 
 
 def ready_rows(grads: RowGrads) -> RowGrads:

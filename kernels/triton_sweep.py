@@ -9,6 +9,7 @@ is launched when (`triton_windows` does).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -73,6 +74,23 @@ def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str])
     return tile
 
 
+class Tiles:
+    """TMA descriptors of matrices that lie alike: Triton checks the first, the others differ in their address."""
+
+    __slots__ = ("fields",)
+
+    def __init__(self, base: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]) -> None:
+        checked = TensorDescriptor(base, list(shape), list(strides), block)
+        self.fields = {**vars(checked), "base": None}  # no tensor is kept alive here
+
+    def at(self, base: Tensor) -> TensorDescriptor:
+        """The descriptor of a matrix that starts where ``base`` does, at a multiple of 16 bytes."""
+        made = TensorDescriptor.__new__(TensorDescriptor)
+        vars(made).update(self.fields)
+        made.base = base
+        return made
+
+
 class Sweep:
     """One window as one persistent kernel sees it. Compared by identity: equal layouts give the same object."""
 
@@ -91,6 +109,9 @@ class Sweep:
         self.tile = tile
         self.schedule: Schedule = schedule(n, vocab, tile, multiprocessors * tile.resident)
         self.by_rows = not layout.tma or reads_rows(layout.w_strides)
+        self.h_tiles: Tiles | None = None
+        self.w_tiles: Tiles | None = None
+        self.window_tiles: dict[int, Tiles] = {}  # by the distance between rows
 
     def launch(self, kernel: Any, **own: Any) -> Launch:
         """A launch of a sweeping kernel: ready logits take the place of h."""
@@ -144,15 +165,22 @@ class Sweep:
             return window, window
         if not self.layout.tma:
             return h, w
-        tile, view = self.tile, w if self.by_rows else w.t()
-        block = [tile.BN, tile.BK] if self.by_rows else [tile.BK, tile.BN]
-        h_tiles = TensorDescriptor(h, list(h.shape), list(h.stride()), [tile.BM, tile.BK])
-        return h_tiles, TensorDescriptor(view, list(view.shape), list(view.stride()), block)
+        if self.h_tiles is None or self.w_tiles is None:
+            tile, view = self.tile, w if self.by_rows else w.t()
+            block = [tile.BN, tile.BK] if self.by_rows else [tile.BK, tile.BN]
+            self.h_tiles = Tiles(h, h.shape, h.stride(), [tile.BM, tile.BK])
+            self.w_tiles = Tiles(view, view.shape, view.stride(), block)
+        return self.h_tiles.at(h), self.w_tiles.at(w)
 
     def window(self, window: Tensor) -> TensorDescriptor:
         """The window [n, ld] as a kernel stores it: tiles clipped at the V columns that exist."""
-        tile, strides = self.tile, [window.stride(0), 1]
-        return TensorDescriptor(window, [self.n, self.vocab], strides, [tile.BM, tile.BN // tile.parts])
+        distance = window.stride(0)
+        tiles = self.window_tiles.get(distance)
+        if tiles is None:
+            tile = self.tile
+            tiles = Tiles(window, (self.n, self.vocab), (distance, 1), [tile.BM, tile.BN // tile.parts])
+            self.window_tiles[distance] = tiles
+        return tiles.at(window)
 
 
 _sweep = lru_cache(maxsize=KEPT)(Sweep)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.triton_gemm import gemm
+from fusedhead.kernels.triton_operands import rows_of
 
 FIRST_SHARE = 64  # of the rows that are packed first, through a copy
 
@@ -39,7 +40,7 @@ class WeightGradient:
         for first, rows in self.parts:
             start, stop = max(v.start, first), min(v.stop, first + len(rows))
             if start < stop:
-                yield slice(start - v.start, stop - v.start), rows[start - first : stop - first]
+                yield slice(start - v.start, stop - v.start), rows_of(rows, slice(start - first, stop - first))
 
     def start(self, weights: Tensor, row: Tensor) -> None:
         """Begin with the rank-one term weights ⊗ row."""
@@ -50,7 +51,8 @@ class WeightGradient:
     def add(self, window: Tensor, v: slice, x: Tensor, first: bool, alpha: float = 1.0) -> None:
         """Add the columns ``v`` of the vocabulary; ``first`` where nothing was added to them before."""
         for at, rows in self._pieces(v):
-            gemm(window[:, at].t(), x, rows, add=self.started or not first, alpha=alpha)
+            part = window if at == slice(0, window.shape[1]) else window[:, at]
+            gemm(part.t(), x, rows, add=self.started or not first, alpha=alpha)
 
     def finish(self) -> Tensor:
         """dw [V, D] in the dtype of w."""

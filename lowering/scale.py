@@ -1,7 +1,7 @@
 """The op that multiplies a finished gradient by the gradient of the loss, in its two forms.
 
-    scale(Tensor x, Tensor g) -> Tensor        g·x, a new tensor
-    scale_(Tensor(a!) x, Tensor g) -> ()        the same in place; where g is 1 nothing is read or written
+    scale(Tensor x, Tensor g) -> Tensor         g·x, a new tensor
+    scale_(Tensor(a!)[] xs, Tensor g) -> ()     the same in place for several; where g is 1 nothing is read or written
 
 The autograd formula of `head_loss` calls the first; a compiled backward whose saved gradient nobody else can see gets
 the second (`fusedhead.donated`). g is a 0-d tensor of any floating dtype; the product is rounded once. It must not
@@ -17,7 +17,7 @@ from torch import Tensor
 UNMOVED = {torch.bfloat16: 2.0**-11, torch.float16: 2.0**-14}
 LIBRARY = torch.library.Library("fusedhead", "FRAGMENT")
 LIBRARY.define("scale(Tensor x, Tensor g) -> Tensor")
-LIBRARY.define("scale_(Tensor(a!) x, Tensor g) -> ()")
+LIBRARY.define("scale_(Tensor(a!)[] xs, Tensor g) -> ()")
 
 
 def _scaled(x: Tensor, g: Tensor) -> Tensor:
@@ -27,16 +27,27 @@ def _scaled(x: Tensor, g: Tensor) -> Tensor:
 
 def _out_of_place(x: Tensor, g: Tensor) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
-    _in_place(out, g)
+    _in_place([out], g)
     return out
 
 
-def _in_place(x: Tensor, g: Tensor) -> None:
-    if x.is_cuda and x.is_contiguous() and x.dtype != torch.float64:
+def _in_place(xs: list[Tensor], g: Tensor) -> None:
+    """Two of one dtype share a launch: of few tokens, launches are most of the cost."""
+    launched: dict[torch.dtype, list[Tensor]] = {}
+    for x in xs:
+        if x.is_cuda and x.is_contiguous() and x.dtype != torch.float64:
+            launched.setdefault(x.dtype, []).append(x)
+        else:
+            _one_in_place(x, g)
+    for dtype, same in launched.items():
         from fusedhead.kernels.triton_scale import scale_in_place
 
-        scale_in_place(x, g, UNMOVED.get(x.dtype, 0.0))
-    elif x.device.type != "cpu":
+        for at in range(0, len(same), 2):
+            scale_in_place(same[at], same[at + 1] if at + 1 < len(same) else None, g, UNMOVED.get(dtype, 0.0))
+
+
+def _one_in_place(x: Tensor, g: Tensor) -> None:
+    if x.device.type != "cpu":
         x.copy_(_scaled(x, g))
     elif not abs(float(g.to(torch.float32)) - 1) <= UNMOVED.get(x.dtype, 0.0):  # on the CPU the number is at hand
         for part in x.view(-1).split(1 << 18) if x.is_contiguous() else (x,):
@@ -53,5 +64,5 @@ def _fake_scale(x: Tensor, g: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fusedhead::scale_", lib=LIBRARY)
-def _fake_scale_(x: Tensor, g: Tensor) -> None:
+def _fake_scale_(xs: list[Tensor], g: Tensor) -> None:
     return None

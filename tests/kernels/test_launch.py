@@ -52,7 +52,7 @@ def test_the_first_launch_goes_through_triton_and_later_ones_do_not():
     launch(x, 5)
     launch(y, 6)
     assert kernel.through_triton == [((4, 1, 1), (x, 5, 10, 64), {"num_warps": 8})]
-    assert kernel.again == [((4, 1, 1), (y, 6, 10, 64), 103)]
+    assert kernel.again == [((4, 1, 1), (y.data_ptr(), 6, 10, 64), 103)]
 
 
 def test_a_pointer_that_is_not_aligned_goes_through_triton():

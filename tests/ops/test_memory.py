@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import cpu_allocations, peak_of
 from fusedhead.kernels.contract import Needs
@@ -77,3 +79,28 @@ def test_a_training_step_holds_less_than_a_quarter_of_the_logits(dtype):
     c, e = torch.full((n,), 1 / n), none(o.h)
     got, peak, _ = watch(lambda: OPS.head_loss(*o, c, -c[:, None], e, e, "", "lse,picked", 0, True, True, False, False))
     assert peak - size(got[3:5]) < n * v * dtype.itemsize / 4
+
+
+def test_gradients_of_a_loss_are_multiplied_where_they_lie(heads):
+    """One call for dh and dw; of a factor of 1 not even that reads them (`fusedhead.donated`)."""
+    seen = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.fusedhead.scale_.default:
+                seen.append([x.shape for x in args[0]])
+            return func(*args, **(kwargs or {}))
+
+    compiled = torch.compile(
+        lambda h, w, y: F.cross_entropy(F.linear(h, w), y), backend="fusedhead", options={"fusedhead.min_logits": 0}
+    )
+    o = leaves(heads, "h w")
+    for factor in (1.0, 2.5):
+        loss = compiled(o.h, o.w, o.y[:, 0]) * factor
+        with Calls():
+            grads, peak, _ = watch(lambda loss=loss: torch.autograd.grad(loss, (o.h, o.w)))
+        assert peak <= FIXED or factor != 1
+        truth = torch.autograd.grad(F.cross_entropy(F.linear(o.h, o.w), o.y[:, 0]) * factor, (o.h, o.w))
+        for found, expected in zip(grads, truth):
+            assert (found - expected).norm() <= 0.01 * expected.norm()
+    assert seen == [[o.h.shape, o.w.shape]] * 2
