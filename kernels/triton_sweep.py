@@ -60,7 +60,7 @@ class Layout(NamedTuple):
 
 
 def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str]) -> Tile:
-    """The tile with an epilogue that fits the registers: 4 column parts where it holds more values at once.
+    """The tile with an epilogue that fits the registers: 4 column parts, 3 stages where it holds more values at once.
 
     Column vectors alone are another matter: read at one place, by all columns, they cost a twentieth of the sweep,
     and a quarter where loads of the next tile overtake the epilogue.
@@ -68,7 +68,7 @@ def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str])
     if kernel == "dlogits":
         return tile._replace(parts=4) if transform.steps else tile
     if varies_along_row(transform) or want & {"sum", "entropy", "max", "argmax"}:
-        return tile._replace(parts=4)
+        return tile._replace(parts=4, stages=min(tile.stages, 3))
     if kernel == "stream" and any(op in ("addcol", "dropcol") for op, _ in transform.steps):
         return tile._replace(flatten=False, parts=1)
     return tile
