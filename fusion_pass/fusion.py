@@ -20,16 +20,16 @@ from fusedhead import (
     linear_tail,
     opened,
     pieces,
+    readings,
     regions,
     returned,
     row_emission,
     row_region,
     sharded,
-    stacks,
 )
 from fusedhead.aliases import storage, written
 from fusedhead.anchors import candidates
-from fusedhead.interpret import Reading, Site, interpret
+from fusedhead.interpret import Reading, Site
 from fusedhead.modes import grad_modes
 from fusedhead.opened import CHECKPOINTS
 from fusedhead.options import Options
@@ -110,7 +110,7 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
         apart = joined.separate(module.graph) if owner == "" else None
         wrap = apart or wrap
         alone = returned.heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
-        reading = read_all(module.graph, candidates(module.graph) | alone, grad is not False)
+        reading = readings.chosen(module.graph, candidates(module.graph) | alone, grad is not False)
         report.heads += unread(module.graph, reading)
         records: list[HeadRecord] = []
         wrapped = None
@@ -130,37 +130,6 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
         gm.recompile()
     report.milliseconds = (time.perf_counter() - started) * 1e3
     return report, wrap if deferred else at_once(wrap)
-
-
-def read_all(graph: Graph, starts: set[Node], grad: bool) -> Reading:
-    """The reading of a graph, with such projections as no loss is on but a row program reads all logits of."""
-    with_stacks = stacks.reading_of(graph, starts, grad)
-    if with_stacks is not None:
-        return with_stacks
-    reading = interpret(graph, starts, grad)
-    more = row_region.teachers(reading)
-    if more:
-        again = interpret(graph, starts | more, grad)
-        if not any(site.escapes for site in again.sites if site.head.node in more):
-            starts, reading = starts | more, again
-    return in_one_sweep(graph, starts, grad, reading)
-
-
-def in_one_sweep(graph: Graph, starts: set[Node], grad: bool, reading: Reading) -> Reading:
-    """The reading where logits that a row program needs are computed for it alone, if it serves all that reads them.
-
-    A cross-entropy beside a divergence or a top-k would be a sweep of its own: one product forward and two or three
-    for its gradients, where a row program has the logits of a window at hand.
-    """
-    several = row_region.read_more_than_once(reading)
-    if not several:
-        return reading
-    again = interpret(graph, starts, grad, by_rows=several)
-    left = [site for site in again.sites if site.head.node in several and (site.terminals or site.escapes)]
-    if left or again.unread.keys() != reading.unread.keys() or row_region.read_more_than_once(again):
-        return reading
-    calls = [len(row_emission.by_tokens(r.outputs)) for r in row_region.regions(again)]
-    return again if calls and max(calls) == 1 else reading
 
 
 def fuse_body(

@@ -11,17 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from fusedhead.aliases import written
-from fusedhead.emit import static
 from fusedhead.interpret import Reading
-from fusedhead.read import fake, name_of
 from fusedhead.rewrite import erase
 from fusedhead.rowwise import RowCall, RowLeaf, Rowwise, Seed, parts
-from fusedhead.rules.projections import SPELLINGS
 from fusedhead.safety import leaves
 from fusedhead.values import Projection
 
@@ -105,38 +101,6 @@ def regions(reading: Reading) -> list[Region]:
     for region in found:
         settle(region, reading)
     return [r for r in found if r.results]
-
-
-def read_more_than_once(reading: Reading) -> set[Node]:
-    """Projections whose logits are computed for a row program and again: for statistics, or as other logits of it."""
-    found: set[Node] = set()
-    with_statistics = {site.head for site in reading.sites if site.terminals}
-    for region in regions(reading):
-        seeds = [seed.logits.head for seed in leaves_of(region.outputs)[0]]
-        found |= {head.node for head in region.heads if head in with_statistics or seeds.count(head) > 1}
-    return found
-
-
-def teachers(reading: Reading) -> set[Node]:
-    """Projections whose logits a row program would read as tensors from outside: a teacher that has no loss."""
-    found: set[Node] = set()
-    values = [part for value in reading.rowwise.values() for part in parts(value)]
-    known = {site.head.node for site in reading.sites}
-    stack = leaves(leaf.value for leaf in leaves_of(values)[1] if leaf.by_rows and leaf.value.val.ndim)
-    seen: set[Node] = set()
-    vocabs = {head.weight.val.shape[0] for part in values for head in part.heads}
-    while stack:
-        node = stack.pop()
-        val = fake(node)
-        if node in seen or not node.op.startswith("call_") or not isinstance(val, Tensor):
-            continue
-        seen.add(node)
-        if name_of(node) in SPELLINGS:
-            if node not in known and val.ndim and static(val.shape[-1]) in vocabs:
-                found.add(node)
-            continue
-        stack += node.all_input_nodes
-    return found
 
 
 def erase_unused(reading: Reading, heads: set[Projection]) -> None:
