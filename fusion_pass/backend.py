@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
@@ -20,41 +19,17 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 from fusedhead import observe as observing
 from fusedhead.deferred.handing_out import deferring, existing
 from fusedhead.deferred.inputs import any_deferred, spread
-from fusedhead.donated import scale_in_place
-from fusedhead.fusion import Needless, Wrap, fuse_graph, unwrapped
-from fusedhead.lowering.cache_key import source_hash
+from fusedhead.fusion import Needless, fuse_graph, unwrapped
+from fusedhead.inductor import Inductor, keyed, overwrites
 from fusedhead.options import Options, split
 from fusedhead.report import Report
-from fusedhead.returned import compute_now
+from fusedhead.returned import Wrap, compute_now
 
 log = logging.getLogger("fusedhead")
 
 
 class FusedHeadError(RuntimeError):
     """Raised under ``fusedhead.strict`` for an unfused head or an error inside the pass."""
-
-
-class KeyedBySource(CustomGraphPass):
-    """A pass whose key in the compile caches is this package's sources.
-
-    AOTAutograd's key knows the rewritten graph, not the Python behind its ops: without this, upgrading the
-    package would keep serving compiled graphs with the old backward (pytorch#144344). Passes the user had
-    configured are run, and keyed, as before; ``own`` comes last.
-    """
-
-    def __init__(self, users: Any, own: Callable[[Graph], None] | None = None) -> None:
-        self.users = list(users) if isinstance(users, (list, tuple)) else [users] if users else []
-        self.own = own
-
-    def __call__(self, graph: Graph) -> None:
-        for users_pass in self.users:
-            users_pass(graph)
-        if self.own is not None:
-            self.own(graph)
-
-    def uuid(self) -> Any:
-        keys = [users_pass.uuid() if hasattr(users_pass, "uuid") else None for users_pass in self.users]
-        return None if None in keys else (source_hash(), *keys)
 
 
 def readable(gm: GraphModule) -> str:
@@ -159,26 +134,6 @@ def publish(report: Report, options: Options) -> None:
             )
 
 
-class Inductor(torch._TorchCompileInductorWrapper):
-    """Inductor as ``torch.compile`` calls it, and still Inductor while `enable` changes what the base class does."""
-
-    __call__ = torch._TorchCompileInductorWrapper.__call__
-
-
-def keyed(config: dict[str, Any]) -> dict[str, Any]:
-    """Inductor's settings with this package's sources in the keys of its caches."""
-    from torch._inductor import config as inductor_config
-
-    def setting(name: str) -> Any:
-        return config.get(name, getattr(inductor_config, name))
-
-    passes = {"joint_custom_pre_pass": KeyedBySource(setting("joint_custom_pre_pass"))}
-    cuda_graphs = config.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
-    if not setting("post_grad_custom_post_pass") and not cuda_graphs:
-        passes["post_grad_custom_post_pass"] = KeyedBySource(None, scale_in_place)
-    return {**config, **passes}
-
-
 def compile_graph(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -214,13 +169,6 @@ def with_sources(
     except Exception:
         log.warning("fusedhead: deferred logits enter a graph as a tensor subclass", exc_info=True)
         return gm, example_inputs, unchanged
-
-
-def overwrites(compiler: Any) -> bool:
-    """Whether the memory of a compiled graph's outputs is used again by its next run: CUDA graphs."""
-    from torch._inductor import config
-
-    return bool(getattr(compiler, "config", {}).get("triton.cudagraphs", config.triton.cudagraphs))
 
 
 def compile_with(

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from fusedhead.backend import Inductor, compile_graph, compile_with, keyed
+from fusedhead.backend import compile_graph, compile_with
 from fusedhead.imports import after_import
+from fusedhead.inductor import Inductor, keyed
 from fusedhead.options import set_process_wide, split
 
 log = logging.getLogger("fusedhead")

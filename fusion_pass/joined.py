@@ -9,7 +9,7 @@ decides only whether the rewriting is exact; it knows no losses.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,14 @@ from fusedhead.aliases import storage
 from fusedhead.anchors import candidates
 from fusedhead.modes import grad_modes
 from fusedhead.read import every_dimension, fake, name_of
+from fusedhead.returned import Wrap
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.safety import Mutations
-
-Wrap = Callable[[Callable[..., Any], returned.Finish], Callable[..., Any]]
 
 # What may lie between a stack and the graph's output: the same numbers in another arrangement or dtype.
 ARRANGING = frozenset(
     {"getitem", "view", "reshape", "contiguous", "transpose", "permute", "flatten", "unflatten", "float", "to", "clone"}
 )
-
 
 Index = tuple[Any, ...]  # an integer or a slice for every dimension
 

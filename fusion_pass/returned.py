@@ -152,7 +152,8 @@ def recipe_of(
     return Recipe(slot, program, tuple(sources), fake(output).device.type, class_dim, exact, names)
 
 
-Finish = Callable[[Recipe, Sequence[Any]], Any]
+Finish = Callable[[Recipe, Sequence[Any]], Any]  # what a returned tensor is made by, of the recipe's sources
+Wrap = Callable[[Callable[..., Any], Finish], Callable[..., Any]]  # gives a compiled graph its outputs back
 
 
 def compute_now(recipe: Recipe, sources: Sequence[Any]) -> Tensor:
@@ -195,7 +196,7 @@ def heads_without_loss(graph: Graph) -> set[Node]:
     return found
 
 
-def redirect(graph: Graph, recipes: Sequence[Recipe]) -> Callable[[Callable[..., Any], Finish], Callable[..., Any]]:
+def redirect(graph: Graph, recipes: Sequence[Recipe]) -> Wrap:
     """Make the graph return the recipes' sources instead of their tensors.
 
     Returns a function that wraps the compiled graph into a callable with the original outputs.

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy.printers import PythonPrinter
 
+from fusedhead.decisions import refusal
 from fusedhead.deferred.draft import Draft, draft
 from fusedhead.deferred.outcome import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole
 from fusedhead.deferred.program import Made, Step, modes
 from fusedhead.deferred.rows import token_by_token
-from fusedhead.fusion import refusal
 from fusedhead.groups import sweep_key
 from fusedhead.interpret import Reading, Site, interpret
 from fusedhead.kernels.contract import STATS

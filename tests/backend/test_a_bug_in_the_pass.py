@@ -43,12 +43,12 @@ def buggy(*_: Any, **__: Any) -> Any:
 STAGES = [
     "fusion.bodies", "fusion.regions.inline", "fusion.joined.separate", "fusion.returned.heads_without_loss",
     "fusion.candidates", "readings.interpret", "evaluate.applied", "interpret.record", "interpret.returned",
-    "interpret.overwritten", "fusion.unread", "fusion.gate", "size_gate.hint", "fusion.row_region.regions",
-    "readings.teachers", "fusion.row_emission.fuse", "fusion.row_region.erase_unused", "fusion.refusal",
-    "fusion.subclass", "fusion.functorch", "fusion.together", "fusion.returned.recipe", "fusion.returned.redirect",
-    "fusion.fuse", "groups.groups", "operands.operands", "rewrite.rebuild", "rewrite.erase", "emit.Emit.__call__",
-    "fusion.planner", "fusion.engine", "fusion.linear_tail.upgrade", "linear_tail.try_tail", "linear_tail.hoist",
-    "linear_tail.replace", "fusion.describe",
+    "interpret.overwritten", "fusion.unread", "decisions.gate", "size_gate.hint", "fusion.row_region.regions",
+    "readings.teachers", "fusion.row_emission.fuse", "fusion.row_region.erase_unused", "decisions.refusal",
+    "decisions.subclass", "decisions.functorch", "decisions.together", "fusion.returned.recipe",
+    "fusion.returned.redirect", "fusion.fuse", "groups.groups", "operands.operands", "rewrite.rebuild",
+    "rewrite.erase", "emit.Emit.__call__", "fusion.planner", "fusion.engine", "fusion.linear_tail.upgrade",
+    "linear_tail.try_tail", "linear_tail.hoist", "linear_tail.replace", "fusion.describe",
 ]  # fmt: skip
 
 

@@ -484,7 +484,7 @@ def test_hidden_states_in_memory_that_is_used_again_are_copied(model: Model) -> 
 
 @pytest.mark.parametrize("setting", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}, {}])
 def test_cuda_graphs_are_recognised(setting: dict[str, Any]) -> None:
-    from fusedhead.backend import Inductor, overwrites
+    from fusedhead.inductor import Inductor, overwrites
 
     inductor = Inductor(setting.get("mode", "default"), setting.get("options"), None)
     assert overwrites(inductor) == bool(setting)

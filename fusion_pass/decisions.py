@@ -1,0 +1,156 @@
+"""Which sites of a reading are fused, and why the others stay as they are.
+
+A site that is not proved equal to what the program computes stays, with a sentence; so does one that is too small to
+pay. Heads that meet in a row program are fused or refused together. This file decides and edits nothing; it must not
+know how a site is fused.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from fusedhead import returned, row_region, sharded
+from fusedhead.aliases import storage, written
+from fusedhead.anchors import candidates
+from fusedhead.interpret import Reading, Site
+from fusedhead.opened import CHECKPOINTS
+from fusedhead.options import Options
+from fusedhead.read import fake, hint, where
+from fusedhead.records import tokens_of
+from fusedhead.row_region import Region
+from fusedhead.safety import Mutations, functorch, leaves, subclass
+from fusedhead.size_gate import gate, row_gate
+from fusedhead.values import Projection
+
+RUN_AS_THEY_ARE = CHECKPOINTS | {"invoke_subgraph"}
+
+
+def decide(
+    graph: Graph,
+    reading: Reading,
+    met: dict[Projection, Region],
+    options: Options,
+    mutations: Mutations,
+    modes: dict[Node, bool],
+    owner: str,
+    alone: set[Node],
+    deferred: bool,
+) -> list[tuple[Site, str]]:
+    """The sites worth a record, each with the reason for which it stays, "" where it is fused.
+
+    ``met``: the heads that meet in row programs. ``modes``: where gradients are recorded. ``owner``: the higher-order
+    op that runs the graph, "" for none. ``alone``: projections to be deferred without a loss, if logits are
+    ``deferred`` at all.
+    """
+    unsafe = functorch(graph) or higher_order(owner)
+    decided = []
+    with_loss = candidates(graph)
+    too_small = gate(reading.sites, options.min_logits)
+    for site in reading.sites:
+        if not site.terminals and site.head not in met and (not site.escapes or site.head.node not in with_loss):
+            if site.head.node in alone and not unsafe and returned_alone(site, mutations, modes):
+                decided.append((site, too_small(site) or ("" if deferred else sharded.REASON)))
+            continue
+        company = [s for s in reading.sites if site.head in met and s.head in met[site.head].heads] or [site]
+        small = too_small(site) if all(map(too_small, company)) else ""
+        reason = unsafe or refusal(site, mutations, modes, owner, deferred) or small
+        decided.append((site, reason))
+    return together(decided, met, mutations, options)
+
+
+def together(
+    decided: list[tuple[Site, str]], met: dict[Projection, Region], mutations: Mutations, options: Options
+) -> list[tuple[Site, str]]:
+    """The decisions, with heads that meet in a row program fused or refused together."""
+    reasons = {site.head: reason for site, reason in decided}
+    for region in dict.fromkeys(met.values()):
+        why = next((reasons[head] for head in region.heads if reasons.get(head)), "")
+        alone = [head for head in region.heads if head not in reasons]
+        why = why or unsafe_rows(region, mutations) or ("a head it meets is not fused" if alone else "")
+        if options.min_logits == "auto":
+            why = why or row_gate([head.node for head in region.heads], options.budget)
+        for head in region.heads:
+            reasons[head] = reasons.get(head) or why
+    return [(site, reasons[site.head]) for site, _ in decided]
+
+
+def unsafe_rows(region: Region, mutations: Mutations) -> str:
+    """Why a row program must not take the place of its nodes, or ""."""
+    operands = leaves(x for head in region.heads for x in (head.hidden, head.weight))
+    end = max((node for node, _ in region.results), key=mutations.position.__getitem__)
+    first = min((head.node for head in region.heads), key=mutations.position.__getitem__)
+    read = row_region.reads(region.outputs)
+    devices = {v.device for v in map(fake, [*operands, *read]) if isinstance(v, torch.Tensor) and v.ndim}
+    if len(devices) > 1:
+        return f"its operands are on different devices ({', '.join(sorted(map(str, devices)))})"
+    return mutations.between(first, end, operands) or mutations.anywhere_after(first, [*operands, *read]) or ""
+
+
+def higher_order(owner: str) -> str | None:
+    if owner == "" or owner in RUN_AS_THEY_ARE:
+        return None
+    return f"the head is inside {owner}"
+
+
+def returned_alone(site: Site, mutations: Mutations, modes: dict[Node, bool]) -> bool:
+    """Whether logits that the graph only returns are to be deferred."""
+    if not site.outputs or site.escapes or not all(map(returned.rooted_in_inputs, leaves([site.head.weight]))):
+        return False
+    return not refusal(site, mutations, modes, "", True)
+
+
+def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str, deferred: bool = False) -> str:
+    """Why a site must stay as it is, or ""."""
+    if site.escapes:
+        node, sentence = site.escapes[0]
+        return f"{sentence} (at {where(node)})"
+    read = leaves(site.head.operands)
+    begin = min(site.head.products, key=mutations.position.__getitem__)
+    steps = [t.logits for _, t in site.terminals]
+    vectors = leaves([c for s in steps for c in s.cols] + [r.value for s in steps for r in s.rows])
+    indices = leaves([a for s in steps for step in s.row_steps for a in step.args])
+    labels = leaves([p for _, t in site.terminals for p in (*t.label_sources, *t.sources)])
+    reason = subclass(site, [*read, *vectors, *labels])
+    if reason:
+        return reason
+    devices = {v.device for v in map(fake, [*read, *labels]) if isinstance(v, torch.Tensor)}
+    if len(devices) > 1:
+        return f"its operands are on different devices ({', '.join(sorted(map(str, devices)))})"
+    if any(written_behind(site, output) for output in site.outputs):
+        return "the returned logits are changed in place through another name"
+    if site.outputs and owner:
+        return f"the logits leave the region that is {'checkpointed' if owner in CHECKPOINTS else 'compiled once'}"
+    few = (hint(tokens_of(site)) or 0) < returned.LEAST_TOKENS
+    if site.outputs and not modes[site.head.node] and (few or not deferred):
+        return "the logits are returned and no gradient is recorded, so building them once is the cheapest"
+    if site.terminals:
+        end = max((node for node, _ in site.terminals), key=mutations.position.__getitem__)
+        reason = mutations.between(begin, end, [*read, *vectors, *indices])
+        if reason:
+            return reason
+        first = min((node for node, _ in site.terminals), key=mutations.position.__getitem__)
+        reason = mutations.between(first, end, labels)
+        if reason:
+            return reason
+    for output in site.outputs:
+        making, sources = returned.program_of([output], returned.followed(site))  # they are read when the graph has run
+        reason = mutations.anywhere_after(making[0], sources)
+        if reason:
+            return reason
+        if fake(output).requires_grad and len({modes[node] for node in making}) > 1:
+            return "the returned logits are made partly with and partly without gradients recorded"
+    if site.outputs:
+        return mutations.anywhere_after(begin, [*read, *vectors, *indices]) or ""
+    if any(isinstance(fake(node), torch.Tensor) and fake(node).requires_grad for node in read):
+        # the backward reads both operands again, where eager code may need only one of them
+        return mutations.anywhere_after(begin, read) or ""
+    return ""
+
+
+def written_behind(site: Site, output: Node) -> bool:
+    """Whether memory that a returned tensor is made of is written by a node that is no part of its making."""
+    making = returned.program_of([output], returned.followed(site))[0]
+    memory = {storage(fake(node)) for node in making}
+    others = set(site.followed).difference(making)
+    return any(storage(fake(target)) in memory for node in others for target in written(node))
