@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
@@ -20,8 +19,6 @@ from fusedhead.rewrite import erase
 from fusedhead.rowwise import RowCall, RowLeaf, Rowwise, Seed, parts
 from fusedhead.safety import leaves
 from fusedhead.values import Projection
-
-aten = torch.ops.aten
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ To add a rule: write it in the family's file with ``@rule(aten.op.overload)`` an
 in tests/rules/.
 """
 
-from fusedhead.rules import columns, losses, picks, pointwise, projections, rows, statistics
+from fusedhead.rules import columns, entries, losses, picks, pointwise, projections, rows, statistics
 from fusedhead.rules.table import RULES
 
-__all__ = ["RULES", "columns", "losses", "picks", "pointwise", "projections", "rows", "statistics"]
+__all__ = ["RULES", "columns", "entries", "losses", "picks", "pointwise", "projections", "rows", "statistics"]

@@ -14,12 +14,12 @@ from typing import Any
 
 from fusedhead import both_ways, returned, safety, size_gate, stacks
 from fusedhead.lowering.cache_key import sources
-from fusedhead.rules import RULES, columns, losses, picks, pointwise, projections, rows, rowwise, statistics
+from fusedhead.rules import RULES, columns, entries, losses, picks, pointwise, projections, rows, rowwise, statistics
 from fusedhead.rules.table import Family
 
 PARTS: tuple[ModuleType, ...] = (
-    projections, columns, pointwise, rows, picks, losses, statistics, rowwise, stacks, both_ways, returned, safety,
-    size_gate,
+    projections, columns, pointwise, rows, picks, losses, entries, statistics, rowwise, stacks, both_ways, returned,
+    safety, size_gate,
 )  # fmt: skip
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 BEGIN, END = "<!-- python -m fusedhead.rules -->", "<!-- end -->"

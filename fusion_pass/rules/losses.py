@@ -1,4 +1,4 @@
-"""Where logits end: losses and per-row results, each rebuilt from row statistics.
+"""Losses of class labels, rebuilt from row statistics.
 
 With z the logits of a row, y its label, lse = log Σ exp z:
 
@@ -22,25 +22,15 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.emit import Emit, named
-from fusedhead.rules.table import (
-    Context,
-    Family,
-    Terminal,
-    needs_logits,
-    over_classes,
-    plain_tensor,
-    rule,
-    vocab_size,
-)  # fmt: skip
-from fusedhead.terminals import Statistics
-from fusedhead.values import Call, Escape, Logits, LogProbs, Plain, logits_of
+from fusedhead.rules.table import Context, Family, needs_logits, over_classes, plain_tensor, rule, vocab_size
+from fusedhead.terminals import Statistics, Terminal
+from fusedhead.values import Escape, Logits, LogProbs, Plain
 
 aten = torch.ops.aten
 FAMILY = Family(
     "loss",
     "`cross_entropy` (mean, sum, none; `ignore_index`, class weights, label smoothing; classes last or in dimension "
-    "1), `log_softmax` + `nll_loss`, `log_softmax` + `gather` (any number of labels a row), `gather` − `logsumexp`, "
-    "z-loss; then any masks and reductions",
+    "1), `log_softmax` + `nll_loss`; then any masks and reductions",
     "labels of another shape or dtype than eager code takes",
 )
 REDUCTIONS = ("none", "mean", "sum")
@@ -72,18 +62,8 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(statically_known_true(sym_eq(x, y)) for x, y in zip(a, b))
 
 
-def nll_terminal(
-    context: Context,
-    name: str,
-    logits: Logits,
-    target: Any,
-    weight: Any,
-    reduction: int,
-    ignore_index: Any,
-    smoothing: float = 0.0,
-    factor: float = 1.0,
-) -> Terminal:
-    """factor · cross entropy of class labels, with everything ``F.cross_entropy`` allows for them."""
+def class_labels(name: str, logits: Logits, target: Any, weight: Any, ignore_index: Any, smoothing: float) -> Plain:
+    """The target, if it and what is beside it are what a loss of class labels takes. Raises Escape."""
     target = plain_tensor(target, "the target")
     if target.val.dtype.is_floating_point:
         raise Escape("the targets are probabilities, not class labels")
@@ -100,8 +80,23 @@ def nll_terminal(
         raise Escape("ignore_index or label_smoothing is not a compile-time constant")
     if weight is not None and plain_tensor(weight, "the class weight").val.requires_grad:
         raise Escape("the class weights require a gradient")
-    size = vocab_size(logits)
+    return target
 
+
+def nll_terminal(
+    context: Context,
+    name: str,
+    logits: Logits,
+    target: Any,
+    weight: Any,
+    reduction: int,
+    ignore_index: Any,
+    smoothing: float = 0.0,
+    factor: float = 1.0,
+) -> Terminal:
+    """factor · cross entropy of class labels, with everything ``F.cross_entropy`` allows for them."""
+    target = class_labels(name, logits, target, weight, ignore_index, smoothing)
+    size = vocab_size(logits)
     emitted: dict[Graph, tuple[Node, Node]] = {}
 
     def valid_and_labels(emit: Emit) -> tuple[Node, Node]:
@@ -158,11 +153,11 @@ def nll_terminal(
         frozenset({"picked", "sum"} if smoothing else {"picked"}),
         result,
         labels,
-        1,
-        (target.ref, ignore_index),
-        (target,),
-        weight if smoothing else None,
-        () if weight is None else (weight,),
+        label_count=1,
+        label_key=(target.ref, ignore_index),
+        label_sources=(target,),
+        weights=weight if smoothing else None,
+        sources=() if weight is None else (weight,),
     )
 
 
@@ -195,78 +190,3 @@ def nll_loss(
     of = replace(value.of, val=value.val)
     name = "log_softmax + nll_loss"
     return nll_terminal(context, name, of, target, weight, reduction, ignore_index, factor=value.factor)
-
-
-def per_row(emit: Emit, flat: Node, stats: Statistics, class_dim: int, keep: bool) -> Node:
-    """A [N] result in the rows' own shape, with the class dimension kept as length 1 where asked."""
-    sizes = stats.row_sizes()
-    shaped = flat if len(sizes) == 1 else emit(aten.reshape.default, flat, sizes)
-    return emit(aten.unsqueeze.default, shaped, class_dim) if keep else shaped
-
-
-@rule(aten.gather.default)
-def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Terminal:
-    """K entries a row: logits (z_y) or log-probabilities (z_y - lse)."""
-    logits = value.of if isinstance(value, LogProbs) else needs_logits(value, "gather")
-    over_classes(dim, logits, "gather")
-    index = plain_tensor(index, "the index of gather")
-    class_dim = logits.class_dim
-    if index.val.ndim != logits.val.ndim:  # eager code allows it of an index without entries
-        raise Escape("gather reads another number of rows than the logits have")
-    picked = index.val.shape[class_dim]
-    others = [size for d, size in enumerate(index.val.shape) if d != class_dim]
-    if not isinstance(picked, int) or not same_shape(others, rows_shape(logits)):
-        raise Escape("gather reads another number of rows than the logits have")
-    if index.val.dtype != torch.int64:
-        raise Escape(f"the index of gather has dtype {index.val.dtype}")
-
-    def labels(emit: Emit) -> Node:
-        last = emit.last(emit.ref(index), class_dim)
-        return last if last.meta["example_value"].ndim == 2 else emit(aten.reshape.default, last, [-1, picked])
-
-    def result(emit: Emit, stats: Statistics) -> Node:
-        assert stats.picked is not None
-        out = stats.picked
-        if isinstance(value, LogProbs):
-            out = emit(aten.sub.Tensor, out, emit(aten.unsqueeze.default, normaliser(emit, stats), 1))
-            out = emit(aten.mul.Tensor, out, value.factor) if value.factor != 1.0 else out
-        sizes = stats.row_sizes()
-        out = out if len(sizes) == 1 else emit(aten.reshape.default, out, [*sizes, picked])
-        return out if class_dim == len(sizes) else emit(aten.movedim.int, out, -1, class_dim)
-
-    name = "log_softmax + gather" if isinstance(value, LogProbs) else "gather"
-    count = "" if picked == 1 else f" ({picked} labels a row)"
-    return Terminal(
-        logits,
-        context.val,
-        name + count,
-        frozenset({"picked"}),
-        result,
-        labels,
-        picked,
-        (index.ref,),
-        (index,),
-    )
-
-
-@rule(aten.take_along_dim.default)
-def take_along_dim(context: Context, value: Any, index: Any, dim: int | None = None) -> Terminal:
-    if dim is None or not isinstance(index, Plain) or index.val.ndim != value.val.ndim:
-        raise Escape("take_along_dim that flattens or broadcasts")
-    size = vocab_size(logits_of(value))
-    inside = Call(aten.remainder.Scalar, (index.ref, size))  # unlike gather it takes any index, modulo the size
-    return gather(context, value, dim, Plain(inside, index.val))
-
-
-@rule(aten.logsumexp.default, aten.special_logsumexp.default)
-def logsumexp(context: Context, value: Any, dim: Sequence[int] | int, keepdim: bool = False) -> Terminal:
-    logits = needs_logits(value, "logsumexp")
-    dims = [dim] if isinstance(dim, int) else list(dim)
-    if len(dims) != 1:
-        raise Escape("logsumexp over several dimensions")
-    over_classes(dims[0], logits, "logsumexp")
-
-    def result(emit: Emit, stats: Statistics) -> Node:
-        return per_row(emit, stats.lse, stats, logits.class_dim, keepdim)
-
-    return Terminal(logits, context.val, "logsumexp", frozenset(), result)

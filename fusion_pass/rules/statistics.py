@@ -14,9 +14,9 @@ from torch.fx import Node
 
 from fusedhead.emit import Emit
 from fusedhead.read import name_of
-from fusedhead.rules.losses import per_row
-from fusedhead.rules.table import Context, Family, Terminal, needs_logits, over_classes, rule, vocab_size
-from fusedhead.terminals import Statistics
+from fusedhead.rules.entries import per_row
+from fusedhead.rules.table import Context, Family, needs_logits, over_classes, rule, vocab_size
+from fusedhead.terminals import Statistics, Terminal
 from fusedhead.values import Escape, Expected, Logits, LogProbs, Probs, same_logits
 
 aten = torch.ops.aten

@@ -11,12 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
 from fusedhead.emit import static
-from fusedhead.terminals import Terminal
 from fusedhead.values import FOLLOWED, Escape, Followed, Logits, LogProbs, Plain, Probs, Value
 
 Rule = Callable[..., Any]
@@ -83,9 +81,3 @@ def vocab_size(logits: Logits) -> int:
     if size is None:
         raise Escape("the vocabulary size is not a compile-time constant")
     return size
-
-
-__all__ = [
-    "RULES", "Context", "Family", "Terminal", "dimension", "needs_logits", "over_classes", "plain_tensor", "rule",
-    "torch", "vocab_size",
-]  # fmt: skip
