@@ -39,9 +39,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--strict", action="store_true", help="stop where a head is not fused")
     command.add_argument("--debug", action="store_true", help="print every rewritten graph")
     command.add_argument("--memory", metavar="auto|min|MIB", help="workspace of a head")
-    command.add_argument(
-        "--logits", metavar="deferred|eager", help="what becomes of logits that are returned"
-    )
+    command.add_argument("--logits", metavar="deferred|eager", help="what becomes of logits that are returned")
     command.add_argument("--min-logits", metavar="auto|N", help="heads with fewer logits are left to Inductor")
     command.add_argument("--quiet", action="store_true", help="print nothing at the end")
     return command
@@ -49,9 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 def split(command: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Our own arguments, and the program with its own, which may look like ours."""
-    takes_value = {
-        flag for action in command._actions if action.nargs is None for flag in action.option_strings
-    }
+    takes_value = {flag for action in command._actions if action.nargs is None for flag in action.option_strings}
     rest = list(arguments)
     own = [rest.pop(0)] if rest else []  # "run"
     while rest and rest[0].startswith("-") and rest[0] != "-":

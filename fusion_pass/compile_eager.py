@@ -92,9 +92,7 @@ def untouched(module: nn.Module) -> bool:
     """Whether the program compiles nothing in, or around, this module."""
     from torch._dynamo.eval_frame import OptimizedModule
 
-    return not any(
-        isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()
-    )
+    return not any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in module.modules())
 
 
 class Attention:

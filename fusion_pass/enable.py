@@ -225,9 +225,7 @@ def start(edit: Edit) -> None:
                 change.state = "made"
             except Exception as error:  # another version of the package: what it does not have is not needed
                 change.state = f"failed: {type(error).__name__}: {error}"
-                log.warning(
-                    "fusedhead: %s could not be changed (%s: %s)", edit.where, type(error).__name__, error
-                )
+                log.warning("fusedhead: %s could not be changed (%s: %s)", edit.where, type(error).__name__, error)
 
     stop = after_import(edit.module, make)
     undo.append(stop)

@@ -239,5 +239,3 @@ def covers(entries: Sequence[Any], size: Any, join: Callable[..., Any]) -> bool:
     bounds = [e.indices(size) for e in entries]
     starts, stops = [0, *(stop for _, stop, _ in bounds)], [start for start, _, _ in bounds]
     return starts[:-1] == stops and starts[-1] == size and all(step == 1 for *_, step in bounds)
-
-

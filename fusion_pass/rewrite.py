@@ -29,6 +29,8 @@ from fusedhead.terminals import Statistics, Terminal
 from fusedhead.values import Projection, Stack
 
 aten = torch.ops.aten
+
+
 def columns_of(group: Group, terminal: Terminal) -> tuple[int, int]:
     """Which of the group's K picked entries are this terminal's."""
     begin = 0
@@ -39,9 +41,7 @@ def columns_of(group: Group, terminal: Terminal) -> tuple[int, int]:
     raise AssertionError("a terminal without labels asked for picked entries")
 
 
-def rebuild(
-    emit: Emit, group: Group, statistics: dict[str, Node], node: Node, terminal: Terminal, grad: bool
-) -> None:
+def rebuild(emit: Emit, group: Group, statistics: dict[str, Node], node: Node, terminal: Terminal, grad: bool) -> None:
     """Replace one terminal by its result from the statistics."""
     logits = terminal.logits
 
@@ -59,9 +59,8 @@ def rebuild(
                 picked = emit(aten.slice.Tensor, picked, 1, begin, end)
         total = statistics["sum"] if "sum" in terminal.want else None
         result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes, **others))
-        result = (
-            result if grad else emit(aten.detach.default, result)
-        )  # it may be a statistic that others differentiate
+        if not grad:  # it may be a statistic that others differentiate
+            result = emit(aten.detach.default, result)
         replacement = emit.cast(result, terminal.val.dtype)
         node.replace_all_uses_with(replacement)
         emit.replaced(node, replacement)

@@ -60,7 +60,6 @@ class Projection:
     weight: Plain  # [V, D]; its ref may be a transposing Call
     dtype: torch.dtype  # of the projection's result; operands are cast to it when they differ (autocast)
 
-
     @property
     def products(self) -> tuple[Node, ...]:
         """The nodes that multiply."""
