@@ -8,7 +8,8 @@ from the row sums
 so that z is computed once: 3 products of 2NDV FLOP. In memory: one window of E, dh (whose rows hold s ⊙ h until dw
 has used it), one float32 [window tokens, D], and half of dw in float32 where asked. Where the planner allows only a
 part of a row of E, the lse of the other columns comes from a sweep of its own and their dz is rebuilt block by block:
-up to one product more. It must not know how large the windows should be.
+up to one product more, and sums of dh in float32, half of which lie in dh. It must not know how large the windows
+should be.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fusedhead.kernels.triton_gemm import gemm, weighted_rows
 from fusedhead.kernels.triton_labels import check_labels, map_labels
 from fusedhead.kernels.triton_launch import on_device
 from fusedhead.kernels.triton_merge import merge_reference
+from fusedhead.kernels.triton_narrow_sum import NarrowSum
 from fusedhead.kernels.triton_operands import (
     even_cuts,
     first_rows,
@@ -86,7 +88,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
     n, (vocab, hidden), narrow = len(head.h), head.w.shape, head.h.dtype
     new = head.h.new_empty
     kept = slice(0, min(windows.vocab, vocab))
-    others = [slice(kept.stop + v.start, kept.stop + v.stop) for v in even_cuts(vocab - kept.stop, windows.vocab)]
+    others = [slice(at, min(at + kept.stop, vocab)) for at in range(kept.stop, vocab, kept.stop)]
     lse, picked = new(n, dtype=torch.float32), new(head.y.shape, dtype=torch.float32)
     total = None if coefficients.sum is None else torch.empty_like(lse)
     cuts = list(even_cuts(n, windows.tokens))
@@ -108,7 +110,8 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
         ref2 = new(tokens, dtype=torch.float32)
         slope = torch.empty_like(picked[:tokens] if varies_along_row(head.transform) else picked[:0])
         scaled = new((tokens, hidden)) if dw is not None and dh is None else None
-        wide = new((tokens, hidden), dtype=torch.float32) if dh is not None and narrow != torch.float32 else None
+        wide = dh is not None and narrow != torch.float32 and not others
+        product = new((tokens, hidden), dtype=torch.float32) if wide else None
         gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
         for i in cuts:
             part, c = slice_head(head, i, kept), slice_rows(coefficients, i)
@@ -137,16 +140,17 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
             window = exps if exps.shape[1] == kept.stop else exps[:, : kept.stop]
             if dw is not None and sh is not None:
                 dw.add(window, kept, sh, first=i.start == 0, alpha=1 / gain)
-            if row_dh is not None:
-                product = row_dh if wide is None else first_rows(wide, m)
-                gemm(window, part.w, product)
-                outer = None if rank_one is None else (rank_one[0][i], rank_one[1])
-                scale_rows(product, scale, product if others else row_dh, outer)
-                if others:
-                    _add_others(head, i, others, exps, c, row_lse, dw, product)
-                    row_dh.copy_(product)
-            elif others:
-                _add_others(head, i, others, exps, c, row_lse, dw, None)
+            outer = None if rank_one is None else (rows_of(rank_one[0], i), rank_one[1])
+            if others:
+                sums = None if row_dh is None else NarrowSum(row_dh, torch.float32)
+                for at, to in () if sums is None else sums.pieces(slice(0, m)):
+                    gemm(rows_of(window, at), part.w, to)
+                    scale_rows(to, rows_of(scale, at), to, None)
+                _add_others(head, i, others, exps, c, row_lse, dw, sums)
+            elif row_dh is not None:
+                to = row_dh if product is None else first_rows(product, m)
+                gemm(window, part.w, to)
+                scale_rows(to, scale, row_dh, outer)
         del buffer, exps, window
         grads = HeadGrads(dh, None if dw is None else dw.finish(), None, None)
     return RowStats(lse, picked, total), grads
@@ -171,7 +175,7 @@ def _add_others(
     c: RowGrads,
     lse: Tensor,
     dw: WeightGradient | None,
-    dh: Tensor | None,
+    dh: NarrowSum | None,
 ) -> None:
     """Rebuild dz of the columns whose exponentials were not kept, block by block, and add their gradients."""
     grads = c
@@ -185,8 +189,10 @@ def _add_others(
         window = buffer[:, : len(part.w)]
         if dw is not None:
             dw.add(window, v, part.h, first=i.start == 0)
-        if dh is not None:
-            gemm(window, part.w, dh, add=True)
+        for at, to in () if dh is None else dh.pieces(slice(0, len(part.h))):
+            gemm(rows_of(window, at), part.w, to, add=True)
+    if dh is not None:
+        dh.finish()
 
 
 def _exponentials(

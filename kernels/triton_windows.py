@@ -33,12 +33,14 @@ from fusedhead.kernels.triton_gemm import gemm
 from fusedhead.kernels.triton_labels import check_labels
 from fusedhead.kernels.triton_launch import on_device
 from fusedhead.kernels.triton_merge import merge_statistics
+from fusedhead.kernels.triton_narrow_sum import NarrowSum
 from fusedhead.kernels.triton_operands import (
     even_cuts,
     multiplied,
     new_window,
     ready_head,
     ready_rows,
+    rows_of,
     slice_head,
     slice_rows,
 )
@@ -106,10 +108,9 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     with on_device(head.h):
         buffer = new_window(head, token_cuts[0].stop, vocab_cuts[0].stop)
         # always float32: a vocabulary is many windows, and a narrow sum over them loses to eager code
-        wide = needs.h and len(vocab_cuts) > 1 and head.h.dtype != torch.float32
-        shape = (token_cuts[0].stop, head.h.shape[1])
-        dh_sum = head.h.new_empty(shape, dtype=torch.float32) if wide else None
+        accumulate = torch.float32 if len(vocab_cuts) > 1 else head.h.dtype
         for i in token_cuts:
+            dh_sum = None if dh is None else NarrowSum(rows_of(dh, i), accumulate)
             rows = RowStats._make(None if x is None else x[i] for x in stats)
             grads = slice_rows(upstream, i)
             for v in vocab_cuts:
@@ -122,11 +123,10 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
                 window = window[:, : len(part.w)]
                 if dw is not None:
                     dw.add(window, v, part.h, first=i.start == 0)
-                if dh is not None:
-                    to = dh[i] if dh_sum is None else dh_sum[: len(part.h)]
-                    gemm(window, part.w, to, add=v.start > 0)
-            if dh is not None and dh_sum is not None:
-                dh[i] = dh_sum[: i.stop - i.start]
+                for at, to in () if dh_sum is None else dh_sum.pieces(slice(0, len(part.h))):
+                    gemm(rows_of(window, at), part.w, to, add=v.start > 0)
+            if dh_sum is not None:
+                dh_sum.finish()
     return HeadGrads(dh, None if dw is None else dw.finish(), dcols, drows)
 
 

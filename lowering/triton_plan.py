@@ -5,7 +5,7 @@
 | statistics  | partial rows, in float32 a window of logits [tokens, V] too                                |
 | single pass | a window of exponentials [tokens, V], E w of its rows in float32, float32 sums of dw        |
 | frozen      | the same without dw                                                                        |
-| recompute   | a block of dz [tokens, vocab], dh of its rows in float32, float32 sums of dw                |
+| recompute   | a block of dz [tokens, vocab], half of dh of its rows in float32, float32 sums of dw        |
 
 Where one pass would do but has no room, recompute keeps the exponentials of its first block, so the wider a block is
 the less is computed twice: windows are then as low as sums of dw allow.
@@ -27,6 +27,7 @@ from fusedhead.kernels.contract import Needs, Windows
 
 MIB = 1 << 20
 BLOCK = 128  # tokens and columns that windows are cut to
+TILE = 256  # columns of a kernel's tile: a block of whole tiles leaves no program half a tile
 EXACT_SUMS = 3
 MOST_TOKENS = 8192  # of a window
 SUMMED_TOKENS = (2048, 4096)  # of a window where dw is summed in float32: fewer lose to recompute, more gain nothing
@@ -67,7 +68,8 @@ def _way(head: Sizes, algorithm: str, tokens: int, vocab: int) -> Way:
     held = MIB + n * partial * (1 if any(needs) else 2)
     if any(needs) or not _narrow(head):
         held += tokens * -(-vocab // 64) * 64 * dtype.itemsize
-        held += 4 * tokens * d * (needs.h and _narrow(head) and (algorithm != "recompute" or vocab < v))
+        wide_dh = 2 if algorithm == "recompute" and vocab < v else 4 * (algorithm != "recompute")
+        held += wide_dh * tokens * d * (needs.h and _narrow(head))
         held += 2 * v * d * wide_sums
     return Way(algorithm, windows, held)
 
@@ -101,7 +103,7 @@ def _recomputes(head: Sizes, most: int, keep: bool) -> list[Way]:
     for tokens in (min(at, max(head.n, 1)) for at in heights):
         held = _way(head, "recompute", tokens, 1).held - 64 * tokens * head.dtype.itemsize
         room = min(max(most - held, 0), BLOCK_BYTES) if most else BLOCK_BYTES
-        columns = room // (max(tokens, 1) * head.dtype.itemsize) // BLOCK * BLOCK
+        columns = room // (max(tokens, 1) * head.dtype.itemsize) // TILE * TILE
         ways += [_way(head, "recompute", tokens, at) for at in (columns, BLOCK) if at]
     return ways
 

@@ -50,6 +50,6 @@ def test_a_sum_in_its_own_dtype_is_rounded_with_every_window():
 
 def test_a_float32_sum_takes_half_its_memory_beside_dw():
     dw = WeightGradient(torch.empty(1000, 8, dtype=torch.bfloat16), 5, torch.float32)
-    own, others = (rows for _, rows in dw.parts)
-    assert own.data_ptr() == dw.result.data_ptr()
-    assert own.numel() == others.numel() == dw.result.numel() // 2
+    own, others = (rows for _, rows in dw.sums.parts)
+    assert own.data_ptr() == dw.sums.result.data_ptr()
+    assert own.numel() == others.numel() == dw.sums.result.numel() // 2
