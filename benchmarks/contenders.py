@@ -117,14 +117,15 @@ def cut(filter_eps: str | None) -> Callable[[Task], Program]:
 
 
 def quack(task: Task) -> Program:
-    """quack-kernels in chunks of 4096 tokens, fewer where such a chunk of bfloat16 logits reaches 2 GiB."""
+    """quack-kernels in chunks of 4096 tokens; fewer where such a chunk of bfloat16 logits reaches 2 GiB, or where as
+    many tokens as the hidden size make its vectors of rows and columns the same to it."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy as function
 
     if task.per_token:
         raise Unavailable("quack-kernels has no per-token loss in chunks")
 
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        chunk = 4096 if 4096 * w.shape[0] * 2 < 2**31 else 2048
+        chunk = 4096 if 4096 * w.shape[0] * 2 < 2**31 and h.shape[1] != 4096 else 2048
         return function(h, w, y, chunk_size=chunk, tuned=False)
 
     return program

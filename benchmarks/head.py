@@ -127,6 +127,9 @@ def group(
         lambda name: bar.set_postfix_str(f"{case.text} {kind} {task.name}: timing {name}"),
     )
     fill(rows, times)
+    for row in rows:
+        if row.ms and not run.late():
+            row.device_ms = measure.device_ms(steps[row.contender], run.device, row.ms)
     return rows
 
 

@@ -22,6 +22,8 @@ Result = TypeVar("Result")
 Step = Callable[[], Sequence[Tensor]]
 TURN_SECONDS = 0.03  # timed part of a turn, when one step is shorter
 FEWEST_ROUNDS = 3
+LONG_MS = 8.0  # of a step, from where on no host is slower than the device
+PAUSE_CYCLES, AHEAD = 80_000_000, 8  # of the device, about 45 ms, and steps that are enqueued meanwhile
 
 
 def wait(device: torch.device) -> None:
@@ -59,6 +61,24 @@ def turn(step: Step, device: torch.device, repeat: int) -> float:
     for _ in range(repeat):
         step()
     return (time.perf_counter() - begin) / repeat
+
+
+def device_ms(step: Step, device: torch.device, ms: float) -> float | None:
+    """Milliseconds of the device for a step that was enqueued ahead: behind a pause of the device in which the host
+    enqueues some. None on the CPU, and for steps so long that the host is ahead anyway."""
+    if device.type != "cuda" or ms > LONG_MS:
+        return None
+    times = []
+    for _ in range(FEWEST_ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(PAUSE_CYCLES)
+        start.record()
+        for _ in range(AHEAD):
+            step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / AHEAD)
+    return statistics.median(times)
 
 
 def interleaved(

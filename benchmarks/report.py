@@ -26,6 +26,7 @@ class Row:
     task: str
     contender: str
     ms: float | None = None  # median of the rounds
+    device_ms: float | None = None  # the same where the host is ahead of the device, as in a training step
     best_ms: float | None = None  # fastest round: on a shared machine the steadier number
     rounds: int = 0
     spread: float | None = None  # (slowest - fastest round) / median
@@ -43,6 +44,7 @@ class Row:
 HEADINGS = (
     "contender",
     "ms",
+    "device ms",
     "floor/ms",
     "extra MiB",
     "loss",
@@ -64,6 +66,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.contender,
         shown(row.ms, ".2f" if row.ms and row.ms < 100 else ".1f"),
+        shown(row.device_ms, ".2f"),
         shown(row.ratio, ".2f"),
         shown(row.extra_mib, ".1f" if row.extra_mib and abs(row.extra_mib) < 10 else ".0f"),
         *(shown(row.error.get(name), ".1e") for name in ("loss", "dh", "dw")),
@@ -98,8 +101,10 @@ def markdown(results: dict[str, Any], rows: list[Row]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version != "-")
         out += [f"{run['device']}, {run['date']}: `{run['command']}`  ", f"{versions}", ""]
     out += [
-        "floor/ms is the speed relative to the bare products of the task; extra MiB is the peak of one step,",
-        "less inputs, dH and dW; errors are relative to float64, then over eager's in the same dtype.",
+        "ms is a step in a row of its own kind; device ms (of short steps) one that the host has enqueued ahead of time,",
+        "as behind the layers of a model. floor/ms is the speed relative to the bare products of the task; extra MiB is",
+        "the peak of one step, less inputs, dH and dW; errors are relative to float64, then over eager's in the same",
+        "dtype.",
     ]
     for (case, task, data), members in groups(rows).items():
         out += ["", f"### {case} {task}, {data} data", ""]
