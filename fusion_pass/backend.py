@@ -19,11 +19,11 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 from fusedhead import observe as observing
 from fusedhead.deferred.handing_out import deferring, existing
 from fusedhead.deferred.inputs import any_deferred, spread
-from fusedhead.fusion import Needless, fuse_graph, unwrapped
+from fusedhead.fusion import Needless, fuse_graph
 from fusedhead.inductor import Inductor, keyed, overwrites
 from fusedhead.options import Options, split
 from fusedhead.report import Report
-from fusedhead.returned import Wrap, compute_now
+from fusedhead.returned import Wrap, compute_now, unwrapped
 
 log = logging.getLogger("fusedhead")
 
@@ -107,7 +107,7 @@ def wants_texts(options: Options) -> bool:
 def publish(report: Report, options: Options) -> None:
     """Tell the user: debug print, log, structured trace."""
     for head in report.heads:
-        log.log(logging.INFO if head.fused else logging.WARNING if options.debug else logging.INFO, "%s", head)
+        log.log(logging.WARNING if options.debug and not head.fused else logging.INFO, "%s", head)
     if log.isEnabledFor(logging.DEBUG) and report.heads:
         log.debug("before:\n%s\nafter:\n%s", report.before, report.after)
     if report.heads:

@@ -19,9 +19,9 @@ from fusedhead.options import Options
 from fusedhead.read import fake, hint, where
 from fusedhead.records import tokens_of
 from fusedhead.row_region import Region
-from fusedhead.safety import Mutations, functorch, leaves, subclass
+from fusedhead.safety import Mutations, functorch, subclass
 from fusedhead.size_gate import gate, row_gate
-from fusedhead.values import Projection
+from fusedhead.values import Projection, leaves
 
 RUN_AS_THEY_ARE = CHECKPOINTS | {"invoke_subgraph"}
 

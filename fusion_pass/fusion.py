@@ -7,7 +7,6 @@ copy of the original. Which reading is used is for `readings` to say, which site
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,29 +29,20 @@ from fusedhead import (
 from fusedhead.anchors import candidates
 from fusedhead.decisions import decide
 from fusedhead.interpret import Reading
+from fusedhead.lone_heads import heads_without_loss
 from fusedhead.modes import grad_modes
 from fusedhead.opened import CHECKPOINTS
 from fusedhead.options import Options
 from fusedhead.read import name_of
 from fusedhead.records import describe, engine, planner, row_engine
 from fusedhead.report import HeadRecord, Report
-from fusedhead.returned import Wrap
+from fusedhead.returned import Wrap, at_once, nested, unwrapped
 from fusedhead.rewrite import fuse
 from fusedhead.safety import Mutations
 from fusedhead.unread import unread
 from fusedhead.values import Projection, logits_of
 
 BOTH_MODES = "its region is run without recording gradients too"
-
-
-def unwrapped(compiled: Callable[..., Any], finish: returned.Finish) -> Callable[..., Any]:
-    """What is put around a compiled graph of which no output was redirected."""
-    return compiled
-
-
-def at_once(wrap: Wrap) -> Wrap:
-    """The same, where returned logits are computed right behind the graph whatever the caller asks."""
-    return lambda compiled, finish: wrap(compiled, returned.compute_now)
 
 
 class Body(NamedTuple):
@@ -107,7 +97,7 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
         products = both_ways.separate(module.graph) if twice else []
         apart = joined.separate(module.graph) if owner == "" else None
         wrap = apart or wrap
-        alone = returned.heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
+        alone = heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
         reading = readings.chosen(module.graph, candidates(module.graph) | alone, grad is not False)
         report.heads += unread(module.graph, reading)
         records: list[HeadRecord] = []
@@ -117,7 +107,7 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
         if both_ways.left(products):
             raise Needless
         report.heads += records
-        wrap = joined.nested(apart, wrapped) or wrap
+        wrap = nested(apart, wrapped) or wrap
         if any(record.fused for record in records):
             module.graph.lint()
             module.recompile()
@@ -171,8 +161,6 @@ def fuse_body(
         for head in region.heads:
             engines[head] = [*how, *engines[head]]
     for site, reason in decided:
-        record = describe(site, reason, "", deferred, met.get(site.head))
-        if not reason:
-            record.engine = ", ".join(dict.fromkeys(engines[site.head])) or "as the caller asks"
-        records.append(record)
+        computed_by = ", ".join(dict.fromkeys(engines[site.head])) or "as the caller asks"
+        records.append(describe(site, reason, "" if reason else computed_by, deferred, met.get(site.head)))
     return records, wrap

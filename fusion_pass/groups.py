@@ -19,14 +19,12 @@ from fusedhead.interpret import Site
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import STATS
 from fusedhead.read import name_of
-from fusedhead.safety import Mutations, leaves
+from fusedhead.safety import Mutations
 from fusedhead.terminals import Terminal
-from fusedhead.values import Call, Plain, Stack, sweep
+from fusedhead.values import Call, Plain, Stack, leaves, sweep
 
 MOST_MOVED = 24  # nodes that are moved for the sake of one group
-
-
-DECISIONS = frozenset({"max", "argmax"})
+DECISIONS = frozenset({"max", "argmax"})  # taken on the logits as the program rounds them
 
 
 @dataclass(eq=False)

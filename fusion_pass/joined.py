@@ -161,13 +161,6 @@ def separate(graph: Graph) -> Wrap | None:
     return wrap
 
 
-def nested(outer: Wrap | None, inner: Wrap | None) -> Wrap | None:
-    """Both wraps around a compiled graph, ``inner`` closer to it."""
-    if outer is None or inner is None:
-        return outer or inner
-    return lambda compiled, finish: outer(inner(compiled, finish), finish)
-
-
 def sizes(stack: Stack) -> dict[Node, tuple[Any, ...]]:
     """The sizes [V, D] that belong to each head."""
     return {part: tuple(fake(n).shape[-1] for n in (part, *part.all_input_nodes)) for part in stack.parts}

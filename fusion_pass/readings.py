@@ -25,7 +25,7 @@ from fusedhead.row_emission import by_tokens
 from fusedhead.row_region import Region, leaves_of, regions
 from fusedhead.rowwise import parts
 from fusedhead.rules.projections import SPELLINGS
-from fusedhead.safety import leaves
+from fusedhead.values import leaves
 
 
 def chosen(graph: Graph, starts: set[Node], grad: bool) -> Reading:

@@ -62,6 +62,10 @@ def tokens_of(site: Site) -> Any:
 
 
 def describe(site: Site, reason: str, engine: str, deferred: bool = False, region: Region | None = None) -> HeadRecord:
+    """The record of a site: ``reason`` is "" where it was fused, and ``engine`` what computes it then.
+
+    ``deferred``: returned logits are handed out deferred. ``region``: the row program that reads its logits.
+    """
     vocab, hidden = site.head.weight.val.shape
     tokens = tokens_of(site)
     fused = not reason

@@ -24,7 +24,6 @@ from fusedhead.aliases import storage, written
 from fusedhead.interpret import Site
 from fusedhead.read import fake, name_of
 from fusedhead.rewrite import PURE_VIEWS
-from fusedhead.rules.projections import SPELLINGS
 from fusedhead.rules.table import Family
 
 FAMILY = Family(
@@ -154,46 +153,13 @@ def recipe_of(
 
 Finish = Callable[[Recipe, Sequence[Any]], Any]  # what a returned tensor is made by, of the recipe's sources
 Wrap = Callable[[Callable[..., Any], Finish], Callable[..., Any]]  # gives a compiled graph its outputs back
+LEAST_TOKENS = 64  # fewer are not worth deferring when no gradient is recorded: generation
 
 
 def compute_now(recipe: Recipe, sources: Sequence[Any]) -> Tensor:
     """The returned tensor itself, computed in eager mode."""
     with torch.autocast(recipe.device, enabled=False):
         return recipe.program(*sources)
-
-
-LEAST_VOCAB = 1024
-LEAST_RATIO = 8  # V / D below this may be an inner layer of a network ...
-SURE_VOCAB = 30_000  # ... except from here on
-LEAST_TOKENS = 64  # fewer are not worth deferring when no gradient is recorded: generation
-
-
-def looks_like_a_head(node: Node) -> bool:
-    """Whether a projection, by its sizes, is worth deferring although the graph has no loss on it."""
-    hidden, result = next((fake(n) for n in node.all_input_nodes), None), fake(node)
-    if not isinstance(hidden, Tensor) or not isinstance(result, Tensor) or hidden.ndim < 2:
-        return False
-    depth, vocab = hidden.shape[-1], result.shape[-1]
-    if not isinstance(depth, int) or not isinstance(vocab, int) or vocab < LEAST_VOCAB:
-        return False
-    return vocab >= LEAST_RATIO * depth or vocab >= SURE_VOCAB
-
-
-def heads_without_loss(graph: Graph) -> set[Node]:
-    """Projections from which an output of the graph is reached without passing another one."""
-    found: set[Node] = set()
-    seen: set[Node] = set()
-    stack = [graph.output_node()]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source in seen or not source.op.startswith("call_"):
-                continue
-            seen.add(source)
-            if name_of(source) not in SPELLINGS:
-                stack.append(source)
-            elif looks_like_a_head(source):
-                found.add(source)
-    return found
 
 
 def redirect(graph: Graph, recipes: Sequence[Recipe]) -> Wrap:
@@ -233,3 +199,20 @@ def redirect(graph: Graph, recipes: Sequence[Recipe]) -> Wrap:
         return with_returned_logits
 
     return wrap
+
+
+def unwrapped(compiled: Callable[..., Any], finish: Finish) -> Callable[..., Any]:
+    """What is put around a compiled graph of which no output was redirected."""
+    return compiled
+
+
+def at_once(wrap: Wrap) -> Wrap:
+    """A wrap by which returned logits are computed right behind the graph whatever the caller asks."""
+    return lambda compiled, finish: wrap(compiled, compute_now)
+
+
+def nested(outer: Wrap | None, inner: Wrap | None) -> Wrap | None:
+    """Both wraps around a compiled graph, ``inner`` closer to it."""
+    if outer is None or inner is None:
+        return outer or inner
+    return lambda compiled, finish: outer(inner(compiled, finish), finish)

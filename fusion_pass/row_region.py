@@ -17,8 +17,7 @@ from fusedhead.aliases import written
 from fusedhead.interpret import Reading
 from fusedhead.rewrite import erase
 from fusedhead.rowwise import RowCall, RowLeaf, Rowwise, Seed, parts
-from fusedhead.safety import leaves
-from fusedhead.values import Projection
+from fusedhead.values import Projection, leaves
 
 
 @dataclass(eq=False)

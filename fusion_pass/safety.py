@@ -9,13 +9,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves
 
 from fusedhead.aliases import storage, written
 from fusedhead.anchors import candidates
@@ -23,7 +21,6 @@ from fusedhead.interpret import Site
 from fusedhead.places import Places
 from fusedhead.read import fake, name_of, where
 from fusedhead.rules.table import Family
-from fusedhead.values import Call, Plain
 
 FAMILY = Family(
     "where",
@@ -32,21 +29,6 @@ FAMILY = Family(
     "inside `torch.func` transforms; DTensor and other tensor subclasses; where hidden states, weight or labels are "
     "written between the projection and the loss",
 )
-
-
-def leaves(refs: Iterable[Any]) -> list[Node]:
-    """The graph's own nodes that expressions are made of."""
-    found: list[Node] = []
-    stack = list(refs)
-    while stack:
-        ref = stack.pop()
-        if isinstance(ref, Node):
-            found.append(ref)
-        elif isinstance(ref, Plain):
-            stack.append(ref.ref)
-        elif isinstance(ref, Call):
-            stack.extend(tree_leaves((ref.args, ref.kwargs), is_leaf=lambda x: isinstance(x, (Plain, Call))))
-    return found
 
 
 class Mutations:

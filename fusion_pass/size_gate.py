@@ -22,8 +22,7 @@ from fusedhead.interpret import Site
 from fusedhead.lowering.row_plan import window_bytes
 from fusedhead.read import fake, hint
 from fusedhead.rules.table import Family
-from fusedhead.safety import leaves
-from fusedhead.values import Stack
+from fusedhead.values import Stack, leaves
 
 FAMILY = Family(
     "size",

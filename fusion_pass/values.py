@@ -7,12 +7,14 @@ the head (columns). This file knows no ops and no rules; it must not edit graphs
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from fusedhead.kernels.columns import Step
 
@@ -169,6 +171,21 @@ class Stack(Projection):
     @property
     def operands(self) -> tuple[Plain, ...]:
         return tuple(x for part in self.parts for x in (*part.head.operands, *part.cols))
+
+
+def leaves(refs: Iterable[Any]) -> list[Node]:
+    """The graph's own nodes that expressions are made of."""
+    found: list[Node] = []
+    stack = list(refs)
+    while stack:
+        ref = stack.pop()
+        if isinstance(ref, Node):
+            found.append(ref)
+        elif isinstance(ref, Plain):
+            stack.append(ref.ref)
+        elif isinstance(ref, Call):
+            stack.extend(tree_leaves((ref.args, ref.kwargs), is_leaf=lambda x: isinstance(x, (Plain, Call))))
+    return found
 
 
 def piece_of(cols: tuple[Plain, ...], begin: int, end: int) -> tuple[Plain, ...]:
