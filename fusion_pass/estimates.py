@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+
 from fusedhead.report import HeadRecord
 
 # bytes a second a device reads and writes, where the device does not say: order of magnitude
@@ -66,8 +68,6 @@ def itemsize(head: HeadRecord) -> int:
 
 def bandwidth(device: str) -> float:
     """Bytes a second of the device's memory, from its clock and bus where it tells them."""
-    import torch
-
     if device == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties()
         clock, bus = getattr(properties, "memory_clock_rate", 0), getattr(properties, "memory_bus_width", 0)

@@ -23,17 +23,13 @@ def explain(fn: Callable[..., Any], **compile_options: Any) -> Callable[..., Rep
 
     def explained(*args: Any, **kwargs: Any) -> Report:
         report = Report()
+        passed = dict(compile_options)
+        mode, options = passed.pop("mode", None), passed.pop("options", None)
 
-        def backend(gm: Any, example_inputs: Any, **given: Any) -> Any:
-            return compile_with(gm, example_inputs, observe=report.extend, **given)
+        def backend(gm: Any, example_inputs: Any) -> Any:
+            return compile_with(gm, example_inputs, mode=mode, options=options, observe=report.extend)
 
-        mode, options = compile_options.get("mode"), compile_options.get("options")
-        passed = {k: v for k, v in compile_options.items() if k not in ("mode", "options")}
-
-        def with_options(gm: Any, example_inputs: Any) -> Any:
-            return backend(gm, example_inputs, mode=mode, options=options)
-
-        torch.compile(target, backend=with_options, **passed)(*args, **kwargs)
+        torch.compile(target, backend=backend, **passed)(*args, **kwargs)
         return report
 
     return explained

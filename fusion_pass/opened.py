@@ -1,8 +1,8 @@
 """Checkpoints that hold a head alone, and the loss outside: the head's nodes in the place of the checkpoint.
 
-A checkpoint keeps its operands and computes the rest again; so does a fused head, which keeps hidden states and weight
-and never has the logits that the checkpoint was for, and returned all the same. Where the head is then not fused, the
-caller takes the graph as it was: this file opens, and knows no rule that would say.
+A checkpoint keeps its operands and computes the rest again. So does a fused head, and it never has the logits, which
+the checkpoint was to save and returns all the same. Where the head is then not fused, the caller takes the graph as it
+was: this file opens, and knows no rule that would say.
 """
 
 from __future__ import annotations

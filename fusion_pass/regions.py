@@ -28,8 +28,6 @@ from fusedhead.report import HeadRecord
 from fusedhead.rules.projections import SPELLINGS
 
 HANDFUL = 40  # nodes; a layer of a model has more, and is worth compiling once
-
-
 KEPT = "head and loss are not in one region that is compiled once and the region cannot be repeated in the call's place"
 
 

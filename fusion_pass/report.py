@@ -18,7 +18,7 @@ class HeadRecord:
     hidden_size: int
     vocab_size: int
     logits: str  # "never built" | "built" | "deferred"
-    engine: str  # "triton" | "torch windows", and the algorithm
+    engine: str  # what computes it and when its gradients are taken, with the price; empty when it is not fused
     bytes_saved: int  # bytes of the [N, V] logits that are not built
     bytes_logits: int = 0  # what the [N, V] logits take, built or not
     dtype: str = ""  # of the logits

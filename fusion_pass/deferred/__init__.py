@@ -6,5 +6,5 @@
 | what the call amounts to, read as a graph   | `draft`, `reading`, `rows`, `outcome`                |
 | numbers that are known already              | `sweeps`, `picks`                                    |
 
-The matcher's rules read calls here as they read a Dynamo graph. No rule and no kernel may know this package.
+The pass's rules read calls here as they read a Dynamo graph. No rule and no kernel may know this package.
 """

@@ -1,7 +1,11 @@
-"""Which torch functions ask a tensor about itself only, and which write to it: tables for deferred logits.
+"""Torch functions by what a call of them on deferred logits needs, by name: tables, and questions to them.
 
-A question of the first kind is answered without computing anything. One of the second kind changes memory, so the
-logits have to exist first. Everything else is none of this file's business.
+| `METADATA`, `ALONE`, `ALIKE` | a tensor's looks: answered without computing anything                       |
+| `LAZY`                       | recorded as it is: a step that rules follow                                 |
+| `PUT_OFF`                    | recorded if a rule reads its result as rows that are computed apart         |
+| `writes`                     | the logits have to exist first, unless the memory is theirs alone (`FRESH`) |
+
+What is in none of them is read, or made at once. This file reads nothing and records nothing.
 """
 
 from __future__ import annotations

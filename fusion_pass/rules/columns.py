@@ -169,7 +169,9 @@ def neg(context: Context, value: Any) -> Followed:
     return needs_logits(value, "neg").step(context.val, Step("mul", -1.0))
 
 
-def pointwise(name: str) -> Any:
+def cap(name: str) -> Any:
+    """The rule of an op of the logits alone that is a step of its own."""
+
     def unary(context: Context, value: Any) -> Logits:
         return needs_logits(value, name).step(context.val, Step(name))
 
@@ -177,7 +179,7 @@ def pointwise(name: str) -> Any:
 
 
 for _name in ("tanh", "sigmoid"):
-    rule(getattr(aten, _name).default)(pointwise(_name))
+    rule(getattr(aten, _name).default)(cap(_name))
 
 
 def column_mask(mask: Any, logits: Logits) -> Plain:

@@ -7,6 +7,7 @@ must refuse whenever it cannot prove that the vocabulary stays one unit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,23 +43,16 @@ def class_dim_of(value: Any) -> int:
     raise Escape("the logits are used as an index or a size")
 
 
-def product(sizes: Sequence[Any]) -> Any:
-    total: Any = 1
-    for size in sizes:
-        total = total * size
-    return total
-
-
 def class_dim_after_view(before: Sequence[Any], class_dim: int, after: Sequence[Any]) -> int:
     """Where the vocabulary's dimension is after a view, provided the view keeps it as one unit.
 
     A view keeps row-major order. Dimension j of the result is the old class dimension exactly when it has its
     length and as many elements come after it (and, with equal totals, before it).
     """
-    behind = product(before[class_dim + 1 :])
+    behind = math.prod(before[class_dim + 1 :])
     for j in reversed(range(len(after))):
         same_length = statically_known_true(sym_eq(after[j], before[class_dim]))
-        if same_length and statically_known_true(sym_eq(product(after[j + 1 :]), behind)):
+        if same_length and statically_known_true(sym_eq(math.prod(after[j + 1 :]), behind)):
             return j
     shown = f"{tuple(before)} to {tuple(after)}"
     raise Escape(f"a view from {shown} does not keep the vocabulary (dimension {class_dim}) as one unit")
