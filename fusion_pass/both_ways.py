@@ -97,6 +97,7 @@ def matrix_of(node: Node) -> Node | None:
 
 
 def reaches_a_loss(node: Node) -> bool:
+    """Whether an anchor reads a node, with nothing but scales and casts in between."""
     stack = [node]
     while stack:
         for user in stack.pop().users:

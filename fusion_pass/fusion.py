@@ -15,7 +15,6 @@ from torch.fx import Graph, GraphModule, Node
 from fusedhead import (
     accumulations,
     both_ways,
-    joined,
     linear_tail,
     opened,
     pieces,
@@ -25,6 +24,7 @@ from fusedhead import (
     row_emission,
     row_region,
     sharded,
+    unstacked,
 )
 from fusedhead.anchors import candidates
 from fusedhead.decisions import decide
@@ -95,7 +95,7 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
         accumulations.separate(module.graph)
         pieces.join(module.graph)
         products = both_ways.separate(module.graph) if twice else []
-        apart = joined.separate(module.graph) if owner == "" else None
+        apart = unstacked.separate(module.graph) if owner == "" else None
         wrap = apart or wrap
         alone = heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
         reading = readings.chosen(module.graph, candidates(module.graph) | alone, grad is not False)

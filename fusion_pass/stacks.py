@@ -100,6 +100,7 @@ def product(node: Node, traced: Traces) -> Logits:
 
 
 def of_products(node: Node, traced: Traces) -> tuple[list[Logits], int] | None:
+    """Products that are stacked, or joined along another dimension than the classes."""
     listed = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     if name_of(node) not in {"stack", *CATS} or not isinstance(listed, (list, tuple)) or not isinstance(dim, int):

@@ -31,6 +31,8 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class Terminal:
+    """Where the logits end: what of the statistics a result is made of, and how. N tokens, K labels a row."""
+
     logits: Logits
     val: Any  # fake result
     computes: str  # for the report, e.g. "cross_entropy(mean, ignore_index=-100)"

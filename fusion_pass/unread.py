@@ -81,6 +81,7 @@ def made_inside(item: Node) -> object:
 
 
 def describe(node: Node, reason: str) -> Iterator[HeadRecord]:
+    """The record of a projection that was not read; none where it is no product of tensors."""
     logits, hidden = fake(node), next((fake(n) for n in node.all_input_nodes), None)
     if isinstance(logits, Tensor) and isinstance(hidden, Tensor) and logits.ndim and hidden.ndim:
         sizes = [str(size) for size in logits.shape[:-1]]

@@ -22,7 +22,7 @@ from fusedhead.decisions import refusal
 from fusedhead.deferred.draft import Draft, draft
 from fusedhead.deferred.outcome import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole
 from fusedhead.deferred.program import Made, Step, modes
-from fusedhead.deferred.rows import token_by_token
+from fusedhead.deferred.token_by_token import token_by_token
 from fusedhead.groups import sweep_key
 from fusedhead.interpret import Reading, Site, interpret
 from fusedhead.kernels.contract import STATS
@@ -86,6 +86,7 @@ def is_projection(node: Node) -> bool:
 def outcome_of(
     made: Draft, sources: Sequence[Made], chain: Sequence[Made], results: list[Node], reading: Reading, memory: int
 ) -> Outcome:
+    """The answer to a call whose results are terminals of one head, or why statistics do not give it."""
     found = [(site, t) for node in results for site in reading.sites for n, t in site.terminals if n is node]
     sites = {id(site): site for site, _ in found}
     if len(found) != len(results) or len(sites) != 1:

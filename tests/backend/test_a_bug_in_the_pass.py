@@ -41,7 +41,7 @@ def buggy(*_: Any, **__: Any) -> Any:
 
 
 STAGES = [
-    "fusion.bodies", "fusion.regions.inline", "fusion.joined.separate", "fusion.heads_without_loss",
+    "fusion.bodies", "fusion.regions.inline", "fusion.unstacked.separate", "fusion.heads_without_loss",
     "fusion.candidates", "readings.interpret", "evaluate.applied", "interpret.record", "interpret.returned",
     "interpret.overwritten", "fusion.unread", "decisions.gate", "size_gate.hint", "fusion.row_region.regions",
     "readings.teachers", "fusion.row_emission.fuse", "fusion.row_region.erase_unused", "decisions.refusal",

@@ -16,7 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedhead import aliases, backend, hoisting, interpret, joined, places, read, returned, tail_gradient, tail_nodes
+from fusedhead import (
+    aliases,
+    backend,
+    hoisting,
+    interpret,
+    places,
+    read,
+    returned,
+    tail_gradient,
+    tail_nodes,
+    unstacked,
+)
 from fusedhead.emit import Emit
 from fusedhead.options import Options
 from tests.eager_stack import Rewritten
@@ -57,7 +68,7 @@ def counted(layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     with monkeypatch.context() as patch:
         for name, modules in {
-            "written": (aliases, hoisting, interpret, joined, places, returned, tail_nodes),
+            "written": (aliases, hoisting, interpret, places, returned, tail_nodes, unstacked),
             "trace": (read,),
             "make_fx": (read, tail_gradient),
         }.items():
