@@ -7,6 +7,8 @@ know how a site is fused.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch.fx import Graph, Node
 
@@ -81,10 +83,17 @@ def unsafe_rows(region: Region, mutations: Mutations) -> str:
     end = max((node for node, _ in region.results), key=mutations.position.__getitem__)
     first = min((head.node for head in region.heads), key=mutations.position.__getitem__)
     read = row_region.reads(region.outputs)
-    devices = {v.device for v in map(fake, [*operands, *read]) if isinstance(v, torch.Tensor) and v.ndim}
-    if len(devices) > 1:
-        return f"its operands are on different devices ({', '.join(sorted(map(str, devices)))})"
-    return mutations.between(first, end, operands) or mutations.anywhere_after(first, [*operands, *read]) or ""
+    return (
+        on_several_devices(node for node in [*operands, *read] if getattr(fake(node), "ndim", 0))
+        or mutations.between(first, end, operands)
+        or mutations.anywhere_after(first, [*operands, *read])
+        or ""
+    )
+
+
+def on_several_devices(nodes: Iterable[Node]) -> str:
+    devices = {value.device for value in map(fake, nodes) if isinstance(value, torch.Tensor)}
+    return f"its operands are on different devices ({', '.join(sorted(map(str, devices)))})" if len(devices) > 1 else ""
 
 
 def higher_order(owner: str) -> str | None:
@@ -105,18 +114,20 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
     if site.escapes:
         node, sentence = site.escapes[0]
         return f"{sentence} (at {where(node)})"
-    read = leaves(site.head.operands)
-    begin = min(site.head.products, key=mutations.position.__getitem__)
+    operands = leaves(site.head.operands)
     steps = [t.logits for _, t in site.terminals]
     vectors = leaves([c for s in steps for c in s.cols] + [r.value for s in steps for r in s.rows])
-    indices = leaves([a for s in steps for step in s.row_steps for a in step.args])
     labels = leaves([p for _, t in site.terminals for p in (*t.label_sources, *t.sources)])
-    reason = subclass(site, [*read, *vectors, *labels])
-    if reason:
-        return reason
-    devices = {v.device for v in map(fake, [*read, *labels]) if isinstance(v, torch.Tensor)}
-    if len(devices) > 1:
-        return f"its operands are on different devices ({', '.join(sorted(map(str, devices)))})"
+    return (
+        subclass(site, [*operands, *vectors, *labels])
+        or on_several_devices([*operands, *labels])
+        or kept_in_the_graph(site, modes, owner, deferred)
+        or changed_too_early(site, mutations, modes, vectors, labels)
+    )
+
+
+def kept_in_the_graph(site: Site, modes: dict[Node, bool], owner: str, deferred: bool) -> str:
+    """Why logits that a site returns must be made where they are, or ""."""
     if any(written_behind(site, output) for output in site.outputs):
         return "the returned logits are changed in place through another name"
     if site.outputs and owner:
@@ -124,13 +135,20 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
     few = (hint(tokens_of(site)) or 0) < returned.LEAST_TOKENS
     if site.outputs and not modes[site.head.node] and (few or not deferred):
         return "the logits are returned and no gradient is recorded, so building them once is the cheapest"
+    return ""
+
+
+def changed_too_early(
+    site: Site, mutations: Mutations, modes: dict[Node, bool], vectors: list[Node], labels: list[Node]
+) -> str:
+    """What is written before a fused head, its backward or its returned logits would read it, as a sentence, or ""."""
+    operands = leaves(site.head.operands)
+    indices = leaves([a for _, t in site.terminals for step in t.logits.row_steps for a in step.args])
+    begin = min(site.head.products, key=mutations.position.__getitem__)
     if site.terminals:
         end = max((node for node, _ in site.terminals), key=mutations.position.__getitem__)
-        reason = mutations.between(begin, end, [*read, *vectors, *indices])
-        if reason:
-            return reason
         first = min((node for node, _ in site.terminals), key=mutations.position.__getitem__)
-        reason = mutations.between(first, end, labels)
+        reason = mutations.between(begin, end, [*operands, *vectors, *indices]) or mutations.between(first, end, labels)
         if reason:
             return reason
     for output in site.outputs:
@@ -141,10 +159,10 @@ def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: st
         if fake(output).requires_grad and len({modes[node] for node in making}) > 1:
             return "the returned logits are made partly with and partly without gradients recorded"
     if site.outputs:
-        return mutations.anywhere_after(begin, [*read, *vectors, *indices]) or ""
-    if any(isinstance(fake(node), torch.Tensor) and fake(node).requires_grad for node in read):
+        return mutations.anywhere_after(begin, [*operands, *vectors, *indices]) or ""
+    if any(isinstance(fake(node), torch.Tensor) and fake(node).requires_grad for node in operands):
         # the backward reads both operands again, where eager code may need only one of them
-        return mutations.anywhere_after(begin, read) or ""
+        return mutations.anywhere_after(begin, operands) or ""
     return ""
 
 
