@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusedhead.kernels.pointwise import OPS, Code, Function, Instruction
+from fusedhead.kernels.pointwise import OPS, Code, Function, Instruction, Op
+from fusedhead.kernels.torch_functions import NATIVE
 from fusedhead.values import Escape
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -111,6 +112,18 @@ def without_unused(code: Code) -> Code:
     return Code(tuple(moved), place.get(code.result, code.result))
 
 
+def named(op: Any, args: tuple, kwargs: tuple[tuple[str, Any], ...], which: int) -> Op | None:
+    """The op by its name and constants, where the torch engine has kernels for it."""
+    name = op._schema.name.removeprefix("aten::")
+    if name not in NATIVE or which != 0:
+        return None
+    given = dict(zip((a.name for a in op._schema.arguments), args)) | dict(kwargs)
+    constants = [given.get(a.name, a.default_value) for a in op._schema.arguments[1:]]
+    if any(isinstance(a, str) and a not in ("none", "tanh") for a in constants):  # a vector
+        return None
+    return Op(name, tuple(float(a) if isinstance(a, (int, float)) else a for a in constants))
+
+
 @lru_cache(maxsize=256)
 def function_of(op: Callable[..., Tensor], args: tuple, kwargs: tuple[tuple[str, Any], ...], which: int) -> Function:
     """The function that ``op(*args, **kwargs)`` is of its argument number ``which``.
@@ -132,6 +145,6 @@ def function_of(op: Callable[..., Tensor], args: tuple, kwargs: tuple[tuple[str,
         tensors = [torch.ones(2, device="cpu", dtype=torch.float32) for _ in range(2 + len(names))]
         graph = make_fx(both, decomposition_table=decomposition_table)(*tensors).graph  # type: ignore[arg-type]
     placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
-    named = dict(zip(placeholders, ("z", "g", *names)))
+    words = dict(zip(placeholders, ("z", "g", *names)))
     value, gradient = graph.output_node().all_input_nodes
-    return Function(write(value, named), write(gradient, named))
+    return Function(write(value, words), write(gradient, words), named(op, args, kwargs, which))

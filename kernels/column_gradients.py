@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from fusedhead.kernels import pointwise
+from fusedhead.kernels import pointwise, torch_functions
 from fusedhead.kernels.columns import CURVED, UNARY, WITH_CONSTANT, WITH_VECTOR, Transform
 
 Tape = list[Tensor]
@@ -35,7 +35,7 @@ def windows_held(transform: Transform, need_cols: bool, need_rows: bool) -> int:
 def windows_passing(transform: Transform) -> int:
     """How many windows a step holds at most while it is taken, or taken back, besides those on the tape."""
     functions = [pointwise.parse(str(value)) for op, value in transform.steps if op == "fn"]
-    return max((pointwise.most_alive(code) for function in functions for code in function), default=0)
+    return max((pointwise.most_alive(code) for function in functions for code in function.codes), default=0)
 
 
 def _operand(op: str, value: float | int | str) -> tuple[float, int]:
@@ -63,7 +63,8 @@ def record(
             continue
         if op == "fn":
             tape.append(z)
-            z = pointwise.run(pointwise.parse(str(value)).value, z, cols, rows).clone()
+            z = torch_functions.value(pointwise.parse(str(value)), z, cols, rows)
+            z = z.clone() if z.data_ptr() == tape[-1].data_ptr() or not z.is_contiguous() else z
             continue
         if kept:
             tape.append(z)
@@ -111,7 +112,7 @@ def pull_back(
             s = tape.pop()
             dz.mul_(s.addcmul_(s, s, value=-1))  # s - s²
         elif op == "fn":
-            dz.copy_(pointwise.run(pointwise.parse(str(value)).gradient, tape.pop(), cols, rows, dz))
+            dz.copy_(torch_functions.gradient(pointwise.parse(str(value)), dz, tape.pop(), cols, rows))
         elif op == "addcol" and dcols is not None:
             dcols[k] += dz.sum(0)
         elif op == "addrow" and drows is not None:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedhead.kernels import pointwise
+from fusedhead.kernels import pointwise, torch_functions
 
 WITH_CONSTANT = ("mul", "add")
 WITH_VECTOR = ("addcol", "mulcol", "setcol", "dropcol", "addrow", "mulrow")
@@ -133,7 +133,7 @@ def apply(transform: Transform, z: Tensor, cols: Tensor, rows: Tensor, *, decide
         elif op == "mulrow":
             z = z * rows[value][:, None]
         elif op == "fn":
-            z = pointwise.run(pointwise.parse(value).value, z, cols, rows)
+            z = torch_functions.value(pointwise.parse(value), z, cols, rows)
         elif op == "round" and decide:
             z = z.to(getattr(torch, str(value))).to(z.dtype)
     return z

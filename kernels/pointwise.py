@@ -1,9 +1,11 @@
 """A pointwise function of the logits and its derivative, as straight-line code that a step of a `Transform` carries.
 
 The code is generated from the program's own op (`fusedhead.rules.pointwise`) and travels as text, two codes around
-a bar: the function of z, and the gradient with respect to z for a gradient g of the result.
+a bar: the function of z, and the gradient with respect to z for a gradient g of the result. Behind a second bar may
+stand the op that it is, with its constants: an engine may have a kernel for that (`torch_functions`).
 
     neg(z);exp(#0);add(1.0,#1);div(1.0,#2);#3|...;mul(g,#7);#8                        a sigmoid
+    ...;#4|...;#10|gelu(none)
 
 Instructions are numbered from 0 and stand between semicolons; the last entry is the result. An operand is ``z``,
 ``g``, ``#i`` (the result of instruction i), ``c2`` or ``r0`` (the vector along the vocabulary, along the tokens), or a
@@ -29,6 +31,7 @@ OPS: Mapping[str, Callable[..., Tensor]] = {
         *("eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_not"),
     )
 }
+DECISIONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_not"))  # are bool
 VECTOR = re.compile(r"[cr]\d+")
 OPERAND = re.compile(r"z|g|#\d+|[cr]\d+")
 
@@ -36,6 +39,15 @@ OPERAND = re.compile(r"z|g|#\d+|[cr]\d+")
 class Instruction(NamedTuple):
     op: str
     args: tuple[str | float, ...]
+
+
+class Op(NamedTuple):
+    op: str
+    args: tuple[str | float | None, ...]  # constants alone
+
+    @property
+    def text(self) -> str:
+        return f"{self.op}({','.join(map(str, self.args))})"
 
 
 class Code(NamedTuple):
@@ -51,10 +63,15 @@ class Code(NamedTuple):
 class Function(NamedTuple):
     value: Code  # of z
     gradient: Code  # of z and g
+    op: Op | None = None  # of `torch_functions`, which computes both
+
+    @property
+    def codes(self) -> tuple[Code, Code]:
+        return self.value, self.gradient
 
     @property
     def text(self) -> str:
-        return f"{self.value.text}|{self.gradient.text}"
+        return f"{self.value.text}|{self.gradient.text}" + (f"|{self.op.text}" if self.op else "")
 
 
 def _operand(word: str) -> str | float:
@@ -72,13 +89,26 @@ def _code(text: str) -> Code:
     return Code(tuple(instructions), result)
 
 
+def _constant(word: str) -> str | float | None:
+    try:
+        return None if word == "None" else float(word)
+    except ValueError:
+        return word
+
+
+def _op(text: str) -> Op:
+    name, _, args = text.removesuffix(")").partition("(")
+    return Op(name, tuple(map(_constant, args.split(","))) if args else ())
+
+
 @lru_cache(maxsize=256)
 def parse(text: str) -> Function:
     """Read a function's text. Raises ValueError naming what is none of the language."""
-    value, bar, gradient = text.partition("|")
+    value, bar, rest = text.partition("|")
+    gradient, _, op = rest.partition("|")
     if not bar:
         raise ValueError(f"a pointwise function is two codes around a bar, got {text!r}")
-    return Function(_code(value), _code(gradient))
+    return Function(_code(value), _code(gradient), _op(op) if op else None)
 
 
 def vectors(text: str) -> Iterator[tuple[str, int]]:
@@ -118,8 +148,13 @@ def most_alive(code: Code) -> int:
 
 
 def run(code: Code, z: Tensor, cols: Tensor, rows: Tensor, g: Tensor | None = None) -> Tensor:
-    """The result of a code, out of place: z and g [n, v], cols [C, v], rows [R, n], all of one dtype."""
+    """The result of a code: z and g [n, v], which are left as they are, cols [C, v], rows [R, n], all of one dtype.
+
+    Results are written over what is not read any more, where nothing is differentiated.
+    """
     values: list[Any] = []
+    spent: list[Tensor] = []  # of the shape and dtype of z
+    reuse = not any(x is not None and x.requires_grad for x in (z, cols, rows, g))
 
     def read(arg: str | float) -> Any:
         if isinstance(arg, float):
@@ -133,8 +168,14 @@ def run(code: Code, z: Tensor, cols: Tensor, rows: Tensor, g: Tensor | None = No
         return z if arg == "z" else g
 
     for at, (op, args) in enumerate(code.instructions):
-        values.append(OPS[op](*map(read, args)))
+        given = [read(arg) for arg in args]
         for done in last_uses(code).get(at, ()):
+            if reuse and values[done].shape == z.shape and values[done].dtype == z.dtype:
+                spent.append(values[done])
             values[done] = None
+        like_z = given[-1].dtype == z.dtype and any(x.shape == z.shape for x in given)
+        over = spent and like_z and op not in DECISIONS
+        values.append(OPS[op](*given, out=spent.pop()) if over else OPS[op](*given))
+        del given
     result = read(float(code.result) if not OPERAND.fullmatch(code.result) else code.result)
     return result.expand(z.shape)

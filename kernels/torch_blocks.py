@@ -23,6 +23,7 @@ from fusedhead.kernels.contract import Head, stat_dtype
 LOG2E = math.log2(math.e)  # exp x = exp2(x log2 e): torch's exp2 is three times faster than its exp on a CPU
 BLOCK_BYTES = 8 << 20  # of one block of float32 logits: it shares a third-level cache; smaller costs 5-20 %
 STRIP_BYTES = 5 << 18  # of one strip of float32 logits: it stays in two cores' own caches, with its rows of w
+PIECE_BYTES = 1 << 19  # of the rows that a chain of steps takes at once: they stay in a second-level cache between ops
 BLOCK_COLUMNS = 512  # fewer columns than this make the matrix products slow
 EVEN = 128  # columns come in multiples of this: an odd number of 64s is not shared evenly by threads
 GATHER_BYTES = 1 << 19  # of rows of w gathered at once
@@ -45,6 +46,11 @@ def strip_columns(tokens: int, columns: int, itemsize: int) -> int:
     """Columns of one strip, for a window of ``tokens`` rows and blocks of ``columns``."""
     fit = STRIP_BYTES // max(1, tokens * itemsize)
     return max(1, min(columns, max(BLOCK_COLUMNS, fit // EVEN * EVEN)))
+
+
+def piece_rows(tokens: int, columns: int, itemsize: int) -> int:
+    """Rows that a chain of steps takes at once, of a block of ``tokens`` rows and ``columns``."""
+    return max(1, min(tokens, PIECE_BYTES // max(1, columns * itemsize)))
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -139,15 +145,37 @@ def label_cells(head: Head, i: slice) -> Cells:
     return Cells(y, order // max(1, y.shape[1]), columns, columns.tolist(), zero)
 
 
-def blank_labels(block: Tensor, cells: Cells, v: slice) -> None:
-    """Zero, in the block [m, v] of the columns v, the cells of the labels."""
+class Blanks(NamedTuple):
+    """Where the labels of a window stand in one block of columns, by row: what `blank_labels` reads."""
+
+    cells: Cells
+    v: slice
+    tokens: Tensor  # [labels in the block] ascending, where the host can look
+    columns: Tensor  # the same, counted from v.start
+    known: list[int]  # the tokens once more
+
+
+def label_blanks(cells: Cells, v: slice) -> Blanks:
+    """The labels' cells in the block of the columns v."""
+    if cells.known is None:
+        return Blanks(cells, v, cells.tokens, cells.columns, [])
+    some = slice(bisect_left(cells.known, v.start), bisect_left(cells.known, v.stop))
+    if some.start == some.stop:
+        return Blanks(cells, v, cells.tokens[some], cells.columns[some], [])
+    tokens, order = cells.tokens[some].sort()
+    return Blanks(cells, v, tokens, cells.columns[some][order] - v.start, tokens.tolist())
+
+
+def blank_labels(block: Tensor, blanks: Blanks, r: slice) -> None:
+    """Zero, in the rows r [r, v] of a block, the cells of the labels."""
+    cells, v = blanks.cells, blanks.v
     if cells.known is not None:
-        some = slice(bisect_left(cells.known, v.start), bisect_left(cells.known, v.stop))
+        some = slice(bisect_left(blanks.known, r.start), bisect_left(blanks.known, r.stop))
         if some.start < some.stop:
-            block.index_put_((cells.tokens[some], cells.columns[some] - v.start), cells.zero)
+            block.index_put_((blanks.tokens[some] - r.start, blanks.columns[some]), cells.zero)
         return
     for k in range(cells.y.shape[1]):
-        column = cells.y[:, k : k + 1] - v.start
+        column = cells.y[r, k : k + 1] - v.start
         inside = (column >= 0) & (column < v.stop - v.start)
         column.clamp_(0, v.stop - v.start - 1)
         block.scatter_(1, column, block.gather(1, column).masked_fill_(inside, 0))

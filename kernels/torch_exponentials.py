@@ -21,8 +21,10 @@ from fusedhead.kernels.torch_blocks import (
     blank_labels,
     cuts,
     fine_dtype,
+    label_blanks,
     label_logits,
     label_vectors,
+    piece_rows,
     plain_scale,
     product_dtype,
     sampled_level,
@@ -116,24 +118,29 @@ def _fill_strip(
     narrow = out.dtype != level.binary.dtype
     scale = plain_scale(head.transform)
     z = spare[: m * n].view(m, n) if narrow else out
-    tape: Tape = []
-    cols, rows = vectors(head, i, v)
-    if narrow and scale is not None and not level.exact:
+    shifted = narrow and scale is not None and not level.exact
+    if shifted:
         # The product rounds z - level, not z: near 0 that loses less.
-        z.copy_(torch.addmm(level.shift, h, w.t(), alpha=scale * LOG2E, out=out))
+        product = torch.addmm(level.shift, h, w.t(), alpha=(scale or 1.0) * LOG2E, out=out)
+    elif narrow and not level.exact:
+        product = torch.mm(h, w.t(), out=out)
     else:
-        if narrow and not level.exact:
-            z.copy_(torch.mm(h, w.t(), out=out))
-        else:
-            torch.mm(h, w.to(h.dtype).t(), out=z)
+        product = torch.mm(h, w.to(h.dtype).t(), out=z)
+    blanks, total = label_blanks(cells, v), z.new_empty(m)
+    cols, rows = vectors(head, i, v)
+    for r in cuts(m, m if scale is not None or head.h.device.type != "cpu" else piece_rows(m, n, z.element_size())):
+        x = z[r] if product is z else z[r].copy_(product[r])
+        tape: Tape = []
         if scale is None:
-            z, tape = record(head.transform, z, cols, rows, False, False)
-        torch.add(level.shift, z, alpha=LOG2E * (1.0 if scale is None else scale), out=z)
-    blank_labels(z.exp2_(), cells, v)
-    total = z.sum(1)
-    z = pull_back(head.transform, z, tape, cols, rows, None, None) if scale is None else z
-    if z.data_ptr() != out.data_ptr():
-        out.copy_(z)
+            x, tape = record(head.transform, x, cols, rows[:, r] if rows.dim() == 2 else rows, False, False)
+        if not shifted:
+            torch.add(level.shift[r], x, alpha=LOG2E * (1.0 if scale is None else scale), out=x)
+        blank_labels(x.exp2_(), blanks, r)
+        torch.sum(x, 1, out=total[r])
+        if scale is None:
+            x = pull_back(head.transform, x, tape, cols, rows[:, r] if rows.dim() == 2 else rows, None, None)
+        if x.data_ptr() != out[r].data_ptr():
+            out[r] = x
     return total
 
 

@@ -16,6 +16,7 @@ from fusedhead.kernels.torch_blocks import (
     SAMPLE,
     block_columns,
     fine_dtype,
+    piece_rows,
     plain_scale,
     product_dtype,
     strip_columns,
@@ -51,7 +52,10 @@ def workspace(
     wide_block = tokens * wide_columns
     blocks = block * work.itemsize * (not keep) + wide_block * wide.itemsize * narrow
     held = windows_held(transform, needs.cols and explicit, needs.rows) - 1
-    blocks += wide_block * wide.itemsize * (held + windows_passing(transform) + (2 if explicit else 0))
+    pieces = not explicit and device_type == "cpu"
+    piece = (piece_rows(tokens, wide_columns, wide.itemsize) if pieces else tokens) * wide_columns
+    blocks += piece * wide.itemsize * (held + windows_passing(transform))
+    blocks += wide_block * wide.itemsize * (2 if explicit else 0)
     if keep:
         blocks += tokens * v * work.itemsize
     hidden = tokens * d
