@@ -142,11 +142,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
                 dw.add(window, kept, sh, first=i.start == 0, alpha=1 / gain)
             outer = None if rank_one is None else (rows_of(rank_one[0], i), rank_one[1])
             if others:
-                sums = None if row_dh is None else NarrowSum(row_dh, torch.float32)
-                for at, to in () if sums is None else sums.pieces(slice(0, m)):
-                    gemm(rows_of(window, at), part.w, to)
-                    scale_rows(to, rows_of(scale, at), to, None)
-                _add_others(head, i, others, exps, c, row_lse, dw, sums)
+                _with_others(head, i, others, part, exps, scale, c, row_lse, dw, row_dh)
             elif row_dh is not None:
                 to = row_dh if product is None else first_rows(product, m)
                 gemm(window, part.w, to)
@@ -167,32 +163,38 @@ def _lse_of_others(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:
     return out
 
 
-def _add_others(
+def _with_others(
     head: Head,
     i: slice,
     others: list[slice],
+    part: Head,
     buffer: Tensor,
+    scale: Tensor,
     c: RowGrads,
     lse: Tensor,
     dw: WeightGradient | None,
-    dh: NarrowSum | None,
+    dh: Tensor | None,
 ) -> None:
-    """Rebuild dz of the columns whose exponentials were not kept, block by block, and add their gradients."""
+    """dh [m, D] of a window, and dw of the columns whose exponentials were not kept: their dz is rebuilt in blocks."""
+    sums, tokens = None if dh is None else NarrowSum(dh, torch.float32), slice(0, len(part.h))
+    for at, to in () if sums is None else sums.pieces(tokens):
+        gemm(buffer[at, : len(part.w)], part.w, to)
+        scale_rows(to, rows_of(scale, at), to, None)
     grads = c
     if c.square is not None:
         slope = 2 * c.square * lse
         grads = c._replace(lse=slope if c.lse is None else c.lse + slope, square=None)
     for v in others:
-        part = slice_head(head, i, v)
-        s = sweep("dlogits", part)
-        dlogits(s, part, buffer, grads, RowStats(lse), v.start, False, False)
-        window = buffer[:, : len(part.w)]
+        block = slice_head(head, i, v)
+        s = sweep("dlogits", block)
+        dlogits(s, block, buffer, grads, RowStats(lse), v.start, False, False)
+        window = buffer[:, : len(block.w)]
         if dw is not None:
-            dw.add(window, v, part.h, first=i.start == 0)
-        for at, to in () if dh is None else dh.pieces(slice(0, len(part.h))):
-            gemm(rows_of(window, at), part.w, to, add=True)
-    if dh is not None:
-        dh.finish()
+            dw.add(window, v, block.h, first=i.start == 0)
+        for at, to in () if sums is None else sums.pieces(tokens):
+            gemm(rows_of(window, at), block.w, to, add=True)
+    if sums is not None:
+        sums.finish()
 
 
 def _exponentials(

@@ -107,27 +107,43 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     dw = WeightGradient(head.w, len(token_cuts), windows.accumulate) if needs.w else None
     with on_device(head.h):
         buffer = new_window(head, token_cuts[0].stop, vocab_cuts[0].stop)
-        # always float32: a vocabulary is many windows, and a narrow sum over them loses to eager code
-        accumulate = torch.float32 if len(vocab_cuts) > 1 else head.h.dtype
         for i in token_cuts:
-            dh_sum = None if dh is None else NarrowSum(rows_of(dh, i), accumulate)
             rows = RowStats._make(None if x is None else x[i] for x in stats)
-            grads = slice_rows(upstream, i)
-            for v in vocab_cuts:
-                part = slice_head(head, i, v)
-                window = buffer[: len(part.h)]
-                logits = multiplied(part, window)
-                s = sweep("dlogits", part, logits=logits)
-                sums = dlogits(s, part, window, grads, rows, v.start, needs.cols, needs.rows)
-                _add_vectors(part, sums, dcols, drows, i, v)
-                window = window[:, : len(part.w)]
-                if dw is not None:
-                    dw.add(window, v, part.h, first=i.start == 0)
-                for at, to in () if dh_sum is None else dh_sum.pieces(slice(0, len(part.h))):
-                    gemm(rows_of(window, at), part.w, to, add=v.start > 0)
-            if dh_sum is not None:
-                dh_sum.finish()
+            own_dh = None if dh is None else rows_of(dh, i)
+            _rebuilt(head, i, vocab_cuts, buffer, slice_rows(upstream, i), rows, dw, own_dh, dcols, drows)
     return HeadGrads(dh, None if dw is None else dw.finish(), dcols, drows)
+
+
+def _rebuilt(
+    head: Head,
+    i: slice,
+    vocab_cuts: list[slice],
+    buffer: Tensor,
+    grads: RowGrads,
+    rows: RowStats,
+    dw: WeightGradient | None,
+    dh: Tensor | None,
+    dcols: Tensor | None,
+    drows: Tensor | None,
+) -> None:
+    """dz of the tokens i, block by block: dh [m, D] of these tokens, and what they add to the other gradients."""
+    # always float32: a vocabulary is many windows, and a narrow sum over them loses to eager code
+    accumulate = torch.float32 if len(vocab_cuts) > 1 else head.h.dtype
+    sums = None if dh is None else NarrowSum(dh, accumulate)
+    for v in vocab_cuts:
+        part = slice_head(head, i, v)
+        window = buffer[: len(part.h)]
+        logits = multiplied(part, window)
+        s = sweep("dlogits", part, logits=logits)
+        vectors = dlogits(s, part, window, grads, rows, v.start, dcols is not None, drows is not None)
+        _add_vectors(part, vectors, dcols, drows, i, v)
+        window = window[:, : len(part.w)]
+        if dw is not None:
+            dw.add(window, v, part.h, first=i.start == 0)
+        for at, to in () if sums is None else sums.pieces(slice(0, len(part.h))):
+            gemm(rows_of(window, at), part.w, to, add=v.start > 0)
+    if sums is not None:
+        sums.finish()
 
 
 def _two_sweeps(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:

@@ -16,6 +16,7 @@ if torch.cuda.is_available():
 import triton
 import triton.language as tl
 
+from benchmarks.measure import cpu_allocations, peak_of
 from fusedhead.generate import function_of
 from fusedhead.kernels import pointwise, reference, triton_one_pass, triton_operands, triton_sweep, triton_tiles
 from fusedhead.kernels import triton_windows as engine
@@ -213,6 +214,26 @@ def test_a_part_of_the_exponentials_may_be_kept(monkeypatch, transform, needs, k
     assert not k or error(stats.picked, true.picked) < STEPS
     for need, got, exact in zip(needs, grads, d):
         assert error(got, exact) < STEPS if need else got is None
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_blocks_hold_what_the_planner_says_however_many_windows_there_are(monkeypatch, linear):
+    """A block of dz and half of the float32 dh of one window: not those of two windows."""
+    monkeypatch.setattr(triton_one_pass, "PARTLY", (torch.float16,))
+    tokens, kept, d = 128, 16, 512
+    x, g = head(n=3 * tokens, v=2 * kept, d=d, dtype=torch.float16), gradients(3 * tokens)
+    stats = engine.head_stats(x, frozenset({"lse"}), Windows(tokens, kept, F32))
+    windows = Windows(tokens, kept, torch.float16)
+
+    def step():
+        if linear:
+            return engine.head_loss(x, g, OPERANDS, windows)[1]
+        return engine.head_stats_backward(x, g, stats, OPERANDS, windows)
+
+    grads, allocated = cpu_allocations(step)
+    held = peak_of(allocated) - 2 * (grads.h.numel() + grads.w.numel())
+    half_of_dh = 2 * tokens * d
+    assert half_of_dh < held < 2 * half_of_dh - (16 << 10)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
