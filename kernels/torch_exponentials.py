@@ -93,25 +93,45 @@ def block_buffers(head: Head, tokens: int, columns: int) -> Block:
 
 
 def fill(
-    head: Head, i: slice, v: slice, h: Tensor, w: Tensor, level: Level, cells: Cells, out: Tensor, spare: Tensor
+    head: Head,
+    i: slice,
+    v: slice,
+    h: Tensor,
+    w: Tensor,
+    level: Level,
+    cells: Cells,
+    out: Tensor,
+    spare: Tensor,
+    wanted: bool = True,
 ) -> list[Tensor]:
     """Write E' [m, v] of one block into ``out`` and return parts [m] of the row sums of E, both without labels.
 
     h [m, D] and w [v, D] are the operands in the dtype of the products, ``cells`` the labels of the window and
     ``spare`` a flat wide buffer: its size says how many columns are filled at once, if ``out`` is narrower.
-    Row sums are taken before E is rounded to ``out``.
+    Row sums are taken before E is rounded to ``out``; where E' is not ``wanted``, they are all that is computed.
     """
     m, n = out.shape
     wide = level.binary.dtype
     h = h.to(wide) if level.exact else h
     return [
-        _fill_strip(head, i, slice(v.start + s.start, v.start + s.stop), h, w[s], level, cells, out[:, s], spare)
+        _fill_strip(
+            head, i, slice(v.start + s.start, v.start + s.stop), h, w[s], level, cells, out[:, s], spare, wanted
+        )
         for s in cuts(n, spare.numel() // m if out.dtype != wide else n)
     ]
 
 
 def _fill_strip(
-    head: Head, i: slice, v: slice, h: Tensor, w: Tensor, level: Level, cells: Cells, out: Tensor, spare: Tensor
+    head: Head,
+    i: slice,
+    v: slice,
+    h: Tensor,
+    w: Tensor,
+    level: Level,
+    cells: Cells,
+    out: Tensor,
+    spare: Tensor,
+    wanted: bool,
 ) -> Tensor:
     """`fill` for one strip, whose rows in ``out`` need not be contiguous."""
     m, n = out.shape
@@ -128,7 +148,8 @@ def _fill_strip(
         product = torch.mm(h, w.to(h.dtype).t(), out=z)
     blanks, total = label_blanks(cells, v), z.new_empty(m)
     cols, rows = vectors(head, i, v)
-    for r in cuts(m, m if scale is not None or head.h.device.type != "cpu" else piece_rows(m, n, z.element_size())):
+    whole = scale is not None or head.h.device.type != "cpu"  # three ops in place gain nothing by pieces
+    for r in cuts(m, m if whole else piece_rows(m, n, z.element_size())):
         x = z[r] if product is z else z[r].copy_(product[r])
         tape: Tape = []
         if scale is None:
@@ -137,9 +158,9 @@ def _fill_strip(
             torch.add(level.shift[r], x, alpha=LOG2E * (1.0 if scale is None else scale), out=x)
         blank_labels(x.exp2_(), blanks, r)
         torch.sum(x, 1, out=total[r])
-        if scale is None:
+        if scale is None and wanted:
             x = pull_back(head.transform, x, tape, cols, rows[:, r] if rows.dim() == 2 else rows, None, None)
-        if x.data_ptr() != out[r].data_ptr():
+        if wanted and x.data_ptr() != out[r].data_ptr():
             out[r] = x
     return total
 

@@ -119,7 +119,7 @@ def _sweep(
             for v in blocks:
                 e = flat[m * v.start if keep else 0 :][: m * (v.stop - v.start)].view(m, v.stop - v.start)
                 w = head.w[v].to(work)
-                parts += fill(head, i, v, h, w, level, cells, e, spare)
+                parts += fill(head, i, v, h, w, level, cells, e, spare, keep or needs.h)
                 if needs.h:
                     accumulate_product(product, e, w)
             total, others = _totals(parts, z, level, first)

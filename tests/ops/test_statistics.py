@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fusedhead.kernels import torch_blocks, torch_exponentials
 from tests.ops.heads import ALL, OPS, RAGGED, Operands, leaves, operands, truth
 
 TRANSFORMS = (
@@ -143,3 +144,29 @@ def test_more_than_two_to_the_31_logits():
         h, w, y = torch.empty(n, 8), torch.empty(v, 8), torch.empty(n, 1, dtype=torch.int64)
         got = OPS.head_stats(h, w, y, torch.empty(0), torch.empty(0), torch.empty(0), "", "lse,picked", 0)
     assert [tuple(x.shape) for x in got] == [(n,), (n, 1), (0,), (0,), (0,), (0,), (n,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS[2:])
+def test_rows_taken_in_pieces_give_what_the_whole_block_gives(monkeypatch, transform, dtype):
+    """Also where labels stand in some pieces only."""
+    o = operands(131, 1507, 23, 3, dtype=dtype)
+    o.y[:64] = o.y[:64] % 700
+    c, e = torch.rand(131), torch.empty(0)
+    found = []
+    for size in (torch_blocks.PIECE_BYTES, 1 << 14):
+        monkeypatch.setattr(torch_blocks, "PIECE_BYTES", size)
+        arguments = (*o, c, -c[:, None].expand(-1, 3).contiguous(), e, e, transform, "lse,picked", 0)
+        found.append(OPS.head_loss(*arguments, True, True, False, False))
+    for whole, pieces in zip(*found):
+        torch.testing.assert_close(pieces, whole)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS[2:])
+def test_statistics_alone_take_no_derivative_of_the_logits(monkeypatch, transform):
+    o = operands(131, 1507, 23, 3)
+    slopes: list[torch.Size] = []
+    pull_back = torch_exponentials.pull_back
+    monkeypatch.setattr(torch_exponentials, "pull_back", lambda *args: slopes.append(args[1].shape) or pull_back(*args))
+    OPS.head_stats(*o, transform, "lse,picked", 0)
+    assert {shape[1] for shape in slopes} <= {3}  # those of the labels
