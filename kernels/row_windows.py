@@ -27,6 +27,7 @@ from fusedhead.kernels.contract import stat_dtype
 from fusedhead.kernels.one_rounding import rounded_bias
 from fusedhead.kernels.row_program import Ref, RowProgram, product, run
 from fusedhead.kernels.torch_blocks import cuts
+from fusedhead.kernels.triton_gemm import gemm
 
 Function = Callable[..., Any]
 _MADE: dict[tuple, Function] = {}
@@ -250,11 +251,12 @@ def _swept(
     def add_product(into: Tensor | None, dz: Tensor, h: Tensor) -> None:
         if into is None:
             return
+        if dz.device.type == "cuda":
+            gemm(dz.t(), h, into, add=True)  # adds in the product's own epilogue
+            return
         for v in cuts(len(into), max(1, PRODUCT_BYTES // max(1, into.element_size() * into.shape[1]))):
             if into.dtype == dz.dtype:
                 into[v].addmm_(dz[:, v].t(), h)
-            elif dz.device.type == "cuda":
-                into[v].add_(torch.mm(dz[:, v].t(), h, out_dtype=into.dtype))
             else:
                 into[v].add_(dz[:, v].t() @ h)
 
