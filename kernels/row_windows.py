@@ -4,23 +4,18 @@
     dz = vjp of the program on one window of z          then dh = dz w, dw += dzᵀ h: 6 N V D FLOP a head
     both in one sweep, for gradients of the results that are known before it: 6 N V D FLOP a head in all
 
-What never reaches memory: anything [N, V]; a window holds what the program's own ops hold for its tokens. The
-vjp is traced once for a program and the shape of its window, and where the planner says so compiled by
-Inductor. Results are rounded as the program rounds them; dw is summed in float32, over few
-windows in its own dtype. This file must not know about graphs or ops.
+What never reaches memory: anything [N, V]; a window holds what the program's own ops hold for its tokens. Results are
+rounded as the program rounds them; dw is summed in float32, over few windows in its own dtype. This file must not know
+about graphs or ops, nor how a window's function is compiled (`window_graphs`).
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import stat_dtype
@@ -28,13 +23,9 @@ from fusedhead.kernels.one_rounding import rounded_bias
 from fusedhead.kernels.row_program import Ref, RowProgram, product, run
 from fusedhead.kernels.torch_blocks import cuts
 from fusedhead.kernels.triton_gemm import gemm
+from fusedhead.kernels.window_graphs import made_once, windows
 
 Function = Callable[..., Any]
-_MADE: dict[tuple, Function] = {}
-_SEEN: set[tuple] = set()  # sizes of what whole windows leave over, by what runs on it
-_MAKING = threading.Lock()
-PIECES = 8  # of what is left over and not compiled
-MOST_MADE = 256  # programs and window shapes remembered
 PRODUCT_BYTES = 256 << 20  # of one block of dzᵀ h before it is added to dw
 
 
@@ -57,43 +48,6 @@ def biases(program: RowProgram, tensors: Sequence[Tensor]) -> list[tuple[int, in
         bias = rounded_bias(parse(transform), tensors[h.at].dtype)
         found.append(None if bias is None else (cols.at, bias))
     return found
-
-
-def above_autograd() -> AbstractContextManager[object]:
-    """Autograd's dispatch keys again: they are excluded where an op's body runs, and tracing a vjp needs them."""
-    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    nothing = torch._C.DispatchKeySet.from_raw_repr(0)
-    with torch._C._ForceDispatchKeyGuard(include, nothing), torch._C._AutoDispatchBelowAutograd():
-        autograd = torch._C._dispatch_tls_local_exclude_set()
-    return torch._C._ForceDispatchKeyGuard(include, exclude - autograd)
-
-
-def _signature(tensors: Sequence[Tensor]) -> tuple:
-    return tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
-
-
-def _made(key: tuple, function: Function, given: list[Tensor], compiled: bool) -> Function:
-    """`_traced`, once per key and shapes; threads that ask at the same time wait."""
-    key = (*key, compiled, _signature(given))
-    made = _MADE.get(key)
-    if made is None:
-        with _MAKING:
-            made = _MADE.get(key)
-            if made is None:
-                if len(_MADE) >= MOST_MADE:
-                    _MADE.clear()
-                made = _MADE[key] = _traced(function, given, compiled)
-    return made
-
-
-def _traced(function: Function, given: list[Tensor], compiled: bool) -> Function:
-    """``function`` as a graph of ATen calls, differentiation included, compiled by Inductor where asked."""
-    given = [t.detach() for t in given]  # examples: what made them, and their .grad, are nobody's business
-    # on this thread: the dispatch modes of whoever called the op are not entered on a device's own
-    with above_autograd(), torch.autograd.set_multithreading_enabled(False):
-        graph = make_fx(lambda *flat: function(list(flat)))(*given)
-    made = import_module("torch._inductor").compile(graph, given) if compiled else graph
-    return lambda given: made(*given)
 
 
 def _forward(program: RowProgram) -> Function:
@@ -142,32 +96,7 @@ def _window(tensors: Sequence[Tensor], rows: frozenset[int], i: slice) -> list[T
     return [t[i] if k in rows else t for k, t in enumerate(tensors)]
 
 
-def windows(n: int, tokens: int, key: tuple, compiled: bool) -> Iterator[tuple[slice, bool]]:
-    """Windows of at most ``tokens`` rows, and whether each runs compiled.
-
-    Where asked whole windows do; what is left over does from the second time on that as much is left, so that batches
-    of ever changing size are not compiled for ever. Until then it goes in small pieces, since calls that are not
-    compiled hold more.
-    """
-    whole = n // tokens * tokens if compiled else 0
-    for i in cuts(whole, tokens):
-        yield i, True
-    left = n - whole
-    if compiled and left and (*key, left) in _SEEN:
-        yield slice(whole, n), True
-        return
-    if compiled and left:
-        if len(_SEEN) >= MOST_MADE:
-            _SEEN.clear()
-        _SEEN.add((*key, left))
-        tokens = max(1, tokens // PIECES)
-    for i in cuts(left, tokens):
-        yield slice(whole + i.start, whole + i.stop), False
-
-
-def head_rows(
-    program: RowProgram, tensors: Sequence[Tensor], tokens: int, compile_whole: bool = False
-) -> list[Tensor]:
+def head_rows(program: RowProgram, tensors: Sequence[Tensor], tokens: int, compile_whole: bool = False) -> list[Tensor]:
     """The program's results, each [N, ...].
 
     ``tokens`` rows of logits are held at once; with ``compile_whole`` whole windows run compiled.
@@ -180,7 +109,7 @@ def head_rows(
         given = _window(tensors, rows, i)
         function = _forward(program)
         if compiled:
-            function = _made(key, function, given, True)
+            function = made_once(key, function, given, True)
         found = function(given)
         if not results:
             results = [r.new_empty((n, *r.shape[1:])) for r in found]
@@ -268,7 +197,7 @@ def _swept(
         seen = [g[i] for g in upstream if g is not None]
         everything = [*given, *products, *seen]
         vjp = _vjp(program, differentiable, wanted, live, keep)
-        found = _made(key, vjp, everything, compiled)(everything)
+        found = made_once(key, vjp, everything, compiled)(everything)
         del products, everything
         if keep:
             kept, found = found[: len(program.results)], found[len(program.results) :]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusedhead.kernels import row_windows
 from fusedhead.kernels.row_program import read, run
+from fusedhead.kernels.window_graphs import above_autograd
 from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE, scaled, upstream_scale
 from fusedhead.lowering.ops import as_written
 from fusedhead.lowering.row_plan import RowPlan, row_plan
@@ -46,7 +47,7 @@ def _rows(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
 def _rows_fake(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
     # above autograd, where a composite op is taken apart as when it runs: below it, the fake result of nll_loss has no
     # dimension where a size is a symbol, whatever its reduction
-    with as_written(tensors[0].device), row_windows.above_autograd(), torch.no_grad():
+    with as_written(tensors[0].device), above_autograd(), torch.no_grad():
         return [torch.empty_like(r, memory_format=torch.contiguous_format) for r in run(read(program), tensors)]
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedhead.kernels.row_windows import windows
+from fusedhead.kernels.window_graphs import windows
 from fusedhead.lowering.plan import MIB
 from fusedhead.lowering.row_plan import row_plan
 
