@@ -28,8 +28,13 @@ class NarrowSum:
             rows, columns = result.shape
             ratio = accumulate.itemsize // result.dtype.itemsize
             inside = rows // ratio  # rows of sums that the result has room for
-            own = result.view(-1)[: inside * columns * ratio].view(accumulate).view(inside, columns)
-            self.parts = [(0, own), (inside, result.new_empty((rows - inside, columns), dtype=accumulate))]
+            if result.storage_offset() % ratio:  # where no sum can lie
+                inside = 0
+            others = result.new_empty((rows - inside, columns), dtype=accumulate)
+            self.parts = [(inside, others)]
+            if inside:
+                own = result.view(-1)[: inside * columns * ratio].view(accumulate).view(inside, columns)
+                self.parts.insert(0, (0, own))
 
     def pieces(self, v: slice) -> Iterator[tuple[slice, Tensor]]:
         """The rows ``v`` cut where the sums are: (rows counted from its start, their sums)."""
@@ -40,13 +45,14 @@ class NarrowSum:
 
     def finish(self) -> Tensor:
         """The result, rounded once."""
-        if len(self.parts) > 1:
-            (_, own), (inside, others) = self.parts
+        *packed, (inside, others) = self.parts
+        for _, own in packed:
             done = -(-inside // FIRST_SHARE)
             self.result[:done] = own[:done].clone()
             while done < inside:
                 more = min(2 * done, inside)  # rows up to 2 · done of the result end where row ``done`` of sums begins
                 self.result[done:more] = own[done:more]
                 done = more
+        if others is not self.result:
             self.result[inside:] = others
         return self.result

@@ -1,10 +1,11 @@
-"""Sums of dw in float32 that lie half in dw itself."""
+"""Sums of gradients in float32 that lie half in the gradients themselves."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from fusedhead.kernels.triton_narrow_sum import NarrowSum
 from fusedhead.kernels.triton_weight_gradient import WeightGradient
 
 CUTS = ([slice(0, 20), slice(20, 33), slice(33, 70)], [slice(0, 70)])
@@ -53,3 +54,17 @@ def test_a_float32_sum_takes_half_its_memory_beside_dw():
     own, others = (rows for _, rows in dw.sums.parts)
     assert own.data_ptr() == dw.sums.result.data_ptr()
     assert own.numel() == others.numel() == dw.sums.result.numel() // 2
+
+
+@pytest.mark.parametrize("first", [0, 1, 4, 9])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_the_rows_of_a_window_may_start_anywhere(first, rows):
+    whole = torch.full((20, 3), 7.0, dtype=torch.bfloat16)
+    sums = NarrowSum(whole[first : first + rows], torch.float32)
+    wanted = torch.randn(rows, 3)
+    for at, into in sums.pieces(slice(0, rows)):
+        into.copy_(wanted[at])
+    assert torch.equal(sums.finish(), wanted.to(torch.bfloat16))
+    assert torch.equal(whole[first : first + rows], wanted.to(torch.bfloat16))
+    assert (whole[:first] == 7).all()
+    assert (whole[first + rows :] == 7).all()
