@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fusedhead.kernels.columns import dropped
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
-from fusedhead.kernels.triton_dlogits import dlogits
 from fusedhead.kernels.triton_exp import exponentials
 from fusedhead.kernels.triton_finalize import finalize, mark_unsafe
 from fusedhead.kernels.triton_gemm import gemm, weighted_rows
@@ -37,6 +36,7 @@ from fusedhead.kernels.triton_operands import (
     slice_head,
     slice_rows,
 )
+from fusedhead.kernels.triton_rebuilt import rebuild, without_square
 from fusedhead.kernels.triton_reference import reference
 from fusedhead.kernels.triton_row_scale import scale_rows
 from fusedhead.kernels.triton_stream import stream
@@ -110,19 +110,19 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
         ref2 = new(tokens, dtype=torch.float32)
         slope = torch.empty_like(picked[:tokens] if varies_along_row(head.transform) else picked[:0])
         scaled = new((tokens, hidden)) if dw is not None and dh is None else None
-        wide = dh is not None and narrow != torch.float32 and not others
-        product = new((tokens, hidden), dtype=torch.float32) if wide else None
+        apart = dh is not None and narrow != torch.float32 and not others  # whether E w is rounded into dh at the end
+        product = new((tokens, hidden), dtype=torch.float32) if apart else None
         gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
         for i in cuts:
             part, c = slice_head(head, i, kept), slice_rows(coefficients, i)
             m = len(part.h)
+            row_lse, row_picked = rows_of(lse, i), rows_of(picked, i)
             whole, other_lse = part, None
             if others:  # a label past the kept columns may lie in their last tile
                 whole = slice_head(head, i, slice(0, vocab))
                 part = part._replace(y=part.y.masked_fill(part.y >= kept.stop, -1))
-                other_lse = _lse_of_others(head, i, kept.stop, picked[i])
+                other_lse = _lse_of_others(head, i, kept.stop, row_picked)
             exps, reference2 = first_rows(buffer, m), first_rows(ref2, m)
-            row_lse, row_picked = rows_of(lse, i), rows_of(picked, i)
             row_dh = None if dh is None else rows_of(dh, i)
             logits = multiplied(part, exps)
             s = sweep("exp", part, logits=logits)
@@ -176,25 +176,11 @@ def _with_others(
     dh: Tensor | None,
 ) -> None:
     """dh [m, D] of a window, and dw of the columns whose exponentials were not kept: their dz is rebuilt in blocks."""
-    sums, tokens = None if dh is None else NarrowSum(dh, torch.float32), slice(0, len(part.h))
-    for at, to in () if sums is None else sums.pieces(tokens):
+    sums = None if dh is None else NarrowSum(dh, torch.float32)
+    for at, to in () if sums is None else sums.pieces(slice(0, len(part.h))):
         gemm(buffer[at, : len(part.w)], part.w, to)
         scale_rows(to, rows_of(scale, at), to, None)
-    grads = c
-    if c.square is not None:
-        slope = 2 * c.square * lse
-        grads = c._replace(lse=slope if c.lse is None else c.lse + slope, square=None)
-    for v in others:
-        block = slice_head(head, i, v)
-        s = sweep("dlogits", block)
-        dlogits(s, block, buffer, grads, RowStats(lse), v.start, False, False)
-        window = buffer[:, : len(block.w)]
-        if dw is not None:
-            dw.add(window, v, block.h, first=i.start == 0)
-        for at, to in () if sums is None else sums.pieces(tokens):
-            gemm(rows_of(window, at), block.w, to, add=True)
-    if sums is not None:
-        sums.finish()
+    rebuild(head, i, others, buffer, without_square(c, lse), RowStats(lse), dw, sums)
 
 
 def _exponentials(

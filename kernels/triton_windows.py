@@ -28,8 +28,6 @@ from torch import Tensor
 
 from fusedhead.kernels import triton_one_pass
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
-from fusedhead.kernels.triton_dlogits import dlogits
-from fusedhead.kernels.triton_gemm import gemm
 from fusedhead.kernels.triton_labels import check_labels
 from fusedhead.kernels.triton_launch import on_device
 from fusedhead.kernels.triton_merge import merge_statistics
@@ -44,6 +42,7 @@ from fusedhead.kernels.triton_operands import (
     slice_head,
     slice_rows,
 )
+from fusedhead.kernels.triton_rebuilt import rebuild, without_square
 from fusedhead.kernels.triton_stream import stream
 from fusedhead.kernels.triton_sweep import multiplied_by_cublas, sweep
 from fusedhead.kernels.triton_weight_gradient import WeightGradient
@@ -78,23 +77,11 @@ def _statistics(head: Head, want: frozenset[str], picked: Tensor | None, logits:
     return merge_statistics(s, part, part_top, want)
 
 
-def _add_vectors(
-    head: Head, parts: tuple[Tensor, Tensor], dcols: Tensor | None, drows: Tensor | None, i: slice, v: slice
-) -> None:
-    for j, (op, value) in enumerate(head.transform.smooth.steps):
-        if dcols is not None and op in ("addcol", "mulcol"):
-            dcols[int(value), v] += parts[0][j].sum(0)
-        if drows is not None and op in ("addrow", "mulrow"):
-            drows[int(value), i] += parts[1][j].sum(0)
-
-
 def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
     """Rebuilds dz window by window. dw needs no summing when a window holds all tokens."""
     head = ready_head(head)
     n, vocab = len(head.h), len(head.w)
-    if upstream.square is not None:
-        slope = 2 * upstream.square * stats.lse
-        upstream = upstream._replace(lse=slope if upstream.lse is None else upstream.lse + slope, square=None)
+    upstream = without_square(upstream, stats.lse)
     if not head.y.shape[1]:
         upstream = upstream._replace(picked=None)
     upstream = ready_rows(upstream)
@@ -107,43 +94,22 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     dw = WeightGradient(head.w, len(token_cuts), windows.accumulate) if needs.w else None
     with on_device(head.h):
         buffer = new_window(head, token_cuts[0].stop, vocab_cuts[0].stop)
+        # always float32: a vocabulary is many windows, and a narrow sum over them loses to eager code
+        accumulate = torch.float32 if len(vocab_cuts) > 1 else head.h.dtype
         for i in token_cuts:
-            rows = RowStats._make(None if x is None else x[i] for x in stats)
-            own_dh = None if dh is None else rows_of(dh, i)
-            _rebuilt(head, i, vocab_cuts, buffer, slice_rows(upstream, i), rows, dw, own_dh, dcols, drows)
+            rebuild(
+                head,
+                i,
+                vocab_cuts,
+                buffer,
+                slice_rows(upstream, i),
+                RowStats._make(None if x is None else x[i] for x in stats),
+                dw,
+                None if dh is None else NarrowSum(rows_of(dh, i), accumulate),  # nobody's once the call returns
+                dcols,
+                drows,
+            )
     return HeadGrads(dh, None if dw is None else dw.finish(), dcols, drows)
-
-
-def _rebuilt(
-    head: Head,
-    i: slice,
-    vocab_cuts: list[slice],
-    buffer: Tensor,
-    grads: RowGrads,
-    rows: RowStats,
-    dw: WeightGradient | None,
-    dh: Tensor | None,
-    dcols: Tensor | None,
-    drows: Tensor | None,
-) -> None:
-    """dz of the tokens i, block by block: dh [m, D] of these tokens, and what they add to the other gradients."""
-    # always float32: a vocabulary is many windows, and a narrow sum over them loses to eager code
-    accumulate = torch.float32 if len(vocab_cuts) > 1 else head.h.dtype
-    sums = None if dh is None else NarrowSum(dh, accumulate)
-    for v in vocab_cuts:
-        part = slice_head(head, i, v)
-        window = buffer[: len(part.h)]
-        logits = multiplied(part, window)
-        s = sweep("dlogits", part, logits=logits)
-        vectors = dlogits(s, part, window, grads, rows, v.start, dcols is not None, drows is not None)
-        _add_vectors(part, vectors, dcols, drows, i, v)
-        window = window[:, : len(part.w)]
-        if dw is not None:
-            dw.add(window, v, part.h, first=i.start == 0)
-        for at, to in () if sums is None else sums.pieces(slice(0, len(part.h))):
-            gemm(rows_of(window, at), part.w, to, add=v.start > 0)
-    if sums is not None:
-        sums.finish()
 
 
 def _two_sweeps(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
