@@ -113,56 +113,38 @@ def fill(
     m, n = out.shape
     wide = level.binary.dtype
     h = h.to(wide) if level.exact else h
-    return [
-        _fill_strip(
-            head, i, slice(v.start + s.start, v.start + s.stop), h, w[s], level, cells, out[:, s], spare, wanted
-        )
-        for s in cuts(n, spare.numel() // m if out.dtype != wide else n)
-    ]
-
-
-def _fill_strip(
-    head: Head,
-    i: slice,
-    v: slice,
-    h: Tensor,
-    w: Tensor,
-    level: Level,
-    cells: Cells,
-    out: Tensor,
-    spare: Tensor,
-    wanted: bool,
-) -> Tensor:
-    """`fill` for one strip, whose rows in ``out`` need not be contiguous."""
-    m, n = out.shape
-    narrow = out.dtype != level.binary.dtype
-    scale = plain_scale(head.transform)
-    z = spare[: m * n].view(m, n) if narrow else out
+    narrow, scale = out.dtype != wide, plain_scale(head.transform)
     shifted = narrow and scale is not None and not level.exact
-    if shifted:
-        # The product rounds z - level, not z: near 0 that loses less.
-        product = torch.addmm(level.shift, h, w.t(), alpha=(scale or 1.0) * LOG2E, out=out)
-    elif narrow and not level.exact:
-        product = torch.mm(h, w.t(), out=out)
-    else:
-        product = torch.mm(h, w.to(h.dtype).t(), out=z)
-    blanks, total = label_blanks(cells, v), z.new_empty(m)
-    cols, rows = vectors(head, i, v)
     whole = scale is not None or head.h.device.type != "cpu"  # three ops in place gain nothing by pieces
-    for r in cuts(m, m if whole else piece_rows(m, n, z.element_size())):
-        x = z[r] if product is z else z[r].copy_(product[r])
-        tape: Tape = []
-        if scale is None:
-            x, tape = record(head.transform, x, cols, rows[:, r] if rows.dim() == 2 else rows, False, False)
-        if not shifted:
-            torch.add(level.shift[r], x, alpha=LOG2E * (1.0 if scale is None else scale), out=x)
-        blank_labels(x.exp2_(), blanks, r)
-        torch.sum(x, 1, out=total[r])
-        if scale is None and wanted:
-            x = pull_back(head.transform, x, tape, cols, rows[:, r] if rows.dim() == 2 else rows, None, None)
-        if wanted and x.data_ptr() != out[r].data_ptr():
-            out[r] = x
-    return total
+    totals = []
+    for s in cuts(n, spare.numel() // m if narrow else n):
+        strip, w_strip, columns = out[:, s], w[s], slice(v.start + s.start, v.start + s.stop)
+        z = spare[: strip.numel()].view(strip.shape) if narrow else strip
+        if shifted:
+            # The product rounds z - level, not z: near 0 that loses less.
+            product = torch.addmm(level.shift, h, w_strip.t(), alpha=(scale or 1.0) * LOG2E, out=strip)
+        elif narrow and not level.exact:
+            product = torch.mm(h, w_strip.t(), out=strip)
+        else:
+            product = torch.mm(h, w_strip.to(h.dtype).t(), out=z)
+        blanks, total = label_blanks(cells, columns), z.new_empty(m)
+        cols, rows = vectors(head, i, columns)
+        for r in cuts(m, m if whole else piece_rows(m, z.shape[1], z.element_size())):
+            x = z[r] if product is z else z[r].copy_(product[r])
+            own_rows = rows[:, r] if rows.dim() == 2 else rows
+            tape: Tape = []
+            if scale is None:
+                x, tape = record(head.transform, x, cols, own_rows, False, False)
+            if not shifted:
+                torch.add(level.shift[r], x, alpha=LOG2E * (1.0 if scale is None else scale), out=x)
+            blank_labels(x.exp2_(), blanks, r)
+            torch.sum(x, 1, out=total[r])
+            if scale is None and wanted:
+                x = pull_back(head.transform, x, tape, cols, own_rows, None, None)
+            if wanted and x.data_ptr() != strip[r].data_ptr():
+                strip[r] = x
+        totals.append(total)
+    return totals
 
 
 def label_terms(head: Head, i: slice) -> tuple[Tensor, Tensor]:
