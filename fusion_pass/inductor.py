@@ -53,14 +53,18 @@ def keyed(config: dict[str, Any]) -> dict[str, Any]:
         return config.get(name, getattr(inductor_config, name))
 
     passes = {"joint_custom_pre_pass": KeyedBySource(setting("joint_custom_pre_pass"))}
-    cuda_graphs = config.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
-    if not setting("post_grad_custom_post_pass") and not cuda_graphs:
+    if not setting("post_grad_custom_post_pass") and not cuda_graphs(config):
         passes["post_grad_custom_post_pass"] = KeyedBySource(None, scale_in_place)
     return {**config, **passes}
 
 
-def overwrites(compiler: Any) -> bool:
-    """Whether the memory of a compiled graph's outputs is used again by its next run: CUDA graphs."""
-    from torch._inductor import config
+def cuda_graphs(config: dict[str, Any]) -> bool:
+    """Whether graphs compiled with these settings are recorded, Inductor's own settings where they say nothing."""
+    from torch._inductor import config as inductor_config
 
-    return bool(getattr(compiler, "config", {}).get("triton.cudagraphs", config.triton.cudagraphs))
+    return bool(config.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+
+
+def overwrites(compiler: Any) -> bool:
+    """Whether the memory of a compiled graph's outputs is used again by its next run."""
+    return cuda_graphs(getattr(compiler, "config", {}))
