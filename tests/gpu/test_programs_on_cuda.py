@@ -66,6 +66,15 @@ def results(program: Program, given: tuple[Tensor, ...], dtype: torch.dtype | No
     return [loss.detach()] + [x.grad for x in leaves[:3] if x.grad is not None]
 
 
+def reporting(report: fusedhead.Report) -> Callable:
+    """The backend, which fuses heads of any size and adds to the report."""
+
+    def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
+        return compile_with(gm, inputs, options={"fusedhead.min_logits": 0}, observe=report.extend)
+
+    return backend
+
+
 def in_float64(program: Program) -> Program:
     """The same program without its casts to float32."""
 
@@ -89,11 +98,7 @@ def test_the_error_is_at_most_that_of_eager_code_in_the_same_dtype(program: Prog
     the difference of the squares is a mean of numbers that scatter, and must not be above twice its standard error.
     """
     report = fusedhead.Report()
-
-    def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
-        return compile_with(gm, inputs, options={"fusedhead.min_logits": 0}, observe=report.extend)
-
-    compiled = torch.compile(program, backend=backend)
+    compiled = torch.compile(program, backend=reporting(report))
     squares: dict[str, list[Tensor]] = {}
     for tokens in OCTAVE:
         given = operands(dtype, tokens=tokens)
@@ -146,11 +151,7 @@ def test_a_row_program_runs_where_dispatch_modes_are_active() -> None:
         return F.kl_div(F.log_softmax(F.linear(h, w).float(), -1), target, reduction="batchmean")
 
     given, report = operands(torch.bfloat16), fusedhead.Report()
-
-    def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
-        return compile_with(gm, inputs, options={"fusedhead.min_logits": 0}, observe=report.extend)
-
-    compiled = torch.compile(program, backend=backend)
+    compiled = torch.compile(program, backend=reporting(report))
     truth = results(in_float64(program), given, torch.float64)
     for _ in range(2):
         for t, e, f in zip(truth, results(program, given), results(compiled, given)):
