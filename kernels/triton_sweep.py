@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import Head
-from fusedhead.kernels.triton_launch import Launch
+from fusedhead.kernels.triton_launch import Launch, Placed
 from fusedhead.kernels.triton_product import readable_by_tma, reads_rows
 from fusedhead.kernels.triton_schedule import Schedule, schedule
 from fusedhead.kernels.triton_tiles import Tile, device_of, tile_for
@@ -170,9 +170,9 @@ class Sweep:
             block = [tile.BN, tile.BK] if self.by_rows else [tile.BK, tile.BN]
             self.h_tiles = Tiles(h, h.shape, h.stride(), [tile.BM, tile.BK])
             self.w_tiles = Tiles(view, view.shape, view.stride(), block)
-        return self.h_tiles.at(h), self.w_tiles.at(w)
+        return Placed(self.h_tiles, h), Placed(self.w_tiles, w)
 
-    def window(self, window: Tensor) -> TensorDescriptor:
+    def window(self, window: Tensor) -> Placed:
         """The window [n, ld] as a kernel stores it: tiles clipped at the V columns that exist."""
         distance = window.stride(0)
         tiles = self.window_tiles.get(distance)
@@ -180,7 +180,7 @@ class Sweep:
             tile = self.tile
             tiles = Tiles(window, (self.n, self.vocab), (distance, 1), [tile.BM, tile.BN // tile.parts])
             self.window_tiles[distance] = tiles
-        return tiles.at(window)
+        return Placed(tiles, window)
 
 
 _sweep = lru_cache(maxsize=KEPT)(Sweep)
