@@ -59,7 +59,7 @@ def _on_top(launch: Any) -> tuple[Any, Callable[[Callable], Callable]]:
 
 def recorded(compiled: Any, grid: Grid, args: Sequence[Any]) -> Recorded | None:
     """How what Triton compiled is launched on ``grid`` with arguments like ``args``; None if that is not understood."""
-    launcher = getattr(compiled, "run", None)
+    launcher: Any = getattr(compiled, "run", None)
     call, on_top = _on_top(getattr(launcher, "launch", None))
     if call is None or isinstance(call, types.FunctionType):
         return None
