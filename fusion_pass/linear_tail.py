@@ -43,6 +43,7 @@ from fusedhead.tail_nodes import (
 aten = torch.ops.aten
 TRIES = 4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
 IN_HALF = "in float16 a gradient taken before the loss scale is known would underflow"
+TIE = 7  # which output of `head_loss` it is
 NONE_NEEDED = "no gradient is needed"
 
 
@@ -51,7 +52,7 @@ class Form(NamedTuple):
 
     squares: Callable[[Sequence[Node], Sequence[Node]], list[Node]]  # of statistics that are statistics themselves
     sized: Callable[[Node], Sequence[Node]]  # a call's tensors, the hidden states first: their sizes are known
-    replace: Callable[[Emit, Node, dict[Node, Node], Sequence[Node]], None]
+    replace: Callable[[Emit, Node, dict[Node, Node], Sequence[Node]], Sequence[Node]]  # -> what ties the loss to it
 
 
 def upgrade_rows(call: Node, places: Places) -> str:
@@ -125,7 +126,7 @@ def try_tail(
     if overwritten(operands, anchor, tail[-1], places):
         return "an operand of the loss is changed in place after the head"
     forbidden = hoist(operands, anchor, places)
-    return forbidden or replace(calls, statistics, squares, others, program, anchor, form)
+    return forbidden or replace(calls, statistics, squares, others, program, anchor, tail[-1], form)
 
 
 def replace(
@@ -135,6 +136,7 @@ def replace(
     others: Sequence[Node],
     program: GraphModule,
     anchor: Node,
+    scalar: Node,
     form: Form,
 ) -> str:
     """Put the op that takes coefficients in the place of each call: "" when done."""
@@ -158,14 +160,25 @@ def replace(
         gradients: Any = program.graph.output_node().args[0]
         results = [named(emit(aten.detach.default, env[r]), "coefficients") for r in gradients]
         square = [emit(aten.reshape.default, r, [-1]) for r in results[len(statistics) :]]
+        ties: list[Node] = []
         for call in calls:
             given = {s: r for s, r in zip(statistics, results) if s.args[0] is call}
-            form.replace(emit, call, given, square)
+            ties += form.replace(emit, call, given, square)
+    tie_to(scalar, ties, emit)
     return ""
 
 
-def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares: Sequence[Node]) -> None:
-    """One ``head_loss`` in the place of a ``head_stats``; ``coefficients`` of its results."""
+def tie_to(scalar: Node, ties: Sequence[Node], emit: Emit) -> None:
+    """Add the zeros to the scalar, whatever reads it: its upstream gradient is theirs then, with nothing to compute."""
+    if ties:
+        with emit.before(scalar.next, scalar, grad=True):
+            tie = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), ties)
+            tied = named(emit(aten.add.Tensor, scalar, emit.cast(tie, fake(scalar).dtype)), "tied")
+        scalar.replace_all_uses_with(tied, delete_user_cb=lambda user: user is not tied)
+
+
+def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares: Sequence[Node]) -> list[Node]:
+    """One ``head_loss`` in the place of a ``head_stats``; ``coefficients`` of its results, which become constants."""
     tensors: Any = call.args[:6]
     transform, stats, memory = call.args[6:]
     given = {name_index(s): r for s, r in coefficients.items()}
@@ -174,18 +187,20 @@ def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares
     total = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), squares) if squares else empty
     op = torch.ops.fusedhead.head_loss.default
     loss = emit(op, *tensors, *c, total, transform, stats, memory, *needs_of(call))
-    read = {s: emit(operator.getitem, loss, name_index(s)) for s in coefficients}
+    read = {s: emit(aten.detach.default, emit(operator.getitem, loss, name_index(s))) for s in coefficients}
+    tie = emit(operator.getitem, loss, TIE)
     for statistic, node in read.items():
         statistic.replace_all_uses_with(node)
     for node in [*call.users, call]:
         call.graph.erase_node(node)
     named(loss, "head")
     for node in read.values():
-        named(node, LINEAR_STATS[name_index(node)])
+        named(node, LINEAR_STATS[name_index(node.args[0])])  # type: ignore[arg-type]
+    return [named(tie, "tie")]
 
 
-def replace_rows(emit: Emit, call: Node, coefficients: dict[Node, Node], squares: Sequence[Node]) -> None:
-    """One ``head_rows_loss`` in the place of a ``head_rows``; ``coefficients`` of its results."""
+def replace_rows(emit: Emit, call: Node, coefficients: dict[Node, Node], squares: Sequence[Node]) -> list[Node]:
+    """One ``head_rows_loss`` in the place of a ``head_rows``; ``coefficients`` of its results, which lead back."""
     tensors: Any
     tensors, program, memory = call.args
     given = {name_index(s): r for s, r in coefficients.items()}
@@ -198,6 +213,7 @@ def replace_rows(emit: Emit, call: Node, coefficients: dict[Node, Node], squares
             result.replace_all_uses_with(emit(operator.getitem, loss, name_index(result)))
         call.graph.erase_node(result)
     call.graph.erase_node(call)
+    return []
 
 
 def no_squares(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Node]:

@@ -62,6 +62,7 @@ class RowStats(NamedTuple):
     max: Tensor | None = None  # [N] float32, of z as the program rounds it (Transform steps `round`)
     argmax: Tensor | None = None  # [N] int64, the first index on ties, of z as the program rounds it
     lse_low: Tensor | None = None  # [N] float32, finite, what rounding took off lse: p = exp((z - lse) - lse_low)
+    tie: Tensor | None = None  # [] float32, -0.0: of head_loss, where a kernel writes it at no cost
 
 
 class RowGrads(NamedTuple):

@@ -75,6 +75,7 @@ def finalize_kernel(
     sum_out,  # [N] float32, out when SUM
     scale,  # [N] float32, out: s · (row part of dT/dz)
     sh,  # [N, D] dtype of h, out when NEED_W
+    tie,  # [] float32, out: -0.0
     N,
     V,
     D,
@@ -107,6 +108,8 @@ def finalize_kernel(
 ):
     """One program a row."""
     row = tl.program_id(0)
+    if row == 0:
+        tl.store(tie, tl.full((), -2147483648, tl.int32).to(tl.float32, bitcast=True))  # the literal is +0.0 to Triton
     block = row // BM
     start, distance, slots = partial_offset(block, 0, P, N, V, GROUP, BM, BN)
     totals = tl.zeros((SLOTS,), tl.float32)
@@ -233,9 +236,10 @@ def finalize(
     total: Tensor | None,
     sh: Tensor | None,
     gain: float,
+    tie: Tensor,
     others: Tensor | None = None,
 ) -> Tensor:
-    """Row results and the target entries; returns scale [N] float32 with dz = scale ⊙ window.
+    """Row results, the target entries, and tie [] <- -0.0; returns scale [N] float32 with dz = scale ⊙ window.
 
     ``others`` [N] float32: the base-2 lse of columns that are not in the window.
     """
@@ -260,5 +264,6 @@ def finalize(
         lse if total is None else total,
         scale,
         scale if sh is None else sh,
+        tie,
     )
     return scale

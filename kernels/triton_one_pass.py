@@ -91,6 +91,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
     others = [slice(at, min(at + kept.stop, vocab)) for at in range(kept.stop, vocab, kept.stop)]
     lse, picked = new(n, dtype=torch.float32), new(head.y.shape, dtype=torch.float32)
     total = None if coefficients.sum is None else torch.empty_like(lse)
+    tie = new((), dtype=torch.float32)
     cuts = list(even_cuts(n, windows.tokens))
     tokens = cuts[0].stop
     with on_device(head.h):
@@ -132,7 +133,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
             sh = None if dw is None else row_dh if scaled is None else first_rows(scaled, m)
             rows = (reference2, row_picked, slope, totals)
             row_total = None if total is None else rows_of(total, i)
-            scale = finalize(s, part, exps, *rows, c, row_lse, row_total, sh, gain, other_lse)
+            scale = finalize(s, part, exps, *rows, c, row_lse, row_total, sh, gain, tie, other_lse)
             if gone is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
                 for factor in (scale, sh):
                     if factor is not None:
@@ -149,7 +150,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
                 scale_rows(to, scale, row_dh, outer)
         del buffer, exps, window
         grads = HeadGrads(dh, None if dw is None else dw.finish(), None, None)
-    return RowStats(lse, picked, total), grads
+    return RowStats(lse, picked, total, tie=tie), grads
 
 
 def _lse_of_others(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:

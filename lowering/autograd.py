@@ -7,6 +7,8 @@ know about engines, plans or windows.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -57,7 +59,7 @@ def _backward_once(ctx: Any, *grads: Tensor | None) -> NoReturn:
 
 def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
     c_lse, c_picked, c_sum, c_square = inputs[6:10]
-    lse, _, _, dh, dw, dcols, drows = output
+    lse, _, _, dh, dw, dcols, drows, _ = output
     ctx.save_for_backward(c_lse, c_picked, c_sum, c_square, lse, dh, dw, dcols, drows)
     ctx.computed = inputs[13:17]
     ctx.mark_non_differentiable(dh, dw, dcols, drows)
@@ -111,7 +113,9 @@ def _empty(x: Tensor) -> bool:
     return statically_known_true(x.numel() == 0)
 
 
-def _backward_loss(ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, g_sum: Tensor | None, *_: None) -> tuple:
+def _backward_loss(
+    ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, g_sum: Tensor | None, *others: Tensor | None
+) -> tuple:
     c_lse, c_picked, c_sum, c_square, lse, *grads = ctx.saved_tensors
     needs = [ctx.needs_input_grad[at] for at in (0, 1, 3, 4)]
     for need, computed, name in zip(needs, ctx.computed, ("h", "w", "cols", "rows")):
@@ -123,10 +127,12 @@ def _backward_loss(ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, g_su
     arrived = ((g_lse, c_lse), (g_picked, c_picked), (g_sum, c_sum))
     pairs = [(g, c) for g, c in arrived if g is not None and g.dim() == c.dim()]
     pairs = [(g, c) for g, c in pairs if _empty(g) or not _empty(c)]
-    if not pairs or not any(needs):
+    scales = [g for g in others[-1:] if g is not None]  # of the tie, exactly
+    scales += [upstream_scale(pairs)] if pairs else []
+    if not scales or not any(needs):
         return (None,) * 17
     wanted = [d if need else None for d, need in zip(grads, needs)]
-    dh, dw, dcols, drows = scaled(wanted, upstream_scale(pairs))
+    dh, dw, dcols, drows = scaled(wanted, functools.reduce(operator.add, scales))
     return dh, dw, None, dcols, drows, *(None,) * 12
 
 

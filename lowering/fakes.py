@@ -52,4 +52,5 @@ def head_loss(*args: object) -> tuple[Tensor, ...]:
     h, w, y, cols, rows, u = args[:6]
     transform, stats, memory = args[10:13]
     rowwise = head_stats(h, w, y, cols, rows, u, transform, f"lse,{stats}", memory)  # type: ignore[arg-type]
-    return (*rowwise[:3], *_gradients((h, w, cols, rows), args[13:17]))  # type: ignore[arg-type]
+    gradients = _gradients((h, w, cols, rows), args[13:17])  # type: ignore[arg-type]
+    return (*rowwise[:3], *gradients, _present(h, True, (), rowwise[0].dtype))  # type: ignore[arg-type]

@@ -6,7 +6,8 @@ how a head is computed or where in a program it came from.
 
     head_stats           one sweep: the statistics                     lse, picked, sum, entropy, max, argmax, lse_low
     head_stats_backward  one sweep: gradients for a per-row upstream   dh, dw, dcols, drows
-    head_loss            one sweep: both, for a scalar loss that is linear in the statistics
+    head_loss            one sweep: both, for a scalar loss that is linear in the statistics; and a zero, `tie`, that
+                         ties the loss to the operands: loss + tie is the loss, and what flows back into tie is g
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SCHEMAS = {
     " -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
     "head_loss": f"({_HEAD}, Tensor c_lse, Tensor c_picked, Tensor c_sum, Tensor c_square, "
     f"str transform, str stats, int memory, {_NEEDS})"
-    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
+    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor dh, Tensor dw, Tensor dcols, Tensor drows, Tensor tie)",
 }
 NONE = Needs(False, False, False, False)
 
@@ -192,6 +193,7 @@ def _head_loss(
         _result(got.picked if "picked" in want else None, h),
         _result(got.sum if "sum" in want else None, h),
         *_gradients(grads, head),
+        h.new_full((), -0.0, dtype=stat_dtype(h.dtype)) if got.tie is None else got.tie,
     )
 
 

@@ -60,8 +60,11 @@ coefficients = aten.detach.default(where_self)
 coefficients_1 = aten.detach.default(select_backward_default)
 no_coefficients = aten.new_empty.default(reshape_default, [0], dtype = torch.float32)
 head_1 = fusedhead.head_loss.default(reshape_default, l_w_, unsqueeze_default, no_columns, no_rows, unweighted, coefficients, coefficients_1, no_coefficients, no_coefficients, '', 'lse,picked', 0, True, True, False, False)
-lse_1 = head_1[0]
-picked_1 = head_1[1]
+getitem_3 = head_1[0]
+lse_1 = aten.detach.default(getitem_3)
+getitem_4 = head_1[1]
+picked_1 = aten.detach.default(getitem_4)
+tie = head_1[7]
 detach_default = aten.detach.default(lse_1)
 normaliser = aten.add.Tensor(lse_1, detach_default, alpha = 0)
 select_int = aten.select.int(picked_1, 1, 0)
@@ -69,7 +72,8 @@ sub_tensor = aten.sub.Tensor(normaliser, select_int)
 where_scalar_other = aten.where.ScalarOther(valid, sub_tensor, 0.0)
 sum_default = aten.sum.default(where_scalar_other)
 div_tensor = aten.div.Tensor(sum_default, sum_default_1)
-return (div_tensor,)
+tied = aten.add.Tensor(div_tensor, tie)
+return (tied,)
 """,
         )
 

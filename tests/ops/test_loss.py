@@ -63,7 +63,7 @@ def test_a_frozen_operand_costs_no_gradient(needs):
     h, w = o.h.requires_grad_(needs[0]), o.w.requires_grad_(needs[1])
     c, e = torch.full((70,), 1 / 70, dtype=torch.float64), none(o.h)
     got = OPS.head_loss(*o, c, -c[:, None], e, e, "", "lse,picked", 0, *needs, False, False)
-    assert [bool(x.numel()) for x in got[3:]] == [*needs, False, False]
+    assert [bool(x.numel()) for x in got[3:7]] == [*needs, False, False]
     if any(needs):
         ((got[0] - got[1][:, 0]) * c).sum().backward()
     assert (h.grad is not None, w.grad is not None) == needs
@@ -93,6 +93,19 @@ def test_backward_twice_gives_the_same_and_a_second_derivative_is_refused():
     (dh,) = torch.autograd.grad(stats, o.h, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiated once"):
         dh.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_tie_is_minus_zero_and_what_flows_back_into_it_is_the_factor(dtype):
+    o = leaves(operands(7, 50, 8, u=False, dtype=dtype), "h w")
+    c, e = torch.ones(7, dtype=none(o.h).dtype), none(o.h)
+    *_, dh, dw, _, _, tie = OPS.head_loss(*o, c, -c[:, None], e, e, "", "lse,picked", 0, True, True, False, False)
+    assert tie.shape == ()
+    assert tie == 0
+    assert tie.signbit()  # so that x + tie is x, zeros of either sign included
+    got = torch.autograd.grad(tie, (o.h, o.w), torch.tensor(0.5, dtype=tie.dtype))
+    assert torch.equal(got[0], dh * 0.5)
+    assert torch.equal(got[1], dw * 0.5)
 
 
 @pytest.mark.parametrize("size", [1e-300, 1e-20, 1.0, 1e20, 1e300])
