@@ -90,6 +90,6 @@ def _map_launch(s: Sweep) -> Launch:
 
 def map_labels(s: Sweep, y: Tensor, first_col: int = 0) -> Tensor:
     """[token blocks, tiles] int32: which parts of which tiles hold a label, counted from ``first_col``."""
-    label_map = y.new_empty((s.schedule.blocks, triton.cdiv(s.vocab, s.tile.BN)), dtype=torch.int32)
+    label_map = y.new_empty((s.schedule.blocks, -(-s.vocab // s.tile.BN)), dtype=torch.int32)  # `cdiv` is slow Python
     _map_launch(s)(y, label_map, first_col)
     return label_map

@@ -8,6 +8,8 @@ through Triton; so does everything in Triton's interpreter. This file must not k
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -62,27 +64,31 @@ class Launch:
     def __call__(self, *leading: Any) -> None:
         again = self.again
         if again is not None and not hooked():
-            given, addresses = [x.data_ptr() for x in leading[: self.tensors]], 0
-            for address in given:
-                addresses |= address
-            if addresses % ALIGNED == 0:
+            given, numbers = [x.data_ptr() for x in leading[: self.tensors]], leading[self.tensors :]
+            if not functools.reduce(operator.or_, given) % ALIGNED:
                 # an address is passed on as it is; of a tensor the driver would be asked whether it is one of its own
-                others = (*given[self.first :], *leading[self.tensors :], *self.bound)
                 stream = driver.active.get_current_stream(self.device)
-                if isinstance(again, Recorded):
-                    first = self._encoded(leading, given, others, again) if self.placed else ()
-                    again.launch(stream, (*first, *others))
+                if not isinstance(again, Recorded):
+                    first = _described(leading[: self.first])
+                    again(*first, *given[self.first :], *numbers, *self.bound, stream=stream)
+                    return
+                call, grid, fixed, as_tuple, _ = again
+                if self.placed:
+                    given[: self.first] = self._encoded(leading, given, again)
+                if as_tuple:
+                    call(*grid, stream, *fixed, (*given, *numbers, *self.bound))
                 else:
-                    again(*_described(leading[: self.first]), *others, stream=stream)
+                    call(*grid, stream, *fixed, *given, *numbers, *self.bound)
                 return
         self._through_triton(leading)
 
-    def _encoded(self, leading: Sequence[Any], given: list[int], others: Sequence[Any], again: Recorded) -> Any:
+    def _encoded(self, leading: Sequence[Any], given: list[int], again: Recorded) -> Any:
         """The arguments up to the last that is placed, as C takes them."""
         key = (*given[: self.first], *[leading[at].tiles for at in self.placed])
         found = self.encoded.get(key)
         if found is None:
             first = [x.data_ptr() if isinstance(x, Tensor) else x for x in _described(leading[: self.first])]
+            others = (*given[self.first :], *leading[self.tensors :], *self.bound)
             found = tuple(again.encode((*first, *others))[: -len(others)])
             if len(self.encoded) >= ENCODED:
                 self.encoded.clear()

@@ -39,7 +39,7 @@ class NarrowSum:
     def pieces(self, v: slice) -> Iterator[tuple[slice, Tensor]]:
         """The rows ``v`` cut where the sums are: (rows counted from its start, their sums)."""
         for first, rows in self.parts:
-            start, stop = max(v.start, first), min(v.stop, first + len(rows))
+            start, stop = max(v.start, first), min(v.stop, first + rows.shape[0])
             if start < stop:
                 yield slice(start - v.start, stop - v.start), rows_of(rows, slice(start - first, stop - first))
 

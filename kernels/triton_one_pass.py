@@ -60,8 +60,8 @@ def fits(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
         and not (needs.cols or needs.rows)
         and (c.lse is not None or c.square is not None)
         and (c.sum is None or head.transform.factorises)
-        and (part or windows.vocab >= len(head.w))
-        and len(head.h) > FEW
+        and (part or windows.vocab >= head.w.shape[0])
+        and head.h.shape[0] > FEW
     )
 
 
@@ -85,7 +85,7 @@ def _sum_terms(head: Head, c: Tensor) -> tuple[Tensor, Tensor]:
 def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
     """Statistics and gradients, where `fits` says so."""
     coefficients = ready_rows(coefficients)
-    n, (vocab, hidden), narrow = len(head.h), head.w.shape, head.h.dtype
+    (n, hidden), vocab, narrow = head.h.shape, head.w.shape[0], head.h.dtype
     new = head.h.new_empty
     kept = slice(0, min(windows.vocab, vocab))
     others = [slice(at, min(at + kept.stop, vocab)) for at in range(kept.stop, vocab, kept.stop)]
@@ -109,14 +109,14 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
             rank_one = (r, weighted_rows(f, head.w)) if dh is not None else None
         buffer = new_window(head, tokens, kept.stop)
         ref2 = new(tokens, dtype=torch.float32)
-        slope = torch.empty_like(picked[:tokens] if varies_along_row(head.transform) else picked[:0])
+        slope = torch.empty_like(picked[:tokens]) if varies_along_row(head.transform) else picked  # not written then
         scaled = new((tokens, hidden)) if dw is not None and dh is None else None
         apart = dh is not None and narrow != torch.float32 and not others  # whether E w is rounded into dh at the end
         product = new((tokens, hidden), dtype=torch.float32) if apart else None
         gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
         for i in cuts:
             part, c = slice_head(head, i, kept), slice_rows(coefficients, i)
-            m = len(part.h)
+            m = part.h.shape[0]
             row_lse, row_picked = rows_of(lse, i), rows_of(picked, i)
             whole, other_lse = part, None
             if others:  # a label past the kept columns may lie in their last tile
@@ -201,7 +201,7 @@ def _exponentials(
     where it was too far from the maximum. float16 has no such range, and logits that lie in the window are gone
     after one sweep over them: these sweep twice, with the true lse as reference.
     """
-    redo = sweep("stream", part, logits=logits)
+    redo = s.beside("stream")
     labels = map_labels(s, part.y) if s.labels else None
     lse_only = frozenset({"lse"})
     if window.dtype == torch.float16 or logits is not None:

@@ -26,8 +26,11 @@ def even_cuts(total: int, size: int) -> Iterator[slice]:
 
 
 def rows_of(x: Tensor, i: slice) -> Tensor:
-    """x[i]; x itself where these are all its rows, since a view costs the host as much as a launch's arguments."""
-    return x if i.start == 0 and i.stop == len(x) else x[i]
+    """x[i]; x itself where these are all its rows, since a view costs the host as much as a launch's arguments.
+
+    (So does ``len`` of a tensor, which is Python: `shape` is not.)
+    """
+    return x if i.start == 0 and i.stop == x.shape[0] else x[i]
 
 
 def first_rows(x: Tensor, count: int) -> Tensor:
@@ -36,7 +39,7 @@ def first_rows(x: Tensor, count: int) -> Tensor:
 
 def slice_head(head: Head, i: slice, v: slice) -> Head:
     """The head of one window. Labels keep counting from the whole vocabulary's first column."""
-    if i.start == v.start == 0 and i.stop == len(head.h) and v.stop == len(head.w):
+    if i.start == v.start == 0 and i.stop == head.h.shape[0] and v.stop == head.w.shape[0]:
         return head
     cols = head.cols[:, v] if head.cols.numel() else head.cols
     rows = head.rows[:, i] if head.rows.numel() else head.rows
@@ -49,7 +52,11 @@ def slice_rows(grads: RowGrads, i: slice) -> RowGrads:
 
 def ready_rows(grads: RowGrads) -> RowGrads:
     """Contiguous float32 vectors, as kernels read them."""
-    return RowGrads(*(None if g is None else g.to(torch.float32).contiguous() for g in grads))
+    return RowGrads(*(None if g is None else _ready(g) for g in grads))
+
+
+def _ready(g: Tensor) -> Tensor:
+    return g if g.dtype == torch.float32 and g.is_contiguous() else g.to(torch.float32).contiguous()
 
 
 def _unit_stride(x: Tensor) -> Tensor:

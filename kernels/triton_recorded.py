@@ -28,13 +28,6 @@ class Recorded(NamedTuple):
     as_tuple: bool
     encode: Callable[[Sequence[Any]], Sequence[Any]]  # a kernel's arguments -> as C takes them
 
-    def launch(self, stream: int, given: Sequence[Any]) -> None:
-        """Launch with the kernel's arguments as C takes them: addresses, numbers, encoded descriptors."""
-        if self.as_tuple:
-            self.call(*self.grid, stream, *self.fixed, given)
-        else:
-            self.call(*self.grid, stream, *self.fixed, *given)
-
 
 def hooked() -> bool:
     """Whether somebody (a profiler) is told of launches, which then have to go through Triton."""

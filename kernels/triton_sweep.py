@@ -113,6 +113,10 @@ class Sweep:
         self.w_tiles: Tiles | None = None
         self.window_tiles: dict[int, Tiles] = {}  # by the distance between rows
 
+    def beside(self, kernel: str) -> Sweep:
+        """The sweep of another kernel over the same window, in its own tile."""
+        return _sweep(kernel, self.layout, frozenset(), None)
+
     def launch(self, kernel: Any, **own: Any) -> Launch:
         """A launch of a sweeping kernel: ready logits take the place of h."""
         place = dict(zip(("sh0", "sh1"), self.layout.logits_strides))

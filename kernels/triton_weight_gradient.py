@@ -30,7 +30,7 @@ class WeightGradient:
     def add(self, window: Tensor, v: slice, x: Tensor, first: bool, alpha: float = 1.0) -> None:
         """Add the columns ``v`` of the vocabulary; ``first`` where nothing was added to them before."""
         for at, rows in self.sums.pieces(v):
-            part = window if at == slice(0, window.shape[1]) else window[:, at]
+            part = window if at.start == 0 and at.stop == window.shape[1] else window[:, at]
             gemm(part.t(), x, rows, add=self.started or not first, alpha=alpha)
 
     def finish(self) -> Tensor:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from functools import lru_cache
+from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.columns import Transform, parse
 from fusedhead.kernels.contract import STATS, Head
 
 
@@ -11,6 +16,7 @@ class LabelOutOfRange(IndexError, RuntimeError):
     """A label is no column of the logits. Both errors of eager code: cross_entropy's and gather's."""
 
 
+@lru_cache(maxsize=64)
 def asked(stats: str) -> frozenset[str]:
     """The statistics named in ``stats``, comma-joined. Raises ValueError naming one that is not known."""
     want = frozenset(stats.split(",")) - {""}
@@ -25,40 +31,61 @@ def _equal(what: str, got: int, other: str, expected: int) -> None:
         raise ValueError(f"{what} is {got} but {other} is {expected}; they must be equal")
 
 
-def _vectors(name: str, x: torch.Tensor, other: str, length: int) -> None:
-    if x.numel() and x.dim() != 2:
-        raise ValueError(f"{name} must be a matrix of one vector a row, got shape {list(x.shape)}")
+def _vectors(name: str, x: torch.Size, other: str, length: int) -> None:
+    if x.numel() and len(x) != 2:
+        raise ValueError(f"{name} must be a matrix of one vector a row, got shape {list(x)}")
     if x.numel():
-        _equal(f"the length of the vectors in {name}", x.shape[1], other, length)
+        _equal(f"the length of the vectors in {name}", x[1], other, length)
 
 
-def check_head(head: Head) -> None:
-    """Raise unless sizes, dtypes and labels fit together.
+class Signature(NamedTuple):
+    """What an op is called with, as far as it is known without reading a value."""
 
-    Labels are read on the CPU only: elsewhere reading them would wait for the device, and the engine asserts.
-    """
-    h, w, y, cols, rows, u, transform = head
-    if h.dim() != 2 or w.dim() != 2 or y.dim() != 2:
-        raise ValueError(
-            f"h, w and y must be matrices, got shapes {list(h.shape)}, {list(w.shape)} and {list(y.shape)}"
-        )
-    _equal("the hidden size of h", h.shape[1], "the hidden size of w", w.shape[1])
-    _equal("the number of rows of the labels", y.shape[0], "the number of tokens of h", h.shape[0])
-    _vectors("cols", cols, "the vocabulary of w", w.shape[0])
-    _vectors("rows", rows, "the number of tokens of h", h.shape[0])
+    h: torch.Size
+    w: torch.Size
+    y: torch.Size
+    cols: torch.Size
+    rows: torch.Size
+    u: torch.Size
+    dtypes: tuple[torch.dtype, ...]  # of h, w and y
+    transform: str
+
+
+@lru_cache(maxsize=1024)  # a step asks for every head it computes
+def _checked(head: Signature) -> Transform:
+    """The transform. Raises unless sizes and dtypes fit together."""
+    h, w, y, cols, rows, u, dtypes, text = head
+    transform = parse(text)
+    if len(h) != 2 or len(w) != 2 or len(y) != 2:
+        raise ValueError(f"h, w and y must be matrices, got shapes {list(h)}, {list(w)} and {list(y)}")
+    _equal("the hidden size of h", h[1], "the hidden size of w", w[1])
+    _equal("the number of rows of the labels", y[0], "the number of tokens of h", h[0])
+    _vectors("cols", cols, "the vocabulary of w", w[0])
+    _vectors("rows", rows, "the number of tokens of h", h[0])
     if u.numel():
-        _equal("the length of u", u.shape[0], "the vocabulary of w", w.shape[0])
-    if h.dtype != w.dtype or not h.dtype.is_floating_point:
-        raise ValueError(f"h is {h.dtype} and w is {w.dtype}; both must have the same floating dtype")
-    if y.dtype != torch.int64:
-        raise ValueError(f"labels are {y.dtype}; they must be torch.int64")
+        _equal("the length of u", u[0], "the vocabulary of w", w[0])
+    if dtypes[0] != dtypes[1] or not dtypes[0].is_floating_point:
+        raise ValueError(f"h is {dtypes[0]} and w is {dtypes[1]}; both must have the same floating dtype")
+    if dtypes[2] != torch.int64:
+        raise ValueError(f"labels are {dtypes[2]}; they must be torch.int64")
     for step in transform.steps:
         for kind, index in step.vectors:
             given = cols if kind == "c" else rows
-            if index >= len(given):
-                raise ValueError(f"the transform names vector {step.op}:{index} but only {len(given)} were given")
-    if y.numel() and y.device.type == "cpu":
+            if index >= given[0]:
+                raise ValueError(f"the transform names vector {step.op}:{index} but only {given[0]} were given")
+    return transform
+
+
+def head_of(h: Tensor, w: Tensor, y: Tensor, cols: Tensor, rows: Tensor, u: Tensor, transform: str) -> Head:
+    """The head of these operands. Raises unless sizes, dtypes and labels fit together.
+
+    Labels are read on the CPU only: elsewhere reading them would wait for the device, and the engine asserts.
+    """
+    dtypes = (h.dtype, w.dtype, y.dtype)
+    parsed = _checked(Signature(h.shape, w.shape, y.shape, cols.shape, rows.shape, u.shape, dtypes, transform))
+    if y.device.type == "cpu" and y.numel():
         least, most = (int(at) for at in y.aminmax())
         if least < 0 or most >= w.shape[0]:
             wrong = least if least < 0 else most
             raise LabelOutOfRange(f"label {wrong} is out of range: labels must lie in [0, {w.shape[0] - 1}]")
+    return Head(h, w, y, cols, rows, u, parsed)

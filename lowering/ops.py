@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -22,11 +23,10 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels import torch_softmax_gradients
-from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
 from fusedhead.kernels.torch_blocks import plain_scale
 from fusedhead.lowering import autograd, fakes
-from fusedhead.lowering.checks import LabelOutOfRange, asked, check_head
+from fusedhead.lowering.checks import LabelOutOfRange, asked, head_of
 from fusedhead.lowering.plan import engine_for, plan
 
 __all__ = ["SCHEMAS", "LabelOutOfRange"]
@@ -47,7 +47,12 @@ NONE = Needs(False, False, False, False)
 
 
 def _engine(head: Head) -> ModuleType:
-    return import_module(f"fusedhead.kernels.{engine_for(head.h.dtype, head.h.device.type)}")
+    return _module(engine_for(head.h.dtype, head.h.device.type))
+
+
+@cache
+def _module(engine: str) -> ModuleType:
+    return import_module(f"fusedhead.kernels.{engine}")
 
 
 def as_written(device: torch.device) -> AbstractContextManager[object]:
@@ -106,8 +111,7 @@ def _head_stats(
     stats: str,
     memory: int,
 ) -> tuple[Tensor, ...]:
-    head, want = Head(h, w, y, cols, rows, u, parse(transform)), asked(stats)
-    check_head(head)
+    head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
     short = {"lse", "picked", "sum"} if plain_scale(head.transform) is not None else {"lse", "picked"}
     windows = _windows(head, NONE, memory, linear=True, row_scale=True, explicit=not want <= short)
     with as_written(head.h.device):
@@ -144,8 +148,7 @@ def _head_stats_backward(
     need_cols: bool,
     need_rows: bool,
 ) -> tuple[Tensor, ...]:
-    head = Head(h, w, y, cols, rows, u, parse(transform))
-    check_head(head)
+    head = head_of(h, w, y, cols, rows, u, transform)
     needs = Needs(need_h, need_w, need_cols, need_rows)
     upstream = RowGrads(_given(g_lse), _given(g_picked), _given(g_sum), _given(g_entropy))
     # The lse is absent where no statistic needed it; then neither does a gradient.
@@ -176,8 +179,7 @@ def _head_loss(
     need_cols: bool,
     need_rows: bool,
 ) -> tuple[Tensor, ...]:
-    head, want = Head(h, w, y, cols, rows, u, parse(transform)), asked(stats)
-    check_head(head)
+    head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
     if want - {"lse", "picked", "sum"}:
         raise ValueError(f"head_loss gives lse, picked and sum; {stats!r} asks for more")
     needs = Needs(need_h, need_w, need_cols, need_rows)
