@@ -30,12 +30,13 @@ def check_labels_kernel(y, N, V, K, sy0, sy1, ROWS: tl.constexpr):
         tl.device_assert((label >= 0) & (label < V), "a label is out of range: it must lie in [0, vocabulary)")
 
 
-@triton.jit(do_not_specialize=("N", "tiles", "K", "first_col", "sy0", "sy1"))
+@triton.jit(do_not_specialize=("N", "V", "tiles", "K", "first_col", "sy0", "sy1"), debug=True)
 def map_labels_kernel(
     y,  # [N, K] int64
     label_map,  # [token blocks, tiles] int32
     first_col,  # vocabulary column of the window's first
     N,
+    V,
     tiles,
     K,
     sy0,
@@ -44,14 +45,20 @@ def map_labels_kernel(
     WIDTH: tl.constexpr,  # columns of a part
     PARTS: tl.constexpr,
     TILES: tl.constexpr,  # tiles that one program maps
+    CHECK: tl.constexpr,
 ):
-    """Program (b, c): token block b, TILES tiles from c · TILES on."""
+    """Program (b, c): token block b, TILES tiles from c · TILES on. With CHECK asserts 0 <= y < V as well."""
     block = tl.program_id(0)
     row = block.to(tl.int64) * BM + tl.arange(0, BM)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
     bits = tl.zeros((TILES,), tl.int32)
     for k in range(K):
         label = tl.load(y + row * sy0 + k * sy1, mask=row < N, other=-1)
+        if CHECK:
+            tl.device_assert(
+                ((label >= 0) & (label < V)) | (row >= N),
+                "a label is out of range: it must lie in [0, vocabulary)",
+            )
         part = tl.where(label >= first_col, (label - first_col) // WIDTH, -1).to(tl.int32)
         for j in tl.static_range(PARTS):
             there = (tile * PARTS + j)[None, :] == part[:, None]
@@ -82,14 +89,17 @@ def check_labels(y: Tensor, vocab: int) -> None:
 
 
 @lru_cache(maxsize=KEPT)
-def _map_launch(s: Sweep) -> Launch:
+def _map_launch(s: Sweep, check: bool) -> Launch:
     tile, tiles, chunk = s.tile, triton.cdiv(s.vocab, s.tile.BN), 64
-    bound = s.arguments(tiles=tiles, WIDTH=tile.BN // tile.parts, TILES=chunk, num_warps=4)
+    bound = s.arguments(tiles=tiles, WIDTH=tile.BN // tile.parts, TILES=chunk, CHECK=check, num_warps=4)
     return Launch(map_labels_kernel, (s.schedule.blocks, triton.cdiv(tiles, chunk), 1), bound)
 
 
-def map_labels(s: Sweep, y: Tensor, first_col: int = 0) -> Tensor:
-    """[token blocks, tiles] int32: which parts of which tiles hold a label, counted from ``first_col``."""
+def map_labels(s: Sweep, y: Tensor, first_col: int = 0, check: bool = False) -> Tensor:
+    """[token blocks, tiles] int32: which parts of which tiles hold a label, counted from ``first_col``.
+
+    ``check``: also what `check_labels` asserts, of a window that holds the whole vocabulary.
+    """
     label_map = y.new_empty((s.schedule.blocks, -(-s.vocab // s.tile.BN)), dtype=torch.int32)  # `cdiv` is slow Python
-    _map_launch(s)(y, label_map, first_col)
+    _map_launch(s, check)(y, label_map, first_col)
     return label_map

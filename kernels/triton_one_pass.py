@@ -95,7 +95,8 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
     cuts = list(even_cuts(n, windows.tokens))
     tokens = cuts[0].stop
     with on_device(head.h):
-        check_labels(head.y, vocab)
+        if others:
+            check_labels(head.y, vocab)  # else where they are mapped
         gone = dropped(head.transform, head.cols)
         if gone is not None and coefficients.picked is not None:  # no slope says that a label has no gradient there
             coefficients = coefficients._replace(picked=coefficients.picked.masked_fill(gone[head.y], 0))
@@ -202,7 +203,7 @@ def _exponentials(
     after one sweep over them: these sweep twice, with the true lse as reference.
     """
     redo = s.beside("stream")
-    labels = map_labels(s, part.y) if s.labels else None
+    labels = map_labels(s, part.y, check=whole is part) if s.labels else None
     lse_only = frozenset({"lse"})
     if window.dtype == torch.float16 or logits is not None:
         rows, _ = stream(redo, part, lse_only, None, logits=logits)
