@@ -1,11 +1,13 @@
 """What does a head cost the host? Time to enqueue a step, beside the time the device takes for it.
 
-    python benchmarks/gpu_host.py [--shapes 2048x4096x32000,...] [--profile N]
+    python benchmarks/gpu_host.py [--shapes 2048x4096x32000,...] [--items] [--profile N]
 
 Few tokens are bound by whichever of the two is longer. Per shape and step: the median time until the call returns
 (no synchronisation inside), the median time until the device is done with that one call, and the time of a call in
 a row of calls. Steps are the engine's functions by themselves and the programs of `benchmarks.tasks` compiled with
-Inductor and with fusedhead. ``--profile`` adds where the host's time goes, the N functions with the largest own time.
+Inductor and with fusedhead. ``--items`` takes the training step apart: its forward alone, the op that the forward
+calls, the engine without its launches and products (Python and allocations). ``--profile`` adds where the host's time
+goes, the N functions with the largest own time.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -28,11 +31,14 @@ from benchmarks import data, shapes, tasks
 from benchmarks.contenders import STRICT, compiled
 from benchmarks.gpu_heads import OPERANDS, make_grads, make_head
 from benchmarks.gpu_heads import Case as HeadCase
+from fusedhead.kernels import triton_one_pass, triton_weight_gradient
 from fusedhead.kernels import triton_windows as engine
 from fusedhead.kernels.contract import Needs, Windows
+from fusedhead.kernels.triton_launch import Launch
 from fusedhead.lowering.plan import plan
 
 Step = Callable[[], object]
+EACH = 100
 SHAPES = "2048x4096x32000,512x4096x128256"
 FROZEN = Needs(True, False, False, False)
 
@@ -95,6 +101,38 @@ def program_steps(case: shapes.Case, names: list[str]) -> dict[str, Step]:
     return steps
 
 
+def items(case: shapes.Case) -> dict[str, Step]:
+    """Parts of a training step with fusedhead, each by itself."""
+    n, d, v, dtype = case.tokens, case.hidden, case.vocab, case.torch_dtype
+    task, batch = tasks.TASKS["train"], data.trained(case, torch.device("cuda"))
+    h, w = (x.detach().requires_grad_() for x in (batch.h, batch.w))
+    parts: dict[str, Step] = {}
+    for backend, options in (("inductor", None), ("fusedhead", STRICT)):
+        program = compiled(backend, options)(task)
+        program(h, w, batch.y)
+        parts[f"{backend}: forward of a training step"] = partial(program, h, w, batch.y)
+    made = HeadCase(n, d, v, dtype)
+    head = make_head(made, "cuda")
+    g = make_grads(made, head)._replace(square=None)
+    absent = head.h.new_empty(0, dtype=torch.float32)
+    c = [absent if x is None else x for x in (g.lse, g.picked, g.sum, g.square)]
+    op = torch.ops.fusedhead.head_loss.default
+    parts["the op"] = partial(op, *head[:6], *c, "", "lse,picked", 0, *OPERANDS)
+    parts["the engine"] = loss = engine_steps(case)["engine loss"]
+
+    def without_launches() -> None:
+        with (
+            patch.object(Launch, "__call__", lambda self, *given: None),
+            patch.object(triton_one_pass, "gemm", lambda *given, **options: None),
+            patch.object(triton_weight_gradient, "gemm", lambda *given, **options: None),
+        ):
+            for _ in range(EACH):
+                loss()
+
+    parts[f"the engine without launches and products, {EACH} times"] = without_launches
+    return parts
+
+
 def profiled(step: Step, lines: int, calls: int = 30) -> str:
     """The functions with the largest own time over some calls of the step."""
     profile = cProfile.Profile()
@@ -137,6 +175,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=SHAPES, help="NxDxV[:dtype], comma-separated")
     parser.add_argument("--tasks", default="forward,train,frozen", help="comma-separated")
     parser.add_argument("--profile", type=int, default=0, help="functions to list a profile")
+    parser.add_argument("--items", action="store_true", help="the training step taken apart")
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     print("microseconds: call returns / device done / a call in a row of calls")
@@ -145,6 +184,7 @@ def main() -> None:
     for case in shapes.parse(options.shapes):
         print(case.text)
         steps = engine_steps(case) | program_steps(case, options.tasks.split(","))
+        steps |= items(case) if options.items else {}
         for name, step in steps.items():
             print(f"  {name}: " + " / ".join(f"{us:.0f}" for us in times(step)), flush=True)
         if options.profile:

@@ -1,4 +1,4 @@
-"""What one step of a head asks of the host: at few tokens each launch and each allocation costs more than it computes."""
+"""What a step of a head asks of the host: of few tokens, launches and allocations cost more than they compute."""
 
 from __future__ import annotations
 
