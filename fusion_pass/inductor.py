@@ -12,6 +12,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
+from fusedhead.below_autograd import call_below_autograd
 from fusedhead.donated import scale_in_place
 from fusedhead.lowering.cache_key import source_hash
 
@@ -54,8 +55,13 @@ def keyed(config: dict[str, Any]) -> dict[str, Any]:
 
     passes = {"joint_custom_pre_pass": KeyedBySource(setting("joint_custom_pre_pass"))}
     if not setting("post_grad_custom_post_pass") and not cuda_graphs(config):
-        passes["post_grad_custom_post_pass"] = KeyedBySource(None, scale_in_place)
+        passes["post_grad_custom_post_pass"] = KeyedBySource(None, own_passes)
     return {**config, **passes}
+
+
+def own_passes(graph: Graph) -> None:
+    scale_in_place(graph)
+    call_below_autograd(graph)
 
 
 def cuda_graphs(config: dict[str, Any]) -> bool:

@@ -210,3 +210,9 @@ for _name, (_implementation, _fake, (_setup, _backward)) in _PARTS.items():
     torch.library.impl(f"fusedhead::{_name}", "default", _implementation)
     torch.library.register_fake(f"fusedhead::{_name}", _fake)
     torch.library.register_autograd(f"fusedhead::{_name}", _backward, setup_context=_setup)
+    # the same without autograd, for graphs whose gradients are traced (`fusedhead.below_autograd`)
+    _traced = f"fusedhead::{_name}_traced"
+    torch.library.define(_traced, SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(_traced, "default", _implementation)
+    torch.library.impl(_traced, "Autograd", torch.library.fallthrough_kernel)
+    torch.library.register_fake(_traced, _fake)
