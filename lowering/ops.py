@@ -97,7 +97,7 @@ def _result(x: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) ->
 
 def _gradients(grads: HeadGrads, head: Head) -> tuple[Tensor, ...]:
     operands = (head.h, head.w, head.cols, head.rows)
-    return tuple(_result(g, x, x.dtype) for g, x in zip(grads, operands))
+    return tuple(x.new_empty(0) if g is None else g for g, x in zip(grads, operands))
 
 
 def _head_stats(
