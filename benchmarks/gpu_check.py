@@ -131,9 +131,12 @@ def extremes_are_right(device: str) -> Iterator[tuple[str, bool]]:
             ("tail dropped", "dropcol:0", tail),
             ("tail dropped after a soft cap", f"{SOFTCAP} dropcol:0", tail),
             ("tail set to -30", "setcol:0", torch.where(tail > 0, -30.0, torch.nan)),
+            ("plain rows that span hundreds", "", torch.zeros(c.v, device=device)),
         ):
             vectors = torch.stack((vector, vector))
             x = head._replace(cols=vectors, y=head.y.clamp(max=3999), transform=parse(transform))
+            if not transform:
+                x = x._replace(h=head.h * 32)
             if name == "p(target) -> 1":
                 x.cols[0, 11] = 60
                 x.y[:] = 11

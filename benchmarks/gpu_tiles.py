@@ -42,9 +42,6 @@ WAYS = {  # (stages, flatten, parts) worth trying with 128x256x64 tiles
     "exp": ((3, True, 4), (3, True, 2), (4, True, 4), (4, False, 4), (3, False, 2)),
     "dlogits": ((3, True, 2), (3, True, 4), (4, True, 4), (4, False, 4)),
 }
-# BM, BN, stages, flatten, parts of tiles that two programs of four warps fit beside each other: one's epilogue may run
-# under the other's product
-PAIRS = ((128, 128, 3, True, 4), (128, 128, 3, False, 4), (128, 128, 2, True, 2), (64, 256, 2, True, 4))
 
 
 def candidates(kernel: str, tokens: int, groups: tuple[int, ...]) -> list[Tile]:
@@ -52,8 +49,8 @@ def candidates(kernel: str, tokens: int, groups: tuple[int, ...]) -> list[Tile]:
         small = ((256, 64, 3), (256, 64, 4), (128, 128, 4), (128, 64, 6))
         return [Tile(64, bn, bk, 1, 4, s, f, 2) for (bn, bk, s), f in itertools.product(small, (True, False))]
     alone = [Tile(128, 256, 64, g, 8, *way) for g, way in itertools.product(groups, WAYS[kernel])]
-    beside = itertools.product(groups, PAIRS)
-    return alone + [Tile(bm, bn, 64, 2 * g, 4, stages, f, parts, 2) for g, (bm, bn, stages, f, parts) in beside]
+    stages = (4, 5) if kernel == "stream" else (4,)  # what is stored takes room
+    return alone + [Tile(128, 192, 64, g, 4, s, False, 3, 2, True) for g, s in itertools.product(groups, stages)]
 
 
 def make_head(n: int, d: int, v: int, transform: str) -> Head:
@@ -110,7 +107,7 @@ def sweep_tiles(options: argparse.Namespace, share: tuple[int, int] | None) -> N
             print(f"{kernel} {name} {n, d, v}: cuBLAS {bare:.3f} ms ({gflop / bare:.0f})", flush=True)
             for ms, t in found[: options.top]:
                 shape = f"{t.BM}x{t.BN}x{t.BK} group {t.group}, {t.stages} stages"
-                rest = f"flatten {t.flatten}, parts {t.parts}, {t.resident} resident"
+                rest = "in pairs" if t.paired else f"flatten {t.flatten}, parts {t.parts}"
                 print(f"   {ms:.3f} ms ({gflop / ms:.0f}) {bare / ms:.3f}  {shape}, {rest}", flush=True)
         del head
     torch.cuda.synchronize()

@@ -190,6 +190,10 @@ def exp_kernel(
 
 @lru_cache(maxsize=KEPT)
 def _launch(s: Sweep, total: bool, only: bool) -> Launch:
+    if s.tile.paired:
+        from fusedhead.kernels.gluon_exp import exp_pair_kernel  # of the versions of Triton that `triton_tiles` names
+
+        return s.launch(exp_pair_kernel, ONLY=only)
     own = {"FLATTEN": False} if only else {}
     varying = varies_along_row(s.transform)
     return s.launch(exp_kernel, SUM=total, VARYING=varying, ONLY=only, **own)

@@ -55,7 +55,7 @@ class Launch:
         leading = next((at for at, name in enumerate(names) if name in bound), len(names))
         self.kernel, self.grid = kernel, grid
         self.bound = tuple(bound[name] for name in names[leading:])
-        self.options = {name: value for name, value in bound.items() if name.startswith("num_")}
+        self.options = {name: value for name, value in bound.items() if name.startswith("num_") or name == "maxnreg"}
         self.placed: tuple[int, ...] = ()  # which of the leading arguments are placed
         self.first = self.tensors = self.device = 0  # arguments up to the last placed one, and up to the last tensor
         self.encoded: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # the first arguments as C takes them

@@ -127,7 +127,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
             exps, reference2 = first_rows(buffer, m), first_rows(ref2, m)
             row_dh = None if dh is None else rows_of(dh, i)
             logits = multiplied(part, exps)
-            s = sweep("exp", part, logits=logits)
+            s = sweep("exp", part, frozenset() if total is None else frozenset({"sum"}), logits=logits)
             totals = new((1 if total is None else 2, s.schedule.size), dtype=torch.float32)
             _exponentials(s, part, whole, exps, reference2, row_picked, slope, totals, logits)
             # dh's own rows hold s ⊙ h until dw has used it

@@ -46,11 +46,12 @@ def rebuild(
     ``buffer`` has room for a block of dz, ``grads`` and ``rows`` are those of the tokens. dw and dh start with what is
     first added to them: the first window, the first column.
     """
+    want = frozenset(name for name in ("sum", "entropy") if getattr(grads, name) is not None)
     for v in blocks:
         part = slice_head(head, i, v)
         window = first_rows(buffer, len(part.h))
         logits = multiplied(part, window)
-        s = sweep("dlogits", part, logits=logits)
+        s = sweep("dlogits", part, want, logits=logits)
         vectors = dlogits(s, part, window, grads, rows, v.start, dcols is not None, drows is not None)
         _add_vectors(part, vectors, dcols, drows, i, v)
         window = window[:, : len(part.w)]

@@ -164,6 +164,10 @@ def stream_kernel(
 
 @lru_cache(maxsize=KEPT)
 def _launch(s: Sweep, want: frozenset[str], labels: int, only: bool) -> Launch:
+    if s.tile.paired:
+        from fusedhead.kernels.gluon_stream import stream_pair_kernel  # of the versions that `triton_tiles` names
+
+        return s.launch(stream_pair_kernel, LABELS=labels, ONLY=only)
     top = bool(want & {"max", "argmax"})
     own = {"FLATTEN": False} if only else {}
     return s.launch(

@@ -29,6 +29,8 @@ from fusedhead.kernels.triton_transform import steps_of, varies_along_row
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 SLOTS = 16  # partial rows that a kernel reads at once
 KEPT = 512  # sweeps, and launches of each kind, that are remembered
+PLAIN = frozenset({"lse", "picked"})  # what pairs of groups of warps can be asked for
+PAIRED_REGISTERS = 168  # of a thread of their programs, on average: twelve warps share the 65,536
 
 
 def matmul_precision() -> str:
@@ -67,25 +69,38 @@ def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str])
     """
     if kernel == "dlogits":
         return tile._replace(parts=4) if transform.steps else tile
-    if varies_along_row(transform) or want & {"sum", "entropy", "max", "argmax"}:
+    if varies_along_row(transform) or (kernel == "stream" and want & {"sum", "entropy", "max", "argmax"}):
         return tile._replace(parts=4, stages=min(tile.stages, 3))
     if kernel == "stream" and any(op in ("addcol", "dropcol") for op, _ in transform.steps):
         return tile._replace(flatten=False, parts=1)
     return tile
 
 
+def _described(paired: bool) -> tuple[Any, tuple[Any, ...]]:
+    """The class of a tile's TMA descriptors, and what it takes besides: how a tile lies in shared memory."""
+    if not paired:
+        return TensorDescriptor, ()
+    from triton.experimental.gluon.language import NVMMASharedLayout  # of the versions that `tile_for` knows only
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as WithLayout
+
+    return WithLayout, (NVMMASharedLayout(128, 16, rank=2),)
+
+
 class Tiles:
     """TMA descriptors of matrices that lie alike: Triton checks the first, the others differ in their address."""
 
-    __slots__ = ("fields",)
+    __slots__ = ("described", "fields")
 
-    def __init__(self, base: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]) -> None:
-        checked = TensorDescriptor(base, list(shape), list(strides), block)
+    def __init__(
+        self, base: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int], paired: bool
+    ) -> None:
+        self.described, more = _described(paired)
+        checked = self.described(base, list(shape), list(strides), block, *more)
         self.fields = {**vars(checked), "base": None}  # no tensor is kept alive here
 
-    def at(self, base: Tensor) -> TensorDescriptor:
+    def at(self, base: Tensor) -> Any:
         """The descriptor of a matrix that starts where ``base`` does, at a multiple of 16 bytes."""
-        made = TensorDescriptor.__new__(TensorDescriptor)
+        made = self.described.__new__(self.described)
         vars(made).update(self.fields)
         made.base = base
         return made
@@ -100,7 +115,8 @@ class Sweep:
         major, multiprocessors = device_of(layout.device)
         self.compiled = major > 0  # not by the interpreter
         if tile is None:
-            tile = tile_for(kernel, n, hidden, layout.dtype.itemsize, major, layout.tma, self.ready)
+            plain = not smooth.steps and want <= PLAIN and layout.w_strides[1] == 1
+            tile = tile_for(kernel, n, hidden, layout.dtype.itemsize, major, layout.tma, self.ready, plain)
             if tile.BN >= 256 and not self.ready:
                 tile = _suited(tile, kernel, smooth, want)
         self.n, self.vocab, self.hidden, self.k = n, vocab, hidden, layout.y[1]
@@ -120,7 +136,11 @@ class Sweep:
     def launch(self, kernel: Any, **own: Any) -> Launch:
         """A launch of a sweeping kernel: ready logits take the place of h."""
         place = dict(zip(("sh0", "sh1"), self.layout.logits_strides))
-        return Launch(kernel, (self.schedule.programs, 1, 1), self.arguments(**place, **own))
+        programs = self.schedule.programs
+        if self.tile.paired:
+            programs = -(-programs // 2)
+            own |= {"STAGES": self.tile.stages, "maxnreg": PAIRED_REGISTERS}
+        return Launch(kernel, (programs, 1, 1), self.arguments(**place, **own))
 
     def arguments(self, **own: Any) -> dict[str, Any]:
         """Arguments that kernels of a sweep take, and one's own."""
@@ -172,8 +192,10 @@ class Sweep:
         if self.h_tiles is None or self.w_tiles is None:
             tile, view = self.tile, w if self.by_rows else w.t()
             block = [tile.BN, tile.BK] if self.by_rows else [tile.BK, tile.BN]
-            self.h_tiles = Tiles(h, h.shape, h.stride(), [tile.BM, tile.BK])
-            self.w_tiles = Tiles(view, view.shape, view.stride(), block)
+            if tile.paired:
+                block = [tile.BN // tile.parts, tile.BK]
+            self.h_tiles = Tiles(h, h.shape, h.stride(), [tile.BM, tile.BK], tile.paired)
+            self.w_tiles = Tiles(view, view.shape, view.stride(), block, tile.paired)
         return Placed(self.h_tiles, h), Placed(self.w_tiles, w)
 
     def window(self, window: Tensor) -> Placed:
@@ -182,7 +204,8 @@ class Sweep:
         tiles = self.window_tiles.get(distance)
         if tiles is None:
             tile = self.tile
-            tiles = Tiles(window, (self.n, self.vocab), (distance, 1), [tile.BM, tile.BN // tile.parts])
+            block = [tile.BM, tile.BN // tile.parts]
+            tiles = Tiles(window, (self.n, self.vocab), (distance, 1), block, tile.paired)
             self.window_tiles[distance] = tiles
         return Placed(tiles, window)
 

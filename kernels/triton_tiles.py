@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import triton
 
 INTERPRETED = 6  # programs "resident" when Triton's interpreter runs on the CPU
 
@@ -27,6 +28,7 @@ class Tile(NamedTuple):
     flatten: bool = True  # whether loads of the next tile may start during this tile's epilogue
     parts: int = 1  # the epilogue stores the tile in this many column parts: 1, 2 or 4
     resident: int = 1  # programs that one multiprocessor has registers and shared memory for
+    paired: bool = False  # whether these are two groups of warps of one program, in turn (`gluon_pair`)
 
 
 class Row(NamedTuple):
@@ -49,6 +51,14 @@ TABLE = (
     Row((9, 10), "", 2, 0, 0, Tile(128, 256, 64, 11, 8, 3, True, 2)),
     Row((9, 10), "", 4, 0, 0, Tile(128, 128, 32, 12, 8, 3, False, 2)),
 )
+# The same, of plain logits. With longer rows of w the tiles above are as fast: there are fewer epilogues to hide.
+PAIRS = (
+    Row((9,), "stream", 2, 0, 1536, Tile(128, 192, 64, 11, 4, 4, False, 3, 2, True)),
+    Row((9,), "exp", 2, 0, 3072, Tile(128, 192, 64, 11, 4, 4, False, 3, 2, True)),
+    Row((9,), "dlogits", 2, 0, 2560, Tile(128, 192, 64, 11, 4, 4, False, 3, 2, True)),
+)
+PAIRED_FROM = 65  # tokens
+PAIRED_WITH = ((3, 6),)  # versions of Triton with which tests/gpu has run pairs: their language, Gluon, still changes
 # Operands read through pointers: older chips, strides that TMA does not take
 POINTERS = (
     Row((0,), "", 0, 0, 0, Tile(16, 32, 16, 2, 1, 1, False, 2)),
@@ -58,6 +68,12 @@ POINTERS = (
 )
 # logits that cuBLAS computed: tiles are read, not multiplied, and enough programs are resident to hide the reads
 READY = Tile(32, 256, 16, 8, 4, 1, False, 1, 4)
+
+
+def version() -> tuple[int, int]:
+    """Triton's major and minor number."""
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
 
 
 @lru_cache(maxsize=64)
@@ -73,14 +89,17 @@ def device_of(device: torch.device) -> tuple[int, int]:
     return _device(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def tile_for(kernel: str, tokens: int, hidden: int, itemsize: int, major: int, tma: bool, ready: bool) -> Tile:
+def tile_for(
+    kernel: str, tokens: int, hidden: int, itemsize: int, major: int, tma: bool, ready: bool, plain: bool = False
+) -> Tile:
     """The tile of ``kernel`` ("stream", "exp" or "dlogits") for operands [tokens, hidden] of this itemsize.
 
-    ``tma``: whether TMA reads them; ``ready``: whether logits are read instead.
+    ``tma``: whether TMA reads them; ``ready``: whether logits are read instead; ``plain``: whether pairs can take them.
     """
     if ready and major:
         return READY
-    for row in (*(TABLE if tma else ()), *POINTERS):
+    pairs = PAIRS if plain and tma and tokens >= PAIRED_FROM and version() in PAIRED_WITH else ()
+    for row in (*pairs, *(TABLE if tma else ()), *POINTERS):
         if (
             (not row.capability or major in row.capability)
             and row.kernel in ("", kernel)

@@ -1,0 +1,138 @@
+"""Row statistics in one sweep by two groups of warps in turn: what `triton_stream` computes for plain logits.
+
+    per row: ref2 = max z·L, total = Σ 2^(z·L - ref2), picked[i, k] = z[i, y_ik]        z = h @ w.T
+
+in: h [N, D], w [V, D]. out: partial rows (`triton_schedule`), picked. Never reaches memory: z, p. FLOP 2NDV, bytes as
+`triton_stream`. It must not know how tiles are multiplied.
+"""
+
+# ruff: noqa: RUF059, SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fusedhead.kernels.gluon_pair import (
+    NARROW,
+    NARROW_TILE,
+    PER_ROW,
+    PER_ROW_OF_WIDE,
+    REGISTERS,
+    WIDE,
+    WIDE_TILE,
+    WORKERS,
+    loads,
+    ring,
+    tiles,
+)  # fmt: skip
+from fusedhead.kernels.gluon_tile import columns_of, store_labelled
+from fusedhead.kernels.triton_schedule import partial_offset
+
+
+@gluon.jit
+def _existing(z, start, V, LAYOUT: gl.constexpr, WIDTH: gl.constexpr):
+    """z with -inf in the columns past the vocabulary."""
+    return gl.where((columns_of(start, LAYOUT, WIDTH) < V)[None, :], z, float("-inf"))
+
+
+@gluon.jit
+def _exponentials(z, base):
+    """Σ_v 2^(z·L - base) of the columns of an accumulator."""
+    return gl.sum(gl.exp2(gl.fma(z, 1.4426950408889634, -base[:, None])), 1)
+
+
+@gluon.jit
+def _start(BM: gl.constexpr):
+    return gl.full((BM,), float("-inf"), gl.float32, layout=PER_ROW), gl.zeros((BM,), gl.float32, layout=PER_ROW)
+
+
+@gluon.jit
+def _epilogue(
+    acc, rest, state, args, place, sizes,
+    LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    N, V, _, GROUP, P = sizes
+    _, block, tile, slot, last, here, _ = place
+    labels, picked, part, size = args
+    ref2, total = state
+    start = tile * BN
+    if LABELS > 0:
+        if here & 3 != 0:
+            store_labelled(acc, labels, place, N, picked, LABELS, 0, WIDE_TILE, BM, BN, WIDE)
+        if here & 4 != 0:
+            store_labelled(rest, labels, place, N, picked, LABELS, WIDE, NARROW_TILE, BM, BN, NARROW)
+    if not EVEN:
+        if start + BN > V:
+            acc = _existing(acc, start, V, WIDE_TILE, WIDE)
+            rest = _existing(rest, start + WIDE, V, NARROW_TILE, NARROW)
+    top = gl.maximum(gl.convert_layout(gl.max(acc, 1), PER_ROW, assert_trivial=True), gl.max(rest, 1))
+    new = gl.maximum(ref2, top * 1.4426950408889634)
+    base = gl.where(gl.abs(new) < float("inf"), new, 0.0)
+    fade = gl.exp2(gl.where(gl.abs(ref2) < float("inf"), ref2, base) - base)
+    sums = _exponentials(acc, gl.convert_layout(base, PER_ROW_OF_WIDE, assert_trivial=True))
+    total = fade * total + gl.convert_layout(sums, PER_ROW, assert_trivial=True) + _exponentials(rest, base)
+    if last:
+        to, distance, slots = partial_offset(block, slot, P, N, V, GROUP, BM, BN)
+        at = to.to(gl.int64) + gl.arange(0, BM, layout=PER_ROW)
+        gl.store(part + at, new)
+        gl.store(part + size + at, total)
+    return gl.where(last, float("-inf"), new), gl.where(last, 0.0, total)
+
+
+@gluon.jit
+def _group(
+    SECOND: gl.constexpr, args, labels, label_map, flags, pipe, sizes, pid, ONLY: gl.constexpr, LABELS: gl.constexpr,
+    EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    tiles(
+        SECOND, _epilogue, _start, args, labels, label_map, flags, pipe, sizes, pid, ONLY, LABELS, EVEN, BM, BN, BK,
+        STAGES,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=("N", "V", "D", "K", "GROUP", "P", "size", "sy0", "sy1"))
+def stream_pair_kernel(
+    h,  # [N, D] descriptor
+    w,  # [V, D] descriptor
+    y,  # [N, K] int64
+    label_map,  # [token blocks, tiles] int32 (`triton_labels`), read when LABELS
+    u,  # these are for what `triton_stream` alone computes
+    cols,
+    rows,
+    flags,  # [token blocks] int32, read when ONLY
+    picked,  # [N, K] float32, written where a label lies
+    part,  # [2, size] float32: ref2, total
+    part_top,
+    N,
+    V,
+    D,
+    K,
+    GROUP,
+    P,  # twice as many as programs, or one less
+    size,
+    sy0,
+    sy1,
+    LABELS: gl.constexpr,
+    ONLY: gl.constexpr,
+    EVEN: gl.constexpr,  # V is a multiple of BN
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    pipe = ring(h, w, BM, BK, STAGES)
+    sizes = (N, V, D, GROUP, P)
+    labels = (y, sy0, sy1, K, 0)
+    args = (labels, picked, part, size)
+    pid = 2 * gl.program_id(0)
+    gl.warp_specialize(
+        [
+            (_group, (0, args, labels, label_map, flags, pipe, sizes, pid,
+                     ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
+            (_group, (1, args, labels, label_map, flags, pipe, sizes, pid,
+                     ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
+            (loads, (h, w, flags, pipe, sizes, pid, ONLY, BM, BN, BK, STAGES)),
+        ],
+        WORKERS,
+        REGISTERS,
+    )  # fmt: skip
