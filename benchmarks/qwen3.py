@@ -141,7 +141,10 @@ def speed(trainer: Trainer) -> dict[str, Any]:
 
 
 def capacity(trainer: Trainer) -> dict[str, Any]:
-    """The largest batch of which a step fits, to one part in 32, and the peak bytes of each batch tried."""
+    """The largest batch of which a step fits, to one part in 32, and the peak bytes of each batch tried.
+
+    The code is compiled at ``--batch``: nearer to the largest, fewer sizes change what the compiler assumes of it.
+    """
     device = trainer.device
     if device.type != "cuda":
         raise SystemExit("--capacity needs a CUDA device: a CPU swaps before it runs out of memory")
@@ -166,13 +169,14 @@ def capacity(trainer: Trainer) -> dict[str, Any]:
             print(f"batch {batch}: {peaks[batch] or 'does not fit'}", file=sys.stderr)
         return peaks[batch]
 
-    small = max(2, trainer.given.batch // 2)
-    step(small)  # the optimizer's state exists from here on
-    one, two = peak(small), peak(2 * small)
+    small = trainer.given.batch
+    large = small + max(1, small // 4)
+    step(small)  # everything is compiled and the optimizer's state exists from here on
+    one, two = peak(small), peak(large)
     if one is None or two is None:
-        raise SystemExit(f"not even {2 * small} sequences fit")
+        raise SystemExit(f"--batch {small} is too large to start from: {large} sequences do not fit")
     room = torch.cuda.mem_get_info(device)[1] - two
-    batch = 2 * small + int(0.97 * room * small / (two - one))
+    batch = large + int(0.97 * room * (large - small) / (two - one))
     stride = max(1, batch // 32)
     while peak(batch) is None:
         batch -= stride
