@@ -94,9 +94,19 @@ def regions(reading: Reading) -> list[Region]:
             found.remove(r)
         joined.inside.append(node)
         found.append(joined)
+    idle = unused(reading)
     for region in found:
-        settle(region, reading)
+        settle(region, reading, idle)
     return [r for r in found if r.results]
+
+
+def unused(reading: Reading) -> set[Node]:
+    """What leads to nothing: as a result its operands would get gradients of zeros, where eager code has none."""
+    found: set[Node] = set()
+    for node in reversed(reading.rowwise):
+        if all(user in found for user in node.users) and not any(True for _ in written(node)):
+            found.add(node)
+    return found
 
 
 def erase_unused(reading: Reading, heads: set[Projection]) -> None:
@@ -115,8 +125,11 @@ def erase_unused(reading: Reading, heads: set[Projection]) -> None:
     erase(reversed(nodes), set(nodes).__contains__)
 
 
-def settle(region: Region, reading: Reading) -> None:
-    """Keep what only the row program can compute; what hangs on its small results alone stays in the graph."""
+def settle(region: Region, reading: Reading, idle: set[Node]) -> None:
+    """Keep what only the row program can compute; what hangs on its small results alone stays in the graph.
+
+    ``idle``: what leads to nothing goes without being a result.
+    """
     values = reading.rowwise
 
     def unfit(node: Node) -> bool:
@@ -130,13 +143,15 @@ def settle(region: Region, reading: Reading) -> None:
         if unfit(node) or (isinstance(values[node], Rowwise) and any(user in inner for user in node.users)):
             inner.add(node)
     for node in region.inside:
+        if node in idle:
+            continue
         followed = any(s in reading.values and s not in values for s in node.all_input_nodes)
         first = followed or any(unfit(s) for s in node.all_input_nodes)
         if (node not in inner and first) or (
             node in inner and not unfit(node) and any(user not in inner for user in node.users)
         ):
             region.results.append((node, values[node]))
-    made = inner.union(node for node, _ in region.results)
+    made = inner.union(idle.intersection(region.inside), (node for node, _ in region.results))
     region.inside = [node for node in region.inside if node in made]
 
 

@@ -149,3 +149,13 @@ def test_a_total_of_a_row_program_that_its_logits_are_combined_with() -> None:
     for step in ("z + t", "(z * z * t).prod(-1, keepdim=True) + z"):
         body = ("z = F.linear(h, w)", total, f"l = ({step}).log_softmax(-1).gather(1, y[:, None])")
         agrees(Case(SIZES, PARAMETER, body, ("l",)))
+
+
+def test_a_reader_of_the_logits_that_leads_to_nothing_gives_its_operands_no_gradient() -> None:
+    body = (
+        "z = F.linear(h, w)",
+        "l = F.kl_div(F.log_softmax(z, 1), torch.softmax(t, 1))",
+        "idle = (s * z).logsumexp(1)",
+    )
+    inputs = {"h": FLAT, "w": W, "t": "torch.randn(B * T, V)", "s": "torch.tensor(0.3).to(dtype).requires_grad_()"}
+    agrees(Case(SIZES, inputs, body, ("l",)))
