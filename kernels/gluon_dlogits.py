@@ -16,13 +16,9 @@ from fusedhead.kernels.gluon_pair import (
     NARROW,
     NARROW_TILE,
     PER_ROW,
-    REGISTERS,
-    WORKERS,
+    in_pairs,
     label_position,
-    loads,
-    ring,
-    tiles,
-)  # fmt: skip
+)
 from fusedhead.kernels.gluon_tile import columns_of, narrow_parts, rows_of, staging, store_part
 
 
@@ -86,17 +82,6 @@ def _epilogue(
     return state
 
 
-@gluon.jit
-def _group(
-    SECOND: gl.constexpr, args, labels, label_map, flags, pipe, sizes, pid, ONLY: gl.constexpr, LABELS: gl.constexpr,
-    EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    tiles(
-        SECOND, _epilogue, _start, args, labels, label_map, flags, pipe, sizes, pid, ONLY, LABELS, EVEN, BM, BN, BK,
-        STAGES,
-    )  # fmt: skip
-
-
 @gluon.jit(do_not_specialize=("N", "V", "D", "K", "GROUP", "P", "first_col", "sy0", "sy1"))
 def dlogits_pair_kernel(
     h,  # [M, D] descriptor
@@ -133,20 +118,10 @@ def dlogits_pair_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    pipe = ring(h, w, BM, BK, STAGES)
-    first = staging(dz, BM)
-    second = staging(dz, BM)
-    sizes = (N, V, D, GROUP, P)
     labels = (y, sy0, sy1, K, first_col)
-    pid = 2 * gl.program_id(0)
-    gl.warp_specialize(
-        [
-            (_group, (0, (dz, first, labels, g_lse, g_picked, lse, HAS_LSE), labels, label_map, label_map, pipe,
-                     sizes, pid, False, LABELS, EVEN, BM, BN, BK, STAGES)),
-            (_group, (1, (dz, second, labels, g_lse, g_picked, lse, HAS_LSE), labels, label_map, label_map, pipe,
-                     sizes, pid, False, LABELS, EVEN, BM, BN, BK, STAGES)),
-            (loads, (h, w, label_map, pipe, sizes, pid, False, BM, BN, BK, STAGES)),
-        ],
-        WORKERS,
-        REGISTERS,
+    first = (dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
+    second = (dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
+    in_pairs(
+        _epilogue, _start, first, second, h, w, labels, label_map, label_map, (N, V, D, GROUP, P),
+        False, LABELS, EVEN, BM, BN, BK, STAGES,
     )  # fmt: skip

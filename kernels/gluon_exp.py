@@ -12,7 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fusedhead.kernels.gluon_pair import NARROW, NARROW_TILE, PER_ROW, REGISTERS, WORKERS, loads, ring, tiles
+from fusedhead.kernels.gluon_pair import NARROW, NARROW_TILE, PER_ROW, in_pairs
 from fusedhead.kernels.gluon_tile import columns_of, narrow_parts, rows_of, staging, store_labelled, store_part
 from fusedhead.kernels.triton_schedule import partial_offset
 
@@ -60,17 +60,6 @@ def _epilogue(
     return (gl.where(last, 0.0, total),)
 
 
-@gluon.jit
-def _group(
-    SECOND: gl.constexpr, args, labels, label_map, flags, pipe, sizes, pid, ONLY: gl.constexpr, LABELS: gl.constexpr,
-    EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    tiles(
-        SECOND, _epilogue, _start, args, labels, label_map, flags, pipe, sizes, pid, ONLY, LABELS, EVEN, BM, BN, BK,
-        STAGES,
-    )  # fmt: skip
-
-
 @gluon.jit(do_not_specialize=("N", "V", "D", "K", "GROUP", "P", "sy0", "sy1"))
 def exp_pair_kernel(
     h,  # [M, D] descriptor
@@ -102,20 +91,10 @@ def exp_pair_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    pipe = ring(h, w, BM, BK, STAGES)
-    first = staging(E, BM)
-    second = staging(E, BM)
-    sizes = (N, V, D, GROUP, P)
     labels = (y, sy0, sy1, K, 0)
-    pid = 2 * gl.program_id(0)
-    gl.warp_specialize(
-        [
-            (_group, (0, (E, first, labels, ref2, picked, part), labels, label_map, flags, pipe, sizes, pid,
-                     ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
-            (_group, (1, (E, second, labels, ref2, picked, part), labels, label_map, flags, pipe, sizes, pid,
-                     ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
-            (loads, (h, w, flags, pipe, sizes, pid, ONLY, BM, BN, BK, STAGES)),
-        ],
-        WORKERS,
-        REGISTERS,
+    first = (E, staging(E, BM), labels, ref2, picked, part)
+    second = (E, staging(E, BM), labels, ref2, picked, part)
+    in_pairs(
+        _epilogue, _start, first, second, h, w, labels, label_map, flags, (N, V, D, GROUP, P),
+        ONLY, LABELS, EVEN, BM, BN, BK, STAGES,
     )  # fmt: skip

@@ -172,7 +172,8 @@ def _product(pipe, first, count, done, BM: gl.constexpr, STAGES: gl.constexpr):
 @gluon.jit
 def tiles(
     SECOND: gl.constexpr,  # 0 or 1: which of the two groups
-    EPILOGUE: gl.constexpr,  # (acc, rest, state, args, place, sizes, LABELS, EVEN, BM, BN) -> state
+    EPILOGUE: gl.constexpr,  # (acc, rest, state, args, place, sizes, LABELS, EVEN, BM, BN) -> state; place: (step,
+    # token block, tile, slot, whether the last of its token block, label map's bits, columns of labels where one a row)
     START: gl.constexpr,  # (BM) -> state: a tuple of vectors [BM] as `PER_ROW`
     args,
     labels,
@@ -227,3 +228,27 @@ def tiles(
         else:
             state = EPILOGUE(acc, rest, state, args, place, sizes, LABELS, EVEN, BM, BN)
     tma.store_wait(0)
+
+
+@gluon.jit
+def in_pairs(
+    EPILOGUE: gl.constexpr, START: gl.constexpr,  # as `tiles` takes them
+    args, others,  # of the first group's epilogue, and of the second's
+    h, w, labels, label_map, flags, sizes,
+    ONLY: gl.constexpr, LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A whole program: two groups that multiply, and what loads for them."""
+    pipe = ring(h, w, BM, BK, STAGES)
+    pid = 2 * gl.program_id(0)
+    gl.warp_specialize(
+        [
+            (tiles, (0, EPILOGUE, START, args, labels, label_map, flags, pipe, sizes, pid,
+                     ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
+            (tiles, (1, EPILOGUE, START, others, labels, label_map, flags, pipe, sizes, pid,
+                     ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
+            (loads, (h, w, flags, pipe, sizes, pid, ONLY, BM, BN, BK, STAGES)),
+        ],
+        WORKERS,
+        REGISTERS,
+    )  # fmt: skip

@@ -17,14 +17,10 @@ from fusedhead.kernels.gluon_pair import (
     NARROW_TILE,
     PER_ROW,
     PER_ROW_OF_WIDE,
-    REGISTERS,
     WIDE,
     WIDE_TILE,
-    WORKERS,
-    loads,
-    ring,
-    tiles,
-)  # fmt: skip
+    in_pairs,
+)
 from fusedhead.kernels.gluon_tile import columns_of, store_labelled
 from fusedhead.kernels.triton_schedule import partial_offset
 
@@ -79,17 +75,6 @@ def _epilogue(
     return gl.where(last, float("-inf"), new), gl.where(last, 0.0, total)
 
 
-@gluon.jit
-def _group(
-    SECOND: gl.constexpr, args, labels, label_map, flags, pipe, sizes, pid, ONLY: gl.constexpr, LABELS: gl.constexpr,
-    EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    tiles(
-        SECOND, _epilogue, _start, args, labels, label_map, flags, pipe, sizes, pid, ONLY, LABELS, EVEN, BM, BN, BK,
-        STAGES,
-    )  # fmt: skip
-
-
 @gluon.jit(do_not_specialize=("N", "V", "D", "K", "GROUP", "P", "size", "sy0", "sy1"))
 def stream_pair_kernel(
     h,  # [N, D] descriptor
@@ -120,19 +105,9 @@ def stream_pair_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    pipe = ring(h, w, BM, BK, STAGES)
-    sizes = (N, V, D, GROUP, P)
     labels = (y, sy0, sy1, K, 0)
     args = (labels, picked, part, size)
-    pid = 2 * gl.program_id(0)
-    gl.warp_specialize(
-        [
-            (_group, (0, args, labels, label_map, flags, pipe, sizes, pid,
-                     ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
-            (_group, (1, args, labels, label_map, flags, pipe, sizes, pid,
-                     ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
-            (loads, (h, w, flags, pipe, sizes, pid, ONLY, BM, BN, BK, STAGES)),
-        ],
-        WORKERS,
-        REGISTERS,
+    in_pairs(
+        _epilogue, _start, args, args, h, w, labels, label_map, flags, (N, V, D, GROUP, P),
+        ONLY, LABELS, EVEN, BM, BN, BK, STAGES,
     )  # fmt: skip
