@@ -12,13 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedhead.kernels.triton_chips import triton_serves
+
 
 def gemm(a: Tensor, b: Tensor, out: Tensor, add: bool = False, alpha: float = 1.0) -> None:
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=float(add), alpha=alpha, out=out)
-    elif out.device.type == "cuda":
+    elif out.device.type == "cuda" and triton_serves():
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=float(add), alpha=alpha, out=out)
-    else:  # the interpreter's device has no mixed product
+    else:  # a device without a mixed product, as the interpreter's
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=float(add), alpha=alpha, out=out)
 
 

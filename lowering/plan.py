@@ -23,6 +23,7 @@ from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import Needs, Windows
 from fusedhead.kernels.torch_blocks import block_columns
 from fusedhead.kernels.torch_workspace import workspace
+from fusedhead.kernels.triton_chips import triton_serves
 from fusedhead.lowering import triton_plan
 from fusedhead.lowering.triton_plan import Sizes, Way
 
@@ -59,8 +60,9 @@ class Plan(NamedTuple):
 
 
 def engine_for(dtype: torch.dtype, device_type: str) -> str:
-    """Triton where it exists and has the dtype, torch ops everywhere else."""
-    return "triton_windows" if device_type == "cuda" and dtype in TRITON_DTYPES else "torch_windows"
+    """Triton where it serves the chip and has the dtype, torch ops everywhere else."""
+    by_triton = device_type == "cuda" and dtype in TRITON_DTYPES and triton_serves()
+    return "triton_windows" if by_triton else "torch_windows"
 
 
 class _Head(NamedTuple):

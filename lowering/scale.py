@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedhead.kernels.triton_chips import triton_serves
+
 # |g - 1| below which g·x rounds back to x, whatever x: less than half a unit in the last place
 UNMOVED = {torch.bfloat16: 2.0**-11, torch.float16: 2.0**-14}
 LIBRARY = torch.library.Library("fusedhead", "FRAGMENT")
@@ -35,7 +37,7 @@ def _in_place(xs: list[Tensor], g: Tensor) -> None:
     """Two of one dtype share a launch: of few tokens, launches are most of the cost."""
     launched: dict[torch.dtype, list[Tensor]] = {}
     for x in xs:
-        if x.is_cuda and x.is_contiguous() and x.dtype != torch.float64:
+        if x.is_cuda and x.is_contiguous() and x.dtype != torch.float64 and triton_serves():
             launched.setdefault(x.dtype, []).append(x)
         else:
             _one_in_place(x, g)

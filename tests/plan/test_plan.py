@@ -7,7 +7,9 @@ import itertools
 import pytest
 import torch
 
+from fusedhead.kernels import triton_chips
 from fusedhead.kernels.contract import Needs, Windows
+from fusedhead.lowering import plan as plan_module
 from fusedhead.lowering.plan import MIB, engine_for, plan
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -31,6 +33,24 @@ SIZES = ((1, 32000, 512), (7, 507, 123), (1024, 32000, 512), (2048, 50304, 768),
 )
 def test_the_engine_follows_device_and_dtype(dtype, device, engine):
     assert engine_for(dtype, device) == engine
+
+
+@pytest.mark.parametrize(
+    ("hip", "majors", "engine"),
+    [
+        (None, [9], "triton_windows"),
+        (None, [9, 8], "triton_windows"),
+        (None, [7], "torch_windows"),
+        (None, [8, 7], "torch_windows"),
+        ("6.4", [9], "torch_windows"),  # an MI300 calls itself 9.4
+    ],
+)
+def test_gpus_that_the_triton_kernels_are_not_made_for_take_the_torch_engine(monkeypatch, hip, majors, engine):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(majors))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: (majors[at], 0))
+    monkeypatch.setattr(plan_module, "triton_serves", triton_chips.triton_serves.__wrapped__)
+    assert engine_for(BF16, "cuda") == engine
 
 
 @pytest.mark.parametrize(
