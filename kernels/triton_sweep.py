@@ -9,17 +9,16 @@ is launched when (`triton_windows` does).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import Head
+from fusedhead.kernels.triton_descriptors import Tiles
 from fusedhead.kernels.triton_launch import Launch, Placed
 from fusedhead.kernels.triton_product import readable_by_tma, reads_rows
 from fusedhead.kernels.triton_schedule import Schedule, schedule
@@ -74,36 +73,6 @@ def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str])
     if kernel == "stream" and any(op in ("addcol", "dropcol") for op, _ in transform.steps):
         return tile._replace(flatten=False, parts=1)
     return tile
-
-
-def _described(paired: bool) -> tuple[Any, tuple[Any, ...]]:
-    """The class of a tile's TMA descriptors, and what it takes besides: how a tile lies in shared memory."""
-    if not paired:
-        return TensorDescriptor, ()
-    from triton.experimental.gluon.language import NVMMASharedLayout  # of the versions that `tile_for` knows only
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as WithLayout
-
-    return WithLayout, (NVMMASharedLayout(128, 16, rank=2),)
-
-
-class Tiles:
-    """TMA descriptors of matrices that lie alike: Triton checks the first, the others differ in their address."""
-
-    __slots__ = ("described", "fields")
-
-    def __init__(
-        self, base: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int], paired: bool
-    ) -> None:
-        self.described, more = _described(paired)
-        checked = self.described(base, list(shape), list(strides), block, *more)
-        self.fields = {**vars(checked), "base": None}  # no tensor is kept alive here
-
-    def at(self, base: Tensor) -> Any:
-        """The descriptor of a matrix that starts where ``base`` does, at a multiple of 16 bytes."""
-        made = self.described.__new__(self.described)
-        vars(made).update(self.fields)
-        made.base = base
-        return made
 
 
 class Sweep:
