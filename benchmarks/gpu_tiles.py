@@ -9,21 +9,13 @@ Prints, per shape, each tile's milliseconds and TFLOP/s beside cuBLAS's bare h w
 from __future__ import annotations
 
 import argparse
-import itertools
 import subprocess
 import sys
-from collections.abc import Callable
 
 import torch
 
-from fusedhead.kernels.columns import parse
-from fusedhead.kernels.contract import Head, RowGrads, RowStats
-from fusedhead.kernels.triton_dlogits import dlogits
-from fusedhead.kernels.triton_exp import exponentials
-from fusedhead.kernels.triton_labels import map_labels
-from fusedhead.kernels.triton_stream import stream
-from fusedhead.kernels.triton_sweep import sweep
 from fusedhead.kernels.triton_tiles import Tile
+from fusedhead.kernels.triton_tuning import candidates, make_head, step_of
 
 SHAPES = {
     "llama3": (4096, 4096, 128256),
@@ -37,55 +29,13 @@ SHAPES = {
 }
 
 
-WAYS = {  # (stages, flatten, parts) worth trying with 128x256x64 tiles
-    "stream": ((3, True, 2), (3, True, 4), (4, True, 4), (3, False, 1), (4, False, 2)),
-    "exp": ((3, True, 4), (3, True, 2), (4, True, 4), (4, False, 4), (3, False, 2)),
-    "dlogits": ((3, True, 2), (3, True, 4), (4, True, 4), (4, False, 4)),
-}
-
-
-def candidates(kernel: str, tokens: int, groups: tuple[int, ...]) -> list[Tile]:
-    if tokens <= 64:
-        small = ((256, 64, 3), (256, 64, 4), (128, 128, 4), (128, 64, 6))
-        return [Tile(64, bn, bk, 1, 4, s, f, 2) for (bn, bk, s), f in itertools.product(small, (True, False))]
-    alone = [Tile(128, 256, 64, g, 8, *way) for g, way in itertools.product(groups, WAYS[kernel])]
-    stages = (4, 5) if kernel == "stream" else (4,)  # what is stored takes room
-    return alone + [Tile(128, 192, 64, g, 4, s, False, 3, 2, True) for g, s in itertools.product(groups, stages)]
-
-
-def make_head(n: int, d: int, v: int, transform: str) -> Head:
-    h = torch.randn(n, d, device="cuda", dtype=torch.bfloat16)
-    w = torch.randn(v, d, device="cuda", dtype=torch.bfloat16) / d**0.5
-    y = torch.randint(0, v, (n, 1), device="cuda")
-    vectors = torch.randn(1, v, device="cuda"), torch.rand(1, n, device="cuda")
-    return Head(h, w, y, *vectors, torch.empty(0, device="cuda"), parse(transform))
-
-
-def step_of(kernel: str, head: Head, tile: Tile) -> Callable[[], object]:
-    """One launch of the kernel with this tile, its buffers made beforehand."""
-    n, v = len(head.h), len(head.w)
-    s = sweep(kernel, head, tile=tile)
-    new = head.h.new_empty
-    picked = new((n, 1), dtype=torch.float32)
-    if kernel == "stream":
-        return lambda: stream(s, head, frozenset({"lse"}), picked)
-    window = new((n, -(-v // 64) * 64))
-    rows = torch.zeros(n, device=head.h.device)
-    labels = map_labels(s, head.y)
-    if kernel == "exp":
-        part = new((1, s.schedule.size), dtype=torch.float32)
-        return lambda: exponentials(s, head, window, rows, picked, picked, part, labels)
-    grads = RowGrads(rows, picked)
-    return lambda: dlogits(s, head, window, grads, RowStats(rows), 0, False, False)
-
-
 def sweep_tiles(options: argparse.Namespace, share: tuple[int, int] | None) -> None:
     """Time every candidate, or (with a share i of n) only compile and run every n-th one once."""
     from triton.testing import do_bench
 
     for name in options.shapes.split(","):
         n, d, v = SHAPES[name]
-        head = make_head(n, d, v, options.transform)
+        head = make_head(n, d, v, transform=options.transform)
         for kernel in options.kernel.split(","):
             tiles = candidates(kernel, n, tuple(int(g) for g in options.groups.split(",")))
             if share:

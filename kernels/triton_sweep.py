@@ -24,6 +24,7 @@ from fusedhead.kernels.triton_product import readable_by_tma, reads_rows
 from fusedhead.kernels.triton_schedule import Schedule, schedule
 from fusedhead.kernels.triton_tiles import Tile, device_of, tile_for
 from fusedhead.kernels.triton_transform import steps_of, varies_along_row
+from fusedhead.kernels.triton_tuned import tuned_tile
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 SLOTS = 16  # partial rows that a kernel reads at once
@@ -85,7 +86,10 @@ class Sweep:
         self.compiled = major > 0  # not by the interpreter
         if tile is None:
             plain = not smooth.steps and want <= PLAIN and layout.w_strides[1] == 1
-            tile = tile_for(kernel, n, hidden, layout.dtype.itemsize, major, layout.tma, self.ready, plain)
+            size = layout.dtype.itemsize
+            if not self.ready:
+                tile = tuned_tile(kernel, layout.device, n, hidden, size, layout.tma, plain)
+            tile = tile or tile_for(kernel, n, hidden, size, major, layout.tma, self.ready, plain)
             if tile.BN >= 256 and not self.ready:
                 tile = _suited(tile, kernel, smooth, want)
         self.n, self.vocab, self.hidden, self.k = n, vocab, hidden, layout.y[1]

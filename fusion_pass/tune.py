@@ -1,0 +1,56 @@
+"""``python -m fusedhead.tune``: find the fastest tiles for this machine's GPU and keep them on disk.
+
+The checked-in tiles were timed on an H100; another chip runs them or safe ones. This takes some minutes once, and every
+later process on the machine uses what it found. Nothing is tuned while a model runs. It must not know what kernels
+compute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def main(arguments: Sequence[str] | None = None, clock: Callable[[Callable[[], object]], float] | None = None) -> int:
+    """Tune, print what was found, write it; the exit code."""
+    command = argparse.ArgumentParser(prog="python -m fusedhead.tune", description=__doc__)
+    command.add_argument("--hidden", default="768,1024,2048,4096,8192", help="sizes; a tile serves up to its own")
+    command.add_argument("--tokens", type=int, default=4096)
+    command.add_argument("--vocab", type=int, default=65536)
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="fp16 uses what bf16 found: both take two bytes"
+    )
+    given = command.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("fusedhead: no GPU here: there are no tiles to tune on a CPU", file=sys.stderr)
+        return 2
+
+    from fusedhead.kernels import triton_tuned, triton_tuning
+    from fusedhead.kernels.triton_sweep import sweep
+
+    device, dtype, rows = torch.device("cuda", torch.cuda.current_device()), DTYPES[given.dtype], []
+    print(triton_tuned.name_of(device))
+    for hidden in sorted(int(size) for size in given.hidden.split(",")):
+        head = triton_tuning.make_head(given.tokens, hidden, given.vocab, "cuda", dtype)
+        for kernel in triton_tuned.KERNELS:
+            tma = sweep(kernel, head).layout.tma
+            tiles = triton_tuning.candidates(kernel, given.tokens, triton_tuning.GROUPS, tma)
+            found = triton_tuning.fastest(kernel, head, tiles, clock or triton_tuning.timed)
+            if not found:
+                print(f"fusedhead: no tile of {kernel} fits this GPU at hidden size {hidden}", file=sys.stderr)
+                return 1
+            alone = next((item for item in found if not item[1].paired), found[0])
+            for ms, tile in dict.fromkeys((found[0], alone)):  # heads that pairs cannot take need the second
+                rows.append(triton_tuned.Tuned(kernel, dtype.itemsize, tma, hidden, tile))
+                print(f"  {kernel}, hidden size {hidden}: {ms:.3f} ms with {tile}", flush=True)
+    print(f"kept in {triton_tuned.keep(triton_tuned.name_of(device), rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

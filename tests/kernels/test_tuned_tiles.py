@@ -1,0 +1,102 @@
+"""Tiles that were tuned on a machine are used there, and nothing that is wrong with them stops a program."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is published for Linux only")
+
+from fusedhead import tune
+from fusedhead.kernels import triton_tuned, triton_tuning
+from fusedhead.kernels.triton_tiles import Tile, version
+from fusedhead.kernels.triton_tuned import KERNELS, Tuned, keep, tuned_tile
+
+GPU = torch.device("cuda", 0)
+SMALL, LARGE = Tile(128, 128, 32, 8, 8, 3, False, 2), Tile(128, 256, 64, 22, 8, 3, True, 4)
+PAIR = Tile(128, 192, 64, 11, 4, 4, False, 3, 2, True)
+
+
+@pytest.fixture(autouse=True)
+def chip(monkeypatch, tmp_path):
+    """A file of its own, a GPU with a name, a Triton that has run pairs."""
+    monkeypatch.setenv("FUSEDHEAD_TILES", str(tmp_path / "deep" / "tiles.json"))
+    monkeypatch.setattr(triton_tuned, "name_of", lambda device: f"chip {device.index}")
+    for module in (triton_tuned, triton_tuning):
+        monkeypatch.setattr(module, "PAIRED_WITH", (version(),))
+    triton_tuned.known.cache_clear()
+    yield
+    triton_tuned.known.cache_clear()
+
+
+def tile(kernel="exp", device=GPU, tokens=4096, hidden=1024, itemsize=2, tma=True, plain=True):
+    return tuned_tile(kernel, device, tokens, hidden, itemsize, tma, plain)
+
+
+def test_a_tile_serves_hidden_sizes_up_to_its_own_and_the_largest_all_beyond():
+    keep("chip 0", [Tuned("exp", 2, True, 1024, SMALL), Tuned("exp", 2, True, 4096, LARGE)])
+    assert [tile(hidden=d) for d in (64, 1024, 1025, 4096, 9000)] == [SMALL, SMALL, LARGE, LARGE, LARGE]
+
+
+def test_pairs_go_to_plain_logits_and_the_best_of_the_others_to_the_rest():
+    keep("chip 0", [Tuned("exp", 2, True, 1024, PAIR), Tuned("exp", 2, True, 1024, LARGE)])
+    assert tile() == PAIR
+    assert tile(plain=False) == LARGE
+
+
+def test_the_table_decides_for_whatever_was_not_tuned():
+    keep("chip 0", [Tuned("exp", 2, True, 1024, SMALL)])
+    assert tile() == SMALL
+    others = ({"kernel": "stream"}, {"device": torch.device("cuda", 1)}, {"itemsize": 4}, {"tma": False}, {"tokens": 8})
+    assert all(tile(**other) is None for other in others)
+    assert tile(device=torch.device("cpu")) is None
+
+
+def test_devices_keep_their_tiles_beside_each_other():
+    keep("chip 0", [Tuned("exp", 2, True, 1024, SMALL)])
+    keep("chip 1", [Tuned("exp", 2, True, 1024, LARGE)])
+    keep("chip 0", [Tuned("exp", 2, True, 1024, PAIR)])
+    assert tile() == PAIR
+    assert tile(device=torch.device("cuda", 1)) == LARGE
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"chip 0": [["exp", 2]]}'])
+def test_a_damaged_file_warns_and_leaves_it_to_the_table(text):
+    path = keep("chip 0", [Tuned("exp", 2, True, 1024, SMALL)])
+    path.write_text(text)
+    with pytest.warns(UserWarning, match="tune again"):
+        assert tile() is None
+
+
+def test_a_tile_of_other_token_blocks_is_not_taken():
+    keep("chip 0", [Tuned("exp", 2, True, 1024, SMALL._replace(BM=64))])
+    assert tile() is None
+
+
+def test_tuning_keeps_the_fastest_tile_of_each_kernel_and_the_fastest_that_is_no_pair(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    of_cpu = triton_tuning.make_head(130, 64, 300, "cpu")
+    monkeypatch.setattr(triton_tuning, "make_head", lambda *given: of_cpu)
+    built = triton_tuning.step_of
+
+    def step_of(kernel, head, candidate):
+        if candidate.stages == 5:
+            raise RuntimeError("out of resource: shared memory")
+        built(kernel, head, candidate)
+        return lambda: candidate
+
+    monkeypatch.setattr(triton_tuning, "step_of", step_of)
+    order = {(True, 22): 1.0, (False, 33): 2.0}
+    clock = lambda step: order.get((step().paired, step().group), 3.0)  # noqa: E731
+    assert tune.main(["--hidden", "1024"], clock) == 0
+    for kernel in KERNELS:
+        assert (tile(kernel).paired, tile(kernel).group) == (True, 22)
+        assert (tile(kernel, plain=False).paired, tile(kernel, plain=False).group) == (False, 33)
+    assert "kept in" in capsys.readouterr().out
+
+
+def test_without_a_gpu_tuning_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 2
+    assert "no GPU here" in capsys.readouterr().err
