@@ -7,8 +7,8 @@ missing or damaged the table decides. It is read once a process. This file must 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import torch
 
 from fusedhead.kernels.triton_tiles import PAIRED_FROM, PAIRED_WITH, Tile, version
 
+log = logging.getLogger("fusedhead")
 KERNELS = ("stream", "exp", "dlogits")
 ROWS = 128  # BM of every tile here: token blocks that one kernel marks are done again by another
 
@@ -36,7 +37,7 @@ def place() -> Path:
     given = os.environ.get("FUSEDHEAD_TILES")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedhead" / "tiles.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fusedhead" / "tiles.json"
 
 
 def name_of(device: torch.device) -> str:
@@ -55,7 +56,7 @@ def _read(path: Path) -> dict[str, list[Any]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as problem:
-        warnings.warn(f"fusedhead: {path} holds no tiles ({problem}); delete it or tune again", stacklevel=2)
+        log.warning("%s holds no tiles (%s); delete it or run `python -m fusedhead.tune` again", path, problem)
         return {}
 
 
