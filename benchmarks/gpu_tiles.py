@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 
 import torch
 
 from fusedhead.kernels.triton_tiles import Tile
-from fusedhead.kernels.triton_tuning import candidates, make_head, step_of
+from fusedhead.kernels.triton_tuning import candidates, fastest, make_head, step_of
 
 SHAPES = {
     "llama3": (4096, 4096, 128256),
@@ -27,6 +28,16 @@ SHAPES = {
     "few": (512, 4096, 128256),
     "one": (1, 4096, 128256),
 }
+
+
+def clock(step: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(step, warmup=15, rep=80, return_mode="median"))
+
+
+def told(tile: Tile, problem: Exception) -> None:
+    print("  ", tile, type(problem).__name__, str(problem)[:80])
 
 
 def sweep_tiles(options: argparse.Namespace, share: tuple[int, int] | None) -> None:
@@ -47,12 +58,8 @@ def sweep_tiles(options: argparse.Namespace, share: tuple[int, int] | None) -> N
             bare = do_bench(lambda z=z, head=head: torch.mm(head.h, head.w.t(), out=z), warmup=25, rep=100)
             del z
             best: dict[Tile, float] = {}
-            for tile in tiles * options.rounds:
-                try:
-                    ms = do_bench(step_of(kernel, head, tile), warmup=15, rep=80, return_mode="median")
-                    best[tile] = min(ms, best.get(tile, ms))
-                except Exception as problem:
-                    print("  ", tile, type(problem).__name__, str(problem)[:80])
+            for ms, tile in fastest(kernel, head, tiles * options.rounds, clock, told):
+                best[tile] = min(ms, best.get(tile, ms))
             found = sorted((ms, tile) for tile, ms in best.items())
             print(f"{kernel} {name} {n, d, v}: cuBLAS {bare:.3f} ms ({gflop / bare:.0f})", flush=True)
             for ms, t in found[: options.top]:

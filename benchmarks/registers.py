@@ -170,9 +170,8 @@ def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Markdown: a row a case, a column a sweeping kernel; the others in the last one."""
     lines = ["| case | " + " | ".join(SWEEPS) + " | others, the most |", "|---" * (len(SWEEPS) + 2) + "|"]
     for name, kernels in results.items():
-        cells = []
+        cells, named = [], [(k["kernel"].replace("_pair", ""), k) for k in kernels]
         for kernel in (*SWEEPS, None):
-            named = [(k["kernel"].replace("_pair", ""), k) for k in kernels]
             own = [k for title, k in named if title == kernel or (kernel is None and title not in SWEEPS)]
             most = {key: max((k[key] for k in own), default=0) for key in ("registers", "spilled", "shared")}
             spilled = f"**+{most['spilled']}**" if most["spilled"] else "+0"

@@ -15,11 +15,10 @@ from triton.experimental.gluon import language as gl
 from fusedhead.kernels.gluon_pair import (
     NARROW,
     NARROW_TILE,
-    PER_ROW,
     in_pairs,
     label_position,
 )
-from fusedhead.kernels.gluon_tile import columns_of, narrow_parts, rows_of, staging, store_part
+from fusedhead.kernels.gluon_tile import columns_of, narrow_parts, rows_of, staging, store_part, zero_sums
 
 
 @gluon.jit
@@ -52,11 +51,6 @@ def _part(
                 at = label_position(labels, k, place[1], sizes[0], place[2] * BN, BM, BN)
                 d = _with_label(d, at, _label_gradient(g_picked, at, k, labels[3], row), J * NARROW)
     store_part(d, dz, stage, place, J, BM, BN)
-
-
-@gluon.jit
-def _start(BM: gl.constexpr):
-    return (gl.zeros((BM,), gl.float32, layout=PER_ROW),)
 
 
 @gluon.jit
@@ -122,6 +116,6 @@ def dlogits_pair_kernel(
     first = (dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
     second = (dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
     in_pairs(
-        _epilogue, _start, first, second, h, w, labels, label_map, label_map, (N, V, D, GROUP, P),
+        _epilogue, zero_sums, first, second, h, w, labels, label_map, label_map, (N, V, D, GROUP, P),
         False, LABELS, EVEN, BM, BN, BK, STAGES,
     )  # fmt: skip

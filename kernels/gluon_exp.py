@@ -13,7 +13,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fusedhead.kernels.gluon_pair import NARROW, NARROW_TILE, PER_ROW, in_pairs
-from fusedhead.kernels.gluon_tile import columns_of, narrow_parts, rows_of, staging, store_labelled, store_part
+from fusedhead.kernels.gluon_tile import (
+    columns_of,
+    narrow_parts,
+    rows_of,
+    staging,
+    store_labelled,
+    store_part,
+    zero_sums,
+)
 from fusedhead.kernels.triton_schedule import partial_offset
 
 
@@ -34,11 +42,6 @@ def _part(
             e = gl.where((columns_of(start, NARROW_TILE, NARROW) < sizes[1])[None, :], e, 0.0)
     store_part(e, E, stage, place, J, BM, BN)
     return gl.sum(e, 1)
-
-
-@gluon.jit
-def _start(BM: gl.constexpr):
-    return (gl.zeros((BM,), gl.float32, layout=PER_ROW),)
 
 
 @gluon.jit
@@ -95,6 +98,6 @@ def exp_pair_kernel(
     first = (E, staging(E, BM), labels, ref2, picked, part)
     second = (E, staging(E, BM), labels, ref2, picked, part)
     in_pairs(
-        _epilogue, _start, first, second, h, w, labels, label_map, flags, (N, V, D, GROUP, P),
+        _epilogue, zero_sums, first, second, h, w, labels, label_map, flags, (N, V, D, GROUP, P),
         ONLY, LABELS, EVEN, BM, BN, BK, STAGES,
     )  # fmt: skip

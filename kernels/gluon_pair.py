@@ -26,7 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fusedhead.kernels.triton_schedule import locate, step_counts
+from fusedhead.kernels import triton_rows
+from fusedhead.kernels.triton_schedule import any_marked, locate, step_counts
 
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its names before Triton 3.9
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -37,10 +38,9 @@ WORKERS = gl.constexpr((4, 1))  # warps of the second group, and of the loading 
 REGISTERS = gl.constexpr((240, 24))  # of a thread there; the first group has what is left
 
 # how the threads of a group hold accumulators, and one number a row
-WIDE_TILE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-NARROW_TILE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-PER_ROW = gl.constexpr(gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])))
-PER_ROW_OF_WIDE = gl.constexpr(gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])))
+_WIDE, _NARROW = (gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16]) for columns in (128, 64))
+WIDE_TILE, NARROW_TILE = gl.constexpr(_WIDE), gl.constexpr(_NARROW)
+PER_ROW, PER_ROW_OF_WIDE = gl.constexpr(gl.SliceLayout(1, _NARROW)), gl.constexpr(gl.SliceLayout(1, _WIDE))
 
 
 @gluon.jit
@@ -62,38 +62,32 @@ def ring(h, w, BM: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _any_marked(flags, blocks):
-    """Whether one of flags[:blocks] (0 or 1, int32) is set; every warp looks by itself."""
-    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    count = gl.zeros((128,), gl.int32, layout=layout)
-    for first in range(0, blocks, 128):
-        index = first + gl.arange(0, 128, layout=layout)
-        count += gl.load(flags + index, mask=index < blocks, other=0)
-    return gl.sum(count, 0) > 0
-
-
-@gluon.jit
 def _steps(pid, flags, sizes, ONLY: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
     """(steps in full groups of token blocks, all steps) of a group of warps; none past the last program."""
     N, V, _, GROUP, P = sizes
     main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
     steps = gl.where(pid < P, steps, 0)
     if ONLY:
-        steps = gl.where(_any_marked(flags, gl.cdiv(N, BM)), steps, 0)
+        every_warp: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])  # looks by itself
+        steps = gl.where(any_marked(flags, gl.cdiv(N, BM), gl.arange(0, 128, layout=every_warp)), steps, 0)
     return main_steps, steps
 
 
 @gluon.jit
-def _stages(
-    step, main_steps, pid, flags, sizes, ONLY: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr
-):
-    """How many stages a step fills: those of D, none for a token block that is not to be redone."""
-    N, V, D, GROUP, P = sizes
-    count = gl.cdiv(D, BK)
+def _stages(block, flags, sizes, ONLY: gl.constexpr, BK: gl.constexpr):
+    """How many stages a tile of this token block fills: those of D, none where it is not to be redone."""
+    count = gl.cdiv(sizes[2], BK)
     if ONLY:
-        block, tile, slot, last = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
         count = gl.where(gl.load(flags + block) != 0, count, 0)
     return count
+
+
+@gluon.jit
+def _next(at, phase, STAGES: gl.constexpr):
+    """The stage that follows and the phase of its barriers: the other one where the ring begins anew."""
+    at = at + 1
+    phase = gl.where(at == STAGES, phase ^ 1, phase)
+    return gl.where(at == STAGES, 0, at), phase
 
 
 @gluon.jit
@@ -115,7 +109,7 @@ def loads(
             main = gl.where(second == 1, main1, main0)
             block, tile, slot, last = locate(step, main, pid + second, P, N, V, GROUP, BM, BN)
             col = tile * BN
-            for k in range(_stages(step, main, pid + second, flags, sizes, ONLY, BM, BN, BK)):
+            for k in range(_stages(block, flags, sizes, ONLY, BK)):
                 mbarrier.wait(free.index(at), phase)
                 bar = full.index(at)
                 mbarrier.expect(bar, (BM + BN) * BK * 2)
@@ -123,9 +117,7 @@ def loads(
                 async_load(w, [col, k * BK], bar, wide.index(at).slice(0, NARROW))
                 async_load(w, [col + NARROW, k * BK], bar, wide.index(at).slice(NARROW, NARROW))
                 async_load(w, [col + WIDE, k * BK], bar, narrow.index(at))
-                at = at + 1
-                phase = gl.where(at == STAGES, phase ^ 1, phase)
-                at = gl.where(at == STAGES, 0, at)
+                at, phase = _next(at, phase, STAGES)
 
 
 @gluon.jit
@@ -133,8 +125,7 @@ def label_position(labels, k, block, N, start, BM: gl.constexpr, WIDTH: gl.const
     """Column of each row's k-th label inside [start, start + WIDTH), int32 [BM], -1 for those elsewhere."""
     y, sy0, sy1, _, first_col = labels
     row = block * BM + gl.arange(0, BM, layout=PER_ROW)
-    at = gl.load(y + row.to(gl.int64) * sy0 + k * sy1, mask=row < N, other=-1) - (first_col + start)
-    return gl.where((at >= 0) & (at < WIDTH), at, -1).to(gl.int32)
+    return triton_rows.label_position(y, sy0, sy1, k, row, N, first_col + start, WIDTH)
 
 
 @gluon.jit
@@ -159,9 +150,7 @@ def _product(pipe, first, count, done, BM: gl.constexpr, STAGES: gl.constexpr):
         acc, rest = warpgroup_mma_wait(num_outstanding=2, deps=(acc, rest))  # the step before has been read
         if k > 0:
             mbarrier.arrive(free.index(_before(at, STAGES)), count=1)
-        at = at + 1
-        phase = gl.where(at == STAGES, phase ^ 1, phase)
-        at = gl.where(at == STAGES, 0, at)
+        at, phase = _next(at, phase, STAGES)
     mbarrier.arrive(done, count=1)
     acc, rest = warpgroup_mma_wait(num_outstanding=0, deps=(acc, rest))
     if count > 0:
@@ -207,10 +196,11 @@ def tiles(
         at = block
         if LABELS == 1:  # read before the product: in an epilogue, addresses would take registers that it has not
             at = label_position(labels, 0, block, N, tile * BN, BM, BN)
-        count = _stages(step, main_steps, own, flags, sizes, ONLY, BM, BN, BK)
+        count = _stages(block, flags, sizes, ONLY, BK)
         others = 0
         if step < other_steps:
-            others = _stages(step, other_main, other, flags, sizes, ONLY, BM, BN, BK)
+            other_block, other_tile, other_slot, other_last = locate(step, other_main, other, P, N, V, GROUP, BM, BN)
+            others = _stages(other_block, flags, sizes, ONLY, BK)
         if SECOND == 1:  # the n-th tile of the second group follows the n-th of the first
             filled += others
             if step < other_steps:

@@ -22,6 +22,7 @@ from fusedhead.kernels.gluon_pair import (
     in_pairs,
 )
 from fusedhead.kernels.gluon_tile import columns_of, store_labelled
+from fusedhead.kernels.triton_rows import finite_or_zero
 from fusedhead.kernels.triton_schedule import partial_offset
 
 
@@ -63,7 +64,7 @@ def _epilogue(
             rest = _existing(rest, start + WIDE, V, NARROW_TILE, NARROW)
     top = gl.maximum(gl.convert_layout(gl.max(acc, 1), PER_ROW, assert_trivial=True), gl.max(rest, 1))
     new = gl.maximum(ref2, top * 1.4426950408889634)
-    base = gl.where(gl.abs(new) < float("inf"), new, 0.0)
+    base = finite_or_zero(new)
     fade = gl.exp2(gl.where(gl.abs(ref2) < float("inf"), ref2, base) - base)
     sums = _exponentials(acc, gl.convert_layout(base, PER_ROW_OF_WIDE, assert_trivial=True))
     total = fade * total + gl.convert_layout(sums, PER_ROW, assert_trivial=True) + _exponentials(rest, base)

@@ -32,6 +32,12 @@ def rows_of(block, BM: gl.constexpr):
 
 
 @gluon.jit
+def zero_sums(BM: gl.constexpr):
+    """A state of one sum [BM] a row, at its start."""
+    return (gl.zeros((BM,), gl.float32, layout=PER_ROW),)
+
+
+@gluon.jit
 def columns_of(start, LAYOUT: gl.constexpr, WIDTH: gl.constexpr):
     """Vocabulary columns [WIDTH] int32 of a part that begins at ``start``."""
     return start + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))

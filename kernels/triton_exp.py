@@ -145,7 +145,7 @@ def exp_kernel(
     vectors = (cols, stride_cols, V, rows, stride_rows, N)
     main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
     if ONLY:
-        steps = tl.where(any_marked(flags, tl.cdiv(N, BM)), steps, 0)
+        steps = tl.where(any_marked(flags, tl.cdiv(N, BM), tl.arange(0, 128)), steps, 0)
 
     total = tl.zeros((BM,), tl.float32)
     weighted = tl.zeros((BM,), tl.float32)

@@ -21,13 +21,20 @@ from fusedhead.kernels.triton_launch import Launch
 from fusedhead.kernels.triton_sweep import KEPT, Sweep
 
 
+@triton.jit
+def _assert_a_column(label, there, V):
+    tl.device_assert(
+        ((label >= 0) & (label < V)) | (there == 0), "a label is out of range: it must lie in [0, vocabulary)"
+    )
+
+
 @triton.jit(do_not_specialize=("N", "V", "K", "sy0", "sy1"), debug=True)
 def check_labels_kernel(y, N, V, K, sy0, sy1, ROWS: tl.constexpr):
     """Asserts 0 <= y < V for every label. One program per ROWS tokens, a loop over labels."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for k in range(K):
-        label = tl.load(y + row * sy0 + k * sy1, mask=row < N, other=0)
-        tl.device_assert((label >= 0) & (label < V), "a label is out of range: it must lie in [0, vocabulary)")
+        label = tl.load(y + row * sy0 + k * sy1, mask=row < N, other=-1)
+        _assert_a_column(label, row < N, V)
 
 
 @triton.jit(do_not_specialize=("N", "V", "tiles", "K", "first_col", "sy0", "sy1"), debug=True)
@@ -55,10 +62,7 @@ def map_labels_kernel(
     for k in range(K):
         label = tl.load(y + row * sy0 + k * sy1, mask=row < N, other=-1)
         if CHECK:
-            tl.device_assert(
-                ((label >= 0) & (label < V)) | (row >= N),
-                "a label is out of range: it must lie in [0, vocabulary)",
-            )
+            _assert_a_column(label, row < N, V)
         part = tl.where(label >= first_col, (label - first_col) // WIDTH, -1).to(tl.int32)
         for j in tl.static_range(PARTS):
             there = (tile * PARTS + j)[None, :] == part[:, None]

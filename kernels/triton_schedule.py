@@ -92,10 +92,10 @@ def partial_offset(block, slot, P, N, V, GROUP, BM: tl.constexpr, BN: tl.constex
 
 
 @triton.jit
-def any_marked(flags, blocks):
-    """Whether one of flags[:blocks] (0 or 1, int32) is set."""
-    count = tl.zeros((128,), tl.int32)
+def any_marked(flags, blocks, lane):
+    """Whether one of flags[:blocks] (0 or 1, int32) is set; ``lane``: 0 to 127, spread over threads as the caller's."""
+    count = lane * 0
     for first in range(0, blocks, 128):
-        index = first + tl.arange(0, 128)
+        index = first + lane
         count += tl.load(flags + index, mask=index < blocks, other=0)
     return tl.sum(count, 0) > 0

@@ -89,7 +89,7 @@ def stream_kernel(
     vectors = (cols, stride_cols, V, rows, stride_rows, N)
     main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
     if ONLY:
-        steps = tl.where(any_marked(flags, tl.cdiv(N, BM)), steps, 0)
+        steps = tl.where(any_marked(flags, tl.cdiv(N, BM), tl.arange(0, 128)), steps, 0)
 
     ref2 = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)

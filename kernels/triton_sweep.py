@@ -85,7 +85,7 @@ class Sweep:
         major, multiprocessors = device_of(layout.device)
         self.compiled = major > 0  # not by the interpreter
         if tile is None:
-            plain = not smooth.steps and want <= PLAIN and layout.w_strides[1] == 1
+            plain = not smooth.steps and want <= PLAIN and reads_rows(layout.w_strides)
             size = layout.dtype.itemsize
             if not self.ready:
                 tile = tuned_tile(kernel, layout.device, n, hidden, size, layout.tma, plain)

@@ -71,6 +71,11 @@ POINTERS = (
 READY = Tile(32, 256, 16, 8, 4, 1, False, 1, 4)
 
 
+def pairs_run() -> bool:
+    """Whether this is a Triton with which pairs have run."""
+    return version() in PAIRED_WITH
+
+
 def version() -> tuple[int, int]:
     """Triton's major and minor number."""
     major, minor, *_ = triton.__version__.split(".")
@@ -99,7 +104,7 @@ def tile_for(
     """
     if ready and major:
         return READY
-    pairs = PAIRS if plain and tma and tokens >= PAIRED_FROM and version() in PAIRED_WITH else ()
+    pairs = PAIRS if plain and tma and tokens >= PAIRED_FROM and pairs_run() else ()
     for row in (*pairs, *(TABLE if tma else ()), *POINTERS):
         if (
             (not row.capability or major in row.capability)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedhead.kernels.triton_tiles import PAIRED_FROM, PAIRED_WITH, Tile, version
+from fusedhead.kernels.triton_tiles import PAIRED_FROM, Tile, pairs_run, version
 
 log = logging.getLogger("fusedhead")
 KERNELS = ("stream", "exp", "dlogits")
@@ -83,7 +83,7 @@ def tuned_tile(
     """The tile that was found for this kernel, None where none was; ``plain``: whether pairs can take the logits."""
     if device.type != "cuda" or tokens < PAIRED_FROM:
         return None
-    pairs = plain and tma and version() in PAIRED_WITH
+    pairs = plain and tma and pairs_run()
     fit = [
         row
         for row in known(place(), name_of(device))

@@ -18,7 +18,7 @@ from fusedhead.kernels.triton_exp import exponentials
 from fusedhead.kernels.triton_labels import map_labels
 from fusedhead.kernels.triton_stream import stream
 from fusedhead.kernels.triton_sweep import sweep
-from fusedhead.kernels.triton_tiles import PAIRED_WITH, Tile, version
+from fusedhead.kernels.triton_tiles import Tile, pairs_run
 
 GROUPS = (6, 11, 22, 33)
 WAYS = {  # (stages, flatten, parts) worth trying with 128x256x64 tiles
@@ -38,7 +38,7 @@ def candidates(kernel: str, tokens: int, groups: tuple[int, ...], tma: bool = Tr
         return [Tile(64, bn, bk, 1, 4, s, f, 2) for (bn, bk, s), f in itertools.product(small, (True, False))]
     alone = [Tile(128, 256, 64, g, 8, *way) for g, way in itertools.product(groups, WAYS[kernel])]
     stages = (4, 5) if kernel == "stream" else (4,)  # what is stored takes room
-    pairs = itertools.product(groups, stages) if version() in PAIRED_WITH else ()
+    pairs = itertools.product(groups, stages) if pairs_run() else ()
     return alone + [Tile(128, 192, 64, g, 4, s, False, 3, 2, True) for g, s in pairs]
 
 
@@ -78,13 +78,17 @@ def timed(step: Callable[[], object]) -> float:
 
 
 def fastest(
-    kernel: str, head: Head, tiles: Iterable[Tile], clock: Callable[[Callable[[], object]], float] = timed
+    kernel: str,
+    head: Head,
+    tiles: Iterable[Tile],
+    clock: Callable[[Callable[[], object]], float] = timed,
+    refused: Callable[[Tile, Exception], object] = lambda tile, problem: None,
 ) -> list[tuple[float, Tile]]:
-    """(milliseconds, tile) of those that the device has room for, fastest first."""
+    """(milliseconds, tile) of those that the device has room for, fastest first; ``refused`` is told of the others."""
     found = []
     for tile in tiles:
         try:
             found.append((clock(step_of(kernel, head, tile)), tile))
-        except Exception:  # more shared memory or registers than there are: Triton has an error of its own for each
-            continue
+        except Exception as problem:  # more shared memory or registers than there are: each is an error of its own
+            refused(tile, problem)
     return sorted(found)

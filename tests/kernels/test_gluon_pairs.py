@@ -19,6 +19,7 @@ from fusedhead.kernels import (  # noqa: E402
     gluon_pair,
     gluon_stream,
     gluon_tile,
+    triton_rows,
     triton_schedule,
 )
 from fusedhead.kernels.columns import parse  # noqa: E402
@@ -29,7 +30,7 @@ from fusedhead.kernels.triton_sweep import Sweep, sweep  # noqa: E402
 from fusedhead.kernels.triton_tiles import Tile  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # rows past the end
-MODULES = (gluon_pair, gluon_tile, gluon_exp, gluon_stream, gluon_dlogits, triton_schedule)
+MODULES = (gluon_pair, gluon_tile, gluon_exp, gluon_stream, gluon_dlogits, triton_rows, triton_schedule)
 L2E = 1.4426950408889634
 SHAPES = (  # tokens, vocabulary, hidden, token blocks side by side, stages, labels
     (200, 500, 200, 1, 4, 1),  # a tile and a token block that are not whole, a step over D too

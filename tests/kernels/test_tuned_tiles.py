@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 from fusedhead import tune
-from fusedhead.kernels import triton_tuned, triton_tuning
-from fusedhead.kernels.triton_tiles import Tile, version
+from fusedhead.kernels import triton_tiles, triton_tuned, triton_tuning
+from fusedhead.kernels.triton_tiles import Tile
 from fusedhead.kernels.triton_tuned import KERNELS, Tuned, keep, tuned_tile
 
 GPU = torch.device("cuda", 0)
@@ -22,8 +22,7 @@ def chip(monkeypatch, tmp_path):
     """A file of its own, a GPU with a name, a Triton that has run pairs."""
     monkeypatch.setenv("FUSEDHEAD_TILES", str(tmp_path / "deep" / "tiles.json"))
     monkeypatch.setattr(triton_tuned, "name_of", lambda device: f"chip {device.index}")
-    for module in (triton_tuned, triton_tuning):
-        monkeypatch.setattr(module, "PAIRED_WITH", (version(),))
+    monkeypatch.setattr(triton_tiles, "PAIRED_WITH", (triton_tiles.version(),))
     triton_tuned.known.cache_clear()
     yield
     triton_tuned.known.cache_clear()
