@@ -23,7 +23,7 @@ Step = Callable[[], Sequence[Tensor]]
 TURN_SECONDS = 0.03  # timed part of a turn, when one step is shorter
 FEWEST_ROUNDS = 3
 LONG_MS = 8.0  # of a step, from where on no host is slower than the device
-PAUSE_CYCLES, AHEAD = 80_000_000, 8  # of the device, about 45 ms, and steps that are enqueued meanwhile
+LAYERS, SIDE, AHEAD = 32, 8192, 8  # products of this side before a step, about 50 ms, and steps enqueued meanwhile
 
 
 def wait(device: torch.device) -> None:
@@ -64,14 +64,17 @@ def turn(step: Step, device: torch.device, repeat: int) -> float:
 
 
 def device_ms(step: Step, device: torch.device, ms: float) -> float | None:
-    """Milliseconds of the device for a step that was enqueued ahead: behind a pause of the device in which the host
-    enqueues some. None on the CPU, and for steps so long that the host is ahead anyway."""
+    """Milliseconds of the device for a step that was enqueued ahead: behind products as in a model's layers, which
+    keep the device as warm as it is there (a pause would let its clock rise), while the host enqueues some steps. None
+    on the CPU, and for steps so long that the host is ahead anyway."""
     if device.type != "cuda" or ms > LONG_MS:
         return None
+    a, b, c = (torch.randn(SIDE, SIDE, device=device, dtype=torch.bfloat16) for _ in range(3))
     times = []
     for _ in range(FEWEST_ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(PAUSE_CYCLES)
+        for _ in range(LAYERS):
+            torch.mm(a, b, out=c)
         start.record()
         for _ in range(AHEAD):
             step()
