@@ -12,6 +12,7 @@ from benchmarks import shapes
 from benchmarks.report import FLOOR, Row
 
 AXES = ("tokens", "vocab", "hidden")
+NEAR = 2.5  # a ratio of the largest to the smallest time below which they are drawn on a linear scale
 LETTER = {"tokens": "N", "vocab": "V", "hidden": "D"}
 
 
@@ -84,9 +85,11 @@ def draw(rows: list[Row], path: Path, device: str, task: str = "train") -> None:
         for line, label in enumerate(("time / bare GEMMs", "extra memory, MiB")):
             panel = grid[line][column]
             panel.grid(True, alpha=0.3)
-            panel.set_yscale("log")
+            low, high = panel.get_ylim()
+            near = line == 0 and high < NEAR * low  # curves of one size, of which a decade would show one label
+            panel.set_yscale("linear" if near else "log")
             panel.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
-            labelled = "235" if line == 0 else ""  # within a decade: times span less than one, memory many
+            labelled = "235" if line == 0 or axis != "shape" else ""  # within a decade: shapes' memory spans many
             panel.yaxis.set_minor_formatter(
                 lambda value, place, labelled=labelled: f"{value:g}" if f"{value:e}"[0] in labelled else ""
             )
