@@ -102,9 +102,9 @@ def markdown(results: dict[str, Any], rows: list[Row]) -> str:
         out += [f"{run['device']}, {run['date']}: `{run['command']}`  ", f"{versions}", ""]
     out += [
         "ms is a step in a row of its own kind; device ms (of short steps) one that the host has enqueued ahead of",
-        "time, behind products as in a model's layers, which leave the device hotter. floor/ms is the speed relative to",
-        "the bare products of the task; extra MiB is the peak of one step, less inputs, dH and dW; errors are relative",
-        "to float64, then over eager's in the same dtype.",
+        "time, behind products as in a model's layers, which leave the device hotter. floor/ms is the speed relative",
+        "to the bare products of the task; extra MiB is the peak of one step, less inputs, dH and dW; errors are",
+        "relative to float64, then over eager's in the same dtype.",
     ]
     for (case, task, data), members in groups(rows).items():
         out += ["", f"### {case} {task}, {data} data", ""]

@@ -125,6 +125,16 @@ def test_rounds_are_interleaved_and_a_late_failure_keeps_the_numbers_so_far() ->
     assert calls.index("failing") < len(calls) - 1 - calls[::-1].index("steady")
 
 
+def test_every_round_has_an_order_of_its_own() -> None:
+    turns: list[str] = []
+    steps = {name: (lambda: ()) for name in "abcde"}
+    measure.interleaved(steps, CPU, rounds=6, seconds=10.0, seen=turns.append)
+    rounds = ["".join(turns[at : at + 5]) for at in range(0, len(turns), 5)]
+    assert rounds[0] == "abcde"
+    assert {"".join(sorted(each)) for each in rounds} == {"abcde"}
+    assert len(set(rounds)) >= 4
+
+
 def test_shapes_are_read_or_refused_by_name() -> None:
     assert shapes.parse("8x4x16,512x4096x128256:float32") == [
         shapes.Case(8, 4, 16, "bfloat16"),
