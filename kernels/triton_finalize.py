@@ -1,8 +1,6 @@
 """What happens to each row between the GEMMs of the single pass, without a pass over the window.
 
-`check_kernel` marks token blocks whose exponentials left the safe range, to be redone with a better
-reference. `finalize_kernel` sums a row's partial totals and turns exponentials into a gradient by one number
-a row:
+A row's partial totals are summed, and exponentials turned into a gradient by one number a row:
 
     lse = ref + ln total      a = c_lse + 2 c_square lse      s = a / total      dz = s ⊙ E
     E[i, y] <- c(z_y) (2^(z_y·L - ref2) + c_picked total / a)     the target entry, from float32: no
@@ -10,8 +8,8 @@ a row:
     sh[i] = s_i h_i in the dtype of h, for dw = Eᵀ sh
 
 E's target entry is rounded to its dtype; s absorbs that rounding (one factor a row, below E's own precision), so
-that the largest entry of a row is exact; `triton_row_scale` applies s to dh. These kernels must not know about
-windows or tiles' order beyond `partial_offset`. Bytes: N · slots · 4, and 4ND for sh.
+that the largest entry of a row is exact; `triton_row_scale` applies s to dh. It must not know about windows or
+tiles' order beyond `partial_offset`. Bytes: N · slots · 4, and 4ND for sh.
 """
 
 from __future__ import annotations
@@ -29,32 +27,6 @@ from fusedhead.kernels.triton_rows import log_sum
 from fusedhead.kernels.triton_schedule import partial_offset
 from fusedhead.kernels.triton_sweep import KEPT, Sweep
 from fusedhead.kernels.triton_transform import row_slope, varies_along_row
-
-
-@triton.jit(do_not_specialize=("N", "V", "P", "GROUP"))
-def check_kernel(
-    part,  # [., size] float32: totals first
-    flags,  # [token blocks] int32
-    N,
-    V,
-    P,
-    GROUP,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """flags[block] = 1 when a row's total is not safely inside its dtype: 0, inf, NaN or beyond 1e±18."""
-    block = tl.program_id(0)
-    start, distance, slots = partial_offset(block, 0, P, N, V, GROUP, BM, BN)
-    lane = tl.arange(0, BM)
-    total = tl.zeros((BM,), tl.float32)
-    for first in range(0, slots, SLOTS):
-        slot = first + tl.arange(0, SLOTS)
-        at = start.to(tl.int64) + slot[:, None].to(tl.int64) * distance + lane[None, :]
-        total += tl.sum(tl.load(part + at, mask=(slot < slots)[:, None], other=0.0), 0)
-    safe = (total > 1e-18) & (total < 1e18)
-    bad = (block * BM + lane < N) & (safe == 0)
-    tl.store(flags + block, tl.max(bad.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=("N", "V", "D", "K", "P", "GROUP", "size", "ld", "sy0", "sy1", "stride_rows"))
@@ -188,18 +160,6 @@ def finalize_kernel(
             inner = d + tl.arange(0, INNER)
             x = tl.load(h + row.to(tl.int64) * sh0 + inner * sh1, mask=inner < D, other=0.0)
             tl.store(sh + row.to(tl.int64) * D + inner, (x.to(tl.float32) * (s * GAIN)).to(DTYPE), mask=inner < D)
-
-
-@lru_cache(maxsize=KEPT)
-def _check_launch(s: Sweep) -> Launch:
-    return Launch(check_kernel, (s.schedule.blocks, 1, 1), s.arguments(num_warps=4))
-
-
-def mark_unsafe(s: Sweep, part: Tensor) -> Tensor:
-    """flags [token blocks] int32: 1 where a row's total says that its exponentials left the safe range."""
-    flags = part.new_empty(s.schedule.blocks, dtype=torch.int32)
-    _check_launch(s)(part, flags)
-    return flags
 
 
 @lru_cache(maxsize=KEPT)

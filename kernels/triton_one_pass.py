@@ -20,7 +20,7 @@ from torch import Tensor
 from fusedhead.kernels.columns import dropped
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
 from fusedhead.kernels.triton_exp import exponentials
-from fusedhead.kernels.triton_finalize import finalize, mark_unsafe
+from fusedhead.kernels.triton_finalize import finalize
 from fusedhead.kernels.triton_gemm import gemm, weighted_rows
 from fusedhead.kernels.triton_labels import check_labels, map_labels
 from fusedhead.kernels.triton_launch import on_device
@@ -42,6 +42,7 @@ from fusedhead.kernels.triton_row_scale import scale_rows
 from fusedhead.kernels.triton_stream import stream
 from fusedhead.kernels.triton_sweep import Sweep, sweep
 from fusedhead.kernels.triton_transform import varies_along_row
+from fusedhead.kernels.triton_unsafe import mark_unsafe
 from fusedhead.kernels.triton_weight_gradient import WeightGradient
 
 PARTLY = (torch.bfloat16,)  # of which part of the exponentials may be kept: those that sweep once for all of them
