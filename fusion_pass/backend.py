@@ -24,6 +24,7 @@ from fusedhead.inductor import Inductor, keyed, overwrites
 from fusedhead.options import Options, split
 from fusedhead.report import Report
 from fusedhead.returned import Wrap, compute_now, unwrapped
+from fusedhead.unhooked import unhooked
 
 log = logging.getLogger("fusedhead")
 
@@ -49,11 +50,12 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
     original = gm.graph
     try:
         working = copied(gm)
-        try:
-            report, wrap = fuse_graph(working, options)
-        except Needless:
-            working = copied(gm)
-            report, wrap = fuse_graph(working, options, twice=False)
+        with unhooked():
+            try:
+                report, wrap = fuse_graph(working, options)
+            except Needless:
+                working = copied(gm)
+                report, wrap = fuse_graph(working, options, twice=False)
     except Exception as error:
         if options.strict:
             raise FusedHeadError(f"fusedhead: the pass failed on this graph: {error}") from error

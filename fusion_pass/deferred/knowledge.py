@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedhead.deferred.outcome import Guard, Outcome
 from fusedhead.deferred.program import Mode, Program, decode, modes, unobserved
+from fusedhead.deferred.steps import steps
 from fusedhead.returned import Recipe
 
 
@@ -105,6 +106,7 @@ class State(NamedTuple):
 
     version: int
     address: int
+    steps: int  # of optimizers: fused ones leave the version as it was
     name: str
 
 
@@ -125,7 +127,9 @@ class Knowledge:
 
 
 def state(tensor: Tensor, name: str = "an operand") -> State:
-    return State(0 if tensor.is_inference() else tensor._version, tensor.data_ptr(), name)
+    version = 0 if tensor.is_inference() else tensor._version
+    computed = not tensor.is_leaf and tensor._base is None  # its memory is no parameter's
+    return State(version, tensor.data_ptr(), 0 if computed else steps(tensor), name)
 
 
 def check_fresh(known: Knowledge) -> None:
@@ -137,6 +141,7 @@ def check_fresh(known: Knowledge) -> None:
             continue
         how = (
             "has been freed or moved" if freed or now.address != before.address
+            else "has been stepped by an optimizer" if now.version == before.version
             else f"has been changed in place (version {before.version}, now {now.version})"
         )  # fmt: skip
         raise StaleLogits(

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fusedhead.unhooked import unhooked
+
 
 class Unreadable(Exception):
     """A call with an argument that cannot be written into a program."""
@@ -59,8 +61,8 @@ def modes(mode: Mode, device: str) -> Iterator[None]:
 
 @contextmanager
 def unobserved() -> Iterator[None]:
-    """Run on stand-ins for tensors, out of sight of modes that count, log or change what runs."""
-    with torch._C.DisableTorchFunctionSubclass(), _disable_current_modes():
+    """Run on stand-ins for tensors, out of sight of modes and hooks that count, log or change what runs."""
+    with torch._C.DisableTorchFunctionSubclass(), _disable_current_modes(), unhooked():
         yield
 
 

@@ -6,10 +6,12 @@ import threading
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.optim.optimizer as optimizers
 from torch import Tensor, nn
 
 from fusedhead.deferred.handing_out import StaleLogits
@@ -44,6 +46,49 @@ def test_reading_after_the_optimizer_step_is_an_error_with_the_remedy(model: Mod
         z.sum()
     with pytest.raises(StaleLogits, match="FUSEDHEAD_LOGITS=eager"):
         F.cross_entropy(z.view(-1, V), tokens().view(-1))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_the_step_of_a_fused_optimizer_is_noticed_though_it_leaves_no_version_behind(
+    model: Model, optimizer: Any
+) -> None:
+    fused = optimizer([model.lm_head.weight], lr=0.1, fused=True)
+    others = optimizer([torch.ones(1)], lr=0.1, fused=True)
+    z = deferring(model)(tokens())
+    F.cross_entropy(z.view(-1, V), tokens().view(-1)).backward()
+    others.step()
+    assert is_deferred(z.detach())
+    assert z.detach().sum().isfinite()
+    again = deferring(model)(tokens())
+    fused.step()
+    with pytest.raises(StaleLogits, match=r"lm_head.weight.*stepped by an optimizer.*before optimizer.step\(\)"):
+        again.sum()
+
+
+def test_a_step_on_other_names_of_the_weights_memory_is_noticed(model: Model) -> None:
+    alias = nn.Parameter(model.lm_head.weight.detach())
+    alias.grad = torch.ones_like(alias)
+    z = deferring(model)(tokens())
+    torch.optim.SGD([alias], lr=0.1, fused=True).step()
+    with pytest.raises(StaleLogits, match=r"lm_head.weight.*stepped by an optimizer"):
+        z.sum()
+
+
+def test_noticing_steps_does_not_get_into_compiled_optimizers(model: Model) -> None:
+    def breaks() -> dict[str, int]:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        weight = nn.Parameter(torch.ones(3))
+        weight.grad = torch.ones(3)
+        torch.compile(torch.optim.SGD([weight], lr=0.5).step, backend="eager")()
+        assert torch.equal(weight, torch.full((3,), 0.5))
+        return dict(torch._dynamo.utils.counters["graph_break"])
+
+    deferring(model)(tokens())  # somebody asks from here on
+    assert optimizers._global_optimizer_post_hooks
+    with_hook = breaks()
+    with patch.dict(optimizers._global_optimizer_post_hooks, clear=True):
+        assert breaks() == with_hook
 
 
 def test_logits_that_were_read_before_the_step_stay_readable(model: Model) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 import fusedhead
 from tests.eager_stack import Rewritten
@@ -39,6 +40,34 @@ def test_returned_logits_read_after_the_optimizer_step_are_never_those_of_the_ne
     torch.testing.assert_close(early.tolist(), expected.tolist())
     with pytest.raises(fusedhead.StaleLogits, match=r"changed in place.*before optimizer.step\(\)"):
         late.tolist()
+
+
+@pytest.mark.parametrize("program", [loss, with_logits])
+def test_hooks_on_saved_tensors_see_nothing_of_the_pass(program: Callable[..., Any]) -> None:
+    h, w, y = hidden(6, D), weight(), labels(6)
+    rewritten = Rewritten(program)
+    packed: list[Tensor] = []
+
+    def packs(x: Tensor) -> Tensor:
+        packed.append(x)
+        return x
+
+    counts = []
+    for _ in range(2):  # the first call compiles
+        packed.clear()
+        with torch.autograd.graph.saved_tensors_hooks(packs, lambda x: x):
+            rewritten(h, w, y)
+        counts.append(len(packed))
+    assert counts[0] == counts[1] > 0
+    (head,) = rewritten.report.heads
+    assert head.fused
+
+
+def test_the_first_call_may_be_one_that_a_checkpoint_repeats() -> None:
+    h, w, y = hidden(6, D), weight(), labels(6)
+    checkpoint(Rewritten(loss), h, w, y, use_reentrant=False).backward()
+    (expected,) = torch.autograd.grad(loss(h, w, y), h)
+    torch.testing.assert_close(h.grad, expected)
 
 
 def test_a_weight_that_is_a_tensor_subclass_is_left_alone() -> None:

@@ -1,0 +1,29 @@
+"""Computing out of sight of hooks on saved tensors.
+
+Checkpointing and offloading count or move every tensor that autograd saves while they are active, also on the thread
+of a compiler: what the pass computes to read a graph, on stand-ins, is none of the program's. It must not know what
+is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@contextmanager
+def unhooked() -> Iterator[None]:
+    """Inside, hooks on saved tensors that are active see nothing: those pushed last are the only ones that run."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # then none is active, and none may be pushed
+        yield
+        return
+    with saved_tensors_hooks(_as_it_is, _as_it_is):
+        yield
