@@ -22,7 +22,8 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 @contextmanager
 def unhooked() -> Iterator[None]:
     """Inside, hooks on saved tensors that are active see nothing: those pushed last are the only ones that run."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # then none is active, and none may be pushed
+    # where they are forbidden, none is active, and none may be pushed
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         yield
         return
     with saved_tensors_hooks(_as_it_is, _as_it_is):

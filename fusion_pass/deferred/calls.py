@@ -27,6 +27,10 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """Any torch function with deferred logits among its arguments."""
     if func is Tensor.__iter__:
         return iter(args[0].unbind(0))
+    if func is torch.autograd.grad:
+        refuse_late(kwargs["inputs"] if "inputs" in kwargs else args[1])
+    if getattr(func, "__name__", "") in tables.ASKS_FOR_GRADIENT:
+        refuse_late(args[0])
     if tables.writes(func, args, kwargs):
         return write(func, args, kwargs)
     if func is Tensor.__getitem__:
@@ -72,6 +76,19 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return request.answered(outcome)
     except NotRecorded:
         return compute(func, args, kwargs)
+
+
+def refuse_late(inputs: Any) -> None:
+    """Raise RuntimeError where the gradient of ``inputs`` is asked for and nothing will compute it any more."""
+    late: list[bool] = []
+    mapped(lambda t: late.append(t.requires_grad and t._known.family.passed_by), inputs)
+    if any(late):
+        raise RuntimeError(
+            "the gradient of deferred logits is asked for after a loss was taken of them. The loss's gradient passes "
+            "them by, so theirs is never computed: ask for it before the loss (retain_grad(), register_hook()), or "
+            'compile with options={"fusedhead.logits": "eager"} (FUSEDHEAD_LOGITS=eager), which computes logits at '
+            "once."
+        )
 
 
 def later(request: Request, args: tuple, kwargs: dict[str, Any]) -> Any:

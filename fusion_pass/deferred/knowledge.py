@@ -94,6 +94,7 @@ class Family:
 
     lock: threading.RLock = field(default_factory=threading.RLock)
     members: list[weakref.ref] = field(default_factory=list)
+    passed_by: bool = False  # whether a result was made of their sources through which a gradient flows, past them
 
     def join(self, member: Tensor) -> None:
         if len(self.members) > 256:

@@ -155,6 +155,9 @@ class Request:
                 results = outcome.tail.forward(*self.leaves, *self.statistics(outcome))
             else:
                 results = outcome.run.forward(*self.leaves)
+        if any(isinstance(result, Tensor) and result.requires_grad for result in results):
+            for subject in self.subjects:
+                subject._known.family.passed_by = True
         return results[0] if outcome.many is None else outcome.many(results)
 
     def statistics(self, outcome: Swept) -> list[Tensor]:

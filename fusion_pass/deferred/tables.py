@@ -104,13 +104,14 @@ def put_off(func: Callable[..., Any]) -> bool:
 # Asked of a tensor about its relations: deferred logits have none yet.
 ALONE = frozenset({getattr(Tensor, name).__get__ for name in ("grad", "_base", "_backward_hooks", "_grad")})
 
-# Writes whose names do not end in one underscore. The last three write no number, but what is made of the tensor
-# from then on has to be made of the tensor itself.
-_INPLACE = words(
+# They write no number, but what is made of the tensor from then on has to be made of the tensor itself.
+ASKS_FOR_GRADIENT = words("retain_grad register_hook register_post_accumulate_grad_hook")
+
+# Writes whose names do not end in one underscore.
+_INPLACE = ASKS_FOR_GRADIENT | words(
     """
     __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__
     __ilshift__ __irshift__ __setitem__ __set__ __delete__
-    retain_grad register_hook register_post_accumulate_grad_hook
     """
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -97,6 +98,44 @@ def test_logits_that_were_read_before_the_step_stay_readable(model: Model) -> No
     with torch.no_grad():
         model.lm_head.weight.add_(1)
     assert torch.equal(z.sin(), before)
+
+
+ASKED = {
+    "retain_grad": lambda z, loss: z.retain_grad(),
+    "register_hook": lambda z, loss: z.register_hook(lambda g: g * 0),
+    "autograd.grad": lambda z, loss: torch.autograd.grad(loss, z),
+    "autograd.grad, perhaps unused": lambda z, loss: torch.autograd.grad(loss, inputs=[z], allow_unused=True),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+def test_a_gradient_that_is_asked_for_after_the_loss_is_an_error_with_the_remedy(
+    model: Model, asked: Callable[[Tensor, Tensor], Any]
+) -> None:
+    z = deferring(model)(tokens())
+    loss = F.cross_entropy(z.view(-1, V), tokens().view(-1))
+    with pytest.raises(RuntimeError, match=r"after a loss was taken.*before the loss.*FUSEDHEAD_LOGITS=eager"):
+        asked(z, loss)
+
+
+def test_a_gradient_that_is_asked_for_before_the_loss_is_that_of_eager_code(model: Model) -> None:
+    x, y = tokens(), tokens().view(-1)
+    z, expected = deferring(model)(x), model(x)
+    for logits in (z, expected):
+        with torch.no_grad():
+            F.cross_entropy(logits.view(-1, V), y)  # no gradient passes them by
+        logits.retain_grad()
+        F.cross_entropy(logits.view(-1, V), y).backward()
+    torch.testing.assert_close(z.grad, expected.grad)
+
+
+def test_deferred_logits_of_which_a_loss_was_taken_can_still_be_differentiated_themselves(model: Model) -> None:
+    x = tokens()
+    z, expected = deferring(model)(x), model(x)
+    F.cross_entropy(z.view(-1, V), x.view(-1))
+    w, up = model.lm_head.weight, torch.ones(B, T, V)
+    (got,), (want,) = (torch.autograd.grad(logits, w, up) for logits in (z, expected))
+    torch.testing.assert_close(got, want)
 
 
 def test_memory_that_was_taken_away_is_never_read(model: Model) -> None:
