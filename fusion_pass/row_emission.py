@@ -19,7 +19,7 @@ from fusedhead.kernels.row_program import HEAD, ITEM, Line, Ref, RowProgram, Uns
 from fusedhead.operands import operands, replay
 from fusedhead.read import fake
 from fusedhead.rewrite import erase
-from fusedhead.row_region import Region, leaves_of, reads
+from fusedhead.row_region import Region, differentiated, leaves_of, reads
 from fusedhead.rowwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed, parts
 from fusedhead.rules.rowwise_operands import same
 from fusedhead.safety import Mutations
@@ -134,14 +134,22 @@ def by_tokens(outputs: Iterable[Rowwise]) -> list[list[Rowwise]]:
 
 
 def emit_call(emit: Emit, outputs: list[Rowwise], anchor: Node, memory: int) -> dict[int, Node]:
-    """One ``head_rows`` call and the nodes of its results, by the identity of their expressions."""
+    """One ``head_rows`` call and the nodes of its results, by the identity of their expressions.
+
+    An operand that no gradient reaches is detached: it would cost a product, and get zeros where eager code has none.
+    """
     seeds, outside = leaves_of(outputs)
+    reached = differentiated(outputs)
+
+    def given(node: Node, identity: int) -> Node:
+        return node if identity in reached or not fake(node).requires_grad else emit(aten.detach.default, node)
+
     tensors: list[Node] = []
     for seed in seeds:
         nothing = Terminal(seed.logits, None, "", frozenset(), lambda *_: None)  # type: ignore[arg-type, return-value]
         h, w, _, cols, rows, _ = operands(emit, Group([(anchor, nothing)]))
-        tensors += [h, w, cols, emit(aten.t.default, rows)]
-    tensors += [emit.ref(leaf.value) for leaf in outside]
+        tensors += [given(node, id(seed.logits)) for node in (h, w, cols, emit(aten.t.default, rows))]
+    tensors += [given(emit.ref(leaf.value), id(leaf)) for leaf in outside]
     text = program(outputs, seeds, outside).text
     call = named(emit(torch.ops.fusedhead.head_rows.default, tensors, text, memory), "head_rows")
     return {id(out.expr): emit(operator.getitem, call, i) for i, out in enumerate(outputs)}

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
@@ -80,6 +81,25 @@ def leaves_of(values: Iterable[Rowwise]) -> tuple[list[Seed], list[RowLeaf]]:
     for value in values:
         visit(value.expr)
     return list(seeds.values()), list(outside.values())
+
+
+def differentiated(values: Iterable[Rowwise]) -> set[int]:
+    """Identities of the logits and outside tensors that a gradient reaches: not through ``detach`` alone."""
+    found: set[int] = set()
+    stack: list[Any] = [value.expr for value in values if value.val.is_floating_point()]
+    seen: set[int] = set()
+    while stack:
+        x = stack.pop()
+        if id(x) in seen or (isinstance(x, RowCall) and x.op is torch.ops.aten.detach.default):
+            continue
+        seen.add(id(x))
+        if isinstance(x, Seed):
+            found.add(id(x.logits))
+        elif isinstance(x, RowLeaf):
+            found.add(id(x))
+        elif isinstance(x, RowCall):
+            stack += tree_leaves((x.args, x.kwargs))
+    return found
 
 
 def regions(reading: Reading) -> list[Region]:

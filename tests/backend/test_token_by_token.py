@@ -50,6 +50,19 @@ def test_a_divergence_between_two_heads_builds_neither_ones_logits(program: Prog
     right(program, hidden(), weight(), hidden().detach(), weight().detach(), fused=2)
 
 
+def test_a_detached_head_gets_no_gradient_also_where_a_second_result_is_made_of_it() -> None:
+    def program(h: Tensor, w: Tensor, ht: Tensor, wt: Tensor) -> tuple[Tensor, Tensor]:
+        student, teacher = F.linear(h, w), F.linear(ht, wt).detach()
+        divergence = (student.softmax(-1) * (student.log_softmax(-1) - teacher.log_softmax(-1))).sum(-1).mean()
+        return divergence, teacher.max(-1).values
+
+    operands = [hidden(), weight(), hidden(), weight()]
+    rewritten = Rewritten(program)
+    rewritten(*operands)[0].backward()
+    assert [x.grad is None for x in operands] == [False, False, True, True]
+    assert len([head for head in rewritten.report.heads if head.fused]) == 2
+
+
 def test_a_learned_temperature_gets_its_gradient() -> None:
     def program(h: Tensor, w: Tensor, t: Tensor, q: Tensor) -> Tensor:
         return -(q * (F.linear(h, w) / t).exp().log1p().log_softmax(-1)).sum()
