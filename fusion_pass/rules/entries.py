@@ -21,7 +21,7 @@ from fusedhead.values import Call, Escape, LogProbs, Plain, logits_of
 aten = torch.ops.aten
 FAMILY = Family(
     "numbers of a row",
-    "`log_softmax` + `gather` (any number of labels a row), `gather` − `logsumexp`, z-loss",
+    "`log_softmax` + `gather` (any number of labels a row) or `[arange(N), y]`, `gather` − `logsumexp`, z-loss",
     "",
 )
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
+from fusedhead.rules.counted import entry_of_each_row
 from fusedhead.rules.rows import class_dim_of, moved
 from fusedhead.rules.table import Context, Family, dimension, rule
+from fusedhead.terminals import Terminal
 from fusedhead.values import Escape, Followed, Logits, Plain, piece_of
 
 aten = torch.ops.aten
@@ -92,8 +94,11 @@ def select(context: Context, value: Followed, dim: int, index: Any) -> Followed:
 
 
 @rule(aten.index.Tensor)
-def index(context: Context, value: Followed, indices: Sequence[Any]) -> Followed:
-    """Rows picked by one integer or boolean tensor, or by integer tensors in neighbouring leading dimensions."""
+def index(context: Context, value: Followed, indices: Sequence[Any]) -> Followed | Terminal:
+    """Rows picked by one integer or boolean tensor, or by integer tensors in neighbouring leading dimensions.
+
+    Where they are counted instead, and a class is picked in each, it is a number of a row.
+    """
     class_dim = class_dim_of(value)
     used = [(d, i) for d, i in enumerate(indices) if i is not None]
     if not used or any(not isinstance(which, Plain) for _, which in used):
@@ -104,7 +109,7 @@ def index(context: Context, value: Followed, indices: Sequence[Any]) -> Followed
         if not neighbours or any(i.val.dtype in (torch.bool, torch.uint8) for _, i in used) or class_dim < at:
             raise Escape("the logits are indexed by several tensors that are not integers in neighbouring dimensions")
         if at + len(used) > class_dim:
-            raise Escape("the logits are indexed along the vocabulary")
+            return entry_of_each_row(context, value, [which for _, which in used])
         class_dim += context.val.ndim - value.val.ndim
         return moved(value, context.val, class_dim, aten.index.Tensor, list(indices))
     mask = which.val.dtype in (torch.bool, torch.uint8)

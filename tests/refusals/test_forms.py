@@ -72,7 +72,9 @@ def test_an_angular_margin_taken_in_place_without_gradients_is_left_alone() -> N
             cosine.cos_()
         return F.cross_entropy(cosine * 8, y)
 
-    left(program, hidden(6, D), weight(), labels(6), because="the logits are indexed along the vocabulary")
+    left(
+        program, hidden(6, D), weight(), labels(6), because="changes the logits in place where no gradient is recorded"
+    )
 
 
 def test_a_contrastive_loss_in_both_directions_is_right() -> None:
