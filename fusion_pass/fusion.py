@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from fusedhead import (
     accumulations,
     both_ways,
+    broadcasts,
     linear_tail,
     opened,
     pieces,
@@ -92,6 +93,7 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
     taken_out = opened.open_heads(gm) if twice else []
     deferred = options.logits == "deferred" and not sharded.given_back(gm.graph)
     for module, owner, grad in bodies(gm):
+        broadcasts.separate(module.graph)
         accumulations.separate(module.graph)
         pieces.join(module.graph)
         products = both_ways.separate(module.graph) if twice else []
