@@ -70,12 +70,14 @@ def roundings_of(terminals: Sequence[tuple[Node, Terminal]]) -> set[tuple]:
     return {t.logits.steps for _, t in terminals if DECISIONS & t.want}
 
 
-def groups(site: Site, position: dict[Node, int], grad: dict[Node, bool]) -> list[Group]:
+def groups(site: Site, grad: dict[Node, bool], replaced: set[Node], mutations: Mutations) -> list[Group]:
     """Partition a site's terminals into sweeps.
 
-    Two terminals share one if their keys agree, their labels exist before the first of them is used, they do not
-    weigh the sum over classes differently, and no gradient is wanted of a sweep that starts under no_grad.
+    Two terminals share one if their keys agree, their labels exist before the first of them is used or can be made
+    there, they do not weigh the sum over classes differently, and no gradient is wanted of a sweep that starts under
+    no_grad.
     """
+    position = mutations.position
     found: dict[tuple, list[Group]] = {}
     for node, terminal in site.terminals:
         ready = all(position[leaf] < position[node] for leaf in leaves(terminal.label_sources))
@@ -87,10 +89,14 @@ def groups(site: Site, position: dict[Node, int], grad: dict[Node, bool]) -> lis
             if grad[node] and not grad[first]:
                 continue
             by_weights, by_roundings = group.weights | weights, group.roundings | roundings
+            read = leaves((*terminal.label_sources, terminal.weights))
             if (
                 len(by_weights) <= 1
                 and len(by_roundings) <= 1
-                and all(position[x] < position[first] for x in leaves((*terminal.label_sources, terminal.weights)))
+                and (
+                    all(position[x] < position[first] for x in read)
+                    or made_before(first, node, read, replaced, mutations)
+                )
             ):
                 group.terminals.append((node, terminal))
                 group.weights, group.roundings = by_weights, by_roundings
@@ -149,9 +155,9 @@ def operands_of(group: Group) -> list[Node]:
 def batches(sites: Collection[Site], grad: dict[Node, bool], mutations: Mutations) -> list[Batch]:
     """The sweeps of these sites, in order."""
     position = mutations.position
-    found = [group for site in sites for group in groups(site, position, grad)]
-    found.sort(key=lambda group: position[group.anchor(position)])
     replaced = {node for site in sites for node in (site.head.node, *site.followed, *(n for n, _ in site.terminals))}
+    found = [group for site in sites for group in groups(site, grad, replaced, mutations)]
+    found.sort(key=lambda group: position[group.anchor(position)])
     joined: dict[tuple, list[Batch]] = {}
     result: list[Batch] = []
     for group in found:
@@ -169,9 +175,13 @@ def batches(sites: Collection[Site], grad: dict[Node, bool], mutations: Mutation
 
 def moved_up(group: Group, batch: Batch, replaced: set[Node], mutations: Mutations) -> bool:
     """Whether what a group reads is, or now was made to be, there before the first sweep of a batch."""
-    anchor = batch[0].anchor(mutations.position)
-    read = operands_of(group)
-    if mutations.between(anchor, group.anchor(mutations.position), read):
+    anchor, own = batch[0].anchor(mutations.position), group.anchor(mutations.position)
+    return made_before(anchor, own, operands_of(group), replaced, mutations)
+
+
+def made_before(anchor: Node, reader: Node, read: Sequence[Node], replaced: set[Node], mutations: Mutations) -> bool:
+    """Whether what ``reader`` reads is, or now was made to be, there before ``anchor``."""
+    if mutations.between(anchor, reader, read):
         return False
     late = after(read, anchor, MOST_MOVED)
     from_anchor = anchor in read or any(anchor in node.all_input_nodes for node in late)

@@ -7,6 +7,7 @@ made of them is ordinary code on a few numbers a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fusedhead.emit import Emit
 from fusedhead.rules.losses import normaliser, rows_shape, same_shape
 from fusedhead.rules.table import Context, Family, needs_logits, over_classes, plain_tensor, rule, vocab_size
 from fusedhead.terminals import Statistics, Terminal
-from fusedhead.values import Call, Escape, LogProbs, Plain, logits_of
+from fusedhead.values import Call, Escape, Logits, LogProbs, Plain, Step, logits_of
 
 aten = torch.ops.aten
 FAMILY = Family(
@@ -33,11 +34,32 @@ def per_row(emit: Emit, flat: Node, stats: Statistics, class_dim: int, keep: boo
     return emit(aten.unsqueeze.default, shaped, class_dim) if keep else shaped
 
 
+def without_row_terms(logits: Logits) -> tuple[Logits, list[Plain]]:
+    """The logits before the terms that were added last, one number a row each, and those terms.
+
+    Entries of z + t are those of z, plus t: what is taken off needs no sweep of its own. ``z - logsumexp(z)``, say.
+    """
+    terms: list[Plain] = []
+    while not logits.quiet:
+        steps = list(logits.steps)
+        while steps and steps[-1].op == "round":
+            steps.pop()
+        row = logits.rows[-1] if logits.rows else None
+        if not steps or row is None or steps.pop() != Step("addrow", len(logits.rows) - 1):
+            break
+        if row.after != len(logits.row_steps):  # the rows have moved since
+            break
+        terms.append(row.value)
+        logits = replace(logits, val=row.shape_of, steps=tuple(steps), rows=logits.rows[:-1])
+    return logits, terms
+
+
 @rule(aten.gather.default)
 def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Terminal:
     """K entries a row: logits (z_y) or log-probabilities (z_y - lse)."""
     logits = value.of if isinstance(value, LogProbs) else needs_logits(value, "gather")
     over_classes(dim, logits, "gather")
+    logits, terms = (logits, []) if isinstance(value, LogProbs) else without_row_terms(logits)
     index = plain_tensor(index, "the index of gather")
     class_dim = logits.class_dim
     if index.val.ndim != logits.val.ndim:  # eager code allows it of an index without entries
@@ -61,7 +83,10 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
             out = emit(aten.mul.Tensor, out, value.factor) if value.factor != 1.0 else out
         sizes = stats.row_sizes()
         out = out if len(sizes) == 1 else emit(aten.reshape.default, out, [*sizes, picked])
-        return out if class_dim == len(sizes) else emit(aten.movedim.int, out, -1, class_dim)
+        out = out if class_dim == len(sizes) else emit(aten.movedim.int, out, -1, class_dim)
+        for term in terms:
+            out = emit(aten.add.Tensor, out, emit.ref(term))
+        return out
 
     name = "log_softmax + gather" if isinstance(value, LogProbs) else "gather"
     count = "" if picked == 1 else f" ({picked} labels a row)"
@@ -75,6 +100,7 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
         label_count=picked,
         label_key=(index.ref,),
         label_sources=(index,),
+        sources=tuple(terms),
     )
 
 
