@@ -55,6 +55,9 @@ def _by_row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
 
 def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
     """One sweep over z for the gradients of any per-row upstream."""
+    gone = dropped(head.transform, head.cols)
+    if gone is not None and upstream.picked is not None:  # a mask stops what arrives at a label there, NaN too
+        upstream = upstream._replace(picked=upstream.picked.masked_fill(gone[head.y], 0))
     if _by_row_scale(head, upstream, needs):
         if upstream.lse is None and upstream.square is None:
             return torch_softmax_gradients.labels_alone(head, upstream, needs, windows)

@@ -159,3 +159,14 @@ def test_a_reader_of_the_logits_that_leads_to_nothing_gives_its_operands_no_grad
     )
     inputs = {"h": FLAT, "w": W, "t": "torch.randn(B * T, V)", "s": "torch.tensor(0.3).to(dtype).requires_grad_()"}
     agrees(Case(SIZES, inputs, body, ("l",)))
+
+
+def test_what_arrives_at_a_label_whose_class_is_masked_is_stopped_there_nan_too() -> None:
+    body = (
+        "z = F.linear(h, w)",
+        "z[..., [1, 2]] = -float('inf')",
+        "lse = z.logsumexp(dim=2)",
+        "zy = z.gather(2, y.unsqueeze(2)).squeeze(2)",
+        "l = (zy - zy.detach()).exp().mean()",
+    )
+    agrees(Case(SIZES, {"h": H, "w": W, "y": "torch.randint(0, 3, (B, T))"}, body, ("l",)))
