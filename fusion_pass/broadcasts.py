@@ -19,8 +19,10 @@ def separate(graph: Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.functional.broadcast_tensors):
         for user in list(node.users):
             operand = node.args[user.args[1]] if name_of(user) == "getitem" else None  # type: ignore[index]
-            sizes = expansion(operand, user) if isinstance(operand, Node) else None
-            if sizes is None or not isinstance(operand, Node):
+            if not isinstance(operand, Node):
+                continue
+            sizes = expansion(operand, user)
+            if sizes is None:
                 continue
             if any(size != -1 for size in sizes):
                 with graph.inserting_before(user):
@@ -35,9 +37,6 @@ def separate(graph: Graph) -> None:
 def expansion(operand: Node, result: Node) -> list[int] | None:
     """What `Tensor.expand` makes the result of the operand with, -1 where a size stays; None if that is not known."""
     own, to = list(fake(operand).shape), list(fake(result).shape)
-    own = [1] * (len(to) - len(own)) + own
-    sizes = [-1 if same_shape([a], [b]) else static(b) for a, b in zip(own, to)]
-    if len(to) > fake(operand).ndim:  # new dimensions cannot be left to stay
-        new = len(to) - fake(operand).ndim
-        sizes = [static(b) if d < new else size for d, (b, size) in enumerate(zip(to, sizes))]
+    new = len(to) - len(own)  # dimensions that the operand lacks, which cannot be left to stay
+    sizes = [-1 if d >= new and same_shape([own[d - new]], [size]) else static(size) for d, size in enumerate(to)]
     return None if None in sizes else sizes  # type: ignore[return-value]

@@ -14,7 +14,7 @@ from typing import Any
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten
 
-from fusedhead.hoisting import after, hoist
+from fusedhead.hoisting import brought
 from fusedhead.interpret import Site
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import STATS
@@ -183,8 +183,4 @@ def made_before(anchor: Node, reader: Node, read: Sequence[Node], replaced: set[
     """Whether what ``reader`` reads is, or now was made to be, there before ``anchor``."""
     if mutations.between(anchor, reader, read):
         return False
-    late = after(read, anchor, MOST_MOVED)
-    from_anchor = anchor in read or any(anchor in node.all_input_nodes for node in late)
-    if len(late) > MOST_MOVED or late & replaced or from_anchor:
-        return False
-    return hoist(read, anchor, mutations.places) == ""
+    return brought(read, anchor, replaced, mutations.places, MOST_MOVED)

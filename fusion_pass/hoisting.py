@@ -6,7 +6,7 @@ numbers, another grad mode, another autocast. This file knows no heads and no lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -94,3 +94,17 @@ def hoist(nodes: Sequence[Node], anchor: Node, places: Places) -> str:
     for node in late:
         anchor.prepend(node)
     return ""
+
+
+def brought(
+    nodes: Sequence[Node], anchor: Node, fixed: Collection[Node], places: Places, most: int | None = None
+) -> bool:
+    """Whether ``nodes`` are computed before ``anchor``, or now were moved there.
+
+    Not where that would move one of ``fixed``, what is made of the anchor itself, or more than ``most`` nodes.
+    """
+    late = after(nodes, anchor, most)
+    from_anchor = anchor in nodes or any(anchor in node.all_input_nodes for node in late)
+    if from_anchor or not late.isdisjoint(fixed) or (most is not None and len(late) > most):
+        return False
+    return hoist(nodes, anchor, places) == ""

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from fusedhead.emit import Emit, named, static
 from fusedhead.groups import Group
-from fusedhead.hoisting import after, hoist
+from fusedhead.hoisting import brought
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.row_program import HEAD, ITEM, Line, Ref, RowProgram, Unspeakable, spelled
 from fusedhead.operands import operands, replay
@@ -93,12 +93,7 @@ def ready(region: Region, mutations: Mutations) -> bool:
     """Whether all that a region reads is computed before its first result, or could be moved there."""
     results = [node for node, _ in region.results]
     first, operands = min(results, key=mutations.position.__getitem__), reads(region.outputs)
-    late = after(operands, first)
-    if not late.isdisjoint([*results, *region.inside]):
-        return False
-    if first in operands or any(first in node.all_input_nodes for node in late):
-        return False
-    return hoist(operands, first, mutations.places) == ""
+    return brought(operands, first, [*results, *region.inside], mutations.places)
 
 
 def emit_results(emit: Emit, results: list[tuple[Node, Any]], memory: int, grad: dict[Node, bool]) -> None:

@@ -6,7 +6,7 @@ results are the small values that the rest of the graph reads. This file neither
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,8 +60,13 @@ def calls(expr: Any) -> set[str]:
     return found
 
 
-def leaves_of(values: Iterable[Rowwise]) -> tuple[list[Seed], list[RowLeaf]]:
-    """The heads and outside tensors that expressions read, each once, in order of appearance."""
+def leaves_of(
+    values: Iterable[Rowwise], through: Callable[[RowCall], bool] = lambda call: True
+) -> tuple[list[Seed], list[RowLeaf]]:
+    """The heads and outside tensors that expressions read, each once, in order of appearance.
+
+    ``through``: whether to follow what a call reads.
+    """
     seeds: dict[int, Seed] = {}
     outside: dict[int, RowLeaf] = {}
     seen: set[int] = set()
@@ -74,7 +79,7 @@ def leaves_of(values: Iterable[Rowwise]) -> tuple[list[Seed], list[RowLeaf]]:
             seeds.setdefault(id(x.logits), x)
         elif isinstance(x, RowLeaf):
             outside[id(x)] = x
-        elif isinstance(x, RowCall):
+        elif isinstance(x, RowCall) and through(x):
             for a in tree_leaves((x.args, x.kwargs)):
                 visit(a)
 
@@ -85,21 +90,9 @@ def leaves_of(values: Iterable[Rowwise]) -> tuple[list[Seed], list[RowLeaf]]:
 
 def differentiated(values: Iterable[Rowwise]) -> set[int]:
     """Identities of the logits and outside tensors that a gradient reaches: not through ``detach`` alone."""
-    found: set[int] = set()
-    stack: list[Any] = [value.expr for value in values if value.val.is_floating_point()]
-    seen: set[int] = set()
-    while stack:
-        x = stack.pop()
-        if id(x) in seen or (isinstance(x, RowCall) and x.op is torch.ops.aten.detach.default):
-            continue
-        seen.add(id(x))
-        if isinstance(x, Seed):
-            found.add(id(x.logits))
-        elif isinstance(x, RowLeaf):
-            found.add(id(x))
-        elif isinstance(x, RowCall):
-            stack += tree_leaves((x.args, x.kwargs))
-    return found
+    numbers = (value for value in values if value.val.is_floating_point())
+    seeds, outside = leaves_of(numbers, lambda call: call.op is not torch.ops.aten.detach.default)
+    return {*(id(seed.logits) for seed in seeds), *map(id, outside)}
 
 
 def regions(reading: Reading) -> list[Region]:
