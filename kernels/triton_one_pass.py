@@ -27,8 +27,8 @@ from fusedhead.kernels.triton_launch import on_device
 from fusedhead.kernels.triton_merge import merge_reference
 from fusedhead.kernels.triton_narrow_sum import NarrowSum
 from fusedhead.kernels.triton_operands import (
-    even_cuts,
     first_rows,
+    full_cuts,
     multiplied,
     new_window,
     ready_rows,
@@ -39,7 +39,7 @@ from fusedhead.kernels.triton_operands import (
 from fusedhead.kernels.triton_rebuilt import rebuild, without_square
 from fusedhead.kernels.triton_reference import reference
 from fusedhead.kernels.triton_row_scale import scale_rows
-from fusedhead.kernels.triton_stream import stream
+from fusedhead.kernels.triton_stream import launches, stream
 from fusedhead.kernels.triton_sweep import Sweep, sweep
 from fusedhead.kernels.triton_transform import varies_along_row
 from fusedhead.kernels.triton_unsafe import mark_unsafe
@@ -93,7 +93,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
     lse, picked = new(n, dtype=torch.float32), new(head.y.shape, dtype=torch.float32)
     total = None if coefficients.sum is None else torch.empty_like(lse)
     tie = new((), dtype=torch.float32)
-    cuts = list(even_cuts(n, windows.tokens))
+    cuts = full_cuts(n, windows.tokens)
     tokens = cuts[0].stop
     with on_device(head.h):
         if others:
@@ -159,10 +159,12 @@ def _lse_of_others(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:
     """Base-2 lse [m] of the columns from ``first`` on; their labels are picked."""
     part = slice_head(head, i, slice(first, len(head.w)))
     part = part._replace(y=part.y - first)
-    s = sweep("stream", part)
-    rows, _ = stream(s, part, frozenset({"lse"}), picked if part.y.shape[1] else None)
-    out = rows.new_empty(len(part.h))
-    merge_reference(s, rows, out, finite=False)
+    out, lse_only, whole = picked.new_empty(len(part.h)), frozenset({"lse"}), slice(0, len(part.w))
+    for j in launches(part, lse_only):
+        some = slice_head(part, j, whole)
+        s = sweep("stream", some)
+        rows, _ = stream(s, some, lse_only, rows_of(picked, j) if part.y.shape[1] else None)
+        merge_reference(s, rows, rows_of(out, j), finite=False)
     return out
 
 

@@ -25,6 +25,11 @@ def even_cuts(total: int, size: int) -> Iterator[slice]:
     return (slice(at, min(at + even, total)) for at in range(0, total, even))
 
 
+def full_cuts(total: int, size: int) -> list[slice]:
+    """Windows of ``size``, and one of what is left."""
+    return [slice(at, min(at + size, total)) for at in range(0, total, max(size, 1))]
+
+
 def rows_of(x: Tensor, i: slice) -> Tensor:
     """x[i]; x itself where these are all its rows, since a view costs the host as much as a launch's arguments.
 

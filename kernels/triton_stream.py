@@ -26,13 +26,15 @@ from torch import Tensor
 from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_labels import labelled_parts, map_labels
 from fusedhead.kernels.triton_launch import Launch
+from fusedhead.kernels.triton_operands import full_cuts
 from fusedhead.kernels.triton_product import column_part, product
 from fusedhead.kernels.triton_rows import finite_or_zero, order_key, store_labelled, weighted_sum
 from fusedhead.kernels.triton_schedule import any_marked, locate, partial_offset, step_counts
-from fusedhead.kernels.triton_sweep import KEPT, Sweep
+from fusedhead.kernels.triton_sweep import KEPT, Sweep, sweep
 from fusedhead.kernels.triton_transform import decided, steps_of, transform
 from fusedhead.kernels.triton_vectors import prefetch_columns
 
+LAUNCH_FLOP = 29 * 10**11  # 4 ms of an H100, beside which the start and the end of a launch do not show
 UNSPECIALISED = ("N", "V", "D", "K", "GROUP", "size", "sy0", "sy1", "stride_cols", "stride_rows")
 
 
@@ -160,6 +162,20 @@ def stream_kernel(
         weighted = tl.where(last, 0.0, weighted)
         top = tl.where(last, -2147483648, top)
         where = tl.where(last, 0, where)
+
+
+def launches(head: Head, want: frozenset[str]) -> list[slice]:
+    """The tokens of each launch of a sweep that multiplies this head: whole groups of token blocks.
+
+    Nothing keeps resident programs in step. Over a long sweep they drift apart, until L2 holds less of what they read,
+    so a launch ends with the group in which it has done `LAUNCH_FLOP`.
+    """
+    (n, hidden), vocab = head.h.shape, head.w.shape[0]
+    if 2 * n * vocab * hidden <= LAUNCH_FLOP:
+        return [slice(0, n)]
+    tile = sweep("stream", head, want).tile
+    group = tile.group * tile.BM
+    return full_cuts(n, group * -(-LAUNCH_FLOP // (2 * group * vocab * hidden)))
 
 
 @lru_cache(maxsize=KEPT)

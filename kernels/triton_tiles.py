@@ -47,14 +47,17 @@ TABLE = (
     Row((9, 10), "", 2, 64, 0, Tile(64, 256, 64, 1, 4, 3, False, 2)),
     Row((9, 10), "exp", 2, 0, 896, Tile(128, 256, 64, 22, 8, 4, True, 4)),
     Row((9, 10), "exp", 2, 0, 2048, Tile(128, 256, 64, 22, 8, 3, True, 4)),
-    Row((9, 10), "exp", 2, 0, 0, Tile(128, 256, 64, 11, 8, 3, False, 2)),
+    Row((9, 10), "exp", 2, 0, 4096, Tile(128, 256, 64, 11, 8, 3, False, 2)),
+    Row((9, 10), "exp", 2, 0, 0, Tile(128, 256, 64, 22, 8, 3, False, 2)),
     Row((9, 10), "", 2, 0, 3072, Tile(128, 256, 64, 22, 8, 3, True, 2)),
     Row((9, 10), "", 2, 0, 0, Tile(128, 256, 64, 11, 8, 3, True, 2)),
     Row((9, 10), "", 4, 0, 0, Tile(128, 128, 32, 12, 8, 3, False, 2)),
 )
-# The same, of plain logits. With longer rows of w the tiles above are as fast: there are fewer epilogues to hide.
+# The same, of plain logits. With longer rows of w the tiles above store as fast: there are fewer epilogues to hide.
 PAIRS = (
-    Row((9,), "stream", 2, 0, 1536, Tile(128, 192, 64, 11, 4, 4, False, 3, 2, True)),
+    Row((9,), "stream", 2, 0, 1536, Tile(128, 192, 64, 22, 4, 4, False, 3, 2, True)),
+    Row((9,), "stream", 2, 1024, 0, Tile(128, 256, 64, 11, 8, 3, True, 2)),  # fewer tiles: wider ones fill the chip
+    Row((9,), "stream", 2, 0, 0, Tile(128, 192, 64, 22, 4, 4, False, 3, 2, True)),
     Row((9,), "exp", 2, 0, 3072, Tile(128, 192, 64, 22, 4, 4, False, 3, 2, True)),
     Row((9,), "dlogits", 2, 0, 2560, Tile(128, 192, 64, 22, 4, 4, False, 3, 2, True)),
 )

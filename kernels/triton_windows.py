@@ -13,11 +13,11 @@ windows should be (`fusedhead.lowering.plan` decides) nor what graph asked.
 Speed against bare cuBLAS GEMMs in bfloat16 on an H100 (benchmarks/gpu_times.py; clocks move these by 3 %):
 
     tokens, D, V            head_stats / 1 GEMM   head_loss / 3   frozen w / 2   recompute / 4
-    8192, 4096, 128256            0.96                1.02            1.03            0.98
-    8192, 2304, 256000            0.97                0.99            0.97            0.97
-    8192, 1024, 151936            1.00                0.96            0.95            0.97
-    16384, 768, 50304             0.94                0.94            0.92            0.96
-    2048, 4096, 32000             0.94                0.98            0.92            0.99
+    8192, 4096, 128256            1.00                1.02            1.03            0.98
+    8192, 2304, 256000            1.00                0.99            0.97            0.97
+    8192, 1024, 151936            1.05                0.96            0.95            0.97
+    16384, 768, 50304             1.07                0.94            0.92            0.96
+    2048, 4096, 32000             0.95                0.98            0.92            0.99
     512, 4096, 128256             0.99                0.99            0.90            0.97
 """
 
@@ -43,13 +43,13 @@ from fusedhead.kernels.triton_operands import (
     slice_rows,
 )
 from fusedhead.kernels.triton_rebuilt import rebuild, without_square
-from fusedhead.kernels.triton_stream import stream
+from fusedhead.kernels.triton_stream import launches, stream
 from fusedhead.kernels.triton_sweep import multiplied_by_cublas, sweep
 from fusedhead.kernels.triton_weight_gradient import WeightGradient
 
 
 def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
-    """One sweep. Keeps a window only where cuBLAS multiplies."""
+    """One sweep, in several launches where it is long. Keeps a window only where cuBLAS multiplies."""
     head = ready_head(head)
     n, vocab = len(head.h), len(head.w)
     with on_device(head.h):
@@ -59,16 +59,20 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
             empty = {k: head.h.new_empty(0, dtype=torch.float32) for k in want - {"picked", "argmax"}}
             argmax = head.y.new_empty(0) if "argmax" in want else None
             return RowStats(**({"lse": head.h.new_empty(0, dtype=torch.float32)} | empty), picked=picked, argmax=argmax)
-        if not multiplied_by_cublas(head):
-            return RowStats(picked=picked, **_statistics(head, want, picked, None))
-        cuts = list(even_cuts(n, windows.tokens * windows.vocab // vocab))  # whole rows in the room of a window
-        buffer, whole = new_window(head, cuts[0].stop, vocab), slice(0, vocab)
+        buffer = None
+        if multiplied_by_cublas(head):
+            cuts = list(even_cuts(n, windows.tokens * windows.vocab // vocab))  # whole rows in the room of a window
+            buffer = new_window(head, cuts[0].stop, vocab)
+        else:
+            cuts = launches(head, want)
+        whole = slice(0, vocab)
         found = []
         for i in cuts:
             part = slice_head(head, i, whole)
-            logits = multiplied(part, buffer[: len(part.h)])
-            found.append(_statistics(part, want, None if picked is None else picked[i], logits))
-        return RowStats(picked=picked, **{name: torch.cat([f[name] for f in found]) for name in found[0]})
+            logits = None if buffer is None else multiplied(part, buffer[: len(part.h)])
+            found.append(_statistics(part, want, None if picked is None else rows_of(picked, i), logits))
+        rows = found[0] if len(found) == 1 else {name: torch.cat([f[name] for f in found]) for name in found[0]}
+        return RowStats(picked=picked, **rows)
 
 
 def _statistics(head: Head, want: frozenset[str], picked: Tensor | None, logits: Tensor | None) -> dict[str, Tensor]:

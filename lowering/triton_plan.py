@@ -10,10 +10,11 @@
 Where one pass would do but has no room, recompute keeps the exponentials of its first block, so the wider a block is
 the less is computed twice: windows are then as low as sums of dw allow.
 
-Rules behind the order, measured on an H100 (benchmarks/NOTES.md): windows are equal and of whole token blocks; dw is
-added up in its own dtype over up to `EXACT_SUMS` windows (each addition rounds: at 4 windows the error of dw was that
-of eager code, at 8 1.35 times it), in float32 over more, half of which lies in dw's own memory; a window of less than
-`AUTO_TOKENS` rows costs speed. It must not know which way is chosen (`fusedhead.lowering.plan`).
+Rules behind the order, measured on an H100 (benchmarks/NOTES.md): windows are equal and of whole token blocks, or all
+but the last up to a fifth taller, where E w then fills whole waves of cuBLAS's tiles (1 % of a step at D = 4096, 4 % at
+2560); dw is added up in its own dtype over up to `EXACT_SUMS` windows (each addition rounds: at 4 windows the error of
+dw was that of eager code, at 8 1.35 times it), in float32 over more, half of which lies in dw's own memory; a window of
+less than `AUTO_TOKENS` rows costs speed. It must not know which way is chosen (`fusedhead.lowering.plan`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import torch
 from fusedhead.kernels.contract import Needs, Windows
 
 MIB = 1 << 20
+WAVE = 132 * 256 * 128  # numbers that cuBLAS's tiles on all multiprocessors of an H100 compute at once
+TALLER = 1.2  # of a window, to fill its last wave
 BLOCK = 128  # tokens and columns that windows are cut to
 TILE = 256  # columns of a kernel's tile: a block of whole tiles leaves no program half a tile
 EXACT_SUMS = 3
@@ -74,12 +77,19 @@ def _way(head: Sizes, algorithm: str, tokens: int, vocab: int) -> Way:
     return Way(algorithm, windows, held)
 
 
-def _equal_windows(n: int, most: int, fewest: int) -> Iterator[int]:
-    """Rows of equal windows of whole token blocks, from the largest that is allowed."""
+def _equal_windows(n: int, most: int, fewest: int, hidden: int = 0) -> Iterator[int]:
+    """Rows of equal windows of whole token blocks, from the largest that is allowed.
+
+    Each is preceded by a taller one whose product E w [rows, hidden] fills whole waves of cuBLAS's tiles, if there is.
+    """
+    wave = WAVE // hidden // BLOCK * BLOCK if hidden else 0
     count = 1
     while True:
         tokens = min(n, -(-n // (BLOCK * count)) * BLOCK)
         if tokens <= most:
+            waves = -(-tokens // wave) * wave if wave else 0
+            if tokens < waves <= min(n, most, TALLER * tokens):
+                yield waves
             yield max(1, tokens)
         if tokens <= max(fewest, BLOCK):
             return
@@ -87,7 +97,7 @@ def _equal_windows(n: int, most: int, fewest: int) -> Iterator[int]:
 
 
 def _single_passes(head: Sizes) -> list[Way]:
-    ways = [_way(head, "single pass", at, head.v) for at in _equal_windows(head.n, MOST_TOKENS, FEWEST_TOKENS)]
+    ways = [_way(head, "single pass", at, head.v) for at in _equal_windows(head.n, MOST_TOKENS, FEWEST_TOKENS, head.d)]
     least, most = SUMMED_TOKENS
     return [way for way in ways if way.windows.accumulate == head.dtype or least <= way.windows.tokens <= most]
 
@@ -136,7 +146,7 @@ def ways(head: Sizes, *, one_pass: bool, budget: int) -> list[Way]:
     keep = one_pass and head.dtype == torch.bfloat16
     recompute = _recomputes(head, budget or RECOMPUTE_BYTES, keep)
     if one_pass and frozen:
-        found = [_way(head, "frozen", at, head.v) for at in _equal_windows(head.n, SUMMED_TOKENS[1], 16)]
+        found = [_way(head, "frozen", at, head.v) for at in _equal_windows(head.n, SUMMED_TOKENS[1], 16, head.d)]
         return [*(found if budget else _first(found, FROZEN_BYTES, FROZEN_TOKENS)), *recompute]
     if one_pass:
         found = _single_passes(head)

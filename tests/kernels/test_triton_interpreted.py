@@ -18,7 +18,15 @@ import triton.language as tl
 
 from benchmarks.measure import cpu_allocations, peak_of
 from fusedhead.generate import function_of
-from fusedhead.kernels import pointwise, reference, triton_one_pass, triton_operands, triton_sweep, triton_tiles
+from fusedhead.kernels import (
+    pointwise,
+    reference,
+    triton_one_pass,
+    triton_operands,
+    triton_stream,
+    triton_sweep,
+    triton_tiles,
+)
 from fusedhead.kernels import triton_windows as engine
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import STATS, Head, Needs, RowGrads, RowStats, Windows
@@ -216,6 +224,30 @@ def test_a_part_of_the_exponentials_may_be_kept(monkeypatch, transform, needs, k
     assert not k or error(stats.picked, true.picked) < STEPS
     for need, got, exact in zip(needs, grads, d):
         assert error(got, exact) < STEPS if need else got is None
+
+
+@pytest.mark.parametrize("n", [32, 37, 96])
+@pytest.mark.parametrize("transform", ["", "addrow:0 mulcol:1"])
+def test_a_long_sweep_takes_several_launches(monkeypatch, transform, n):
+    """One a group of token blocks: 2 blocks of 16 tokens on the CPU."""
+    x, want = head(n=n, v=70, k=2, transform=transform, weighted=True), frozenset(STATS)
+    once = engine.head_stats(x, want, Windows(n, 70, F32))
+    monkeypatch.setattr(triton_stream, "LAUNCH_FLOP", 1)
+    assert [at.start for at in triton_stream.launches(x, want)] == list(range(0, n, 32))
+    for name, got, one in zip(RowStats._fields, engine.head_stats(x, want, Windows(n, 70, F32)), once):
+        assert (got is one is None) or (got.shape == one.shape and error(got, one) < STEPS), name
+
+
+def test_the_lse_of_columns_that_are_not_kept_may_take_several_launches(monkeypatch):
+    monkeypatch.setattr(triton_one_pass, "PARTLY", (F32,))
+    monkeypatch.setattr(triton_stream, "LAUNCH_FLOP", 1)
+    x, g = head(n=80, v=300, k=1), gradients(80, 1)
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(48, 128, F32))
+    true, d = truth(x, g)
+    assert error(stats.lse, true.lse) < STEPS
+    assert error(stats.picked, true.picked) < STEPS
+    assert error(grads.h, d[0]) < STEPS
+    assert error(grads.w, d[1]) < STEPS
 
 
 @pytest.mark.parametrize("linear", [True, False])
