@@ -1,10 +1,13 @@
-"""``broadcast_tensors`` taken apart: each result by itself, and a tensor that has the shape already as it is.
+"""Calls that read no more than the shape of a tensor, as calls that do not read it, where that shape is known.
 
-`torch.distributions.Categorical` reads its labels' log-probabilities through one call that broadcasts both. This file
-knows no heads.
+``broadcast_tensors`` is taken apart, each result by itself: `torch.distributions.Categorical` reads its labels'
+log-probabilities through one call that broadcasts both. ``y.expand_as(top)`` is ``y.expand(...)``: so do accuracies
+compare their labels with the classes that a top-k found. This file knows no heads.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -15,23 +18,28 @@ from fusedhead.rules.losses import same_shape
 
 
 def separate(graph: Graph) -> None:
-    """Replace the results of every ``broadcast_tensors`` by their operands, expanded where that has to be, in place."""
+    """Replace the results of every ``broadcast_tensors`` and ``expand_as`` by what expands the operand, in place."""
     for node in graph.find_nodes(op="call_function", target=torch.functional.broadcast_tensors):
         for user in list(node.users):
-            operand = node.args[user.args[1]] if name_of(user) == "getitem" else None  # type: ignore[index]
-            if not isinstance(operand, Node):
-                continue
-            sizes = expansion(operand, user)
-            if sizes is None:
-                continue
-            if any(size != -1 for size in sizes):
-                with graph.inserting_before(user):
-                    operand = graph.call_method("expand", (operand, sizes))
-                operand.meta = dict(user.meta)
-            user.replace_all_uses_with(operand)
-            graph.erase_node(user)
+            if name_of(user) == "getitem":
+                replaced(graph, user, node.args[user.args[1]])  # type: ignore[index]
         if not node.users:
             graph.erase_node(node)
+    for node in graph.find_nodes(op="call_method", target="expand_as"):
+        replaced(graph, node, node.args[0])
+
+
+def replaced(graph: Graph, node: Node, operand: Any) -> None:
+    """``node`` by ``operand``, expanded where its shape is another; left alone where that is not known."""
+    sizes = expansion(operand, node) if isinstance(operand, Node) else None
+    if sizes is None:
+        return
+    if any(size != -1 for size in sizes) or any(user.op == "output" for user in node.users):  # a tensor of its own
+        with graph.inserting_before(node):
+            operand = graph.call_method("expand", (operand, sizes))
+        operand.meta = dict(node.meta)
+    node.replace_all_uses_with(operand)
+    graph.erase_node(node)
 
 
 def expansion(operand: Node, result: Node) -> list[int] | None:

@@ -104,6 +104,8 @@ def out_of_place(target: Any) -> Any:
 def constant(tensor: Any, node: Node) -> Plain:
     """A constant that a node holds (a list used as an index), as a call that makes it again."""
     with unset_fake_temporarily():
+        if tensor.dtype == torch.int64 and torch.equal(tensor, torch.arange(tensor.numel(), device=tensor.device)):
+            return Plain(Call(torch.ops.aten.arange.default, (tensor.numel(),)), tensor)  # range(N), however long
         if tensor.numel() > LARGEST_CONSTANT or tensor.is_floating_point():
             raise Escape(f"{name_of(node)} holds a constant tensor")
         return Plain(Call(torch.tensor, (tensor.tolist(),), {"dtype": tensor.dtype}), tensor)

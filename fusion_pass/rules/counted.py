@@ -1,4 +1,5 @@
-"""One entry of every row, read by counting the rows: ``z[arange(N), y]`` and ``z[arange(B)[:, None], arange(T), y]``.
+"""One entry of every row, read by counting the rows: ``z[arange(N), y]``, ``z[range(N), y]`` and
+``z[arange(B)[:, None], arange(T), y]``.
 
 That is ``gather`` where each index but the last counts its own dimension from 0 and nothing writes to it. A negative
 label counts from the last class, as in any index.
@@ -30,6 +31,9 @@ VIEWS = frozenset({"unsqueeze", "view", "reshape", "getitem"})  # with no more t
 def counts(index: Plain) -> bool:
     """Whether a tensor's values are 0, 1, 2 ... in order."""
     node = index.ref
+    if isinstance(node, Call):  # a list in the program (`evaluate.constant`): made anew, so that nothing writes to it
+        lifted = node.args[0].ref if node.op is aten.lift_fresh_copy.default else node
+        return isinstance(lifted, Call) and lifted.op is aten.arange.default and len(lifted.args) == 1
     while isinstance(node, Node) and name_of(node) in VIEWS:
         if name_of(node) == "getitem":
             picks = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical
 
-from fusedhead.broadcasts import separate
 from tests.refusals.claims import D, compiled, hidden, labels, right, weight
 
 
@@ -85,29 +84,3 @@ def test_a_term_or_labels_that_are_written_to_in_between_give_eagers_numbers() -
 
     for program in (term, late):
         compiled(program, (hidden(6, D), weight(), labels(6)))
-
-
-def graph_of(program: Any, *inputs: Tensor) -> torch.fx.Graph:
-    found: list[torch.fx.GraphModule] = []
-
-    def keep(gm: torch.fx.GraphModule, _: Any) -> Any:
-        found.append(gm)
-        return gm
-
-    torch.compile(program, backend=keep)(*inputs)
-    return found[0].graph
-
-
-def test_results_of_a_broadcast_are_their_operands_or_expand_them() -> None:
-    def program(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        return torch.broadcast_tensors(a, b, c)
-
-    inputs = torch.randn(4, 1), torch.randn(3, 4, 5), torch.randn(5)
-    graph = graph_of(program, *inputs)
-    separate(graph)
-    expands = [node.args[1] for node in graph.nodes if node.target == "expand"]
-    assert expands == [[3, -1, 5], [3, 4, -1]]
-    results = torch.fx.GraphModule(torch.nn.Module(), graph)(*inputs)
-    for got, expected in zip(results, program(*inputs)):
-        assert torch.equal(got, expected)
-        assert got.stride() == expected.stride()

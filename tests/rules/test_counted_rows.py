@@ -19,6 +19,8 @@ def log_probs(h: Tensor, w: Tensor) -> Tensor:
 COUNTED = {
     "arange": lambda h, w, y: log_probs(h, w)[torch.arange(len(y)), y].mean(),
     "arange from 0": lambda h, w, y: log_probs(h, w)[torch.arange(0, y.shape[0], 1), y].sum(),
+    "range": lambda h, w, y: log_probs(h, w)[range(len(y)), y].mean(),
+    "a list": lambda h, w, y: log_probs(h, w)[list(range(len(y))), y].mean(),
     "labels from the end": lambda h, w, y: log_probs(h, w)[torch.arange(len(y)), y - V].mean(),
     "one sequence after the other": lambda h, w, y: sum(
         lp[torch.arange(3), y.view(2, 3)[i]].sum() for i, lp in enumerate(log_probs(h.view(2, 3, D), w))
@@ -27,6 +29,7 @@ COUNTED = {
 OTHERWISE = {
     "another order": lambda h, w, y: log_probs(h, w)[torch.arange(N).flip(0), y].mean(),
     "from the second on": lambda h, w, y: log_probs(h, w)[torch.arange(1, N + 1) - 1, y].mean(),
+    "a list in another order": lambda h, w, y: log_probs(h, w)[[1, 0, *range(2, N)], y].mean(),
     "every second one": lambda h, w, y: log_probs(h, w)[torch.arange(0, 2 * N, 2) // 2, y].mean(),
 }
 
