@@ -150,7 +150,8 @@ def fuse_body(
     records = []
     refused = {site.head for site, reason in decided if reason}
     kept = [region for region in found if not region.heads & refused]
-    by_rows = [row_emission.fuse(graph, region, options.budget, modes, mutations) for region in kept]
+    followed = {*reading.values, *reading.rowwise, *(node for site in reading.sites for node, _ in site.terminals)}
+    by_rows = [row_emission.fuse(graph, region, options.budget, modes, mutations.places, followed) for region in kept]
     row_region.erase_unused(reading, {site.head for site, reason in decided if not reason})
     engines: dict[Projection, list[str]] = {site.head: [] for site, _ in decided}
     for calls, heads in fuse(graph, [site for site, reason in decided if not reason], options.budget, modes, mutations):

@@ -1,4 +1,5 @@
-"""Moving what a loss's coefficients are made of before the head, where that changes no number and no gradient.
+"""Moving what a loss's coefficients are made of before the head, or what is made of a loss behind another one, where
+that changes no number and no gradient.
 
 A node may be moved unless something on the way makes it another node: a write to memory, another draw of random
 numbers, another grad mode, another autocast. This file knows no heads and no losses.
@@ -6,7 +7,7 @@ numbers, another grad mode, another autocast. This file knows no heads and no lo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -108,3 +109,33 @@ def brought(
     if from_anchor or not late.isdisjoint(fixed) or (most is not None and len(late) > most):
         return False
     return hoist(nodes, anchor, places) == ""
+
+
+def put_behind(
+    nodes: Sequence[Node], anchor: Node, fixed: Callable[[Node], bool], places: Places, most: int | None = None
+) -> bool:
+    """Whether all that is made of ``nodes`` is run behind ``anchor``, or now was moved there.
+
+    Not where that would move what is ``fixed``, or more than ``most`` nodes.
+    """
+    early: set[Node] = set()
+    stack = [user for node in nodes for user in node.users]
+    while stack and (most is None or len(early) <= most):
+        node = stack.pop()
+        if before(node, anchor) and node not in early:
+            early.add(node)
+            stack.extend(node.users)
+    if any(map(fixed, early)) or (most is not None and len(early) > most):
+        return False
+    moved = sorted(early)  # type: ignore[type-var]
+    read = [source for node in moved for source in (node, *node.all_input_nodes)]
+    if moved and (any(True for node in moved for _ in written(node)) or overwritten(read, moved[0], anchor, places)):
+        return False
+    for node in moved:
+        if places.autocast(node) != places.autocast(anchor) or places.recorded(node) != places.recorded(anchor):
+            return False
+        if may_draw(node):
+            return False
+    for node in reversed(moved):
+        anchor.append(node)
+    return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,20 +13,21 @@ from torch.utils._pytree import tree_map
 
 from fusedhead.emit import Emit, named, static
 from fusedhead.groups import Group
-from fusedhead.hoisting import brought
+from fusedhead.hoisting import brought, put_behind
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.row_program import HEAD, ITEM, Line, Ref, RowProgram, Unspeakable, spelled
 from fusedhead.operands import operands, replay
+from fusedhead.places import Places, before
 from fusedhead.read import fake
 from fusedhead.rewrite import erase
-from fusedhead.row_region import Region, differentiated, leaves_of, reads
+from fusedhead.row_region import Region, differentiated, leaves_of, operands_of
 from fusedhead.rowwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed, parts
 from fusedhead.rules.rowwise_operands import same
-from fusedhead.safety import Mutations
 from fusedhead.terminals import Terminal
 from fusedhead.values import Call, Logits, Plain
 
 aten = torch.ops.aten
+MOST_MOVED = 64  # nodes behind a call: sums of losses and their logging
 
 
 def program(values: Sequence[Rowwise], seeds: Sequence[Seed], outside: Sequence[RowLeaf]) -> RowProgram:
@@ -70,16 +71,21 @@ def program(values: Sequence[Rowwise], seeds: Sequence[Seed], outside: Sequence[
     return RowProgram(tuple(lines), results)
 
 
-def fuse(graph: Graph, region: Region, memory: int, grad: dict[Node, bool], mutations: Mutations) -> list[Node]:
-    """Replace a region's results by those of ``head_rows`` calls, which are returned.
+def fuse(
+    graph: Graph, region: Region, memory: int, grad: dict[Node, bool], places: Places, followed: Collection[Node]
+) -> list[Node]:
+    """Replace a region's results by those of ``head_rows`` calls, which are returned. ``followed`` nodes stay in place.
 
-    One call serves all results if every operand can be computed before the first of them; else each has its own.
+    One call serves all results if every operand can be computed before the first of them, or if what is made of them
+    can wait for the last; else each has its own.
     """
     emit = Emit(graph)
-    alike = len({grad[node] for node, _ in region.results}) == 1
-    batches = [region.results] if alike and ready(region, mutations) else [[result] for result in region.results]
-    for batch in batches:
-        emit_results(emit, batch, memory, grad)
+    together = meeting_place(region, grad, places, followed)
+    if together is None:
+        for result in region.results:
+            emit_results(emit, [result], result[0], memory, grad)
+    else:
+        emit_results(emit, region.results, together, memory, grad)
     inside = set(region.inside)
     erase(reversed(region.inside), inside.__contains__)
     made = set(emit.made)
@@ -89,23 +95,39 @@ def fuse(graph: Graph, region: Region, memory: int, grad: dict[Node, bool], muta
     return [node for node in emit.made if not node._erased and node.target is torch.ops.fusedhead.head_rows.default]
 
 
-def ready(region: Region, mutations: Mutations) -> bool:
-    """Whether all that a region reads is computed before its first result, or could be moved there."""
-    results = [node for node, _ in region.results]
-    first, operands = min(results, key=mutations.position.__getitem__), reads(region.outputs)
-    return brought(operands, first, [*results, *region.inside], mutations.places)
+def meeting_place(region: Region, grad: dict[Node, bool], places: Places, followed: Collection[Node]) -> Node | None:
+    """The node before which one call can serve all results of a region, once others were moved; None if there is none.
+
+    A loss of a student, say, whose teacher is run after it: the teacher is run before it, or the loss waits.
+    """
+    results = sorted(node for node, _ in region.results)  # type: ignore[type-var]
+    first, last = results[0], results[-1]
+    if len({grad[node] for node in results}) > 1:
+        return None
+    fixed = {*results, *region.inside, *followed}
+    operands = set(operands_of(region.outputs))
+    if brought(list(operands), first, fixed, places):
+        return first
+
+    def stays(node: Node) -> bool:
+        return node in operands or node in fixed or node.op == "output"
+
+    if places.autocast(first) == places.autocast(last) and put_behind(results[:-1], last, stays, places, MOST_MOVED):
+        return last
+    return None
 
 
-def emit_results(emit: Emit, results: list[tuple[Node, Any]], memory: int, grad: dict[Node, bool]) -> None:
-    """Calls that serve some results, before the first of them, and what takes the place of each."""
+def emit_results(
+    emit: Emit, results: list[tuple[Node, Any]], anchor: Node, memory: int, grad: dict[Node, bool]
+) -> None:
+    """Calls that serve some results, before ``anchor``, and what takes the place of each."""
     outputs = list({id(p.expr): p for _, value in results for p in parts(value)}.values())
-    anchor = results[0][0]
     made: dict[int, Node] = {}
     with emit.before(anchor, anchor, grad=grad[anchor]):
         for some in by_tokens(outputs):
             made |= emit_call(emit, some, anchor, memory)
     for node, value in results:
-        with emit.before(node, node, grad=grad[node]):
+        with emit.before(anchor if before(node, anchor) else node, node, grad=grad[node]):
             replacement = resolved(emit, value, made, leaves_of(outputs)[0])
             if not grad[node] or not fake(node).requires_grad:
                 replacement = emit(aten.detach.default, replacement)

@@ -173,3 +173,11 @@ def reads(values: Iterable[Rowwise]) -> list[Node]:
     seeds, outside = leaves_of(values)
     vectors = [v for seed in seeds for v in (*seed.logits.cols, *(r.value for r in seed.logits.rows))]
     return leaves([*(x.value for x in outside), *vectors])
+
+
+def operands_of(values: Iterable[Rowwise]) -> list[Node]:
+    """The graph's nodes that calls for row programs of these values are made of."""
+    values = list(values)
+    every = [seed.logits for seed in leaves_of(values)[0]]
+    steps = tree_leaves([step.args for logits in every for step in logits.row_steps])
+    return reads(values) + leaves([x for logits in every for x in (logits.head.hidden, logits.head.weight)] + steps)
