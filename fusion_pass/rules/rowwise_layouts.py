@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fusedhead.emit import static
-from fusedhead.rowwise import RowCall, Rowwise, Seed
+from fusedhead.rowwise import RowCall, RowLeaf, Rowwise, Seed
 from fusedhead.rules.rowwise_operands import constants, heads_of, lined_up, operand, same, size, tail_dim
 from fusedhead.values import Call, Escape, Logits, Plain, rows_of_hidden
 
@@ -150,6 +150,30 @@ def selected(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Roww
     return Rowwise(call, val, (*x.tail[:d], *x.tail[d + 1 :]), x.heads)
 
 
+def columns_chosen(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Rowwise:
+    """Entries of the tail by their numbers: ``z.index_select(-1, ids)``, ``z[:, [3, 7]]``, where -1 is the last."""
+    x, given = operand(args[0], target), args[1:]
+    from_end = target is aten.index.Tensor
+    if from_end:
+        used = [(d, i) for d, i in enumerate(given[0]) if i is not None]
+        if len(used) != 1:
+            raise Escape("what comes from the logits is indexed by several tensors")
+        given = used[0]
+    dim, which = given
+    if not isinstance(which, Plain) or which.val.dtype != torch.int64 or which.val.ndim != 1:
+        raise Escape(f"{target} takes what is no vector of numbers")
+    numbers: Any = (
+        Call(aten.to.device, (which, x.val.device, torch.int64)) if which.val.device != x.val.device else which
+    )
+    at = dim % x.val.ndim
+    inner = tail_dim(x, at, target)
+    if from_end:
+        last = Call(aten.add.Tensor, (numbers, size(x.val.shape[at], "the vocabulary")))
+        numbers = Call(aten.where.self, (Call(aten.lt.Scalar, (numbers, 0)), last, numbers))
+    leaf = RowLeaf(Plain(numbers, which.val), False)
+    return Rowwise(RowCall(aten.index_select.default, (x.expr, inner, leaf)), val, x.tail, x.heads)
+
+
 def length(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A size of a rowwise tensor, read off the hidden states where it is a symbol."""
     x = operand(args[0], target)
@@ -202,4 +226,6 @@ LAYOUTS: dict[Any, Callable[..., Any]] = {
     aten.cat.default: joined,
     aten.stack.default: joined,
     aten.select.int: selected,
+    aten.index_select.default: columns_chosen,
+    aten.index.Tensor: columns_chosen,
 }

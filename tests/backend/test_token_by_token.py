@@ -197,6 +197,23 @@ def test_token_counts_may_be_symbols() -> None:
     assert sum(head.fused for head in rewritten.report.heads) == 2
 
 
+def test_a_few_classes_are_weighed_against_each_other() -> None:
+    def program(h: Tensor, w: Tensor, classes: Tensor) -> Tensor:
+        z = F.linear(h, w)
+        yes_or_no = F.log_softmax(z[:, -1, [3, 7]], -1)[:, 0]
+        return yes_or_no.sum() + F.cross_entropy(z.index_select(-1, classes)[:, 0], z[:, 0].argmax(-1) % 2)
+
+    right(program, hidden(), weight(), torch.tensor([5, V - 1]))
+
+
+def test_a_class_past_the_end_is_an_error() -> None:
+    def program(h: Tensor, w: Tensor) -> Tensor:
+        return F.log_softmax(F.linear(h, w).sinh()[..., [0, -V - 1]], -1).sum()
+
+    with pytest.raises((IndexError, RuntimeError)):
+        right(program, hidden(), weight())
+
+
 def test_what_is_detached_wants_no_gradient() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         z = F.linear(h, w)

@@ -348,6 +348,8 @@ ROWWISE = {
     aten.cat.default: ["torch.cat([z.sinh(), z], {d})", "torch.cat([z, idx.float()], {d})", "torch.cat([z, z], {r})"],
     aten.stack.default: ["torch.stack([z, z.sinh()])", "torch.stack([z.sinh(), col.expand_as(z)], {k}).logsumexp({k})"],
     aten.select.int: ["z.sinh().select({d}, 0)", "z.sinh().select({r}, 0)"],
+    aten.index_select.default: ["z.sinh().index_select({d}, i)", "z.index_select({d}, i).softmax({d})"],
+    aten.index.Tensor: ["z.movedim({d}, -1).sinh()[..., [2, 0]]", "z.movedim({d}, -1)[..., [-1, 1]]"],
     aten.cross_entropy_loss.default: [
         "F.cross_entropy(z.sinh(), y)", "F.cross_entropy(z.sinh(), yi, ignore_index=-1, reduction='sum')",
         "F.cross_entropy(z.sinh(), yi, cw, ignore_index=-1, label_smoothing=0.1)",
