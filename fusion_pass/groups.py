@@ -21,7 +21,7 @@ from fusedhead.kernels.contract import STATS
 from fusedhead.read import name_of
 from fusedhead.safety import Mutations
 from fusedhead.terminals import Terminal
-from fusedhead.values import Call, Plain, Stack, leaves, sweep
+from fusedhead.values import Call, Plain, Stack, leaves, sources_of, sweep
 
 MOST_MOVED = 24  # nodes that are moved for the sake of one group
 DECISIONS = frozenset({"max", "argmax"})  # taken on the logits as the program rounds them
@@ -145,11 +145,8 @@ def squared(node: Node) -> bool:
 
 def operands_of(group: Group) -> list[Node]:
     """The graph's nodes that a group's sweep reads."""
-    logits = group.first.logits
-    rows = [row.value for row in logits.rows]
-    steps = [arg for step in logits.row_steps for arg in step.args]
     labels = [source for _, t in group.terminals for source in t.label_sources]
-    return leaves([logits.head.hidden, logits.head.weight, *logits.cols, *rows, *steps, *labels])
+    return sources_of(group.first.logits) + leaves(labels)
 
 
 def batches(sites: Collection[Site], grad: dict[Node, bool], mutations: Mutations) -> list[Batch]:

@@ -7,7 +7,7 @@ numbers, another grad mode, another autocast. This file knows no heads and no lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -111,21 +111,19 @@ def brought(
     return hoist(nodes, anchor, places) == ""
 
 
-def put_behind(
-    nodes: Sequence[Node], anchor: Node, fixed: Callable[[Node], bool], places: Places, most: int | None = None
-) -> bool:
+def put_behind(nodes: Sequence[Node], anchor: Node, fixed: Collection[Node], places: Places, most: int) -> bool:
     """Whether all that is made of ``nodes`` is run behind ``anchor``, or now was moved there.
 
-    Not where that would move what is ``fixed``, or more than ``most`` nodes.
+    Not where that would move one of ``fixed``, or more than ``most`` nodes.
     """
     early: set[Node] = set()
     stack = [user for node in nodes for user in node.users]
-    while stack and (most is None or len(early) <= most):
+    while stack and len(early) <= most:
         node = stack.pop()
         if before(node, anchor) and node not in early:
             early.add(node)
             stack.extend(node.users)
-    if any(map(fixed, early)) or (most is not None and len(early) > most):
+    if not early.isdisjoint(fixed) or len(early) > most:
         return False
     moved = sorted(early)  # type: ignore[type-var]
     read = [source for node in moved for source in (node, *node.all_input_nodes)]

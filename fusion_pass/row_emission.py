@@ -104,15 +104,11 @@ def meeting_place(region: Region, grad: dict[Node, bool], places: Places, follow
     first, last = results[0], results[-1]
     if len({grad[node] for node in results}) > 1:
         return None
-    fixed = {*results, *region.inside, *followed}
-    operands = set(operands_of(region.outputs))
-    if brought(list(operands), first, fixed, places):
+    operands, fixed = operands_of(region.outputs), {*results, *region.inside, *followed}
+    if brought(operands, first, fixed, places):
         return first
-
-    def stays(node: Node) -> bool:
-        return node in operands or node in fixed or node.op == "output"
-
-    if places.autocast(first) == places.autocast(last) and put_behind(results[:-1], last, stays, places, MOST_MOVED):
+    fixed.update(operands)
+    if places.autocast(first) == places.autocast(last) and put_behind(results[:-1], last, fixed, places, MOST_MOVED):
         return last
     return None
 

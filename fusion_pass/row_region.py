@@ -18,7 +18,7 @@ from fusedhead.aliases import written
 from fusedhead.interpret import Reading
 from fusedhead.rewrite import erase
 from fusedhead.rowwise import RowCall, RowLeaf, Rowwise, Seed, parts
-from fusedhead.values import Projection, leaves
+from fusedhead.values import Projection, leaves, sources_of
 
 
 @dataclass(eq=False)
@@ -177,7 +177,5 @@ def reads(values: Iterable[Rowwise]) -> list[Node]:
 
 def operands_of(values: Iterable[Rowwise]) -> list[Node]:
     """The graph's nodes that calls for row programs of these values are made of."""
-    values = list(values)
-    every = [seed.logits for seed in leaves_of(values)[0]]
-    steps = tree_leaves([step.args for logits in every for step in logits.row_steps])
-    return reads(values) + leaves([x for logits in every for x in (logits.head.hidden, logits.head.weight)] + steps)
+    seeds, outside = leaves_of(values)
+    return leaves(x.value for x in outside) + [node for seed in seeds for node in sources_of(seed.logits)]

@@ -197,6 +197,21 @@ def logits_of(value: Followed) -> Logits:
     return value if isinstance(value, Logits) else value.of
 
 
+def sources_of(logits: Logits) -> list[Node]:
+    """The graph's nodes that a sweep over these logits reads, besides labels."""
+    rows = [row.value for row in logits.rows]
+    is_leaf = lambda x: isinstance(x, (Plain, Call))  # noqa: E731
+    steps = tree_leaves([step.args for step in logits.row_steps], is_leaf=is_leaf)
+    return leaves([logits.head.hidden, logits.head.weight, *logits.cols, *rows, *steps])
+
+
+def from_the_first(index: Any, size: Any) -> Call:
+    """An index as numbers that count from the first entry: -1 is the last of ``size``. Past the end it stays there."""
+    return Call(torch.ops.aten.where.self, (
+        Call(torch.ops.aten.lt.Scalar, (index, 0)), Call(torch.ops.aten.add.Tensor, (index, size)), index,
+    ))  # fmt: skip
+
+
 def rows_of_hidden(logits: Logits) -> Any:
     """The hidden states with the logits' row steps taken: a node, or a `Call`, that has the logits' rows."""
     ref: Any = logits.head.hidden.ref

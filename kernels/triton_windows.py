@@ -10,7 +10,8 @@ few MiB are dh, dw, one float32 [window tokens, D] and, where asked, half of dw 
 value (no host sync, CUDA graphs), sums have a fixed order (deterministic). It must not know how large the
 windows should be (`fusedhead.lowering.plan` decides) nor what graph asked.
 
-Speed against bare cuBLAS GEMMs in bfloat16 on an H100 (benchmarks/gpu_times.py; clocks move these by 3 %):
+Speed against bare cuBLAS GEMMs in bfloat16 on an H100 (benchmarks/results/gpu_times.txt, for head_stats
+gpu_windows.txt; clocks move these by 3 %):
 
     tokens, D, V            head_stats / 1 GEMM   head_loss / 3   frozen w / 2   recompute / 4
     8192, 4096, 128256            1.00                1.02            1.03            0.98

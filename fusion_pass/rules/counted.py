@@ -22,7 +22,7 @@ from fusedhead.rules.entries import gather
 from fusedhead.rules.losses import rows_shape, same_shape
 from fusedhead.rules.table import Context, vocab_size
 from fusedhead.terminals import Statistics, Terminal
-from fusedhead.values import Call, Escape, Plain, logits_of
+from fusedhead.values import Call, Escape, Plain, from_the_first, logits_of
 
 aten = torch.ops.aten
 VIEWS = frozenset({"unsqueeze", "view", "reshape", "getitem"})  # with no more than one dimension longer than 1
@@ -66,8 +66,7 @@ def entry_of_each_row(context: Context, value: Any, indices: Sequence[Plain]) ->
         raise Escape("the logits are indexed along the vocabulary")
     if not all(counts(index) and along(index.val, dim, sizes) for dim, index in enumerate(counted)):
         raise Escape("the logits are indexed along the vocabulary, in rows that are not counted by an arange")
-    from_end = Call(aten.add.Tensor, (label.ref, vocab_size(logits)))
-    labels = Call(aten.where.self, (Call(aten.lt.Scalar, (label.ref, 0)), from_end, label.ref))
+    labels = from_the_first(label.ref, vocab_size(logits))
     column, dim = Plain(Call(aten.unsqueeze.default, (labels, -1)), label.val.unsqueeze(-1)), logits.class_dim
     found = gather(Context(context.node, context.val.unsqueeze(-1)), value, dim, column)
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fusedhead.emit import static
 from fusedhead.rowwise import RowCall, RowLeaf, Rowwise, Seed
 from fusedhead.rules.rowwise_operands import constants, heads_of, lined_up, operand, same, size, tail_dim
-from fusedhead.values import Call, Escape, Logits, Plain, rows_of_hidden
+from fusedhead.values import Call, Escape, Logits, Plain, from_the_first, rows_of_hidden
 
 aten = torch.ops.aten
 
@@ -151,27 +151,23 @@ def selected(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Roww
 
 
 def columns_chosen(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Rowwise:
-    """Entries of the tail by their numbers: ``z.index_select(-1, ids)``, ``z[:, [3, 7]]``, where -1 is the last."""
-    x, given = operand(args[0], target), args[1:]
-    from_end = target is aten.index.Tensor
-    if from_end:
-        used = [(d, i) for d, i in enumerate(given[0]) if i is not None]
-        if len(used) != 1:
-            raise Escape("what comes from the logits is indexed by several tensors")
-        given = used[0]
-    dim, which = given
+    """Entries of the tail by a vector of numbers, ``z.index_select(-1, ids)``."""
+    x, dim, which = operand(args[0], target), *args[1:]
     if not isinstance(which, Plain) or which.val.dtype != torch.int64 or which.val.ndim != 1:
         raise Escape(f"{target} takes what is no vector of numbers")
-    numbers: Any = (
-        Call(aten.to.device, (which, x.val.device, torch.int64)) if which.val.device != x.val.device else which
-    )
-    at = dim % x.val.ndim
-    inner = tail_dim(x, at, target)
-    if from_end:
-        last = Call(aten.add.Tensor, (numbers, size(x.val.shape[at], "the vocabulary")))
-        numbers = Call(aten.where.self, (Call(aten.lt.Scalar, (numbers, 0)), last, numbers))
-    leaf = RowLeaf(Plain(numbers, which.val), False)
-    return Rowwise(RowCall(aten.index_select.default, (x.expr, inner, leaf)), val, x.tail, x.heads)
+    call = RowCall(aten.index_select.default, (x.expr, tail_dim(x, dim, target), RowLeaf(which, False)))
+    return Rowwise(call, val, x.tail, x.heads)
+
+
+def columns_indexed(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Rowwise:
+    """The same as an index, ``z[:, [3, 7]]``: its numbers may count from the end, and lie on another device."""
+    x, used = operand(args[0], target), [(d, i) for d, i in enumerate(args[1]) if i is not None]
+    if len(used) != 1 or not isinstance(used[0][1], Plain):
+        raise Escape("what comes from the logits is indexed by several tensors, or by one that comes from them")
+    (dim, which), here = used[0], x.val.device
+    numbers = which if which.val.device == here else Call(aten.to.device, (which, here, torch.int64))
+    index = Plain(from_the_first(numbers, size(x.val.shape[dim], "an indexed dimension")), which.val)
+    return columns_chosen(target, val, (x, dim, index), kwargs)
 
 
 def length(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -227,5 +223,5 @@ LAYOUTS: dict[Any, Callable[..., Any]] = {
     aten.stack.default: joined,
     aten.select.int: selected,
     aten.index_select.default: columns_chosen,
-    aten.index.Tensor: columns_chosen,
+    aten.index.Tensor: columns_indexed,
 }

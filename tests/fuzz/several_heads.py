@@ -78,7 +78,7 @@ def program(steps: list[Step]) -> Callable[..., tuple[Tensor, ...]]:
         losses: list[Tensor] = [h.square().mean()]
         metrics: list[Tensor] = []
         for step in steps:
-            i = step.first % max(len(heads if step.kind in ONE or step.kind in TWO else losses), 1)
+            i = step.first % len(heads if step.kind in ONE or step.kind in TWO else losses)
             if step.kind == "head":
                 x = h * losses[-1].sigmoid() if step.change == "fed back" else HIDDEN[step.change](h)
                 with torch.set_grad_enabled(not step.quiet):
