@@ -21,6 +21,7 @@ from fusedhead.deferred.handing_out import deferring, existing
 from fusedhead.deferred.inputs import any_deferred, spread
 from fusedhead.fusion import Needless, fuse_graph
 from fusedhead.inductor import Inductor, keyed, overwrites
+from fusedhead.kernels.triton_chips import start_checks
 from fusedhead.options import Options, split
 from fusedhead.report import Report
 from fusedhead.returned import Wrap, compute_now, unwrapped
@@ -153,6 +154,8 @@ def compile_graph(
     gm, report, wrap = run_pass(gm, own, texts=texts)
     observe(report)
     publish(report, own)
+    if any(head.fused and head.device == "cuda" for head in report.heads):
+        start_checks()
     finish = deferring(own.budget, overwrites(compiler), own.min_logits) if own.logits == "deferred" else compute_now
     return take_deferred(wrap(compiler(gm, example_inputs), finish))
 

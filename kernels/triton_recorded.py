@@ -27,6 +27,7 @@ class Recorded(NamedTuple):
     fixed: tuple[Any, ...]
     as_tuple: bool
     encode: Callable[[Sequence[Any]], Sequence[Any]]  # a kernel's arguments -> as C takes them
+    compiled: Any  # keeps the kernel loaded: newer Tritons unload one that nobody holds
 
 
 def hooked() -> bool:
@@ -72,4 +73,4 @@ def recorded(compiled: Any, grid: Grid, args: Sequence[Any]) -> Recorded | None:
         on_top(lambda *passed: reached.append(passed))(*before, *((tuple(given),) if as_tuple else given))
         return reached[0][-1] if as_tuple else reached[0][len(before) :]
 
-    return Recorded(call, grid, before[4:], as_tuple, encode)
+    return Recorded(call, grid, before[4:], as_tuple, encode, compiled)
