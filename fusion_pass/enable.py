@@ -64,7 +64,7 @@ def by_name(module: ModuleType) -> Undo:
     def inductor(gm: Any, example_inputs: Any, **kwargs: Any) -> Any:
         return original(gm, example_inputs, **kwargs) if kwargs else compile_with(gm, example_inputs)
 
-    inductor._tags = original._tags  # type: ignore[attr-defined]
+    vars(inductor).update(vars(original))  # older registries keep what they know of a backend on the function
     backends["inductor"] = inductor
 
     def undo() -> None:
