@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fusedhead.compat import decomposition_table, unset_fake_temporarily
 from fusedhead.kernels import torch_functions
 from fusedhead.kernels.pointwise import OPS, Code, Function, Instruction, Op, run
 from fusedhead.values import Escape

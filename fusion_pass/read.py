@@ -12,11 +12,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fusedhead.compat import maybe_get_fake_mode, tree_flatten, tree_unflatten
 
 aten = torch.ops.aten
 

@@ -39,7 +39,7 @@ class Ours(Protocol):
 
 
 def of_the_program(line: str) -> bool:
-    """Whether a line of stderr tells of the program: a torch built for CUDA says that it finds a compiler but no GPU."""
+    """Whether a line of stderr tells of the program: torch may say that it finds CUDA but no GPU."""
     return "No CUDA runtime is found" not in line
 
 
