@@ -12,11 +12,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fusedhead.compat import maybe_get_fake_mode, tree_flatten, tree_unflatten
+
+aten = torch.ops.aten
 
 
 def fake(node: Node) -> Any:
@@ -121,12 +123,18 @@ def hint(size: Any) -> int | None:
     return int(size)
 
 
+# The ops that stand for the attribute of a tensor in graphs of newer torch, where older ones hold a `getattr`.
+ATTRIBUTES = {aten.numpy_T: "T", aten.mT: "mT", aten.matrix_H: "H", aten.mH: "mH"}
+
+
 def name_of(node: Node) -> str:
-    """The bare name of the op a node calls, whatever its spelling."""
+    """The bare name of the op a node calls, whatever its spelling; that of the attribute for ``x.T``."""
     if node.op == "call_method":
         return str(node.target)
     packet = getattr(node.target, "_overloadpacket", node.target)
-    return getattr(packet, "__name__", str(packet))
+    if packet is getattr and isinstance(node.args[1], str):
+        return node.args[1]
+    return ATTRIBUTES.get(packet) or getattr(packet, "__name__", str(packet))
 
 
 def where(node: Node) -> str:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fusedhead.compat import FakeTensorMode
 from fusedhead.deferred.outcome import Guard, Outcome
 from fusedhead.deferred.program import Mode, Program, decode, modes, unobserved
 from fusedhead.deferred.steps import steps

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from fusedhead.compat import disable_current_modes, disable_torch_function_subclass
 from fusedhead.unhooked import unhooked
 
 
@@ -62,7 +62,7 @@ def modes(mode: Mode, device: str) -> Iterator[None]:
 @contextmanager
 def unobserved() -> Iterator[None]:
     """Run on stand-ins for tensors, out of sight of modes and hooks that count, log or change what runs."""
-    with torch._C.DisableTorchFunctionSubclass(), _disable_current_modes(), unhooked():
+    with disable_torch_function_subclass(), disable_current_modes(), unhooked():
         yield
 
 

@@ -12,8 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from fusedhead.compat import (
+    TracingContext,
+    disable_torch_function_subclass,
+    make_wrapper_subclass,
+    missing,
+    skip_frames_of,
+    throw_on_data_ptr,
+    tree_map_only,
+)
 from fusedhead.deferred.knowledge import Family, Knowledge, Layout, Recorded, check_fresh
 from fusedhead.deferred.program import Leaf, Mode, Program, encode, modes
 from fusedhead.deferred.tables import ALONE, METADATA
@@ -35,11 +43,9 @@ class DeferredLogits(Tensor):
     @staticmethod
     def __new__(cls, known: Knowledge) -> DeferredLogits:
         shape, stride, dtype, _ = known.layout
-        self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, stride, dtype=dtype, device=known.leaves[0].device
-        )
+        self = make_wrapper_subclass(cls, shape, stride, dtype=dtype, device=known.leaves[0].device)
         # there is no memory behind it: a kernel that takes its address gets an error instead of a null pointer
-        torch._C._set_throw_on_mutable_data_ptr(self)
+        throw_on_data_ptr(self)
         self._known, self._plain = known, None
         known.family.join(self)
         return self
@@ -53,15 +59,15 @@ class DeferredLogits(Tensor):
         if func in METADATA:
             first = args[0] if args else next(iter(kwargs.values()))
             spent = first._plain if isinstance(first, DeferredLogits) else None
-            with torch._C.DisableTorchFunctionSubclass():
+            with disable_torch_function_subclass():
                 return func(*args, **kwargs) if spent is None else func(spent, *args[1:], **kwargs)
-        compiling = torch._guards.TracingContext.try_get() is not None  # a compiler looks at it, or traces with it
+        compiling = TracingContext.try_get() is not None  # a compiler looks at it, or traces with it
         if func in ALONE and (compiling or args[0]._plain is None):
             return None
         if compiling and func is Tensor.__repr__:
             return f"DeferredLogits({args[0]._known.layout})"
         if compiling:
-            with torch._C.DisableTorchFunctionSubclass():
+            with disable_torch_function_subclass():
                 return func(*args, **kwargs)
         return cls.handler(func, args, kwargs)
 
@@ -119,7 +125,8 @@ def traced(program: Program, leaves: tuple[Tensor, ...], layout: Layout) -> Defe
 
 
 # Dynamo compiles what runs under a compiled function: not this package, which handles tensors it cannot trace
-torch._dynamo.trace_rules.add("fusedhead")
+if not missing:
+    skip_frames_of("fusedhead")
 
 PROCESS = uuid.uuid4().hex  # programs are compared by identity: no other process has these
 
@@ -187,7 +194,7 @@ class Adopted(torch.autograd.Function):
 
 def is_adopted(tensor: DeferredLogits) -> bool:
     """Whether an autograd function made the tensor, in its forward, and returned it."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with disable_torch_function_subclass():
         return tensor.requires_grad and not tensor._known.layout.grad
 
 
