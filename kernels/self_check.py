@@ -119,7 +119,7 @@ def _kept_or_checked(claim: Claim) -> bool:
     kept = _kept(claim)
     if kept is not None:
         return kept
-    check = _running.pop(claim, None) or _begin(claim) and _running.pop(claim)
+    check = _running.pop(claim, None) or (_begin(claim) and _running.pop(claim))
     if not check or check.owner != os.getpid():
         return False
     return _verdict(claim, *_answer(check.process))
@@ -161,7 +161,9 @@ def _verdict(claim: Claim, lines: list[str], problem: str) -> bool:
     """What the child's answer says; kept on disk where it is about the kernels."""
     answers = [line for line in lines if line.startswith("{")]
     if READY not in lines or (not answers and not problem):
-        log.info("fusedhead: the self-check of %s could not be made (%s); %s", claim.name, problem, FALLBACK[claim.name])
+        log.info(
+            "fusedhead: the self-check of %s could not be made (%s); %s", claim.name, problem, FALLBACK[claim.name]
+        )
         return False
     found: dict[str, Any] = json.loads(answers[-1]) if answers else {"serves": False, "reason": problem}
     if not found["serves"]:

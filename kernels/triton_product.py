@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 TMA_CHIPS = (0, 9, 10)  # the interpreter, Hopper, Blackwell's large chips; on 12 kernels through pointers spill less
 
 

@@ -102,7 +102,7 @@ def difference(asked: Callable[[Head, RowGrads], Iterator[Found]], trusted: Call
             for found, most in zip(first, allowed):
                 for what, error, trusted_error in zip(Found._fields, errors(found, exact), most):
                     if not error <= SLACK * trusted_error + FLOOR:
-                        return f"{what} of a head ({name}) has an error of {error:.1e}, the trusted one {trusted_error:.1e}"
+                        return f"{what} of a head ({name}) errs by {error:.1e}, the trusted one by {trusted_error:.1e}"
             for _ in range(REPEATS):
                 for found, again in zip(first, asked(head, upstream)):
                     if not (torch.equal(found.lse, again.lse) and torch.equal(found.picked, again.picked)):

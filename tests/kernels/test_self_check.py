@@ -75,9 +75,9 @@ def test_changed_kernels_are_checked_again(monkeypatch):
 
 
 def test_kernels_that_differ_do_not_serve_and_the_warning_says_why(monkeypatch, caplog):
-    child(monkeypatch, ANSWER % (False, "dw of a head has an error"))
+    child(monkeypatch, ANSWER % (False, "dw of a head errs"))
     assert not self_check.serves("pairs", GPU)
-    assert "dw of a head has an error" in caplog.text
+    assert "dw of a head errs" in caplog.text
     assert str(self_check.kept_in()) in caplog.text
     caplog.clear()
     forget()
@@ -159,7 +159,8 @@ def test_a_fork_does_not_wait_for_its_parents_child(monkeypatch):
     child(monkeypatch, ANSWER % (True, ""))
     self_check.start("pairs", GPU)
     (check,) = self_check._running.values()
-    monkeypatch.setattr(self_check.os, "getpid", lambda pid=os.getpid(): pid + 1)
+    forked = os.getpid() + 1
+    monkeypatch.setattr(self_check.os, "getpid", lambda: forked)
     assert not self_check.serves("pairs", GPU)
     check.process.communicate()
 
