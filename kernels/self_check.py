@@ -6,8 +6,9 @@
 A kernel whose language or chip is new may fail to compile, give other numbers, hang, or leave the GPU unusable for its
 process. None of that may reach a user's program, so small heads are run in a child process (`triton_self_check`),
 which compares with kernels that are trusted. The verdict holds for one GPU model, version of Triton and state of these
-sources. A check takes some seconds; `start` lets it run beside a compilation. A check that could not be made (no
-memory, no second process allowed) is no verdict: the trusted kernels serve this process and nothing is kept.
+sources. A check takes most of a minute, in which kernels are compiled; `start` lets it run beside a model's
+compilation. Where it has not ended when its answer is needed, and where it could not be made (no memory, no second
+process allowed), the trusted kernels serve this process.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +33,10 @@ from fusedhead.kernels.user_cache import cache_file, read_json, write_json
 
 log = logging.getLogger("fusedhead")
 LIMIT = 300  # seconds after which a check has hung
+PATIENCE = {
+    "pairs": 60,
+    "triton": LIMIT,
+}  # seconds that a program waits: the torch engine is far slower, sweeps are not
 READY = "ready"  # the child's first line: what fails after it is the kernels' failure
 CHILD = "import sys; sys.path[:] = {path!r}; from fusedhead.kernels.triton_self_check import main; main({argument!r})"
 FALLBACK = {
@@ -49,6 +55,7 @@ class Claim(NamedTuple):
 class _Check(NamedTuple):
     process: subprocess.Popen[str]
     owner: int  # the process that may wait for it: not a fork of it
+    started: float  # time.monotonic()
 
 
 _lock = threading.RLock()
@@ -122,12 +129,17 @@ def _kept_or_checked(claim: Claim) -> bool:
     check = _running.pop(claim, None) or (_begin(claim) and _running.pop(claim))
     if not check or check.owner != os.getpid():
         return False
-    return _verdict(claim, *_answer(check.process))
+    answer = _answer(check, PATIENCE[claim.name])
+    if answer is None:
+        _running[claim] = check  # it goes on, and what it finds is kept for the next process
+        log.info("fusedhead: the self-check of %s has not ended yet; %s", claim.name, FALLBACK[claim.name])
+        return False
+    return _verdict(claim, *answer)
 
 
 def _begin(claim: Claim) -> bool:
     """Start the child; whether that was possible."""
-    argument = {"claim": claim.name, "index": claim.index, "uuid": _uuid(claim.index)}
+    argument = {"claim": claim.name, "index": claim.index, "uuid": _uuid(claim.index), "key": _key(claim)}
     code = CHILD.format(path=sys.path, argument=json.dumps(argument))
     try:
         process = subprocess.Popen(
@@ -137,7 +149,7 @@ def _begin(claim: Claim) -> bool:
     except (OSError, ValueError) as error:
         log.info("fusedhead: the self-check of %s cannot be started (%s); %s", *claim, error, FALLBACK[claim.name])
         return False
-    _running[claim] = _Check(process, os.getpid())
+    _running[claim] = _Check(process, os.getpid(), time.monotonic())
     return True
 
 
@@ -145,11 +157,15 @@ def _uuid(index: int) -> str:
     return str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
 
 
-def _answer(process: subprocess.Popen[str]) -> tuple[list[str], str]:
-    """The child's lines, and how it ended otherwise than by answering, as a sentence."""
+def _answer(check: _Check, patience: float) -> tuple[list[str], str] | None:
+    """The child's lines, and how it ended otherwise than by answering, as a sentence; None while it may yet."""
+    process = check.process
+    left = check.started + LIMIT - time.monotonic()
     try:
-        out, errors = process.communicate(timeout=LIMIT)
+        out, errors = process.communicate(timeout=max(0.0, min(patience, left)))
     except subprocess.TimeoutExpired:
+        if patience < left:
+            return None
         process.kill()
         out, errors = process.communicate()
         return out.splitlines(), f"no answer within {LIMIT} s"
@@ -171,16 +187,21 @@ def _verdict(claim: Claim, lines: list[str], problem: str) -> bool:
             "fusedhead: the self-check of %s failed on %s: %s. %s. The verdict is kept in %s",
             claim.name, torch.cuda.get_device_name(claim.index), found["reason"], FALLBACK[claim.name], kept_in(),
         )  # fmt: skip
+    keep(_key(claim), found)
+    return bool(found["serves"])
+
+
+def keep(key: str, verdict: dict[str, Any]) -> None:
+    """Write a verdict for later processes, where the folder can be written."""
     try:
-        write_json(kept_in(), read_json(kept_in(), "it is written anew") | {_key(claim): found})
+        write_json(kept_in(), read_json(kept_in(), "it is written anew") | {key: verdict})
     except OSError as error:
         log.info("fusedhead: the self-check's verdict cannot be kept (%s)", error)
-    return bool(found["serves"])
 
 
 @atexit.register
 def _end() -> None:
-    """A program that ends does not wait for a check that nobody asked the answer of."""
+    """A program that ends does not wait for a check."""
     for check in _running.values():
         if check.owner == os.getpid():
             check.process.kill()

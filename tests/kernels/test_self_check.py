@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusedhead.kernels import self_check, torch_windows, triton_self_check
-from fusedhead.kernels.triton_self_check import difference, made, swept, truth
+from fusedhead.kernels.triton_self_check import Claim, difference, made, swept, truth
 
 GPU = torch.device("cuda", 0)
 ANSWER = "import json; print('ready'); print(json.dumps({'serves': %s, 'reason': '%s'}))"
@@ -102,6 +102,15 @@ def test_kernels_that_take_their_process_with_them_do_not_serve(monkeypatch, cap
     assert not started  # the verdict was kept
 
 
+def test_a_program_does_not_wait_longer_than_the_kernels_are_worth(monkeypatch):
+    monkeypatch.setitem(self_check.PATIENCE, "pairs", 0.1)
+    (started := child(monkeypatch, "import time; print('ready', flush=True); time.sleep(60)"))
+    assert not self_check.serves("pairs", GPU)
+    assert started[0].poll() is None  # it goes on, and keeps what it finds
+    assert not self_check.kept_in().exists()
+    self_check._end()
+
+
 def test_kernels_that_hang_do_not_serve(monkeypatch, caplog):
     monkeypatch.setattr(self_check, "LIMIT", 1)
     (started := child(monkeypatch, "import time; print('ready', flush=True); time.sleep(60)"))
@@ -172,9 +181,8 @@ def test_a_program_that_ends_leaves_no_child(monkeypatch):
     assert started[0].returncode is not None
 
 
-def small(monkeypatch) -> None:
-    monkeypatch.setattr(triton_self_check, "HEADS", ((40, 300, 24, 2, ""), (30, 200, 16, 1, triton_self_check.CAP)))
-    monkeypatch.setattr(triton_self_check, "ROWS", 16)
+BF16 = torch.bfloat16
+SMALL = Claim(((40, 300, 24, 2, "", BF16), (30, 200, 16, 1, triton_self_check.CAP, torch.float16)), 1.1)
 
 
 def by_torch(head, upstream):
@@ -182,12 +190,12 @@ def by_torch(head, upstream):
 
 
 def test_kernels_agree_with_themselves(monkeypatch):
-    small(monkeypatch)
-    assert difference(by_torch, by_torch, torch.device("cpu")) == ""
+    monkeypatch.setattr(triton_self_check, "ROWS", 16)
+    assert difference(SMALL, by_torch, by_torch, torch.device("cpu")) == ""
 
 
 def test_the_truth_is_the_definition_and_its_derivative():
-    head, upstream = made(7, 30, 5, 2, "", torch.bfloat16, torch.device("cpu"))
+    head, upstream = made(7, 30, 5, 2, "", BF16, torch.device("cpu"))
     found = truth(head, upstream)
     z = head.h.double() @ head.w.double().T
     dz = z.softmax(1) * upstream.lse[:, None]
@@ -206,6 +214,6 @@ def test_the_truth_is_the_definition_and_its_derivative():
     ],
 )
 def test_kernels_that_err_are_found(monkeypatch, wrong, said):
-    small(monkeypatch)
+    monkeypatch.setattr(triton_self_check, "ROWS", 16)
     asked = lambda *given: map(wrong, by_torch(*given))  # noqa: E731
-    assert said in difference(asked, by_torch, torch.device("cpu"))
+    assert said in difference(SMALL, asked, by_torch, torch.device("cpu"))
