@@ -33,10 +33,7 @@ from fusedhead.kernels.user_cache import cache_file, read_json, write_json
 
 log = logging.getLogger("fusedhead")
 LIMIT = 300  # seconds after which a check has hung
-PATIENCE = {
-    "pairs": 60,
-    "triton": LIMIT,
-}  # seconds that a program waits: the torch engine is far slower, sweeps are not
+PATIENCE = {"pairs": 60, "triton": LIMIT}  # seconds that a program waits: plain sweeps are little slower than pairs
 READY = "ready"  # the child's first line: what fails after it is the kernels' failure
 CHILD = "import sys; sys.path[:] = {path!r}; from fusedhead.kernels.triton_self_check import main; main({argument!r})"
 FALLBACK = {
@@ -201,8 +198,11 @@ def keep(key: str, verdict: dict[str, Any]) -> None:
 
 @atexit.register
 def _end() -> None:
-    """A program that ends does not wait for a check."""
-    for check in _running.values():
+    """A program that ends does not wait for a check; one that has hung by then has failed."""
+    for claim, check in _running.items():
         if check.owner == os.getpid():
+            hung = check.process.poll() is None and time.monotonic() - check.started > LIMIT
             check.process.kill()
-            check.process.communicate()
+            lines = check.process.communicate()[0].splitlines()
+            if hung:
+                _verdict(claim, lines, f"no answer within {LIMIT} s")

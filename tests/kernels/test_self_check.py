@@ -111,6 +111,17 @@ def test_a_program_does_not_wait_longer_than_the_kernels_are_worth(monkeypatch):
     self_check._end()
 
 
+def test_kernels_that_nobody_waited_for_and_that_hang_are_known_to_when_the_program_ends(monkeypatch):
+    monkeypatch.setitem(self_check.PATIENCE, "pairs", 1.0)
+    child(monkeypatch, "import time; print('ready', flush=True); time.sleep(60)")
+    assert not self_check.serves("pairs", GPU)
+    assert not self_check.kept_in().exists()
+    monkeypatch.setattr(self_check, "LIMIT", 0.5)
+    self_check._end()
+    (kept,) = json.loads(self_check.kept_in().read_text()).values()
+    assert kept == {"serves": False, "reason": "no answer within 0.5 s"}
+
+
 def test_kernels_that_hang_do_not_serve(monkeypatch, caplog):
     monkeypatch.setattr(self_check, "LIMIT", 1)
     (started := child(monkeypatch, "import time; print('ready', flush=True); time.sleep(60)"))
