@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fusedhead.kernels import triton_tiles
+from fusedhead.kernels import triton_sweep, triton_tiles
 
 
 class Chip(NamedTuple):
@@ -86,12 +86,13 @@ class _Driver:
 
     def __init__(self, chip: Chip) -> None:
         self.target = chip.target
+        self.device = list(CHIPS).index(chip.name)  # Triton keeps what it compiled by device
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -147,4 +148,5 @@ def absent_gpu(chip: Chip = H100) -> Iterator[list[Compiled]]:
             *((x, "pairs_serve", chip.serves_pairs) for x in _asking("pairs_serve")),
         ):
             stack.enter_context(patch.object(owner, name, stand_in))
+        triton_sweep.forget()  # tiles of another chip
         yield listed

@@ -33,7 +33,7 @@ from fusedhead.kernels.user_cache import cache_file, read_json, write_json
 
 log = logging.getLogger("fusedhead")
 LIMIT = 300  # seconds after which a check has hung
-PATIENCE = {"pairs": 60, "triton": LIMIT}  # seconds that a program waits: plain sweeps are little slower than pairs
+PATIENCE = {"pairs": 20, "triton": LIMIT}  # seconds that a program waits: plain sweeps are little slower than pairs
 READY = "ready"  # the child's first line: what fails after it is the kernels' failure
 CHILD = "import sys; sys.path[:] = {path!r}; from fusedhead.kernels.triton_self_check import main; main({argument!r})"
 FALLBACK = {
@@ -43,10 +43,10 @@ FALLBACK = {
 
 
 class Claim(NamedTuple):
-    """Kernels by name, and the device (an index) on which they are to serve."""
+    """Kernels by name, and the GPU (its index) on which they are to serve."""
 
     name: str
-    index: int
+    gpu: int
 
 
 class _Check(NamedTuple):
@@ -110,7 +110,7 @@ def _key(claim: Claim) -> str:
         import triton as module
 
         triton = module.__version__
-    return f"{claim.name}, {torch.cuda.get_device_name(claim.index)}, Triton {triton}, kernels {_sources()}"
+    return f"{claim.name}, {torch.cuda.get_device_name(claim.gpu)}, Triton {triton}, kernels {_sources()}"
 
 
 def _kept(claim: Claim) -> bool | None:
@@ -136,7 +136,7 @@ def _kept_or_checked(claim: Claim) -> bool:
 
 def _begin(claim: Claim) -> bool:
     """Start the child; whether that was possible."""
-    argument = {"claim": claim.name, "index": claim.index, "uuid": _uuid(claim.index), "key": _key(claim)}
+    argument = {"claim": claim.name, "index": claim.gpu, "uuid": _uuid(claim.gpu), "key": _key(claim)}
     code = CHILD.format(path=sys.path, argument=json.dumps(argument))
     try:
         process = subprocess.Popen(
@@ -182,7 +182,7 @@ def _verdict(claim: Claim, lines: list[str], problem: str) -> bool:
     if not found["serves"]:
         log.warning(
             "fusedhead: the self-check of %s failed on %s: %s. %s. The verdict is kept in %s",
-            claim.name, torch.cuda.get_device_name(claim.index), found["reason"], FALLBACK[claim.name], kept_in(),
+            claim.name, torch.cuda.get_device_name(claim.gpu), found["reason"], FALLBACK[claim.name], kept_in(),
         )  # fmt: skip
     keep(_key(claim), found)
     return bool(found["serves"])

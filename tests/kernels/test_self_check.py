@@ -193,7 +193,7 @@ def test_a_program_that_ends_leaves_no_child(monkeypatch):
 
 
 BF16 = torch.bfloat16
-SMALL = Claim(((40, 300, 24, 2, "", BF16), (30, 200, 16, 1, triton_self_check.CAP, torch.float16)), 1.1)
+SMALL = Claim(((40, 300, 24, 2, "", BF16), (30, 200, 16, 1, triton_self_check.CAP, torch.float16)), 1.1, 1e-6)
 
 
 def by_torch(head, upstream):
