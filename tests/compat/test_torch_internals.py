@@ -150,6 +150,17 @@ import torch.nn.functional as F
 from torch.fx import Graph
 real = importlib.import_module
 
+def loss(h, w, y):
+    return F.cross_entropy(F.linear(h, w), y)
+
+def inputs():
+    torch.manual_seed(0)
+    return torch.randn(8, 4), torch.randn(16, 4, requires_grad=True), torch.randint(0, 16, (8,))
+
+with torch.no_grad():  # imports for all; a backward before a fork would be none after it
+    torch.compile(loss)(*inputs())
+torch._dynamo.reset()
+
 def child(module, names, way):
     hidden = {name.split(".")[0] for name in names}
     importlib.import_module = lambda m: Without(real(m), hidden) if m == module else real(m)
@@ -163,11 +174,8 @@ def child(module, names, way):
     assert compat.missing, "nothing is hidden"
     if way == "enable":
         fusedhead.enable()
-    def loss(h, w, y):
-        return F.cross_entropy(F.linear(h, w), y)
     step = torch.compile(loss) if way == "enable" else torch.compile(loss, backend="fusedhead")
-    torch.manual_seed(0)
-    h, w, y = torch.randn(8, 4), torch.randn(16, 4, requires_grad=True), torch.randint(0, 16, (8,))
+    h, w, y = inputs()
     optimizer, losses = torch.optim.SGD([w], 0.5), []
     for _ in range(3):
         value = step(h, w, y)
