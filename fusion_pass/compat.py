@@ -135,13 +135,13 @@ def found_names() -> tuple[dict[str, Any], list[str]]:
     for own, (module, name) in NAMES.items():
         try:
             values[own] = lookup(module, name)
-        except (ImportError, AttributeError):
+        except Exception:  # whatever a module raises that has moved
             gone.append(f"{module}.{name}")
             values[own] = _StandIn(f"{module}.{name}", (), {})
     for module, name in MEMBERS:
         try:
             lookup(module, name)
-        except (ImportError, AttributeError):
+        except Exception:
             gone.append(f"{module}.{name}")
     graph = Graph()
     node = graph.placeholder("x")

@@ -25,6 +25,7 @@ from fusedhead import compat
 from fusedhead.backend import FusedHeadError, run_pass
 from fusedhead.kernels import window_graphs
 from fusedhead.options import split
+from fusedhead.read import name_of
 
 ROOT = Path(__file__).parents[2]
 ALL = (*compat.NAMES.values(), *compat.MEMBERS)
@@ -101,6 +102,12 @@ def test_dynamo_switches_modes_by_the_functions_that_are_looked_for() -> None:
     }
     assert {compat.set_grad_enabled, compat.enter_autocast, compat.exit_autocast} <= used
     assert not set(compat.unknown_modes(gm))
+
+
+@pytest.mark.parametrize("attribute", ["T", "mT", "H", "mH", "real"])
+def test_an_attribute_of_a_tensor_is_read_by_its_name_whatever_dynamo_makes_of_it(attribute: str) -> None:
+    gm = captured(lambda x: getattr(x, attribute) + 1, torch.randn(3, 3))
+    assert [name_of(node) for node in gm.graph.nodes if node.op.startswith("call_")] == [attribute, "add"]
 
 
 def _set_grad_enabled_anew(mode: bool) -> None:
