@@ -1,13 +1,14 @@
 # Everything a fresh machine needs: python >= 3.10 with venv, make, a C++ compiler (Inductor's).
-# Each target makes .venv (for another torch than the newest .venv-VERSION), installs what is missing, and runs there.
+# Each target makes .venv (for another torch or Python one named after it), installs what is missing, and runs there.
 
 PYTHON ?= python3
 # The torch that everything runs on: the newest that is tested, unless another is asked for, as in
-# `make test TORCH=2.13.0`, which gets an environment of its own beside the other.
-NEWEST := $(shell sed -n 's/^torch==//p' requirements.txt)
+# `make test TORCH=2.13.0`, which gets an environment of its own beside the other, as does another PYTHON.
+NEWEST := $(shell sed -n '/^torch==/{s///;s/;.*//;p;q}' requirements.txt)
 OLDEST := $(shell sed -n 's/^dependencies = .*torch>=\([0-9.]*\).*/\1.0/p' pyproject.toml)
 TORCH := $(NEWEST)
-VENV := .venv$(addprefix -,$(filter-out $(NEWEST),$(TORCH)))
+VENV := .venv$(addprefix -,$(filter-out $(NEWEST),$(TORCH)) $(notdir $(filter-out python3,$(PYTHON))))
+VENV := $(subst $() ,,$(VENV))
 BIN := $(VENV)/bin
 # Packages that ask for versions of others, or for a torch, that do not fit the rest: installed beside it, without
 # what they ask for (the extra "e2e" brings the rest of that), and seen by the tests in tests/e2e/apart only.
@@ -17,7 +18,7 @@ APART := "litgpt>=0.5.13" timm "torchtune>=0.6.1" "torchao==0.11.0" \
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(sort $(wildcard fusion_pass/*.py fusion_pass/*/*.py lowering/*.py kernels/*.py))
 
-.PHONY: test fast oldest lint types pytest e2e demo bench clean FORCE
+.PHONY: test fast oldest pythons some lint types pytest e2e demo bench clean FORCE
 
 test: lint types pytest
 
@@ -40,6 +41,13 @@ fast: $(VENV)/.installed
 oldest:
 	$(MAKE) fast TORCH=$(OLDEST)
 
+# Import, packaging and what is used of torch, with every Python that the machine has.
+pythons:
+	for python in python3.10 python3.11 python3.12 python3.13 python3.14; do \
+		$$python -c "" 2>/dev/null || { echo "no $$python"; continue; }; $(MAKE) some PYTHON=$$python || exit 1; done
+some: $(VENV)/.installed
+	$(BIN)/python -m pytest -q tests/compat tests/packaging tests/backend/test_programs.py
+
 # Training programs of real packages, three ways each (tests/e2e/README.md).
 e2e: $(VENV)/.e2e
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 0 tests/e2e
@@ -59,7 +67,7 @@ $(VENV)/.torch: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python >= 3.10 is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip "setuptools>=77" wheel
-	$(PIP) "torch==$(TORCH)"
+	$(PIP) $(if $(filter $(NEWEST),$(TORCH)),-r requirements.txt,"torch==$(TORCH)")
 	touch $@
 
 # An editable install in strict mode links file by file (pyproject.toml says why), so a new file needs a new install.

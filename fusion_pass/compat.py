@@ -18,25 +18,41 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Graph, GraphModule
 
-if TYPE_CHECKING:
-    from torch._decomp import decomposition_table as decomposition_table
-    from torch._dynamo.source import AttrSource as AttrSource
-    from torch._dynamo.source import ConstantSource as ConstantSource
-    from torch._guards import TracingContext as TracingContext
-    from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
-    from torch._ops import HigherOrderOperator as HigherOrderOperator
-    from torch._ops import OpOverload as OpOverload
-    from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
-    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
-    from torch._subclasses.fake_tensor import maybe_get_fake_mode as maybe_get_fake_mode
-    from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
-    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-    from torch.utils._pytree import tree_flatten as tree_flatten
-    from torch.utils._pytree import tree_leaves as tree_leaves
-    from torch.utils._pytree import tree_map as tree_map
-    from torch.utils._pytree import tree_map_only as tree_map_only
-    from torch.utils._pytree import tree_unflatten as tree_unflatten
-    from torch.utils._sympy.printers import PythonPrinter as PythonPrinter
+if TYPE_CHECKING:  # what a checker of types takes the names below for
+    from torch import _TorchCompileInductorWrapper as InductorWrapper  # noqa: F401
+    from torch._decomp import decomposition_table  # noqa: F401
+    from torch._dynamo.source import AttrSource, ConstantSource  # noqa: F401
+    from torch._guards import TracingContext  # noqa: F401
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: F401
+    from torch._ops import HigherOrderOperator, OpOverload  # noqa: F401
+    from torch._subclasses.fake_tensor import (  # noqa: F401
+        FakeTensor,
+        FakeTensorMode,
+        maybe_get_fake_mode,
+        unset_fake_temporarily,
+    )
+    from torch.amp.autocast_mode import _enter_autocast as enter_autocast  # noqa: F401
+    from torch.amp.autocast_mode import _exit_autocast as exit_autocast  # noqa: F401
+    from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module  # noqa: F401
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module  # noqa: F401
+    from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
+    from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes  # noqa: F401
+    from torch.utils._pytree import (  # noqa: F401
+        tree_flatten,
+        tree_leaves,
+        tree_map,
+        tree_map_only,
+        tree_unflatten,
+    )
+    from torch.utils._sympy.printers import PythonPrinter  # noqa: F401
+
+    disable_torch_function_subclass: Any
+    has_kernel_for_key: Callable[[str, str], bool]
+    make_wrapper_subclass: Callable[..., Any]
+    saved_tensors_hooks_enabled: Callable[[], bool]
+    set_grad_enabled: Callable[[bool], None]
+    skip_frames_of: Callable[[str], None]
+    throw_on_data_ptr: Callable[[torch.Tensor], None]
 
 log = logging.getLogger("fusedhead")
 
@@ -119,13 +135,13 @@ def found_names() -> tuple[dict[str, Any], list[str]]:
     for own, (module, name) in NAMES.items():
         try:
             values[own] = lookup(module, name)
-        except (ImportError, AttributeError):
+        except Exception:  # whatever a module raises that has moved
             gone.append(f"{module}.{name}")
             values[own] = _StandIn(f"{module}.{name}", (), {})
     for module, name in MEMBERS:
         try:
             lookup(module, name)
-        except (ImportError, AttributeError):
+        except Exception:
             gone.append(f"{module}.{name}")
     graph = Graph()
     node = graph.placeholder("x")
@@ -136,14 +152,6 @@ def found_names() -> tuple[dict[str, Any], list[str]]:
 
 _values, missing = found_names()
 globals().update(_values)
-if TYPE_CHECKING:
-    disable_torch_function_subclass: Any
-    has_kernel_for_key: Callable[[str, str], bool]
-    make_wrapper_subclass: Callable[..., Any]
-    saved_tensors_hooks_enabled: Callable[[], bool]
-    set_grad_enabled: Callable[[bool], None]
-    skip_frames_of: Callable[[str], None]
-    throw_on_data_ptr: Callable[[torch.Tensor], None]
 
 
 @lru_cache(maxsize=1)

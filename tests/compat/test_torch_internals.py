@@ -25,6 +25,7 @@ from fusedhead import compat
 from fusedhead.backend import FusedHeadError, run_pass
 from fusedhead.kernels import window_graphs
 from fusedhead.options import split
+from fusedhead.read import name_of
 
 ROOT = Path(__file__).parents[2]
 ALL = (*compat.NAMES.values(), *compat.MEMBERS)
@@ -103,6 +104,12 @@ def test_dynamo_switches_modes_by_the_functions_that_are_looked_for() -> None:
     assert not set(compat.unknown_modes(gm))
 
 
+@pytest.mark.parametrize("attribute", ["T", "mT", "H", "mH", "real"])
+def test_an_attribute_of_a_tensor_is_read_by_its_name_whatever_dynamo_makes_of_it(attribute: str) -> None:
+    gm = captured(lambda x: getattr(x, attribute) + 1, torch.randn(3, 3))
+    assert [name_of(node) for node in gm.graph.nodes if node.op.startswith("call_")] == [attribute, "add"]
+
+
 def _set_grad_enabled_anew(mode: bool) -> None:
     """What a torch might call its toggle."""
     torch.set_grad_enabled(mode)
@@ -150,6 +157,17 @@ import torch.nn.functional as F
 from torch.fx import Graph
 real = importlib.import_module
 
+def loss(h, w, y):
+    return F.cross_entropy(F.linear(h, w), y)
+
+def inputs():
+    torch.manual_seed(0)
+    return torch.randn(8, 4), torch.randn(16, 4, requires_grad=True), torch.randint(0, 16, (8,))
+
+with torch.no_grad():  # imports for all; a backward before a fork would be none after it
+    torch.compile(loss)(*inputs())
+torch._dynamo.reset()
+
 def child(module, names, way):
     hidden = {name.split(".")[0] for name in names}
     importlib.import_module = lambda m: Without(real(m), hidden) if m == module else real(m)
@@ -163,11 +181,8 @@ def child(module, names, way):
     assert compat.missing, "nothing is hidden"
     if way == "enable":
         fusedhead.enable()
-    def loss(h, w, y):
-        return F.cross_entropy(F.linear(h, w), y)
     step = torch.compile(loss) if way == "enable" else torch.compile(loss, backend="fusedhead")
-    torch.manual_seed(0)
-    h, w, y = torch.randn(8, 4), torch.randn(16, 4, requires_grad=True), torch.randint(0, 16, (8,))
+    h, w, y = inputs()
     optimizer, losses = torch.optim.SGD([w], 0.5), []
     for _ in range(3):
         value = step(h, w, y)

@@ -61,7 +61,7 @@ def forks() -> Iterator[Ours]:
             process.stdin.write(json.dumps([arguments, str(cwd), str(out), str(err)]) + "\n")
             process.stdin.flush()
             code = int(process.stdout.readline())
-            return Outcome(code, out.read_text(), "".join(filter(of_the_program, err.open())))
+            return Outcome(code, out.read_text(), "".join(filter(of_the_program, err.read_text().splitlines(True))))
 
         yield run
         process.stdin.close()
