@@ -15,7 +15,7 @@ BEGIN, END = "<!-- python -m tests.compat -->", "<!-- end of support -->"
 TESTED = {
     "run": "the tests named have passed on such a machine",
     "compiled": "the kernels compile for the chip, on a machine that has none",
-    "self-checked": "not tried here: the package compares a small head with the torch engine on the chip before use",
+    "self-checked": "compiled, and never run by us: small heads are compared with the torch engine on the chip before use",
 }
 
 
