@@ -15,7 +15,7 @@ BEGIN, END = "<!-- python -m tests.compat -->", "<!-- end of support -->"
 TESTED = {
     "run": "the tests named have passed on such a machine",
     "compiled": "the kernels compile for the chip, on a machine that has none",
-    "self-checked": "compiled, and never run by us: small heads are compared with the torch engine on the chip before use",
+    "self-checked": "compiled, never run by us: on the chip small heads are compared with the torch engine before use",
 }
 
 
