@@ -175,6 +175,24 @@ def test_a_launch_that_needs_a_workspace_is_left_to_triton(launcher, monkeypatch
     assert not calls
 
 
+@pytest.mark.parametrize("added", [("more",), ()])
+def test_a_launcher_that_passes_other_arguments_is_left_to_triton(launcher, monkeypatch, added):
+    """As a sanitizer's does, or one of a Triton to come."""
+    triton, calls, _ = launcher
+
+    class Changed(Launcher):
+        def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+            args = (*args, *added) if added else tuple(reversed(args))
+            super().__call__(x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args)
+
+    other = Changed(calls, [], triton.as_tuple)
+    launch = compiled_with(other, monkeypatch)
+    x = torch.zeros(8)
+    launch(x, 0)
+    launch(x, 0)
+    assert not calls
+
+
 def test_every_launch_says_that_products_and_sums_are_fused():
     """Not left to a default of Triton's, which decides the rounding and changes with its version."""
     kernel, launch = bound()
