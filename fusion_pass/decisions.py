@@ -18,7 +18,7 @@ from fusedhead.anchors import candidates
 from fusedhead.interpret import Reading, Site
 from fusedhead.opened import CHECKPOINTS
 from fusedhead.options import Options
-from fusedhead.read import fake, hint, where
+from fusedhead.read import fake, most, where
 from fusedhead.records import tokens_of
 from fusedhead.row_region import Region
 from fusedhead.safety import Mutations, functorch, subclass
@@ -132,7 +132,7 @@ def kept_in_the_graph(site: Site, modes: dict[Node, bool], owner: str, deferred:
         return "the returned logits are changed in place through another name"
     if site.outputs and owner:
         return f"the logits leave the region that is {'checkpointed' if owner in CHECKPOINTS else 'compiled once'}"
-    few = (hint(tokens_of(site)) or 0) < returned.LEAST_TOKENS
+    few = most(tokens_of(site)) < returned.LEAST_TOKENS
     if site.outputs and not modes[site.head.node] and (few or not deferred):
         return "the logits are returned and no gradient is recorded, so building them once is the cheapest"
     return ""

@@ -7,6 +7,7 @@ copy of the original. Which reading is used is for `readings` to say, which site
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from fusedhead import (
     row_emission,
     row_region,
     sharded,
+    size_gate,
     unstacked,
 )
 from fusedhead.anchors import candidates
@@ -137,11 +139,12 @@ def fuse_body(
     met = {head: region for region in found for head in region.heads}
     decided = decide(graph, reading, met, options, mutations, modes, owner, alone, deferred)
     recipes = []
+    least = size_gate.limits(reading.sites, options.min_logits)
     slots: list[Any] = list(graph.output_node().args[0]) if owner == "" else []  # type: ignore[arg-type]
     for site, reason in decided:
         if not reason:
             recipes += [
-                returned.recipe(site, i, n, logits_of(reading.values[n]).class_dim)
+                replace(returned.recipe(site, i, n, logits_of(reading.values[n]).class_dim), least=least(site))
                 for i, n in enumerate(slots)
                 if n in set(site.outputs)
             ]
@@ -163,6 +166,7 @@ def fuse_body(
         how = dict.fromkeys(row_engine(recomputed or linear_tail.upgrade_rows(call, mutations.places)) for call in made)
         for head in region.heads:
             engines[head] = [*how, *engines[head]]
+    size_gate.limit(graph, options.min_logits)
     for site, reason in decided:
         computed_by = ", ".join(dict.fromkeys(engines[site.head])) or "as the caller asks"
         records.append(describe(site, reason, "" if reason else computed_by, deferred, met.get(site.head)))

@@ -44,6 +44,7 @@ class Recipe:
     class_dim: int  # the vocabulary's dimension
     exact: frozenset[int]  # sizes that belong to the head, not to a batch
     names: tuple[str, ...]  # of those sources that are tensors, as a user knows them
+    least: int = 0  # fewer logits are computed at once, where their number was not known when the graph was compiled
 
 
 def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[list[Node], list[Node]]:

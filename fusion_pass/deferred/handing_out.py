@@ -44,6 +44,8 @@ def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
             programs = origin.recorded.setdefault(what, ((program,), [], None))[0]
             known = origin.recorded.setdefault(key, (programs, layouts, None))
     programs, (layout,), _ = known
+    if math.prod(layout.shape) < recipe.least:
+        return compute_now(recipe, sources)
     if not mode.grad and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
         return compute_now(recipe, sources)
     states = tuple(map(state, tensors, recipe.names))
