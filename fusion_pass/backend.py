@@ -22,6 +22,7 @@ from fusedhead.fusion import Needless, fuse_graph
 from fusedhead.inductor import Inductor, keyed, overwrites
 from fusedhead.kernels.triton_chips import start_checks
 from fusedhead.options import Options, split
+from fusedhead.records import symbols
 from fusedhead.report import Report
 from fusedhead.returned import Wrap, compute_now, unwrapped
 from fusedhead.unhooked import unhooked
@@ -122,7 +123,7 @@ def publish(report: Report, options: Options) -> None:
         if any(head.fused for head in report.heads):
             print(report.after)
     if options.strict:
-        unfused = [head for head in report.heads if not head.fused]
+        unfused = [head for head in report.heads if not head.fused and head.likely]
         if unfused:
             raise FusedHeadError(
                 "fusedhead.strict: " + "; ".join(f"the head at {h.where} is not fused: {h.reason}" for h in unfused)
@@ -151,7 +152,17 @@ def compile_graph(
     if any(head.fused and head.device == "cuda" for head in report.heads):
         start_checks()
     finish = deferring(own.budget, overwrites(compiler), own.min_logits) if own.logits == "deferred" else compute_now
-    return take_deferred(wrap(compiler(gm, example_inputs), finish))
+    try:
+        compiled = compiler(gm, example_inputs)
+    except Exception as error:
+        report.failed(error)
+        for head in report.heads:
+            log.info("%s", head)
+        raise
+    compiled = wrap(compiled, finish)
+    if any(head.fused for head in report.heads):
+        compiled = report.run.counted(compiled, list(symbols(gm.graph).values()))
+    return take_deferred(compiled)
 
 
 def left_to_inductor(own: Options, compiled: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:

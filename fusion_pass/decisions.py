@@ -18,8 +18,9 @@ from fusedhead.anchors import candidates
 from fusedhead.interpret import Reading, Site
 from fusedhead.opened import CHECKPOINTS
 from fusedhead.options import Options
-from fusedhead.read import fake, most, where
+from fusedhead.read import fake, most, name_of, where
 from fusedhead.records import tokens_of
+from fusedhead.rewrite import PURE_VIEWS
 from fusedhead.row_region import Region
 from fusedhead.safety import Mutations, functorch, subclass
 from fusedhead.size_gate import gate, row_gate
@@ -107,6 +108,18 @@ def returned_alone(site: Site, mutations: Mutations, modes: dict[Node, bool]) ->
     if not site.outputs or site.escapes or not all(map(returned.rooted_in_inputs, leaves([site.head.weight]))):
         return False
     return not refusal(site, mutations, modes, "", True)
+
+
+def why_returned(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str, deferred: bool) -> str:
+    """Why logits that a graph only returns are not deferred, in a sentence."""
+    made = next((node for node in leaves([site.head.weight]) if not returned.rooted_in_inputs(node)), None)
+    while made is not None and name_of(made) in PURE_VIEWS:
+        made = next(source for source in made.all_input_nodes if not returned.rooted_in_inputs(source))
+    return (
+        refusal(site, mutations, modes, owner, deferred)
+        or (f"its weight is made in the graph ({name_of(made)} at {where(made)})" if made is not None else "")
+        or "what is made of its logits is no loss and no statistic that is read, and they are not returned as they are"
+    )
 
 
 def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str, deferred: bool = False) -> str:

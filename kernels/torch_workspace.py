@@ -67,7 +67,7 @@ def workspace(
     sample = tokens * min(SAMPLE * 2, v) * wide.itemsize * 4 + min(SAMPLE * 2, v) * d * wide.itemsize
     vectors = (tokens * (k + 1) * 16 + n * k * 4) * fine_dtype(device_type).itemsize
     late = n * k * 48 if needs.w and accumulate != wide else 0
-    gathers = 4 * GATHER_BYTES
+    gathers = 4 * min(GATHER_BYTES, n * max(1, k) * d * fine_dtype(device_type).itemsize)
     plain = plain_scale(transform) is not None
     columns_wise = v * wide.itemsize * 4 * (needs.cols or not plain or explicit)
     return blocks + rows + weights + sums + sample + vectors + late + gathers + columns_wise

@@ -47,7 +47,7 @@ STAGES = [
     "readings.teachers", "fusion.row_emission.fuse", "fusion.row_region.erase_unused", "decisions.refusal",
     "decisions.subclass", "decisions.functorch", "decisions.together", "fusion.returned.recipe",
     "fusion.returned.redirect", "fusion.fuse", "groups.groups", "operands.operands", "rewrite.rebuild",
-    "rewrite.erase", "emit.Emit.__call__", "fusion.planner", "fusion.engine", "fusion.linear_tail.upgrade",
+    "rewrite.erase", "emit.Emit.__call__", "fusion.priced", "fusion.describe", "fusion.linear_tail.upgrade",
     "linear_tail.try_tail", "linear_tail.hoist", "linear_tail.replace", "fusion.describe",
 ]  # fmt: skip
 

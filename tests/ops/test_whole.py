@@ -1,4 +1,4 @@
-"""Heads that an op builds whole since their logits are few: the windows' results, in as few calls as eager code makes."""
+"""Heads that an op builds whole, their logits being few: the windows' results, in as few calls as eager code makes."""
 
 from __future__ import annotations
 
