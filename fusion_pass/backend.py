@@ -18,7 +18,7 @@ from fusedhead import observe as observing
 from fusedhead.compat import FakeTensor, make_graph_module, use_lazy_graph_module
 from fusedhead.deferred.handing_out import deferring, existing
 from fusedhead.deferred.inputs import any_deferred, spread
-from fusedhead.fusion import Needless, fuse_graph
+from fusedhead.fusion import Grows, Needless, fuse_graph
 from fusedhead.inductor import Inductor, keyed, overwrites
 from fusedhead.kernels.triton_chips import start_checks
 from fusedhead.options import Options, split
@@ -50,15 +50,10 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
     before = readable(gm) if texts else ""
     original = gm.graph
     try:
-        working = copied(gm)
         if unknown := sorted(set(compat.unknown_modes(gm))):
             raise RuntimeError(f"the graph switches a mode that is not known: {', '.join(unknown)}")
         with unhooked():
-            try:
-                report, wrap = fuse_graph(working, options)
-            except Needless:
-                working = copied(gm)
-                report, wrap = fuse_graph(working, options, twice=False)
+            working, report, wrap = fused(gm, options)
     except Exception as error:
         if options.strict:
             raise FusedHeadError(f"fusedhead: the pass failed on this graph: {error}") from error
@@ -77,6 +72,19 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
         return gm, report, unwrapped
     report.after = readable(working) if texts else ""
     return working, report, wrap
+
+
+def fused(gm: GraphModule, options: Options) -> tuple[GraphModule, Report, Wrap]:
+    """A copy of the module with its heads fused, made anew for as long as fusing finds that some are better left."""
+    twice, left = True, dict[str, str]()
+    while True:
+        working = copied(gm)
+        try:
+            return working, *fuse_graph(working, options, twice=twice, left=left)
+        except Needless:
+            twice = False
+        except Grows as grows:
+            left |= grows.reasons
 
 
 def copied(gm: GraphModule) -> GraphModule:

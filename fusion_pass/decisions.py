@@ -7,7 +7,7 @@ know how a site is fused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.fx import Graph, Node
@@ -39,17 +39,18 @@ def decide(
     owner: str,
     alone: set[Node],
     deferred: bool,
+    left: Mapping[str, str],
 ) -> list[tuple[Site, str]]:
     """The sites worth a record, each with the reason for which it stays, "" where it is fused.
 
     ``met``: the heads that meet in row programs. ``modes``: where gradients are recorded. ``owner``: the higher-order
     op that runs the graph, "" for none. ``alone``: projections to be deferred without a loss, if logits are
-    ``deferred`` at all.
+    ``deferred`` at all. ``left``: products that were found to hold more fused, and why they stay.
     """
     unsafe = functorch(graph) or higher_order(owner)
     decided = []
     with_loss = candidates(graph)
-    too_small = gate(reading.sites, options.min_logits)
+    too_small = gate(reading.sites, options.min_logits, left)
     for site in reading.sites:
         if not site.terminals and site.head not in met and (not site.escapes or site.head.node not in with_loss):
             if site.head.node in alone and not unsafe and returned_alone(site, mutations, modes):

@@ -7,7 +7,7 @@ copy of the original. Which reading is used is for `readings` to say, which site
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -84,12 +84,22 @@ class Needless(Exception):
     """What was done for the sake of heads that are then not fused: two products, or an opened checkpoint."""
 
 
-def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tuple[Report, Wrap]:
+class Grows(Exception):
+    """Heads that were fused and would hold more than their logits: ``reasons`` by the names of their products."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__(", ".join(reasons))
+        self.reasons = reasons
+
+
+def fuse_graph(
+    gm: GraphModule, options: Options, *, twice: bool = True, left: Mapping[str, str] = size_gate.EMPTY
+) -> tuple[Report, Wrap]:
     """Fuse every provable head of ``gm`` in place.
 
     Returns the report and a function to put around the compiled graph (it restores outputs that were redirected).
     ``twice``: whether logits that are read both ways may get two products, and a checkpoint that holds a head alone
-    be opened; raises Needless where that does not pay.
+    be opened; raises Needless where that does not pay. ``left``: products to be left, and why; raises Grows for more.
     """
     started = time.perf_counter()
     report = Report(graphs=1)
@@ -115,7 +125,7 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
             records += unlisted(module.graph, reading, not_read, lambda site: "", options)
         if reading.sites:
             records, wrapped = fuse_body(
-                module.graph, reading, owner, options, alone, grad, deferred, not_read
+                module.graph, reading, owner, options, alone, grad, deferred, not_read, left
             )
         if both_ways.left(products):
             raise Needless
@@ -144,21 +154,22 @@ def fuse_body(
     grad: bool | None,
     deferred: bool,
     not_read: Collection[Node],
+    left: Mapping[str, str],
 ) -> tuple[list[HeadRecord], Wrap | None]:
     """Decide and rewrite the sites of one graph; ``alone`` are projections to be deferred without a loss.
 
-    ``not_read``: projections that the report has said of that they could not be read.
+    ``not_read``: projections that the report has said of that they could not be read. ``left``: as in `fuse_graph`.
     """
     modes, mutations = grad_modes(graph, grad is not False), Mutations(graph, grad is not False)
     found = row_region.regions(reading)
     met = {head: region for region in found for head in region.heads}
-    decided = decide(graph, reading, met, options, mutations, modes, owner, alone, deferred)
+    decided = decide(graph, reading, met, options, mutations, modes, owner, alone, deferred, left)
     listed = {*not_read, *(node for site, _ in decided for node in (site.head.node, *site.head.products))}
     why = partial(why_returned, mutations=mutations, modes=modes, owner=owner, deferred=deferred)
     records = list(unlisted(graph, reading, listed, why, options)) if owner == "" else []
     places = {site.head: place(site.head.node) for site, _ in decided}  # while all products are in the graph
     recipes = []
-    least = size_gate.limits(reading.sites, options.min_logits)
+    least = size_gate.limits(reading.sites, options.min_logits, options.budget)
     slots: list[Any] = list(graph.output_node().args[0]) if owner == "" else []  # type: ignore[arg-type]
     for site, reason in decided:
         if not reason:
@@ -191,10 +202,14 @@ def fuse_body(
         ]
         for head in region.heads:
             prices[head] = [*found_prices, *prices[head]]
-    size_gate.limit(graph, options.min_logits)
+    size_gate.limit(graph, options.min_logits, options.budget)
+    grows: dict[str, str] = {}
     for site, reason in decided:
         found_prices = [] if reason else prices[site.head] or [asked_outside(site, options.budget)]
-        records.append(
-            describe(site, reason, places[site.head], found_prices, deferred, met.get(site.head), least(site))
-        )
+        record = describe(site, reason, places[site.head], found_prices, deferred, met.get(site.head), least(site))
+        records.append(record)
+        if too_much := size_gate.grown(record, options.min_logits):
+            grows[site.head.node.name] = too_much
+    if grows.keys() - left.keys():
+        raise Grows(grows)
     return records, wrap

@@ -29,7 +29,6 @@ FEATURES = frozenset(
      "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate"}
 )  # fmt: skip
 JOINING = frozenset({"add", "add_", "iadd", "sub", "mul", "mul_", "imul", "truediv", "div"})
-AT_ONCE = 'returned logits are computed at once where fusedhead.logits is "eager"'
 
 
 def products(graph: Graph) -> list[Node]:
@@ -87,20 +86,18 @@ def unlisted(
     for node in products(graph):
         if node in listed or not with_a_weight(node) or not large(node, options.min_logits):
             continue
-        for record in describe(node, reason(node, sites.get(node), reading, why_kept, options)):
+        if looks_like_a_head(node) and options.logits != "deferred":
+            continue  # as the user asks
+        for record in describe(node, reason(node, sites.get(node), reading, why_kept)):
             record.likely = node in sites or node in reading.unread
             yield record
 
 
-def reason(
-    node: Node, site: Site | None, reading: Reading, why_kept: Callable[[Site], str], options: Options
-) -> str:
+def reason(node: Node, site: Site | None, reading: Reading, why_kept: Callable[[Site], str]) -> str:
     if site is not None:
         return why_kept(site)
     if node in reading.unread:
         return f"{reading.unread[node]} (at {where(node)})"
-    if looks_like_a_head(node) and options.logits != "deferred":
-        return AT_ONCE
     return (
         "no loss is taken of it in this graph, and by its sizes it may be an inner layer (a head that is returned has "
         f"{LEAST_VOCAB:,} classes or more, and {LEAST_RATIO} for each hidden dimension unless {SURE_VOCAB:,})"

@@ -180,7 +180,12 @@ def plan(
         head = _Head(N, V, D, labels, dtype, device_type, transform, needs, explicit)
         if N * V < whole_below:
             return _whole(head, linear=linear)
-        ways = _ways(head, one_pass=linear and one_sweep, memory=memory, budget=budget)
+        one_pass = linear and one_sweep
+        ways = _ways(head, one_pass=one_pass, memory=memory, budget=budget)
+        logits = N * V * dtype.itemsize
+        if memory == AUTO and budget is None and ways[0].held > logits:  # lower windows of the same kind, if they help
+            lower = _ways(head, one_pass=one_pass, memory=memory, budget=logits)
+            ways = [way for way in lower if way.held <= logits and way.algorithm == ways[0].algorithm] or ways
     fitting = [way for way in ways if budget is None or way.held <= budget]
     pick_least = not fitting or (memory == LEAST and engine == "torch_windows")
     name, windows, held = min(ways, key=lambda way: way.held) if pick_least else fitting[0]
