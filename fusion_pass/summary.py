@@ -11,8 +11,7 @@ import dataclasses
 import logging
 import threading
 
-import torch
-
+from fusedhead import compat
 from fusedhead.report import HeadRecord, Report, plural, table
 from fusedhead.runs import Run
 
@@ -58,11 +57,7 @@ class Summary:
         """Tell the log and the structured trace what the end of the program has made of the report."""
         for head in self.heads():
             log.info("%s", head)
-        torch._logging.trace_structured(
-            "artifact",
-            metadata_fn=lambda: {"name": "fusedhead_summary", "encoding": "string"},
-            payload_fn=lambda: str(self),
-        )
+        compat.trace_artifact("fusedhead_summary", lambda: str(self))
 
     def __str__(self) -> str:
         heads, errors = self.heads(), self.errors()
