@@ -152,21 +152,24 @@ def fuse_body(
     options: Options,
     alone: set[Node],
     grad: bool | None,
-    deferred: bool,
-    not_read: Collection[Node],
-    left: Mapping[str, str],
+    deferred: bool = False,
+    not_read: Collection[Node] | None = None,
+    left: Mapping[str, str] = size_gate.EMPTY,
 ) -> tuple[list[HeadRecord], Wrap | None]:
     """Decide and rewrite the sites of one graph; ``alone`` are projections to be deferred without a loss.
 
-    ``not_read``: projections that the report has said of that they could not be read. ``left``: as in `fuse_graph`.
+    ``not_read``: projections that the report has said of that they could not be read; None where products that might
+    be heads are not asked for. ``left``: as in `fuse_graph`.
     """
     modes, mutations = grad_modes(graph, grad is not False), Mutations(graph, grad is not False)
     found = row_region.regions(reading)
     met = {head: region for region in found for head in region.heads}
     decided = decide(graph, reading, met, options, mutations, modes, owner, alone, deferred, left)
-    listed = {*not_read, *(node for site, _ in decided for node in (site.head.node, *site.head.products))}
-    why = partial(why_returned, mutations=mutations, modes=modes, owner=owner, deferred=deferred)
-    records = list(unlisted(graph, reading, listed, why, options)) if owner == "" else []
+    records: list[HeadRecord] = []
+    if not_read is not None and owner == "":
+        listed = {*not_read, *(node for site, _ in decided for node in (site.head.node, *site.head.products))}
+        why_kept = partial(why_returned, mutations=mutations, modes=modes, owner=owner, deferred=deferred)
+        records += unlisted(graph, reading, listed, why_kept, options)
     places = {site.head: place(site.head.node) for site, _ in decided}  # while all products are in the graph
     recipes = []
     least = size_gate.limits(reading.sites, options.min_logits, options.budget)

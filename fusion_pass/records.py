@@ -76,7 +76,8 @@ def engine(chosen: Plan, why: str) -> str:
 
 def row_priced(call: Node, memory: int) -> Callable[[str], Price]:
     """The same for the call of a row program; ``why`` its gradients are not computed in the forward sweep."""
-    tensors: list[Any] = [fake(t) for t in call.args[0]]  # type: ignore[union-attr]
+    given: Any = call.args[0]
+    tensors: list[Any] = [fake(t) for t in given]
     program, heads = str(call.args[1]), operands(read(str(call.args[1])))
     tokens = hint(tensors[heads[0][0]].shape[0]) or 0
     product = 2 * sum(int(tensors[w].shape[0]) * int(tensors[w].shape[1]) for _, w in heads)  # FLOP of a token
@@ -98,8 +99,8 @@ def asked_outside(site: Site, memory: int) -> Price:
     """What a loss that the caller takes of returned logits will take, if it takes one."""
     head = site.head
     vocab, hidden = (int(size) for size in head.weight.val.shape)
-    learnt = [any(fake(node).requires_grad for node in leaves([x])) for x in (head.hidden, head.weight)]
-    needs = Needs(*learnt, False, False)
+    h, w = (any(fake(node).requires_grad for node in leaves([x])) for x in (head.hidden, head.weight))
+    needs = Needs(h, w, False, False)
 
     def of(n: int) -> tuple[int, int]:
         chosen = plan(n, vocab, hidden, head.dtype, head.weight.val.device.type, needs=needs, memory=memory)
