@@ -37,7 +37,8 @@ from fusedhead.values import Stack, leaves
 FAMILY = Family(
     "size",
     "2²⁰ logits and more, on CUDA 2²²; token by token, logits of 128 MiB and more, on CUDA 4 GiB",
-    "smaller heads, where fusing costs time and saves little; `fusedhead.min_logits` moves the limit",
+    "smaller heads, and such as would hold more than their logits; each call decides where tokens are a symbol; "
+    "`fusedhead.min_logits` moves the limit",
 )
 LEAST = {"cuda": 1 << 22}  # logits, by device
 LEAST_ELSEWHERE = 1 << 20
