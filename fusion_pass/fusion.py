@@ -33,7 +33,7 @@ from fusedhead import (
 )
 from fusedhead.anchors import candidates
 from fusedhead.decisions import decide, why_returned
-from fusedhead.interpret import Reading
+from fusedhead.interpret import RUN, Reading
 from fusedhead.lone_heads import heads_without_loss
 from fusedhead.modes import grad_modes
 from fusedhead.opened import CHECKPOINTS
@@ -213,6 +213,8 @@ def fuse_body(
         records.append(record)
         if too_much := size_gate.grown(record, options.min_logits):
             grows[site.head.node.name] = too_much
+    for site, _ in decided:  # the records and recipes have it: compilers copy what a node carries
+        site.head.node.meta.pop(RUN, None)
     if grows.keys() - left.keys():
         raise Grows(grows)
     return records, wrap

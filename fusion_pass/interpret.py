@@ -29,6 +29,7 @@ from fusedhead.terminals import Terminal
 from fusedhead.values import FOLLOWED, Escape, Logits, Plain, Projection, detached, logits_of, rows_of_hidden
 
 EMPTY: Mapping[Node, Logits] = {}
+RUN = "fusedhead_run"
 
 
 @dataclass(eq=False)
@@ -50,7 +51,7 @@ class Site:
 
 
 def run_of(product: Node) -> Run:
-    return product.meta.setdefault("fusedhead_run", Run())  # type: ignore[no-any-return]
+    return product.meta.setdefault(RUN, Run())  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False)
