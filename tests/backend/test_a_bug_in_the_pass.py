@@ -48,7 +48,7 @@ STAGES = [
     "decisions.subclass", "decisions.functorch", "decisions.together", "fusion.returned.recipe",
     "fusion.returned.redirect", "fusion.fuse", "groups.groups", "operands.operands", "rewrite.rebuild",
     "rewrite.erase", "emit.Emit.__call__", "fusion.priced", "fusion.describe", "fusion.linear_tail.upgrade",
-    "linear_tail.try_tail", "linear_tail.hoist", "linear_tail.replace", "fusion.describe",
+    "linear_tail.try_tail", "linear_tail.hoist", "linear_tail.replace", "fusion.unlisted", "fusion.place",
 ]  # fmt: skip
 
 
