@@ -18,10 +18,11 @@ from fusedhead import observe as observing
 from fusedhead.compat import FakeTensor, make_graph_module, use_lazy_graph_module
 from fusedhead.deferred.handing_out import deferring, existing
 from fusedhead.deferred.inputs import any_deferred, spread
-from fusedhead.fusion import Needless, fuse_graph
+from fusedhead.fusion import Grows, Needless, fuse_graph
 from fusedhead.inductor import Inductor, keyed, overwrites
 from fusedhead.kernels.triton_chips import start_checks
 from fusedhead.options import Options, split
+from fusedhead.records import symbols
 from fusedhead.report import Report
 from fusedhead.returned import Wrap, compute_now, unwrapped
 from fusedhead.unhooked import unhooked
@@ -49,15 +50,10 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
     before = readable(gm) if texts else ""
     original = gm.graph
     try:
-        working = copied(gm)
         if unknown := sorted(set(compat.unknown_modes(gm))):
             raise RuntimeError(f"the graph switches a mode that is not known: {', '.join(unknown)}")
         with unhooked():
-            try:
-                report, wrap = fuse_graph(working, options)
-            except Needless:
-                working = copied(gm)
-                report, wrap = fuse_graph(working, options, twice=False)
+            working, report, wrap = fused(gm, options)
     except Exception as error:
         if options.strict:
             raise FusedHeadError(f"fusedhead: the pass failed on this graph: {error}") from error
@@ -76,6 +72,19 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
         return gm, report, unwrapped
     report.after = readable(working) if texts else ""
     return working, report, wrap
+
+
+def fused(gm: GraphModule, options: Options) -> tuple[GraphModule, Report, Wrap]:
+    """A copy of the module with its heads fused, made anew for as long as fusing finds that some are better left."""
+    twice, left = True, dict[str, str]()
+    while True:
+        working = copied(gm)
+        try:
+            return working, *fuse_graph(working, options, twice=twice, left=left)
+        except Needless:
+            twice = False
+        except Grows as grows:
+            left |= grows.reasons
 
 
 def copied(gm: GraphModule) -> GraphModule:
@@ -122,7 +131,7 @@ def publish(report: Report, options: Options) -> None:
         if any(head.fused for head in report.heads):
             print(report.after)
     if options.strict:
-        unfused = [head for head in report.heads if not head.fused]
+        unfused = [head for head in report.heads if not head.fused and head.likely]
         if unfused:
             raise FusedHeadError(
                 "fusedhead.strict: " + "; ".join(f"the head at {h.where} is not fused: {h.reason}" for h in unfused)
@@ -151,7 +160,17 @@ def compile_graph(
     if any(head.fused and head.device == "cuda" for head in report.heads):
         start_checks()
     finish = deferring(own.budget, overwrites(compiler), own.min_logits) if own.logits == "deferred" else compute_now
-    return take_deferred(wrap(compiler(gm, example_inputs), finish))
+    try:
+        compiled = compiler(gm, example_inputs)
+    except Exception as error:
+        report.failed(error)
+        for head in report.heads:
+            log.info("%s", head)
+        raise
+    compiled = wrap(compiled, finish)
+    if any(head.fused for head in report.heads):
+        compiled = report.run.counted(compiled, list(symbols(gm.graph).values()))
+    return take_deferred(compiled)
 
 
 def left_to_inductor(own: Options, compiled: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:

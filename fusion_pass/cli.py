@@ -115,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def tell(summary: Summary, given: argparse.Namespace, command_line: Sequence[str]) -> None:
     """Print the summary to stderr and write the page. The program's outcome stays what it is."""
     sys.stdout.flush()
+    summary.publish()
     if not given.quiet:
         print(summary, file=sys.stderr, flush=True)
     if given.report is None:

@@ -7,7 +7,7 @@ know how a site is fused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.fx import Graph, Node
@@ -18,8 +18,9 @@ from fusedhead.anchors import candidates
 from fusedhead.interpret import Reading, Site
 from fusedhead.opened import CHECKPOINTS
 from fusedhead.options import Options
-from fusedhead.read import fake, hint, where
+from fusedhead.read import fake, most, name_of, where
 from fusedhead.records import tokens_of
+from fusedhead.rewrite import PURE_VIEWS
 from fusedhead.row_region import Region
 from fusedhead.safety import Mutations, functorch, subclass
 from fusedhead.size_gate import gate, row_gate
@@ -38,17 +39,18 @@ def decide(
     owner: str,
     alone: set[Node],
     deferred: bool,
+    left: Mapping[str, str],
 ) -> list[tuple[Site, str]]:
     """The sites worth a record, each with the reason for which it stays, "" where it is fused.
 
     ``met``: the heads that meet in row programs. ``modes``: where gradients are recorded. ``owner``: the higher-order
     op that runs the graph, "" for none. ``alone``: projections to be deferred without a loss, if logits are
-    ``deferred`` at all.
+    ``deferred`` at all. ``left``: products that were found to hold more fused, and why they stay.
     """
     unsafe = functorch(graph) or higher_order(owner)
     decided = []
     with_loss = candidates(graph)
-    too_small = gate(reading.sites, options.min_logits)
+    too_small = gate(reading.sites, options.min_logits, left)
     for site in reading.sites:
         if not site.terminals and site.head not in met and (not site.escapes or site.head.node not in with_loss):
             if site.head.node in alone and not unsafe and returned_alone(site, mutations, modes):
@@ -109,6 +111,18 @@ def returned_alone(site: Site, mutations: Mutations, modes: dict[Node, bool]) ->
     return not refusal(site, mutations, modes, "", True)
 
 
+def why_returned(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str, deferred: bool) -> str:
+    """Why logits that a graph only returns are not deferred, in a sentence."""
+    made = next((node for node in leaves([site.head.weight]) if not returned.rooted_in_inputs(node)), None)
+    while made is not None and name_of(made) in PURE_VIEWS:
+        made = next(source for source in made.all_input_nodes if not returned.rooted_in_inputs(source))
+    return (
+        refusal(site, mutations, modes, owner, deferred)
+        or (f"its weight is made in the graph ({name_of(made)} at {where(made)})" if made is not None else "")
+        or "what is made of its logits is no loss and no statistic that is read, and they are not returned as they are"
+    )
+
+
 def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str, deferred: bool = False) -> str:
     """Why a site must stay as it is, or ""."""
     if site.escapes:
@@ -132,7 +146,7 @@ def kept_in_the_graph(site: Site, modes: dict[Node, bool], owner: str, deferred:
         return "the returned logits are changed in place through another name"
     if site.outputs and owner:
         return f"the logits leave the region that is {'checkpointed' if owner in CHECKPOINTS else 'compiled once'}"
-    few = (hint(tokens_of(site)) or 0) < returned.LEAST_TOKENS
+    few = most(tokens_of(site)) < returned.LEAST_TOKENS
     if site.outputs and not modes[site.head.node] and (few or not deferred):
         return "the logits are returned and no gradient is recorded, so building them once is the cheapest"
     return ""

@@ -5,7 +5,6 @@ These are estimates for a page that people read, not measurements; nothing is de
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -42,23 +41,15 @@ def estimate(head: HeadRecord) -> Estimate:
     them for their statistics, and reads them and writes the gradient. A forward-only step writes and reads them.
     1 matrix product is 2 N D V FLOP.
     """
-    forward_only = head.engine.endswith("forward only")
+    passes, products = (2, 1) if head.forward_only else (3, 3)
     elements = head.bytes_logits // itemsize(head)
-    built = not head.fused or "built" in head.logits.split(" / ")
-    passes, products = (2, 1) if forward_only else (3, 3)
     return Estimate(
         bytes_unfused=head.bytes_logits,
-        bytes_left=head.bytes_logits if built else workspace(head.engine),
-        flop=2 * products * elements * head.hidden_size,
-        traffic=0 if built else passes * head.bytes_logits,
+        bytes_left=head.bytes_held,
+        flop=head.flop or 2 * products * elements * head.hidden_size,
+        traffic=0 if head.materialised else passes * head.bytes_logits,
         bandwidth=bandwidth(head.device),
     )
-
-
-def workspace(engine: str) -> int:
-    """Bytes of the windows, as an engine's description tells them."""
-    found = re.search(r"([\d,.]+) MiB of workspace", engine)
-    return int(float(found[1].replace(",", "")) * 2**20) if found else 0
 
 
 def itemsize(head: HeadRecord) -> int:

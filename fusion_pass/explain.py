@@ -16,8 +16,8 @@ def explain(fn: Callable[..., Any], **compile_options: Any) -> Callable[..., Rep
 
     ``fn`` may be a function, a module, or something already given to ``torch.compile`` (then what was compiled
     is looked at afresh). ``compile_options`` are those of ``torch.compile``: ``dynamic=``, ``mode=``,
-    ``options=`` ... The function runs once, forward only, and nothing of it stays in Dynamo's cache of ``fn``'s
-    other compilations.
+    ``options=`` ... The function runs once, forward only; what became of its logits is in the
+    report. Nothing of it stays in Dynamo's cache of ``fn``'s other compilations.
     """
     target = getattr(fn, "_orig_mod", None) or getattr(fn, "_torchdynamo_orig_callable", fn)
 
@@ -30,6 +30,7 @@ def explain(fn: Callable[..., Any], **compile_options: Any) -> Callable[..., Rep
             return compile_with(gm, example_inputs, mode=mode, options=options, observe=report.extend)
 
         torch.compile(target, backend=backend, **passed)(*args, **kwargs)
+        report.heads = [head.seen().ended() for head in report.heads]
         return report
 
     return explained

@@ -24,10 +24,12 @@ from fusedhead.read import Traces, fake, name_of
 from fusedhead.rowwise import Rowwise, parts
 from fusedhead.rowwise import detached as detached_rows
 from fusedhead.rules.rowwise import rowwise as rowwise_of
+from fusedhead.runs import Run
 from fusedhead.terminals import Terminal
 from fusedhead.values import FOLLOWED, Escape, Logits, Plain, Projection, detached, logits_of, rows_of_hidden
 
 EMPTY: Mapping[Node, Logits] = {}
+RUN = "fusedhead_run"
 
 
 @dataclass(eq=False)
@@ -41,6 +43,15 @@ class Site:
     followed: list[Node] = field(default_factory=list)  # nodes whose value is followed, in order
     sizes: list[tuple[Node, Any]] = field(default_factory=list)  # nodes that are numbers of rows, and what is as long
     overwritten: list[Node] = field(default_factory=list)  # nodes whose value was changed in place later
+
+    @property
+    def run(self) -> Run:
+        """What becomes of the logits when the graph is run; kept with the product, which may be read several times."""
+        return run_of(self.head.node)
+
+
+def run_of(product: Node) -> Run:
+    return product.meta.setdefault(RUN, Run())  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False)

@@ -55,11 +55,11 @@ def section(title: str, parts: list[str]) -> str:
 
 
 def totals(summary: Summary, fused: list[HeadRecord], left: list[HeadRecord]) -> str:
-    saved = sum(e.bytes_unfused - e.bytes_left for e in map(estimate, fused))
+    saved = sum(head.bytes_saved for head in fused)
     tiles = [
         (str(len(fused)), "head fused" if len(fused) == 1 else "heads fused"),
         (str(len(left)), "left as it was" if len(left) == 1 else "left as they were"),
-        (size(max(0, saved)), "of memory for logits saved a step (estimate)"),
+        (size(saved), "of memory for logits saved a step (estimate)"),
         (str(summary.graphs), "graph compiled" if summary.graphs == 1 else "graphs compiled"),
         (f"{summary.seconds:.1f} s", "spent in the pass"),
     ]
@@ -80,10 +80,10 @@ def card(head: HeadRecord) -> str:
     facts = [
         ("computes", head.computes),
         ("shape", ", ".join(filter(None, (sizes, head.dtype, head.device)))),
-        ("logits", head.logits),
+        ("logits", "; ".join((head.told(), *head.remarks()[bool(head.reason) :]))),
     ]
     if head.fused:
-        facts += [("how", head.engine), ("matrix products", f"{quantity(worth.flop)}FLOP a step")]
+        facts += [("how", head.how), ("matrix products", f"{quantity(worth.flop)}FLOP a step")]
     table = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts if value)
     reason = f"<p class=reason>{escape(sentence(head.reason))}</p>" if head.reason else ""
     return (

@@ -7,6 +7,7 @@ nothing of heads; it must not edit the graph it reads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from typing import Any
@@ -126,6 +127,16 @@ def hint(size: Any) -> int | None:
 
 # The ops that stand for the attribute of a tensor in graphs of newer torch, where older ones hold a `getattr`.
 ATTRIBUTES: dict[Any, str] = {aten.numpy_T: "T", aten.mT: "mT", aten.matrix_H: "H", aten.mH: "mH"}
+
+
+def most(size: Any) -> float:
+    """The largest number that a size may be: of a symbol the end of its range, infinite where only the data decide."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    try:
+        return int(size.node.shape_env.bound_sympy(size.node.expr).upper)
+    except Exception:  # unbounded, or not told
+        return math.inf
 
 
 def name_of(node: Node) -> str:

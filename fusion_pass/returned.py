@@ -25,6 +25,7 @@ from fusedhead.interpret import Site
 from fusedhead.read import fake, name_of
 from fusedhead.rewrite import PURE_VIEWS
 from fusedhead.rules.table import Family
+from fusedhead.runs import Run
 
 FAMILY = Family(
     "returned logits",
@@ -44,6 +45,8 @@ class Recipe:
     class_dim: int  # the vocabulary's dimension
     exact: frozenset[int]  # sizes that belong to the head, not to a batch
     names: tuple[str, ...]  # of those sources that are tensors, as a user knows them
+    least: int = 0  # fewer logits are computed at once, where their number was not known when the graph was compiled
+    runs: tuple[Run, ...] = ()  # of the heads whose logits it computes, to be told what becomes of them
 
 
 def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[list[Node], list[Node]]:

@@ -8,9 +8,14 @@ compiling.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 
+from fusedhead import compat
 from fusedhead.report import HeadRecord, Report, plural, table
+from fusedhead.runs import Run
+
+log = logging.getLogger("fusedhead")
 
 
 class Summary:
@@ -32,6 +37,7 @@ class Summary:
         folded: dict[tuple[object, ...], list[HeadRecord]] = {}
         for report in self.reports:
             for head in report.heads:
+                head = head.seen().ended()
                 key = (head.fused, head.reason, head.where, head.computes, head.hidden_size, head.vocab_size)
                 folded.setdefault(key, []).append(head)
         return sorted(map(fold, folded.values()), key=lambda head: (not head.fused, -head.bytes_saved))
@@ -46,6 +52,12 @@ class Summary:
     @property
     def seconds(self) -> float:
         return sum(report.milliseconds for report in self.reports) / 1e3
+
+    def publish(self) -> None:
+        """Tell the log and the structured trace what the end of the program has made of the report."""
+        for head in self.heads():
+            log.info("%s", head)
+        compat.trace_artifact("fusedhead_summary", lambda: str(self))
 
     def __str__(self) -> str:
         heads, errors = self.heads(), self.errors()
@@ -65,13 +77,15 @@ class Summary:
 
 
 def fold(heads: list[HeadRecord]) -> HeadRecord:
-    """The records of one head: all token counts, the most memory saved, each engine once."""
+    """The records of one head: all token counts, the sizes of the largest, each engine once, all runs together."""
+    largest = max(heads, key=lambda head: head.bytes_logits)
     return dataclasses.replace(
-        heads[0],
+        largest,
         tokens=spans([head.tokens for head in heads]),
-        logits=once(head.logits for head in heads),
+        logits="deferred" if any(head.logits == "deferred" for head in heads) else largest.logits,
         engine=once(head.engine for head in heads),
-        bytes_saved=max(head.bytes_saved for head in heads),
+        forward_only=all(head.forward_only for head in heads),
+        run=Run.of([head.run for head in heads]),
     )
 
 

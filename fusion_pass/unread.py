@@ -20,6 +20,7 @@ from fusedhead.read import fake, hint, name_of, where
 from fusedhead.report import HeadRecord
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.safety import functorch
+from fusedhead.sources import module, place
 
 LOSSES = frozenset({"cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd"})
 # what leaves logits logits, or makes them log-probabilities, by the names of nodes
@@ -29,7 +30,7 @@ CARRYING = frozenset(
 )  # fmt: skip
 
 
-def unread(graph: Graph, reading: Reading) -> list[HeadRecord]:
+def unread(graph: Graph, reading: Reading) -> dict[Node, HeadRecord]:
     """One record a projection with a loss that the reading does not have."""
     read = {node for site in reading.sites for node in (site.head.node, *site.head.products)}
     missed = candidates(graph) - read
@@ -43,7 +44,7 @@ def unread(graph: Graph, reading: Reading) -> list[HeadRecord]:
                 reasons[node] = f"the head is inside {region}, and its loss outside (at {where(node)})"
             elif node in reading.unread and node not in read:
                 reasons[node] = f"{reading.unread[node]} (at {where(node)})"
-    return [record for node, reason in reasons.items() for record in describe(node, reason)]
+    return {node: record for node, reason in reasons.items() for record in describe(node, reason)}
 
 
 def taken(graph: Graph) -> Iterator[tuple[Node, str]]:
@@ -87,8 +88,9 @@ def describe(node: Node, reason: str) -> Iterator[HeadRecord]:
         sizes = [str(size) for size in logits.shape[:-1]]
         tokens = math.prod(map(int, sizes)) if all(map(str.isdigit, sizes)) else " x ".join(sizes)
         depth, vocab = (int(s) if str(s).isdigit() else 0 for s in (hidden.shape[-1], logits.shape[-1]))
-        size = (hint(logits.numel()) or 0) * logits.dtype.itemsize
         yield HeadRecord(
-            False, reason, where(node), "", tokens, depth, vocab, "built", "", 0, size,
-            str(logits.dtype).removeprefix("torch."), logits.device.type, node.meta.get("stack_trace") or "",
+            False, reason, place(node), "", tokens, depth, vocab, "built", "",
+            bytes_logits=(hint(logits.numel()) or 0) * logits.dtype.itemsize,
+            dtype=str(logits.dtype).removeprefix("torch."), device=logits.device.type, module=module(node),
+            source=node.meta.get("stack_trace") or "",
         )  # fmt: skip

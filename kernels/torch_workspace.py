@@ -67,7 +67,18 @@ def workspace(
     sample = tokens * min(SAMPLE * 2, v) * wide.itemsize * 4 + min(SAMPLE * 2, v) * d * wide.itemsize
     vectors = (tokens * (k + 1) * 16 + n * k * 4) * fine_dtype(device_type).itemsize
     late = n * k * 48 if needs.w and accumulate != wide else 0
-    gathers = 4 * GATHER_BYTES
+    gathers = 4 * min(GATHER_BYTES, n * max(1, k) * d * fine_dtype(device_type).itemsize)
     plain = plain_scale(transform) is not None
     columns_wise = v * wide.itemsize * 4 * (needs.cols or not plain or explicit)
     return blocks + rows + weights + sums + sample + vectors + late + gathers + columns_wise
+
+
+def whole_bytes(
+    n: int, v: int, d: int, dtype: torch.dtype, device_type: str, transform: Transform, needs: Needs
+) -> int:
+    """Bytes at the peak where all logits [n, v] are built at once (`torch_whole`)."""
+    work, wide = product_dtype(dtype, device_type), stat_dtype(dtype)
+    held = windows_held(transform, needs.cols, needs.rows) + windows_passing(transform)
+    logits = n * v * (wide.itemsize * held + (work.itemsize if work != wide else 0))
+    widened = (n + v) * d * work.itemsize if work != dtype else 0
+    return logits + widened + n * 16 * wide.itemsize + 2 * v * wide.itemsize * (needs.cols or bool(transform.steps))

@@ -22,7 +22,7 @@ ONCE = "a fused head can be differentiated once: double backward through it is n
 
 
 def _setup_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
-    h, w, y, cols, rows, u, ctx.transform, _, ctx.memory = inputs
+    h, w, y, cols, rows, u, ctx.transform, _, ctx.memory, ctx.whole_below = inputs
     lse, _, _, entropy, top, where, lse_low = output
     ctx.save_for_backward(h, w, y, cols, rows, u, lse, lse_low, entropy)
     ctx.mark_non_differentiable(top, where, lse_low)
@@ -41,12 +41,12 @@ def _backward_stats(
     upstream = [lse.new_empty(0) if g is None else g for g in (g_lse, g_picked, g_sum, g_entropy)]
     needs = [ctx.needs_input_grad[at] for at in (0, 1, 3, 4)]
     if not any(needs) or (g_lse is None and g_picked is None and g_sum is None and g_entropy is None):
-        return (None,) * 9
+        return (None,) * 10
     grads = torch.ops.fusedhead.head_stats_backward(
-        *upstream, h, w, y, cols, rows, u, lse, lse_low, entropy, ctx.transform, ctx.memory, *needs
+        *upstream, h, w, y, cols, rows, u, lse, lse_low, entropy, ctx.transform, ctx.memory, *needs, ctx.whole_below
     )
     dh, dw, dcols, drows = (g if need else None for g, need in zip(grads, needs))
-    return dh, dw, None, dcols, drows, None, None, None, None
+    return dh, dw, None, dcols, drows, None, None, None, None, None
 
 
 def _setup_once(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -130,10 +130,10 @@ def _backward_loss(
     scales = [g for g in others[-1:] if g is not None]  # of the tie, exactly
     scales += [upstream_scale(pairs)] if pairs else []
     if not scales or not any(needs):
-        return (None,) * 17
+        return (None,) * 18
     wanted = [d if need else None for d, need in zip(grads, needs)]
     dh, dw, dcols, drows = scaled(wanted, functools.reduce(operator.add, scales))
-    return dh, dw, None, dcols, drows, *(None,) * 12
+    return dh, dw, None, dcols, drows, *(None,) * 13
 
 
 HEAD_STATS = (_setup_stats, _backward_stats)

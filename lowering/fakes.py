@@ -26,6 +26,7 @@ def head_stats(
     transform: str,
     stats: str,
     memory: int,
+    whole_below: int = 0,
 ) -> tuple[Tensor, ...]:
     want, wide, n = asked(stats), stat_dtype(h.dtype), h.shape[0]
     return (

@@ -8,6 +8,9 @@ how a head is computed or where in a program it came from.
     head_stats_backward  one sweep: gradients for a per-row upstream   dh, dw, dcols, drows
     head_loss            one sweep: both, for a scalar loss that is linear in the statistics; and a zero, `tie`, that
                          ties the loss to the operands: loss + tie is the loss, and what flows back into tie is g
+
+Where the number of tokens is not known when a graph is compiled, ``whole_below`` says below how many logits a call
+builds them whole, as Inductor would have.
 """
 
 from __future__ import annotations
@@ -33,21 +36,18 @@ __all__ = ["SCHEMAS", "LabelOutOfRange"]
 
 _HEAD = "Tensor h, Tensor w, Tensor y, Tensor cols, Tensor rows, Tensor u"
 _NEEDS = "bool need_h, bool need_w, bool need_cols, bool need_rows"
+_WHOLE = ", int whole_below=0"
 SCHEMAS = {
-    "head_stats": f"({_HEAD}, str transform, str stats, int memory)"
+    "head_stats": f"({_HEAD}, str transform, str stats, int memory{_WHOLE})"
     " -> (Tensor lse, Tensor picked, Tensor sum, Tensor entropy, Tensor max, Tensor argmax, Tensor lse_low)",
     "head_stats_backward": "(Tensor g_lse, Tensor g_picked, Tensor g_sum, Tensor g_entropy, "
-    f"{_HEAD}, Tensor lse, Tensor lse_low, Tensor entropy, str transform, int memory, {_NEEDS})"
+    f"{_HEAD}, Tensor lse, Tensor lse_low, Tensor entropy, str transform, int memory, {_NEEDS}{_WHOLE})"
     " -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
     "head_loss": f"({_HEAD}, Tensor c_lse, Tensor c_picked, Tensor c_sum, Tensor c_square, "
-    f"str transform, str stats, int memory, {_NEEDS})"
+    f"str transform, str stats, int memory, {_NEEDS}{_WHOLE})"
     " -> (Tensor lse, Tensor picked, Tensor sum, Tensor dh, Tensor dw, Tensor dcols, Tensor drows, Tensor tie)",
 }
 NONE = Needs(False, False, False, False)
-
-
-def _engine(head: Head) -> ModuleType:
-    return _module(engine_for(head.h.dtype, head.h.device.type))
 
 
 @cache
@@ -61,7 +61,10 @@ def as_written(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _windows(head: Head, needs: Needs, memory: int, *, linear: bool, row_scale: bool, explicit: bool) -> Windows:
+def _chosen(
+    head: Head, needs: Needs, memory: int, whole_below: int, *, linear: bool, row_scale: bool, explicit: bool
+) -> tuple[ModuleType, Windows]:
+    """The engine, and its windows."""
     h, w, y, _, _, _, transform = head
     chosen = plan(
         h.shape[0],
@@ -76,8 +79,9 @@ def _windows(head: Head, needs: Needs, memory: int, *, linear: bool, row_scale: 
         transform=transform,
         labels=y.shape[1],
         memory=memory,
+        whole_below=whole_below,
     )
-    return chosen.windows
+    return _module(chosen.engine), chosen.windows
 
 
 def _row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
@@ -110,12 +114,14 @@ def _head_stats(
     transform: str,
     stats: str,
     memory: int,
+    whole_below: int = 0,
 ) -> tuple[Tensor, ...]:
     head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
     short = {"lse", "picked", "sum"} if plain_scale(head.transform) is not None else {"lse", "picked"}
-    windows = _windows(head, NONE, memory, linear=True, row_scale=True, explicit=not want <= short)
+    explicit = not want <= short
+    engine, windows = _chosen(head, NONE, memory, whole_below, linear=True, row_scale=True, explicit=explicit)
     with as_written(head.h.device):
-        got: RowStats = _engine(head).head_stats(head, want, windows)
+        got: RowStats = engine.head_stats(head, want, windows)
     return (
         _result(got.lse if want & {"lse", "entropy"} else None, h),
         _result(got.picked, h),
@@ -147,6 +153,7 @@ def _head_stats_backward(
     need_w: bool,
     need_cols: bool,
     need_rows: bool,
+    whole_below: int = 0,
 ) -> tuple[Tensor, ...]:
     head = head_of(h, w, y, cols, rows, u, transform)
     needs = Needs(need_h, need_w, need_cols, need_rows)
@@ -155,9 +162,11 @@ def _head_stats_backward(
     lse = lse if lse.numel() else h.new_zeros(h.shape[0], dtype=lse.dtype)
     saved = RowStats(lse, entropy=_given(entropy), lse_low=_given(lse_low))
     row_scale = _row_scale(head, upstream, needs)
-    windows = _windows(head, needs, memory, linear=False, row_scale=row_scale, explicit=not row_scale)
+    engine, windows = _chosen(
+        head, needs, memory, whole_below, linear=False, row_scale=row_scale, explicit=not row_scale
+    )
     with as_written(head.h.device):
-        return _gradients(_engine(head).head_stats_backward(head, upstream, saved, needs, windows), head)
+        return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows), head)
 
 
 def _head_loss(
@@ -178,6 +187,7 @@ def _head_loss(
     need_w: bool,
     need_cols: bool,
     need_rows: bool,
+    whole_below: int = 0,
 ) -> tuple[Tensor, ...]:
     head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
     if want - {"lse", "picked", "sum"}:
@@ -187,9 +197,11 @@ def _head_loss(
     if "sum" in want and c.sum is None:
         c = c._replace(sum=h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype)))
     row_scale = _row_scale(head, c, needs)
-    windows = _windows(head, needs, memory, linear=True, row_scale=row_scale, explicit=not row_scale)
+    engine, windows = _chosen(
+        head, needs, memory, whole_below, linear=True, row_scale=row_scale, explicit=not row_scale
+    )
     with as_written(head.h.device):
-        got, grads = _engine(head).head_loss(head, c, needs, windows)
+        got, grads = engine.head_loss(head, c, needs, windows)
     return (
         got.lse,
         _result(got.picked if "picked" in want else None, h),

@@ -6,6 +6,7 @@
 | single pass  | 3        | one window of exponentials, tokens x V | the loss is linear in the statistics    |
 | frozen       | 2        | one block (Triton: one window)         | the same, and w wants no gradient       |
 | recompute    | 4 (or 3) | one block                              | any upstream; too small a budget        |
+| whole        | 3 (or 1) | all logits                             | fewer logits than `whole_below`         |
 
 A product is 2 N V D FLOP; recompute is 3 products where the lse is known from the forward. On the CPU a
 block is cut to the caches by the engine; the windows of the Triton engine are in `triton_plan`. It must not know
@@ -22,7 +23,7 @@ import torch
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import Needs, Windows
 from fusedhead.kernels.torch_blocks import block_columns
-from fusedhead.kernels.torch_workspace import workspace
+from fusedhead.kernels.torch_workspace import whole_bytes, workspace
 from fusedhead.kernels.triton_chips import triton_serves
 from fusedhead.lowering import triton_plan
 from fusedhead.lowering.triton_plan import Sizes, Way
@@ -152,6 +153,7 @@ def plan(
     labels: int = 1,
     memory: int = AUTO,
     free_bytes: int | None = None,
+    whole_below: int = 0,
 ) -> Plan:
     """How to compute one head.
 
@@ -159,7 +161,9 @@ def plan(
     operands want a gradient from this call (none for the statistics alone), ``linear`` that coefficients are
     known before the sweep, ``one_sweep`` that gradients are a row scale away from exponentials, ``explicit``
     that a sweep writes out dz or all statistics. ``memory`` is 0 for auto, -1 for the least, else MiB;
-    ``free_bytes`` bounds auto from above where the device is nearly full.
+    ``free_bytes`` bounds auto from above where the device is nearly full. Fewer logits than ``whole_below`` are built
+    whole, whatever the budget: Inductor would have built them (`fusedhead.size_gate`). The kernels of the Triton engine
+    are few for small heads as they are.
     """
     engine = engine_for(dtype, device_type)
     weight = needs.w or needs.cols
@@ -174,7 +178,14 @@ def plan(
             ways = triton_plan.ways(sizes, one_pass=one_pass, budget=budget)
     else:
         head = _Head(N, V, D, labels, dtype, device_type, transform, needs, explicit)
-        ways = _ways(head, one_pass=linear and one_sweep, memory=memory, budget=budget)
+        if N * V < whole_below:
+            return _whole(head, linear=linear)
+        one_pass = linear and one_sweep
+        ways = _ways(head, one_pass=one_pass, memory=memory, budget=budget)
+        logits = N * V * dtype.itemsize
+        if memory == AUTO and budget is None and ways[0].held > logits:  # lower windows of the same kind, if they help
+            lower = _ways(head, one_pass=one_pass, memory=memory, budget=logits)
+            ways = [way for way in lower if way.held <= logits and way.algorithm == ways[0].algorithm] or ways
     fitting = [way for way in ways if budget is None or way.held <= budget]
     pick_least = not fitting or (memory == LEAST and engine == "torch_windows")
     name, windows, held = min(ways, key=lambda way: way.held) if pick_least else fitting[0]
@@ -185,6 +196,15 @@ def plan(
     return Plan(
         engine, name, windows, held, products * 2 * N * V * D, _reason(name, held, budget, memory, bool(fitting))
     )
+
+
+def _whole(head: _Head, *, linear: bool) -> Plan:
+    """All logits at once, and their gradient in their place."""
+    n, v, d, _, dtype, device_type, transform, needs, _ = head
+    held = whole_bytes(n, v, d, dtype, device_type, transform, needs)
+    products = (linear or not any(needs)) + needs.h + (needs.w or needs.cols) + (not linear and any(needs))
+    windows = Windows(max(1, n), max(1, v), dtype)
+    return Plan("torch_whole", "whole", windows, held, products * 2 * n * v * d, "its logits are few, and built whole")
 
 
 WHY = {

@@ -11,6 +11,7 @@ This file must not know what a program computes or where it came from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,13 +31,18 @@ SCHEMAS = {
 }
 
 
-def _plan(tensors: list[Tensor], program: str, memory: int) -> RowPlan:
+def windows_of(tensors: Sequence[Tensor], program: str, memory: int, tokens: int) -> RowPlan:
+    """The windows of a program for so many tokens. Of the tensors only shapes and dtypes are read, and not how many."""
     parsed = read(program)
     heads = [(tensors[h], tensors[w]) for h, w in row_windows.operands(parsed)]
     vocab, dtype = max(((len(w), w.dtype) for _, w in heads), key=lambda s: s[0] * s[1].itemsize)
-    h = heads[0][0]
-    calls = len(parsed.lines)
-    return row_plan(len(h), vocab, dtype, h.device.type, heads=len(heads), calls=calls, memory=memory)
+    device, calls = heads[0][0].device.type, len(parsed.lines)
+    return row_plan(tokens, vocab, dtype, device, heads=len(heads), calls=calls, memory=memory)
+
+
+def _plan(tensors: list[Tensor], program: str, memory: int) -> tuple[int, bool, bool]:
+    tokens = len(tensors[row_windows.operands(read(program))[0][0]])
+    return windows_of(tensors, program, memory, tokens)[:3]
 
 
 def _rows(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:

@@ -38,6 +38,7 @@ class RowPlan(NamedTuple):
     tokens: int  # of one window
     compiled: bool  # whether whole windows run compiled
     narrow_sums: bool  # whether dw may be summed in its own dtype
+    predicted_bytes: int  # of a window at the peak
 
 
 def row_plan(
@@ -49,8 +50,11 @@ def row_plan(
     if compiled:
         multiple = MULTIPLE.get(device_type, MULTIPLE_ELSEWHERE)
         between = BETWEEN.get(device_type, BETWEEN_ELSEWHERE)
-        tokens = budget // (heads * (2 * dtype.itemsize + between) * V)
+        each = heads * (2 * dtype.itemsize + between) * V
+        tokens = budget // each
         tokens = max(1, tokens // multiple * multiple or tokens)
     else:
-        tokens = max(1, budget // (2 * max(4, dtype.itemsize) * min(calls, MOST_LIVE) * V))
-    return RowPlan(tokens, compiled, dtype not in (torch.bfloat16, torch.float16) or -(-N // tokens) <= EXACT_SUMS)
+        each = 2 * max(4, dtype.itemsize) * min(calls, MOST_LIVE) * V
+        tokens = max(1, budget // each)
+    narrow_sums = dtype not in (torch.bfloat16, torch.float16) or -(-N // tokens) <= EXACT_SUMS
+    return RowPlan(tokens, compiled, narrow_sums, min(N, tokens) * each)

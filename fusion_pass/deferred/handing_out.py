@@ -44,10 +44,20 @@ def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
             programs = origin.recorded.setdefault(what, ((program,), [], None))[0]
             known = origin.recorded.setdefault(key, (programs, layouts, None))
     programs, (layout,), _ = known
+    if math.prod(layout.shape) < recipe.least:
+        return at_once(recipe, sources, "fewer logits than fusedhead.min_logits")
     if not mode.grad and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
-        return compute_now(recipe, sources)
+        return at_once(recipe, sources, f"no gradient is recorded, and fewer than {LEAST_TOKENS} tokens")
+    for run in recipe.runs:
+        run.deferred.add()
     states = tuple(map(state, tensors, recipe.names))
     return linked(Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout))
+
+
+def at_once(recipe: Recipe, sources: Sequence[Any], why: str) -> Tensor:
+    for run in recipe.runs:
+        run.at_once.add(why)
+    return compute_now(recipe, sources)
 
 
 def kept(source: Any) -> Any:

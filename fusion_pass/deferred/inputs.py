@@ -54,7 +54,14 @@ def spread(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Callable[
         return found
 
     def wrap(compiled: Run) -> Run:
-        return lambda *values: compiled(*flat(values))
+        def with_leaves(*values: Any) -> Any:
+            for value, is_deferred in zip(values, deferred):
+                known = value._known if is_deferred and value._plain is None else None
+                for run in known.origin.recipe.runs if known is not None and known.origin is not None else ():
+                    run.passed.add()
+            return compiled(*flat(values))
+
+        return with_leaves
 
     return flat(inputs), wrap
 

@@ -158,6 +158,9 @@ class Request:
         if any(isinstance(result, Tensor) and result.requires_grad for result in results):
             for subject in self.subjects:
                 subject._known.family.passed_by = True
+        for origin in {subject._known.origin for subject in self.subjects}:
+            for run in origin.recipe.runs:  # type: ignore[union-attr]
+                run.answered.add()
         return results[0] if outcome.many is None else outcome.many(results)
 
     def statistics(self, outcome: Swept) -> list[Tensor]:

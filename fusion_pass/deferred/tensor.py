@@ -25,6 +25,7 @@ from fusedhead.compat import (
 from fusedhead.deferred.knowledge import Family, Knowledge, Layout, Recorded, check_fresh
 from fusedhead.deferred.program import Leaf, Mode, Program, encode, modes
 from fusedhead.deferred.tables import ALONE, METADATA
+from fusedhead.runs import built
 
 aten = torch.ops.aten
 
@@ -216,5 +217,8 @@ def existing(tensor: Tensor) -> Tensor:
 
 
 def made_by_call(known: Knowledge) -> Tensor:
+    origin, recorded = known.origin, known.recorded
+    if origin is not None and recorded.func is origin.recipe.program and recorded.result is None:
+        built(origin.recipe.runs)
     result = known.recorded.made(existing)
     return result if known.part is None else result[known.part]

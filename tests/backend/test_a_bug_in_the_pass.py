@@ -43,12 +43,12 @@ def buggy(*_: Any, **__: Any) -> Any:
 STAGES = [
     "fusion.bodies", "fusion.regions.inline", "fusion.unstacked.separate", "fusion.heads_without_loss",
     "fusion.candidates", "readings.interpret", "evaluate.applied", "interpret.record", "interpret.returned",
-    "interpret.overwritten", "fusion.unread", "decisions.gate", "size_gate.hint", "fusion.row_region.regions",
+    "interpret.overwritten", "fusion.unread", "decisions.gate", "size_gate.most", "fusion.row_region.regions",
     "readings.teachers", "fusion.row_emission.fuse", "fusion.row_region.erase_unused", "decisions.refusal",
     "decisions.subclass", "decisions.functorch", "decisions.together", "fusion.returned.recipe",
     "fusion.returned.redirect", "fusion.fuse", "groups.groups", "operands.operands", "rewrite.rebuild",
-    "rewrite.erase", "emit.Emit.__call__", "fusion.planner", "fusion.engine", "fusion.linear_tail.upgrade",
-    "linear_tail.try_tail", "linear_tail.hoist", "linear_tail.replace", "fusion.describe",
+    "rewrite.erase", "emit.Emit.__call__", "fusion.priced", "fusion.describe", "fusion.linear_tail.upgrade",
+    "linear_tail.try_tail", "linear_tail.hoist", "linear_tail.replace", "fusion.unlisted", "fusion.place",
 ]  # fmt: skip
 
 

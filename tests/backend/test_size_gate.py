@@ -10,8 +10,9 @@ from torch import Tensor
 
 import fusedhead
 from fusedhead.backend import run_pass
+from fusedhead.lowering.plan import plan
 from fusedhead.options import Options, split
-from fusedhead.size_gate import LEAST, LEAST_ELSEWHERE
+from fusedhead.size_gate import LEAST, LEAST_ELSEWHERE, pays_from
 
 D, V = 4, 64
 
@@ -26,6 +27,7 @@ def operands(tokens: int, vocab: int = V) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def record(fn, *args, least: object = "auto", **options):
+    torch.compiler.reset()  # a second size would make the tokens a symbol
     rewritten = Rewritten(fn, {"fusedhead.min_logits": least}, **options)
     rewritten(*args)
     (head,) = rewritten.report.heads
@@ -81,7 +83,7 @@ def test_pieces_of_one_head_count_together() -> None:
     assert [head.fused for head in rewritten.report.heads] == [True] * 4
 
 
-def test_symbolic_token_counts_count_as_they_are_and_are_not_guarded() -> None:
+def test_symbolic_token_counts_are_not_guarded() -> None:
     graphs = []
 
     def backend(gm, inputs):
@@ -133,3 +135,34 @@ def test_the_environment_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert split({})[0].min_logits == 4096
     monkeypatch.delenv("FUSEDHEAD_MIN_LOGITS")
     assert split({})[0].min_logits == "auto"
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "vocab"), [(263, 768, 4000), (300, 512, 4096)])
+def test_a_head_whose_windows_hold_more_than_its_logits_is_left(tokens: int, hidden: int, vocab: int) -> None:
+    given = torch.randn(tokens, hidden, requires_grad=True), torch.randn(vocab, hidden, requires_grad=True)
+    given = *given, torch.randint(0, vocab, (tokens,))
+    head = record(loss, *given)
+    assert not head.fused
+    assert "its windows would hold" in head.reason
+    forced = record(loss, *given, least=0)
+    assert forced.fused
+    assert forced.bytes_saved < 0
+    assert f"-{-forced.bytes_saved / 2**20:,.1f} MiB" in str(forced)
+
+
+def test_the_gate_and_the_report_see_one_number() -> None:
+    for tokens in (256, 300, 400, 600, 1000, 2000):
+        h, w = (torch.randn(n, 256, requires_grad=True) for n in (tokens, 4096))
+        head = record(loss, h, w, operands(tokens, 4096)[2])
+        assert head.bytes_saved >= 0
+        assert head.fused or "its windows would hold" in head.reason
+
+
+def test_where_tokens_are_a_symbol_each_call_is_held_to_that_number() -> None:
+    h, w = torch.randn(300, 512, requires_grad=True), torch.randn(4096, 512, requires_grad=True)
+    least = pays_from(h, w, "auto", 0)
+    assert least > LEAST_ELSEWHERE
+    for tokens, grows in ((least // 4096 - 16, True), (least // 4096, False), (4 * least // 4096, False)):
+        held = plan(tokens, 4096, 512, torch.float32, "cpu").predicted_bytes
+        assert (held > tokens * 4096 * 4) == grows
+    assert pays_from(h, w, 5000, 0) == 5000

@@ -124,7 +124,9 @@ def test_explain_says_what_was_fused() -> None:
     assert head.computes == "cross_entropy(mean, ignore_index=-100)"
     assert (head.tokens, head.hidden_size, head.vocab_size) == (4, D, V)
     assert head.logits == "never built"
-    assert head.bytes_saved == 4 * V * 4
+    assert head.bytes_logits == 4 * V * 4
+    assert head.bytes_saved == head.bytes_logits - head.workspace_bytes
+    assert f"{head.bytes_saved / 2**20:,.1f} MiB" in str(report)
     assert "cross_entropy" in report.before
     assert "cross_entropy" not in report.after.replace("F.cross_entropy", "")
     assert "1 head fused" in str(report)

@@ -328,10 +328,12 @@ def test_logits_beside_the_loss_cost_nothing_until_they_are_read() -> None:
         found = gradients(model, output["loss"])
     assert ran.large == []
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(output["logits"] + 0, model(x)["logits"])
     (head,) = report.heads
     assert (head.fused, head.logits) == (True, "deferred")
-    assert head.bytes_saved == B * (T - 1) * V * 4
+    assert head.bytes_logits == B * (T - 1) * V * 4
+    assert head.bytes_saved == head.bytes_logits - head.workspace_bytes
+    torch.testing.assert_close(output["logits"] + 0, model(x)["logits"])
+    assert (head.materialised, head.bytes_saved) == (True, 0)
 
 
 def test_gradients_through_the_loss_in_the_graph_and_the_logits_outside() -> None:

@@ -53,6 +53,53 @@ def test_compile_eager_fuses_a_program_that_compiles_nothing(tmp_path: Path, our
     assert run.err.startswith("fusedhead: 1 head fused, 0 left, in 1 graph")
 
 
+BROKEN = """
+import torch._inductor.compile_fx
+
+def broken(*args, **kwargs):
+    raise RuntimeError("no compiler here")
+
+torch._inductor.compile_fx.compile_fx = broken
+"""
+
+
+def test_a_graph_that_failed_to_compile_is_said_to_have_run_eagerly(
+    tmp_path: Path, ours: Ours, by_hand: list[float]
+) -> None:
+    write(tmp_path, BROKEN + EAGER)
+    run = ours("--compile-eager", "program.py", cwd=tmp_path)
+    assert run.code == 0, run.err
+    assert losses(run.out) == pytest.approx(by_hand, abs=2e-4)
+    assert "0 heads fused, 1 left" in run.err
+    assert "RuntimeError: no compiler here" in run.err
+    assert "ran eagerly" in run.err
+
+
+DEFERRED = MODEL.replace("return F.cross_entropy(logits.flatten(0, 1), labels.flatten())", "return logits")
+BUILT = (
+    DEFERRED
+    + """
+if __name__ == "__main__":
+    model = torch.compile(Model(vocab=2048))
+    tokens = torch.randint(0, 512, (2, 16))
+    logits = model(tokens, tokens)
+    logits[:, :, 3] += -1e6
+    print(logits.svd()[1].shape)
+"""
+)
+
+
+def test_logits_that_were_built_are_said_to_be_with_the_line_that_built_them(tmp_path: Path, ours: Ours) -> None:
+    path = write(tmp_path, BUILT)
+    line = path.read_text().splitlines().index("    logits[:, :, 3] += -1e6") + 1
+    run = ours("--report", "out.html", "program.py", cwd=tmp_path)
+    assert run.code == 0, run.err
+    assert "built once of 1" in run.err
+    assert f"at program.py:{line}" in run.err
+    assert "(head)" in run.err
+    assert f"at program.py:{line}" in (tmp_path / "out.html").read_text()
+
+
 def test_a_failing_program_keeps_its_exit_code_and_still_gets_its_summary(tmp_path: Path, ours: Ours) -> None:
     write(tmp_path, COMPILED + "    sys.exit(5)\n")
     run = ours("program.py", cwd=tmp_path)

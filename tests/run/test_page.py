@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fusedhead.estimates import estimate, workspace
+from fusedhead.estimates import estimate
 from fusedhead.page import page
 from fusedhead.report import HeadRecord, Report
 from fusedhead.summary import Summary
 
-ENGINE = "torch windows: gradients in the forward sweep; 12.5 MiB of workspace, 12.9 GFLOP"
+ENGINE = "torch windows: gradients in the forward sweep"
 FUSED = HeadRecord(
     fused=True, reason="", where="model.py:7", computes="cross_entropy(mean)", tokens=1024, hidden_size=64,
-    vocab_size=32768, logits="never built", engine=ENGINE, bytes_saved=128 << 20, bytes_logits=128 << 20,
+    vocab_size=32768, logits="never built", engine=ENGINE, bytes_logits=128 << 20, workspace_bytes=25 << 19,
     dtype="float32", device="cpu", source='  File "model.py", line 7\n    z = head(h)',
 )  # fmt: skip
-LEFT = replace(FUSED, fused=False, reason="the <loss> is odd", computes="", logits="built", engine="", bytes_saved=0)
+LEFT = replace(FUSED, fused=False, reason="the <loss> is odd", computes="", logits="built", engine="")
 
 
 def written(*heads: HeadRecord) -> str:
@@ -48,6 +48,14 @@ def test_a_head_of_unknown_size_has_no_bars() -> None:
     assert "class=bars" not in written(replace(LEFT, bytes_logits=0, dtype="", device=""))
 
 
-def test_an_engine_without_windows_needs_no_workspace() -> None:
-    assert workspace("as the caller asks") == 0
-    assert workspace("triton: recompute; 1,024.0 MiB of workspace, 3 GFLOP") == 1 << 30
+def test_every_number_of_bytes_is_the_records_own() -> None:
+    assert FUSED.bytes_saved == estimate(FUSED).bytes_unfused - estimate(FUSED).bytes_left
+    assert "115.5 MiB saved" in str(FUSED)
+    assert FUSED.how == f"{ENGINE}; 12.5 MiB of workspace"
+
+
+def test_memory_that_grows_is_said() -> None:
+    grown = replace(FUSED, bytes_logits=10 << 20)
+    assert grown.bytes_saved == -(5 << 19)
+    assert "-2.5 MiB saved" in str(grown)
+    assert "-2.5 MiB" in written(grown)
