@@ -14,6 +14,7 @@ from torch.fx import Node
 from fusedhead.interpret import Site
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Needs
+from fusedhead.kernels.torch_products import product_dtype
 from fusedhead.linear_tail import NONE_NEEDED
 from fusedhead.lowering.plan import Plan, plan
 from fusedhead.read import fake, hint, where
@@ -30,6 +31,7 @@ def planner(call: Node, memory: int) -> Callable[[bool], Plan]:
     def planned(linear: bool) -> Plan:
         return plan(
             tokens, int(w.shape[0]), int(w.shape[1]), h.dtype, w.device.type,
+            products=product_dtype(h.dtype, w.device.type),
             needs=needs, linear=linear, transform=transform, memory=memory,
         )  # fmt: skip
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fusedhead.kernels.column_gradients import pull_back, record
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
-from fusedhead.kernels.torch_blocks import LOG2E, block_columns, cuts, product_dtype, vectors
+from fusedhead.kernels.torch_blocks import LOG2E, block_columns, cuts, vectors
 from fusedhead.kernels.torch_exponentials import block_buffers
 from fusedhead.kernels.torch_gradient_sums import accumulate_product
+from fusedhead.kernels.torch_products import product_dtype
 from fusedhead.kernels.torch_weight_gradient import WeightGradient
 
 

@@ -8,12 +8,14 @@ is known. What goes into the matrix products of the backward is E' = E ∂z/∂(
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedhead.kernels.column_gradients import Tape, pull_back, record
+from fusedhead.kernels.columns import plain_scale
 from fusedhead.kernels.contract import Head, stat_dtype
 from fusedhead.kernels.torch_blocks import (
     LOG2E,
@@ -25,11 +27,11 @@ from fusedhead.kernels.torch_blocks import (
     label_logits,
     label_vectors,
     piece_rows,
-    plain_scale,
-    product_dtype,
+    row_maximum,
     sampled_level,
     vectors,
 )
+from fusedhead.kernels.torch_products import product_dtype
 
 FAR = 64.0  # a bfloat16 product cannot subtract a level further from 0 than this without losing a fraction of 1
 
@@ -56,15 +58,26 @@ def level_at(head: Head, at: Tensor, exact: bool) -> Level:
     return Level(binary, binary.to(fine_dtype(head.h.device.type)) / LOG2E, exact, shift)
 
 
-def usual_level(head: Head, i: slice, labelled: Tensor) -> Level:
+def usual_level(head: Head, i: slice, labelled: Tensor, aim: float | None = None) -> Level:
     """A level that serves most data, and no lse need be known for it; the row sums tell whether it did.
 
     ``labelled`` [m, K] are the logits of the labels: where one is likely, it is where z - level must round least.
+    With ``aim`` it is where the row sums come out about that large.
     """
+    if aim is not None:
+        log_v = math.log(max(1, len(head.w)))
+        lse = above(sampled_level(head, i, product_dtype(head.h.dtype, head.h.device.type)) + log_v, labelled)
+        return level_at(head, lse - math.log(aim), True)
     work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
     level = above(sampled_level(head, i, work), labelled)
     far = work != wide and level.numel() > 0 and bool(level.abs().amax() > FAR)
     return level_at(head, above(sampled_level(head, i, wide), labelled) if far else level, far)
+
+
+def below_maximum(head: Head, i: slice, columns: int, aim: float | None, exact: bool) -> Level:
+    """The largest logit of each row, by a sweep in blocks of ``columns``; with ``aim`` where its E is that large."""
+    most = row_maximum(head, i, columns)
+    return level_at(head, most if aim is None else most - math.log(aim), exact)
 
 
 def above(level: Tensor, labelled: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedhead.kernels.columns import plain_scale
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, Windows, stat_dtype
-from fusedhead.kernels.torch_blocks import label_rows, plain_scale
+from fusedhead.kernels.torch_blocks import label_rows
 from fusedhead.kernels.torch_sums import weighted_columns, weighted_hidden
 from fusedhead.kernels.torch_weight_gradient import WeightGradient
 

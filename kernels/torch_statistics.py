@@ -22,11 +22,11 @@ from fusedhead.kernels.torch_blocks import (
     cuts,
     label_logits,
     label_vectors,
-    product_dtype,
     rounded_off,
     vectors,
 )
 from fusedhead.kernels.torch_exponentials import block_buffers
+from fusedhead.kernels.torch_products import product_dtype
 
 
 class Partial(NamedTuple):

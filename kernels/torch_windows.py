@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 
 from fusedhead.kernels import torch_dlogits, torch_softmax_gradients, torch_statistics
-from fusedhead.kernels.columns import dropped
+from fusedhead.kernels.columns import dropped, plain_scale
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
-from fusedhead.kernels.torch_blocks import fine_dtype, plain_scale, rounded_off
+from fusedhead.kernels.torch_blocks import fine_dtype, rounded_off
 from fusedhead.kernels.torch_sums import weighted_sums
 
 NOTHING = Needs(False, False, False, False)

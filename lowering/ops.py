@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels import torch_softmax_gradients
+from fusedhead.kernels.columns import plain_scale
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
-from fusedhead.kernels.torch_blocks import plain_scale
+from fusedhead.kernels.torch_products import product_dtype
 from fusedhead.lowering import autograd, fakes
 from fusedhead.lowering.checks import LabelOutOfRange, asked, head_of
 from fusedhead.lowering.plan import engine_for, plan
@@ -69,6 +70,7 @@ def _windows(head: Head, needs: Needs, memory: int, *, linear: bool, row_scale: 
         h.shape[1],
         h.dtype,
         h.device.type,
+        products=product_dtype(h.dtype, h.device.type),
         needs=needs,
         linear=linear,
         one_sweep=row_scale,

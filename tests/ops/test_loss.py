@@ -120,7 +120,7 @@ def test_the_upstream_factor_of_no_coefficients_is_zero():
     assert upstream_scale([(torch.ones(0), torch.ones(0))]).item() == 0
 
 
-def test_a_factor_is_not_rounded_to_the_gradients_dtype():
+def test_a_factor_is_not_rounded_to_the_gradients_dtype(any_cpu):
     o = leaves(operands(64, 507, 23, dtype=torch.bfloat16, u=False), "h")
     c, e = torch.full((64,), 1 / 64), none(o.h)
 

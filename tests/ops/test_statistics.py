@@ -96,7 +96,7 @@ def test_a_transposed_weight_gives_the_same():
         torch.testing.assert_close(a, b)
 
 
-def test_a_decision_is_taken_on_rounded_logits_with_the_first_index_on_ties():
+def test_a_decision_is_taken_on_rounded_logits_with_the_first_index_on_ties(any_cpu):
     h, w = torch.ones(1, 1), torch.tensor([[1.0], [3.0], [3.001], [2.0]])
     y = torch.zeros(1, 0, dtype=torch.int64)
     e = torch.empty(0)
@@ -106,7 +106,7 @@ def test_a_decision_is_taken_on_rounded_logits_with_the_first_index_on_ties():
     assert at.item() == 2
 
 
-def test_a_decision_on_a_bias_is_taken_on_the_sum_as_linear_rounds_it():
+def test_a_decision_on_a_bias_is_taken_on_the_sum_as_linear_rounds_it(any_cpu):
     h, w, bias = (torch.randn(*shape).bfloat16() for shape in ((512, 8), (700, 8), (700,)))
     e, y = torch.empty(0), torch.zeros(512, 0, dtype=torch.int64)
     *_, top, at, _ = OPS.head_stats(h, w, y, bias.float()[None], e, e, "addcol:0 round:bfloat16", "max,argmax", 0)
@@ -146,9 +146,9 @@ def test_more_than_two_to_the_31_logits():
     assert [tuple(x.shape) for x in got] == [(n,), (n, 1), (0,), (0,), (0,), (0,), (n,)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS[2:])
-def test_rows_taken_in_pieces_give_what_the_whole_block_gives(monkeypatch, transform, dtype):
+def test_rows_taken_in_pieces_give_what_the_whole_block_gives(monkeypatch, transform, multiplied):
+    dtype, _ = multiplied
     """Also where labels stand in some pieces only."""
     o = operands(131, 1507, 23, 3, dtype=dtype)
     o.y[:64] = o.y[:64] % 700
