@@ -9,13 +9,14 @@ is known. What goes into the matrix products of the backward is E' = E ∂z/∂(
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedhead.kernels.column_gradients import Tape, pull_back, record
-from fusedhead.kernels.columns import plain_scale
+from fusedhead.kernels.columns import Transform, plain_scale
 from fusedhead.kernels.contract import Head, stat_dtype
 from fusedhead.kernels.torch_blocks import (
     LOG2E,
@@ -37,14 +38,26 @@ FAR = 64.0  # a bfloat16 product cannot subtract a level further from 0 than thi
 
 
 class Level(NamedTuple):
-    """What exp is relative to in one window: 2^(z log2 e - binary) is computed, and binary = natural · log2
-    e.
+    """What exp is relative to in one window: 2^(L z - binary) is computed, with L near log2 e, and binary = L natural.
+
+    L is what `binary_factor` says, so that a level of any size is where the exponentials say it is.
     """
 
     binary: Tensor  # [m] finite, in the statistics' dtype; for a plain z exact in the products' dtype
     natural: Tensor  # [m] fine
     exact: bool  # whether logits are to be computed in the statistics' dtype, whatever the products'
     shift: Tensor  # [m, 1] -binary, in the products' dtype if they subtract it
+
+
+@lru_cache(maxsize=256)
+def binary_factor(transform: Transform, wide: torch.dtype) -> float:
+    """L, by which `fill` turns z into an exponent of 2: log2 e, rounded as a constant of an op in ``wide`` is.
+
+    Where z is c h wᵀ, the constant that is rounded is c log2 e. L is off by up to 1e-8 of itself: 1e-4 of an exponent
+    of 1e4, were it taken for log2 e.
+    """
+    scale = plain_scale(transform) or 1.0
+    return torch.tensor(LOG2E * scale, dtype=wide).item() / scale
 
 
 def level_at(head: Head, at: Tensor, exact: bool) -> Level:
@@ -55,7 +68,8 @@ def level_at(head: Head, at: Tensor, exact: bool) -> Level:
     if work != wide and not exact and plain_scale(head.transform) is not None:
         shift = shift.to(work)
         binary = -shift[:, 0].to(wide)
-    return Level(binary, binary.to(fine_dtype(head.h.device.type)) / LOG2E, exact, shift)
+    natural = binary.to(fine_dtype(head.h.device.type)) / binary_factor(head.transform, wide)
+    return Level(binary, natural, exact, shift)
 
 
 def usual_level(head: Head, i: slice, labelled: Tensor, aim: float | None = None) -> Level:
