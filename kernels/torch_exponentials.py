@@ -72,6 +72,18 @@ def level_at(head: Head, at: Tensor, exact: bool) -> Level:
     return Level(binary, natural, exact, shift)
 
 
+def window_products(head: Head, i: slice) -> torch.dtype:
+    """The dtype in which the logits of window i are computed where a block of them is read as it is, without a level.
+
+    That of the products; wide where narrow ones would be far from 0. (Asked on the CPU only, elsewhere the answer would
+    have to be waited for.)
+    """
+    work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
+    if work == wide or head.h.device.type != "cpu" or i.stop == i.start:
+        return work
+    return wide if bool(sampled_level(head, i, work).abs().amax() > FAR) else work
+
+
 def usual_level(head: Head, i: slice, labelled: Tensor, aim: float | None = None) -> Level:
     """A level that serves most data, and no lse need be known for it; the row sums tell whether it did.
 

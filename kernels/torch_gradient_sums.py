@@ -43,7 +43,7 @@ class Sink:
         self.dcols = head.h.new_zeros(len(head.w), dtype=self.wide) if needs.cols else None
         self.uw: Tensor | None = None
         if self.g_sum is not None and scale is not None:
-            self.uw = weighted_columns(head) * scale if needs.h else None
+            self.uw = weighted_columns(head, self.wide) * scale if needs.h else None
             if self.dw is not None:
                 u = head.u if head.u.numel() else head.h.new_ones(len(head.w), dtype=self.wide)
                 self.dw.begin_with(u, weighted_hidden(head, self.g_sum) * scale)

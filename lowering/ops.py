@@ -4,8 +4,8 @@ Functional, tensors positional, fixed arity: what is absent travels as a tensor 
 its operands, asks the planner and calls one engine; importing this file registers the ops. It must not know
 how a head is computed or where in a program it came from.
 
-    head_stats           one sweep: the statistics                     lse, picked, sum, entropy, max, argmax, lse_low
-    head_stats_backward  one sweep: gradients for a per-row upstream   dh, dw, dcols, drows
+    head_stats           one sweep: the statistics, in the order of `contract.STATS`
+    head_stats_backward  one sweep: gradients for a per-row upstream: dh, dw, dcols, drows
     head_loss            one sweep: both, for a scalar loss that is linear in the statistics; and a zero, `tie`, that
                          ties the loss to the operands: loss + tie is the loss, and what flows back into tie is g
 """
@@ -36,13 +36,15 @@ _HEAD = "Tensor h, Tensor w, Tensor y, Tensor cols, Tensor rows, Tensor u"
 _NEEDS = "bool need_h, bool need_w, bool need_cols, bool need_rows"
 SCHEMAS = {
     "head_stats": f"({_HEAD}, str transform, str stats, int memory)"
-    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor entropy, Tensor max, Tensor argmax, Tensor lse_low)",
+    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor entropy, Tensor max, Tensor argmax, Tensor lse_low, "
+    "Tensor spread)",
     "head_stats_backward": "(Tensor g_lse, Tensor g_picked, Tensor g_sum, Tensor g_entropy, "
     f"{_HEAD}, Tensor lse, Tensor lse_low, Tensor entropy, str transform, int memory, {_NEEDS})"
     " -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
     "head_loss": f"({_HEAD}, Tensor c_lse, Tensor c_picked, Tensor c_sum, Tensor c_square, "
     f"str transform, str stats, int memory, {_NEEDS})"
-    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor dh, Tensor dw, Tensor dcols, Tensor drows, Tensor tie)",
+    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor dh, Tensor dw, Tensor dcols, Tensor drows, Tensor tie, "
+    "Tensor lse_low, Tensor spread)",
 }
 NONE = Needs(False, False, False, False)
 
@@ -114,10 +116,10 @@ def _head_stats(
     memory: int,
 ) -> tuple[Tensor, ...]:
     head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
-    short = {"lse", "picked", "sum"} if plain_scale(head.transform) is not None else {"lse", "picked"}
+    short = {"lse", "lse_low", "picked"} | ({"sum", "spread"} if plain_scale(head.transform) is not None else set())
     windows = _windows(head, NONE, memory, linear=True, row_scale=True, explicit=not want <= short)
     with as_written(head.h.device):
-        got: RowStats = _engine(head).head_stats(head, want, windows)
+        got: RowStats = _engine(head).head_stats(head, want - {"lse_low"}, windows)  # which comes with any lse
     return (
         _result(got.lse if want & {"lse", "entropy"} else None, h),
         _result(got.picked, h),
@@ -126,6 +128,7 @@ def _head_stats(
         _result(got.max, h),
         _result(got.argmax, h, torch.int64),
         _result(got.lse_low if want & {"lse", "entropy"} else None, h),
+        _result(got.spread if "spread" in want else None, h),
     )
 
 
@@ -182,11 +185,11 @@ def _head_loss(
     need_rows: bool,
 ) -> tuple[Tensor, ...]:
     head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
-    if want - {"lse", "picked", "sum"}:
-        raise ValueError(f"head_loss gives lse, picked and sum; {stats!r} asks for more")
+    if want - {"lse", "picked", "sum", "lse_low", "spread"}:
+        raise ValueError(f"head_loss gives lse, picked, sum, lse_low and spread; {stats!r} asks for more")
     needs = Needs(need_h, need_w, need_cols, need_rows)
     c = RowGrads(_given(c_lse), _given(c_picked), _given(c_sum), square=_given(c_square))
-    if "sum" in want and c.sum is None:
+    if want & {"sum", "spread"} and c.sum is None:
         c = c._replace(sum=h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype)))
     row_scale = _row_scale(head, c, needs)
     windows = _windows(head, needs, memory, linear=True, row_scale=row_scale, explicit=not row_scale)
@@ -198,6 +201,8 @@ def _head_loss(
         _result(got.sum if "sum" in want else None, h),
         *_gradients(grads, head),
         h.new_full((), -0.0, dtype=stat_dtype(h.dtype)) if got.tie is None else got.tie,
+        _result(got.lse_low, h),
+        _result(got.spread if "spread" in want else None, h),
     )
 
 

@@ -100,16 +100,16 @@ def test_a_decision_is_taken_on_rounded_logits_with_the_first_index_on_ties(any_
     h, w = torch.ones(1, 1), torch.tensor([[1.0], [3.0], [3.001], [2.0]])
     y = torch.zeros(1, 0, dtype=torch.int64)
     e = torch.empty(0)
-    *_, top, at, _ = OPS.head_stats(h, w, y, e, e, e, "round:bfloat16", "max,argmax", 0)
+    _, _, _, _, top, at, *_ = OPS.head_stats(h, w, y, e, e, e, "round:bfloat16", "max,argmax", 0)
     assert (top.item(), at.item()) == (3.0, 1)
-    *_, top, at, _ = OPS.head_stats(h, w, y, e, e, e, "", "max,argmax", 0)
+    _, _, _, _, top, at, *_ = OPS.head_stats(h, w, y, e, e, e, "", "max,argmax", 0)
     assert at.item() == 2
 
 
 def test_a_decision_on_a_bias_is_taken_on_the_sum_as_linear_rounds_it(any_cpu):
     h, w, bias = (torch.randn(*shape).bfloat16() for shape in ((512, 8), (700, 8), (700,)))
     e, y = torch.empty(0), torch.zeros(512, 0, dtype=torch.int64)
-    *_, top, at, _ = OPS.head_stats(h, w, y, bias.float()[None], e, e, "addcol:0 round:bfloat16", "max,argmax", 0)
+    *_, top, at, _, _ = OPS.head_stats(h, w, y, bias.float()[None], e, e, "addcol:0 round:bfloat16", "max,argmax", 0)
     z = F.linear(h, w, bias)
     assert torch.equal(at, z.argmax(1))
     assert torch.equal(top, z.amax(1).float())
@@ -143,7 +143,7 @@ def test_more_than_two_to_the_31_logits():
     with FakeTensorMode():
         h, w, y = torch.empty(n, 8), torch.empty(v, 8), torch.empty(n, 1, dtype=torch.int64)
         got = OPS.head_stats(h, w, y, torch.empty(0), torch.empty(0), torch.empty(0), "", "lse,picked", 0)
-    assert [tuple(x.shape) for x in got] == [(n,), (n, 1), (0,), (0,), (0,), (0,), (n,)]
+    assert [tuple(x.shape) for x in got] == [(n,), (n, 1), (0,), (0,), (0,), (0,), (n,), (0,)]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS[2:])
