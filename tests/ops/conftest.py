@@ -8,7 +8,12 @@ import torch
 from tests.ops.heads import MULTIPLIED, multiplies
 
 
-@pytest.fixture(params=MULTIPLIED, ids=lambda pair: f"{pair[0]} in {pair[1]}".replace("torch.", ""))
+def name(pair: tuple[torch.dtype, torch.dtype]) -> str:
+    dtype, products = (str(dtype).removeprefix("torch.") for dtype in pair)
+    return dtype if dtype == "float32" else f"{dtype} {'multiplied' if dtype == products else 'widened'}"
+
+
+@pytest.fixture(params=MULTIPLIED, ids=name)
 def multiplied(request, monkeypatch) -> tuple[torch.dtype, torch.dtype]:
     """The dtype of a head and that of its products."""
     multiplies(monkeypatch, *request.param)
