@@ -77,7 +77,7 @@ def engine_steps(case: shapes.Case) -> dict[str, Step]:
     want = frozenset({"lse", "picked"})
 
     def windows(**options: object) -> Windows:
-        return plan(n, v, d, dtype, "cuda", **options).windows  # type: ignore[arg-type]
+        return plan(n, v, d, dtype, "cuda", products=dtype, **options).windows  # type: ignore[arg-type]
 
     stats = engine.head_stats(head, want, windows())
     return {

@@ -128,8 +128,9 @@ def launch_all(case: Case) -> None:
 
     def windows(needs: Needs, **more: Any) -> Any:
         return plan(
-            n, v, d, case.dtype, "cuda", needs=needs, transform=head.transform, labels=case.labels, **more
-        ).windows
+            n, v, d, case.dtype, "cuda", products=case.dtype,
+            needs=needs, transform=head.transform, labels=case.labels, **more,
+        ).windows  # fmt: skip
 
     total = row if case.total else None
     one_sweep = not (case.needs.cols or case.needs.rows)

@@ -26,6 +26,7 @@ from torch.fx.node import map_arg
 from fusedhead.compat import HigherOrderOperator
 from fusedhead.emit import Emit, named
 from fusedhead.hoisting import hoist, overwritten
+from fusedhead.kernels.contract import STATS
 from fusedhead.places import Places
 from fusedhead.read import fake, name_of
 from fusedhead.tail_gradient import coefficients, dependent, needed, shape_only
@@ -45,6 +46,7 @@ aten = torch.ops.aten
 TRIES = 4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
 IN_HALF = "in float16 a gradient taken before the loss scale is known would underflow"
 TIE = 7  # which output of `head_loss` it is
+CONSTANT = {STATS.index("lse_low"): 8, STATS.index("spread"): 9}  # outputs without a gradient: of `head_stats`, of it
 NONE_NEEDED = "no gradient is needed"
 
 
@@ -76,10 +78,12 @@ def upgrade(*calls: Node, places: Places) -> str:
             return NONE_NEEDED
         if fake(call.args[0]).dtype == torch.float16:  # type: ignore[arg-type]
             return IN_HALF
-        asked = set(str(call.args[7]).split(","))
-        if asked - set(LINEAR_STATS):
-            return f"{', '.join(sorted(asked - set(LINEAR_STATS)))} is asked for as well"
-    return first_tail(calls, [user for call in calls for user in call.users if user.users], STATISTICS, places)
+        others = sorted(STATS.index(name) for name in str(call.args[7]).split(",") if name not in LINEAR_STATS)
+        if not CONSTANT.keys() >= set(others):
+            named = ", ".join(sorted(STATS[at] for at in others if at not in CONSTANT))
+            return f"{named} is asked for as well"
+    statistics = [user for call in calls for user in call.users if user.users and name_index(user) not in CONSTANT]
+    return first_tail(calls, statistics, STATISTICS, places)
 
 
 def first_tail(calls: Sequence[Node], statistics: Sequence[Node], form: Form, places: Places) -> str:
@@ -192,8 +196,12 @@ def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares
     tie = emit(operator.getitem, loss, TIE)
     for statistic, node in read.items():
         statistic.replace_all_uses_with(node)
-    for node in [*call.users, call]:
+    for node in list(call.users):
+        if node.users:
+            constant = emit(operator.getitem, loss, CONSTANT[name_index(node)])
+            node.replace_all_uses_with(named(constant, STATS[name_index(node)]))
         call.graph.erase_node(node)
+    call.graph.erase_node(call)
     named(loss, "head")
     for node in read.values():
         named(node, LINEAR_STATS[name_index(node.args[0])])  # type: ignore[arg-type]

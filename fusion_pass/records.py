@@ -13,11 +13,11 @@ import torch
 from torch.fx import Graph, Node
 
 from fusedhead.interpret import Site
-from fusedhead.kernels.columns import parse
+from fusedhead.kernels.columns import parse, plain_scale
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.row_program import read
 from fusedhead.kernels.row_windows import operands
-from fusedhead.kernels.torch_blocks import plain_scale
+from fusedhead.kernels.torch_products import product_dtype
 from fusedhead.linear_tail import NONE_NEEDED
 from fusedhead.lowering.plan import Plan, plan
 from fusedhead.lowering.row_ops import windows_of
@@ -43,11 +43,12 @@ def planner(call: Node, memory: int) -> Callable[[bool, int], Plan]:
     needs = Needs(*(x.requires_grad for x in (h, w, cols, rows)))
     transform = parse(str(call.args[6]))
     asked = set(str(call.args[7]).split(","))
-    short = {"lse", "picked", "sum"} if plain_scale(transform) is not None else {"lse", "picked"}
+    short = {"lse", "lse_low", "picked"} | ({"sum", "spread"} if plain_scale(transform) is not None else set())
 
     def planned(linear: bool, tokens: int) -> Plan:
         return plan(
             tokens, int(w.shape[0]), int(w.shape[1]), h.dtype, w.device.type,
+            products=product_dtype(h.dtype, w.device.type),
             needs=needs, linear=linear, explicit=not asked <= short, transform=transform, memory=memory,
         )  # fmt: skip
 

@@ -64,7 +64,8 @@ def grown(head: HeadRecord, min_logits: str | int) -> str:
     if min_logits != "auto" or head.least or head.materialised or head.workspace_bytes <= share * head.bytes_logits:
         return ""
     held, logits = mebibytes(head.workspace_bytes), mebibytes(head.bytes_logits)
-    return f"its windows would hold {held}, more than its logits, {logits} (with fusedhead.min_logits=0 it would be fused)"
+    remedy = "with fusedhead.min_logits=0 it would be fused"
+    return f"its windows would hold {held}, more than its logits, {logits} ({remedy})"
 
 
 def gate(

@@ -27,6 +27,8 @@ class Statistics:
     entropy: Node | None = None  # [N] float32
     max: Node | None = None  # [N] float32
     argmax: Node | None = None  # [N] int64
+    lse_low: Node | None = None  # [N] float32, what rounding took off lse
+    spread: Node | None = None  # [N] float32, Σ_v u_v (lse - z), a constant: `differences` gives it its gradient
 
 
 @dataclass(frozen=True, eq=False)

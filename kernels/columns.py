@@ -104,6 +104,17 @@ def parse(text: str) -> Transform:
     return Transform(tuple(steps))
 
 
+def plain_scale(transform: Transform) -> float | None:
+    """c where the transform is z · c up to rounding steps, None where it is more than that."""
+    scale = 1.0
+    for op, value in transform.steps:
+        if op == "mul":
+            scale *= float(value)
+        elif op != "round":
+            return None
+    return scale
+
+
 def apply(transform: Transform, z: Tensor, cols: Tensor, rows: Tensor, *, decide: bool = False) -> Tensor:
     """The transformed logits, out of place.
 

@@ -11,7 +11,8 @@ float32 and per row. This file knows nothing of graphs, ops or autograd.
 
 ``head_stats`` is one sweep over z. ``head_stats_backward`` sweeps again, rebuilding z window by window, for any
 per-row upstream gradient. The lse goes from one to the other as the unevaluated sum of two numbers: half a unit of
-an lse of 200 is 8e-6 of every probability, where eager code, which subtracts the maximum first, errs by 1e-7.
+an lse of 200 is 8e-6 of every probability, where eager code, which subtracts the maximum first, errs by 1e-7. So does
+a difference in the graph: lse - z_y is taken as (lse - z_y) + lse_low, and Σ u (lse - z) has the digits of ``spread``.
 ``head_loss`` is the single sweep for a scalar loss that is linear in the statistics: its coefficients are the
 upstream gradients, known before the sweep, so that the gradients come out of it too.
 
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from fusedhead.kernels.columns import Transform
 
-STATS = ("lse", "picked", "sum", "entropy", "max", "argmax")
+STATS = ("lse", "picked", "sum", "entropy", "max", "argmax", "lse_low", "spread")
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,6 +63,7 @@ class RowStats(NamedTuple):
     max: Tensor | None = None  # [N] float32, of z as the program rounds it (Transform steps `round`)
     argmax: Tensor | None = None  # [N] int64, the first index on ties, of z as the program rounds it
     lse_low: Tensor | None = None  # [N] float32, finite, what rounding took off lse: p = exp((z - lse) - lse_low)
+    spread: Tensor | None = None  # [N] float32, Σ_v u_v (lse - z[i, v]): without the digits that lse and sum lose alike
     tie: Tensor | None = None  # [] float32, -0.0: of head_loss, where a kernel writes it at no cost
 
 

@@ -30,4 +30,5 @@ def row_stats(head: Head) -> RowStats:
         max=top[0],
         argmax=top[1],
         lse_low=z.new_zeros(len(z)),
+        spread=-(logp @ u if u.numel() else logp.sum(1)),
     )

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.columns import Transform, apply
+from fusedhead.kernels.columns import apply
 from fusedhead.kernels.contract import Head, stat_dtype
+from fusedhead.kernels.torch_products import product_dtype
 
 LOG2E = math.log2(math.e)  # exp x = exp2(x log2 e): torch's exp2 is three times faster than its exp on a CPU
 BLOCK_BYTES = 8 << 20  # of one block of float32 logits: it shares a third-level cache; smaller costs 5-20 %
@@ -48,21 +49,15 @@ def strip_columns(tokens: int, columns: int, itemsize: int) -> int:
     return max(1, min(columns, max(BLOCK_COLUMNS, fit // EVEN * EVEN)))
 
 
+def widened_columns(tokens: int, columns: int, hidden: int, itemsize: int) -> int:
+    """Columns of one strip that is widened to be multiplied, with its rows of w [columns, hidden]: half a strip."""
+    fit = min(STRIP_BYTES // 2 // max(1, tokens * itemsize), BLOCK_BYTES // max(1, hidden * itemsize))
+    return max(1, min(columns, max(BLOCK_COLUMNS, fit // EVEN * EVEN)))
+
+
 def piece_rows(tokens: int, columns: int, itemsize: int) -> int:
     """Rows that a chain of steps takes at once, of a block of ``tokens`` rows and ``columns``."""
     return max(1, min(tokens, PIECE_BYTES // max(1, columns * itemsize)))
-
-
-def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The dtype of a head's matrix products: its own where the hardware multiplies it fast, else float32.
-
-    float16 is always widened, because exp z would leave its range.
-    """
-    if dtype == torch.bfloat16:
-        on_cpu = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)  # a torch that cannot say: not
-        native = device_type == "cuda" or (device_type == "cpu" and on_cpu())
-        return dtype if native else torch.float32
-    return stat_dtype(dtype)
 
 
 def fine_dtype(device_type: str) -> torch.dtype:
@@ -75,17 +70,6 @@ def rounded_off(total: Tensor, whole: Tensor, part: Tensor) -> Tensor:
     back = total - whole
     low = (whole - (total - back)) + (part - back)
     return torch.where(low.isfinite(), low, 0)
-
-
-def plain_scale(transform: Transform) -> float | None:
-    """c where the transform is z · c up to rounding steps, None where it is more than that."""
-    scale = 1.0
-    for op, value in transform.steps:
-        if op == "mul":
-            scale *= float(value)
-        elif op != "round":
-            return None
-    return scale
 
 
 def vectors(head: Head, i: slice, v: slice) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fusedhead.kernels.column_gradients import pull_back, record
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
-from fusedhead.kernels.torch_blocks import LOG2E, block_columns, cuts, product_dtype, vectors
-from fusedhead.kernels.torch_exponentials import block_buffers
+from fusedhead.kernels.torch_blocks import LOG2E, block_columns, cuts, vectors
+from fusedhead.kernels.torch_exponentials import block_buffers, window_products
 from fusedhead.kernels.torch_gradient_sums import accumulate_product
+from fusedhead.kernels.torch_products import product_dtype
 from fusedhead.kernels.torch_weight_gradient import WeightGradient
 
 
@@ -64,14 +65,17 @@ def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, wind
     dcols = torch.zeros_like(head.cols, dtype=wide) if needs.cols else None
     drows = torch.zeros_like(head.rows, dtype=wide) if needs.rows else None
     for i in cuts(n, tokens):
-        h = head.h[i].to(work)
+        h, logits_in = head.h[i].to(work), window_products(head, i)
         m = len(h)
         product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
         for v in cuts(vocab, columns):
             size = m * (v.stop - v.start)
-            w = head.w[v].to(work)
-            raw = torch.mm(h, w.t(), out=buffers.work[:size].view(m, -1))
-            z = raw if work == wide else buffers.wide[:size].view(m, -1).copy_(raw)
+            w, raw = head.w[v].to(work), buffers.work[:size].view(m, -1)
+            if logits_in == work:
+                torch.mm(h, w.t(), out=raw)
+                z = raw if work == wide else buffers.wide[:size].view(m, -1).copy_(raw)
+            else:
+                z = torch.mm(h.to(wide), w.to(wide).t(), out=buffers.wide[:size].view(m, -1))
             cols, rows = vectors(head, i, v)
             z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
             dz = _dz(head, upstream, stats, i, v, z)

@@ -8,12 +8,15 @@ is known. What goes into the matrix products of the backward is E' = E ∂z/∂(
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedhead.kernels.column_gradients import Tape, pull_back, record
+from fusedhead.kernels.columns import Transform, plain_scale
 from fusedhead.kernels.contract import Head, stat_dtype
 from fusedhead.kernels.torch_blocks import (
     LOG2E,
@@ -25,24 +28,36 @@ from fusedhead.kernels.torch_blocks import (
     label_logits,
     label_vectors,
     piece_rows,
-    plain_scale,
-    product_dtype,
+    row_maximum,
     sampled_level,
     vectors,
 )
+from fusedhead.kernels.torch_products import product_dtype
 
 FAR = 64.0  # a bfloat16 product cannot subtract a level further from 0 than this without losing a fraction of 1
 
 
 class Level(NamedTuple):
-    """What exp is relative to in one window: 2^(z log2 e - binary) is computed, and binary = natural · log2
-    e.
+    """What exp is relative to in one window: 2^(L z - binary) is computed, with L near log2 e, and binary = L natural.
+
+    L is what `binary_factor` says, so that a level of any size is where the exponentials say it is.
     """
 
     binary: Tensor  # [m] finite, in the statistics' dtype; for a plain z exact in the products' dtype
     natural: Tensor  # [m] fine
     exact: bool  # whether logits are to be computed in the statistics' dtype, whatever the products'
     shift: Tensor  # [m, 1] -binary, in the products' dtype if they subtract it
+
+
+@lru_cache(maxsize=256)
+def binary_factor(transform: Transform, wide: torch.dtype) -> float:
+    """L, by which `fill` turns z into an exponent of 2: log2 e, rounded as a constant of an op in ``wide`` is.
+
+    Where z is c h wᵀ, the constant that is rounded is c log2 e. L is off by up to 1e-8 of itself: 1e-4 of an exponent
+    of 1e4, were it taken for log2 e.
+    """
+    scale = plain_scale(transform) or 1.0
+    return torch.tensor(LOG2E * scale, dtype=wide).item() / scale
 
 
 def level_at(head: Head, at: Tensor, exact: bool) -> Level:
@@ -53,18 +68,42 @@ def level_at(head: Head, at: Tensor, exact: bool) -> Level:
     if work != wide and not exact and plain_scale(head.transform) is not None:
         shift = shift.to(work)
         binary = -shift[:, 0].to(wide)
-    return Level(binary, binary.to(fine_dtype(head.h.device.type)) / LOG2E, exact, shift)
+    natural = binary.to(fine_dtype(head.h.device.type)) / binary_factor(head.transform, wide)
+    return Level(binary, natural, exact, shift)
 
 
-def usual_level(head: Head, i: slice, labelled: Tensor) -> Level:
+def window_products(head: Head, i: slice) -> torch.dtype:
+    """The dtype in which the logits of window i are computed where a block of them is read as it is, without a level.
+
+    That of the products; wide where narrow ones would be far from 0. (Asked on the CPU only, elsewhere the answer would
+    have to be waited for.)
+    """
+    work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
+    if work == wide or head.h.device.type != "cpu" or i.stop == i.start:
+        return work
+    return wide if bool(sampled_level(head, i, work).abs().amax() > FAR) else work
+
+
+def usual_level(head: Head, i: slice, labelled: Tensor, aim: float | None = None) -> Level:
     """A level that serves most data, and no lse need be known for it; the row sums tell whether it did.
 
     ``labelled`` [m, K] are the logits of the labels: where one is likely, it is where z - level must round least.
+    With ``aim`` it is where the row sums come out about that large.
     """
+    if aim is not None:
+        log_v = math.log(max(1, len(head.w)))
+        lse = above(sampled_level(head, i, product_dtype(head.h.dtype, head.h.device.type)) + log_v, labelled)
+        return level_at(head, lse - math.log(aim), True)
     work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
     level = above(sampled_level(head, i, work), labelled)
     far = work != wide and level.numel() > 0 and bool(level.abs().amax() > FAR)
     return level_at(head, above(sampled_level(head, i, wide), labelled) if far else level, far)
+
+
+def below_maximum(head: Head, i: slice, columns: int, aim: float | None, exact: bool) -> Level:
+    """The largest logit of each row, by a sweep in blocks of ``columns``; with ``aim`` where its E is that large."""
+    most = row_maximum(head, i, columns)
+    return level_at(head, most if aim is None else most - math.log(aim), exact)
 
 
 def above(level: Tensor, labelled: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedhead.kernels.columns import plain_scale
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, Windows, stat_dtype
-from fusedhead.kernels.torch_blocks import label_rows, plain_scale
+from fusedhead.kernels.torch_blocks import label_rows
 from fusedhead.kernels.torch_sums import weighted_columns, weighted_hidden
 from fusedhead.kernels.torch_weight_gradient import WeightGradient
 
@@ -42,7 +43,7 @@ class Sink:
         self.dcols = head.h.new_zeros(len(head.w), dtype=self.wide) if needs.cols else None
         self.uw: Tensor | None = None
         if self.g_sum is not None and scale is not None:
-            self.uw = weighted_columns(head) * scale if needs.h else None
+            self.uw = weighted_columns(head, self.wide) * scale if needs.h else None
             if self.dw is not None:
                 u = head.u if head.u.numel() else head.h.new_ones(len(head.w), dtype=self.wide)
                 self.dw.begin_with(u, weighted_hidden(head, self.g_sum) * scale)

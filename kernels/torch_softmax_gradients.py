@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedhead.kernels.columns import plain_scale
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, Windows, stat_dtype
 from fusedhead.kernels.torch_blocks import (
     block_columns,
@@ -25,17 +26,23 @@ from fusedhead.kernels.torch_blocks import (
     fine_dtype,
     first_of_equal,
     label_cells,
-    plain_scale,
-    product_dtype,
-    row_maximum,
     sampled_level,
     strip_columns,
+    widened_columns,
 )
-from fusedhead.kernels.torch_exponentials import Level, block_buffers, fill, label_terms, level_at, usual_level
+from fusedhead.kernels.torch_exponentials import (
+    Level,
+    below_maximum,
+    block_buffers,
+    fill,
+    label_terms,
+    level_at,
+    usual_level,
+)
 from fusedhead.kernels.torch_gradient_sums import Sink, accumulate_product, bias_slopes
+from fusedhead.kernels.torch_products import kept_dtype, kept_range, product_dtype
 
-SAFE = 1e20  # row sums of E within [1/SAFE, SAFE] lose nothing in float32 or bfloat16
-NEAR = 40.0  # a level this far from the lse at most: exp of the distance stays within SAFE
+NEAR = 40.0  # a level this far from the lse at most: exp of the distance stays within `kept_range`
 
 
 def serves(head: Head, upstream: RowGrads, needs: Needs) -> bool:
@@ -81,7 +88,8 @@ def _factors(
 def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[Tensor, Tensor, HeadGrads]:
     """lse [N] (fine), picked [N, K] and the gradients of Σ c · statistics (+ Σ c.square lse²).
 
-    FLOP 6 NDV; memory: E' of one window (windows.tokens x V) where w wants a gradient, else one block.
+    FLOP 6 NDV; memory: E' of one window (windows.tokens x V) where w wants a gradient, else one block. A window that is
+    kept narrower than it is multiplied (`kept_dtype`) is widened strip by strip.
     """
     lse = head.h.new_empty(len(head.h), dtype=fine_dtype(head.h.device.type))
     z, slope = label_terms(head, slice(0, len(head.h)))
@@ -98,11 +106,15 @@ def _sweep(
     work = product_dtype(head.h.dtype, head.h.device.type)
     tokens = min(windows.tokens, n)
     columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
-    blocks = list(cuts(vocab, columns))
     keep = needs.w or needs.cols
-    flat = head.h.new_empty(tokens * (vocab if keep else columns), dtype=work)
+    kept = kept_dtype(head.h.dtype, work, head.transform) if keep else work
+    if kept != work:
+        columns = widened_columns(tokens, columns, head.h.shape[1], wide.itemsize)
+    blocks = list(cuts(vocab, columns))
+    flat = head.h.new_empty(tokens * (vocab if keep else columns), dtype=kept)
     strip = strip_columns(tokens, columns, wide.itemsize) if keep else columns
-    spare = head.h.new_empty(0 if work == wide else tokens * strip, dtype=wide)
+    spare = head.h.new_empty(0 if kept == wide else tokens * strip, dtype=wide)
+    least, aim, most = kept_range(kept, head.transform)
     c_lse, c_picked = _prepared(head, c)
     scale = plain_scale(head.transform)
     for i in cuts(n, tokens):
@@ -111,7 +123,7 @@ def _sweep(
         z, slope = labelled[i], slopes[i]
         first, cells = first_of_equal(head.y[i]), label_cells(head, i)
         on_cpu = head.h.device.type == "cpu"
-        level = usual_level(head, i, z) if on_cpu else level_at(head, row_maximum(head, i, strip), False)
+        level = usual_level(head, i, z, aim) if on_cpu else below_maximum(head, i, strip, aim, False)
         certain = not on_cpu
         while True:
             parts: list[Tensor] = []
@@ -119,13 +131,16 @@ def _sweep(
             for v in blocks:
                 e = flat[m * v.start if keep else 0 :][: m * (v.stop - v.start)].view(m, v.stop - v.start)
                 w = head.w[v].to(work)
-                parts += fill(head, i, v, h, w, level, cells, e, spare, keep or needs.h)
+                into = e if kept == work else spare[: e.numel()].view(e.shape)
+                parts += fill(head, i, v, h, w, level, cells, into, spare, keep or needs.h)
                 if needs.h:
-                    accumulate_product(product, e, w)
+                    accumulate_product(product, into, w)
+                if into is not e:
+                    e.copy_(into)
             total, others = _totals(parts, z, level, first)
-            if certain or bool(((total > 1 / SAFE) & (total < SAFE)).all()):
+            if certain or bool(((total > least) & (total < most)).all()):
                 break
-            level, certain = level_at(head, row_maximum(head, i, strip), True), True
+            level, certain = below_maximum(head, i, strip, aim, True), True
         lse[i] = at = level.natural + total.log()
         g = c_lse[i] if c.square is None else c_lse[i] + 2 * c.square[i] * at
         s, t = (x.to(wide) for x in _factors(g, c_picked[i], total, others, first, slope, scale))
@@ -134,6 +149,8 @@ def _sweep(
             hs = (h * s[:, None]).to(work)
             for v in blocks:
                 e = flat[m * v.start :][: m * (v.stop - v.start)].view(m, v.stop - v.start)
+                if kept != work:
+                    e = spare[: e.numel()].view(e.shape).copy_(e)
                 sink.block(i, v, e, hs, s)
             sink.labels(i, t)
 

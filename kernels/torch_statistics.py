@@ -20,13 +20,15 @@ from fusedhead.kernels.torch_blocks import (
     LOG2E,
     block_columns,
     cuts,
+    fine_dtype,
     label_logits,
     label_vectors,
-    product_dtype,
     rounded_off,
     vectors,
 )
-from fusedhead.kernels.torch_exponentials import block_buffers
+from fusedhead.kernels.torch_exponentials import block_buffers, window_products
+from fusedhead.kernels.torch_products import product_dtype
+from fusedhead.kernels.torch_sums import spread_of
 
 
 class Partial(NamedTuple):
@@ -37,11 +39,14 @@ class Partial(NamedTuple):
     moment: Tensor | None
 
 
-def partial_of(z: Tensor, entropy: bool) -> Partial:
-    """The partial of a block z [m, v], which is overwritten."""
+def finite_maximum(z: Tensor) -> Tensor:
+    """The largest entry of each row [m], 0 where it is not finite."""
     most = z.amax(1)
-    most = torch.where(most.isfinite(), most, 0)
-    z.sub_(most[:, None])
+    return torch.where(most.isfinite(), most, 0)
+
+
+def partial_of(z: Tensor, most: Tensor, entropy: bool) -> Partial:
+    """The partial of a block z - most [m, v], which is overwritten."""
     if not entropy:
         return Partial(most, z.mul_(LOG2E).exp2_().sum(1), None)
     e = (z * LOG2E).exp2_()
@@ -80,25 +85,27 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
     buffers = block_buffers(head, tokens, columns)
     decide, entropy = bool(want & {"max", "argmax"}), "entropy" in want
-    soft, summed = bool(want & {"lse", "entropy"}), "sum" in want
+    soft, summed = bool(want & {"lse", "entropy"}), bool(want & {"sum", "spread"})
+    fine = fine_dtype(head.h.device.type)
     out = {name: head.h.new_empty(n, dtype=wide) for name in ("lse", "sum", "entropy", "max", "lse_low")}
+    total = head.h.new_zeros(n, dtype=fine)
     argmax = head.h.new_empty(n, dtype=torch.int64)
-    rounds, chain = head.transform.smooth != head.transform, head.transform
-    bias = rounded_bias(chain, work) if decide else None
-    if bias is not None:
-        chain = Transform(chain.steps[2:])
+    rounds = head.transform.smooth != head.transform
     for i in cuts(n, tokens):
-        h = head.h[i].to(work)
-        m = len(h)
+        h = head.h[i].to(window_products(head, i))
+        m, chain = len(h), head.transform
+        bias = rounded_bias(chain, h.dtype) if decide else None
+        if bias is not None:
+            chain = Transform(chain.steps[2:])
         state: Partial | None = None
         for v in cuts(vocab, columns):
             size = m * (v.stop - v.start)
-            raw, w = buffers.work[:size].view(m, -1), head.w[v].to(work)
+            raw, w = (buffers.wide if h.dtype != work else buffers.work)[:size].view(m, -1), head.w[v].to(h.dtype)
             if bias is None:
                 torch.mm(h, w.t(), out=raw)
             else:
                 torch.addmm(head.cols[bias, v].to(work), h, w.t(), out=raw)
-            z = raw if work == wide else buffers.wide[:size].view(m, -1).copy_(raw)
+            z = raw if h.dtype == wide else buffers.wide[:size].view(m, -1).copy_(raw)
             cols, rows = vectors(head, i, v)
             if decide and rounds:
                 best, at = apply(chain, z, cols, rows, decide=True).max(1)
@@ -109,11 +116,17 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
                 new = _better(best, out["max"][i]) if v.start else torch.ones_like(at, dtype=torch.bool)
                 out["max"][i] = torch.where(new, best, out["max"][i])
                 argmax[i] = torch.where(new, at + v.start, argmax[i])
-            if summed:
-                part = z @ head.u[v].to(wide) if head.u.numel() else z.sum(1)
-                out["sum"][i] = out["sum"][i] + part if v.start else part
             if soft:
-                here = partial_of(z, entropy)
+                most = finite_maximum(z)
+                z.sub_(most[:, None])
+            if summed:  # relative to the maximum: digits that all logits share are not lost in the sum
+                u = head.u[v].to(wide) if head.u.numel() else head.u
+                part = (z @ u if u.numel() else z.sum(1)).to(fine)
+                if soft:
+                    part += most.to(fine) * (u.sum(dtype=fine) if u.numel() else z.shape[1])
+                total[i] = total[i] + part if v.start else part
+            if soft:
+                here = partial_of(z, most, entropy)
                 state = here if state is None else merge(state, here)
         if state is not None:
             log_total = state.total.log()
@@ -121,6 +134,10 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
             out["lse_low"][i] = rounded_off(lse, state.most, log_total)
             if state.moment is not None:
                 out["entropy"][i] = log_total - state.moment / state.total
+    if summed:
+        out["sum"].copy_(total)
+    if "spread" in want:
+        out["spread"] = spread_of(head, out["lse"].to(fine) + out["lse_low"].to(fine), total)
     given = {name: x for name, x in out.items() if name in want}
     given |= {name: out[name] for name in ("lse", "lse_low")}
     return RowStats(

@@ -47,6 +47,8 @@ class WeightGradient:
         into, fresh = self.sum[v], first and not self.started
         if into.dtype == e.dtype:
             torch.mm(e.t(), h, out=into) if fresh else into.addmm_(e.t(), h)
+        elif e.dtype == self.wide:  # `add_` of two dtypes would hold this three times
+            into.copy_(e.t() @ h if fresh else into.to(self.wide).addmm_(e.t(), h))
         elif fresh:
             into.copy_(e.t() @ h)
         else:

@@ -2,7 +2,7 @@
 
 The three functions of `contract` for logits too few for windows to pay: one product z = h wᵀ [N, V], its softmax, and
 the gradients' two products, in about as many calls as eager code takes. What a call costs the host, not the memory, is
-the price of such a head. Statistics other than lse and picked, and gradients of any per-row upstream, come from the
+the price of such a head. Other statistics than lse, picked and sums, and gradients of any per-row upstream come from the
 window engine's own sweeps over a single block.
 
     head_loss            z, E = exp(z - max z), dz in the place of E, dh, dw       3 products
@@ -22,8 +22,11 @@ from torch import Tensor
 from fusedhead.kernels import torch_dlogits, torch_windows
 from fusedhead.kernels.column_gradients import Tape, pull_back, record
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
-from fusedhead.kernels.torch_blocks import product_dtype, rounded_off, vectors
+from fusedhead.kernels.torch_blocks import rounded_off, vectors
+from fusedhead.kernels.torch_products import product_dtype
 from fusedhead.kernels.torch_windows import NOTHING
+
+ALL = frozenset({"lse", "picked", "sum", "spread"})  # that come out of one softmax
 
 
 class Softmax(NamedTuple):
@@ -34,6 +37,7 @@ class Softmax(NamedTuple):
     total: Tensor  # [N] row sums of e
     picked: Tensor  # [N, K] z at the labels
     summed: Tensor | None  # [N] Σ u z, where asked
+    spread: Tensor | None  # [N] Σ u (lse - z), with the sum
     tape: Tape
 
 
@@ -43,24 +47,40 @@ def softmax(head: Head, needs: Needs, cols: Tensor, rows: Tensor, summed: bool) 
     z = torch.mm(head.h.to(work), head.w.to(work).t()).to(wide)
     z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
     picked = z.gather(1, head.y)
+    u = head.u.to(wide)
     total_u = None
     if summed:
-        total_u = torch.mv(z, head.u.to(wide)) if head.u.numel() else z.sum(1)
+        total_u = torch.mv(z, u) if u.numel() else z.sum(1)
     most = z.amax(1).nan_to_num_(0, 0, 0)
-    e = z.sub_(most[:, None]).exp_()
-    return Softmax(e, most, e.sum(1), picked, total_u, tape)
+    z.sub_(most[:, None])
+    shifted = None
+    if summed:  # a second sum, without the digits that all logits of a row share
+        shifted = torch.mv(z, u) if u.numel() else z.sum(1)
+    e = z.exp_()
+    total = e.sum(1)
+    spread = None if shifted is None else total.log() * (u.sum() if u.numel() else len(head.w)) - shifted
+    return Softmax(e, most, total, picked, total_u, spread, tape)
+
+
+def statistics(of: Softmax, want: frozenset[str]) -> RowStats:
+    """The lse as two numbers, and what else is asked for."""
+    log_total = of.total.log()
+    lse = of.most + log_total
+    return RowStats(
+        lse,
+        of.picked if "picked" in want else None,
+        of.summed if "sum" in want else None,
+        lse_low=rounded_off(lse, of.most, log_total),
+        spread=of.spread if "spread" in want else None,
+    )
 
 
 def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     """The statistics in ``want``, see `contract.RowStats`."""
-    if not want <= {"lse", "picked", "sum"} or not len(head.w):
+    if not want <= ALL or not len(head.w):
         return torch_windows.head_stats(head, want, windows)
     cols, rows = vectors(head, slice(None), slice(None))
-    of = softmax(head, NOTHING, cols, rows, "sum" in want)
-    log_total = of.total.log()
-    lse = of.most + log_total
-    low = rounded_off(lse, of.most, log_total)
-    return RowStats(lse, of.picked if "picked" in want else None, of.summed, lse_low=low)
+    return statistics(softmax(head, NOTHING, cols, rows, bool(want & {"sum", "spread"})), want)
 
 
 def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
@@ -77,7 +97,7 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     c, wide = coefficients, stat_dtype(head.h.dtype)
     cols, rows = vectors(head, slice(None), slice(None))
     of = softmax(head, needs, cols, rows, c.sum is not None)
-    stats = RowStats(of.most + of.total.log(), of.picked, of.summed)
+    stats = statistics(of, ALL)
     if not any(needs):
         return stats, HeadGrads(None, None, None, None)
     # a row with an infinite logit has NaN throughout, as in log_softmax: 0 times its sum

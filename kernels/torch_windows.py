@@ -13,33 +13,48 @@ It must not know how large the windows should be (`fusedhead.lowering.plan` deci
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fusedhead.kernels import torch_dlogits, torch_softmax_gradients, torch_statistics
-from fusedhead.kernels.columns import dropped
+from fusedhead.kernels.columns import dropped, plain_scale
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
-from fusedhead.kernels.torch_blocks import fine_dtype, plain_scale, rounded_off
-from fusedhead.kernels.torch_sums import weighted_sums
+from fusedhead.kernels.torch_blocks import fine_dtype, rounded_off
+from fusedhead.kernels.torch_sums import spread_of, weighted_sums
 
 NOTHING = Needs(False, False, False, False)
 
 
 def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     """One sweep over z for the statistics in ``want``, see `contract.RowStats`."""
-    scale = plain_scale(head.transform)
-    swept = want - {"sum"} if scale is not None else want
+    scale, wide = plain_scale(head.transform), stat_dtype(head.h.dtype)
+    swept = want - {"sum", "spread"} if scale is not None else want
+    if "spread" in want:
+        swept |= {"lse"}
     if swept <= {"picked"}:
         picked = torch_statistics.picked_logits(head, windows.tokens) if swept else None
-        stats = RowStats(head.h.new_empty(0, dtype=stat_dtype(head.h.dtype)), picked)
+        stats = RowStats(head.h.new_empty(0, dtype=wide), picked)
     elif swept <= {"lse", "picked"}:
         lse, picked, _ = torch_softmax_gradients.single_pass(head, RowGrads(), NOTHING, windows)
-        narrow = lse.to(stat_dtype(head.h.dtype))
-        low = rounded_off(narrow, lse, torch.zeros_like(lse)).to(narrow.dtype)
-        stats = RowStats(narrow, picked if "picked" in want else None, lse_low=low)
+        stats = two_numbers(lse, wide)._replace(picked=picked if "picked" in want else None)
     else:
         stats = torch_statistics.sweep(head, swept, windows)
-    if "sum" in want and scale is not None:
-        stats = stats._replace(sum=weighted_sums(head, scale))
+    if want & {"sum", "spread"} and scale is not None:
+        total = weighted_sums(head, scale)
+        spread = spread_of(head, one_number(stats, total.dtype), total) if "spread" in want else None
+        stats = stats._replace(sum=total.to(wide) if "sum" in want else None, spread=spread)
     return stats
+
+
+def two_numbers(lse: Tensor, wide: torch.dtype) -> RowStats:
+    """A fine lse [N] as the sum of two numbers of the statistics' dtype."""
+    high = lse.to(wide)
+    return RowStats(high, lse_low=rounded_off(high, lse, torch.zeros_like(lse)).to(wide))
+
+
+def one_number(stats: RowStats, fine: torch.dtype) -> Tensor:
+    """The lse [N] as one fine number."""
+    lse = stats.lse.to(fine)
+    return lse if stats.lse_low is None else lse + stats.lse_low.to(fine)
 
 
 def _by_row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
@@ -61,8 +76,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     if _by_row_scale(head, upstream, needs):
         if upstream.lse is None and upstream.square is None:
             return torch_softmax_gradients.labels_alone(head, upstream, needs, windows)
-        fine = fine_dtype(head.h.device.type)
-        lse = stats.lse.to(fine) if stats.lse_low is None else stats.lse.to(fine) + stats.lse_low.to(fine)
+        lse = one_number(stats, fine_dtype(head.h.device.type))
         return torch_softmax_gradients.known_lse(head, upstream, lse, needs, windows)
     return torch_dlogits.backward(head, upstream, stats, needs, windows)
 
@@ -75,7 +89,7 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     """
     scale, wide = plain_scale(head.transform), stat_dtype(head.h.dtype)
     if not _by_row_scale(head, coefficients, needs):
-        want = {"lse", "picked"} | ({"sum"} if coefficients.sum is not None else set())
+        want = {"lse", "picked"} | ({"sum", "spread"} if coefficients.sum is not None else set())
         stats = head_stats(head, frozenset(want), windows)
         return stats, torch_dlogits.backward(head, coefficients, stats, needs, windows)
     whole_rows = windows.vocab >= len(head.w) or not (needs.w or needs.cols)
@@ -83,5 +97,8 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     lse, picked, grads = torch_softmax_gradients.single_pass(head, coefficients, at_once, windows)
     if not whole_rows:
         grads = torch_softmax_gradients.known_lse(head, coefficients, lse, needs, windows)
-    summed = None if coefficients.sum is None or scale is None else weighted_sums(head, scale)
-    return RowStats(lse.to(wide), picked, summed), grads
+    stats = two_numbers(lse, wide)._replace(picked=picked)
+    if coefficients.sum is not None and scale is not None:
+        total = weighted_sums(head, scale)
+        stats = stats._replace(sum=total.to(wide), spread=spread_of(head, lse, total))
+    return stats, grads

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fusedhead.kernels.column_gradients import windows_held, windows_passing
-from fusedhead.kernels.columns import Transform
+from fusedhead.kernels.columns import Transform, plain_scale
 from fusedhead.kernels.contract import Needs, stat_dtype
 from fusedhead.kernels.torch_blocks import (
     GATHER_BYTES,
@@ -17,10 +17,10 @@ from fusedhead.kernels.torch_blocks import (
     block_columns,
     fine_dtype,
     piece_rows,
-    plain_scale,
-    product_dtype,
     strip_columns,
+    widened_columns,
 )
+from fusedhead.kernels.torch_products import kept_dtype
 
 
 def workspace(
@@ -30,6 +30,7 @@ def workspace(
     k: int,
     dtype: torch.dtype,
     device_type: str,
+    products: torch.dtype,
     transform: Transform,
     needs: Needs,
     tokens: int,
@@ -40,13 +41,17 @@ def workspace(
 ) -> int:
     """Bytes at the peak of one sweep over windows of tokens x vocab.
 
-    ``keep`` says that a window of exponentials [tokens, v] is held (one sweep for loss and gradients) and
-    ``explicit`` that dz is written out (`torch_dlogits`, `torch_statistics`) and not only exponentials.
+    ``products`` is the dtype of the matrix products (`torch_products`). ``keep`` says that a window of exponentials
+    [tokens, v] is held (one sweep for loss and gradients) and ``explicit`` that dz is written out (`torch_dlogits`,
+    `torch_statistics`) and not only exponentials.
     """
-    work, wide = product_dtype(dtype, device_type), stat_dtype(dtype)
-    narrow, widened = work != wide, work != dtype
+    work, wide = products, stat_dtype(dtype)
+    kept = kept_dtype(dtype, products, transform) if keep else work
+    narrow, widened = kept != wide, work != dtype
     tokens = max(1, min(tokens, n))
     columns = block_columns(tokens, min(vocab, v), wide.itemsize)
+    if kept != work:
+        columns = widened_columns(tokens, columns, d, wide.itemsize)
     block = tokens * columns
     wide_columns = strip_columns(tokens, columns, wide.itemsize) if keep and narrow else columns
     wide_block = tokens * wide_columns
@@ -57,7 +62,7 @@ def workspace(
     blocks += piece * wide.itemsize * (held + windows_passing(transform))
     blocks += wide_block * wide.itemsize * (2 if explicit else 0)
     if keep:
-        blocks += tokens * v * work.itemsize
+        blocks += tokens * v * kept.itemsize
     hidden = tokens * d
     rows = hidden * wide.itemsize * (needs.h + narrow)  # E w, and h widened where logits must be exact
     rows += hidden * work.itemsize * ((needs.w or needs.cols) + widened + (narrow and needs.h))
@@ -74,10 +79,10 @@ def workspace(
 
 
 def whole_bytes(
-    n: int, v: int, d: int, dtype: torch.dtype, device_type: str, transform: Transform, needs: Needs
+    n: int, v: int, d: int, dtype: torch.dtype, work: torch.dtype, transform: Transform, needs: Needs
 ) -> int:
-    """Bytes at the peak where all logits [n, v] are built at once (`torch_whole`)."""
-    work, wide = product_dtype(dtype, device_type), stat_dtype(dtype)
+    """Bytes at the peak where all logits [n, v] are built at once (`torch_whole`), by products in ``work``."""
+    wide = stat_dtype(dtype)
     held = windows_held(transform, needs.cols, needs.rows) + windows_passing(transform)
     logits = n * v * (wide.itemsize * held + (work.itemsize if work != wide else 0))
     widened = (n + v) * d * work.itemsize if work != dtype else 0

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head, RowGrads
 from fusedhead.kernels.triton_launch import Launch
-from fusedhead.kernels.triton_rows import log_sum
+from fusedhead.kernels.triton_rows import log_sum, rounded_off
 from fusedhead.kernels.triton_schedule import partial_offset
 from fusedhead.kernels.triton_sweep import KEPT, Sweep
 from fusedhead.kernels.triton_transform import row_slope, varies_along_row
@@ -44,6 +44,7 @@ def finalize_kernel(
     c_square,  # [N] float32 when HAS_SQUARE
     others,  # [N] float32 when OTHERS: base-2 lse of the columns that the window does not hold
     lse,  # [N] float32, out
+    lse_low,  # [N] float32, out: what rounding took off lse
     sum_out,  # [N] float32, out when SUM
     scale,  # [N] float32, out: s · (row part of dT/dz)
     sh,  # [N, D] dtype of h, out when NEED_W
@@ -97,6 +98,7 @@ def finalize_kernel(
         tl.store(sum_out + row, tl.sum(sums, 0))
     r = tl.load(ref2 + row)
     lse_row = log_sum(r, total)
+    low = rounded_off(r, total, lse_row)
     beyond = 0.0
     if OTHERS:
         o = tl.load(others + row)
@@ -105,8 +107,10 @@ def finalize_kernel(
         far = d > 100.0
         total += tl.where(d == d, tl.exp2(tl.where(far, 100.0, d)), d)
         lse_row = tl.where(far, log_sum(o, 1.0), log_sum(r, total))
+        low = tl.where(far, rounded_off(o, 1.0, lse_row), rounded_off(r, total, lse_row))
         beyond = tl.where(far, d, 0.0)
     tl.store(lse + row, lse_row)
+    tl.store(lse_low + row, low)
 
     a = 0.0
     if HAS_LSE:
@@ -193,6 +197,7 @@ def finalize(
     part: Tensor,
     coefficients: RowGrads,
     lse: Tensor,
+    lse_low: Tensor,
     total: Tensor | None,
     sh: Tensor | None,
     gain: float,
@@ -221,6 +226,7 @@ def finalize(
         lse if c_square is None else c_square,
         lse if others is None else others,
         lse,
+        lse_low,
         lse if total is None else total,
         scale,
         scale if sh is None else sh,

@@ -91,6 +91,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
     kept = slice(0, min(windows.vocab, vocab))
     others = [slice(at, min(at + kept.stop, vocab)) for at in range(kept.stop, vocab, kept.stop)]
     lse, picked = new(n, dtype=torch.float32), new(head.y.shape, dtype=torch.float32)
+    lse_low = torch.empty_like(lse)
     total = None if coefficients.sum is None else torch.empty_like(lse)
     tie = new((), dtype=torch.float32)
     cuts = full_cuts(n, windows.tokens)
@@ -119,7 +120,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
         for i in cuts:
             part, c = slice_head(head, i, kept), slice_rows(coefficients, i)
             m = part.h.shape[0]
-            row_lse, row_picked = rows_of(lse, i), rows_of(picked, i)
+            row_lse, row_low, row_picked = rows_of(lse, i), rows_of(lse_low, i), rows_of(picked, i)
             whole, other_lse = part, None
             if others:  # a label past the kept columns may lie in their last tile
                 whole = slice_head(head, i, slice(0, vocab))
@@ -135,7 +136,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
             sh = None if dw is None else row_dh if scaled is None else first_rows(scaled, m)
             rows = (reference2, row_picked, slope, totals)
             row_total = None if total is None else rows_of(total, i)
-            scale = finalize(s, part, exps, *rows, c, row_lse, row_total, sh, gain, tie, other_lse)
+            scale = finalize(s, part, exps, *rows, c, row_lse, row_low, row_total, sh, gain, tie, other_lse)
             if gone is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
                 for factor in (scale, sh):
                     if factor is not None:
@@ -145,14 +146,14 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
                 dw.add(window, kept, sh, first=i.start == 0, alpha=1 / gain)
             outer = None if rank_one is None else (rows_of(rank_one[0], i), rank_one[1])
             if others:
-                _with_others(head, i, others, part, exps, scale, c, row_lse, dw, row_dh)
+                _with_others(head, i, others, part, exps, scale, c, RowStats(row_lse, lse_low=row_low), dw, row_dh)
             elif row_dh is not None:
                 to = row_dh if product is None else first_rows(product, m)
                 gemm(window, part.w, to)
                 scale_rows(to, scale, row_dh, outer)
         del buffer, exps, window
         grads = HeadGrads(dh, None if dw is None else dw.finish(), None, None)
-    return RowStats(lse, picked, total, tie=tie), grads
+    return RowStats(lse, picked, total, lse_low=lse_low, tie=tie), grads
 
 
 def _lse_of_others(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def _with_others(
     buffer: Tensor,
     scale: Tensor,
     c: RowGrads,
-    lse: Tensor,
+    rows: RowStats,
     dw: WeightGradient | None,
     dh: Tensor | None,
 ) -> None:
@@ -185,7 +186,7 @@ def _with_others(
     for at, to in () if sums is None else sums.pieces(slice(0, len(part.h))):
         gemm(buffer[at, : len(part.w)], part.w, to)
         scale_rows(to, rows_of(scale, at), to, None)
-    rebuild(head, i, others, buffer, without_square(c, lse), RowStats(lse), dw, sums)
+    rebuild(head, i, others, buffer, without_square(c, rows.lse), rows, dw, sums)
 
 
 def _exponentials(

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fusedhead.kernels import triton_one_pass
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.torch_sums import spread_of
 from fusedhead.kernels.triton_labels import check_labels
 from fusedhead.kernels.triton_launch import on_device
 from fusedhead.kernels.triton_merge import merge_statistics
@@ -53,11 +54,13 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     """One sweep, in several launches where it is long. Keeps a window only where cuBLAS multiplies."""
     head = ready_head(head)
     n, vocab = len(head.h), len(head.w)
+    spread, want = "spread" in want, (want - {"spread"}) | ({"sum"} if "spread" in want else set())
     with on_device(head.h):
         check_labels(head.y, vocab)
         picked = head.h.new_empty(head.y.shape, dtype=torch.float32) if "picked" in want else None
         if n == 0:
-            empty = {k: head.h.new_empty(0, dtype=torch.float32) for k in want - {"picked", "argmax"}}
+            asked = {*want, "lse_low"} | ({"spread"} if spread else set())
+            empty = {k: head.h.new_empty(0, dtype=torch.float32) for k in asked - {"picked", "argmax"}}
             argmax = head.y.new_empty(0) if "argmax" in want else None
             return RowStats(**({"lse": head.h.new_empty(0, dtype=torch.float32)} | empty), picked=picked, argmax=argmax)
         buffer = None
@@ -73,6 +76,8 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
             logits = None if buffer is None else multiplied(part, buffer[: len(part.h)])
             found.append(_statistics(part, want, None if picked is None else rows_of(picked, i), logits))
         rows = found[0] if len(found) == 1 else {name: torch.cat([f[name] for f in found]) for name in found[0]}
+        if spread:
+            rows["spread"] = spread_of(head, rows["lse"], rows["sum"])
         return RowStats(picked=picked, **rows)
 
 
@@ -118,7 +123,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
 
 
 def _two_sweeps(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
-    want = {"lse"} | ({"picked"} if head.y.shape[1] else set()) | ({"sum"} if c.sum is not None else set())
+    want = {"lse"} | ({"picked"} if head.y.shape[1] else set()) | ({"sum", "spread"} if c.sum is not None else set())
     stats = head_stats(head, frozenset(want), windows)
     if stats.picked is None:
         stats = stats._replace(picked=head.h.new_empty(head.y.shape, dtype=torch.float32))
@@ -131,5 +136,6 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     """Statistics and gradients in one sweep where that is possible (`triton_one_pass`), else in two."""
     head = ready_head(head)
     if triton_one_pass.fits(head, coefficients, needs, windows):
-        return triton_one_pass.one_pass(head, coefficients, needs, windows)
+        stats, grads = triton_one_pass.one_pass(head, coefficients, needs, windows)
+        return (stats if stats.sum is None else stats._replace(spread=spread_of(head, stats.lse, stats.sum))), grads
     return _two_sweeps(head, coefficients, needs, windows)

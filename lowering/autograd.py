@@ -23,9 +23,9 @@ ONCE = "a fused head can be differentiated once: double backward through it is n
 
 def _setup_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
     h, w, y, cols, rows, u, ctx.transform, _, ctx.memory, ctx.whole_below = inputs
-    lse, _, _, entropy, top, where, lse_low = output
+    lse, _, _, entropy, top, where, lse_low, spread = output
     ctx.save_for_backward(h, w, y, cols, rows, u, lse, lse_low, entropy)
-    ctx.mark_non_differentiable(top, where, lse_low)
+    ctx.mark_non_differentiable(top, where, lse_low, spread)
     ctx.set_materialize_grads(False)
 
 
@@ -59,10 +59,10 @@ def _backward_once(ctx: Any, *grads: Tensor | None) -> NoReturn:
 
 def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
     c_lse, c_picked, c_sum, c_square = inputs[6:10]
-    lse, _, _, dh, dw, dcols, drows, _ = output
+    lse, _, _, dh, dw, dcols, drows, _, lse_low, spread = output
     ctx.save_for_backward(c_lse, c_picked, c_sum, c_square, lse, dh, dw, dcols, drows)
     ctx.computed = inputs[13:17]
-    ctx.mark_non_differentiable(dh, dw, dcols, drows)
+    ctx.mark_non_differentiable(dh, dw, dcols, drows, lse_low, spread)
     ctx.set_materialize_grads(False)
 
 
@@ -127,7 +127,7 @@ def _backward_loss(
     arrived = ((g_lse, c_lse), (g_picked, c_picked), (g_sum, c_sum))
     pairs = [(g, c) for g, c in arrived if g is not None and g.dim() == c.dim()]
     pairs = [(g, c) for g, c in pairs if _empty(g) or not _empty(c)]
-    scales = [g for g in others[-1:] if g is not None]  # of the tie, exactly
+    scales = [g for g in others[4:5] if g is not None]  # of the tie, exactly
     scales += [upstream_scale(pairs)] if pairs else []
     if not scales or not any(needs):
         return (None,) * 18

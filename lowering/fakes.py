@@ -37,6 +37,7 @@ def head_stats(
         _present(h, "max" in want, (n,), wide),
         _present(h, "argmax" in want, (n,), torch.int64),
         _present(h, bool(want & {"lse", "entropy"}), (n,), wide),
+        _present(h, "spread" in want, (n,), wide),
     )
 
 
@@ -54,4 +55,5 @@ def head_loss(*args: object) -> tuple[Tensor, ...]:
     transform, stats, memory = args[10:13]
     rowwise = head_stats(h, w, y, cols, rows, u, transform, f"lse,{stats}", memory)  # type: ignore[arg-type]
     gradients = _gradients((h, w, cols, rows), args[13:17])  # type: ignore[arg-type]
-    return (*rowwise[:3], *gradients, _present(h, True, (), rowwise[0].dtype))  # type: ignore[arg-type]
+    tie = _present(h, True, (), rowwise[0].dtype)  # type: ignore[arg-type]
+    return (*rowwise[:3], *gradients, tie, *rowwise[6:])

@@ -4,8 +4,8 @@ Functional, tensors positional, fixed arity: what is absent travels as a tensor 
 its operands, asks the planner and calls one engine; importing this file registers the ops. It must not know
 how a head is computed or where in a program it came from.
 
-    head_stats           one sweep: the statistics                     lse, picked, sum, entropy, max, argmax, lse_low
-    head_stats_backward  one sweep: gradients for a per-row upstream   dh, dw, dcols, drows
+    head_stats           one sweep: the statistics, in the order of `contract.STATS`
+    head_stats_backward  one sweep: gradients for a per-row upstream: dh, dw, dcols, drows
     head_loss            one sweep: both, for a scalar loss that is linear in the statistics; and a zero, `tie`, that
                          ties the loss to the operands: loss + tie is the loss, and what flows back into tie is g
 
@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels import torch_softmax_gradients
+from fusedhead.kernels.columns import plain_scale
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
-from fusedhead.kernels.torch_blocks import plain_scale
+from fusedhead.kernels.torch_products import product_dtype
 from fusedhead.lowering import autograd, fakes
 from fusedhead.lowering.checks import LabelOutOfRange, asked, head_of
 from fusedhead.lowering.plan import engine_for, plan
@@ -39,13 +40,15 @@ _NEEDS = "bool need_h, bool need_w, bool need_cols, bool need_rows"
 _WHOLE = ", int whole_below=0"
 SCHEMAS = {
     "head_stats": f"({_HEAD}, str transform, str stats, int memory{_WHOLE})"
-    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor entropy, Tensor max, Tensor argmax, Tensor lse_low)",
+    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor entropy, Tensor max, Tensor argmax, Tensor lse_low, "
+    "Tensor spread)",
     "head_stats_backward": "(Tensor g_lse, Tensor g_picked, Tensor g_sum, Tensor g_entropy, "
     f"{_HEAD}, Tensor lse, Tensor lse_low, Tensor entropy, str transform, int memory, {_NEEDS}{_WHOLE})"
     " -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
     "head_loss": f"({_HEAD}, Tensor c_lse, Tensor c_picked, Tensor c_sum, Tensor c_square, "
     f"str transform, str stats, int memory, {_NEEDS}{_WHOLE})"
-    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor dh, Tensor dw, Tensor dcols, Tensor drows, Tensor tie)",
+    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor dh, Tensor dw, Tensor dcols, Tensor drows, Tensor tie, "
+    "Tensor lse_low, Tensor spread)",
 }
 NONE = Needs(False, False, False, False)
 
@@ -72,6 +75,7 @@ def _chosen(
         h.shape[1],
         h.dtype,
         h.device.type,
+        products=product_dtype(h.dtype, h.device.type),
         needs=needs,
         linear=linear,
         one_sweep=row_scale,
@@ -117,11 +121,11 @@ def _head_stats(
     whole_below: int = 0,
 ) -> tuple[Tensor, ...]:
     head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
-    short = {"lse", "picked", "sum"} if plain_scale(head.transform) is not None else {"lse", "picked"}
+    short = {"lse", "lse_low", "picked"} | ({"sum", "spread"} if plain_scale(head.transform) is not None else set())
     explicit = not want <= short
     engine, windows = _chosen(head, NONE, memory, whole_below, linear=True, row_scale=True, explicit=explicit)
     with as_written(head.h.device):
-        got: RowStats = engine.head_stats(head, want, windows)
+        got: RowStats = engine.head_stats(head, want - {"lse_low"}, windows)  # which comes with any lse
     return (
         _result(got.lse if want & {"lse", "entropy"} else None, h),
         _result(got.picked, h),
@@ -130,6 +134,7 @@ def _head_stats(
         _result(got.max, h),
         _result(got.argmax, h, torch.int64),
         _result(got.lse_low if want & {"lse", "entropy"} else None, h),
+        _result(got.spread if "spread" in want else None, h),
     )
 
 
@@ -190,11 +195,11 @@ def _head_loss(
     whole_below: int = 0,
 ) -> tuple[Tensor, ...]:
     head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
-    if want - {"lse", "picked", "sum"}:
-        raise ValueError(f"head_loss gives lse, picked and sum; {stats!r} asks for more")
+    if want - {"lse", "picked", "sum", "lse_low", "spread"}:
+        raise ValueError(f"head_loss gives lse, picked, sum, lse_low and spread; {stats!r} asks for more")
     needs = Needs(need_h, need_w, need_cols, need_rows)
     c = RowGrads(_given(c_lse), _given(c_picked), _given(c_sum), square=_given(c_square))
-    if "sum" in want and c.sum is None:
+    if want & {"sum", "spread"} and c.sum is None:
         c = c._replace(sum=h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype)))
     row_scale = _row_scale(head, c, needs)
     engine, windows = _chosen(
@@ -208,6 +213,8 @@ def _head_loss(
         _result(got.sum if "sum" in want else None, h),
         *_gradients(grads, head),
         h.new_full((), -0.0, dtype=stat_dtype(h.dtype)) if got.tie is None else got.tie,
+        _result(got.lse_low, h),
+        _result(got.spread if "spread" in want else None, h),
     )
 
 

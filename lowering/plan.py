@@ -23,6 +23,7 @@ import torch
 from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import Needs, Windows
 from fusedhead.kernels.torch_blocks import block_columns
+from fusedhead.kernels.torch_products import kept_dtype
 from fusedhead.kernels.torch_workspace import whole_bytes, workspace
 from fusedhead.kernels.triton_chips import triton_serves
 from fusedhead.lowering import triton_plan
@@ -75,6 +76,7 @@ class _Head(NamedTuple):
     k: int
     dtype: torch.dtype
     device_type: str
+    products: torch.dtype  # of the torch engine's matrix products
     transform: Transform
     needs: Needs
     explicit: bool
@@ -89,7 +91,7 @@ def _way(head: _Head, algorithm: str, tokens: int, vocab: int, limits: Limits) -
     keep = algorithm == "single pass" and (head.needs.w or head.needs.cols)
     windows = Windows(tokens, max(1, min(vocab, head.v)), accumulate)
     held = workspace(
-        *head[:8],
+        *head[:9],
         tokens=tokens,
         vocab=windows.vocab,
         accumulate=accumulate,
@@ -125,12 +127,14 @@ def _ways(head: _Head, *, one_pass: bool, memory: int, budget: int | None) -> li
     ]
     if memory == LEAST:
         blocks = [(at, limits.least_vocab) for at in heights]
+    # auto keeps no window that is wider than the logits
+    narrow_enough = kept_dtype(head.dtype, head.products, head.transform).itemsize <= head.dtype.itemsize
     tried = [("recompute", *block) for block in blocks]
     if not any(needs):
         tried = [("statistics", *block) for block in blocks]
     elif one_pass and not weight:
         tried = [("frozen", *block) for block in blocks]
-    elif one_pass and memory != LEAST:
+    elif one_pass and memory != LEAST and (budget or narrow_enough):
         largest = n if budget else max(-(-n // limits.share) + 7 & ~7, limits.fewest_tokens * 3)
         tokens = _halvings(min(largest, limits.tokens, n), limits.fewest_tokens)
         tried = [*(("single pass", at, v) for at in (tokens if budget else tokens[:1])), *tried]
@@ -145,6 +149,7 @@ def plan(
     dtype: torch.dtype,
     device_type: str,
     *,
+    products: torch.dtype,
     needs: Needs = BOTH,
     linear: bool = True,
     one_sweep: bool = True,
@@ -157,7 +162,8 @@ def plan(
 ) -> Plan:
     """How to compute one head.
 
-    N tokens, V vocabulary, D hidden size, of operands of ``dtype`` on ``device_type``. ``needs`` says which
+    N tokens, V vocabulary, D hidden size, of operands of ``dtype`` on ``device_type``, where the torch engine
+    multiplies in ``products`` (`torch_products.product_dtype`). ``needs`` says which
     operands want a gradient from this call (none for the statistics alone), ``linear`` that coefficients are
     known before the sweep, ``one_sweep`` that gradients are a row scale away from exponentials, ``explicit``
     that a sweep writes out dz or all statistics. ``memory`` is 0 for auto, -1 for the least, else MiB;
@@ -177,8 +183,8 @@ def plan(
             budget = min(triton_plan.LEAST_BYTES, ways[0].held)
             ways = triton_plan.ways(sizes, one_pass=one_pass, budget=budget)
     else:
-        head = _Head(N, V, D, labels, dtype, device_type, transform, needs, explicit)
-        if N * V < whole_below:
+        head = _Head(N, V, D, labels, dtype, device_type, products, transform, needs, explicit)
+        if whole_below > N * V:
             return _whole(head, linear=linear)
         one_pass = linear and one_sweep
         ways = _ways(head, one_pass=one_pass, memory=memory, budget=budget)
@@ -190,18 +196,18 @@ def plan(
     pick_least = not fitting or (memory == LEAST and engine == "torch_windows")
     name, windows, held = min(ways, key=lambda way: way.held) if pick_least else fitting[0]
     forward_too = linear and any(needs)
-    products = {"statistics": 1, "frozen": 2, "single pass": 1 + needs.h + weight}.get(
+    count = {"statistics": 1, "frozen": 2, "single pass": 1 + needs.h + weight}.get(
         name, forward_too + 1 + needs.h + weight
     )
     return Plan(
-        engine, name, windows, held, products * 2 * N * V * D, _reason(name, held, budget, memory, bool(fitting))
+        engine, name, windows, held, count * 2 * N * V * D, _reason(name, held, budget, memory, bool(fitting))
     )
 
 
 def _whole(head: _Head, *, linear: bool) -> Plan:
     """All logits at once, and their gradient in their place."""
-    n, v, d, _, dtype, device_type, transform, needs, _ = head
-    held = whole_bytes(n, v, d, dtype, device_type, transform, needs)
+    n, v, d, _, dtype, _, work, transform, needs, _ = head
+    held = whole_bytes(n, v, d, dtype, work, transform, needs)
     products = (linear or not any(needs)) + needs.h + (needs.w or needs.cols) + (not linear and any(needs))
     windows = Windows(max(1, n), max(1, v), dtype)
     return Plan("torch_whole", "whole", windows, held, products * 2 * n * v * d, "its logits are few, and built whole")

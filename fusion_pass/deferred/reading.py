@@ -23,6 +23,7 @@ from fusedhead.deferred.draft import Draft, draft
 from fusedhead.deferred.outcome import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole
 from fusedhead.deferred.program import Made, Step, modes
 from fusedhead.deferred.token_by_token import token_by_token
+from fusedhead.differences import SPREAD
 from fusedhead.groups import sweep_key
 from fusedhead.interpret import Reading, Site, interpret
 from fusedhead.kernels.contract import STATS
@@ -177,8 +178,8 @@ def answer(
         graph.lint()
         return Whole(GraphModule(torch.nn.Module(), graph), many)
     weighted = any(t.weights is not None for t in terminals)
-    stats = frozenset({"lse", "entropy"} if weighted else {"lse", "entropy", "sum"})
-    likely = frozenset({"sum"} if any("log_softmax + gather" in t.computes for t in terminals) else ())
+    stats = frozenset({"lse", "lse_low", "entropy"}) | (frozenset() if weighted else SPREAD)
+    likely = SPREAD if any("log_softmax + gather" in t.computes for t in terminals) else frozenset()
     sharing = Sharing(stats if shared else frozenset(), likely, terminals[0].logits.quiet, related)
     return cut(made, calls[0], sharing, memory, many)
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fusedhead.differences import DIFFERENCE, picked_less_lse
 from fusedhead.emit import Emit
-from fusedhead.rules.losses import normaliser, rows_shape, same_shape
+from fusedhead.rules.losses import rows_shape, same_shape
 from fusedhead.rules.table import Context, Family, needs_logits, over_classes, plain_tensor, rule, vocab_size
 from fusedhead.terminals import Statistics, Terminal
 from fusedhead.values import Call, Escape, Logits, LogProbs, Plain, Step, logits_of
@@ -79,7 +80,7 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
         assert stats.picked is not None
         out = stats.picked
         if isinstance(value, LogProbs):
-            out = emit(aten.sub.Tensor, out, emit(aten.unsqueeze.default, normaliser(emit, stats), 1))
+            out = picked_less_lse(emit, stats)
             out = emit(aten.mul.Tensor, out, value.factor) if value.factor != 1.0 else out
         sizes = stats.row_sizes()
         out = out if len(sizes) == 1 else emit(aten.reshape.default, out, [*sizes, picked])
@@ -94,7 +95,7 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
         logits,
         context.val,
         name + count,
-        frozenset({"picked"}),
+        DIFFERENCE if isinstance(value, LogProbs) else frozenset({"picked"}),
         result,
         labels,
         label_count=picked,

@@ -21,6 +21,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
+from fusedhead.differences import DIFFERENCE, SPREAD, lse_less_picked, spread
 from fusedhead.emit import Emit, named
 from fusedhead.rules.table import Context, Family, needs_logits, over_classes, plain_tensor, rule, vocab_size
 from fusedhead.terminals import Statistics, Terminal
@@ -43,15 +44,6 @@ def log_softmax(context: Context, value: Any, dim: int, dtype: Any = None, **_: 
     if context.val.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Escape(f"log_softmax in {context.val.dtype}")
     return LogProbs(logits, context.val)
-
-
-def normaliser(emit: Emit, stats: Statistics) -> Node:
-    """The lse that a log_softmax subtracts: NaN where a logit is +inf, and `logsumexp` therefore +inf.
-
-    ``lse + 0 lse``, which leaves every other number as it is. Its slope must be 1 and read no statistic, or the loss
-    would not be linear in them any more; hence the detached zero.
-    """
-    return named(emit(aten.add.Tensor, stats.lse, emit(aten.detach.default, stats.lse), alpha=0), "normaliser")
 
 
 def rows_shape(logits: Logits) -> list[Any]:
@@ -112,9 +104,8 @@ def nll_terminal(
         return emit(aten.unsqueeze.default, valid_and_labels(emit)[1], 1)
 
     def result(emit: Emit, stats: Statistics) -> Node:
-        assert stats.picked is not None
         valid, label = valid_and_labels(emit)
-        loss = emit(aten.sub.Tensor, normaliser(emit, stats), emit(aten.select.int, stats.picked, 1, 0))
+        loss = lse_less_picked(emit, stats)
         row_weight: Node | None = None
         total: Node | float = float(size)
         if weight is not None:
@@ -123,12 +114,10 @@ def nll_terminal(
             total = emit(aten.sum.default, wide)
             loss = emit(aten.mul.Tensor, loss, row_weight)
         if smoothing:
-            assert stats.sum is not None
-            smooth = emit(aten.sub.Tensor, emit(aten.mul.Tensor, stats.lse, total), stats.sum)
             loss = emit(
                 aten.add.Tensor,
                 emit(aten.mul.Tensor, loss, 1.0 - smoothing),
-                emit(aten.mul.Tensor, smooth, smoothing / size),
+                emit(aten.mul.Tensor, spread(emit, stats, total), smoothing / size),
             )
         if factor != 1.0:
             loss = emit(aten.mul.Tensor, loss, factor)
@@ -150,7 +139,7 @@ def nll_terminal(
         logits,
         context.val,
         f"{name}({', '.join(details)})",
-        frozenset({"picked", "sum"} if smoothing else {"picked"}),
+        DIFFERENCE | SPREAD if smoothing else DIFFERENCE,
         result,
         labels,
         label_count=1,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fusedhead.differences import SPREAD, spread
 from fusedhead.emit import Emit
 from fusedhead.read import name_of
 from fusedhead.rules.entries import per_row
@@ -125,8 +126,7 @@ def summed(mean: bool) -> Callable[..., Terminal]:
             assert stats.sum is not None
             out = stats.sum
             if isinstance(value, LogProbs):
-                out = emit(aten.sub.Tensor, out, emit(aten.mul.Tensor, stats.lse, float(size)))
-                out = emit(aten.mul.Tensor, out, value.factor)
+                out = emit(aten.mul.Tensor, spread(emit, stats, float(size)), -value.factor)
             out = emit(aten.mul.Tensor, out, 1.0 / size) if mean else out
             if not alone:  # over the tokens too
                 return emit(aten.mean.default if mean else aten.sum.default, out)
@@ -134,7 +134,8 @@ def summed(mean: bool) -> Callable[..., Terminal]:
 
         what = "log_softmax + " if isinstance(value, LogProbs) else ""
         over = "classes" if alone else "everything"
-        return Terminal(logits, context.val, f"{what}{name} over {over}", frozenset({"sum"}), result)
+        want = SPREAD if isinstance(value, LogProbs) else frozenset({"sum"})
+        return Terminal(logits, context.val, f"{what}{name} over {over}", want, result)
 
     return rule_of_sum
 

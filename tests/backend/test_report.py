@@ -36,7 +36,7 @@ def only(rewritten: Rewritten) -> HeadRecord:
 
 def test_deferred_logits_that_are_built_are_built_in_the_report_with_the_use_and_its_line() -> None:
     rewritten = Rewritten(logits)
-    h, w, y = operands()
+    h, w, _ = operands()
     z = rewritten(h, w)
     assert only(rewritten).told() == "deferred, never built"
     z[:, V - 1] += -1e6

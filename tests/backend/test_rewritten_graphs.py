@@ -59,17 +59,19 @@ select_backward_default = aten.select_backward.default(neg_default, [8, 1], 1, 0
 coefficients = aten.detach.default(where_self)
 coefficients_1 = aten.detach.default(select_backward_default)
 no_coefficients = aten.new_empty.default(reshape_default, [0], dtype = torch.float32)
-head_1 = fusedhead.head_loss.default(reshape_default, l_w_, unsqueeze_default, no_columns, no_rows, unweighted, coefficients, coefficients_1, no_coefficients, no_coefficients, '', 'lse,picked', 0, True, True, False, False)
-getitem_3 = head_1[0]
-lse_1 = aten.detach.default(getitem_3)
-getitem_4 = head_1[1]
-picked_1 = aten.detach.default(getitem_4)
+head_1 = fusedhead.head_loss.default(reshape_default, l_w_, unsqueeze_default, no_columns, no_rows, unweighted, coefficients, coefficients_1, no_coefficients, no_coefficients, '', 'lse,picked,lse_low', 0, True, True, False, False)
+getitem_4 = head_1[0]
+lse_1 = aten.detach.default(getitem_4)
+getitem_5 = head_1[1]
+picked_1 = aten.detach.default(getitem_5)
 tie = head_1[7]
+lse_low_1 = head_1[8]
+select_int = aten.select.int(picked_1, 1, 0)
 detach_default = aten.detach.default(lse_1)
 normaliser = aten.add.Tensor(lse_1, detach_default, alpha = 0)
-select_int = aten.select.int(picked_1, 1, 0)
 sub_tensor = aten.sub.Tensor(normaliser, select_int)
-where_scalar_other = aten.where.ScalarOther(valid, sub_tensor, 0.0)
+add_tensor_1 = aten.add.Tensor(sub_tensor, lse_low_1)
+where_scalar_other = aten.where.ScalarOther(valid, add_tensor_1, 0.0)
 sum_default = aten.sum.default(where_scalar_other)
 div_tensor = aten.div.Tensor(sum_default, sum_default_1)
 tied = aten.add.Tensor(div_tensor, tie)
@@ -94,14 +96,17 @@ reshape_default_1 = aten.reshape.default(getitem, [-1, 1])
 no_columns = aten.new_empty.default(reshape_default, [0, 40], dtype = torch.float32)
 no_rows = aten.new_empty.default(reshape_default, [0, 10], dtype = torch.float32)
 unweighted = aten.new_empty.default(reshape_default, [0], dtype = torch.float32)
-head = fusedhead.head_stats.default(reshape_default, t_default, reshape_default_1, no_columns, no_rows, unweighted, 'mul:1.4285714285714286', 'lse,picked', 0)
+head = fusedhead.head_stats.default(reshape_default, t_default, reshape_default_1, no_columns, no_rows, unweighted, 'mul:1.4285714285714286', 'lse,picked,lse_low', 0)
 lse = head[0]
 picked = head[1]
+lse_low = head[6]
 detach_default = aten.detach.default(lse)
 normaliser = aten.add.Tensor(lse, detach_default, alpha = 0)
 unsqueeze_default = aten.unsqueeze.default(normaliser, 1)
+unsqueeze_default_1 = aten.unsqueeze.default(lse_low, 1)
 sub_tensor = aten.sub.Tensor(picked, unsqueeze_default)
-reshape_default_2 = aten.reshape.default(sub_tensor, [2, 5, 1])
+sub_tensor_1 = aten.sub.Tensor(sub_tensor, unsqueeze_default_1)
+reshape_default_2 = aten.reshape.default(sub_tensor_1, [2, 5, 1])
 squeeze = reshape_default_2.squeeze(-1)
 return (squeeze,)
 """,
@@ -123,14 +128,16 @@ unsqueeze_default = aten.unsqueeze.default(mul_tensor, 1)
 no_columns = aten.new_empty.default(l_h_, [0, 40], dtype = torch.float32)
 no_rows = aten.new_empty.default(l_h_, [0, 5], dtype = torch.float32)
 unweighted = aten.new_empty.default(l_h_, [0], dtype = torch.float32)
-head = fusedhead.head_stats.default(l_h_, t_default, unsqueeze_default, no_columns, no_rows, unweighted, 'mul:0.03333333333333333 tanh mul:30.0', 'lse,picked', 0)
+head = fusedhead.head_stats.default(l_h_, t_default, unsqueeze_default, no_columns, no_rows, unweighted, 'mul:0.03333333333333333 tanh mul:30.0', 'lse,picked,lse_low', 0)
 lse = head[0]
 picked = head[1]
+lse_low = head[6]
+select_int = aten.select.int(picked, 1, 0)
 detach_default = aten.detach.default(lse)
 normaliser = aten.add.Tensor(lse, detach_default, alpha = 0)
-select_int = aten.select.int(picked, 1, 0)
 sub_tensor = aten.sub.Tensor(normaliser, select_int)
-where_scalar_other = aten.where.ScalarOther(valid, sub_tensor, 0.0)
+add_tensor_1 = aten.add.Tensor(sub_tensor, lse_low)
+where_scalar_other = aten.where.ScalarOther(valid, add_tensor_1, 0.0)
 sum_default = aten.sum.default(where_scalar_other)
 return (sum_default,)
 """,

@@ -52,9 +52,9 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for made in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(made, Tensor) and not isinstance(made, (DeferredLogits, FakeTensor)):
-                if made.device.type == "cpu" and made.numel() >= (N - 1) * V and made.shape[-1:] == (V,):
-                    self.large.append(str(func))
+            real = isinstance(made, Tensor) and not isinstance(made, (DeferredLogits, FakeTensor))
+            if real and made.device.type == "cpu" and made.numel() >= (N - 1) * V and made.shape[-1:] == (V,):
+                self.large.append(str(func))
         return result
 
 

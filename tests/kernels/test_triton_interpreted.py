@@ -654,3 +654,23 @@ def test_the_schedule_visits_every_tile_once_and_fills_every_slot_once(blocks, t
     assert plan.programs <= multiprocessors
     assert seen.eq(1).all()
     assert filled.eq(1).all()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_difference_from_the_lse_errs_no_more_than_eager_code_whatever_the_logits_share(at_once):
+    ours, eager = 0.0, 0.0
+    for seed in range(6):
+        one = head(transform="addcol:0", seed=seed)
+        one = one._replace(cols=one.cols[:1] + 1e4)
+        c = torch.full((len(one.h),), 1 / len(one.h))
+        if at_once:
+            got = engine.head_loss(one, RowGrads(c, -c[:, None]), OPERANDS, Windows(16, 70, F32))[0]
+        else:
+            got = engine.head_stats(one, frozenset({"lse", "picked"}), Windows(20, 70, F32))
+        z = torch.nn.functional.linear(one.h, one.w, one.cols[0])
+        true = torch.nn.functional.linear(one.h.double(), one.w.double(), one.cols[0].double())
+        labels = one.y[:, 0]
+        losses = torch.nn.functional.cross_entropy(true, labels, reduction="none")
+        ours += float(((got.lse - got.picked[:, 0] + got.lse_low) - losses).square().sum())
+        eager += float((torch.nn.functional.cross_entropy(z, labels, reduction="none") - losses).square().sum())
+    assert ours <= 1.05 * eager

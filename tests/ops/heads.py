@@ -5,18 +5,36 @@ from __future__ import annotations
 import warnings
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fusedhead.lowering.ops  # noqa: F401  registers torch.ops.fusedhead
+from fusedhead.kernels import torch_products
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Head, RowStats
 from fusedhead.kernels.reference import row_stats
+from fusedhead.kernels.torch_products import product_dtype
 
 OPS = torch.ops.fusedhead
 ALL = "lse,picked,sum,entropy,max,argmax"
 RAGGED = ((0, 507, 123), (1, 507, 123), (7, 50257, 6), (252, 507, 123))  # N, V, D
+
+
+# (dtype of a head, dtype of its products): both answers of a CPU that is asked whether it multiplies bfloat16
+MULTIPLIED = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+)
+
+
+def multiplies(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, products: torch.dtype) -> None:
+    """Have the torch engine multiply heads of ``dtype`` in ``products``, whatever this machine's CPU prefers."""
+    monkeypatch.setattr(torch_products, "cpu_multiplies_bfloat16", lambda: products == torch.bfloat16)
+    assert product_dtype(dtype, "cpu") == products
 
 
 class Operands(NamedTuple):

@@ -24,7 +24,7 @@ def learnt() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_the_gradients_err_no_more_than_eager_code(at_once: bool) -> None:
+def test_the_gradients_err_no_more_than_eager_code(any_cpu: None, at_once: bool) -> None:
     h, w, y = learnt()
 
     def eager(dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -60,7 +60,7 @@ def test_one_sweep_gives_what_autograd_gives_labels_on_dropped_classes_included(
 def test_a_backward_of_its_own_gives_what_autograd_gives(chain):
     o, e = masked(), none(torch.empty(0, dtype=torch.float64))
     c = torch.rand(40, dtype=torch.float64)
-    lse, picked, _, _, _, _, low = OPS.head_stats(*o, chain, "lse,picked", 0)
+    lse, picked, _, _, _, _, low, _ = OPS.head_stats(*o, chain, "lse,picked", 0)
     got = OPS.head_stats_backward(c, -c[:, None], e, e, *o, lse, low, e, chain, 0, True, True, False, False)
     compare((lse, picked, *got[:2]), truth(o, chain, c))
 
@@ -77,7 +77,7 @@ def test_whatever_a_dropped_logit_was_is_forgotten():
     o = masked()
     o.y[:] = 3
     o.w[1::3] = torch.tensor([math.nan, math.inf] * 117)[: len(o.w[1::3]), None].double()
-    lse, _, _, _, most, where, _ = OPS.head_stats(*o, "dropcol:0", "lse,max,argmax", 0)
+    lse, _, _, _, most, where, *_ = OPS.head_stats(*o, "dropcol:0", "lse,max,argmax", 0)
     z = (o.h @ o.w.T).masked_fill(o.cols[0] != 0, -math.inf)
     compare((lse, most, where), (z.logsumexp(1), *z.max(1)))
 

@@ -1,4 +1,4 @@
-"""Errors against float64 are no larger than eager code's in the same dtype, forward and backward.
+"""Errors against float64 are no larger than eager code's in the same dtype, forward and backward, over several draws.
 
 Slack, absolute and stated: a loss is the difference of two float32 statistics, each good to half a unit in its last
 place, so 2^-23 of their size is allowed on top; a gradient may be worse than eager's by one part in 500, which
@@ -6,6 +6,10 @@ is what the luck of rounding moves the ratio by where both round alike.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats, Windows
 from tests.ops.heads import OPS, Operands, cross_entropy, distance, eager_losses, none, operands
 
 LUCK = 1.002
-NARROW = (torch.bfloat16, torch.float16)
+DRAWS = 3
 
 
 def kinds(kind: str, spread: float, dtype: torch.dtype) -> Operands:
@@ -43,29 +47,56 @@ def with_gradients(o: Operands, dtype: torch.dtype):
     return (losses.detach(), *torch.autograd.grad(losses.mean(), (h, w)))
 
 
-def hold(ours, eager, true, lse):
-    slack = 2.0**-23 * float(lse.double().norm() / true[0].norm())
-    assert ours[0] <= eager[0] + slack, f"loss {ours[0]:.2e}, eager {eager[0]:.2e}"
-    assert ours[1] <= LUCK * eager[1], f"dh {ours[1]:.2e}, eager {eager[1]:.2e}"
-    assert ours[2] <= LUCK * eager[2], f"dw {ours[2]:.2e}, eager {eager[2]:.2e}"
+class Held:
+    """Root mean squares over draws of the errors of loss, dh and dw: ours, eager code's, and the slack of the loss."""
+
+    def __init__(self) -> None:
+        self.squares = torch.zeros(3, 3, dtype=torch.float64)
+
+    def add(self, ours, eager, true, lse) -> None:
+        slack = 2.0**-23 * float(lse.double().norm() / true[0].norm())
+        found = [errors(*ours, true), errors(*eager, true), [slack, 0, 0]]
+        self.squares += torch.tensor(found, dtype=torch.float64).square()
+
+    def check(self) -> None:
+        ours, eager, slack = (self.squares / DRAWS).sqrt()
+        allowed = torch.tensor([1.0, LUCK, LUCK], dtype=torch.float64) * eager + slack
+        assert bool((ours <= allowed).all()), f"loss, dh, dw: {ours.tolist()}, eager {eager.tolist()}"
 
 
-CASES = [(dtype, kind) for dtype in (torch.float32, *NARROW) for kind in ("plain", "peaked", "wide")]
+@pytest.fixture
+def held() -> Iterator[Held]:
+    """What a test adds its draws to, held to the rule when it is over."""
+    found = Held()
+    yield found
+    found.check()
+
+
+def over_draws(test: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(test)
+    def drawn(**fixtures: Any) -> None:
+        for _ in range(DRAWS):
+            test(**fixtures)
+
+    return drawn
 
 
 @pytest.mark.parametrize("spread", [0.02, 1.0, 3.0])
-@pytest.mark.parametrize(("dtype", "kind"), [*CASES, (torch.float32, "offset")])
-def test_cross_entropy_errs_no_more_than_eager(dtype, kind, spread):
+@pytest.mark.parametrize("kind", ["plain", "peaked", "wide", "offset"])
+@over_draws
+def test_cross_entropy_errs_no_more_than_eager(held, multiplied, kind, spread):
+    dtype = multiplied[0] if kind != "offset" else torch.float32  # in others: tests/backend/test_common_offsets.py
     o = kinds(kind, spread, dtype)
     true, eager = with_gradients(o, torch.float64), with_gradients(o, dtype)
     for memory in (0, -1):
         lse, picked, _, dh, dw, *_ = cross_entropy(o, torch.full((252,), 1 / 252), memory=memory)
-        hold(errors(lse - picked[:, 0], dh, dw, true), errors(*eager, true), true, lse)
+        held.add((lse - picked[:, 0], dh, dw), eager, true, lse)
 
 
 @pytest.mark.parametrize("spread", [0.45, 2.0])
 @pytest.mark.parametrize("accumulate", [torch.bfloat16, torch.float32])
-def test_sums_over_many_windows_err_no_more_than_eager(spread, accumulate):
+@over_draws
+def test_sums_over_many_windows_err_no_more_than_eager(held, any_cpu, spread, accumulate):
     o = kinds("plain", spread, torch.bfloat16)
     true, eager = with_gradients(o, torch.float64), with_gradients(o, torch.bfloat16)
     c = torch.full((252,), 1 / 252)
@@ -76,11 +107,12 @@ def test_sums_over_many_windows_err_no_more_than_eager(spread, accumulate):
         Needs(True, True, False, False),
         Windows(tokens, 1507, accumulate),
     )
-    hold(errors(stats.lse - stats.picked[:, 0], grads.h, grads.w, true), errors(*eager, true), true, stats.lse)
+    held.add((stats.lse - stats.picked[:, 0], grads.h, grads.w), eager, true, stats.lse)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
-def test_a_capped_head_errs_no_more_than_eager(dtype):
+@over_draws
+def test_a_capped_head_errs_no_more_than_eager(held, multiplied):
+    dtype, _ = multiplied
     o = kinds("plain", 3.0, dtype)
 
     def run(kind):
@@ -93,11 +125,12 @@ def test_a_capped_head_errs_no_more_than_eager(dtype):
     true, eager = run(torch.float64), run(dtype)
     transform = f"mul:{1 / 30!r} tanh mul:30.0"
     lse, picked, _, dh, dw, *_ = cross_entropy(o, torch.full((252,), 1 / 252), transform)
-    hold(errors(lse - picked[:, 0], dh, dw, true), errors(*eager, true), true, lse)
+    held.add((lse - picked[:, 0], dh, dw), eager, true, lse)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
-def test_policy_gradients_with_entropy_err_no_more_than_eager(dtype):
+@over_draws
+def test_policy_gradients_with_entropy_err_no_more_than_eager(held, multiplied):
+    dtype, _ = multiplied
     o = kinds("plain", 3.0, dtype)
     advantage, bonus = torch.randn(252), 0.01 * torch.rand(252)
 
@@ -115,13 +148,14 @@ def test_policy_gradients_with_entropy_err_no_more_than_eager(dtype):
     stats = torch_windows.head_stats(head, frozenset({"lse", "picked", "entropy"}), windows)
     loss = -(advantage * (stats.picked[:, 0] - stats.lse) + bonus * stats.entropy)
     upstream = RowGrads(advantage, -advantage[:, None], entropy=-bonus)
-    saved = RowStats(stats.lse, entropy=stats.entropy)
+    saved = RowStats(stats.lse, entropy=stats.entropy, lse_low=stats.lse_low)
     grads = torch_windows.head_stats_backward(head, upstream, saved, Needs(True, True, False, False), windows)
-    hold(errors(loss, grads.h, grads.w, true), errors(*eager, true), true, stats.lse)
+    held.add((loss, grads.h, grads.w), eager, true, stats.lse)
 
 
 @pytest.mark.parametrize("bonus", [0.0, 0.5])
-def test_logits_of_size_200_err_no_more_than_eager_when_they_are_recomputed(bonus):
+@over_draws
+def test_logits_of_size_200_err_no_more_than_eager_when_they_are_recomputed(held, bonus):
     # half a unit in the last place of an lse of 200 is 8e-6 of each probability
     o = operands(252, 1507, 64, dtype=torch.float32, spread=60.0, u=False)
     upstream = torch.rand(252) + 0.5
@@ -138,11 +172,12 @@ def test_logits_of_size_200_err_no_more_than_eager_when_they_are_recomputed(bonu
     lse, picked, _, entropy, *_ = OPS.head_stats(*o, "", stats, 0)
     loss = lse - picked[:, 0] + (bonus * entropy if bonus else 0)
     ours = (loss.detach(), *torch.autograd.grad(loss, (h, w), upstream))
-    hold(errors(*ours, true), errors(*eager, true), true, lse.detach())
+    held.add(ours, eager, true, lse.detach())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
-def test_label_smoothing_errs_no_more_than_eager(dtype):
+@over_draws
+def test_label_smoothing_errs_no_more_than_eager(held, multiplied):
+    dtype, _ = multiplied
     o = kinds("plain", 1.0, dtype)
 
     def run(kind):
@@ -158,4 +193,4 @@ def test_label_smoothing_errs_no_more_than_eager(dtype):
         *o, c, -0.9 * c[:, None], -0.1 / 1507 * c, e, "", "lse,picked,sum", 0, True, True, False, False
     )
     losses = lse - 0.9 * picked[:, 0] - 0.1 / 1507 * total
-    hold(errors(losses, dh, dw, true), errors(*eager, true), true, lse)
+    held.add((losses, dh, dw), eager, true, lse)

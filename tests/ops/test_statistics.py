@@ -96,20 +96,20 @@ def test_a_transposed_weight_gives_the_same():
         torch.testing.assert_close(a, b)
 
 
-def test_a_decision_is_taken_on_rounded_logits_with_the_first_index_on_ties():
+def test_a_decision_is_taken_on_rounded_logits_with_the_first_index_on_ties(any_cpu):
     h, w = torch.ones(1, 1), torch.tensor([[1.0], [3.0], [3.001], [2.0]])
     y = torch.zeros(1, 0, dtype=torch.int64)
     e = torch.empty(0)
-    *_, top, at, _ = OPS.head_stats(h, w, y, e, e, e, "round:bfloat16", "max,argmax", 0)
+    _, _, _, _, top, at, *_ = OPS.head_stats(h, w, y, e, e, e, "round:bfloat16", "max,argmax", 0)
     assert (top.item(), at.item()) == (3.0, 1)
-    *_, top, at, _ = OPS.head_stats(h, w, y, e, e, e, "", "max,argmax", 0)
+    _, _, _, _, top, at, *_ = OPS.head_stats(h, w, y, e, e, e, "", "max,argmax", 0)
     assert at.item() == 2
 
 
-def test_a_decision_on_a_bias_is_taken_on_the_sum_as_linear_rounds_it():
+def test_a_decision_on_a_bias_is_taken_on_the_sum_as_linear_rounds_it(any_cpu):
     h, w, bias = (torch.randn(*shape).bfloat16() for shape in ((512, 8), (700, 8), (700,)))
     e, y = torch.empty(0), torch.zeros(512, 0, dtype=torch.int64)
-    *_, top, at, _ = OPS.head_stats(h, w, y, bias.float()[None], e, e, "addcol:0 round:bfloat16", "max,argmax", 0)
+    *_, top, at, _, _ = OPS.head_stats(h, w, y, bias.float()[None], e, e, "addcol:0 round:bfloat16", "max,argmax", 0)
     z = F.linear(h, w, bias)
     assert torch.equal(at, z.argmax(1))
     assert torch.equal(top, z.amax(1).float())
@@ -143,12 +143,12 @@ def test_more_than_two_to_the_31_logits():
     with FakeTensorMode():
         h, w, y = torch.empty(n, 8), torch.empty(v, 8), torch.empty(n, 1, dtype=torch.int64)
         got = OPS.head_stats(h, w, y, torch.empty(0), torch.empty(0), torch.empty(0), "", "lse,picked", 0)
-    assert [tuple(x.shape) for x in got] == [(n,), (n, 1), (0,), (0,), (0,), (0,), (n,)]
+    assert [tuple(x.shape) for x in got] == [(n,), (n, 1), (0,), (0,), (0,), (0,), (n,), (0,)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS[2:])
-def test_rows_taken_in_pieces_give_what_the_whole_block_gives(monkeypatch, transform, dtype):
+def test_rows_taken_in_pieces_give_what_the_whole_block_gives(monkeypatch, transform, multiplied):
+    dtype, _ = multiplied
     """Also where labels stand in some pieces only."""
     o = operands(131, 1507, 23, 3, dtype=dtype)
     o.y[:64] = o.y[:64] % 700

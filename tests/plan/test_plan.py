@@ -8,16 +8,26 @@ import pytest
 import torch
 
 from fusedhead.kernels import triton_chips
+from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Needs, Windows
 from fusedhead.lowering import plan as plan_module
-from fusedhead.lowering.plan import MIB, engine_for, plan
+from fusedhead.lowering.plan import MIB, Plan, engine_for
+from tests.ops.heads import MULTIPLIED
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NOTHING = Needs(False, False, False, False)
 HIDDEN = Needs(True, False, False, False)
 BOTH = Needs(True, True, False, False)
 LLAMA, GEMMA, QWEN, GPT2 = (8192, 128256, 4096), (8192, 256000, 2304), (8192, 151936, 1024), (16384, 50304, 768)
+WIDENED = {"products": FP32}
+SQUARE = parse("fn:mul(z,z);#0|mul(2.0,z);mul(g,#0);#1")
 SIZES = ((1, 32000, 512), (7, 507, 123), (1024, 32000, 512), (2048, 50304, 768), LLAMA, (1 << 20, 1 << 18, 8192))
+
+
+def plan(n: int, v: int, d: int, dtype: torch.dtype, device: str, **options) -> Plan:
+    """The plan where products are computed as on a CPU that multiplies bfloat16, unless the options say otherwise."""
+    products = FP32 if dtype == FP16 and device != "cuda" else dtype
+    return plan_module.plan(n, v, d, dtype, device, **{"products": products, **options})
 
 
 @pytest.mark.parametrize(
@@ -91,6 +101,13 @@ def chosen_on(monkeypatch, hip, majors, agrees: bool) -> str:
         ((2048, 50304, 768), FP32, "cpu", {}, "single pass", Windows(416, 50304, FP32)),
         ((1024, 32000, 512), BF16, "cpu", {}, "single pass", Windows(208, 32000, BF16)),
         ((8192, 32000, 512), BF16, "cpu", {}, "single pass", Windows(512, 32000, FP32)),
+        # what is multiplied in float32 is kept in the logits' dtype, so that the windows are the same
+        ((1024, 32000, 512), BF16, "cpu", WIDENED, "single pass", Windows(208, 32000, BF16)),
+        ((8192, 32000, 512), BF16, "cpu", WIDENED, "single pass", Windows(512, 32000, FP32)),
+        ((1024, 32000, 512), FP16, "cpu", {}, "single pass", Windows(208, 32000, FP16)),
+        # ... but where nothing bounds what float16 would have to hold, no window is kept
+        ((1024, 32000, 512), FP16, "cpu", {"transform": SQUARE}, "recompute", Windows(512, 4096, FP16)),
+        ((1024, 32000, 512), BF16, "cpu", {"transform": SQUARE, **WIDENED}, "single pass", Windows(208, 32000, BF16)),
         ((1024, 32000, 512), FP32, "cpu", {"needs": HIDDEN}, "frozen", Windows(1024, 2048, FP32)),
         ((1024, 32000, 512), FP32, "cpu", {"needs": NOTHING}, "statistics", Windows(1024, 2048, FP32)),
         ((1024, 32000, 512), BF16, "cpu", {"needs": HIDDEN}, "frozen", Windows(512, 4096, BF16)),
@@ -124,22 +141,23 @@ def test_the_predicted_work_counts_products(options, products, device):
 
 @pytest.mark.parametrize("memory", [4, 64, 512, 4096])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_a_budget_is_kept_or_the_reason_says_that_it_cannot_be(memory, device, dtype):
+@pytest.mark.parametrize(("dtype", "products"), MULTIPLIED)
+def test_a_budget_is_kept_or_the_reason_says_that_it_cannot_be(memory, device, dtype, products):
     for sizes, needs, linear in itertools.product(SIZES, (NOTHING, HIDDEN, BOTH), (True, False)):
-        chosen = plan(*sizes, dtype, device, needs=needs, linear=linear, memory=memory)
+        chosen = plan(*sizes, dtype, device, products=products, needs=needs, linear=linear, memory=memory)
         assert chosen.predicted_bytes <= memory * MIB or chosen.reason.startswith("no plan fits in")
 
 
 def test_more_memory_never_costs_more_work():
-    for device, dtype, sizes in itertools.product(("cpu", "cuda"), (FP32, BF16), SIZES):
-        work = [plan(*sizes, dtype, device, memory=m).predicted_flop for m in (1, 16, 256, 4096, 65536)]
+    for device, (dtype, products), sizes in itertools.product(("cpu", "cuda"), MULTIPLIED, SIZES):
+        chosen = [plan(*sizes, dtype, device, products=products, memory=m) for m in (1, 16, 256, 4096, 65536)]
+        work = [one.predicted_flop for one in chosen]
         assert work == sorted(work, reverse=True)
 
 
 def test_the_least_memory_is_no_more_than_any_plan_takes_by_itself():
-    for device, dtype, sizes in itertools.product(("cpu", "cuda"), (FP32, BF16), SIZES):
-        least, auto = (plan(*sizes, dtype, device, memory=m) for m in (-1, 0))
+    for device, (dtype, products), sizes in itertools.product(("cpu", "cuda"), MULTIPLIED, SIZES):
+        least, auto = (plan(*sizes, dtype, device, products=products, memory=m) for m in (-1, 0))
         assert least.predicted_bytes <= auto.predicted_bytes
 
 
