@@ -69,7 +69,7 @@ def rounded_off(total: Tensor, whole: Tensor, part: Tensor) -> Tensor:
     """What the rounding of ``total`` = whole + part took off, exactly (Knuth's two-sum); 0 where that is not finite."""
     back = total - whole
     low = (whole - (total - back)) + (part - back)
-    return torch.where(low.isfinite(), low, 0)
+    return low.nan_to_num_(0, 0, 0)
 
 
 def vectors(head: Head, i: slice, v: slice) -> tuple[Tensor, Tensor]:

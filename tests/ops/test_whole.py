@@ -120,7 +120,7 @@ def test_a_step_takes_about_as_many_calls_as_the_plain_program():
         with Calls() as calls:
             ops._head_loss(*given, whole_below)
         counts.append(len(calls.names))
-    assert counts[0] <= 30
+    assert counts[0] <= 33  # five of them for the second number of the lse
     assert counts[1] > 4 * counts[0]
 
 
@@ -128,7 +128,17 @@ def test_the_limit_decides_at_run_time_whatever_the_budget():
     needs = Needs(True, True, False, False)
     for memory in (0, -1, 64):
         for tokens, name in ((15, "torch_whole"), (16, "torch_windows")):
-            found = plan(tokens, 64, 8, torch.float32, "cpu", needs=needs, memory=memory, whole_below=1024)
+            found = plan(
+                tokens,
+                64,
+                8,
+                torch.float32,
+                "cpu",
+                products=torch.float32,
+                needs=needs,
+                memory=memory,
+                whole_below=1024,
+            )
             assert found.engine == name
     held = plan(15, 64, 8, torch.float32, "cpu", needs=needs, whole_below=1024).predicted_bytes
     assert 15 * 64 * 4 <= held <= 4 * 15 * 64 * 4
