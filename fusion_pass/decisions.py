@@ -104,7 +104,7 @@ def higher_order(owner: str) -> str | None:
 
 def returned_alone(site: Site, mutations: Mutations, modes: dict[Node, bool]) -> bool:
     """Whether logits that the graph only returns are to be deferred."""
-    if not site.outputs or site.escapes or not all(map(returned.rooted_in_inputs, leaves([site.head.weight]))):
+    if not site.outputs or site.escapes or not returned.makes_its_weight_again(site):
         return False
     return not refusal(site, mutations, modes, "", True)
 
@@ -156,7 +156,8 @@ def changed_too_early(
         reason = mutations.anywhere_after(making[0], sources)
         if reason:
             return reason
-        if fake(output).requires_grad and len({modes[node] for node in making}) > 1:
+        from_logits = {site.head.node, *site.followed}.intersection(making)
+        if fake(output).requires_grad and len({modes[node] for node in from_logits}) > 1:
             return "the returned logits are made partly with and partly without gradients recorded"
     if site.outputs:
         return mutations.anywhere_after(begin, [*operands, *vectors, *indices]) or ""

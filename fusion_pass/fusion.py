@@ -22,9 +22,11 @@ from fusedhead import (
     readings,
     regions,
     returned,
+    returned_stacks,
     row_emission,
     row_region,
     sharded,
+    subscripts,
     unstacked,
 )
 from fusedhead.anchors import candidates
@@ -95,9 +97,15 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
     for module, owner, grad in bodies(gm):
         broadcasts.separate(module.graph)
         accumulations.separate(module.graph)
+        subscripts.separate(module.graph)
         pieces.join(module.graph)
         products = both_ways.separate(module.graph) if twice else []
         apart = unstacked.separate(module.graph) if owner == "" else None
+        if owner == "" and deferred:
+            stacked, outside = returned_stacks.separate(module.graph, options)
+            report.heads += stacked
+            apart = nested(apart, outside)
+            changed |= outside is not None
         wrap = apart or wrap
         alone = heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
         reading = readings.chosen(module.graph, candidates(module.graph) | alone, grad is not False)

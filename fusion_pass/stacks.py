@@ -38,6 +38,7 @@ FAMILY = Family(
     "pieces that something else reads or writes to",
 )
 CATS = frozenset({"cat", "concat", "concatenate"})  # along tokens, a stack whose numbers are then tokens too
+SPELLED = frozenset({"stack", *CATS, "view", "reshape", "unflatten", "einsum", "bmm", "matmul"})  # a stack's nodes
 MOST = 64  # heads: each is a sweep
 
 

@@ -25,6 +25,7 @@ from fusedhead.compat import (
     tree_map,
 )
 from fusedhead.rowwise import RowCall, Rowwise, Seed
+from fusedhead.rowwise import parts as parts_of
 from fusedhead.rules.rowwise_dimensions import (
     ALONG,
     INDEXED,
@@ -176,6 +177,8 @@ def taken_apart(parts: Callable[..., Any], target: Any, val: Any, args: tuple, k
         elif any(isinstance(x, Rowwise) for x in tree_leaves((here, named))):
             if node.target is target:
                 raise Escape(f"{target} is not known to treat tokens apart")
+            if any(isinstance(x, Plain) and any(True for _ in parts_of(x)) for x in tree_leaves((here, named))):
+                raise Escape(f"{target} combines logits with a total over their tokens")
             env[node] = read(node.target, node.meta["val"], node.meta["val"], here, named)
         elif is_pointwise(node.target) and (like := as_wide(node.meta["val"], leaves)) is not None:
             env[node] = entrywise(node.target, node.meta["val"], here, named, like.tail, like.heads)
