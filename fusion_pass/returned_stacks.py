@@ -63,7 +63,7 @@ def separate(graph: Graph, options: Options) -> tuple[list[HeadRecord], Wrap | N
         if small:
             continue
         sizes = {node: [n for x in (node, *node.all_input_nodes) for n in last_sizes(x)] for node in making}
-        sizes[found.kept[0]] = [len(found.head.parts)]  # a head's number is none of a token
+        sizes[found.kept[0]] = [*sizes[found.kept[0]], len(found.head.parts)]  # a head's number is none of a token
         recipes += [
             returned.recipe_of(making, sources, sizes, slot, node, fake(node).ndim - 1)
             for slot, node in enumerate(slots)

@@ -154,6 +154,8 @@ def of_a_product(node: Node) -> tuple[list[Logits], int] | None:
     if len(shared) != 1 or len(classes) != 1 or len(numbers) != 1 or len(set(h)) != len(h) or numbers[0] not in out:
         return None
     d, v, k = shared[0], classes[0], numbers[0]
+    if not all(isinstance(size, int) for size in fake(weight).shape):
+        return None
     rows = h.replace(k, "").replace(d, "")
     count = fake(weight).shape[w.index(k)]
     if k in h and not is_parameter(weight):  # attention looks the same
