@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import time
 import traceback
@@ -44,7 +45,11 @@ def main() -> int:
     first, count = map(int, arguments.part.split("/"))
     programs = every(arguments.only, arguments.samples, arguments.places.split(","))
     started = time.monotonic()
+    stopped: list[bool] = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))  # end after the program at hand, and say what was seen
     for case in islice(programs, first, None, count):
+        if stopped:
+            break
         try:
             verdict = compare(case)
         except Exception:
