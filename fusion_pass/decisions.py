@@ -99,6 +99,11 @@ def on_several_devices(nodes: Iterable[Node]) -> str:
 def higher_order(owner: str) -> str | None:
     if owner == "" or owner in RUN_AS_THEY_ARE:
         return None
+    if owner == "autograd_function_apply":
+        return (
+            f"the head is inside {owner}, a torch.autograd.Function with a backward of its own: it is already fused by "
+            "hand, and stays as it is written"
+        )
     return f"the head is inside {owner}"
 
 

@@ -21,6 +21,7 @@ from fusedhead import (
     pieces,
     readings,
     regions,
+    repeats,
     returned,
     returned_stacks,
     row_emission,
@@ -98,6 +99,7 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
         broadcasts.separate(module.graph)
         accumulations.separate(module.graph)
         subscripts.separate(module.graph)
+        repeats.join(module.graph)
         pieces.join(module.graph)
         products = both_ways.separate(module.graph) if twice else []
         apart = unstacked.separate(module.graph) if owner == "" else None

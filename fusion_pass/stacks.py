@@ -48,7 +48,7 @@ def reading_of(graph: Graph, starts: Collection[Node], grad: bool) -> Reading | 
     modes, traced = grad_modes(graph, grad), Traces()
     found = {}
     for node in reached(graph):
-        logits = stack_at(node, traced)
+        logits = stack_at(node, traced) or stack_at(node, traced, classes_first=True)
         if logits is not None and all(modes[product] == modes[node] for product in logits.head.products):
             found[node] = logits
     tried: set[Node] = set()
