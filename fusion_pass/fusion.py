@@ -27,6 +27,7 @@ from fusedhead import (
     row_emission,
     row_region,
     sharded,
+    soft_labels,
     subscripts,
     unstacked,
 )
@@ -99,6 +100,7 @@ def fuse_graph(gm: GraphModule, options: Options, *, twice: bool = True) -> tupl
         broadcasts.separate(module.graph)
         accumulations.separate(module.graph)
         subscripts.separate(module.graph)
+        soft_labels.separate(module.graph)
         repeats.join(module.graph)
         pieces.join(module.graph)
         products = both_ways.separate(module.graph) if twice else []

@@ -29,8 +29,8 @@ from fusedhead.values import FOLLOWED, Escape, Logits, Plain, Projection, detach
 
 EMPTY: Mapping[Node, Logits] = {}
 LEAVES = (
-    "{}, computed from all logits, is returned: it is as wide as they are, and the graph ends before it is reduced over "
-    "the classes (where a boolean mask ends the graph, a product with the mask does not)"
+    "{}, computed from all logits, is returned: it is as wide as they are, and the graph ends before it is reduced "
+    "over the classes (where a boolean mask ends the graph, a product with the mask does not)"
 )
 
 

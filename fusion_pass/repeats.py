@@ -11,9 +11,9 @@ from collections.abc import Hashable
 
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_flatten
 
 from fusedhead.aliases import storage
+from fusedhead.compat import tree_flatten
 from fusedhead.modes import autocasts, grad_modes
 from fusedhead.places import Places
 from fusedhead.read import fake, name_of

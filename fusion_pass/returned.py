@@ -31,7 +31,8 @@ from fusedhead.weights import is_cast, made_of_inputs, making
 
 FAMILY = Family(
     "returned logits",
-    "deferred: no memory, no backward, until something other than a loss asks for them",
+    "deferred: no memory, no backward, until something other than a loss asks for them; also of weights that the graph "
+    "makes of its parameters, and of stacked heads",
     "logits, or what they are made of, that are written later",
 )
 
@@ -126,7 +127,7 @@ def shape_of(product: Node) -> tuple[Any, ...]:
 def recipe(site: Site, slot: int, output: Node, class_dim: int) -> Recipe:
     """The recipe of a followed node that the graph returns in ``slot``."""
     nodes, sources = program_of([output], followed(site))
-    heads = {node: shape_of(node) for node in site.head.products}
+    heads: dict[Node, Sequence[Any]] = {node: shape_of(node) for node in site.head.products}
     for weight in weights_of(site):  # sizes of what it is made of belong to the head too
         for node in made_of_inputs(weight) or ():
             heads[node] = [n for source in node.all_input_nodes for n in getattr(fake(source), "shape", ())]

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from fusedhead import returned, weights
 from fusedhead.aliases import storage
 from fusedhead.anchors import candidates
+from fusedhead.compat import FakeTensor
 from fusedhead.interpret import Site
 from fusedhead.lone_heads import pays
 from fusedhead.modes import grad_modes
@@ -44,7 +44,7 @@ class Returned:
 
 
 def separate(graph: Graph, options: Options) -> tuple[list[HeadRecord], Wrap | None]:
-    """Take stacks that are only returned out of the graph, in place: their records, and what is put around the graph."""
+    """Take stacks that are only returned out of the graph, in place: their records, and what goes around the graph."""
     if not any(name_of(node) in SPELLED for node in graph.nodes) or functorch(graph):
         return [], None
     modes, mutations, traced = grad_modes(graph), Mutations(graph), Traces()

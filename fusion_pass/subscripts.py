@@ -80,7 +80,9 @@ def update_at(node: Node) -> Update | None:
     if stored and (view.args != (tensor, index) or set(op.users) != {node}):
         return None
     tensor, index = view.args
-    value = fake(tensor) if isinstance(tensor, Node) else None
+    if not isinstance(tensor, Node):
+        return None
+    value = fake(tensor)
     if not isinstance(value, Tensor) or not value.is_floating_point() or not scalar(operand):
         return None
     parts = every_dimension(index, value.ndim)
@@ -139,10 +141,10 @@ def become(graph: Graph, update: Update, recorded: bool) -> None:
     with emit.before(update.last, update.last, grad=recorded):
         chosen = emit.ref(mask)
         if isinstance(update.operand, Node):
-            number = emit.cast(update.operand, wide)
-            number = emit(aten.neg.default, number) if change else number
+            operand = emit.cast(update.operand, wide)
+            operand = emit(aten.neg.default, operand) if change else operand
             whole = emit(aten.full.default, [size], neutral, dtype=wide, device=value.device)
-            vector = emit(aten.where.self, chosen, number, whole)
+            vector = emit(aten.where.self, chosen, operand, whole)
         else:
             number = float(-update.operand if change else update.operand)
             whole = emit(aten.full.default, [size], neutral, dtype=wide, device=value.device)
@@ -154,5 +156,3 @@ def become(graph: Graph, update: Update, recorded: bool) -> None:
     written.meta = {k: v for k, v in update.op.meta.items() if k == "stack_trace"} | {"example_value": value}
     for node in dict.fromkeys((update.last, update.op, update.view)):
         graph.erase_node(node)
-
-

@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
 from fusedhead.aliases import storage, written
+from fusedhead.compat import HigherOrderOperator, maybe_get_fake_mode, tree_leaves
 from fusedhead.hoisting import may_draw
 from fusedhead.read import callee, fake, hint, name_of
 from fusedhead.rules.projections import SPELLINGS
@@ -47,7 +46,7 @@ def made_of_inputs(weight: Node) -> set[Node] | None:
         node = stack.pop()
         if node.op == "placeholder" or node in found:
             continue
-        if not node.op.startswith("call_") or isinstance(node.target, torch._ops.HigherOrderOperator):
+        if not node.op.startswith("call_") or isinstance(node.target, HigherOrderOperator):
             return None
         found.add(node)
         stack += node.all_input_nodes

@@ -51,9 +51,9 @@ def update(name: str, whole: DeferredLogits, index: Any, operands: tuple, kwargs
     if name not in UPDATES or len(operands) != 1 or kwargs or not isinstance(operands[0], (int, float, Tensor)):
         return None
     (operand,), (function, neutral, sign) = operands, UPDATES[name]
-    if isinstance(operand, bool) or isinstance(operand, DeferredLogits):
+    if isinstance(operand, (bool, DeferredLogits)):
         return None
-    if isinstance(operand, Tensor) and (operand.ndim or operand.requires_grad and not whole.requires_grad):
+    if isinstance(operand, Tensor) and (operand.ndim or (operand.requires_grad and not whole.requires_grad)):
         return None
     (dim, entry), wide = chosen(index, whole.ndim), torch.promote_types(whole.dtype, torch.float32)  # type: ignore[misc]
     vector = torch.full((whole.shape[dim],), neutral, dtype=wide, device=whole.device)

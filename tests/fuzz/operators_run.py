@@ -45,8 +45,8 @@ def main() -> int:
     first, count = map(int, arguments.part.split("/"))
     programs = every(arguments.only, arguments.samples, arguments.places.split(","))
     started = time.monotonic()
-    stopped: list[bool] = []
-    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))  # end after the program at hand, and say what was seen
+    stopped: list[bool] = []  # by a signal: end after the program at hand, and say what was seen
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     for case in islice(programs, first, None, count):
         if stopped:
             break
