@@ -5,9 +5,9 @@ With t = a everywhere and b at the label y of a row, both numbers:
     Σ_v t_v x_v  =  a Σ_v x_v + (b - a) x_y
 
 The right side is made of statistics, and neither t [N, V] nor the product exists. Read are ``zeros_like``,
-``full_like`` and their kin, ``fill_``, ``scatter`` in both forms, ``one_hot``, and what affine code makes of them. Where
-t is 0, an infinite x still makes NaN, as in the product (so does an infinite x at the label). This file edits the graph,
-where nothing else reads t; it knows no losses.
+``full_like`` and their kin, ``fill_``, ``scatter`` in both forms, ``one_hot``, and what affine code makes of them.
+Where t is 0, an infinite x still makes NaN, as in the product (so does an infinite x at the label). This file edits
+the graph, where nothing else reads t; it knows no losses.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def target_of(node: Any, reader: Node) -> Target | None:
     """What a node is at ``reader``, as a target."""
     if not isinstance(node, Node) or not isinstance(fake(node), Tensor) or not node.op.startswith("call_"):
         return None
-    name, args = name_of(node), node.args
+    name = name_of(node)
+    args: Any = node.args
     if name in FILLED or name in ("full_like", "new_full", "full", "empty_like"):
         return filled(node, reader)
     if name in ("scatter", "scatter_", "fill_"):
@@ -73,7 +74,7 @@ def target_of(node: Any, reader: Node) -> Target | None:
             return base if base is None or node in base.nodes else None
         return scattered(base, node)
     if name == "one_hot":
-        classes = args[1] if len(args) > 1 else node.kwargs.get("num_classes", -1)
+        classes: Any = args[1] if len(args) > 1 else node.kwargs.get("num_classes", -1)
         labels = args[0] if isinstance(args[0], Node) else None
         known = number(classes) and classes > 0 and labels is not None and fake(labels).dtype == torch.int64
         return Target(0.0, 1.0, labels, True, frozenset({node})) if known else None
@@ -140,7 +141,7 @@ def filled(node: Any, reader: Node) -> Target | None:
         if not before(write, reader) and write is not reader:
             return None
         if name_of(write) == "fill_" and len(write.args) == 2 and number(write.args[1]):
-            filling = float(write.args[1])
+            filling = float(write.args[1])  # type: ignore[arg-type]
             found, known = Target(filling, filling, None, False, found.nodes | {write}), True
         elif name_of(write) == "scatter_" and (after := scattered(found, write)) is not None and known:
             found = after
@@ -152,7 +153,7 @@ def filled(node: Any, reader: Node) -> Target | None:
 def become(graph: Graph, total: Node, recorded: bool) -> None:
     """A sum over the classes of a product with a target, out of sums and picks of the other factor."""
     product = total.args[0] if total.args else None
-    dims = total.args[1] if len(total.args) > 1 else total.kwargs.get("dim")
+    dims: Any = total.args[1] if len(total.args) > 1 else total.kwargs.get("dim")
     keep = total.kwargs.get("keepdim", total.args[2] if len(total.args) > 2 else False)
     scale = 1.0
     chain: list[Node] = []

@@ -74,6 +74,9 @@ def finite(x: Tensor) -> Tensor:
 
 def differs(i: int, got: Any, eager: Any, near: list[Any]) -> str:
     """ "" where one result agrees with eager code's, else a sentence. ``near``: eager code's of disturbed inputs."""
+    if isinstance(eager, (float, complex)) and type(got) is type(eager):
+        got, eager = torch.tensor(got), torch.tensor(eager)
+        near = [torch.tensor(x) for x in near if isinstance(x, (float, complex))]
     if not isinstance(eager, Tensor) or not isinstance(got, Tensor):
         return "" if type(got) is type(eager) and (got == eager or got != got) else f"{i}: {got!r}, eager {eager!r}"
     for what in ("dtype", "shape", "requires_grad", "layout"):
