@@ -141,7 +141,8 @@ def filled(node: Any, reader: Node) -> Target | None:
         if not before(write, reader) and write is not reader:
             return None
         if name_of(write) == "fill_" and len(write.args) == 2 and number(write.args[1]):
-            filling = float(write.args[1])  # type: ignore[arg-type]
+            number_given: Any = write.args[1]
+            filling = float(number_given)
             found, known = Target(filling, filling, None, False, found.nodes | {write}), True
         elif name_of(write) == "scatter_" and (after := scattered(found, write)) is not None and known:
             found = after
