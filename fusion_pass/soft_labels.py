@@ -108,7 +108,7 @@ def combined(node: Node, name: str, args: tuple) -> Target | None:
 
 def scattered(base: Target, node: Node) -> Target | None:
     """``base`` with a number at the labels."""
-    given = dict(zip(("dim", "index", "value"), node.args[1:])) | node.kwargs
+    given: dict[str, Any] = dict(zip(("dim", "index", "value"), node.args[1:])) | node.kwargs
     dim, index, value = given.get("dim"), given.get("index"), given.get("value", given.get("src"))
     if set(given) - {"dim", "index", "value", "src"} or not isinstance(index, Node) or not number(value):
         return None
