@@ -25,6 +25,7 @@ from fusedhead.row_region import Region
 from fusedhead.safety import Mutations, functorch, subclass
 from fusedhead.size_gate import gate, row_gate
 from fusedhead.values import Projection, leaves
+from fusedhead.weights import made_of_inputs
 
 RUN_AS_THEY_ARE = CHECKPOINTS | {"invoke_subgraph"}
 
@@ -101,21 +102,29 @@ def on_several_devices(nodes: Iterable[Node]) -> str:
 def higher_order(owner: str) -> str | None:
     if owner == "" or owner in RUN_AS_THEY_ARE:
         return None
+    if owner == "autograd_function_apply":
+        return (
+            f"the head is inside {owner}, a torch.autograd.Function with a backward of its own: it is already fused by "
+            "hand, and stays as it is written"
+        )
     return f"the head is inside {owner}"
 
 
 def returned_alone(site: Site, mutations: Mutations, modes: dict[Node, bool]) -> bool:
     """Whether logits that the graph only returns are to be deferred."""
-    if not site.outputs or site.escapes or not all(map(returned.rooted_in_inputs, leaves([site.head.weight]))):
+    if not site.outputs or site.escapes or not returned.makes_its_weight_again(site):
         return False
     return not refusal(site, mutations, modes, "", True)
 
 
 def why_returned(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str, deferred: bool) -> str:
     """Why logits that a graph only returns are not deferred, in a sentence."""
-    made = next((node for node in leaves([site.head.weight]) if not returned.rooted_in_inputs(node)), None)
+    made = next((node for node in returned.weights_of(site) if made_of_inputs(node) is None), None)
     while made is not None and name_of(made) in PURE_VIEWS:
-        made = next(source for source in made.all_input_nodes if not returned.rooted_in_inputs(source))
+        below = next((source for source in made.all_input_nodes if made_of_inputs(source) is None), None)
+        if below is None:
+            break
+        made = below
     return (
         refusal(site, mutations, modes, owner, deferred)
         or (f"its weight is made in the graph ({name_of(made)} at {where(made)})" if made is not None else "")
@@ -170,7 +179,8 @@ def changed_too_early(
         reason = mutations.anywhere_after(making[0], sources)
         if reason:
             return reason
-        if fake(output).requires_grad and len({modes[node] for node in making}) > 1:
+        from_logits = {site.head.node, *site.followed}.intersection(making)
+        if fake(output).requires_grad and len({modes[node] for node in from_logits}) > 1:
             return "the returned logits are made partly with and partly without gradients recorded"
     if site.outputs:
         return mutations.anywhere_after(begin, [*operands, *vectors, *indices]) or ""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from fusedhead.compat import maybe_get_fake_mode, tree_map
+from fusedhead.compat import maybe_get_fake_mode, tree_leaves, tree_map
 from fusedhead.read import fake
 from fusedhead.values import Call, Plain
 
@@ -57,6 +57,7 @@ class Emit:
         """One call, its fake value computed on the arguments' fake values."""
         assert self.anchor is not None
         assert self.trace_of is not None
+        assert not any(isinstance(x, torch.SymInt) for x in tree_leaves((args, kwargs))), "a size without a node"
         with self.graph.inserting_before(self.anchor):
             node = self.graph.call_function(op, args, kwargs)
         self.made.append(node)

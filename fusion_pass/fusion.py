@@ -24,11 +24,15 @@ from fusedhead import (
     pieces,
     readings,
     regions,
+    repeats,
     returned,
+    returned_stacks,
     row_emission,
     row_region,
     sharded,
     size_gate,
+    soft_labels,
+    subscripts,
     unstacked,
 )
 from fusedhead.anchors import candidates
@@ -111,9 +115,17 @@ def fuse_graph(
     for module, owner, grad in bodies(gm):
         broadcasts.separate(module.graph)
         accumulations.separate(module.graph)
+        subscripts.separate(module.graph)
+        soft_labels.separate(module.graph)
+        repeats.join(module.graph)
         pieces.join(module.graph)
         products = both_ways.separate(module.graph) if twice else []
         apart = unstacked.separate(module.graph) if owner == "" else None
+        if owner == "" and deferred:
+            stacked, outside = returned_stacks.separate(module.graph, options)
+            report.heads += stacked
+            apart = nested(apart, outside)
+            changed |= outside is not None
         wrap = apart or wrap
         alone = heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
         reading = readings.chosen(module.graph, candidates(module.graph) | alone, grad is not False)

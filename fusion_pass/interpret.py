@@ -30,6 +30,10 @@ from fusedhead.values import FOLLOWED, Escape, Logits, Plain, Projection, detach
 
 EMPTY: Mapping[Node, Logits] = {}
 RUN = "fusedhead_run"
+LEAVES = (
+    "{}, computed from all logits, is returned: it is as wide as they are, and the graph ends before it is reduced "
+    "over the classes (where a boolean mask ends the graph, a product with the mask does not)"
+)
 
 
 @dataclass(eq=False)
@@ -131,7 +135,7 @@ def returned(source: Node, value: Any, sites: dict[Projection, Site]) -> None:
     for part in parts(value):
         if not part.small:
             for head in part.heads:
-                sites[head].escapes.append((source, f"{source.name}, computed from all logits, is returned"))
+                sites[head].escapes.append((source, LEAVES.format(source.name)))
 
 
 def counts_rows(node: Node, values: dict[Node, Any]) -> bool:

@@ -23,9 +23,12 @@ def looks_like_a_head(node: Node) -> bool:
     if not isinstance(hidden, Tensor) or not isinstance(result, Tensor) or hidden.ndim < 2:
         return False
     depth, vocab = hidden.shape[-1], result.shape[-1]
-    if not isinstance(depth, int) or not isinstance(vocab, int) or vocab < LEAST_VOCAB:
-        return False
-    return vocab >= LEAST_RATIO * depth or vocab >= SURE_VOCAB
+    return isinstance(depth, int) and isinstance(vocab, int) and pays(vocab, depth)
+
+
+def pays(vocab: int, depth: int) -> bool:
+    """Whether a weight [V, D] is that of a head, by its sizes, and not of an inner layer."""
+    return vocab >= LEAST_VOCAB and (vocab >= LEAST_RATIO * depth or vocab >= SURE_VOCAB)
 
 
 def heads_without_loss(graph: Graph) -> set[Node]:

@@ -104,7 +104,9 @@ def asked_outside(site: Site, memory: int) -> Price:
     needs = Needs(h, w, False, False)
 
     def of(n: int) -> tuple[int, int]:
-        chosen = plan(n, vocab, hidden, head.dtype, head.weight.val.device.type, needs=needs, memory=memory)
+        device = head.weight.val.device.type
+        products = product_dtype(head.dtype, device)
+        chosen = plan(n, vocab, hidden, head.dtype, device, products=products, needs=needs, memory=memory)
         return chosen.predicted_bytes, chosen.predicted_flop
 
     return Price("as the caller asks", not any(needs), of, hint(tokens_of(site)) or 0)

@@ -22,14 +22,18 @@ from torch.fx.node import map_arg
 
 from fusedhead.aliases import storage, written
 from fusedhead.interpret import Site
+from fusedhead.modes import grad_modes
 from fusedhead.read import fake, name_of
 from fusedhead.rewrite import PURE_VIEWS
 from fusedhead.rules.table import Family
 from fusedhead.runs import Run
+from fusedhead.values import leaves
+from fusedhead.weights import is_cast, made_of_inputs, making
 
 FAMILY = Family(
     "returned logits",
-    "deferred: no memory, no backward, until something other than a loss asks for them",
+    "deferred: no memory, no backward, until something other than a loss asks for them; also of weights that the graph "
+    "makes of its parameters, and of stacked heads",
     "logits, or what they are made of, that are written later",
 )
 
@@ -74,8 +78,17 @@ def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[lis
 
 
 def followed(site: Site) -> set[Node]:
-    """The head's projection and what was followed from it."""
-    return {site.head.node, *site.followed}
+    """The head's projection, what was followed from it, and what makes its weight."""
+    return {site.head.node, *site.followed, *making(weights_of(site))}
+
+
+def weights_of(site: Site) -> list[Node]:
+    """The nodes that a head's weight is, or that it is a view of."""
+    return leaves([site.head.weight])
+
+
+def makes_its_weight_again(site: Site) -> bool:
+    return all(made_of_inputs(weight) is not None for weight in weights_of(site))
 
 
 def is_cheap(node: Node) -> bool:
@@ -117,7 +130,11 @@ def shape_of(product: Node) -> tuple[Any, ...]:
 def recipe(site: Site, slot: int, output: Node, class_dim: int) -> Recipe:
     """The recipe of a followed node that the graph returns in ``slot``."""
     nodes, sources = program_of([output], followed(site))
-    return recipe_of(nodes, sources, {node: shape_of(node) for node in site.head.products}, slot, output, class_dim)
+    heads: dict[Node, Sequence[Any]] = {node: shape_of(node) for node in site.head.products}
+    for weight in weights_of(site):  # sizes of what it is made of belong to the head too
+        for node in made_of_inputs(weight) or ():
+            heads[node] = [n for source in node.all_input_nodes for n in getattr(fake(source), "shape", ())]
+    return recipe_of(nodes, sources, heads, slot, output, class_dim)
 
 
 def recipe_of(
@@ -130,19 +147,21 @@ def recipe_of(
 ) -> Recipe:
     """The recipe of ``output``, which ``nodes`` make of ``sources``; ``heads``: the projections and their [V, D].
 
-    Autocast is off when it runs; where it acted in the graph, the recorded dtypes bring explicit casts.
+    Autocast is off when it runs; where it acted in the graph, the recorded dtypes bring explicit casts. What was made
+    where no gradient is recorded, and the rest was not, is detached.
     """
+    modes = grad_modes(output.graph)
     graph = Graph()
     env: dict[Node, Node] = {source: graph.placeholder(source.name) for source in sources}
     for node in nodes:
         given = dict(env)
-        if node in heads:
-            dtype = fake(node).dtype
-            for source in node.all_input_nodes:
-                if fake(source).is_floating_point() and fake(source).dtype != dtype:
-                    given[source] = graph.call_method("to", (env[source], dtype))
+        for source in node.all_input_nodes:
+            if is_cast(node, source):
+                given[source] = graph.call_method("to", (env[source], fake(node).dtype))
         args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
         env[node] = graph.create_node(node.op, node.target, args, kwargs)
+        if modes[output] and not modes[node] and isinstance(fake(node), Tensor):
+            env[node] = graph.call_method("detach", (env[node],))
     result = graph.call_method("to", (env[output], fake(output).dtype))
     learning = any(isinstance(fake(s), Tensor) and fake(s).requires_grad for s in sources)
     if torch.is_grad_enabled() and learning and not fake(output).requires_grad:

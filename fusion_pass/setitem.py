@@ -1,7 +1,7 @@
 """Reading ``z[..., columns] = number``: an in-place statement that says the same for every token.
 
 It becomes a `masked_fill` of the logits, for which there is a rule; that other names of the same memory do not see
-it is for the interpreter to check. Anything else that is assigned to part of the logits is not read.
+it is for the interpreter to check. What is set for some tokens only is read elsewhere (`rows_set`), and nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from fusedhead.read import every_dimension, fake
+from fusedhead.rows_set import SENTENCE, rows_set
 from fusedhead.rowwise import Rowwise
 from fusedhead.rules import RULES
 from fusedhead.rules.rowwise import read as by_rows
@@ -29,8 +30,12 @@ def columns_set(node: Node, logits: Any) -> Any:
     ndim = logits.val.ndim
     parts = every_dimension(index, ndim)
     tails = [logits.class_dim] if isinstance(logits, Logits) else [d for d, t in enumerate(logits.tail) if t]
-    if len(parts) != ndim or len(tails) != 1 or any(p != slice(None) for d, p in enumerate(parts) if d != tails[0]):
-        raise Escape("part of the logits is set for some tokens only")
+    if len(tails) != 1:
+        raise Escape(SENTENCE)
+    if tails == [ndim - 1] and starts_with_a_mask(index):
+        return rows_set(logits, index, number)
+    if len(parts) != ndim or any(p != slice(None) for d, p in enumerate(parts) if d != tails[0]):
+        raise Escape(SENTENCE)
     size, chosen = logits.val.shape[tails[0]], parts[tails[0]]
     mask, shape = column_choice(chosen, int(size), logits.val), [-1 if d == tails[0] else 1 for d in range(ndim)]
     mask = Plain(Call(aten.reshape.default, (mask, shape)), mask.val.reshape(shape))
@@ -39,6 +44,12 @@ def columns_set(node: Node, logits: Any) -> Any:
     if isinstance(logits, Logits):
         return RULES[fill](context, logits, mask, number)
     return by_rows(fill, logits.val, logits.val, (logits, mask, number), {})
+
+
+def starts_with_a_mask(index: Any) -> bool:
+    """Whether an index begins with truth values, which may stand for several dimensions."""
+    first = index[0] if isinstance(index, tuple) and index else index
+    return isinstance(first, Node) and isinstance(fake(first), torch.Tensor) and fake(first).dtype == torch.bool
 
 
 def column_choice(chosen: Any, size: int, like: torch.Tensor) -> Plain:

@@ -27,6 +27,7 @@ from torch.fx import Graph, Node
 
 from fusedhead.interpret import Site
 from fusedhead.kernels.contract import Needs
+from fusedhead.kernels.torch_products import product_dtype
 from fusedhead.lowering.plan import plan
 from fusedhead.lowering.row_plan import window_bytes
 from fusedhead.read import fake, most
@@ -124,8 +125,10 @@ def pays_from(h: Tensor, w: Tensor, min_logits: str | int, memory: int) -> int:
         return least
     needs, share = Needs(h.requires_grad, w.requires_grad, False, False), MAY_HOLD.get(device, 1.0)
 
+    products = product_dtype(h.dtype, device)
+
     def grows(n: int) -> bool:
-        held = plan(n, vocab, hidden, h.dtype, device, needs=needs, memory=memory).predicted_bytes
+        held = plan(n, vocab, hidden, h.dtype, device, products=products, needs=needs, memory=memory).predicted_bytes
         return held > share * n * vocab * h.dtype.itemsize
 
     low = high = max(1, -(-least // vocab))

@@ -7,7 +7,6 @@ Labels go that way back to their heads, statistics come forth. This file proves 
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,21 +18,11 @@ from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import STATS
 from fusedhead.operands import operands, replay
 from fusedhead.read import fake
+from fusedhead.stack_parts import part_of
 from fusedhead.terminals import Terminal
-from fusedhead.values import Logits, Stack, piece_of
+from fusedhead.values import Logits, Stack
 
 aten = torch.ops.aten
-
-
-def part_of(logits: Logits, part: Logits) -> Logits:
-    """One head's logits, with what is done to all of them once they are stacked."""
-    shifted = [s.behind(len(part.cols)) for s in logits.steps]
-    first = part.vocab[0] if part.vocab else 0
-    vocab = (first + logits.vocab[0], first + logits.vocab[1]) if logits.vocab else part.vocab
-    own = piece_of(part.cols, *logits.vocab) if logits.vocab else part.cols
-    cols = (*own, *logits.cols)
-    detached = part.detached if logits.detached is None else (len(own) + logits.detached[0], 0)
-    return replace(part, steps=part.steps + tuple(shifted), cols=cols, vocab=vocab, detached=detached)
 
 
 def numbers_of_rows(emit: Emit, logits: Logits) -> tuple[list[Any], Node | None]:

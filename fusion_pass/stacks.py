@@ -4,6 +4,7 @@
 |-----------------------------------------------------------------|---------------------------------------------|
 | ``torch.stack([F.linear(h, w) for w in weights], dim)``         | the products                                |
 | ``F.linear(h, w).view(B, T, K, V)``, w [K V, D]                 | the product with K pieces of the weight     |
+| ``F.linear(h, w).view(N, C, K)``, w [C K, D], classes second    | the products with ``w[k::K]``               |
 | ``torch.einsum("btd,kvd->btkv", h, w)``, ``torch.bmm(h, w)``    | the products with ``w[k]``                  |
 
 This file says what is stacked; it must not know what is asked of it, and edits nothing.
@@ -38,6 +39,7 @@ FAMILY = Family(
     "pieces that something else reads or writes to",
 )
 CATS = frozenset({"cat", "concat", "concatenate"})  # along tokens, a stack whose numbers are then tokens too
+SPELLED = frozenset({"stack", *CATS, "view", "reshape", "unflatten", "einsum", "bmm", "matmul"})  # a stack's nodes
 MOST = 64  # heads: each is a sweep
 
 
@@ -46,9 +48,10 @@ def reading_of(graph: Graph, starts: Collection[Node], grad: bool) -> Reading | 
     modes, traced = grad_modes(graph, grad), Traces()
     found = {}
     for node in reached(graph):
-        logits = stack_at(node, traced)
+        logits = stack_at(node, traced) or stack_at(node, traced, classes_first=True)
         if logits is not None and all(modes[product] == modes[node] for product in logits.head.products):
             found[node] = logits
+    tried: set[Node] = set()
     while found:
         products = {p for logits in found.values() for p in logits.head.products}
         reading = interpret(graph, set(starts) - products, grad, found)
@@ -56,7 +59,12 @@ def reading_of(graph: Graph, starts: Collection[Node], grad: bool) -> Reading | 
                   and not site.escapes and not any(t.logits.rows for _, t in site.terminals)}  # fmt: skip
         if served >= found.keys():
             return reading
-        found = {node: logits for node, logits in found.items() if node in served}
+        left = {node: logits for node, logits in found.items() if node in served}
+        for node in found.keys() - served - tried:  # the classes may be the other of two dimensions
+            tried.add(node)
+            logits = stack_at(node, traced, classes_first=True)
+            left |= {node: logits} if logits is not None else {}
+        found = left
     return None
 
 
@@ -66,12 +74,15 @@ def reached(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if node in seen]
 
 
-def stack_at(node: Node, traced: Traces) -> Logits | None:
-    """The logits of a node that stacks several heads'."""
+def stack_at(node: Node, traced: Traces, *, classes_first: bool = False) -> Logits | None:
+    """The logits of a node that stacks several heads'; ``classes_first``: as pieces whose numbers are its last."""
     if not isinstance(fake(node), Tensor):
         return None
     try:
-        found = of_products(node, traced) or of_pieces(node, traced) or of_a_product(node)
+        if classes_first:
+            found = of_pieces(node, traced, classes_first=True)
+        else:
+            found = of_products(node, traced) or of_pieces(node, traced) or of_a_product(node)
     except Escape:
         return None
     if found is None or not 2 <= len(found[0]) <= MOST:
@@ -84,11 +95,15 @@ def stack_at(node: Node, traced: Traces) -> Logits | None:
     )  # fmt: skip
     if not alike or dim >= fake(node).ndim - 1:
         return None
-    moved = (RowStep(aten.flatten.using_ints, (dim, dim + 1), keeps_order=True),) if name_of(node) in CATS else ()
+    class_dim, moved = fake(node).ndim - 1, tuple[RowStep, ...]()
+    if name_of(node) in CATS:
+        moved = (RowStep(aten.flatten.using_ints, (dim, dim + 1), keeps_order=True),)
+    elif classes_first:
+        moved, class_dim = (RowStep(aten.movedim.int, (dim + 1, dim), keeps_order=True),), dim
     hidden = Plain(Call(aten.stack.default, ([rows_of_hidden(p) for p in parts], dim)), None)
     head = Stack(node, hidden, first.head.weight, first.head.dtype, tuple(parts), dim)
     vocab = first.vocab and (0, int(first.val.shape[-1]))
-    return Logits(head, fake(node), fake(node).ndim - 1, row_steps=moved, vocab=vocab)
+    return Logits(head, fake(node), class_dim, row_steps=moved, vocab=vocab)
 
 
 def product(node: Node, traced: Traces) -> Logits:
@@ -111,8 +126,8 @@ def of_products(node: Node, traced: Traces) -> tuple[list[Logits], int] | None:
     return [product(part, traced) for part in nodes], dim % fake(node).ndim
 
 
-def of_pieces(node: Node, traced: Traces) -> tuple[list[Logits], int] | None:
-    """A product whose classes are viewed as K times V."""
+def of_pieces(node: Node, traced: Traces, *, classes_first: bool = False) -> tuple[list[Logits], int] | None:
+    """A product whose classes are viewed as K times V, or as V times K."""
     source = node.args[0] if node.args else None
     if name_of(node) not in ("view", "reshape", "unflatten") or not isinstance(source, Node):
         return None
@@ -127,6 +142,9 @@ def of_pieces(node: Node, traced: Traces) -> tuple[list[Logits], int] | None:
     if rows.count(-1) > 1 or math.prod(before[:-1]) != math.prod(after[:-2]) or whole.row_steps:
         return None
     step = RowStep(aten.reshape.default, ([*rows, HIDDEN],), keeps_order=True)
+    if classes_first:
+        count, vocab = vocab, count
+        return [every(whole, k, count, fake(node).select(-1, k), step) for k in range(count)], len(rows)
     bounds = [(k * vocab, (k + 1) * vocab) for k in range(count)]
     return [
         replace(
@@ -141,6 +159,17 @@ def of_pieces(node: Node, traced: Traces) -> tuple[list[Logits], int] | None:
     ], len(rows)
 
 
+def every(whole: Logits, first: int, step: int, val: Tensor, rows: RowStep) -> Logits:
+    """The product with every ``step``-th row of the weight, from ``first`` on."""
+
+    def taken(x: Plain) -> Plain:
+        return Plain(Call(aten.slice.Tensor, (x.ref, 0, first, x.val.shape[0], step)), x.val[first::step])
+
+    head = replace(whole.head, weight=taken(whole.head.weight))
+    cols = tuple(map(taken, whole.cols))
+    return replace(whole, head=head, val=val, class_dim=val.ndim - 1, row_steps=(rows,), cols=cols)
+
+
 def of_a_product(node: Node) -> tuple[list[Logits], int] | None:
     """One product with K weights: ``einsum`` or ``bmm`` with a weight of three dimensions."""
     terms = letters(node)
@@ -153,6 +182,8 @@ def of_a_product(node: Node) -> tuple[list[Logits], int] | None:
     if len(shared) != 1 or len(classes) != 1 or len(numbers) != 1 or len(set(h)) != len(h) or numbers[0] not in out:
         return None
     d, v, k = shared[0], classes[0], numbers[0]
+    if not all(isinstance(size, int) for size in fake(weight).shape):
+        return None
     rows = h.replace(k, "").replace(d, "")
     count = fake(weight).shape[w.index(k)]
     if k in h and not is_parameter(weight):  # attention looks the same

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fusedhead.compat import disable_torch_function_subclass, tree_map_only
 from fusedhead.deferred import tables
+from fusedhead.deferred.assignments import assignment, part_of, same_index, update
 from fusedhead.deferred.knowledge import Family, Recorded
 from fusedhead.deferred.outcome import Unread, Wide
 from fusedhead.deferred.picks import picks
@@ -169,8 +170,11 @@ def mapped(function: Callable[[DeferredLogits], Any], value: Any) -> Any:
 def write(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """A call that may write to deferred logits: first, everything made of the same logits has to exist.
 
-    Not so where nothing else shares the memory, and the numbers written have a call of their own: ``p -= q``.
+    Not so where nothing else shares the memory, and the numbers written have a call of their own: ``p -= q``. Nor where
+    a part of the tensor is written to, and is all that was made of it: ``z[:, k] += c``.
     """
+    if to_a_part(func.__name__, args, kwargs):
+        return None if func is Tensor.__setitem__ else args[0]
     if func.__name__ in tables.OUT_OF_PLACE and args and isinstance(args[0], DeferredLogits) and alone(args[0]):
         tensor, before = args[0], linked(args[0]._known)
         args, kwargs = mapped(lambda t: before if t is tensor else t, (args, kwargs))
@@ -188,15 +192,44 @@ def write(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     return compute(func, args, kwargs)
 
 
-def alone(tensor: DeferredLogits) -> bool:
-    """Whether the memory of a tensor that was not computed yet would be its own, and nothing waits to read it."""
+def to_a_part(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Let deferred logits stand for what a write to a part makes of them: whether that was done."""
+    if name == "__setitem__" and isinstance(args[0], DeferredLogits):
+        whole, index, value = args
+        part = None
+        known = part_of(value)
+        if known is not None and known[0] is whole and same_index(known[1], index, whole.ndim):
+            return True  # the part is in its place, and stands for what was written to it
+        becomes = None if known else assignment(whole, index, value)
+    else:
+        part = args[0] if args else None
+        found = part_of(part)
+        if found is None:
+            return False
+        whole, index = found
+        becomes = update(name, whole, index, args[1:], kwargs)
+    if becomes is None or not alone(whole, part):
+        return False
+    function, operands = becomes
+    result = function(linked(whole._known), *operands)
+    if not isinstance(result, DeferredLogits) or not rebind(whole, result):
+        return False
+    return part is None or rebind(part, call(Tensor.__getitem__, (whole, index), {}))
+
+
+def alone(tensor: DeferredLogits, besides: Any = None) -> bool:
+    """Whether the memory of a tensor that was not computed yet would be its own, and nothing waits to read it.
+
+    ``besides``: what is made of it and known.
+    """
     if tensor._plain is not None or is_adopted(tensor) or (tensor.requires_grad and not torch.is_grad_enabled()):
         return False
     recorded = tensor._known.recorded
     if not isinstance(recorded.func, torch.fx.GraphModule) and recorded.func.__name__ not in tables.FRESH:
         return False  # a view, perhaps
     members = (ref() for ref in tensor._known.family.members)
-    return not any(t is tensor for m in members if m is not None for t in m._known.recorded.tensors)
+    waiting = (m for m in members if m is not None and m is not besides)
+    return not any(t is tensor for m in waiting for t in m._known.recorded.tensors)
 
 
 def rebind(tensor: DeferredLogits, result: DeferredLogits) -> bool:

@@ -29,12 +29,13 @@ from fusedhead.interpret import Reading, Site, interpret
 from fusedhead.kernels.contract import STATS
 from fusedhead.linear_tail import upgrade
 from fusedhead.modes import grad_modes
-from fusedhead.read import fake, hint, name_of
+from fusedhead.read import Traces, fake, hint, name_of
 from fusedhead.rewrite import fuse
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.safety import Mutations
+from fusedhead.stacks import SPELLED, stack_at
 from fusedhead.terminals import Terminal
-from fusedhead.values import FOLLOWED, Logits, logits_of
+from fusedhead.values import FOLLOWED, Logits, Stack, logits_of
 
 
 def read_call(
@@ -61,7 +62,9 @@ def read_call(
     results = last if isinstance(last, list) else [last]
     made.graph.output(tuple(results)).meta["example_value"] = None
     with modes(here._replace(autocast=None), device):
-        reading = interpret(made.graph, {n for n in made.graph.nodes if is_projection(n)})
+        stacked = stacks_of(made.graph)
+        parts = {product for logits in stacked.values() for product in logits.head.products}
+        reading = interpret(made.graph, heads(made.graph) - parts, stacks=stacked)
         outcome = outcome_of(made, sources, chain, results, reading, memory)
         if isinstance(outcome, Unread):
             outcome = token_by_token(made, results, reading, memory, many_of(made)) or outcome
@@ -80,8 +83,24 @@ def guard_of(made: Draft) -> Guard:
     return Guard(*made.function(" and ".join(tests), free))
 
 
-def is_projection(node: Node) -> bool:
-    return node.op.startswith("call_") and name_of(node) in SPELLINGS
+def stacks_of(graph: Graph) -> dict[Node, Logits]:
+    """The nodes that stack the logits of several heads, which a compiled graph has returned together."""
+    traced = Traces()
+    found = {node: stack_at(node, traced) for node in graph.nodes if name_of(node) in SPELLED}
+    return {node: logits for node, logits in found.items() if logits is not None}
+
+
+def heads(graph: Graph) -> set[Node]:
+    """The projections, but for those that make the weight of another one: an adapter that is merged."""
+    found = {node for node in graph.nodes if node.op.startswith("call_") and name_of(node) in SPELLINGS}
+    above: set[Node] = set()
+    stack = [source for node in found for source in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in above:
+            above.add(node)
+            stack += node.all_input_nodes
+    return found - above
 
 
 def outcome_of(
@@ -97,7 +116,18 @@ def outcome_of(
     values = [reading.values.get(made.node(ref)) for ref in chain]
     shared = all(sweep(reading.values.get(made.node(s))) == key(t.logits) for s in sources for t in terminals)
     related = tuple(relation(a, b) for a, b in pairwise(values)) if shared else ()
-    return answer(made, site, terminals, memory, shared, related, many_of(made))
+    return answer(made, site, terminals, memory, shared, related, many_of(made), stack_of(site, reading))
+
+
+def stack_of(site: Site, reading: Reading) -> list[Node]:
+    """The nodes of the stack that a head was picked from: they go with it."""
+    found: list[Node] = []
+    for whole in reading.sites:
+        heads = {part.head for part in whole.head.parts} if isinstance(whole.head, Stack) else set()
+        if site.head in heads:
+            others = (each for each in reading.sites if each is whole or each.head in heads)
+            found += [node for each in others for node in (*each.head.products, *each.followed)]
+    return found
 
 
 def many_of(made: Draft) -> Callable[[list], Any] | None:
@@ -162,15 +192,24 @@ def answer(
     shared: bool,
     related: tuple[Relation | None, ...],
     many: Callable[[list], Any] | None,
+    stacked: Sequence[Node] = (),
 ) -> Outcome:
-    """Rewrite the graph of a call into what is run."""
+    """Rewrite the graph of a call into what is run; ``stacked``: nodes of stacks that the site's head is a part of."""
     graph = made.graph
     grads, mutations = grad_modes(graph), Mutations(graph)
     reason = refusal(site, mutations, grads, "")
     if reason:
         return Unread(reason)
+    site.followed += [node for node in stacked if node not in site.followed]
     rows, all_rows = (hint(z.numel()) or 0 for z in (terminals[0].logits.val, fake(site.head.node)))
+    if isinstance(site.head, Stack) and 2 * rows < all_rows:
+        return Unread("some of the heads that are stacked are asked for, in another way than by their number")
     calls = [call for some, _ in fuse(graph, [site], memory, grads, mutations) for call in some]
+    if len(calls) > 1 and isinstance(site.head, Stack):
+        if torch.is_grad_enabled():
+            upgrade(*calls, places=mutations.places)
+        graph.lint()
+        return Whole(GraphModule(torch.nn.Module(), graph), many)
     if len(calls) != 1:
         return Unread("the call has no sweep, or several")
     # A gradient taken in the forward sweep holds a [V, D] buffer until the backward: not for one chunk of many.

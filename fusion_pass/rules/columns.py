@@ -36,7 +36,7 @@ aten = torch.ops.aten
 FAMILY = Family(
     "on the logits",
     "cast, bias, scale (constant, learned, per class, per token), tanh and sigmoid caps, masks of classes; the same in "
-    "place where no other name sees it",
+    "place where no other name sees it; part of the classes written to, `z[:, k] += c`",
     "writes that another name sees; classes that are set to NaN",
 )
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,7 +7,6 @@ made of them is ordinary code on a few numbers a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from torch.fx import Node
 from fusedhead.differences import DIFFERENCE, picked_less_lse
 from fusedhead.emit import Emit
 from fusedhead.rules.losses import rows_shape, same_shape
+from fusedhead.rules.row_terms import without_row_terms
 from fusedhead.rules.table import Context, Family, needs_logits, over_classes, plain_tensor, rule, vocab_size
 from fusedhead.terminals import Statistics, Terminal
-from fusedhead.values import Call, Escape, Logits, LogProbs, Plain, Step, logits_of
+from fusedhead.values import Call, Escape, LogProbs, Plain, logits_of
 
 aten = torch.ops.aten
 FAMILY = Family(
@@ -33,26 +33,6 @@ def per_row(emit: Emit, flat: Node, stats: Statistics, class_dim: int, keep: boo
     sizes = stats.row_sizes()
     shaped = flat if len(sizes) == 1 else emit(aten.reshape.default, flat, sizes)
     return emit(aten.unsqueeze.default, shaped, class_dim) if keep else shaped
-
-
-def without_row_terms(logits: Logits) -> tuple[Logits, list[Plain]]:
-    """The logits before the terms that were added last, one number a row each, and those terms.
-
-    Entries of z + t are those of z, plus t: what is taken off needs no sweep of its own. ``z - logsumexp(z)``, say.
-    """
-    terms: list[Plain] = []
-    while not logits.quiet:
-        steps = list(logits.steps)
-        while steps and steps[-1].op == "round":
-            steps.pop()
-        row = logits.rows[-1] if logits.rows else None
-        if not steps or row is None or steps.pop() != Step("addrow", len(logits.rows) - 1):
-            break
-        if row.after != len(logits.row_steps):  # the rows have moved since
-            break
-        terms.append(row.value)
-        logits = replace(logits, val=row.shape_of, steps=tuple(steps), rows=logits.rows[:-1])
-    return logits, terms
 
 
 @rule(aten.gather.default)

@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.differences import DIFFERENCE, SPREAD, lse_less_picked, spread
 from fusedhead.emit import Emit, named
+from fusedhead.rules.row_terms import flat_terms, without_row_terms
 from fusedhead.rules.table import Context, Family, needs_logits, over_classes, plain_tensor, rule, vocab_size
 from fusedhead.terminals import Statistics, Terminal
 from fusedhead.values import Escape, Logits, LogProbs, Plain
@@ -85,8 +86,12 @@ def nll_terminal(
     ignore_index: Any,
     smoothing: float = 0.0,
     factor: float = 1.0,
+    terms: Sequence[Plain] | None = None,
 ) -> Terminal:
-    """factor · cross entropy of class labels, with everything ``F.cross_entropy`` allows for them."""
+    """factor · cross entropy of class labels, with everything ``F.cross_entropy`` allows for them.
+
+    ``terms``: of the rows, to be added to the logits; they are taken as log-probabilities then, -(z_y + t).
+    """
     target = class_labels(name, logits, target, weight, ignore_index, smoothing)
     size = vocab_size(logits)
     emitted: dict[Graph, tuple[Node, Node]] = {}
@@ -105,7 +110,12 @@ def nll_terminal(
 
     def result(emit: Emit, stats: Statistics) -> Node:
         valid, label = valid_and_labels(emit)
-        loss = lse_less_picked(emit, stats)
+        if terms is None:
+            loss = lse_less_picked(emit, stats)
+        else:
+            loss = emit(aten.neg.default, emit(aten.select.int, stats.picked, 1, 0))
+            for term in flat_terms(emit, terms, logits.class_dim, emit.sizes(emit.ref(target))):
+                loss = emit(aten.sub.Tensor, loss, term)
         row_weight: Node | None = None
         total: Node | float = float(size)
         if weight is not None:
@@ -139,14 +149,14 @@ def nll_terminal(
         logits,
         context.val,
         f"{name}({', '.join(details)})",
-        DIFFERENCE | SPREAD if smoothing else DIFFERENCE,
+        DIFFERENCE | SPREAD if smoothing else DIFFERENCE if terms is None else frozenset({"picked"}),
         result,
         labels,
         label_count=1,
         label_key=(target.ref, ignore_index),
         label_sources=(target,),
         weights=weight if smoothing else None,
-        sources=() if weight is None else (weight,),
+        sources=(*(terms or ()), *(() if weight is None else (weight,))),
     )
 
 
@@ -174,6 +184,9 @@ def nll_loss(
     reduction: int = 1,
     ignore_index: Any = -100,
 ) -> Terminal:
+    if isinstance(value, Logits):  # z - logsumexp(z), perhaps
+        of, terms = without_row_terms(value)
+        return nll_terminal(context, "nll_loss", of, target, weight, reduction, ignore_index, terms=terms)
     if not isinstance(value, LogProbs):
         raise Escape("nll_loss is applied to something that is not a log_softmax of the logits")
     of = replace(value.of, val=value.val)

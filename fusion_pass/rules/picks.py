@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from fusedhead.rules.counted import entry_of_each_row
 from fusedhead.rules.rows import class_dim_of, moved
 from fusedhead.rules.table import Context, Family, dimension, rule
+from fusedhead.stack_parts import picked_part
 from fusedhead.terminals import Terminal
 from fusedhead.values import Escape, Followed, Logits, Plain, piece_of
 
@@ -90,7 +91,8 @@ def select(context: Context, value: Followed, dim: int, index: Any) -> Followed:
     class_dim, at = class_dim_of(value), dimension(dim, value)
     if at == class_dim:
         raise Escape("one class of the logits is read out")
-    return moved(value, context.val, class_dim - (at < class_dim), aten.select.int, at, index)
+    part = picked_part(value, context.val, at, index) if isinstance(value, Logits) else None
+    return part or moved(value, context.val, class_dim - (at < class_dim), aten.select.int, at, index)
 
 
 @rule(aten.index.Tensor)
@@ -165,6 +167,4 @@ def unbind(context: Context, value: Followed, dim: int = 0) -> list[Followed]:
     class_dim, at = class_dim_of(value), dimension(dim, value)
     if at == class_dim:
         raise Escape("unbind cuts the vocabulary")
-    return [
-        moved(value, piece, class_dim - (at < class_dim), aten.select.int, at, i) for i, piece in enumerate(context.val)
-    ]
+    return [select(Context(context.node, piece), value, at, i) for i, piece in enumerate(context.val)]

@@ -35,7 +35,10 @@ def project(context: Context, hidden: Plain, weight: Plain, class_dim: int | Non
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Escape(f"the projection is computed in {dtype}; heads are fused in float32, bfloat16 and float16")
     if any(not isinstance(size, int) for size in weight.val.shape):
-        raise Escape("the weight's shape is not a compile-time constant")
+        raise Escape(
+            "the weight's shape is not a compile-time constant: with dynamic=True a weight that is an argument has "
+            "symbolic sizes (make it a parameter of a module, or call torch._dynamo.mark_static on it)"
+        )
     if weight.val.shape[0] == 0:
         raise Escape("the weight has no rows: there are no classes")
     same_dtype(context, hidden, weight)

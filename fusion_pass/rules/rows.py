@@ -61,7 +61,12 @@ def class_dim_after_view(before: Sequence[Any], class_dim: int, after: Sequence[
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 def view(context: Context, value: Followed, size: Sequence[Any]) -> Followed:
     class_dim = class_dim_after_view(value.val.shape, class_dim_of(value), context.val.shape)
-    sizes = [HIDDEN if j == class_dim else s for j, s in enumerate(size)]
+    sizes: list[Any] = [HIDDEN if j == class_dim else s for j, s in enumerate(size)]
+    symbols = [j for j, s in enumerate(sizes) if isinstance(s, torch.SymInt)]  # of no tensor that is known here
+    if len(symbols) > 1 or (symbols and -1 in [s for s in sizes if isinstance(s, int)]):
+        raise Escape("a view of the logits to several symbolic sizes")
+    for j in symbols:
+        sizes[j] = -1
     # as `reshape`: the hidden states need not have the strides that made a view of the logits possible
     return moved(value, context.val, class_dim, aten.reshape.default, sizes, keeps_order=True)
 

@@ -25,6 +25,7 @@ from fusedhead.compat import (
     tree_map,
 )
 from fusedhead.rowwise import RowCall, Rowwise, Seed
+from fusedhead.rowwise import parts as parts_of
 from fusedhead.rules.rowwise_dimensions import (
     ALONG,
     INDEXED,
@@ -38,7 +39,7 @@ from fusedhead.rules.rowwise_dimensions import (
     total,
     verdict,
 )
-from fusedhead.rules.rowwise_layouts import CASTS, FILLED, KEPT, LAYOUTS, cast, filled, kept, length
+from fusedhead.rules.rowwise_layouts import CASTS, FILLED, KEPT, LAYOUTS, cast, filled, kept, length, lengths
 from fusedhead.rules.rowwise_losses import LOSSES, nll
 from fusedhead.rules.rowwise_operands import common_tail, heads_of, lined_up, same
 from fusedhead.rules.rowwise_picks import PICKS, picked
@@ -75,9 +76,17 @@ def read(target: Any, val: Any, traced: Any, args: tuple, kwargs: dict[str, Any]
             return found
     if target in BY_PARTS:
         return taken_apart(decomposition_table[target], target, val, args, kwargs)
-    if not has_kernel_for_key(target.name(), "CompositeImplicitAutograd"):
+    if not is_composite(target):
         raise Escape(f"{target} is not known to treat tokens apart")
     return taken_apart(target, target, val, args, kwargs)
+
+
+def is_composite(target: Any) -> bool:
+    """Whether an overload is made of others; one that the dispatcher does not know (``aten::size``) is not."""
+    try:
+        return has_kernel_for_key(target.name(), "CompositeImplicitAutograd")
+    except RuntimeError:
+        return False
 
 
 def first_dtype(val: Any) -> torch.dtype | None:
@@ -168,6 +177,8 @@ def taken_apart(parts: Callable[..., Any], target: Any, val: Any, args: tuple, k
         elif any(isinstance(x, Rowwise) for x in tree_leaves((here, named))):
             if node.target is target:
                 raise Escape(f"{target} is not known to treat tokens apart")
+            if any(isinstance(x, Plain) and any(True for _ in parts_of(x)) for x in tree_leaves((here, named))):
+                raise Escape(f"{target} combines logits with a total over their tokens")
             env[node] = read(node.target, node.meta["val"], node.meta["val"], here, named)
         elif is_pointwise(node.target) and (like := as_wide(node.meta["val"], leaves)) is not None:
             env[node] = entrywise(node.target, node.meta["val"], here, named, like.tail, like.heads)
@@ -207,6 +218,7 @@ FORMS: tuple[tuple[Callable[[Any], bool], Callable[..., Any]], ...] = (
     (one_of(INDEXED), indexed),
     (one_of(LOSSES), nll),
     (one_of({aten.sym_size.int}), length),
+    (one_of({aten.size.default, aten.sym_size.default}), lengths),
     (one_of(LAYOUTS), lambda target, *given: LAYOUTS[target](target, *given)),
     (is_pointwise, pointwise),
 )  # fmt: skip

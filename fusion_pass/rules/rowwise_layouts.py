@@ -191,6 +191,12 @@ def length(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     raise Escape("a symbolic number of tokens is computed with")
 
 
+def lengths(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    """All sizes of a rowwise tensor."""
+    shape = operand(args[0], target).val.shape
+    return [length(aten.sym_size.int, n, (args[0], d), kwargs) for d, n in enumerate(shape)]
+
+
 def seeds_of(expr: Any) -> Iterator[Logits]:
     """The logits that an expression reads."""
     stack, seen = [expr], set()

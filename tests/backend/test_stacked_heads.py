@@ -122,4 +122,5 @@ def test_an_index_that_is_a_tensor_says_at_run_time_which_head_it_is() -> None:
         z = two(h, v, w)
         return F.cross_entropy(z[k][0], y) + F.cross_entropy(z[1], y)
 
-    right(program, hidden(6, WIDTH), weight(), weight(), labels(6), torch.tensor([1, 0]))
+    # the stack, for what only the data decide, and beside it the head that is picked by its number
+    right(program, hidden(6, WIDTH), weight(), weight(), labels(6), torch.tensor([1, 0]), fused=2)

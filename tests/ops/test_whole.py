@@ -140,5 +140,5 @@ def test_the_limit_decides_at_run_time_whatever_the_budget():
                 whole_below=1024,
             )
             assert found.engine == name
-    held = plan(15, 64, 8, torch.float32, "cpu", needs=needs, whole_below=1024).predicted_bytes
+    held = plan(15, 64, 8, torch.float32, "cpu", products=torch.float32, needs=needs, whole_below=1024).predicted_bytes
     assert 15 * 64 * 4 <= held <= 4 * 15 * 64 * 4

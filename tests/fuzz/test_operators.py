@@ -1,0 +1,59 @@
+"""Operators of torch's own database beside, before, between and behind a head: a sample, and those that found a fault.
+
+The whole runs by ``python -m tests.fuzz.operators_run``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.fuzz.operators import PLACES, cases, ops, samples
+from tests.fuzz.operators_compared import compare, differs
+from tests.fuzz.operators_run import quiet
+
+PROGRAMS = int(os.environ.get("FUSEDHEAD_OPERATORS", "30"))
+# (op, place) that once made the pass step back, with the first size known and as a symbol
+FOUND = (
+    ("kron", "on logits"), ("nn.functional.interpolate", "between"), ("gradient", "on logits"),
+    ("nn.functional.rms_norm", "between"),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def silent() -> None:
+    quiet()
+
+
+def test_a_sample_of_the_database_is_what_eager_code_makes_of_it() -> None:
+    drawn = random.Random(0)
+    known = ops()
+    for n in range(PROGRAMS):
+        op, place = drawn.choice(known), PLACES[n % len(PLACES)]
+        for number, sample in samples(op, 1):
+            for case in cases(op, number, sample, (place,)):
+                verdict = compare(replace(case, dynamic=n % 2 == 1))
+                assert verdict.kind in ("", "skipped"), (case.name, verdict.kind, verdict.detail)
+
+
+@pytest.mark.parametrize(("name", "place"), FOUND)
+def test_an_operator_that_found_a_fault(name: str, place: str) -> None:
+    op = next(op for op in ops() if op.name == name)
+    for number, sample in samples(op, 1):
+        for case in cases(op, number, sample, (place,)):
+            for dynamic in (False, True):
+                verdict = compare(replace(case, dynamic=dynamic))
+                assert verdict.kind == "", (case.name, dynamic, verdict.kind, verdict.detail)
+
+
+def test_the_comparison_sees_a_wrong_number_a_wrong_dtype_and_a_missing_nan() -> None:
+    right: Tensor = torch.tensor([1.0, float("nan")])
+    assert not differs(0, right.clone(), right, [])
+    assert differs(0, torch.tensor([1.001, float("nan")]), right, [])
+    assert differs(0, right.double(), right, [])
+    assert differs(0, torch.tensor([1.0, 2.0]), right, [])
