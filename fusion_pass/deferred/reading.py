@@ -59,7 +59,7 @@ def read_call(
     last = made.made[-1]
     results = last if isinstance(last, list) else [last]
     made.graph.output(tuple(results)).meta["example_value"] = None
-    with modes(here._replace(autocast=None), device):
+    with modes(here.read._replace(autocast=None), device):
         reading = interpret(made.graph, {n for n in made.graph.nodes if is_projection(n)})
         outcome = outcome_of(made, sources, chain, results, reading, memory)
         if isinstance(outcome, Unread):

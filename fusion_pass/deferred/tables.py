@@ -68,6 +68,16 @@ PUT_OFF = words(
     huber_loss softmax log_softmax view_as reshape_as expand_as scatter scatter_add sort argsort
     """
 )
+# Take the numbers out of tensors, or hand the tensor itself on: no call whose result could be had otherwise.
+NUMBERS = words(
+    """
+    __array__ __array_wrap__ __bool__ __complex__ __contains__ __deepcopy__ __dlpack__ __dlpack_device__ __float__
+    __format__ __index__ __int__ __long__ __nonzero__ __reduce__ __reduce_ex__ __repr__ __setstate__
+    _reduce_ex_internal _typed_storage allclose as_nested_tensor as_strided as_subclass backward cpu cuda data_ptr
+    equal from_dlpack grad is_nonzero is_pinned is_set_to is_shared item nested_tensor numpy pin_memory
+    share_memory_ storage storage_type to_dense to_mkldnn to_sparse tolist untyped_storage
+    """
+)
 LAZY_PROPERTIES = frozenset({"T", "mT", "data"})
 
 

@@ -6,6 +6,7 @@ asked to. What is done with a call on it is decided elsewhere (`deferred.calls`)
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from fusedhead.deferred.knowledge import Family, Knowledge, Layout, Recorded, check_fresh
 from fusedhead.deferred.program import Leaf, Mode, Program, encode, modes
+from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.deferred.tables import ALONE, METADATA
 
 aten = torch.ops.aten
@@ -34,10 +36,11 @@ class DeferredLogits(Tensor):
 
     @staticmethod
     def __new__(cls, known: Knowledge) -> DeferredLogits:
-        shape, stride, dtype, _ = known.layout
-        self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, stride, dtype=dtype, device=known.leaves[0].device
-        )
+        shape, stride, dtype, _, offset, inference = known.layout
+        with torch.inference_mode(inference):
+            self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls, shape, stride, storage_offset=offset, dtype=dtype, device=known.leaves[0].device
+            )
         # there is no memory behind it: a kernel that takes its address gets an error instead of a null pointer
         torch._C._set_throw_on_mutable_data_ptr(self)
         self._known, self._plain = known, None
@@ -55,12 +58,12 @@ class DeferredLogits(Tensor):
             spent = first._plain if isinstance(first, DeferredLogits) else None
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs) if spent is None else func(spent, *args[1:], **kwargs)
-        compiling = torch._guards.TracingContext.try_get() is not None  # a compiler looks at it, or traces with it
-        if func in ALONE and (compiling or args[0]._plain is None):
+        traced = compiling()
+        if func in ALONE and (traced or args[0]._plain is None):
             return None
-        if compiling and func is Tensor.__repr__:
+        if traced and func is Tensor.__repr__:
             return f"DeferredLogits({args[0]._known.layout})"
-        if compiling:
+        if traced:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return cls.handler(func, args, kwargs)
@@ -70,23 +73,35 @@ class DeferredLogits(Tensor):
         """For callers that go past ``__torch_function__``: the numbers, below autograd."""
         known = args[0]._known if args and isinstance(args[0], DeferredLogits) else None
         if known is not None and known.origin is None and func in (aten.detach.default, aten.alias.default):
-            return traced(known.program, tuple(map(func, known.leaves)), known.layout)
+            return inside_compiler(known.program, tuple(map(func, known.leaves)), known.layout)
         args, kwargs = tree_map_only(DeferredLogits, numbers, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """For compilers: the tensors it is made of, and what is constant."""
         if self._plain is not None:
-            return ["_leaf0"], (SPENT, self._plain.dtype)
-        names = [f"_leaf{at}" for at in range(len(self._known.leaves))]
-        return names, (self._known.program, self._known.layout.dtype)
+            return ["_leaf0"], (SPENT, self._plain.dtype, (self._plain.requires_grad,))
+        known = self._known
+        # Dynamo guards the names that it is given, on tensors that may be stale; what AOTAutograd compiles takes the
+        # tensors by the names that it was given, to compute with them
+        computes = sys._getframe(1).f_globals.get("__name__", "").startswith("torch._functorch.")
+        names = [f"{'_fresh' if computes else '_leaf'}{at}" for at in range(len(known.leaves))]
+        # which of them a gradient reaches: guards do not ask it of inner tensors
+        return names, (known.program, known.layout.dtype, tuple(t.requires_grad for t in known.leaves))
 
     def __getattr__(self, name: str) -> Tensor:
-        """The tensors that ``__tensor_flatten__`` names."""
-        if not name.startswith("_leaf"):
+        """The tensors that ``__tensor_flatten__`` names. Raises StaleLogits for ``_fresh0`` and so on."""
+        if not name.startswith(("_leaf", "_fresh")):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        leaves = self._known.leaves if self._plain is None else (self._plain,)
-        return leaves[int(name.removeprefix("_leaf"))]
+        if self._plain is not None:
+            return self._plain
+        if name.startswith("_fresh") and self._known.origin is not None and not compiling():
+            check_fresh(self._known)
+        return self._known.leaves[int(name.lstrip("_leafrsh"))]
+
+    def as_subclass(self, cls: type) -> Any:
+        """For torch, which would ask for an alias of this tensor below Python, and find a tensor of another class."""
+        return plain(self).as_subclass(cls)
 
     def _stable_hash_for_caching(self) -> str:
         leaves = (self._plain,) if self._plain is not None else self._known.leaves
@@ -95,22 +110,28 @@ class DeferredLogits(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], constant: Any, shape: Any, stride: Any) -> DeferredLogits:
-        program, dtype = constant
-        return traced(program, tuple(inner.values()), Layout(shape, stride, dtype, False))
+        program, dtype, _ = constant
+        return inside_compiler(program, tuple(inner.values()), Layout(shape, stride, dtype, False))
+
+
+def compiling() -> bool:
+    """Whether a compiler looks at tensors here, or traces with them."""
+    return torch._guards.TracingContext.try_get() is not None
 
 
 def numbers(tensor: DeferredLogits) -> Tensor:
-    """The values, without a gradient."""
+    """The values, without a gradient. For ``__torch_dispatch__`` alone, where autograd is switched off."""
     if tensor._known.origin is None:
         with torch.no_grad():
             return tensor._known.program(*tensor._known.leaves)
-    return plain(tensor).detach()
+    with torch.overrides.enable_reentrant_dispatch():  # what exists from here on has a history
+        return plain(tensor).detach()
 
 
 SPENT = Program((), Leaf(0))  # of a tensor that exists
 
 
-def traced(program: Program, leaves: tuple[Tensor, ...], layout: Layout) -> DeferredLogits:
+def inside_compiler(program: Program, leaves: tuple[Tensor, ...], layout: Layout) -> DeferredLogits:
     """What a compiler gets in the place of deferred logits: the program, on its own tensors."""
     places = iter(range(len(leaves)))
     code, none = encode(leaves, lambda _: Leaf(next(places))), encode({}, lambda _: Leaf(0))
@@ -185,6 +206,11 @@ class Adopted(torch.autograd.Function):
         return grad
 
 
+def adopted(tensor: DeferredLogits) -> Tensor:
+    with modes(Mode(True, None), tensor.device.type):
+        return Adopted.apply(tensor)
+
+
 def is_adopted(tensor: DeferredLogits) -> bool:
     """Whether an autograd function made the tensor, in its forward, and returned it."""
     with torch._C.DisableTorchFunctionSubclass():
@@ -198,9 +224,9 @@ def plain(tensor: DeferredLogits) -> Tensor:
         check_fresh(known)
         for operand in known.recorded.tensors:
             existing(operand)  # before the lock is taken: another head's logits have their own
-    with known.family.lock:
+    with known.family.lock, out_of_sight():
         if tensor._plain is None:
-            tensor._plain = Adopted.apply(tensor) if is_adopted(tensor) else made_by_call(known)
+            tensor._plain = adopted(tensor) if is_adopted(tensor) else made_by_call(known)
     return tensor._plain
 
 
