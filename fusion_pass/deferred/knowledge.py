@@ -72,6 +72,12 @@ class Origin:
         self.exact = frozenset({0, 1, *self.recipe.exact})
 
 
+class Same(NamedTuple):
+    """A call that hands one of its tensors back."""
+
+    at: int
+
+
 @dataclass(eq=False)
 class Recorded:
     """A call that was not made yet. Its arguments are encoded over ``tensors``."""
@@ -98,11 +104,16 @@ class Recorded:
         return self.result
 
     def layouts(self) -> tuple[list[Layout], Any]:
-        """The layouts of the results, found on fake tensors, and the container they come in (None: a single one)."""
+        """The layouts of the results, found on fake tensors, and the container they come in (None: a single one).
+
+        Or none, and `Same`.
+        """
         with trial(), FakeTensorMode() as fakes:
             like = [of_the_form(t) for t in self.tensors]
             with modes(self.mode, self.tensors[0].device.type), fakes:
                 result = self.on(like)
+        if any(result is tensor for tensor in like):  # `float()` of float32
+            return [], Same(next(at for at, tensor in enumerate(like) if tensor is result))
         many = None if isinstance(result, Tensor) else type(result)
         return list(map(Layout.of, [result] if many is None else list(result))), many
 

@@ -33,17 +33,18 @@ class DeferredLogits(Tensor):
     handler: ClassVar[Callable[..., Any]]
     _known: Knowledge
     _plain: Tensor | None
+    _adopted: bool  # whether the plain tensor's history is that of an autograd function which returned this one
 
     @staticmethod
     def __new__(cls, known: Knowledge) -> DeferredLogits:
-        shape, stride, dtype, _, offset, inference = known.layout
+        shape, stride, dtype, _, _, inference = known.layout
         with torch.inference_mode(inference):
             self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-                cls, shape, stride, storage_offset=offset, dtype=dtype, device=known.leaves[0].device
+                cls, shape, stride, dtype=dtype, device=known.leaves[0].device
             )
         # there is no memory behind it: a kernel that takes its address gets an error instead of a null pointer
         torch._C._set_throw_on_mutable_data_ptr(self)
-        self._known, self._plain = known, None
+        self._known, self._plain, self._adopted = known, None, False
         known.family.join(self)
         return self
 
@@ -55,9 +56,11 @@ class DeferredLogits(Tensor):
         kwargs = kwargs or {}
         if func in METADATA:
             first = args[0] if args else next(iter(kwargs.values()))
-            spent = first._plain if isinstance(first, DeferredLogits) else None
+            known = existing(first) if isinstance(first, DeferredLogits) and first._plain is not None else first
+            if func is Tensor.storage_offset and known is first and not compiling():
+                return first._known.layout.offset
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs) if spent is None else func(spent, *args[1:], **kwargs)
+                return func(*args, **kwargs) if known is first else func(known, *args[1:], **kwargs)
         traced = compiling()
         if func in ALONE and (traced or args[0]._plain is None):
             return None
@@ -152,15 +155,18 @@ class Link(torch.autograd.Function):
     def forward(ctx: Any, known: Knowledge, *inputs: Tensor) -> Any:
         ctx.recorded, ctx.part = known.recorded, known.part
         ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
         return DeferredLogits(known)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
         return (None, *gradients(ctx, grad, ctx.needs_input_grad[1:]))
 
 
-def gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+def gradients(ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of a recorded call's tensors, for an autograd node that stands for the call."""
+    if grad is None:
+        return [None for _ in needs]
     recorded = ctx.recorded
     inputs, grad = list(map(existing, ctx.saved_tensors)), existing(grad)
     needed = [at for at, need in enumerate(needs) if need]
@@ -185,12 +191,13 @@ class Rebound(torch.autograd.Function):
     def forward(ctx: Any, known: Knowledge, tensor: DeferredLogits, *inputs: Tensor) -> Any:
         ctx.recorded, ctx.part = known.recorded, known.part
         ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
         ctx.mark_dirty(tensor)
         tensor._known = known
         return tensor
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
         return (None, None, *gradients(ctx, grad, ctx.needs_input_grad[2:]))
 
 
@@ -199,10 +206,11 @@ class Adopted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: DeferredLogits) -> Tensor:
-        return made_by_call(tensor._known).clone()
+        ctx.set_materialize_grads(False)
+        return made_by_call(tensor._known).clone() if tensor._plain is None else tensor._plain.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         return grad
 
 
@@ -219,15 +227,19 @@ def is_adopted(tensor: DeferredLogits) -> bool:
 
 def plain(tensor: DeferredLogits) -> Tensor:
     """The ordinary tensor that ``tensor`` stands for: exact, differentiable, computed on first use."""
-    known = tensor._known
-    if tensor._plain is None and known.recorded.result is None:
+    known, made = tensor._known, tensor._plain
+    if made is not None and (tensor._adopted or not is_adopted(tensor)):
+        return made
+    if made is None and known.recorded.result is None:
         check_fresh(known)
         for operand in known.recorded.tensors:
             existing(operand)  # before the lock is taken: another head's logits have their own
     with known.family.lock, out_of_sight():
-        if tensor._plain is None:
-            tensor._plain = adopted(tensor) if is_adopted(tensor) else made_by_call(known)
-    return tensor._plain
+        if is_adopted(tensor) and not tensor._adopted:
+            tensor._plain, tensor._adopted = adopted(tensor), True
+        elif tensor._plain is None:
+            tensor._plain = made_by_call(known)
+    return tensor._plain  # type: ignore[return-value]
 
 
 def existing(tensor: Tensor) -> Tensor:
