@@ -34,7 +34,7 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         refuse_late(args[0])
     if tables.writes(func, args, kwargs):
         return write(func, args, kwargs)
-    if getattr(func, "__name__", "") in tables.NUMBERS:
+    if getattr(func, "__name__", "") in tables.NUMBERS or tables.fails_at_once(func, args):
         return compute(func, args, kwargs)
     if func is Tensor.__getitem__:
         rows = masked(*args)

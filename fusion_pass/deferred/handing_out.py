@@ -46,7 +46,7 @@ def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
             programs = origin.recorded.setdefault(what, ((program,), [], None))[0]
             known = origin.recorded.setdefault(key, (programs, layouts, None))
     programs, (layout,), _ = known
-    if not mode.grad and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
+    if not torch.is_grad_enabled() and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
         return compute_now(recipe, sources)
     return linked(Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout))
 

@@ -153,6 +153,7 @@ class State:
     address: int
     steps: Steps  # of optimizers: fused ones leave the version as it was
     name: str
+    sample: Tensor | None = None  # the bits of some entries, on the CPU: a write through ``.data`` leaves no version
 
     def is_of(self, other: State) -> bool:
         """Whether both are of one tensor, which has not changed in between."""
@@ -194,7 +195,28 @@ def taken(tensor: Tensor, name: str, mode: Mode) -> tuple[Tensor, State]:
             leaf = torch.ops.aten.alias.default(tensor)
     else:
         leaf = tensor.detach()
-    return leaf, state(leaf, name, tensor)
+    taken_in = state(leaf, name, tensor)
+    taken_in.sample = sampled(leaf)
+    return leaf, taken_in
+
+
+SAMPLE = 32  # entries of an operand
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def sampled(leaf: Tensor) -> Tensor | None:
+    """Some entries' bits. None on other devices, where comparing them later would wait for the device."""
+    if leaf.device.type != "cpu" or not leaf.is_contiguous() or not leaf.numel() or leaf.itemsize not in _BITS:
+        return None
+    with out_of_sight(), torch.no_grad():
+        return leaf.detach().view(-1)[:: -(-leaf.numel() // SAMPLE)].view(_BITS[leaf.itemsize]).clone()
+
+
+def differs(leaf: Tensor, before: State) -> bool:
+    if before.sample is None:
+        return False
+    with out_of_sight():
+        return not torch.equal(before.sample, sampled(leaf))  # type: ignore[arg-type]
 
 
 def check_fresh(known: Knowledge) -> None:
@@ -203,12 +225,14 @@ def check_fresh(known: Knowledge) -> None:
         now = state(leaf, before.name, before.source)
         freed = leaf.untyped_storage().nbytes() == 0 and leaf.numel() > 0
         moved, written = now.address != before.address, now.version != before.version
-        if not (freed or moved or written or now.steps.written_since(before.steps)):
+        stepped = not (freed or moved or written) and now.steps.written_since(before.steps)
+        if not (freed or moved or written or stepped or differs(leaf, before)):
             continue
         how = (
             "has been freed or moved" if freed or moved
             else f"has been changed in place (version {before.version}, now {now.version})" if written
-            else "has been stepped by an optimizer"
+            else "has been stepped by an optimizer" if stepped
+            else "has been changed in place, through .data or by its memory,"
         )  # fmt: skip
         raise StaleLogits(
             f"these logits were deferred, and {before.name}, which they are made of, {how} since the forward pass. "

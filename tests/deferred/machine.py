@@ -320,6 +320,7 @@ CHANGES: dict[str, Callable[[Side], Any]] = {
     "all unfrozen": lambda s: s.model.requires_grad_(True) and None,
     "weight written": lambda s: written("weight", s),
     "weight replaced": lambda s: replaced(s),
+    "weight written through .data": lambda s: s.model.lm_head.weight.data.mul_(0.9) is None,
     "trunk written": lambda s: written("trunk", s),
     "scale written": lambda s: written("scale", s),
     "labels written": lambda s: s.labels.add_(1).remainder_(V) is None,
@@ -395,6 +396,9 @@ class World:
         self.say(name)
         for side in self.sides:
             CHANGES[name](side)
+        if name == "weight replaced":  # what was made of the old memory is as it was
+            weight = self.sides[0].model.lm_head.weight
+            self.forwards = [[operand for operand in each if operand[0] is not weight] for each in self.forwards]
 
     def write_to(self, pick: int) -> None:
         """A write to a small result, or to hidden states."""

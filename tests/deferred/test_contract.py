@@ -414,3 +414,12 @@ def test_a_fused_step_writes_unless_it_found_infinities(found: float) -> None:
         step.step()
     with pytest.raises(StaleLogits, match="stepped by an optimizer"):
         accuracy(z * 1)
+
+
+@pytest.mark.parametrize("write", [lambda w: w.data.mul_(0.9), lambda w: w.detach().numpy().fill(0.5)])
+def test_a_write_that_leaves_no_version_is_noticed_on_the_cpu(write: Any) -> None:
+    model, x = Model(), tokens(ROWS)
+    z = deferring(model)(x)
+    write(model.lm_head.weight)
+    with pytest.raises(StaleLogits, match=r"lm_head.weight.*through .data or by its memory"):
+        z.sin()
