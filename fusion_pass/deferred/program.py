@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+
 class Unreadable(Exception):
     """A call with an argument that cannot be written into a program."""
 

@@ -15,7 +15,6 @@ What other code writes through ``.data`` leaves no trace at all. This file must 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 from typing import Any, NamedTuple
@@ -131,7 +130,6 @@ def _sums(tensor: Tensor) -> list[Tensor]:
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@functools.cache
 def _is_torchs(kind: Any) -> bool:
     """Whether the step of an optimizer's class is torch's own code."""
     step = inspect.unwrap(kind.step)

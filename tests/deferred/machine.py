@@ -409,12 +409,13 @@ class World:
             self.both(lambda s, t: t.mul_(2), [pair], "")
 
     def backward(self, pick: int) -> None:
-        able = [pair for pair in self.pairs if pair.real.requires_grad]  # asked of a view that is no longer one, it is True
+        able = [pair for pair in self.pairs if pair.real.requires_grad]
         if not able:
             return
         pair = able[pick % len(able)]
         self.say(f"backward of {self.pairs.index(pair)}")
-        outcomes = [self.outcome(lambda t=t: t.float().mean().backward(retain_graph=True)) for t in (pair.real, pair.other)]
+        both = (pair.real, pair.other)
+        outcomes = [self.outcome(lambda t=t: t.float().mean().backward(retain_graph=True)) for t in both]
         if self.errors(outcomes, [pair], backward=True):
             self.forget([pair])
             for side in self.sides:  # part of it may have arrived
@@ -496,12 +497,13 @@ class World:
             self.check(real == other, f"{name} is {other}, not {real}")
         self.check(pair.real.is_inference() == pair.other.is_inference(), "one is an inference tensor")
         self.check((pair.real.grad_fn is None) == (pair.other.grad_fn is None), "one has a grad_fn")
-        self.check(pair.real.stride() == pair.other.stride(), f"strides {pair.other.stride()}, not {pair.real.stride()}")
+        strides = [t.stride() for t in (pair.real, pair.other)]
+        self.check(strides[0] == strides[1], f"strides {strides[1]}, not {strides[0]}")
 
     def same_numbers(self, found: Any, expected: Any, coarse: bool) -> None:
         limits = {"rtol": 5e-2, "atol": 5e-2} if coarse else {"rtol": 2e-4, "atol": 2e-5}
         integers = isinstance(expected, Tensor) and not expected.is_floating_point()
-        if coarse and integers or isinstance(expected, str) or expected is None:
+        if (coarse and integers) or isinstance(expected, str) or expected is None:
             self.check(isinstance(expected, Tensor) or found == expected, f"{found}, not {expected}")
             return
         try:
@@ -521,9 +523,11 @@ class World:
                 coarse = coarse or any(pair.coarse for pair in self.pairs)
                 limit = (0.1 if coarse else 2e-3) * size + 1e-6
                 error = float((real.grad - other.grad).abs().max())
-                self.check(error <= limit or not real.grad.isfinite().all(), f"the gradient of {name} is off by {error}")
+                fine = error <= limit or not real.grad.isfinite().all()
+                self.check(bool(fine), f"the gradient of {name} is off by {error}")
         for pair in self.pairs:
-            own = [self.outcome(lambda t=t: t.grad if t.retains_grad or t.is_leaf else None) for t in (pair.real, pair.other)]
+            both = (pair.real, pair.other)
+            own = [self.outcome(lambda t=t: t.grad if t.retains_grad or t.is_leaf else None) for t in both]
             if self.errors(own, [pair]):
                 continue
             real, other = (value for _, value in own)

@@ -21,7 +21,17 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from tests.deferred.machine import CHANGES, FORMS, MEETINGS, MODES, STATISTICS, STEPS, Difference, World, room_for_variants
+from tests.deferred.machine import (
+    CHANGES,
+    FORMS,
+    MEETINGS,
+    MODES,
+    STATISTICS,
+    STEPS,
+    Difference,
+    World,
+    room_for_variants,
+)
 
 PICK = st.integers(0, 9)
 # half of what is done is done in no particular mode
