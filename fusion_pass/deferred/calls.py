@@ -21,7 +21,7 @@ from fusedhead.deferred.program import Leaf, Mode, Unreadable, encode
 from fusedhead.deferred.recording import pick, record
 from fusedhead.deferred.request import NotRecorded, Request
 from fusedhead.deferred.surroundings import checkpoint, op_by_op
-from fusedhead.deferred.tensor import DeferredLogits, Rebound, is_adopted, linked, plain
+from fusedhead.deferred.tensor import DeferredLogits, Rebound, follow, is_adopted, linked, plain, settle
 
 
 def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -89,7 +89,7 @@ def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode
     A region of checkpointing that the logits came from is none: each pass over it makes logits of its own.
     """
     region = checkpoint()
-    if op_by_op() or (region is not None and any(t._known.family.checkpoint is not region for t in subjects)):
+    if op_by_op() or (region is not None and not all(t._known.family.returned_in(region) for t in subjects)):
         return True
     made = [leaf for t in subjects for leaf in (t, *t._known.leaves)]
     # what was made in inference mode cannot be saved for a gradient: eager code says so where it would be
@@ -198,13 +198,28 @@ def write(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
             return tensor
         args, kwargs = mapped(lambda t: tensor if t is before else t, (args, kwargs))
     families: list[Family] = []
+    sharing: list[tuple[DeferredLogits, Any]] = []
     mapped(lambda t: families.append(t._known.family), (args, kwargs))
     for family in families:
         for member in list(family.members):
             alive = member()
             if alive is not None:
                 plain(alive)
-    return compute(func, args, kwargs)
+                sharing.append((alive, grad_fn_of(alive)))
+    result = compute(func, args, kwargs)
+    for tensor, before in sharing:
+        if grad_fn_of(tensor) != before:
+            follow(tensor)
+    return result
+
+
+def grad_fn_of(tensor: DeferredLogits) -> Any:
+    """What tells a tensor's history from that before a write; None where asking is an error, as using it will be."""
+    try:
+        made = plain(tensor)
+        return made.requires_grad, made.grad_fn
+    except RuntimeError:
+        return None
 
 
 def alone(tensor: DeferredLogits) -> bool:
@@ -228,6 +243,7 @@ def rebind(tensor: DeferredLogits, result: DeferredLogits) -> bool:
     if known.layout.grad:
         with torch._C.DisableTorchFunctionSubclass():
             Rebound.apply(known, tensor, *known.recorded.tensors)
+        settle(tensor)
     else:
         tensor._known = known
         torch.autograd.graph.increment_version(tensor)

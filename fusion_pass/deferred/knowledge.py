@@ -129,14 +129,22 @@ def of_the_form(tensor: Tensor) -> Tensor:
         return made.requires_grad_() if grad else made
 
 
+def weakly(value: object | None) -> weakref.ref | None:
+    return None if value is None else weakref.ref(value)
+
+
 @dataclass(eq=False)
 class Family:
     """Everything made of one returned tensor."""
 
     lock: threading.RLock = field(default_factory=threading.RLock)
     members: list[weakref.ref] = field(default_factory=list)
-    checkpoint: object | None = field(default_factory=checkpoint)  # the region that the tensor was returned in
+    # the region of checkpointing that the tensor was returned in
+    checkpoint: weakref.ref | None = field(default_factory=lambda: weakly(checkpoint()))
     passed_by: bool = False  # whether a result was made of their sources through which a gradient flows, past them
+
+    def returned_in(self, region: object) -> bool:
+        return self.checkpoint is not None and self.checkpoint() is region
 
     def join(self, member: Tensor) -> None:
         if len(self.members) > 256:

@@ -33,7 +33,7 @@ class DeferredLogits(Tensor):
     handler: ClassVar[Callable[..., Any]]
     _known: Knowledge
     _plain: Tensor | None
-    _adopted: bool  # whether the plain tensor's history is that of an autograd function which returned this one
+    _own: Any  # the ``grad_fn`` that it was given here: with another one, an autograd function has returned it
 
     @staticmethod
     def __new__(cls, known: Knowledge) -> DeferredLogits:
@@ -44,7 +44,7 @@ class DeferredLogits(Tensor):
             )
         # there is no memory behind it: a kernel that takes its address gets an error instead of a null pointer
         torch._C._set_throw_on_mutable_data_ptr(self)
-        self._known, self._plain, self._adopted = known, None, False
+        self._known, self._plain, self._own = known, None, None
         known.family.join(self)
         return self
 
@@ -181,7 +181,11 @@ def gradients(ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tens
 
 def linked(known: Knowledge) -> DeferredLogits:
     """Deferred logits that autograd knows of."""
-    return Link.apply(known, *known.recorded.tensors) if known.layout.grad else DeferredLogits(known)
+    if not known.layout.grad:
+        return DeferredLogits(known)
+    made = Link.apply(known, *known.recorded.tensors)
+    settle(made)
+    return made
 
 
 class Rebound(torch.autograd.Function):
@@ -214,29 +218,67 @@ class Adopted(torch.autograd.Function):
         return grad
 
 
-def adopted(tensor: DeferredLogits) -> Tensor:
-    with modes(Mode(True, None), tensor.device.type):
-        return Adopted.apply(tensor)
+class Followed(torch.autograd.Function):
+    """Gives deferred logits the history of the plain tensor: C++ asks them, and not what they stand for."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DeferredLogits, made: Tensor) -> Any:
+        ctx.mark_dirty(tensor)
+        ctx.set_materialize_grads(False)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        return None, grad
+
+
+def own_grad_fn(tensor: DeferredLogits) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.grad_fn
+
+
+def settle(tensor: DeferredLogits) -> None:
+    """The history that it has now is that of what it stands for."""
+    tensor._own = own_grad_fn(tensor)
 
 
 def is_adopted(tensor: DeferredLogits) -> bool:
     """Whether an autograd function made the tensor, in its forward, and returned it."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor.requires_grad and not tensor._known.layout.grad
+    grad_fn = own_grad_fn(tensor)
+    return grad_fn is not None and grad_fn is not tensor._own
+
+
+def adopt(tensor: DeferredLogits) -> None:
+    with modes(Mode(True, None), tensor.device.type):
+        tensor._plain = Adopted.apply(tensor)
+    settle(tensor)
+
+
+def follow(tensor: DeferredLogits) -> None:
+    """After a write to the plain tensor, or to its history."""
+    made = tensor._plain
+    if made is None or made.is_inference() or is_adopted(tensor):
+        return
+    with out_of_sight(), modes(Mode(True, None), made.device.type):
+        if made.requires_grad:
+            Followed.apply(tensor, made)
+        elif tensor._own is not None:
+            tensor.detach_()
+    settle(tensor)
 
 
 def plain(tensor: DeferredLogits) -> Tensor:
     """The ordinary tensor that ``tensor`` stands for: exact, differentiable, computed on first use."""
     known, made = tensor._known, tensor._plain
-    if made is not None and (tensor._adopted or not is_adopted(tensor)):
+    if made is not None and not is_adopted(tensor):
         return made
     if made is None and known.recorded.result is None:
         check_fresh(known)
         for operand in known.recorded.tensors:
             existing(operand)  # before the lock is taken: another head's logits have their own
     with known.family.lock, out_of_sight():
-        if is_adopted(tensor) and not tensor._adopted:
-            tensor._plain, tensor._adopted = adopted(tensor), True
+        if is_adopted(tensor):
+            adopt(tensor)
         elif tensor._plain is None:
             tensor._plain = made_by_call(known)
     return tensor._plain  # type: ignore[return-value]

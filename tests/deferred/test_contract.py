@@ -423,3 +423,42 @@ def test_a_write_that_leaves_no_version_is_noticed_on_the_cpu(write: Any) -> Non
     write(model.lm_head.weight)
     with pytest.raises(StaleLogits, match=r"lm_head.weight.*through .data or by its memory"):
         z.sin()
+
+
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * grad
+
+
+def overwritten(z: Tensor) -> Tensor:
+    view = z.view(-1, V)
+    z[..., 3] = 0.5
+    view[0] = 1.0
+    return z
+
+
+@pytest.mark.parametrize("before", [
+    overwritten,
+    lambda z: z.detach().requires_grad_() * 1 + z,
+    lambda z: overwritten(z * 2),
+    lambda z: overwritten(z).detach_().requires_grad_() + z[0, 0, 0],
+    lambda z: z.sin().sum() + z,
+])  # fmt: skip
+def test_an_autograd_function_gets_the_history_after_a_write(before: Any) -> None:
+    """It asks the tensor in C++, past everything that stands for it."""
+    same(lambda forward, model: Tripled.apply(before(forward())).pow(2).mean())
+
+
+def test_an_autograd_function_of_a_leaf_of_the_logits_gives_it_its_gradient() -> None:
+    model, x = Model(), tokens(ROWS)
+    found = []
+    for forward in (model, deferring(model)):
+        leaf = forward(x).detach().requires_grad_()
+        Tripled.apply(leaf).pow(2).mean().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(found[1], found[0])
