@@ -91,6 +91,8 @@ def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode
     region = checkpoint()
     if op_by_op() or (region is not None and not all(t._known.family.returned_in(region) for t in subjects)):
         return True
+    if mode.grad and any(t._known.layout.marked for t in subjects):
+        return True
     made = [leaf for t in subjects for leaf in (t, *t._known.leaves)]
     # what was made in inference mode cannot be saved for a gradient: eager code says so where it would be
     differentiated = mode.grad and any(t.requires_grad for t in (*tensors, *made))

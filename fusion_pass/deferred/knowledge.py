@@ -48,6 +48,8 @@ class Layout(NamedTuple):
     grad: bool  # whether a gradient flows through it
     offset: int = 0  # where it begins in its memory
     inference: bool = False  # whether it is an inference tensor
+    # a view made without gradients of what has one: it says so too, has no history, and gets a gradient of its own
+    marked: bool = False
 
     @staticmethod
     def of(tensor: Tensor) -> Layout:
@@ -115,12 +117,26 @@ class Recorded:
         if any(result is tensor for tensor in like):  # `float()` of float32
             return [], Same(next(at for at, tensor in enumerate(like) if tensor is result))
         many = None if isinstance(result, Tensor) else type(result)
-        return list(map(Layout.of, [result] if many is None else list(result))), many
+        results = [result] if many is None else list(result)
+        layouts = list(map(Layout.of, results))
+        if not self.mode.grad:
+            known = MARKED and self.func not in DETACHING and any(t.requires_grad for t in self.tensors)
+            layouts = [la._replace(grad=False, marked=known and r._is_view()) for la, r in zip(layouts, results)]
+        return layouts, many
+
+
+def _views_are_marked() -> bool:
+    with torch.no_grad():
+        return torch.ones(1, requires_grad=True).view(1).requires_grad
+
+
+MARKED = _views_are_marked()
+DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
 def of_the_form(tensor: Tensor) -> Tensor:
     """An empty tensor of the same form, in memory of the same form: made under a FakeTensorMode it takes none."""
-    shape, stride, dtype, grad, offset, inference = Layout.of(tensor)
+    shape, stride, dtype, grad, offset, inference, _ = Layout.of(tensor)
     with torch.inference_mode(inference):
         made = torch.empty_strided(shape, stride, dtype=dtype, device=tensor.device)
         if offset:

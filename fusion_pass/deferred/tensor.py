@@ -37,7 +37,7 @@ class DeferredLogits(Tensor):
 
     @staticmethod
     def __new__(cls, known: Knowledge) -> DeferredLogits:
-        shape, stride, dtype, _, _, inference = known.layout
+        shape, stride, dtype, _, _, inference, marked = known.layout
         with torch.inference_mode(inference):
             self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
                 cls, shape, stride, dtype=dtype, device=known.leaves[0].device
@@ -46,6 +46,9 @@ class DeferredLogits(Tensor):
         torch._C._set_throw_on_mutable_data_ptr(self)
         self._known, self._plain, self._own = known, None, None
         known.family.join(self)
+        if marked:
+            with torch._C.DisableTorchFunctionSubclass():
+                self.requires_grad_()
         return self
 
     def __init__(self, *_: Any) -> None:

@@ -462,3 +462,33 @@ def test_an_autograd_function_of_a_leaf_of_the_logits_gives_it_its_gradient() ->
         Tripled.apply(leaf).pow(2).mean().backward()
         found.append(leaf.grad)
     torch.testing.assert_close(found[1], found[0])
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "viewed": lambda z: z.view(-1, V),
+    "sliced": lambda z: z[:, 1:],
+    "chunk": lambda z: z.chunk(2)[1],
+    "detached": lambda z: z.detach(),
+    "data": lambda z: z.data,
+    "scaled": lambda z: z * 2,
+    "viewed and scaled": lambda z: z.view(-1, V) * 2,
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_made_without_gradients_says_of_itself_what_eager_codes_says(view: str, mode: Any) -> None:
+    model, x = Model(), tokens(ROWS)
+    found = []
+    for forward in (model, deferring(model)):
+        z = forward(x)
+        with mode():
+            v = VIEWS[view](z)
+            best = v.argmax(-1)
+        loss = v.logsumexp(-1).mean() if not v.is_inference() else None
+        own = loss is not None and loss.requires_grad
+        if own:
+            loss.backward()
+        found.append((v.requires_grad, v.is_leaf, v.is_inference(), best, loss, v.grad if own else None))
+        found[-1] += tuple(p.grad for p in model.parameters())
+    torch.testing.assert_close(found[1], found[0])
