@@ -1,66 +1,88 @@
 # Everything a fresh machine needs: python >= 3.10 with venv, make, a C++ compiler (Inductor's).
-# Each target makes .venv, installs into it what is missing, and runs there.
+# Each target makes .venv (for another torch or Python one named after it), installs what is missing, and runs there.
 
 PYTHON ?= python3
-BIN := .venv/bin
-# torch without a GPU: the version that is tested on the CPU. With one: the newest, which brings its own triton.
-TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+# The torch that everything runs on: the newest that is tested, unless another is asked for, as in
+# `make test TORCH=2.13.0`, which gets an environment of its own beside the other, as does another PYTHON.
+NEWEST := $(shell sed -n '/^torch==/{s///;s/;.*//;p;q}' requirements.txt)
+OLDEST := $(shell sed -n 's/^dependencies = .*torch>=\([0-9.]*\).*/\1.0/p' pyproject.toml)
+TORCH := $(NEWEST)
+VENV := .venv$(addprefix -,$(filter-out $(NEWEST),$(TORCH)) $(notdir $(filter-out python3,$(PYTHON))))
+VENV := $(subst $() ,,$(VENV))
+BIN := $(VENV)/bin
 # Packages that ask for versions of others, or for a torch, that do not fit the rest: installed beside it, without
 # what they ask for (the extra "e2e" brings the rest of that), and seen by the tests in tests/e2e/apart only.
+# torchvision 0.30 is made for torch 2.15, 0.28 for 2.13.
 APART := "litgpt>=0.5.13" timm "torchtune>=0.6.1" "torchao==0.11.0" \
-	$(if $(shell command -v nvidia-smi),torchvision,torchvision==0.28.0)
+	"torchvision==0.$(shell expr $(word 2,$(subst ., ,$(TORCH))) + 15).*"
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(sort $(wildcard fusion_pass/*.py fusion_pass/*/*.py lowering/*.py kernels/*.py))
 
-.PHONY: test lint types pytest e2e demo bench clean FORCE
+.PHONY: test fast oldest pythons some lint types pytest e2e demo bench clean FORCE
 
 test: lint types pytest
 
-lint: .venv/.installed
+lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 
-types: .venv/.installed
+types: $(VENV)/.installed
 	$(BIN)/mypy
 
 # Two workers, handed single tests as they get free: a test that compiles takes seconds, most take milliseconds.
-pytest: .venv/.installed
+pytest: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15
 
-# Training programs of real packages, three ways each (tests/e2e/README.md).
-e2e: .venv/.e2e
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 0 tests/e2e
-	PYTHONPATH=.venv/apart $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 0 tests/e2e/apart
+# What depends most on torch: the graphs that Dynamo makes, the rules that read them, tensors that stand for logits.
+FAST := $(addprefix tests/,compat backend rules deferred refusals packaging)
+fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15 $(FAST)
 
-demo: .venv/.installed
+# The same on the oldest torch that the package allows.
+oldest:
+	$(MAKE) fast TORCH=$(OLDEST)
+
+# Import, packaging and what is used of torch, with every Python that the machine has.
+pythons:
+	for python in python3.10 python3.11 python3.12 python3.13 python3.14; do \
+		$$python -c "" 2>/dev/null || { echo "no $$python"; continue; }; $(MAKE) some PYTHON=$$python || exit 1; done
+some: $(VENV)/.installed
+	$(BIN)/python -m pytest -q tests/compat tests/packaging tests/backend/test_programs.py
+
+# Training programs of real packages, three ways each (tests/e2e/README.md).
+e2e: $(VENV)/.e2e
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 0 tests/e2e
+	PYTHONPATH=$(VENV)/apart $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 0 tests/e2e/apart
+
+demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
-bench: .venv/.bench
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv build dist *.egg-info fusedhead.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info fusedhead.egg-info
 
 # torch comes first and alone: what follows accepts any torch and must not choose another.
-.venv/.torch:
+$(VENV)/.torch: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python >= 3.10 is needed: make PYTHON=...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip "setuptools>=77" wheel
-	$(PIP) "$(TORCH)"
+	$(PIP) $(if $(filter $(NEWEST),$(TORCH)),-r requirements.txt,"torch==$(TORCH)")
 	touch $@
 
 # An editable install in strict mode links file by file (pyproject.toml says why), so a new file needs a new install.
-.venv/.installed: .venv/.torch .venv/.sources pyproject.toml
+$(VENV)/.installed: $(VENV)/.torch $(VENV)/.sources pyproject.toml
 	$(PIP) --no-build-isolation -e ".[test]" --config-settings editable_mode=strict
 	touch $@
 
-.venv/.bench: .venv/.installed
+$(VENV)/.bench: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e ".[bench]" --config-settings editable_mode=strict
 	touch $@
 
-.venv/.e2e: .venv/.installed
+$(VENV)/.e2e: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e ".[e2e]" --config-settings editable_mode=strict
-	$(PIP) --no-deps --upgrade --target .venv/apart $(APART)
+	$(PIP) --no-deps --upgrade --target $(VENV)/apart $(APART)
 	touch $@
 
-.venv/.sources: FORCE | .venv/.torch
+$(VENV)/.sources: FORCE | $(VENV)/.torch
 	@echo '$(SOURCES)' | cmp -s - $@ || echo '$(SOURCES)' > $@

@@ -25,20 +25,49 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fusedhead.kernels import triton_sweep, triton_tiles
+
 
 class Chip(NamedTuple):
-    """What the engine asks a device for."""
+    """What the engine asks a device for, and what a program of it can have."""
 
     name: str
-    capability: int  # 10 · major + minor
+    architecture: str  # as its vendor's compiler names it
     multiprocessors: int
+    shared: int  # KiB of shared memory that one program can have, by the vendor's table of architectures
+
+    @property
+    def target(self) -> GPUTarget:
+        if self.architecture.startswith("sm_"):
+            return GPUTarget("cuda", int(self.architecture[3:]), 32)
+        return GPUTarget("hip", self.architecture, 64)
+
+    @property
+    def major(self) -> int:
+        return self.target.arch // 10 if self.target.backend == "cuda" else triton_tiles.AMD
 
     def answer(self, device: torch.device) -> tuple[int, int]:
         """In place of `triton_tiles.device_of`."""
-        return self.capability // 10, self.multiprocessors
+        return self.major, self.multiprocessors
+
+    def serves_pairs(self, device: torch.device) -> bool:
+        """In place of `triton_tiles.pairs_serve`."""
+        return self.major in triton_tiles.PAIRED_CHIPS
 
 
-H100, A100 = Chip("H100", 90, 132), Chip("A100", 80, 108)
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("A100", "sm_80", 108, 163),
+        Chip("A10", "sm_86", 72, 99),
+        Chip("L40S", "sm_89", 142, 99),
+        Chip("H100", "sm_90", 132, 227),
+        Chip("B200", "sm_100", 148, 227),
+        Chip("RTX 5090", "sm_120", 170, 99),
+        Chip("MI300X", "gfx942", 304, 64),
+    )
+}
+H100 = CHIPS["H100"]
 
 
 class Compiled(NamedTuple):
@@ -49,38 +78,43 @@ class Compiled(NamedTuple):
     registers: int  # a thread
     spilled: int  # bytes a thread: its stack, which holds what found no register
     shared: int  # bytes a program, tiles in flight included
-    ptx: str  # without line numbers, so that it differs only where the code does
+    ptx: str  # AMD's: its assembly; without line numbers, so that it differs only where the code does
 
 
 class _Driver:
     """As much of Triton's driver as compiling asks for."""
 
     def __init__(self, chip: Chip) -> None:
-        self.target = GPUTarget("cuda", chip.capability, 32)
+        self.target = chip.target
+        self.device = list(CHIPS).index(chip.name)  # Triton keeps what it compiled by device
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
-def _usage(cubin: bytes) -> dict[str, int]:
-    """What the binary says that it takes, read with the cuobjdump that Triton brings."""
+def _usage(asm: dict[str, Any]) -> dict[str, int]:
+    """What the binary says that it takes: read with the cuobjdump that Triton brings, for AMD's in its text."""
+    if "amdgcn" in asm:
+        words = {"REG": "vgpr_count", "STACK": "private_segment_fixed_size"}
+        found = {name: re.search(rf"\.{word}:\s+(\d+)", asm["amdgcn"]) for name, word in words.items()}
+        return {name: int(number[1]) if number else 0 for name, number in found.items()}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(asm["cubin"])
         file.flush()
         words = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     return {word: int(number) for word, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
 
 
-def _asking() -> list[ModuleType]:
-    """The modules of the engine that ask what device a tensor lies on."""
-    return [x for name, x in sys.modules.items() if name.startswith("fusedhead.kernels.") and hasattr(x, "device_of")]
+def _asking(question: str) -> list[ModuleType]:
+    """The modules of the engine that ask this of a tensor's device."""
+    return [x for name, x in sys.modules.items() if name.startswith("fusedhead.kernels.") and hasattr(x, question)]
 
 
 @contextmanager
@@ -99,18 +133,20 @@ def absent_gpu(chip: Chip = H100) -> Iterator[list[Compiled]]:
         if id(done) not in seen:
             seen.add(id(done))
             constants = {p.name: x for p, x in zip(kernel.params, args) if p.is_constexpr}
-            usage = _usage(done.asm["cubin"])
-            shared = done.metadata.shared + usage["SHARED"]
-            spilled = usage["STACK"] + usage["LOCAL"]
-            name = kernel.fn.__name__
-            listed.append(Compiled(name, constants, usage["REG"], spilled, shared, done.asm["ptx"]))
+            usage = _usage(done.asm)
+            shared = done.metadata.shared + usage.get("SHARED", 0)
+            spilled = usage["STACK"] + usage.get("LOCAL", 0)
+            text = done.asm.get("ptx") or done.asm["amdgcn"]
+            listed.append(Compiled(kernel.fn.__name__, constants, usage["REG"], spilled, shared, text))
 
     with ExitStack() as stack:
         for owner, name, stand_in in (
             (JITFunction, "run", compile_only),
             (driver, "_active", _Driver(chip)),
             (triton.knobs.compilation, "disable_line_info", True),
-            *((x, "device_of", chip.answer) for x in _asking()),
+            *((x, "device_of", chip.answer) for x in _asking("device_of")),
+            *((x, "pairs_serve", chip.serves_pairs) for x in _asking("pairs_serve")),
         ):
             stack.enter_context(patch.object(owner, name, stand_in))
+        triton_sweep.forget()  # tiles of another chip
         yield listed

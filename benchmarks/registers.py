@@ -1,13 +1,13 @@
-"""Registers, spills and shared memory of the engine's kernels on an H100 or an A100, found without one.
+"""Registers, spills and shared memory of the engine's kernels on each generation of GPUs, found without one.
 
-    TRITON_INTERPRET=0 python -m benchmarks.registers [--cases "mask|cap"] [--chip A100] [--out DIR] [--ptx DIR]
+    TRITON_INTERPRET=0 python -m benchmarks.registers [--cases "mask|cap"] [--chips A100,B200] [--out DIR] [--ptx DIR]
 
 Every kernel that a head of a case launches is compiled by `absent_gpu` with the tile, the constants and the alignments
 of that launch. A spill in a kernel that sweeps the logits costs time at once; registers near 255 say that the next
-value will spill. Prints a table of cases by kernels and writes it (``registers.md``) and all numbers with the version
-of Triton (``registers.json``) into --out. A kernel's digest is that of its PTX without line numbers: equal digests
-before and after a change mean that it compiles to the same code. ``--ptx`` keeps the PTX itself. It must not know how
-a kernel is launched.
+value will spill. Prints a table of cases by kernels and writes it (``H100_triton_3.6.md``) and all numbers with the
+version of Triton (``H100_triton_3.6.json``) into --out. A kernel's digest is that of its PTX without line numbers:
+equal digests before and after a change mean that it compiles to the same code. ``--ptx`` keeps the PTX itself. It must
+not know how a kernel is launched.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.absent_gpu import A100, H100, Chip, Compiled, absent_gpu
+from benchmarks.absent_gpu import CHIPS, H100, Chip, Compiled, absent_gpu
 from benchmarks.machine import versions
 from fusedhead.generate import function_of
-from fusedhead.kernels import triton_tiles
 from fusedhead.kernels import triton_windows as engine
 from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats
@@ -115,7 +113,6 @@ CASES = {
         needs=VECTORS,
     ),
 }
-CHIPS = {chip.name: chip for chip in (H100, A100)}
 SWEEPS = ("stream", "stream again", "exp", "exp again", "dlogits")
 
 
@@ -150,8 +147,7 @@ def compiled(name: str, chip: Chip = H100) -> list[Compiled]:
     """All kernels that the case launches. Tiles and alignments decide, so one window says what all of them do."""
     case = CASES[name]
     torch.backends.cuda.matmul.fp32_precision = case.precision
-    every = (triton_tiles.version(),)  # pairs too, whatever Triton this is: they run with those that ran tests/gpu
-    with patch.object(triton_tiles, "PAIRED_WITH", every), absent_gpu(chip) as listed:
+    with absent_gpu(chip) as listed:
         launch_all(case)
     return listed
 
@@ -186,40 +182,52 @@ def about(found: Compiled) -> dict[str, Any]:
     return {"kernel": title(found), **numbers, "tile": tile, "digest": digest(found.ptx)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="", help="a regular expression that their names contain")
-    parser.add_argument("--chip", choices=CHIPS, default="H100")
-    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--ptx", type=Path, help="a folder for every kernel's PTX")
-    options = parser.parse_args()
-    names = [name for name in CASES if re.search(options.cases, name)]
+def measure(chip: Chip, names: list[str], jobs: int, ptx: Path | None) -> dict[str, list[dict[str, Any]]]:
+    """All kernels of these cases as they compile for a chip; their PTX goes into ``ptx``, where that is a folder."""
     results: dict[str, list[dict[str, Any]]] = {}
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        several = map if options.jobs == 1 else pool.map  # a pool starts its processes when it is asked
-        listed = several(partial(compiled, chip=CHIPS[options.chip]), names)
-        for name, kernels in zip(names, tqdm(listed, total=len(names), unit="case")):
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        several = map if jobs == 1 else pool.map  # a pool starts its processes when it is asked
+        listed = several(partial(compiled, chip=chip), names)
+        for name, kernels in zip(names, tqdm(listed, total=len(names), unit="case", desc=chip.name)):
             results[name] = [about(found) for found in kernels]
-            for at, found in enumerate(kernels if options.ptx else ()):
-                options.ptx.mkdir(parents=True, exist_ok=True)
-                (options.ptx / f"{name}, {at} {title(found)}.ptx").write_text(found.ptx)
+            for at, found in enumerate(kernels if ptx else ()):
+                ptx.mkdir(parents=True, exist_ok=True)  # type: ignore[union-attr]
+                (ptx / f"{chip.name}, {name}, {at} {title(found)}.ptx").write_text(found.ptx)  # type: ignore[operator]
+    return results
+
+
+def record(chip: Chip, results: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """Print the table of a chip, and keep it and all numbers in ``folder``."""
     said = versions()
-    origin = {"chip": CHIPS[options.chip]._asdict(), "versions": {name: said[name] for name in ("torch", "triton")}}
+    origin = {"chip": chip._asdict(), "versions": {name: said[name] for name in ("torch", "triton")}}
     lines = [
-        f"Compiled for an {options.chip} with Triton {said['triton']}: registers a thread **+bytes spilled** a thread,",
-        "KiB of shared memory a program. `again`: the sweep that redoes marked token blocks. 168 registers and 160 KiB",
-        "or more: two groups of warps in turn, a thread of which has 240.",
+        f"Compiled for {chip.name} ({chip.architecture}, at most {chip.shared} KiB of shared memory a program) with",
+        f"Triton {said['triton']}: registers a thread **+bytes of stack** a thread, KiB of shared memory a program.",
+        "`again`: the sweep that redoes marked token blocks. 168 registers and 160 KiB or more: two groups of warps in",
+        "turn, a thread of which has 240.",
         "",
         *table(results),
     ]
     print("\n".join(lines))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "registers.md").write_text("\n".join(lines) + "\n")
-    rows = ((name, ",\n  ".join(map(json.dumps, kernels))) for name, kernels in results.items())
-    cases = ",\n".join(f" {json.dumps(name)}: [\n  {row}\n ]" for name, row in rows)  # a line a kernel
-    text = f'{{"origin": {json.dumps(origin)}, "cases": {{\n{cases}\n}}}}\n'
-    (options.out / "registers.json").write_text(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{chip.name.replace(' ', '_')}_triton_{'.'.join(said['triton'].split('.')[:2])}"
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+    rows = ((case, ",\n  ".join(map(json.dumps, kernels))) for case, kernels in results.items())
+    cases = ",\n".join(f" {json.dumps(case)}: [\n  {row}\n ]" for case, row in rows)  # a line a kernel
+    (folder / f"{name}.json").write_text(f'{{"origin": {json.dumps(origin)}, "cases": {{\n{cases}\n}}}}\n')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="", help="a regular expression that their names contain")
+    parser.add_argument("--chips", type=lambda text: text.split(","), default=["H100"], help=f"of {', '.join(CHIPS)}")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "registers")
+    parser.add_argument("--ptx", type=Path, help="a folder for every kernel's PTX")
+    options = parser.parse_args()
+    names = [name for name in CASES if re.search(options.cases, name)]
+    for chip in options.chips:
+        record(CHIPS[chip], measure(CHIPS[chip], names, options.jobs, options.ptx), options.out)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from fusedhead.enable import changes, disable, enable
 from fusedhead.explain import explain
 from fusedhead.lowering.ops import LabelOutOfRange
 from fusedhead.report import HeadRecord, Report
+from fusedhead.version import __version__
 
 __all__ = [
     "FusedHeadError",
@@ -19,6 +20,7 @@ __all__ = [
     "LabelOutOfRange",
     "Report",
     "StaleLogits",
+    "__version__",
     "changes",
     "disable",
     "enable",

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import map_arg
 
 from fusedhead.aliases import storage
+from fusedhead.compat import maybe_get_fake_mode
 from fusedhead.modes import grad_modes
 from fusedhead.places import before
 from fusedhead.read import callee, fake

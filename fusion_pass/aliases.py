@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
+from fusedhead.compat import tree_leaves
 from fusedhead.read import fake, name_of
 
 INPLACE_OPERATORS = frozenset(

@@ -11,16 +11,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule
-from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
+from fusedhead import compat
 from fusedhead import observe as observing
+from fusedhead.compat import FakeTensor, make_graph_module, use_lazy_graph_module
 from fusedhead.deferred.handing_out import StaleLogits, deferring, existing
 from fusedhead.deferred.inputs import any_deferred, spread
 from fusedhead.fusion import Needless, fuse_graph
 from fusedhead.inductor import Inductor, keyed, overwrites
+from fusedhead.kernels.triton_chips import start_checks
 from fusedhead.options import Options, split
 from fusedhead.report import Report
 from fusedhead.returned import Wrap, compute_now, unwrapped
@@ -50,6 +50,8 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
     original = gm.graph
     try:
         working = copied(gm)
+        if unknown := sorted(set(compat.unknown_modes(gm))):
+            raise RuntimeError(f"the graph switches a mode that is not known: {', '.join(unknown)}")
         with unhooked():
             try:
                 report, wrap = fuse_graph(working, options)
@@ -91,8 +93,8 @@ def copied(gm: GraphModule) -> GraphModule:
         # AOTAutograd reads attributes that Dynamo sets on its placeholders (their sources)
         new.__dict__.update({k: v for k, v in vars(old).items() if k not in vars(new)})
     graph._codegen = gm.graph._codegen
-    with _use_lazy_graph_module(True):
-        copy = _make_graph_module(gm, graph, gm.__class__.__name__)
+    with use_lazy_graph_module(True):
+        copy = make_graph_module(gm, graph, gm.__class__.__name__)
     generated = {*copy.__dict__, "_modules", "_code", "_graph"}
     copy.__dict__.update({k: v for k, v in gm.__dict__.items() if k not in generated})
     copy._modules = {k: copied(m) if isinstance(m, GraphModule) else m for k, m in gm._modules.items()}
@@ -102,8 +104,7 @@ def copied(gm: GraphModule) -> GraphModule:
 
 def wants_texts(options: Options) -> bool:
     """Whether anyone is going to see the graphs' texts: the user, a log, a trace, or an observer."""
-    traced = torch._logging._internal.trace_log.handlers
-    return bool(options.debug or traced or observing.observers or log.isEnabledFor(logging.DEBUG))
+    return bool(options.debug or compat.trace_handlers() or observing.observers or log.isEnabledFor(logging.DEBUG))
 
 
 def publish(report: Report, options: Options) -> None:
@@ -114,16 +115,8 @@ def publish(report: Report, options: Options) -> None:
         log.debug("before:\n%s\nafter:\n%s", report.before, report.after)
     if report.heads:
         log.info("%.0f ms in the pass", report.milliseconds)
-        torch._logging.trace_structured(
-            "artifact",
-            metadata_fn=lambda: {"name": "fusedhead_report", "encoding": "string"},
-            payload_fn=lambda: str(report),
-        )
-        torch._logging.trace_structured(
-            "artifact",
-            metadata_fn=lambda: {"name": "fusedhead_rewritten_graph", "encoding": "string"},
-            payload_fn=lambda: report.after,
-        )
+        compat.trace_artifact("fusedhead_report", lambda: str(report))
+        compat.trace_artifact("fusedhead_rewritten_graph", lambda: report.after)
     if options.debug:
         print(report)
         if any(head.fused for head in report.heads):
@@ -144,6 +137,8 @@ def compile_graph(
     observe: Callable[[Report], None] = observing.notify,
 ) -> Callable[..., Any]:
     """One Dynamo graph through the pass, told to ``observe`` and the logs, then through ``compiler``."""
+    if compat.missing:
+        return left_to_inductor(own, lambda: compiler(gm, example_inputs))
     if any_deferred(example_inputs):
         gm, example_inputs, take_deferred = with_sources(gm, example_inputs)
     else:
@@ -153,8 +148,18 @@ def compile_graph(
     gm, report, wrap = run_pass(gm, own, texts=texts)
     observe(report)
     publish(report, own)
+    if any(head.fused and head.device == "cuda" for head in report.heads):
+        start_checks()
     finish = deferring(own.budget, overwrites(compiler), own.min_logits) if own.logits == "deferred" else compute_now
     return take_deferred(wrap(compiler(gm, example_inputs), finish))
+
+
+def left_to_inductor(own: Options, compiled: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """The graph without the pass, on a torch that lacks what it reads graphs with. Raises under ``strict``."""
+    why = compat.unusable()
+    if own.strict:
+        raise FusedHeadError(f"fusedhead.strict: {why}")
+    return compiled()
 
 
 def unchanged(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,6 +190,8 @@ def compile_with(
 ) -> Callable[..., Any]:
     """`compile_graph` with ``mode`` and ``options`` as ``torch.compile`` takes them, which validates them."""
     own, rest = split(options)
+    if compat.missing:
+        return left_to_inductor(own, lambda: compat.plain_inductor(gm, example_inputs, mode, rest))
     compiler = Inductor(mode or "default", keyed(rest), None)
     return compile_graph(gm, example_inputs, own, compiler, observe)
 
@@ -200,7 +207,8 @@ def fusedhead(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> 
 
 def reset() -> None:
     """Called by ``torch._dynamo.reset``: forget CUDA graphs, as Inductor's own wrapper does."""
-    torch._TorchCompileInductorWrapper("default", None, None).reset()
+    if not compat.missing:
+        compat.InductorWrapper("default", None, None).reset()
 
 
 fusedhead.reset = reset  # type: ignore[attr-defined]

@@ -69,11 +69,9 @@ def transposes(node: Node) -> bool:
     """Whether a node swaps the two dimensions of a matrix."""
     if not node.op.startswith("call_") or len(node.all_input_nodes) != 1:
         return False
-    if name_of(node) == "getattr":
-        return node.args[1:] in (("T",), ("mT",)) and is_matrix(fake(node))
     if name_of(node) not in TRANSPOSES or not is_matrix(fake(node)) or not is_matrix(fake(node.all_input_nodes[0])):
         return False
-    given: Any = node.args[1:]
+    given: Any = () if name_of(node) in ("T", "mT") else node.args[1:]
     dims = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
     if node.kwargs or any(type(d) is not int for d in dims):
         return False

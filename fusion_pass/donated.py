@@ -9,10 +9,10 @@ the factor on the device costs nothing where it is 1. Whatever is not provably d
 from __future__ import annotations
 
 import torch
-from torch._guards import TracingContext
 from torch.fx import Graph, Node
 
 import fusedhead.lowering.scale  # noqa: F401  registers the ops
+from fusedhead.compat import TracingContext
 
 
 def donated_inputs(graph: Graph) -> set[Node]:

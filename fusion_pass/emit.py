@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map
 
+from fusedhead.compat import maybe_get_fake_mode, tree_map
 from fusedhead.read import fake
 from fusedhead.values import Call, Plain
 

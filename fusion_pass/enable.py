@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fusedhead.backend import compile_graph, compile_with
+from fusedhead.compat import unusable
 from fusedhead.imports import after_import
 from fusedhead.inductor import Inductor, keyed
 from fusedhead.options import set_process_wide, split
@@ -40,7 +41,7 @@ def through_fusedhead(module: ModuleType) -> Undo:
 
     def compile_for_inductor(self: Any, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
         # ahead-of-time Inductor and the backend's own are left alone, and all are once `disable` was called
-        if type(self) is not cls or not in_force:
+        if type(self) is not cls or not in_force or unusable():
             return original(self, model_, inputs_, **kwargs)
         inductor = copy.copy(self)
         inductor.__class__ = Inductor
@@ -64,7 +65,7 @@ def by_name(module: ModuleType) -> Undo:
     def inductor(gm: Any, example_inputs: Any, **kwargs: Any) -> Any:
         return original(gm, example_inputs, **kwargs) if kwargs else compile_with(gm, example_inputs)
 
-    inductor._tags = original._tags  # type: ignore[attr-defined]
+    vars(inductor).update(vars(original))  # older registries keep what they know of a backend on the function
     backends["inductor"] = inductor
 
     def undo() -> None:

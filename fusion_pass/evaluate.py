@@ -11,11 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
+from fusedhead.compat import HigherOrderOperator, OpOverload, tree_leaves, unset_fake_temporarily
 from fusedhead.read import fake, inputs, name_of, trace
 from fusedhead.rowwise import Rowwise
 from fusedhead.rules import RULES
@@ -71,7 +70,7 @@ def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> 
     target = out_of_place(op.target) if mutable else op.target
     if target is None:
         raise Escape(f"{name_of(op)} changes the logits in place ({op.target})")
-    if not isinstance(target, torch._ops.OpOverload):  # Python's own, on sizes
+    if not isinstance(target, OpOverload):  # Python's own, on sizes
         raise Escape(f"{name_of(op)} is no op of PyTorch")
     single = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Rowwise) and x.val.ndim == 0]
     if single:  # it is small, and stays a result of the row program; the program's own ops take it from there
@@ -122,7 +121,7 @@ def follow(node: Node, values: dict[Node, Any], traced: Callable[[Node], GraphMo
     value = values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
     if name_of(node) == "_get_data_attr" and isinstance(value, FOLLOWED):
         return detached(replace(value, val=fake(node)))  # z.data: traced alone it is a constant
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         # traced alone it may look like nothing: a gradient hook is the identity on values
         raise Escape(f"{name_of(node)} takes the logits, and what it does with them is not read")
     if name_of(node) == "setitem":

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusedhead.kernels.pointwise import OPS, Code, Function, Instruction, Op
-from fusedhead.kernels.torch_functions import NATIVE
+from fusedhead.compat import decomposition_table, unset_fake_temporarily
+from fusedhead.kernels import torch_functions
+from fusedhead.kernels.pointwise import OPS, Code, Function, Instruction, Op, run
 from fusedhead.values import Escape
 
 aten, prims = torch.ops.aten, torch.ops.prims
 SAME = (prims.view_of.default, aten.clone.default, prims.clone.default, prims.convert_element_type.default)
 FILLED = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.full_like.default: 1}
+CORNERS = (-3.0, 0.0, 3.0, 6.0)  # of ops whose constants do not say where theirs are
 LARGEST_POWER = 8
 LARGEST = 64  # instructions: more than any op of torch's; a kernel is compiled for each chain
 
@@ -112,16 +112,30 @@ def without_unused(code: Code) -> Code:
     return Code(tuple(moved), place.get(code.result, code.result))
 
 
-def named(op: Any, args: tuple, kwargs: tuple[tuple[str, Any], ...], which: int) -> Op | None:
-    """The op by its name and constants, where the torch engine has kernels for it."""
-    name = op._schema.name.removeprefix("aten::")
-    if name not in NATIVE or which != 0:
+def named(op: Any, args: tuple, kwargs: tuple[tuple[str, Any], ...], which: int, gradient: Code) -> Op | None:
+    """The op by its name and constants, where the torch engine has kernels for it with this gradient."""
+    if which != 0:
         return None
     given = dict(zip((a.name for a in op._schema.arguments), args)) | dict(kwargs)
     constants = [given.get(a.name, a.default_value) for a in op._schema.arguments[1:]]
     if any(isinstance(a, str) and a not in ("none", "tanh") for a in constants):  # a vector
         return None
-    return Op(name, tuple(float(a) if isinstance(a, (int, float)) else a for a in constants))
+    numbers = tuple(float(a) if isinstance(a, (int, float)) else a for a in constants)
+    found = (Op(name, numbers) for name in torch_functions.names(op._schema.name.removeprefix("aten::")))
+    return next((op for op in found if slopes_agree(op, gradient)), None)
+
+
+def slopes_agree(op: Op, gradient: Code) -> bool:
+    """Whether the torch engine's gradient of an op is this code's, at and beside constants, where ops have corners.
+
+    Releases of torch differ in the derivative at a corner: the code is of the one that runs.
+    """
+    at = (*CORNERS, *(a for a in op.args if isinstance(a, float)))
+    corners = torch.tensor(at, dtype=torch.float32, device="cpu").clamp(-1e4, 1e4)
+    z = torch.stack([corners - 1, corners, corners + 1])
+    g, none = torch.ones_like(z), z[:0]
+    theirs = torch_functions.NATIVE[op.op].gradient(g, z, *op.args)
+    return torch.allclose(theirs, run(gradient, z, none, none, g), rtol=1e-3, atol=1e-5)
 
 
 @lru_cache(maxsize=256)
@@ -144,7 +158,7 @@ def function_of(op: Callable[..., Tensor], args: tuple, kwargs: tuple[tuple[str,
     with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad(), exact:
         tensors = [torch.ones(2, device="cpu", dtype=torch.float32) for _ in range(2 + len(names))]
         graph = make_fx(both, decomposition_table=decomposition_table)(*tensors).graph  # type: ignore[arg-type]
-    placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
-    words = dict(zip(placeholders, ("z", "g", *names)))
-    value, gradient = graph.output_node().all_input_nodes
-    return Function(write(value, words), write(gradient, words), named(op, args, kwargs, which))
+        placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
+        words = dict(zip(placeholders, ("z", "g", *names)))
+        value, gradient = (write(result, words) for result in graph.output_node().all_input_nodes)
+        return Function(value, gradient, named(op, args, kwargs, which, gradient))

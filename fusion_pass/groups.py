@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import Node
-from torch.utils._pytree import tree_flatten
 
+from fusedhead.compat import tree_flatten
 from fusedhead.hoisting import brought
 from fusedhead.interpret import Site
 from fusedhead.kernels.columns import Transform

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import Node
 from torch.fx.node import map_arg
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedhead.aliases import storage, written
+from fusedhead.compat import TorchDispatchMode, maybe_get_fake_mode
 from fusedhead.places import Places, before
 from fusedhead.read import callee, fake
 

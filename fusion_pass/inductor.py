@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 from fusedhead.below_autograd import call_below_autograd
+from fusedhead.compat import CustomGraphPass, InductorWrapper
 from fusedhead.donated import scale_in_place
 from fusedhead.lowering.cache_key import source_hash
 
@@ -40,10 +39,10 @@ class KeyedBySource(CustomGraphPass):
         return None if None in keys else (source_hash(), *keys)
 
 
-class Inductor(torch._TorchCompileInductorWrapper):
+class Inductor(InductorWrapper):
     """Inductor as ``torch.compile`` calls it, and still Inductor while `enable` changes what the base class does."""
 
-    __call__ = torch._TorchCompileInductorWrapper.__call__
+    __call__ = InductorWrapper.__call__
 
 
 def keyed(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.aliases import storage, written
 from fusedhead.anchors import candidates
+from fusedhead.compat import tree_leaves, tree_map
 from fusedhead.evaluate import all_followed, follow, is_value
 from fusedhead.modes import grad_modes
 from fusedhead.places import before

@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import map_arg
 
+from fusedhead.compat import HigherOrderOperator
 from fusedhead.emit import Emit, named
 from fusedhead.hoisting import hoist, overwritten
 from fusedhead.places import Places
@@ -103,7 +104,7 @@ def try_tail(
     impure = next((node for call in calls if (node := writes_into(call, tail[-1], places)) is not None), None)
     if impure is not None:
         return f"{name_of(impure)} works in place on the loss"
-    unread = next((node for node in tail if isinstance(node.target, torch._ops.HigherOrderOperator)), None)
+    unread = next((node for node in tail if isinstance(node.target, HigherOrderOperator)), None)
     if unread is not None:
         return f"{name_of(unread)} takes the loss, and what it does with it is not read"
     inside = {*statistics, *tail}

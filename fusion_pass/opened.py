@@ -7,11 +7,11 @@ was: this file opens, and knows no rule that would say.
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fusedhead.aliases import written
 from fusedhead.anchors import above_losses
+from fusedhead.compat import HigherOrderOperator
 from fusedhead.hoisting import may_draw
 from fusedhead.read import name_of
 from fusedhead.regions import region_of, replaced
@@ -47,7 +47,7 @@ def a_head_alone(graph: Graph) -> bool:
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        if not node.op.startswith("call_") or isinstance(node.target, torch._ops.HigherOrderOperator):
+        if not node.op.startswith("call_") or isinstance(node.target, HigherOrderOperator):
             return False
         of_product = any(source in made for source in node.all_input_nodes)
         if any(True for _ in written(node)) or may_draw(node) or (name_of(node) in SPELLINGS and of_product):

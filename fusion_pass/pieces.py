@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from fusedhead.anchors import above_losses
+from fusedhead.compat import maybe_get_fake_mode
 from fusedhead.modes import autocasts, grad_modes
 from fusedhead.read import callee, every_dimension, fake, name_of
 from fusedhead.rewrite import PURE_VIEWS

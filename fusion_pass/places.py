@@ -10,10 +10,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph, Node
 
 from fusedhead.aliases import written
+from fusedhead.compat import enter_autocast, exit_autocast, set_grad_enabled
 
 Regions = tuple[Node, ...]
 
@@ -46,7 +46,7 @@ def before(a: Node, b: Node) -> bool:
 def recorded(graph: Graph, enabled: bool | None = None) -> Callable[[Node], bool]:
     """Whether gradients are recorded at a node; ``enabled`` where the graph begins, by default as it is here."""
     first = torch.is_grad_enabled() if enabled is None else enabled
-    toggles = list(graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled))
+    toggles = list(graph.find_nodes(op="call_function", target=set_grad_enabled))
 
     def at(node: Node) -> bool:
         past = bisect_right(toggles, node)  # type: ignore[type-var]
@@ -57,11 +57,11 @@ def recorded(graph: Graph, enabled: bool | None = None) -> Callable[[Node], bool
 
 def autocast(graph: Graph) -> Callable[[Node], Regions]:
     """The autocast regions that a node stands in, outermost first, by the nodes that enter them."""
-    ends = [n for t in (_enter_autocast, _exit_autocast) for n in graph.find_nodes(op="call_function", target=t)]
+    ends = [n for t in (enter_autocast, exit_autocast) for n in graph.find_nodes(op="call_function", target=t)]
     ends.sort()  # type: ignore[call-overload]
     inside: list[Regions] = [()]
     for node in ends:
-        if node.target is _enter_autocast:
+        if node.target is enter_autocast:
             inside.append((*inside[-1], node))
         else:
             inside.append(tuple(region for region in inside[-1] if region is not node.args[0]))

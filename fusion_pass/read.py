@@ -12,11 +12,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fusedhead.compat import maybe_get_fake_mode, tree_flatten, tree_unflatten
+
+aten = torch.ops.aten
 
 
 def fake(node: Node) -> Any:
@@ -117,16 +119,23 @@ def every_dimension(index: Any, ndim: int) -> list[Any]:
 def hint(size: Any) -> int | None:
     """The number of this compilation, for a size that may be symbolic; None where only the data decide."""
     if isinstance(size, torch.SymInt):
-        return int(size.node.hint) if size.node.has_hint() else None
+        node: Any = size.node
+        return int(node.hint) if node.has_hint() else None
     return int(size)
 
 
+# The ops that stand for the attribute of a tensor in graphs of newer torch, where older ones hold a `getattr`.
+ATTRIBUTES: dict[Any, str] = {aten.numpy_T: "T", aten.mT: "mT", aten.matrix_H: "H", aten.mH: "mH"}
+
+
 def name_of(node: Node) -> str:
-    """The bare name of the op a node calls, whatever its spelling."""
+    """The bare name of the op a node calls, whatever its spelling; that of the attribute for ``x.T``."""
     if node.op == "call_method":
         return str(node.target)
-    packet = getattr(node.target, "_overloadpacket", node.target)
-    return getattr(packet, "__name__", str(packet))
+    packet: Any = getattr(node.target, "_overloadpacket", node.target)
+    if packet is getattr and isinstance(node.args[1], str):
+        return node.args[1]
+    return ATTRIBUTES.get(packet) or str(getattr(packet, "__name__", packet))
 
 
 def where(node: Node) -> str:

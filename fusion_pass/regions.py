@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
 from fusedhead.anchors import ANCHORS
+from fusedhead.compat import enter_autocast, exit_autocast, maybe_get_fake_mode, tree_leaves
 from fusedhead.interpret import interpret
 from fusedhead.modes import grad_modes
 from fusedhead.read import callee, fake, name_of, where
@@ -176,15 +175,15 @@ def copied_into(gm: GraphModule, region: GraphModule, call: Node, made: list[Nod
                 value = valued(env[node], fake(node), live)
                 if fake(node) is None:
                     live[env[node]] = value
-                    if name_of(node) == "_enter_autocast":
+                    if node.target is enter_autocast:
                         entered[env[node]] = value
-                    elif name_of(node) == "_exit_autocast":
+                    elif node.target is exit_autocast:
                         entered.pop(env[node].args[0])
                 else:
                     env[node].meta["example_value"] = value
     finally:
         for value in reversed(entered.values()):
-            torch.amp.autocast_mode._exit_autocast(value)
+            exit_autocast(value)
     return [env[x] if isinstance(x, Node) else x for x in returned_by(region)]
 
 

@@ -78,7 +78,9 @@ def erase(nodes: Iterable[Node], removable: Callable[[Node], bool]) -> None:
 
 
 # Pure by their semantics: an input of a replaced node that only re-views or reads may go with it.
-PURE_VIEWS = frozenset({"t", "transpose", "getattr", "view", "reshape", "permute", "size", "to", "float"})
+PURE_VIEWS = frozenset(
+    {"t", "transpose", "T", "mT", "H", "mH", "real", "view", "reshape", "permute", "size", "to", "float"}
+)
 
 
 def fuse(

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_map
 
+from fusedhead.compat import tree_map
 from fusedhead.emit import Emit, named, static
 from fusedhead.groups import Group
 from fusedhead.hoisting import brought, put_behind

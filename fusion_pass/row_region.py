@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from fusedhead.aliases import written
+from fusedhead.compat import tree_leaves
 from fusedhead.interpret import Reading
 from fusedhead.rewrite import erase
 from fusedhead.rowwise import RowCall, RowLeaf, Rowwise, Seed, parts

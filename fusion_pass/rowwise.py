@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from fusedhead.compat import tree_leaves
 from fusedhead.values import Call, Logits, Plain, Projection
 
 

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from fusedhead.aliases import storage, written
 from fusedhead.anchors import candidates
+from fusedhead.compat import FakeTensor
 from fusedhead.interpret import Site
 from fusedhead.places import Places
 from fusedhead.read import fake, name_of, where

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from fusedhead.compat import maybe_get_fake_mode
 from fusedhead.hoisting import random
 from fusedhead.read import callee, fake, name_of
 

@@ -32,14 +32,16 @@ def main(arguments: Sequence[str] | None = None, clock: Callable[[Callable[[], o
 
     from fusedhead.kernels import triton_tuned, triton_tuning
     from fusedhead.kernels.triton_sweep import sweep
+    from fusedhead.kernels.triton_tiles import pairs_serve
 
     device, dtype, rows = torch.device("cuda", torch.cuda.current_device()), DTYPES[given.dtype], []
     print(triton_tuned.name_of(device))
+    pairs = pairs_serve(device)
     for hidden in sorted(int(size) for size in given.hidden.split(",")):
         head = triton_tuning.make_head(given.tokens, hidden, given.vocab, "cuda", dtype)
         for kernel in triton_tuned.KERNELS:
             tma = sweep(kernel, head).layout.tma
-            tiles = triton_tuning.candidates(kernel, given.tokens, triton_tuning.GROUPS, tma)
+            tiles = triton_tuning.candidates(kernel, given.tokens, triton_tuning.GROUPS, tma, pairs)
             found = triton_tuning.fastest(kernel, head, tiles, clock or triton_tuning.timed)
             if not found:
                 print(f"fusedhead: no tile of {kernel} fits this GPU at hidden size {hidden}", file=sys.stderr)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+from fusedhead.compat import saved_tensors_hooks_enabled
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 def unhooked() -> Iterator[None]:
     """Inside, hooks on saved tensors that are active see nothing: those pushed last are the only ones that run."""
     # where they are forbidden, none is active, and none may be pushed
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+    if not saved_tensors_hooks_enabled():
         yield
         return
     with saved_tensors_hooks(_as_it_is, _as_it_is):

@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fusedhead.anchors import candidates
+from fusedhead.compat import HigherOrderOperator
 from fusedhead.interpret import Reading
 from fusedhead.read import fake, hint, name_of, where
 from fusedhead.report import HeadRecord
@@ -66,7 +66,7 @@ def taken(graph: Graph) -> Iterator[tuple[Node, str]]:
 
 
 def is_region(node: object) -> bool:
-    return isinstance(node, Node) and isinstance(node.target, torch._ops.HigherOrderOperator)
+    return isinstance(node, Node) and isinstance(node.target, HigherOrderOperator)
 
 
 def made_inside(item: Node) -> object:

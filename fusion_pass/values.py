@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
+from fusedhead.compat import tree_leaves
 from fusedhead.kernels.columns import Step
 
 

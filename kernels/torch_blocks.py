@@ -59,7 +59,8 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     float16 is always widened, because exp z would leave its range.
     """
     if dtype == torch.bfloat16:
-        native = device_type == "cuda" or (device_type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        on_cpu = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)  # a torch that cannot say: not
+        native = device_type == "cuda" or (device_type == "cpu" and on_cpu())
         return dtype if native else torch.float32
     return stat_dtype(dtype)
 

@@ -7,7 +7,7 @@ instead: the values are those of eager code. Whatever is not in the table runs i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,20 +18,38 @@ from fusedhead.kernels.pointwise import Function, run
 aten = torch.ops.aten
 
 
+# Behind the name of an op: it has no slope on its bounds. Releases of torch differ there.
+OPEN = "_open"
+
+
 class Native(NamedTuple):
     value: Callable[..., Tensor]  # of z and the constants
     gradient: Callable[..., Tensor]  # of g, z and the constants
 
 
-def _clamp_gradient(g: Tensor, z: Tensor, least: float | None, most: float | None) -> Tensor:
-    """g within the bounds and on them, where a hardtanh has no slope: its bounds are the numbers next to these."""
+def _within(g: Tensor, z: Tensor, least: float | None, most: float | None = None) -> Tensor:
+    """g between the bounds, none on them, as a hardtanh."""
+    ends = -torch.inf if least is None else least, torch.inf if most is None else most
+    return aten.hardtanh_backward(g, z, *ends)
+
+
+def _within_or_on(g: Tensor, z: Tensor, least: float | None, most: float | None = None) -> Tensor:
+    """g between the bounds and on them, where a hardtanh has no slope: its bounds are the numbers next to these."""
     low, high = (z.new_tensor(end if at is None else at) for at, end in ((least, -torch.inf), (most, torch.inf)))
     low, high = low.nextafter(low - torch.inf), high.nextafter(high + torch.inf)
     return aten.hardtanh_backward(g, z, low.item(), high.item())
 
 
+def _clamps(suffix: str, gradient: Callable[..., Tensor]) -> dict[str, Native]:
+    return {
+        f"clamp{suffix}": Native(torch.clamp, gradient),
+        f"clip{suffix}": Native(torch.clip, gradient),
+        f"clamp_min{suffix}": Native(torch.clamp_min, gradient),
+        f"clamp_max{suffix}": Native(torch.clamp_max, lambda g, z, most: gradient(g, z, None, most)),
+    }
+
+
 SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946, 1.0)
-CLAMP = Native(torch.clamp, _clamp_gradient)
 NATIVE: Mapping[str, Native] = {
     "relu": Native(aten.relu, lambda g, z: aten.threshold_backward(g, z, 0)),
     "relu6": Native(aten.relu6, lambda g, z: aten.hardtanh_backward(g, z, 0, 6)),
@@ -48,11 +66,14 @@ NATIVE: Mapping[str, Native] = {
     "hardtanh": Native(aten.hardtanh, aten.hardtanh_backward),
     "hardsigmoid": Native(aten.hardsigmoid, aten.hardsigmoid_backward),
     "hardswish": Native(aten.hardswish, aten.hardswish_backward),
-    "clamp": CLAMP,
-    "clip": CLAMP,
-    "clamp_min": Native(torch.clamp_min, lambda g, z, least: _clamp_gradient(g, z, least, None)),
-    "clamp_max": Native(torch.clamp_max, lambda g, z, most: _clamp_gradient(g, z, None, most)),
+    **_clamps("", _within_or_on),
+    **_clamps(OPEN, _within),
 }
+
+
+def names(op: str) -> Iterator[str]:
+    """The entries of the table that may be an op of torch: they differ in the gradient at its corners."""
+    return (name for name in (op, op + OPEN) if name in NATIVE)
 
 
 def value(function: Function, z: Tensor, cols: Tensor, rows: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""On which GPUs the Triton engine runs: NVIDIA's from capability 8.0 on. Others take the torch engine.
+"""On which GPUs the Triton engine runs: Hopper, where it is tested, and others where a self-check says so.
 
-The kernels have PTX in them and products in bfloat16, which older chips lack; AMD's count their capabilities
-differently. This file must not import Triton, which need not be there on a machine without a GPU.
+The kernels take products in bfloat16, which NVIDIA's chips have from capability 8.0 on. For every generation since,
+and for AMD's gfx942, they compile (benchmarks/results/registers); where no test has run them, each model of GPU is
+asked once (`self_check`). What does not serve takes the torch engine. This file must not import Triton, which need not
+be there on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -10,13 +12,27 @@ from functools import lru_cache
 
 import torch
 
+from fusedhead.kernels import self_check
+
 LEAST_CAPABILITY = 8
+TESTED = (9,)  # major capabilities on which tests/gpu and benchmarks/gpu_check.py run
 
 
 @lru_cache(maxsize=1)
 def triton_serves() -> bool:
     """Whether every GPU that torch sees is such a chip; so it is where it sees none."""
-    if torch.version.hip is not None:
-        return False
-    majors = (torch.cuda.get_device_capability(at)[0] for at in range(torch.cuda.device_count()))
-    return all(major >= LEAST_CAPABILITY for major in majors)
+    return all(_serves(at) for at in range(torch.cuda.device_count()))
+
+
+def _serves(index: int) -> bool:
+    major = torch.cuda.get_device_capability(index)[0]
+    if torch.version.hip is None and (major < LEAST_CAPABILITY or major in TESTED):
+        return major in TESTED
+    return self_check.serves("triton", torch.device("cuda", index))
+
+
+def start_checks() -> None:
+    """Begin the self-checks that a head's first run on this machine's GPUs would wait for, beside its compilation."""
+    for index in range(torch.cuda.device_count()):
+        hopper = torch.version.hip is None and torch.cuda.get_device_capability(index)[0] in TESTED
+        self_check.start("pairs" if hopper else "triton", torch.device("cuda", index))

@@ -17,7 +17,7 @@ def _described(paired: bool) -> tuple[Any, tuple[Any, ...]]:
     """The class of a tile's TMA descriptors, and what it takes besides: how a tile lies in shared memory."""
     if not paired:
         return TensorDescriptor, ()
-    from triton.experimental.gluon.language import NVMMASharedLayout  # of the versions that `tile_for` knows only
+    from triton.experimental.gluon.language import NVMMASharedLayout  # where pairs serve only
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as WithLayout
 
     return WithLayout, (NVMMASharedLayout(128, 16, rank=2),)

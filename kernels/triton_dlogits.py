@@ -226,7 +226,7 @@ def dlogits_kernel(
 def _launch(s: Sweep, given: tuple[bool, ...], need_cols: bool, need_rows: bool) -> Launch:
     has_lse, has_picked, has_sum, has_entropy = given
     if s.tile.paired:
-        from fusedhead.kernels.gluon_dlogits import dlogits_pair_kernel  # of the versions that `triton_tiles` names
+        from fusedhead.kernels.gluon_dlogits import dlogits_pair_kernel  # where pairs serve only
 
         return s.launch(dlogits_pair_kernel, LABELS=s.labels if has_picked else 0, HAS_LSE=has_lse)
     return s.launch(

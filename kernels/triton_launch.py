@@ -55,7 +55,8 @@ class Launch:
         leading = next((at for at, name in enumerate(names) if name in bound), len(names))
         self.kernel, self.grid = kernel, grid
         self.bound = tuple(bound[name] for name in names[leading:])
-        self.options = {name: value for name, value in bound.items() if name.startswith("num_") or name == "maxnreg"}
+        given = {name: value for name, value in bound.items() if name.startswith("num_") or name == "maxnreg"}
+        self.options = {"enable_fp_fusion": True, **given}  # said, since Triton's default changes with its version
         self.placed: tuple[int, ...] = ()  # which of the leading arguments are placed
         self.first = self.tensors = self.device = 0  # arguments up to the last placed one, and up to the last tensor
         self.encoded: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # the first arguments as C takes them
@@ -72,7 +73,7 @@ class Launch:
                     first = _described(leading[: self.first])
                     again(*first, *given[self.first :], *numbers, *self.bound, stream=stream)
                     return
-                call, grid, fixed, as_tuple, _ = again
+                call, grid, fixed, as_tuple, *_ = again
                 if self.placed:
                     given[: self.first] = self._encoded(leading, given, again)
                 if as_tuple:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+TMA_CHIPS = (0, 9, 10)  # the interpreter, Hopper, Blackwell's large chips; on 12 kernels through pointers spill less
+
 
 def tma_ready(x: Tensor) -> bool:
     """Whether a matrix meets TMA's rules: aligned to 16 bytes, unit inner stride, outer of whole 16 bytes."""
@@ -34,9 +36,9 @@ def reads_rows(w_strides: tuple[int, ...]) -> bool:
 
 
 def readable_by_tma(h: Tensor, w: Tensor, major: int) -> bool:
-    """Whether the chip has TMA (or is the interpreter, 0) and it can read both matrices as they lie."""
+    """Whether this is a chip whose tiles come through TMA, which can read both matrices as they lie."""
     by_rows = reads_rows(w.stride())
-    if 1 <= major < 9 or (h.dtype == torch.float32 and not by_rows):
+    if major not in TMA_CHIPS or (h.dtype == torch.float32 and not by_rows):
         return False  # the tensor cores read float32 along the hidden size only
     return tma_ready(h) and tma_ready(w if by_rows else w.t())
 

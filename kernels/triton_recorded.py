@@ -27,6 +27,7 @@ class Recorded(NamedTuple):
     fixed: tuple[Any, ...]
     as_tuple: bool
     encode: Callable[[Sequence[Any]], Sequence[Any]]  # a kernel's arguments -> as C takes them
+    compiled: Any  # keeps the kernel loaded: newer Tritons unload one that nobody holds
 
 
 def hooked() -> bool:
@@ -62,9 +63,11 @@ def recorded(compiled: Any, grid: Grid, args: Sequence[Any]) -> Recorded | None:
     asking(*grid, STREAM, compiled.function, compiled.packed_metadata, None, None, None, *args)
     (passed,) = asked
     as_tuple = isinstance(passed[-1], tuple) and len(passed[-1]) == len(args)
-    before = passed[: -1 if as_tuple else len(passed) - len(args)]
+    before = passed[: -1 if as_tuple else max(0, len(passed) - len(args))]
+    given = passed[-1] if as_tuple else passed[len(before) :]
+    as_they_are = len(given) == len(args) and all(x is y for x, y in zip(given, args))
     workspace = any(hasattr(x, "data_ptr") for x in before)  # of this launch alone
-    if before[:4] != (*grid, STREAM) or workspace:
+    if before[:4] != (*grid, STREAM) or workspace or not as_they_are:
         return None
 
     def encode(given: Sequence[Any]) -> Sequence[Any]:
@@ -72,4 +75,4 @@ def recorded(compiled: Any, grid: Grid, args: Sequence[Any]) -> Recorded | None:
         on_top(lambda *passed: reached.append(passed))(*before, *((tuple(given),) if as_tuple else given))
         return reached[0][-1] if as_tuple else reached[0][len(before) :]
 
-    return Recorded(call, grid, before[4:], as_tuple, encode)
+    return Recorded(call, grid, before[4:], as_tuple, encode, compiled)

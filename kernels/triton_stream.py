@@ -181,7 +181,7 @@ def launches(head: Head, want: frozenset[str]) -> list[slice]:
 @lru_cache(maxsize=KEPT)
 def _launch(s: Sweep, want: frozenset[str], labels: int, only: bool) -> Launch:
     if s.tile.paired:
-        from fusedhead.kernels.gluon_stream import stream_pair_kernel  # of the versions that `triton_tiles` names
+        from fusedhead.kernels.gluon_stream import stream_pair_kernel  # where pairs serve only
 
         return s.launch(stream_pair_kernel, LABELS=labels, ONLY=only)
     top = bool(want & {"max", "argmax"})

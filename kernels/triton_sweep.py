@@ -22,7 +22,7 @@ from fusedhead.kernels.triton_descriptors import Tiles
 from fusedhead.kernels.triton_launch import Launch, Placed
 from fusedhead.kernels.triton_product import readable_by_tma, reads_rows
 from fusedhead.kernels.triton_schedule import Schedule, schedule
-from fusedhead.kernels.triton_tiles import Tile, device_of, tile_for
+from fusedhead.kernels.triton_tiles import AMD, PAIRED_FROM, Tile, device_of, pairs_serve, tile_for
 from fusedhead.kernels.triton_transform import steps_of, varies_along_row
 from fusedhead.kernels.triton_tuned import tuned_tile
 
@@ -67,8 +67,8 @@ def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str])
     Column vectors alone are another matter: read at one place, by all columns, they cost a twentieth of the sweep,
     and a quarter where loads of the next tile overtake the epilogue.
     """
-    if kernel == "dlogits":
-        return tile._replace(parts=4) if transform.steps else tile
+    if kernel == "dlogits" or tile.BN < 256:
+        return tile._replace(parts=4) if transform.steps and kernel != "stream" else tile
     if varies_along_row(transform) or (kernel == "stream" and want & {"sum", "entropy", "max", "argmax"}):
         return tile._replace(parts=4, stages=min(tile.stages, 3))
     if kernel == "stream" and any(op in ("addcol", "dropcol") for op, _ in transform.steps):
@@ -83,14 +83,21 @@ class Sweep:
         (n, hidden), (vocab, _) = layout.h, layout.w
         smooth, self.ready = layout.transform.smooth, bool(layout.logits_strides)
         major, multiprocessors = device_of(layout.device)
-        self.compiled = major > 0  # not by the interpreter
+        self.prefetches = major > AMD  # in PTX: not by the interpreter
         if tile is None:
-            plain = not smooth.steps and want <= PLAIN and reads_rows(layout.w_strides)
+            pairs = (
+                n >= PAIRED_FROM
+                and layout.tma
+                and not smooth.steps
+                and want <= PLAIN
+                and reads_rows(layout.w_strides)
+                and pairs_serve(layout.device)
+            )
             size = layout.dtype.itemsize
             if not self.ready:
-                tile = tuned_tile(kernel, layout.device, n, hidden, size, layout.tma, plain)
-            tile = tile or tile_for(kernel, n, hidden, size, major, layout.tma, self.ready, plain)
-            if tile.BN >= 256 and not self.ready:
+                tile = tuned_tile(kernel, layout.device, n, hidden, size, layout.tma, pairs)
+            tile = tile or tile_for(kernel, n, hidden, size, major, layout.tma, self.ready, pairs)
+            if tile.BN >= 128 and tile.parts > 1 and not self.ready:
                 tile = _suited(tile, kernel, smooth, want)
         self.n, self.vocab, self.hidden, self.k = n, vocab, hidden, layout.y[1]
         self.labels = min(self.k, 2)
@@ -145,7 +152,7 @@ class Sweep:
             "W_BY_ROWS": self.by_rows,
             "READY": self.ready,
             "EVEN_D": self.hidden % tile.BK == 0,
-            "PREFETCH": self.compiled,
+            "PREFETCH": self.prefetches,
             "BM": tile.BM,
             "BN": tile.BN,
             "BK": tile.BK,
@@ -184,6 +191,11 @@ class Sweep:
 
 
 _sweep = lru_cache(maxsize=KEPT)(Sweep)
+
+
+def forget() -> None:
+    """Choose tiles anew from here on: what they are chosen by has changed."""
+    _sweep.cache_clear()
 
 
 def multiplied_by_cublas(head: Head) -> bool:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from fusedhead.kernels import self_check
+
 INTERPRETED = 6  # programs "resident" when Triton's interpreter runs on the CPU
 
 
@@ -44,13 +46,15 @@ class Row(NamedTuple):
 # Operands that TMA can read. The kernels of one sweep share BM: token blocks marked by one are redone by another.
 TABLE = (
     Row((0,), "", 0, 0, 0, Tile(16, 32, 16, 2, 1, 1, False, 2)),
-    Row((9, 10), "", 2, 64, 0, Tile(64, 256, 64, 1, 4, 3, False, 2)),
-    Row((9, 10), "exp", 2, 0, 896, Tile(128, 256, 64, 22, 8, 4, True, 4)),
-    Row((9, 10), "exp", 2, 0, 2048, Tile(128, 256, 64, 22, 8, 3, True, 4)),
-    Row((9, 10), "exp", 2, 0, 4096, Tile(128, 256, 64, 11, 8, 3, False, 2)),
-    Row((9, 10), "exp", 2, 0, 0, Tile(128, 256, 64, 22, 8, 3, False, 2)),
-    Row((9, 10), "", 2, 0, 3072, Tile(128, 256, 64, 22, 8, 3, True, 2)),
-    Row((9, 10), "", 2, 0, 0, Tile(128, 256, 64, 11, 8, 3, True, 2)),
+    Row((9,), "", 2, 64, 0, Tile(64, 256, 64, 1, 4, 3, False, 2)),
+    Row((10,), "", 2, 64, 0, Tile(64, 128, 64, 1, 4, 3, False, 1)),
+    Row((10,), "", 2, 0, 0, Tile(128, 128, 64, 22, 8, 3, False, 1)),  # whole: Triton 3.6 and 3.9 fail on parts there
+    Row((9,), "exp", 2, 0, 896, Tile(128, 256, 64, 22, 8, 4, True, 4)),
+    Row((9,), "exp", 2, 0, 2048, Tile(128, 256, 64, 22, 8, 3, True, 4)),
+    Row((9,), "exp", 2, 0, 4096, Tile(128, 256, 64, 11, 8, 3, False, 2)),
+    Row((9,), "exp", 2, 0, 0, Tile(128, 256, 64, 22, 8, 3, False, 2)),
+    Row((9,), "", 2, 0, 3072, Tile(128, 256, 64, 22, 8, 3, True, 2)),
+    Row((9,), "", 2, 0, 0, Tile(128, 256, 64, 11, 8, 3, True, 2)),
     Row((9, 10), "", 4, 0, 0, Tile(128, 128, 32, 12, 8, 3, False, 2)),
 )
 # The same, of plain logits. With longer rows of w the tiles above store as fast: there are fewer epilogues to hide.
@@ -62,11 +66,12 @@ PAIRS = (
     Row((9,), "dlogits", 2, 0, 2560, Tile(128, 192, 64, 22, 4, 4, False, 3, 2, True)),
 )
 PAIRED_FROM = 65  # tokens
-PAIRED_WITH = ((3, 6),)  # versions of Triton with which tests/gpu has run pairs: their language, Gluon, still changes
+PAIRED_CHIPS = (9,)  # major capabilities with wgmma, which pairs are written in
+AMD = 1  # in place of an AMD chip's capability, which counts differently: operands come through pointers
 # Operands read through pointers: older chips, strides that TMA does not take
 POINTERS = (
     Row((0,), "", 0, 0, 0, Tile(16, 32, 16, 2, 1, 1, False, 2)),
-    Row((8, 9, 10), "", 2, 0, 0, Tile(128, 128, 32, 12, 8, 3, False, 2)),
+    Row((8, 9, 10, 12), "", 2, 0, 0, Tile(128, 128, 32, 12, 8, 3, False, 2)),
     Row((), "", 2, 0, 0, Tile(64, 128, 32, 8, 4, 2, False)),
     Row((), "", 4, 0, 0, Tile(64, 64, 32, 8, 4, 2, False)),
 )
@@ -74,9 +79,9 @@ POINTERS = (
 READY = Tile(32, 256, 16, 8, 4, 1, False, 1, 4)
 
 
-def pairs_run() -> bool:
-    """Whether this is a Triton with which pairs have run."""
-    return version() in PAIRED_WITH
+def pairs_serve(device: torch.device) -> bool:
+    """Whether this chip runs pairs, and this Triton compiles them to what the plain sweeps compute there."""
+    return device.type == "cuda" and device_of(device)[0] in PAIRED_CHIPS and self_check.serves("pairs", device)
 
 
 def version() -> tuple[int, int]:
@@ -88,7 +93,7 @@ def version() -> tuple[int, int]:
 @lru_cache(maxsize=64)
 def _device(index: int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(index)
-    return properties.major, properties.multi_processor_count
+    return AMD if torch.version.hip else properties.major, properties.multi_processor_count
 
 
 def device_of(device: torch.device) -> tuple[int, int]:
@@ -99,16 +104,15 @@ def device_of(device: torch.device) -> tuple[int, int]:
 
 
 def tile_for(
-    kernel: str, tokens: int, hidden: int, itemsize: int, major: int, tma: bool, ready: bool, plain: bool = False
+    kernel: str, tokens: int, hidden: int, itemsize: int, major: int, tma: bool, ready: bool, pairs: bool = False
 ) -> Tile:
     """The tile of ``kernel`` ("stream", "exp" or "dlogits") for operands [tokens, hidden] of this itemsize.
 
-    ``tma``: whether TMA reads them; ``ready``: whether logits are read instead; ``plain``: whether pairs can take them.
+    ``tma``: whether TMA reads them; ``ready``: whether logits are read instead; ``pairs``: whether pairs take them.
     """
     if ready and major:
         return READY
-    pairs = PAIRS if plain and tma and tokens >= PAIRED_FROM and pairs_run() else ()
-    for row in (*pairs, *(TABLE if tma else ()), *POINTERS):
+    for row in (*(PAIRS if pairs else ()), *(TABLE if tma else ()), *POINTERS):
         if (
             (not row.capability or major in row.capability)
             and row.kernel in ("", kernel)

@@ -6,19 +6,19 @@ missing or damaged the table decides. It is read once a process. This file must 
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from fusedhead.kernels.triton_tiles import PAIRED_FROM, Tile, pairs_run, version
+from fusedhead.kernels.triton_tiles import PAIRED_FROM, Tile, version
+from fusedhead.kernels.user_cache import cache_file, read_json, write_json
 
 log = logging.getLogger("fusedhead")
 KERNELS = ("stream", "exp", "dlogits")
+REMEDY = "delete it or run `python -m fusedhead.tune` again"
 ROWS = 128  # BM of every tile here: token blocks that one kernel marks are done again by another
 
 
@@ -34,10 +34,7 @@ class Tuned(NamedTuple):
 
 def place() -> Path:
     """The file: $FUSEDHEAD_TILES, else fusedhead/tiles.json in the user's cache."""
-    given = os.environ.get("FUSEDHEAD_TILES")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fusedhead" / "tiles.json"
+    return cache_file("tiles.json", "FUSEDHEAD_TILES")
 
 
 def name_of(device: torch.device) -> str:
@@ -51,12 +48,9 @@ def _row(kernel: str, itemsize: int, tma: bool, hidden: int, tile: list[Any]) ->
 
 def _read(path: Path) -> dict[str, list[Any]]:
     try:
-        found = json.loads(path.read_text())
-        return {name: [_row(*row) for row in rows] for name, rows in found.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as problem:
-        log.warning("%s holds no tiles (%s); delete it or run `python -m fusedhead.tune` again", path, problem)
+        return {name: [_row(*row) for row in rows] for name, rows in read_json(path, REMEDY).items()}
+    except (ValueError, TypeError) as problem:
+        log.warning("%s cannot be used (%s); %s", path, problem, REMEDY)
         return {}
 
 
@@ -69,21 +63,17 @@ def known(path: Path, name: str) -> tuple[Tuned, ...]:
 def keep(name: str, rows: list[Tuned]) -> Path:
     """Put the device's tiles in place of those that the file has of it."""
     path = place()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(f".{os.getpid()}")
-    written.write_text(json.dumps(_read(path) | {name: rows}, indent=1))
-    os.replace(written, path)  # readers see the old file or the new one
+    write_json(path, _read(path) | {name: rows})
     known.cache_clear()
     return path
 
 
 def tuned_tile(
-    kernel: str, device: torch.device, tokens: int, hidden: int, itemsize: int, tma: bool, plain: bool
+    kernel: str, device: torch.device, tokens: int, hidden: int, itemsize: int, tma: bool, pairs: bool
 ) -> Tile | None:
-    """The tile that was found for this kernel, None where none was; ``plain``: whether pairs can take the logits."""
+    """The tile that was found for this kernel, None where none was; ``pairs``: whether pairs take the logits."""
     if device.type != "cuda" or tokens < PAIRED_FROM:
         return None
-    pairs = plain and tma and pairs_run()
     fit = [
         row
         for row in known(place(), name_of(device))

@@ -18,7 +18,7 @@ from fusedhead.kernels.triton_exp import exponentials
 from fusedhead.kernels.triton_labels import map_labels
 from fusedhead.kernels.triton_stream import stream
 from fusedhead.kernels.triton_sweep import sweep
-from fusedhead.kernels.triton_tiles import Tile, pairs_run
+from fusedhead.kernels.triton_tiles import Tile
 
 GROUPS = (6, 11, 22, 33)
 WAYS = {  # (stages, flatten, parts) worth trying with 128x256x64 tiles
@@ -28,8 +28,10 @@ WAYS = {  # (stages, flatten, parts) worth trying with 128x256x64 tiles
 }
 
 
-def candidates(kernel: str, tokens: int, groups: tuple[int, ...], tma: bool = True) -> list[Tile]:
-    """Tiles worth timing; through pointers, without TMA, they are another few."""
+def candidates(
+    kernel: str, tokens: int, groups: tuple[int, ...], tma: bool = True, paired: bool = True
+) -> list[Tile]:
+    """Tiles worth timing, pairs among them if ``paired``; through pointers, without TMA, they are another few."""
     if not tma:
         ways = itertools.product(groups, ((128, 32, 3), (128, 32, 4), (128, 64, 3), (64, 64, 4), (256, 32, 3)))
         return [Tile(128, bn, bk, g, 8, stages, False, 2) for g, (bn, bk, stages) in ways]
@@ -38,7 +40,7 @@ def candidates(kernel: str, tokens: int, groups: tuple[int, ...], tma: bool = Tr
         return [Tile(64, bn, bk, 1, 4, s, f, 2) for (bn, bk, s), f in itertools.product(small, (True, False))]
     alone = [Tile(128, 256, 64, g, 8, *way) for g, way in itertools.product(groups, WAYS[kernel])]
     stages = (4, 5) if kernel == "stream" else (4,)  # what is stored takes room
-    pairs = itertools.product(groups, stages) if pairs_run() else ()
+    pairs = itertools.product(groups, stages) if paired else ()
     return alone + [Tile(128, 192, 64, g, 4, s, False, 3, 2, True) for g, s in pairs]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any
@@ -26,8 +27,27 @@ PIECES = 8  # of what is left over and not compiled
 MOST_MADE = 256  # programs and window shapes remembered
 
 
-def above_autograd() -> AbstractContextManager[object]:
-    """Autograd's dispatch keys again: they are excluded where an op's body runs, and tracing a vjp needs them."""
+def on_a_thread(function: Callable[[], Any]) -> Any:
+    """A function's result on a thread of its own, where no dispatch key is excluded."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function).result()
+
+
+def above_autograd(function: Callable[[], Any], otherwise: Callable[[Callable[[], Any]], Any] = on_a_thread) -> Any:
+    """A function's result with autograd's dispatch keys, which are excluded in an op's body: a vjp is traced with them.
+
+    ``otherwise``: what runs it on a torch that has other names for what sets them.
+    """
+    try:
+        keys = autograd_keys()
+    except AttributeError:
+        return otherwise(function)
+    with keys:
+        return function()
+
+
+def autograd_keys() -> AbstractContextManager[object]:
+    """Autograd's dispatch keys again. Raises AttributeError where torch has other names for what sets them."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     nothing = torch._C.DispatchKeySet.from_raw_repr(0)
     with torch._C._ForceDispatchKeyGuard(include, nothing), torch._C._AutoDispatchBelowAutograd():
@@ -56,9 +76,13 @@ def made_once(key: tuple, function: Function, given: list[Tensor], compiled: boo
 def traced(function: Function, given: list[Tensor], compiled: bool) -> Function:
     """``function`` as a graph of ATen calls, differentiation included, compiled by Inductor where asked."""
     given = [t.detach() for t in given]  # examples: what made them, and their .grad, are nobody's business
-    # on this thread: the dispatch modes of whoever called the op are not entered on a device's own
-    with above_autograd(), torch.autograd.set_multithreading_enabled(False):
-        graph = make_fx(lambda *flat: function(list(flat)))(*given)
+
+    def trace() -> Any:
+        # on this thread: the dispatch modes of whoever called the op are not entered on a device's own
+        with torch.autograd.set_multithreading_enabled(False):
+            return make_fx(lambda *flat: function(list(flat)))(*given)
+
+    graph = above_autograd(trace)
     made = import_module("torch._inductor").compile(graph, given) if compiled else graph
     return lambda given: made(*given)
 

@@ -47,8 +47,9 @@ def _rows(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
 def _rows_fake(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
     # above autograd, where a composite op is taken apart as when it runs: below it, the fake result of nll_loss has no
     # dimension where a size is a symbol, whatever its reduction
-    with as_written(tensors[0].device), above_autograd(), torch.no_grad():
-        return [torch.empty_like(r, memory_format=torch.contiguous_format) for r in run(read(program), tensors)]
+    with as_written(tensors[0].device), torch.no_grad():
+        results = above_autograd(lambda: run(read(program), tensors), otherwise=lambda function: function())
+        return [torch.empty_like(r, memory_format=torch.contiguous_format) for r in results]
 
 
 def _rows_backward(

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from fusedhead.compat import disable_torch_function_subclass, tree_map_only
 from fusedhead.deferred import tables
 from fusedhead.deferred.knowledge import Family, Recorded
 from fusedhead.deferred.outcome import Unread, Wide
@@ -243,7 +243,7 @@ def rebind(tensor: DeferredLogits, result: DeferredLogits) -> bool:
     if result._plain is not None or known.layout._replace(grad=before.layout.grad) != before.layout:
         return False
     if known.layout.grad:
-        with torch._C.DisableTorchFunctionSubclass():
+        with disable_torch_function_subclass():
             Rebound.apply(known, tensor, *known.recorded.tensors)
         settle(tensor)
     else:

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from fusedhead.compat import ConstantSource, FakeTensorMode
 from fusedhead.deferred.program import Leaf, Made, Mode, Step, decode, modes
 from fusedhead.read import callee, fake
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 import fusedhead.deferred.calls  # noqa: F401  the handler of calls on deferred logits
+from fusedhead.compat import FakeTensor
 from fusedhead.deferred.knowledge import Family, Knowledge, Origin, Recorded, StaleLogits, taken
 from fusedhead.deferred.program import Leaf, Made, Mode, Program, Step, encode, shapes
 from fusedhead.deferred.request import LEARNT

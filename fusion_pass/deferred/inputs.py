@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import AttrSource
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import GraphModule, Node
 
+from fusedhead.compat import AttrSource, maybe_get_fake_mode
 from fusedhead.deferred.draft import Draft, write
 from fusedhead.deferred.knowledge import check_fresh
 from fusedhead.deferred.program import Mode

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fusedhead.compat import FakeTensorMode
 from fusedhead.deferred.outcome import Guard, Outcome
 from fusedhead.deferred.program import Mode, Program, decode, modes
 from fusedhead.deferred.steps import NONE, Steps, steps

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._sympy.printers import PythonPrinter
 
+from fusedhead.compat import PythonPrinter
 from fusedhead.decisions import refusal
 from fusedhead.deferred.draft import Draft, draft
 from fusedhead.deferred.outcome import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole

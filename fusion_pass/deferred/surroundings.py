@@ -13,24 +13,24 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
-
+from fusedhead.compat import (
+    clear_function_transforms,
+    disable_current_modes,
+    disable_torch_function_subclass,
+    dispatch_modes,
+    function_transform_level,
+    top_saved_tensors_hooks,
+)
 from fusedhead.unhooked import unhooked
-
-# private names of torch, here and nowhere else: a version without them says so at the import
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
-_functorch_level = torch._C._functorch.maybe_current_level
 
 
 @contextmanager
 def out_of_sight() -> Iterator[None]:
     """Run what belongs to another moment, unseen by modes, hooks on saved tensors and function transforms."""
     with (
-        torch._C.DisableTorchFunctionSubclass(),
-        temporarily_clear_interpreter_stack(),
-        _disable_current_modes(),
+        disable_torch_function_subclass(),
+        clear_function_transforms(),
+        disable_current_modes(),
         unhooked(),
     ):
         yield
@@ -65,7 +65,7 @@ def checkpoint() -> object | None:
 
     Such a region is run twice, and has to save the same tensors both times.
     """
-    hooks = _top_hooks(True)
+    hooks = top_saved_tensors_hooks(True)
     if hooks is None or getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
         return None
     return hooks[0]
@@ -73,6 +73,6 @@ def checkpoint() -> object | None:
 
 def op_by_op() -> bool:
     """Whether something active gives single ops a meaning of its own: a function transform, stand-ins, a tracer."""
-    if _functorch_level() is not None:
+    if function_transform_level() is not None:
         return True
-    return any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+    return any(mode.is_infra_mode() for mode in dispatch_modes())

@@ -13,8 +13,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from fusedhead.compat import (
+    TracingContext,
+    disable_torch_function_subclass,
+    make_wrapper_subclass,
+    missing,
+    skip_frames_of,
+    throw_on_data_ptr,
+    tree_map_only,
+)
 from fusedhead.deferred.knowledge import Family, Knowledge, Layout, Recorded, check_fresh
 from fusedhead.deferred.program import Leaf, Mode, Program, encode, modes
 from fusedhead.deferred.surroundings import out_of_sight
@@ -39,15 +47,13 @@ class DeferredLogits(Tensor):
     def __new__(cls, known: Knowledge) -> DeferredLogits:
         shape, stride, dtype, _, _, inference, marked = known.layout
         with torch.inference_mode(inference):
-            self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-                cls, shape, stride, dtype=dtype, device=known.leaves[0].device
-            )
+            self = make_wrapper_subclass(cls, shape, stride, dtype=dtype, device=known.leaves[0].device)
         # there is no memory behind it: a kernel that takes its address gets an error instead of a null pointer
-        torch._C._set_throw_on_mutable_data_ptr(self)
+        throw_on_data_ptr(self)
         self._known, self._plain, self._own = known, None, None
         known.family.join(self)
         if marked:
-            with torch._C.DisableTorchFunctionSubclass():
+            with disable_torch_function_subclass():
                 self.requires_grad_()
         return self
 
@@ -62,7 +68,7 @@ class DeferredLogits(Tensor):
             known = existing(first) if isinstance(first, DeferredLogits) and first._plain is not None else first
             if func is Tensor.storage_offset and known is first and not compiling():
                 return first._known.layout.offset
-            with torch._C.DisableTorchFunctionSubclass():
+            with disable_torch_function_subclass():
                 return func(*args, **kwargs) if known is first else func(known, *args[1:], **kwargs)
         traced = compiling()
         if func in ALONE and (traced or args[0]._plain is None):
@@ -70,7 +76,7 @@ class DeferredLogits(Tensor):
         if traced and func is Tensor.__repr__:
             return f"DeferredLogits({args[0]._known.layout})"
         if traced:
-            with torch._C.DisableTorchFunctionSubclass():
+            with disable_torch_function_subclass():
                 return func(*args, **kwargs)
         return cls.handler(func, args, kwargs)
 
@@ -122,7 +128,7 @@ class DeferredLogits(Tensor):
 
 def compiling() -> bool:
     """Whether a compiler looks at tensors here, or traces with them."""
-    return torch._guards.TracingContext.try_get() is not None
+    return TracingContext.try_get() is not None
 
 
 def numbers(tensor: DeferredLogits) -> Tensor:
@@ -146,7 +152,8 @@ def inside_compiler(program: Program, leaves: tuple[Tensor, ...], layout: Layout
 
 
 # Dynamo compiles what runs under a compiled function: not this package, which handles tensors it cannot trace
-torch._dynamo.trace_rules.add("fusedhead")
+if not missing:
+    skip_frames_of("fusedhead")
 
 PROCESS = uuid.uuid4().hex  # programs are compared by identity: no other process has these
 
@@ -236,7 +243,7 @@ class Followed(torch.autograd.Function):
 
 
 def own_grad_fn(tensor: DeferredLogits) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
+    with disable_torch_function_subclass():
         return tensor.grad_fn
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._sympy.printers import PythonPrinter
 
+from fusedhead.compat import PythonPrinter
 from fusedhead.deferred.draft import Draft
 from fusedhead.deferred.outcome import Size, TokenByToken, Wide
 from fusedhead.fusion import fuse_body

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
+from fusedhead.compat import unset_fake_temporarily
 from fusedhead.kernels.columns import Step
 from fusedhead.rules.statistics import expected
 from fusedhead.rules.table import Context, Family, needs_logits, rule, vocab_size

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.amp.autocast_mode import _enter_autocast
 
+from fusedhead.compat import enter_autocast
 from fusedhead.kernels.columns import Step
 from fusedhead.rules.table import Context, Family, rule
 from fusedhead.values import Call, Escape, Logits, Plain, Projection, RowStep
@@ -50,7 +50,7 @@ def same_dtype(context: Context, *operands: Plain) -> None:
     """Escape where operands differ in dtype and no autocast brings them together: eager code raises there."""
     if all(operand.val.dtype == context.val.dtype for operand in operands):
         return
-    regions = context.node.graph.find_nodes(op="call_function", target=_enter_autocast)
+    regions = context.node.graph.find_nodes(op="call_function", target=enter_autocast)
     if not any(True for _ in regions) and not torch.is_autocast_enabled(context.val.device.type):
         shown = ", ".join(str(operand.val.dtype) for operand in operands)
         raise Escape(f"the operands of the projection ({shown}) are not of its dtype, {context.val.dtype}")

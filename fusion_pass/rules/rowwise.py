@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves, tree_map
 
+from fusedhead.compat import (
+    OpOverload,
+    decomposition_table,
+    has_kernel_for_key,
+    maybe_get_fake_mode,
+    tree_leaves,
+    tree_map,
+)
 from fusedhead.rowwise import RowCall, Rowwise, Seed
 from fusedhead.rules.rowwise_dimensions import (
     ALONG,
@@ -56,7 +61,7 @@ def read(target: Any, val: Any, traced: Any, args: tuple, kwargs: dict[str, Any]
 
     ``val`` is the fake result in the program, ``traced`` that of the op alone: they differ where autocast acts.
     """
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+    if not isinstance(target, OpOverload) or target._schema.is_mutable:
         raise Escape(f"{target} is no op that makes a new tensor")
     args, kwargs = tree_map(rowwise, (args, kwargs), is_leaf=lambda x: isinstance(x, FOLLOWED))
     wanted, made = first_dtype(val), first_dtype(traced)
@@ -70,7 +75,7 @@ def read(target: Any, val: Any, traced: Any, args: tuple, kwargs: dict[str, Any]
             return found
     if target in BY_PARTS:
         return taken_apart(decomposition_table[target], target, val, args, kwargs)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd"):
+    if not has_kernel_for_key(target.name(), "CompositeImplicitAutograd"):
         raise Escape(f"{target} is not known to treat tokens apart")
     return taken_apart(target, target, val, args, kwargs)
 
@@ -180,7 +185,7 @@ def as_wide(val: Any, operands: list[Any]) -> Rowwise | None:
 
 
 def is_pointwise(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return False  # Python's own, on sizes
     return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
 

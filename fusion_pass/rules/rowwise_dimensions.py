@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from fusedhead.compat import tree_leaves, tree_map
 from fusedhead.rowwise import RowCall, RowOutput, Rowwise
 from fusedhead.rules.rowwise_operands import constants, heads_of, lined_up, operand, same, several, tail_dim
 from fusedhead.values import Call, Escape, Plain

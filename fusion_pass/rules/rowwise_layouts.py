@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
+from fusedhead.compat import tree_leaves
 from fusedhead.emit import static
 from fusedhead.rowwise import RowCall, RowLeaf, Rowwise, Seed
 from fusedhead.rules.rowwise_operands import constants, heads_of, lined_up, operand, same, size, tail_dim

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_leaves
 
+from fusedhead.compat import tree_leaves
 from fusedhead.emit import static
 from fusedhead.rowwise import RowCall, RowLeaf, Rowwise
 from fusedhead.values import Call, Escape, Plain

@@ -11,9 +11,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
-from torch.utils._pytree import tree_map
 
+from fusedhead.compat import maybe_get_fake_mode, tree_map
 from fusedhead.rowwise import RowCall, RowLeaf, Rowwise, Seed
 from fusedhead.rules.rowwise_operands import constants, size
 from fusedhead.rules.table import RULES, Context

@@ -79,16 +79,16 @@ return (tied,)
 
     def test_per_token_log_probs_recompute(self) -> None:
         def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-            return (h @ w.T / 0.7).log_softmax(-1).gather(-1, y[..., None]).squeeze(-1)
+            return (h @ w.t() / 0.7).log_softmax(-1).gather(-1, y[..., None]).squeeze(-1)
 
         h, w = torch.randn(B, T, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
         after = self.after(program, h, w, torch.randint(0, V, (B, T)))
         self.assertExpectedInline(
             after,
             """\
-getattr_1 = l_w_.T
+t = l_w_.t()
 getitem = l_y_[(Ellipsis, None)]
-t_default = aten.t.default(getattr_1)
+t_default = aten.t.default(t)
 reshape_default = aten.reshape.default(l_h_, [-1, 8])
 reshape_default_1 = aten.reshape.default(getitem, [-1, 1])
 no_columns = aten.new_empty.default(reshape_default, [0, 40], dtype = torch.float32)
@@ -109,14 +109,14 @@ return (squeeze,)
 
     def test_a_frozen_head_without_gradients_only_streams(self) -> None:
         def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(torch.tanh(h @ w.T / 30) * 30, y, reduction="sum")
+            return F.cross_entropy(torch.tanh(h @ w.t() / 30) * 30, y, reduction="sum")
 
         after = self.after(program, torch.randn(T, D), torch.randn(V, D), torch.randint(0, V, (T,)))
         self.assertExpectedInline(
             after,
             """\
-getattr_1 = l_w_.T
-t_default = aten.t.default(getattr_1)
+t = l_w_.t()
+t_default = aten.t.default(t)
 valid = aten.ne.Scalar(l_y_, -100)
 mul_tensor = aten.mul.Tensor(l_y_, valid)
 unsqueeze_default = aten.unsqueeze.default(mul_tensor, 1)

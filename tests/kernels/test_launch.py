@@ -54,7 +54,7 @@ def test_the_first_launch_goes_through_triton_and_later_ones_do_not():
     x, y = torch.zeros(8), torch.ones(8)
     launch(x, 5)
     launch(y, 6)
-    assert kernel.through_triton == [((4, 1, 1), (x, 5, 10, 64), {"num_warps": 8})]
+    assert kernel.through_triton == [((4, 1, 1), (x, 5, 10, 64), {"num_warps": 8, "enable_fp_fusion": True})]
     assert kernel.again == [((4, 1, 1), (y.data_ptr(), 6, 10, 64), 103)]
 
 
@@ -173,3 +173,34 @@ def test_a_launch_that_needs_a_workspace_is_left_to_triton(launcher, monkeypatch
     assert callable(launch.again)
     launch(x, 0)
     assert not calls
+
+
+@pytest.mark.parametrize("added", [("more",), ()])
+def test_a_launcher_that_passes_other_arguments_is_left_to_triton(launcher, monkeypatch, added):
+    """As a sanitizer's does, or one of a Triton to come."""
+    triton, calls, _ = launcher
+
+    class Changed(Launcher):
+        def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+            args = (*args, *added) if added else tuple(reversed(args))
+            super().__call__(x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args)
+
+    other = Changed(calls, [], triton.as_tuple)
+    launch = compiled_with(other, monkeypatch)
+    x = torch.zeros(8)
+    launch(x, 0)
+    launch(x, 0)
+    assert not calls
+
+
+def test_every_launch_says_that_products_and_sums_are_fused():
+    """Not left to a default of Triton's, which decides the rounding and changes with its version."""
+    kernel, launch = bound()
+    launch(torch.zeros(9)[1:], 0)
+    assert kernel.through_triton[0][2]["enable_fp_fusion"] is True
+
+
+def test_a_remembered_launch_keeps_its_kernel_loaded(launcher, monkeypatch):
+    launch = compiled_with(launcher[0], monkeypatch)
+    launch(torch.zeros(8), 0)
+    assert launch.again.compiled.function == 7

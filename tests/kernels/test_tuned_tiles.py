@@ -19,17 +19,16 @@ PAIR = Tile(128, 192, 64, 11, 4, 4, False, 3, 2, True)
 
 @pytest.fixture(autouse=True)
 def chip(monkeypatch, tmp_path):
-    """A file of its own, a GPU with a name, a Triton that has run pairs."""
+    """A file of its own, a GPU with a name."""
     monkeypatch.setenv("FUSEDHEAD_TILES", str(tmp_path / "deep" / "tiles.json"))
     monkeypatch.setattr(triton_tuned, "name_of", lambda device: f"chip {device.index}")
-    monkeypatch.setattr(triton_tiles, "PAIRED_WITH", (triton_tiles.version(),))
     triton_tuned.known.cache_clear()
     yield
     triton_tuned.known.cache_clear()
 
 
-def tile(kernel="exp", device=GPU, tokens=4096, hidden=1024, itemsize=2, tma=True, plain=True):
-    return tuned_tile(kernel, device, tokens, hidden, itemsize, tma, plain)
+def tile(kernel="exp", device=GPU, tokens=4096, hidden=1024, itemsize=2, tma=True, pairs=True):
+    return tuned_tile(kernel, device, tokens, hidden, itemsize, tma, pairs)
 
 
 def test_a_tile_serves_hidden_sizes_up_to_its_own_and_the_largest_all_beyond():
@@ -40,7 +39,7 @@ def test_a_tile_serves_hidden_sizes_up_to_its_own_and_the_largest_all_beyond():
 def test_pairs_go_to_plain_logits_and_the_best_of_the_others_to_the_rest():
     keep("chip 0", [Tuned("exp", 2, True, 1024, PAIR), Tuned("exp", 2, True, 1024, LARGE)])
     assert tile() == PAIR
-    assert tile(plain=False) == LARGE
+    assert tile(pairs=False) == LARGE
 
 
 def test_the_table_decides_for_whatever_was_not_tuned():
@@ -65,7 +64,7 @@ def test_a_damaged_file_is_logged_and_leaves_it_to_the_table(text, caplog):
     path.write_text(text)
     with caplog.at_level("WARNING", "fusedhead"):
         assert tile() is None
-    assert "holds no tiles" in caplog.text
+    assert "cannot be used" in caplog.text
 
 
 def test_a_tile_of_other_token_blocks_is_not_taken():
@@ -76,6 +75,7 @@ def test_a_tile_of_other_token_blocks_is_not_taken():
 def test_tuning_keeps_the_fastest_tile_of_each_kernel_and_the_fastest_that_is_no_pair(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(triton_tiles, "pairs_serve", lambda device: True)
     of_cpu = triton_tuning.make_head(130, 64, 300, "cpu")
     monkeypatch.setattr(triton_tuning, "make_head", lambda *given: of_cpu)
     built = triton_tuning.step_of
@@ -92,7 +92,7 @@ def test_tuning_keeps_the_fastest_tile_of_each_kernel_and_the_fastest_that_is_no
     assert tune.main(["--hidden", "1024"], clock) == 0
     for kernel in KERNELS:
         assert (tile(kernel).paired, tile(kernel).group) == (True, 22)
-        assert (tile(kernel, plain=False).paired, tile(kernel, plain=False).group) == (False, 33)
+        assert (tile(kernel, pairs=False).paired, tile(kernel, pairs=False).group) == (False, 33)
     assert "kept in" in capsys.readouterr().out
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fusedhead.lowering.cache_key import source_hash, sources
 from fusedhead.lowering.ops import SCHEMAS
-from tests.ops.heads import ALL, OPS, leaves, operands
+from tests.ops.heads import ALL, OPS, leaves, opcheck, operands
 
 
 @pytest.mark.parametrize("wanted", ["", "h w", "h", "w", "h w cols rows"])
@@ -19,7 +19,7 @@ def test_opcheck_finds_nothing_in_head_stats(wanted, labels):
     o = leaves(operands(7, 50, 8, labels, dtype=torch.float32), wanted)
     transform = "mulrow:0 tanh mulcol:1" if "cols" in wanted else ""
     for stats in ("lse,picked", "argmax", "lse,picked,sum,entropy,max"):
-        torch.library.opcheck(OPS.head_stats.default, (*o, transform, stats, 0))
+        opcheck(OPS.head_stats.default, (*o, transform, stats, 0))
 
 
 @pytest.mark.parametrize("wanted", ["", "h w", "w"])
@@ -29,7 +29,7 @@ def test_opcheck_finds_nothing_in_head_loss(wanted, labels):
     c, e = torch.ones(7), torch.empty(0)
     needs = ("h" in wanted, "w" in wanted, False, False)
     arguments = (*o, c, torch.ones(7, labels), e, c, "", "lse,picked", 0, *needs)
-    torch.library.opcheck(OPS.head_loss.default, arguments)
+    opcheck(OPS.head_loss.default, arguments)
 
 
 def test_opcheck_finds_nothing_in_the_backward():
@@ -38,7 +38,7 @@ def test_opcheck_finds_nothing_in_the_backward():
     g, e = torch.ones(7), torch.empty(0)
     for upstream in ((g, g[:, None], e, e), (g, e, g, g)):
         arguments = (*upstream, *o, lse, low, entropy, "", 0, True, True, True, True)
-        torch.library.opcheck(OPS.head_stats_backward.default, arguments)
+        opcheck(OPS.head_stats_backward.default, arguments)
 
 
 def test_the_schemas_are_functional_and_positional():

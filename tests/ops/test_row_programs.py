@@ -11,12 +11,12 @@ from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from torch.library import opcheck
 
 import fusedhead.lowering.row_ops  # noqa: F401  registers the ops
 from fusedhead.kernels import row_windows
 from fusedhead.kernels.row_program import Unspeakable, read, spelled
 from fusedhead.lowering.plan import MIB
+from tests.ops.heads import opcheck
 from tests.ops.test_memory import FIXED, size, watch
 
 N, V, D = 37, 50, 8

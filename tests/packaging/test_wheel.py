@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from importlib.metadata import entry_points
@@ -17,18 +18,49 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = {"fusion_pass": "fusedhead", "lowering": "fusedhead/lowering", "kernels": "fusedhead/kernels"}
 
 
+BUILD = "import sys, setuptools.build_meta as backend; getattr(backend, sys.argv[1])(sys.argv[2])"
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Built from a copy: a build leaves files beside the sources that the next build would pack."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, source)
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--wheel-dir", str(out), str(source)], check=True)
-    (built,) = out.glob("*.whl")
-    return zipfile.ZipFile(built)
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with wheel and sdist, from a copy: a build leaves files beside the sources that the next would pack."""
+    source, out = tmp_path_factory.mktemp("source") / "fusedhead", tmp_path_factory.mktemp("built")
+    unwanted = shutil.ignore_patterns("__pycache__", ".*", "build", "*.egg-info", "*.so", "results")
+    shutil.copytree(ROOT, source, ignore=unwanted)
+    for kind in ("build_sdist", "build_wheel"):
+        subprocess.run([sys.executable, "-c", BUILD, kind, str(out)], cwd=source, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> zipfile.ZipFile:
+    (found,) = built.glob("*.whl")
+    return zipfile.ZipFile(found)
+
+
+def test_an_index_takes_the_wheel_and_the_sdist(built: Path) -> None:
+    files = [str(path) for path in built.iterdir()]
+    assert len(files) == 2
+    check = [sys.executable, "-m", "twine", "check", "--strict"]
+    checked = subprocess.run([*check, *files], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_the_sdist_holds_tests_and_examples(built: Path) -> None:
+    (found,) = built.glob("*.tar.gz")
+    with tarfile.open(found) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    wanted = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "requirements.txt", "examples/train_gpt.py"}
+    assert wanted | {"tests/conftest.py", "benchmarks/head.py", "fusion_pass/backend.py"} <= names
+    assert not [name for name in names if "__pycache__" in name or name.startswith(".venv")]
+
+
+def test_the_version_is_one(wheel: zipfile.ZipFile) -> None:
+    import fusedhead
+
+    found = Parser().parsestr(metadata(wheel, "METADATA"))
+    assert found["Version"] == fusedhead.__version__
+    assert found["License-Expression"] == "BSD-3-Clause"
 
 
 def metadata(wheel: zipfile.ZipFile, name: str) -> str:

@@ -40,17 +40,34 @@ def test_the_engine_follows_device_and_dtype(dtype, device, engine):
     [
         (None, [9], "triton_windows"),
         (None, [9, 8], "triton_windows"),
+        (None, [10], "triton_windows"),
+        (None, [12, 9], "triton_windows"),
         (None, [7], "torch_windows"),
         (None, [8, 7], "torch_windows"),
-        ("6.4", [9], "torch_windows"),  # an MI300 calls itself 9.4
+        ("6.4", [9], "triton_windows"),  # an MI300 calls itself 9.4
     ],
 )
-def test_gpus_that_the_triton_kernels_are_not_made_for_take_the_torch_engine(monkeypatch, hip, majors, engine):
+def test_chips_that_no_test_runs_on_take_the_triton_engine_where_a_self_check_agrees(monkeypatch, hip, majors, engine):
+    assert chosen_on(monkeypatch, hip, majors, agrees=True) == engine
+
+
+@pytest.mark.parametrize(("hip", "majors"), [(None, [8]), (None, [9, 8]), (None, [10]), ("6.4", [9])])
+def test_chips_whose_self_check_fails_take_the_torch_engine(monkeypatch, hip, majors):
+    assert chosen_on(monkeypatch, hip, majors, agrees=False) == "torch_windows"
+
+
+def test_hopper_is_tested_and_asks_for_no_check(monkeypatch):
+    assert chosen_on(monkeypatch, None, [9, 9], agrees=False) == "triton_windows"
+
+
+def chosen_on(monkeypatch, hip, majors, agrees: bool) -> str:
+    """The engine on a machine with such GPUs, whose self-checks agree or do not."""
+    monkeypatch.setattr(triton_chips.self_check, "serves", lambda claim, device: agrees)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(majors))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: (majors[at], 0))
     monkeypatch.setattr(plan_module, "triton_serves", triton_chips.triton_serves.__wrapped__)
-    assert engine_for(BF16, "cuda") == engine
+    return engine_for(BF16, "cuda")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,11 @@ class Ours(Protocol):
     def __call__(self, *arguments: str, cwd: Path) -> Outcome: ...
 
 
+def of_the_program(line: str) -> bool:
+    """Whether a line of stderr tells of the program: torch may say that it finds CUDA but no GPU."""
+    return "No CUDA runtime is found" not in line
+
+
 @contextmanager
 def forks() -> Iterator[Ours]:
     """``fusedhead run`` as a function of its arguments and the current folder."""
@@ -56,7 +61,7 @@ def forks() -> Iterator[Ours]:
             process.stdin.write(json.dumps([arguments, str(cwd), str(out), str(err)]) + "\n")
             process.stdin.flush()
             code = int(process.stdout.readline())
-            return Outcome(code, out.read_text(), err.read_text())
+            return Outcome(code, out.read_text(), "".join(filter(of_the_program, err.read_text().splitlines(True))))
 
         yield run
         process.stdin.close()

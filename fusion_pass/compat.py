@@ -1,0 +1,215 @@
+"""What this package uses of torch that torch does not promise, in one place.
+
+Each name is looked up once, when the package is imported. One that a newer torch has renamed is a stand-in here and an
+entry of `missing`: nothing fails at import, and the backend leaves every graph to Inductor, with one warning that says
+which names are gone (`unusable`). `tests/compat/` names each when it changes. `kernels/` and `lowering/` stand below
+this file: what they use, they guard themselves, and the same tests list it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+if TYPE_CHECKING:  # what a checker of types takes the names below for
+    from torch import _TorchCompileInductorWrapper as InductorWrapper  # noqa: F401
+    from torch._decomp import decomposition_table  # noqa: F401
+    from torch._dynamo.source import AttrSource, ConstantSource  # noqa: F401
+    from torch._guards import TracingContext  # noqa: F401
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: F401
+    from torch._ops import HigherOrderOperator, OpOverload  # noqa: F401
+    from torch._subclasses.fake_tensor import (  # noqa: F401
+        FakeTensor,
+        FakeTensorMode,
+        maybe_get_fake_mode,
+        unset_fake_temporarily,
+    )
+    from torch.amp.autocast_mode import _enter_autocast as enter_autocast  # noqa: F401
+    from torch.amp.autocast_mode import _exit_autocast as exit_autocast  # noqa: F401
+    from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module  # noqa: F401
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module  # noqa: F401
+    from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
+    from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes  # noqa: F401
+    from torch.utils._pytree import (  # noqa: F401
+        tree_flatten,
+        tree_leaves,
+        tree_map,
+        tree_map_only,
+        tree_unflatten,
+    )
+    from torch.utils._sympy.printers import PythonPrinter  # noqa: F401
+
+    clear_function_transforms: Callable[[], Any]
+    disable_torch_function_subclass: Any
+    dispatch_modes: Callable[[], list[Any]]
+    function_transform_level: Callable[[], int | None]
+    has_kernel_for_key: Callable[[str, str], bool]
+    make_wrapper_subclass: Callable[..., Any]
+    saved_tensors_hooks_enabled: Callable[[], bool]
+    set_grad_enabled: Callable[[bool], None]
+    skip_frames_of: Callable[[str], None]
+    top_saved_tensors_hooks: Callable[[bool], Any]
+    throw_on_data_ptr: Callable[[torch.Tensor], None]
+
+log = logging.getLogger("fusedhead")
+
+# the name in this file: the module of torch, and the name there
+NAMES: Mapping[str, tuple[str, str]] = {
+    "AttrSource": ("torch._dynamo.source", "AttrSource"),
+    "ConstantSource": ("torch._dynamo.source", "ConstantSource"),
+    "CustomGraphPass": ("torch._inductor.custom_graph_pass", "CustomGraphPass"),
+    "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
+    "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
+    "HigherOrderOperator": ("torch._ops", "HigherOrderOperator"),
+    "InductorWrapper": ("torch", "_TorchCompileInductorWrapper"),
+    "OpOverload": ("torch._ops", "OpOverload"),
+    "PythonPrinter": ("torch.utils._sympy.printers", "PythonPrinter"),
+    "TorchDispatchMode": ("torch.utils._python_dispatch", "TorchDispatchMode"),
+    "TracingContext": ("torch._guards", "TracingContext"),
+    "clear_function_transforms": ("torch._functorch.pyfunctorch", "temporarily_clear_interpreter_stack"),
+    "decomposition_table": ("torch._decomp", "decomposition_table"),
+    "disable_current_modes": ("torch.utils._python_dispatch", "_disable_current_modes"),
+    "disable_torch_function_subclass": ("torch._C", "DisableTorchFunctionSubclass"),
+    "dispatch_modes": ("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack"),
+    "enter_autocast": ("torch.amp.autocast_mode", "_enter_autocast"),
+    "exit_autocast": ("torch.amp.autocast_mode", "_exit_autocast"),
+    "function_transform_level": ("torch._C._functorch", "maybe_current_level"),
+    "has_kernel_for_key": ("torch._C", "_dispatch_has_kernel_for_dispatch_key"),
+    "make_graph_module": ("torch.fx._lazy_graph_module", "_make_graph_module"),
+    "make_wrapper_subclass": ("torch", "Tensor._make_wrapper_subclass"),
+    "maybe_get_fake_mode": ("torch._subclasses.fake_tensor", "maybe_get_fake_mode"),
+    "saved_tensors_hooks_enabled": ("torch._C._autograd", "_saved_tensors_hooks_is_enabled"),
+    "set_grad_enabled": ("torch._C", "_set_grad_enabled"),
+    "skip_frames_of": ("torch._dynamo.trace_rules", "add"),
+    "throw_on_data_ptr": ("torch._C", "_set_throw_on_mutable_data_ptr"),
+    "top_saved_tensors_hooks": ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
+    "tree_flatten": ("torch.utils._pytree", "tree_flatten"),
+    "tree_leaves": ("torch.utils._pytree", "tree_leaves"),
+    "tree_map": ("torch.utils._pytree", "tree_map"),
+    "tree_map_only": ("torch.utils._pytree", "tree_map_only"),
+    "tree_unflatten": ("torch.utils._pytree", "tree_unflatten"),
+    "unset_fake_temporarily": ("torch._subclasses.fake_tensor", "unset_fake_temporarily"),
+    "use_lazy_graph_module": ("torch.fx._lazy_graph_module", "_use_lazy_graph_module"),
+}
+
+# Members that the package reads of objects; Inductor's settings among them.
+MEMBERS: tuple[tuple[str, str], ...] = (
+    ("torch", "UntypedStorage._cdata"),
+    ("torch._inductor.config", "joint_custom_pre_pass"),
+    ("torch._inductor.config", "post_grad_custom_post_pass"),
+    ("torch._inductor.config", "triton.cudagraphs"),
+    ("torch.fx", "Node._rename"),
+    ("torch.fx", "Node.__lt__"),
+    ("torch.fx", "Graph.find_nodes"),
+    ("torch.ops.aten", "add.Tensor._schema"),
+    ("torch.ops.aten", "add.Tensor._overloadname"),
+    ("torch.ops.aten", "add.Tensor._overloadpacket"),
+)
+# Members that only an object has: a graph of one node.
+MEMBERS_OF_A_GRAPH = ("_codegen", "_tracer_cls")
+MEMBERS_OF_A_NODE = ("_erased",)
+
+
+class MissingName(RuntimeError):
+    """A name of torch that this package needs and this torch does not have was used all the same."""
+
+
+class _StandIn(type):
+    """The class of what stands for a missing name: nothing is an instance of it, and calling it raises."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise MissingName(f"torch {torch.__version__} has no {cls.__name__}")
+
+
+def lookup(module: str, name: str) -> Any:
+    """``name``, which may have dots, of a module. Raises ImportError or AttributeError."""
+    found: Any = torch.ops.aten if module == "torch.ops.aten" else import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def found_names() -> tuple[dict[str, Any], list[str]]:
+    """What stands for each of `NAMES`, and the full names of those that are missing, members included."""
+    values: dict[str, Any] = {}
+    gone: list[str] = []
+    for own, (module, name) in NAMES.items():
+        try:
+            values[own] = lookup(module, name)
+        except Exception:  # whatever a module raises that has moved
+            gone.append(f"{module}.{name}")
+            values[own] = _StandIn(f"{module}.{name}", (), {})
+    for module, name in MEMBERS:
+        try:
+            lookup(module, name)
+        except Exception:
+            gone.append(f"{module}.{name}")
+    graph = Graph()
+    node = graph.placeholder("x")
+    gone += [f"torch.fx.Graph.{name}" for name in MEMBERS_OF_A_GRAPH if not hasattr(graph, name)]
+    gone += [f"torch.fx.Node.{name}" for name in MEMBERS_OF_A_NODE if not hasattr(node, name)]
+    return values, gone
+
+
+_values, missing = found_names()
+globals().update(_values)
+
+
+@lru_cache(maxsize=1)
+def unusable() -> str:
+    """Why the pass cannot run on this torch, or "". Warns once a process."""
+    if not missing:
+        return ""
+    why = f"torch {torch.__version__} has no {', '.join(missing)}, which fusedhead reads graphs with"
+    log.warning("fusedhead: %s: everything is left to Inductor. A newer fusedhead may know this torch.", why)
+    return why
+
+
+def plain_inductor(gm: GraphModule, inputs: Any, mode: str | None, settings: dict[str, Any]) -> Callable[..., Any]:
+    """The graph compiled by Inductor, by what torch promises of it alone."""
+    from torch import _inductor
+
+    of_mode = _inductor.list_mode_options(mode) if mode else {}
+    return _inductor.compile(gm, inputs, options={**of_mode, **settings})
+
+
+def trace_handlers() -> list[Any]:
+    """What a structured trace is written by; none where this torch does not say so."""
+    logs = getattr(getattr(torch, "_logging", None), "_internal", None)
+    return list(getattr(getattr(logs, "trace_log", None), "handlers", ()))
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """An artifact of the structured trace, where this torch has one."""
+    trace = getattr(getattr(torch, "_logging", None), "trace_structured", None)
+    if trace is not None:
+        trace("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
+# Nodes of a Dynamo graph that switch a mode. A graph with one of another name is not read: a toggle that is not known
+# would be taken for none.
+MODES = re.compile(r"grad_enabled|grad_mode|no_grad|inference_mode|autocast")
+INFERENCE = frozenset({"_enter_inference_mode", "_exit_inference_mode"})
+
+
+@lru_cache(maxsize=4096)
+def _unknown_mode(target: Any) -> bool:
+    name = getattr(target, "__name__", "")
+    known = (_values["set_grad_enabled"], _values["enter_autocast"], _values["exit_autocast"])
+    return bool(MODES.search(name)) and target not in known and name not in INFERENCE
+
+
+def unknown_modes(gm: GraphModule) -> Iterable[str]:
+    """The functions that switch a grad or autocast mode in a graph, or in a graph inside it, and are not known."""
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                if node.op == "call_function" and _unknown_mode(node.target):
+                    yield f"{getattr(node.target, '__module__', '')}.{node.target.__name__}"

@@ -1,0 +1,208 @@
+"""Whether kernels that may not work everywhere work here: tried once in a process of its own, kept on disk.
+
+    serves("pairs", device)      the paired sweeps (`gluon_pair`), whose language changes with Triton
+    serves("triton", device)     the whole Triton engine, on a chip that no test has run on
+
+A kernel whose language or chip is new may fail to compile, give other numbers, hang, or leave the GPU unusable for its
+process. None of that may reach a user's program, so small heads are run in a child process (`triton_self_check`),
+which compares with kernels that are trusted. The verdict holds for one GPU model, version of Triton and state of these
+sources. A check takes most of a minute, in which kernels are compiled; `start` lets it run beside a model's
+compilation. Where it has not ended when its answer is needed, and where it could not be made (no memory, no second
+process allowed), the trusted kernels serve this process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedhead.kernels.user_cache import cache_file, read_json, write_json
+
+log = logging.getLogger("fusedhead")
+LIMIT = 300  # seconds after which a check has hung
+PATIENCE = {"pairs": 20, "triton": LIMIT}  # seconds that a program waits: plain sweeps are little slower than pairs
+READY = "ready"  # the child's first line: what fails after it is the kernels' failure
+CHILD = "import sys; sys.path[:] = {path!r}; from fusedhead.kernels.triton_self_check import main; main({argument!r})"
+FALLBACK = {
+    "pairs": "the plain sweeps serve in place of the paired ones",
+    "triton": "the torch engine serves in place of the Triton engine",
+}
+
+
+class Claim(NamedTuple):
+    """Kernels by name, and the GPU (its index) on which they are to serve."""
+
+    name: str
+    gpu: int
+
+
+class _Check(NamedTuple):
+    process: subprocess.Popen[str]
+    owner: int  # the process that may wait for it: not a fork of it
+    started: float  # time.monotonic()
+
+
+_lock = threading.RLock()
+_decided: dict[Claim, bool] = {}
+_running: dict[Claim, _Check] = {}
+
+
+def serves(name: str, device: torch.device) -> bool:
+    """Whether the kernels ``name`` serve on this device; waits for the check where it is not known yet."""
+    claim = _claim(name, device)
+    found = _decided.get(claim)
+    if found is None:
+        with _lock:
+            found = _decided.get(claim)
+            if found is None:
+                found = _decided[claim] = _kept_or_checked(claim)
+    return found
+
+
+def start(name: str, device: torch.device) -> None:
+    """Begin the check in the background, where one is needed, so that `serves` has less to wait for."""
+    claim = _claim(name, device)
+    with _lock:
+        if claim not in _decided and claim not in _running and _kept(claim) is None:
+            _begin(claim)
+
+
+def decide(name: str, device: torch.device, verdict: bool) -> None:
+    """Settle the question for this process, whatever a check would say. For checks themselves, and for tests."""
+    _decided[_claim(name, device)] = verdict
+
+
+def kept_in() -> Path:
+    """The file of verdicts: $FUSEDHEAD_SELF_CHECK, else fusedhead/self_check.json in the user's cache."""
+    return cache_file("self_check.json", "FUSEDHEAD_SELF_CHECK")
+
+
+def _claim(name: str, device: torch.device) -> Claim:
+    return Claim(name, torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache(maxsize=1)
+def _sources() -> str:
+    """A digest of the kernels: a verdict is about their code."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _key(claim: Claim) -> str:
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:  # a build of one's own, or ROCm's under another name
+        import triton as module
+
+        triton = module.__version__
+    return f"{claim.name}, {torch.cuda.get_device_name(claim.gpu)}, Triton {triton}, kernels {_sources()}"
+
+
+def _kept(claim: Claim) -> bool | None:
+    remedy = "delete it: the check is made again"
+    found = read_json(kept_in(), remedy).get(_key(claim))
+    return bool(found["serves"]) if isinstance(found, dict) and "serves" in found else None
+
+
+def _kept_or_checked(claim: Claim) -> bool:
+    kept = _kept(claim)
+    if kept is not None:
+        return kept
+    check = _running.pop(claim, None) or (_begin(claim) and _running.pop(claim))
+    if not check or check.owner != os.getpid():
+        return False
+    answer = _answer(check, PATIENCE[claim.name])
+    if answer is None:
+        _running[claim] = check  # it goes on, and what it finds is kept for the next process
+        log.info("fusedhead: the self-check of %s has not ended yet; %s", claim.name, FALLBACK[claim.name])
+        return False
+    return _verdict(claim, *answer)
+
+
+def _begin(claim: Claim) -> bool:
+    """Start the child; whether that was possible."""
+    argument = {"claim": claim.name, "index": claim.gpu, "uuid": _uuid(claim.gpu), "key": _key(claim)}
+    code = CHILD.format(path=sys.path, argument=json.dumps(argument))
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        log.info("fusedhead: the self-check of %s cannot be started (%s); %s", *claim, error, FALLBACK[claim.name])
+        return False
+    _running[claim] = _Check(process, os.getpid(), time.monotonic())
+    return True
+
+
+def _uuid(index: int) -> str:
+    return str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
+
+
+def _answer(check: _Check, patience: float) -> tuple[list[str], str] | None:
+    """The child's lines, and how it ended otherwise than by answering, as a sentence; None while it may yet."""
+    process = check.process
+    left = check.started + LIMIT - time.monotonic()
+    try:
+        out, errors = process.communicate(timeout=max(0.0, min(patience, left)))
+    except subprocess.TimeoutExpired:
+        if patience < left:
+            return None
+        process.kill()
+        out, errors = process.communicate()
+        return out.splitlines(), f"no answer within {LIMIT} s"
+    last = (errors.strip().splitlines() or [""])[-1]
+    return out.splitlines(), f"it ended with exit code {process.returncode}: {last}" if process.returncode else ""
+
+
+def _verdict(claim: Claim, lines: list[str], problem: str) -> bool:
+    """What the child's answer says; kept on disk where it is about the kernels."""
+    answers = [line for line in lines if line.startswith("{")]
+    if READY not in lines or (not answers and not problem):
+        log.info(
+            "fusedhead: the self-check of %s could not be made (%s); %s", claim.name, problem, FALLBACK[claim.name]
+        )
+        return False
+    found: dict[str, Any] = json.loads(answers[-1]) if answers else {"serves": False, "reason": problem}
+    if not found["serves"]:
+        log.warning(
+            "fusedhead: the self-check of %s failed on %s: %s. %s. The verdict is kept in %s",
+            claim.name, torch.cuda.get_device_name(claim.gpu), found["reason"], FALLBACK[claim.name], kept_in(),
+        )  # fmt: skip
+    keep(_key(claim), found)
+    return bool(found["serves"])
+
+
+def keep(key: str, verdict: dict[str, Any]) -> None:
+    """Write a verdict for later processes, where the folder can be written."""
+    try:
+        write_json(kept_in(), read_json(kept_in(), "it is written anew") | {key: verdict})
+    except OSError as error:
+        log.info("fusedhead: the self-check's verdict cannot be kept (%s)", error)
+
+
+@atexit.register
+def _end() -> None:
+    """A program that ends does not wait for a check; one that has hung by then has failed."""
+    for claim, check in _running.items():
+        if check.owner == os.getpid():
+            hung = check.process.poll() is None and time.monotonic() - check.started > LIMIT
+            check.process.kill()
+            lines = check.process.communicate()[0].splitlines()
+            if hung:
+                _verdict(claim, lines, f"no answer within {LIMIT} s")

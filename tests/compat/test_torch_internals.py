@@ -1,0 +1,268 @@
+"""What is used of torch that torch does not promise: each name is there, and a torch without it is Inductor.
+
+A new torch fails here first, with the name that has changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph, GraphModule
+
+from fusedhead import compat
+from fusedhead.backend import FusedHeadError, run_pass
+from fusedhead.kernels import window_graphs
+from fusedhead.options import split
+from fusedhead.read import name_of
+
+ROOT = Path(__file__).parents[2]
+ALL = (*compat.NAMES.values(), *compat.MEMBERS)
+
+
+NAMED = pytest.mark.parametrize(("module", "name"), ALL, ids=map(".".join, ALL))
+
+
+class Without:
+    """A module without some of its names."""
+
+    def __init__(self, module: Any, hidden: set[str]) -> None:
+        self.module, self.hidden = module, hidden
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.hidden:
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
+
+@NAMED
+def test_a_name_is_where_it_is_looked_for(module: str, name: str) -> None:
+    compat.lookup(module, name)
+
+
+@NAMED
+def test_a_name_that_is_gone_is_said_and_cannot_be_used(
+    module: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = compat.lookup
+
+    def lookup(where: str, what: str) -> Any:
+        if (where, what) == (module, name):
+            raise AttributeError(what)
+        return real(where, what)
+
+    monkeypatch.setattr(compat, "lookup", lookup)
+    values, gone = compat.found_names()
+    assert gone == [f"{module}.{name}"]
+    for own in (own for own, pair in compat.NAMES.items() if pair == (module, name)):
+        assert not isinstance(torch.ones(1), values[own])
+        with pytest.raises(compat.MissingName, match=re.escape(f"{module}.{name}")):
+            values[own]()
+
+
+def test_nothing_is_missing() -> None:
+    assert compat.missing == []
+    assert compat.unusable() == ""
+
+
+def captured(program: Any, *inputs: Tensor) -> GraphModule:
+    graphs: list[GraphModule] = []
+
+    def backend(gm: GraphModule, _: Any) -> Any:
+        graphs.append(gm)
+        return gm
+
+    torch.compile(program, backend=backend, fullgraph=True)(*inputs)
+    return graphs[0]
+
+
+def test_dynamo_switches_modes_by_the_functions_that_are_looked_for() -> None:
+    def program(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = x * 2
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = y @ y
+        with torch.inference_mode():
+            return z + 1
+
+    gm = captured(program, torch.randn(3, 3))
+    used = {
+        node.target for node in gm.graph.nodes if node.op == "call_function" and node.meta.get("example_value") is None
+    }
+    assert {compat.set_grad_enabled, compat.enter_autocast, compat.exit_autocast} <= used
+    assert not set(compat.unknown_modes(gm))
+
+
+@pytest.mark.parametrize("attribute", ["T", "mT", "H", "mH", "real"])
+def test_an_attribute_of_a_tensor_is_read_by_its_name_whatever_dynamo_makes_of_it(attribute: str) -> None:
+    gm = captured(lambda x: getattr(x, attribute) + 1, torch.randn(3, 3))
+    assert [name_of(node) for node in gm.graph.nodes if node.op.startswith("call_")] == [attribute, "add"]
+
+
+def _set_grad_enabled_anew(mode: bool) -> None:
+    """What a torch might call its toggle."""
+    torch.set_grad_enabled(mode)
+
+
+def test_a_toggle_of_another_name_is_no_graph_that_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    graph = Graph()
+    h, w, y = map(graph.placeholder, "hwy")
+    graph.call_function(_set_grad_enabled_anew, (False,))
+    graph.output((graph.call_function(F.cross_entropy, (graph.call_function(F.linear, (h, w)), y)),))
+    gm = GraphModule(torch.nn.Module(), graph)
+    left, report, _ = run_pass(gm, split(None)[0])
+    assert left is gm
+    assert "_set_grad_enabled_anew" in report.errors[0]
+    assert "_set_grad_enabled_anew" in caplog.text
+    with pytest.raises(FusedHeadError, match="_set_grad_enabled_anew"):
+        run_pass(gm, split({"fusedhead.strict": True})[0])
+
+
+def test_without_their_names_autograd_s_keys_are_those_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [torch.randn(3), torch.randn(3)]
+
+    def vjp(tensors: list[Tensor]) -> Tensor:
+        x = tensors[0].detach().requires_grad_()
+        return torch.autograd.grad(x.square().sum(), x)[0] * tensors[1]
+
+    def renamed() -> None:
+        raise AttributeError
+
+    monkeypatch.setattr(window_graphs, "autograd_keys", renamed)
+    torch.testing.assert_close(window_graphs.traced(vjp, given, False)(given), 2 * given[0] * given[1])
+
+
+# A process that has imported torch, and forks a child for each module that names are looked up in. The child imports
+# the package from a torch whose module does not have them.
+WITHOUT = (
+    f"""
+from typing import Any
+{inspect.getsource(Without)}
+"""
+    + """
+import importlib, json, logging, os, sys, warnings
+import torch, torch._dynamo, torch._inductor.compile_fx, torch._inductor.custom_graph_pass
+import torch.nn.functional as F
+from torch.fx import Graph
+real = importlib.import_module
+
+def loss(h, w, y):
+    return F.cross_entropy(F.linear(h, w), y)
+
+def inputs():
+    torch.manual_seed(0)
+    return torch.randn(8, 4), torch.randn(16, 4, requires_grad=True), torch.randint(0, 16, (8,))
+
+with torch.no_grad():  # imports for all; a backward before a fork would be none after it
+    torch.compile(loss)(*inputs())
+torch._dynamo.reset()
+
+def child(module, names, way):
+    hidden = {name.split(".")[0] for name in names}
+    importlib.import_module = lambda m: Without(real(m), hidden) if m == module else real(m)
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("fusedhead").addHandler(handler)
+    import fusedhead
+    import fusedhead.cli
+    from fusedhead import compat
+    assert compat.missing, "nothing is hidden"
+    if way == "enable":
+        fusedhead.enable()
+    step = torch.compile(loss) if way == "enable" else torch.compile(loss, backend="fusedhead")
+    h, w, y = inputs()
+    optimizer, losses = torch.optim.SGD([w], 0.5), []
+    for _ in range(3):
+        value = step(h, w, y)
+        torch.testing.assert_close(value, loss(h, w, y))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[2] < losses[0]
+    torch._dynamo.reset()
+    said = [m for m in messages if "left to Inductor" in m]
+    assert len(said) == 1 and all(f"{module}.{name}" in said[0] for name in names), messages
+
+for line in sys.stdin:
+    module, names, way = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child(module, names, way)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def hiding() -> Iterator[subprocess.Popen[str]]:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", WITHOUT], stdin=pipe, stdout=pipe, text=True) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+MODULES = {module: [name for where, name in ALL if where == module] for module, _ in ALL if module != "torch.ops.aten"}
+
+
+@pytest.mark.parametrize(
+    ("module", "way"), [*((module, "named") for module in MODULES), ("torch", "enable"), ("torch._C", "enable")]
+)
+def test_a_torch_without_names_compiles_and_trains_as_inductor(
+    module: str, way: str, hiding: subprocess.Popen[str]
+) -> None:
+    assert hiding.stdin is not None
+    assert hiding.stdout is not None
+    hiding.stdin.write(json.dumps([module, MODULES[module], way]) + "\n")
+    hiding.stdin.flush()
+    assert hiding.stdout.readline() == "0\n"
+
+
+# Private names outside of compat.py, each with what stands behind it there.
+ELSEWHERE = {
+    "fusion_pass/enable.py": "an edit that cannot be made is logged, listed by changes(), and the others stand",
+    "fusion_pass/compile_eager.py": "a model that cannot be watched stays eager, and the log says so",
+    "fusion_pass/inductor.py": "its settings are among compat.MEMBERS",
+    "kernels/window_graphs.py": "autograd's keys on a thread of its own",
+}
+PROMISED = {"__version__", "__name__"}
+
+
+def private(tree: ast.AST) -> set[str]:
+    """The private names of torch that a module's code spells out."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name for name in names if any(part.startswith("_") for part in name.split("."))}
+        text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        parts = text.split(".")
+        if parts[0] == "torch" and any(p.startswith("_") and p not in PROMISED for p in parts):
+            found.add(text)
+    return found
+
+
+def test_no_other_file_uses_private_names_of_torch() -> None:
+    folders = ("fusion_pass", "lowering", "kernels")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if path.name != "compat.py"]
+    used = {str(path.relative_to(ROOT)): private(ast.parse(path.read_text())) for path in files}
+    assert {path for path, names in used.items() if names} == set(ELSEWHERE), {p: n for p, n in used.items() if n}

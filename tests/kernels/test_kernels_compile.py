@@ -1,0 +1,62 @@
+"""Every kernel of the engine compiles to a binary for each generation of GPUs, with the launch's own constants.
+
+No GPU is needed. The H100 gets heads that launch every kernel there is; the others what a plain head launches
+(benchmarks/results/registers has all cases for all chips). In processes of their own: here, Triton has been imported as
+an interpreter (see tests/conftest.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is published for Linux only")
+
+from benchmarks.absent_gpu import CHIPS
+
+ROOT = Path(__file__).parents[2]
+EVERY = "^(plain, D 768|soft cap|everything, rows of 123)$"  # cases of benchmarks/registers.py
+OTHERS = ("A100", "B200", "RTX 5090", "MI300X")  # A10 and L40S run the A100's tiles
+
+
+def kernels_of(cases: str, chips: tuple[str, ...], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The compiled kernels of each chip."""
+    cold = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-m", "benchmarks.registers", "--cases", cases, "--chips", ",".join(chips)]
+    done = subprocess.run(
+        [*command, "--jobs", "1", "--out", str(folder)], cwd=ROOT, env=cold, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return {each["origin"]["chip"]["name"]: [k for case in each["cases"].values() for k in case] for each in found}
+
+
+def fits(kernel: dict[str, Any], chip: str) -> bool:
+    """Whether a program has the registers and the shared memory; AMD's have 512 registers a thread."""
+    registers = 512 if CHIPS[chip].architecture.startswith("gfx") else 255
+    return kernel["registers"] <= registers and kernel["shared"] <= CHIPS[chip].shared * 1024
+
+
+def test_every_kernel_of_the_engine_compiles_and_fits_on_a_multiprocessor(tmp_path):
+    (compiled,) = kernels_of(EVERY, ("H100",), tmp_path).values()
+    sources = [path.read_text() for path in (ROOT / "kernels").rglob("*.py")]
+    defined = {name for text in sources for name in re.findall(r"^def (\w+)_kernel\(", text, re.MULTILINE)}
+    assert len(defined) >= 11
+    assert {kernel["kernel"].removesuffix(" again") for kernel in compiled} == defined
+    assert all(fits(kernel, "H100") for kernel in compiled)
+
+
+def test_the_kernels_of_a_plain_head_compile_for_every_other_generation_and_keep_their_values_in_registers(tmp_path):
+    found = kernels_of("^plain, D 768$", OTHERS, tmp_path)
+    assert set(found) == set(OTHERS)
+    for chip, compiled in found.items():
+        assert len(compiled) >= 8
+        assert all(fits(kernel, chip) for kernel in compiled), chip
+        assert not [kernel for kernel in compiled if kernel["spilled"]], chip
