@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 from fusedhead import compat
 from fusedhead import observe as observing
 from fusedhead.compat import FakeTensor, make_graph_module, use_lazy_graph_module
-from fusedhead.deferred.handing_out import deferring, existing
+from fusedhead.deferred.handing_out import StaleLogits, deferring, existing
 from fusedhead.deferred.inputs import any_deferred, spread
 from fusedhead.fusion import Grows, Needless, fuse_graph
 from fusedhead.inductor import Inductor, keyed, overwrites
@@ -192,6 +192,8 @@ def with_sources(
     try:
         working = copied(gm)
         return working, *spread(working, example_inputs)
+    except StaleLogits:  # the user's error, in eager mode too
+        raise
     except Exception:
         log.warning("fusedhead: deferred logits enter a graph as a tensor subclass", exc_info=True)
         return gm, example_inputs, unchanged

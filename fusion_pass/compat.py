@@ -46,12 +46,16 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     )
     from torch.utils._sympy.printers import PythonPrinter  # noqa: F401
 
+    clear_function_transforms: Callable[[], Any]
     disable_torch_function_subclass: Any
+    dispatch_modes: Callable[[], list[Any]]
+    function_transform_level: Callable[[], int | None]
     has_kernel_for_key: Callable[[str, str], bool]
     make_wrapper_subclass: Callable[..., Any]
     saved_tensors_hooks_enabled: Callable[[], bool]
     set_grad_enabled: Callable[[bool], None]
     skip_frames_of: Callable[[str], None]
+    top_saved_tensors_hooks: Callable[[bool], Any]
     throw_on_data_ptr: Callable[[torch.Tensor], None]
 
 log = logging.getLogger("fusedhead")
@@ -69,11 +73,14 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "PythonPrinter": ("torch.utils._sympy.printers", "PythonPrinter"),
     "TorchDispatchMode": ("torch.utils._python_dispatch", "TorchDispatchMode"),
     "TracingContext": ("torch._guards", "TracingContext"),
+    "clear_function_transforms": ("torch._functorch.pyfunctorch", "temporarily_clear_interpreter_stack"),
     "decomposition_table": ("torch._decomp", "decomposition_table"),
     "disable_current_modes": ("torch.utils._python_dispatch", "_disable_current_modes"),
     "disable_torch_function_subclass": ("torch._C", "DisableTorchFunctionSubclass"),
+    "dispatch_modes": ("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack"),
     "enter_autocast": ("torch.amp.autocast_mode", "_enter_autocast"),
     "exit_autocast": ("torch.amp.autocast_mode", "_exit_autocast"),
+    "function_transform_level": ("torch._C._functorch", "maybe_current_level"),
     "has_kernel_for_key": ("torch._C", "_dispatch_has_kernel_for_dispatch_key"),
     "make_graph_module": ("torch.fx._lazy_graph_module", "_make_graph_module"),
     "make_wrapper_subclass": ("torch", "Tensor._make_wrapper_subclass"),
@@ -82,6 +89,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "set_grad_enabled": ("torch._C", "_set_grad_enabled"),
     "skip_frames_of": ("torch._dynamo.trace_rules", "add"),
     "throw_on_data_ptr": ("torch._C", "_set_throw_on_mutable_data_ptr"),
+    "top_saved_tensors_hooks": ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
     "tree_flatten": ("torch.utils._pytree", "tree_flatten"),
     "tree_leaves": ("torch.utils._pytree", "tree_leaves"),
     "tree_map": ("torch.utils._pytree", "tree_map"),

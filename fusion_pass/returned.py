@@ -49,6 +49,9 @@ class Recipe:
     class_dim: int  # the vocabulary's dimension
     exact: frozenset[int]  # sizes that belong to the head, not to a batch
     names: tuple[str, ...]  # of those sources that are tensors, as a user knows them
+    # the sources that a gradient reaches through it; none where the program makes it without gradients, which the
+    # mode that the compiled graph is called in does not say
+    graded: tuple[int, ...]
     least: int = 0  # fewer logits are computed at once, where their number was not known when the graph was compiled
     runs: tuple[Run, ...] = ()  # of the heads whose logits it computes, to be told what becomes of them
 
@@ -162,15 +165,16 @@ def recipe_of(
         env[node] = graph.create_node(node.op, node.target, args, kwargs)
         if modes[output] and not modes[node] and isinstance(fake(node), Tensor):
             env[node] = graph.call_method("detach", (env[node],))
-    result = graph.call_method("to", (env[output], fake(output).dtype))
-    learning = any(isinstance(fake(s), Tensor) and fake(s).requires_grad for s in sources)
-    if torch.is_grad_enabled() and learning and not fake(output).requires_grad:
-        result = graph.call_method("detach", (result,))  # made under no_grad, in a graph that is run without it
-    graph.output(result)
+    graph.output(graph.call_method("to", (env[output], fake(output).dtype)))
     program = GraphModule(torch.nn.Module(), graph)
     names = tuple(name_for_users(s) for s in sources if isinstance(fake(s), Tensor))
     exact = frozenset(size for shape in heads.values() for size in shape if isinstance(size, int))
-    return Recipe(slot, program, tuple(sources), fake(output).device.type, class_dim, exact, names)
+    graded = tuple(at for at, source in enumerate(sources) if fake(output).requires_grad and wants_gradient(source))
+    return Recipe(slot, program, tuple(sources), fake(output).device.type, class_dim, exact, names, graded)
+
+
+def wants_gradient(source: Node) -> bool:
+    return isinstance(fake(source), Tensor) and fake(source).requires_grad
 
 
 Finish = Callable[[Recipe, Sequence[Any]], Any]  # what a returned tensor is made by, of the recipe's sources
@@ -178,9 +182,14 @@ Wrap = Callable[[Callable[..., Any], Finish], Callable[..., Any]]  # gives a com
 LEAST_TOKENS = 64  # fewer are not worth deferring when no gradient is recorded: generation
 
 
+def differentiable(recipe: Recipe, sources: Sequence[Any]) -> bool:
+    """Whether the result has a gradient: not where a compiler has made the sources without."""
+    return bool(recipe.graded) and all(sources[at].requires_grad for at in recipe.graded)
+
+
 def compute_now(recipe: Recipe, sources: Sequence[Any]) -> Tensor:
     """The returned tensor itself, computed in eager mode."""
-    with torch.autocast(recipe.device, enabled=False):
+    with torch.set_grad_enabled(differentiable(recipe, sources)), torch.autocast(recipe.device, enabled=False):
         return recipe.program(*sources)
 
 

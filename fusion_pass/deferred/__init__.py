@@ -1,10 +1,43 @@
 """Logits that a compiled graph returns without building them: a tensor that knows what it would be made of.
 
 | a graph returns logits, another takes them  | `handing_out`, `inputs`                              |
-| the tensor, and what it knows               | `tensor`, `knowledge`, `program`                     |
+| the tensor, and what it knows               | `tensor`, `knowledge`, `program`, `steps`            |
+| what is active around a call                | `surroundings`                                       |
 | a call on it: table, record, or answer      | `calls`, `tables`, `recording`, `request`            |
 | what the call amounts to, read as a graph   | `draft`, `reading`, `token_by_token`, `outcome`      |
 | numbers that are known already              | `sweeps`, `picks`                                    |
 
 The pass's rules read calls here as they read a Dynamo graph. No rule and no kernel may know this package.
+
+The contract
+------------
+A deferred tensor stands for the tensor that eager code would have made at the same call. Fixed at that moment, whatever
+happens until it is read:
+
+| what                    | how it is kept                                                                           |
+|-------------------------|------------------------------------------------------------------------------------------|
+| the operands' numbers   | operands are taken in as other names of their memory (`knowledge.taken`), with versions  |
+| the history             | those names have the gradient edges that the operands had: what is frozen, unfrozen,     |
+|                         | detached or replaced later, or was made under ``no_grad``, changes no gradient           |
+| grad and inference mode | each step is made, answered and read in the modes of its call (`program.Mode`)           |
+| dtype and autocast      | recorded with the step; those of the graph are explicit casts in its program             |
+| what sees ops           | making a tensor, and sweeps whose statistics are kept, run out of sight of dispatch      |
+|                         | modes, hooks on saved tensors, and function transforms that are active at the read       |
+| errors                  | a call that eager code refuses is refused at the call, with eager code's error           |
+
+Operands of later steps that may be written to are copied. A call is made op by op, on the numbers, where what
+surrounds it gives ops a meaning (`surroundings`): a transform of ``torch.func``, a mode of stand-ins, a region of
+checkpointing that the logits came from outside of. So too where an inference tensor would be saved for a gradient.
+
+What may differ from eager code, and never silently:
+
+* ``StaleLogits``: numbers are needed, or a loss, after an operand was written to, freed, or stepped by an optimizer
+  that wrote it. The message names the operand and the remedy. Nothing else raises it.
+* the gradient of the logits themselves, first asked for after a loss was taken of them: an error with the remedy.
+* names in ``grad_fn``, the class of the tensor and weak references to it; functions in C++ that take the memory of a
+  tensor that was not read yet (``to_dlpack`` of `torch.utils.dlpack`, the constructor of a subclass): torch's error.
+* a write through ``.data`` or by memory (numpy, a kernel) to an operand leaves no version. On the CPU it is noticed
+  where it reaches one of 32 entries spread over the operand; elsewhere, and else, the numbers are the new ones.
+
+Settings of arithmetic (precision of products, determinism, threads) are those of the read.
 """

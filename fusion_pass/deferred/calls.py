@@ -21,7 +21,8 @@ from fusedhead.deferred.picks import picks
 from fusedhead.deferred.program import Leaf, Mode, Unreadable, encode
 from fusedhead.deferred.recording import pick, record
 from fusedhead.deferred.request import NotRecorded, Request
-from fusedhead.deferred.tensor import DeferredLogits, Rebound, is_adopted, linked, plain
+from fusedhead.deferred.surroundings import checkpoint, op_by_op
+from fusedhead.deferred.tensor import DeferredLogits, Rebound, follow, is_adopted, linked, plain, settle
 
 
 def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -34,6 +35,8 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         refuse_late(args[0])
     if tables.writes(func, args, kwargs):
         return write(func, args, kwargs)
+    if getattr(func, "__name__", "") in tables.NUMBERS or tables.fails_at_once(func, args):
+        return compute(func, args, kwargs)
     if func is Tensor.__getitem__:
         rows = masked(*args)
         if rows is not None:
@@ -61,6 +64,8 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     if not subjects or not all(map(readable, tensors)) or any(t._known.origin is None for t in subjects):
         return compute(func, args, kwargs)
     mode = Mode.now(subjects[0].device.type)
+    if as_eager(subjects, tensors, mode):
+        return compute(func, args, kwargs)
     most = max(t.numel() // t.shape[-1] if t.ndim and t.shape[-1] else 0 for t in subjects)
     wide = any(t.numel() > most and t.ndim > 1 for t in tensors if not isinstance(t, DeferredLogits))
     try:
@@ -77,6 +82,22 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return request.answered(outcome)
     except NotRecorded:
         return compute(func, args, kwargs)
+
+
+def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode: Mode) -> bool:
+    """Whether a call is made op by op on numbers, since something that surrounds it depends on which ops run.
+
+    A region of checkpointing that the logits came from is none: each pass over it makes logits of its own.
+    """
+    region = checkpoint()
+    if op_by_op() or (region is not None and not all(t._known.family.returned_in(region) for t in subjects)):
+        return True
+    if mode.grad and any(t._known.layout.marked for t in subjects):
+        return True
+    made = [leaf for t in subjects for leaf in (t, *t._known.leaves)]
+    # what was made in inference mode cannot be saved for a gradient: eager code says so where it would be
+    differentiated = mode.grad and any(t.requires_grad for t in (*tensors, *made))
+    return differentiated and any(t.is_inference() for t in (*tensors, *made))
 
 
 def refuse_late(inputs: Any) -> None:
@@ -183,13 +204,28 @@ def write(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
             return tensor
         args, kwargs = mapped(lambda t: tensor if t is before else t, (args, kwargs))
     families: list[Family] = []
+    sharing: list[tuple[DeferredLogits, Any]] = []
     mapped(lambda t: families.append(t._known.family), (args, kwargs))
     for family in families:
         for member in list(family.members):
             alive = member()
             if alive is not None:
                 plain(alive)
-    return compute(func, args, kwargs)
+                sharing.append((alive, grad_fn_of(alive)))
+    result = compute(func, args, kwargs)
+    for tensor, before in sharing:
+        if grad_fn_of(tensor) != before:
+            follow(tensor)
+    return result
+
+
+def grad_fn_of(tensor: DeferredLogits) -> Any:
+    """What tells a tensor's history from that before a write; None where asking is an error, as using it will be."""
+    try:
+        made = plain(tensor)
+        return made.requires_grad, made.grad_fn
+    except RuntimeError:
+        return None
 
 
 def to_a_part(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -224,6 +260,8 @@ def alone(tensor: DeferredLogits, besides: Any = None) -> bool:
     """
     if tensor._plain is not None or is_adopted(tensor) or (tensor.requires_grad and not torch.is_grad_enabled()):
         return False
+    if tensor.is_inference() or torch.is_inference_mode_enabled():
+        return False
     recorded = tensor._known.recorded
     if not isinstance(recorded.func, torch.fx.GraphModule) and recorded.func.__name__ not in tables.FRESH:
         return False  # a view, perhaps
@@ -235,11 +273,12 @@ def alone(tensor: DeferredLogits, besides: Any = None) -> bool:
 def rebind(tensor: DeferredLogits, result: DeferredLogits) -> bool:
     """Let ``tensor`` stand for ``result`` from here on, if it is a tensor of the same form."""
     known, before = result._known, tensor._known
-    if result._plain is not None or known.layout[:3] != before.layout[:3]:
+    if result._plain is not None or known.layout._replace(grad=before.layout.grad) != before.layout:
         return False
     if known.layout.grad:
         with disable_torch_function_subclass():
             Rebound.apply(known, tensor, *known.recorded.tensors)
+        settle(tensor)
     else:
         tensor._known = known
         torch.autograd.graph.increment_version(tensor)

@@ -70,7 +70,7 @@ def stand_in(tensor: Tensor, at: int, draft: Draft, exact: frozenset[int], grad:
 def add(draft: Draft, op: str, target: Any, args: tuple, kwargs: dict, mode: Mode, device: str) -> Node:
     node = draft.graph.create_node(op, target, args, kwargs)
     known = torch.fx.node.map_arg((args, kwargs), fake)
-    with modes(mode, device), draft.mode:
+    with modes(mode.read, device), draft.mode:
         node.meta["example_value"] = callee(node)(*known[0], **known[1])
     return node
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import fusedhead.deferred.calls  # noqa: F401  the handler of calls on deferred logits
 from fusedhead.compat import FakeTensor
-from fusedhead.deferred.knowledge import Family, Knowledge, Origin, Recorded, StaleLogits, state
+from fusedhead.deferred.knowledge import Family, Knowledge, Origin, Recorded, StaleLogits, taken
 from fusedhead.deferred.program import Leaf, Made, Mode, Program, Step, encode, shapes
 from fusedhead.deferred.request import LEARNT
 from fusedhead.deferred.tensor import DeferredLogits, linked, plain
-from fusedhead.returned import LEAST_TOKENS, Recipe, compute_now
+from fusedhead.returned import LEAST_TOKENS, Recipe, compute_now, differentiable
 from fusedhead.size_gate import rows_from
 
 __all__ = ["DeferredLogits", "StaleLogits", "deferring", "existing", "plain"]
@@ -28,10 +28,12 @@ __all__ = ["DeferredLogits", "StaleLogits", "deferring", "existing", "plain"]
 def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
     """The tensor that stands for a recipe's result on these sources (tensors, and numbers for sizes)."""
     recipe = origin.recipe
-    tensors = tuple(s for s in sources if isinstance(s, Tensor))
+    mode = Mode(differentiable(recipe, sources), None, torch.is_inference_mode_enabled())
+    given = [s for s in sources if isinstance(s, Tensor)]
+    operands = [taken(tensor, name, mode) for tensor, name in zip(given, recipe.names)]
+    tensors, states = tuple(leaf for leaf, _ in operands), tuple(state for _, state in operands)
     places = iter(range(len(tensors)))
     args, none = encode(tuple(sources), lambda _: Leaf(next(places))), encode({}, lambda _: Leaf(0))
-    mode = Mode(torch.is_grad_enabled(), None)
     recorded = Recorded(recipe.program, args, none, tensors, mode)
     key, what = (args, mode, shapes(tensors, None)), (args, mode)
     known = origin.recorded.get(key)
@@ -46,11 +48,10 @@ def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
     programs, (layout,), _ = known
     if math.prod(layout.shape) < recipe.least:
         return at_once(recipe, sources, "fewer logits than fusedhead.min_logits")
-    if not mode.grad and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
+    if not torch.is_grad_enabled() and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
         return at_once(recipe, sources, f"no gradient is recorded, and fewer than {LEAST_TOKENS} tokens")
     for run in recipe.runs:
         run.deferred.add()
-    states = tuple(map(state, tensors, recipe.names))
     return linked(Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout))
 
 

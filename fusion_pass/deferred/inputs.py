@@ -18,7 +18,7 @@ from fusedhead.compat import AttrSource, maybe_get_fake_mode
 from fusedhead.deferred.draft import Draft, write
 from fusedhead.deferred.knowledge import check_fresh
 from fusedhead.deferred.program import Mode
-from fusedhead.deferred.tensor import DeferredLogits
+from fusedhead.deferred.tensor import DeferredLogits, compiling
 from fusedhead.emit import static
 from fusedhead.read import fake
 
@@ -26,10 +26,15 @@ Run = Callable[..., Any]
 
 
 def leaves_of(tensor: DeferredLogits) -> list[Any]:
-    """The tensors that stand for it as inputs of a graph."""
-    if tensor._plain is None and tensor._known.origin is not None:
+    """The tensors that stand for it as inputs of a graph.
+
+    Raises StaleLogits, but not while a graph is compiled, where an error would be the compiler's: the graph is
+    compiled for what the tensor was made of, and the call says that this has changed.
+    """
+    if tensor._plain is None and tensor._known.origin is not None and not compiling():
         check_fresh(tensor._known)
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
 
 
 def spread(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Callable[[Run], Run]]:
@@ -81,7 +86,7 @@ def of_known_sizes(inner: Tensor, real: Tensor, exact: frozenset[int]) -> Tensor
 def replace(gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node, exact: frozenset[int]) -> None:
     """Placeholders for what one deferred tensor is made of, and its program before ``start``."""
     value = fake(node)
-    names, (program, _) = value.__tensor_flatten__()
+    names, (program, *_) = value.__tensor_flatten__()
     leaves = []
     with gm.graph.inserting_before(node):
         for name, tensor in zip(names, real):

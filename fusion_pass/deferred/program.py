@@ -17,9 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedhead.compat import disable_current_modes, disable_torch_function_subclass
-from fusedhead.unhooked import unhooked
-
 
 class Unreadable(Exception):
     """A call with an argument that cannot be written into a program."""
@@ -43,26 +40,27 @@ class Mode(NamedTuple):
 
     grad: bool
     autocast: torch.dtype | None  # None where autocast is off on the tensors' device
+    inference: bool = False
 
     @staticmethod
     def now(device: str) -> Mode:
         on = torch.is_autocast_enabled(device)
-        return Mode(torch.is_grad_enabled(), torch.get_autocast_dtype(device) if on else None)
+        dtype = torch.get_autocast_dtype(device) if on else None
+        return Mode(torch.is_grad_enabled(), dtype, torch.is_inference_mode_enabled())
+
+    @property
+    def read(self) -> Mode:
+        """The mode in which a call is read, on stand-ins: a rule has nothing to know of inference mode."""
+        return self._replace(inference=False)
 
 
 @contextmanager
 def modes(mode: Mode, device: str) -> Iterator[None]:
-    """Run under recorded grad and autocast modes, outside of inference mode."""
-    leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    """Run under recorded inference, grad and autocast modes."""
+    same = torch.is_inference_mode_enabled() == mode.inference
+    inference = nullcontext() if same else torch.inference_mode(mode.inference)
     autocast = torch.autocast(device, dtype=mode.autocast, enabled=mode.autocast is not None)
-    with leave, torch.set_grad_enabled(mode.grad), autocast:
-        yield
-
-
-@contextmanager
-def unobserved() -> Iterator[None]:
-    """Run on stand-ins for tensors, out of sight of modes and hooks that count, log or change what runs."""
-    with disable_torch_function_subclass(), disable_current_modes(), unhooked():
+    with inference, torch.set_grad_enabled(mode.grad), autocast:
         yield
 
 

@@ -61,7 +61,7 @@ def read_call(
     last = made.made[-1]
     results = last if isinstance(last, list) else [last]
     made.graph.output(tuple(results)).meta["example_value"] = None
-    with modes(here._replace(autocast=None), device):
+    with modes(here.read._replace(autocast=None), device):
         stacked = stacks_of(made.graph)
         parts = {product for logits in stacked.values() for product in logits.head.products}
         reading = interpret(made.graph, heads(made.graph) - parts, stacks=stacked)

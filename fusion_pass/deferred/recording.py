@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.deferred.knowledge import Knowledge, state
+from fusedhead.deferred.knowledge import Knowledge, Same, state
 from fusedhead.deferred.picks import Pick, Picks
 from fusedhead.deferred.program import Const, Group, Leaf, Made, Mode, Program, Step, encode
 from fusedhead.deferred.request import LEARNT, NotRecorded, Request
@@ -36,6 +36,8 @@ def record(request: Request) -> Any:
                 origin.recorded.clear()
             known = origin.recorded.setdefault(key, (programs_of(request, layouts, many), layouts, many))
     programs, layouts, many = known
+    if isinstance(many, Same):
+        return call.tensors[many.at]
     leaves, states, family = tuple(request.leaves), tuple(request.states), request.subjects[0]._known.family
     results = [
         linked(Knowledge(origin, program, leaves, states, call, None if many is None else part, family, layout))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.deferred.knowledge import Knowledge, Origin, Recorded, State, check_fresh, state
+from fusedhead.deferred.knowledge import Knowledge, Origin, Recorded, Recording, State, check_fresh, state
 from fusedhead.deferred.outcome import (
     ALWAYS,
     Answer,
@@ -35,9 +35,9 @@ from fusedhead.deferred.program import (
     modes,
     relocated,
     shapes,
-    unobserved,
 )  # fmt: skip
 from fusedhead.deferred.reading import read_call
+from fusedhead.deferred.surroundings import out_of_sight, trial
 from fusedhead.deferred.sweeps import ancestry, known_statistic, top
 from fusedhead.deferred.tensor import DeferredLogits
 from fusedhead.kernels.contract import STATS
@@ -75,8 +75,8 @@ class Request:
         return tuple(self.place(leaf, at) for leaf, at in zip(known.leaves, known.states))
 
     def place(self, tensor: Tensor, at: State | None = None) -> Leaf:
-        for i, known in enumerate(self.leaves):
-            if known is tensor:
+        for i, (known, then) in enumerate(zip(self.leaves, self.states)):
+            if known is tensor or (at is not None and same(known, then, tensor, at)):
                 return Leaf(i)
         self.leaves.append(tensor)
         self.states.append(state(tensor) if at is None else at)
@@ -130,7 +130,7 @@ class Request:
         subjects, lineage = made[: len(self.subjects)], made[len(self.subjects) :]
         call = self.recorded
         try:
-            with unobserved():
+            with trial():
                 guard, outcome = read_call(steps, subjects, self.leaves, exact, lineage, self.origin.memory)
         except DependsOnSizes:
             return ALWAYS, RESORT
@@ -166,8 +166,9 @@ class Request:
     def statistics(self, outcome: Swept) -> list[Tensor]:
         """The statistics that ``outcome`` asks for, from earlier sweeps or from a new one."""
         sharing, subject = outcome.sharing, self.subjects[0]
-        grad = self.recorded.mode.grad and not sharing.detached
-        with subject._known.family.lock:
+        grad = Recording.of(self.recorded.mode.grad and not sharing.detached, self.recorded.mode)
+        # whether there is one already depends on what was asked before: nothing that counts what runs may see it
+        with subject._known.family.lock, out_of_sight():
             have: dict[str, Any] = {}
             for name in outcome.asks:
                 have[name] = (
@@ -180,7 +181,7 @@ class Request:
                     break
         return [have[name] for name in outcome.asks]
 
-    def sweep(self, outcome: Swept, grad: bool) -> dict[str, Tensor]:
+    def sweep(self, outcome: Swept, grad: Recording) -> dict[str, Tensor]:
         sharing = outcome.sharing
         asks = {*outcome.asks, *(sharing.likely if sharing.shareable else ())}
         names = [name for name in STATS if name in asks]
@@ -193,6 +194,11 @@ class Request:
         return have
 
 
+def same(leaf: Tensor, then: State, other: Tensor, at: State) -> bool:
+    """Whether two leaves are one tensor at one time, as autograd sees it too."""
+    return then.is_of(at) and leaf.requires_grad == other.requires_grad
+
+
 def sweep_whole(tensor: DeferredLogits, name: str, class_dim: int) -> None:
     """One sweep over logits whose pieces are asked for one after another."""
     args, none = encode((tensor, class_dim), lambda _: Leaf(0)), encode({}, lambda _: Leaf(0))
@@ -200,4 +206,5 @@ def sweep_whole(tensor: DeferredLogits, name: str, class_dim: int) -> None:
     request = Request(Recorded(torch.logsumexp, args, none, (tensor,), mode))
     outcome = request.outcome()
     if isinstance(outcome, Swept) and name in outcome.sharing.shareable:
-        request.sweep(replace(outcome, asks=(*outcome.asks, name)), mode.grad and not outcome.sharing.detached)
+        grad = Recording.of(mode.grad and not outcome.sharing.detached, mode)
+        request.sweep(replace(outcome, asks=(*outcome.asks, name)), grad)

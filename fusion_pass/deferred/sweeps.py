@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from fusedhead.deferred.knowledge import Knowledge
+from fusedhead.deferred.knowledge import Knowledge, Recording
 from fusedhead.deferred.outcome import Relation
 from fusedhead.deferred.tensor import DeferredLogits
 
@@ -41,16 +41,29 @@ def top(tensor: DeferredLogits, relations: Relations) -> tuple[DeferredLogits, R
     return tensor, relations
 
 
+# results that serve where one of a kind is asked for
+SERVED_BY = {
+    Recording.DIFFERENTIABLE: (Recording.DIFFERENTIABLE,),
+    Recording.PLAIN: (Recording.PLAIN, Recording.DIFFERENTIABLE),
+    Recording.INFERENCE: (Recording.INFERENCE, Recording.PLAIN, Recording.DIFFERENTIABLE),
+}
+
+
+def of_kind(value: Tensor, recorded: Recording, asked: Recording) -> Tensor:
+    if asked is recorded:
+        return value
+    return value.clone() if asked is Recording.INFERENCE else value.detach()
+
+
 def known_statistic(
-    tensor: DeferredLogits, name: str, grad: bool, relations: Relations, sweep_whole: SweepWhole
+    tensor: DeferredLogits, name: str, grad: Recording, relations: Relations, sweep_whole: SweepWhole
 ) -> Tensor | None:
     """A statistic [N] of these logits that some sweep has found already, or None."""
     tensor, relations = top(tensor, relations)
     known = tensor._known
-    for graded in (True,) if grad else (False, True):
-        if name in known.statistics.get(graded, ()):
-            value = known.statistics[graded][name]
-            return value if grad else value.detach()
+    for recorded in SERVED_BY[grad]:
+        if name in known.statistics.get(recorded, ()):
+            return of_kind(known.statistics[recorded][name], recorded, grad)
     whole = made_of(known)
     if whole is None or not relations or relations[0] is None:
         return None

@@ -10,7 +10,7 @@ What is in none of them is read, or made at once. This file reads nothing and re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -68,6 +68,16 @@ PUT_OFF = words(
     huber_loss softmax log_softmax view_as reshape_as expand_as scatter scatter_add sort argsort
     """
 )
+# Take the numbers out of tensors, or hand the tensor itself on: no call whose result could be had otherwise.
+NUMBERS = words(
+    """
+    __array__ __array_wrap__ __bool__ __complex__ __contains__ __deepcopy__ __dlpack__ __dlpack_device__ __float__
+    __format__ __index__ __int__ __long__ __nonzero__ __reduce__ __reduce_ex__ __repr__ __setstate__
+    _reduce_ex_internal _typed_storage allclose as_nested_tensor as_strided as_subclass backward cpu cuda data_ptr
+    equal from_dlpack grad hpu ipu is_nonzero is_pinned is_set_to is_shared item mtia nested_tensor numpy pin_memory
+    share_memory_ storage storage_type to_dense to_mkldnn to_sparse tolist untyped_storage xpu
+    """
+)
 LAZY_PROPERTIES = frozenset({"T", "mT", "data"})
 
 
@@ -99,6 +109,40 @@ def takes_looks_only(func: Callable[..., Any], args: tuple, kwargs: Mapping[str,
 
 def put_off(func: Callable[..., Any]) -> bool:
     return getattr(func, "__name__", "") in PUT_OFF
+
+
+_BITWISE = words("__invert__ bitwise_not __and__ __or__")  # of numbers they are an error, but not on stand-ins
+
+
+def fails_at_once(func: Callable[..., Any], args: tuple) -> bool:
+    """Whether eager code gives an error at this call that stand-ins do not show: it must not come later instead."""
+    name = getattr(func, "__name__", "")
+    if name in _BITWISE:
+        return any(isinstance(a, Tensor) and a.is_floating_point() for a in args)
+    return any(_misses(index, size) for index, size in _indexed(name, args))
+
+
+def _indexed(name: str, args: tuple) -> Iterator[tuple[Tensor, int]]:
+    """The tensors of numbers that a call looks up, and the size of the dimension of each."""
+    if name in ("index_select", "scatter", "scatter_add") and len(args) > 2 and isinstance(args[1], int):
+        sizes = args[0].shape
+        if isinstance(args[2], Tensor) and -len(sizes) <= args[1] < len(sizes):
+            yield args[2], sizes[args[1]]
+    if name == "__getitem__":
+        entries = args[1] if isinstance(args[1], tuple) else (args[1],)
+        for entry, size in zip(entries, args[0].shape):
+            if not isinstance(entry, (int, slice, Tensor)):
+                return
+            if isinstance(entry, Tensor):
+                yield entry, size
+
+
+def _misses(index: Tensor, size: int) -> bool:
+    """Whether an index on the CPU has no entry. Other devices say so later, in eager code too."""
+    if type(index) is not Tensor or index.device.type != "cpu" or not index.numel() or index.dtype is torch.bool:
+        return False
+    least, largest = index.aminmax()
+    return bool(least < -size) or bool(largest >= size)
 
 
 # Asked of a tensor about its relations: deferred logits have none yet.

@@ -6,6 +6,7 @@ asked to. What is done with a call on it is decided elsewhere (`deferred.calls`)
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from fusedhead.compat import (
 )
 from fusedhead.deferred.knowledge import Family, Knowledge, Layout, Recorded, check_fresh
 from fusedhead.deferred.program import Leaf, Mode, Program, encode, modes
+from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.deferred.tables import ALONE, METADATA
 from fusedhead.runs import built
 
@@ -40,15 +42,20 @@ class DeferredLogits(Tensor):
     handler: ClassVar[Callable[..., Any]]
     _known: Knowledge
     _plain: Tensor | None
+    _own: Any  # the ``grad_fn`` that it was given here: with another one, an autograd function has returned it
 
     @staticmethod
     def __new__(cls, known: Knowledge) -> DeferredLogits:
-        shape, stride, dtype, _ = known.layout
-        self = make_wrapper_subclass(cls, shape, stride, dtype=dtype, device=known.leaves[0].device)
+        shape, stride, dtype, _, _, inference, marked = known.layout
+        with torch.inference_mode(inference):
+            self = make_wrapper_subclass(cls, shape, stride, dtype=dtype, device=known.leaves[0].device)
         # there is no memory behind it: a kernel that takes its address gets an error instead of a null pointer
         throw_on_data_ptr(self)
-        self._known, self._plain = known, None
+        self._known, self._plain, self._own = known, None, None
         known.family.join(self)
+        if marked:
+            with disable_torch_function_subclass():
+                self.requires_grad_()
         return self
 
     def __init__(self, *_: Any) -> None:
@@ -59,15 +66,17 @@ class DeferredLogits(Tensor):
         kwargs = kwargs or {}
         if func in METADATA:
             first = args[0] if args else next(iter(kwargs.values()))
-            spent = first._plain if isinstance(first, DeferredLogits) else None
+            known = existing(first) if isinstance(first, DeferredLogits) and first._plain is not None else first
+            if func is Tensor.storage_offset and known is first and not compiling():
+                return first._known.layout.offset
             with disable_torch_function_subclass():
-                return func(*args, **kwargs) if spent is None else func(spent, *args[1:], **kwargs)
-        compiling = TracingContext.try_get() is not None  # a compiler looks at it, or traces with it
-        if func in ALONE and (compiling or args[0]._plain is None):
+                return func(*args, **kwargs) if known is first else func(known, *args[1:], **kwargs)
+        traced = compiling()
+        if func in ALONE and (traced or args[0]._plain is None):
             return None
-        if compiling and func is Tensor.__repr__:
+        if traced and func is Tensor.__repr__:
             return f"DeferredLogits({args[0]._known.layout})"
-        if compiling:
+        if traced:
             with disable_torch_function_subclass():
                 return func(*args, **kwargs)
         return cls.handler(func, args, kwargs)
@@ -77,23 +86,35 @@ class DeferredLogits(Tensor):
         """For callers that go past ``__torch_function__``: the numbers, below autograd."""
         known = args[0]._known if args and isinstance(args[0], DeferredLogits) else None
         if known is not None and known.origin is None and func in (aten.detach.default, aten.alias.default):
-            return traced(known.program, tuple(map(func, known.leaves)), known.layout)
+            return inside_compiler(known.program, tuple(map(func, known.leaves)), known.layout)
         args, kwargs = tree_map_only(DeferredLogits, numbers, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """For compilers: the tensors it is made of, and what is constant."""
         if self._plain is not None:
-            return ["_leaf0"], (SPENT, self._plain.dtype)
-        names = [f"_leaf{at}" for at in range(len(self._known.leaves))]
-        return names, (self._known.program, self._known.layout.dtype)
+            return ["_leaf0"], (SPENT, self._plain.dtype, (self._plain.requires_grad,))
+        known = self._known
+        # Dynamo guards the names that it is given, on tensors that may be stale; what AOTAutograd compiles takes the
+        # tensors by the names that it was given, to compute with them
+        computes = sys._getframe(1).f_globals.get("__name__", "").startswith("torch._functorch.")
+        names = [f"{'_fresh' if computes else '_leaf'}{at}" for at in range(len(known.leaves))]
+        # which of them a gradient reaches: guards do not ask it of inner tensors
+        return names, (known.program, known.layout.dtype, tuple(t.requires_grad for t in known.leaves))
 
     def __getattr__(self, name: str) -> Tensor:
-        """The tensors that ``__tensor_flatten__`` names."""
-        if not name.startswith("_leaf"):
+        """The tensors that ``__tensor_flatten__`` names. Raises StaleLogits for ``_fresh0`` and so on."""
+        if not name.startswith(("_leaf", "_fresh")):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        leaves = self._known.leaves if self._plain is None else (self._plain,)
-        return leaves[int(name.removeprefix("_leaf"))]
+        if self._plain is not None:
+            return self._plain
+        if name.startswith("_fresh") and self._known.origin is not None and not compiling():
+            check_fresh(self._known)
+        return self._known.leaves[int(name.lstrip("_leafrsh"))]
+
+    def as_subclass(self, cls: type) -> Any:
+        """For torch, which would ask for an alias of this tensor below Python, and find a tensor of another class."""
+        return plain(self).as_subclass(cls)
 
     def _stable_hash_for_caching(self) -> str:
         leaves = (self._plain,) if self._plain is not None else self._known.leaves
@@ -102,22 +123,28 @@ class DeferredLogits(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], constant: Any, shape: Any, stride: Any) -> DeferredLogits:
-        program, dtype = constant
-        return traced(program, tuple(inner.values()), Layout(shape, stride, dtype, False))
+        program, dtype, _ = constant
+        return inside_compiler(program, tuple(inner.values()), Layout(shape, stride, dtype, False))
+
+
+def compiling() -> bool:
+    """Whether a compiler looks at tensors here, or traces with them."""
+    return TracingContext.try_get() is not None
 
 
 def numbers(tensor: DeferredLogits) -> Tensor:
-    """The values, without a gradient."""
+    """The values, without a gradient. For ``__torch_dispatch__`` alone, where autograd is switched off."""
     if tensor._known.origin is None:
         with torch.no_grad():
             return tensor._known.program(*tensor._known.leaves)
-    return plain(tensor).detach()
+    with torch.overrides.enable_reentrant_dispatch():  # what exists from here on has a history
+        return plain(tensor).detach()
 
 
 SPENT = Program((), Leaf(0))  # of a tensor that exists
 
 
-def traced(program: Program, leaves: tuple[Tensor, ...], layout: Layout) -> DeferredLogits:
+def inside_compiler(program: Program, leaves: tuple[Tensor, ...], layout: Layout) -> DeferredLogits:
     """What a compiler gets in the place of deferred logits: the program, on its own tensors."""
     places = iter(range(len(leaves)))
     code, none = encode(leaves, lambda _: Leaf(next(places))), encode({}, lambda _: Leaf(0))
@@ -139,15 +166,18 @@ class Link(torch.autograd.Function):
     def forward(ctx: Any, known: Knowledge, *inputs: Tensor) -> Any:
         ctx.recorded, ctx.part = known.recorded, known.part
         ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
         return DeferredLogits(known)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
         return (None, *gradients(ctx, grad, ctx.needs_input_grad[1:]))
 
 
-def gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+def gradients(ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of a recorded call's tensors, for an autograd node that stands for the call."""
+    if grad is None:
+        return [None for _ in needs]
     recorded = ctx.recorded
     inputs, grad = list(map(existing, ctx.saved_tensors)), existing(grad)
     needed = [at for at, need in enumerate(needs) if need]
@@ -162,7 +192,11 @@ def gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | No
 
 def linked(known: Knowledge) -> DeferredLogits:
     """Deferred logits that autograd knows of."""
-    return Link.apply(known, *known.recorded.tensors) if known.layout.grad else DeferredLogits(known)
+    if not known.layout.grad:
+        return DeferredLogits(known)
+    made = Link.apply(known, *known.recorded.tensors)
+    settle(made)
+    return made
 
 
 class Rebound(torch.autograd.Function):
@@ -172,12 +206,13 @@ class Rebound(torch.autograd.Function):
     def forward(ctx: Any, known: Knowledge, tensor: DeferredLogits, *inputs: Tensor) -> Any:
         ctx.recorded, ctx.part = known.recorded, known.part
         ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
         ctx.mark_dirty(tensor)
         tensor._known = known
         return tensor
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
         return (None, None, *gradients(ctx, grad, ctx.needs_input_grad[2:]))
 
 
@@ -186,30 +221,78 @@ class Adopted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: DeferredLogits) -> Tensor:
-        return made_by_call(tensor._known).clone()
+        ctx.set_materialize_grads(False)
+        return made_by_call(tensor._known).clone() if tensor._plain is None else tensor._plain.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         return grad
+
+
+class Followed(torch.autograd.Function):
+    """Gives deferred logits the history of the plain tensor: C++ asks them, and not what they stand for."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DeferredLogits, made: Tensor) -> Any:
+        ctx.mark_dirty(tensor)
+        ctx.set_materialize_grads(False)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        return None, grad
+
+
+def own_grad_fn(tensor: DeferredLogits) -> Any:
+    with disable_torch_function_subclass():
+        return tensor.grad_fn
+
+
+def settle(tensor: DeferredLogits) -> None:
+    """The history that it has now is that of what it stands for."""
+    tensor._own = own_grad_fn(tensor)
 
 
 def is_adopted(tensor: DeferredLogits) -> bool:
     """Whether an autograd function made the tensor, in its forward, and returned it."""
-    with disable_torch_function_subclass():
-        return tensor.requires_grad and not tensor._known.layout.grad
+    grad_fn = own_grad_fn(tensor)
+    return grad_fn is not None and grad_fn is not tensor._own
+
+
+def adopt(tensor: DeferredLogits) -> None:
+    with modes(Mode(True, None), tensor.device.type):
+        tensor._plain = Adopted.apply(tensor)
+    settle(tensor)
+
+
+def follow(tensor: DeferredLogits) -> None:
+    """After a write to the plain tensor, or to its history."""
+    made = tensor._plain
+    if made is None or made.is_inference() or is_adopted(tensor):
+        return
+    with out_of_sight(), modes(Mode(True, None), made.device.type):
+        if made.requires_grad:
+            Followed.apply(tensor, made)
+        elif tensor._own is not None:
+            tensor.detach_()
+    settle(tensor)
 
 
 def plain(tensor: DeferredLogits) -> Tensor:
     """The ordinary tensor that ``tensor`` stands for: exact, differentiable, computed on first use."""
-    known = tensor._known
-    if tensor._plain is None and known.recorded.result is None:
+    known, made = tensor._known, tensor._plain
+    if made is not None and not is_adopted(tensor):
+        return made
+    if made is None and known.recorded.result is None:
         check_fresh(known)
         for operand in known.recorded.tensors:
             existing(operand)  # before the lock is taken: another head's logits have their own
-    with known.family.lock:
-        if tensor._plain is None:
-            tensor._plain = Adopted.apply(tensor) if is_adopted(tensor) else made_by_call(known)
-    return tensor._plain
+    with known.family.lock, out_of_sight():
+        if is_adopted(tensor):
+            adopt(tensor)
+        elif tensor._plain is None:
+            tensor._plain = made_by_call(known)
+    return tensor._plain  # type: ignore[return-value]
 
 
 def existing(tensor: Tensor) -> Tensor:

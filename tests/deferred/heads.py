@@ -5,14 +5,17 @@ It must not know what is tested.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedhead.deferred import knowledge, request, surroundings, tensor
 from fusedhead.deferred.handing_out import DeferredLogits
 from fusedhead.report import Report
 from tests.eager_stack import backend
@@ -46,7 +49,7 @@ def deferring(model: nn.Module, reports: Report | None = None, logits: str = "de
 
 
 class Operations(TorchDispatchMode):
-    """The names of the heads' ops that run, and of what makes something of [rows, V]."""
+    """The names of the heads' ops that run, and of what makes something of [rows, V], out of sight too."""
 
     def __init__(self, rows: int = B * (T - 1)) -> None:
         super().__init__()
@@ -54,14 +57,49 @@ class Operations(TorchDispatchMode):
         self.fused: list[str] = []
         self.large: list[str] = []
 
+    def __enter__(self) -> Any:
+        hiding = [patch.object(module, "out_of_sight", self.watching) for module in (knowledge, request, tensor)]
+        self.watched = ExitStack()
+        for each in hiding:
+            self.watched.enter_context(each)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.watched.close()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with surroundings.out_of_sight(), Watched(self):
+            yield
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.count(func, result)
+        return result
+
+    def count(self, func: Any, result: Any) -> None:
+        results = result if isinstance(result, (tuple, list)) else [result]
+        if any(isinstance(value, FakeTensor) for value in results):
+            return
         if func.namespace == "fusedhead" and func._opname.startswith("head_"):
             self.fused.append(func._opname)
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+        for value in results:
+            real = isinstance(value, Tensor)
             if real and value.numel() >= self.rows * V and value.shape[-1:] == (V,) and value.is_floating_point():
                 self.large.append(func._opname)
+
+
+class Watched(TorchDispatchMode):
+    """What runs out of sight of other modes, counted."""
+
+    def __init__(self, counter: Operations) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.counter.count(func, result)
         return result
 
 

@@ -1,0 +1,78 @@
+"""What surrounds a call on deferred logits, and when the call must then be made as eager code makes it.
+
+The tensor was made where the model returned it. What is active where it is first read (modes that see every op, hooks
+on saved tensors, functorch's levels) has not seen it being made, so `out_of_sight` hides its making from them; and
+where such a surrounding gives the ops themselves a meaning, calls are made op by op on the numbers. It must not know
+the tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fusedhead.compat import (
+    clear_function_transforms,
+    disable_current_modes,
+    disable_torch_function_subclass,
+    dispatch_modes,
+    function_transform_level,
+    top_saved_tensors_hooks,
+)
+from fusedhead.unhooked import unhooked
+
+
+@contextmanager
+def out_of_sight() -> Iterator[None]:
+    """Run what belongs to another moment, unseen by modes, hooks on saved tensors and function transforms."""
+    with (
+        disable_torch_function_subclass(),
+        clear_function_transforms(),
+        disable_current_modes(),
+        unhooked(),
+    ):
+        yield
+
+
+@contextmanager
+def trial() -> Iterator[None]:
+    """Run calls on stand-ins, unseen, to find out whether they can be: what torch logs of those that cannot is kept.
+
+    The program's own call comes later, and says what there is to say.
+    """
+    _trials.under_way = getattr(_trials, "under_way", 0) + 1
+    try:
+        with out_of_sight():
+            yield
+    finally:
+        _trials.under_way -= 1
+
+
+_trials = threading.local()
+
+
+def _no_trial(record: logging.LogRecord) -> bool:
+    return not getattr(_trials, "under_way", 0)
+
+
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(_no_trial)
+
+
+def checkpoint() -> object | None:
+    """The region of non-reentrant activation checkpointing that surrounds this, one object a region and pass over it.
+
+    Such a region is run twice, and has to save the same tensors both times.
+    """
+    hooks = top_saved_tensors_hooks(True)
+    if hooks is None or getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
+        return None
+    return hooks[0]
+
+
+def op_by_op() -> bool:
+    """Whether something active gives single ops a meaning of its own: a function transform, stand-ins, a tracer."""
+    if function_transform_level() is not None:
+        return True
+    return any(mode.is_infra_mode() for mode in dispatch_modes())

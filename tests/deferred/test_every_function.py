@@ -1,0 +1,108 @@
+"""Every method and attribute of a tensor, on a deferred tensor and on the real one: results, errors, warnings, logs.
+
+    FUSEDHEAD_EVERY_FUNCTION=1 python -m pytest tests/deferred/test_every_function.py    # all; else one in some
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.deferred.heads import Model, deferring, tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+STRIDE = 1 if os.environ.get("FUSEDHEAD_EVERY_FUNCTION") else 24
+# of the object and not of the tensor, of its memory, or of the names of autograd's nodes
+OTHERWISE = frozenset({
+    "__class__", "__delattr__", "__dict__", "__dir__", "__doc__", "__getattribute__", "__getstate__",
+    "__hash__", "__init__", "__init_subclass__", "__module__", "__new__", "__reduce__", "__reduce_ex__",
+    "__repr__", "__setattr__", "__sizeof__", "__str__", "__subclasshook__", "__torch_dispatch__",
+    "__torch_function__", "__weakref__", "_cdata", "_grad_fn", "_make_dtensor", "_make_subclass",
+    "_make_wrapper_subclass", "_python_dispatch", "data_ptr", "grad_fn",
+})  # fmt: skip
+RANDOM = ("empty", "resize", "rand", "new_empty")  # nothing to compare: memory as it was
+Call = Callable[[Tensor], Any]
+
+
+def attributes() -> Iterator[tuple[str, Call]]:
+    for name in sorted(set(dir(Tensor)) - OTHERWISE):
+        if callable(getattr(Tensor, name)):
+            yield f"z.{name}()", lambda z, name=name: getattr(z, name)()
+        else:
+            yield f"z.{name}", lambda z, name=name: getattr(z, name)
+
+
+CALLS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
+    "attributes": attributes,
+}
+
+
+class Listening(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self.heard.append(record.getMessage())
+
+
+def outcome(call: Call, z: Tensor) -> tuple[Any, set[str], list[str]]:
+    """The result or the error, the warnings, and what was logged."""
+    ears = Listening()
+    loggers = [logging.getLogger(name) for name in ("torch", "torch._subclasses.fake_tensor", "fusedhead")]
+    for logger in loggers:
+        logger.addHandler(ears)
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.manual_seed(0)
+            try:
+                result = call(z)
+            except Exception as error:
+                result = error
+    finally:
+        for logger in loggers:
+            logger.removeHandler(ears)
+    return result, {str(each.message)[:60] for each in said}, ears.heard
+
+
+def compare(found: Any, expected: Any, numbers: bool) -> None:
+    if isinstance(expected, Exception):
+        assert isinstance(found, type(expected)), found
+    elif isinstance(expected, Tensor):
+        assert isinstance(found, Tensor), found
+        for name in ("shape", "dtype", "layout", "requires_grad", "is_leaf"):
+            assert getattr(found, name) == getattr(expected, name), name
+        if numbers:
+            dense = [t.detach().to_dense() if t.layout is not torch.strided else t.detach() for t in (found, expected)]
+            torch.testing.assert_close(dense[0] + 0, dense[1] + 0, rtol=2e-3, atol=1e-4, equal_nan=True)
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected):
+            compare(one, other, numbers)
+    elif isinstance(expected, (bool, int, str, torch.dtype, torch.device, type(None))):
+        assert found == expected
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_they_do_to_deferred_logits_what_they_do_to_real_ones(kind: str) -> None:
+    model, x = Model(), tokens()
+    forwards, differences = (model, deferring(model)), []
+    for at, (name, call) in enumerate(list(CALLS[kind]())[::STRIDE]):
+        pair = [forward(x) if at % 2 else forward(x).detach() for forward in forwards]
+        (expected, warned, logged), (found, warned_too, logged_too) = (outcome(call, z) for z in pair)
+        try:
+            compare(found, expected, not any(word in name for word in RANDOM))
+            assert logged_too == logged
+            assert isinstance(expected, Exception) or warned_too <= warned
+        except Exception as error:
+            differences.append(f"{name}: {str(error)[:300]}")
+    assert not differences, "\n".join(differences)
