@@ -132,7 +132,8 @@ def fuse_body(
     deferred: bool = False,
 ) -> tuple[list[HeadRecord], Wrap | None]:
     """Decide and rewrite the sites of one graph; ``alone`` are projections to be deferred without a loss."""
-    modes, mutations = grad_modes(graph, grad is not False), Mutations(graph, grad is not False)
+    first = min(product for site in reading.sites for product in site.head.products)  # type: ignore[type-var]
+    modes, mutations = grad_modes(graph, grad is not False), Mutations(graph, grad is not False, first)
     found = row_region.regions(reading)
     met = {head: region for region in found for head in region.heads}
     decided = decide(graph, reading, met, options, mutations, modes, owner, alone, deferred)
