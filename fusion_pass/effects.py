@@ -105,11 +105,6 @@ def writes(node: Node) -> bool:
     return found.anything or bool(found.written)
 
 
-def written_in_backward(node: Node) -> tuple[Node, ...]:
-    """The nodes whose memory a node's backward may write to, whenever it is run."""
-    return effects(node).backward
-
-
 def earlier(node: Node) -> Iterator[Node]:
     """The nodes before one that have memory."""
     for other in node.graph.nodes:
@@ -122,6 +117,11 @@ def earlier(node: Node) -> Iterator[Node]:
 def memory_written(node: Node) -> set[int]:
     """The memory that a node writes to."""
     return set().union(*map(memory, written(node)))
+
+
+def memory_written_in_backward(node: Node) -> set[int]:
+    """The memory that a node's backward may write to, whenever it is run."""
+    return set().union(*map(memory, effects(node).backward))
 
 
 def may_write(node: Node, at: Collection[int]) -> bool:

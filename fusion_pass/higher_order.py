@@ -53,6 +53,7 @@ OPERANDS: Mapping[str, Operands] = {
     "flex_attention": mixed,
     "invoke_subgraph": rest(2),
     "map_impl": lists(1, 2),
+    "register_hook": mixed,
     "scan": lists(1, 2, 3),
     "strict_mode": lists(1),
     "tag_activation_checkpoint": rest(1),
@@ -63,6 +64,10 @@ OPERANDS: Mapping[str, Operands] = {
     "wrap_with_autocast": rest(5),
     "wrap_with_set_grad_enabled": rest(2),
 }
+
+
+# how many bodies run in the forward; the others run in the backward
+FORWARD_BODIES = {"autograd_function_apply": 1, "register_hook": 0}
 
 
 def given(node: Node) -> tuple[Node, ...]:
@@ -97,8 +102,8 @@ def effects_of_call(call: Node, of: Of) -> Effects:
         inside = list(map(of, body.graph.nodes))
         anything |= any(effects.anything for effects in inside)
         places = changed_placeholders(body.graph, inside)
-        if call.target is torch.ops.higher_order.autograd_function_apply and i == 1:
-            seeds = gradients_of(bodies[0], body)
+        if i >= FORWARD_BODIES.get(call.target._name, len(bodies)):  # type: ignore[union-attr]
+            seeds = gradients_of(bodies[0], body) if i else 1
             backward = given(call) if places is None or any(place >= seeds for place in places) else ()
             continue
         passed = list(operands(call))
@@ -129,7 +134,7 @@ def changed_placeholders(graph: Graph, effects: Iterable[Effects]) -> set[int] |
 
 
 def gradients_of(forward: GraphModule, backward: GraphModule) -> int:
-    """How many placeholders of an autograd function's backward are gradients, which are nobody else's; 0: not known."""
+    """How many placeholders of a backward, the first ones, are gradients: memory of nobody else. 0: not known."""
     results = forward.graph.output_node().args[0]
     if not isinstance(results, (list, tuple)) or len(results) != 2:
         return 0

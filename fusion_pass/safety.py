@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from fusedhead.aliases import memory
 from fusedhead.anchors import candidates
-from fusedhead.effects import memory_written, reaches_far, written_in_backward
+from fusedhead.effects import memory_written, memory_written_in_backward, reaches_far
 from fusedhead.interpret import Site
 from fusedhead.places import Places
 from fusedhead.read import fake, name_of, where
@@ -35,56 +36,73 @@ FAMILY = Family(
 class Mutations:
     """The writes of one graph, by position and by memory; ``places`` while the graph is edited.
 
-    Nodes are asked what they write when it first matters, so that the graph before the heads costs little; all from
-    ``since`` on at once, before they are edited.
+    Nodes from ``since`` on are asked what they write at once, before they are edited; the graph before, of a model's
+    layers, only where the memory in question is given to a node.
     """
 
     def __init__(self, graph: Graph, enabled: bool | None = None, since: Node | None = None) -> None:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.places = Places(graph, enabled)
-        self.reaching: dict[int, list[Node]] = {}  # memory -> the nodes that are given it, in order
-        self.unsure: list[Node] = []  # what may write to memory that it is not given
+        self.since = len(self.position)
+        self.writes: dict[int, list[Node]] = {}  # memory -> the nodes from ``since`` on that write there, in order
+        self.given: dict[int, list[Node]] = {}  # memory -> the nodes that are given it, in order
+        self.far: list[Node] = []  # what may write to memory that it is not given
+        self.special: set[Node] = set()  # what may have a backward of somebody's own
         held = {node: memory(node) for node in graph.nodes}
         for node in graph.nodes:
             if node.op.startswith("call_"):
                 for at in set().union(*map(held.__getitem__, node.all_input_nodes)):
-                    self.reaching.setdefault(at, []).append(node)
+                    self.given.setdefault(at, []).append(node)
                 if reaches_far(node):
-                    self.unsure.append(node)
-        self.changed: dict[Node, set[int]] = {}  # the memory that a node writes to, as it was when asked
+                    self.far.append(node)
+                if isinstance(node.target, HigherOrderOperator) or reaches_far(node):
+                    self.special.add(node)
         if since is not None:
-            self.places.ask(since)
-            self.changed = {node: memory_written(node) for node in self.places.writers}
+            self.ask(since)
 
-    def changes(self, node: Node) -> set[int]:
-        if node not in self.changed:
-            self.changed[node] = memory_written(node)
-        return self.changed[node]
+    def ask(self, since: Node) -> None:
+        self.since = self.position[since]
+        self.places.ask(since)
+        for node in self.places.writers:
+            for at in memory_written(node):
+                self.writes.setdefault(at, []).append(node)
 
-    def candidates(self, read: set[int], begin: int, end: float) -> Iterator[Node]:
-        """The nodes in [begin, end) that may write to some memory."""
-        for nodes in (*(self.reaching.get(at, ()) for at in read), self.unsure):
-            for i in range(bisect_left(nodes, begin, key=self.position.__getitem__), len(nodes)):
-                if self.position[nodes[i]] >= end:
-                    break
-                yield nodes[i]
+    def writers(self, read: set[int], begin: int, end: float) -> Iterator[Node]:
+        """The nodes in [begin, end) that write to some memory, the first one for each storage."""
+        for at in read:
+            if begin < self.since:
+                early = [node for node in (*self.given.get(at, ()), *self.far) if begin <= self.position[node] < end]
+                known = (node for node in early if self.position[node] < self.since)
+                yield from (node for node in known if at in memory_written(node))
+            nodes = self.writes.get(at, ())
+            first = bisect_left(nodes, begin, key=self.position.__getitem__)
+            if first < len(nodes) and self.position[nodes[first]] < end:
+                yield nodes[first]
 
     def first(self, begin: int, end: float, read: Iterable[Node]) -> tuple[Node, Node] | None:
         """The first write in [begin, end) to memory of a tensor in ``read``, and the last such tensor.
 
         Where there is no end, so does a backward that may write to it, from wherever its forward is.
         """
+        if self.since == len(self.position):
+            self.ask(next(node for node, at in self.position.items() if at == begin))
         held = {node: memory(node) for node in read}
         at = set().union(*held.values())
-        found = [node for node in self.candidates(at, begin, end) if not self.changes(node).isdisjoint(at)]
-        changed = self.changes
+        changed, found = memory_written, list(self.writers(at, begin, end))
         if not found and end == math.inf:
-            found = [node for node in self.candidates(at, 0, end) if not backward_memory(node).isdisjoint(at)]
-            changed = backward_memory
+            changed = memory_written_in_backward
+            found = [node for node in self.with_backward(at) if not changed(node).isdisjoint(at)]
         if not found:
             return None
         writer = min(found, key=self.position.__getitem__)
-        return writer, [node for node, own in held.items() if not own.isdisjoint(changed(writer))][-1]
+        shared = changed(writer)
+        return writer, [node for node, own in held.items() if not own.isdisjoint(shared) or len(held) == 1][-1]
+
+    def with_backward(self, read: set[int]) -> Iterator[Node]:
+        """The nodes that are given some memory, and that may have a backward of somebody's own."""
+        if self.special:
+            for at in read:
+                yield from (node for node in self.given.get(at, ()) if node in self.special)
 
     def between(self, begin: Node, end: Node, read: Iterable[Node]) -> str | None:
         """A sentence if a tensor that shares memory with ``read`` is written in [begin, end)."""
@@ -94,10 +112,6 @@ class Mutations:
     def anywhere_after(self, begin: Node, read: Iterable[Node]) -> str | None:
         found = self.first(self.position[begin], math.inf, read)
         return found and f"{name_of(found[0])} at {where(found[0])} changes {found[1].name} in place"
-
-
-def backward_memory(node: Node) -> set[int]:
-    return set().union(*map(memory, written_in_backward(node)))
 
 
 def functorch(graph: Graph) -> str | None:
