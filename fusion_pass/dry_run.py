@@ -1,9 +1,9 @@
 """Running one node on stand-ins of its inputs, to see which of them it writes to and whether it draws random numbers.
 
 The stand-ins are fake tensors of the same sizes, strides, dtype and device, in a fake mode of their own: neither the
-graph's fake values nor its symbolic sizes notice. Two witnesses look on: the schemas of all ops that are dispatched
-(what an argument marked ``(a!)`` is written), and the version counters of the stand-ins. What cannot be run so has
-no answer, and it is for the caller to expect the worst. This file knows no graph around the node.
+graph's fake values nor its symbolic sizes notice. Witnesses are the schemas of all ops that are dispatched (an argument
+marked ``(a!)`` is written), the version counters of the stand-ins, and whether each still has its own memory. What
+cannot be run so has no answer, and it is for the caller to expect the worst. This file knows no graph around the node.
 """
 
 from __future__ import annotations
@@ -209,8 +209,9 @@ def watched(
             result = function(*args, **kwargs)
     if seen.unread:
         return None
-    changed = ([tensor._version for tensor in some] != old for some, old in zip(own, versions))
-    written = {i for i, (at, new) in enumerate(zip(memory, changed)) if new or at & seen.written}
+    bumped = [[tensor._version for tensor in some] != old for some, old in zip(own, versions)]
+    swapped = [storages(some) != at for some, at in zip(own, memory)]
+    written = {i for i, at in enumerate(memory) if bumped[i] or swapped[i] or at & seen.written}
     elsewhere = seen.written - seen.made - set().union(*memory)
     return Seen(frozenset(written), bool(elsewhere), seen.draws, theirs and has_own_backward((result, own)))
 

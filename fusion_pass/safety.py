@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -37,10 +37,14 @@ class Mutations:
     """The writes of one graph, by position and by memory; ``places`` while the graph is edited.
 
     Nodes from ``since`` on are asked what they write at once, before they are edited; the graph before, of a model's
-    layers, only where the memory in question is given to a node.
+    layers, only where the memory in question is given to a node. ``calls``: the nodes of other graphs that run this
+    one; what is written behind them is written after it.
     """
 
-    def __init__(self, graph: Graph, enabled: bool | None = None, since: Node | None = None) -> None:
+    def __init__(
+        self, graph: Graph, enabled: bool | None = None, since: Node | None = None, calls: Collection[Node] = ()
+    ) -> None:
+        self.calls = calls
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.places = Places(graph, enabled)
         self.since = len(self.position)
@@ -111,7 +115,10 @@ class Mutations:
 
     def anywhere_after(self, begin: Node, read: Iterable[Node]) -> str | None:
         found = self.first(self.position[begin], math.inf, read)
-        return found and f"{name_of(found[0])} at {where(found[0])} changes {found[1].name} in place"
+        if found:
+            return f"{name_of(found[0])} at {where(found[0])} changes {found[1].name} in place"
+        behind = (Mutations(call.graph).anywhere_after(call.next, read) for call in self.calls)
+        return next(filter(None, behind), None)
 
 
 def functorch(graph: Graph) -> str | None:

@@ -219,6 +219,30 @@ def test_a_frozen_head_whose_hidden_states_are_overwritten_after_the_loss_stays(
     left(program, torch.randn(N, D, requires_grad=True), torch.randn(V, D), labels(), because="bump at")
 
 
+@torch.compiler.nested_compile_region
+def loss_of(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, w), y)
+
+
+@pytest.mark.parametrize("region", ["checkpoint", "nested"])
+def test_a_region_whose_operands_are_overwritten_behind_it_keeps_its_head(region: str) -> None:
+    def program(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        h = x * 2.0
+        if region == "nested":
+            loss = loss_of(h, w, y)
+        else:
+            loss = checkpoint(lambda a, b, c: F.cross_entropy(F.linear(a, b), c), h, w, y, use_reentrant=False)
+        if writes:
+            h.detach().add_(1.0)
+        return loss
+
+    given = torch.randn(N, D, requires_grad=True), torch.randn(V, D), labels()
+    writes = False
+    right(program, *given)
+    writes = True
+    left(program, *given, because="add_ at")
+
+
 def test_returned_logits_whose_hidden_states_are_overwritten_stay() -> None:
     def program(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         h = x * 2.0
