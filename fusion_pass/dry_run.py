@@ -9,7 +9,7 @@ cannot be run so has no answer, and it is for the caller to expect the worst. Th
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -162,34 +162,55 @@ def of_torch(target: Any) -> bool:
 
 
 @contextmanager
-def apart() -> Iterator[FakeTensorMode]:
+def apart(theirs: bool) -> Iterator[FakeTensorMode]:
     """A fake mode of its own: nothing that is active where the pass runs sees what is computed in it."""
     with ExitStack() as stack:
-        for context in (unhooked(), _disable_current_modes(), torch.inference_mode(False), torch.no_grad()):
-            stack.enter_context(context)
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(theirs))  # a function of theirs may bring a backward of its own
+        if theirs:
+            stack.enter_context(unhooked())
         yield FakeTensorMode(shape_env=ShapeEnv())
 
 
-def dry_run(node: Node, known: dict[Hashable, Seen | None]) -> Seen | None:
-    """What running a node shows, or None where it cannot be run. ``known``: the answers for nodes like this one."""
+# What calls of PyTorch's own functions do, by function, constants and kinds of tensors: true for good.
+FACTS: dict[Hashable, Seen | None] = {}
+MOST_FACTS = 4096
+
+
+def dry_run(node: Node) -> Seen | None:
+    """What running a node shows, or None where it cannot be run."""
     try:
         likes = tuple(likeness(value_of(source)) for source in inputs(node))
     except Exception:  # somebody's tensor class may raise what it likes
         return None
+    theirs = node.op == "call_function" and not of_torch(node.target)
+    kind = None if theirs else kind_of(node, likes)
+    if kind is None:
+        return run(node, likes, theirs)
+    if kind not in FACTS:
+        if len(FACTS) >= MOST_FACTS:
+            FACTS.clear()
+        FACTS[kind] = found = run(node, likes, theirs)
+        return found
+    return FACTS.get(kind)
+
+
+def kind_of(node: Node, likes: Hashable) -> Hashable:
+    """What all there is to know of a call depends on; None where it has constants that are objects of somebody's."""
     try:
-        kind: Hashable = form(node), likes
-        if kind in known:
-            return known[kind]
+        what: Any = form(node)
+        plain = all(not isinstance(x[0], type) or issubclass(x[0], NUMBERS) for x in what[3:])
+        return (what, likes) if plain else None
     except TypeError:
-        return run(node, likes)
-    known[kind] = run(node, likes)
-    return known[kind]
+        return None
 
 
-def run(node: Node, likes: Sequence[Any]) -> Seen | None:
-    theirs = not of_torch(node.target) and node.op == "call_function"
+def run(node: Node, likes: Sequence[Any], theirs: bool) -> Seen | None:
+    if "functorch" in (getattr(node.target, "__module__", None) or ""):  # means nothing without what surrounds it
+        return None
     try:
-        with apart() as mode:
+        with apart(theirs) as mode:
             return watched(callee(node), node, likes, mode, theirs)
     except Exception:
         return None
@@ -199,13 +220,14 @@ def watched(
     function: Callable[..., Any], node: Node, likes: Sequence[Any], mode: FakeTensorMode, theirs: bool
 ) -> Seen | None:
     sources = inputs(node)
-    with mode, torch.set_grad_enabled(theirs):  # a function of theirs may bring a backward of its own
+    with mode:
         values = [stand_in(like) for like in likes]
         own = [[leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in values]
         memory, versions = list(map(storages, own)), [[tensor._version for tensor in some] for some in own]
         device = next((tensor.device.type for some in own for tensor in some), "cpu")
         args, kwargs = map_arg((node.args, node.kwargs), dict(zip(sources, values)).__getitem__)
-        with torch.autocast(device, enabled=False), Watch() as seen:
+        cast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with cast, Watch() as seen:
             result = function(*args, **kwargs)
     if seen.unread:
         return None

@@ -8,14 +8,13 @@
 | what cannot be run so, a module, an unknown higher-order op                | nothing: it writes to all it is given |
 | somebody's function that cannot be run so                                  | nothing: it writes to anything        |
 
-That a node writes to nothing is shown, and never concluded from a name. Answers are kept as long as the graph lives,
-for nodes that do the same to tensors of the same kind together. This file knows nothing of heads.
+That a node writes to nothing is shown, and never concluded from a name. Answers are kept as long as the graph lives.
+This file knows nothing of heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,45 +24,33 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from fusedhead.aliases import memory
-from fusedhead.dry_run import RANDOM, Seen, changed_arguments, dry_run, of_torch
+from fusedhead.dry_run import RANDOM, changed_arguments, dry_run, of_torch
 from fusedhead.higher_order import Effects, bodies_of, effects_of_call, given, runs_bodies
 from fusedhead.read import inputs
 
 NOTHING = Effects()
-Kinds = dict[Hashable, Seen | None]
+Asked = tuple[Any, Any, Any, Effects]  # a node's target and arguments when it was asked, and the answer
+KNOWN: WeakKeyDictionary[Graph, dict[Node, Asked]] = WeakKeyDictionary()
 
 
-@dataclass(eq=False)
-class Known:
-    """What has been found out about the nodes of one graph."""
-
-    kinds: Kinds = field(default_factory=dict)
-    nodes: dict[Node, tuple[Any, Any, Any, Effects]] = field(default_factory=dict)  # as they were when asked
-
-
-KNOWN: WeakKeyDictionary[Graph, Known] = WeakKeyDictionary()
-
-
-def known_of(graph: Graph) -> Known:
-    return KNOWN.get(graph) or KNOWN.setdefault(graph, Known())
-
-
-def effects(node: Node, kinds: Kinds | None = None) -> Effects:
-    """What a node does besides returning a value. ``kinds``: the answers that are known, by default its graph's."""
+def effects(node: Node) -> Effects:
+    """What a node does besides returning a value."""
     if not node.op.startswith("call_"):
         return NOTHING
-    known = known_of(node.graph)
-    target, args, kwargs, found = known.nodes.get(node, (None, None, None, NOTHING))
+    known = KNOWN.get(node.graph)
+    if known is None:
+        known = KNOWN.setdefault(node.graph, {})
+    target, args, kwargs, found = known.get(node, (None, None, None, NOTHING))
     if target is not node.target or args is not node.args or kwargs is not node.kwargs:
-        found = ask(node, known.kinds if kinds is None else kinds)
-        known.nodes[node] = node.target, node.args, node.kwargs, found
+        found = ask(node)
+        known[node] = node.target, node.args, node.kwargs, found
     return found
 
 
-def ask(node: Node, kinds: Kinds) -> Effects:
+def ask(node: Node) -> Effects:
     """`effects`, of a node that was not asked before."""
     if isinstance(node.target, HigherOrderOperator):
-        return effects_of_call(node, lambda inside: effects(inside, kinds))
+        return effects_of_call(node, effects)
     if isinstance(node.target, OpOverload) and says_all(node.target):
         changed = changed_arguments(node.target, node.args, node.kwargs)
         nodes = dict.fromkeys(x for argument in changed for x in tree_leaves(argument) if isinstance(x, Node))
@@ -71,7 +58,7 @@ def ask(node: Node, kinds: Kinds) -> Effects:
     theirs = is_theirs(node)
     if not theirs and not any(map(memory, node.all_input_nodes)):
         return NOTHING  # not run either: it may be one that switches a mode
-    seen = None if node.op == "call_module" else dry_run(node, kinds)
+    seen = None if node.op == "call_module" else dry_run(node)
     if seen is None:
         return Effects(given(node), given(node) if theirs else (), theirs, sure=False)
     target = tuple(source for i, source in enumerate(inputs(node)) if i in seen.written)
@@ -141,5 +128,5 @@ def draws(node: Node) -> bool:
         return True
     if isinstance(node.target, OpOverload) and says_all(node.target):
         return RANDOM in node.target.tags
-    seen = dry_run(node, known_of(node.graph).kinds)
+    seen = dry_run(node)
     return seen is None or seen.draws

@@ -81,7 +81,7 @@ def record(infos: Iterable[Any], each: int = 4) -> Samples:
     for info in infos:
         dtypes = [torch.float32, *info.dtypes]
         dtype = next((d for d in dtypes if d in info.dtypes), None)
-        if dtype is None or info.is_factory_function and dtype is None:
+        if dtype is None or (info.is_factory_function and dtype is None):
             continue
         try:
             with warnings.catch_warnings():

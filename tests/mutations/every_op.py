@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from tests.mutations.calls import Call, Samples, call_of, complete
-from tests.mutations.programs import D, OPERANDS, N, NoProgram, Spelling, Verdict, judged, program, spellings
+from tests.mutations.programs import OPERANDS, D, N, NoProgram, Spelling, Verdict, judged, program, spellings
 
 ELSEWHERE = {
     "symm_mem": "needs several GPUs",

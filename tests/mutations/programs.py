@@ -23,12 +23,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fusedhead import Report
-from fusedhead.backend import compile_graph
+from fusedhead.backend import run_pass
 from fusedhead.effects import effects, written
-from fusedhead.options import split
+from fusedhead.options import Options
 from fusedhead.read import callee
-from tests.eager_stack import as_it_is
+from fusedhead.returned import compute_now
 from tests.mutations.calls import Call, copied
 
 N, D, V = 32, 32, 512
@@ -181,7 +180,7 @@ def program(call: Call, spelling: Spelling, target: str, operand: str, learning:
     first = [loss()] if after or operand == "y" else []
     writer = write()
     second = [] if after else [loss()]
-    graph.output(tuple([*first, *second, nodes["h"]]))
+    graph.output((*first, *second, nodes["h"]))
     gm = GraphModule(torch.nn.Module(), graph)
     return Program(gm, made.inputs, writer, made_target[0], operand, len(first + second))
 
@@ -196,7 +195,7 @@ def with_values(made: Program, learning: bool) -> None:
             warnings.simplefilter("ignore")
             for node in made.gm.graph.nodes:
                 if node.op == "placeholder":
-                    values[node] = mode.from_tensor(next(inputs))
+                    values[node] = mode.from_tensor(next(inputs), static_shapes=True)
                 elif node.target is F.cross_entropy:
                     values[node] = values[node.args[0]].sum()  # the same to a fake tensor, and cheaper
                 elif node.op != "output":
@@ -249,11 +248,9 @@ def judged(made: Program, learning: bool) -> Verdict:
         raise NoProgram("raises in eager code")
     with_values(made, learning)
     seen = made.target in written(made.writer)
-    report = Report()
-    own, _ = split({"fusedhead.min_logits": 0, "fusedhead.logits": "eager"})
     with torch.set_grad_enabled(learning):
-        compiled = compile_graph(made.gm, made.inputs, own, as_it_is, report.extend)
-    got = run(compiled, made.inputs, learning)
+        gm, report, wrap = run_pass(made.gm, Options(min_logits=0, logits="eager"), texts=False)
+    got = run(wrap(gm, compute_now), made.inputs, learning)
     known = any(head.fused for head in report.heads), telling_of(made, before), effects(made.writer).sure
     if report.errors:
         return Verdict("error", report.errors[0], *known)

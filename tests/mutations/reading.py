@@ -26,7 +26,7 @@ def node_of(op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         if not isinstance(x, Tensor):
             return x
         node = graph.placeholder("x")
-        node.meta["example_value"] = mode.from_tensor(x)
+        node.meta["example_value"] = mode.from_tensor(x, static_shapes=True)
         return node
 
     args, kwargs = tree_map(given, (args, kwargs))
@@ -51,7 +51,9 @@ def read(infos: Iterable[Any], each: int = 2) -> tuple[Counter[str], list[str]]:
     counts: Counter[str] = Counter()
     feared = []
     for info in infos:
-        dtype = torch.float32 if torch.float32 in info.dtypes else next(iter(info.dtypes))
+        dtype = torch.float32 if torch.float32 in info.dtypes else next(iter(info.dtypes), None)
+        if dtype is None:
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             samples = [s for s, _ in zip(info.sample_inputs("cpu", dtype), range(each))]
