@@ -61,7 +61,9 @@ def ask(node: Node) -> Effects:
     seen = None if node.op == "call_module" else dry_run(node)
     if seen is None:
         return Effects(given(node), given(node) if theirs else (), theirs, sure=False)
-    target = tuple(source for i, source in enumerate(inputs(node)) if i in seen.written)
+    # some kernels leave their outputs alone where there are no numbers: what is called ``out`` is written all the same
+    outputs = {x for x in tree_leaves(node.kwargs.get("out")) if isinstance(x, Node)}
+    target = tuple(source for i, source in enumerate(inputs(node)) if i in seen.written or source in outputs)
     return Effects(target, given(node) if seen.backward else (), seen.elsewhere)
 
 

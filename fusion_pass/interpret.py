@@ -136,6 +136,8 @@ def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
 def written_logits(node: Node, values: Mapping[Node, Any]) -> Node | None:
     """The name of followed logits that a node writes to; None where it writes to nothing. Raises Escape."""
     does = effects(node)
+    if not does.sure and values.keys().isdisjoint(node.all_input_nodes):
+        return None  # a projection of what cannot be run: whether its operands are plain tensors is asked later
     if not does.sure or does.anything or does.backward:
         raise Escape(f"what {name_of(node)} does with the logits besides its result is not known")
     if len(does.written) > 1 or any(target not in values for target in does.written):

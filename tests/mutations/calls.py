@@ -49,8 +49,12 @@ class Call:
 
 @dataclass(eq=False)
 class Samples(TorchDispatchMode):
-    """Calls of ops, by the name of the op and then by the names of its arguments."""
+    """Calls of ops, by the name of the op and then by the names of its arguments.
 
+    ``made_up``: whether arguments may be made by type where none were recorded; torch checks them, mostly.
+    """
+
+    made_up: bool = False
     known: dict[str, list[Named]] = field(default_factory=lambda: defaultdict(list))
     loose: dict[str, list[tuple[Any, ...]]] = field(default_factory=lambda: defaultdict(list))
 
@@ -75,9 +79,9 @@ def small(value: Any) -> bool:
     return all(type(x) is Tensor and x.layout == torch.strided and x.numel() <= LARGEST for x in tensors)
 
 
-def record(infos: Iterable[Any], each: int = 4) -> Samples:
+def record(infos: Iterable[Any], each: int = 4, made_up: bool = False) -> Samples:
     """What ops are called with where the first samples of these ``OpInfo`` run on a CPU."""
-    samples = Samples()
+    samples = Samples(made_up=made_up)
     for info in infos:
         dtypes = [torch.float32, *info.dtypes]
         dtype = next((d for d in dtypes if d in info.dtypes), None)
@@ -122,7 +126,7 @@ def marked(op: OpOverload) -> tuple[str, ...]:
 
 def candidates(op: OpOverload, samples: Samples) -> Iterator[Named]:
     """Arguments that might do, the likeliest first."""
-    schema, written = op._schema, marked(op)
+    schema = op._schema
     bare = schema.name.split("::")[1]
     outs = {a.name for a in schema.arguments if a.is_out}
     names = [schema.name]
@@ -140,8 +144,8 @@ def candidates(op: OpOverload, samples: Samples) -> Iterator[Named]:
         for first, args, kwargs in samples.loose.get(name.split("::")[1], ()):
             positional = dict(zip((a.name for a in inputs), (first, *args)))
             yield {**positional, **{k: v for k, v in kwargs.items() if any(k == a.name for a in inputs)}}
-    yield from by_hand(bare, op.overloadname if hasattr(op, "overloadname") else op._overloadname)
-    if any(part in bare for part in FRAGILE) or not schema.name.startswith("aten"):
+    yield from by_hand(bare, op._overloadname)
+    if not samples.made_up or any(part in bare for part in FRAGILE) or not schema.name.startswith("aten"):
         return
     for shape in ((4, 4), (4,), (2, 4, 4), (1, 2, 4, 4), (1, 2, 4, 4, 4), ()):
         for dtype in (torch.float32, torch.int64):
@@ -151,7 +155,6 @@ def candidates(op: OpOverload, samples: Samples) -> Iterator[Named]:
                 if value is not None or not a.has_default_value():
                     made[a.name] = value
             yield made
-    _ = written
 
 
 def by_type(argument: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Any:

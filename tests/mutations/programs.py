@@ -256,7 +256,7 @@ def judged(made: Program, learning: bool) -> Verdict:
         return Verdict("error", report.errors[0], *known)
     if len(got) != len(before) or not all(map(same, got, before)):
         return Verdict("wrong", f"{got[:2]} for {before[:2]}", *known)
-    return Verdict("right" if seen else "unseen", "", *known)
+    return Verdict("unseen" if known[1] and not seen else "right", "", *known)
 
 
 def telling_of(made: Program, before: Sequence[Any]) -> bool:
