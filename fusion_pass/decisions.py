@@ -112,10 +112,10 @@ def returned_alone(site: Site, mutations: Mutations, modes: dict[Node, bool]) ->
 
 def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str, deferred: bool = False) -> str:
     """Why a site must stay as it is, or ""."""
+    operands = leaves(site.head.operands)
     if site.escapes:
         node, sentence = site.escapes[0]
-        return f"{sentence} (at {where(node)})"
-    operands = leaves(site.head.operands)
+        return subclass(site, operands) or f"{sentence} (at {where(node)})"
     steps = [t.logits for _, t in site.terminals]
     vectors = leaves([c for s in steps for c in s.cols] + [r.value for s in steps for r in s.rows])
     labels = leaves([p for _, t in site.terminals for p in (*t.label_sources, *t.sources)])

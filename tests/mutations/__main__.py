@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--every", action="store_true", help="every argument, operand and mode (slow)")
+    parser.add_argument("--skip", type=int, default=0, help="so many ops of each round, to go on with a run")
     parser.add_argument("--only", default="", help="ops whose full name begins so")
     arguments = parser.parse_args()
     for name in ("fusedhead", "torch._subclasses.fake_tensor"):
@@ -42,6 +43,8 @@ def main() -> int:
         for i, (name, op) in enumerate(ops):
             if STOPPED:
                 break
+            if i < arguments.skip:
+                continue
             before = len(tally.differences)
             check(name, op, samples, tally, arguments.every, rng)
             for difference in tally.differences[before:]:

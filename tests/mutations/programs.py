@@ -181,7 +181,10 @@ def program(call: Call, spelling: Spelling, target: str, operand: str, learning:
     writer = write()
     second = [] if after else [loss()]
     graph.output((*first, *second, nodes["h"]))
-    gm = GraphModule(torch.nn.Module(), graph)
+    try:
+        gm = GraphModule(torch.nn.Module(), graph)
+    except SyntaxError as error:  # aten.random_.from
+        raise NoProgram("its name is no name in Python") from error
     return Program(gm, made.inputs, writer, made_target[0], operand, len(first + second))
 
 
