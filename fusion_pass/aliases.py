@@ -1,7 +1,7 @@
-"""Which nodes of a Dynamo graph write to memory, and which names share it.
+"""Which names share memory: the storages that the fake values of a graph's nodes have.
 
-The graph is not functional: ``z /= 2``, ``z[..., 3] = 0`` and ``mul_`` are nodes whose effect other names see. This
-file knows nothing of heads.
+Dynamo ran every node once on fake tensors, in order, so that a view has the storage of what it views, and inputs
+that overlap have one. This file knows nothing of heads, and nothing of who writes.
 """
 
 from __future__ import annotations
@@ -9,29 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
-from fusedhead.compat import tree_leaves
-from fusedhead.read import fake, name_of
+from fusedhead.compat import FakeTensor, tree_leaves
+from fusedhead.read import fake
 
-INPLACE_OPERATORS = frozenset(
-    {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor",
-     "ilshift", "irshift", "setitem", "delitem"}
+# values that give no access to memory
+NUMBERS = (
+    int, float, complex, str, bytes, slice, range, type(None), type(...), torch.SymInt, torch.SymFloat, torch.SymBool,
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, GraphModule,
 )  # fmt: skip
-# the place of ``inplace`` among the arguments of torch.nn.functional's functions
-INPLACE_BY_ARGUMENT = {
-    "hardsigmoid": 1, "hardswish": 1, "mish": 1, "relu": 1, "relu6": 1, "selu": 1, "silu": 1,
-    "celu": 2, "elu": 2, "leaky_relu": 2,
-    "alpha_dropout": 3, "dropout": 3, "dropout1d": 3, "dropout2d": 3, "dropout3d": 3, "feature_alpha_dropout": 3,
-    "hardtanh": 3, "threshold": 3, "rrelu": 4,
-}  # fmt: skip
-MUTATING_WRAPPERS = ("triton_kernel_wrapper_mutation", "auto_functionalized")
-NOT_MUTATING = frozenset({"requires_grad_", "retain_grad"})
 
 
 def storage(value: Any) -> int | None:
     """An identity shared by all views of one tensor."""
+    if isinstance(value, torch.UntypedStorage):
+        return value._cdata
     if not isinstance(value, Tensor):
         return None
     try:
@@ -40,31 +35,48 @@ def storage(value: Any) -> int | None:
         return None
 
 
-def written(node: Node) -> Iterator[Node]:
-    """The arguments a node writes to (an over-approximation where the node does not say)."""
-    if not node.op.startswith("call_"):
-        return
-    name, schema = name_of(node), getattr(node.target, "_schema", None)
-    if schema is not None:
-        if schema.is_mutable:
-            yield from tensors(node)
-        return
-    inplace = name.endswith("_") and not name.endswith("__") and name not in NOT_MUTATING
-    if (name.startswith("_foreach") and inplace) or any(op in name for op in MUTATING_WRAPPERS):
-        yield from tensors(node)
-    elif (
-        inplace
-        or name in INPLACE_OPERATORS
-        or node.kwargs.get("inplace") is True
-        or node.args[INPLACE_BY_ARGUMENT.get(name, len(node.args)) :][:1] == (True,)
-    ):
-        yield from tensors(node)[:1]
-    elif name == "embedding" and (node.kwargs.get("max_norm") or node.args[3:4] not in ((), (None,))):
-        yield from tensors(node)  # rows of the table that are too long are cut in place
-    if "out" in node.kwargs:
-        yield from (n for n in tree_leaves(node.kwargs["out"]) if isinstance(n, Node))
+def value_of(node: Node) -> Any:
+    """The value of a node as far as Dynamo recorded it; of an attribute, the attribute."""
+    value = fake(node)
+    if value is None and node.op == "get_attr" and node.graph.owning_module is not None:
+        value = node.graph.owning_module
+        for name in str(node.target).split("."):
+            value = getattr(value, name, None)
+    return value
 
 
-def tensors(node: Node) -> list[Node]:
-    """The nodes among a node's arguments that are tensors."""
-    return [n for n in node.all_input_nodes if isinstance(fake(n), Tensor)]
+def plain_parts(value: Any) -> Iterator[Any]:
+    """The leaves of a value; a tensor that is made of others gives those."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor) and hasattr(type(leaf), "__tensor_flatten__") and storage(leaf) is None:
+            for name in leaf.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+                yield from plain_parts(getattr(leaf, name))
+        else:
+            yield leaf
+
+
+def memory(node: Node) -> set[int]:
+    """The storages that a node's value gives access to.
+
+    A value that nobody knows (a handle, or what a node without a recorded value returns) gives access to all that
+    the node was given.
+    """
+    recorded = fake(node)
+    if type(recorded) is FakeTensor:
+        at = storage(recorded)
+        return set() if at is None else {at}
+    found: set[int] = set()
+    stack, seen = [node], {node}
+    while stack:
+        each = stack.pop()
+        value, hidden = value_of(each), each.op.startswith("call_") and fake(each) is None
+        for leaf in plain_parts(value):
+            at = storage(leaf)
+            if at is not None:
+                found.add(at)
+            hidden |= at is None and not isinstance(leaf, NUMBERS)
+        if hidden:
+            fresh = [source for source in each.all_input_nodes if source not in seen]
+            seen.update(fresh)
+            stack += fresh
+    return found

@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule
 
 if TYPE_CHECKING:  # what a checker of types takes the names below for
     from torch import _TorchCompileInductorWrapper as InductorWrapper  # noqa: F401
+    from torch._C import DispatchKey  # noqa: F401
     from torch._decomp import decomposition_table  # noqa: F401
     from torch._dynamo.source import AttrSource, ConstantSource  # noqa: F401
     from torch._guards import TracingContext  # noqa: F401
@@ -33,8 +34,10 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     )
     from torch.amp.autocast_mode import _enter_autocast as enter_autocast  # noqa: F401
     from torch.amp.autocast_mode import _exit_autocast as exit_autocast  # noqa: F401
+    from torch.autograd.function import BackwardCFunction  # noqa: F401
     from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module  # noqa: F401
     from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module  # noqa: F401
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: F401
     from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
     from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes  # noqa: F401
     from torch.utils._pytree import (  # noqa: F401
@@ -63,14 +66,17 @@ log = logging.getLogger("fusedhead")
 # the name in this file: the module of torch, and the name there
 NAMES: Mapping[str, tuple[str, str]] = {
     "AttrSource": ("torch._dynamo.source", "AttrSource"),
+    "BackwardCFunction": ("torch.autograd.function", "BackwardCFunction"),
     "ConstantSource": ("torch._dynamo.source", "ConstantSource"),
     "CustomGraphPass": ("torch._inductor.custom_graph_pass", "CustomGraphPass"),
+    "DispatchKey": ("torch._C", "DispatchKey"),
     "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
     "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
     "HigherOrderOperator": ("torch._ops", "HigherOrderOperator"),
     "InductorWrapper": ("torch", "_TorchCompileInductorWrapper"),
     "OpOverload": ("torch._ops", "OpOverload"),
     "PythonPrinter": ("torch.utils._sympy.printers", "PythonPrinter"),
+    "ShapeEnv": ("torch.fx.experimental.symbolic_shapes", "ShapeEnv"),
     "TorchDispatchMode": ("torch.utils._python_dispatch", "TorchDispatchMode"),
     "TracingContext": ("torch._guards", "TracingContext"),
     "clear_function_transforms": ("torch._functorch.pyfunctorch", "temporarily_clear_interpreter_stack"),

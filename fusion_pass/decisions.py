@@ -13,8 +13,9 @@ import torch
 from torch.fx import Graph, Node
 
 from fusedhead import returned, row_region, sharded
-from fusedhead.aliases import storage, written
+from fusedhead.aliases import memory
 from fusedhead.anchors import candidates
+from fusedhead.effects import memory_written
 from fusedhead.interpret import Reading, Site
 from fusedhead.opened import CHECKPOINTS
 from fusedhead.options import Options
@@ -134,10 +135,10 @@ def why_returned(site: Site, mutations: Mutations, modes: dict[Node, bool], owne
 
 def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str, deferred: bool = False) -> str:
     """Why a site must stay as it is, or ""."""
+    operands = leaves(site.head.operands)
     if site.escapes:
         node, sentence = site.escapes[0]
-        return f"{sentence} (at {where(node)})"
-    operands = leaves(site.head.operands)
+        return subclass(site, operands) or f"{sentence} (at {where(node)})"
     steps = [t.logits for _, t in site.terminals]
     vectors = leaves([c for s in steps for c in s.cols] + [r.value for s in steps for r in s.rows])
     labels = leaves([p for _, t in site.terminals for p in (*t.label_sources, *t.sources)])
@@ -167,11 +168,11 @@ def changed_too_early(
     """What is written before a fused head, its backward or its returned logits would read it, as a sentence, or ""."""
     operands = leaves(site.head.operands)
     indices = leaves([a for _, t in site.terminals for step in t.logits.row_steps for a in step.args])
+    read = [*operands, *vectors, *indices]
     begin = min(site.head.products, key=mutations.position.__getitem__)
-    if site.terminals:
-        end = max((node for node, _ in site.terminals), key=mutations.position.__getitem__)
-        first = min((node for node, _ in site.terminals), key=mutations.position.__getitem__)
-        reason = mutations.between(begin, end, [*operands, *vectors, *indices]) or mutations.between(first, end, labels)
+    terminals = sorted((node for node, _ in site.terminals), key=mutations.position.__getitem__)
+    if terminals:
+        reason = mutations.between(begin, terminals[-1], read) or mutations.between(terminals[0], terminals[-1], labels)
         if reason:
             return reason
     for output in site.outputs:
@@ -182,17 +183,17 @@ def changed_too_early(
         from_logits = {site.head.node, *site.followed}.intersection(making)
         if fake(output).requires_grad and len({modes[node] for node in from_logits}) > 1:
             return "the returned logits are made partly with and partly without gradients recorded"
-    if site.outputs:
-        return mutations.anywhere_after(begin, [*operands, *vectors, *indices]) or ""
-    if any(isinstance(fake(node), torch.Tensor) and fake(node).requires_grad for node in operands):
-        # the backward reads both operands again, where eager code may need only one of them
-        return mutations.anywhere_after(begin, operands) or ""
-    return ""
+    # the backward reads again what eager code may not need: of two factors, where only one wants a gradient, one
+    learning = any(isinstance(fake(node), torch.Tensor) and fake(node).requires_grad for node in read)
+    reason = mutations.anywhere_after(begin, read) if site.outputs or learning else None
+    if learning and terminals and not reason:
+        reason = mutations.anywhere_after(terminals[0], labels)
+    return reason or ""
 
 
 def written_behind(site: Site, output: Node) -> bool:
     """Whether memory that a returned tensor is made of is written by a node that is no part of its making."""
     making = returned.program_of([output], returned.followed(site))[0]
-    memory = {storage(fake(node)) for node in making}
+    made_of = set().union(*map(memory, making))
     others = set(site.followed).difference(making)
-    return any(storage(fake(target)) in memory for node in others for target in written(node))
+    return any(not made_of.isdisjoint(memory_written(node)) for node in others)

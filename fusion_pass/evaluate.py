@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fusedhead.compat import HigherOrderOperator, OpOverload, tree_leaves, unset_fake_temporarily
+from fusedhead.dry_run import changed_arguments
 from fusedhead.read import fake, inputs, name_of, trace
 from fusedhead.rowwise import Rowwise
 from fusedhead.rules import RULES
@@ -42,6 +43,7 @@ def evaluate(node: Node, program: GraphModule, known: dict[Node, Any]) -> Any:
     env: dict[Node, Any] = {}
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     env.update(zip(placeholders, given))
+    check_writes(program)
     calls = [n for n in program.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
     for op in program.graph.nodes:
         if op.op == "output":
@@ -62,6 +64,34 @@ def evaluate(node: Node, program: GraphModule, known: dict[Node, Any]) -> Any:
         else:
             env[op] = Plain(Call(op.target, args, kwargs), val)
     raise AssertionError("a traced graph has an output")
+
+
+def check_writes(program: GraphModule) -> None:
+    """Raise Escape unless every write in a trace is read by the name of its result.
+
+    So it is where the node is one step in place, and where what is written was made by the node itself and has no
+    other name.
+    """
+    result = program.graph.output_node().args[0]
+    for op in program.graph.nodes:
+        if not isinstance(op.target, torch._ops.OpOverload):
+            continue
+        changed = tree_leaves(list(changed_arguments(op.target, op.args, op.kwargs)))
+        for target in (x for x in changed if isinstance(x, Node)):
+            if target.op == "placeholder":
+                known = result is op
+            else:
+                others = [user for user in target.users if user is not op]
+                known = not shares(target) and all(user < op and not shares(user) for user in others)
+            if not known:
+                raise Escape(f"{name_of(op)} writes to memory that has several names")
+
+
+def shares(op: Node) -> bool:
+    """Whether the result of a traced op may be memory that another name has, a write to that name aside."""
+    schema = getattr(op.target, "_schema", None)
+    views = [r for r in schema.returns if r.alias_info is not None] if schema is not None else ()
+    return schema is None or any(not view.alias_info.is_write for view in views)
 
 
 def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -96,8 +126,8 @@ def out_of_place(target: Any) -> Any:
     if not is_mutable(target):
         return None
     name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
-    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-    return getattr(packet, overload, None)
+    pure = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), overload, None)
+    return None if is_mutable(pure) else pure
 
 
 def constant(tensor: Any, node: Node) -> Plain:

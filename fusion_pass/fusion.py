@@ -7,7 +7,7 @@ copy of the original. Which reading is used is for `readings` to say, which site
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -62,23 +62,26 @@ class Body(NamedTuple):
     module: GraphModule
     owner: str  # the name of the higher-order op that runs it, "" for the graph itself
     grad: bool | None  # whether gradients are recorded where it is run; None for both
+    calls: tuple[Node, ...] = ()  # the nodes that run it
 
 
 def bodies(gm: GraphModule) -> list[Body]:
     """The graph of a module and those that its nodes run, each once."""
     found: dict[GraphModule, Body] = {}
 
-    def visit(module: GraphModule, owner: str, grad: bool | None) -> None:
+    def visit(module: GraphModule, owner: str, grad: bool | None, call: Node | None = None) -> None:
         known = found.get(module)
+        calls = (*(known.calls if known else ()), *([call] if call is not None else ()))
         if known is not None and known.grad == grad:
+            found[module] = known._replace(calls=calls)
             return
-        found[module] = Body(module, owner, grad if known is None else None)
+        found[module] = Body(module, owner, grad if known is None else None, calls)
         modes = grad_modes(module.graph, grad is not False)
         for node in module.graph.nodes:
             part = getattr(module, str(node.target), None) if node.op == "get_attr" else None
             if isinstance(part, GraphModule):
                 for user in node.users:
-                    visit(part, name_of(user), modes[user] if grad is not None else None)
+                    visit(part, name_of(user), modes[user] if grad is not None else None, user)
 
     visit(gm, "", torch.is_grad_enabled())
     return list(found.values())
@@ -112,7 +115,7 @@ def fuse_graph(
     report.heads += regions.inline(gm)
     taken_out = opened.open_heads(gm) if twice else []
     deferred = options.logits == "deferred" and not sharded.given_back(gm.graph)
-    for module, owner, grad in bodies(gm):
+    for module, owner, grad, calls in bodies(gm):
         broadcasts.separate(module.graph)
         accumulations.separate(module.graph)
         subscripts.separate(module.graph)
@@ -137,7 +140,7 @@ def fuse_graph(
             records += unlisted(module.graph, reading, not_read, lambda site: "", options)
         if reading.sites:
             records, wrapped = fuse_body(
-                module.graph, reading, owner, options, alone, grad, deferred, not_read, left
+                module.graph, reading, owner, options, alone, grad, deferred, not_read, left, calls
             )
         if both_ways.left(products):
             raise Needless
@@ -167,13 +170,15 @@ def fuse_body(
     deferred: bool = False,
     not_read: Collection[Node] | None = None,
     left: Mapping[str, str] = size_gate.EMPTY,
+    calls: Sequence[Node] = (),
 ) -> tuple[list[HeadRecord], Wrap | None]:
     """Decide and rewrite the sites of one graph; ``alone`` are projections to be deferred without a loss.
 
     ``not_read``: projections that the report has said of that they could not be read; None where products that might
-    be heads are not asked for. ``left``: as in `fuse_graph`.
+    be heads are not asked for. ``left``: as in `fuse_graph`. ``calls``: the nodes that run the graph.
     """
-    modes, mutations = grad_modes(graph, grad is not False), Mutations(graph, grad is not False)
+    first = min(product for site in reading.sites for product in site.head.products)  # type: ignore[type-var]
+    modes, mutations = grad_modes(graph, grad is not False), Mutations(graph, grad is not False, first, calls)
     found = row_region.regions(reading)
     met = {head: region for region in found for head in region.heads}
     decided = decide(graph, reading, met, options, mutations, modes, owner, alone, deferred, left)

@@ -8,48 +8,20 @@ numbers, another grad mode, another autocast. This file knows no heads and no lo
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
-from fusedhead.aliases import storage, written
-from fusedhead.compat import TorchDispatchMode, maybe_get_fake_mode
+from fusedhead.aliases import memory
+from fusedhead.dry_run import RANDOM
+from fusedhead.effects import draws, memory_written, writes
 from fusedhead.places import Places, before
-from fusedhead.read import callee, fake
-
-RANDOM = torch.Tag.nondeterministic_seeded
+from fusedhead.read import fake
 
 
 def random(op: Node) -> bool:
     """Whether an ATen node draws random numbers: computed a second time, it is another number."""
     return RANDOM in getattr(op.target, "tags", ())
-
-
-class Draws(TorchDispatchMode):
-    """Sees whether anything that runs draws random numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.any = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.any |= RANDOM in func.tags
-        return func(*args, **(kwargs or {}))
-
-
-def may_draw(node: Node) -> bool:
-    """Whether a Dynamo node draws random numbers, or cannot be run on its fake inputs to find out."""
-    try:
-        args, kwargs = map_arg((node.args, node.kwargs), fake)
-        modes = filter(None, map(maybe_get_fake_mode, map(fake, [node, *node.all_input_nodes])))
-        with next(modes), torch.no_grad(), Draws() as seen:
-            callee(node)(*args, **kwargs)
-        return seen.any
-    except Exception:
-        return True
 
 
 def floating(nodes: Iterable[Node]) -> bool:
@@ -58,8 +30,8 @@ def floating(nodes: Iterable[Node]) -> bool:
 
 def overwritten(nodes: Sequence[Node], begin: Node, end: Node, places: Places) -> bool:
     """Whether memory that ``nodes`` share is written between two nodes."""
-    memory = {storage(fake(node)) for node in nodes} - {None}
-    return any(storage(fake(target)) in memory for node in places.writes(begin, end) for target in written(node))
+    read = set().union(*map(memory, nodes))
+    return any(not read.isdisjoint(memory_written(node)) for node in places.writes(begin, end))
 
 
 def after(nodes: Iterable[Node], anchor: Node, most: int | None = None) -> set[Node]:
@@ -79,7 +51,7 @@ def hoist(nodes: Sequence[Node], anchor: Node, places: Places) -> str:
     late = sorted(after(nodes, anchor))  # type: ignore[type-var]
     if not late:
         return ""
-    if any(True for _ in places.writes(anchor, late[-1])) or any(True for _ in written(late[-1])):
+    if any(True for _ in places.writes(anchor, late[-1])) or writes(late[-1]):
         return "an operand of the loss is computed in place after the head"
     region, recorded = places.autocast(anchor), places.recorded(anchor)
     for node in late:
@@ -89,7 +61,7 @@ def hoist(nodes: Sequence[Node], anchor: Node, places: Places) -> str:
         learning = any(isinstance(fake(s), Tensor) and fake(s).requires_grad for s in sources)
         if places.recorded(node) != recorded and learning:
             return f"{node.name}, an operand of the loss, is computed where no gradient is recorded"
-        if may_draw(node):
+        if draws(node):
             return f"{node.name}, an operand of the loss, may draw random numbers after the head"
     for node in late:
         anchor.prepend(node)
@@ -126,12 +98,12 @@ def put_behind(nodes: Sequence[Node], anchor: Node, fixed: Collection[Node], pla
         return False
     moved = sorted(early)  # type: ignore[type-var]
     read = [source for node in moved for source in (node, *node.all_input_nodes)]
-    if moved and (any(True for node in moved for _ in written(node)) or overwritten(read, moved[0], anchor, places)):
+    if moved and (any(map(writes, moved)) or overwritten(read, moved[0], anchor, places)):
         return False
     for node in moved:
         if places.autocast(node) != places.autocast(anchor) or places.recorded(node) != places.recorded(anchor):
             return False
-        if may_draw(node):
+        if draws(node):
             return False
     for node in reversed(moved):
         anchor.append(node)

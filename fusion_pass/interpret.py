@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fusedhead.aliases import storage, written
+from fusedhead.aliases import storage
 from fusedhead.anchors import candidates
 from fusedhead.compat import tree_leaves, tree_map
+from fusedhead.effects import effects
 from fusedhead.evaluate import all_followed, follow, is_value
 from fusedhead.modes import grad_modes
 from fusedhead.places import before
@@ -104,6 +105,7 @@ def interpret(
             sites[logits.head].sizes.append((node, rows_of_hidden(logits)))
             continue
         try:
+            target = written_logits(node, values)
             value = follow(node, values, traced)
         except Escape as escape:
             if not heads:
@@ -124,7 +126,7 @@ def interpret(
         if not isinstance(value, (Terminal, Plain)):
             values[node] = value
             sharing.setdefault(storage(fake(node)), []).append(node)
-            overwritten(node, values, sharing, sites, modes[node])
+            overwritten(node, target, values, sharing, sites, modes[node])
     return Reading(list(sites.values()), values, rowwise, unread)
 
 
@@ -146,8 +148,21 @@ def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
     return int(node.args[1]) % value.val.ndim != logits_of(value).class_dim  # type: ignore[arg-type]
 
 
+def written_logits(node: Node, values: Mapping[Node, Any]) -> Node | None:
+    """The name of followed logits that a node writes to; None where it writes to nothing. Raises Escape."""
+    does = effects(node)
+    if not does.sure and values.keys().isdisjoint(node.all_input_nodes):
+        return None  # a projection of what cannot be run: whether its operands are plain tensors is asked later
+    if not does.sure or does.anything or does.backward:
+        raise Escape(f"what {name_of(node)} does with the logits besides its result is not known")
+    if len(does.written) > 1 or any(target not in values for target in does.written):
+        raise Escape(f"{name_of(node)} writes to other memory than the logits'")
+    return next(iter(does.written), None)
+
+
 def overwritten(
     node: Node,
+    target: Node | None,
     values: dict[Node, Any],
     sharing: Mapping[int | None, Sequence[Node]],
     sites: dict[Projection, Site],
@@ -158,8 +173,7 @@ def overwritten(
     Pure as long as no other live name shares the memory; otherwise the site escapes. ``sharing``: the nodes that have
     a value, by their memory.
     """
-    target = next(iter(written(node)), None)
-    if target is None or target not in values or not isinstance(values[node], (Rowwise, *FOLLOWED)):
+    if target is None or not isinstance(values[node], (Rowwise, *FOLLOWED)):
         return
 
     def escape(reason: str) -> None:

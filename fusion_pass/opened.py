@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from torch.fx import Graph, GraphModule, Node
 
-from fusedhead.aliases import written
 from fusedhead.anchors import above_losses
 from fusedhead.compat import HigherOrderOperator
-from fusedhead.hoisting import may_draw
+from fusedhead.effects import draws, writes
 from fusedhead.read import name_of
 from fusedhead.regions import region_of, replaced
 from fusedhead.rewrite import PURE_VIEWS
@@ -50,7 +49,7 @@ def a_head_alone(graph: Graph) -> bool:
         if not node.op.startswith("call_") or isinstance(node.target, HigherOrderOperator):
             return False
         of_product = any(source in made for source in node.all_input_nodes)
-        if any(True for _ in written(node)) or may_draw(node) or (name_of(node) in SPELLINGS and of_product):
+        if writes(node) or draws(node) or (name_of(node) in SPELLINGS and of_product):
             return False
         if of_product or name_of(node) in SPELLINGS:
             made.add(node)

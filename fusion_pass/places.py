@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.fx import Graph, Node
 
-from fusedhead.aliases import written
 from fusedhead.compat import enter_autocast, exit_autocast, set_grad_enabled
+from fusedhead.effects import writes
 
 Regions = tuple[Node, ...]
 
@@ -25,12 +25,23 @@ class Places:
     """
 
     def __init__(self, graph: Graph, enabled: bool | None = None) -> None:
-        self.writers = [node for node in graph.nodes if any(True for _ in written(node))]
+        self.unasked = list(graph.nodes)  # in order: the beginning of the graph, which nobody has asked about yet
+        self.writers: list[Node] = []  # what writes in the rest of it
         self.recorded = recorded(graph, enabled)
         self.autocast = autocast(graph)
 
+    def ask(self, begin: Node) -> None:
+        """Find out what writes from ``begin`` on."""
+        found = []
+        while self.unasked and (self.unasked[-1]._erased or not before(self.unasked[-1], begin)):
+            node = self.unasked.pop()
+            if not node._erased and writes(node):
+                found.append(node)
+        self.writers[:0] = reversed(found)
+
     def writes(self, begin: Node, end: Node) -> Iterator[Node]:
         """The nodes that write, from ``begin`` on and before ``end``."""
+        self.ask(begin)
         for node in self.writers[bisect_left(self.writers, begin) :]:  # type: ignore[type-var]
             if not before(node, end):
                 return

@@ -63,8 +63,8 @@ def trace(node: Node) -> GraphModule:
         return make_fx(standalone, pre_dispatch=True)(*map(fake, sources))
 
 
-def kind(node: Node) -> Hashable:
-    """What a node's trace depends on: its function, its constants, and what tensors it is given. None: not known."""
+def form(node: Node) -> Hashable:
+    """What a node does, whatever it does it to: its function and its constants. Raises TypeError: not known."""
     sources = inputs(node)
     leaves, spec = tree_flatten((node.args, node.kwargs))
 
@@ -75,8 +75,15 @@ def kind(node: Node) -> Hashable:
             return "slice", of(leaf.start), of(leaf.stop), of(leaf.step)
         return type(leaf), leaf
 
+    found = node.op, node.target, str(spec), *map(of, leaves)
+    hash(found)
+    return found
+
+
+def kind(node: Node) -> Hashable:
+    """What a node's trace depends on: its function, its constants, and what tensors it is given. None: not known."""
     try:
-        found = node.op, node.target, str(spec), *map(of, leaves), *map(layout, map(fake, sources))
+        found = form(node), *map(layout, map(fake, inputs(node)))
         hash(found)
         return found
     except (TypeError, RuntimeError, NotImplementedError):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from torch import Tensor
 from torch.fx import Graph, Node
 
 from fusedhead.aliases import storage
 from fusedhead.compat import tree_flatten
+from fusedhead.effects import memory_written
 from fusedhead.modes import autocasts, grad_modes
 from fusedhead.places import Places
 from fusedhead.read import fake, name_of
@@ -63,10 +63,5 @@ def call_of(node: Node) -> Hashable:
 
 def changed(begin: Node, end: Node, places: Places) -> bool:
     """Whether what a node reads is written to between it and another."""
-    memory = {storage(fake(source)) for source in begin.all_input_nodes} - {None}
-    return any(
-        storage(fake(x)) in memory
-        for node in places.writes(begin, end)
-        for x in node.all_input_nodes
-        if isinstance(fake(x), Tensor)
-    )
+    memory = {at for at in (storage(fake(source)) for source in begin.all_input_nodes) if at is not None}
+    return any(not memory.isdisjoint(memory_written(node)) for node in places.writes(begin, end))

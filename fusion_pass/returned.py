@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from fusedhead.aliases import storage, written
+from fusedhead.aliases import memory
+from fusedhead.effects import memory_written
 from fusedhead.interpret import Site
 from fusedhead.modes import grad_modes
 from fusedhead.read import fake, name_of
@@ -64,7 +65,7 @@ def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[lis
     inside: set[Node] = set()
     sources: list[Node] = []
     stack = list(outputs)
-    writers = {node: [storage(fake(target)) for target in written(node)] for node in followed}
+    writers = {node: memory_written(node) for node in followed}
     while stack:
         node = stack.pop()
         if node in inside or node in sources:
@@ -72,8 +73,8 @@ def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[lis
         if node in followed or is_cheap(node):
             inside.add(node)
             stack.extend(node.all_input_nodes)
-            memory = storage(fake(node))
-            stack.extend(writer for writer, targets in writers.items() if memory in targets)
+            own = memory(node)
+            stack.extend(writer for writer, targets in writers.items() if not own.isdisjoint(targets))
         else:
             sources.append(node)
     order = {node: i for i, node in enumerate(outputs[0].graph.nodes)}

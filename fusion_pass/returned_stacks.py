@@ -15,7 +15,6 @@ import torch
 from torch.fx import Graph, Node
 
 from fusedhead import returned, weights
-from fusedhead.aliases import storage
 from fusedhead.anchors import candidates
 from fusedhead.compat import FakeTensor
 from fusedhead.interpret import Site, run_of
@@ -129,10 +128,9 @@ def movable(
     recorded = {modes[node] for node in own}
     tokens = [hint(n) or 0 for n in fake(found.head.node).shape[:-1]]
     plain = all(type(fake(s)) in (FakeTensor, torch.nn.Parameter) for s in sources if isinstance(fake(s), torch.Tensor))
-    written = mutations.writes.keys() & {storage(fake(node)) for node in own}
     return (
         plain
-        and not written
+        and mutations.anywhere_after(making[0], own) is None
         and recorded in ({True}, {False})
         and (recorded == {True} or torch.Size(tokens).numel() >= returned.LEAST_TOKENS)
         and all(user in own or user.op == "output" for node in own for user in node.users)

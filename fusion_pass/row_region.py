@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fusedhead.aliases import written
 from fusedhead.compat import tree_leaves
+from fusedhead.effects import writes
 from fusedhead.interpret import Reading
 from fusedhead.rewrite import erase
 from fusedhead.rowwise import RowCall, RowLeaf, Rowwise, Seed, parts
@@ -117,7 +117,7 @@ def unused(reading: Reading) -> set[Node]:
     """What leads to nothing: as a result its operands would get gradients of zeros, where eager code has none."""
     found: set[Node] = set()
     for node in reversed(reading.rowwise):
-        if all(user in found for user in node.users) and not any(True for _ in written(node)):
+        if all(user in found for user in node.users) and not writes(node):
             found.add(node)
     return found
 
@@ -129,7 +129,7 @@ def erase_unused(reading: Reading, heads: set[Projection]) -> None:
     """
 
     def may_go(node: Node, value: Any) -> bool:
-        if not any(True for _ in written(node)):
+        if not writes(node):
             return any(part.heads & heads for part in parts(value))
         a_result = isinstance(value, Rowwise) and value.small
         return not a_result and all(part.heads <= heads for part in parts(value))

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fusedhead.aliases import storage, written
+from fusedhead.aliases import storage
+from fusedhead.effects import written
 from fusedhead.emit import Emit, static
 from fusedhead.modes import grad_modes
 from fusedhead.places import before
@@ -110,7 +111,9 @@ def scattered(base: Target, node: Node) -> Target | None:
     """``base`` with a number at the labels."""
     given: dict[str, Any] = dict(zip(("dim", "index", "value"), node.args[1:])) | node.kwargs
     dim, index, value = given.get("dim"), given.get("index"), given.get("value", given.get("src"))
-    if set(given) - {"dim", "index", "value", "src"} or not isinstance(index, Node) or not number(value):
+    if set(given) - {"dim", "index", "value", "src"} or not isinstance(index, Node):
+        return None
+    if value is None or not number(value):
         return None
     ndim, found = fake(node).ndim, fake(index)
     if not isinstance(dim, int) or dim % ndim != ndim - 1 or base.index is not None:

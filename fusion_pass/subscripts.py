@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fusedhead.aliases import storage
+from fusedhead.effects import memory_written
 from fusedhead.emit import Emit, static
 from fusedhead.modes import grad_modes
 from fusedhead.places import Places
@@ -104,7 +105,7 @@ def alone(update: Update, places: Places) -> bool:
     memory = storage(fake(update.tensor))
     through = {update.op, update.last}
     for node in places.writes(update.view, update.last):
-        if node not in through and any(storage(fake(x)) == memory for x in node.all_input_nodes):
+        if node not in through and memory in memory_written(node):
             return False
     reads = isinstance(update.operand, Node) and storage(fake(update.operand)) == memory
     learns = isinstance(update.operand, Node) and fake(update.operand).requires_grad

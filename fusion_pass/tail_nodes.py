@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fusedhead.aliases import written
+from fusedhead.effects import effects
 from fusedhead.kernels.contract import STATS
 from fusedhead.places import Places, before
 from fusedhead.read import fake, name_of
@@ -143,11 +143,15 @@ def writes_into(call: Node, scalar: Node, places: Places) -> Node | None:
 
     By names, not by memory: the fake values of old nodes do not know yet that they are views of new ones.
     """
-    if not any(True for _ in places.writes(call, call.graph.output_node())):
+    writers = list(places.writes(call, call.graph.output_node()))
+    if not writers:
         return None
-    reached = computed_from(call)
-    between = reached - computed_from(scalar)
-    return next((node for node in reached if any(target in between for target in written(node))), None)
+    between = computed_from(call) - computed_from(scalar)
+    for node in writers:
+        does = effects(node)
+        if does.anything or not between.isdisjoint((*does.written, *does.backward)):
+            return node
+    return None
 
 
 def first_use(statistics: Sequence[Node]) -> Node:

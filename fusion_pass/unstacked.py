@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fusedhead import returned
-from fusedhead.aliases import storage
 from fusedhead.anchors import candidates
 from fusedhead.modes import grad_modes
 from fusedhead.read import every_dimension, fake, name_of
@@ -118,7 +117,7 @@ def index_of(node: Node) -> Index | None:
 def exact(found: Stack, mutations: Mutations, recorded: dict[Node, bool]) -> bool:
     """Whether every part may be read from its own head, and the rest be computed when the graph has run."""
     nodes = [*found.parts, *found.kept, *(taken.node for taken in found.taken)]
-    if not mutations.writes.keys().isdisjoint({storage(fake(node)) for node in nodes}):
+    if mutations.anywhere_after(min(found.parts), nodes) is not None:  # type: ignore[type-var]
         return False
     if not found.outputs:
         return True

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fusedhead.aliases import storage, written
+from fusedhead.aliases import storage
 from fusedhead.compat import HigherOrderOperator, maybe_get_fake_mode, tree_leaves
-from fusedhead.hoisting import may_draw
+from fusedhead.effects import draws, writes, written
 from fusedhead.read import callee, fake, hint, name_of
 from fusedhead.rules.projections import SPELLINGS
 
@@ -74,7 +74,7 @@ def overwritten(nodes: set[Node]) -> bool:
 
 def same_again(node: Node) -> bool:
     """Whether a node, run again without autocast, gives the tensors that the graph has: pure, of the same dtypes."""
-    if any(True for _ in written(node)) or may_draw(node):
+    if writes(node) or draws(node):
         return False
     known = tree_leaves(fake(node))
     mode = next(filter(None, map(maybe_get_fake_mode, (x for x in known if isinstance(x, Tensor)))), None)

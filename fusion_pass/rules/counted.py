@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fusedhead.aliases import storage, written
+from fusedhead.aliases import memory
+from fusedhead.effects import may_write
 from fusedhead.emit import Emit
 from fusedhead.read import fake, name_of
 from fusedhead.rules.entries import gather
@@ -47,8 +48,8 @@ def counts(index: Plain) -> bool:
     if len(node.args) > 1 or "start" in node.kwargs:
         start = node.args[0] if len(node.args) > 1 else node.kwargs["start"]
         step = node.args[2] if len(node.args) > 2 else node.kwargs.get("step", 1)
-    memory = storage(fake(node))
-    untouched = not any(storage(fake(to)) == memory for other in node.graph.nodes for to in written(other))
+    own = memory(node)
+    untouched = not any(may_write(other, own) for other in node.graph.nodes)
     return start == 0 and step == 1 and fake(node).dtype == torch.int64 and untouched
 
 

@@ -16,18 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedhead import (
-    aliases,
-    backend,
-    hoisting,
-    interpret,
-    places,
-    read,
-    returned,
-    tail_gradient,
-    tail_nodes,
-    unstacked,
-)
+from fusedhead import backend, dry_run, effects, read, tail_gradient
 from fusedhead.emit import Emit
 from fusedhead.options import Options
 from tests.eager_stack import Rewritten
@@ -56,7 +45,7 @@ class Decoder(nn.Module):
 
 
 def counted(layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often the pass visits, traces and emits nodes of a model of so many layers."""
+    """How often the pass runs, traces and emits nodes of a model of so many layers."""
     count: Counter[str] = Counter()
 
     def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +57,8 @@ def counted(layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     with monkeypatch.context() as patch:
         for name, modules in {
-            "written": (aliases, hoisting, interpret, places, returned, tail_nodes, unstacked),
+            "ask": (effects,),
+            "run": (dry_run,),
             "trace": (read,),
             "make_fx": (read, tail_gradient),
         }.items():
@@ -103,14 +93,23 @@ def test_the_pieces_of_a_loop_share_their_traces(monkeypatch: pytest.MonkeyPatch
     assert len(made) <= 4
 
 
-def test_layers_are_visited_and_never_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_neither_run_nor_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "MOST_FACTS", 0)  # none are kept
     few, many = counted(1, monkeypatch), counted(9, monkeypatch)
     assert few["heads"] == many["heads"] == 1
     assert many["nodes"] > 4 * few["nodes"]
     assert few["trace"] == many["trace"] == 3  # the product, a view, the loss
     assert few["make_fx"] == many["make_fx"] == 4  # ... and the gradient of the tail
     assert few["emit"] == many["emit"] < 40
-    assert many["written"] <= 2 * many["nodes"]
+    assert few["ask"] == many["ask"] < 20
+    assert few["run"] == many["run"] < 10
+
+
+def test_what_a_call_of_pytorch_does_is_found_out_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "FACTS", {})
+    first, second = counted(1, monkeypatch), counted(1, monkeypatch)
+    assert first["ask"] == second["ask"]
+    assert first["run"] > second["run"] == 0
 
 
 def rows_of_one_product(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -171,5 +170,5 @@ def calls_of(program: Callable[..., Tensor], count: int) -> int:
     ("program", "slack"), [(rows_of_one_product, 1.01), (in_place, 1.01), (with_z_loss, 1.15), (token_by_token, 1.15)]
 )
 def test_a_loop_twice_as_long_is_twice_the_work(program: Callable[..., Tensor], slack: float) -> None:
-    few, more, many = (calls_of(program, count) for count in (4, 12, 20))
+    _, few, more, many = (calls_of(program, count) for count in (2, 4, 12, 20))  # the first finds out what calls do
     assert many - more <= slack * (more - few)
