@@ -27,6 +27,7 @@ from fusedhead.compat import (
     TorchDispatchMode,
     disable_current_modes,
     tree_leaves,
+    tree_map_only,
 )
 from fusedhead.read import callee, form, hint, inputs
 from fusedhead.unhooked import unhooked
@@ -103,6 +104,9 @@ class Watch(TorchDispatchMode):
 
 def storages(value: Any) -> set[int]:
     return {at for at in map(storage, tree_leaves(value)) if at is not None}
+
+
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def number(value: Any) -> Any:
@@ -229,7 +233,8 @@ def watched(
         own = [[leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in values]
         memory, versions = list(map(storages, own)), [[tensor._version for tensor in some] for some in own]
         device = next((tensor.device.type for some in own for tensor in some), "cpu")
-        args, kwargs = map_arg((node.args, node.kwargs), dict(zip(sources, values)).__getitem__)
+        given = map_arg((node.args, node.kwargs), dict(zip(sources, values)).__getitem__)
+        args, kwargs = tree_map_only(SYMBOLIC, number, given)  # a symbol would be asked for its value, and guarded
         cast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with cast, Watch() as seen:
             result = function(*args, **kwargs)

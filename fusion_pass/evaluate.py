@@ -74,7 +74,7 @@ def check_writes(program: GraphModule) -> None:
     """
     result = program.graph.output_node().args[0]
     for op in program.graph.nodes:
-        if not isinstance(op.target, torch._ops.OpOverload):
+        if not isinstance(op.target, OpOverload):
             continue
         changed = tree_leaves(list(changed_arguments(op.target, op.args, op.kwargs)))
         for target in (x for x in changed if isinstance(x, Node)):

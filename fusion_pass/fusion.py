@@ -48,7 +48,7 @@ from fusedhead.report import HeadRecord, Report
 from fusedhead.returned import Wrap, at_once, nested, unwrapped
 from fusedhead.rewrite import fuse
 from fusedhead.safety import Mutations
-from fusedhead.sources import place
+from fusedhead.sources import place, products_of
 from fusedhead.unlisted import unlisted
 from fusedhead.unread import unread
 from fusedhead.values import Projection, logits_of
@@ -187,7 +187,8 @@ def fuse_body(
         listed = {*not_read, *(node for site, _ in decided for node in (site.head.node, *site.head.products))}
         why_kept = partial(why_returned, mutations=mutations, modes=modes, owner=owner, deferred=deferred)
         records += unlisted(graph, reading, listed, why_kept, options)
-    places = {site.head: place(site.head.node) for site, _ in decided}  # while all products are in the graph
+    products = products_of(graph)  # while all are there
+    places = {site.head: place(site.head.node, products) for site, _ in decided}
     recipes = []
     least = size_gate.limits(reading.sites, options.min_logits, options.budget)
     slots: list[Any] = list(graph.output_node().args[0]) if owner == "" else []  # type: ignore[arg-type]

@@ -174,7 +174,7 @@ def sizes_of(prices: Sequence[Price], tokens: int, token_bytes: int) -> Callable
     def sizes(n: int) -> tuple[int, int]:
         held = 0.0
         for price in prices:
-            total = max(1, round(n * price.tokens / tokens)) if tokens else n
+            total = max(1, round(n * price.tokens / tokens) if tokens else n)
             held = max(held, price.plan(total)[0] * min(1.0, n / total))
         return n * token_bytes, int(held)
 

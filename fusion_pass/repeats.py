@@ -13,23 +13,24 @@ from torch.fx import Graph, Node
 
 from fusedhead.aliases import storage
 from fusedhead.compat import tree_flatten
-from fusedhead.effects import memory_written
+from fusedhead.effects import may_write
 from fusedhead.modes import autocasts, grad_modes
-from fusedhead.places import Places
 from fusedhead.read import fake, name_of
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.weights import made_of_inputs
 
+WEIGHT_AT = {"linear": 1, "matmul": 1, "mm": 1, "addmm": 2}  # the place of a product's second factor
+
 
 def join(graph: Graph) -> None:
     """Let products read the first of the nodes that make the same weight, in place."""
-    made = [source for node in graph.nodes if name_of(node) in SPELLINGS for source in node.all_input_nodes]
+    made = [source for node in graph.nodes if name_of(node) in SPELLINGS for source in weights_at(node)]
     made = [node for node in dict.fromkeys(made) if node.op.startswith("call_") and may_repeat(node)]
     if len(made) < 2:
         return
     chains = {node: found for node in made if (found := made_of_inputs(node))}
     inside = set().union(*chains.values()) if len(chains) > 1 else set()
-    modes, regions, places = grad_modes(graph), autocasts(graph), Places(graph)
+    modes, regions = grad_modes(graph), autocasts(graph)
     first: dict[Hashable, Node] = {}
     for node in list(graph.nodes):
         if node not in inside or any(user.op == "output" for user in node.users):
@@ -38,9 +39,17 @@ def join(graph: Graph) -> None:
         if key is None:
             continue
         known = first.setdefault((key, modes[node], regions[node]), node)
-        if known is not node and not changed(known, node, places):
+        if known is not node and not changed(known, node):
             node.replace_all_uses_with(known)
             graph.erase_node(node)
+
+
+def weights_at(product: Node) -> list[Node]:
+    """The operands of a product that may be a weight: not the hidden states, where their place is known."""
+    at = WEIGHT_AT.get(name_of(product))
+    if at is None:
+        return product.all_input_nodes
+    return [node for node in product.args[at : at + 1] if isinstance(node, Node)]
 
 
 def may_repeat(node: Node) -> bool:
@@ -61,7 +70,12 @@ def call_of(node: Node) -> Hashable:
     return key
 
 
-def changed(begin: Node, end: Node, places: Places) -> bool:
+def changed(begin: Node, end: Node) -> bool:
     """Whether what a node reads is written to between it and another."""
     memory = {at for at in (storage(fake(source)) for source in begin.all_input_nodes) if at is not None}
-    return any(not memory.isdisjoint(memory_written(node)) for node in places.writes(begin, end))
+    node = begin.next
+    while node is not end:
+        if may_write(node, memory):
+            return True
+        node = node.next
+    return may_write(begin, memory)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fusedhead.aliases import storage
-from fusedhead.effects import written
+from fusedhead.aliases import memory
+from fusedhead.effects import may_write
 from fusedhead.emit import Emit, static
 from fusedhead.modes import grad_modes
 from fusedhead.places import before
@@ -137,9 +137,9 @@ def filled(node: Any, reader: Node) -> Target | None:
     if not number(given) and name not in ("empty_like",):
         return None
     found = Target(float(given or 0.0), float(given or 0.0), None, False, frozenset({node}))
-    known, memory = name != "empty_like", storage(fake(node))
+    known, at = name != "empty_like", memory(node)
     for write in node.graph.nodes:
-        if not any(storage(fake(x)) == memory for x in written(write)):
+        if not may_write(write, at):
             continue
         if not before(write, reader) and write is not reader:
             return None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fusedhead.read import name_of
 from fusedhead.rules.projections import SPELLINGS
@@ -59,19 +59,27 @@ def module(node: Node) -> str:
     return stack[-1][1] if stack else ""
 
 
-def place(node: Node) -> str:
-    """ "model.py:30 (lm_head)": the line that a head is told from other layers by, and its module."""
-    found, path = caller(node), module(node)
+def products_of(graph: Graph) -> list[Node]:
+    """The products of a graph, among which a head's line is told."""
+    return [node for node in graph.nodes if name_of(node) in SPELLINGS]
+
+
+def place(node: Node, products: Sequence[Node] | None = None) -> str:
+    """ "model.py:30 (lm_head)": the line that a head is told from other layers by, and its module.
+
+    ``products``: those of its graph, for who asks for many places.
+    """
+    found, path = caller(node, products_of(node.graph) if products is None else products), module(node)
     line = str(found) if found is not None else node.name
     return f"{line} ({path})" if path else line
 
 
-def caller(node: Node) -> Frame | None:
+def caller(node: Node, products: Sequence[Node]) -> Frame | None:
     """The innermost frame that is no helper of several layers', nor the forward of a class of linear layers."""
     own = frames(node)
     if not own:
         return None
-    others = [other for other in node.graph.nodes if other is not node and name_of(other) in SPELLINGS]
+    others = [other for other in products if other is not node]
     at = len(own) - 1
     if is_a_layer(node, others):
         at = next((i for i in range(at, 0, -1) if own[i].function in FORWARD), at + 1) - 1

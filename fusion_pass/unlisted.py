@@ -18,6 +18,7 @@ from fusedhead.lone_heads import LEAST_RATIO, LEAST_VOCAB, SURE_VOCAB, looks_lik
 from fusedhead.options import Options
 from fusedhead.read import fake, most, name_of, where
 from fusedhead.report import HeadRecord
+from fusedhead.rules.losses import same_shape
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.size_gate import least_logits
 from fusedhead.unread import describe
@@ -54,7 +55,7 @@ def of_features(node: Node) -> bool:
         return True
     sources = [fake(source) for source in node.all_input_nodes]
     shape = getattr(fake(node), "shape", ())
-    wide = [x for x in sources if isinstance(x, Tensor) and len(shape) > 1 and x.shape == shape]
+    wide = [x for x in sources if isinstance(x, Tensor) and len(shape) > 1 and same_shape(x.shape, shape)]
     return name_of(node) in JOINING and len(wide) > 1
 
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fusedhead.aliases import storage
+from fusedhead.aliases import memory
 from fusedhead.compat import HigherOrderOperator, maybe_get_fake_mode, tree_leaves
-from fusedhead.effects import draws, writes, written
+from fusedhead.effects import draws, may_write, writes
 from fusedhead.read import callee, fake, hint, name_of
 from fusedhead.rules.projections import SPELLINGS
 
@@ -66,10 +66,10 @@ def entries_of(node: Node) -> int:
 
 def overwritten(nodes: set[Node]) -> bool:
     """Whether anything in the graph writes to what the nodes make."""
-    memory = {storage(x) for node in nodes for x in tree_leaves(fake(node))} - {None}
-    inputs = {storage(fake(source)) for node in nodes for source in node.all_input_nodes if source.op == "placeholder"}
-    graph = next(iter(nodes)).graph
-    return any(storage(fake(to)) in memory - inputs for node in graph.nodes for to in written(node))
+    made = set().union(*map(memory, nodes))
+    inputs = {source for node in nodes for source in node.all_input_nodes if source.op == "placeholder"}
+    own = made.difference(*map(memory, inputs))
+    return any(may_write(node, own) for node in next(iter(nodes)).graph.nodes)
 
 
 def same_again(node: Node) -> bool:
