@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusedhead.kernels import self_check, torch_windows, triton_self_check
-from fusedhead.kernels.triton_self_check import Claim, difference, made, swept, truth
+from fusedhead.kernels.triton_self_check import Claim, by_eager, difference, made, swept, truth
 
 GPU = torch.device("cuda", 0)
 ANSWER = "import json; print('ready'); print(json.dumps({'serves': %s, 'reason': '%s'}))"
@@ -198,6 +198,11 @@ SMALL = Claim(((40, 300, 24, 2, "", BF16), (30, 200, 16, 1, triton_self_check.CA
 
 def by_torch(head, upstream):
     return swept(torch_windows, head, upstream)
+
+
+def test_an_engine_agrees_with_eager_code(monkeypatch):
+    monkeypatch.setattr(triton_self_check, "ROWS", 16)
+    assert difference(SMALL._replace(slack=1.5, floor=1e-5), by_torch, by_eager, torch.device("cpu")) == ""
 
 
 def test_kernels_agree_with_themselves(monkeypatch):
