@@ -15,9 +15,11 @@ This file knows nothing of heads.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch.fx import Graph, Node
 
 from fusedhead.aliases import memory
@@ -53,6 +55,9 @@ def ask(node: Node) -> Effects:
         changed = changed_arguments(node.target, node.args, node.kwargs)
         nodes = dict.fromkeys(x for argument in changed for x in tree_leaves(argument) if isinstance(x, Node))
         return Effects(tuple(nodes))
+    if node.target is torch.autograd.grad:  # it cannot be run on stand-ins; what it runs is the backward of others
+        special = (each for each in ahead_of(node) if isinstance(each.target, HigherOrderOperator) or is_theirs(each))
+        return Effects(tuple(dict.fromkeys(x for each in special for x in effects(each).backward)))
     theirs = is_theirs(node)
     if not theirs and not any(map(memory, node.all_input_nodes)):
         return NOTHING  # not run either: it may be one that switches a mode
@@ -92,13 +97,14 @@ def writes(node: Node) -> bool:
     return found.anything or bool(found.written)
 
 
+def ahead_of(node: Node) -> Iterator[Node]:
+    """The nodes of a graph before one."""
+    return takewhile(lambda other: other is not node, node.graph.nodes)
+
+
 def earlier(node: Node) -> Iterator[Node]:
     """The nodes before one that have memory."""
-    for other in node.graph.nodes:
-        if other is node:
-            return
-        if memory(other):
-            yield other
+    return filter(memory, ahead_of(node))
 
 
 def memory_written(node: Node) -> set[int]:

@@ -111,8 +111,10 @@ def effects_of_call(call: Node, of: Of) -> Effects:
             backward = given(call)
         if places is None or (places and count != len(passed)):
             written.update(dict.fromkeys(given(call)))
-        else:
-            written.update((x, None) for place in places for x in tree_leaves(passed[place]) if isinstance(x, Node))
+            continue
+        for place in places:
+            own = [x for x in tree_leaves(passed[place]) if isinstance(x, Node) and memory(x)]
+            written.update(dict.fromkeys(own or given(call)))  # what has no memory is not what the body writes to
     return Effects(tuple(written), backward, anything)
 
 

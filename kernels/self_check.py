@@ -144,7 +144,7 @@ def _begin(claim: Claim) -> bool:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     except (OSError, ValueError) as error:
-        log.info("fusedhead: the self-check of %s cannot be started (%s); %s", *claim, error, FALLBACK[claim.name])
+        log.info("fusedhead: the self-check of %s cannot be started (%s); %s", claim.name, error, FALLBACK[claim.name])
         return False
     _running[claim] = _Check(process, os.getpid(), time.monotonic())
     return True

@@ -104,7 +104,7 @@ def by_eager(head: Head, upstream: RowGrads) -> Iterator[Found]:
     h, w = head.h.detach().requires_grad_(), head.w.detach().requires_grad_()
     z = apply(head.transform, (h @ w.T).float(), head.cols, head.rows)
     lse, picked = z.logsumexp(1), z.gather(1, head.y)
-    loss = (lse * upstream.lse).sum() + (picked * upstream.picked).sum()
+    loss = (lse * upstream.lse).sum() + (picked * upstream.picked).sum()  # type: ignore[operator]
     found = Found(lse.detach(), picked.detach(), *torch.autograd.grad(loss, (h, w)))
     yield from (found, found)
 

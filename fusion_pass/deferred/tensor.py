@@ -270,6 +270,8 @@ def follow(tensor: DeferredLogits) -> None:
     made = tensor._plain
     if made is None or made.is_inference() or is_adopted(tensor):
         return
+    if made._base is not None and not torch.is_grad_enabled():
+        return  # torch refuses the history of such a view from here on, when somebody asks for it
     with out_of_sight(), modes(Mode(True, None), made.device.type):
         if made.requires_grad:
             Followed.apply(tensor, made)

@@ -18,13 +18,14 @@ ANSWER = "import json; print('ready'); print(json.dumps({'serves': %s, 'reason':
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch, tmp_path):
+def machine(monkeypatch, tmp_path, caplog):
     """A GPU with a name and a file of its own; nothing decided yet."""
     monkeypatch.setenv("FUSEDHEAD_SELF_CHECK", str(tmp_path / "deep" / "self_check.json"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"chip {index}")
     monkeypatch.setattr(self_check, "_uuid", lambda index: "")
     monkeypatch.setattr(self_check, "_decided", {})
     monkeypatch.setattr(self_check, "_running", {})
+    caplog.set_level("INFO", "fusedhead")
 
 
 def child(monkeypatch, code: str) -> list[subprocess.Popen]:

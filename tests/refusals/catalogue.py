@@ -327,6 +327,7 @@ LEFT: dict[str, list[str]] = {
         "test_a_weight_changed_after_the_projection_is_not_read_again",
         "test_labels_written_into_between_two_losses_are_two_sets_of_labels",
     ],
-    "smaller heads, where fusing costs time and saves little": ["test_a_tiny_head_is_left_alone_unless_asked_for"],
+    "smaller heads, and such as would hold more than their logits": ["test_a_tiny_head_is_left_alone_unless_asked_for"],
+    "each call decides where tokens are a symbol": ["test_the_limit_decides_at_run_time_whatever_the_budget"],
     "`fusedhead.min_logits` moves the limit": ["test_a_tiny_head_is_left_alone_unless_asked_for"],
 }  # fmt: skip
