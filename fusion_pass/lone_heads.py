@@ -6,6 +6,8 @@ decides about no site: whether a head can be deferred is asked later.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.fx import Graph, Node
 
@@ -31,9 +33,9 @@ def pays(vocab: int, depth: int) -> bool:
     return vocab >= LEAST_VOCAB and (vocab >= LEAST_RATIO * depth or vocab >= SURE_VOCAB)
 
 
-def heads_without_loss(graph: Graph) -> set[Node]:
-    """Projections from which an output of the graph is reached without passing another one."""
-    found: set[Node] = set()
+def last_products(graph: Graph, passed: Callable[[Node], bool] = lambda node: True) -> list[Node]:
+    """The products from which an output of the graph is reached past no other and past ``passed`` nodes."""
+    found: list[Node] = []
     seen: set[Node] = set()
     stack = [graph.output_node()]
     while stack:
@@ -41,8 +43,13 @@ def heads_without_loss(graph: Graph) -> set[Node]:
             if source in seen or not source.op.startswith("call_"):
                 continue
             seen.add(source)
-            if name_of(source) not in SPELLINGS:
+            if name_of(source) in SPELLINGS:
+                found.append(source)
+            elif passed(source):
                 stack.append(source)
-            elif looks_like_a_head(source):
-                found.add(source)
     return found
+
+
+def heads_without_loss(graph: Graph) -> set[Node]:
+    """Projections from which an output of the graph is reached without passing another one."""
+    return set(filter(looks_like_a_head, last_products(graph)))

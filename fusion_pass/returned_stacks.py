@@ -28,7 +28,7 @@ from fusedhead.rewrite import erase
 from fusedhead.safety import Mutations, functorch
 from fusedhead.size_gate import gate
 from fusedhead.stacks import SPELLED, stack_at
-from fusedhead.unread import describe
+from fusedhead.unread import unread_head
 from fusedhead.unstacked import ARRANGING
 from fusedhead.values import Stack, leaves
 
@@ -140,7 +140,7 @@ def movable(
 
 def record(product: Node, small: str) -> HeadRecord:
     """What the report says of one head of a stack."""
-    (left,) = describe(product, small)
+    (left,) = unread_head(product, small)
     if small:
         return left
     return replace(

@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fusedhead.interpret import Reading, Site
-from fusedhead.lone_heads import LEAST_RATIO, LEAST_VOCAB, SURE_VOCAB, looks_like_a_head
+from fusedhead.lone_heads import LEAST_RATIO, LEAST_VOCAB, SURE_VOCAB, last_products, looks_like_a_head
 from fusedhead.options import Options
 from fusedhead.read import fake, most, name_of, where
 from fusedhead.report import HeadRecord
 from fusedhead.rules.losses import same_shape
-from fusedhead.rules.projections import SPELLINGS
 from fusedhead.size_gate import least_logits
-from fusedhead.unread import describe
+from fusedhead.unread import unread_head
 
 # what features of a network go through, and logits do not
 FEATURES = frozenset(
@@ -34,19 +33,7 @@ JOINING = frozenset({"add", "add_", "iadd", "sub", "mul", "mul_", "imul", "trued
 
 def products(graph: Graph) -> list[Node]:
     """The products that lead to an output of the graph past no other product, and as logits do."""
-    found: dict[Node, None] = {}
-    seen: set[Node] = set()
-    stack = [graph.output_node()]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source in seen or not source.op.startswith("call_"):
-                continue
-            seen.add(source)
-            if name_of(source) in SPELLINGS:
-                found[source] = None
-            elif not of_features(source):
-                stack.append(source)
-    return list(found)
+    return last_products(graph, lambda node: not of_features(node))
 
 
 def of_features(node: Node) -> bool:
@@ -89,7 +76,7 @@ def unlisted(
             continue
         if looks_like_a_head(node) and options.logits != "deferred":
             continue  # as the user asks
-        for record in describe(node, reason(node, sites.get(node), reading, why_kept)):
+        for record in unread_head(node, reason(node, sites.get(node), reading, why_kept)):
             record.likely = node in sites or node in reading.unread
             yield record
 

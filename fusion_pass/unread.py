@@ -44,7 +44,7 @@ def unread(graph: Graph, reading: Reading) -> dict[Node, HeadRecord]:
                 reasons[node] = f"the head is inside {region}, and its loss outside (at {where(node)})"
             elif node in reading.unread and node not in read:
                 reasons[node] = f"{reading.unread[node]} (at {where(node)})"
-    return {node: record for node, reason in reasons.items() for record in describe(node, reason)}
+    return {node: record for node, reason in reasons.items() for record in unread_head(node, reason)}
 
 
 def taken(graph: Graph) -> Iterator[tuple[Node, str]]:
@@ -81,7 +81,7 @@ def made_inside(item: Node) -> object:
     return results[number] if isinstance(results, (list, tuple)) and number < len(results) else None
 
 
-def describe(node: Node, reason: str) -> Iterator[HeadRecord]:
+def unread_head(node: Node, reason: str) -> Iterator[HeadRecord]:
     """The record of a projection that was not read; none where it is no product of tensors."""
     logits, hidden = fake(node), next((fake(n) for n in node.all_input_nodes), None)
     if isinstance(logits, Tensor) and isinstance(hidden, Tensor) and logits.ndim and hidden.ndim:

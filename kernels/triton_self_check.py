@@ -33,7 +33,7 @@ LOUD = 80.0  # a row times this has exponentials that overflow
 ROWS = 256  # of the float64 logits that exist at once
 
 
-class Claim(NamedTuple):
+class Trial(NamedTuple):
     """On which heads kernels are tried; they may err by slack times the trusted ones' error, and floor."""
 
     heads: tuple[tuple[int, int, int, int, str, torch.dtype], ...]
@@ -42,8 +42,8 @@ class Claim(NamedTuple):
 
 
 CLAIMS = {
-    "pairs": Claim(PLAIN, 1.1, 1e-6),
-    "triton": Claim((*PLAIN, CAPPED), 1.5, 1e-5),  # beside eager code, of other roundings
+    "pairs": Trial(PLAIN, 1.1, 1e-6),
+    "triton": Trial((*PLAIN, CAPPED), 1.5, 1e-5),  # beside eager code, of other roundings
 }
 
 
@@ -115,7 +115,7 @@ def errors(found: Found, exact: Found) -> list[float]:
     return [error if error < float("inf") else float("inf") for error in map(float, norms)]
 
 
-def difference(claim: Claim, asked: Run, trusted: Run, device: torch.device) -> str:
+def difference(claim: Trial, asked: Run, trusted: Run, device: torch.device) -> str:
     """Where the kernels in question fall behind the trusted ones, as a sentence, or ""."""
     for given in claim.heads:
         head, upstream = made(*given, device)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusedhead.kernels import self_check, torch_windows, triton_self_check
-from fusedhead.kernels.triton_self_check import Claim, by_eager, difference, made, swept, truth
+from fusedhead.kernels.triton_self_check import Trial, by_eager, difference, made, swept, truth
 
 GPU = torch.device("cuda", 0)
 ANSWER = "import json; print('ready'); print(json.dumps({'serves': %s, 'reason': '%s'}))"
@@ -194,7 +194,7 @@ def test_a_program_that_ends_leaves_no_child(monkeypatch):
 
 
 BF16 = torch.bfloat16
-SMALL = Claim(((40, 300, 24, 2, "", BF16), (30, 200, 16, 1, triton_self_check.CAP, torch.float16)), 1.1, 1e-6)
+SMALL = Trial(((40, 300, 24, 2, "", BF16), (30, 200, 16, 1, triton_self_check.CAP, torch.float16)), 1.1, 1e-6)
 
 
 def by_torch(head, upstream):
