@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 APART := "litgpt>=0.5.13" timm "torchtune>=0.6.1" "torchao==0.11.0" \
 	"torchvision==0.$(shell expr $(word 2,$(subst ., ,$(TORCH))) + 15).*"
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCES := $(sort $(wildcard fusion_pass/*.py fusion_pass/*/*.py lowering/*.py kernels/*.py))
+SOURCES := $(sort $(shell find fusion_pass lowering kernels -name "*.py"))
 
 .PHONY: test fast oldest pythons some lint types pytest e2e demo bench clean FORCE
 

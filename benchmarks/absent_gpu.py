@@ -2,7 +2,7 @@
 
 Triton compiles for a chip by its name alone, ptxas included. What has to be there is the launch: which arguments are
 aligned or equal to one, which tile and which constants a kernel is asked for. So the engine itself runs, on tensors
-without storage (device "meta"), through `triton_launch` and Triton's own look at the arguments, and every launch ends
+without storage (device "meta"), through `launch.launch` and Triton's own look at the arguments, and every launch ends
 where the compiled kernel would be handed to the driver. Nothing is computed. Triton has to be imported without
 TRITON_INTERPRET. This file must not know which heads are compiled, nor what for.
 """
@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fusedhead.kernels import triton_sweep, triton_tiles
+from fusedhead.kernels.triton_engine.launch import sweep, tiles
 
 
 class Chip(NamedTuple):
@@ -44,15 +44,15 @@ class Chip(NamedTuple):
 
     @property
     def major(self) -> int:
-        return self.target.arch // 10 if self.target.backend == "cuda" else triton_tiles.AMD
+        return self.target.arch // 10 if self.target.backend == "cuda" else tiles.AMD
 
     def answer(self, device: torch.device) -> tuple[int, int]:
-        """In place of `triton_tiles.device_of`."""
+        """In place of `tiles.device_of`."""
         return self.major, self.multiprocessors
 
     def serves_pairs(self, device: torch.device) -> bool:
-        """In place of `triton_tiles.pairs_serve`."""
-        return self.major in triton_tiles.PAIRED_CHIPS
+        """In place of `tiles.pairs_serve`."""
+        return self.major in tiles.PAIRED_CHIPS
 
 
 CHIPS = {
@@ -148,5 +148,5 @@ def absent_gpu(chip: Chip = H100) -> Iterator[list[Compiled]]:
             *((x, "pairs_serve", chip.serves_pairs) for x in _asking("pairs_serve")),
         ):
             stack.enter_context(patch.object(owner, name, stand_in))
-        triton_sweep.forget()  # tiles of another chip
+        sweep.forget()  # tiles of another chip
         yield listed

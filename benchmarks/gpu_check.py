@@ -19,9 +19,9 @@ import torch
 from gpu_heads import BF16, F16, F32, OPERANDS, SOFTCAP, Case, make_grads, make_head
 from torch import Tensor
 
-from fusedhead.kernels import triton_windows as engine
-from fusedhead.kernels.columns import apply, parse
 from fusedhead.kernels.contract import STATS, Head, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.transform.transform import apply, parse
+from fusedhead.kernels.triton_engine import engine
 
 CASES = (
     *(Case(252, 768, 50257, t, grads=g) for t in (BF16, F16, F32) for g in ("loss", "stats")),
@@ -238,7 +238,7 @@ def large_windows_index_right(device: str) -> Iterator[tuple[str, bool]]:
 BAD_LABEL = """
 import torch
 from fusedhead.kernels import triton_windows as engine
-from fusedhead.kernels.columns import apply, parse
+from fusedhead.kernels.transform.transform import apply, parse
 from fusedhead.kernels.contract import Head, Windows
 h, w = torch.randn(8, 64, device="cuda"), torch.randn(99, 64, device="cuda")
 e = torch.empty(0, device="cuda")

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Head, Needs, RowGrads
+from fusedhead.kernels.transform.transform import parse
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 OPERANDS = Needs(True, True, False, False)

@@ -31,11 +31,10 @@ from benchmarks import data, shapes, tasks
 from benchmarks.contenders import STRICT, compiled
 from benchmarks.gpu_heads import OPERANDS, make_grads, make_head
 from benchmarks.gpu_heads import Case as HeadCase
-from fusedhead.kernels import triton_one_pass, triton_weight_gradient
-from fusedhead.kernels import triton_windows as engine
 from fusedhead.kernels.contract import Needs, Windows
-from fusedhead.kernels.triton_launch import Launch
-from fusedhead.lowering.plan import plan
+from fusedhead.kernels.triton_engine import engine, single_pass, weight_gradient
+from fusedhead.kernels.triton_engine.launch.launch import Launch
+from fusedhead.lowering.plan.plan import plan
 
 Step = Callable[[], object]
 EACH = 100
@@ -123,8 +122,8 @@ def items(case: shapes.Case) -> dict[str, Step]:
     def without_launches() -> None:
         with (
             patch.object(Launch, "__call__", lambda self, *given: None),
-            patch.object(triton_one_pass, "gemm", lambda *given, **options: None),
-            patch.object(triton_weight_gradient, "gemm", lambda *given, **options: None),
+            patch.object(single_pass, "gemm", lambda *given, **options: None),
+            patch.object(weight_gradient, "gemm", lambda *given, **options: None),
         ):
             for _ in range(EACH):
                 loss()

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from fusedhead.kernels.triton_tiles import Tile
-from fusedhead.kernels.triton_tuning import candidates, fastest, make_head, step_of
+from fusedhead.kernels.triton_engine.launch.tiles import Tile
+from fusedhead.kernels.triton_engine.launch.tuning import candidates, fastest, make_head, step_of
 
 SHAPES = {
     "llama3": (4096, 4096, 128256),

@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from gpu_heads import BF16, F16, F32, OPERANDS, SOFTCAP, Case, make_grads, make_head
 
-from fusedhead.kernels import triton_windows as engine
 from fusedhead.kernels.contract import STATS, Head, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.triton_engine import engine
 
 SHAPES = (
     ("llama3-8b", 8192, 4096, 128256),

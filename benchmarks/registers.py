@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from benchmarks.absent_gpu import CHIPS, H100, Chip, Compiled, absent_gpu
 from benchmarks.machine import versions
-from fusedhead.generate import function_of
-from fusedhead.kernels import triton_windows as engine
-from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats
-from fusedhead.kernels.triton_scale import scale_in_place
-from fusedhead.lowering.plan import LEAST, plan
+from fusedhead.kernels.transform.transform import parse
+from fusedhead.kernels.triton_engine import engine
+from fusedhead.kernels.triton_engine.rows.scale import scale_in_place
+from fusedhead.lowering.plan.plan import LEAST, plan
+from fusedhead.rules.pointwise_codegen import function_of
 
 CAP = "mul:0.03333333333333333 tanh mul:30.0"
 MASK, SET = "dropcol:0", "setcol:0"  # classes at -inf, at another number

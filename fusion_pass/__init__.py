@@ -7,11 +7,11 @@ Programs that cannot name a backend: ``fusedhead.enable()``, or ``fusedhead run 
 """
 
 from fusedhead.backend import FusedHeadError, fusedhead
-from fusedhead.deferred.knowledge import StaleLogits
-from fusedhead.enable import changes, disable, enable
+from fusedhead.deferred.state import StaleLogits
 from fusedhead.explain import explain
 from fusedhead.lowering.ops import LabelOutOfRange
-from fusedhead.report import HeadRecord, Report
+from fusedhead.report.report import HeadRecord, Report
+from fusedhead.run.enable import changes, disable, enable
 from fusedhead.version import __version__
 
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from fusedhead.cli import main
+from fusedhead.run.cli import main
 
 sys.exit(main())

@@ -14,18 +14,18 @@ from typing import Any
 from torch.fx import Graph, GraphModule
 
 from fusedhead import compat
-from fusedhead import observe as observing
 from fusedhead.compat import FakeTensor, make_graph_module, use_lazy_graph_module
-from fusedhead.deferred.handing_out import StaleLogits, deferring, existing
-from fusedhead.deferred.inputs import any_deferred, spread
-from fusedhead.fusion import Grows, Needless, fuse_graph
-from fusedhead.inductor import Inductor, keyed, overwrites
-from fusedhead.kernels.triton_chips import start_checks
+from fusedhead.deferred.graph_inputs import any_deferred, spread
+from fusedhead.deferred.graph_outputs import StaleLogits, deferring, existing
+from fusedhead.graph.unhooked import unhooked
+from fusedhead.inductor.config import Inductor, keyed, overwrites
+from fusedhead.kernels.chips import start_checks
 from fusedhead.options import Options, split
-from fusedhead.records import symbols
-from fusedhead.report import Report
-from fusedhead.returned import Wrap, compute_now, unwrapped
-from fusedhead.unhooked import unhooked
+from fusedhead.pipeline import Grows, Needless, fuse_graph
+from fusedhead.report import observers as observing
+from fusedhead.report.records import symbols
+from fusedhead.report.report import Report
+from fusedhead.rewrite.returned_logits import Wrap, compute_now, unwrapped
 
 log = logging.getLogger("fusedhead")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fusedhead.backend import compile_with
-from fusedhead.report import Report
+from fusedhead.report.report import Report
 
 
 def explain(fn: Callable[..., Any], **compile_options: Any) -> Callable[..., Report]:

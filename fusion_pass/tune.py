@@ -30,27 +30,27 @@ def main(arguments: Sequence[str] | None = None, clock: Callable[[Callable[[], o
         print("fusedhead: no GPU here: there are no tiles to tune on a CPU", file=sys.stderr)
         return 2
 
-    from fusedhead.kernels import triton_tuned, triton_tuning
-    from fusedhead.kernels.triton_sweep import sweep
-    from fusedhead.kernels.triton_tiles import pairs_serve
+    from fusedhead.kernels.triton_engine.launch import tuned_tiles, tuning
+    from fusedhead.kernels.triton_engine.launch.sweep import sweep
+    from fusedhead.kernels.triton_engine.launch.tiles import pairs_serve
 
     device, dtype, rows = torch.device("cuda", torch.cuda.current_device()), DTYPES[given.dtype], []
-    print(triton_tuned.name_of(device))
+    print(tuned_tiles.name_of(device))
     pairs = pairs_serve(device)
     for hidden in sorted(int(size) for size in given.hidden.split(",")):
-        head = triton_tuning.make_head(given.tokens, hidden, given.vocab, "cuda", dtype)
-        for kernel in triton_tuned.KERNELS:
+        head = tuning.make_head(given.tokens, hidden, given.vocab, "cuda", dtype)
+        for kernel in tuned_tiles.KERNELS:
             tma = sweep(kernel, head).layout.tma
-            tiles = triton_tuning.candidates(kernel, given.tokens, triton_tuning.GROUPS, tma, pairs)
-            found = triton_tuning.fastest(kernel, head, tiles, clock or triton_tuning.timed)
+            tiles = tuning.candidates(kernel, given.tokens, tuning.GROUPS, tma, pairs)
+            found = tuning.fastest(kernel, head, tiles, clock or tuning.timed)
             if not found:
                 print(f"fusedhead: no tile of {kernel} fits this GPU at hidden size {hidden}", file=sys.stderr)
                 return 1
             alone = next((item for item in found if not item[1].paired), found[0])
             for ms, tile in dict.fromkeys((found[0], alone)):  # heads that pairs cannot take need the second
-                rows.append(triton_tuned.Tuned(kernel, dtype.itemsize, tma, hidden, tile))
+                rows.append(tuned_tiles.Tuned(kernel, dtype.itemsize, tma, hidden, tile))
                 print(f"  {kernel}, hidden size {hidden}: {ms:.3f} ms with {tile}", flush=True)
-    print(f"kept in {triton_tuned.keep(triton_tuned.name_of(device), rows)}")
+    print(f"kept in {tuned_tiles.keep(tuned_tiles.name_of(device), rows)}")
     return 0
 
 

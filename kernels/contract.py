@@ -2,7 +2,7 @@
 
 A *head* is ``z = transform(h @ w.T)`` with z [N, V] the logits, which no engine may build whole.
 An *engine* is a module with the three functions ``head_stats``, ``head_stats_backward`` and ``head_loss``
-below (``torch_windows`` and ``triton_windows``); `lowering` picks one and calls it. All statistics are
+below (``torch_engine.engine`` and ``triton_engine.engine``); `lowering` picks one and calls it. All statistics are
 float32 and per row. This file knows nothing of graphs, ops or autograd.
 
     def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.columns import Transform
+from fusedhead.kernels.transform.transform import Transform
 
 STATS = ("lse", "picked", "sum", "entropy", "max", "argmax", "lse_low", "spread")
 

@@ -6,8 +6,8 @@ too simple to be wrong, so it must not know about windows, engines, dtypes of ac
 
 from __future__ import annotations
 
-from fusedhead.kernels.columns import apply
 from fusedhead.kernels.contract import Head, RowStats
+from fusedhead.kernels.transform.transform import apply
 
 
 def row_stats(head: Head) -> RowStats:

@@ -1,10 +1,10 @@
 """Whether kernels that may not work everywhere work here: tried once in a process of its own, kept on disk.
 
-    serves("pairs", device)      the paired sweeps (`gluon_pair`), whose language changes with Triton
+    serves("pairs", device)      the paired sweeps (`ring`), whose language changes with Triton
     serves("triton", device)     the whole Triton engine, on a chip that no test has run on
 
 A kernel whose language or chip is new may fail to compile, give other numbers, hang, or leave the GPU unusable for its
-process. None of that may reach a user's program, so small heads are run in a child process (`triton_self_check`),
+process. None of that may reach a user's program, so small heads are run in a child process (`self_check`),
 which compares with kernels that are trusted. The verdict holds for one GPU model, version of Triton and state of these
 sources. A check takes most of a minute, in which kernels are compiled; `start` lets it run beside a model's
 compilation. Where it has not ended when its answer is needed, and where it could not be made (no memory, no second
@@ -35,7 +35,10 @@ log = logging.getLogger("fusedhead")
 LIMIT = 300  # seconds after which a check has hung
 PATIENCE = {"pairs": 20, "triton": LIMIT}  # seconds that a program waits: plain sweeps are little slower than pairs
 READY = "ready"  # the child's first line: what fails after it is the kernels' failure
-CHILD = "import sys; sys.path[:] = {path!r}; from fusedhead.kernels.triton_self_check import main; main({argument!r})"
+CHILD = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from fusedhead.kernels.triton_engine.self_check import main; main({argument!r})"
+)
 FALLBACK = {
     "pairs": "the plain sweeps serve in place of the paired ones",
     "triton": "the torch engine serves in place of the Triton engine",

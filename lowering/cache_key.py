@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SUFFIXES = (".py", ".cpp", ".h", ".cu")
-PACKAGES = ("fusedhead", "fusedhead.deferred", "fusedhead.rules", "fusedhead.lowering", "fusedhead.kernels")
+PACKAGES = ("fusedhead", "fusedhead.lowering", "fusedhead.kernels")
 
 
 def sources() -> list[tuple[str, Path]]:
@@ -22,9 +22,9 @@ def sources() -> list[tuple[str, Path]]:
     for package in PACKAGES:
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
-            for file in Path(folder).iterdir():
+            for file in Path(folder).rglob("*"):
                 if file.suffix in SUFFIXES and file.is_file():
-                    found[f"{package}/{file.name}"] = file
+                    found[f"{package}/{file.relative_to(folder).as_posix()}"] = file
     return sorted(found.items())
 
 

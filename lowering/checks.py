@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.columns import Transform, parse
 from fusedhead.kernels.contract import STATS, Head
+from fusedhead.kernels.transform.transform import Transform, parse
 
 
 class LabelOutOfRange(IndexError, RuntimeError):

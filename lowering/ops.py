@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.kernels import torch_softmax_gradients
-from fusedhead.kernels.columns import plain_scale
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
-from fusedhead.kernels.torch_products import product_dtype
+from fusedhead.kernels.torch_engine import softmax_gradients
+from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
+from fusedhead.kernels.transform.transform import plain_scale
 from fusedhead.lowering import autograd, fakes
 from fusedhead.lowering.checks import LabelOutOfRange, asked, head_of
-from fusedhead.lowering.plan import engine_for, plan
+from fusedhead.lowering.plan.plan import engine_for, plan
 
 __all__ = ["SCHEMAS", "LabelOutOfRange"]
 
@@ -53,9 +53,16 @@ SCHEMAS = {
 NONE = Needs(False, False, False, False)
 
 
+ENGINES = {
+    "torch_whole": "fusedhead.kernels.torch_engine.whole",
+    "torch_windows": "fusedhead.kernels.torch_engine.engine",
+    "triton_windows": "fusedhead.kernels.triton_engine.engine",
+}
+
+
 @cache
 def _module(engine: str) -> ModuleType:
-    return import_module(f"fusedhead.kernels.{engine}")
+    return import_module(ENGINES[engine])
 
 
 def as_written(device: torch.device) -> AbstractContextManager[object]:
@@ -89,10 +96,10 @@ def _chosen(
 
 
 def _row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
-    """Whether the engine gets gradients of this head from exponentials, see `torch_softmax_gradients`."""
+    """Whether the engine gets gradients of this head from exponentials, see `softmax_gradients`."""
     if engine_for(head.h.dtype, head.h.device.type) == "triton_windows":
         return not (needs.cols or needs.rows)
-    return torch_softmax_gradients.serves(head, upstream, needs)
+    return softmax_gradients.serves(head, upstream, needs)
 
 
 def _given(x: Tensor) -> Tensor | None:

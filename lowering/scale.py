@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.triton_chips import triton_serves
+from fusedhead.kernels.chips import triton_serves
 
 # |g - 1| below which g·x rounds back to x, whatever x: less than half a unit in the last place
 UNMOVED = {torch.bfloat16: 2.0**-11, torch.float16: 2.0**-14}
@@ -42,7 +42,7 @@ def _in_place(xs: list[Tensor], g: Tensor) -> None:
         else:
             _one_in_place(x, g)
     for dtype, same in launched.items():
-        from fusedhead.kernels.triton_scale import scale_in_place
+        from fusedhead.kernels.triton_engine.rows.scale import scale_in_place
 
         for at in range(0, len(same), 2):
             scale_in_place(same[at], same[at + 1] if at + 1 < len(same) else None, g, UNMOVED.get(dtype, 0.0))

@@ -1,11 +1,11 @@
 """Logits that a compiled graph returns without building them: a tensor that knows what it would be made of.
 
-| a graph returns logits, another takes them  | `handing_out`, `inputs`                              |
-| the tensor, and what it knows               | `tensor`, `knowledge`, `program`, `steps`            |
-| what is active around a call                | `surroundings`                                       |
-| a call on it: table, record, or answer      | `calls`, `tables`, `recording`, `request`            |
-| what the call amounts to, read as a graph   | `draft`, `reading`, `token_by_token`, `outcome`      |
-| numbers that are known already              | `sweeps`, `picks`                                    |
+| a graph returns logits, another takes them | `graph_outputs`, `graph_inputs`                      |
+| the tensor, and what it knows              | `tensor`, `state`, `call_program`, `optimizer_steps` |
+| what is active around a call               | `surroundings`                                       |
+| a call on it: table, record, or answer     | `dispatch`, `op_tables`, `record`, `query`           |
+| what the call amounts to, read as a graph  | `to_fx`, `lower`, `lower_tokenwise`, `results`       |
+| numbers that are known already             | `shared_statistics`, `row_picks`                     |
 
 The pass's rules read calls here as they read a Dynamo graph. No rule and no kernel may know this package.
 
@@ -16,7 +16,7 @@ happens until it is read:
 
 | what                    | how it is kept                                                                           |
 |-------------------------|------------------------------------------------------------------------------------------|
-| the operands' numbers   | operands are taken in as other names of their memory (`knowledge.taken`), with versions  |
+| the operands' numbers   | operands are taken in as other names of their memory (`state.taken`), with versions      |
 | the history             | those names have the gradient edges that the operands had: what is frozen, unfrozen,     |
 |                         | detached or replaced later, or was made under ``no_grad``, changes no gradient           |
 | grad and inference mode | each step is made, answered and read in the modes of its call (`program.Mode`)           |

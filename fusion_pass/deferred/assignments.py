@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.deferred.program import decode
+from fusedhead.deferred.call_program import decode
 from fusedhead.deferred.tensor import DeferredLogits
-from fusedhead.read import every_dimension
+from fusedhead.graph.nodes import every_dimension
 
 # name of a write to a part -> what is done to the whole, with which number elsewhere, the sign of the operand
 UPDATES: dict[str, tuple[Callable[..., Tensor], float, int]] = {

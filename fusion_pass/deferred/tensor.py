@@ -23,11 +23,11 @@ from fusedhead.compat import (
     throw_on_data_ptr,
     tree_map_only,
 )
-from fusedhead.deferred.knowledge import Family, Knowledge, Layout, Recorded, check_fresh
-from fusedhead.deferred.program import Leaf, Mode, Program, encode, modes
+from fusedhead.deferred.call_program import Leaf, Mode, Program, encode, modes
+from fusedhead.deferred.op_tables import ALONE, METADATA
+from fusedhead.deferred.state import Family, Knowledge, Layout, Recorded, check_fresh
 from fusedhead.deferred.surroundings import out_of_sight
-from fusedhead.deferred.tables import ALONE, METADATA
-from fusedhead.runs import built
+from fusedhead.graph.run_counts import built
 
 aten = torch.ops.aten
 

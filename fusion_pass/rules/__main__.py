@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fusedhead.rules.listing import between_markers, sentences, table
+from fusedhead.report.coverage import between_markers, sentences, table
 
 
 def main() -> None:

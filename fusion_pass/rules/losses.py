@@ -21,12 +21,12 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fusedhead.differences import DIFFERENCE, SPREAD, lse_less_picked, spread
-from fusedhead.emit import Emit, named
+from fusedhead.ir.builder import Emit, named
+from fusedhead.ir.logits import Escape, Logits, LogProbs, Plain
+from fusedhead.ir.lse_differences import DIFFERENCE, SPREAD, lse_less_picked, spread
+from fusedhead.ir.terminal import Statistics, Terminal
 from fusedhead.rules.row_terms import flat_terms, without_row_terms
 from fusedhead.rules.table import Context, Family, needs_logits, over_classes, plain_tensor, rule, vocab_size
-from fusedhead.terminals import Statistics, Terminal
-from fusedhead.values import Escape, Logits, LogProbs, Plain
 
 aten = torch.ops.aten
 FAMILY = Family(

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.generate import function_of
-from fusedhead.kernels.columns import Step
-from fusedhead.rules.columns import COMPUTED, needs_same_shape, vector
+from fusedhead.ir.logits import FOLLOWED, Escape, Logits, LogProbs, Plain, Probs, RowVector
+from fusedhead.kernels.transform.transform import Step
+from fusedhead.rules.elementwise import COMPUTED, needs_same_shape, vector
+from fusedhead.rules.pointwise_codegen import function_of
 from fusedhead.rules.table import Context, Family, needs_logits, rule
-from fusedhead.values import FOLLOWED, Escape, Logits, LogProbs, Plain, Probs, RowVector
 
 aten = torch.ops.aten
 FAMILY = Family(

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 
 from fusedhead.compat import enter_autocast
-from fusedhead.kernels.columns import Step
+from fusedhead.ir.logits import Call, Escape, Logits, Plain, Projection, RowStep
+from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.table import Context, Family, rule
-from fusedhead.values import Call, Escape, Logits, Plain, Projection, RowStep
 
 aten = torch.ops.aten
 FAMILY = Family(

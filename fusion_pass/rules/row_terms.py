@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fusedhead.emit import Emit
-from fusedhead.kernels.columns import Step
-from fusedhead.values import Logits, Plain
+from fusedhead.ir.builder import Emit
+from fusedhead.ir.logits import Logits, Plain
+from fusedhead.kernels.transform.transform import Step
 
 aten = torch.ops.aten
 

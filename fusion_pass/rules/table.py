@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.fx import Node
 
-from fusedhead.emit import static
-from fusedhead.values import FOLLOWED, Escape, Followed, Logits, LogProbs, Plain, Probs, Value
+from fusedhead.ir.builder import static
+from fusedhead.ir.logits import FOLLOWED, Escape, Followed, Logits, LogProbs, Plain, Probs, Value
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
 
 
 class Family(NamedTuple):
-    """A row of the table of what is fused, kept beside the rules that make it true (`fusedhead.rules.listing`)."""
+    """A row of the table of what is fused, kept beside the rules that make it true (`fusedhead.report.coverage`)."""
 
     part: str  # of a program
     fused: str  # what is read, besides the names of the ops, which the listing takes from the rules

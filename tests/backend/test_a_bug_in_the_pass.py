@@ -41,14 +41,18 @@ def buggy(*_: Any, **__: Any) -> Any:
 
 
 STAGES = [
-    "fusion.bodies", "fusion.regions.inline", "fusion.unstacked.separate", "fusion.heads_without_loss",
-    "fusion.candidates", "readings.interpret", "evaluate.applied", "interpret.record", "interpret.returned",
-    "interpret.overwritten", "fusion.unread", "decisions.gate", "size_gate.most", "fusion.row_region.regions",
-    "readings.teachers", "fusion.row_emission.fuse", "fusion.row_region.erase_unused", "decisions.refusal",
-    "decisions.subclass", "decisions.functorch", "decisions.together", "fusion.returned.recipe",
-    "fusion.returned.redirect", "fusion.fuse", "groups.groups", "operands.operands", "rewrite.rebuild",
-    "rewrite.erase", "emit.Emit.__call__", "fusion.priced", "fusion.describe", "fusion.linear_tail.upgrade",
-    "linear_tail.try_tail", "linear_tail.hoist", "linear_tail.replace", "fusion.unlisted", "fusion.place",
+    "pipeline:bodies", "pipeline:inline_regions.inline", "pipeline:unstack_heads.separate",
+    "pipeline:heads_without_loss", "pipeline:candidates", "analysis.strategies:interpret",
+    "analysis.evaluator:applied", "analysis.interpreter:record", "analysis.interpreter:returned",
+    "analysis.interpreter:overwritten", "pipeline:unread", "legality.legality:gate",
+    "legality.profitability:most", "pipeline:token_regions.regions", "analysis.strategies:teachers",
+    "pipeline:token_programs.fuse", "pipeline:token_regions.erase_unused", "legality.legality:refusal",
+    "legality.legality:subclass", "legality.legality:functorch", "legality.legality:together",
+    "pipeline:returned_logits.recipe", "pipeline:returned_logits.redirect", "pipeline:fuse", "rewrite.sweeps:groups",
+    "rewrite.operands:operands", "rewrite.statistics:rebuild", "rewrite.statistics:erase",
+    "ir.builder:Emit.__call__", "pipeline:priced", "pipeline:describe", "pipeline:forward_gradients.upgrade",
+    "rewrite.forward_gradients:try_tail", "rewrite.forward_gradients:hoist", "rewrite.forward_gradients:replace",
+    "pipeline:unlisted", "pipeline:place",
 ]  # fmt: skip
 
 
@@ -65,7 +69,8 @@ def unharmed() -> None:
 def test_a_stage_that_raises_leaves_the_graph_to_inductor(
     stage: str, unharmed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    module, *path = stage.split(".")
+    module, name = stage.split(":")
+    path = name.split(".")
     owner: Any = importlib.import_module(f"fusedhead.{module}")
     for name in path[:-1]:
         owner = getattr(owner, name)

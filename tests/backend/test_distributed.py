@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from fusedhead import sharded
+from fusedhead.legality import sharding
 
 PROGRAM = """
 import json, os, torch, torch.nn.functional as F, torch.distributed as dist
@@ -97,4 +97,4 @@ dist.destroy_process_group()
 def test_what_fsdp_frees_after_the_forward_is_not_read_later_and_a_loss_in_the_graph_is_fused() -> None:
     done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [[False, sharded.REASON], [True, ""]]
+    assert json.loads(done.stdout.splitlines()[-1]) == [[False, sharding.REASON], [True, ""]]

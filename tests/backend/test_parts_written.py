@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedhead.deferred.handing_out import DeferredLogits
+from fusedhead.deferred.graph_outputs import DeferredLogits
 from tests.eager_stack import Rewritten
 
 B, T, D, V = 4, 16, 16, 1024

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
-from fusedhead import regions
+from fusedhead.canonicalize import inline_regions
 from tests.refusals.claims import D, V, hidden, labels, left, right, weight
 
 once = torch.compiler.nested_compile_region
@@ -168,7 +168,7 @@ def test_what_a_region_cannot_have_fused_it_keeps() -> None:
 
 def test_a_region_that_cannot_be_repeated_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     def differs(*_: object) -> None:
-        raise regions.NotTheSame
+        raise inline_regions.NotTheSame
 
-    monkeypatch.setattr(regions, "valued", differs)
+    monkeypatch.setattr(inline_regions, "valued", differs)
     left(TWICE["head"], hidden(6, D), weight(), weight(), labels(6), because="cannot be repeated", options=AOT)

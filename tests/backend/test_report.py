@@ -13,9 +13,9 @@ from eager_stack import Rewritten, backend
 from torch import Tensor, nn
 
 import fusedhead
-from fusedhead.report import HeadRecord, Report
-from fusedhead.runs import Run, Tally
-from fusedhead.summary import Summary
+from fusedhead.graph.run_counts import Run, Tally
+from fusedhead.report.report import HeadRecord, Report
+from fusedhead.report.summary import Summary
 
 N, D, V = 64, 16, 2048
 # torch looks at the gradient of what a compiled function is given

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedhead.broadcasts import separate
+from fusedhead.canonicalize.expand_broadcasts import separate
 from tests.refusals.claims import D, hidden, labels, right, weight
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import fusedhead
 from fusedhead.backend import run_pass
-from fusedhead.lowering.plan import plan
+from fusedhead.legality.profitability import LEAST, LEAST_ELSEWHERE, pays_from
+from fusedhead.lowering.plan.plan import plan
 from fusedhead.options import Options, split
-from fusedhead.size_gate import LEAST, LEAST_ELSEWHERE, pays_from
 
 D, V = 4, 64
 

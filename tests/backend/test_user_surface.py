@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedhead
-from fusedhead import readings
+from fusedhead.analysis import strategies
 from fusedhead.options import Options, split
 
 V, D = 32, 8
@@ -92,7 +92,7 @@ def test_a_graph_the_pass_fails_on_is_compiled_by_inductor_with_one_warning(
     def broken(*_: object) -> None:
         raise KeyError("a surprise")
 
-    monkeypatch.setattr(readings, "interpret", broken)
+    monkeypatch.setattr(strategies, "interpret", broken)
     h, w, y = operands()
     with caplog.at_level(logging.WARNING, "fusedhead"):
         torch.testing.assert_close(torch.compile(loss, backend="fusedhead")(h, w, y), loss(h, w, y))
@@ -102,7 +102,7 @@ def test_a_graph_the_pass_fails_on_is_compiled_by_inductor_with_one_warning(
 
 
 def test_strict_turns_an_error_in_the_pass_into_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readings, "interpret", lambda *_: 1 / 0)
+    monkeypatch.setattr(strategies, "interpret", lambda *_: 1 / 0)
     with pytest.raises(Exception, match="the pass failed on this graph"):
         torch.compile(loss, backend="fusedhead", options={"fusedhead.strict": True})(*operands())
 

@@ -23,9 +23,9 @@ from torch.fx import Graph, GraphModule
 
 from fusedhead import compat
 from fusedhead.backend import FusedHeadError, run_pass
-from fusedhead.kernels import window_graphs
+from fusedhead.graph.nodes import name_of
+from fusedhead.kernels.tokenwise import compiled
 from fusedhead.options import split
-from fusedhead.read import name_of
 
 ROOT = Path(__file__).parents[2]
 ALL = (*compat.NAMES.values(), *compat.MEMBERS)
@@ -139,8 +139,8 @@ def test_without_their_names_autograd_s_keys_are_those_of_another_thread(monkeyp
     def renamed() -> None:
         raise AttributeError
 
-    monkeypatch.setattr(window_graphs, "autograd_keys", renamed)
-    torch.testing.assert_close(window_graphs.traced(vjp, given, False)(given), 2 * given[0] * given[1])
+    monkeypatch.setattr(compiled, "autograd_keys", renamed)
+    torch.testing.assert_close(compiled.traced(vjp, given, False)(given), 2 * given[0] * given[1])
 
 
 # A process that has imported torch, and forks a child for each module that names are looked up in. The child imports
@@ -176,7 +176,7 @@ def child(module, names, way):
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("fusedhead").addHandler(handler)
     import fusedhead
-    import fusedhead.cli
+    import fusedhead.run.cli
     from fusedhead import compat
     assert compat.missing, "nothing is hidden"
     if way == "enable":
@@ -239,10 +239,10 @@ def test_a_torch_without_names_compiles_and_trains_as_inductor(
 
 # Private names outside of compat.py, each with what stands behind it there.
 ELSEWHERE = {
-    "fusion_pass/enable.py": "an edit that cannot be made is logged, listed by changes(), and the others stand",
-    "fusion_pass/compile_eager.py": "a model that cannot be watched stays eager, and the log says so",
-    "fusion_pass/inductor.py": "its settings are among compat.MEMBERS",
-    "kernels/window_graphs.py": "autograd's keys on a thread of its own",
+    "fusion_pass/run/enable.py": "an edit that cannot be made is logged, listed by changes(), and the others stand",
+    "fusion_pass/run/compile_eager.py": "a model that cannot be watched stays eager, and the log says so",
+    "fusion_pass/inductor/config.py": "its settings are among compat.MEMBERS",
+    "kernels/tokenwise/compiled.py": "autograd's keys on a thread of its own",
 }
 PROMISED = {"__version__", "__name__"}
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedhead.deferred import knowledge, request, surroundings, tensor
-from fusedhead.deferred.handing_out import DeferredLogits
-from fusedhead.report import Report
+from fusedhead.deferred import query, state, surroundings, tensor
+from fusedhead.deferred.graph_outputs import DeferredLogits
+from fusedhead.report.report import Report
 from tests.eager_stack import backend
 
 B, T, D, V = 2, 6, 16, 1024
@@ -58,7 +58,7 @@ class Operations(TorchDispatchMode):
         self.large: list[str] = []
 
     def __enter__(self) -> Any:
-        hiding = [patch.object(module, "out_of_sight", self.watching) for module in (knowledge, request, tensor)]
+        hiding = [patch.object(module, "out_of_sight", self.watching) for module in (state, query, tensor)]
         self.watched = ExitStack()
         for each in hiding:
             self.watched.enter_context(each)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fusedhead.deferred.handing_out import DeferredLogits, StaleLogits, plain
+from fusedhead.deferred.graph_outputs import DeferredLogits, StaleLogits, plain
 from tests.deferred.heads import D, V, deferring, is_deferred
 from tests.eager_stack import backend
 

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedhead.deferred.tensor import DeferredLogits
-from fusedhead.summary import Summary
+from fusedhead.report.summary import Summary
 from tests.eager_stack import backend
 
 PROGRAMS = int(os.environ.get("FUSEDHEAD_CLAIMS", "16"))

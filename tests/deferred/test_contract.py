@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fusedhead.deferred.handing_out import StaleLogits
+from fusedhead.deferred.graph_outputs import StaleLogits
 from tests.deferred.heads import Model, Operations, T, V, deferring, is_deferred, tokens
 from tests.eager_stack import backend
 

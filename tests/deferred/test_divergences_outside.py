@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedhead.deferred.handing_out import StaleLogits
-from fusedhead.report import Report
+from fusedhead.deferred.graph_outputs import StaleLogits
+from fusedhead.report.report import Report
 from tests.deferred.heads import B, Model, Operations, T, V, compare, deferring, gradients, is_deferred, tokens
 from tests.eager_stack import backend
 
@@ -238,7 +238,7 @@ def test_few_logits_are_built_as_eager_code_builds_them() -> None:
 
 
 def test_other_numbers_of_tokens_are_not_learnt_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusedhead.deferred import request as deferred_request
+    from fusedhead.deferred import query as deferred_request
 
     student, other, readings = Model(), Model(), []
     original = deferred_request.read_call

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import torch.optim.optimizer as optimizers
 from torch import Tensor, nn
 
-from fusedhead.deferred.handing_out import StaleLogits
-from fusedhead.report import Report
+from fusedhead.deferred.graph_outputs import StaleLogits
+from fusedhead.report.report import Report
 from tests.deferred.heads import (
     B,
     D,
@@ -547,8 +547,8 @@ def test_converters_of_outputs_keep_it_deferred() -> None:
 
 def test_hidden_states_in_memory_that_is_used_again_are_copied(model: Model) -> None:
     """CUDA graphs hand out the same memory at every run."""
-    from fusedhead.deferred.handing_out import deferring as finishing
-    from fusedhead.returned import Recipe
+    from fusedhead.deferred.graph_outputs import deferring as finishing
+    from fusedhead.rewrite.returned_logits import Recipe
 
     recipes: list[tuple[Recipe, Any]] = []
 
@@ -570,7 +570,7 @@ def test_hidden_states_in_memory_that_is_used_again_are_copied(model: Model) -> 
 
 @pytest.mark.parametrize("setting", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}, {}])
 def test_cuda_graphs_are_recognised(setting: dict[str, Any]) -> None:
-    from fusedhead.inductor import Inductor, overwrites
+    from fusedhead.inductor.config import Inductor, overwrites
 
     inductor = Inductor(setting.get("mode", "default"), setting.get("options"), None)
     assert overwrites(inductor) == bool(setting)

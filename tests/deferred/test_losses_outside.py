@@ -334,7 +334,7 @@ def test_a_label_out_of_range_raises_as_in_eager_code() -> None:
 
 
 def test_other_numbers_of_tokens_are_not_learnt_again(caplog: pytest.LogCaptureFixture) -> None:
-    from fusedhead.deferred import request as deferred_request
+    from fusedhead.deferred import query as deferred_request
 
     model, readings = Model(), []
     original = deferred_request.read_call

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedhead.report import Report
+from fusedhead.report.report import Report
 from tests.deferred.heads import B, Model, T, V, deferring, gradients, is_deferred, tokens
 from tests.eager_stack import backend
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedhead.report import Report
+from fusedhead.report.report import Report
 from tests.deferred.heads import D, Operations, V, deferring, is_deferred
 
 BOOKS, B, T = 3, 4, 8

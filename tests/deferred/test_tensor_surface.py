@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedhead.deferred.handing_out import DeferredLogits
+from fusedhead.deferred.graph_outputs import DeferredLogits
 from tests.deferred.heads import B, D, Model, Operations, T, V, deferring, gradients, is_deferred, tokens
 
 

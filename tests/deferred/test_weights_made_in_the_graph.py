@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedhead import StaleLogits
-from fusedhead.report import Report
+from fusedhead.report.report import Report
 from tests.deferred.heads import D, Operations, V, deferring, is_deferred
 
 B, T, RANK = 8, 16, 4  # enough tokens to be deferred under no_grad too

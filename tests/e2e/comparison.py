@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import fusedhead
 from benchmarks.measure import cpu_allocations, peak_of
-from fusedhead import observe
-from fusedhead.report import HeadRecord, Report
+from fusedhead.report import observers
+from fusedhead.report.report import HeadRecord, Report
 
 FACTOR = 1.5
 FLOAT32 = 2e-3  # a float32 training of a few steps with Adam, whose step is a ratio of small numbers
@@ -67,7 +67,7 @@ def switched_on(logits: str) -> Iterator[list[HeadRecord]]:
         heads.extend(report.heads)
 
     fusedhead.enable(logits=logits)
-    remove = observe.add(add)
+    remove = observers.add(add)
     try:
         yield heads
     finally:

@@ -1,4 +1,4 @@
-"""Runs Gluon kernels of pairs (`kernels/gluon_pair.py`) on the CPU, three threads a program: Gluon has no interpreter.
+"""Runs Gluon kernels of pairs (`gluon.ring`) on the CPU, three threads a program: Gluon has no interpreter.
 
 The source that Triton would compile is called as Python, with stand-ins for the language: tensors are torch's,
 shared memory is one tensor a buffer, and what runs asynchronously on the chip happens as late as it may. A product

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
-from fusedhead.kernels import triton_windows as engine
-from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Head, Needs, RowGrads, Windows
-from fusedhead.kernels.triton_launch import Launch
+from fusedhead.kernels.transform.transform import parse
+from fusedhead.kernels.triton_engine import engine
+from fusedhead.kernels.triton_engine.launch.launch import Launch
 
 N, V, D = 64, 128, 32
 BF16 = torch.bfloat16

@@ -13,24 +13,17 @@ gluon = pytest.importorskip("triton.experimental.gluon", reason="pairs are writt
 
 from gluon_on_cpu import Descriptor, on_cpu, run  # noqa: E402
 
-from fusedhead.kernels import (  # noqa: E402
-    gluon_dlogits,
-    gluon_exp,
-    gluon_pair,
-    gluon_stream,
-    gluon_tile,
-    triton_rows,
-    triton_schedule,
-)
-from fusedhead.kernels.columns import parse  # noqa: E402
 from fusedhead.kernels.contract import Head  # noqa: E402
-from fusedhead.kernels.triton_labels import map_labels  # noqa: E402
-from fusedhead.kernels.triton_merge import merge_statistics  # noqa: E402
-from fusedhead.kernels.triton_sweep import Sweep, sweep  # noqa: E402
-from fusedhead.kernels.triton_tiles import Tile  # noqa: E402
+from fusedhead.kernels.transform.transform import parse  # noqa: E402
+from fusedhead.kernels.triton_engine.device import rows, schedule  # noqa: E402
+from fusedhead.kernels.triton_engine.gluon import dlogits, exponentials, ring, statistics, tile  # noqa: E402
+from fusedhead.kernels.triton_engine.launch.sweep import Sweep, sweep  # noqa: E402
+from fusedhead.kernels.triton_engine.launch.tiles import Tile  # noqa: E402
+from fusedhead.kernels.triton_engine.rows.label_map import map_labels  # noqa: E402
+from fusedhead.kernels.triton_engine.rows.merge import merge_statistics  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # rows past the end
-MODULES = (gluon_pair, gluon_tile, gluon_exp, gluon_stream, gluon_dlogits, triton_rows, triton_schedule)
+MODULES = (ring, tile, exponentials, statistics, dlogits, rows, schedule)
 L2E = 1.4426950408889634
 SHAPES = (  # tokens, vocabulary, hidden, token blocks side by side, stages, labels
     (200, 500, 200, 1, 4, 1),  # a tile and a token block that are not whole, a step over D too
@@ -64,7 +57,7 @@ def test_exponentials_their_sums_and_the_labels_logits(n, v, d, group, stages, k
     with on_cpu(*MODULES):
         of = (Descriptor(head.h), Descriptor(head.w), Descriptor(window))
         rest = (head.y, labels, None, None, None, head.y, ref2, picked, None, part)
-        run(gluon_exp.exp_pair_kernel, programs, (*of, *rest), bound)
+        run(exponentials.exp_pair_kernel, programs, (*of, *rest), bound)
     z = head.h.float() @ head.w.float().t()
     e = torch.exp2(z * L2E - ref2[:, None])
     assert torch.allclose(window.float(), e, rtol=2**-8, atol=0)
@@ -84,7 +77,7 @@ def test_only_marked_token_blocks_are_done_again():
         with on_cpu(*MODULES):
             of = (Descriptor(head.h), Descriptor(head.w), Descriptor(window))
             rest = (head.y, map_labels(s, head.y), None, None, None, flags, ref2, picked, None, part)
-            run(gluon_exp.exp_pair_kernel, programs, (*of, *rest), bound | {"ONLY": True})
+            run(exponentials.exp_pair_kernel, programs, (*of, *rest), bound | {"ONLY": True})
     there = marked.repeat_interleave(128)[:n].bool()
     e = torch.exp2((head.h.float() @ head.w.float().t()) * L2E)
     assert torch.allclose(window[there].float(), e[there], rtol=2**-8, atol=0)
@@ -100,7 +93,7 @@ def test_row_statistics(n, v, d, group, stages, k):
     labels = map_labels(s, head.y) if k else head.y
     with on_cpu(*MODULES):
         rest = (head.y, labels, None, None, None, head.y, picked, part, None)
-        run(gluon_stream.stream_pair_kernel, programs, (Descriptor(head.h), Descriptor(head.w), *rest), bound)
+        run(statistics.stream_pair_kernel, programs, (Descriptor(head.h), Descriptor(head.w), *rest), bound)
     z = head.h.float() @ head.w.float().t()
     lse = merge_statistics(s, part, part, frozenset({"lse"}))["lse"]
     assert torch.allclose(lse, z.logsumexp(1), atol=1e-4)
@@ -120,7 +113,7 @@ def test_gradients_of_the_logits(n, v, d, group, stages, k, of_lse):
     with on_cpu(*MODULES):
         of = (Descriptor(head.h), Descriptor(head.w), Descriptor(window))
         rest = (y, labels, None, None, None, g, g_picked, None, None, lse, None, None, None, None, first)
-        run(gluon_dlogits.dlogits_pair_kernel, programs, (*of, *rest), bound | {"HAS_LSE": of_lse})
+        run(dlogits.dlogits_pair_kernel, programs, (*of, *rest), bound | {"HAS_LSE": of_lse})
     dz = (z - lse[:, None]).exp() * g[:, None] if of_lse else torch.zeros_like(z)
     dz = dz.scatter_add(1, head.y, g_picked)
     assert torch.allclose(window.float(), dz, rtol=2**-8, atol=1e-6)

@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
-from fusedhead.kernels import triton_launch, triton_recorded
-from fusedhead.kernels.triton_launch import Launch, Placed
+from fusedhead.kernels.triton_engine.launch import launch as triton_launch
+from fusedhead.kernels.triton_engine.launch import launcher as triton_recorded
+from fusedhead.kernels.triton_engine.launch.launch import Launch, Placed
 
 
 class Kernel:

@@ -17,20 +17,17 @@ import triton
 import triton.language as tl
 
 from benchmarks.measure import cpu_allocations, peak_of
-from fusedhead.generate import function_of
-from fusedhead.kernels import (
-    pointwise,
-    reference,
-    triton_one_pass,
-    triton_operands,
-    triton_stream,
-    triton_sweep,
-    triton_tiles,
-)
-from fusedhead.kernels import triton_windows as engine
-from fusedhead.kernels.columns import parse
+from fusedhead.kernels import reference
 from fusedhead.kernels.contract import STATS, Head, Needs, RowGrads, RowStats, Windows
-from fusedhead.kernels.triton_schedule import locate, partial_offset, schedule, step_counts
+from fusedhead.kernels.transform import pointwise
+from fusedhead.kernels.transform.transform import parse
+from fusedhead.kernels.triton_engine import engine, single_pass
+from fusedhead.kernels.triton_engine import windows as triton_operands
+from fusedhead.kernels.triton_engine.device.schedule import locate, partial_offset, schedule, step_counts
+from fusedhead.kernels.triton_engine.launch import sweep
+from fusedhead.kernels.triton_engine.launch import tiles as triton_tiles
+from fusedhead.kernels.triton_engine.sweeps import statistics
+from fusedhead.rules.pointwise_codegen import function_of
 
 # numpy speaks up where a GPU stays silent (log2 0, inf - inf)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
@@ -186,7 +183,7 @@ def test_one_sweep_gives_statistics_and_gradients(transform, tokens):
 @pytest.mark.parametrize("transform", ["", "addcol:0 mulrow:1", EACH_STEP])
 @pytest.mark.parametrize("windows", [Windows(64, 70, F32), Windows(16, 32, F32), Windows(16, 70, F32)])
 def test_logits_that_lie_in_memory_are_read(monkeypatch, transform, windows):
-    for module in (engine, triton_operands, triton_sweep):
+    for module in (engine, triton_operands, sweep):
         monkeypatch.setattr(module, "multiplied_by_cublas", lambda head: True)
     x = head(n=37, v=70, k=2, transform=transform, weighted=True)
     g = gradients(37, 2, sum=True, entropy=True)
@@ -214,7 +211,7 @@ def test_logits_that_lie_in_memory_are_read(monkeypatch, transform, windows):
 @pytest.mark.parametrize("needs", [OPERANDS, Needs(True, False, False, False), Needs(False, True, False, False)])
 @pytest.mark.parametrize(("k", "kept"), [(0, 128), (1, 128), (2, 128), (1, 80), (2, 144)])
 def test_a_part_of_the_exponentials_may_be_kept(monkeypatch, transform, needs, k, kept):
-    monkeypatch.setattr(triton_one_pass, "PARTLY", (F32,))
+    monkeypatch.setattr(single_pass, "PARTLY", (F32,))
     x, g = head(n=37, v=300, k=k, transform=transform), gradients(37, k, square=True)
     if k:
         x.y[:8, 0] = torch.arange(kept - 4, kept + 4)
@@ -232,15 +229,15 @@ def test_a_long_sweep_takes_several_launches(monkeypatch, transform, n):
     """One a group of token blocks: 2 blocks of 16 tokens on the CPU."""
     x, want = head(n=n, v=70, k=2, transform=transform, weighted=True), frozenset(STATS)
     once = engine.head_stats(x, want, Windows(n, 70, F32))
-    monkeypatch.setattr(triton_stream, "LAUNCH_FLOP", 1)
-    assert [at.start for at in triton_stream.launches(x, want)] == list(range(0, n, 32))
+    monkeypatch.setattr(statistics, "LAUNCH_FLOP", 1)
+    assert [at.start for at in statistics.launches(x, want)] == list(range(0, n, 32))
     for name, got, one in zip(RowStats._fields, engine.head_stats(x, want, Windows(n, 70, F32)), once):
         assert (got is one is None) or (got.shape == one.shape and error(got, one) < STEPS), name
 
 
 def test_the_lse_of_columns_that_are_not_kept_may_take_several_launches(monkeypatch):
-    monkeypatch.setattr(triton_one_pass, "PARTLY", (F32,))
-    monkeypatch.setattr(triton_stream, "LAUNCH_FLOP", 1)
+    monkeypatch.setattr(single_pass, "PARTLY", (F32,))
+    monkeypatch.setattr(statistics, "LAUNCH_FLOP", 1)
     x, g = head(n=80, v=300, k=1), gradients(80, 1)
     stats, grads = engine.head_loss(x, g, OPERANDS, Windows(48, 128, F32))
     true, d = truth(x, g)
@@ -253,7 +250,7 @@ def test_the_lse_of_columns_that_are_not_kept_may_take_several_launches(monkeypa
 @pytest.mark.parametrize("linear", [True, False])
 def test_blocks_hold_what_the_planner_says_however_many_windows_there_are(monkeypatch, linear):
     """A block of dz and half of the float32 dh of one window: not those of two windows."""
-    monkeypatch.setattr(triton_one_pass, "PARTLY", (torch.float16,))
+    monkeypatch.setattr(single_pass, "PARTLY", (torch.float16,))
     tokens, kept, d = 128, 16, 512
     x, g = head(n=3 * tokens, v=2 * kept, d=d, dtype=torch.float16), gradients(3 * tokens)
     stats = engine.head_stats(x, frozenset({"lse"}), Windows(tokens, kept, F32))
@@ -274,7 +271,7 @@ def test_blocks_hold_what_the_planner_says_however_many_windows_there_are(monkey
 @pytest.mark.parametrize("label", [0, 127, 128, 299])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_kept_and_other_columns_may_lie_300_apart(monkeypatch, label, reverse):
-    monkeypatch.setattr(triton_one_pass, "PARTLY", (F32,))
+    monkeypatch.setattr(single_pass, "PARTLY", (F32,))
     x, g = head(n=20, v=300, transform="addcol:0"), gradients(20)
     x.cols[0] = torch.linspace(-150, 150, 300).flip(0) if reverse else torch.linspace(-150, 150, 300)
     x.y[:] = label
@@ -286,7 +283,7 @@ def test_kept_and_other_columns_may_lie_300_apart(monkeypatch, label, reverse):
 
 
 def test_an_infinite_logit_among_the_others_is_not_lost(monkeypatch):
-    monkeypatch.setattr(triton_one_pass, "PARTLY", (F32,))
+    monkeypatch.setattr(single_pass, "PARTLY", (F32,))
     x, g = head(n=20, v=300, transform="addcol:0"), gradients(20)
     x.cols[0, 200] = torch.inf
     x.y.clamp_(max=100)
@@ -342,7 +339,7 @@ DROPPING = ("dropcol:0", "mul:0.2 tanh mul:5.0 dropcol:0", "dropcol:0 mul:0.2 ta
 @pytest.mark.parametrize("transform", DROPPING)
 @pytest.mark.parametrize(("k", "tokens", "kept"), [(1, 40, 70), (2, 16, 40)])
 def test_dropped_columns_take_nothing_and_give_labels_no_gradient(monkeypatch, transform, k, tokens, kept):
-    monkeypatch.setattr(triton_one_pass, "PARTLY", (F32,))
+    monkeypatch.setattr(single_pass, "PARTLY", (F32,))
     x, g = dropping(transform, k=k), gradients(37, k, square=True)
     stats, grads = engine.head_loss(x, g, OPERANDS, Windows(tokens, kept, F32))
     true, d = truth(x, g)

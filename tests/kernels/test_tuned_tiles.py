@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 from fusedhead import tune
-from fusedhead.kernels import triton_tiles, triton_tuned, triton_tuning
-from fusedhead.kernels.triton_tiles import Tile
-from fusedhead.kernels.triton_tuned import KERNELS, Tuned, keep, tuned_tile
+from fusedhead.kernels.triton_engine.launch import tiles, tuned_tiles, tuning
+from fusedhead.kernels.triton_engine.launch.tiles import Tile
+from fusedhead.kernels.triton_engine.launch.tuned_tiles import KERNELS, Tuned, keep, tuned_tile
 
 GPU = torch.device("cuda", 0)
 SMALL, LARGE = Tile(128, 128, 32, 8, 8, 3, False, 2), Tile(128, 256, 64, 22, 8, 3, True, 4)
@@ -21,10 +21,10 @@ PAIR = Tile(128, 192, 64, 11, 4, 4, False, 3, 2, True)
 def chip(monkeypatch, tmp_path):
     """A file of its own, a GPU with a name."""
     monkeypatch.setenv("FUSEDHEAD_TILES", str(tmp_path / "deep" / "tiles.json"))
-    monkeypatch.setattr(triton_tuned, "name_of", lambda device: f"chip {device.index}")
-    triton_tuned.known.cache_clear()
+    monkeypatch.setattr(tuned_tiles, "name_of", lambda device: f"chip {device.index}")
+    tuned_tiles.known.cache_clear()
     yield
-    triton_tuned.known.cache_clear()
+    tuned_tiles.known.cache_clear()
 
 
 def tile(kernel="exp", device=GPU, tokens=4096, hidden=1024, itemsize=2, tma=True, pairs=True):
@@ -75,10 +75,10 @@ def test_a_tile_of_other_token_blocks_is_not_taken():
 def test_tuning_keeps_the_fastest_tile_of_each_kernel_and_the_fastest_that_is_no_pair(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(triton_tiles, "pairs_serve", lambda device: True)
-    of_cpu = triton_tuning.make_head(130, 64, 300, "cpu")
-    monkeypatch.setattr(triton_tuning, "make_head", lambda *given: of_cpu)
-    built = triton_tuning.step_of
+    monkeypatch.setattr(tiles, "pairs_serve", lambda device: True)
+    of_cpu = tuning.make_head(130, 64, 300, "cpu")
+    monkeypatch.setattr(tuning, "make_head", lambda *given: of_cpu)
+    built = tuning.step_of
 
     def step_of(kernel, head, candidate):
         if candidate.stages == 5:
@@ -86,7 +86,7 @@ def test_tuning_keeps_the_fastest_tile_of_each_kernel_and_the_fastest_that_is_no
         built(kernel, head, candidate)
         return lambda: candidate
 
-    monkeypatch.setattr(triton_tuning, "step_of", step_of)
+    monkeypatch.setattr(tuning, "step_of", step_of)
     order = {(True, 22): 1.0, (False, 33): 2.0}
     clock = lambda step: order.get((step().paired, step().group), 3.0)  # noqa: E731
     assert tune.main(["--hidden", "1024"], clock) == 0

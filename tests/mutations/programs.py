@@ -24,10 +24,10 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.backend import run_pass
-from fusedhead.effects import effects, written
+from fusedhead.graph.effects import effects, written
+from fusedhead.graph.nodes import callee
 from fusedhead.options import Options
-from fusedhead.read import callee
-from fusedhead.returned import compute_now
+from fusedhead.rewrite.returned_logits import compute_now
 from tests.mutations.calls import Call, copied
 
 N, D, V = 32, 32, 512

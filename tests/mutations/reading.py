@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fusedhead.effects import effects
+from fusedhead.graph.effects import effects
 from tests.mutations.calls import copied, small
 
 

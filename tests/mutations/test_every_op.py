@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.testing._internal.common_methods_invocations import op_db
 
-from fusedhead.effects import effects, written
-from fusedhead.higher_order import OPERANDS
+from fusedhead.graph.effects import effects, written
+from fusedhead.graph.higher_order import OPERANDS
 from tests.mutations.calls import Samples, marked, ops_that_write, record
 from tests.mutations.every_op import ELSEWHERE, check_all
 from tests.mutations.reading import read

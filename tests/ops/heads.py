@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedhead.lowering.ops  # noqa: F401  registers torch.ops.fusedhead
-from fusedhead.kernels import torch_products
-from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Head, RowStats
 from fusedhead.kernels.reference import row_stats
-from fusedhead.kernels.torch_products import product_dtype
+from fusedhead.kernels.torch_engine import product_dtypes
+from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
+from fusedhead.kernels.transform.transform import parse
 
 OPS = torch.ops.fusedhead
 ALL = "lse,picked,sum,entropy,max,argmax"
@@ -33,7 +33,7 @@ MULTIPLIED = (
 
 def multiplies(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, products: torch.dtype) -> None:
     """Have the torch engine multiply heads of ``dtype`` in ``products``, whatever this machine's CPU prefers."""
-    monkeypatch.setattr(torch_products, "cpu_multiplies_bfloat16", lambda: products == torch.bfloat16)
+    monkeypatch.setattr(product_dtypes, "cpu_multiplies_bfloat16", lambda: products == torch.bfloat16)
     assert product_dtype(dtype, "cpu") == products
 
 

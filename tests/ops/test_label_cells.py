@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import Head
-from fusedhead.kernels.torch_blocks import blank_labels, cuts, label_blanks, label_cells
+from fusedhead.kernels.torch_engine.blocks import blank_labels, cuts, label_blanks, label_cells
+from fusedhead.kernels.transform.transform import Transform
 
 N, V = 40, 300
 

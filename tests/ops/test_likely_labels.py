@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedhead.kernels import torch_windows
-from fusedhead.kernels.columns import Transform
 from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.torch_engine import engine as torch_engine
+from fusedhead.kernels.transform.transform import Transform
 
 N, D, V = 192, 64, 6000
 OPERANDS = Needs(True, True, False, False)
@@ -37,10 +37,10 @@ def test_the_gradients_err_no_more_than_eager_code(any_cpu: None, at_once: bool)
     head, windows = Head(h, w, y[:, None], none, none, none, Transform()), Windows(64, V, torch.bfloat16)
     c = RowGrads(torch.full((N,), 1 / N), torch.full((N, 1), -1 / N))
     if at_once:
-        _, grads = torch_windows.head_loss(head, c, OPERANDS, windows)
+        _, grads = torch_engine.head_loss(head, c, OPERANDS, windows)
     else:
-        stats: RowStats = torch_windows.head_stats(head, frozenset({"lse", "picked"}), windows)
-        grads = torch_windows.head_stats_backward(head, c, stats, OPERANDS, windows)
+        stats: RowStats = torch_engine.head_stats(head, frozenset({"lse", "picked"}), windows)
+        grads = torch_engine.head_stats_backward(head, c, stats, OPERANDS, windows)
     for ours, theirs, truth in zip(grads, eager(torch.bfloat16), eager(torch.float64)):
         assert ours is not None
         assert (ours.double() - truth).norm() <= (theirs - truth).norm()

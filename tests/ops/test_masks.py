@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fusedhead.kernels.columns import apply, parse
+from fusedhead.kernels.transform.transform import apply, parse
 from tests.ops.heads import OPS, Operands, none, operands
 
 CHAINS = (

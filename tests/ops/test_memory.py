@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import cpu_allocations, peak_of
-from fusedhead.generate import function_of
-from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Needs
-from fusedhead.lowering.plan import MIB, plan
+from fusedhead.kernels.transform.transform import parse
+from fusedhead.lowering.plan.plan import MIB, plan
+from fusedhead.rules.pointwise_codegen import function_of
 from tests.ops.heads import OPS, Operands, leaves, none, operands
 
 N, V, D = 512, 24_576, 32

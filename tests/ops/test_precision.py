@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from fusedhead.kernels import torch_windows
-from fusedhead.kernels.columns import parse
 from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.torch_engine import engine as torch_engine
+from fusedhead.kernels.transform.transform import parse
 from tests.ops.heads import OPS, Operands, cross_entropy, distance, eager_losses, none, operands
 
 LUCK = 1.002
@@ -101,7 +101,7 @@ def test_sums_over_many_windows_err_no_more_than_eager(held, any_cpu, spread, ac
     true, eager = with_gradients(o, torch.float64), with_gradients(o, torch.bfloat16)
     c = torch.full((252,), 1 / 252)
     tokens = 32 if accumulate == torch.bfloat16 else 8  # 8 windows in place, 32 in float32: what the planner does
-    stats, grads = torch_windows.head_loss(
+    stats, grads = torch_engine.head_loss(
         Head(*o, parse("")),
         RowGrads(c, -c[:, None]),
         Needs(True, True, False, False),
@@ -145,11 +145,11 @@ def test_policy_gradients_with_entropy_err_no_more_than_eager(held, multiplied):
     true, eager = run(torch.float64), run(dtype)
     head = Head(*o, parse(""))
     windows = Windows(252, 512, dtype)
-    stats = torch_windows.head_stats(head, frozenset({"lse", "picked", "entropy"}), windows)
+    stats = torch_engine.head_stats(head, frozenset({"lse", "picked", "entropy"}), windows)
     loss = -(advantage * (stats.picked[:, 0] - stats.lse) + bonus * stats.entropy)
     upstream = RowGrads(advantage, -advantage[:, None], entropy=-bonus)
     saved = RowStats(stats.lse, entropy=stats.entropy, lse_low=stats.lse_low)
-    grads = torch_windows.head_stats_backward(head, upstream, saved, Needs(True, True, False, False), windows)
+    grads = torch_engine.head_stats_backward(head, upstream, saved, Needs(True, True, False, False), windows)
     held.add((loss, grads.h, grads.w), eager, true, stats.lse)
 
 

@@ -12,10 +12,10 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-import fusedhead.lowering.row_ops  # noqa: F401  registers the ops
-from fusedhead.kernels import row_windows
-from fusedhead.kernels.row_program import Unspeakable, read, spelled
-from fusedhead.lowering.plan import MIB
+import fusedhead.lowering.token_ops  # noqa: F401  registers the ops
+from fusedhead.kernels.tokenwise import engine as tokenwise_engine
+from fusedhead.kernels.tokenwise.program import Unspeakable, read, spelled
+from fusedhead.lowering.plan.plan import MIB
 from tests.ops.heads import opcheck
 from tests.ops.test_memory import FIXED, size, watch
 
@@ -74,7 +74,7 @@ def test_what_a_program_has_no_form_for_is_named() -> None:
 def test_windows_change_nothing(tokens: int) -> None:
     tensors = inputs()
     with torch.no_grad():
-        got, best = row_windows.head_rows(read(DIVERGENCE), tensors, tokens)
+        got, best = tokenwise_engine.head_rows(read(DIVERGENCE), tensors, tokens)
         expected, indices = divergence(tensors)
     torch.testing.assert_close(got, expected)
     assert torch.equal(best, indices)
@@ -109,10 +109,10 @@ def test_a_bias_is_rounded_with_the_product_as_linear_rounds_it(dtype: torch.dty
     tensors = [h, w, bias.float()[None], torch.empty(N, 0)]
     eager = [t.clone().requires_grad_() for t in (h, w, bias)]
     z = F.linear(*eager) * 0.5
-    (got,) = row_windows.head_rows(program, tensors, tokens)
+    (got,) = tokenwise_engine.head_rows(program, tensors, tokens)
     assert torch.equal(got, z)  # rounded before the sum as well, 30 % of the entries differ
     upstream = torch.randn(N, V).to(dtype)
-    ours = row_windows.head_rows_backward(program, [upstream], tensors, [True, True, True, False], tokens)
+    ours = tokenwise_engine.head_rows_backward(program, [upstream], tensors, [True, True, True, False], tokens)
     theirs = torch.autograd.grad(z, eager, upstream)
     truth = [t.detach().double().requires_grad_() for t in eager]
     true = torch.autograd.grad(F.linear(*truth) * 0.5, truth, upstream.double())
@@ -126,7 +126,7 @@ def test_a_bias_alone_gets_its_gradient() -> None:
     program = read("v0 = head(r0, t1, t2, r3, 'addcol:0 round:bfloat16', bfloat16); return v0")
     tensors = [torch.randn(N, D).bfloat16(), torch.randn(V, D).bfloat16(), torch.randn(1, V), torch.empty(N, 0)]
     upstream = torch.randn(N, V).bfloat16()
-    found = row_windows.head_rows_backward(program, [upstream], tensors, [False, False, True, False], 7)
+    found = tokenwise_engine.head_rows_backward(program, [upstream], tensors, [False, False, True, False], 7)
     torch.testing.assert_close(found[2], upstream.float().sum(0)[None])
     assert [g is None for g in found] == [True, True, False, True]
 
@@ -189,7 +189,7 @@ def test_double_backward_is_refused() -> None:
 
 
 def test_windows_compiled_by_inductor_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_windows, "windows", lambda n, *_: [(slice(0, n), True)])
+    monkeypatch.setattr(tokenwise_engine, "windows", lambda n, *_: [(slice(0, n), True)])
     leaves = inputs()
     tensors = [t * 1 if t.requires_grad else t for t in leaves]  # what made an operand does not matter
     out = torch.ops.fusedhead.head_rows(tensors, DIVERGENCE, 0)[0]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusedhead.kernels import torch_blocks, torch_exponentials
+from fusedhead.kernels.torch_engine import blocks, exponentials
 from tests.ops.heads import ALL, OPS, RAGGED, Operands, leaves, operands, truth
 
 TRANSFORMS = (
@@ -154,8 +154,8 @@ def test_rows_taken_in_pieces_give_what_the_whole_block_gives(monkeypatch, trans
     o.y[:64] = o.y[:64] % 700
     c, e = torch.rand(131), torch.empty(0)
     found = []
-    for size in (torch_blocks.PIECE_BYTES, 1 << 14):
-        monkeypatch.setattr(torch_blocks, "PIECE_BYTES", size)
+    for size in (blocks.PIECE_BYTES, 1 << 14):
+        monkeypatch.setattr(blocks, "PIECE_BYTES", size)
         arguments = (*o, c, -c[:, None].expand(-1, 3).contiguous(), e, e, transform, "lse,picked", 0)
         found.append(OPS.head_loss(*arguments, True, True, False, False))
     for whole, pieces in zip(*found):
@@ -166,7 +166,7 @@ def test_rows_taken_in_pieces_give_what_the_whole_block_gives(monkeypatch, trans
 def test_statistics_alone_take_no_derivative_of_the_logits(monkeypatch, transform):
     o = operands(131, 1507, 23, 3)
     slopes: list[torch.Size] = []
-    pull_back = torch_exponentials.pull_back
-    monkeypatch.setattr(torch_exponentials, "pull_back", lambda *args: slopes.append(args[1].shape) or pull_back(*args))
+    pull_back = exponentials.pull_back
+    monkeypatch.setattr(exponentials, "pull_back", lambda *args: slopes.append(args[1].shape) or pull_back(*args))
     OPS.head_stats(*o, transform, "lse,picked", 0)
     assert {shape[1] for shape in slopes} <= {3}  # those of the labels

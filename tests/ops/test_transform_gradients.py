@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedhead.generate import function_of
-from fusedhead.kernels import pointwise
-from fusedhead.kernels.column_gradients import pull_back, record, windows_held
-from fusedhead.kernels.columns import Step, Transform, apply, parse
+from fusedhead.kernels.transform import pointwise
+from fusedhead.kernels.transform.backward import pull_back, record, windows_held
+from fusedhead.kernels.transform.transform import Step, Transform, apply, parse
+from fusedhead.rules.pointwise_codegen import function_of
 
 aten = torch.ops.aten
 FUNCTIONS = [

@@ -19,7 +19,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 OTHER = ("avx2", AVX2) if X86 else ("default", {})  # other machines have one width
 RUN = """
 import sys, pytest, torch
-from fusedhead.kernels.torch_products import cpu_multiplies_bfloat16
+from fusedhead.kernels.torch_engine.product_dtypes import cpu_multiplies_bfloat16
 width, *arguments = sys.argv[1:]
 assert torch.backends.cpu.get_cpu_capability().lower() == width, torch.backends.cpu.get_cpu_capability()
 assert width == "default" or not cpu_multiplies_bfloat16()

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedhead.generate import function_of
 from fusedhead.kernels.contract import Needs
 from fusedhead.lowering import ops
-from fusedhead.lowering.plan import plan
+from fusedhead.lowering.plan.plan import plan
+from fusedhead.rules.pointwise_codegen import function_of
 from tests.ops.heads import ALL, OPS, distance, eager_losses, leaves, none, operands, truth
 from tests.ops.test_loss import TRANSFORMS, coefficients, linear_loss
 

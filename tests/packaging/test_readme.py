@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from fusedhead.options import ENVIRONMENT, PREFIX, READERS
+from fusedhead.report.coverage import PARTS, between_markers, overloads, sentences
 from fusedhead.rules import RULES
-from fusedhead.rules.listing import PARTS, between_markers, overloads, sentences
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 

@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
-from fusedhead.kernels import triton_chips
-from fusedhead.kernels.columns import parse
+from fusedhead.kernels import chips
 from fusedhead.kernels.contract import Needs, Windows
-from fusedhead.lowering import plan as plan_module
-from fusedhead.lowering.plan import MIB, Plan, engine_for
+from fusedhead.kernels.transform.transform import parse
+from fusedhead.lowering.plan import plan as plan_module
+from fusedhead.lowering.plan.plan import MIB, Plan, engine_for
 from tests.ops.heads import MULTIPLIED
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -72,11 +72,11 @@ def test_hopper_is_tested_and_asks_for_no_check(monkeypatch):
 
 def chosen_on(monkeypatch, hip, majors, agrees: bool) -> str:
     """The engine on a machine with such GPUs, whose self-checks agree or do not."""
-    monkeypatch.setattr(triton_chips.self_check, "serves", lambda claim, device: agrees)
+    monkeypatch.setattr(chips.self_check, "serves", lambda claim, device: agrees)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(majors))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: (majors[at], 0))
-    monkeypatch.setattr(plan_module, "triton_serves", triton_chips.triton_serves.__wrapped__)
+    monkeypatch.setattr(plan_module, "triton_serves", chips.triton_serves.__wrapped__)
     return engine_for(BF16, "cuda")
 
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedhead.kernels.window_graphs import windows
-from fusedhead.lowering.plan import MIB
-from fusedhead.lowering.row_plan import row_plan
+from fusedhead.kernels.tokenwise.compiled import windows
+from fusedhead.lowering.plan.plan import MIB
+from fusedhead.lowering.plan.tokenwise import row_plan
 
 BF16, F32 = torch.bfloat16, torch.float32
 

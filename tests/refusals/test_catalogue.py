@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from fusedhead.rules.listing import PARTS
+from fusedhead.report.coverage import PARTS
 from tests.refusals.catalogue import FORMS, LEFT, TRAPS
 
 TESTS = Path(__file__).parents[1]

@@ -15,18 +15,19 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fusedhead import evaluate
-from fusedhead.emit import Emit
-from fusedhead.evaluate import follow
+from fusedhead.analysis import evaluator
+from fusedhead.analysis.evaluator import follow
+from fusedhead.graph.nodes import callee, name_of
+from fusedhead.ir.builder import Emit
+from fusedhead.ir.logits import FOLLOWED, Call, Escape, Plain, logits_of
+from fusedhead.ir.terminal import Statistics, Terminal
+from fusedhead.ir.tokenwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed
 from fusedhead.kernels import reference
-from fusedhead.kernels.columns import Transform, apply
 from fusedhead.kernels.contract import Head
-from fusedhead.read import callee, name_of
-from fusedhead.rowwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed
-from fusedhead.rules import RULES, rowwise
+from fusedhead.kernels.transform.transform import Transform, apply
+from fusedhead.rules import RULES
 from fusedhead.rules.projections import SPELLINGS as PROJECTION_NAMES
-from fusedhead.terminals import Statistics, Terminal
-from fusedhead.values import FOLLOWED, Call, Escape, Plain, logits_of
+from fusedhead.rules.tokenwise import dispatch as tokenwise
 
 
 def computed(node: Any, world: World) -> Any:
@@ -173,12 +174,12 @@ def spied(node: Node, values: dict[Node, Any], asked: set[Any]) -> Any:
         asked.add(target)
         return by_rows(target, *args)
 
-    by_rows = rowwise.read
+    by_rows = tokenwise.read
     for overload in original:
         RULES[overload] = spy(overload)
-    rowwise.read = evaluate.by_rows = spied_rows
+    tokenwise.read = evaluator.by_rows = spied_rows
     try:
         return follow(node, values)
     finally:
         RULES.update(original)
-        rowwise.read = evaluate.by_rows = by_rows
+        tokenwise.read = evaluator.by_rows = by_rows

@@ -17,8 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
-from fusedhead.kernels.columns import Step, Transform, apply
-from fusedhead.values import (
+from fusedhead.ir.logits import (  # fmt: skip
     HIDDEN,
     Call,
     Expected,
@@ -29,7 +28,8 @@ from fusedhead.values import (
     Projection,
     RowStep,
     RowVector,
-)  # fmt: skip
+)
+from fusedhead.kernels.transform.transform import Step, Transform, apply
 
 aten = torch.ops.aten
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from fusedhead.generate import LARGEST, function_of, slopes_agree
-from fusedhead.kernels import pointwise, torch_functions
+from fusedhead.ir.logits import Escape
+from fusedhead.kernels.transform import native as torch_functions
+from fusedhead.kernels.transform import pointwise
 from fusedhead.rules.pointwise import LISTED
-from fusedhead.values import Escape
+from fusedhead.rules.pointwise_codegen import LARGEST, function_of, slopes_agree
 
 aten = torch.ops.aten
 INF, NAN = float("inf"), float("nan")

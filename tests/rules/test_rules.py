@@ -19,7 +19,8 @@ from rules.checking import read
 from rules.spellings import PROJECTIONS, ROWWISE, SPELLINGS
 from rules.states import World, draw_state, numbers
 
-from fusedhead.rules import RULES, rowwise
+from fusedhead.rules import RULES
+from fusedhead.rules.tokenwise import dispatch as tokenwise
 
 EXAMPLES = int(os.environ.get("FUSEDHEAD_RULE_EXAMPLES", "3"))  # logits a spelling
 
@@ -147,8 +148,8 @@ def test_an_op_without_a_rule_is_right_token_by_token(overload: Any) -> None:
 
 def test_every_op_that_is_read_token_by_token_has_a_property_test() -> None:
     tables = (
-        rowwise.ALONG, rowwise.REDUCE, rowwise.RESIZE, rowwise.TOTALS, rowwise.INDEXED, rowwise.FILLED,
-        rowwise.LOSSES, rowwise.KEPT, rowwise.CASTS, rowwise.LAYOUTS,
+        tokenwise.ALONG, tokenwise.REDUCE, tokenwise.RESIZE, tokenwise.TOTALS, tokenwise.INDEXED, tokenwise.FILLED,
+        tokenwise.LOSSES, tokenwise.KEPT, tokenwise.CASTS, tokenwise.LAYOUTS,
     )  # fmt: skip
     missing = sorted(map(str, set().union(*tables) - set(ROWWISE)))
     assert not missing, f"ops without a line in tests/rules/spellings.py: {', '.join(missing)}"

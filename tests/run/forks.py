@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 FORKS = """
 import json, os, sys
-from fusedhead.cli import main
+from fusedhead.run.cli import main
 for line in sys.stdin:
     arguments, folder, out, err = json.loads(line)
     child = os.fork()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedhead.cli import main
+from fusedhead.run.cli import main
 from tests.run.forks import Ours
 from tests.run.programs import COMPILED, EAGER, MODEL, write
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedhead import compile_eager, observe
-from fusedhead.report import HeadRecord, Report
+from fusedhead.report import observers
+from fusedhead.report.report import HeadRecord, Report
+from fusedhead.run import compile_eager
 
 
 class Head(nn.Module):
@@ -44,7 +45,7 @@ def heads() -> Iterator[list[HeadRecord]]:
     def add(report: Report) -> None:
         seen.extend(report.heads)
 
-    remove, stop = observe.add(add), compile_eager.enable()
+    remove, stop = observers.add(add), compile_eager.enable()
     yield seen
     stop()
     remove()

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedhead
-from fusedhead import observe
-from fusedhead.report import Report
+from fusedhead.report import observers
+from fusedhead.report.report import Report
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def switched_off() -> Iterator[None]:
 @pytest.fixture
 def reports() -> Iterator[list[Report]]:
     heard: list[Report] = []
-    remove = observe.add(heard.append)
+    remove = observers.add(heard.append)
     yield heard
     remove()
 
@@ -192,7 +192,7 @@ def test_an_observer_that_raises_does_not_break_a_compilation(caplog: pytest.Log
     def broken(report: Report) -> None:
         raise RuntimeError("broken observer")
 
-    remove = observe.add(broken)
+    remove = observers.add(broken)
     try:
         torch.compile(loss, backend="fusedhead")(*arguments())
     finally:

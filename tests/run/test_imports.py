@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedhead
-from fusedhead import observe
-from fusedhead.enable import Method
-from fusedhead.imports import after_import
-from fusedhead.report import Report
+from fusedhead.report import observers
+from fusedhead.report.report import Report
+from fusedhead.run.enable import Method
+from fusedhead.run.import_hooks import after_import
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_a_warning_between_head_and_loss_does_not_split_the_graph(
         return F.cross_entropy(logits, y)
 
     heard: list[Report] = []
-    remove = observe.add(heard.append)
+    remove = observers.add(heard.append)
     w = torch.randn(64, 16, requires_grad=True)
     torch.compile(forward)(torch.randn(8, 16), w, torch.randint(0, 64, (8,))).backward()
     remove()

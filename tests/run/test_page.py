@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fusedhead.estimates import estimate
-from fusedhead.page import page
-from fusedhead.report import HeadRecord, Report
-from fusedhead.summary import Summary
+from fusedhead.report.estimates import estimate
+from fusedhead.report.html import page
+from fusedhead.report.report import HeadRecord, Report
+from fusedhead.report.summary import Summary
 
 ENGINE = "torch windows: gradients in the forward sweep"
 FUSED = HeadRecord(

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from fusedhead import Report
 from fusedhead.backend import compile_with
-from fusedhead.read import name_of
+from fusedhead.graph.nodes import name_of
 from fusedhead.rules.projections import SPELLINGS
 from tests.eager_stack import as_it_is, backend
 from tests.sweep_transformers.batches import batch

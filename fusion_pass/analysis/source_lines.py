@@ -1,0 +1,118 @@
+"""Where in a program a node comes from: the line and the module that a user would look for.
+
+A projection is often made by a helper that every linear layer passes through, or by the forward of a layer's own class.
+Its line tells heads and layers not apart: the caller's does. This file reads what Dynamo has recorded of a node
+(``stack_trace``, ``nn_module_stack``) and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from torch.fx import Graph, Node
+
+from fusedhead.graph.nodes import name_of
+from fusedhead.rules.projections import SPELLINGS
+
+# the parts of a Dynamo source that no user has written
+INSIDE = frozenset({"self", "L", "G", "_modules", "_parameters", "_buffers", "_orig_mod"})
+FORWARD = ("forward", "__call__")  # no helpers: what a module does is its own
+
+
+class Frame(NamedTuple):
+    file: str
+    line: str
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file.rsplit('/', 1)[-1]}:{self.line}"
+
+
+def frames(node: Node) -> list[Frame]:
+    """The program's frames that made a node, the outermost first."""
+    return parsed(node.meta.get("stack_trace") or "")
+
+
+@lru_cache(maxsize=4096)  # the products of a graph are looked at for every head
+def parsed(trace: str) -> list[Frame]:
+    return [Frame(*entry) for entry in re.findall(r'^\s*File "(.*)", line (\d+), in (.*)$', trace, re.MULTILINE)]
+
+
+def modules(node: Node) -> list[tuple[str, str, Any]]:
+    """(key, path, class) of the modules that were running, the outermost first; a path is "heads.2"."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [(key, spelled(str(entry[0])), entry[1]) for key, entry in stack.items()]
+
+
+def spelled(source: str) -> str:
+    """ "L['self'].heads.2" or "L['self']._modules['lm_head']" as a user would write it from the outermost module."""
+    parts = re.findall(r"\w+", re.sub(r"^[LG]\['?\w+'?\]", "", source))
+    return ".".join(part for part in parts if part not in INSIDE)
+
+
+def module(node: Node) -> str:
+    """The path of the module that made a node, "" where none did or the compiled module itself."""
+    stack = modules(node)
+    return stack[-1][1] if stack else ""
+
+
+def products_of(graph: Graph) -> list[Node]:
+    """The products of a graph, among which a head's line is told."""
+    return [node for node in graph.nodes if name_of(node) in SPELLINGS]
+
+
+def place(node: Node, products: Sequence[Node] | None = None) -> str:
+    """ "model.py:30 (lm_head)": the line that a head is told from other layers by, and its module.
+
+    ``products``: those of its graph, for who asks for many places.
+    """
+    found, path = caller(node, products_of(node.graph) if products is None else products), module(node)
+    line = str(found) if found is not None else node.name
+    return f"{line} ({path})" if path else line
+
+
+def caller(node: Node, products: Sequence[Node]) -> Frame | None:
+    """The innermost frame that is no helper of several layers', nor the forward of a class of linear layers."""
+    own = frames(node)
+    if not own:
+        return None
+    others = [other for other in products if other is not node]
+    at = len(own) - 1
+    if is_a_layer(node, others):
+        at = next((i for i in range(at, 0, -1) if own[i].function in FORWARD), at + 1) - 1
+    while at and own[at].function not in FORWARD and is_a_helper(own, at, others):
+        at -= 1
+    return own[at]
+
+
+def is_a_layer(node: Node, others: Sequence[Node]) -> bool:
+    """Whether the innermost module is a program's own kind of linear layer: it makes one product, of its own weight."""
+    stack = modules(node)
+    if not stack or str(getattr(stack[-1][2], "__module__", stack[-1][2])).startswith("torch."):
+        return False
+    key, path, _ = stack[-1]
+    weights = (parameter(source) for source in node.all_input_nodes[1:])
+    return any(w.rpartition(".")[0] == path and w for w in weights) and not any(
+        (stack := modules(other)) and stack[-1][0] == key for other in others
+    )
+
+
+def parameter(node: Node) -> str:
+    """The path of the graph input that a weight is a view, or a cast, of."""
+    while node.op.startswith("call_") and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return spelled(name() if callable(name) else str(name))
+
+
+def is_a_helper(own: Sequence[Frame], at: int, others: Sequence[Node]) -> bool:
+    """Whether another product passes the same line, called from somewhere else."""
+    for other in others:
+        theirs = frames(other)
+        if any(frame == own[at] and theirs[:i] != own[:at] for i, frame in enumerate(theirs)):
+            return True
+    return False

@@ -1,0 +1,248 @@
+"""Several heads whose logits are one tensor, under one loss: codebooks of audio models, heads that look ahead.
+
+| spelling                                                        | the parts                                   |
+|-----------------------------------------------------------------|---------------------------------------------|
+| ``torch.stack([F.linear(h, w) for w in weights], dim)``         | the products                                |
+| ``F.linear(h, w).view(B, T, K, V)``, w [K V, D]                 | the product with K pieces of the weight     |
+| ``F.linear(h, w).view(N, C, K)``, w [C K, D], classes second    | the products with ``w[k::K]``               |
+| ``torch.einsum("btd,kvd->btkv", h, w)``, ``torch.bmm(h, w)``    | the products with ``w[k]``                  |
+
+This file says what is stacked; it must not know what is asked of it, and edits nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fusedhead.analysis.evaluator import follow
+from fusedhead.analysis.interpreter import Reading, interpret
+from fusedhead.analysis.projections import above_losses
+from fusedhead.graph.modes import grad_modes
+from fusedhead.graph.nodes import Traces, fake, name_of
+from fusedhead.ir.logits import (
+    HIDDEN,
+    Call,
+    Escape,
+    Logits,
+    Plain,
+    Projection,
+    RowStep,
+    Stack,
+    piece_of,
+    rows_of_hidden,
+)
+from fusedhead.rewrite.returned_logits import rooted_in_inputs
+from fusedhead.rules.projections import SPELLINGS
+from fusedhead.rules.table import Family
+
+aten = torch.ops.aten
+FAMILY = Family(
+    "several pieces, several heads",
+    "loops over rows or over pieces of the tokens or of the weight (one sweep for all of them, one gradient of the "
+    "weight); logits put together from pieces; heads stacked under one loss",
+    "pieces that something else reads or writes to",
+)
+CATS = frozenset({"cat", "concat", "concatenate"})  # along tokens, a stack whose numbers are then tokens too
+SPELLED = frozenset({"stack", *CATS, "view", "reshape", "unflatten", "einsum", "bmm", "matmul"})  # a stack's nodes
+MOST = 64  # heads: each is a sweep
+
+
+def reading_of(graph: Graph, starts: Collection[Node], grad: bool) -> Reading | None:
+    """The reading of a graph with stacks that are all read to their losses; None if it has none."""
+    modes, traced = grad_modes(graph, grad), Traces()
+    found = {}
+    for node in reached(graph):
+        logits = stack_at(node, traced) or stack_at(node, traced, classes_first=True)
+        if logits is not None and all(modes[product] == modes[node] for product in logits.head.products):
+            found[node] = logits
+    tried: set[Node] = set()
+    while found:
+        products = {p for logits in found.values() for p in logits.head.products}
+        reading = interpret(graph, set(starts) - products, grad, found)
+        served = {site.head.node for site in reading.sites if isinstance(site.head, Stack) and site.terminals
+                  and not site.escapes and not any(t.logits.rows for _, t in site.terminals)}  # fmt: skip
+        if served >= found.keys():
+            return reading
+        left = {node: logits for node, logits in found.items() if node in served}
+        for node in found.keys() - served - tried:  # the classes may be the other of two dimensions
+            tried.add(node)
+            logits = stack_at(node, traced, classes_first=True)
+            left |= {node: logits} if logits is not None else {}
+        found = left
+    return None
+
+
+def reached(graph: Graph) -> list[Node]:
+    """The nodes between a graph's losses and its products, those included, in order."""
+    seen = set(above_losses(graph, {*SPELLINGS, "bmm"}))
+    return [node for node in graph.nodes if node in seen]
+
+
+def stack_at(node: Node, traced: Traces, *, classes_first: bool = False) -> Logits | None:
+    """The logits of a node that stacks several heads'; ``classes_first``: as pieces whose numbers are its last."""
+    if not isinstance(fake(node), Tensor):
+        return None
+    try:
+        if classes_first:
+            found = of_pieces(node, traced, classes_first=True)
+        else:
+            found = of_products(node, traced) or of_pieces(node, traced) or of_a_product(node)
+    except Escape:
+        return None
+    if found is None or not 2 <= len(found[0]) <= MOST:
+        return None
+    parts, dim = found
+    first = parts[0]
+    alike = all(
+        p.val.shape == first.val.shape and p.head.dtype == first.head.dtype and p.class_dim == p.val.ndim - 1
+        and p.head.weight.val.shape == first.head.weight.val.shape and not p.rows for p in parts
+    )  # fmt: skip
+    if not alike or dim >= fake(node).ndim - 1:
+        return None
+    class_dim, moved = fake(node).ndim - 1, tuple[RowStep, ...]()
+    if name_of(node) in CATS:
+        moved = (RowStep(aten.flatten.using_ints, (dim, dim + 1), keeps_order=True),)
+    elif classes_first:
+        moved, class_dim = (RowStep(aten.movedim.int, (dim + 1, dim), keeps_order=True),), dim
+    hidden = Plain(Call(aten.stack.default, ([rows_of_hidden(p) for p in parts], dim)), None)
+    head = Stack(node, hidden, first.head.weight, first.head.dtype, tuple(parts), dim)
+    vocab = first.vocab and (0, int(first.val.shape[-1]))
+    return Logits(head, fake(node), class_dim, row_steps=moved, vocab=vocab)
+
+
+def product(node: Node, traced: Traces) -> Logits:
+    """The logits of a projection that nothing else reads. Raises Escape."""
+    value = follow(node, {}, traced) if len(node.users) == 1 and name_of(node) in SPELLINGS else None
+    if not isinstance(value, Logits):
+        raise Escape("not a product")
+    return value
+
+
+def of_products(node: Node, traced: Traces) -> tuple[list[Logits], int] | None:
+    """Products that are stacked, or joined along another dimension than the classes."""
+    listed = node.args[0] if node.args else node.kwargs.get("tensors")
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if name_of(node) not in {"stack", *CATS} or not isinstance(listed, (list, tuple)) or not isinstance(dim, int):
+        return None
+    nodes = [part for part in listed if isinstance(part, Node)]
+    if len(set(nodes)) != len(listed):
+        return None
+    return [product(part, traced) for part in nodes], dim % fake(node).ndim
+
+
+def of_pieces(node: Node, traced: Traces, *, classes_first: bool = False) -> tuple[list[Logits], int] | None:
+    """A product whose classes are viewed as K times V, or as V times K."""
+    source = node.args[0] if node.args else None
+    if name_of(node) not in ("view", "reshape", "unflatten") or not isinstance(source, Node):
+        return None
+    if name_of(source) not in SPELLINGS or fake(node).ndim < 3:
+        return None
+    before, after = fake(source).shape, list(fake(node).shape)
+    count, vocab = after[-2:]
+    if not isinstance(count, int) or not isinstance(vocab, int) or before[-1] != count * vocab or count < 2:
+        return None
+    whole = product(source, traced)
+    rows = [s if isinstance(s, int) else -1 for s in after[:-2]]
+    if rows.count(-1) > 1 or math.prod(before[:-1]) != math.prod(after[:-2]) or whole.row_steps:
+        return None
+    step = RowStep(aten.reshape.default, ([*rows, HIDDEN],), keeps_order=True)
+    if classes_first:
+        count, vocab = vocab, count
+        return [every(whole, k, count, fake(node).select(-1, k), step) for k in range(count)], len(rows)
+    bounds = [(k * vocab, (k + 1) * vocab) for k in range(count)]
+    return [
+        replace(
+            whole,
+            val=fake(node).select(-2, k),
+            class_dim=len(rows),
+            row_steps=(step,),
+            vocab=bounds[k],
+            cols=piece_of(whole.cols, *bounds[k]),
+        )
+        for k in range(count)
+    ], len(rows)
+
+
+def every(whole: Logits, first: int, step: int, val: Tensor, rows: RowStep) -> Logits:
+    """The product with every ``step``-th row of the weight, from ``first`` on."""
+
+    def taken(x: Plain) -> Plain:
+        return Plain(Call(aten.slice.Tensor, (x.ref, 0, first, x.val.shape[0], step)), x.val[first::step])
+
+    head = replace(whole.head, weight=taken(whole.head.weight))
+    cols = tuple(map(taken, whole.cols))
+    return replace(whole, head=head, val=val, class_dim=val.ndim - 1, row_steps=(rows,), cols=cols)
+
+
+def of_a_product(node: Node) -> tuple[list[Logits], int] | None:
+    """One product with K weights: ``einsum`` or ``bmm`` with a weight of three dimensions."""
+    terms = letters(node)
+    if terms is None:
+        return None
+    hidden, h, weight, w, out = terms
+    shared = [c for c in w if c in h and c not in out]
+    classes = [c for c in w if c not in h and c in out and out.endswith(c)]
+    numbers = [c for c in w if c not in (*shared, *classes)]
+    if len(shared) != 1 or len(classes) != 1 or len(numbers) != 1 or len(set(h)) != len(h) or numbers[0] not in out:
+        return None
+    d, v, k = shared[0], classes[0], numbers[0]
+    if not all(isinstance(size, int) for size in fake(weight).shape):
+        return None
+    rows = h.replace(k, "").replace(d, "")
+    count = fake(weight).shape[w.index(k)]
+    if k in h and not is_parameter(weight):  # attention looks the same
+        return None
+    if not h.endswith(d) or out.replace(k, "") != rows + v or not isinstance(count, int) or count > MOST:
+        return None
+    parts = []
+    for i in range(count):
+        of = Call(aten.select.int, (weight, w.index(k), i))
+        stored = of if w.index(v) < w.index(d) else Call(aten.t.default, (of,))
+        value = fake(weight).select(w.index(k), i)
+        own = Call(aten.select.int, (hidden, h.index(k), i)) if k in h else hidden
+        states = Plain(own, fake(hidden).select(h.index(k), i) if k in h else fake(hidden))
+        head = Projection(node, states, Plain(stored, value if stored is of else value.t()), fake(node).dtype)
+        val = fake(node).select(out.index(k), i)
+        if val.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return None
+        if any(x.dtype != val.dtype for x in (fake(weight), fake(hidden))):
+            return None
+        start = Logits(head, val, val.ndim - 1)
+        parts.append(start.step(val))
+    return parts, out.index(k)
+
+
+def is_parameter(node: Node) -> bool:
+    """Whether a node is a view of a parameter."""
+    while node.op != "placeholder" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return isinstance(fake(node), torch.nn.Parameter)
+
+
+def letters(node: Node) -> tuple[Node, str, Node, str, str] | None:
+    """(hidden states, their letters, weight, its letters, those of the result) of a product with several weights."""
+    if name_of(node) == "einsum" and isinstance(node.args[0], str):
+        operands: Sequence[Any] = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+        left, _, out = node.args[0].replace(" ", "").partition("->")
+        terms = left.split(",")
+        if "." in left or not out or len(terms) != 2 or len(operands) != 2:
+            return None
+        pairs = list(zip(operands, terms))
+    elif name_of(node) in ("bmm", "matmul") and len(node.args) == 2 and not node.kwargs:
+        pairs, out = list(zip(node.args, ("knd", "kdv"))), "knv"
+        if any(not isinstance(x, Node) or fake(x).ndim != 3 for x in node.args):
+            return None
+    else:
+        return None
+    for (hidden, h), (weight, w) in (pairs, pairs[::-1]):
+        known = isinstance(hidden, Node) and isinstance(weight, Node) and len(w) == 3
+        if known and rooted_in_inputs(weight) and 0 not in fake(weight).stride() and len(set(w)) == 3:
+            return hidden, h, weight, w, out
+    return None

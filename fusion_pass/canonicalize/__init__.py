@@ -1,0 +1,1 @@
+"""Exact rewrites, graph to graph, that make heads visible to the analysis."""

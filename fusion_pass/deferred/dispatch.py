@@ -1,0 +1,288 @@
+"""What happens to a call on deferred logits: recorded, answered by a fused op, or made on the plain tensor.
+
+Steps that a loss takes are recorded. Anything else is read (`deferred.reading`): an answer from row statistics is
+computed by the fused ops, and what no rule can read is computed from the plain tensor, as is every write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedhead.compat import disable_torch_function_subclass, tree_map_only
+from fusedhead.deferred import op_tables
+from fusedhead.deferred.assignments import assignment, part_of, same_index, update
+from fusedhead.deferred.call_program import Leaf, Mode, Unreadable, encode
+from fusedhead.deferred.query import NotRecorded, Request
+from fusedhead.deferred.record import pick, record
+from fusedhead.deferred.results import Unread, Wide
+from fusedhead.deferred.row_picks import picks
+from fusedhead.deferred.state import Family, Recorded
+from fusedhead.deferred.surroundings import checkpoint, op_by_op
+from fusedhead.deferred.tensor import DeferredLogits, Rebound, follow, is_adopted, linked, plain, settle
+
+
+def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Any torch function with deferred logits among its arguments."""
+    if func is Tensor.__iter__:
+        return iter(args[0].unbind(0))
+    if func is torch.autograd.grad:
+        refuse_late(kwargs["inputs"] if "inputs" in kwargs else args[1])
+    if getattr(func, "__name__", "") in op_tables.ASKS_FOR_GRADIENT:
+        refuse_late(args[0])
+    if op_tables.writes(func, args, kwargs):
+        return write(func, args, kwargs)
+    if getattr(func, "__name__", "") in op_tables.NUMBERS or op_tables.fails_at_once(func, args):
+        return compute(func, args, kwargs)
+    if func is Tensor.__getitem__:
+        rows = masked(*args)
+        if rows is not None:
+            return rows
+    if func is torch.functional.broadcast_tensors:
+        shape = torch.broadcast_shapes(*(t.shape for t in args))
+        return tuple(t if t.shape == shape else t.expand(shape) for t in args)
+    if op_tables.takes_looks_only(func, args, kwargs):
+        return alike(func, args, kwargs)
+    found: list[Tensor] = []
+
+    def local(tensor: Tensor) -> Leaf:
+        for at, known in enumerate(found):
+            if known is tensor:
+                return Leaf(at)
+        found.append(tensor)
+        return Leaf(len(found) - 1)
+
+    try:
+        code = encode(args, local), encode(kwargs, local)
+    except Unreadable:
+        return compute(func, args, kwargs)
+    tensors = [resolved(t) for t in found]
+    subjects = [t for t in tensors if isinstance(t, DeferredLogits)]
+    if not subjects or not all(map(readable, tensors)) or any(t._known.origin is None for t in subjects):
+        return compute(func, args, kwargs)
+    mode = Mode.now(subjects[0].device.type)
+    if as_eager(subjects, tensors, mode):
+        return compute(func, args, kwargs)
+    most = max(t.numel() // t.shape[-1] if t.ndim and t.shape[-1] else 0 for t in subjects)
+    wide = any(t.numel() > most and t.ndim > 1 for t in tensors if not isinstance(t, DeferredLogits))
+    try:
+        if op_tables.lazy(func) and not wide:
+            return later(Request(Recorded(func, *code, kept(tensors), mode)), args, kwargs)
+        request = Request(Recorded(func, *code, tuple(tensors), mode))
+        outcome = request.outcome()
+        if isinstance(outcome, Unread) or not request.pays(outcome):
+            return compute(func, args, kwargs)
+        if isinstance(outcome, Wide):
+            if not (op_tables.lazy(func) or op_tables.put_off(func)):
+                return compute(func, args, kwargs)
+            return record(Request(Recorded(func, *code, kept(tensors), mode)))
+        return request.answered(outcome)
+    except NotRecorded:
+        return compute(func, args, kwargs)
+
+
+def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode: Mode) -> bool:
+    """Whether a call is made op by op on numbers, since something that surrounds it depends on which ops run.
+
+    A region of checkpointing that the logits came from is none: each pass over it makes logits of its own.
+    """
+    region = checkpoint()
+    if op_by_op() or (region is not None and not all(t._known.family.returned_in(region) for t in subjects)):
+        return True
+    if mode.grad and any(t._known.layout.marked for t in subjects):
+        return True
+    made = [leaf for t in subjects for leaf in (t, *t._known.leaves)]
+    # what was made in inference mode cannot be saved for a gradient: eager code says so where it would be
+    differentiated = mode.grad and any(t.requires_grad for t in (*tensors, *made))
+    return differentiated and any(t.is_inference() for t in (*tensors, *made))
+
+
+def refuse_late(inputs: Any) -> None:
+    """Raise RuntimeError where the gradient of ``inputs`` is asked for and nothing will compute it any more."""
+    late: list[bool] = []
+    mapped(lambda t: late.append(t.requires_grad and t._known.family.passed_by), inputs)
+    if any(late):
+        raise RuntimeError(
+            "the gradient of deferred logits is asked for after a loss was taken of them. The loss's gradient passes "
+            "them by, so theirs is never computed: ask for it before the loss (retain_grad(), register_hook()), or "
+            'compile with options={"fusedhead.logits": "eager"} (FUSEDHEAD_LOGITS=eager), which computes logits at '
+            "once."
+        )
+
+
+def later(request: Request, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Deferred logits for the result of a call that is recorded unread."""
+    first = args[0] if args else None
+    if isinstance(first, DeferredLogits):
+        shape = first._known.layout.shape
+        chosen = picks(request.recorded.func.__name__, shape, args[1:], kwargs)
+        if chosen is not None and not any(shape[pick.dim] in request.exact for each in chosen for pick in each):
+            return pick(request, chosen)
+    return record(request)
+
+
+def kept(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Operands of a call that is made later, copied: they may be written to before."""
+    return tuple(t if isinstance(t, DeferredLogits) else t.clone() for t in tensors)
+
+
+def alike(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A call to which only shape, dtype and device of deferred logits matter."""
+    if func.__name__ in op_tables.RESHAPED_AS and not isinstance(args[0], DeferredLogits):
+        return op_tables.RESHAPED_AS[func.__name__](*args)
+    known = args[0]._known.layout
+    shell = torch.empty_strided(known.shape, known.stride, dtype=known.dtype, device="meta")
+    return func(shell, *args[1:], **{"device": args[0].device, **kwargs})
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """Deferred logits that exist by now, or whose gradient is another's business, as the plain tensor."""
+    if not isinstance(tensor, DeferredLogits) or (tensor._plain is None and not is_adopted(tensor)):
+        return tensor
+    return plain(tensor)
+
+
+def readable(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter, DeferredLogits) and tensor.layout is torch.strided
+
+
+def masked(tensor: Any, which: Any) -> Tensor | None:
+    """``tensor[mask]`` with a boolean mask over leading dimensions, as a choice of rows by number."""
+    mask, *rest = which if isinstance(which, tuple) else (which,)
+    if type(mask) is not Tensor or mask.dtype is not torch.bool or not isinstance(tensor, DeferredLogits):
+        return None
+    if any(not (r is Ellipsis or (type(r) is slice and r == slice(None))) for r in rest):
+        return None
+    if not 0 < mask.ndim < tensor.ndim or mask.shape != tensor.shape[: mask.ndim]:
+        return None
+    rows = tensor if mask.ndim == 1 else tensor.flatten(0, mask.ndim - 1)
+    return rows.index_select(0, mask.reshape(-1).nonzero().squeeze(1).to(tensor.device))
+
+
+def compute(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The call on plain tensors. A result that is one of them is handed back as the tensor it stands for."""
+    stands_for: dict[int, DeferredLogits] = {}
+
+    def exist(tensor: DeferredLogits) -> Tensor:
+        stands_for[id(plain(tensor))] = tensor
+        return plain(tensor)
+
+    plain_args, plain_kwargs = mapped(exist, (args, kwargs))
+    result = func(*plain_args, **plain_kwargs)
+    return stands_for.get(id(result), result) if isinstance(result, Tensor) else result
+
+
+def mapped(function: Callable[[DeferredLogits], Any], value: Any) -> Any:
+    """``value`` with ``function`` applied to deferred logits in it, slices included."""
+    if isinstance(value, DeferredLogits):
+        return function(value)
+    if type(value) is slice:
+        return slice(*(mapped(function, v) for v in (value.start, value.stop, value.step)))
+    if type(value) in (list, tuple):
+        return type(value)(mapped(function, v) for v in value)
+    if type(value) is dict:
+        return {k: mapped(function, v) for k, v in value.items()}
+    return tree_map_only(DeferredLogits, function, value)
+
+
+def write(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A call that may write to deferred logits: first, everything made of the same logits has to exist.
+
+    Not so where nothing else shares the memory, and the numbers written have a call of their own: ``p -= q``. Nor where
+    a part of the tensor is written to, and is all that was made of it: ``z[:, k] += c``.
+    """
+    if to_a_part(func.__name__, args, kwargs):
+        return None if func is Tensor.__setitem__ else args[0]
+    if func.__name__ in op_tables.OUT_OF_PLACE and args and isinstance(args[0], DeferredLogits) and alone(args[0]):
+        tensor, before = args[0], linked(args[0]._known)
+        args, kwargs = mapped(lambda t: before if t is tensor else t, (args, kwargs))
+        result = call(op_tables.OUT_OF_PLACE[func.__name__], args, kwargs)
+        if isinstance(result, DeferredLogits) and rebind(tensor, result):
+            return tensor
+        args, kwargs = mapped(lambda t: tensor if t is before else t, (args, kwargs))
+    families: list[Family] = []
+    sharing: list[tuple[DeferredLogits, Any]] = []
+    mapped(lambda t: families.append(t._known.family), (args, kwargs))
+    for family in families:
+        for member in list(family.members):
+            alive = member()
+            if alive is not None:
+                plain(alive)
+                sharing.append((alive, grad_fn_of(alive)))
+    result = compute(func, args, kwargs)
+    for tensor, before in sharing:
+        if grad_fn_of(tensor) != before:
+            follow(tensor)
+    return result
+
+
+def grad_fn_of(tensor: DeferredLogits) -> Any:
+    """What tells a tensor's history from that before a write; None where asking is an error, as using it will be."""
+    try:
+        made = plain(tensor)
+        return made.requires_grad, made.grad_fn
+    except RuntimeError:
+        return None
+
+
+def to_a_part(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Let deferred logits stand for what a write to a part makes of them: whether that was done."""
+    if name == "__setitem__" and isinstance(args[0], DeferredLogits):
+        whole, index, value = args
+        part = None
+        known = part_of(value)
+        if known is not None and known[0] is whole and same_index(known[1], index, whole.ndim):
+            return True  # the part is in its place, and stands for what was written to it
+        becomes = None if known else assignment(whole, index, value)
+    else:
+        part = args[0] if args else None
+        found = part_of(part)
+        if found is None:
+            return False
+        whole, index = found
+        becomes = update(name, whole, index, args[1:], kwargs)
+    if becomes is None or not alone(whole, part):
+        return False
+    function, operands = becomes
+    result = function(linked(whole._known), *operands)
+    if not isinstance(result, DeferredLogits) or not rebind(whole, result):
+        return False
+    return part is None or rebind(part, call(Tensor.__getitem__, (whole, index), {}))
+
+
+def alone(tensor: DeferredLogits, besides: Any = None) -> bool:
+    """Whether the memory of a tensor that was not computed yet would be its own, and nothing waits to read it.
+
+    ``besides``: what is made of it and known.
+    """
+    if tensor._plain is not None or is_adopted(tensor) or (tensor.requires_grad and not torch.is_grad_enabled()):
+        return False
+    if tensor.is_inference() or torch.is_inference_mode_enabled():
+        return False
+    recorded = tensor._known.recorded
+    if not isinstance(recorded.func, torch.fx.GraphModule) and recorded.func.__name__ not in op_tables.FRESH:
+        return False  # a view, perhaps
+    members = (ref() for ref in tensor._known.family.members)
+    waiting = (m for m in members if m is not None and m is not besides)
+    return not any(t is tensor for m in waiting for t in m._known.recorded.tensors)
+
+
+def rebind(tensor: DeferredLogits, result: DeferredLogits) -> bool:
+    """Let ``tensor`` stand for ``result`` from here on, if it is a tensor of the same form."""
+    known, before = result._known, tensor._known
+    if result._plain is not None or known.layout._replace(grad=before.layout.grad) != before.layout:
+        return False
+    if known.layout.grad:
+        with disable_torch_function_subclass():
+            Rebound.apply(known, tensor, *known.recorded.tensors)
+        settle(tensor)
+    else:
+        tensor._known = known
+        torch.autograd.graph.increment_version(tensor)
+    return True
+
+
+DeferredLogits.handler = staticmethod(call)

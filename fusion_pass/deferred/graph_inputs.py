@@ -1,0 +1,115 @@
+"""Deferred logits that enter another compiled graph: the graph takes what they are made of instead.
+
+A loss that is compiled on its own then holds the projection and the loss, and is fused like any other. Compilers
+that do not know deferred logits see a traceable tensor subclass (`DeferredLogits.__tensor_flatten__`), which
+computes the logits in their graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fusedhead.compat import AttrSource, maybe_get_fake_mode
+from fusedhead.deferred.call_program import Mode
+from fusedhead.deferred.state import check_fresh
+from fusedhead.deferred.tensor import DeferredLogits, compiling
+from fusedhead.deferred.to_fx import Draft, write
+from fusedhead.graph.nodes import fake
+from fusedhead.ir.builder import static
+
+Run = Callable[..., Any]
+
+
+def leaves_of(tensor: DeferredLogits) -> list[Any]:
+    """The tensors that stand for it as inputs of a graph.
+
+    Raises StaleLogits, but not while a graph is compiled, where an error would be the compiler's: the graph is
+    compiled for what the tensor was made of, and the call says that this has changed.
+    """
+    if tensor._plain is None and tensor._known.origin is not None and not compiling():
+        check_fresh(tensor._known)
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
+
+
+def spread(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Callable[[Run], Run]]:
+    """Replace every placeholder of ``gm`` that is given deferred logits, in place.
+
+    Returns the inputs of the new graph, and a function that makes a compiled one take the old inputs.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    deferred = [isinstance(value, DeferredLogits) for value in inputs]
+    start = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    for node, value in zip(placeholders, inputs):
+        if isinstance(value, DeferredLogits):
+            origin = value._known.origin
+            replace(gm, node, leaves_of(value), start, origin.exact if origin else frozenset())
+    gm.graph.lint()
+    gm.recompile()
+
+    def flat(values: Sequence[Any]) -> list[Any]:
+        found: list[Any] = []
+        for value, is_deferred in zip(values, deferred):
+            found.extend(leaves_of(value) if is_deferred else [value])
+        return found
+
+    def wrap(compiled: Run) -> Run:
+        def with_leaves(*values: Any) -> Any:
+            for value, is_deferred in zip(values, deferred):
+                known = value._known if is_deferred and value._plain is None else None
+                for run in known.origin.recipe.runs if known is not None and known.origin is not None else ():
+                    run.passed.add()
+            return compiled(*flat(values))
+
+        return with_leaves
+
+    return flat(inputs), wrap
+
+
+def of_known_sizes(inner: Tensor, real: Tensor, exact: frozenset[int]) -> Tensor:
+    """A fake tensor whose sizes in ``exact`` are no symbols: those of the head, where Dynamo takes all as dynamic."""
+    sizes = [int(s) if n in exact else s for s, n in zip(inner.shape, real.shape)]
+    strides = [s if static(s) is None else int(s) for s in inner.stride()]
+    if all(type(s) is int for s in inner.shape) or not any(type(s) is int for s in sizes):
+        return inner.detach()
+    mode = maybe_get_fake_mode(inner)
+    assert mode is not None
+    with mode:
+        return torch.empty_strided(sizes, strides, dtype=inner.dtype, device=inner.device)
+
+
+def replace(gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node, exact: frozenset[int]) -> None:
+    """Placeholders for what one deferred tensor is made of, and its program before ``start``."""
+    value = fake(node)
+    names, (program, *_) = value.__tensor_flatten__()
+    leaves = []
+    with gm.graph.inserting_before(node):
+        for name, tensor in zip(names, real):
+            leaf = gm.graph.placeholder(f"{node.name}{name}")
+            # Dynamo's fakes of inner tensors do not say whether a gradient is wanted
+            inner = of_known_sizes(getattr(value, name), tensor, exact)
+            leaf.meta = {"example_value": inner.requires_grad_(tensor.requires_grad)}
+            leaf._dynamo_source = AttrSource(node._dynamo_source, name)  # type: ignore[attr-defined]
+            leaves.append(leaf)
+    mode = maybe_get_fake_mode(fake(leaves[0]))
+    assert mode is not None
+    made = Draft(gm.graph, leaves, [], mode.shape_env, mode)
+    device = value.device.type
+    with gm.graph.inserting_before(start):
+        for step in program.steps:
+            made.made.append(write(made, step, device, Mode.now(device)))
+        result = made.node(program.result)
+    for later in gm.graph.nodes:
+        if later.meta.get("example_value") is value:  # `float()` of float32 logits returned its argument
+            later.meta["example_value"] = fake(result)
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+
+
+def any_deferred(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(value, DeferredLogits) for value in inputs) and not torch.compiler.is_exporting()

@@ -1,0 +1,99 @@
+"""Handing out deferred logits: what a compiled graph's wrapper does with the sources of logits it returns.
+
+A compiled graph that returns logits returns hidden states instead, and its caller gets a `DeferredLogits` made of
+them. This file makes the first one; all later ones are made of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fusedhead.deferred.dispatch  # noqa: F401  the handler of calls on deferred logits
+from fusedhead.compat import FakeTensor
+from fusedhead.deferred.call_program import Leaf, Made, Mode, Program, Step, encode, shapes
+from fusedhead.deferred.query import LEARNT
+from fusedhead.deferred.state import Family, Knowledge, Origin, Recorded, StaleLogits, taken
+from fusedhead.deferred.tensor import DeferredLogits, linked, plain
+from fusedhead.legality.profitability import rows_from
+from fusedhead.rewrite.returned_logits import LEAST_TOKENS, Recipe, compute_now, differentiable
+
+__all__ = ["DeferredLogits", "StaleLogits", "deferring", "existing", "plain"]
+
+
+def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
+    """The tensor that stands for a recipe's result on these sources (tensors, and numbers for sizes)."""
+    recipe = origin.recipe
+    mode = Mode(differentiable(recipe, sources), None, torch.is_inference_mode_enabled())
+    given = [s for s in sources if isinstance(s, Tensor)]
+    operands = [taken(tensor, name, mode) for tensor, name in zip(given, recipe.names)]
+    tensors, states = tuple(leaf for leaf, _ in operands), tuple(state for _, state in operands)
+    places = iter(range(len(tensors)))
+    args, none = encode(tuple(sources), lambda _: Leaf(next(places))), encode({}, lambda _: Leaf(0))
+    recorded = Recorded(recipe.program, args, none, tensors, mode)
+    key, what = (args, mode, shapes(tensors, None)), (args, mode)
+    known = origin.recorded.get(key)
+    if known is None:
+        layouts, _ = recorded.layouts()
+        with origin.lock:
+            if len(origin.recorded) > LEARNT:
+                origin.recorded.clear()
+            program = Program((Step(recipe.program, args, none, mode),), Made(0))
+            programs = origin.recorded.setdefault(what, ((program,), [], None))[0]
+            known = origin.recorded.setdefault(key, (programs, layouts, None))
+    programs, (layout,), _ = known
+    if math.prod(layout.shape) < recipe.least:
+        return at_once(recipe, sources, "fewer logits than fusedhead.min_logits")
+    if not torch.is_grad_enabled() and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
+        return at_once(recipe, sources, f"no gradient is recorded, and fewer than {LEAST_TOKENS} tokens")
+    for run in recipe.runs:
+        run.deferred.add()
+    return linked(Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout))
+
+
+def at_once(recipe: Recipe, sources: Sequence[Any], why: str) -> Tensor:
+    for run in recipe.runs:
+        run.at_once.add(why)
+    return compute_now(recipe, sources)
+
+
+def kept(source: Any) -> Any:
+    """A source in memory that no later run overwrites: a parameter as it is, anything else copied."""
+    return source.clone() if isinstance(source, Tensor) and not isinstance(source, torch.nn.Parameter) else source
+
+
+def existing(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled``, given plain tensors.
+
+    For one of several graphs that were cut out of one (DDP's buckets): it may get what another returned, and was
+    compiled for a plain tensor there.
+    """
+
+    def with_plain_tensors(*inputs: Any) -> Any:
+        return compiled(*(plain(x) if isinstance(x, DeferredLogits) else x for x in inputs))
+
+    return with_plain_tensors
+
+
+def deferring(memory: int, overwrites: bool, min_logits: str | int = "auto") -> Callable[[Recipe, Sequence[Any]], Any]:
+    """What a wrapped graph does with the sources of returned logits.
+
+    ``memory`` is the workspace budget of the fused ops. ``overwrites``: what the graph returns lies in memory that
+    its next run uses again (CUDA graphs), so hidden states are copied. ``min_logits``: the option of that name.
+    """
+    origins: dict[Recipe, Origin] = {}
+
+    def finish(recipe: Recipe, sources: Sequence[Any]) -> Any:
+        if any(isinstance(s, FakeTensor) for s in sources):
+            return compute_now(recipe, sources)
+        origin = origins.get(recipe)
+        if origin is None:
+            least = rows_from(recipe.device, memory) if min_logits == "auto" else 0
+            origin = origins.setdefault(recipe, Origin(recipe, memory, least))
+        return defer(origin, [kept(s) for s in sources] if overwrites else sources)
+
+    return finish

@@ -1,0 +1,251 @@
+"""What a call on deferred logits amounts to: an answer from row statistics, or nothing that a rule can read.
+
+The program of the logits and the call are written into a small graph, as Dynamo would have recorded them, and read
+by the same interpreter and rules as compiled graphs: what the compiler understands, eager code gets too. A reading
+is made on fake tensors whose numbers of tokens are symbols, and says for which of them it holds. This file runs
+nothing on real tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from fusedhead.analysis.interpreter import Reading, Site, interpret
+from fusedhead.analysis.stacked_heads import SPELLED, stack_at
+from fusedhead.compat import PythonPrinter
+from fusedhead.deferred.call_program import Made, Step, modes
+from fusedhead.deferred.lower_tokenwise import token_by_token
+from fusedhead.deferred.results import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole
+from fusedhead.deferred.to_fx import Draft, draft
+from fusedhead.graph.modes import grad_modes
+from fusedhead.graph.nodes import Traces, fake, hint, name_of
+from fusedhead.ir.logits import FOLLOWED, Logits, Stack, logits_of
+from fusedhead.ir.lse_differences import SPREAD
+from fusedhead.ir.terminal import Terminal
+from fusedhead.kernels.contract import STATS
+from fusedhead.legality.checks import Mutations
+from fusedhead.legality.legality import refusal
+from fusedhead.rewrite.forward_gradients import upgrade
+from fusedhead.rewrite.statistics import fuse
+from fusedhead.rewrite.sweeps import sweep_key
+from fusedhead.rules.projections import SPELLINGS
+
+
+def read_call(
+    steps: list[Step],
+    sources: Sequence[Made],
+    leaves: Sequence[Tensor],
+    exact: frozenset[int] | None,
+    chain: Sequence[Made],
+    memory: int,
+) -> tuple[Guard, Outcome]:
+    """What the last of ``steps`` amounts to, and for which sizes that holds.
+
+    ``sources`` are the deferred logits among its arguments; ``chain`` is the first of them, what that was made of,
+    and so on. Raises DependsOnSizes where ``exact`` is given and no symbolic sizes can be read.
+    """
+    here, device = steps[-1].mode, leaves[0].device.type
+    try:
+        made = draft(steps, leaves, exact, here)
+    except Exception as error:  # the call fails on fakes, or needs numbers; real tensors will say which
+        if exact is not None:
+            raise DependsOnSizes from error
+        return ALWAYS, Unread(f"{type(error).__name__}: {error}")
+    last = made.made[-1]
+    results = last if isinstance(last, list) else [last]
+    made.graph.output(tuple(results)).meta["example_value"] = None
+    with modes(here.read._replace(autocast=None), device):
+        stacked = stacks_of(made.graph)
+        parts = {product for logits in stacked.values() for product in logits.head.products}
+        reading = interpret(made.graph, heads(made.graph) - parts, stacks=stacked)
+        outcome = outcome_of(made, sources, chain, results, reading, memory)
+        if isinstance(outcome, Unread):
+            outcome = token_by_token(made, results, reading, memory, many_of(made)) or outcome
+    return guard_of(made), outcome
+
+
+def guard_of(made: Draft) -> Guard:
+    """The guards that reading has put on symbolic sizes, as one test."""
+    if made.shape_env is None or not made.shape_env.guards:
+        return ALWAYS
+    printer = PythonPrinter()
+    tests = list(dict.fromkeys(f"({printer.doprint(guard.expr)})" for guard in made.shape_env.guards))
+    free = {str(symbol) for guard in made.shape_env.guards for symbol in guard.expr.free_symbols}
+    if not free.issubset(made.symbols):
+        raise DependsOnSizes
+    return Guard(*made.function(" and ".join(tests), free))
+
+
+def stacks_of(graph: Graph) -> dict[Node, Logits]:
+    """The nodes that stack the logits of several heads, which a compiled graph has returned together."""
+    traced = Traces()
+    found = {node: stack_at(node, traced) for node in graph.nodes if name_of(node) in SPELLED}
+    return {node: logits for node, logits in found.items() if logits is not None}
+
+
+def heads(graph: Graph) -> set[Node]:
+    """The projections, but for those that make the weight of another one: an adapter that is merged."""
+    found = {node for node in graph.nodes if node.op.startswith("call_") and name_of(node) in SPELLINGS}
+    above: set[Node] = set()
+    stack = [source for node in found for source in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in above:
+            above.add(node)
+            stack += node.all_input_nodes
+    return found - above
+
+
+def outcome_of(
+    made: Draft, sources: Sequence[Made], chain: Sequence[Made], results: list[Node], reading: Reading, memory: int
+) -> Outcome:
+    """The answer to a call whose results are terminals of one head, or why statistics do not give it."""
+    found = [(site, t) for node in results for site in reading.sites for n, t in site.terminals if n is node]
+    sites = {id(site): site for site, _ in found}
+    if len(found) != len(results) or len(sites) != 1:
+        reasons = [sentence for site in reading.sites for _, sentence in site.escapes]
+        return Unread(reasons[-1] if reasons else "the result is no statistic of the rows")
+    (site,), terminals = sites.values(), [terminal for _, terminal in found]
+    values = [reading.values.get(made.node(ref)) for ref in chain]
+    shared = all(sweep(reading.values.get(made.node(s))) == key(t.logits) for s in sources for t in terminals)
+    related = tuple(relation(a, b) for a, b in pairwise(values)) if shared else ()
+    return answer(made, site, terminals, memory, shared, related, many_of(made), stack_of(site, reading))
+
+
+def stack_of(site: Site, reading: Reading) -> list[Node]:
+    """The nodes of the stack that a head was picked from: they go with it."""
+    found: list[Node] = []
+    for whole in reading.sites:
+        heads = {part.head for part in whole.head.parts} if isinstance(whole.head, Stack) else set()
+        if site.head in heads:
+            others = (each for each in reading.sites if each is whole or each.head in heads)
+            found += [node for each in others for node in (*each.head.products, *each.followed)]
+    return found
+
+
+def many_of(made: Draft) -> Callable[[list], Any] | None:
+    """What makes the container of the last step's results; None where there is one."""
+    last = made.made[-1]
+    if not isinstance(last, list):
+        return None
+    value = fake(origin(last[0]))
+    return list if isinstance(value, list) else type(value)
+
+
+def origin(node: Node) -> Node:
+    """The node whose results a part is of."""
+    return node if node.target is not operator.getitem else node.all_input_nodes[0]
+
+
+class _Subject(NamedTuple):
+    """What `sweep_key` asks of a terminal."""
+
+    logits: Logits
+
+
+def key(logits: Logits) -> Hashable:
+    """The sweep that serves these logits, whether or not gradients pass."""
+    return sweep_key(_Subject(logits))[:-1]  # type: ignore[arg-type]
+
+
+def is_followed(value: Any) -> bool:
+    return isinstance(value, FOLLOWED)
+
+
+def sweep(value: Any) -> Hashable:
+    return key(logits_of(value)) if is_followed(value) else None
+
+
+def relation(value: Any, before: Any) -> Relation | None:
+    """What ``value`` is to the one it was made of."""
+    if not is_followed(value) or not is_followed(before):
+        return None
+    dims = logits_of(before).class_dim, logits_of(value).class_dim
+    if sweep(value) == sweep(before):
+        return Relation(True, dims)
+    return Relation(False, dims) if picks_rows(logits_of(before), logits_of(value)) else None
+
+
+PICKS = frozenset({"slice", "select", "narrow", "index_select", "squeeze"})
+
+
+def picks_rows(old: Logits, new: Logits) -> bool:
+    """Whether ``new`` is rows of ``old``, picked along dimensions that are not the vocabulary's."""
+    added = new.row_steps[len(old.row_steps) :]
+    kept = new.row_steps[: len(old.row_steps)] == old.row_steps
+    picked = all(s.op._schema.name.removeprefix("aten::") in PICKS for s in added)
+    return kept and bool(added) and picked and new.steps == old.steps and new.vocab == old.vocab
+
+
+def answer(
+    made: Draft,
+    site: Site,
+    terminals: Sequence[Terminal],
+    memory: int,
+    shared: bool,
+    related: tuple[Relation | None, ...],
+    many: Callable[[list], Any] | None,
+    stacked: Sequence[Node] = (),
+) -> Outcome:
+    """Rewrite the graph of a call into what is run; ``stacked``: nodes of stacks that the site's head is a part of."""
+    graph = made.graph
+    grads, mutations = grad_modes(graph), Mutations(graph)
+    reason = refusal(site, mutations, grads, "")
+    if reason:
+        return Unread(reason)
+    site.followed += [node for node in stacked if node not in site.followed]
+    rows, all_rows = (hint(z.numel()) or 0 for z in (terminals[0].logits.val, fake(site.head.node)))
+    if isinstance(site.head, Stack) and 2 * rows < all_rows:
+        return Unread("some of the heads that are stacked are asked for, in another way than by their number")
+    calls = [call for some, _ in fuse(graph, [site], memory, grads, mutations) for call in some]
+    if len(calls) > 1 and isinstance(site.head, Stack):
+        if torch.is_grad_enabled():
+            upgrade(*calls, places=mutations.places)
+        graph.lint()
+        return Whole(GraphModule(torch.nn.Module(), graph), many)
+    if len(calls) != 1:
+        return Unread("the call has no sweep, or several")
+    # A gradient taken in the forward sweep holds a [V, D] buffer until the backward: not for one chunk of many.
+    if 2 * rows >= all_rows and torch.is_grad_enabled() and not upgrade(calls[0], places=mutations.places):
+        graph.lint()
+        return Whole(GraphModule(torch.nn.Module(), graph), many)
+    weighted = any(t.weights is not None for t in terminals)
+    stats = frozenset({"lse", "lse_low", "entropy"}) | (frozenset() if weighted else SPREAD)
+    likely = SPREAD if any("log_softmax + gather" in t.computes for t in terminals) else frozenset()
+    sharing = Sharing(stats if shared else frozenset(), likely, terminals[0].logits.quiet, related)
+    return cut(made, calls[0], sharing, memory, many)
+
+
+def cut(made: Draft, call: Node, sharing: Sharing, memory: int, many: Callable[[list], Any] | None) -> Swept:
+    """The graph before and after its one ``head_stats`` call."""
+    before = copied(made, {}, list(call.args[:6]))
+    statistics = {user: STATS[int(user.args[1])] for user in call.users}  # type: ignore[arg-type]
+    asks = tuple(name for name in STATS if name in statistics.values())
+    after = copied(made, statistics, list(made.graph.output_node().args[0]), asks)  # type: ignore[arg-type]
+    return Swept(before, after, asks, str(call.args[6]), memory, many, sharing)
+
+
+def copied(made: Draft, stand_ins: dict[Node, str], results: Sequence[Any], asks: Sequence[str] = ()) -> GraphModule:
+    """The part of the graph that computes ``results`` from the leaves and from named extra inputs."""
+    graph = Graph()
+    env = {leaf: graph.placeholder(leaf.name) for leaf in made.leaves}
+    extra = {name: graph.placeholder(name) for name in asks}
+    env.update({node: extra[name] for node, name in stand_ins.items()})
+    needed, stack = set(), list(results)
+    while stack:
+        node = stack.pop()
+        if node not in env and node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    for node in made.graph.nodes:
+        if node in needed:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[r] for r in results))
+    return GraphModule(torch.nn.Module(), graph)

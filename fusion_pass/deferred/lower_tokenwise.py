@@ -1,0 +1,61 @@
+"""Calls on deferred logits that no statistic answers: computed token by token, by a row program, or put off.
+
+What is as wide as the logits is put off, since a later call usually makes a few numbers of it; those are computed by
+a row program over everything that led to them. This file reads and rewrites a call's graph; it runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fusedhead.analysis.interpreter import Reading, heads_of
+from fusedhead.compat import PythonPrinter
+from fusedhead.deferred.results import Size, TokenByToken, Wide
+from fusedhead.deferred.to_fx import Draft
+from fusedhead.graph.nodes import fake
+from fusedhead.ir.logits import FOLLOWED
+from fusedhead.ir.tokenwise import Rowwise
+from fusedhead.options import Options
+from fusedhead.pipeline import fuse_body
+
+BUDGETS: dict[int, str | int] = {0: "auto", -1: "min"}
+
+
+def token_by_token(
+    made: Draft, results: Sequence[Node], reading: Reading, memory: int, many: Callable[[list], Any] | None
+) -> TokenByToken | Wide | None:
+    """What a call amounts to that is no statistic of the rows, or None. ``made`` is rewritten."""
+    values = [reading.rowwise.get(node, reading.values.get(node)) for node in results]
+    if all(map(is_wide, values)):
+        if any(node not in results for site in reading.sites for node, _ in site.escapes):
+            return None
+        followed = all(isinstance(value, FOLLOWED) for value in values)
+        return Wide(None if followed else held(made, reading, values))
+    if any(map(is_wide, values)) or not all(node in reading.rowwise for node in results):
+        return None
+    size = held(made, reading, reading.rowwise[results[0]])
+    options = Options(logits="eager", min_logits=0, memory=BUDGETS.get(memory, memory))
+    records, _ = fuse_body(made.graph, reading, "", options, set(), torch.is_grad_enabled())
+    if not records or not all(record.fused for record in records):
+        return None
+    made.graph.lint()
+    return TokenByToken(GraphModule(torch.nn.Module(), made.graph), many, size)
+
+
+def is_wide(value: Any) -> bool:
+    return isinstance(value, FOLLOWED) or (isinstance(value, Rowwise) and not value.small)
+
+
+def held(made: Draft, reading: Reading, values: Any) -> Size:
+    """The bytes of all logits that values are made of."""
+    found = heads_of(values)
+    logits = [fake(site.head.node) for site in reading.sites if site.head in found]
+    total = sum(z.numel() * z.dtype.itemsize for z in logits)
+    if not isinstance(total, torch.SymInt):
+        return Size((), lambda: total)
+    free = {str(symbol) for symbol in total.node.expr.free_symbols}
+    return Size(*made.function(PythonPrinter().doprint(total.node.expr), free))

@@ -1,0 +1,210 @@
+"""One call on deferred logits: looked up, learnt and answered.
+
+What was learnt about a call is kept by its form, so that the next batch finds it again, whatever its size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedhead.deferred.call_program import (  # fmt: skip
+    Leaf,
+    Made,
+    Mode,
+    Step,
+    encode,
+    joined,
+    modes,
+    relocated,
+    shapes,
+)
+from fusedhead.deferred.lower import read_call
+from fusedhead.deferred.results import (  # fmt: skip
+    ALWAYS,
+    Answer,
+    DependsOnSizes,
+    Guard,
+    Outcome,
+    Swept,
+    TokenByToken,
+    Unread,
+    Wide,
+)
+from fusedhead.deferred.shared_statistics import ancestry, known_statistic, top
+from fusedhead.deferred.state import Knowledge, Origin, Recorded, Recording, State, check_fresh, state
+from fusedhead.deferred.surroundings import out_of_sight, trial
+from fusedhead.deferred.tensor import DeferredLogits
+from fusedhead.kernels.contract import STATS
+
+log = logging.getLogger("fusedhead")
+LEARNT = 1024  # calls remembered for one head before all are forgotten
+VARIANTS = 8  # readings of one call for different sizes, before sizes are taken as they are
+RESORT = Unread("its reading depends on sizes")
+
+
+class NotRecorded(Exception):
+    """The call cannot be made without the numbers, or not at all: making it will say."""
+
+
+class Request:
+    """One call on deferred logits, on the way to its answer."""
+
+    def __init__(self, recorded: Recorded) -> None:
+        self.recorded = recorded
+        self.subjects = [t for t in recorded.tensors if isinstance(t, DeferredLogits)]
+        origins = [t._known.origin for t in self.subjects]
+        assert None not in origins, "a compiler's stand-in is handled by the compiler"
+        self.origin: Origin = origins[0]  # type: ignore[assignment]  # it keeps what is learnt
+        self.exact = frozenset().union(*(origin.exact for origin in origins))  # type: ignore[union-attr]
+        self.leaves: list[Tensor] = []
+        self.states: list[State] = []
+        # what each tensor of the call is: a program with the places of its leaves, or a leaf
+        self.refs = [
+            (t._known.program, self.places(t._known)) if isinstance(t, DeferredLogits) else (None, self.place(t))
+            for t in recorded.tensors
+        ]
+        self.what = (recorded.func, recorded.args, recorded.kwargs, recorded.mode, tuple(self.refs))
+
+    def places(self, known: Knowledge) -> tuple[Leaf, ...]:
+        return tuple(self.place(leaf, at) for leaf, at in zip(known.leaves, known.states))
+
+    def place(self, tensor: Tensor, at: State | None = None) -> Leaf:
+        for i, (known, then) in enumerate(zip(self.leaves, self.states)):
+            if known is tensor or (at is not None and same(known, then, tensor, at)):
+                return Leaf(i)
+        self.leaves.append(tensor)
+        self.states.append(state(tensor) if at is None else at)
+        return Leaf(len(self.leaves) - 1)
+
+    def steps(self, others: Sequence[Knowledge] = ()) -> tuple[list[Step], list[Made]]:
+        """The call and all that leads to it, and where the subjects and ``others`` are among the steps."""
+        programs = [ref for ref in self.refs if ref[0] is not None]
+        steps, results = joined([*programs, *((k.program, self.places(k)) for k in others)])
+        made = iter(results)
+        table = [ref[1] if ref[0] is None else next(made) for ref in self.refs]
+        call = self.recorded
+        step = Step(call.func, relocated(call.args, table, ()), relocated(call.kwargs, table, ()), call.mode)
+        return [*steps, step], results
+
+    def outcome(self) -> Outcome:
+        """Look up what the call amounts to, or learn it."""
+        with self.origin.lock:
+            variants = self.variants(self.exact)
+            for guard, outcome in variants:
+                if guard.holds(self.leaves):
+                    return outcome if outcome is not RESORT else self.for_these_sizes()
+            if len(variants) >= VARIANTS:
+                return self.for_these_sizes()
+            variants.append(self.learn(self.exact))
+            if not isinstance(variants[-1][1], Unread):
+                return variants[-1][1]
+            outcome = self.for_these_sizes()
+            if not isinstance(outcome, Unread):
+                variants[-1] = (ALWAYS, RESORT)
+            elif variants[-1][1] is RESORT:
+                variants[-1] = (ALWAYS, outcome)
+            return outcome
+
+    def variants(self, exact: frozenset[int] | None) -> list[tuple[Guard, Outcome]]:
+        """What has been learnt about this call on tensors like these."""
+        known, key = self.origin.outcomes, (self.what, shapes(self.leaves, exact))
+        if key not in known and len(known) > LEARNT:
+            known.clear()
+        return known.setdefault(key, [])
+
+    def for_these_sizes(self) -> Outcome:
+        variants = self.variants(None)
+        if not variants:
+            variants.append(self.learn(None))
+        return variants[0][1]
+
+    def learn(self, exact: frozenset[int] | None) -> tuple[Guard, Outcome]:
+        chain = list(ancestry(self.subjects[0]))
+        steps, made = self.steps([t._known for t in chain])
+        subjects, lineage = made[: len(self.subjects)], made[len(self.subjects) :]
+        call = self.recorded
+        try:
+            with trial():
+                guard, outcome = read_call(steps, subjects, self.leaves, exact, lineage, self.origin.memory)
+        except DependsOnSizes:
+            return ALWAYS, RESORT
+        except Exception as error:  # never in the way: the plain tensor is always right
+            log.warning("fusedhead: %s of deferred logits could not be read", call.func, exc_info=True)
+            guard, outcome = ALWAYS, Unread(f"{type(error).__name__}: {error}")
+        if isinstance(outcome, Unread) and exact is None:
+            name = getattr(call.func, "__name__", call.func)
+            log.info("deferred logits are computed for %s: %s", name, outcome.reason)
+        return guard, outcome
+
+    def pays(self, outcome: Outcome) -> bool:
+        """Whether the logits are enough for a row program, if it takes one."""
+        held = outcome.held if isinstance(outcome, (TokenByToken, Wide)) else None
+        return held is None or held.of(self.leaves) >= self.origin.rows_from
+
+    def answered(self, outcome: Answer) -> Any:
+        for subject in self.subjects:
+            check_fresh(subject._known)
+        with modes(self.recorded.mode._replace(autocast=None), self.leaves[0].device.type):
+            if isinstance(outcome, Swept):
+                results = outcome.tail.forward(*self.leaves, *self.statistics(outcome))
+            else:
+                results = outcome.run.forward(*self.leaves)
+        if any(isinstance(result, Tensor) and result.requires_grad for result in results):
+            for subject in self.subjects:
+                subject._known.family.passed_by = True
+        for origin in {subject._known.origin for subject in self.subjects}:
+            for run in origin.recipe.runs:  # type: ignore[union-attr]
+                run.answered.add()
+        return results[0] if outcome.many is None else outcome.many(results)
+
+    def statistics(self, outcome: Swept) -> list[Tensor]:
+        """The statistics that ``outcome`` asks for, from earlier sweeps or from a new one."""
+        sharing, subject = outcome.sharing, self.subjects[0]
+        grad = Recording.of(self.recorded.mode.grad and not sharing.detached, self.recorded.mode)
+        # whether there is one already depends on what was asked before: nothing that counts what runs may see it
+        with subject._known.family.lock, out_of_sight():
+            have: dict[str, Any] = {}
+            for name in outcome.asks:
+                have[name] = (
+                    known_statistic(subject, name, grad, sharing.relations, sweep_whole)
+                    if sharing.shareable.issuperset(outcome.asks)
+                    else None
+                )
+                if have[name] is None:
+                    have = dict(self.sweep(outcome, grad))
+                    break
+        return [have[name] for name in outcome.asks]
+
+    def sweep(self, outcome: Swept, grad: Recording) -> dict[str, Tensor]:
+        sharing = outcome.sharing
+        asks = {*outcome.asks, *(sharing.likely if sharing.shareable else ())}
+        names = [name for name in STATS if name in asks]
+        operands = outcome.operands.forward(*self.leaves)
+        got = torch.ops.fusedhead.head_stats(*operands, outcome.transform, ",".join(names), outcome.memory)
+        have = dict(zip(STATS, got))
+        home, _ = top(self.subjects[0], sharing.relations)
+        kept = {name: have[name] for name in names if name in sharing.shareable}
+        home._known.statistics.setdefault(grad, {}).update(kept)
+        return have
+
+
+def same(leaf: Tensor, then: State, other: Tensor, at: State) -> bool:
+    """Whether two leaves are one tensor at one time, as autograd sees it too."""
+    return then.is_of(at) and leaf.requires_grad == other.requires_grad
+
+
+def sweep_whole(tensor: DeferredLogits, name: str, class_dim: int) -> None:
+    """One sweep over logits whose pieces are asked for one after another."""
+    args, none = encode((tensor, class_dim), lambda _: Leaf(0)), encode({}, lambda _: Leaf(0))
+    mode = Mode.now(tensor.device.type)
+    request = Request(Recorded(torch.logsumexp, args, none, (tensor,), mode))
+    outcome = request.outcome()
+    if isinstance(outcome, Swept) and name in outcome.sharing.shareable:
+        grad = Recording.of(mode.grad and not outcome.sharing.detached, mode)
+        request.sweep(replace(outcome, asks=(*outcome.asks, name)), grad)

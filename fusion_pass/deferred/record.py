@@ -1,0 +1,109 @@
+"""Deferred logits for the result of a call that is not made yet: its layout, its program, and what it is made of.
+
+Both are kept by the call's form, so that the next batch finds them. This file reads nothing and answers nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedhead.deferred.call_program import Const, Group, Leaf, Made, Mode, Program, Step, encode
+from fusedhead.deferred.query import LEARNT, NotRecorded, Request
+from fusedhead.deferred.row_picks import Pick, Picks
+from fusedhead.deferred.state import Knowledge, Same, state
+from fusedhead.deferred.tensor import DeferredLogits, linked
+
+
+def record(request: Request) -> Any:
+    """Deferred logits for the result."""
+    call, origin = request.recorded, request.origin
+    key = (request.what, tuple(
+        t._known.layout if isinstance(t, DeferredLogits) else (t.shape, t.stride(), t.dtype, t.requires_grad)
+        for t in call.tensors
+    ))  # fmt: skip
+    known = origin.recorded.get(key)
+    if known is None:
+        try:
+            layouts, many = call.layouts()
+        except Exception as error:
+            raise NotRecorded from error
+        with origin.lock:
+            if len(origin.recorded) > LEARNT:
+                origin.recorded.clear()
+            known = origin.recorded.setdefault(key, (programs_of(request, layouts, many), layouts, many))
+    programs, layouts, many = known
+    if isinstance(many, Same):
+        return call.tensors[many.at]
+    leaves, states, family = tuple(request.leaves), tuple(request.states), request.subjects[0]._known.family
+    results = [
+        linked(Knowledge(origin, program, leaves, states, call, None if many is None else part, family, layout))
+        for part, (program, layout) in enumerate(zip(programs, layouts))
+    ]
+    for subject in request.subjects[1:]:
+        for result in results:  # a write to another head's logits concerns it too
+            subject._known.family.join(result)
+    return results[0] if many is None else many(results)
+
+
+def pick(request: Request, rows: Picks) -> Any:
+    """Deferred logits for rows picked by number, read as a choice by a tensor of numbers."""
+    call, origin, before = request.recorded, request.origin, request.subjects[0]._known
+    key = ("layouts", call.func, call.args, call.kwargs, call.mode.grad, before.layout)
+    known = origin.recorded.get(key)
+    if known is None:
+        try:
+            known = origin.recorded[key] = ((), *call.layouts())
+        except Exception as error:
+            raise NotRecorded from error
+    _, layouts, many = known
+    results = []
+    for part, (chosen, layout) in enumerate(zip(rows, layouts)):
+        numbers = [index(pick.rows, before.leaves[0].device) for pick in chosen]
+        form = ("rows", before.program, call.mode, tuple((pick.dim, pick.drop) for pick in chosen))
+        known = origin.recorded.get(form)
+        if known is None:
+            program = picking(before.program, len(before.leaves), chosen, call.mode)
+            known = origin.recorded.setdefault(form, ((program,), [], None))
+        results.append(linked(Knowledge(
+            origin, known[0][0], (*before.leaves, *numbers), (*before.states, *map(state, numbers)), call,
+            None if many is None else part, before.family, layout,
+        )))  # fmt: skip
+    return results[0] if many is None else many(results)
+
+
+def programs_of(request: Request, layouts: Sequence[Any], many: Any) -> tuple[Program, ...]:
+    """The programs of the results; the same ones for the same call on tensors of other sizes."""
+    same = request.origin.recorded.get((request.what, len(layouts)))
+    if same is not None:
+        return same[0]
+    steps, _ = request.steps()
+    last = len(steps) - 1
+    made = tuple(Program(tuple(steps), Made(last, None if many is None else i)) for i in range(len(layouts)))
+    request.origin.recorded[request.what, len(layouts)] = (made, [], many)
+    return made
+
+
+def index(rows: range, device: torch.device) -> Tensor:
+    return torch.arange(rows.start, rows.stop, rows.step, device=device)
+
+
+def picking(before: Program, leaves: int, chosen: Sequence[Pick], mode: Mode) -> Program:
+    """``before``, and then the rows that leaves from number ``leaves`` on hold the numbers of."""
+    steps, at = list(before.steps), before.result
+    none = encode({}, lambda _: Leaf(0))
+
+    def add(func: Any, *args: Any) -> Made:
+        code = Group(tuple, tuple(a if isinstance(a, (Leaf, Made)) else Const(int, a) for a in args))
+        steps.append(Step(func, code, none, mode))
+        return Made(len(steps) - 1)
+
+    for i, pick in enumerate(chosen):
+        at = add(Tensor.index_select, at, pick.dim, Leaf(leaves + i))
+    for pick in reversed(chosen):
+        if pick.drop:
+            at = add(Tensor.squeeze, at, pick.dim)
+    return Program(tuple(steps), at)

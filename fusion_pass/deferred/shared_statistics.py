@@ -1,0 +1,82 @@
+"""Row statistics of deferred logits that an earlier sweep has found: carried over to views, and to pieces of rows.
+
+A statistic belongs to the furthest tensor back that has the same rows through the same transform; a tensor whose
+rows were picked from another's picks from its statistics too. This file starts no sweep itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from fusedhead.deferred.results import Relation
+from fusedhead.deferred.state import Knowledge, Recording
+from fusedhead.deferred.tensor import DeferredLogits
+
+Relations = tuple[Relation | None, ...]
+
+# sweeps over all rows, with a statistic and the vocabulary's dimension, if it can
+SweepWhole = Callable[[DeferredLogits, str, int], None]
+
+
+def made_of(known: Knowledge) -> DeferredLogits | None:
+    """The first deferred tensor among those that the call takes."""
+    return next((t for t in known.recorded.tensors if isinstance(t, DeferredLogits)), None)
+
+
+def ancestry(tensor: DeferredLogits | None) -> Iterator[DeferredLogits]:
+    """A deferred tensor, what it was made of, and so on."""
+    while tensor is not None:
+        yield tensor
+        tensor = made_of(tensor._known)
+
+
+def top(tensor: DeferredLogits, relations: Relations) -> tuple[DeferredLogits, Relations]:
+    """The furthest tensor back that has the same rows through the same transform, and its relations."""
+    while relations and relations[0] is not None and relations[0].same:
+        before = made_of(tensor._known)
+        assert before is not None
+        tensor, relations = before, relations[1:]
+    return tensor, relations
+
+
+# results that serve where one of a kind is asked for
+SERVED_BY = {
+    Recording.DIFFERENTIABLE: (Recording.DIFFERENTIABLE,),
+    Recording.PLAIN: (Recording.PLAIN, Recording.DIFFERENTIABLE),
+    Recording.INFERENCE: (Recording.INFERENCE, Recording.PLAIN, Recording.DIFFERENTIABLE),
+}
+
+
+def of_kind(value: Tensor, recorded: Recording, asked: Recording) -> Tensor:
+    if asked is recorded:
+        return value
+    return value.clone() if asked is Recording.INFERENCE else value.detach()
+
+
+def known_statistic(
+    tensor: DeferredLogits, name: str, grad: Recording, relations: Relations, sweep_whole: SweepWhole
+) -> Tensor | None:
+    """A statistic [N] of these logits that some sweep has found already, or None."""
+    tensor, relations = top(tensor, relations)
+    known = tensor._known
+    for recorded in SERVED_BY[grad]:
+        if name in known.statistics.get(recorded, ()):
+            return of_kind(known.statistics[recorded][name], recorded, grad)
+    whole = made_of(known)
+    if whole is None or not relations or relations[0] is None:
+        return None
+    of_all = known_statistic(whole, name, grad, relations[1:], sweep_whole)
+    if of_all is None and known.part is not None and name in ("lse", "entropy"):
+        # one of several pieces: the others will be asked for too, and one sweep serves all
+        sweep_whole(whole, name, relations[0].dims[0])
+        of_all = known_statistic(whole, name, grad, relations[1:], sweep_whole)
+    if of_all is None:
+        return None
+    before, after = relations[0].dims
+    rows = [size for d, size in enumerate(whole.shape) if d != before]
+    stand_in = of_all.reshape(rows).unsqueeze(before)
+    chosen = known.recorded.on([stand_in if t is whole else t for t in known.recorded.tensors])
+    chosen = chosen if known.part is None else chosen[known.part]
+    return chosen.squeeze(after).reshape(-1)

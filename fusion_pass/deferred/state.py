@@ -1,0 +1,265 @@
+"""What deferred logits know: where they come from, which calls lead to them, and whether that still holds.
+
+Plain data and its upkeep. The tensor that carries it is `deferred.tensor`'s, and this file does not know it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedhead.compat import FakeTensorMode
+from fusedhead.deferred.call_program import Mode, Program, decode, modes
+from fusedhead.deferred.optimizer_steps import NONE, Steps, steps
+from fusedhead.deferred.results import Guard, Outcome
+from fusedhead.deferred.surroundings import checkpoint, out_of_sight, trial
+from fusedhead.rewrite.returned_logits import Recipe
+
+
+class StaleLogits(RuntimeError):
+    """Deferred logits were asked for after what they are made of had changed."""
+
+
+class Recording(Enum):
+    """Whether a result can be differentiated, or may become part of what is."""
+
+    DIFFERENTIABLE = "with gradients"
+    PLAIN = "without"
+    INFERENCE = "in inference mode"
+
+    @staticmethod
+    def of(grad: bool, mode: Mode) -> Recording:
+        return Recording.INFERENCE if mode.inference else Recording.DIFFERENTIABLE if grad else Recording.PLAIN
+
+
+class Layout(NamedTuple):
+    """What can be asked of a tensor without computing it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    grad: bool  # whether a gradient flows through it
+    offset: int = 0  # where it begins in its memory
+    inference: bool = False  # whether it is an inference tensor
+    # a view made without gradients of what has one: it says so too, has no history, and gets a gradient of its own
+    marked: bool = False
+
+    @staticmethod
+    def of(tensor: Tensor) -> Layout:
+        return Layout(
+            tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.requires_grad,
+            int(tensor.storage_offset()), tensor.is_inference(),
+        )  # fmt: skip
+
+
+@dataclass(eq=False)
+class Origin:
+    """One returned tensor of one compiled graph, and what has been learnt about calls on it."""
+
+    recipe: Recipe
+    memory: int
+    rows_from: int  # bytes of logits from which on it pays to compute something token by token
+    recorded: dict[Hashable, tuple[tuple[Program, ...], list[Layout], Any]] = field(default_factory=dict)
+    outcomes: dict[Hashable, list[tuple[Guard, Outcome]]] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def __post_init__(self) -> None:
+        self.exact = frozenset({0, 1, *self.recipe.exact})
+
+
+class Same(NamedTuple):
+    """A call that hands one of its tensors back."""
+
+    at: int
+
+
+@dataclass(eq=False)
+class Recorded:
+    """A call that was not made yet. Its arguments are encoded over ``tensors``."""
+
+    func: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    tensors: tuple[Tensor, ...]
+    mode: Mode
+    result: Any = None
+
+    def on(self, tensors: Sequence[Tensor]) -> Any:
+        """The call, made with other tensors in the place of its own."""
+        args = decode(self.args, lambda leaf: tensors[leaf.at])  # type: ignore[union-attr]
+        kwargs = decode(self.kwargs, lambda leaf: tensors[leaf.at])  # type: ignore[union-attr]
+        return self.func(*args, **kwargs)
+
+    def made(self, existing: Callable[[Tensor], Tensor]) -> Any:
+        """The result on tensors that exist, computed once, in the modes it was recorded under."""
+        if self.result is None:
+            tensors = list(map(existing, self.tensors))
+            with out_of_sight(), modes(self.mode, tensors[0].device.type):
+                self.result = self.on(tensors)
+        return self.result
+
+    def layouts(self) -> tuple[list[Layout], Any]:
+        """The layouts of the results, found on fake tensors, and the container they come in (None: a single one).
+
+        Or none, and `Same`.
+        """
+        with trial(), FakeTensorMode() as fakes:
+            like = [of_the_form(t) for t in self.tensors]
+            with modes(self.mode, self.tensors[0].device.type), fakes:
+                result = self.on(like)
+        if any(result is tensor for tensor in like):  # `float()` of float32
+            return [], Same(next(at for at, tensor in enumerate(like) if tensor is result))
+        many = None if isinstance(result, Tensor) else type(result)
+        results = [result] if many is None else list(result)
+        layouts = list(map(Layout.of, results))
+        if not self.mode.grad:
+            known = MARKED and self.func not in DETACHING and any(t.requires_grad for t in self.tensors)
+            layouts = [la._replace(grad=False, marked=known and r._is_view()) for la, r in zip(layouts, results)]
+        return layouts, many
+
+
+def _views_are_marked() -> bool:
+    with torch.no_grad():
+        return torch.ones(1, requires_grad=True).view(1).requires_grad
+
+
+MARKED = _views_are_marked()
+DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+
+
+def of_the_form(tensor: Tensor) -> Tensor:
+    """An empty tensor of the same form, in memory of the same form: made under a FakeTensorMode it takes none."""
+    shape, stride, dtype, grad, offset, inference, _ = Layout.of(tensor)
+    with torch.inference_mode(inference):
+        made = torch.empty_strided(shape, stride, dtype=dtype, device=tensor.device)
+        if offset:
+            held = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride))
+            made = torch.empty(held, dtype=dtype, device=tensor.device).as_strided(shape, stride, offset)
+        return made.requires_grad_() if grad else made
+
+
+def weakly(value: object | None) -> weakref.ref | None:
+    return None if value is None else weakref.ref(value)
+
+
+@dataclass(eq=False)
+class Family:
+    """Everything made of one returned tensor."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    members: list[weakref.ref] = field(default_factory=list)
+    # the region of checkpointing that the tensor was returned in
+    checkpoint: weakref.ref | None = field(default_factory=lambda: weakly(checkpoint()))
+    passed_by: bool = False  # whether a result was made of their sources through which a gradient flows, past them
+
+    def returned_in(self, region: object) -> bool:
+        return self.checkpoint is not None and self.checkpoint() is region
+
+    def join(self, member: Tensor) -> None:
+        if len(self.members) > 256:
+            self.members = [m for m in self.members if m() is not None]
+        self.members.append(weakref.ref(member))
+
+
+@dataclass(eq=False)
+class State:
+    """What changes when a tensor is written to or given other memory, and the tensor's name in an error."""
+
+    source: Tensor  # of which the leaf is an alias; the leaf itself where it has no other name
+    version: int
+    address: int
+    steps: Steps  # of optimizers: fused ones leave the version as it was
+    name: str
+    sample: Tensor | None = None  # the bits of some entries, on the CPU: a write through ``.data`` leaves no version
+
+    def is_of(self, other: State) -> bool:
+        """Whether both are of one tensor, which has not changed in between."""
+        same = self.source is other.source and self.version == other.version and self.address == other.address
+        return same and self.steps.since(other.steps) is None
+
+
+@dataclass(eq=False)
+class Knowledge:
+    """What a `DeferredLogits` knows besides its shape."""
+
+    origin: Origin | None  # None inside a compiler
+    program: Program
+    leaves: tuple[Tensor, ...]
+    states: tuple[State, ...]  # of the leaves, when they were taken in
+    recorded: Recorded  # the call that makes it ...
+    part: int | None  # ... or one of its results
+    family: Family
+    layout: Layout
+    # statistics by name, [N], rows in order, by how they were recorded
+    statistics: dict[Recording, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def state(tensor: Tensor, name: str = "an operand", source: Tensor | None = None) -> State:
+    source = tensor if source is None else source
+    version = 0 if tensor.is_inference() else tensor._version
+    computed = not source.is_leaf and source._base is None  # its memory is no parameter's
+    return State(source, version, tensor.data_ptr(), NONE if computed else steps(source), name)
+
+
+def taken(tensor: Tensor, name: str, mode: Mode) -> tuple[Tensor, State]:
+    """An operand as a leaf: another name of its memory, with the history that it has now under ``mode``.
+
+    What becomes of the operand's ``requires_grad`` or history later does not reach it, as it does not reach what
+    autograd has recorded. Versions are counted together.
+    """
+    if mode.grad and tensor.requires_grad:
+        with torch.enable_grad():
+            leaf = torch.ops.aten.alias.default(tensor)
+    else:
+        leaf = tensor.detach()
+    taken_in = state(leaf, name, tensor)
+    taken_in.sample = sampled(leaf)
+    return leaf, taken_in
+
+
+SAMPLE = 32  # entries of an operand
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def sampled(leaf: Tensor) -> Tensor | None:
+    """Some entries' bits. None on other devices, where comparing them later would wait for the device."""
+    if leaf.device.type != "cpu" or not leaf.is_contiguous() or not leaf.numel() or leaf.itemsize not in _BITS:
+        return None
+    with out_of_sight(), torch.no_grad():
+        return leaf.detach().view(-1)[:: -(-leaf.numel() // SAMPLE)].view(_BITS[leaf.itemsize]).clone()
+
+
+def differs(leaf: Tensor, before: State) -> bool:
+    if before.sample is None:
+        return False
+    with out_of_sight():
+        return not torch.equal(before.sample, sampled(leaf))  # type: ignore[arg-type]
+
+
+def check_fresh(known: Knowledge) -> None:
+    """Raise StaleLogits if a leaf has changed since it was taken in."""
+    for leaf, before in zip(known.leaves, known.states):
+        now = state(leaf, before.name, before.source)
+        freed = leaf.untyped_storage().nbytes() == 0 and leaf.numel() > 0
+        moved, written = now.address != before.address, now.version != before.version
+        stepped = not (freed or moved or written) and now.steps.written_since(before.steps)
+        if not (freed or moved or written or stepped or differs(leaf, before)):
+            continue
+        how = (
+            "has been freed or moved" if freed or moved
+            else f"has been changed in place (version {before.version}, now {now.version})" if written
+            else "has been stepped by an optimizer" if stepped
+            else "has been changed in place, through .data or by its memory,"
+        )  # fmt: skip
+        raise StaleLogits(
+            f"these logits were deferred, and {before.name}, which they are made of, {how} since the forward pass. "
+            "Read them before that (for a weight: before optimizer.step()), or compile with "
+            'options={"fusedhead.logits": "eager"} (FUSEDHEAD_LOGITS=eager), which computes logits at once.'
+        )

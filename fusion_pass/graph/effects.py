@@ -1,0 +1,138 @@
+"""What the nodes of a Dynamo graph write to, and whether they draw random numbers.
+
+| a node                                                                     | is asked                              |
+|----------------------------------------------------------------------------|---------------------------------------|
+| an op of the dispatcher (``OpOverload``)                                   | its schema                            |
+| a function, a method, an operator, a packet, a composite op                | `dry_run`: it is run on stand-ins     |
+| a higher-order op                                                          | the graphs that it runs               |
+| what cannot be run so, a module, an unknown higher-order op                | nothing: it writes to all it is given |
+| somebody's function that cannot be run so                                  | nothing: it writes to anything        |
+
+That a node writes to nothing is shown, and never concluded from a name. Answers are kept as long as the graph lives.
+This file knows nothing of heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from itertools import takewhile
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.fx import Graph, Node
+
+from fusedhead.compat import DispatchKey, HigherOrderOperator, OpOverload, tree_leaves
+from fusedhead.graph.aliases import memory
+from fusedhead.graph.dry_run import RANDOM, changed_arguments, dry_run, of_torch
+from fusedhead.graph.higher_order import Effects, bodies_of, effects_of_call, given, runs_bodies
+from fusedhead.graph.nodes import inputs
+
+NOTHING = Effects()
+Asked = tuple[Any, Any, Any, Effects]  # a node's target and arguments when it was asked, and the answer
+KNOWN: WeakKeyDictionary[Graph, dict[Node, Asked]] = WeakKeyDictionary()
+
+
+def effects(node: Node) -> Effects:
+    """What a node does besides returning a value."""
+    if not node.op.startswith("call_"):
+        return NOTHING
+    known = KNOWN.get(node.graph)
+    if known is None:
+        known = KNOWN.setdefault(node.graph, {})
+    target, args, kwargs, found = known.get(node, (None, None, None, NOTHING))
+    if target is not node.target or args is not node.args or kwargs is not node.kwargs:
+        found = ask(node)
+        known[node] = node.target, node.args, node.kwargs, found
+    return found
+
+
+def ask(node: Node) -> Effects:
+    """`effects`, of a node that was not asked before."""
+    if isinstance(node.target, HigherOrderOperator):
+        return effects_of_call(node, effects)
+    if isinstance(node.target, OpOverload) and says_all(node.target):
+        changed = changed_arguments(node.target, node.args, node.kwargs)
+        nodes = dict.fromkeys(x for argument in changed for x in tree_leaves(argument) if isinstance(x, Node))
+        return Effects(tuple(nodes))
+    if node.target is torch.autograd.grad:  # it cannot be run on stand-ins; what it runs is the backward of others
+        special = (each for each in ahead_of(node) if isinstance(each.target, HigherOrderOperator) or is_theirs(each))
+        return Effects(tuple(dict.fromkeys(x for each in special for x in effects(each).backward)))
+    theirs = is_theirs(node)
+    if not theirs and not any(map(memory, node.all_input_nodes)):
+        return NOTHING  # not run either: it may be one that switches a mode
+    seen = None if node.op == "call_module" else dry_run(node)
+    if seen is None:
+        return Effects(given(node), given(node) if theirs else (), theirs, sure=False)
+    # some kernels leave their outputs alone where there are no numbers: what is called ``out`` is written all the same
+    outputs = {x for x in tree_leaves(node.kwargs.get("out")) if isinstance(x, Node)}
+    target = tuple(source for i, source in enumerate(inputs(node)) if i in seen.written or source in outputs)
+    return Effects(target, given(node) if seen.backward else (), seen.elsewhere)
+
+
+def is_theirs(node: Node) -> bool:
+    """Whether a node runs what is neither PyTorch's nor Python's own."""
+    return node.op == "call_module" or (node.op == "call_function" and not of_torch(node.target))
+
+
+def reaches_far(node: Node) -> bool:
+    """Whether a node may write to memory that it is not given, for all that is known without asking it."""
+    return is_theirs(node) or any(reaches_far(each) for body in bodies_of(node) for each in body.graph.nodes)
+
+
+def says_all(op: OpOverload) -> bool:
+    """Whether an op's schema is all there is to know: not where it is made of others and claims to write to nothing."""
+    return op._schema.is_mutable or not op.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+
+
+def written(node: Node) -> tuple[Node, ...]:
+    """The nodes whose memory a node writes to: arguments of its, or, where it may write to anything, all before it."""
+    found = effects(node)
+    return tuple(earlier(node)) if found.anything else found.written
+
+
+def writes(node: Node) -> bool:
+    """Whether a node writes to anything."""
+    found = effects(node)
+    return found.anything or bool(found.written)
+
+
+def ahead_of(node: Node) -> Iterator[Node]:
+    """The nodes of a graph before one."""
+    return takewhile(lambda other: other is not node, node.graph.nodes)
+
+
+def earlier(node: Node) -> Iterator[Node]:
+    """The nodes before one that have memory."""
+    return filter(memory, ahead_of(node))
+
+
+def memory_written(node: Node) -> set[int]:
+    """The memory that a node writes to."""
+    return set().union(*map(memory, written(node)))
+
+
+def memory_written_in_backward(node: Node) -> set[int]:
+    """The memory that a node's backward may write to, whenever it is run."""
+    return set().union(*map(memory, effects(node).backward))
+
+
+def may_write(node: Node, at: Collection[int]) -> bool:
+    """Whether a node writes to one of some storages; asked only where it could."""
+    if not node.op.startswith("call_"):
+        return False
+    given_it = any(not memory(source).isdisjoint(at) for source in node.all_input_nodes)
+    return (given_it or reaches_far(node)) and not memory_written(node).isdisjoint(at)
+
+
+def draws(node: Node) -> bool:
+    """Whether a node draws random numbers, or cannot be run to find out."""
+    if isinstance(node.target, HigherOrderOperator):
+        inside = (each for body in bodies_of(node) for each in body.graph.nodes if each.op.startswith("call_"))
+        return runs_bodies(node) is None or any(map(draws, inside))
+    if node.op == "call_module":
+        return True
+    if isinstance(node.target, OpOverload) and says_all(node.target):
+        return RANDOM in node.target.tags
+    seen = dry_run(node)
+    return seen is None or seen.draws

@@ -1,0 +1,146 @@
+"""Higher-order ops: which graphs they run, on what, and what those graphs write to.
+
+An op in the table does nothing to its operands but run its bodies on them. Any other writes to all it is given, for
+all that is known. This file reads bodies by what it is told of their nodes; it must not know heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from fusedhead.compat import HigherOrderOperator, tree_leaves
+from fusedhead.graph.aliases import memory, value_of
+
+
+class Effects(NamedTuple):
+    """What a node does besides returning a value."""
+
+    written: tuple[Node, ...] = ()  # the arguments that it writes to
+    backward: tuple[Node, ...] = ()  # ... and those that its backward may write to, whenever that is run
+    anything: bool = False  # whether it may write to any memory there is
+    sure: bool = True  # False where nothing was found out, and the worst is expected
+
+
+Of = Callable[[Node], Effects]  # the effects of a node of any graph
+Operands = Callable[[Node], Iterable[Any]]  # what the bodies of a call are run on, one for each placeholder
+
+
+def rest(start: int) -> Operands:
+    """All arguments from one on."""
+    return lambda call: call.args[start:]
+
+
+def lists(*places: int) -> Operands:
+    """The entries of some arguments that are lists."""
+    return lambda call: [x for place in places if place < len(call.args) for x in tree_leaves(call.args[place])]
+
+
+def mixed(call: Node) -> Iterable[Any]:
+    """Not one for each placeholder: a body that writes, writes to all of them."""
+    return ()
+
+
+# by the names under which torch registers them
+OPERANDS: Mapping[str, Operands] = {
+    "associative_scan": mixed,
+    "autograd_function_apply": rest(2),
+    "cond": lists(3),
+    "flex_attention": mixed,
+    "invoke_subgraph": rest(2),
+    "map_impl": lists(1, 2),
+    "register_hook": mixed,
+    "scan": lists(1, 2, 3),
+    "strict_mode": lists(1),
+    "tag_activation_checkpoint": rest(1),
+    "while_loop": lists(2, 3),
+    "while_loop_stack_output": lists(2, 3),
+    "wrap": rest(1),
+    "wrap_activation_checkpoint": rest(1),
+    "wrap_with_autocast": rest(5),
+    "wrap_with_set_grad_enabled": rest(2),
+}
+
+
+# how many bodies run in the forward; the others run in the backward
+FORWARD_BODIES = {"autograd_function_apply": 1, "register_hook": 0}
+
+
+def given(node: Node) -> tuple[Node, ...]:
+    """The arguments of a node that give access to memory."""
+    return tuple(source for source in dict.fromkeys(node.all_input_nodes) if memory(source))
+
+
+def runs_bodies(node: Node) -> Operands | None:
+    """What the bodies of a call are run on; None for an op of which that is not known."""
+    name = getattr(node.target, "_name", None)
+    known = OPERANDS.get(str(name))
+    return known if known and getattr(torch.ops.higher_order, str(name), None) is node.target else None
+
+
+def bodies_of(call: Node) -> list[GraphModule]:
+    """The graphs that a node is given to run."""
+    if not isinstance(call.target, HigherOrderOperator):
+        return []
+    found = (value_of(x) for x in call.all_input_nodes if x.op == "get_attr")
+    return [body for body in found if isinstance(body, GraphModule)]
+
+
+def effects_of_call(call: Node, of: Of) -> Effects:
+    """The effects of a higher-order op."""
+    operands, bodies = runs_bodies(call), bodies_of(call)
+    if operands is None or not bodies:
+        return Effects(given(call), given(call), sure=False)
+    written: dict[Node, None] = {}
+    anything = False
+    backward: tuple[Node, ...] = ()
+    for i, body in enumerate(bodies):
+        inside = list(map(of, body.graph.nodes))
+        anything |= any(effects.anything for effects in inside)
+        places = changed_placeholders(body.graph, inside)
+        if i >= FORWARD_BODIES.get(call.target._name, len(bodies)):  # type: ignore[union-attr]
+            seeds = gradients_of(bodies[0], body) if i else 1
+            backward = given(call) if places is None or any(place >= seeds for place in places) else ()
+            continue
+        passed = list(operands(call))
+        count = len(body.graph.find_nodes(op="placeholder"))
+        if any(effects.backward for effects in inside):
+            backward = given(call)
+        if places is None or (places and count != len(passed)):
+            written.update(dict.fromkeys(given(call)))
+            continue
+        for place in places:
+            own = [x for x in tree_leaves(passed[place]) if isinstance(x, Node) and memory(x)]
+            written.update(dict.fromkeys(own or given(call)))  # what has no memory is not what the body writes to
+    return Effects(tuple(written), backward, anything)
+
+
+def changed_placeholders(graph: Graph, effects: Iterable[Effects]) -> set[int] | None:
+    """The placeholders of a body, by number, whose memory its nodes write to; None where that cannot be told."""
+    memories = list(map(memory, graph.find_nodes(op="placeholder")))
+    held = set().union(*map(memory, graph.find_nodes(op="get_attr")))
+    changed: set[int] = set()
+    for does in effects:
+        for target in does.written:
+            at = memory(target)
+            if not at or at & held:
+                return None
+            changed.update(i for i, own in enumerate(memories) if own & at)
+        if does.anything:
+            return None
+    return changed
+
+
+def gradients_of(forward: GraphModule, backward: GraphModule) -> int:
+    """How many placeholders of a backward, the first ones, are gradients: memory of nobody else. 0: not known."""
+    results = forward.graph.output_node().args[0]
+    if not isinstance(results, (list, tuple)) or len(results) != 2:
+        return 0
+    outputs, saved = results
+    if not isinstance(outputs, (list, tuple)) or not isinstance(saved, (list, tuple)):
+        return 0
+    count = len(backward.graph.find_nodes(op="placeholder"))
+    return len(outputs) if count == len(outputs) + len(saved) else 0

@@ -1,0 +1,109 @@
+"""Weights that a graph makes of its inputs: sliced, scaled, cast, normalised, merged with an adapter.
+
+Logits that a graph returns are made outside of it, and a weight of this kind is then made again there, with its
+gradients: returned in addition, it would cost a tensor [V, D] and the backward of all that leads to it, whether or not
+anybody uses the logits. That gives the same numbers where its nodes
+
+* are pure: they write to nothing, draw nothing, and nothing writes to what they make,
+* start at inputs of the graph,
+* give the recorded dtypes and shapes where they are run without autocast (products with their operands cast),
+* and are few, of small results: they are run for every answer.
+
+This file reads; it must not know what is done with the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from fusedhead.compat import HigherOrderOperator, maybe_get_fake_mode, tree_leaves
+from fusedhead.graph.aliases import memory
+from fusedhead.graph.effects import draws, may_write, writes
+from fusedhead.graph.nodes import callee, fake, hint, name_of
+from fusedhead.rules.projections import SPELLINGS
+
+MOST_NODES = 64
+MOST_ENTRIES = 16  # of all results together, for each entry of the weight
+
+
+def making(weights: Iterable[Node]) -> set[Node]:
+    """The nodes that make those of ``weights`` that can be made again."""
+    return set().union(*(found for found in map(made_of_inputs, weights) if found))
+
+
+def made_of_inputs(weight: Node) -> set[Node] | None:
+    """The nodes that make a weight of the graph's inputs, none for an input; None where it cannot be made again."""
+    found: set[Node] = set()
+    stack = [weight]
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder" or node in found:
+            continue
+        if not node.op.startswith("call_") or isinstance(node.target, HigherOrderOperator):
+            return None
+        found.add(node)
+        stack += node.all_input_nodes
+        if len(found) > MOST_NODES:
+            return None
+    if not found:
+        return found
+    entries = sum(map(entries_of, found))
+    if entries > MOST_ENTRIES * max(1, entries_of(weight)) or not all(map(same_again, found)):
+        return None
+    return None if overwritten(found) else found
+
+
+def entries_of(node: Node) -> int:
+    return sum(hint(x.numel()) or 0 for x in tree_leaves(fake(node)) if isinstance(x, Tensor))
+
+
+def overwritten(nodes: set[Node]) -> bool:
+    """Whether anything in the graph writes to what the nodes make."""
+    made = set().union(*map(memory, nodes))
+    inputs = {source for node in nodes for source in node.all_input_nodes if source.op == "placeholder"}
+    own = made.difference(*map(memory, inputs))
+    return any(may_write(node, own) for node in next(iter(nodes)).graph.nodes)
+
+
+def same_again(node: Node) -> bool:
+    """Whether a node, run again without autocast, gives the tensors that the graph has: pure, of the same dtypes."""
+    if writes(node) or draws(node):
+        return False
+    known = tree_leaves(fake(node))
+    mode = next(filter(None, map(maybe_get_fake_mode, (x for x in known if isinstance(x, Tensor)))), None)
+    device = next((x.device.type for x in known if isinstance(x, Tensor)), "cpu")
+    try:
+        with mode or nullcontext(), torch.no_grad(), torch.autocast(device, enabled=False):
+            args, kwargs = map_arg((node.args, node.kwargs), lambda source: operand(node, source))
+            again = tree_leaves(callee(node)(*args, **kwargs))
+    except Exception:
+        return False
+    return len(again) == len(known) and all(
+        (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device) if isinstance(b, Tensor) else True
+        for a, b in zip(again, known)
+    )
+
+
+def operand(node: Node, source: Node) -> Any:
+    """The fake value of what a node reads, as autocast hands it to a product."""
+    value = fake(source)
+    return value.to(fake(node).dtype) if is_cast(node, source) else value
+
+
+def is_cast(node: Node, source: Node) -> bool:
+    """Whether autocast casts what a product reads."""
+    value, result = fake(source), fake(node)
+    return (
+        name_of(node) in SPELLINGS
+        and isinstance(value, Tensor)
+        and isinstance(result, Tensor)
+        and value.is_floating_point()
+        and value.dtype != result.dtype
+    )

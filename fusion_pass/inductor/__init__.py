@@ -1,0 +1,1 @@
+"""Inductor's settings, and passes on the graphs that it is about to compile."""

@@ -1,0 +1,75 @@
+"""Inductor as the backend calls it: its settings, with this package in the keys of its caches.
+
+This file knows what Inductor must be told, and nothing of heads or of what the pass did to a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import Graph
+
+from fusedhead.compat import CustomGraphPass, InductorWrapper
+from fusedhead.inductor.call_below_autograd import call_below_autograd
+from fusedhead.inductor.scale_in_place import scale_in_place
+from fusedhead.lowering.cache_key import source_hash
+
+
+class KeyedBySource(CustomGraphPass):
+    """A pass whose key in the compile caches is this package's sources.
+
+    AOTAutograd's key knows the rewritten graph, not the Python behind its ops: without this, upgrading the
+    package would keep serving compiled graphs with the old backward (pytorch#144344). Passes the user had
+    configured are run, and keyed, as before; ``own`` comes last.
+    """
+
+    def __init__(self, users: Any, own: Callable[[Graph], None] | None = None) -> None:
+        self.users = list(users) if isinstance(users, (list, tuple)) else [users] if users else []
+        self.own = own
+
+    def __call__(self, graph: Graph) -> None:
+        for users_pass in self.users:
+            users_pass(graph)
+        if self.own is not None:
+            self.own(graph)
+
+    def uuid(self) -> Any:
+        keys = [users_pass.uuid() if hasattr(users_pass, "uuid") else None for users_pass in self.users]
+        return None if None in keys else (source_hash(), *keys)
+
+
+class Inductor(InductorWrapper):
+    """Inductor as ``torch.compile`` calls it, and still Inductor while `enable` changes what the base class does."""
+
+    __call__ = InductorWrapper.__call__
+
+
+def keyed(config: dict[str, Any]) -> dict[str, Any]:
+    """Inductor's settings with this package's sources in the keys of its caches."""
+    from torch._inductor import config as inductor_config
+
+    def setting(name: str) -> Any:
+        return config.get(name, getattr(inductor_config, name))
+
+    passes = {"joint_custom_pre_pass": KeyedBySource(setting("joint_custom_pre_pass"))}
+    if not setting("post_grad_custom_post_pass") and not cuda_graphs(config):
+        passes["post_grad_custom_post_pass"] = KeyedBySource(None, own_passes)
+    return {**config, **passes}
+
+
+def own_passes(graph: Graph) -> None:
+    scale_in_place(graph)
+    call_below_autograd(graph)
+
+
+def cuda_graphs(config: dict[str, Any]) -> bool:
+    """Whether graphs compiled with these settings are recorded, Inductor's own settings where they say nothing."""
+    from torch._inductor import config as inductor_config
+
+    return bool(config.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+
+
+def overwrites(compiler: Any) -> bool:
+    """Whether the memory of a compiled graph's outputs is used again by its next run."""
+    return cuda_graphs(getattr(compiler, "config", {}))

@@ -1,0 +1,250 @@
+"""What a tensor in the graph is, relative to the logits of a head: the domain of the abstract interpreter.
+
+`Plain` is anything the pass does not follow. `Logits` and `LogProbs` are followed: they say by which steps a
+value came from a projection, so that the steps can be replayed on the hidden states (rows) or compiled into
+the head (columns). This file knows no ops and no rules; it must not edit graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fusedhead.compat import tree_leaves
+from fusedhead.kernels.transform.transform import Step
+
+
+class Escape(Exception):
+    """A use of the logits that no rule can read. The message is a sentence for the user."""
+
+
+class Hidden:
+    """Stands in a row step's arguments for the length of the class dimension, D when replayed on h."""
+
+    def __repr__(self) -> str:
+        return "D"
+
+
+HIDDEN = Hidden()
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """An ATen call to be emitted: leaves of `args` are fx Nodes, other Calls, or constants."""
+
+    op: Any
+    args: tuple
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """A value the pass does not follow.
+
+    ``ref`` is an fx Node, a `Call`, or a constant; ``val`` its fake value.
+    """
+
+    ref: Any
+    val: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """z = hidden @ weight.T: where the logits of one head begin."""
+
+    node: Node
+    hidden: Plain  # [..., D]
+    weight: Plain  # [V, D]; its ref may be a transposing Call
+    dtype: torch.dtype  # of the projection's result; operands are cast to it when they differ (autocast)
+
+    @property
+    def products(self) -> tuple[Node, ...]:
+        """The nodes that multiply."""
+        return (self.node,)
+
+    @property
+    def operands(self) -> tuple[Plain, ...]:
+        return (self.hidden, self.weight)
+
+
+@dataclass(frozen=True, eq=False)
+class RowStep:
+    """An op that moves or picks rows: it commutes with the projection, so it is replayed on h."""
+
+    op: Any
+    args: tuple  # after the tensor; HIDDEN stands for the length of the class dimension
+    keeps_order: bool = False  # the flattened order of the rows is the same before and after
+
+
+@dataclass(frozen=True, eq=False)
+class RowVector:
+    """A factor or term with one number a token, as it was when `after` row steps had been taken."""
+
+    value: Plain  # broadcasts to the logits of that moment, length 1 along the class dimension
+    after: int
+    shape_of: Any  # fake logits of that moment
+    class_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """The logits of a head after some row steps and column steps.
+
+    ``val`` is the fake tensor at this point; its dimension ``class_dim`` runs over the vocabulary, the others
+    are rows.
+    """
+
+    head: Projection
+    val: Tensor
+    class_dim: int
+    row_steps: tuple[RowStep, ...] = ()
+    steps: tuple[Step, ...] = ()
+    cols: tuple[Plain, ...] = ()
+    rows: tuple[RowVector, ...] = ()
+    vocab: tuple[int, int] | None = None  # first and one past the last row of W that is left
+    detached: tuple[int, int] | None = None  # len(cols), len(rows) when last detached: no gradient to those, h, W
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no gradient flows to anything: detached, and no vector came in since."""
+        return self.detached == (len(self.cols), len(self.rows))
+
+    def step(self, val: Tensor, *steps: Step, **changes: Any) -> Logits:
+        """These logits after column ``steps``; a result in a low precision is rounded there."""
+        if val.dtype in (torch.bfloat16, torch.float16):
+            steps = (*steps, Step("round", str(val.dtype).removeprefix("torch.")))
+        return replace(self, val=val, steps=self.steps + steps, **changes)
+
+
+@dataclass(frozen=True, eq=False)
+class LogProbs:
+    """factor · log_softmax(logits) over the class dimension."""
+
+    of: Logits
+    val: Tensor
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Probs:
+    """factor · softmax(logits) over the class dimension."""
+
+    of: Logits
+    val: Tensor
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """factor · p · x element by element, x the log-probabilities or the logits: what an entropy sums up."""
+
+    of: Logits
+    val: Tensor
+    log: bool  # x is log p, else the logits
+    factor: float = 1.0
+
+
+Followed = Logits | LogProbs | Probs | Expected
+FOLLOWED = (Logits, LogProbs, Probs, Expected)
+Value = Plain | Logits | LogProbs | Probs | Expected
+
+
+@dataclass(frozen=True, eq=False)
+class Stack(Projection):
+    """Logits of several heads in one tensor, numbered by its dimension ``dim``: where they begin, once they are one.
+
+    ``hidden`` is the stack of their hidden states, for the shapes of their rows; ``weight`` is that of the first.
+    """
+
+    parts: tuple[Logits, ...]  # [..., V] each, without row steps
+    dim: int
+
+    @property
+    def products(self) -> tuple[Node, ...]:
+        return tuple(dict.fromkeys(part.head.node for part in self.parts))
+
+    @property
+    def operands(self) -> tuple[Plain, ...]:
+        return tuple(x for part in self.parts for x in (*part.head.operands, *part.cols))
+
+
+def leaves(refs: Iterable[Any]) -> list[Node]:
+    """The graph's own nodes that expressions are made of."""
+    found: list[Node] = []
+    stack = list(refs)
+    while stack:
+        ref = stack.pop()
+        if isinstance(ref, Node):
+            found.append(ref)
+        elif isinstance(ref, Plain):
+            stack.append(ref.ref)
+        elif isinstance(ref, Call):
+            stack.extend(tree_leaves((ref.args, ref.kwargs), is_leaf=lambda x: isinstance(x, (Plain, Call))))
+    return found
+
+
+def piece_of(cols: tuple[Plain, ...], begin: int, end: int) -> tuple[Plain, ...]:
+    """Vectors along the vocabulary, from one class to another."""
+    return tuple(Plain(Call(torch.ops.aten.slice.Tensor, (c.ref, 0, begin, end)), c.val[begin:end]) for c in cols)
+
+
+def logits_of(value: Followed) -> Logits:
+    return value if isinstance(value, Logits) else value.of
+
+
+def sources_of(logits: Logits) -> list[Node]:
+    """The graph's nodes that a sweep over these logits reads, besides labels."""
+    rows = [row.value for row in logits.rows]
+    is_leaf = lambda x: isinstance(x, (Plain, Call))  # noqa: E731
+    steps = tree_leaves([step.args for step in logits.row_steps], is_leaf=is_leaf)
+    return leaves([logits.head.hidden, logits.head.weight, *logits.cols, *rows, *steps])
+
+
+def from_the_first(index: Any, size: Any) -> Call:
+    """An index as numbers that count from the first entry: -1 is the last of ``size``. Past the end it stays there."""
+    return Call(torch.ops.aten.where.self, (
+        Call(torch.ops.aten.lt.Scalar, (index, 0)), Call(torch.ops.aten.add.Tensor, (index, size)), index,
+    ))  # fmt: skip
+
+
+def rows_of_hidden(logits: Logits) -> Any:
+    """The hidden states with the logits' row steps taken: a node, or a `Call`, that has the logits' rows."""
+    ref: Any = logits.head.hidden.ref
+    width = logits.head.weight.val.shape[1]
+    for step in logits.row_steps:
+        args = [[width if s is HIDDEN else s for s in a] if isinstance(a, list) else a for a in step.args]
+        ref = Call(step.op, (ref, *args))
+    return ref
+
+
+def detached(value: Any) -> Any:
+    """A followed value through which no gradient flows; anything else as it is."""
+    if isinstance(value, Logits):
+        return replace(value, detached=(len(value.cols), len(value.rows)))
+    if isinstance(value, (LogProbs, Probs, Expected)):
+        return replace(value, of=detached(value.of))
+    return value
+
+
+def same_logits(a: Logits, b: Logits) -> bool:
+    """Whether two values are the same tensor of logits, up to how their rows are shaped."""
+    return (
+        a.head is b.head
+        and a.val.shape == b.val.shape
+        and a.class_dim == b.class_dim
+        and sweep(a) == sweep(b)
+        and [s for s in a.steps if s.op != "round"] == [s for s in b.steps if s.op != "round"]
+    )
+
+
+def sweep(logits: Logits) -> tuple[Any, ...]:
+    """What decides which rows and columns a sweep sees, and in which order; the steps aside."""
+    steps = list(logits.row_steps)
+    while steps and steps[-1].keeps_order:
+        steps.pop()
+    return tuple(map(id, steps)), tuple(map(id, logits.cols)), tuple(map(id, logits.rows)), logits.vocab

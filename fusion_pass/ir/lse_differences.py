@@ -1,0 +1,53 @@
+"""Differences between a row's lse and its logits, with the digits that both share taken off first, as eager code does.
+
+A log_softmax subtracts the row's maximum before it rounds; lse and z_y, each rounded alone, lose what is below their
+own last digit: 1e-3 where all logits are near 1e4. So the lse comes as the sum of two numbers and Σ u (lse - z) as a
+number of its own. Both are constants to autograd: gradients flow through lse, z_y and Σ u z, of which the loss is the
+same linear function as without them. This file knows no losses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fusedhead.ir.builder import Emit, named
+from fusedhead.ir.terminal import Statistics
+
+aten = torch.ops.aten
+DIFFERENCE = frozenset({"picked", "lse_low"})  # what `lse_less_picked` reads besides lse
+SPREAD = frozenset({"sum", "spread"})  # what `spread` reads besides lse
+
+
+def normaliser(emit: Emit, stats: Statistics) -> Node:
+    """The lse that a log_softmax subtracts: NaN where a logit is +inf, and `logsumexp` therefore +inf.
+
+    ``lse + 0 lse``, which leaves every other number as it is. Its slope must be 1 and read no statistic, or the loss
+    would not be linear in them any more; hence the detached zero.
+    """
+    return named(emit(aten.add.Tensor, stats.lse, emit(aten.detach.default, stats.lse), alpha=0), "normaliser")
+
+
+def lse_less_picked(emit: Emit, stats: Statistics) -> Node:
+    """lse - z_y of the first label [N]: (lse - z_y) + lse_low."""
+    assert stats.picked is not None
+    first = emit(aten.select.int, stats.picked, 1, 0)
+    return emit(aten.add.Tensor, emit(aten.sub.Tensor, normaliser(emit, stats), first), stats.lse_low)
+
+
+def picked_less_lse(emit: Emit, stats: Statistics) -> Node:
+    """z_y - lse of each label [N, K]: (z_y - lse) - lse_low."""
+    high, low = (emit(aten.unsqueeze.default, x, 1) for x in (normaliser(emit, stats), stats.lse_low))
+    return emit(aten.sub.Tensor, emit(aten.sub.Tensor, stats.picked, high), low)
+
+
+def spread(emit: Emit, stats: Statistics, weight: Any) -> Node:
+    """Σ_v u_v (lse - z) [N]: the gradient of lse · ``weight`` - sum, where ``weight`` is Σ u, and the value of spread.
+
+    What is added to the first to make the second is finite, so that a row keeps its NaN or infinity.
+    """
+    rounded = emit(aten.sub.Tensor, emit(aten.mul.Tensor, stats.lse, weight), stats.sum)
+    lost = emit(aten.sub.Tensor, stats.spread, emit(aten.detach.default, rounded))
+    return emit(aten.add.Tensor, rounded, emit(aten.nan_to_num.default, lost, 0.0, 0.0, 0.0))

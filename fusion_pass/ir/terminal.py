@@ -1,0 +1,48 @@
+"""A terminal: the place in the graph where the logits end and one number a row remains.
+
+A loss rule returns a `Terminal`; the rewriter asks it for its labels, runs the head once, and lets it build its
+result out of row statistics, as ordinary ATen calls on [N] vectors. This file knows no ops of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from fusedhead.ir.builder import Emit
+from fusedhead.ir.logits import Logits, Plain
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """The nodes that hold a head's statistics for one terminal. N tokens, K labels a row."""
+
+    lse: Node  # [N] float32
+    picked: Node | None  # [N, K] float32
+    sum: Node | None  # [N] float32
+    row_sizes: Callable[[], list[Any]]  # emits the rows' shape before it was flattened to N: ints and nodes
+    entropy: Node | None = None  # [N] float32
+    max: Node | None = None  # [N] float32
+    argmax: Node | None = None  # [N] int64
+    lse_low: Node | None = None  # [N] float32, what rounding took off lse
+    spread: Node | None = None  # [N] float32, Σ_v u_v (lse - z), a constant: `differences` gives it its gradient
+
+
+@dataclass(frozen=True, eq=False)
+class Terminal:
+    """Where the logits end: what of the statistics a result is made of, and how. N tokens, K labels a row."""
+
+    logits: Logits
+    val: Any  # fake result
+    computes: str  # for the report, e.g. "cross_entropy(mean, ignore_index=-100)"
+    want: frozenset[str]  # statistics of kernels.contract.STATS besides lse
+    result: Callable[[Emit, Statistics], Node]
+    labels: Callable[[Emit], Node] | None = None  # emits [N, K] int64 labels in [0, V)
+    label_count: int = 0  # K
+    label_key: Any = None  # terminals with equal keys pick the same entries
+    label_sources: tuple[Plain, ...] = ()  # what the labels are made of
+    weights: Plain | None = None  # [V] weights of the statistic `sum`, None for ones
+    sources: tuple[Plain, ...] = ()  # other operands that the result reads

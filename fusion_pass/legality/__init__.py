@@ -1,0 +1,1 @@
+"""Whether a head may be fused, and whether it pays: refusals, each a sentence."""

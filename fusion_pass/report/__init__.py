@@ -1,0 +1,1 @@
+"""What became of each head, for people. No pass reads it."""

@@ -1,0 +1,83 @@
+"""What the pass reads and what it leaves, as a table for people and as the list of its sentences, out of the code.
+
+The ops of a row are those of the module's rules; the words beside them stand in the module, as its ``FAMILY``.
+Sentences are the texts of every ``Escape``. ``python -m fusedhead.rules`` prints both; nothing else imports this file.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fusedhead.analysis import stacked_heads
+from fusedhead.canonicalize import duplicate_transposed
+from fusedhead.legality import checks, profitability
+from fusedhead.lowering.cache_key import sources
+from fusedhead.rewrite import returned_logits
+from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointwise, projections, reductions, views
+from fusedhead.rules.table import Family
+from fusedhead.rules.tokenwise import dispatch as tokenwise
+
+PARTS: tuple[ModuleType, ...] = (
+    projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise, stacked_heads,
+    duplicate_transposed, returned_logits, checks, profitability,
+)  # fmt: skip
+HEADER = ("part", "fused", "left to Inductor, with the reason")
+BEGIN, END = "<!-- python -m fusedhead.rules -->", "<!-- end -->"
+
+
+def overloads(module: ModuleType) -> list[Any]:
+    """The ATen overloads that a module reads: those of its rules, and of its tables of overloads."""
+    ruled = [target for target, rule in RULES.items() if rule.__module__ == module.__name__]
+    tabled = getattr(module, "LISTED", ())
+    return [*ruled, *(target for table in tabled for target in table)]
+
+
+def ops(module: ModuleType) -> list[str]:
+    """Their names as users write them, each once."""
+    names = (target._schema.name.removeprefix("aten::") for target in overloads(module))
+    return list(dict.fromkeys(name for name in names if not name.startswith(("_", "special_"))))
+
+
+def cells(module: ModuleType) -> tuple[str, str, str]:
+    family: Family = module.FAMILY
+    named = ", ".join(f"`{name}`" for name in ops(module))
+    return family.part, f"{family.fused}. Ops: {named}" if named else family.fused, family.left
+
+
+def table() -> str:
+    """The table in Markdown."""
+    lines = [f"| {' | '.join(line)} |".replace("|  |", "| |") for line in (HEADER, *map(cells, PARTS))]
+    return "\n".join([lines[0], "|---|---|---|", *lines[1:]])
+
+
+def sentences() -> list[str]:
+    """The sentences of every `Escape` in the package, sorted, with … for what a program fills in."""
+    return sorted({text for _, file in sources() if file.suffix == ".py" for text in texts(file)})
+
+
+def texts(file: Path) -> Iterator[str]:
+    return escapes(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def escapes(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            name, text = node.exc.func, node.exc.args[0]
+            if isinstance(name, ast.Name) and name.id == "Escape":
+                parts: Sequence[Any] = text.values if isinstance(text, ast.JoinedStr) else [text]
+                shown = "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in parts)
+                if shown != "…":
+                    yield shown
+
+
+def between_markers(text: str) -> str:
+    """A document with the table put between its markers. Raises ValueError where it has none."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"no {BEGIN} ... {END} in the document")
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"

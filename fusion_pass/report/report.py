@@ -1,0 +1,211 @@
+"""What the pass did to a graph, for people and for tests: one record a head, the graph before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from fusedhead.graph.run_counts import GraphRun, Run
+
+
+@dataclass
+class HeadRecord:
+    """One projection onto a vocabulary that some loss, or log-probability, hangs on, or that the graph returns.
+
+    What was decided when the graph was compiled, and, in ``run``, what became of it since. All that people are told, in
+    tables, logs, traces and pages, is read from these fields.
+    """
+
+    fused: bool
+    reason: str  # why not, empty when fused
+    where: str  # "file.py:123 (lm_head)", the projection's line and module
+    computes: str  # "cross_entropy(mean, ignore_index=-100)"
+    tokens: int | str  # N, or the name of its symbol
+    hidden_size: int
+    vocab_size: int
+    logits: str  # what was decided about them: "never built" | "built" | "deferred"
+    engine: str  # what computes it and when its gradients are taken; empty when it is not fused
+    bytes_logits: int = 0  # what the [N, V] logits take: Inductor holds them, or their gradient, at the peak
+    workspace_bytes: int = 0  # what is held at the peak in their place where they are not built
+    flop: int = 0  # of the matrix products of a step
+    forward_only: bool = False  # whether no gradient is taken
+    dtype: str = ""  # of the logits
+    device: str = ""
+    module: str = ""  # "lm_head", "heads.2"
+    source: str = ""  # the lines of the program that made the projection, as in a traceback
+    likely: bool = True  # whether it is taken for a head: `fusedhead.strict` asks of those only that they be fused
+    least: int = 0  # calls of fewer logits build them, as Inductor would; 0 where their number is not a call's
+    run: Run = field(default_factory=Run, repr=False)
+    sizes: Callable[[int], tuple[int, int]] | None = field(default=None, repr=False)  # N -> both numbers of bytes
+    tokens_of: Callable[[tuple[int, ...]], int] | None = field(default=None, repr=False)  # a call's sizes -> N
+
+    @property
+    def materialised(self) -> bool:
+        """Whether the [N, V] logits have existed in the largest call, or will."""
+        calls, small = self.calls()
+        return not self.fused or self.logits == "built" or bool(self.run.built.total) or 0 < calls == small
+
+    def calls(self) -> tuple[int, int]:
+        """The calls of the graph, and how many of them were too small for the logits not to be built."""
+        calls = self.run.graph.calls.items()
+        small = 0
+        if self.least and self.tokens_of is not None and self.logits != "deferred":
+            small = sum(count for key, count in calls if key and self.tokens_of(key) * self.vocab_size < self.least)
+        return sum(count for _, count in calls), small
+
+    @property
+    def how(self) -> str:
+        """The engine, and its price."""
+        if not self.fused or self.materialised:
+            return self.engine
+        held = f"{mebibytes(self.workspace_bytes)} of workspace" if self.workspace_bytes else ""
+        work = f"{self.flop / 1e9:,.3g} GFLOP" if self.flop else ""
+        return "; ".join(filter(None, (self.engine, ", ".join(filter(None, (held, work))))))
+
+    @property
+    def bytes_held(self) -> int:
+        """What is held for the logits at the peak of a step: they themselves, or the windows."""
+        return self.bytes_logits if self.materialised else self.workspace_bytes
+
+    @property
+    def bytes_saved(self) -> int:
+        """What Inductor would hold for the logits at the peak of a step, less what is held; it may be negative."""
+        return self.bytes_logits - self.bytes_held if self.fused else 0
+
+    def seen(self) -> HeadRecord:
+        """The record with the sizes of the largest call that was made, where tokens are a symbol."""
+        made = [self.tokens_of(key) for key, _ in self.run.graph.calls.items() if key] if self.tokens_of else []
+        if not made or self.sizes is None:
+            return self
+        bytes_logits, workspace = self.sizes(max(made))
+        flop = self.flop * bytes_logits // max(1, self.bytes_logits)
+        span = f"{min(made)}-{max(made)}" if min(made) < max(made) else str(made[0])
+        tokens = f"{self.tokens} = {span}"
+        return replace(self, bytes_logits=bytes_logits, workspace_bytes=workspace, flop=flop, tokens=tokens)
+
+    def ended(self) -> HeadRecord:
+        """The record when the program has ended: a graph that never ran has fused nothing."""
+        if not self.fused or not self.run.graph.watched or self.run.graph.calls.total:
+            return self
+        reason = "its graph was compiled and never run"
+        return replace(self, fused=False, reason=reason, logits="built", engine="")
+
+    def told(self) -> str:
+        """What became of the logits, in a few words."""
+        run, (calls, small) = self.run, self.calls()
+        if small:
+            return f"built in {small} of {plural(calls, 'call')}"
+        if not self.fused or self.logits != "deferred" or not (run.deferred.value or run.at_once.total):
+            return self.logits
+        deferred, built = run.deferred.value, run.built.total
+        if not deferred:
+            return "built at once"
+        return f"built {times(built)} of {deferred}" if built else "deferred, never built"
+
+    def remarks(self) -> list[str]:
+        """What else there is to say: why it was left, how often it was answered for, and what had it built."""
+        run = self.run
+        found = [f"because {self.reason}"] if self.reason else []
+        if self.fused and self.calls()[1]:
+            found.append(f"calls of fewer than {self.least:,} logits build them, as Inductor would")
+        if self.fused and self.logits == "deferred":
+            counts = (("answered", run.answered.value), ("handed to another compiled function", run.passed.value))
+            found += [f"{how} {times(count)}" for how, count in counts if count]
+            found += [f"built {times(count)} for {use}" for use, count in run.built.items() if count]
+            found += [f"built at once {times(count)}: {why}" for why, count in run.at_once.items() if count]
+        return found
+
+    def __str__(self) -> str:
+        shape = f"N={self.tokens} D={self.hidden_size} V={self.vocab_size}"
+        if not self.fused:
+            return f"left   {self.where}  {shape}: {self.reason}"
+        said = "; ".join(("", *self.remarks()))
+        return (
+            f"fused  {self.where}  {self.computes}  {shape}  logits {self.told()}  {self.how}  "
+            f"{mebibytes(self.bytes_saved)} saved{said}"
+        )
+
+
+@dataclass
+class Report:
+    """Everything the pass has to say about one compiled function (one or several graphs)."""
+
+    heads: list[HeadRecord] = field(default_factory=list)
+    before: str = ""
+    after: str = ""
+    graphs: int = 0
+    milliseconds: float = 0.0  # spent in the pass
+    errors: list[str] = field(default_factory=list)  # what made the pass step back, or a compilation fail, if anything
+    run: GraphRun = field(default_factory=GraphRun, repr=False)  # of a single graph
+
+    def extend(self, other: Report) -> None:
+        self.heads += other.heads
+        self.before += ("\n\n" if self.before else "") + other.before
+        self.after += ("\n\n" if self.after else "") + other.after
+        self.graphs += other.graphs
+        self.milliseconds += other.milliseconds
+        self.errors += other.errors
+
+    def failed(self, error: BaseException) -> None:
+        """The graph could not be compiled: whoever goes on, goes on without it."""
+        line = next(iter(str(error).strip().splitlines()), "")
+        what = f"{type(error).__name__}: {line}" if line else type(error).__name__
+        for head in self.heads:
+            if head.fused:
+                head.fused, head.logits, head.engine = False, "built", ""
+                head.reason = f"its graph failed to compile ({what}); what ran instead ran eagerly"
+
+    def __str__(self) -> str:
+        fused = sum(head.fused for head in self.heads)
+        title = (
+            f"fusedhead: {plural(fused, 'head')} fused, {len(self.heads) - fused} left, "
+            f"in {plural(self.graphs, 'graph')} ({self.milliseconds:.0f} ms in the pass)"
+        )
+        seen = [head.seen() for head in self.heads]
+        lines = [title, *table(seen), *(f"the pass stepped back: {error}" for error in self.errors)]
+        return "\n".join(lines)
+
+
+COLUMNS = ("fused", "where", "computes", "N", "D", "V", "logits", "engine", "saved")
+
+
+def row(head: HeadRecord) -> tuple[str, ...]:
+    return (
+        "yes" if head.fused else "no",
+        head.where,
+        head.computes,
+        str(head.tokens),
+        str(head.hidden_size),
+        str(head.vocab_size),
+        head.told(),
+        head.how,
+        mebibytes(head.bytes_saved) if head.fused else "-",
+    )
+
+
+def table(heads: Sequence[HeadRecord]) -> list[str]:
+    """The records as aligned columns, each followed by what else there is to say."""
+    if not heads:
+        return ["no projection with a loss in this graph"]
+    rows = [COLUMNS, *map(row, heads)]
+    widths = [max(len(r[i]) for r in rows) for i in range(len(COLUMNS))]
+    lines = []
+    for i, cells in enumerate(rows):
+        lines.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
+        if i == 0:
+            lines.append("  " + "  ".join("-" * width for width in widths))
+        else:
+            lines += [f"       {remark}" for remark in heads[i - 1].remarks()]
+    return lines
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,262 @@
+"""Taking the gradients of a head in the forward sweep, where the loss is linear in the head's statistics.
+
+``head_stats`` allows any per-row upstream gradient, at the price of building every window of logits twice.
+When the graph reduces the statistics to one scalar with coefficients that do not depend on them (mean,
+sum / num_items, mask / mask.sum(), class weights ...), the upstream gradient of the statistics is that
+scalar's own, times numbers known before the sweep: then ``head_loss`` computes the gradients in the same sweep,
+and ``head_rows_loss`` does in the place of ``head_rows`` for the results of a row program.
+
+`loss_tail` finds the nodes between the statistics and the scalar, `tail_gradient` proves that they are linear. The
+tail itself stays in the graph, so the loss keeps the program's own treatment of NaN, ignored labels and rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.fx.node import map_arg
+
+from fusedhead.compat import HigherOrderOperator
+from fusedhead.graph.facts import Places
+from fusedhead.graph.motion import hoist, overwritten
+from fusedhead.graph.nodes import fake, name_of
+from fusedhead.ir.builder import Emit, named
+from fusedhead.kernels.contract import STATS
+from fusedhead.rewrite.loss_tail import (
+    LINEAR_STATS,
+    depends_on,
+    differentiable,
+    first_use,
+    name_index,
+    passed_on,
+    squares_of_lse,
+    tails,
+    writes_into,
+)
+from fusedhead.rewrite.tail_gradient import coefficients, dependent, needed, shape_only
+
+aten = torch.ops.aten
+TRIES = 4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
+IN_HALF = "in float16 a gradient taken before the loss scale is known would underflow"
+TIE = 7  # which output of `head_loss` it is
+CONSTANT = {STATS.index("lse_low"): 8, STATS.index("spread"): 9}  # outputs without a gradient: of `head_stats`, of it
+NONE_NEEDED = "no gradient is needed"
+
+
+class Form(NamedTuple):
+    """What tells the two pairs of ops apart."""
+
+    squares: Callable[[Sequence[Node], Sequence[Node]], list[Node]]  # of statistics that are statistics themselves
+    sized: Callable[[Node], Sequence[Node]]  # a call's tensors, the hidden states first: their sizes are known
+    replace: Callable[[Emit, Node, dict[Node, Node], Sequence[Node]], Sequence[Node]]  # -> what ties the loss to it
+
+
+def upgrade_rows(call: Node, places: Places) -> str:
+    """Turn a ``head_rows`` call into ``head_rows_loss`` where the tail allows it: "" when done, else why not."""
+    tensors: Any = call.args[0]
+    if not any(map(differentiable, tensors)) or not any(map(differentiable, call.users)):
+        return NONE_NEEDED
+    if any(differentiable(t) and fake(t).dtype == torch.float16 for t in tensors):
+        return IN_HALF
+    return first_tail([call], [user for user in call.users if user.users and differentiable(user)], ROWS, places)
+
+
+def upgrade(*calls: Node, places: Places) -> str:
+    """Turn ``head_stats`` calls whose results meet into ``head_loss`` where the tail allows it.
+
+    Returns "" when done, else the sentence that says why the gradients are recomputed instead.
+    """
+    for call in calls:
+        if not any(needs_of(call)) or not any(map(differentiable, call.users)):
+            return NONE_NEEDED
+        if fake(call.args[0]).dtype == torch.float16:  # type: ignore[arg-type]
+            return IN_HALF
+        others = sorted(STATS.index(name) for name in str(call.args[7]).split(",") if name not in LINEAR_STATS)
+        if not CONSTANT.keys() >= set(others):
+            named = ", ".join(sorted(STATS[at] for at in others if at not in CONSTANT))
+            return f"{named} is asked for as well"
+    statistics = [user for call in calls for user in call.users if user.users and name_index(user) not in CONSTANT]
+    return first_tail(calls, statistics, STATISTICS, places)
+
+
+def first_tail(calls: Sequence[Node], statistics: Sequence[Node], form: Form, places: Places) -> str:
+    reason = "the per-row results are not reduced to one scalar"
+    for tail in islice(tails(statistics), TRIES):
+        reason = try_tail(calls, statistics, tail, form, places)
+        if not reason:
+            break
+    return reason
+
+
+def needs_of(call: Node) -> list[bool]:
+    """Which of h, w, cols, rows want a gradient."""
+    h, w, _, cols, rows, _ = call.args[:6]
+    return [differentiable(n) for n in (h, w, cols, rows)]  # type: ignore[arg-type]
+
+
+def try_tail(
+    calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[Node], form: Form, places: Places
+) -> str:
+    """`upgrade` with one tail: "" when done."""
+    impure = next((node for call in calls if (node := writes_into(call, tail[-1], places)) is not None), None)
+    if impure is not None:
+        return f"{name_of(impure)} works in place on the loss"
+    unread = next((node for node in tail if isinstance(node.target, HigherOrderOperator)), None)
+    if unread is not None:
+        return f"{name_of(unread)} takes the loss, and what it does with it is not read"
+    inside = {*statistics, *tail}
+    passed = passed_on(tail, statistics)
+    read = (source for node in tail if node not in passed for source in node.all_input_nodes)
+    others = list(dict.fromkeys(source for source in read if source not in inside))
+    squares = form.squares(statistics, tail) if len(calls) == 1 else []
+    program = coefficients(statistics, squares, tail, others, passed)
+    if isinstance(program, str):
+        return program
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    free = len(statistics) + len(squares)
+    reads = dependent(program.graph, free)
+    used = {n for node in needed(program.graph, reads) for n in node.all_input_nodes}
+    operands = [other for other, n in zip(others, placeholders[free:]) if n in used]
+    blocked = next((node for call in calls if (node := depends_on(operands, call)) is not None), None)
+    if blocked is not None:
+        return f"{blocked.name} depends on the per-row results themselves"
+    anchor = first_use([user for call in calls for user in call.users])
+    if overwritten(operands, anchor, tail[-1], places):
+        return "an operand of the loss is changed in place after the head"
+    forbidden = hoist(operands, anchor, places)
+    return forbidden or replace(calls, statistics, squares, others, program, anchor, tail[-1], form)
+
+
+def replace(
+    calls: Sequence[Node],
+    statistics: Sequence[Node],
+    squares: Sequence[Node],
+    others: Sequence[Node],
+    program: GraphModule,
+    anchor: Node,
+    scalar: Node,
+    form: Form,
+) -> str:
+    """Put the op that takes coefficients in the place of each call: "" when done."""
+    emit = Emit(anchor.graph)
+    sized = form.sized(calls[0])
+    with emit.before(anchor, calls[0], grad=True):
+        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+        env: dict[Node, Any] = dict(zip(placeholders, [*statistics, *squares, *others]))
+        reads = dependent(program.graph, len(statistics) + len(squares))
+        for node in needed(program.graph, reads):
+            if shape_only(node) and node.args[0] in reads:
+                try:
+                    env[node] = shaped_like(emit, node, env, sized)
+                except UnknownSize as unknown:
+                    for made in reversed(emit.made):
+                        made.graph.erase_node(made)
+                    return str(unknown)
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = emit(node.target, *args, **kwargs)
+        gradients: Any = program.graph.output_node().args[0]
+        results = [named(emit(aten.detach.default, env[r]), "coefficients") for r in gradients]
+        square = [emit(aten.reshape.default, r, [-1]) for r in results[len(statistics) :]]
+        ties: list[Node] = []
+        for call in calls:
+            given = {s: r for s, r in zip(statistics, results) if s.args[0] is call}
+            ties += form.replace(emit, call, given, square)
+    tie_to(scalar, ties, emit)
+    return ""
+
+
+def tie_to(scalar: Node, ties: Sequence[Node], emit: Emit) -> None:
+    """Add the zeros to the scalar, whatever reads it: its upstream gradient is theirs then, with nothing to compute."""
+    if ties:
+        with emit.before(scalar.next, scalar, grad=True):
+            tie = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), ties)
+            tied = named(emit(aten.add.Tensor, scalar, emit.cast(tie, fake(scalar).dtype)), "tied")
+        scalar.replace_all_uses_with(tied, delete_user_cb=lambda user: user is not tied)
+
+
+def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares: Sequence[Node]) -> list[Node]:
+    """One ``head_loss`` in the place of a ``head_stats``; ``coefficients`` of its results, which become constants."""
+    tensors: Any = call.args[:6]
+    transform, stats, memory = call.args[6:]
+    given = {name_index(s): r for s, r in coefficients.items()}
+    empty = named(emit(aten.new_empty.default, tensors[0], [0], dtype=torch.float32), "no_coefficients")
+    c = [given.get(i, empty) for i in range(len(LINEAR_STATS))]
+    total = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), squares) if squares else empty
+    op = torch.ops.fusedhead.head_loss.default
+    loss = emit(op, *tensors, *c, total, transform, stats, memory, *needs_of(call))
+    read = {s: emit(aten.detach.default, emit(operator.getitem, loss, name_index(s))) for s in coefficients}
+    tie = emit(operator.getitem, loss, TIE)
+    for statistic, node in read.items():
+        statistic.replace_all_uses_with(node)
+    for node in list(call.users):
+        if node.users:
+            constant = emit(operator.getitem, loss, CONSTANT[name_index(node)])
+            node.replace_all_uses_with(named(constant, STATS[name_index(node)]))
+        call.graph.erase_node(node)
+    call.graph.erase_node(call)
+    named(loss, "head")
+    for node in read.values():
+        named(node, LINEAR_STATS[name_index(node.args[0])])  # type: ignore[arg-type]
+    return [named(tie, "tie")]
+
+
+def replace_rows(emit: Emit, call: Node, coefficients: dict[Node, Node], squares: Sequence[Node]) -> list[Node]:
+    """One ``head_rows_loss`` in the place of a ``head_rows``; ``coefficients`` of its results, which lead back."""
+    tensors: Any
+    tensors, program, memory = call.args
+    given = {name_index(s): r for s, r in coefficients.items()}
+    absent = emit(aten.new_empty.default, tensors[0], [], dtype=torch.float32)  # of no dimension, as no result is
+    c = [given.get(i, absent) for i in range(len(fake(call)))]
+    op = torch.ops.fusedhead.head_rows_loss.default
+    loss = named(emit(op, tensors, c, program, memory, [differentiable(t) for t in tensors]), "head_rows")
+    for result in list(call.users):
+        if result.users:
+            result.replace_all_uses_with(emit(operator.getitem, loss, name_index(result)))
+        call.graph.erase_node(result)
+    call.graph.erase_node(call)
+    return []
+
+
+def no_squares(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Node]:
+    return []
+
+
+STATISTICS = Form(squares_of_lse, lambda call: (call.args[0], call.args[2]), replace_call)  # type: ignore[arg-type, return-value]
+ROWS = Form(no_squares, lambda call: call.args[0], replace_rows)  # type: ignore[return-value, arg-type]
+
+
+class UnknownSize(Exception):
+    """The coefficients need a symbolic size that nothing known before the sweep has."""
+
+
+def shaped_like(emit: Emit, node: Node, env: dict[Node, Any], sized: Sequence[Node]) -> Any:
+    """A shape-only op on a statistic, before the statistic exists: its sizes are those of h [N, D], y [N, K] ...
+
+    Where h is made of the rows of several groups, a statistic may have the sizes of one of them.
+    """
+    h = sized[0]
+    pieces = h.args[0] if h.target is aten.cat.default else ()
+    like = node.args[0].meta["val"]  # type: ignore[union-attr]
+
+    def size(d: int) -> Any:
+        for source in (*sized, *pieces):  # type: ignore[misc]
+            for at, known in enumerate(fake(source).shape):
+                if statically_known_true(sym_eq(known, like.shape[d])):
+                    return known if isinstance(known, int) else emit(aten.sym_size.int, source, at)
+        if not isinstance(like.shape[d], int):
+            raise UnknownSize("a symbolic size of what is made of the per-row results is not the number of tokens")
+        return like.shape[d]
+
+    if name_of(node) == "sym_size":
+        return size(int(node.args[1]))  # type: ignore[arg-type]
+    args, kwargs = map_arg((node.args[1:], node.kwargs), env.__getitem__)
+    stand_in = emit(aten.new_empty.default, h, [size(d) for d in range(like.ndim)], dtype=like.dtype)
+    return emit(node.target, stand_in, *args, **kwargs)

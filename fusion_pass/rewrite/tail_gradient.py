@@ -1,0 +1,99 @@
+"""The gradient of a tail as a graph, and the proof that the tail is linear.
+
+No rule per op is needed: ``make_fx`` traces the gradient of the tail, and the tail is linear exactly when that trace
+does not read the statistics. What the trace computes then *is* the coefficients. This file knows nodes and traces; it
+must not know which op takes the coefficients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+from fusedhead.compat import maybe_get_fake_mode
+from fusedhead.graph.motion import random
+from fusedhead.graph.nodes import callee, fake, name_of
+
+
+def coefficients(
+    statistics: Sequence[Node],
+    squares: Sequence[Node],
+    tail: Sequence[Node],
+    others: Sequence[Node],
+    passed: Mapping[Node, Node],
+) -> GraphModule | str:
+    """∂ scalar / ∂ (statistics, squares) as a graph of ``others`` alone, or a sentence if the tail is not linear.
+
+    ``passed``: nodes whose gradient is that of another one in the tail.
+    """
+    free = [*statistics, *squares]
+
+    def gradient(*values: Any) -> list[Tensor]:
+        env = dict(zip([*free, *others], values))
+        for node in free:
+            env[node] = env[node].detach().requires_grad_()
+        leaves = [env[node] for node in free]
+        with torch.enable_grad():
+            for node in tail:
+                if node in passed:
+                    env[node] = env[passed[node]]
+                elif node not in env:
+                    args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+                    env[node] = callee(node)(*args, **kwargs)
+            total = env[tail[-1]]
+            one = torch.ones(total.shape, dtype=total.dtype, device=total.device)
+            grads = torch.autograd.grad(total, leaves, one, allow_unused=True)
+        return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves)]
+
+    values = [fake(node) for node in [*free, *others]]
+    values = [v.detach() if isinstance(v, Tensor) else v for v in values]
+    mode = maybe_get_fake_mode(fake(statistics[0]))
+    with torch.autocast(fake(statistics[0]).device.type, enabled=False), mode or nullcontext():
+        try:
+            program = make_fx(gradient)(*values)
+        except Exception as error:
+            return f"what is made of the per-row results cannot be differentiated alone ({type(error).__name__})"
+    program.graph.eliminate_dead_code()
+    reads = dependent(program.graph, len(free))
+    for node in needed(program.graph, reads):
+        if node in reads:
+            return f"it is not linear in the per-row results ({name_of(node)} of them enters the gradient)"
+        if random(node):
+            return f"{name_of(node)} draws random numbers, and a gradient would draw others"
+    return program
+
+
+def dependent(graph: Graph, statistics: int) -> set[Node]:
+    """The nodes whose numbers, not only shapes, are computed from the first ``statistics`` placeholders."""
+    reached = set([n for n in graph.nodes if n.op == "placeholder"][:statistics])
+    for node in graph.nodes:
+        if not shape_only(node) and any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def needed(graph: Graph, reads: set[Node]) -> list[Node]:
+    """The calls that the graph's outputs need, in order, where a shape needs nothing of the statistics."""
+    stack, found = list(graph.output_node().all_input_nodes), set()
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found.add(node)
+        stack.extend(s for s in node.all_input_nodes if not (shape_only(node) and s in reads))
+    return [node for node in graph.nodes if node in found and (node.op == "call_function" or node in reads)]
+
+
+SHAPE_ONLY = frozenset({"sym_size", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_empty", "new_ones"})
+
+
+def shape_only(node: Node) -> bool:
+    """A use of a tensor that reads its shape, not its numbers."""
+    return name_of(node) in SHAPE_ONLY

@@ -1,0 +1,64 @@
+"""Reading ``z[mask] = number`` and ``z[mask, y[mask]] = number``: tokens that get one number, or one in one class.
+
+The first is a ``where``; the second picks a class a token, as `scatter` does, with the number that is there already
+where the mask does not hold. Both treat tokens apart. That other names of the same memory do not see the write is for
+the interpreter to check.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fusedhead.graph.nodes import every_dimension, fake, name_of
+from fusedhead.ir.logits import Call, Escape, Plain
+from fusedhead.rules.losses import same_shape
+from fusedhead.rules.tokenwise.dispatch import read as by_rows
+
+aten = torch.ops.aten
+SENTENCE = "part of the logits is set for some tokens only"
+
+
+def rows_set(value: Any, index: Any, number: float) -> Any:
+    """The logits after the assignment. Raises Escape where the index is of another kind."""
+    mask, chosen = mask_of(value, index)
+    column = Plain(Call(aten.unsqueeze.default, (mask, -1)), mask.val.unsqueeze(-1))
+    val = value.val
+    if chosen is None:
+        return by_rows(aten.where.ScalarSelf, val, val, (column, number, value), {})
+    label = chosen.val.new_empty(column.val.shape)
+    kept = Call(aten.where.ScalarOther, (column, Call(aten.unsqueeze.default, (chosen, -1)), 0))
+    at = Plain(kept, label)
+    here = by_rows(aten.gather.default, val.new_empty(label.shape), None, (value, -1, at), {})
+    there = by_rows(aten.where.ScalarSelf, here.val, here.val, (column, number, here), {})
+    return by_rows(aten.scatter.src, val, val, (value, -1, at, there), {})
+
+
+def mask_of(value: Any, index: Any) -> tuple[Plain, Plain | None]:
+    """The mask of tokens, and the class that is set for each of them, None for all."""
+    entries = index if isinstance(index, tuple) else (index,)
+    first = entries[0] if entries else None
+    mask = fake(first) if isinstance(first, Node) else None
+    rows = value.val.shape[:-1]
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or not same_shape(mask.shape, rows):
+        raise Escape(SENTENCE)
+    rest = entries[1:]
+    if rest and isinstance(rest[0], Node):
+        return Plain(first, mask), labels_of(rest, first)
+    if every_dimension(rest, 1) != [slice(None)]:
+        raise Escape(SENTENCE)
+    return Plain(first, mask), None
+
+
+def labels_of(rest: tuple, mask: Any) -> Plain:
+    """The labels whose masked ones index the classes: ``y`` of ``y[mask]``."""
+    (picked,) = rest if len(rest) == 1 else (None,)
+    source = picked.args[0] if isinstance(picked, Node) and name_of(picked) == "getitem" else None
+    if not isinstance(source, Node) or picked.args[1] is not mask:
+        raise Escape(SENTENCE)
+    labels = fake(source)
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != fake(mask).shape:
+        raise Escape(SENTENCE)
+    return Plain(source, labels)

@@ -1,0 +1,144 @@
+"""Side results of a head: sums over the classes, entropy in its several spellings, the decisions argmax and max.
+
+With p = softmax(z):  Σ p log p = -H,  Σ p z = lse - H. Decisions are taken on the logits as the program rounds
+them, the first index on ties, as eager code would: elsewhere a lower rounding is only an error, here it decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fusedhead.graph.nodes import name_of
+from fusedhead.ir.builder import Emit
+from fusedhead.ir.logits import Escape, Expected, Logits, LogProbs, Probs, same_logits
+from fusedhead.ir.lse_differences import SPREAD, spread
+from fusedhead.ir.terminal import Statistics, Terminal
+from fusedhead.rules.gather import per_row
+from fusedhead.rules.table import Context, Family, needs_logits, over_classes, rule, vocab_size
+
+aten = torch.ops.aten
+FAMILY = Family(
+    "beside the loss",
+    "entropy in its spellings, sums over the classes, argmax and max as eager code rounds",
+    "",
+)
+
+
+@rule(aten.softmax.int, aten._softmax.default, aten.special_softmax.default)
+def softmax(context: Context, value: Any, dim: int, dtype: Any = None, **_: Any) -> Probs:
+    logits = needs_logits(value, "softmax")
+    over_classes(dim, logits, "softmax")
+    return Probs(logits, context.val)
+
+
+def expected(context: Context, a: Any, b: Any) -> Expected | None:
+    """p · log p or p · z, if that is what a product is."""
+    p, x = (a, b) if isinstance(a, Probs) else (b, a)
+    if not isinstance(p, Probs) or not isinstance(x, (Logits, LogProbs)):
+        return None
+    of = x.of if isinstance(x, LogProbs) else x
+    if not same_logits(p.of, of) or p.of.detached != of.detached:
+        raise Escape("probabilities and log-probabilities of different logits are multiplied")
+    factor = p.factor * (x.factor if isinstance(x, LogProbs) else 1.0)
+    return Expected(of, context.val, isinstance(x, LogProbs), factor)
+
+
+def sum_of_expected(context: Context, value: Expected, keepdim: bool) -> Terminal:
+    """The entropy, or what is made of it, from a sum of `Expected` over the classes."""
+    logits = value.of
+
+    def result(emit: Emit, stats: Statistics) -> Node:
+        assert stats.entropy is not None
+        if value.log:
+            out = emit(aten.mul.Tensor, stats.entropy, -value.factor)
+        else:
+            out = emit(aten.mul.Tensor, emit(aten.sub.Tensor, stats.lse, stats.entropy), value.factor)
+        return per_row(emit, out, stats, logits.class_dim, keepdim)
+
+    return Terminal(logits, context.val, "entropy", frozenset({"entropy"}), result)
+
+
+def argmax_of(context: Context, logits: Logits, keepdim: bool, val: Any) -> Terminal:
+    def result(emit: Emit, stats: Statistics) -> Node:
+        assert stats.argmax is not None
+        return per_row(emit, stats.argmax, stats, logits.class_dim, keepdim)
+
+    return Terminal(logits, val, "argmax", frozenset({"argmax"}), result)
+
+
+@rule(aten.argmax.default)
+def argmax(context: Context, value: Any, dim: int | None = None, keepdim: bool = False) -> Terminal:
+    if isinstance(value, LogProbs) and value.val.dtype == torch.float32 and value.factor > 0:
+        value = value.of  # z - lse in float32 orders the classes as z does, up to the rounding of z itself
+    if isinstance(value, (LogProbs, Probs)):
+        # rounded to a low precision, different logits may have equal (log-)probabilities
+        raise Escape("argmax is taken of probabilities, whose rounding may tie what the logits tell apart")
+    logits = needs_logits(value, "argmax")
+    if dim is None:
+        raise Escape("argmax over all tokens at once")
+    over_classes(dim, logits, "argmax")
+    return argmax_of(context, logits, keepdim, context.val)
+
+
+def only_the_index(node: Node) -> bool:
+    """Whether ``z.max(dim)`` is asked for its second result alone, which has no gradient."""
+    return name_of(node) == "max" and all(name_of(use) == "getitem" and use.args[1] == 1 for use in node.users)
+
+
+@rule(aten.max.dim)
+def max_dim(context: Context, value: Any, dim: int, keepdim: bool = False) -> list[Terminal]:
+    logits = needs_logits(value, "max")
+    over_classes(dim, logits, "max")
+    if not logits.quiet and context.val[0].requires_grad and not only_the_index(context.node):
+        raise Escape("a gradient flows through the maximum of the logits")
+
+    def result(emit: Emit, stats: Statistics) -> Node:
+        assert stats.max is not None
+        return per_row(emit, stats.max, stats, logits.class_dim, keepdim)
+
+    largest = Terminal(logits, context.val[0], "max", frozenset({"max"}), result)
+    return [largest, argmax_of(context, logits, keepdim, context.val[1])]
+
+
+def summed(mean: bool) -> Callable[..., Terminal]:
+    """Σ_v or Σ over everything, or a mean, of logits, log-probabilities (Σ z - V lse) or of what makes an entropy."""
+
+    def rule_of_sum(
+        context: Context, value: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+    ) -> Terminal:
+        name = "mean" if mean else "sum"
+        dims = [dim] if isinstance(dim, int) else list(dim or [])
+        logits = value if isinstance(value, Logits) else getattr(value, "of", None)
+        alone = len(dims) == 1 and logits is not None and dims[0] % value.val.ndim == logits.class_dim
+        if logits is None or not (alone or not dims):
+            raise Escape(f"{name} of the logits over other dimensions than the vocabulary")
+        if isinstance(value, Expected) and alone and not mean:
+            return sum_of_expected(context, value, keepdim)
+        if not isinstance(value, (Logits, LogProbs)):
+            raise Escape(f"{name} of the probabilities")
+        size = vocab_size(logits)
+
+        def result(emit: Emit, stats: Statistics) -> Node:
+            assert stats.sum is not None
+            out = stats.sum
+            if isinstance(value, LogProbs):
+                out = emit(aten.mul.Tensor, spread(emit, stats, float(size)), -value.factor)
+            out = emit(aten.mul.Tensor, out, 1.0 / size) if mean else out
+            if not alone:  # over the tokens too
+                return emit(aten.mean.default if mean else aten.sum.default, out)
+            return per_row(emit, out, stats, logits.class_dim, keepdim)
+
+        what = "log_softmax + " if isinstance(value, LogProbs) else ""
+        over = "classes" if alone else "everything"
+        want = SPREAD if isinstance(value, LogProbs) else frozenset({"sum"})
+        return Terminal(logits, context.val, f"{what}{name} over {over}", want, result)
+
+    return rule_of_sum
+
+
+rule(aten.sum.dim_IntList, aten.sum.default)(summed(mean=False))
+rule(aten.mean.dim, aten.mean.default)(summed(mean=True))

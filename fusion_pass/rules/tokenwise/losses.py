@@ -1,0 +1,51 @@
+"""Losses of class labels on what is rowwise: token by token, then reduced in the graph as they reduce."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusedhead.ir.logits import Call, Escape, Plain
+from fusedhead.ir.tokenwise import RowCall, RowLeaf, RowOutput, Rowwise
+from fusedhead.rules.tokenwise.operands import constants, leaf
+
+aten = torch.ops.aten
+
+LOSSES = frozenset({aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default})
+NOT_CLASSES = "the classes of a loss are not the dimension that the logits have them in"
+
+
+def nll(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """cross_entropy and nll_loss of class labels: token by token, then reduced in the graph as they reduce."""
+    names = [a.name for a in target._schema.arguments]
+    given = {a.name: a.default_value for a in target._schema.arguments} | dict(zip(names, args)) | kwargs
+    x, labels, weight = given["self"], given["target"], given["weight"]
+    if isinstance(labels, Rowwise) and labels.val.is_floating_point():
+        return NotImplemented  # probabilities that come from logits: by the ops it is made of
+    if not isinstance(x, Rowwise) or not isinstance(labels, Plain) or isinstance(weight, Rowwise):
+        raise Escape(f"{target} takes what comes from the logits in another place than its first")
+    if labels.val.is_floating_point():
+        return NotImplemented  # the targets are probabilities: by the ops it is made of
+    if x.tail != tuple(d == (1 if x.val.ndim > 1 else 0) for d in range(x.val.ndim)):
+        raise Escape(NOT_CLASSES)
+    rows = tuple(False for _ in labels.val.shape)
+    label = leaf(labels, rows, labels.val.shape, True)
+    whole = None if weight is None else RowLeaf(weight, False)
+    ignored = constants(given["ignore_index"])
+    smoothing = {"label_smoothing": constants(given["label_smoothing"])} if "label_smoothing" in given else {}
+    last = {"reduction": 0, "ignore_index": ignored, **smoothing}
+    each = Rowwise(RowCall(target, (x.expr, label, whole), last), labels.val.to(x.val.dtype), rows, x.heads)
+    if constants(given["reduction"]) == 0:
+        return each
+    wide = {"dtype": torch.float64 if x.val.dtype == torch.float64 else torch.float32}
+    out = Call(aten.sum.default, (RowOutput(each),), wide)
+    if constants(given["reduction"]) == 1:
+        counted: Any = Call(aten.ne.Scalar, (labels, ignored))
+        if weight is not None:
+            known = Call(aten.mul.Tensor, (Call(aten.to.dtype, (labels, torch.int64)), counted))
+            flat = Call(aten.reshape.default, (known, [-1]))
+            of_label = Call(aten.index_select.default, (weight, 0, flat))
+            counted = Call(aten.mul.Tensor, (of_label, Call(aten.reshape.default, (counted, [-1]))))
+        out = Call(aten.div.Tensor, (out, Call(aten.sum.default, (counted,))))
+    return Plain(Call(aten.to.dtype, (out, val.dtype)), val)

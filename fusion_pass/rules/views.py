@@ -1,0 +1,148 @@
+"""Ops that move or reshape rows of the logits and keep every row's vocabulary whole.
+
+They commute with the projection, so each becomes a `RowStep` to be replayed on the hidden states with D in
+place of V. A rule says where the vocabulary's dimension went and what the op's arguments are when replayed; it
+must refuse whenever it cannot prove that the vocabulary stays one unit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+
+from fusedhead.ir.logits import FOLLOWED, HIDDEN, Escape, Followed, Logits, RowStep, detached, logits_of
+from fusedhead.rules.table import Context, Family, dimension, rule
+
+aten = torch.ops.aten
+FAMILY = Family(
+    "rows",
+    "views and permutations, before or after the head",
+    "views that mix tokens and classes",
+)
+
+
+def moved(value: Followed, val: Tensor, class_dim: int, op: Any, *args: Any, keeps_order: bool = False) -> Followed:
+    """``value`` after a row step, whatever it is of the logits."""
+    if not isinstance(value, Logits):
+        of = moved(value.of, val, class_dim, op, *args, keeps_order=keeps_order)
+        assert isinstance(of, Logits)
+        return replace(value, of=of, val=val)
+    step = RowStep(op, args, keeps_order)
+    return replace(value, val=val, class_dim=class_dim, row_steps=(*value.row_steps, step))
+
+
+def class_dim_of(value: Any) -> int:
+    if isinstance(value, FOLLOWED):
+        return logits_of(value).class_dim
+    raise Escape("the logits are used as an index or a size")
+
+
+def class_dim_after_view(before: Sequence[Any], class_dim: int, after: Sequence[Any]) -> int:
+    """Where the vocabulary's dimension is after a view, provided the view keeps it as one unit.
+
+    A view keeps row-major order. Dimension j of the result is the old class dimension exactly when it has its
+    length and as many elements come after it (and, with equal totals, before it).
+    """
+    behind = math.prod(before[class_dim + 1 :])
+    for j in reversed(range(len(after))):
+        same_length = statically_known_true(sym_eq(after[j], before[class_dim]))
+        if same_length and statically_known_true(sym_eq(math.prod(after[j + 1 :]), behind)):
+            return j
+    shown = f"{tuple(before)} to {tuple(after)}"
+    raise Escape(f"a view from {shown} does not keep the vocabulary (dimension {class_dim}) as one unit")
+
+
+@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+def view(context: Context, value: Followed, size: Sequence[Any]) -> Followed:
+    class_dim = class_dim_after_view(value.val.shape, class_dim_of(value), context.val.shape)
+    sizes: list[Any] = [HIDDEN if j == class_dim else s for j, s in enumerate(size)]
+    symbols = [j for j, s in enumerate(sizes) if isinstance(s, torch.SymInt)]  # of no tensor that is known here
+    if len(symbols) > 1 or (symbols and -1 in [s for s in sizes if isinstance(s, int)]):
+        raise Escape("a view of the logits to several symbolic sizes")
+    for j in symbols:
+        sizes[j] = -1
+    # as `reshape`: the hidden states need not have the strides that made a view of the logits possible
+    return moved(value, context.val, class_dim, aten.reshape.default, sizes, keeps_order=True)
+
+
+@rule(aten.flatten.using_ints)
+def flatten(context: Context, value: Followed, start: int = 0, end: int = -1) -> Followed:
+    class_dim = class_dim_after_view(value.val.shape, class_dim_of(value), context.val.shape)
+    return moved(value, context.val, class_dim, aten.flatten.using_ints, start, end, keeps_order=True)
+
+
+@rule(aten.contiguous.default, aten.clone.default, aten.alias.default)
+def same(context: Context, value: Followed, **_: Any) -> Followed:
+    """The same numbers in another or the same place: h need not be copied for it."""
+    class_dim_of(value)
+    return replace(value, val=context.val)
+
+
+@rule(aten.detach.default)
+def detach(context: Context, value: Followed) -> Followed:
+    class_dim_of(value)
+    return detached(replace(value, val=context.val))
+
+
+@rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
+def transpose(context: Context, value: Followed, dim0: int, dim1: int) -> Followed:
+    order = list(range(value.val.ndim))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return permute(context, value, order)
+
+
+@rule(aten.t.default)
+def t(context: Context, value: Followed) -> Followed:
+    return transpose(context, value, 0, 1) if value.val.ndim == 2 else value
+
+
+@rule(aten.mT.default)
+def matrix_transpose(context: Context, value: Followed) -> Followed:
+    return transpose(context, value, -2, -1)
+
+
+@rule(aten.permute.default)
+def permute(context: Context, value: Followed, dims: Sequence[int]) -> Followed:
+    order = [dimension(dim, value) for dim in dims]
+    rows = [dim for dim in order if dim != class_dim_of(value)]
+    class_dim = order.index(class_dim_of(value))
+    return moved(value, context.val, class_dim, aten.permute.default, order, keeps_order=rows == sorted(rows))
+
+
+@rule(aten.movedim.int, aten.moveaxis.int)
+def movedim(context: Context, value: Followed, source: int, destination: int) -> Followed:
+    order = list(range(value.val.ndim))
+    order.insert(dimension(destination, value), order.pop(dimension(source, value)))
+    return permute(context, value, order)
+
+
+@rule(aten.unsqueeze.default)
+def unsqueeze(context: Context, value: Followed, dim: int) -> Followed:
+    class_dim, at = class_dim_of(value), dim % (value.val.ndim + 1)
+    return moved(value, context.val, class_dim + (at <= class_dim), aten.unsqueeze.default, at, keeps_order=True)
+
+
+@rule(aten.squeeze.dim)
+def squeeze(context: Context, value: Followed, dim: int) -> Followed:
+    class_dim, at = class_dim_of(value), dimension(dim, value)
+    if context.val.ndim == value.val.ndim:
+        return replace(value, val=context.val)
+    if at == class_dim:
+        raise Escape("squeeze removes the vocabulary's dimension")
+    return moved(value, context.val, class_dim - (at < class_dim), aten.squeeze.dim, at, keeps_order=True)
+
+
+@rule(aten.squeeze.default, aten.squeeze.dims)
+def squeeze_many(context: Context, value: Followed, dims: Sequence[int] | None = None) -> Followed:
+    class_dim = class_dim_after_view(value.val.shape, class_dim_of(value), context.val.shape)
+    gone = range(value.val.ndim) if dims is None else [dimension(dim, value) for dim in dims]
+    ones = [d for d in gone if statically_known_true(sym_eq(value.val.shape[d], 1))]
+    if len(ones) != value.val.ndim - context.val.ndim or class_dim_of(value) in ones:
+        raise Escape("squeeze of a shape that is not known at compile time")
+    return moved(value, context.val, class_dim, aten.squeeze.dims, ones, keeps_order=True)

@@ -1,0 +1,248 @@
+"""``fusedhead.enable()``: whatever this process would give to Inductor goes through fusedhead first.
+
+For programs that name no backend, or say "inductor", or cannot say anything else. Every change that is made
+to other people's code is one row of `EDITS`: where, why, and a function that makes it and returns the
+function that undoes it. `changes` lists what is in force. Nothing is imported for it: edits of packages that
+are not imported yet wait for their import. This file knows no graphs.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fusedhead.backend import compile_graph, compile_with
+from fusedhead.compat import unusable
+from fusedhead.inductor.config import Inductor, keyed
+from fusedhead.options import set_process_wide, split
+from fusedhead.run.import_hooks import after_import
+
+log = logging.getLogger("fusedhead")
+
+Undo = Callable[[], None]
+
+
+def through_fusedhead(module: ModuleType) -> Undo:
+    """Send what ``torch.compile`` gives to Inductor through the pass, and then to Inductor with the same
+    settings.
+
+    ``torch.compile`` makes one object of this class a call, whether Inductor was named or is the default, and
+    calls it for every graph. Functions decorated before the edit and not yet run are therefore reached too.
+    """
+    cls = torch._TorchCompileInductorWrapper
+    original = cls.__call__
+
+    def compile_for_inductor(self: Any, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
+        # ahead-of-time Inductor and the backend's own are left alone, and all are once `disable` was called
+        if type(self) is not cls or not in_force or unusable():
+            return original(self, model_, inputs_, **kwargs)
+        inductor = copy.copy(self)
+        inductor.__class__ = Inductor
+        inductor.config = keyed(self.config)
+        own, _ = split(None)
+
+        def compiler(gm: Any, inputs: Any) -> Any:
+            return inductor(gm, inputs, **kwargs)
+
+        compiler.config = inductor.config  # type: ignore[attr-defined]
+        return compile_graph(model_, inputs_, own, compiler)
+
+    return replace(cls, "__call__", compile_for_inductor)
+
+
+def by_name(module: ModuleType) -> Undo:
+    """The same for those who look the backend up by its name: ``torch._dynamo.optimize("inductor")``."""
+    backends = torch._dynamo.backends.registry._COMPILER_FNS
+    original = backends["inductor"]
+
+    def inductor(gm: Any, example_inputs: Any, **kwargs: Any) -> Any:
+        return original(gm, example_inputs, **kwargs) if kwargs else compile_with(gm, example_inputs)
+
+    vars(inductor).update(vars(original))  # older registries keep what they know of a backend on the function
+    backends["inductor"] = inductor
+
+    def undo() -> None:
+        if backends["inductor"] is inductor:
+            backends["inductor"] = original
+
+    return undo
+
+
+def accelerate_accepts_the_name(module: ModuleType) -> Undo:
+    """``DynamoBackend("FUSEDHEAD")``: accelerate checks the names of backends against an enumeration."""
+    enumeration = module.DynamoBackend
+    before = vars(enumeration).get("_missing_")
+    inherited = enumeration._missing_  # what other packages have put there is still asked
+
+    member = str.__new__(enumeration, "FUSEDHEAD")
+    member._name_ = member._value_ = "FUSEDHEAD"
+
+    def missing(cls: Any, value: Any) -> Any:
+        return member if value == "FUSEDHEAD" else inherited(value)
+
+    enumeration._missing_ = classmethod(missing)
+
+    def undo() -> None:
+        if before is not None:
+            enumeration._missing_ = before
+        else:
+            del enumeration._missing_
+
+    return undo
+
+
+class Method(str):
+    """A logger's method among those that Dynamo skips. Torch 2.11 sorts them and writes them as JSON, so it is text."""
+
+    method: Callable[..., Any]
+
+    def __new__(cls, method: Callable[..., Any]) -> Method:
+        self = super().__new__(cls, method.__name__)
+        self.method = method
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return (other.method if isinstance(other, Method) else other) == self.method
+
+    def __hash__(self) -> int:
+        return hash(self.method)
+
+    def __reduce__(self) -> Any:
+        return Method, (self.method,)
+
+
+def transformers_warns_without_a_break(module: ModuleType) -> Undo:
+    """Trace past ``logger.warning_once``, which otherwise ends the graph between the head and the loss.
+
+    The warning is not printed when the first to reach it is a compiled graph.
+    """
+    ignored = torch._dynamo.config.ignore_logger_methods
+    methods = [getattr(logging.Logger, name, None) for name in ("warning_once", "info_once")]
+    added = [Method(method) for method in methods if method is not None and method not in ignored]
+    ignored.update(added)  # type: ignore[arg-type]
+    return lambda: ignored.difference_update(added)
+
+
+def replace(owner: Any, name: str, value: Any) -> Undo:
+    """Set an attribute; undoing leaves alone what somebody else has put there since."""
+    original = vars(owner)[name]
+    setattr(owner, name, value)
+
+    def undo() -> None:
+        if vars(owner)[name] is value:
+            setattr(owner, name, original)
+
+    return undo
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change to code that is not ours."""
+
+    where: str  # the name that is changed
+    module: str  # the module whose import makes the change possible
+    why: str
+    make: Callable[[ModuleType], Undo]
+
+
+EDITS = (
+    Edit(
+        "torch._TorchCompileInductorWrapper.__call__",
+        "torch",
+        "torch.compile with no backend, or with backend='inductor', goes through fusedhead",
+        through_fusedhead,
+    ),
+    Edit(
+        "torch._dynamo.backends.registry._COMPILER_FNS['inductor']",
+        "torch._dynamo.backends.inductor",
+        "torch._dynamo.optimize('inductor') goes through fusedhead",
+        by_name,
+    ),
+    Edit(
+        "accelerate.utils.dataclasses.DynamoBackend._missing_",
+        "accelerate.utils.dataclasses",
+        "accelerate, and with it transformers' Trainer, accepts the backend's name 'fusedhead'",
+        accelerate_accepts_the_name,
+    ),
+    Edit(
+        "torch._dynamo.config.ignore_logger_methods",
+        "transformers.utils.logging",
+        "a logger.warning_once between a head and its loss does not split the graph",
+        transformers_warns_without_a_break,
+    ),
+)
+
+
+@dataclass
+class Change:
+    """What became of an edit: ``state`` is "made", "waiting for the import of ..." or "failed: ..."."""
+
+    where: str
+    why: str
+    state: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why} ({self.state})"
+
+
+guard = threading.RLock()
+in_force: dict[str, tuple[Change, list[Undo]]] = {}
+
+
+def enable(**options: Any) -> None:
+    """Put fusedhead in front of Inductor in this process, for every thread, until `disable`.
+
+    ``options`` are those of the backend without their prefix (``debug``, ``strict``, ``memory``, ``logits``)
+    and become the defaults of every compilation. Called again, it replaces the options and changes nothing
+    else. Functions that are compiled already stay as they are; ``torch.compiler.reset()`` forgets them.
+
+    Raises ValueError for an unknown option or a bad value, and then changes nothing.
+    """
+    with guard:
+        set_process_wide(options)
+        for edit in EDITS:
+            if edit.where not in in_force:
+                start(edit)
+
+
+def start(edit: Edit) -> None:
+    change = Change(edit.where, edit.why, f"waiting for the import of {edit.module}")
+    undo: list[Undo] = []
+    in_force[edit.where] = (change, undo)
+
+    def make(module: ModuleType) -> None:
+        with guard:
+            if in_force.get(edit.where, (None,))[0] is not change:
+                return  # disabled while the module was being imported
+            try:
+                undo.append(edit.make(module))
+                change.state = "made"
+            except Exception as error:  # another version of the package: what it does not have is not needed
+                change.state = f"failed: {type(error).__name__}: {error}"
+                log.warning("fusedhead: %s could not be changed (%s: %s)", edit.where, type(error).__name__, error)
+
+    stop = after_import(edit.module, make)
+    undo.append(stop)
+
+
+def disable() -> None:
+    """Undo everything that `enable` did, its options included. Does nothing when it was not called."""
+    with guard:
+        set_process_wide({})
+        for _, undo in reversed(in_force.values()):
+            for step in undo:
+                step()
+        in_force.clear()
+
+
+def changes() -> list[Change]:
+    """What `enable` has changed in other packages, and what it will change when they are imported."""
+    with guard:
+        return [copy.copy(change) for change, _ in in_force.values()]

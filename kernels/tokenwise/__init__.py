@@ -1,0 +1,1 @@
+"""Row programs: what no statistic serves, computed in windows of tokens."""

@@ -1,0 +1,217 @@
+"""Runs a row program in windows of tokens, and its gradient: the engine for what no statistic serves.
+
+    results = program(h, w, ...)                       one sweep, 2 N V D FLOP a head
+    dz = vjp of the program on one window of z          then dh = dz w, dw += dzᵀ h: 6 N V D FLOP a head
+    both in one sweep, for gradients of the results that are known before it: 6 N V D FLOP a head in all
+
+What never reaches memory: anything [N, V]; a window holds what the program's own ops hold for its tokens. Results are
+rounded as the program rounds them; dw is summed in float32, over few windows in its own dtype. This file must not know
+about graphs or ops, nor how a window's function is compiled (`compiled`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.contract import stat_dtype
+from fusedhead.kernels.gemm import gemm
+from fusedhead.kernels.tokenwise.compiled import made_once, windows
+from fusedhead.kernels.tokenwise.program import Ref, RowProgram, product, run
+from fusedhead.kernels.torch_engine.blocks import cuts
+from fusedhead.kernels.transform.bias_rounding import rounded_bias
+from fusedhead.kernels.transform.transform import parse
+
+Function = Callable[..., Any]
+PRODUCT_BYTES = 256 << 20  # of one block of dzᵀ h before it is added to dw
+
+
+def row_inputs(program: RowProgram) -> frozenset[int]:
+    """The inputs of which a window reads only its rows."""
+    refs = (a for line in program.lines for a in (*line.args, *(v for _, v in line.kwargs)))
+    flat = (e for a in refs for e in ((a,) if isinstance(a, Ref) or not isinstance(a, tuple) else a))
+    return frozenset(e.at for e in flat if isinstance(e, Ref) and e.kind == "r")
+
+
+def operands(program: RowProgram) -> list[tuple[int, int]]:
+    """The inputs (h, w) of every head, in order."""
+    return [(line.args[0].at, line.args[1].at) for line in program.heads]
+
+
+def biases(program: RowProgram, tensors: Sequence[Tensor]) -> list[tuple[int, int] | None]:
+    """Of every head in order, the input and row of the bias that its product holds; None where it holds none."""
+    found: list[tuple[int, int] | None] = []
+    for h, _, cols, _, transform, _ in (line.args for line in program.heads):
+        bias = rounded_bias(parse(transform), tensors[h.at].dtype)
+        found.append(None if bias is None else (cols.at, bias))
+    return found
+
+
+def _forward(program: RowProgram) -> Function:
+    def results(tensors: list[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return run(program, tensors)
+
+    return results
+
+
+def _vjp(
+    program: RowProgram,
+    differentiable: tuple[bool, ...],
+    wanted: tuple[int, ...],
+    heads: tuple[bool, ...],
+    keep: bool,
+) -> Function:
+    """(inputs..., products..., upstream...) -> gradients of the inputs ``wanted`` and of the products of ``heads``.
+
+    With ``keep`` the program's results stand before them.
+    """
+    count = len(program.heads)
+
+    def gradients(given: list[Tensor]) -> list[Tensor]:
+        total = len(given) - count - sum(differentiable)
+        tensors, products = list(given[:total]), list(given[total : total + count])
+        upstream = given[total + count :]
+        with torch.enable_grad():
+            for i in wanted:
+                tensors[i] = tensors[i].detach().requires_grad_()
+            products = [z.detach().requires_grad_(need) for z, need in zip(products, heads)]
+            results = run(program, tensors, products)
+            out = [r for r, used in zip(results, differentiable) if used]
+            pairs = [(r, g) for r, g in zip(out, upstream) if r.requires_grad]
+            leaves = [tensors[i] for i in wanted] + [z for z, need in zip(products, heads) if need]
+            kept = [r.detach() for r in results] if keep else []
+            if not pairs:
+                return kept + [torch.zeros_like(x) for x in leaves]
+            found = torch.autograd.grad([r for r, _ in pairs], leaves, [g for _, g in pairs], materialize_grads=True)
+        return [*kept, *found]
+
+    return gradients
+
+
+def _window(tensors: Sequence[Tensor], rows: frozenset[int], i: slice) -> list[Tensor]:
+    return [t[i] if k in rows else t for k, t in enumerate(tensors)]
+
+
+def head_rows(program: RowProgram, tensors: Sequence[Tensor], tokens: int, compile_whole: bool = False) -> list[Tensor]:
+    """The program's results, each [N, ...].
+
+    ``tokens`` rows of logits are held at once; with ``compile_whole`` whole windows run compiled.
+    """
+    rows = row_inputs(program)
+    n = tensors[operands(program)[0][0]].shape[0]
+    results: list[Tensor] = []
+    key = ("forward", program)
+    for i, compiled in windows(n, tokens, key, compile_whole) if n else [(slice(0, 0), False)]:
+        given = _window(tensors, rows, i)
+        function = _forward(program)
+        if compiled:
+            function = made_once(key, function, given, True)
+        found = function(given)
+        if not results:
+            results = [r.new_empty((n, *r.shape[1:])) for r in found]
+        for into, r in zip(results, found):
+            into[i] = r
+    return results
+
+
+def head_rows_backward(
+    program: RowProgram,
+    upstream: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+    tokens: int,
+    compile_whole: bool = False,
+    narrow_sums: bool = False,
+) -> list[Tensor | None]:
+    """The gradients of the inputs that need one, in their dtypes; None for the others.
+
+    What is summed over windows is summed in float32, or in its own dtype with ``narrow_sums``.
+    """
+    return _swept(program, upstream, tensors, needs, tokens, compile_whole, narrow_sums, False)[1]
+
+
+def head_rows_loss(
+    program: RowProgram,
+    coefficients: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+    tokens: int,
+    compile_whole: bool = False,
+    narrow_sums: bool = False,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """`head_rows`, and `head_rows_backward` for the gradients ``coefficients`` of its results, in one sweep."""
+    if not tensors[operands(program)[0][0]].shape[0]:
+        nothing = head_rows(program, tensors, tokens)
+        return nothing, head_rows_backward(program, coefficients, tensors, needs, tokens)
+    return _swept(program, coefficients, tensors, needs, tokens, compile_whole, narrow_sums, True)
+
+
+def _swept(
+    program: RowProgram,
+    upstream: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+    tokens: int,
+    compile_whole: bool,
+    narrow_sums: bool,
+    keep: bool,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The results where they are kept, and the gradients."""
+    rows, heads, added = row_inputs(program), operands(program), biases(program, tensors)
+    parts = {at for pair in heads for at in pair}
+    n = tensors[heads[0][0]].shape[0]
+    differentiable = tuple(g is not None for g in upstream)
+    wanted = tuple(i for i, need in enumerate(needs) if need and i not in parts)
+    live = tuple(needs[h] or needs[w] or (b is not None and needs[b[0]]) for (h, w), b in zip(heads, added))
+    sums: list[Tensor | None] = [
+        t.new_zeros(t.shape, dtype=t.dtype if i in rows or narrow_sums else stat_dtype(t.dtype)) if need else None
+        for i, (t, need) in enumerate(zip(tensors, needs))
+    ]
+
+    def add(at: int, i: slice, gradient: Tensor) -> None:
+        into = sums[at]
+        if into is not None:
+            (into[i] if at in rows else into).add_(gradient)
+
+    def add_product(into: Tensor | None, dz: Tensor, h: Tensor) -> None:
+        if into is None:
+            return
+        if dz.device.type == "cuda":
+            gemm(dz.t(), h, into, add=True)  # adds in the product's own epilogue
+            return
+        for v in cuts(len(into), max(1, PRODUCT_BYTES // max(1, into.element_size() * into.shape[1]))):
+            if into.dtype == dz.dtype:
+                into[v].addmm_(dz[:, v].t(), h)
+            else:
+                into[v].add_(dz[:, v].t() @ h)
+
+    key = ("vjp", program, differentiable, wanted, live, keep)
+    results: list[Tensor] = []
+    for i, compiled in windows(n, tokens, key, compile_whole):
+        given = _window(tensors, rows, i)
+        products = [product(head, given) for head in program.heads]
+        seen = [g[i] for g in upstream if g is not None]
+        everything = [*given, *products, *seen]
+        vjp = _vjp(program, differentiable, wanted, live, keep)
+        found = made_once(key, vjp, everything, compiled)(everything)
+        del products, everything
+        if keep:
+            kept, found = found[: len(program.results)], found[len(program.results) :]
+            results = results or [r.new_empty((n, *r.shape[1:])) for r in kept]
+            for result, r in zip(results, kept):
+                result[i] = r
+        for at, gradient in zip(wanted, found):
+            add(at, i, gradient)
+        differentiated = [(at, bias) for at, bias, on in zip(heads, added, live) if on]
+        for ((h, w), bias), dz in zip(differentiated, found[len(wanted) :]):
+            if needs[h]:
+                add(h, i, dz @ given[w])
+            if needs[w]:
+                add_product(sums[w], dz, given[h])
+            if bias is not None and (into := sums[bias[0]]) is not None:
+                into[bias[1]].add_(dz.sum(0, dtype=into.dtype))
+    return results, [None if s is None else s.to(t.dtype) for s, t in zip(sums, tensors)]

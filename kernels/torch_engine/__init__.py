@@ -1,0 +1,1 @@
+"""The engine in torch ops, for any device that torch runs on."""

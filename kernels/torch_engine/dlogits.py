@@ -1,0 +1,97 @@
+"""Any gradient of any head: dz written out block by block in float32, then its matrix products.
+
+For the upstream gradients and transforms that `softmax_gradients` does not serve: the entropy,
+weighted sums of transformed logits, gradients of row vectors and of multipliers. FLOP 6 NDV, the lse being
+known. Memory: a block of logits for each of z, dz and the transform's tape, and [windows.tokens, D] in
+float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
+from fusedhead.kernels.torch_engine.blocks import LOG2E, block_columns, cuts, vectors
+from fusedhead.kernels.torch_engine.exponentials import block_buffers, window_products
+from fusedhead.kernels.torch_engine.gradient_sink import accumulate_product
+from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
+from fusedhead.kernels.torch_engine.weight_gradient import WeightGradient
+from fusedhead.kernels.transform.backward import pull_back, record
+
+
+def _dz(head: Head, upstream: RowGrads, stats: RowStats, i: slice, v: slice, z: Tensor) -> Tensor:
+    """dz of the transformed block z [m, v], which becomes log p and is lost."""
+    wide = z.dtype
+    soft = any(g is not None for g in (upstream.lse, upstream.square, upstream.entropy))
+    if soft:
+        z.sub_(stats.lse[i, None].to(wide))
+        if stats.lse_low is not None:
+            z.sub_(stats.lse_low[i, None].to(wide))
+    dz = (z * LOG2E).exp2_() if soft else torch.zeros_like(z)
+    slope = head.h.new_zeros(len(z), dtype=wide)
+    if soft:
+        slope = slope + 0 * stats.lse[i].to(wide)  # a row with an infinite logit has NaN throughout, as in log_softmax
+    if upstream.lse is not None:
+        slope = slope + upstream.lse[i].to(wide)
+    if upstream.square is not None:
+        slope = slope + 2 * upstream.square[i].to(wide) * stats.lse[i].to(wide)
+    if upstream.entropy is not None and stats.entropy is not None:
+        g = upstream.entropy[i, None].to(wide)
+        z.mul_(-g).add_((slope - g[:, 0] * stats.entropy[i].to(wide))[:, None])
+        dz.mul_(z)
+    else:
+        dz.mul_(slope[:, None])
+    if upstream.sum is not None:
+        g = upstream.sum[i, None].to(wide)
+        dz.addcmul_(g, head.u[v].to(wide)[None]) if head.u.numel() else dz.add_(g)
+    if upstream.picked is not None:
+        column = head.y[i] - v.start
+        inside = (column >= 0) & (column < z.shape[1])
+        share = upstream.picked[i].to(wide).masked_fill(~inside, 0)
+        dz.scatter_add_(1, column.clamp_(0, z.shape[1] - 1), share)
+    return dz
+
+
+def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
+    """The gradients for any upstream, given the lse (and the entropy, if that has an upstream)."""
+    n, vocab = len(head.h), len(head.w)
+    wide, work = stat_dtype(head.h.dtype), product_dtype(head.h.dtype, head.h.device.type)
+    tokens = min(windows.tokens, n)
+    columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
+    buffers = block_buffers(head, tokens, columns)
+    dh = torch.empty(head.h.shape, dtype=head.h.dtype, device=head.h.device) if needs.h else None
+    dw = WeightGradient(head, windows.accumulate) if needs.w else None
+    dcols = torch.zeros_like(head.cols, dtype=wide) if needs.cols else None
+    drows = torch.zeros_like(head.rows, dtype=wide) if needs.rows else None
+    for i in cuts(n, tokens):
+        h, logits_in = head.h[i].to(work), window_products(head, i)
+        m = len(h)
+        product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
+        for v in cuts(vocab, columns):
+            size = m * (v.stop - v.start)
+            w, raw = head.w[v].to(work), buffers.work[:size].view(m, -1)
+            if logits_in == work:
+                torch.mm(h, w.t(), out=raw)
+                z = raw if work == wide else buffers.wide[:size].view(m, -1).copy_(raw)
+            else:
+                z = torch.mm(h.to(wide), w.to(wide).t(), out=buffers.wide[:size].view(m, -1))
+            cols, rows = vectors(head, i, v)
+            z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
+            dz = _dz(head, upstream, stats, i, v, z)
+            to_cols = None if dcols is None else dcols[:, v]
+            to_rows = None if drows is None else drows[:, i]
+            dz = pull_back(head.transform, dz, tape, cols, rows, to_cols, to_rows)
+            if needs.h:
+                # Unrounded also where products are bfloat16: block by block that would round dh more than eager does.
+                accumulate_product(product, dz, w.to(wide))
+            if dw is not None:
+                dw.add_block(v, i.start == 0, dz if work == wide else raw.copy_(dz), h)
+        if dh is not None:
+            dh[i] = product
+    return HeadGrads(
+        dh,
+        None if dw is None else dw.finish(),
+        None if dcols is None else dcols.to(head.cols.dtype),
+        None if drows is None else drows.to(head.rows.dtype),
+    )

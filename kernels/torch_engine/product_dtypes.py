@@ -1,0 +1,85 @@
+"""In which dtype the torch engine multiplies, and in which it keeps a window of exponentials for a later product.
+
+| head     | device multiplies it     | products | kept                                                          |
+|----------|--------------------------|----------|---------------------------------------------------------------|
+| float32  |                          | float32  | float32                                                       |
+| bfloat16 | yes                      | bfloat16 | bfloat16                                                      |
+| bfloat16 | no: a CPU without AVX-512| float32  | bfloat16                                                      |
+| float16  | never: exp z leaves it   | float32  | float16 where a bound of the slope tells how to fit it in     |
+
+A window kept as wide as its products would hold twice the bytes where these are widened, and half as many tokens would
+take twice as many windows. This file must not know sizes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from fusedhead.kernels.contract import stat_dtype
+from fusedhead.kernels.transform.transform import Transform, plain_scale
+
+
+@cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether oneDNN has matrix products of bfloat16 for this CPU. No, where torch is built without it."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
+def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype of a head's matrix products: its own where the hardware multiplies it fast, else float32.
+
+    float16 is always widened, because exp z would leave its range.
+    """
+    if dtype == torch.bfloat16:
+        native = device_type == "cuda" or (device_type == "cpu" and cpu_multiplies_bfloat16())
+        return dtype if native else torch.float32
+    return stat_dtype(dtype)
+
+
+def steepest(transform: Transform) -> float | None:
+    """A bound of what E = exp(z - level) is multiplied by to be E', None where the chain's text gives none.
+
+    That is |∂z/∂(h wᵀ)| for any z and any vectors; where z is h wᵀ times a constant, the sweep leaves that to the rows.
+    """
+    if plain_scale(transform) is not None:
+        return 1.0
+    bound = 1.0
+    for op, value in transform.steps:
+        if op == "mul":
+            bound *= abs(float(value))
+        elif op == "sigmoid":
+            bound /= 4
+        elif op in ("mulcol", "mulrow", "fn"):
+            return None
+    return bound
+
+
+def kept_dtype(dtype: torch.dtype, products: torch.dtype, transform: Transform) -> torch.dtype:
+    """The dtype in which a window of E' = exp(z - level) ∂z/∂(h wᵀ) waits, of a head of ``dtype``."""
+    if dtype == torch.float16:
+        return dtype if steepest(transform) else products
+    return dtype
+
+
+class Range(NamedTuple):
+    """Where the sum of a row's E must lie for the window to be kept without loss, and where it should."""
+
+    least: float
+    aim: float | None  # None: anywhere
+    most: float
+
+
+def kept_range(kept: torch.dtype, transform: Transform) -> Range:
+    """The range for a window kept in ``kept``.
+
+    float16 holds numbers up to 65504, and those from 2^-14 on with all of its 11 bits: where the sum is 2^13, every
+    probability from 2^-27 on.
+    """
+    if kept != torch.float16:
+        return Range(1e-20, None, 1e20)
+    slope = steepest(transform) or 1.0
+    return Range(2.0**5 / slope, 2.0**13 / slope, 6e4 / slope)

@@ -1,0 +1,215 @@
+"""Gradients through a softmax, from exponentials: dz = s E' + t at the labels + g_sum u.
+
+``s`` is one number per row and ``t`` one per label, so the matrix products read the exponentials as they are:
+
+    dh_i = s_i (E' w)_i + Σ_k t_ik w[y_ik] + g_sum_i (uᵀ w)
+    dw   = E'ᵀ (s ⊙ h) + Σ_ik t_ik onehot(y_ik) ⊗ h_i + u ⊗ (g_sumᵀ h)
+
+`single_pass` knows no lse beforehand: it keeps one window of E' until the row sums are complete, 3 GEMMs in
+all. `known_lse` is given the lse and keeps one block, 3 GEMMs. Both handle every upstream gradient of lse,
+picked and (for z · c) sum; `serves` says when. The entropy and gradients of row vectors belong to
+`torch_engine.dlogits`.
+
+Never in memory: more than one window of E', any [N, V], w in another dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, Windows, stat_dtype
+from fusedhead.kernels.torch_engine.blocks import (
+    block_columns,
+    cuts,
+    fine_dtype,
+    first_of_equal,
+    label_cells,
+    sampled_level,
+    strip_columns,
+    widened_columns,
+)
+from fusedhead.kernels.torch_engine.exponentials import (
+    Level,
+    below_maximum,
+    block_buffers,
+    fill,
+    label_terms,
+    level_at,
+    usual_level,
+)
+from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_product, bias_slopes
+from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype, kept_range, product_dtype
+from fusedhead.kernels.transform.transform import plain_scale
+
+NEAR = 40.0  # a level this far from the lse at most: exp of the distance stays within `kept_range`
+
+
+def serves(head: Head, upstream: RowGrads, needs: Needs) -> bool:
+    """Whether dz is a row scale away from E'."""
+    if upstream.entropy is not None or needs.rows:
+        return False
+    plain = plain_scale(head.transform) is not None
+    return (plain or upstream.sum is None) and (not needs.cols or bias_slopes(head) is not None)
+
+
+def _prepared(head: Head, upstream: RowGrads) -> tuple[Tensor, Tensor]:
+    """Gradients of lse [N] and picked [N, K], fine, zeros where absent."""
+    fine = fine_dtype(head.h.device.type)
+    lse = upstream.lse if upstream.lse is not None else head.h.new_zeros(len(head.h))
+    picked = upstream.picked if upstream.picked is not None else head.h.new_zeros(head.y.shape)
+    return lse.to(fine), picked.to(fine)
+
+
+def _totals(parts: list[Tensor], z: Tensor, level: Level, first: Tensor) -> tuple[Tensor, Tensor]:
+    """Row sums of E with the labels [m], and without each of the labels [m, K], from their parts.
+
+    The second keeps 1 - p of a label, (everything else) / total, from cancelling when p is nearly 1.
+    """
+    e = torch.exp(z - level.natural[:, None]) * first
+    rest = torch.stack(parts).sum(0, dtype=e.dtype)
+    of_labels = e.sum(1)
+    return rest + of_labels, rest[:, None] + (of_labels[:, None] - e)
+
+
+def _factors(
+    g: Tensor, g_picked: Tensor, total: Tensor, others: Tensor, first: Tensor, slope: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """s [m] and t [m, K] of a window from the gradients g [m] of lse and g_picked [m, K].
+
+    s is NaN where the total is not finite: as through a log_softmax, a row with an infinite logit has no gradient.
+    """
+    whole = g[:, None] * first
+    t = (g_picked + whole - whole * (others / total[:, None])) * slope
+    s = g / total + 0 * total
+    return (s if scale is None else s * scale), t
+
+
+def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[Tensor, Tensor, HeadGrads]:
+    """lse [N] (fine), picked [N, K] and the gradients of Σ c · statistics (+ Σ c.square lse²).
+
+    FLOP 6 NDV; memory: E' of one window (windows.tokens x V) where w wants a gradient, else one block. A window that is
+    kept narrower than it is multiplied (`kept_dtype`) is widened strip by strip.
+    """
+    lse = head.h.new_empty(len(head.h), dtype=fine_dtype(head.h.device.type))
+    z, slope = label_terms(head, slice(0, len(head.h)))
+    sink = Sink(head, c, needs, windows)
+    _sweep(head, c, needs, windows, lse, z, slope, sink)
+    return lse, z.to(stat_dtype(head.h.dtype)), sink.finish()  # the window of E' is gone by now
+
+
+def _sweep(
+    head: Head, c: RowGrads, needs: Needs, windows: Windows, lse: Tensor, labelled: Tensor, slopes: Tensor, sink: Sink
+) -> None:
+    """The sweep of `single_pass`, which fills ``lse`` and ``sink``; the other two are `label_terms` of all tokens."""
+    n, vocab, wide = len(head.h), len(head.w), stat_dtype(head.h.dtype)
+    work = product_dtype(head.h.dtype, head.h.device.type)
+    tokens = min(windows.tokens, n)
+    columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
+    keep = needs.w or needs.cols
+    kept = kept_dtype(head.h.dtype, work, head.transform) if keep else work
+    if kept != work:
+        columns = widened_columns(tokens, columns, head.h.shape[1], wide.itemsize)
+    blocks = list(cuts(vocab, columns))
+    flat = head.h.new_empty(tokens * (vocab if keep else columns), dtype=kept)
+    strip = strip_columns(tokens, columns, wide.itemsize) if keep else columns
+    spare = head.h.new_empty(0 if kept == wide else tokens * strip, dtype=wide)
+    least, aim, most = kept_range(kept, head.transform)
+    c_lse, c_picked = _prepared(head, c)
+    scale = plain_scale(head.transform)
+    for i in cuts(n, tokens):
+        h = head.h[i].to(work)
+        m = len(h)
+        z, slope = labelled[i], slopes[i]
+        first, cells = first_of_equal(head.y[i]), label_cells(head, i)
+        on_cpu = head.h.device.type == "cpu"
+        level = usual_level(head, i, z, aim) if on_cpu else below_maximum(head, i, strip, aim, False)
+        certain = not on_cpu
+        while True:
+            parts: list[Tensor] = []
+            product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
+            for v in blocks:
+                e = flat[m * v.start if keep else 0 :][: m * (v.stop - v.start)].view(m, v.stop - v.start)
+                w = head.w[v].to(work)
+                into = e if kept == work else spare[: e.numel()].view(e.shape)
+                parts += fill(head, i, v, h, w, level, cells, into, spare, keep or needs.h)
+                if needs.h:
+                    accumulate_product(product, into, w)
+                if into is not e:
+                    e.copy_(into)
+            total, others = _totals(parts, z, level, first)
+            if certain or bool(((total > least) & (total < most)).all()):
+                break
+            level, certain = below_maximum(head, i, strip, aim, True), True
+        lse[i] = at = level.natural + total.log()
+        g = c_lse[i] if c.square is None else c_lse[i] + 2 * c.square[i] * at
+        s, t = (x.to(wide) for x in _factors(g, c_picked[i], total, others, first, slope, scale))
+        sink.hidden(i, product, s, t)
+        if keep:
+            hs = (h * s[:, None]).to(work)
+            for v in blocks:
+                e = flat[m * v.start :][: m * (v.stop - v.start)].view(m, v.stop - v.start)
+                if kept != work:
+                    e = spare[: e.numel()].view(e.shape).copy_(e)
+                sink.block(i, v, e, hs, s)
+            sink.labels(i, t)
+
+
+def labels_alone(head: Head, upstream: RowGrads, needs: Needs, windows: Windows) -> HeadGrads:
+    """The gradients where only picked logits and plain sums have an upstream: no softmax, no sweep, no lse."""
+    wide = stat_dtype(head.h.dtype)
+    _, g_picked = _prepared(head, upstream)
+    sink = Sink(head, upstream, needs, windows)
+    if sink.dw is not None:
+        sink.dw.begin_with_nothing()
+    for i in cuts(len(head.h), min(windows.tokens, len(head.h))):
+        m = i.stop - i.start
+        t = (g_picked[i] * label_terms(head, i)[1]).to(wide)
+        product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
+        sink.hidden(i, product, head.h.new_ones(m, dtype=wide), t)
+        sink.labels(i, t)
+    return sink.finish()
+
+
+def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows: Windows) -> HeadGrads:
+    """The gradients when each row's lse [N] is known. FLOP 6 NDV; memory: one block, [windows.tokens, D] twice.
+
+    The row sums come out of the sweep again: what can wait for them (dh, labels) does not depend on how the lse was
+    rounded, which matters where the lse is large.
+    """
+    n, vocab = len(head.h), len(head.w)
+    wide, fine = stat_dtype(head.h.dtype), fine_dtype(head.h.device.type)
+    work = product_dtype(head.h.dtype, head.h.device.type)
+    tokens = min(windows.tokens, n)
+    columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
+    block, spare = block_buffers(head, tokens, columns)
+    g_lse, g_picked = _prepared(head, upstream)
+    sink = Sink(head, upstream, needs, windows)
+    scale = plain_scale(head.transform)
+    for i in cuts(n, tokens):
+        h, at, on_cpu = head.h[i].to(work), lse[i].to(fine), head.h.device.type == "cpu"
+        m, cells = len(h), label_cells(head, i)
+        z, slope = label_terms(head, i)
+        level = level_at(head, at, False)
+        if work != wide:
+            near = usual_level(head, i, z) if on_cpu else level_at(head, sampled_level(head, i, work), False)
+            level = level_at(head, torch.where((near.natural - at).abs() < NEAR, near.natural, at), near.exact)
+        g = g_lse[i] if upstream.square is None else g_lse[i] + 2 * upstream.square[i] * at
+        early = g * torch.exp(level.natural - at) * (1.0 if scale is None else scale)
+        early = early.to(wide)
+        parts: list[Tensor] = []
+        hs = (h * early[:, None]).to(work) if needs.w or needs.cols else h
+        product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
+        for v in cuts(vocab, columns):
+            e = block[: m * (v.stop - v.start)].view(m, v.stop - v.start)
+            w = head.w[v].to(work)
+            parts += fill(head, i, v, h, w, level, cells, e, spare)
+            if needs.h:
+                accumulate_product(product, e, w)
+            sink.block(i, v, e, hs, early)
+        first = first_of_equal(head.y[i])
+        total, others = _totals(parts, z, level, first)
+        s, t = (x.to(wide) for x in _factors(g, g_picked[i], total, others, first, slope, scale))
+        sink.hidden(i, product, s, t)
+        sink.labels(i, t)
+    return sink.finish()

@@ -1,0 +1,130 @@
+"""A head small enough to be built whole, in the calls of torch that the plain program would make.
+
+The three functions of `contract` for logits too few for windows to pay: one product z = h wᵀ [N, V], its softmax, and
+the gradients' two products, in about as many calls as eager code takes. What a call costs the host, not the memory, is
+the price of such a head. Other statistics than lse, picked and sums, and gradients of any per-row upstream come from
+the window engine's own sweeps over a single block.
+
+    head_loss            z, E = exp(z - max z), dz in the place of E, dh, dw       3 products
+    head_stats           z, E                                                     1 product
+    head_stats_backward  `torch_engine.dlogits` on one block                              3 products
+
+It must not know when a head is small (`fusedhead.lowering.plan` decides).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
+from fusedhead.kernels.torch_engine import dlogits as torch_dlogits
+from fusedhead.kernels.torch_engine import engine as torch_engine
+from fusedhead.kernels.torch_engine.blocks import rounded_off, vectors
+from fusedhead.kernels.torch_engine.engine import NOTHING
+from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
+from fusedhead.kernels.transform.backward import Tape, pull_back, record
+
+ALL = frozenset({"lse", "picked", "sum", "spread"})  # that come out of one softmax
+
+
+class Softmax(NamedTuple):
+    """The softmax of all rows, not yet divided by its sums."""
+
+    e: Tensor  # [N, V] exp(z - most), in the place of z
+    most: Tensor  # [N] the largest z, 0 where it is not finite
+    total: Tensor  # [N] row sums of e
+    picked: Tensor  # [N, K] z at the labels
+    summed: Tensor | None  # [N] Σ u z, where asked
+    spread: Tensor | None  # [N] Σ u (lse - z), with the sum
+    tape: Tape
+
+
+def softmax(head: Head, needs: Needs, cols: Tensor, rows: Tensor, summed: bool) -> Softmax:
+    """FLOP 2 N D V; memory: z [N, V] in the dtype of the statistics, and the transform's tape."""
+    work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
+    z = torch.mm(head.h.to(work), head.w.to(work).t()).to(wide)
+    z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
+    picked = z.gather(1, head.y)
+    u = head.u.to(wide)
+    total_u = None
+    if summed:
+        total_u = torch.mv(z, u) if u.numel() else z.sum(1)
+    most = z.amax(1).nan_to_num_(0, 0, 0)
+    z.sub_(most[:, None])
+    shifted = None
+    if summed:  # a second sum, without the digits that all logits of a row share
+        shifted = torch.mv(z, u) if u.numel() else z.sum(1)
+    e = z.exp_()
+    total = e.sum(1)
+    spread = None if shifted is None else total.log() * (u.sum() if u.numel() else len(head.w)) - shifted
+    return Softmax(e, most, total, picked, total_u, spread, tape)
+
+
+def statistics(of: Softmax, want: frozenset[str]) -> RowStats:
+    """The lse as two numbers, and what else is asked for."""
+    log_total = of.total.log()
+    lse = of.most + log_total
+    return RowStats(
+        lse,
+        of.picked if "picked" in want else None,
+        of.summed if "sum" in want else None,
+        lse_low=rounded_off(lse, of.most, log_total),
+        spread=of.spread if "spread" in want else None,
+    )
+
+
+def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
+    """The statistics in ``want``, see `contract.RowStats`."""
+    if not want <= ALL or not len(head.w):
+        return torch_engine.head_stats(head, want, windows)
+    cols, rows = vectors(head, slice(None), slice(None))
+    return statistics(softmax(head, NOTHING, cols, rows, bool(want & {"sum", "spread"})), want)
+
+
+def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
+    """The gradients for any per-row upstream."""
+    if not len(head.w):
+        return torch_engine.head_stats_backward(head, upstream, stats, needs, windows)
+    return torch_dlogits.backward(head, upstream, stats, needs, windows)
+
+
+def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
+    """Statistics and gradients of a loss linear in them, the softmax taken once."""
+    if not len(head.w):
+        return torch_engine.head_loss(head, coefficients, needs, windows)
+    c, wide = coefficients, stat_dtype(head.h.dtype)
+    cols, rows = vectors(head, slice(None), slice(None))
+    of = softmax(head, needs, cols, rows, c.sum is not None)
+    stats = statistics(of, ALL)
+    if not any(needs):
+        return stats, HeadGrads(None, None, None, None)
+    # a row with an infinite logit has NaN throughout, as in log_softmax: 0 times its sum
+    slope = 0 * of.total if c.lse is None else torch.add(c.lse.to(wide), of.total, alpha=0)
+    if c.square is not None:
+        slope = slope + 2 * c.square.to(wide) * stats.lse
+    dz = of.e.mul_((slope / of.total)[:, None])
+    if c.picked is not None:
+        dz.scatter_add_(1, head.y, c.picked.to(wide))
+    if c.sum is not None:
+        g = c.sum.to(wide)[:, None]
+        dz.addcmul_(g, head.u.to(wide)[None]) if head.u.numel() else dz.add_(g)
+    dcols = torch.zeros_like(head.cols, dtype=wide) if needs.cols else None
+    drows = torch.zeros_like(head.rows, dtype=wide) if needs.rows else None
+    dz = pull_back(head.transform, dz, of.tape, cols, rows, dcols, drows)
+    return stats, HeadGrads(
+        *products(head, dz, needs),
+        None if dcols is None else dcols.to(head.cols.dtype),
+        None if drows is None else drows.to(head.rows.dtype),
+    )
+
+
+def products(head: Head, dz: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+    """dh = dz w and dw = dzᵀ h in the operands' dtype, where needed. ``dz`` is rounded as eager code rounds it."""
+    work = product_dtype(head.h.dtype, head.h.device.type)
+    dz = dz.to(work)
+    dh = torch.mm(dz, head.w.to(work)).to(head.h.dtype) if needs.h else None
+    dw = torch.mm(dz.t(), head.h.to(work)).to(head.w.dtype) if needs.w else None
+    return dh, dw

@@ -1,0 +1,89 @@
+"""How many bytes the torch engine holds besides its operands and results: the model that the planner asks.
+
+An upper bound, one term for each kind of buffer; a test compares it with the allocations that it watches. It
+must not decide anything.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedhead.kernels.contract import Needs, stat_dtype
+from fusedhead.kernels.torch_engine.blocks import (
+    GATHER_BYTES,
+    SAMPLE,
+    block_columns,
+    fine_dtype,
+    piece_rows,
+    strip_columns,
+    widened_columns,
+)
+from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype
+from fusedhead.kernels.transform.backward import windows_held, windows_passing
+from fusedhead.kernels.transform.transform import Transform, plain_scale
+
+
+def workspace(
+    n: int,
+    v: int,
+    d: int,
+    k: int,
+    dtype: torch.dtype,
+    device_type: str,
+    products: torch.dtype,
+    transform: Transform,
+    needs: Needs,
+    tokens: int,
+    vocab: int,
+    accumulate: torch.dtype,
+    keep: bool,
+    explicit: bool,
+) -> int:
+    """Bytes at the peak of one sweep over windows of tokens x vocab.
+
+    ``products`` is the dtype of the matrix products (`product_dtypes`). ``keep`` says that a window of exponentials
+    [tokens, v] is held (one sweep for loss and gradients) and ``explicit`` that dz is written out (`dlogits`,
+    `statistics`) and not only exponentials.
+    """
+    work, wide = products, stat_dtype(dtype)
+    kept = kept_dtype(dtype, products, transform) if keep else work
+    narrow, widened = kept != wide, work != dtype
+    tokens = max(1, min(tokens, n))
+    columns = block_columns(tokens, min(vocab, v), wide.itemsize)
+    if kept != work:
+        columns = widened_columns(tokens, columns, d, wide.itemsize)
+    block = tokens * columns
+    wide_columns = strip_columns(tokens, columns, wide.itemsize) if keep and narrow else columns
+    wide_block = tokens * wide_columns
+    blocks = block * work.itemsize * (not keep) + wide_block * wide.itemsize * narrow
+    held = windows_held(transform, needs.cols and explicit, needs.rows) - 1
+    pieces = not explicit and device_type == "cpu"
+    piece = (piece_rows(tokens, wide_columns, wide.itemsize) if pieces else tokens) * wide_columns
+    blocks += piece * wide.itemsize * (held + windows_passing(transform))
+    blocks += wide_block * wide.itemsize * (2 if explicit else 0)
+    if keep:
+        blocks += tokens * v * kept.itemsize
+    hidden = tokens * d
+    rows = hidden * wide.itemsize * (needs.h + narrow)  # E w, and h widened where logits must be exact
+    rows += hidden * work.itemsize * ((needs.w or needs.cols) + widened + (narrow and needs.h))
+    weights = (columns if widened else wide_columns) * d * (wide.itemsize if widened or narrow else 0)
+    weights += columns * d * work.itemsize if needs.w and accumulate != work else 0
+    sums = v * d * wide.itemsize if needs.w and accumulate != dtype else 0
+    sample = tokens * min(SAMPLE * 2, v) * wide.itemsize * 4 + min(SAMPLE * 2, v) * d * wide.itemsize
+    vectors = (tokens * (k + 1) * 16 + n * k * 4) * fine_dtype(device_type).itemsize
+    late = n * k * 48 if needs.w and accumulate != wide else 0
+    gathers = 4 * min(GATHER_BYTES, n * max(1, k) * d * fine_dtype(device_type).itemsize)
+    plain = plain_scale(transform) is not None
+    columns_wise = v * wide.itemsize * 4 * (needs.cols or not plain or explicit)
+    return blocks + rows + weights + sums + sample + vectors + late + gathers + columns_wise
+
+
+def whole_bytes(
+    n: int, v: int, d: int, dtype: torch.dtype, work: torch.dtype, transform: Transform, needs: Needs
+) -> int:
+    """Bytes at the peak where all logits [n, v] are built at once (`whole`), by products in ``work``."""
+    wide = stat_dtype(dtype)
+    held = windows_held(transform, needs.cols, needs.rows) + windows_passing(transform)
+    logits = n * v * (wide.itemsize * held + (work.itemsize if work != wide else 0))
+    widened = (n + v) * d * work.itemsize if work != dtype else 0
+    return logits + widened + n * 16 * wide.itemsize + 2 * v * wide.itemsize * (needs.cols or bool(transform.steps))

@@ -1,0 +1,1 @@
+"""What a program does to the logits element by element: the chain, its derivative, generated functions."""

@@ -1,0 +1,90 @@
+"""Functions of the logits that torch computes in one call, forward and backward, on a CPU.
+
+The code of a `pointwise.Function` is one call an instruction: a gelu and its derivative are 17, a relu's are
+selections, which branch element by element. Where the function names an op of the table, that op's own kernel runs
+instead: the values are those of eager code. Whatever is not in the table runs its code. It must not know windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.transform.pointwise import Function, run
+
+aten = torch.ops.aten
+
+
+# Behind the name of an op: it has no slope on its bounds. Releases of torch differ there.
+OPEN = "_open"
+
+
+class Native(NamedTuple):
+    value: Callable[..., Tensor]  # of z and the constants
+    gradient: Callable[..., Tensor]  # of g, z and the constants
+
+
+def _within(g: Tensor, z: Tensor, least: float | None, most: float | None = None) -> Tensor:
+    """g between the bounds, none on them, as a hardtanh."""
+    ends = -torch.inf if least is None else least, torch.inf if most is None else most
+    return aten.hardtanh_backward(g, z, *ends)
+
+
+def _within_or_on(g: Tensor, z: Tensor, least: float | None, most: float | None = None) -> Tensor:
+    """g between the bounds and on them, where a hardtanh has no slope: its bounds are the numbers next to these."""
+    low, high = (z.new_tensor(end if at is None else at) for at, end in ((least, -torch.inf), (most, torch.inf)))
+    low, high = low.nextafter(low - torch.inf), high.nextafter(high + torch.inf)
+    return aten.hardtanh_backward(g, z, low.item(), high.item())
+
+
+def _clamps(suffix: str, gradient: Callable[..., Tensor]) -> dict[str, Native]:
+    return {
+        f"clamp{suffix}": Native(torch.clamp, gradient),
+        f"clip{suffix}": Native(torch.clip, gradient),
+        f"clamp_min{suffix}": Native(torch.clamp_min, gradient),
+        f"clamp_max{suffix}": Native(torch.clamp_max, lambda g, z, most: gradient(g, z, None, most)),
+    }
+
+
+SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946, 1.0)
+NATIVE: Mapping[str, Native] = {
+    "relu": Native(aten.relu, lambda g, z: aten.threshold_backward(g, z, 0)),
+    "relu6": Native(aten.relu6, lambda g, z: aten.hardtanh_backward(g, z, 0, 6)),
+    "threshold": Native(aten.threshold, lambda g, z, at, _: aten.threshold_backward(g, z, at)),
+    "leaky_relu": Native(aten.leaky_relu, lambda g, z, slope: aten.leaky_relu_backward(g, z, slope, False)),
+    "elu": Native(aten.elu, lambda g, z, *constants: aten.elu_backward(g, *constants, False, z)),
+    "celu": Native(aten.celu, lambda g, z, alpha: aten.elu_backward(g, alpha, 1, 1 / alpha, False, z)),
+    "selu": Native(aten.selu, lambda g, z: aten.elu_backward(g, *SELU, False, z)),
+    "silu": Native(aten.silu, aten.silu_backward),
+    "gelu": Native(
+        lambda z, how: aten.gelu(z, approximate=how), lambda g, z, how: aten.gelu_backward(g, z, approximate=how)
+    ),
+    "softplus": Native(aten.softplus, aten.softplus_backward),
+    "hardtanh": Native(aten.hardtanh, aten.hardtanh_backward),
+    "hardsigmoid": Native(aten.hardsigmoid, aten.hardsigmoid_backward),
+    "hardswish": Native(aten.hardswish, aten.hardswish_backward),
+    **_clamps("", _within_or_on),
+    **_clamps(OPEN, _within),
+}
+
+
+def names(op: str) -> Iterator[str]:
+    """The entries of the table that may be an op of torch: they differ in the gradient at its corners."""
+    return (name for name in (op, op + OPEN) if name in NATIVE)
+
+
+def value(function: Function, z: Tensor, cols: Tensor, rows: Tensor) -> Tensor:
+    """The function of z [n, v], out of place; cols [C, v], rows [R, n]."""
+    if function.op is not None and z.device.type == "cpu":
+        return NATIVE[function.op.op].value(z, *function.op.args)
+    return run(function.value, z, cols, rows)
+
+
+def gradient(function: Function, g: Tensor, z: Tensor, cols: Tensor, rows: Tensor) -> Tensor:
+    """The gradient with respect to z for a gradient g [n, v] of the function, out of place."""
+    if function.op is not None and z.device.type == "cpu":
+        return NATIVE[function.op.op].gradient(g, z, *function.op.args)
+    return run(function.gradient, z, cols, rows, g)

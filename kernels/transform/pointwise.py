@@ -1,0 +1,181 @@
+"""A pointwise function of the logits and its derivative, as straight-line code that a step of a `Transform` carries.
+
+The code is generated from the program's own op (`fusedhead.rules.pointwise`) and travels as text, two codes around
+a bar: the function of z, and the gradient with respect to z for a gradient g of the result. Behind a second bar may
+stand the op that it is, with its constants: an engine may have a kernel for that (`native`).
+
+    neg(z);exp(#0);add(1.0,#1);div(1.0,#2);#3|...;mul(g,#7);#8                        a sigmoid
+    ...;#4|...;#10|gelu(none)
+
+Instructions are numbered from 0 and stand between semicolons; the last entry is the result. An operand is ``z``,
+``g``, ``#i`` (the result of instruction i), ``c2`` or ``r0`` (the vector along the vocabulary, along the tokens), or a
+number. The ops are those of `OPS`, torch's ``prims`` by name. This file knows the language and its meaning in torch
+ops; it must not know windows, engines or graphs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+OPS: Mapping[str, Callable[..., Tensor]] = {
+    name: getattr(torch, name)
+    for name in (
+        *("neg", "abs", "sign", "reciprocal", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log1p"),
+        *("sin", "cos", "tanh", "erf", "add", "sub", "mul", "div", "minimum", "maximum", "where"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_not"),
+    )
+}
+DECISIONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_not"))  # are bool
+VECTOR = re.compile(r"[cr]\d+")
+OPERAND = re.compile(r"z|g|#\d+|[cr]\d+")
+
+
+class Instruction(NamedTuple):
+    op: str
+    args: tuple[str | float, ...]
+
+
+class Op(NamedTuple):
+    op: str
+    args: tuple[str | float | None, ...]  # constants alone
+
+    @property
+    def text(self) -> str:
+        return f"{self.op}({','.join(map(str, self.args))})"
+
+
+class Code(NamedTuple):
+    instructions: tuple[Instruction, ...]
+    result: str
+
+    @property
+    def text(self) -> str:
+        calls = (f"{op}({','.join(map(str, args))})" for op, args in self.instructions)
+        return ";".join((*calls, self.result))
+
+
+class Function(NamedTuple):
+    value: Code  # of z
+    gradient: Code  # of z and g
+    op: Op | None = None  # of `native`, which computes both
+
+    @property
+    def codes(self) -> tuple[Code, Code]:
+        return self.value, self.gradient
+
+    @property
+    def text(self) -> str:
+        return f"{self.value.text}|{self.gradient.text}" + (f"|{self.op.text}" if self.op else "")
+
+
+def _operand(word: str) -> str | float:
+    return word if OPERAND.fullmatch(word) else float(word)
+
+
+def _code(text: str) -> Code:
+    *calls, result = text.split(";")
+    instructions = []
+    for call in calls:
+        op, _, args = call.removesuffix(")").partition("(")
+        if op not in OPS:
+            raise ValueError(f"{op!r} in a pointwise function is not known; expected one of {', '.join(OPS)}")
+        instructions.append(Instruction(op, tuple(map(_operand, args.split(",")))))
+    return Code(tuple(instructions), result)
+
+
+def _constant(word: str) -> str | float | None:
+    try:
+        return None if word == "None" else float(word)
+    except ValueError:
+        return word
+
+
+def _op(text: str) -> Op:
+    name, _, args = text.removesuffix(")").partition("(")
+    return Op(name, tuple(map(_constant, args.split(","))) if args else ())
+
+
+@lru_cache(maxsize=256)
+def parse(text: str) -> Function:
+    """Read a function's text. Raises ValueError naming what is none of the language."""
+    value, bar, rest = text.partition("|")
+    gradient, _, op = rest.partition("|")
+    if not bar:
+        raise ValueError(f"a pointwise function is two codes around a bar, got {text!r}")
+    return Function(_code(value), _code(gradient), _op(op) if op else None)
+
+
+def vectors(text: str) -> Iterator[tuple[str, int]]:
+    """("c" or "r", index) of each vector that a function reads."""
+    return ((word[0], int(word[1:])) for word in dict.fromkeys(re.findall(rf"(?<![\w.#]){VECTOR.pattern}", text)))
+
+
+def shifted(text: str, columns: int) -> str:
+    """The same function where its column vectors stand behind ``columns`` others."""
+    return re.sub(r"(?<![\w.#])c(\d+)", lambda found: f"c{int(found[1]) + columns}", text)
+
+
+@lru_cache(maxsize=256)
+def last_uses(code: Code) -> Mapping[int, tuple[int, ...]]:
+    """Which results are read for the last time by each instruction."""
+    last = {
+        int(arg[1:]): at
+        for at, (_, args) in enumerate(code.instructions)
+        for arg in args
+        if isinstance(arg, str) and arg[0] == "#"
+    }
+    last.pop(int(code.result[1:]) if code.result[0] == "#" else -1, None)
+    found: dict[int, tuple[int, ...]] = {}
+    for value, at in last.items():
+        found[at] = (*found.get(at, ()), value)
+    return found
+
+
+def most_alive(code: Code) -> int:
+    """The largest number of results that `run` holds at once."""
+    alive = most = 0
+    for at in range(len(code.instructions)):
+        alive += 1
+        most = max(most, alive)
+        alive -= len(last_uses(code).get(at, ()))
+    return most
+
+
+def run(code: Code, z: Tensor, cols: Tensor, rows: Tensor, g: Tensor | None = None) -> Tensor:
+    """The result of a code: z and g [n, v], which are left as they are, cols [C, v], rows [R, n], all of one dtype.
+
+    Results are written over what is not read any more, where nothing is differentiated.
+    """
+    values: list[Any] = []
+    spent: list[Tensor] = []  # of the shape and dtype of z
+    reuse = not any(x is not None and x.requires_grad for x in (z, cols, rows, g))
+
+    def read(arg: str | float) -> Any:
+        if isinstance(arg, float):
+            return z.new_full((), arg)
+        if arg[0] == "#":
+            return values[int(arg[1:])]
+        if arg[0] == "c":
+            return cols[int(arg[1:])]
+        if arg[0] == "r":
+            return rows[int(arg[1:])][:, None]
+        return z if arg == "z" else g
+
+    for at, (op, args) in enumerate(code.instructions):
+        given = [read(arg) for arg in args]
+        for done in last_uses(code).get(at, ()):
+            if reuse and values[done].shape == z.shape and values[done].dtype == z.dtype:
+                spent.append(values[done])
+            values[done] = None
+        like_z = given[-1].dtype == z.dtype and any(x.shape == z.shape for x in given)
+        over = spent and like_z and op not in DECISIONS
+        values.append(OPS[op](*given, out=spent.pop()) if over else OPS[op](*given))
+        del given
+    result = read(float(code.result) if not OPERAND.fullmatch(code.result) else code.result)
+    return result.expand(z.shape)

@@ -1,0 +1,1 @@
+"""The engine for NVIDIA GPUs: Triton sweeps and cuBLAS products."""

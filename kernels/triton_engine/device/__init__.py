@@ -1,0 +1,1 @@
+"""Functions that kernels call, unrolled at compile time."""

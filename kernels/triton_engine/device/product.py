@@ -1,0 +1,116 @@
+"""One tile of raw logits, h @ w.T, inside a kernel: the only place where operands are loaded for the first
+GEMM.
+
+    acc[BM, BN] = h[block·BM :, :] @ w[tile·BN :, :].T        float32, 2·BM·BN·D FLOP
+
+Operands come through TMA descriptors (made on the host, `launch.sweep`) where the strides allow it, else through
+pointers with any strides; w is read in place whichever of its dimensions is contiguous. Rows past the end give
+values that the caller has to ignore. With READY the logits have been computed (by cuBLAS: float32 without tensor
+cores) and are read from where the window will be written. Must not know about softmax.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TMA_CHIPS = (0, 9, 10)  # the interpreter, Hopper, Blackwell's large chips; on 12 kernels through pointers spill less
+
+
+def tma_ready(x: Tensor) -> bool:
+    """Whether a matrix meets TMA's rules: aligned to 16 bytes, unit inner stride, outer of whole 16 bytes."""
+    return (
+        x.stride(1) == 1
+        and (x.stride(0) * x.element_size()) % 16 == 0
+        and x.stride(0) >= x.shape[1]
+        and x.data_ptr() % 16 == 0
+        and x.numel() > 0
+    )
+
+
+def reads_rows(w_strides: tuple[int, ...]) -> bool:
+    """Whether w [V, D] is read along D by its descriptor (else its transpose, along V)."""
+    return w_strides[1] == 1
+
+
+def readable_by_tma(h: Tensor, w: Tensor, major: int) -> bool:
+    """Whether this is a chip whose tiles come through TMA, which can read both matrices as they lie."""
+    by_rows = reads_rows(w.stride())
+    if major not in TMA_CHIPS or (h.dtype == torch.float32 and not by_rows):
+        return False  # the tensor cores read float32 along the hidden size only
+    return tma_ready(h) and tma_ready(w if by_rows else w.t())
+
+
+@triton.jit
+def product(
+    h,  # with READY: raw logits [N, V], strides sh0 and 1
+    w,
+    block,  # token block
+    tile,  # vocabulary tile
+    N,
+    V,
+    D,
+    sh0,
+    sh1,
+    sw0,
+    sw1,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+    W_BY_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    READY: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):
+    acc = tl.zeros((BM, BN), tl.float32)
+    if READY:
+        row = block * BM + tl.arange(0, BM)
+        col = tile * BN + tl.arange(0, BN)
+        at = h + row.to(tl.int64)[:, None] * sh0 + col[None, :]
+        acc = tl.load(at, mask=(row < N)[:, None] & (col < V)[None, :], other=0.0)
+    elif TMA:
+        for k in range(0, tl.cdiv(D, BK)):
+            a = h.load([block * BM, k * BK])
+            if W_BY_ROWS:
+                acc = tl.dot(a, w.load([tile * BN, k * BK]).T, acc, input_precision=PRECISION)
+            else:
+                acc = tl.dot(a, w.load([k * BK, tile * BN]), acc, input_precision=PRECISION)
+    else:
+        row = tl.minimum(block * BM + tl.arange(0, BM), N - 1).to(tl.int64)
+        col = tl.minimum(tile * BN + tl.arange(0, BN), V - 1).to(tl.int64)
+        inner = tl.arange(0, BK)
+        h_at = h + row[:, None] * sh0 + inner[None, :] * sh1
+        w_at = w + col[None, :] * sw0 + inner[:, None] * sw1
+        for k in range(0, tl.cdiv(D, BK)):
+            if EVEN_D:  # a bound that is a multiple of nothing known would split loads into single numbers
+                a = tl.load(h_at)
+                b = tl.load(w_at)
+            else:
+                left = D - k * BK
+                a = tl.load(h_at, mask=(inner < left)[None, :], other=0.0)
+                b = tl.load(w_at, mask=(inner < left)[:, None], other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            h_at += BK * sh1
+            w_at += BK * sw1
+    return acc
+
+
+@triton.jit
+def _halves(x, BM: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(x, (BM, 2, WIDTH // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def column_part(x, J: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Part J of the 1, 2 or 4 equal column parts of a tile x [BM, BN], counted from the left."""
+    part = x
+    if PARTS >= 2:
+        left, right = _halves(x, BM, BN)
+        part = left if 2 * J < PARTS else right
+    if PARTS == 4:
+        left, right = _halves(part, BM, BN // 2)
+        part = left if J % 2 == 0 else right
+    return part

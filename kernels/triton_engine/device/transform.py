@@ -1,0 +1,164 @@
+"""The Transform of a head inside a kernel: the chain, its derivative and its vectors, unrolled at compile time.
+
+A chain reaches a kernel as a flat constexpr tuple (`steps_of`), so that every chain becomes straight-line code
+in the epilogue and the empty chain costs nothing. All functions work on a float32 value ``z``: a tile [BM, BN]
+whose tokens are ``row`` [BM] and whose vocabulary columns are ``col`` [BN], or a vector whose i-th element
+belongs to row[i] and col[i]. ``vectors`` is the tuple ``(cols, stride_cols, V, rows, stride_rows, N)``. This file
+must not know about tiles' order, windows or statistics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedhead.kernels.transform.transform import CURVED, Transform
+from fusedhead.kernels.triton_engine.device.functions import sigmoid, tanh
+from fusedhead.kernels.triton_engine.device.pointwise import pointwise
+from fusedhead.kernels.triton_engine.device.vectors import along_columns, along_rows
+
+# Steps whose derivative differs along a row. That of dropcol does too, but by itself needs no multiplication:
+# exponentials of -inf are zero (labels there: `single_pass`).
+VARYING = ("mulcol", "setcol", *CURVED)
+
+
+def steps_of(transform: Transform) -> tuple[float | int | str, ...]:
+    """The chain as one flat tuple op, value, op, value ..., which a kernel takes as a constexpr."""
+    return tuple(x for op, value in transform.steps for x in (str(op), value))
+
+
+def varies_along_row(transform: Transform) -> bool:
+    """Whether dT/dz differs from column to column, so that it has to be multiplied in element by element."""
+    return any(op in VARYING for op, _ in transform.steps)
+
+
+@triton.jit
+def _stepped(z, vectors, col, row, STEPS: tl.constexpr, J: tl.constexpr, DECIDE: tl.constexpr, PRECISE: tl.constexpr):
+    """z after step J. Rounding steps do nothing unless DECIDE."""
+    op: tl.constexpr = STEPS[2 * J]
+    value: tl.constexpr = STEPS[2 * J + 1]
+    if op == "mul":
+        z = z * value
+    elif op == "add":
+        z = z + value
+    elif op == "tanh":
+        z = tanh(z, PRECISE)
+    elif op == "sigmoid":
+        z = sigmoid(z)
+    elif op == "addcol":
+        z = z + along_columns(z, vectors, value, col)
+    elif op == "mulcol":
+        z = z * along_columns(z, vectors, value, col)
+    elif op == "setcol":
+        there = along_columns(z, vectors, value, col)
+        z = tl.where(there != there, z, there)
+    elif op == "dropcol":
+        z = tl.where(along_columns(z, vectors, value, col) != 0.0, float("-inf"), z)
+    elif op == "addrow":
+        z = z + along_rows(z, vectors, value, row)
+    elif op == "mulrow":
+        z = z * along_rows(z, vectors, value, row)
+    elif op == "fn":
+        z = pointwise(value, 0, z, z, vectors, col, row, PRECISE)
+    elif DECIDE and value == "bfloat16":
+        z = z.to(tl.bfloat16).to(tl.float32)
+    elif DECIDE and value == "float16":
+        z = z.to(tl.float16).to(tl.float32)
+    return z
+
+
+@triton.jit
+def transform(z, vectors, col, row, STEPS: tl.constexpr, COUNT: tl.constexpr, PRECISE: tl.constexpr):
+    """The first COUNT steps applied to z, everything in float32, without rounding steps."""
+    for j in tl.static_range(COUNT):
+        z = _stepped(z, vectors, col, row, STEPS, j, False, PRECISE)
+    return z
+
+
+@triton.jit
+def decided(z, vectors, col, row, STEPS: tl.constexpr, PRECISE: tl.constexpr):
+    """The whole chain with its rounding steps in force: the logits on which max and argmax are taken."""
+    for j in tl.static_range(len(STEPS) // 2):
+        z = _stepped(z, vectors, col, row, STEPS, j, True, PRECISE)
+    return z
+
+
+@triton.jit
+def _pulled(
+    g,
+    z,
+    vectors,
+    col,
+    row,
+    STEPS: tl.constexpr,
+    J: tl.constexpr,
+    ALONG_ROW: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """g times the derivative of step J; with ALONG_ROW only if that derivative differs along a row."""
+    op: tl.constexpr = STEPS[2 * J]
+    value: tl.constexpr = STEPS[2 * J + 1]
+    if op == "tanh":
+        # 1 - tanh² without its cancellation: 4t / (1 + t)² with t = exp(-2|x|)
+        t = tl.exp2(-2.8853900817779268 * tl.abs(transform(z, vectors, col, row, STEPS, J, PRECISE)))
+        r = 1.0 / (1.0 + t)
+        g = g * (4.0 * t * (r * r))
+    elif op == "sigmoid":
+        t = tl.exp2(-1.4426950408889634 * tl.abs(transform(z, vectors, col, row, STEPS, J, PRECISE)))
+        g = g * (t / ((1.0 + t) * (1.0 + t)))
+    elif op == "mulcol":
+        g = g * along_columns(z, vectors, value, col)
+    elif op == "setcol":
+        there = along_columns(z, vectors, value, col)
+        g = tl.where(there != there, g, 0.0)
+    elif op == "dropcol":
+        g = tl.where(along_columns(z, vectors, value, col) != 0.0, 0.0, g)
+    elif op == "fn":
+        x = transform(z, vectors, col, row, STEPS, J, PRECISE)
+        g = pointwise(value, 1, x, g, vectors, col, row, PRECISE)
+    elif not ALONG_ROW:
+        if op == "mul":
+            g = g * value
+        elif op == "mulrow":
+            g = g * along_rows(z, vectors, value, row)
+    return g
+
+
+@triton.jit
+def pulled_back(g, z, vectors, col, row, STEPS: tl.constexpr, KEEP: tl.constexpr, PRECISE: tl.constexpr):
+    """The gradient before step KEEP, given the gradient g after the last step. z is the raw logit h·w.
+
+    Values between the steps are written out again for each step; the compiler merges the copies.
+    """
+    for i in tl.static_range(len(STEPS) // 2 - KEEP):
+        g = _pulled(g, z, vectors, col, row, STEPS, len(STEPS) // 2 - 1 - i, False, PRECISE)
+    return g
+
+
+@triton.jit
+def column_slope(z, vectors, col, row, STEPS: tl.constexpr, PRECISE: tl.constexpr):
+    """The part of dT/dz that differs along a row (VARYING steps), shaped as z."""
+    g = tl.zeros_like(z) + 1.0
+    for j in tl.static_range(len(STEPS) // 2):
+        g = _pulled(g, z, vectors, col, row, STEPS, j, True, PRECISE)
+    return g
+
+
+@triton.jit
+def row_slope(vectors, row, STEPS: tl.constexpr):
+    """The part of dT/dz that is one number a row (constants and mulrow), shaped as row."""
+    g = tl.zeros_like(row).to(tl.float32) + 1.0
+    for j in tl.static_range(len(STEPS) // 2):
+        g = _row_step(g, vectors, row, STEPS, j)
+    return g
+
+
+@triton.jit
+def _row_step(g, vectors, row, STEPS: tl.constexpr, J: tl.constexpr):
+    op: tl.constexpr = STEPS[2 * J]
+    value: tl.constexpr = STEPS[2 * J + 1]
+    if op == "mul":
+        g = g * value
+    elif op == "mulrow":
+        g = g * along_rows(g, vectors, value, row)
+    return g

@@ -1,0 +1,141 @@
+"""The CUDA engine: the three functions of `contract` out of Triton sweeps and cuBLAS GEMMs.
+
+    head_stats            stream, merge                                                  1 GEMM
+    head_loss             per window of tokens: exponentials, then dw += Eᵀ sh, dh = E w   3 GEMMs
+                          (4 for the columns whose exponentials there is no room for)
+    head_stats_backward   per window: dlogits, then dw, dh                           4 GEMMs with the forward
+
+float32, float16 and bfloat16. Nothing of size [N, V] exists beyond one window; the only other buffers above a
+few MiB are dh, dw, one float32 [window tokens, D] and, where asked, half of dw in float32. No step depends on a
+value (no host sync, CUDA graphs), sums have a fixed order (deterministic). It must not know how large the
+windows should be (`fusedhead.lowering.plan` decides) nor what graph asked.
+
+Speed against bare cuBLAS GEMMs in bfloat16 on an H100 (benchmarks/results/gpu_times.txt, for head_stats
+gpu_windows.txt; clocks move these by 3 %):
+
+    tokens, D, V            head_stats / 1 GEMM   head_loss / 3   frozen w / 2   recompute / 4
+    8192, 4096, 128256            1.00                1.02            1.03            0.98
+    8192, 2304, 256000            1.00                0.99            0.97            0.97
+    8192, 1024, 151936            1.05                0.96            0.95            0.97
+    16384, 768, 50304             1.07                0.94            0.92            0.96
+    2048, 4096, 32000             0.95                0.98            0.92            0.99
+    512, 4096, 128256             0.99                0.99            0.90            0.97
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.torch_engine.weighted_sums import spread_of
+from fusedhead.kernels.triton_engine import single_pass
+from fusedhead.kernels.triton_engine.launch.launch import on_device
+from fusedhead.kernels.triton_engine.launch.sweep import multiplied_by_cublas, sweep
+from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
+from fusedhead.kernels.triton_engine.recompute import rebuild, without_square
+from fusedhead.kernels.triton_engine.rows.label_map import check_labels
+from fusedhead.kernels.triton_engine.rows.merge import merge_statistics
+from fusedhead.kernels.triton_engine.sweeps.statistics import launches, stream
+from fusedhead.kernels.triton_engine.weight_gradient import WeightGradient
+from fusedhead.kernels.triton_engine.windows import (
+    even_cuts,
+    multiplied,
+    new_window,
+    ready_head,
+    ready_rows,
+    rows_of,
+    slice_head,
+    slice_rows,
+)
+
+
+def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
+    """One sweep, in several launches where it is long. Keeps a window only where cuBLAS multiplies."""
+    head = ready_head(head)
+    n, vocab = len(head.h), len(head.w)
+    spread, want = "spread" in want, (want - {"spread"}) | ({"sum"} if "spread" in want else set())
+    with on_device(head.h):
+        check_labels(head.y, vocab)
+        picked = head.h.new_empty(head.y.shape, dtype=torch.float32) if "picked" in want else None
+        if n == 0:
+            asked = {*want, "lse_low"} | ({"spread"} if spread else set())
+            empty = {k: head.h.new_empty(0, dtype=torch.float32) for k in asked - {"picked", "argmax"}}
+            argmax = head.y.new_empty(0) if "argmax" in want else None
+            return RowStats(**({"lse": head.h.new_empty(0, dtype=torch.float32)} | empty), picked=picked, argmax=argmax)
+        buffer = None
+        if multiplied_by_cublas(head):
+            cuts = list(even_cuts(n, windows.tokens * windows.vocab // vocab))  # whole rows in the room of a window
+            buffer = new_window(head, cuts[0].stop, vocab)
+        else:
+            cuts = launches(head, want)
+        whole = slice(0, vocab)
+        found = []
+        for i in cuts:
+            part = slice_head(head, i, whole)
+            logits = None if buffer is None else multiplied(part, buffer[: len(part.h)])
+            found.append(_statistics(part, want, None if picked is None else rows_of(picked, i), logits))
+        rows = found[0] if len(found) == 1 else {name: torch.cat([f[name] for f in found]) for name in found[0]}
+        if spread:
+            rows["spread"] = spread_of(head, rows["lse"], rows["sum"])
+        return RowStats(picked=picked, **rows)
+
+
+def _statistics(head: Head, want: frozenset[str], picked: Tensor | None, logits: Tensor | None) -> dict[str, Tensor]:
+    s = sweep("stream", head, want, logits=logits)
+    part, part_top = stream(s, head, want, picked if head.y.shape[1] else None, logits=logits)
+    return merge_statistics(s, part, part_top, want)
+
+
+def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
+    """Rebuilds dz window by window. dw needs no summing when a window holds all tokens."""
+    head = ready_head(head)
+    n, vocab = len(head.h), len(head.w)
+    upstream = without_square(upstream, stats.lse)
+    if not head.y.shape[1]:
+        upstream = upstream._replace(picked=None)
+    upstream = ready_rows(upstream)
+    token_cuts, vocab_cuts = list(even_cuts(n, windows.tokens)), list(even_cuts(vocab, windows.vocab))
+    dh = head.h.new_empty(head.h.shape) if needs.h else None
+    dcols = torch.zeros_like(head.cols) if needs.cols else None
+    drows = torch.zeros_like(head.rows) if needs.rows else None
+    if n == 0:
+        return HeadGrads(dh, head.w.new_zeros(head.w.shape) if needs.w else None, dcols, drows)
+    dw = WeightGradient(head.w, len(token_cuts), windows.accumulate) if needs.w else None
+    with on_device(head.h):
+        buffer = new_window(head, token_cuts[0].stop, vocab_cuts[0].stop)
+        # always float32: a vocabulary is many windows, and a narrow sum over them loses to eager code
+        accumulate = torch.float32 if len(vocab_cuts) > 1 else head.h.dtype
+        for i in token_cuts:
+            rebuild(
+                head,
+                i,
+                vocab_cuts,
+                buffer,
+                slice_rows(upstream, i),
+                RowStats._make(None if x is None else x[i] for x in stats),
+                dw,
+                None if dh is None else NarrowSum(rows_of(dh, i), accumulate),  # nobody's once the call returns
+                dcols,
+                drows,
+            )
+    return HeadGrads(dh, None if dw is None else dw.finish(), dcols, drows)
+
+
+def _two_sweeps(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
+    want = {"lse"} | ({"picked"} if head.y.shape[1] else set()) | ({"sum", "spread"} if c.sum is not None else set())
+    stats = head_stats(head, frozenset(want), windows)
+    if stats.picked is None:
+        stats = stats._replace(picked=head.h.new_empty(head.y.shape, dtype=torch.float32))
+    if not any(needs):
+        return stats, HeadGrads(None, None, None, None)
+    return stats, head_stats_backward(head, c, stats, needs, windows)
+
+
+def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
+    """Statistics and gradients in one sweep where that is possible (`single_pass`), else in two."""
+    head = ready_head(head)
+    if single_pass.fits(head, coefficients, needs, windows):
+        stats, grads = single_pass.one_pass(head, coefficients, needs, windows)
+        return (stats if stats.sum is None else stats._replace(spread=spread_of(head, stats.lse, stats.sum))), grads
+    return _two_sweeps(head, coefficients, needs, windows)

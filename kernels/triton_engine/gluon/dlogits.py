@@ -1,0 +1,116 @@
+"""The gradient of the logits of one window by two groups of warps in turn: what `sweeps.dlogits` does for plain ones.
+
+    dz = g_lse p + Σ_k g_picked_k [v = y_k],   p = exp(z - lse)        z = h @ w.T
+
+in: h [M, D], w [V', D] (the window's slices), per-row upstream gradients and lse float32. out: dz [M, V'] in the dtype
+of h. Never reaches memory: z, p. FLOP 2MDV', bytes 2MV' written. It must not know how tiles are multiplied.
+"""
+
+# ruff: noqa: SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, in_pairs, label_position
+from fusedhead.kernels.triton_engine.gluon.tile import columns_of, narrow_parts, rows_of, staging, store_part, zero_sums
+
+
+@gluon.jit
+def _with_label(d, at, more, FIRST: gl.constexpr):
+    """d with ``more`` [BM] added at column ``at`` [BM] of a tile, of which it is the part from FIRST on."""
+    return gl.where(columns_of(FIRST, NARROW_TILE, NARROW)[None, :] == at[:, None], d + more[:, None], d)
+
+
+@gluon.jit
+def _label_gradient(g_picked, at, k, K, row):
+    """g_picked[row, k] [BM] where the label lies in the tile (``at``), 0 elsewhere."""
+    return gl.load(g_picked + row.to(gl.int64) * K + k, mask=at >= 0, other=0.0)
+
+
+@gluon.jit
+def _part(
+    z, norm, g, more, args, place, J: gl.constexpr, sizes, LABELS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr
+):
+    """Stores part J of a tile of dz."""
+    dz, stage, labels, _, g_picked, _, HAS_LSE = args
+    d = gl.zeros((BM, NARROW), gl.float32, layout=NARROW_TILE)
+    if HAS_LSE:
+        d = gl.exp2((z - norm[:, None]) * 1.4426950408889634) * g[:, None]
+    if LABELS == 1:  # without a branch, which would hold d and z in registers at once
+        d = _with_label(d, place[6], more, J * NARROW)
+    elif LABELS == 2:
+        if (place[5] >> J) & 1 != 0:
+            row = rows_of(place[1], BM)
+            for k in range(labels[3]):
+                at = label_position(labels, k, place[1], sizes[0], place[2] * BN, BM, BN)
+                d = _with_label(d, at, _label_gradient(g_picked, at, k, labels[3], row), J * NARROW)
+    store_part(d, dz, stage, place, J, BM, BN)
+
+
+@gluon.jit
+def _epilogue(
+    acc, rest, state, args, place, sizes,
+    LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    _, _, _, g_lse, g_picked, lse, HAS_LSE = args
+    row = rows_of(place[1], BM)
+    there = row < sizes[0]
+    norm = gl.load(lse + row, mask=there, other=0.0)
+    norm = norm + 0.0 * norm  # NaN where it is infinite, as through a log_softmax
+    g = norm
+    if HAS_LSE:
+        g = gl.load(g_lse + row, mask=there, other=0.0)
+    more = norm
+    if LABELS == 1:
+        more = _label_gradient(g_picked, place[6], 0, 1, row)
+    left, right = narrow_parts(acc, BM)
+    _part(left, norm, g, more, args, place, 0, sizes, LABELS, BM, BN)
+    _part(right, norm, g, more, args, place, 1, sizes, LABELS, BM, BN)
+    _part(rest, norm, g, more, args, place, 2, sizes, LABELS, BM, BN)
+    return state
+
+
+@gluon.jit(do_not_specialize=("N", "V", "D", "K", "GROUP", "P", "first_col", "sy0", "sy1"))
+def dlogits_pair_kernel(
+    h,  # [M, D] descriptor
+    w,  # [V', D] descriptor
+    dz,  # [M, V'] descriptor
+    y,  # [M, K] int64, columns of the whole vocabulary
+    label_map,  # [token blocks, tiles] int32 (`label_map`), read when LABELS
+    u,  # these, and the sums at the end, are for what `sweeps.dlogits` alone computes
+    cols,
+    rows,
+    g_lse,  # [M] float32 when HAS_LSE
+    g_picked,  # [M, K] float32 when LABELS, contiguous
+    g_sum,
+    g_entropy,
+    lse,  # [M] float32
+    lse_low,
+    entropy,
+    part_cols,
+    part_rows,
+    first_col,
+    N,
+    V,
+    D,
+    K,
+    GROUP,
+    P,  # twice as many as programs, or one less
+    sy0,
+    sy1,
+    LABELS: gl.constexpr,
+    HAS_LSE: gl.constexpr,
+    EVEN: gl.constexpr,  # V is a multiple of BN
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    labels = (y, sy0, sy1, K, first_col)
+    first = (dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
+    second = (dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
+    in_pairs(
+        _epilogue, zero_sums, first, second, h, w, labels, label_map, label_map, (N, V, D, GROUP, P),
+        False, LABELS, EVEN, BM, BN, BK, STAGES,
+    )  # fmt: skip

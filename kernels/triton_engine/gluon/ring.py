@@ -1,0 +1,244 @@
+"""Two groups of warps on two tiles of z in turn: the product of one runs under the epilogue of the other.
+
+    acc[128, 192] = h[block·128 :, :] @ w[tile·192 :, :].T        float32, in two accumulators of 128 and 64 columns
+
+A multiprocessor holds one program of three partitions: a warp that loads steps of h and w through TMA into a ring of
+stages, and two groups of four warps, each of which multiplies and finishes every other tile. A group keeps 192 of its
+240 registers for its tile, so that the tensor cores never wait for an epilogue, which takes a third of a tile's time
+at hidden size 768. Each group counts as a program of `device.schedule`.
+
+One ring serves both groups, in the order of `loads`. A group may only look at a stage's barrier when the other has
+seen its last stage full: a barrier tells apart two successive fills, not three. That is what ``turns`` hand over.
+
+Written in Gluon, for chips with wgmma (capability 9). This file must not know what becomes of a tile.
+"""
+
+# ruff: noqa: RUF059 (Triton wants a name of its own for each part, and tests at compile time as statements)
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fusedhead.kernels.triton_engine.device import rows
+from fusedhead.kernels.triton_engine.device.schedule import any_marked, locate, step_counts
+
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its names before Triton 3.9
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+WIDE = gl.constexpr(128)  # columns of the first accumulator
+NARROW = gl.constexpr(64)  # of the second, of a part that is stored, and of a load of w
+WORKERS = gl.constexpr((4, 1))  # warps of the second group, and of the loading partition
+REGISTERS = gl.constexpr((240, 24))  # of a thread there; the first group has what is left
+
+# how the threads of a group hold accumulators, and one number a row
+_WIDE, _NARROW = (gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16]) for columns in (128, 64))
+WIDE_TILE, NARROW_TILE = gl.constexpr(_WIDE), gl.constexpr(_NARROW)
+PER_ROW, PER_ROW_OF_WIDE = gl.constexpr(gl.SliceLayout(1, _NARROW)), gl.constexpr(gl.SliceLayout(1, _WIDE))
+
+
+@gluon.jit
+def ring(h, w, BM: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory of the ring: operands of each stage, its barriers "full" and "free", and the two turns."""
+    a = gl.allocate_shared_memory(h.dtype, [STAGES, BM, BK], h.layout)
+    wide = gl.allocate_shared_memory(w.dtype, [STAGES, WIDE, BK], w.layout)
+    narrow = gl.allocate_shared_memory(w.dtype, [STAGES, NARROW, BK], w.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
+    fence_async_shared()
+    return a, wide, narrow, full, free, turns
+
+
+@gluon.jit
+def _steps(pid, flags, sizes, ONLY: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
+    """(steps in full groups of token blocks, all steps) of a group of warps; none past the last program."""
+    N, V, _, GROUP, P = sizes
+    main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
+    steps = gl.where(pid < P, steps, 0)
+    if ONLY:
+        every_warp: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])  # looks by itself
+        steps = gl.where(any_marked(flags, gl.cdiv(N, BM), gl.arange(0, 128, layout=every_warp)), steps, 0)
+    return main_steps, steps
+
+
+@gluon.jit
+def _stages(block, flags, sizes, ONLY: gl.constexpr, BK: gl.constexpr):
+    """How many stages a tile of this token block fills: those of D, none where it is not to be redone."""
+    count = gl.cdiv(sizes[2], BK)
+    if ONLY:
+        count = gl.where(gl.load(flags + block) != 0, count, 0)
+    return count
+
+
+@gluon.jit
+def _next(at, phase, STAGES: gl.constexpr):
+    """The stage that follows and the phase of its barriers: the other one where the ring begins anew."""
+    at = at + 1
+    phase = gl.where(at == STAGES, phase ^ 1, phase)
+    return gl.where(at == STAGES, 0, at), phase
+
+
+@gluon.jit
+def loads(
+    h, w, flags, pipe, sizes, pid,
+    ONLY: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The loading partition: the tiles of both groups in turn, each step over D into the next stage."""
+    N, V, D, GROUP, P = sizes
+    a, wide, narrow, full, free, turns = pipe
+    main0, steps0 = _steps(pid, flags, sizes, ONLY, BM, BN)
+    main1, steps1 = _steps(pid + 1, flags, sizes, ONLY, BM, BN)
+    at = 0
+    phase = 1  # of "free": where nobody has arrived yet, a wait for phase 1 returns at once
+    for turn in range(2 * gl.maximum(steps0, steps1)):
+        step = turn // 2
+        second = turn % 2
+        if step < gl.where(second == 1, steps1, steps0):
+            main = gl.where(second == 1, main1, main0)
+            block, tile, slot, last = locate(step, main, pid + second, P, N, V, GROUP, BM, BN)
+            col = tile * BN
+            for k in range(_stages(block, flags, sizes, ONLY, BK)):
+                mbarrier.wait(free.index(at), phase)
+                bar = full.index(at)
+                mbarrier.expect(bar, (BM + BN) * BK * 2)
+                async_load(h, [block * BM, k * BK], bar, a.index(at))
+                async_load(w, [col, k * BK], bar, wide.index(at).slice(0, NARROW))
+                async_load(w, [col + NARROW, k * BK], bar, wide.index(at).slice(NARROW, NARROW))
+                async_load(w, [col + WIDE, k * BK], bar, narrow.index(at))
+                at, phase = _next(at, phase, STAGES)
+
+
+@gluon.jit
+def label_position(labels, k, block, N, start, BM: gl.constexpr, WIDTH: gl.constexpr):
+    """Column of each row's k-th label inside [start, start + WIDTH), int32 [BM], -1 for those elsewhere."""
+    y, sy0, sy1, _, first_col = labels
+    row = block * BM + gl.arange(0, BM, layout=PER_ROW)
+    return rows.label_position(y, sy0, sy1, k, row, N, first_col + start, WIDTH)
+
+
+@gluon.jit
+def _before(at, STAGES: gl.constexpr):
+    """The stage before. Not a variable carried along: Triton loses one that starts out equal to another."""
+    return gl.where(at == 0, STAGES - 1, at - 1)
+
+
+@gluon.jit
+def _product(pipe, first, count, done, BM: gl.constexpr, STAGES: gl.constexpr):
+    """The two accumulators out of ``count`` stages, ``first`` fills into the ring; then arrives at ``done``."""
+    a, wide, narrow, full, free, turns = pipe
+    acc = gl.zeros((BM, WIDE), gl.float32, layout=WIDE_TILE)
+    rest = gl.zeros((BM, NARROW), gl.float32, layout=NARROW_TILE)
+    at = first % STAGES
+    phase = (first // STAGES) & 1
+    for k in range(count):
+        mbarrier.wait(full.index(at), phase)
+        x = a.index(at)
+        acc = warpgroup_mma(x, wide.index(at).permute((1, 0)), acc, use_acc=k > 0, is_async=True)
+        rest = warpgroup_mma(x, narrow.index(at).permute((1, 0)), rest, use_acc=k > 0, is_async=True)
+        acc, rest = warpgroup_mma_wait(num_outstanding=2, deps=(acc, rest))  # the step before has been read
+        if k > 0:
+            mbarrier.arrive(free.index(_before(at, STAGES)), count=1)
+        at, phase = _next(at, phase, STAGES)
+    mbarrier.arrive(done, count=1)
+    acc, rest = warpgroup_mma_wait(num_outstanding=0, deps=(acc, rest))
+    if count > 0:
+        mbarrier.arrive(free.index(_before(at, STAGES)), count=1)
+    return acc, rest
+
+
+@gluon.jit
+def tiles(
+    SECOND: gl.constexpr,  # 0 or 1: which of the two groups
+    EPILOGUE: gl.constexpr,  # (acc, rest, state, args, place, sizes, LABELS, EVEN, BM, BN) -> state; place: (step,
+    # token block, tile, slot, whether the last of its token block, label map's bits, columns of labels where one a row)
+    START: gl.constexpr,  # (BM) -> state: a tuple of vectors [BM] as `PER_ROW`
+    args,
+    labels,
+    label_map,
+    flags,
+    pipe,
+    sizes,
+    pid,
+    ONLY: gl.constexpr,
+    LABELS: gl.constexpr,
+    EVEN: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """A multiplying partition: every other tile of this multiprocessor, and its epilogue."""
+    N, V, _, GROUP, P = sizes
+    turns = pipe[5]
+    own = pid + SECOND
+    other = pid + 1 - SECOND
+    main_steps, steps = _steps(own, flags, sizes, ONLY, BM, BN)
+    other_main, other_steps = _steps(other, flags, sizes, ONLY, BM, BN)
+    filled = 0  # stages, before this step's first one
+    state = START(BM)
+    for step in range(steps):
+        block, tile, slot, last = locate(step, main_steps, own, P, N, V, GROUP, BM, BN)
+        here = 0
+        if LABELS > 0:
+            here = gl.load(label_map + block.to(gl.int64) * gl.cdiv(V, BN) + tile)
+        at = block
+        if LABELS == 1:  # read before the product: in an epilogue, addresses would take registers that it has not
+            at = label_position(labels, 0, block, N, tile * BN, BM, BN)
+        count = _stages(block, flags, sizes, ONLY, BK)
+        others = 0
+        if step < other_steps:
+            other_block, other_tile, other_slot, other_last = locate(step, other_main, other, P, N, V, GROUP, BM, BN)
+            others = _stages(other_block, flags, sizes, ONLY, BK)
+        if SECOND == 1:  # the n-th tile of the second group follows the n-th of the first
+            filled += others
+            if step < other_steps:
+                mbarrier.wait(turns.index(1), step & 1)
+        elif step <= other_steps:
+            mbarrier.wait(turns.index(0), (step & 1) ^ 1)
+        acc, rest = _product(pipe, filled, count, turns.index(1 - SECOND), BM, STAGES)
+        filled += count
+        if SECOND == 0:
+            filled += others
+        place = (step, block, tile, slot, last, here, at)
+        if ONLY:
+            if count > 0:
+                state = EPILOGUE(acc, rest, state, args, place, sizes, LABELS, EVEN, BM, BN)
+        else:
+            state = EPILOGUE(acc, rest, state, args, place, sizes, LABELS, EVEN, BM, BN)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def in_pairs(
+    EPILOGUE: gl.constexpr, START: gl.constexpr,  # as `tiles` takes them
+    args, others,  # of the first group's epilogue, and of the second's
+    h, w, labels, label_map, flags, sizes,
+    ONLY: gl.constexpr, LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A whole program: two groups that multiply, and what loads for them."""
+    pipe = ring(h, w, BM, BK, STAGES)
+    pid = 2 * gl.program_id(0)
+    gl.warp_specialize(
+        [
+            (tiles, (0, EPILOGUE, START, args, labels, label_map, flags, pipe, sizes, pid,
+                     ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
+            (tiles, (1, EPILOGUE, START, others, labels, label_map, flags, pipe, sizes, pid,
+                     ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
+            (loads, (h, w, flags, pipe, sizes, pid, ONLY, BM, BN, BK, STAGES)),
+        ],
+        WORKERS,
+        REGISTERS,
+    )  # fmt: skip

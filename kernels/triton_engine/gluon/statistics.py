@@ -1,0 +1,114 @@
+"""Row statistics in one sweep by two groups of warps in turn: what `sweeps.statistics` computes for plain logits.
+
+    per row: ref2 = max z·L, total = Σ 2^(z·L - ref2), picked[i, k] = z[i, y_ik]        z = h @ w.T
+
+in: h [N, D], w [V, D]. out: partial rows (`device.schedule`), picked. Never reaches memory: z, p. FLOP 2NDV, bytes as
+`sweeps.statistics`. It must not know how tiles are multiplied.
+"""
+
+# ruff: noqa: RUF059, SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fusedhead.kernels.triton_engine.device.rows import finite_or_zero
+from fusedhead.kernels.triton_engine.device.schedule import partial_offset
+from fusedhead.kernels.triton_engine.gluon.ring import (
+    NARROW,
+    NARROW_TILE,
+    PER_ROW,
+    PER_ROW_OF_WIDE,
+    WIDE,
+    WIDE_TILE,
+    in_pairs,
+)
+from fusedhead.kernels.triton_engine.gluon.tile import columns_of, store_labelled
+
+
+@gluon.jit
+def _existing(z, start, V, LAYOUT: gl.constexpr, WIDTH: gl.constexpr):
+    """z with -inf in the columns past the vocabulary."""
+    return gl.where((columns_of(start, LAYOUT, WIDTH) < V)[None, :], z, float("-inf"))
+
+
+@gluon.jit
+def _exponentials(z, base):
+    """Σ_v 2^(z·L - base) of the columns of an accumulator."""
+    return gl.sum(gl.exp2(gl.fma(z, 1.4426950408889634, -base[:, None])), 1)
+
+
+@gluon.jit
+def _start(BM: gl.constexpr):
+    return gl.full((BM,), float("-inf"), gl.float32, layout=PER_ROW), gl.zeros((BM,), gl.float32, layout=PER_ROW)
+
+
+@gluon.jit
+def _epilogue(
+    acc, rest, state, args, place, sizes,
+    LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    N, V, _, GROUP, P = sizes
+    _, block, tile, slot, last, here, _ = place
+    labels, picked, part, size = args
+    ref2, total = state
+    start = tile * BN
+    if LABELS > 0:
+        if here & 3 != 0:
+            store_labelled(acc, labels, place, N, picked, LABELS, 0, WIDE_TILE, BM, BN, WIDE)
+        if here & 4 != 0:
+            store_labelled(rest, labels, place, N, picked, LABELS, WIDE, NARROW_TILE, BM, BN, NARROW)
+    if not EVEN:
+        if start + BN > V:
+            acc = _existing(acc, start, V, WIDE_TILE, WIDE)
+            rest = _existing(rest, start + WIDE, V, NARROW_TILE, NARROW)
+    top = gl.maximum(gl.convert_layout(gl.max(acc, 1), PER_ROW, assert_trivial=True), gl.max(rest, 1))
+    new = gl.maximum(ref2, top * 1.4426950408889634)
+    base = finite_or_zero(new)
+    fade = gl.exp2(gl.where(gl.abs(ref2) < float("inf"), ref2, base) - base)
+    sums = _exponentials(acc, gl.convert_layout(base, PER_ROW_OF_WIDE, assert_trivial=True))
+    total = fade * total + gl.convert_layout(sums, PER_ROW, assert_trivial=True) + _exponentials(rest, base)
+    if last:
+        to, distance, slots = partial_offset(block, slot, P, N, V, GROUP, BM, BN)
+        at = to.to(gl.int64) + gl.arange(0, BM, layout=PER_ROW)
+        gl.store(part + at, new)
+        gl.store(part + size + at, total)
+    return gl.where(last, float("-inf"), new), gl.where(last, 0.0, total)
+
+
+@gluon.jit(do_not_specialize=("N", "V", "D", "K", "GROUP", "P", "size", "sy0", "sy1"))
+def stream_pair_kernel(
+    h,  # [N, D] descriptor
+    w,  # [V, D] descriptor
+    y,  # [N, K] int64
+    label_map,  # [token blocks, tiles] int32 (`label_map`), read when LABELS
+    u,  # these are for what `sweeps.statistics` alone computes
+    cols,
+    rows,
+    flags,  # [token blocks] int32, read when ONLY
+    picked,  # [N, K] float32, written where a label lies
+    part,  # [2, size] float32: ref2, total
+    part_top,
+    N,
+    V,
+    D,
+    K,
+    GROUP,
+    P,  # twice as many as programs, or one less
+    size,
+    sy0,
+    sy1,
+    LABELS: gl.constexpr,
+    ONLY: gl.constexpr,
+    EVEN: gl.constexpr,  # V is a multiple of BN
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    labels = (y, sy0, sy1, K, 0)
+    args = (labels, picked, part, size)
+    in_pairs(
+        _epilogue, _start, args, args, h, w, labels, label_map, flags, (N, V, D, GROUP, P),
+        ONLY, LABELS, EVEN, BM, BN, BK, STAGES,
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""What epilogues of `ring` share: parts of a tile, labels inside one, and the way of a part to memory.
+
+The counterpart of `device.rows` and `device.product.column_part`, whose tiles Triton lays out by itself; here a tile
+lies over the threads as wgmma leaves it, and nothing below moves a value to another thread. This file must not know
+what a statistic or a gradient is.
+"""
+
+# ruff: noqa: RUF059 (Triton wants a name of its own for each part, and tests at compile time as statements)
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+
+from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, WIDE, async_store, label_position
+
+PARTS = gl.constexpr(3)  # column parts of a tile of 192
+
+
+@gluon.jit
+def narrow_parts(acc, BM: gl.constexpr):
+    """The two parts of 64 columns of the wide accumulator [BM, 128]."""
+    split = gl.split(gl.permute(gl.reshape(acc, (BM, 2, WIDE // 2)), (0, 2, 1)))
+    left = gl.convert_layout(split[0], NARROW_TILE, assert_trivial=True)
+    return left, gl.convert_layout(split[1], NARROW_TILE, assert_trivial=True)
+
+
+@gluon.jit
+def rows_of(block, BM: gl.constexpr):
+    """Token indices [BM] int32 of a block."""
+    return block * BM + gl.arange(0, BM, layout=PER_ROW)
+
+
+@gluon.jit
+def zero_sums(BM: gl.constexpr):
+    """A state of one sum [BM] a row, at its start."""
+    return (gl.zeros((BM,), gl.float32, layout=PER_ROW),)
+
+
+@gluon.jit
+def columns_of(start, LAYOUT: gl.constexpr, WIDTH: gl.constexpr):
+    """Vocabulary columns [WIDTH] int32 of a part that begins at ``start``."""
+    return start + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+
+
+@gluon.jit
+def store_labelled(
+    z, labels, place, N, out, LABELS: gl.constexpr, FIRST: gl.constexpr, LAYOUT: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """out[row, k] = z[row, y[row, k]] for the labels that lie in the part z [BM, WIDTH] of a tile, from FIRST on."""
+    step, block, tile, slot, last, here, at = place
+    if LABELS == 1:
+        _store_label(z, at, out, 1, 0, block, FIRST, LAYOUT, BM, WIDTH)
+    else:
+        for k in range(labels[3]):
+            k_at = label_position(labels, k, block, N, tile * BN, BM, BN)
+            _store_label(z, k_at, out, labels[3], k, block, FIRST, LAYOUT, BM, WIDTH)
+
+
+@gluon.jit
+def _store_label(
+    z, at, out, K, k, block, FIRST: gl.constexpr, LAYOUT: gl.constexpr, BM: gl.constexpr, WIDTH: gl.constexpr
+):
+    rows: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    at = gl.convert_layout(at, rows, assert_trivial=True)
+    there = columns_of(FIRST, LAYOUT, WIDTH)[None, :] == at[:, None]
+    row = block * BM + gl.arange(0, BM, layout=rows)
+    inside = (at >= FIRST) & (at < FIRST + WIDTH)
+    gl.store(out + row.to(gl.int64) * K + k, gl.sum(gl.where(there, z, 0.0), 1), mask=inside)
+
+
+@gluon.jit
+def staging(to, BM: gl.constexpr):
+    """Shared memory for two parts on their way to ``to``."""
+    return gl.allocate_shared_memory(to.dtype, [2, BM, NARROW], to.layout)
+
+
+@gluon.jit
+def store_part(values, to, stage, place, J: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
+    """Part J of a group's tile [BM, 64] into memory, through the half of ``stage`` that the part before left."""
+    tma.store_wait(1)
+    half = stage.index((place[0] * PARTS + J) & 1)
+    half.store(values.to(to.dtype))
+    fence_async_shared()
+    async_store(to, [place[1] * BM, place[2] * BN + J * NARROW], half)

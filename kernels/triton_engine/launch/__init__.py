@@ -1,0 +1,1 @@
+"""The host side of a launch: tiles, arguments, descriptors, launchers."""

@@ -1,0 +1,239 @@
+"""From a Head (or a slice of one) to the arguments of a sweep: tile, schedule, and what kernels share.
+
+`Sweep` is one kernel's view of one window of a head, all but the addresses. Windows that look the same share one, and
+with it the launches that are bound to it (`launch.launch`), so that a step costs the host little more than its
+launches. The function that launches a kernel stands below it in the kernel's own file; none of them synchronises,
+tunes or depends on values, so that every launch can be captured in a CUDA graph. This file must not know which kernel
+is launched when (`triton_engine.engine` does).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head
+from fusedhead.kernels.transform.transform import Transform
+from fusedhead.kernels.triton_engine.device.product import readable_by_tma, reads_rows
+from fusedhead.kernels.triton_engine.device.schedule import Schedule, schedule
+from fusedhead.kernels.triton_engine.device.transform import steps_of, varies_along_row
+from fusedhead.kernels.triton_engine.launch.descriptors import Tiles
+from fusedhead.kernels.triton_engine.launch.launch import Launch, Placed
+from fusedhead.kernels.triton_engine.launch.tiles import AMD, PAIRED_FROM, Tile, device_of, pairs_serve, tile_for
+from fusedhead.kernels.triton_engine.launch.tuned_tiles import tuned_tile
+
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+SLOTS = 16  # partial rows that a kernel reads at once
+KEPT = 512  # sweeps, and launches of each kind, that are remembered
+PLAIN = frozenset({"lse", "picked"})  # what pairs of groups of warps can be asked for
+PAIRED_REGISTERS = 168  # of a thread of their programs, on average: twelve warps share the 65,536
+
+
+def matmul_precision() -> str:
+    """ "tf32" or "ieee": how float32 products run, by torch's own setting for CUDA matmuls."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+class Layout(NamedTuple):
+    """What kernels are compiled and scheduled for, of one window of a head."""
+
+    device: torch.device
+    dtype: torch.dtype
+    h: tuple[int, ...]  # [N, D]
+    h_strides: tuple[int, ...]
+    w: tuple[int, ...]  # [V, D]
+    w_strides: tuple[int, ...]
+    y: tuple[int, ...]  # [N, K]
+    y_strides: tuple[int, ...]
+    col_strides: tuple[int, ...]
+    row_strides: tuple[int, ...]
+    has_u: bool
+    transform: Transform
+    tma: bool
+    precision: str
+    logits_strides: tuple[int, ...]  # of logits that are read, () where they are computed
+
+
+def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str]) -> Tile:
+    """The tile with an epilogue that fits the registers: 4 column parts, 3 stages where it holds more values at once.
+
+    Column vectors alone are another matter: read at one place, by all columns, they cost a twentieth of the sweep,
+    and a quarter where loads of the next tile overtake the epilogue.
+    """
+    if kernel == "dlogits" or tile.BN < 256:
+        return tile._replace(parts=4) if transform.steps and kernel != "stream" else tile
+    if varies_along_row(transform) or (kernel == "stream" and want & {"sum", "entropy", "max", "argmax"}):
+        return tile._replace(parts=4, stages=min(tile.stages, 3))
+    if kernel == "stream" and any(op in ("addcol", "dropcol") for op, _ in transform.steps):
+        return tile._replace(flatten=False, parts=1)
+    return tile
+
+
+class Sweep:
+    """One window as one persistent kernel sees it. Compared by identity: equal layouts give the same object."""
+
+    def __init__(self, kernel: str, layout: Layout, want: frozenset[str], tile: Tile | None) -> None:
+        (n, hidden), (vocab, _) = layout.h, layout.w
+        smooth, self.ready = layout.transform.smooth, bool(layout.logits_strides)
+        major, multiprocessors = device_of(layout.device)
+        self.prefetches = major > AMD  # in PTX: not by the interpreter
+        if tile is None:
+            pairs = (
+                n >= PAIRED_FROM
+                and layout.tma
+                and not smooth.steps
+                and want <= PLAIN
+                and reads_rows(layout.w_strides)
+                and pairs_serve(layout.device)
+            )
+            size = layout.dtype.itemsize
+            if not self.ready:
+                tile = tuned_tile(kernel, layout.device, n, hidden, size, layout.tma, pairs)
+            tile = tile or tile_for(kernel, n, hidden, size, major, layout.tma, self.ready, pairs)
+            if tile.BN >= 128 and tile.parts > 1 and not self.ready:
+                tile = _suited(tile, kernel, smooth, want)
+        self.n, self.vocab, self.hidden, self.k = n, vocab, hidden, layout.y[1]
+        self.labels = min(self.k, 2)
+        self.layout, self.transform, self.steps = layout, smooth, steps_of(smooth)
+        self.tile = tile
+        self.schedule: Schedule = schedule(n, vocab, tile, multiprocessors * tile.resident)
+        self.by_rows = not layout.tma or reads_rows(layout.w_strides)
+        self.h_tiles: Tiles | None = None
+        self.w_tiles: Tiles | None = None
+        self.window_tiles: dict[int, Tiles] = {}  # by the distance between rows
+
+    def beside(self, kernel: str) -> Sweep:
+        """The sweep of another kernel over the same window, in its own tile."""
+        return _sweep(kernel, self.layout, frozenset(), None)
+
+    def launch(self, kernel: Any, **own: Any) -> Launch:
+        """A launch of a sweeping kernel: ready logits take the place of h."""
+        place = dict(zip(("sh0", "sh1"), self.layout.logits_strides))
+        programs = self.schedule.programs
+        if self.tile.paired:
+            programs = -(-programs // 2)
+            own |= {"STAGES": self.tile.stages, "maxnreg": PAIRED_REGISTERS}
+        return Launch(kernel, (programs, 1, 1), self.arguments(**place, **own))
+
+    def arguments(self, **own: Any) -> dict[str, Any]:
+        """Arguments that kernels of a sweep take, and one's own."""
+        layout, tile = self.layout, self.tile
+        return {
+            "N": self.n,
+            "V": self.vocab,
+            "D": self.hidden,
+            "K": self.k,
+            "GROUP": self.schedule.group,
+            "P": self.schedule.programs,
+            "size": self.schedule.size,
+            "sh0": layout.h_strides[0],
+            "sh1": layout.h_strides[1],
+            "sw0": layout.w_strides[0],
+            "sw1": layout.w_strides[1],
+            "sy0": layout.y_strides[0],
+            "sy1": layout.y_strides[1],
+            "stride_cols": layout.col_strides[0] if len(layout.col_strides) == 2 else 0,
+            "stride_rows": layout.row_strides[0] if len(layout.row_strides) == 2 else 0,
+            "STEPS": self.steps,
+            "LABELS": self.labels,
+            "HAS_U": layout.has_u,
+            "EVEN": self.vocab % tile.BN == 0,
+            "PRECISE": layout.dtype == torch.float32,
+            "PRECISION": layout.precision,
+            "DTYPE": TRITON_DTYPE[layout.dtype],
+            "TMA": layout.tma,
+            "W_BY_ROWS": self.by_rows,
+            "READY": self.ready,
+            "EVEN_D": self.hidden % tile.BK == 0,
+            "PREFETCH": self.prefetches,
+            "BM": tile.BM,
+            "BN": tile.BN,
+            "BK": tile.BK,
+            "FLATTEN": tile.flatten,
+            "PARTS": tile.parts,
+            "SLOTS": SLOTS,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        } | own
+
+    def operands(self, h: Tensor, w: Tensor, window: Tensor | None) -> tuple[Any, Any]:
+        """h and w as `device.product` reads them: TMA descriptors, else the tensors themselves, or ready logits."""
+        if self.ready:
+            return window, window
+        if not self.layout.tma:
+            return h, w
+        if self.h_tiles is None or self.w_tiles is None:
+            tile, view = self.tile, w if self.by_rows else w.t()
+            block = [tile.BN, tile.BK] if self.by_rows else [tile.BK, tile.BN]
+            if tile.paired:
+                block = [tile.BN // tile.parts, tile.BK]
+            self.h_tiles = Tiles(h, h.shape, h.stride(), [tile.BM, tile.BK], tile.paired)
+            self.w_tiles = Tiles(view, view.shape, view.stride(), block, tile.paired)
+        return Placed(self.h_tiles, h), Placed(self.w_tiles, w)
+
+    def window(self, window: Tensor) -> Placed:
+        """The window [n, ld] as a kernel stores it: tiles clipped at the V columns that exist."""
+        distance = window.stride(0)
+        tiles = self.window_tiles.get(distance)
+        if tiles is None:
+            tile = self.tile
+            block = [tile.BM, tile.BN // tile.parts]
+            tiles = Tiles(window, (self.n, self.vocab), (distance, 1), block, tile.paired)
+            self.window_tiles[distance] = tiles
+        return Placed(tiles, window)
+
+
+_sweep = lru_cache(maxsize=KEPT)(Sweep)
+
+
+def forget() -> None:
+    """Choose tiles anew from here on: what they are chosen by has changed."""
+    _sweep.cache_clear()
+
+
+def multiplied_by_cublas(head: Head) -> bool:
+    """Whether logits are computed into the window before a sweep: where Triton's product is slow.
+
+    float32 products without tensor cores take Triton 5 times as long as cuBLAS.
+    """
+    return head.h.dtype == torch.float32 and device_of(head.h.device)[0] > 0 and matmul_precision() == "ieee"
+
+
+def sweep(
+    kernel: str,
+    head: Head,
+    want: frozenset[str] = frozenset(),
+    tile: Tile | None = None,
+    logits: Tensor | None = None,
+) -> Sweep:
+    """The sweep of ``kernel`` ("stream", "exp", "dlogits") over z [N, V] of this (sliced) head; N, V >= 1.
+
+    ``tile`` takes the place of the one in the table; ``logits`` [N, ld] holds h @ w.T where that was computed.
+    """
+    h, w, y, cols, rows, u, transform = head
+    major, _ = device_of(h.device)
+    layout = Layout(
+        h.device,
+        h.dtype,
+        h.shape,
+        h.stride(),
+        w.shape,
+        w.stride(),
+        y.shape,
+        y.stride(),
+        cols.stride(),
+        rows.stride(),
+        u.numel() > 0,
+        transform,
+        logits is None and readable_by_tma(h, w, major),
+        matmul_precision() if h.dtype == torch.float32 else "ieee",
+        () if logits is None else logits.stride(),
+    )
+    return _sweep(kernel, layout, want, tile)

@@ -1,0 +1,86 @@
+"""Tiles that were timed on this machine, kept on disk: what `python -m fusedhead.tune` found for its GPU.
+
+They go before the checked-in table (`tiles`). One file for all devices and versions of Triton, JSON; where it is
+missing or damaged the table decides. It is read once a process. This file must not know how tiles are timed.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedhead.kernels.triton_engine.launch.tiles import PAIRED_FROM, Tile, version
+from fusedhead.kernels.user_cache import cache_file, read_json, write_json
+
+log = logging.getLogger("fusedhead")
+KERNELS = ("stream", "exp", "dlogits")
+REMEDY = "delete it or run `python -m fusedhead.tune` again"
+ROWS = 128  # BM of every tile here: token blocks that one kernel marks are done again by another
+
+
+class Tuned(NamedTuple):
+    """One tile, for hidden sizes up to this one; of several for a kernel the fastest comes first."""
+
+    kernel: str
+    itemsize: int  # bytes of an operand's element
+    tma: bool
+    hidden: int
+    tile: Tile
+
+
+def place() -> Path:
+    """The file: $FUSEDHEAD_TILES, else fusedhead/tiles.json in the user's cache."""
+    return cache_file("tiles.json", "FUSEDHEAD_TILES")
+
+
+def name_of(device: torch.device) -> str:
+    """What the tiles of a device are kept under: its name and Triton's version."""
+    return f"{torch.cuda.get_device_name(device)}, Triton {'.'.join(map(str, version()))}"
+
+
+def _row(kernel: str, itemsize: int, tma: bool, hidden: int, tile: list[Any]) -> Tuned:
+    return Tuned(kernel, itemsize, tma, hidden, Tile(*tile))
+
+
+def _read(path: Path) -> dict[str, list[Any]]:
+    try:
+        return {name: [_row(*row) for row in rows] for name, rows in read_json(path, REMEDY).items()}
+    except (ValueError, TypeError) as problem:
+        log.warning("%s cannot be used (%s); %s", path, problem, REMEDY)
+        return {}
+
+
+@lru_cache(maxsize=16)
+def known(path: Path, name: str) -> tuple[Tuned, ...]:
+    """The tiles of one device, fastest first."""
+    return tuple(row for row in _read(path).get(name, ()) if row.tile.BM == ROWS and row.kernel in KERNELS)
+
+
+def keep(name: str, rows: list[Tuned]) -> Path:
+    """Put the device's tiles in place of those that the file has of it."""
+    path = place()
+    write_json(path, _read(path) | {name: rows})
+    known.cache_clear()
+    return path
+
+
+def tuned_tile(
+    kernel: str, device: torch.device, tokens: int, hidden: int, itemsize: int, tma: bool, pairs: bool
+) -> Tile | None:
+    """The tile that was found for this kernel, None where none was; ``pairs``: whether pairs take the logits."""
+    if device.type != "cuda" or tokens < PAIRED_FROM:
+        return None
+    fit = [
+        row
+        for row in known(place(), name_of(device))
+        if (row.kernel, row.itemsize, row.tma) == (kernel, itemsize, tma) and (pairs or not row.tile.paired)
+    ]
+    sizes = sorted({row.hidden for row in fit})
+    if not sizes:
+        return None
+    size = next((size for size in sizes if size >= hidden), sizes[-1])
+    return next(row.tile for row in fit if row.hidden == size)

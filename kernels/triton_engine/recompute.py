@@ -1,0 +1,73 @@
+"""dz again, block by block of the vocabulary, where exponentials were not kept: what it adds to every gradient.
+
+    dz = dlogits(block)        dw[v] += dzᵀ h        dh += dz w        and sums for the vectors of the transform
+
+of the tokens of one window, whose lse is known: 3 products of 2NDV FLOP, one block of dz in memory. It must not know
+how large blocks should be, nor what was computed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head, RowGrads, RowStats
+from fusedhead.kernels.gemm import gemm
+from fusedhead.kernels.triton_engine.launch.sweep import sweep
+from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
+from fusedhead.kernels.triton_engine.sweeps.dlogits import dlogits
+from fusedhead.kernels.triton_engine.weight_gradient import WeightGradient
+from fusedhead.kernels.triton_engine.windows import first_rows, multiplied, rows_of, slice_head
+
+
+def without_square(grads: RowGrads, lse: Tensor) -> RowGrads:
+    """The gradients with that of lse² as one of lse [N]."""
+    if grads.square is None:
+        return grads
+    slope = 2 * grads.square * lse
+    return grads._replace(lse=slope if grads.lse is None else grads.lse + slope, square=None)
+
+
+def rebuild(
+    head: Head,
+    i: slice,
+    blocks: Iterable[slice],
+    buffer: Tensor,
+    grads: RowGrads,
+    rows: RowStats,
+    dw: WeightGradient | None,
+    dh: NarrowSum | None,
+    dcols: Tensor | None = None,
+    drows: Tensor | None = None,
+) -> None:
+    """Adds the gradients of the tokens i and the columns of ``blocks``; dh [m, D] is finished.
+
+    ``buffer`` has room for a block of dz, ``grads`` and ``rows`` are those of the tokens. dw and dh start with what is
+    first added to them: the first window, the first column.
+    """
+    want = frozenset(name for name in ("sum", "entropy") if getattr(grads, name) is not None)
+    for v in blocks:
+        part = slice_head(head, i, v)
+        window = first_rows(buffer, len(part.h))
+        logits = multiplied(part, window)
+        s = sweep("dlogits", part, want, logits=logits)
+        vectors = dlogits(s, part, window, grads, rows, v.start, dcols is not None, drows is not None)
+        _add_vectors(part, vectors, dcols, drows, i, v)
+        window = window[:, : len(part.w)]
+        if dw is not None:
+            dw.add(window, v, part.h, first=i.start == 0)
+        for at, to in () if dh is None else dh.pieces(slice(0, len(part.h))):
+            gemm(rows_of(window, at), part.w, to, add=v.start > 0)
+    if dh is not None:
+        dh.finish()
+
+
+def _add_vectors(
+    head: Head, parts: tuple[Tensor, Tensor], dcols: Tensor | None, drows: Tensor | None, i: slice, v: slice
+) -> None:
+    for j, (op, value) in enumerate(head.transform.smooth.steps):
+        if dcols is not None and op in ("addcol", "mulcol"):
+            dcols[int(value), v] += parts[0][j].sum(0)
+        if drows is not None and op in ("addrow", "mulrow"):
+            drows[int(value), i] += parts[1][j].sum(0)

@@ -1,0 +1,1 @@
+"""Kernels over rows and labels, without a product."""

@@ -1,0 +1,235 @@
+"""What happens to each row between the GEMMs of the single pass, without a pass over the window.
+
+A row's partial totals are summed, and exponentials turned into a gradient by one number a row:
+
+    lse = ref + ln total      a = c_lse + 2 c_square lse      s = a / total      dz = s ⊙ E
+    E[i, y] <- c(z_y) (2^(z_y·L - ref2) + c_picked total / a)     the target entry, from float32: no
+                                         digit is lost when p -> 1, as a later subtraction would
+    sh[i] = s_i h_i in the dtype of h, for dw = Eᵀ sh
+
+E's target entry is rounded to its dtype; s absorbs that rounding (one factor a row, below E's own precision), so
+that the largest entry of a row is exact; `scale_rows` applies s to dh. It must not know about windows or
+tiles' order beyond `partial_offset`. Bytes: N · slots · 4, and 4ND for sh.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head, RowGrads
+from fusedhead.kernels.triton_engine.device.rows import log_sum, rounded_off
+from fusedhead.kernels.triton_engine.device.schedule import partial_offset
+from fusedhead.kernels.triton_engine.device.transform import row_slope, varies_along_row
+from fusedhead.kernels.triton_engine.launch.launch import Launch
+from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
+
+
+@triton.jit(do_not_specialize=("N", "V", "D", "K", "P", "GROUP", "size", "ld", "sy0", "sy1", "stride_rows"))
+def finalize_kernel(
+    part,  # [2, size] float32: totals, Σ u z
+    ref2,  # [N] float32
+    E,  # [N, ld] dtype of h
+    h,  # [N, D]
+    y,  # [N, K] int64
+    rows,  # [R, N] float32
+    picked,  # [N, K] float32, transformed target logits
+    slope,  # [N, K] float32 when VARYING
+    c_lse,  # [N] float32 when HAS_LSE
+    c_picked,  # [N, K] float32 when HAS_PICKED, contiguous
+    c_square,  # [N] float32 when HAS_SQUARE
+    others,  # [N] float32 when OTHERS: base-2 lse of the columns that the window does not hold
+    lse,  # [N] float32, out
+    lse_low,  # [N] float32, out: what rounding took off lse
+    sum_out,  # [N] float32, out when SUM
+    scale,  # [N] float32, out: s · (row part of dT/dz)
+    sh,  # [N, D] dtype of h, out when NEED_W
+    tie,  # [] float32, out: -0.0
+    N,
+    V,
+    D,
+    K,
+    P,
+    GROUP,
+    size,
+    ld,
+    sh0,
+    sh1,
+    sy0,
+    sy1,
+    stride_rows,
+    STEPS: tl.constexpr,
+    LABELS: tl.constexpr,
+    VARYING: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_PICKED: tl.constexpr,
+    HAS_SQUARE: tl.constexpr,
+    OTHERS: tl.constexpr,
+    SUM: tl.constexpr,
+    NEED_W: tl.constexpr,
+    GAIN: tl.constexpr,  # sh = GAIN s h, a power of two undone by the GEMM's alpha (float16 only)
+    LIMIT: tl.constexpr,  # largest |c_picked total / a| that E's dtype holds with room to spare
+    DTYPE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """One program a row."""
+    row = tl.program_id(0)
+    if row == 0:
+        tl.store(tie, tl.full((), -2147483648, tl.int32).to(tl.float32, bitcast=True))  # the literal is +0.0 to Triton
+    block = row // BM
+    start, distance, slots = partial_offset(block, 0, P, N, V, GROUP, BM, BN)
+    totals = tl.zeros((SLOTS,), tl.float32)
+    sums = tl.zeros((SLOTS,), tl.float32)
+    for first in range(0, slots, SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        at = start.to(tl.int64) + slot.to(tl.int64) * distance + (row - block * BM)
+        totals += tl.load(part + at, mask=slot < slots, other=0.0)
+        if SUM:
+            sums += tl.load(part + size + at, mask=slot < slots, other=0.0)
+    total = tl.sum(totals, 0)
+    if SUM:
+        tl.store(sum_out + row, tl.sum(sums, 0))
+    r = tl.load(ref2 + row)
+    lse_row = log_sum(r, total)
+    low = rounded_off(r, total, lse_row)
+    beyond = 0.0
+    if OTHERS:
+        o = tl.load(others + row)
+        d = o - r
+        # 2^100 against at most 1e18: what the window holds is nothing then, and the lse is that of the others
+        far = d > 100.0
+        total += tl.where(d == d, tl.exp2(tl.where(far, 100.0, d)), d)
+        lse_row = tl.where(far, log_sum(o, 1.0), log_sum(r, total))
+        low = tl.where(far, rounded_off(o, 1.0, lse_row), rounded_off(r, total, lse_row))
+        beyond = tl.where(far, d, 0.0)
+    tl.store(lse + row, lse_row)
+    tl.store(lse_low + row, low)
+
+    a = 0.0
+    if HAS_LSE:
+        a += tl.load(c_lse + row)
+    if HAS_SQUARE:
+        a += 2.0 * tl.load(c_square + row) * lse_row
+    # NaN where an infinite logit made the total infinite, as through a log_softmax
+    s = a / total + 0.0 * total + 0.0 * beyond
+    E_row = E + row.to(tl.int64) * ld
+    if HAS_PICKED:
+        most = 0.0
+        for k in range(K):
+            most = tl.maximum(most, tl.abs(tl.load(c_picked + row.to(tl.int64) * K + k)))
+        # a target that outweighs the softmax beyond E's range (a = 0 is the extreme): the exponentials give
+        # way
+        least = most / LIMIT
+        keep = tl.where(tl.abs(s) < least, s / least, 1.0)
+        s = tl.where(tl.abs(s) < least, least, s)
+        if keep < 1.0:
+            for v in range(0, V, 1024):
+                at_v = E_row + v + tl.arange(0, 1024)
+                inside = v + tl.arange(0, 1024) < V
+                e = tl.load(at_v, mask=inside, other=0.0).to(tl.float32)
+                tl.store(at_v, (e * keep).to(DTYPE), mask=inside)
+            tl.debug_barrier()
+        for k in range(K):
+            label = tl.load(y + row.to(tl.int64) * sy0 + k * sy1)
+            coefficient = 0.0
+            for other in range(K):
+                same = tl.load(y + row.to(tl.int64) * sy0 + other * sy1) == label
+                coefficient += tl.where(same, tl.load(c_picked + row.to(tl.int64) * K + other), 0.0)
+            z = tl.load(picked + row.to(tl.int64) * K + k)
+            own = keep * tl.exp2(tl.fma(z, 1.4426950408889634, -r))
+            # c_picked / a is exactly -1 for a cross-entropy: own - total then cancels without a rounding
+            share = tl.where(keep < 1.0, coefficient / s, coefficient / a * total)
+            entry = own + tl.where(coefficient == 0.0, 0.0, share)
+            if VARYING:
+                entry *= tl.load(slope + row.to(tl.int64) * K + k)
+            stored = entry.to(DTYPE)
+            if (label >= 0) & (label < V):
+                tl.store(E_row + label, stored)
+            if (LABELS == 1) & (label >= 0) & (label < V):
+                ratio = entry / stored.to(tl.float32)
+                s = tl.where((ratio > 0.9) & (ratio < 1.1), s * ratio, s)
+    index = row + tl.zeros((1,), tl.int32)
+    vectors = (rows, 0, 0, rows, stride_rows, N)
+    s = s * tl.sum(row_slope(vectors, index, STEPS), 0)
+    tl.store(scale + row, s)
+    if NEED_W:
+        for d in range(0, D, INNER):
+            inner = d + tl.arange(0, INNER)
+            x = tl.load(h + row.to(tl.int64) * sh0 + inner * sh1, mask=inner < D, other=0.0)
+            tl.store(sh + row.to(tl.int64) * D + inner, (x.to(tl.float32) * (s * GAIN)).to(DTYPE), mask=inner < D)
+
+
+@lru_cache(maxsize=KEPT)
+def _launch(s: Sweep, given: tuple[bool, ...], total: bool, need_w: bool, ld: int, gain: float) -> Launch:
+    has_lse, has_picked, has_square, others = given
+    bound = s.arguments(
+        ld=ld,
+        VARYING=varies_along_row(s.transform),
+        HAS_LSE=has_lse,
+        HAS_PICKED=has_picked and s.labels > 0,
+        HAS_SQUARE=has_square,
+        OTHERS=others,
+        SUM=total,
+        NEED_W=need_w,
+        GAIN=gain,
+        LIMIT=2.0**14 if s.layout.dtype == torch.float16 else 1e20,
+        INNER=1024,
+        num_warps=4,
+        num_stages=3,
+    )
+    return Launch(finalize_kernel, (s.n, 1, 1), bound)
+
+
+def finalize(
+    s: Sweep,
+    head: Head,
+    window: Tensor,
+    ref2: Tensor,
+    picked: Tensor,
+    slope: Tensor,
+    part: Tensor,
+    coefficients: RowGrads,
+    lse: Tensor,
+    lse_low: Tensor,
+    total: Tensor | None,
+    sh: Tensor | None,
+    gain: float,
+    tie: Tensor,
+    others: Tensor | None = None,
+) -> Tensor:
+    """Row results, the target entries, and tie [] <- -0.0; returns scale [N] float32 with dz = scale ⊙ window.
+
+    ``others`` [N] float32: the base-2 lse of columns that are not in the window.
+    """
+    c_lse, c_picked, _, _, c_square = coefficients
+    scale = torch.empty_like(lse)
+    given = (c_lse is not None, c_picked is not None, c_square is not None, others is not None)
+    launch = _launch(s, given, total is not None, sh is not None, window.stride(0), gain)
+    launch(
+        part,
+        ref2,
+        window,
+        head.h,
+        head.y,
+        head.rows,
+        picked,
+        slope,
+        lse if c_lse is None else c_lse,
+        lse if c_picked is None else c_picked,
+        lse if c_square is None else c_square,
+        lse if others is None else others,
+        lse,
+        lse_low,
+        lse if total is None else total,
+        scale,
+        scale if sh is None else sh,
+        tie,
+    )
+    return scale

@@ -1,0 +1,79 @@
+"""A reference for the exponentials of each row before any logit is known: the row's own target logit.
+
+    ref2[i] = T(h_i · w_{y_i0}) · L        one dot product a row, no gathered copy of w
+
+in: h [N, D], w [V, D] (any strides), y [N, K] (column 0 of w when K = 0). out: [N] float32, base 2. Bytes:
+2·N·D elements read. A trained head keeps its target within a few tens of the maximum, so exp(z - ref) fits
+bfloat16's and float32's range; rows where it does not are found and redone (`unsafe_blocks`). This file
+must not know what is done with the reference.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head
+from fusedhead.kernels.triton_engine.device.rows import finite_or_zero
+from fusedhead.kernels.triton_engine.device.transform import transform
+from fusedhead.kernels.triton_engine.launch.launch import Launch
+from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
+
+
+@triton.jit(do_not_specialize=("N", "V", "D", "sy0", "stride_cols", "stride_rows"))
+def reference_kernel(
+    h,
+    w,
+    y,
+    cols,
+    rows,
+    ref2,
+    N,
+    V,
+    D,
+    sh0,
+    sh1,
+    sw0,
+    sw1,
+    sy0,
+    stride_cols,
+    stride_rows,
+    STEPS: tl.constexpr,
+    LABELS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < N
+    col = tl.zeros((ROWS,), tl.int64)
+    if LABELS > 0:
+        col = tl.load(y + row.to(tl.int64) * sy0, mask=there, other=0)
+        col = tl.minimum(tl.maximum(col, 0), V - 1)  # labels out of range are reported elsewhere
+    inner = tl.arange(0, INNER)
+    acc = tl.zeros((ROWS, INNER), tl.float32)
+    for k in range(0, D, INNER):
+        mask = there[:, None] & (k + inner < D)[None, :]
+        a = tl.load(h + row.to(tl.int64)[:, None] * sh0 + (k + inner)[None, :] * sh1, mask=mask, other=0.0)
+        b = tl.load(w + col[:, None] * sw0 + (k + inner).to(tl.int64)[None, :] * sw1, mask=mask, other=0.0)
+        acc += a.to(tl.float32) * b.to(tl.float32)
+    vectors = (cols, stride_cols, V, rows, stride_rows, N)
+    z = transform(tl.sum(acc, 1), vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
+    tl.store(ref2 + row, finite_or_zero(z * 1.4426950408889634), mask=there)  # a masked target is none to refer to
+
+
+ROWS_EACH = 4  # of a program
+
+
+@lru_cache(maxsize=KEPT)
+def _launch(s: Sweep) -> Launch:
+    bound = s.arguments(ROWS=ROWS_EACH, INNER=512, num_warps=4)
+    return Launch(reference_kernel, (triton.cdiv(s.n, ROWS_EACH), 1, 1), bound)
+
+
+def reference(s: Sweep, head: Head, ref2: Tensor) -> None:
+    """ref2 [N] <- the target logit of each row in base 2 (column 0 where there are no labels)."""
+    _launch(s)(head.h, head.w, head.y, head.cols, head.rows, ref2)

@@ -1,0 +1,56 @@
+"""The last step of dh in the single pass: one number a row, and a rank-one term.
+
+    out [N, D] = scale [N] ⊙ product [N, D] + r [N] ⊗ b [D]
+
+from the float32 product E w with one rounding to the dtype of h. Bytes: 6ND for a narrow h. It must not know what
+scale, r and b stand for.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedhead.kernels.triton_engine.launch.launch import Launch
+from fusedhead.kernels.triton_engine.launch.sweep import KEPT
+
+
+@triton.jit(do_not_specialize=("N", "D"))
+def scale_kernel(
+    product,  # [N, D] float32: E w
+    scale,  # [N] float32
+    r,  # [N] float32 when RANK_ONE
+    b,  # [D] float32 when RANK_ONE
+    out,  # [N, D] dtype of h
+    N,
+    D,
+    RANK_ONE: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """out = scale ⊙ product + r ⊗ b. One program a row; ``product`` may be ``out`` itself."""
+    row = tl.program_id(0)
+    s = tl.load(scale + row)
+    base = row.to(tl.int64) * D
+    for d in range(0, D, INNER):
+        inner = d + tl.arange(0, INNER)
+        x = tl.load(product + base + inner, mask=inner < D, other=0.0).to(tl.float32) * s
+        if RANK_ONE:
+            x += tl.load(r + row) * tl.load(b + inner, mask=inner < D, other=0.0)
+        tl.store(out + base + inner, x.to(out.dtype.element_ty), mask=inner < D)
+
+
+@lru_cache(maxsize=KEPT)
+def _scale_launch(device: torch.device, dtype: torch.dtype, n: int, hidden: int, rank_one: bool, wide: bool) -> Launch:
+    return Launch(scale_kernel, (n, 1, 1), {"N": n, "D": hidden, "RANK_ONE": rank_one, "INNER": 1024})
+
+
+def scale_rows(product: Tensor, scale: Tensor, out: Tensor, rank_one: tuple[Tensor, Tensor] | None) -> None:
+    """out [N, D] <- scale ⊙ product + r ⊗ b; product [N, D] float32 (or out itself), both contiguous."""
+    r, b = rank_one or (scale, scale)
+    n, hidden = out.shape
+    wide = product.dtype != out.dtype
+    _scale_launch(out.device, out.dtype, n, hidden, rank_one is not None, wide)(product, scale, r, b, out)

@@ -1,0 +1,58 @@
+"""Which token blocks have exponentials that left the safe range, to be redone with a better reference.
+
+    flags[b] = 1 where a row's total Σ_v E[i, v] of block b is 0, inf, NaN or beyond 1e±18
+
+in: the sweep's partial totals (`device.schedule` places them). out: [token blocks] int32, which later kernels read on
+the device. Bytes: N · slots · 4. It must not know how a block is redone.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedhead.kernels.triton_engine.device.schedule import partial_offset
+from fusedhead.kernels.triton_engine.launch.launch import Launch
+from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
+
+
+@triton.jit(do_not_specialize=("N", "V", "P", "GROUP"))
+def check_kernel(
+    part,  # [., size] float32: totals first
+    flags,  # [token blocks] int32
+    N,
+    V,
+    P,
+    GROUP,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """flags[block] = 1 when a row's total is not safely inside its dtype: 0, inf, NaN or beyond 1e±18."""
+    block = tl.program_id(0)
+    start, distance, slots = partial_offset(block, 0, P, N, V, GROUP, BM, BN)
+    lane = tl.arange(0, BM)
+    total = tl.zeros((BM,), tl.float32)
+    for first in range(0, slots, SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        at = start.to(tl.int64) + slot[:, None].to(tl.int64) * distance + lane[None, :]
+        total += tl.sum(tl.load(part + at, mask=(slot < slots)[:, None], other=0.0), 0)
+    safe = (total > 1e-18) & (total < 1e18)
+    bad = (block * BM + lane < N) & (safe == 0)
+    tl.store(flags + block, tl.max(bad.to(tl.int32), 0))
+
+
+@lru_cache(maxsize=KEPT)
+def _launch(s: Sweep) -> Launch:
+    return Launch(check_kernel, (s.schedule.blocks, 1, 1), s.arguments(num_warps=4))
+
+
+def mark_unsafe(s: Sweep, part: Tensor) -> Tensor:
+    """flags [token blocks] int32: 1 where a row's total says that its exponentials left the safe range."""
+    flags = part.new_empty(s.schedule.blocks, dtype=torch.int32)
+    _launch(s)(part, flags)
+    return flags

@@ -1,0 +1,184 @@
+"""What a self-check runs in its child process: small heads by the kernels in question and by code that is trusted.
+
+Both are measured against float64 on the same operands: pairs beside the plain sweeps, the Triton engine beside eager
+code. The kernels serve where they err no more than what is trusted does, and give the same statistics each time they
+are asked. Heads are chosen so that every path of a sweep is taken: several tiles a program, tiles and steps over D that
+are not whole, several labels, rows whose exponentials overflow and are swept again. It must not know who asks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels import self_check
+from fusedhead.kernels.contract import Head, Needs, RowGrads, Windows
+from fusedhead.kernels.reference import row_stats
+from fusedhead.kernels.transform.transform import apply, parse
+
+BOTH = Needs(True, True, False, False)
+CAP = "mul:0.05 tanh mul:20.0"
+PLAIN = (  # N, V, D, K, transform, dtype
+    (1400, 12007, 200, 1, "", torch.bfloat16),
+    (1400, 6016, 1024, 3, "", torch.float16),
+)
+CAPPED = (300, 9001, 512, 1, CAP, torch.bfloat16)
+REPEATS = 5
+LOUD = 80.0  # a row times this has exponentials that overflow
+ROWS = 256  # of the float64 logits that exist at once
+
+
+class Trial(NamedTuple):
+    """On which heads kernels are tried; they may err by slack times the trusted ones' error, and floor."""
+
+    heads: tuple[tuple[int, int, int, int, str, torch.dtype], ...]
+    slack: float
+    floor: float  # what float32 sums in another order, or of tensor cores, differ by
+
+
+CLAIMS = {
+    "pairs": Trial(PLAIN, 1.1, 1e-6),
+    "triton": Trial((*PLAIN, CAPPED), 1.5, 1e-5),  # beside eager code, of other roundings
+}
+
+
+class Found(NamedTuple):
+    """lse [N], picked [N, K], dh [N, D], dw [V, D]"""
+
+    lse: Tensor
+    picked: Tensor
+    dh: Tensor
+    dw: Tensor
+
+
+def made(
+    n: int, v: int, d: int, k: int, transform: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Head, RowGrads]:
+    """A head with random operands, one loud row a token block, and upstream gradients a row."""
+    draw = torch.Generator(device).manual_seed(n + v)
+    h = torch.randn(n, d, device=device, generator=draw)
+    h[::131] *= LOUD
+    w = torch.randn(v, d, device=device, generator=draw) / d**0.5
+    y = torch.randint(0, v, (n, k), device=device, generator=draw)
+    nothing = torch.empty(0, device=device)
+    head = Head(h.to(dtype), w.to(dtype), y, nothing, nothing, nothing, parse(transform))
+    lse, picked = (torch.rand(n, *shape, device=device, generator=draw) / n for shape in ((), (k,)))
+    return head, RowGrads(lse, -picked)
+
+
+Run = Callable[[Head, RowGrads], Iterator[Found]]
+
+
+def truth(head: Head, upstream: RowGrads) -> Found:
+    """By definition and autograd in float64, some rows of logits at a time."""
+    w = head.w.double().requires_grad_()
+    dw, rows = torch.zeros_like(w), []
+    for at in torch.arange(len(head.h), device=head.h.device).split(ROWS):
+        h = head.h[at].double().requires_grad_()
+        stats = row_stats(head._replace(h=h, w=w, y=head.y[at], u=head.u.double()))
+        loss = (stats.lse * upstream.lse[at]).sum() + (stats.picked * upstream.picked[at]).sum()  # type: ignore
+        dh, part = torch.autograd.grad(loss, (h, w))
+        dw += part
+        rows.append((stats.lse.detach(), stats.picked.detach(), dh))  # type: ignore[union-attr]
+    lse, picked, dh = map(torch.cat, zip(*rows))
+    return Found(lse, picked, dh, dw)
+
+
+def swept(engine: ModuleType, head: Head, upstream: RowGrads) -> Iterator[Found]:
+    """Statistics and gradients in one pass, and by a sweep for each."""
+    windows = Windows(len(head.h), len(head.w), head.h.dtype)
+    got, grads = engine.head_loss(head, upstream, BOTH, windows)
+    yield Found(got.lse, got.picked, grads.h, grads.w)
+    got = engine.head_stats(head, frozenset({"lse", "picked"}), windows)
+    grads = engine.head_stats_backward(head, upstream, got, BOTH, windows)
+    yield Found(got.lse, got.picked, grads.h, grads.w)
+
+
+def by_eager(head: Head, upstream: RowGrads) -> Iterator[Found]:
+    """As eager code computes it in the operands' dtype, twice, as `swept` does."""
+    h, w = head.h.detach().requires_grad_(), head.w.detach().requires_grad_()
+    z = apply(head.transform, (h @ w.T).float(), head.cols, head.rows)
+    lse, picked = z.logsumexp(1), z.gather(1, head.y)
+    loss = (lse * upstream.lse).sum() + (picked * upstream.picked).sum()  # type: ignore[operator]
+    found = Found(lse.detach(), picked.detach(), *torch.autograd.grad(loss, (h, w)))
+    yield from (found, found)
+
+
+def errors(found: Found, exact: Found) -> list[float]:
+    """‖x - truth‖ / ‖truth‖ of each result; infinite where it is not finite."""
+    norms = ((x.double() - t).norm() / t.norm() for x, t in zip(found, exact))
+    return [error if error < float("inf") else float("inf") for error in map(float, norms)]
+
+
+def difference(claim: Trial, asked: Run, trusted: Run, device: torch.device) -> str:
+    """Where the kernels in question fall behind the trusted ones, as a sentence, or ""."""
+    for given in claim.heads:
+        head, upstream = made(*given, device)
+        exact = truth(head, upstream)
+        allowed = [errors(found, exact) for found in trusted(head, upstream)]
+        first = list(asked(head, upstream))
+        name = "N={}, V={}, D={}, K={}, transform {!r}, {}".format(*given)
+        for found, most in zip(first, allowed):
+            for what, error, trusted_error in zip(Found._fields, errors(found, exact), most):
+                if not error <= claim.slack * trusted_error + claim.floor:
+                    return f"{what} of a head ({name}) errs by {error:.1e}, the trusted one by {trusted_error:.1e}"
+        for _ in range(REPEATS):
+            for found, again in zip(first, asked(head, upstream)):
+                if not (torch.equal(found.lse, again.lse) and torch.equal(found.picked, again.picked)):
+                    return f"the statistics of a head ({name}) differ from run to run"
+    return ""
+
+
+def asked_and_trusted(claim: str, device: torch.device) -> tuple[Run, Run]:
+    """How to run the kernels that ``claim`` names, and those that they are compared with."""
+    from fusedhead.kernels.triton_engine import engine as triton_engine
+    from fusedhead.kernels.triton_engine.launch import sweep
+
+    def with_pairs(verdict: bool) -> Run:
+        def run(head: Head, upstream: RowGrads) -> Iterator[Found]:
+            self_check.decide("pairs", device, verdict)
+            sweep.forget()
+            if sweep.sweep("stream", head).tile.paired != verdict:
+                raise AssertionError(f"pairs are {'not ' if verdict else ''}used for a plain head")
+            return swept(triton_engine, head, upstream)
+
+        return run
+
+    if claim == "pairs":
+        return with_pairs(True), with_pairs(False)
+    self_check.decide("pairs", device, False)
+    return (lambda *head: swept(triton_engine, *head)), by_eager
+
+
+def device_named(index: int, uuid: str) -> torch.device:
+    """The parent's device, by its identity where that is told: what is visible may have been set since."""
+    for at in (index, *range(torch.cuda.device_count())):
+        if not uuid or str(getattr(torch.cuda.get_device_properties(at), "uuid", "")) == uuid:
+            return torch.device("cuda", at)
+    raise RuntimeError(f"the GPU {uuid} is not visible here")
+
+
+def main(argument: str) -> None:
+    """Answer on standard output: "ready" once the trusted kernels have run, then the verdict as JSON, which is kept."""
+    given = json.loads(argument)
+    device = device_named(given["index"], given["uuid"])
+    torch.cuda.set_device(device)
+    for at in range(torch.cuda.device_count()):  # a check asks for no other
+        self_check.decide("triton", torch.device("cuda", at), True)
+    claim = CLAIMS[given["claim"]]
+    asked, trusted = asked_and_trusted(given["claim"], device)
+    list(trusted(*made(*claim.heads[0], device)))
+    torch.cuda.synchronize()
+    print(self_check.READY, flush=True)
+    try:
+        reason = difference(claim, asked, trusted, device)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    verdict = {"serves": not reason, "reason": reason}
+    self_check.keep(given["key"], verdict)  # here, since nobody may be waiting any longer
+    print(json.dumps(verdict), flush=True)

@@ -1,0 +1,231 @@
+"""The first GEMM of the single pass: one persistent sweep that stores the exponentials of a window of tokens.
+
+    E[i, v] = 2^(z·L - ref2_i) · c(z)        z = T(h @ w.T), c the part of dT/dz varying along a row, or 1
+    total[i] = Σ_v 2^(z·L - ref2_i)          from float32, before E is rounded
+    picked[i, k] = z[i, y_ik], slope[i, k] = c at that entry, both float32
+
+in: h [M, D], w [V, D], ref2 [M] float32. out: E [M, V] in the dtype of h (padded rows), partial totals,
+picked. Never reaches memory: z, p, the float32 window. FLOP 2MDV, bytes 2MV written. Keeping the exponentials
+instead of the logits means that no elementwise pass over [M, V] follows: dH = s ⊙ (E w) and dw = Eᵀ (s ⊙ h)
+are plain GEMMs with s = coefficient / total a row (the scaled exponentials of Dao-AILab/quack, with one
+reference a row).
+
+With ONLY the sweep redoes the token blocks that ``flags`` marks and returns at once when there are none.
+"""
+
+# ruff: noqa: SIM102 (a test at compile time stays a statement of its own: `and` would build both sides)
+from __future__ import annotations
+
+from functools import lru_cache
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head
+from fusedhead.kernels.triton_engine.device.product import column_part, product
+from fusedhead.kernels.triton_engine.device.rows import laid_out_as, store_labelled, weighted_sum
+from fusedhead.kernels.triton_engine.device.schedule import any_marked, locate, partial_offset, step_counts
+from fusedhead.kernels.triton_engine.device.transform import column_slope, transform, varies_along_row
+from fusedhead.kernels.triton_engine.device.vectors import prefetch, prefetch_columns
+from fusedhead.kernels.triton_engine.launch.launch import Launch
+from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
+from fusedhead.kernels.triton_engine.rows.label_map import labelled_parts
+
+
+@triton.jit
+def _epilogue(
+    acc,
+    ref2,
+    E,
+    y,
+    u,
+    vectors,
+    picked,
+    slope,
+    block,
+    start,  # first column of this part
+    here,  # whether the part holds a label
+    sy0,
+    sy1,
+    K,
+    STEPS: tl.constexpr,
+    LABELS: tl.constexpr,
+    HAS_U: tl.constexpr,
+    SUM: tl.constexpr,
+    VARYING: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Stores one part of a tile of E; returns its row sums (of the exponentials, of u z)."""
+    V = vectors[2]
+    N = vectors[5]
+    row = block * BM + tl.arange(0, BM)
+    col = start + tl.arange(0, WIDTH)
+    z = transform(acc, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
+    if VARYING:
+        c = column_slope(acc, vectors, col, row, STEPS, PRECISE)
+        if LABELS > 0:
+            if here != 0:
+                store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
+                store_labelled(laid_out_as(c, z), y, sy0, sy1, K, row, N, start, slope, LABELS, WIDTH)
+    e = tl.exp2(tl.fma(z, 1.4426950408889634, -ref2[:, None]))
+    if not EVEN:
+        if start + WIDTH > V:
+            e = tl.where((col < V)[None, :], e, 0.0)
+    total = tl.sum(e, 1)
+    weighted = tl.zeros((BM,), tl.float32)
+    if SUM:
+        weighted = weighted_sum(z, u, col, V, HAS_U, WIDTH)
+    if LABELS > 0 and not VARYING:
+        if here != 0:
+            store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
+    if VARYING:
+        e = e * c
+    E.store([block * BM, start], e.to(DTYPE))
+    return total, weighted
+
+
+@triton.jit(do_not_specialize=("N", "V", "D", "K", "GROUP", "size", "sy0", "sy1", "stride_cols", "stride_rows"))
+def exp_kernel(
+    h,
+    w,
+    E,  # [M, V] descriptor
+    y,  # [M, K] int64
+    label_map,  # [token blocks, tiles] int32 (`label_map`), read when LABELS
+    u,  # [V] float32 when HAS_U
+    cols,
+    rows,
+    flags,  # [token blocks] int32, read when ONLY
+    ref2,  # [M] float32
+    picked,  # [M, K] float32
+    slope,  # [M, K] float32 when VARYING
+    part,  # [2, size] float32: total, Σ u z
+    N,  # M: the tokens of this window
+    V,
+    D,
+    K,
+    GROUP,
+    size,
+    sh0,
+    sh1,
+    sw0,
+    sw1,
+    sy0,
+    sy1,
+    stride_cols,
+    stride_rows,
+    STEPS: tl.constexpr,
+    LABELS: tl.constexpr,
+    HAS_U: tl.constexpr,
+    SUM: tl.constexpr,
+    VARYING: tl.constexpr,
+    ONLY: tl.constexpr,
+    EVEN: tl.constexpr,  # V is a multiple of BN
+    PRECISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TMA: tl.constexpr,
+    W_BY_ROWS: tl.constexpr,
+    READY: tl.constexpr,
+    EVEN_D: tl.constexpr,  # D is a multiple of BK
+    PREFETCH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    PARTS: tl.constexpr,  # 1, 2 or 4 column parts, stored one after the other
+):
+    LATE: tl.constexpr = VARYING or SUM  # epilogues that need the registers which would hold ref2 during the product
+    pid = tl.program_id(0)
+    P = tl.num_programs(0)
+    vectors = (cols, stride_cols, V, rows, stride_rows, N)
+    main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
+    if ONLY:
+        steps = tl.where(any_marked(flags, tl.cdiv(N, BM), tl.arange(0, 128)), steps, 0)
+
+    total = tl.zeros((BM,), tl.float32)
+    weighted = tl.zeros((BM,), tl.float32)
+    for step in tl.range(0, steps, flatten=FLATTEN):
+        block, tile, slot, last = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
+        live = 1
+        if ONLY:
+            live = tl.load(flags + block)
+        if live != 0:
+            row = block * BM + tl.arange(0, BM)
+            here = labelled_parts(label_map, block, tile, V, LABELS, BN)
+            if LATE:
+                prefetch(ref2 + tl.minimum(row, N - 1), PREFETCH)
+            else:
+                r = tl.load(ref2 + row, mask=row < N, other=0.0)
+            prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
+            acc = product(
+                h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY, EVEN_D
+            )
+            if LATE:
+                r = tl.load(ref2 + row, mask=row < N, other=0.0)
+            for j in tl.static_range(PARTS):
+                x = column_part(acc, j, PARTS, BM, BN)
+                start = tile * BN + j * (BN // PARTS)
+                t, s = _epilogue(
+                    x, r, E, y, u, vectors, picked, slope, block, start, (here >> j) & 1, sy0, sy1, K, STEPS, LABELS,
+                    HAS_U, SUM, VARYING, EVEN, PRECISE, DTYPE, BM, BN // PARTS,
+                )  # fmt: skip
+                total += t
+                weighted += s
+        if last:
+            if live != 0:
+                start, _, _ = partial_offset(block, slot, P, N, V, GROUP, BM, BN)
+                to = start.to(tl.int64) + tl.arange(0, BM)
+                tl.store(part + to, total)
+                if SUM:
+                    tl.store(part + size + to, weighted)
+        # selects, not a branch: a branch with results stops the compiler from flattening the loop
+        total = tl.where(last, 0.0, total)
+        weighted = tl.where(last, 0.0, weighted)
+
+
+@lru_cache(maxsize=KEPT)
+def _launch(s: Sweep, total: bool, only: bool) -> Launch:
+    if s.tile.paired:
+        from fusedhead.kernels.triton_engine.gluon.exponentials import (
+            exp_pair_kernel,  # of the versions of Triton that `tiles` names
+        )
+
+        return s.launch(exp_pair_kernel, ONLY=only)
+    own = {"FLATTEN": False} if only else {}
+    varying = varies_along_row(s.transform)
+    return s.launch(exp_kernel, SUM=total, VARYING=varying, ONLY=only, **own)
+
+
+def exponentials(
+    s: Sweep,
+    head: Head,
+    window: Tensor,
+    ref2: Tensor,
+    picked: Tensor,
+    slope: Tensor,
+    part: Tensor,
+    label_map: Tensor | None,
+    flags: Tensor | None = None,
+) -> None:
+    """window [N, ld] <- E; part [1 or 2, size] <- totals (and Σ u z); picked, slope [N, K] at the labels."""
+    h, w, y, cols, rows, u, _ = head
+    launch = _launch(s, part.shape[0] == 2, flags is not None)
+    launch(
+        *s.operands(h, w, window),
+        s.window(window),
+        y,
+        y if label_map is None else label_map,
+        u,
+        cols,
+        rows,
+        y if flags is None else flags,
+        ref2,
+        picked,
+        slope,
+        part,
+    )

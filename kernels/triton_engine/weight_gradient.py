@@ -1,0 +1,38 @@
+"""dw [V, D] as a sum over windows of tokens, in its own dtype or in float32.
+
+    dw[v] += window[:, v]ᵀ x        window [M, V'] and x [M, D] in the dtype of w, 2 M V' D FLOP
+
+It must not know what a window holds, nor where sums lie (`narrow_sum`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.gemm import gemm
+from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
+
+
+class WeightGradient:
+    """The sum while it grows: ``add`` once a window and slice of the vocabulary, then ``finish``."""
+
+    def __init__(self, w: Tensor, windows: int, accumulate: torch.dtype) -> None:
+        self.sums = NarrowSum(w.new_empty(w.shape), accumulate if windows > 1 else w.dtype)
+        self.started = False
+
+    def start(self, weights: Tensor, row: Tensor) -> None:
+        """Begin with the rank-one term weights ⊗ row."""
+        for at, rows in self.sums.pieces(slice(0, len(self.sums.result))):
+            torch.mul(weights[at, None], row[None, :], out=rows)
+        self.started = True
+
+    def add(self, window: Tensor, v: slice, x: Tensor, first: bool, alpha: float = 1.0) -> None:
+        """Add the columns ``v`` of the vocabulary; ``first`` where nothing was added to them before."""
+        for at, rows in self.sums.pieces(v):
+            part = window if at.start == 0 and at.stop == window.shape[1] else window[:, at]
+            gemm(part.t(), x, rows, add=self.started or not first, alpha=alpha)
+
+    def finish(self) -> Tensor:
+        """dw [V, D] in the dtype of w."""
+        return self.sums.finish()

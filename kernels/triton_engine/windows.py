@@ -1,0 +1,93 @@
+"""What a window of the Triton engine is made of: how a head is cut, and operands as kernels read them.
+
+It must not know which sweep reads a window nor what for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head, RowGrads
+from fusedhead.kernels.gemm import gemm
+from fusedhead.kernels.triton_engine.launch.sweep import multiplied_by_cublas
+
+ALIGNED = 64  # windows start at, and rows of a window are padded to, a multiple of this many elements
+
+
+def even_cuts(total: int, size: int) -> Iterator[slice]:
+    """Equal windows of at most ``size``, on aligned boundaries when there is room for that."""
+    size = max(size, 1)
+    count = max(-(-total // size), 1)
+    even = max(min(-(-total // (128 * count)) * 128, size), 1)
+    return (slice(at, min(at + even, total)) for at in range(0, total, even))
+
+
+def full_cuts(total: int, size: int) -> list[slice]:
+    """Windows of ``size``, and one of what is left."""
+    return [slice(at, min(at + size, total)) for at in range(0, total, max(size, 1))]
+
+
+def rows_of(x: Tensor, i: slice) -> Tensor:
+    """x[i]; x itself where these are all its rows, since a view costs the host as much as a launch's arguments.
+
+    (So does ``len`` of a tensor, which is Python: `shape` is not.)
+    """
+    return x if i.start == 0 and i.stop == x.shape[0] else x[i]
+
+
+def first_rows(x: Tensor, count: int) -> Tensor:
+    return rows_of(x, slice(0, count))
+
+
+def slice_head(head: Head, i: slice, v: slice) -> Head:
+    """The head of one window. Labels keep counting from the whole vocabulary's first column."""
+    if i.start == v.start == 0 and i.stop == head.h.shape[0] and v.stop == head.w.shape[0]:
+        return head
+    cols = head.cols[:, v] if head.cols.numel() else head.cols
+    rows = head.rows[:, i] if head.rows.numel() else head.rows
+    return Head(head.h[i], head.w[v], head.y[i], cols, rows, head.u[v] if head.u.numel() else head.u, head.transform)
+
+
+def slice_rows(grads: RowGrads, i: slice) -> RowGrads:
+    return RowGrads(*(None if g is None else rows_of(g, i) for g in grads))
+
+
+def ready_rows(grads: RowGrads) -> RowGrads:
+    """Contiguous float32 vectors, as kernels read them."""
+    return RowGrads(*(None if g is None else _ready(g) for g in grads))
+
+
+def _ready(g: Tensor) -> Tensor:
+    return g if g.dtype == torch.float32 and g.is_contiguous() else g.to(torch.float32).contiguous()
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.numel() == 0 or (x.stride(-1) == 1 and x.dtype == torch.float32) else x.float().contiguous()
+
+
+def ready_head(head: Head) -> Head:
+    """float32 vectors with unit inner stride, as kernels read them; h and w are taken as they lie.
+
+    Raises ValueError where operands lie on different devices: a launch would find that out only the first time.
+    """
+    device = head.h.device
+    for name, x in (("w", head.w), ("labels", head.y), ("cols", head.cols), ("rows", head.rows), ("u", head.u)):
+        if x.device != device and x.numel():
+            raise ValueError(f"h is on {device} and {name} on {x.device}; all operands must be on one device")
+    return head._replace(cols=_unit_stride(head.cols), rows=_unit_stride(head.rows), u=_unit_stride(head.u))
+
+
+def new_window(head: Head, tokens: int, vocab: int) -> Tensor:
+    """Room for a window of logits, rows padded so that TMA and cuBLAS find them aligned."""
+    return head.h.new_empty((tokens, -(-vocab // ALIGNED) * ALIGNED))
+
+
+def multiplied(head: Head, window: Tensor) -> Tensor | None:
+    """The window with h @ w.T in it, where cuBLAS is to multiply; a sweep then reads it and writes over it."""
+    if not multiplied_by_cublas(head):
+        return None
+    gemm(head.h, head.w.t(), window[:, : len(head.w)])
+    return window

@@ -1,0 +1,1 @@
+"""Which engine computes a head, by which algorithm, in which windows."""

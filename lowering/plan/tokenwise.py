@@ -1,0 +1,60 @@
+"""In which windows a row program runs: a pure function of sizes and a budget.
+
+| window                                   | holds for each of its logits                         | auto, least    |
+|------------------------------------------|------------------------------------------------------|----------------|
+| compiled, on CUDA                        | of each head z, dz and a float32 value               | 2 GiB, 256 MiB |
+| compiled, elsewhere (from 2²² logits on) | of each head z, dz and three float32 values          | 128, 32 MiB    |
+| other                                    | a float32 result and gradient of each call, 12 alive | 128, 32 MiB    |
+
+A compiled window does not depend on the number of tokens, so that another batch finds it compiled. It must not know
+what a program computes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fusedhead.lowering.plan.plan import AUTO, LEAST, MIB
+
+BUDGET = {"cuda": {AUTO: 2048 * MIB, LEAST: 256 * MIB}}
+BUDGET_ELSEWHERE = {AUTO: 128 * MIB, LEAST: 32 * MIB}
+EXACT_SUMS = 3  # up to this many windows, sums of dw in a narrow dtype err no more than eager code does
+MOST_LIVE = 12
+MULTIPLE = {"cuda": 64}  # of tokens, in a window that matrix products are to like
+MULTIPLE_ELSEWHERE = 16
+BETWEEN = {"cuda": 4}  # bytes of float32 values that a compiled program keeps between its reductions
+BETWEEN_ELSEWHERE = 12
+COMPILE_FROM = 1 << 22  # logits that repay a compilation where the calls themselves are not slow to launch
+
+
+def window_bytes(device_type: str, memory: int) -> int:
+    """What a window may hold. ``memory`` is 0 for auto, -1 for the least, else MiB."""
+    return memory * MIB if memory > 0 else BUDGET.get(device_type, BUDGET_ELSEWHERE)[memory]
+
+
+class RowPlan(NamedTuple):
+    tokens: int  # of one window
+    compiled: bool  # whether whole windows run compiled
+    narrow_sums: bool  # whether dw may be summed in its own dtype
+    predicted_bytes: int  # of a window at the peak
+
+
+def row_plan(
+    N: int, V: int, dtype: torch.dtype, device_type: str, *, heads: int, calls: int, memory: int = AUTO
+) -> RowPlan:
+    """The windows of a program of so many ``calls`` on ``heads`` heads; V is the largest vocabulary."""
+    budget = window_bytes(device_type, memory)
+    compiled = device_type == "cuda" or N * V >= COMPILE_FROM
+    if compiled:
+        multiple = MULTIPLE.get(device_type, MULTIPLE_ELSEWHERE)
+        between = BETWEEN.get(device_type, BETWEEN_ELSEWHERE)
+        each = heads * (2 * dtype.itemsize + between) * V
+        tokens = budget // each
+        tokens = max(1, tokens // multiple * multiple or tokens)
+    else:
+        each = 2 * max(4, dtype.itemsize) * min(calls, MOST_LIVE) * V
+        tokens = max(1, budget // each)
+    narrow_sums = dtype not in (torch.bfloat16, torch.float16) or -(-N // tokens) <= EXACT_SUMS
+    return RowPlan(tokens, compiled, narrow_sums, min(N, tokens) * each)

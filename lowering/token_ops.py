@@ -1,0 +1,142 @@
+"""The custom ops that run a row program on the logits of one or several heads.
+
+    head_rows           one sweep: the program's results, [N, ...] each
+    head_rows_backward  one sweep: the gradients of the inputs that need one
+    head_rows_loss      both in one sweep, where the gradients of the results are known up to one factor: a scalar loss
+                        that is linear in them (as `head_loss`)
+
+The program is text (`fusedhead.kernels.tokenwise.program`), so that a graph with these ops depends on nothing else.
+This file must not know what a program computes or where it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.tokenwise import engine as tokenwise_engine
+from fusedhead.kernels.tokenwise.compiled import above_autograd
+from fusedhead.kernels.tokenwise.program import read, run
+from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE, scaled, upstream_scale
+from fusedhead.lowering.ops import as_written
+from fusedhead.lowering.plan.tokenwise import RowPlan, row_plan
+
+SCHEMAS = {
+    "head_rows": "(Tensor[] tensors, str program, int memory) -> Tensor[]",
+    "head_rows_backward": "(Tensor[] upstream, Tensor[] tensors, str program, int memory, bool[] needs) -> Tensor[]",
+    "head_rows_loss": "(Tensor[] tensors, Tensor[] coefficients, str program, int memory, bool[] needs) -> Tensor[]",
+}
+
+
+def windows_of(tensors: Sequence[Tensor], program: str, memory: int, tokens: int) -> RowPlan:
+    """The windows of a program for so many tokens. Of the tensors only shapes and dtypes are read, and not how many."""
+    parsed = read(program)
+    heads = [(tensors[h], tensors[w]) for h, w in tokenwise_engine.operands(parsed)]
+    vocab, dtype = max(((len(w), w.dtype) for _, w in heads), key=lambda s: s[0] * s[1].itemsize)
+    device, calls = heads[0][0].device.type, len(parsed.lines)
+    return row_plan(tokens, vocab, dtype, device, heads=len(heads), calls=calls, memory=memory)
+
+
+def _plan(tensors: list[Tensor], program: str, memory: int) -> tuple[int, bool, bool]:
+    tokens = len(tensors[tokenwise_engine.operands(read(program))[0][0]])
+    return windows_of(tensors, program, memory, tokens)[:3]
+
+
+def _rows(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
+    with as_written(tensors[0].device):
+        return tokenwise_engine.head_rows(read(program), tensors, *_plan(tensors, program, memory)[:2])
+
+
+def _rows_fake(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
+    # above autograd, where a composite op is taken apart as when it runs: below it, the fake result of nll_loss has no
+    # dimension where a size is a symbol, whatever its reduction
+    with as_written(tensors[0].device), torch.no_grad():
+        results = above_autograd(lambda: run(read(program), tensors), otherwise=lambda function: function())
+        return [torch.empty_like(r, memory_format=torch.contiguous_format) for r in results]
+
+
+def _rows_backward(
+    upstream: list[Tensor], tensors: list[Tensor], program: str, memory: int, needs: list[bool]
+) -> list[Tensor]:
+    given = _present(upstream)
+    with as_written(tensors[0].device):
+        windows = _plan(tensors, program, memory)
+        found = tokenwise_engine.head_rows_backward(read(program), given, tensors, needs, *windows)
+    return [g for g in found if g is not None]
+
+
+def _rows_backward_fake(
+    upstream: list[Tensor], tensors: list[Tensor], program: str, memory: int, needs: list[bool]
+) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in zip(tensors, needs) if need]
+
+
+def _present(gradients: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of results, None for those of no dimension, which stand for none."""
+    return [g if g.dim() else None for g in gradients]
+
+
+def _rows_loss(
+    tensors: list[Tensor], coefficients: list[Tensor], program: str, memory: int, needs: list[bool]
+) -> list[Tensor]:
+    given, chosen = _present(coefficients), _plan(tensors, program, memory)
+    with as_written(tensors[0].device):
+        results, grads = tokenwise_engine.head_rows_loss(read(program), given, tensors, needs, *chosen)
+    return [*results, *(g for g in grads if g is not None)]
+
+
+def _rows_loss_fake(
+    tensors: list[Tensor], coefficients: list[Tensor], program: str, memory: int, needs: list[bool]
+) -> list[Tensor]:
+    results = _rows_fake(tensors, program, memory)
+    return results + _rows_backward_fake(coefficients, tensors, program, memory, needs)
+
+
+def _setup_loss(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    _, coefficients, program, _, ctx.computed = inputs
+    ctx.results = len(read(program).results)
+    grads = output[ctx.results :]
+    ctx.save_for_backward(*coefficients, *grads)
+    ctx.mark_non_differentiable(*grads)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_loss(ctx: Any, grads: list[Tensor | None]) -> tuple:
+    saved, needs = ctx.saved_tensors, ctx.needs_input_grad[0]
+    coefficients, computed = saved[: ctx.results], iter(saved[ctx.results :])
+    if any(need and not made for need, made in zip(needs, ctx.computed)):
+        raise RuntimeError("an input requires a gradient but head_rows_loss was called without its need")
+    pairs = [(g, c) for g, c in zip(grads, coefficients) if g is not None and c.dim()]
+    made = [next(computed) if there else None for there in ctx.computed]
+    if not pairs or not any(needs):
+        return [None] * len(needs), [None] * len(coefficients), None, None, None
+    found = scaled([d if need else None for d, need in zip(made, needs)], upstream_scale(pairs))
+    return found, [None] * len(coefficients), None, None, None
+
+
+def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    tensors, ctx.program, ctx.memory = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.dtypes = [r.dtype for r in output]
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
+    tensors, needs = list(ctx.saved_tensors), list(ctx.needs_input_grad[0])
+    absent = tensors[0].new_empty(())  # of no dimension, which no gradient of rows is
+    upstream = [absent if g is None or not t.is_floating_point else g for g, t in zip(grads, ctx.dtypes)]
+    found = iter(torch.ops.fusedhead.head_rows_backward(upstream, tensors, ctx.program, ctx.memory, needs))
+    return [next(found) if need else None for need in needs], None, None
+
+
+for _name, _run, _fake, _autograd in (
+    ("head_rows", _rows, _rows_fake, (_setup, _backward)),
+    ("head_rows_backward", _rows_backward, _rows_backward_fake, DIFFERENTIATED_ONCE),
+    ("head_rows_loss", _rows_loss, _rows_loss_fake, (_setup_loss, _backward_loss)),
+):
+    torch.library.define(f"fusedhead::{_name}", SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"fusedhead::{_name}", "default", _run)
+    torch.library.register_fake(f"fusedhead::{_name}", _fake)
+    torch.library.register_autograd(f"fusedhead::{_name}", _autograd[1], setup_context=_autograd[0])
