@@ -26,7 +26,7 @@ PARTS: tuple[ModuleType, ...] = (
     duplicate_transposed, returned_logits, checks, profitability,
 )  # fmt: skip
 HEADER = ("part", "fused", "left to Inductor, with the reason")
-BEGIN, END = "<!-- python -m fusedhead.rules -->", "<!-- end -->"
+MARKERS = ("<!-- python -m fusedhead.rules -->", "<!-- end -->")
 
 
 def overloads(module: ModuleType) -> list[Any]:
@@ -74,10 +74,11 @@ def escapes(tree: ast.AST) -> Iterator[str]:
                     yield shown
 
 
-def between_markers(text: str) -> str:
-    """A document with the table put between its markers. Raises ValueError where it has none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no {BEGIN} ... {END} in the document")
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+def between_markers(document: str, markers: tuple[str, str], text: str) -> str:
+    """The document with ``text`` between two markers of it. Raises ValueError where it lacks one."""
+    begin, end = markers
+    before, found, rest = document.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"no {begin} ... {end} in the document")
+    return f"{before}{begin}\n{text}\n{end}{after}"

@@ -14,8 +14,9 @@ from subprocess import PIPE
 from typing import NamedTuple, Protocol
 
 FORKS = """
-import json, os, sys
+import gc, json, os, sys
 from fusedhead.run.cli import main
+gc.freeze()  # no child looks for garbage in what it was given
 for line in sys.stdin:
     arguments, folder, out, err = json.loads(line)
     child = os.fork()
