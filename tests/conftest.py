@@ -22,7 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # what the tests then take. So nothing is collected until all is imported, and that is left out from then on.
 gc.disable()
 
-import torch
+import torch  # noqa: E402
 
 # Read when triton is imported, so set before: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():

@@ -43,7 +43,8 @@ expected = model(x, x)[1]
 expected.backward()
 gradient = model.head.weight.grad.clone()
 model.zero_grad()
-compiled = torch.compile(nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1), backend=backend(reports.append, aot_eager))
+parallel = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)
+compiled = torch.compile(parallel, backend=backend(reports.append, aot_eager))
 loss = compiled(x, x)[1]
 loss.backward()
 torch.testing.assert_close(loss, expected)
