@@ -18,8 +18,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compile
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # as many workers as cores: more threads would wait for one another
 
-# What is imported stays: to look through it for garbage is a fifth of the time that importing takes, and a tenth of
-# what the tests then take. So nothing is collected until all is imported, and that is left out from then on.
+# What is imported stays: to look through it for garbage is a fifth of the time that importing takes, and a twentieth
+# of what the tests then take. So nothing is collected until all is imported, and that is left out until the end.
 gc.disable()
 
 import torch  # noqa: E402
@@ -45,6 +45,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or extensions say, when the process ends, that what they made has leaked
 
 
 @pytest.fixture(autouse=True)

@@ -151,7 +151,7 @@ from typing import Any
 {inspect.getsource(Without)}
 """
     + """
-import gc, importlib, json, logging, os, sys, warnings
+import importlib, json, logging, os, sys, warnings
 import torch, torch._dynamo, torch._inductor.compile_fx, torch._inductor.custom_graph_pass
 import torch.nn.functional as F
 from torch.fx import Graph
@@ -196,7 +196,6 @@ def child(module, names, way):
     said = [m for m in messages if "left to Inductor" in m]
     assert len(said) == 1 and all(f"{module}.{name}" in said[0] for name in names), messages
 
-gc.freeze()  # no child looks for garbage in what it was given
 for line in sys.stdin:
     module, names, way = json.loads(line)
     pid = os.fork()

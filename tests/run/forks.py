@@ -14,10 +14,9 @@ from subprocess import PIPE
 from typing import NamedTuple, Protocol
 
 FORKS = """
-import gc, json, os, sys
+import json, os, sys
 import torch._inductor.compile_fx  # what every child that compiles would import by itself, which takes seconds
 from fusedhead.run.cli import main
-gc.freeze()  # no child looks for garbage in what it was given
 for line in sys.stdin:
     arguments, folder, out, err, environment = json.loads(line)
     child = os.fork()
