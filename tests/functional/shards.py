@@ -74,8 +74,6 @@ def every_form() -> dict[str, Any]:
     return found
 
 
-
-
 def compiled() -> Any:
     """The same under torch.compile: the collectives are part of one graph."""
     operands = given(3)
