@@ -19,11 +19,11 @@ from fusedhead.compat import (
     disable_torch_function_subclass,
     make_wrapper_subclass,
     missing,
-    skip_frames_of,
     throw_on_data_ptr,
     tree_map_only,
 )
 from fusedhead.deferred.call_program import Leaf, Mode, Program, encode, modes
+from fusedhead.deferred.frames import skip_own_frames
 from fusedhead.deferred.op_tables import ALONE, METADATA
 from fusedhead.deferred.state import Family, Knowledge, Layout, Recorded, check_fresh
 from fusedhead.deferred.surroundings import out_of_sight
@@ -154,7 +154,7 @@ def inside_compiler(program: Program, leaves: tuple[Tensor, ...], layout: Layout
 
 # Dynamo compiles what runs under a compiled function: not this package, which handles tensors it cannot trace
 if not missing:
-    skip_frames_of("fusedhead")
+    skip_own_frames(traced="functional")
 
 PROCESS = uuid.uuid4().hex  # programs are compared by identity: no other process has these
 
