@@ -207,9 +207,19 @@ INFERENCE = frozenset({"_enter_inference_mode", "_exit_inference_mode"})
 
 @lru_cache(maxsize=4096)
 def _unknown_mode(target: Any) -> bool:
+    """Not an op of the dispatcher that takes a tensor, ``aten::_no_grad_zero_``: what it switches it switches back."""
     name = getattr(target, "__name__", "")
     known = (_values["set_grad_enabled"], _values["enter_autocast"], _values["exit_autocast"])
-    return bool(MODES.search(name)) and target not in known and name not in INFERENCE
+    return bool(MODES.search(name)) and target not in known and name not in INFERENCE and not _takes_tensors(target)
+
+
+def _takes_tensors(target: Any) -> bool:
+    """Whether a target is one of torch's own ops, or all of one name, and has a tensor to compute with."""
+    packet = getattr(target, "overloadpacket", target)
+    if not callable(getattr(packet, "overloads", None)):
+        return False
+    schemas = [getattr(packet, name)._schema for name in packet.overloads()]
+    return all(s.name.startswith("aten::") and any("Tensor" in str(a.type) for a in s.arguments) for s in schemas)
 
 
 def unknown_modes(gm: GraphModule) -> Iterable[str]:
