@@ -33,7 +33,8 @@ EMPTY: Mapping[Node, Logits] = {}
 RUN = "fusedhead_run"
 LEAVES = (
     "{}, computed from all logits, is returned: it is as wide as they are, and the graph ends before it is reduced "
-    "over the classes (where a boolean mask ends the graph, a product with the mask does not)"
+    "over the classes (where a boolean mask ends the graph, a product with the mask does not, nor does a sum of what "
+    "the mask picks under torch._dynamo.config.capture_dynamic_output_shape_ops)"
 )
 
 
@@ -151,7 +152,7 @@ def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
     if node.target is not torch.ops.aten.sym_size.int:
         return False
     if isinstance(value, MaskedRows):
-        return node.args[1] == 0
+        return bool(node.args[1] == 0)
     if not isinstance(value, FOLLOWED):
         return False
     return int(node.args[1]) % value.val.ndim != logits_of(value).class_dim  # type: ignore[arg-type]
