@@ -72,6 +72,13 @@ class Rowwise:
 
 
 @dataclass(frozen=True, eq=False)
+class MaskedRows(Rowwise):
+    """The tokens that a mask picks, as all tokens with zeros where it does not hold: only their sum is the same."""
+
+    mask: Plain  # bool, over the first dimensions
+
+
+@dataclass(frozen=True, eq=False)
 class RowOutput:
     """A row program's result in an expression of the graph, in the shape of ``value.val``."""
 
@@ -102,4 +109,4 @@ def detached(value: Any, op: Any) -> Any:
     return value
 
 
-__all__ = ["RowCall", "RowLeaf", "RowOutput", "Rowwise", "Seed", "detached", "parts"]
+__all__ = ["MaskedRows", "RowCall", "RowLeaf", "RowOutput", "Rowwise", "Seed", "detached", "parts"]

@@ -110,6 +110,15 @@ def test_an_attribute_of_a_tensor_is_read_by_its_name_whatever_dynamo_makes_of_i
     assert [name_of(node) for node in gm.graph.nodes if node.op.startswith("call_")] == [attribute, "add"]
 
 
+def test_ops_that_compute_without_a_gradient_switch_no_mode() -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    for op in (torch.ops.aten._no_grad_zero_, torch.ops.aten._no_grad_fill_.default):
+        x = graph.call_function(op, (x, *((1.0,) * (op is torch.ops.aten._no_grad_fill_.default))))
+    graph.output((x,))
+    assert not set(compat.unknown_modes(GraphModule(torch.nn.Module(), graph)))
+
+
 def _set_grad_enabled_anew(mode: bool) -> None:
     """What a torch might call its toggle."""
     torch.set_grad_enabled(mode)

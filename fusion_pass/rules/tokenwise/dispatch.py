@@ -36,10 +36,10 @@ from fusedhead.ir.logits import (
     Probs,
     Stack,
 )
-from fusedhead.ir.tokenwise import RowCall, Rowwise, Seed
+from fusedhead.ir.tokenwise import MaskedRows, RowCall, Rowwise, Seed
 from fusedhead.ir.tokenwise import parts as parts_of
 from fusedhead.rules.table import Family
-from fusedhead.rules.tokenwise.indexing import PICKS, picked
+from fusedhead.rules.tokenwise.indexing import PICKS, masked_rows, picked
 from fusedhead.rules.tokenwise.losses import LOSSES, nll
 from fusedhead.rules.tokenwise.operands import common_tail, heads_of, lined_up, same
 from fusedhead.rules.tokenwise.reductions import (
@@ -81,6 +81,12 @@ def read(target: Any, val: Any, traced: Any, args: tuple, kwargs: dict[str, Any]
         args, kwargs = tree_map(lambda x: widened(x, wanted), (args, kwargs))
     elif wanted != made and target not in CASTS:
         raise Escape(f"{target} gives {wanted} under autocast")
+    if target is aten.index.Tensor and (masked := masked_rows(args, kwargs)) is not None:
+        x, column = masked
+        where = read(aten.where.ScalarOther, x.val, x.val, (column, x, 0.0), {})
+        return MaskedRows(where.expr, where.val, where.tail, where.heads, args[1][0])
+    if target is not aten.sum.default and any(isinstance(x, MaskedRows) for x in tree_leaves((args, kwargs))):
+        raise Escape(f"{target} reads tokens that a mask picks, of which only the sum over everything is read")
     for matches, form in FORMS:
         found = form(target, val, args, kwargs) if matches(target) else NotImplemented
         if found is not NotImplemented:

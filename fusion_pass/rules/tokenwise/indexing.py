@@ -1,7 +1,8 @@
 """Picking tokens of what was made of logits token by token: it is made of the picked tokens instead.
 
-A divergence that is computed for every token and then indexed by a mask costs its picked tokens only. The pick moves
+A divergence that is computed for every token and then indexed by numbers costs its picked tokens only. The pick moves
 to where the expression begins: to the heads, whose rows commute with the projection, and to the tensors from outside.
+How many tokens a boolean mask picks is not known before it is run; of these the sum is read, Σ x[m] = Σ where(m, x, 0).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fusedhead.compat import maybe_get_fake_mode, tree_map
 from fusedhead.ir.logits import Call, Escape, Logits, Plain
 from fusedhead.ir.tokenwise import RowCall, RowLeaf, Rowwise, Seed
 from fusedhead.rules.table import RULES, Context
-from fusedhead.rules.tokenwise.operands import constants, size
+from fusedhead.rules.tokenwise.operands import constants, same, size
 
 aten = torch.ops.aten
 
@@ -55,6 +56,24 @@ def picked(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return RowCall(e.op, *tree_map(of_picked, (e.args, e.kwargs)))
 
     return Rowwise(of_picked(x.expr), val, tail, x.heads)
+
+
+def masked_rows(args: tuple, kwargs: dict[str, Any]) -> tuple[Rowwise, Plain] | None:
+    """What ``x[mask]`` picks tokens of, and the mask as a tensor that broadcasts to x; None for another index."""
+    x, indices = args if len(args) == 2 and not kwargs else (None, ())
+    mask = indices[0] if indices else None
+    if not isinstance(x, Rowwise) or not isinstance(mask, Plain) or any(i is not None for i in indices[1:]):
+        return None
+    dims = range(mask.val.ndim)
+    if mask.val.dtype != torch.bool or not dims or any(x.tail[: len(dims)]) or x.small or not x.val.is_floating_point():
+        return None
+    if len(dims) > x.val.ndim or not all(same(mask.val.shape[d], x.val.shape[d]) for d in dims):
+        return None
+    shape = [*mask.val.shape, *(1 for _ in range(x.val.ndim - len(dims)))]
+    column: Any = mask
+    for _ in range(x.val.ndim - len(dims)):
+        column = Call(aten.unsqueeze.default, (column, -1))
+    return x, Plain(column if isinstance(column, Call) else mask.ref, mask.val.reshape(shape))
 
 
 def by_number(target: Any, x: Rowwise, at: int, rest: tuple) -> tuple[Any, tuple]:
