@@ -32,7 +32,8 @@ checkpointing that the logits came from outside of. So too where an inference te
 What may differ from eager code, and never silently:
 
 * ``StaleLogits``: numbers are needed, or a loss, after an operand was written to, freed, or stepped by an optimizer
-  that wrote it. The message names the operand and the remedy. Nothing else raises it.
+  that wrote it. The message names the operand and the remedy. Nothing else raises it, but for a parameter that was
+  given other memory (``p.data = t``) and written to there: torch counts versions of both together.
 * the gradient of the logits themselves, first asked for after a loss was taken of them: an error with the remedy.
 * names in ``grad_fn``, the class of the tensor and weak references to it; functions in C++ that take the memory of a
   tensor that was not read yet (``to_dlpack`` of `torch.utils.dlpack`, the constructor of a subclass): torch's error.

@@ -125,6 +125,8 @@ class Request:
         return variants[0][1]
 
     def learn(self, exact: frozenset[int] | None) -> tuple[Guard, Outcome]:
+        if exact is not None and not self.runs_on_stand_ins():
+            return ALWAYS, RESORT
         chain = list(ancestry(self.subjects[0]))
         steps, made = self.steps([t._known for t in chain])
         subjects, lineage = made[: len(self.subjects)], made[len(self.subjects) :]
@@ -141,6 +143,14 @@ class Request:
             name = getattr(call.func, "__name__", call.func)
             log.info("deferred logits are computed for %s: %s", name, outcome.reason)
         return guard, outcome
+
+    def runs_on_stand_ins(self) -> bool:
+        """Whether the call needs no numbers: found with sizes that are numbers, before it is tried with symbols."""
+        try:
+            self.recorded.on_stand_ins()
+        except Exception:  # made on real tensors, it will say
+            return False
+        return True
 
     def pays(self, outcome: Outcome) -> bool:
         """Whether the logits are enough for a row program, if it takes one."""

@@ -66,6 +66,8 @@ class DeferredLogits(Tensor):
         kwargs = kwargs or {}
         if func in METADATA:
             first = args[0] if args else next(iter(kwargs.values()))
+            if func is Tensor._is_view and compiling():
+                return False  # for compilers it has no base either
             known = existing(first) if isinstance(first, DeferredLogits) and first._plain is not None else first
             if func is Tensor.storage_offset and known is first and not compiling():
                 return first._known.layout.offset
@@ -87,6 +89,8 @@ class DeferredLogits(Tensor):
         known = args[0]._known if args and isinstance(args[0], DeferredLogits) else None
         if known is not None and known.origin is None and func in (aten.detach.default, aten.alias.default):
             return inside_compiler(known.program, tuple(map(func, known.leaves)), known.layout)
+        if torch.Tag.inplace_view in func.tags and known is not None and known.origin is not None:
+            return reshaped(func, args, kwargs or {})
         args, kwargs = tree_map_only(DeferredLogits, numbers, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -139,6 +143,17 @@ def numbers(tensor: DeferredLogits) -> Tensor:
             return tensor._known.program(*tensor._known.leaves)
     with torch.overrides.enable_reentrant_dispatch():  # what exists from here on has a history
         return plain(tensor).detach()
+
+
+def reshaped(func: Any, args: tuple, kwargs: dict[str, Any]) -> DeferredLogits:
+    """A write below Python to the shape or memory of deferred logits (``z.set_()``), made to what they stand for."""
+    with torch.overrides.enable_reentrant_dispatch():
+        made = plain(args[0])
+    rest, kwargs = tree_map_only(DeferredLogits, numbers, (args[1:], kwargs))
+    func(made, *rest, **kwargs)
+    if not made.is_inference():
+        torch.autograd.graph.increment_version(made)
+    return args[0]
 
 
 SPENT = Program((), Leaf(0))  # of a tensor that exists
