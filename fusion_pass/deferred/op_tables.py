@@ -117,9 +117,9 @@ _BITWISE = words("__invert__ bitwise_not __and__ __or__")  # of numbers they are
 def fails_at_once(func: Callable[..., Any], args: tuple) -> bool:
     """Whether eager code gives an error at this call that stand-ins do not show: it must not come later instead."""
     name = getattr(func, "__name__", "")
-    if name == "index_select" and len(args) > 2 and isinstance(args[2], Tensor):
-        if args[2].ndim > 1 or args[2].dtype not in (torch.int32, torch.int64):
-            return True
+    numbers = args[2] if name == "index_select" and len(args) > 2 else None
+    if isinstance(numbers, Tensor) and (numbers.ndim > 1 or numbers.dtype not in (torch.int32, torch.int64)):
+        return True
     if name in _BITWISE:
         return any(isinstance(a, Tensor) and a.is_floating_point() for a in args)
     return any(_misses(index, size) for index, size in _indexed(name, args))
