@@ -74,8 +74,8 @@ NUMBERS = words(
     __array__ __array_wrap__ __bool__ __complex__ __contains__ __deepcopy__ __dlpack__ __dlpack_device__ __float__
     __format__ __index__ __int__ __long__ __nonzero__ __reduce__ __reduce_ex__ __repr__ __setstate__
     _reduce_ex_internal _typed_storage allclose as_nested_tensor as_strided as_subclass backward cpu cuda data_ptr
-    equal from_dlpack grad hpu ipu is_nonzero is_pinned is_set_to is_shared item mtia nested_tensor numpy pin_memory
-    share_memory_ storage storage_type to_dense to_mkldnn to_sparse tolist untyped_storage xpu
+    equal from_dlpack grad hpu ipu is_nonzero is_pinned is_set_to is_shared item mtia nested_tensor new_tensor numpy
+    pin_memory share_memory_ storage storage_type to_dense to_mkldnn to_sparse tolist untyped_storage xpu
     """
 )
 LAZY_PROPERTIES = frozenset({"T", "mT", "data"})

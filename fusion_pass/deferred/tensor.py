@@ -9,10 +9,12 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 
 from fusedhead.compat import (
     TracingContext,
@@ -155,6 +157,9 @@ def reshaped(func: Any, args: tuple, kwargs: dict[str, Any]) -> DeferredLogits:
         torch.autograd.graph.increment_version(made)
     return args[0]
 
+
+# a queue between processes takes tensors by their class: these as the ordinary ones, whose memory it shares
+ForkingPickler.register(DeferredLogits, lambda tensor: reduce_tensor(plain(tensor)))
 
 SPENT = Program((), Leaf(0))  # of a tensor that exists
 

@@ -1,6 +1,6 @@
 """Views and copies of returned logits that a compiled model takes without gradients: what they say and what they give.
 
-    FUSEDHEAD_VIEWS=1 python -m pytest tests/deferred/test_views_without_gradients.py    # all; else some
+FUSEDHEAD_VIEWS=1 python -m pytest tests/deferred/test_views_without_gradients.py    # all; else some
 """
 
 from __future__ import annotations
