@@ -18,7 +18,9 @@ from torch.testing._internal.generated.annotated_fn_args import annotated_args
 Call = Callable[[Tensor], Any]
 Other = Callable[[Tensor], Any]  # what stands where a second tensor is asked for
 # of other processes, or of an object and not of the tensor
-LEFT = ("data_ptr", "_cdata", "distributed", "__torch_function__", "__torch_dispatch__", "__getattribute__", "__setstate__")
+LEFT = (
+    "data_ptr", "_cdata", "distributed", "__torch_function__", "__torch_dispatch__", "__getattribute__", "__setstate__",
+)  # fmt: skip
 NAMED: dict[str, Any] = {
     "equation": "...v->...", "pad": (1, 1), "callable": lambda a: a, "hook": lambda grad: grad, "dtype": torch.float32,
     "kernel_size": 1, "output_size": 1, "norm_type": 2.0, "exponent": 2.0, "num_groups": 1, "num_heads": 1,
