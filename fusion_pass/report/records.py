@@ -16,7 +16,7 @@ from fusedhead.analysis.interpreter import Site
 from fusedhead.analysis.source_lines import module
 from fusedhead.analysis.token_regions import Region
 from fusedhead.graph.nodes import fake, hint
-from fusedhead.ir.logits import leaves
+from fusedhead.ir.logits import Stack, leaves
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.tokenwise.engine import operands
 from fusedhead.kernels.tokenwise.program import read
@@ -113,7 +113,8 @@ def asked_outside(site: Site, memory: int) -> Price:
 
 
 def tokens_of(site: Site) -> Any:
-    shape = fake(site.head.node).shape[:-1] if fake(site.head.node).ndim else ()
+    value = fake(site.head.node) if isinstance(site.head, Stack) else site.head.hidden.val
+    shape = value.shape[:-1] if value.ndim else ()
     if site.terminals:
         logits = site.terminals[0][1].logits
         shape = [s for d, s in enumerate(logits.val.shape) if d != logits.class_dim]

@@ -55,6 +55,8 @@ class Recipe:
     graded: tuple[int, ...]
     least: int = 0  # fewer logits are computed at once, where their number was not known when the graph was compiled
     runs: tuple[Run, ...] = ()  # of the heads whose logits it computes, to be told what becomes of them
+    # of several heads: the sources (of those that are tensors) that each one's weight is made of
+    weights: tuple[frozenset[int], ...] = ()
 
 
 def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[list[Node], list[Node]]:

@@ -148,6 +148,8 @@ def expression(value: Followed, seed: Seed, dtype: torch.dtype) -> Seed | RowCal
 
 
 def pointwise(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Rowwise:
+    if not isinstance(val, Tensor):
+        raise Escape(f"{target} has several results")
     operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Rowwise)]
     return entrywise(target, val, args, kwargs, common_tail(val, operands), heads_of(operands))
 
@@ -190,6 +192,8 @@ def taken_apart(parts: Callable[..., Any], target: Any, val: Any, args: tuple, k
             continue
         here, named = tree_map(lambda n: env[n] if isinstance(n, Node) else n, (tuple(node.args), dict(node.kwargs)))
         if node.target is operator.getitem:
+            if not isinstance(here[0], (list, tuple)):
+                raise Escape(f"{target} takes one of several results that do not come from the logits")
             env[node] = here[0][here[1]]
         elif any(isinstance(x, Rowwise) for x in tree_leaves((here, named))):
             if node.target is target:
