@@ -1,7 +1,8 @@
 """Folds the partial rows of a sweep into row statistics.
 
     ref2 = max ref2_s,  total = Σ_s total_s 2^(ref2_s - ref2),  lse = ref2 / L + ln total
-    entropy = ln total - ln 2 · moment / total, Σ u (lse - z) = Σ u ln total - Σ u (z·L - ref2) / L, max and argmax by the largest key, then the smallest column
+    entropy = ln total - ln 2 · moment / total, max and argmax by the largest key, then the smallest
+    column, Σ u (lse - z) = Σ u ln total - Σ u (z·L - ref2) / L
 
 in: part [up to 6, size] float32, part_top [2, size] int32 (`device.schedule` places them). out: [N] vectors.
 Partial rows of programs merge exactly as those of tensor-parallel ranks would. Bytes: N · slots · 8 to 24.
@@ -127,7 +128,8 @@ def merge_kernel(
 
 
 MERGE_ROWS = 16
-DEFAULTS: dict[str, Any] = dict.fromkeys(("REF", "FINITE", "ONLY", "SUM", "SPREAD", "ENTROPY", "TOP"), False) | {"SHIFT": 0.0}
+FLAGS = ("REF", "FINITE", "ONLY", "SUM", "SPREAD", "ENTROPY", "TOP")
+DEFAULTS: dict[str, Any] = dict.fromkeys(FLAGS, False) | {"SHIFT": 0.0}
 
 
 @lru_cache(maxsize=KEPT)
