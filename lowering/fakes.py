@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedhead.kernels.contract import stat_dtype
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.lowering.checks import asked
-from fusedhead.lowering.kept import kept_rows
+from fusedhead.lowering.retention import kept_rows
 
 
 def _present(like: Tensor, given: bool, shape: tuple, dtype: torch.dtype) -> Tensor:

@@ -24,9 +24,9 @@ from fusedhead.kernels.tokenwise import engine as tokenwise_engine
 from fusedhead.kernels.tokenwise.compiled import above_autograd
 from fusedhead.kernels.tokenwise.program import read, run
 from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE, scaled, upstream_scale
-from fusedhead.lowering.kept import keeps, kept_rows
 from fusedhead.lowering.ops import as_written
 from fusedhead.lowering.plan.tokenwise import RowPlan, row_plan
+from fusedhead.lowering.retention import keeps, kept_rows
 
 SCHEMAS = {
     "head_rows": "(Tensor[] tensors, str program, int memory, int keep_below=0) -> Tensor[]",

@@ -267,8 +267,8 @@ def test_kept_products_spare_the_second_one_of_every_head_and_change_nothing(
     limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, counts, seen = [], [], []
-    product = row_windows.product
-    monkeypatch.setattr(row_windows, "product", lambda *given: seen.append(0) or product(*given))
+    product = tokenwise_engine.product
+    monkeypatch.setattr(tokenwise_engine, "product", lambda *given: seen.append(0) or product(*given))
     for below in (0, limit * 2 * 4 * V):
         torch.manual_seed(0)
         tensors = inputs()

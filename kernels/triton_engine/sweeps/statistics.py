@@ -25,7 +25,13 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_engine.device.product import column_part, product
-from fusedhead.kernels.triton_engine.device.rows import class_weights, finite_or_zero, order_key, store_labelled, weighted_sum
+from fusedhead.kernels.triton_engine.device.rows import (
+    class_weights,
+    finite_or_zero,
+    order_key,
+    store_labelled,
+    weighted_sum,
+)
 from fusedhead.kernels.triton_engine.device.schedule import any_marked, locate, partial_offset, step_counts
 from fusedhead.kernels.triton_engine.device.transform import decided, steps_of, transform
 from fusedhead.kernels.triton_engine.device.vectors import prefetch_columns
