@@ -137,8 +137,10 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
             # dh's own rows hold s ⊙ h until dw has used it
             sh = None if dw is None else row_dh if scaled is None else first_rows(scaled, m)
             rows = (reference2, row_picked, slope, totals)
-            row_sums = [None if x is None else rows_of(x, i) for x in (total, spread)]
-            scale = finalize(s, part, exps, *rows, c, row_lse, row_low, *row_sums, weight, sh, gain, tie, other_lse)
+            row_total = None if total is None else rows_of(total, i)
+            row_spread = None if spread is None else rows_of(spread, i)
+            sums = (row_total, row_spread, weight)
+            scale = finalize(s, part, exps, *rows, c, row_lse, row_low, *sums, sh, gain, tie, other_lse)
             if gone is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
                 for factor in (scale, sh):
                     if factor is not None:
