@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from fusedhead.analysis.projections import ANCHORS
+from fusedhead.analysis.stacked_heads import SPELLED
 from fusedhead.backend import run_pass
+from fusedhead.legality.missed_heads import CARRYING
 from fusedhead.options import Options
 from fusedhead.rules.projections import SPELLINGS
-from fusedhead.analysis.stacked_heads import SPELLED
-from fusedhead.legality.missed_heads import CARRYING
 from tests.fuzz.odd_graphs import drawn
 
 GRAPHS = int(os.environ.get("FUSEDHEAD_ODD_GRAPHS", "150"))
