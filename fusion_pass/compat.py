@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     from torch import _TorchCompileInductorWrapper as InductorWrapper  # noqa: F401
     from torch._C import DispatchKey  # noqa: F401
     from torch._decomp import decomposition_table  # noqa: F401
+    from torch._dispatch.python import enable_python_dispatcher  # noqa: F401
     from torch._dynamo.source import AttrSource, ConstantSource  # noqa: F401
     from torch._guards import TracingContext  # noqa: F401
     from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: F401
@@ -84,6 +85,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "disable_current_modes": ("torch.utils._python_dispatch", "_disable_current_modes"),
     "disable_torch_function_subclass": ("torch._C", "DisableTorchFunctionSubclass"),
     "dispatch_modes": ("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack"),
+    "enable_python_dispatcher": ("torch._dispatch.python", "enable_python_dispatcher"),
     "enter_autocast": ("torch.amp.autocast_mode", "_enter_autocast"),
     "exit_autocast": ("torch.amp.autocast_mode", "_exit_autocast"),
     "function_transform_level": ("torch._C._functorch", "maybe_current_level"),

@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 
 from fusedhead.analysis.interpreter import interpret
 from fusedhead.analysis.projections import ANCHORS
-from fusedhead.compat import enter_autocast, exit_autocast, maybe_get_fake_mode, tree_leaves
+from fusedhead.compat import enable_python_dispatcher, enter_autocast, exit_autocast, maybe_get_fake_mode, tree_leaves
 from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import callee, fake, name_of, where
 from fusedhead.report.report import HeadRecord
@@ -221,7 +221,7 @@ def valued(node: Node, expected: Any, live: dict[Node, Any]) -> Any:
     """The value of a copied node on its own operands. Raises NotTheSame if it is none that the region had."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: live[n] if n in live else fake(n))
     modes = (maybe_get_fake_mode(fake(n)) for n in node.graph.nodes if isinstance(fake(n), Tensor))
-    with next((m for m in modes if m is not None), None) or nullcontext():
+    with next((m for m in modes if m is not None), None) or nullcontext(), enable_python_dispatcher():
         value = callee(node)(*args, **kwargs)
     if expected is not None and not all(map(alike, *map(tree_leaves, (value, expected)))):
         raise NotTheSame(f"{node.name} differs from what the region has")
