@@ -47,3 +47,25 @@ def gathered_along_classes() -> bool:
     from torch.distributed._functional_collectives import all_gather_tensor
 
     return in_one_graph(lambda z: all_gather_tensor(z, -1, dist.group.WORLD) + 1, torch.randn(2, 3))
+
+
+@cache
+def hook_op() -> str:
+    """What takes a tensor that a compiled function hooks: to an older Dynamo, an autograd function."""
+    names: list[str] = []
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        names.extend(getattr(node.target, "__name__", str(node.target)) for node in gm.graph.nodes)
+        return gm.forward
+
+    def program(x: Tensor) -> Tensor:
+        y = x * 2
+        y.register_hook(lambda g: g * 2)
+        return y.exp()
+
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.compile(program, backend=backend)(torch.randn(3, requires_grad=True))
+    torch.compiler.reset()
+    return "register_hook" if "register_hook" in names else "autograd_function_apply"
