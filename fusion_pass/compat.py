@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     from torch import _TorchCompileInductorWrapper as InductorWrapper  # noqa: F401
     from torch._C import DispatchKey  # noqa: F401
     from torch._decomp import decomposition_table  # noqa: F401
+    from torch._dispatch.python import enable_python_dispatcher  # noqa: F401
     from torch._dynamo.source import AttrSource, ConstantSource  # noqa: F401
     from torch._guards import TracingContext  # noqa: F401
     from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: F401

@@ -107,7 +107,7 @@ def fuse_graph(
     report = Report(graphs=1)
     wrap: Wrap = unwrapped
     changed = False
-    report.heads += inline_regions.inline(gm)
+    report.heads += inline_regions.inline(gm, torch.is_grad_enabled())
     taken_out = inline_checkpoints.open_heads(gm) if twice else []
     deferred = options.logits == "deferred" and not sharding.given_back(gm.graph)
     for module, owner, grad, calls in bodies(gm):

@@ -186,8 +186,12 @@ LEAST_TOKENS = 64  # fewer are not worth deferring when no gradient is recorded:
 
 
 def differentiable(recipe: Recipe, sources: Sequence[Any]) -> bool:
-    """Whether the result has a gradient: not where a compiler has made the sources without."""
-    return bool(recipe.graded) and all(sources[at].requires_grad for at in recipe.graded)
+    """Whether the result has a gradient: not where a compiler has made the sources without.
+
+    Inputs say for themselves whether they have one: not every Dynamo guards on it, as where a head is frozen later.
+    """
+    made = [at for at in recipe.graded if recipe.sources[at].op != "placeholder"]
+    return any(sources[at].requires_grad for at in recipe.graded) and all(sources[at].requires_grad for at in made)
 
 
 def compute_now(recipe: Recipe, sources: Sequence[Any]) -> Tensor:
