@@ -54,7 +54,6 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     clear_function_transforms: Callable[[], Any]
     disable_torch_function_subclass: Any
     dispatch_modes: Callable[[], list[Any]]
-    enable_python_dispatcher: Callable[[], AbstractContextManager[object]]
     function_transform_level: Callable[[], int | None]
     has_kernel_for_key: Callable[[str, str], bool]
     make_wrapper_subclass: Callable[..., Any]
