@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
