@@ -1,6 +1,6 @@
 """The value of one node from the values of its inputs: through its ATen trace, by the rules, or token by token.
 
-What cannot be read is an `Escape`. This file knows no graph around the node, and no site.
+What cannot be read is an `Escape`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch.fx.node import map_arg
 
 from fusedhead.compat import HigherOrderOperator, OpOverload, tree_leaves, unset_fake_temporarily
 from fusedhead.graph.dry_run import changed_arguments
-from fusedhead.graph.nodes import fake, inputs, name_of, trace
+from fusedhead.graph.nodes import fake, inputs, name_of
+from fusedhead.graph.op_names import PROJECTIONS
+from fusedhead.graph.tracing import trace
 from fusedhead.ir.logits import FOLLOWED, Call, Escape, Followed, Plain, detached
 from fusedhead.ir.terminal import Terminal
 from fusedhead.ir.tokenwise import Rowwise
 from fusedhead.rules import RULES
-from fusedhead.rules.projections import SPELLINGS
 from fusedhead.rules.setitem import columns_set
 from fusedhead.rules.table import Context
 from fusedhead.rules.tokenwise.dispatch import read as by_rows
@@ -37,12 +38,12 @@ def all_followed(values: Any) -> list[Followed]:
     return [v for v in tree_leaves(values, is_leaf=is_value) if isinstance(v, FOLLOWED)]
 
 
-def evaluate(node: Node, program: GraphModule, known: dict[Node, Any]) -> Any:
+def evaluate(node: Node, program: GraphModule, values: dict[Node, Any]) -> Any:
     """The value of one Dynamo node from its inputs' values, through its ATen trace and the rules."""
-    given = [known.get(source, Plain(source, fake(source))) for source in inputs(node)]
+    operands = [values.get(source, Plain(source, fake(source))) for source in inputs(node)]
     env: dict[Node, Any] = {}
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-    env.update(zip(placeholders, given))
+    env.update(zip(placeholders, operands))
     check_writes(program)
     calls = [n for n in program.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
     for op in program.graph.nodes:
@@ -79,11 +80,11 @@ def check_writes(program: GraphModule) -> None:
         changed = tree_leaves(list(changed_arguments(op.target, op.args, op.kwargs)))
         for target in (x for x in changed if isinstance(x, Node)):
             if target.op == "placeholder":
-                known = result is op
+                is_named = result is op
             else:
-                others = [user for user in target.users if user is not op]
-                known = not shares(target) and all(user < op and not shares(user) for user in others)
-            if not known:
+                readers = [user for user in target.users if user is not op]
+                is_named = not shares(target) and all(user < op and not shares(user) for user in readers)
+            if not is_named:
                 raise Escape(f"{name_of(op)} writes to memory that has several names")
 
 
@@ -105,16 +106,16 @@ def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> 
     single = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Rowwise) and x.val.ndim == 0]
     if single:  # it is small, and stays a result of the row program; the program's own ops take it from there
         raise Escape(f"{name_of(op)} is taken of a single number that comes from the logits")
-    unread = Escape(f"{name_of(op)} is not read by any rule ({op.target})")
+    no_rule = Escape(f"{name_of(op)} is not read by any rule ({op.target})")
     try:
         if target not in RULES or any(isinstance(x, Rowwise) for x in tree_leaves((args, kwargs))):
-            raise unread
+            raise no_rule
         return RULES[target](context, *args, **kwargs)
     except Escape as escape:
         try:
             return by_rows(target, context.val, op.meta.get("val"), args, kwargs)
         except Escape as rowwise:
-            raise (rowwise if escape is unread else escape) from rowwise
+            raise (rowwise if escape is no_rule else escape) from rowwise
 
 
 def is_mutable(target: Any) -> bool:
@@ -141,10 +142,10 @@ def constant(tensor: Any, node: Node) -> Plain:
 
 
 def is_projection(op: Node) -> bool:
-    return name_of(op) in SPELLINGS
+    return name_of(op) in PROJECTIONS
 
 
-def follow(node: Node, values: dict[Node, Any], traced: Callable[[Node], GraphModule] = trace) -> Any:
+def trace_value(node: Node, values: dict[Node, Any], traces: Callable[[Node], GraphModule] = trace) -> Any:
     """`evaluate`, for the nodes that have no ATen trace of their own too."""
     if name_of(node) == "getitem" and isinstance(values.get(node.args[0]), (list, tuple)):  # type: ignore[arg-type]
         return values[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -159,7 +160,7 @@ def follow(node: Node, values: dict[Node, Any], traced: Callable[[Node], GraphMo
     if not isinstance(fake(node), (torch.Tensor, tuple, list)):
         raise Escape(f"{name_of(node)} of the logits is no tensor")
     try:
-        program = traced(node)
+        program = traces(node)
     except Exception as error:  # a node that cannot be traced alone is a use we cannot read
         raise Escape(f"{name_of(node)} cannot be traced alone ({type(error).__name__}: {error})") from error
     return evaluate(node, program, values)

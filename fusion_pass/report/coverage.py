@@ -1,7 +1,7 @@
 """What the pass reads and what it leaves, as a table for people and as the list of its sentences, out of the code.
 
-The ops of a row are those of the module's rules; the words beside them stand in the module, as its ``FAMILY``.
-Sentences are the texts of every ``Escape``. ``python -m fusedhead.rules`` prints both; nothing else imports this file.
+The ops of a row are those of a module's rules, and the words beside them stand in the module, as its ``FAMILY``; rows
+about passes stand here. Sentences are the texts of every ``Escape``. ``python -m fusedhead.rules`` prints both.
 """
 
 from __future__ import annotations
@@ -10,41 +10,80 @@ import ast
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from fusedhead.analysis import stacked_heads
-from fusedhead.canonicalize import duplicate_transposed
-from fusedhead.legality import checks, profitability
 from fusedhead.lowering.cache_key import sources
-from fusedhead.rewrite import returned_logits
 from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointwise, projections, reductions, views
 from fusedhead.rules.table import Family
 from fusedhead.rules.tokenwise import dispatch as tokenwise
 
-PARTS: tuple[ModuleType, ...] = (
-    projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise, stacked_heads,
-    duplicate_transposed, returned_logits, checks, profitability,
-)  # fmt: skip
+# Parts of a program that no rule of an op is about.
+PASSES = (
+    Family(
+        "several pieces, several heads",
+        "loops over rows or over pieces of the tokens or of the weight (one sweep for all of them, one gradient of the "
+        "weight); logits put together from pieces; heads stacked under one loss",
+        "pieces that something else reads or writes to",
+    ),
+    Family(
+        "losses in both directions",
+        "one loss along the classes and one along the other dimension of the same product (CLIP), as two heads",
+        "",
+    ),
+    Family(
+        "returned logits",
+        "deferred: no memory, no backward, until something other than a loss asks for them; also of weights that the "
+        "graph makes of its parameters, and of stacked heads",
+        "logits, or what they are made of, that are written later",
+    ),
+    Family(
+        "where",
+        "training, `no_grad`, `inference_mode`, autocast, activation checkpointing, `nested_compile_region`, gradient "
+        "accumulation, several heads, `dynamic=True`, `mode=`",
+        "inside `torch.func` transforms; DTensor and other tensor subclasses; where hidden states, weight or labels "
+        "are written between the projection and the loss",
+    ),
+    Family(
+        "size",
+        "2²⁰ logits and more, on CUDA 2²²; token by token, logits of 128 MiB and more, on CUDA 4 GiB",
+        "smaller heads, and such as would hold more than their logits; each call decides where tokens are a symbol; "
+        "`fusedhead.min_logits` moves the limit",
+    ),
+)
+
+
+class Part(NamedTuple):
+    """A row of the table: the words, and the module whose rules have the ops."""
+
+    family: Family
+    module: ModuleType | None = None
+
+
+RULES_OF = (projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise)
+PARTS = (*(Part(module.FAMILY, module) for module in RULES_OF), *map(Part, PASSES))
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 MARKERS = ("<!-- python -m fusedhead.rules -->", "<!-- end -->")
 
 
-def overloads(module: ModuleType) -> list[Any]:
-    """The ATen overloads that a module reads: those of its rules, and of its tables of overloads."""
+def overloads(part: Part) -> list[Any]:
+    """The ATen overloads that a part is about: those of its module's rules, and of its tables of overloads."""
+    module = part.module
+    if module is None:
+        return []
     ruled = [target for target, rule in RULES.items() if rule.__module__ == module.__name__]
     tabled = getattr(module, "LISTED", ())
     return [*ruled, *(target for table in tabled for target in table)]
 
 
-def ops(module: ModuleType) -> list[str]:
+def ops(part: Part) -> list[str]:
     """Their names as users write them, each once."""
-    names = (target._schema.name.removeprefix("aten::") for target in overloads(module))
+    names = (target._schema.name.removeprefix("aten::") for target in overloads(part))
     return list(dict.fromkeys(name for name in names if not name.startswith(("_", "special_"))))
 
 
-def cells(module: ModuleType) -> tuple[str, str, str]:
-    family: Family = module.FAMILY
-    named = ", ".join(f"`{name}`" for name in ops(module))
+def cells(part: Part) -> tuple[str, str, str]:
+    family = part.family
+    named = ", ".join(f"`{name}`" for name in ops(part))
     return family.part, f"{family.fused}. Ops: {named}" if named else family.fused, family.left
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
+from fusedhead.analysis.cost import mebibytes
 from fusedhead.graph.run_counts import GraphRun, Run
 
 
@@ -126,6 +129,14 @@ class HeadRecord:
         )
 
 
+class PassRecord(NamedTuple):
+    """One run of one pass of the pipeline."""
+
+    name: str
+    edits: int  # nodes made, erased and changed
+    milliseconds: float
+
+
 @dataclass
 class Report:
     """Everything the pass has to say about one compiled function (one or several graphs)."""
@@ -137,6 +148,8 @@ class Report:
     milliseconds: float = 0.0  # spent in the pass
     errors: list[str] = field(default_factory=list)  # what made the pass step back, or a compilation fail, if anything
     run: GraphRun = field(default_factory=GraphRun, repr=False)  # of a single graph
+    passes: list[PassRecord] = field(default_factory=list, repr=False)  # of the pipeline, in order
+    shows_passes: bool = False  # whether the text ends with their table
 
     def extend(self, other: Report) -> None:
         self.heads += other.heads
@@ -145,6 +158,7 @@ class Report:
         self.graphs += other.graphs
         self.milliseconds += other.milliseconds
         self.errors += other.errors
+        self.passes += other.passes
 
     def failed(self, error: BaseException) -> None:
         """The graph could not be compiled: whoever goes on, goes on without it."""
@@ -163,7 +177,18 @@ class Report:
         )
         seen = [head.seen() for head in self.heads]
         lines = [title, *table(seen), *(f"the pass stepped back: {error}" for error in self.errors)]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(pass_table(self.passes) if self.shows_passes else ())])
+
+
+def pass_table(passes: Sequence[PassRecord]) -> list[str]:
+    """The passes as lines ``pass | edits | ms``, each once, in the order in which they first ran."""
+    edits, milliseconds = Counter[str](), dict[str, float]()
+    for name, count, spent in passes:
+        edits[name] += count
+        milliseconds[name] = milliseconds.get(name, 0.0) + spent
+    width = max(map(len, milliseconds), default=0)
+    rows = [f"{name:{width}} | {edits[name]:5} | {spent:8.2f}" for name, spent in milliseconds.items()]
+    return [f"{'pass':{width}} | edits |       ms", *rows]
 
 
 COLUMNS = ("fused", "where", "computes", "N", "D", "V", "logits", "engine", "saved")
@@ -205,7 +230,3 @@ def plural(count: int, noun: str) -> str:
 
 def times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
-
-
-def mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"

@@ -23,8 +23,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import map_arg
 
+from fusedhead.analysis.body import Body
+from fusedhead.analysis.cost import NO_GRADIENT, price_of_statistics, price_of_token_program
 from fusedhead.compat import HigherOrderOperator
-from fusedhead.graph.facts import Places
+from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.motion import hoist, overwritten
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.ir.builder import Emit, named
@@ -34,8 +36,8 @@ from fusedhead.rewrite.loss_tail import (
     depends_on,
     differentiable,
     first_use,
+    gradient_transparent,
     name_index,
-    passed_on,
     squares_of_lse,
     tails,
     writes_into,
@@ -47,10 +49,22 @@ TRIES = 4  # scalars looked at before giving up: the total loss, and what it was
 IN_HALF = "in float16 a gradient taken before the loss scale is known would underflow"
 TIE = 7  # which output of `head_loss` it is
 CONSTANT = {STATS.index("lse_low"): 8, STATS.index("spread"): 9}  # outputs without a gradient: of `head_stats`, of it
-NONE_NEEDED = "no gradient is needed"
 
 
-class Form(NamedTuple):
+def run(body: Body) -> None:
+    """Take the gradients of the emitted calls in the forward sweep where their loss is linear; note what they cost."""
+    budget = body.options.budget
+    for emitted in sorted(body.emitted, key=lambda emitted: emitted.token_by_token):
+        if emitted.token_by_token:
+            for call in emitted.calls:
+                price = price_of_token_program(call, budget)  # reads the call, which an upgrade replaces
+                emitted.prices.append(price(body.recomputes or upgrade_rows(call, body.facts)))
+        else:
+            price = price_of_statistics(emitted.calls[0], budget)
+            emitted.prices.append(price(body.recomputes or upgrade(*emitted.calls, facts=body.facts)))
+
+
+class CallFamily(NamedTuple):
     """What tells the two pairs of ops apart."""
 
     squares: Callable[[Sequence[Node], Sequence[Node]], list[Node]]  # of statistics that are statistics themselves
@@ -58,24 +72,24 @@ class Form(NamedTuple):
     replace: Callable[[Emit, Node, dict[Node, Node], Sequence[Node]], Sequence[Node]]  # -> what ties the loss to it
 
 
-def upgrade_rows(call: Node, places: Places) -> str:
+def upgrade_rows(call: Node, facts: GraphFacts) -> str:
     """Turn a ``head_rows`` call into ``head_rows_loss`` where the tail allows it: "" when done, else why not."""
     tensors: Any = call.args[0]
     if not any(map(differentiable, tensors)) or not any(map(differentiable, call.users)):
-        return NONE_NEEDED
+        return NO_GRADIENT
     if any(differentiable(t) and fake(t).dtype == torch.float16 for t in tensors):
         return IN_HALF
-    return first_tail([call], [user for user in call.users if user.users and differentiable(user)], ROWS, places)
+    return first_tail([call], [user for user in call.users if user.users and differentiable(user)], ROWS, facts)
 
 
-def upgrade(*calls: Node, places: Places) -> str:
+def upgrade(*calls: Node, facts: GraphFacts) -> str:
     """Turn ``head_stats`` calls whose results meet into ``head_loss`` where the tail allows it.
 
     Returns "" when done, else the sentence that says why the gradients are recomputed instead.
     """
     for call in calls:
         if not any(needs_of(call)) or not any(map(differentiable, call.users)):
-            return NONE_NEEDED
+            return NO_GRADIENT
         if fake(call.args[0]).dtype == torch.float16:  # type: ignore[arg-type]
             return IN_HALF
         others = sorted(STATS.index(name) for name in str(call.args[7]).split(",") if name not in LINEAR_STATS)
@@ -83,13 +97,13 @@ def upgrade(*calls: Node, places: Places) -> str:
             named = ", ".join(sorted(STATS[at] for at in others if at not in CONSTANT))
             return f"{named} is asked for as well"
     statistics = [user for call in calls for user in call.users if user.users and name_index(user) not in CONSTANT]
-    return first_tail(calls, statistics, STATISTICS, places)
+    return first_tail(calls, statistics, STATISTICS, facts)
 
 
-def first_tail(calls: Sequence[Node], statistics: Sequence[Node], form: Form, places: Places) -> str:
+def first_tail(calls: Sequence[Node], statistics: Sequence[Node], family: CallFamily, facts: GraphFacts) -> str:
     reason = "the per-row results are not reduced to one scalar"
     for tail in islice(tails(statistics), TRIES):
-        reason = try_tail(calls, statistics, tail, form, places)
+        reason = try_tail(calls, statistics, tail, family, facts)
         if not reason:
             break
     return reason
@@ -102,20 +116,20 @@ def needs_of(call: Node) -> list[bool]:
 
 
 def try_tail(
-    calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[Node], form: Form, places: Places
+    calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[Node], family: CallFamily, facts: GraphFacts
 ) -> str:
     """`upgrade` with one tail: "" when done."""
-    impure = next((node for call in calls if (node := writes_into(call, tail[-1], places)) is not None), None)
+    impure = next((node for call in calls if (node := writes_into(call, tail[-1], facts)) is not None), None)
     if impure is not None:
         return f"{name_of(impure)} works in place on the loss"
     unread = next((node for node in tail if isinstance(node.target, HigherOrderOperator)), None)
     if unread is not None:
         return f"{name_of(unread)} takes the loss, and what it does with it is not read"
     inside = {*statistics, *tail}
-    passed = passed_on(tail, statistics)
+    passed = gradient_transparent(tail, statistics)
     read = (source for node in tail if node not in passed for source in node.all_input_nodes)
     others = list(dict.fromkeys(source for source in read if source not in inside))
-    squares = form.squares(statistics, tail) if len(calls) == 1 else []
+    squares = family.squares(statistics, tail) if len(calls) == 1 else []
     program = coefficients(statistics, squares, tail, others, passed)
     if isinstance(program, str):
         return program
@@ -128,25 +142,27 @@ def try_tail(
     if blocked is not None:
         return f"{blocked.name} depends on the per-row results themselves"
     anchor = first_use([user for call in calls for user in call.users])
-    if overwritten(operands, anchor, tail[-1], places):
+    if overwritten(operands, anchor, tail[-1], facts):
         return "an operand of the loss is changed in place after the head"
-    forbidden = hoist(operands, anchor, places)
-    return forbidden or replace(calls, statistics, squares, others, program, anchor, tail[-1], form)
+    forbidden = hoist(operands, anchor, facts)
+    gradient = TailGradient(statistics, squares, others, program)
+    return forbidden or replace(calls, gradient, anchor, tail[-1], family)
 
 
-def replace(
-    calls: Sequence[Node],
-    statistics: Sequence[Node],
-    squares: Sequence[Node],
-    others: Sequence[Node],
-    program: GraphModule,
-    anchor: Node,
-    scalar: Node,
-    form: Form,
-) -> str:
+class TailGradient(NamedTuple):
+    """The gradient of a linear tail: ``program`` computes it for ``statistics`` and ``squares`` from ``others``."""
+
+    statistics: Sequence[Node]
+    squares: Sequence[Node]
+    others: Sequence[Node]
+    program: GraphModule
+
+
+def replace(calls: Sequence[Node], gradient: TailGradient, anchor: Node, scalar: Node, family: CallFamily) -> str:
     """Put the op that takes coefficients in the place of each call: "" when done."""
+    statistics, squares, others, program = gradient
     emit = Emit(anchor.graph)
-    sized = form.sized(calls[0])
+    sized = family.sized(calls[0])
     with emit.before(anchor, calls[0], grad=True):
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
         env: dict[Node, Any] = dict(zip(placeholders, [*statistics, *squares, *others]))
@@ -168,13 +184,13 @@ def replace(
         ties: list[Node] = []
         for call in calls:
             given = {s: r for s, r in zip(statistics, results) if s.args[0] is call}
-            ties += form.replace(emit, call, given, square)
+            ties += family.replace(emit, call, given, square)
     tie_to(scalar, ties, emit)
     return ""
 
 
 def tie_to(scalar: Node, ties: Sequence[Node], emit: Emit) -> None:
-    """Add the zeros to the scalar, whatever reads it: its upstream gradient is theirs then, with nothing to compute."""
+    """Add each head's zero ``tie`` output to the loss, so that autograd hands d(loss) straight to the head."""
     if ties:
         with emit.before(scalar.next, scalar, grad=True):
             tie = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), ties)
@@ -229,8 +245,8 @@ def no_squares(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Node]:
     return []
 
 
-STATISTICS = Form(squares_of_lse, lambda call: (call.args[0], call.args[2]), replace_call)  # type: ignore[arg-type, return-value]
-ROWS = Form(no_squares, lambda call: call.args[0], replace_rows)  # type: ignore[return-value, arg-type]
+STATISTICS = CallFamily(squares_of_lse, lambda call: (call.args[0], call.args[2]), replace_call)  # type: ignore[arg-type, return-value]
+ROWS = CallFamily(no_squares, lambda call: call.args[0], replace_rows)  # type: ignore[return-value, arg-type]
 
 
 class UnknownSize(Exception):

@@ -1,7 +1,7 @@
 """Statistics of a `Stack`: one sweep a head, put together in the order in which the program has the rows.
 
 The moves that a program makes of stacked rows are replayed on their numbers, which say where each row came from.
-Labels go that way back to their heads, statistics come forth. This file proves nothing.
+Labels go that way back to their heads, and statistics come forth.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def statistics_of(emit: Emit, group: Group, memory: int) -> tuple[dict[str, Node
     chain = next(iter(roundings_of(group.terminals)), None)
     weights = next((t.weights for _, t in group.terminals if t.weights is not None), None)
     calls: list[Node] = []
-    found: dict[str, list[Node]] = {name: [] for name in group.want}
+    statistics: dict[str, list[Node]] = {name: [] for name in group.want}
     for k, part in enumerate(head.parts):
         mine = part_of(logits, part)
-        own = None if labels is None else emit(aten.select.int, labels, head.dim, k)
-        flat = None if own is None else emit(aten.reshape.default, own, [-1, width])
+        head_labels = None if labels is None else emit(aten.select.int, labels, head.dim, k)
+        flat = None if head_labels is None else emit(aten.reshape.default, head_labels, [-1, width])
         terminal = asking(mine, flat, width, weights)
         tensors = operands(emit, Group([(head.node, terminal)]))
         text = Transform(mine.steps).text if chain is not None else Transform(mine.steps).smooth.text
@@ -70,12 +70,12 @@ def statistics_of(emit: Emit, group: Group, memory: int) -> tuple[dict[str, Node
         call = named(emit(op, *tensors, text, ",".join(group.want), memory), "head")
         calls.append(call)
         for name in group.want:
-            found[name].append(named(emit(operator.getitem, call, STATS.index(name)), name))
+            statistics[name].append(named(emit(operator.getitem, call, STATS.index(name)), name))
     rows = [size for d, size in enumerate(sizes) if d != head.dim]
-    for name, stats in found.items():  # when all sweeps have run: what is linear in one is so in all of them
+    for name, stats in statistics.items():  # when all sweeps have run: what is linear in one is so in all of them
         shape = [*rows, width] if name == "picked" else rows
-        found[name] = [emit(aten.reshape.default, stat, shape) for stat in stats]
-    return {name: together(emit, stats, head.dim, place, name == "picked") for name, stats in found.items()}, calls
+        statistics[name] = [emit(aten.reshape.default, stat, shape) for stat in stats]
+    return {name: together(emit, stats, head.dim, place, name == "picked") for name, stats in statistics.items()}, calls
 
 
 def asking(logits: Logits, labels: Node | None, width: int, weights: Any) -> Terminal:

@@ -1,8 +1,7 @@
 """The gradient of a tail as a graph, and the proof that the tail is linear.
 
 No rule per op is needed: ``make_fx`` traces the gradient of the tail, and the tail is linear exactly when that trace
-does not read the statistics. What the trace computes then *is* the coefficients. This file knows nodes and traces; it
-must not know which op takes the coefficients.
+does not read the statistics. What the trace computes then *is* the coefficients.
 """
 
 from __future__ import annotations
@@ -81,14 +80,14 @@ def dependent(graph: Graph, statistics: int) -> set[Node]:
 
 def needed(graph: Graph, reads: set[Node]) -> list[Node]:
     """The calls that the graph's outputs need, in order, where a shape needs nothing of the statistics."""
-    stack, found = list(graph.output_node().all_input_nodes), set()
+    stack, calls = list(graph.output_node().all_input_nodes), set()
     while stack:
         node = stack.pop()
-        if node in found:
+        if node in calls:
             continue
-        found.add(node)
+        calls.add(node)
         stack.extend(s for s in node.all_input_nodes if not (shape_only(node) and s in reads))
-    return [node for node in graph.nodes if node in found and (node.op == "call_function" or node in reads)]
+    return [node for node in graph.nodes if node in calls and (node.op == "call_function" or node in reads)]
 
 
 SHAPE_ONLY = frozenset({"sym_size", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_empty", "new_ones"})

@@ -123,8 +123,3 @@ def einsum(context: Context, equation: str, operands: list[Plain], path: object 
         class_dim = context.val.ndim - 1 if out.endswith(class_letter) else out.index(class_letter)
         return project(context, hidden, stored, class_dim)
     raise Escape(f"einsum {equation!r} is not a projection onto a two-dimensional weight")
-
-
-# Every way a projection is spelled in a Dynamo graph, by the name of the node's target. Only nodes with such a
-# name are traced in search of a head.
-SPELLINGS = frozenset({"linear", "matmul", "mm", "addmm", "einsum"})

@@ -16,8 +16,9 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.analysis import evaluator
-from fusedhead.analysis.evaluator import follow
+from fusedhead.analysis.evaluator import trace_value
 from fusedhead.graph.nodes import callee, name_of
+from fusedhead.graph.op_names import PROJECTIONS as PROJECTION_NAMES
 from fusedhead.ir.builder import Emit
 from fusedhead.ir.logits import FOLLOWED, Call, Escape, Plain, logits_of
 from fusedhead.ir.terminal import Statistics, Terminal
@@ -26,7 +27,6 @@ from fusedhead.kernels import reference
 from fusedhead.kernels.contract import Head
 from fusedhead.kernels.transform.transform import Transform, apply
 from fusedhead.rules import RULES
-from fusedhead.rules.projections import SPELLINGS as PROJECTION_NAMES
 from fusedhead.rules.tokenwise import dispatch as tokenwise
 
 
@@ -160,7 +160,7 @@ def read(text: str, operands: dict[str, Plain], world: World, logits: Any = None
 
 
 def spied(node: Node, values: dict[Node, Any], asked: set[Any]) -> Any:
-    """`follow`, noting which rules it asks."""
+    """`trace_value`, noting which rules it asks."""
     original = dict(RULES)
 
     def spy(overload: Any) -> Any:
@@ -179,7 +179,7 @@ def spied(node: Node, values: dict[Node, Any], asked: set[Any]) -> Any:
         RULES[overload] = spy(overload)
     tokenwise.read = evaluator.by_rows = spied_rows
     try:
-        return follow(node, values)
+        return trace_value(node, values)
     finally:
         RULES.update(original)
         tokenwise.read = evaluator.by_rows = by_rows
