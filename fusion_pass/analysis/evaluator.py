@@ -17,9 +17,10 @@ from torch.fx.node import map_arg
 from fusedhead.compat import HigherOrderOperator, OpOverload, tree_leaves, unset_fake_temporarily
 from fusedhead.graph.dry_run import changed_arguments
 from fusedhead.graph.nodes import fake, inputs, name_of, trace
-from fusedhead.ir.logits import FOLLOWED, Call, Escape, Followed, Plain, detached
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import LOGITS_LIKE, Escape, LogitsLike, detached
 from fusedhead.ir.terminal import Terminal
-from fusedhead.ir.tokenwise import Rowwise
+from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.rules import RULES
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.rules.setitem import columns_set
@@ -30,11 +31,11 @@ LARGEST_CONSTANT = 4096  # entries of a literal index that may be written into t
 
 
 def is_value(x: Any) -> bool:
-    return isinstance(x, (Plain, Terminal, Rowwise, *FOLLOWED))
+    return isinstance(x, (Plain, Terminal, TokenValue, *LOGITS_LIKE))
 
 
-def all_followed(values: Any) -> list[Followed]:
-    return [v for v in tree_leaves(values, is_leaf=is_value) if isinstance(v, FOLLOWED)]
+def all_followed(values: Any) -> list[LogitsLike]:
+    return [v for v in tree_leaves(values, is_leaf=is_value) if isinstance(v, LOGITS_LIKE)]
 
 
 def evaluate(node: Node, program: GraphModule, known: dict[Node, Any]) -> Any:
@@ -57,12 +58,12 @@ def evaluate(node: Node, program: GraphModule, known: dict[Node, Any]) -> Any:
             env[op] = args[0][args[1]]
             continue
         val = fake(node) if op is calls[-1] else op.meta.get("val")
-        if all_followed((args, kwargs)) or any(isinstance(x, Rowwise) for x in tree_leaves((args, kwargs))):
+        if all_followed((args, kwargs)) or any(isinstance(x, TokenValue) for x in tree_leaves((args, kwargs))):
             env[op] = applied(op, Context(node, val), args, kwargs)
         elif op.target in RULES and is_projection(op):
             env[op] = RULES[op.target](Context(node, val), *args, **kwargs)
         else:
-            env[op] = Plain(Call(op.target, args, kwargs), val)
+            env[op] = Plain(Expr(op.target, args, kwargs), val)
     raise AssertionError("a traced graph has an output")
 
 
@@ -102,12 +103,12 @@ def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> 
         raise Escape(f"{name_of(op)} changes the logits in place ({op.target})")
     if not isinstance(target, OpOverload):  # Python's own, on sizes
         raise Escape(f"{name_of(op)} is no op of PyTorch")
-    single = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Rowwise) and x.val.ndim == 0]
+    single = [x for x in tree_leaves((args, kwargs)) if isinstance(x, TokenValue) and x.val.ndim == 0]
     if single:  # it is small, and stays a result of the row program; the program's own ops take it from there
         raise Escape(f"{name_of(op)} is taken of a single number that comes from the logits")
     unread = Escape(f"{name_of(op)} is not read by any rule ({op.target})")
     try:
-        if target not in RULES or any(isinstance(x, Rowwise) for x in tree_leaves((args, kwargs))):
+        if target not in RULES or any(isinstance(x, TokenValue) for x in tree_leaves((args, kwargs))):
             raise unread
         return RULES[target](context, *args, **kwargs)
     except Escape as escape:
@@ -134,10 +135,10 @@ def constant(tensor: Any, node: Node) -> Plain:
     """A constant that a node holds (a list used as an index), as a call that makes it again."""
     with unset_fake_temporarily():
         if tensor.dtype == torch.int64 and torch.equal(tensor, torch.arange(tensor.numel(), device=tensor.device)):
-            return Plain(Call(torch.ops.aten.arange.default, (tensor.numel(),)), tensor)  # range(N), however long
+            return Plain(Expr(torch.ops.aten.arange.default, (tensor.numel(),)), tensor)  # range(N), however long
         if tensor.numel() > LARGEST_CONSTANT or tensor.is_floating_point():
             raise Escape(f"{name_of(node)} holds a constant tensor")
-        return Plain(Call(torch.tensor, (tensor.tolist(),), {"dtype": tensor.dtype}), tensor)
+        return Plain(Expr(torch.tensor, (tensor.tolist(),), {"dtype": tensor.dtype}), tensor)
 
 
 def is_projection(op: Node) -> bool:
@@ -149,7 +150,7 @@ def follow(node: Node, values: dict[Node, Any], traced: Callable[[Node], GraphMo
     if name_of(node) == "getitem" and isinstance(values.get(node.args[0]), (list, tuple)):  # type: ignore[arg-type]
         return values[node.args[0]][node.args[1]]  # type: ignore[index]
     value = values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
-    if name_of(node) == "_get_data_attr" and isinstance(value, FOLLOWED):
+    if name_of(node) == "_get_data_attr" and isinstance(value, LOGITS_LIKE):
         return detached(replace(value, val=fake(node)))  # z.data: traced alone it is a constant
     if isinstance(node.target, HigherOrderOperator):
         # traced alone it may look like nothing: a gradient hook is the identity on values

@@ -23,10 +23,10 @@ from fusedhead.graph.facts import before
 from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import Traces, fake, name_of
 from fusedhead.graph.run_counts import Run
-from fusedhead.ir.logits import FOLLOWED, Escape, Logits, Plain, Projection, detached, logits_of, rows_of_hidden
+from fusedhead.ir.expr import Plain
+from fusedhead.ir.logits import LOGITS_LIKE, Escape, Logits, Projection, detached, logits_of, rows_of_hidden
 from fusedhead.ir.terminal import Terminal
-from fusedhead.ir.tokenwise import Rowwise, parts
-from fusedhead.ir.tokenwise import detached as detached_rows
+from fusedhead.ir.tokenwise import TokenValue, token_values_of, without_gradient
 from fusedhead.rules.tokenwise.dispatch import rowwise as rowwise_of
 
 EMPTY: Mapping[Node, Logits] = {}
@@ -110,16 +110,16 @@ def interpret(
         except Escape as escape:
             if not heads:
                 unread[node] = str(escape)
-            if not all(isinstance(s, Rowwise) and s.small for s in sources):
+            if not all(isinstance(s, TokenValue) and s.small for s in sources):
                 for head in heads:
                     sites[head].escapes.append((node, str(escape)))
             continue
         if not modes[node]:
-            value = tree_map(quiet, value, is_leaf=is_value)
+            value = tree_map(without_gradient, value, is_leaf=is_value)
         if node in by_rows and isinstance(value, Logits):
             sites[value.head] = Site(value.head, followed=[node])
             value = rowwise_of(value)
-        if any(True for _ in parts(value)):
+        if any(True for _ in token_values_of(value)):
             rowwise[node] = value
         else:
             record(node, value, heads, sites)
@@ -134,7 +134,7 @@ def returned(source: Node, value: Any, sites: dict[Projection, Site]) -> None:
     """File what the graph returns: logits leave it, small results of theirs do anyway."""
     for followed in all_followed(value):
         sites[logits_of(followed).head].outputs.append(source)
-    for part in parts(value):
+    for part in token_values_of(value):
         if not part.small:
             for head in part.heads:
                 sites[head].escapes.append((source, LEAVES.format(source.name)))
@@ -143,7 +143,7 @@ def returned(source: Node, value: Any, sites: dict[Projection, Site]) -> None:
 def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
     """Whether a node is the length of a row dimension of followed logits, which after a mask only the data know."""
     value = values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
-    if node.target is not torch.ops.aten.sym_size.int or not isinstance(value, FOLLOWED):
+    if node.target is not torch.ops.aten.sym_size.int or not isinstance(value, LOGITS_LIKE):
         return False
     return int(node.args[1]) % value.val.ndim != logits_of(value).class_dim  # type: ignore[arg-type]
 
@@ -173,7 +173,7 @@ def overwritten(
     Pure as long as no other live name shares the memory; otherwise the site escapes. ``sharing``: the nodes that have
     a value, by their memory.
     """
-    if target is None or not isinstance(values[node], (Rowwise, *FOLLOWED)):
+    if target is None or not isinstance(values[node], (TokenValue, *LOGITS_LIKE)):
         return
 
     def escape(reason: str) -> None:
@@ -192,15 +192,11 @@ def overwritten(
         sites[head].overwritten.append(target)
 
 
-def quiet(value: Any) -> Any:
-    return detached_rows(value, torch.ops.aten.detach.default) if isinstance(value, Rowwise) else detached(value)
-
-
 def heads_of(values: Any) -> set[Projection]:
     """The heads that values, or results that hang on them, belong to."""
     found = [v.logits if isinstance(v, Terminal) else v for v in tree_leaves(values, is_leaf=is_value)]
-    met = {head for v in found for part in parts(v) for head in part.heads}
-    return met.union(logits_of(v).head for v in found if isinstance(v, FOLLOWED))
+    met = {head for v in found for part in token_values_of(v) for head in part.heads}
+    return met.union(logits_of(v).head for v in found if isinstance(v, LOGITS_LIKE))
 
 
 def record(node: Node, value: Any, heads: Iterable[Projection], sites: dict[Projection, Site]) -> None:

@@ -26,18 +26,8 @@ from fusedhead.analysis.interpreter import Reading, interpret
 from fusedhead.analysis.projections import above_losses
 from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import Traces, fake, name_of
-from fusedhead.ir.logits import (
-    HIDDEN,
-    Call,
-    Escape,
-    Logits,
-    Plain,
-    Projection,
-    RowStep,
-    Stack,
-    piece_of,
-    rows_of_hidden,
-)
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import HIDDEN, Escape, Logits, Projection, RowStep, StackedProjection, piece_of, rows_of_hidden
 from fusedhead.rewrite.returned_logits import rooted_in_inputs
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.rules.table import Family
@@ -66,8 +56,9 @@ def reading_of(graph: Graph, starts: Collection[Node], grad: bool) -> Reading | 
     while found:
         products = {p for logits in found.values() for p in logits.head.products}
         reading = interpret(graph, set(starts) - products, grad, found)
-        served = {site.head.node for site in reading.sites if isinstance(site.head, Stack) and site.terminals
-                  and not site.escapes and not any(t.logits.rows for _, t in site.terminals)}  # fmt: skip
+        stacks = [site for site in reading.sites if isinstance(site.head, StackedProjection)]
+        read = [site for site in stacks if site.terminals and not site.escapes]
+        served = {site.head.node for site in read if not any(t.logits.rows for _, t in site.terminals)}
         if served >= found.keys():
             return reading
         left = {node: logits for node, logits in found.items() if node in served}
@@ -111,8 +102,8 @@ def stack_at(node: Node, traced: Traces, *, classes_first: bool = False) -> Logi
         moved = (RowStep(aten.flatten.using_ints, (dim, dim + 1), keeps_order=True),)
     elif classes_first:
         moved, class_dim = (RowStep(aten.movedim.int, (dim + 1, dim), keeps_order=True),), dim
-    hidden = Plain(Call(aten.stack.default, ([rows_of_hidden(p) for p in parts], dim)), None)
-    head = Stack(node, hidden, first.head.weight, first.head.dtype, tuple(parts), dim)
+    hidden = Plain(Expr(aten.stack.default, ([rows_of_hidden(p) for p in parts], dim)), None)
+    head = StackedProjection(node, hidden, first.head.weight, first.head.dtype, tuple(parts), dim)
     vocab = first.vocab and (0, int(first.val.shape[-1]))
     return Logits(head, fake(node), class_dim, row_steps=moved, vocab=vocab)
 
@@ -174,7 +165,7 @@ def every(whole: Logits, first: int, step: int, val: Tensor, rows: RowStep) -> L
     """The product with every ``step``-th row of the weight, from ``first`` on."""
 
     def taken(x: Plain) -> Plain:
-        return Plain(Call(aten.slice.Tensor, (x.ref, 0, first, x.val.shape[0], step)), x.val[first::step])
+        return Plain(Expr(aten.slice.Tensor, (x.ref, 0, first, x.val.shape[0], step)), x.val[first::step])
 
     head = replace(whole.head, weight=taken(whole.head.weight))
     cols = tuple(map(taken, whole.cols))
@@ -203,10 +194,10 @@ def of_a_product(node: Node) -> tuple[list[Logits], int] | None:
         return None
     parts = []
     for i in range(count):
-        of = Call(aten.select.int, (weight, w.index(k), i))
-        stored = of if w.index(v) < w.index(d) else Call(aten.t.default, (of,))
+        of = Expr(aten.select.int, (weight, w.index(k), i))
+        stored = of if w.index(v) < w.index(d) else Expr(aten.t.default, (of,))
         value = fake(weight).select(w.index(k), i)
-        own = Call(aten.select.int, (hidden, h.index(k), i)) if k in h else hidden
+        own = Expr(aten.select.int, (hidden, h.index(k), i)) if k in h else hidden
         states = Plain(own, fake(hidden).select(h.index(k), i) if k in h else fake(hidden))
         head = Projection(node, states, Plain(stored, value if stored is of else value.t()), fake(node).dtype)
         val = fake(node).select(out.index(k), i)

@@ -19,12 +19,11 @@ from torch.fx import Graph, Node
 
 from fusedhead.analysis import stacked_heads
 from fusedhead.analysis.interpreter import Reading, interpret
-from fusedhead.analysis.token_regions import Region, leaves_of, regions
+from fusedhead.analysis.token_regions import Region, by_tokens, regions
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.ir.builder import static
-from fusedhead.ir.logits import leaves
-from fusedhead.ir.tokenwise import parts
-from fusedhead.rewrite.token_programs import by_tokens
+from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.tokenwise import inputs_of, token_values_of
 from fusedhead.rules.projections import SPELLINGS
 
 
@@ -45,9 +44,9 @@ def chosen(graph: Graph, starts: set[Node], grad: bool) -> Reading:
 def teachers(reading: Reading) -> set[Node]:
     """Projections whose logits a row program would read as tensors from outside: a teacher that has no loss."""
     found: set[Node] = set()
-    values = [part for value in reading.rowwise.values() for part in parts(value)]
+    values = [part for value in reading.rowwise.values() for part in token_values_of(value)]
     known = {site.head.node for site in reading.sites}
-    stack = leaves(leaf.value for leaf in leaves_of(values)[1] if leaf.by_rows and leaf.value.val.ndim)
+    stack = nodes_of(leaf.value for leaf in inputs_of(values)[1] if leaf.by_rows and leaf.value.val.ndim)
     seen: set[Node] = set()
     vocabs = {head.weight.val.shape[0] for part in values for head in part.heads}
     while stack:
@@ -92,6 +91,6 @@ def swept_again(reading: Reading, found: Iterable[Region]) -> set[Node]:
     several: set[Node] = set()
     with_statistics = {site.head for site in reading.sites if site.terminals}
     for region in found:
-        seeds = [seed.logits.head for seed in leaves_of(region.outputs)[0]]
+        seeds = [seed.logits.head for seed in inputs_of(region.outputs)[0]]
         several |= {head.node for head in region.heads if head in with_statistics or seeds.count(head) > 1}
     return several

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ from fusedhead.deferred.results import ALWAYS, DependsOnSizes, Guard, Outcome, R
 from fusedhead.deferred.to_fx import Draft, draft
 from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import Traces, fake, hint, name_of
-from fusedhead.ir.logits import FOLLOWED, Logits, Stack, logits_of
-from fusedhead.ir.lse_differences import SPREAD
-from fusedhead.ir.terminal import Terminal
+from fusedhead.ir.logits import LOGITS_LIKE, Logits, StackedProjection, logits_of
+from fusedhead.ir.lse_differences import DIFFERENCE, SPREAD
+from fusedhead.ir.terminal import Kind, Terminal
 from fusedhead.kernels.contract import STATS
 from fusedhead.legality.checks import Mutations
 from fusedhead.legality.legality import refusal
@@ -123,7 +123,7 @@ def stack_of(site: Site, reading: Reading) -> list[Node]:
     """The nodes of the stack that a head was picked from: they go with it."""
     found: list[Node] = []
     for whole in reading.sites:
-        heads = {part.head for part in whole.head.parts} if isinstance(whole.head, Stack) else set()
+        heads = {part.head for part in whole.head.parts} if isinstance(whole.head, StackedProjection) else set()
         if site.head in heads:
             others = (each for each in reading.sites if each is whole or each.head in heads)
             found += [node for each in others for node in (*each.head.products, *each.followed)]
@@ -144,19 +144,13 @@ def origin(node: Node) -> Node:
     return node if node.target is not operator.getitem else node.all_input_nodes[0]
 
 
-class _Subject(NamedTuple):
-    """What `sweep_key` asks of a terminal."""
-
-    logits: Logits
-
-
 def key(logits: Logits) -> Hashable:
     """The sweep that serves these logits, whether or not gradients pass."""
-    return sweep_key(_Subject(logits))[:-1]  # type: ignore[arg-type]
+    return sweep_key(logits)[:-1]
 
 
 def is_followed(value: Any) -> bool:
-    return isinstance(value, FOLLOWED)
+    return isinstance(value, LOGITS_LIKE)
 
 
 def sweep(value: Any) -> Hashable:
@@ -202,10 +196,10 @@ def answer(
         return Unread(reason)
     site.followed += [node for node in stacked if node not in site.followed]
     rows, all_rows = (hint(z.numel()) or 0 for z in (terminals[0].logits.val, fake(site.head.node)))
-    if isinstance(site.head, Stack) and 2 * rows < all_rows:
+    if isinstance(site.head, StackedProjection) and 2 * rows < all_rows:
         return Unread("some of the heads that are stacked are asked for, in another way than by their number")
     calls = [call for some, _ in fuse(graph, [site], memory, grads, mutations) for call in some]
-    if len(calls) > 1 and isinstance(site.head, Stack):
+    if len(calls) > 1 and isinstance(site.head, StackedProjection):
         if torch.is_grad_enabled():
             upgrade(*calls, places=mutations.places)
         graph.lint()
@@ -218,12 +212,12 @@ def answer(
         return Whole(GraphModule(torch.nn.Module(), graph), many)
     weighted = any(t.weights is not None for t in terminals)
     stats = frozenset({"lse", "lse_low", "entropy"}) | (frozenset() if weighted else SPREAD)
-    likely = SPREAD if any("log_softmax + gather" in t.computes for t in terminals) else frozenset()
-    sharing = Sharing(stats if shared else frozenset(), likely, terminals[0].logits.quiet, related)
-    return cut(made, calls[0], sharing, memory, many)
+    likely = SPREAD if any(t.kind is Kind.GATHER and t.want == DIFFERENCE for t in terminals) else frozenset()
+    sharing = Sharing(stats if shared else frozenset(), likely, terminals[0].logits.has_no_gradient, related)
+    return split_at_call(made, calls[0], sharing, memory, many)
 
 
-def cut(made: Draft, call: Node, sharing: Sharing, memory: int, many: Callable[[list], Any] | None) -> Swept:
+def split_at_call(made: Draft, call: Node, sharing: Sharing, memory: int, many: Callable[[list], Any] | None) -> Swept:
     """The graph before and after its one ``head_stats`` call."""
     before = copied(made, {}, list(call.args[:6]))
     statistics = {user: STATS[int(user.args[1])] for user in call.users}  # type: ignore[arg-type]

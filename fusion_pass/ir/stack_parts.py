@@ -1,4 +1,4 @@
-"""One head of a `Stack`: its logits with what was done to all of them once they were stacked.
+"""One head of a `StackedProjection`: its logits with what was done to all of them once they were stacked.
 
 A head that is picked by its number, ``z[:, k]``, is swept alone. This file knows no ops besides the moves of rows that
 it reads.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fusedhead.ir.logits import Logits, RowStep, Stack, piece_of
+from fusedhead.ir.logits import Logits, RowStep, StackedProjection, piece_of
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ def picked_part(logits: Logits, val: Tensor, dim: int, number: Any) -> Logits | 
     Between the stack and the pick, other dimensions may have been cut, and views taken that lead back.
     """
     head = logits.head
-    if not isinstance(head, Stack) or logits.rows or dim != head.dim or not isinstance(number, int):
+    if not isinstance(head, StackedProjection) or logits.rows or dim != head.dim or not isinstance(number, int):
         return None
     first, moves = head.parts[0].val, []
     whole = first.unsqueeze(dim).expand(*first.shape[:dim], len(head.parts), *first.shape[dim:])

@@ -21,7 +21,8 @@ from fusedhead.graph.aliases import memory
 from fusedhead.graph.effects import memory_written
 from fusedhead.graph.nodes import fake, most, name_of, where
 from fusedhead.graph.weight_recipes import made_of_inputs
-from fusedhead.ir.logits import Projection, leaves
+from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.logits import Projection
 from fusedhead.legality import sharding
 from fusedhead.legality.checks import Mutations, functorch, subclass
 from fusedhead.legality.profitability import gate, row_gate
@@ -85,7 +86,7 @@ def together(
 
 def unsafe_rows(region: Region, mutations: Mutations) -> str:
     """Why a row program must not take the place of its nodes, or ""."""
-    operands = leaves(x for head in region.heads for x in (head.hidden, head.weight))
+    operands = nodes_of(x for head in region.heads for x in (head.hidden, head.weight))
     end = max((node for node, _ in region.results), key=mutations.position.__getitem__)
     first = min((head.node for head in region.heads), key=mutations.position.__getitem__)
     read = token_regions.reads(region.outputs)
@@ -137,13 +138,13 @@ def why_returned(site: Site, mutations: Mutations, modes: dict[Node, bool], owne
 
 def refusal(site: Site, mutations: Mutations, modes: dict[Node, bool], owner: str, deferred: bool = False) -> str:
     """Why a site must stay as it is, or ""."""
-    operands = leaves(site.head.operands)
+    operands = nodes_of(site.head.operands)
     if site.escapes:
         node, sentence = site.escapes[0]
         return subclass(site, operands) or f"{sentence} (at {where(node)})"
     steps = [t.logits for _, t in site.terminals]
-    vectors = leaves([c for s in steps for c in s.cols] + [r.value for s in steps for r in s.rows])
-    labels = leaves([p for _, t in site.terminals for p in (*t.label_sources, *t.sources)])
+    vectors = nodes_of([c for s in steps for c in s.cols] + [r.value for s in steps for r in s.rows])
+    labels = nodes_of([p for _, t in site.terminals for p in (*t.label_sources, *t.sources)])
     return (
         subclass(site, [*operands, *vectors, *labels])
         or on_several_devices([*operands, *labels])
@@ -168,8 +169,8 @@ def changed_too_early(
     site: Site, mutations: Mutations, modes: dict[Node, bool], vectors: list[Node], labels: list[Node]
 ) -> str:
     """What is written before a fused head, its backward or its returned logits would read it, as a sentence, or ""."""
-    operands = leaves(site.head.operands)
-    indices = leaves([a for _, t in site.terminals for step in t.logits.row_steps for a in step.args])
+    operands = nodes_of(site.head.operands)
+    indices = nodes_of([a for _, t in site.terminals for step in t.logits.row_steps for a in step.args])
     read = [*operands, *vectors, *indices]
     begin = min(site.head.products, key=mutations.position.__getitem__)
     terminals = sorted((node for node, _ in site.terminals), key=mutations.position.__getitem__)

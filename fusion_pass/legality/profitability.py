@@ -27,7 +27,8 @@ from torch.fx import Graph, Node
 
 from fusedhead.analysis.interpreter import Site
 from fusedhead.graph.nodes import fake, most
-from fusedhead.ir.logits import Stack, leaves
+from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.logits import StackedProjection
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.lowering.plan.plan import plan
@@ -69,9 +70,7 @@ def grown(head: HeadRecord, min_logits: str | int) -> str:
     return f"its windows would hold {held}, more than its logits, {logits} ({remedy})"
 
 
-def gate(
-    sites: Iterable[Site], min_logits: str | int, left: Mapping[str, str] = EMPTY
-) -> Callable[[Site], str]:
+def gate(sites: Iterable[Site], min_logits: str | int, left: Mapping[str, str] = EMPTY) -> Callable[[Site], str]:
     """A function that says why a site is too small, or "".
 
     Heads of one graph that share a weight count together: a loop over pieces of the tokens is one head. Of heads that
@@ -80,7 +79,7 @@ def gate(
     """
     count: Counter[tuple[Node, ...]] = Counter()
     for site in sites:
-        parts = len(site.head.parts) if isinstance(site.head, Stack) else 1
+        parts = len(site.head.parts) if isinstance(site.head, StackedProjection) else 1
         count[weight(site)] += most(fake(site.head.node).numel()) / parts  # type: ignore[assignment]
 
     def too_small(site: Site) -> str:
@@ -179,4 +178,4 @@ def rows_from(device_type: str, memory: int) -> int:
 
 
 def weight(site: Site) -> tuple[Node, ...]:
-    return tuple(leaves([site.head.weight]))
+    return tuple(nodes_of([site.head.weight]))

@@ -27,7 +27,7 @@ from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.run_counts import Run
 from fusedhead.graph.weight_recipes import is_cast, made_of_inputs, making
-from fusedhead.ir.logits import leaves
+from fusedhead.ir.expr import nodes_of
 from fusedhead.rewrite.statistics import PURE_VIEWS
 from fusedhead.rules.table import Family
 
@@ -88,7 +88,7 @@ def followed(site: Site) -> set[Node]:
 
 def weights_of(site: Site) -> list[Node]:
     """The nodes that a head's weight is, or that it is a view of."""
-    return leaves([site.head.weight])
+    return nodes_of([site.head.weight])
 
 
 def makes_its_weight_again(site: Site) -> bool:

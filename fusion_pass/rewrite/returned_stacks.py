@@ -23,7 +23,8 @@ from fusedhead.compat import FakeTensor
 from fusedhead.graph import weight_recipes
 from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import Traces, fake, hint, name_of
-from fusedhead.ir.logits import Stack, leaves
+from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.logits import StackedProjection
 from fusedhead.legality.checks import Mutations, functorch
 from fusedhead.legality.missed_heads import unread_head
 from fusedhead.legality.profitability import gate
@@ -38,7 +39,7 @@ from fusedhead.rewrite.statistics import erase
 class Returned:
     """A stack of heads, and the nodes from it to the graph's outputs, in order."""
 
-    head: Stack
+    head: StackedProjection
     kept: list[Node]
     outputs: list[Node]
 
@@ -54,7 +55,7 @@ def separate(graph: Graph, options: Options) -> tuple[list[HeadRecord], Wrap | N
     for found in stacks(graph, traced):
         if not with_loss.isdisjoint(found.head.products):
             continue
-        own = weight_recipes.making(leaves([part.head.weight for part in found.head.parts]))
+        own = weight_recipes.making(nodes_of([part.head.weight for part in found.head.parts]))
         making, sources = returned_logits.program_of(found.outputs, {*found.kept, *found.head.products, *own})
         if not movable(found, making, sources, modes, mutations):
             continue
@@ -94,7 +95,7 @@ def stacks(graph: Graph, traced: Traces) -> Iterator[Returned]:
             continue
         seen.add(node)
         logits = stack_at(node, traced) if name_of(node) in SPELLED else None
-        if logits is not None and not logits.row_steps and isinstance(logits.head, Stack):
+        if logits is not None and not logits.row_steps and isinstance(logits.head, StackedProjection):
             found = returned_from(logits.head, node)
             if found is not None:
                 yield found
@@ -102,7 +103,7 @@ def stacks(graph: Graph, traced: Traces) -> Iterator[Returned]:
             stack += node.all_input_nodes
 
 
-def returned_from(head: Stack, node: Node) -> Returned | None:
+def returned_from(head: StackedProjection, node: Node) -> Returned | None:
     """A stack with what is made of it, if that is arranged and returned and no more."""
     if not all(pays(*part.head.weight.val.shape) for part in head.parts):
         return None

@@ -19,19 +19,19 @@ import fusedhead.lowering.token_ops  # noqa: F401  register torch.ops.fusedhead
 from fusedhead.analysis.interpreter import Site
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.ir.builder import Emit, named
-from fusedhead.ir.logits import Projection, Stack
+from fusedhead.ir.logits import Projection, StackedProjection
 from fusedhead.ir.terminal import Statistics, Terminal
 from fusedhead.kernels.contract import STATS
 from fusedhead.kernels.transform.transform import Transform
 from fusedhead.legality.checks import Mutations
 from fusedhead.rewrite import stacked_sweeps
 from fusedhead.rewrite.operands import joined_operands, replay
-from fusedhead.rewrite.sweeps import Batch, Group, batches, roundings_of
+from fusedhead.rewrite.sweeps import Batch, SweepGroup, batches, roundings_of
 
 aten = torch.ops.aten
 
 
-def columns_of(group: Group, terminal: Terminal) -> tuple[int, int]:
+def columns_of(group: SweepGroup, terminal: Terminal) -> tuple[int, int]:
     """Which of the group's K picked entries are this terminal's."""
     begin = 0
     for key, count in group.picks:
@@ -41,7 +41,9 @@ def columns_of(group: Group, terminal: Terminal) -> tuple[int, int]:
     raise AssertionError("a terminal without labels asked for picked entries")
 
 
-def rebuild(emit: Emit, group: Group, statistics: dict[str, Node], node: Node, terminal: Terminal, grad: bool) -> None:
+def rebuild(
+    emit: Emit, group: SweepGroup, statistics: dict[str, Node], node: Node, terminal: Terminal, grad: bool
+) -> None:
     """Replace one terminal by its result from the statistics."""
     logits = terminal.logits
 
@@ -90,7 +92,7 @@ def fuse(
     calls, emit = [], Emit(graph)
     old = {node for site in sites for node in (site.head.node, *site.followed, *(n for n, _ in site.terminals))}
     for batch in batches(sites, grad, mutations):
-        heads = [group.first.logits.head for group in batch]
+        heads = [group.logits.head for group in batch]
         calls.append((sweeps_of(emit, batch, memory, grad, mutations.position), heads))
     for node, rows in (size for site in sites for size in site.sizes):
         with emit.before(node, node, grad=grad[node]):
@@ -105,7 +107,7 @@ def fuse(
     return [(some, heads) for some, heads in left if some]  # what nobody uses takes its sweep with it
 
 
-def cut(emit: Emit, whole: dict[str, Node], counts: Sequence[Any]) -> dict[str, list[Node]]:
+def split_rows(emit: Emit, whole: dict[str, Node], counts: Sequence[Any]) -> dict[str, list[Node]]:
     """Statistics by the groups whose rows they are of; ``counts`` rows each, ints or nodes."""
     if len(counts) == 1:
         return {name: [stat] for name, stat in whole.items()}
@@ -121,7 +123,7 @@ def sweeps_of(emit: Emit, batch: Batch, memory: int, grad: dict[Node, bool], pos
     """The ``head_stats`` call of a batch, or those of stacked heads, with the terminals rebuilt from their results."""
     anchor = batch[0].anchor(position)
     with emit.before(anchor, anchor, grad=grad[anchor]):
-        if isinstance(batch[0].first.logits.head, Stack):
+        if isinstance(batch[0].logits.head, StackedProjection):
             statistics, calls = stacked_sweeps.statistics_of(emit, batch[0], memory)
             pieces = {name: [stat] for name, stat in statistics.items()}
         else:
@@ -137,8 +139,8 @@ def statistics_of(emit: Emit, batch: Batch, memory: int) -> tuple[dict[str, list
     first = batch[0]
     tensors, counts = joined_operands(emit, batch)
     chain = next(iter(roundings_of(first.terminals)), None)
-    text = Transform(first.first.logits.steps).smooth.text if chain is None else Transform(chain).text
+    text = Transform(first.logits.steps).smooth.text if chain is None else Transform(chain).text
     op = torch.ops.fusedhead.head_stats.default
     call = named(emit(op, *tensors, text, ",".join(first.want), memory), "head")
     whole = {name: named(emit(operator.getitem, call, STATS.index(name)), name) for name in first.want}
-    return cut(emit, whole, counts), [call]
+    return split_rows(emit, whole, counts), [call]

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from fusedhead.analysis.token_regions import Region, differentiated, leaves_of, operands_of
-from fusedhead.compat import tree_map
+from fusedhead.analysis.token_regions import Region, by_tokens, differentiated, operands_of
 from fusedhead.graph.facts import Places, before
 from fusedhead.graph.motion import brought, put_behind
 from fusedhead.graph.nodes import fake
 from fusedhead.ir.builder import Emit, named, static
-from fusedhead.ir.logits import Call, Logits, Plain
-from fusedhead.ir.terminal import Terminal
-from fusedhead.ir.tokenwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed, parts
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import Logits
+from fusedhead.ir.tokenwise import HeadInput, ProgramResult, TokenInput, TokenValue, inputs_of, token_values_of
 from fusedhead.kernels.tokenwise.program import HEAD, ITEM, Line, Ref, RowProgram, Unspeakable, spelled
 from fusedhead.kernels.transform.transform import Transform
 from fusedhead.rewrite.operands import operands, replay
 from fusedhead.rewrite.statistics import erase
-from fusedhead.rewrite.sweeps import Group
-from fusedhead.rules.tokenwise.operands import same
 
 aten = torch.ops.aten
 MOST_MOVED = 64  # nodes behind a call: sums of losses and their logging
 
 
-def program(values: Sequence[Rowwise], seeds: Sequence[Seed], outside: Sequence[RowLeaf]) -> RowProgram:
+def program(values: Sequence[TokenValue], seeds: Sequence[HeadInput], outside: Sequence[TokenInput]) -> RowProgram:
     """The row program of ``values``. Its inputs are h, w, cols, rows of every seed, then the outside tensors.
 
     Raises Unspeakable for a constant it has no form for.
@@ -48,19 +44,19 @@ def program(values: Sequence[Rowwise], seeds: Sequence[Seed], outside: Sequence[
         return known[key]
 
     def ref(x: Any) -> Any:
-        if isinstance(x, (Seed, RowCall)) and id(x) in known:
+        if isinstance(x, (HeadInput, Expr)) and id(x) in known:
             return known[id(x)]
-        if isinstance(x, Seed):
+        if isinstance(x, HeadInput):
             i, text = 4 * place[id(x.logits)], Transform(x.logits.steps).text
             dtype = x.logits.val.dtype
             out = add(Line(HEAD, (Ref("r", i), Ref("t", i + 1), Ref("t", i + 2), Ref("r", i + 3), text, dtype)))
-        elif isinstance(x, RowLeaf):
+        elif isinstance(x, TokenInput):
             return Ref("r" if x.by_rows else "t", at[id(x)])
-        elif isinstance(x, RowCall):
-            args = tuple(tree_map(ref, list(x.args)))
+        elif isinstance(x, Expr):
+            args, kwargs = x.mapped(ref)
             name = ITEM if x.op is operator.getitem else str(x.op).removeprefix("aten.")
-            kwargs = tuple((k, ref(v)) for k, v in x.kwargs.items())
-            out = add(Line(name, tuple(tuple(a) if isinstance(a, list) else a for a in args), kwargs))
+            listed = tuple(tuple(a) if isinstance(a, list) else a for a in args)
+            out = add(Line(name, listed, tuple(kwargs.items())))
         else:
             spelled(x)
             return x
@@ -117,14 +113,14 @@ def emit_results(
     emit: Emit, results: list[tuple[Node, Any]], anchor: Node, memory: int, grad: dict[Node, bool]
 ) -> None:
     """Calls that serve some results, before ``anchor``, and what takes the place of each."""
-    outputs = list({id(p.expr): p for _, value in results for p in parts(value)}.values())
+    outputs = list({id(p.expr): p for _, value in results for p in token_values_of(value)}.values())
     made: dict[int, Node] = {}
     with emit.before(anchor, anchor, grad=grad[anchor]):
         for some in by_tokens(outputs):
-            made |= emit_call(emit, some, anchor, memory)
+            made |= emit_call(emit, some, memory)
     for node, value in results:
         with emit.before(anchor if before(node, anchor) else node, node, grad=grad[node]):
-            replacement = resolved(emit, value, made, leaves_of(outputs)[0])
+            replacement = resolved(emit, value, made, inputs_of(outputs)[0])
             if not grad[node] or not fake(node).requires_grad:
                 replacement = emit(aten.detach.default, replacement)
             replacement = emit.cast(replacement, value.val.dtype)
@@ -132,26 +128,12 @@ def emit_results(
             emit.replaced(node, replacement)
 
 
-def by_tokens(outputs: Iterable[Rowwise]) -> list[list[Rowwise]]:
-    """Values with as many tokens together: one call walks over the tokens once."""
-    found: list[tuple[Any, list[Rowwise]]] = []
-    for out in outputs:
-        tokens = math.prod(s for s, is_tail in zip(out.val.shape, out.tail) if not is_tail)
-        for known, some in found:
-            if same(known, tokens):
-                some.append(out)
-                break
-        else:
-            found.append((tokens, [out]))
-    return [some for _, some in found]
-
-
-def emit_call(emit: Emit, outputs: list[Rowwise], anchor: Node, memory: int) -> dict[int, Node]:
+def emit_call(emit: Emit, outputs: list[TokenValue], memory: int) -> dict[int, Node]:
     """One ``head_rows`` call and the nodes of its results, by the identity of their expressions.
 
     An operand that no gradient reaches is detached: it would cost a product, and get zeros where eager code has none.
     """
-    seeds, outside = leaves_of(outputs)
+    seeds, outside = inputs_of(outputs)
     reached = differentiated(outputs)
 
     def given(node: Node, identity: int) -> Node:
@@ -159,8 +141,7 @@ def emit_call(emit: Emit, outputs: list[Rowwise], anchor: Node, memory: int) -> 
 
     tensors: list[Node] = []
     for seed in seeds:
-        nothing = Terminal(seed.logits, None, "", frozenset(), lambda *_: None)  # type: ignore[arg-type, return-value]
-        h, w, _, cols, rows, _ = operands(emit, Group([(anchor, nothing)]))
+        h, w, _, cols, rows, _ = operands(emit, seed.logits)
         tensors += [given(node, id(seed.logits)) for node in (h, w, cols, emit(aten.t.default, rows))]
     tensors += [given(emit.ref(leaf.value), id(leaf)) for leaf in outside]
     text = program(outputs, seeds, outside).text
@@ -168,25 +149,25 @@ def emit_call(emit: Emit, outputs: list[Rowwise], anchor: Node, memory: int) -> 
     return {id(out.expr): emit(operator.getitem, call, i) for i, out in enumerate(outputs)}
 
 
-def resolved(emit: Emit, value: Any, made: dict[int, Node], seeds: Sequence[Seed]) -> Node:
+def resolved(emit: Emit, value: Any, made: dict[int, Node], seeds: Sequence[HeadInput]) -> Node:
     """The node that holds a result in the program's shape."""
-    if isinstance(value, Rowwise):
+    if isinstance(value, TokenValue):
         return shaped(emit, value, made[id(value.expr)], seeds)
 
     def substitute(x: Any) -> Any:
-        if isinstance(x, RowOutput):
+        if isinstance(x, ProgramResult):
             return shaped(emit, x.value, made[id(x.value.expr)], seeds)
         if isinstance(x, Plain):
             return substitute(x.ref)
-        if isinstance(x, Call):
-            args, kwargs = tree_map(substitute, (x.args, x.kwargs))
+        if isinstance(x, Expr):
+            args, kwargs = x.mapped(substitute)
             return emit(x.op, *args, **kwargs)
         return emit.ref(x)
 
     return substitute(value)
 
 
-def shaped(emit: Emit, value: Rowwise, node: Node, seeds: Sequence[Seed]) -> Node:
+def shaped(emit: Emit, value: TokenValue, node: Node, seeds: Sequence[HeadInput]) -> Node:
     """A result [N, *tail] in the program's own dimensions."""
     rows = [d for d, is_tail in enumerate(value.tail) if not is_tail]
     order = [*rows, *(d for d, is_tail in enumerate(value.tail) if is_tail)]
@@ -208,7 +189,7 @@ def fake_shape(node: Node) -> list[int | None]:
     return [static(s) for s in fake(node).shape]
 
 
-def row_sizes(emit: Emit, wanted: list[Any], seeds: Sequence[Seed]) -> list[Any]:
+def row_sizes(emit: Emit, wanted: list[Any], seeds: Sequence[HeadInput]) -> list[Any]:
     """Sizes of the token dimensions, several of them symbolic: those of a head's hidden states."""
     for seed in seeds:
         logits: Logits = seed.logits

@@ -19,9 +19,10 @@ from fusedhead.graph.aliases import memory
 from fusedhead.graph.effects import may_write
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.ir.builder import Emit
-from fusedhead.ir.logits import Call, Escape, Plain, from_the_first, logits_of
-from fusedhead.ir.terminal import Statistics, Terminal
-from fusedhead.rules.gather import gather
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import Escape, from_the_first, logits_of
+from fusedhead.ir.terminal import Kind, Statistics, Terminal
+from fusedhead.rules.gather import entries
 from fusedhead.rules.losses import rows_shape, same_shape
 from fusedhead.rules.table import Context, vocab_size
 
@@ -32,9 +33,9 @@ VIEWS = frozenset({"unsqueeze", "view", "reshape", "getitem"})  # with no more t
 def counts(index: Plain) -> bool:
     """Whether a tensor's values are 0, 1, 2 ... in order."""
     node = index.ref
-    if isinstance(node, Call):  # a list in the program (`evaluate.constant`): made anew, so that nothing writes to it
+    if isinstance(node, Expr):  # a list in the program (`evaluate.constant`): made anew, so that nothing writes to it
         lifted = node.args[0].ref if node.op is aten.lift_fresh_copy.default else node
-        return isinstance(lifted, Call) and lifted.op is aten.arange.default and len(lifted.args) == 1
+        return isinstance(lifted, Expr) and lifted.op is aten.arange.default and len(lifted.args) == 1
     while isinstance(node, Node) and name_of(node) in VIEWS:
         if name_of(node) == "getitem":
             picks = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
@@ -68,11 +69,10 @@ def entry_of_each_row(context: Context, value: Any, indices: Sequence[Plain]) ->
     if not all(counts(index) and along(index.val, dim, sizes) for dim, index in enumerate(counted)):
         raise Escape("the logits are indexed along the vocabulary, in rows that are not counted by an arange")
     labels = from_the_first(label.ref, vocab_size(logits))
-    column, dim = Plain(Call(aten.unsqueeze.default, (labels, -1)), label.val.unsqueeze(-1)), logits.class_dim
-    found = gather(Context(context.node, context.val.unsqueeze(-1)), value, dim, column)
+    column, dim = Plain(Expr(aten.unsqueeze.default, (labels, -1)), label.val.unsqueeze(-1)), logits.class_dim
+    found = entries(Context(context.node, context.val.unsqueeze(-1)), value, dim, column, Kind.INDEX)
 
     def result(emit: Emit, stats: Statistics) -> Node:
         return emit(aten.squeeze.dim, found.result(emit, stats), -1)
 
-    name = found.computes.replace("gather", "index")
-    return replace(found, val=context.val, computes=name, result=result, label_key=("index", label.ref))
+    return replace(found, val=context.val, result=result, label_key=("index", label.ref))

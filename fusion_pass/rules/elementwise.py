@@ -16,20 +16,10 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.compat import unset_fake_temporarily
-from fusedhead.ir.logits import (
-    FOLLOWED,
-    Call,
-    Escape,
-    Expected,
-    Followed,
-    Logits,
-    LogProbs,
-    Plain,
-    Probs,
-    RowVector,
-)
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import LOGITS_LIKE, Escape, Logits, LogitsLike, LogProbs, Probs, ProbTimes, RowVector
 from fusedhead.kernels.transform.transform import Step
-from fusedhead.rules.reductions import expected
+from fusedhead.rules.reductions import prob_times
 from fusedhead.rules.table import Context, Family, needs_logits, rule, vocab_size
 
 aten = torch.ops.aten
@@ -50,10 +40,10 @@ COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
     aten.to.other,
     aten.type_as.default,
 )
-def cast(context: Context, value: Any, *_: Any, **__: Any) -> Followed:
+def cast(context: Context, value: Any, *_: Any, **__: Any) -> LogitsLike:
     if context.val.dtype not in COMPUTED:
         raise Escape(f"the logits are cast to {context.val.dtype}")
-    if isinstance(value, (LogProbs, Probs, Expected)) and context.val.device == value.val.device:
+    if isinstance(value, (LogProbs, Probs, ProbTimes)) and context.val.device == value.val.device:
         return replace(value, val=context.val)
     logits = needs_logits(value, "a cast")
     if context.val.device != logits.val.device:
@@ -76,7 +66,7 @@ def vector(operand: Plain, logits: Logits, what: str) -> tuple[str, Plain | RowV
     if along_vocab and along_tokens:
         raise Escape(f"{what} of the logits and a tensor with token and vocabulary extent is not a bias or a scale")
     if along_vocab:
-        return "col", Plain(Call(aten.reshape.default, (operand.ref, [-1])), operand.val.reshape(-1))
+        return "col", Plain(Expr(aten.reshape.default, (operand.ref, [-1])), operand.val.reshape(-1))
     return "row", RowVector(operand, len(logits.row_steps), logits.val, logits.class_dim)
 
 
@@ -106,8 +96,8 @@ def inverse(operand: Any) -> Any:
     if isinstance(operand, (int, float)) and operand != 0:
         return 1.0 / operand
     if isinstance(operand, Plain) and isinstance(operand.val, Tensor) and operand.val.is_floating_point():
-        wide = Call(aten.to.dtype, (operand.ref, torch.float32))
-        return Plain(Call(aten.reciprocal.default, (wide,)), operand.val.float())
+        wide = Expr(aten.to.dtype, (operand.ref, torch.float32))
+        return Plain(Expr(aten.reciprocal.default, (wide,)), operand.val.float())
     raise Escape("the logits are divided by zero or by something that is not a floating-point tensor")
 
 
@@ -115,18 +105,18 @@ def negative(operand: Any) -> Any:
     if isinstance(operand, (int, float)):
         return -operand
     if isinstance(operand, Plain) and isinstance(operand.val, Tensor):
-        return Plain(Call(aten.neg.default, (operand.ref,)), operand.val)
+        return Plain(Expr(aten.neg.default, (operand.ref,)), operand.val)
     raise Escape("the logits are subtracted from other logits")
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar)
-def mul(context: Context, a: Any, b: Any) -> Followed:
-    product = expected(context, a, b)
+def mul(context: Context, a: Any, b: Any) -> LogitsLike:
+    product = prob_times(context, a, b)
     if product is not None:
         return product
-    if not isinstance(a, FOLLOWED):
+    if not isinstance(a, LOGITS_LIKE):
         a, b = b, a
-    if isinstance(a, (LogProbs, Probs, Expected)) and isinstance(b, (int, float)):
+    if isinstance(a, (LogProbs, Probs, ProbTimes)) and isinstance(b, (int, float)):
         return replace(a, val=context.val, factor=a.factor * b)
     return combine(context, needs_logits(a, "mul"), b, "mul")
 
@@ -163,8 +153,8 @@ def rsub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
 
 
 @rule(aten.neg.default, aten.negative.default)
-def neg(context: Context, value: Any) -> Followed:
-    if isinstance(value, (LogProbs, Probs, Expected)):
+def neg(context: Context, value: Any) -> LogitsLike:
+    if isinstance(value, (LogProbs, Probs, ProbTimes)):
         return replace(value, val=context.val, factor=-value.factor)
     return needs_logits(value, "neg").step(context.val, Step("mul", -1.0))
 
@@ -189,7 +179,7 @@ def column_mask(mask: Any, logits: Logits) -> Plain:
     along_vocab, along_tokens = extent(mask.val, logits)
     if along_tokens or not along_vocab:
         raise Escape("a mask of the logits differs from token to token")
-    return Plain(Call(aten.reshape.default, (mask.ref, [-1])), mask.val.reshape(-1))
+    return Plain(Expr(aten.reshape.default, (mask.ref, [-1])), mask.val.reshape(-1))
 
 
 def put(context: Context, logits: Logits, mask: Any, number: Any) -> Logits:
@@ -204,11 +194,11 @@ def put(context: Context, logits: Logits, mask: Any, number: Any) -> Logits:
     if math.isnan(number):
         raise Escape("logits are replaced by NaN")
     if number == -math.inf:  # the common mask: exponentials are zero by themselves
-        dropped = Plain(Call(aten.to.dtype, (column.ref, torch.float32)), column.val.float())
+        dropped = Plain(Expr(aten.to.dtype, (column.ref, torch.float32)), column.val.float())
         return logits.step(context.val, Step("dropcol", len(logits.cols)), cols=(*logits.cols, dropped))
     like = {"dtype": torch.float32, "device": column.val.device}
-    kept = Call(aten.full.default, ([vocab_size(logits)], math.nan), like)
-    filled = Plain(Call(aten.masked_fill.Scalar, (kept, column, number)), column.val.float())
+    kept = Expr(aten.full.default, ([vocab_size(logits)], math.nan), like)
+    filled = Plain(Expr(aten.masked_fill.Scalar, (kept, column, number)), column.val.float())
     return logits.step(context.val, Step("setcol", len(logits.cols)), cols=(*logits.cols, filled))
 
 
@@ -221,7 +211,7 @@ def masked_fill(context: Context, value: Any, mask: Any, number: Any) -> Logits:
 def where_else(context: Context, mask: Any, value: Any, number: Any) -> Logits:
     if not isinstance(mask, Plain):
         raise Escape("a mask of the logits depends on the logits")
-    other = Plain(Call(aten.logical_not.default, (mask.ref,)), mask.val)
+    other = Plain(Expr(aten.logical_not.default, (mask.ref,)), mask.val)
     return put(context, needs_logits(value, "where"), other, number)
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fusedhead.ir.logits import Escape, Followed, Logits, Plain, piece_of
+from fusedhead.ir.expr import Plain
+from fusedhead.ir.logits import Escape, Logits, LogitsLike, piece_of
 from fusedhead.ir.stack_parts import picked_part
 from fusedhead.ir.terminal import Terminal
 from fusedhead.rules.arange_indexing import entry_of_each_row
@@ -31,10 +32,10 @@ FAMILY = Family(
 )
 
 
-def along_rows(op: Any, name: str) -> Callable[..., Followed]:
+def along_rows(op: Any, name: str) -> Callable[..., LogitsLike]:
     """The rule of an op ``op(tensor, dim, ...)`` that acts along one dimension and keeps the number of them."""
 
-    def along(context: Context, value: Followed, dim: int = 0, *args: Any) -> Followed:
+    def along(context: Context, value: LogitsLike, dim: int = 0, *args: Any) -> LogitsLike:
         class_dim, at = class_dim_of(value), dimension(dim, value)
         if at == class_dim:
             raise Escape(f"{name} acts along the vocabulary")
@@ -52,8 +53,8 @@ rows_slice = along_rows(aten.slice.Tensor, "slice")
 
 @rule(aten.slice.Tensor)
 def slice_(
-    context: Context, value: Followed, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
-) -> Followed:
+    context: Context, value: LogitsLike, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> LogitsLike:
     """A slice of rows, or of the vocabulary: then fewer rows of W."""
     if dimension(dim, value) != class_dim_of(value):
         return rows_slice(context, value, dim, start, end, step)
@@ -71,7 +72,7 @@ def slice_(
 
 
 @rule(aten.flip.default)
-def flip(context: Context, value: Followed, dims: Sequence[int]) -> Followed:
+def flip(context: Context, value: LogitsLike, dims: Sequence[int]) -> LogitsLike:
     at = [dimension(dim, value) for dim in dims]
     if class_dim_of(value) in at:
         raise Escape("flip acts along the vocabulary")
@@ -79,7 +80,7 @@ def flip(context: Context, value: Followed, dims: Sequence[int]) -> Followed:
 
 
 @rule(aten.roll.default)
-def roll(context: Context, value: Followed, shifts: Sequence[int], dims: Sequence[int] = ()) -> Followed:
+def roll(context: Context, value: LogitsLike, shifts: Sequence[int], dims: Sequence[int] = ()) -> LogitsLike:
     at = [dimension(dim, value) for dim in dims]
     if class_dim_of(value) in at or not at:
         raise Escape("roll acts along the vocabulary")
@@ -87,7 +88,7 @@ def roll(context: Context, value: Followed, shifts: Sequence[int], dims: Sequenc
 
 
 @rule(aten.select.int)
-def select(context: Context, value: Followed, dim: int, index: Any) -> Followed:
+def select(context: Context, value: LogitsLike, dim: int, index: Any) -> LogitsLike:
     class_dim, at = class_dim_of(value), dimension(dim, value)
     if at == class_dim:
         raise Escape("one class of the logits is read out")
@@ -96,7 +97,7 @@ def select(context: Context, value: Followed, dim: int, index: Any) -> Followed:
 
 
 @rule(aten.index.Tensor)
-def index(context: Context, value: Followed, indices: Sequence[Any]) -> Followed | Terminal:
+def index(context: Context, value: LogitsLike, indices: Sequence[Any]) -> LogitsLike | Terminal:
     """Rows picked by one integer or boolean tensor, or by integer tensors in neighbouring leading dimensions.
 
     Where they are counted instead, and a class is picked in each, it is a number of a row.
@@ -121,7 +122,7 @@ def index(context: Context, value: Followed, indices: Sequence[Any]) -> Followed
     return moved(value, context.val, class_dim, aten.index.Tensor, list(indices))
 
 
-def classes(context: Context, value: Followed, at: int, name: str) -> list[Followed]:
+def classes(context: Context, value: LogitsLike, at: int, name: str) -> list[LogitsLike]:
     """Pieces of the vocabulary, each the logits of some rows of W."""
     if not isinstance(value, Logits):
         raise Escape(f"{name} cuts the vocabulary of the probabilities")
@@ -132,16 +133,16 @@ def classes(context: Context, value: Followed, at: int, name: str) -> list[Follo
     return [slice_(Context(context.node, z), value, at, a, b) for z, (a, b) in zip(context.val, bounds)]
 
 
-def taken(value: Followed, piece: Tensor, op: Any, args: tuple, number: int) -> Followed:
+def taken(value: LogitsLike, piece: Tensor, op: Any, args: tuple, number: int) -> LogitsLike:
     """Piece ``number`` of what ``op`` cuts a tensor into, replayed as that: its bounds may be symbols."""
     cut = moved(value, value.val, class_dim_of(value), op, *args)
     return moved(cut, piece, class_dim_of(value), operator.getitem, number)
 
 
-def pieces(op: Any, name: str) -> Callable[..., list[Followed]]:
+def pieces(op: Any, name: str) -> Callable[..., list[LogitsLike]]:
     """The rule of an op that cuts a tensor along one dimension and returns the list of pieces."""
 
-    def cut(context: Context, value: Followed, sizes: Any, dim: int = 0) -> list[Followed]:
+    def cut(context: Context, value: LogitsLike, sizes: Any, dim: int = 0) -> list[LogitsLike]:
         class_dim, at = class_dim_of(value), dimension(dim, value)
         if at == class_dim:
             return classes(context, value, at, name)
@@ -163,7 +164,7 @@ rule(aten.chunk.default)(pieces(aten.chunk.default, "chunk"))
 
 
 @rule(aten.unbind.int)
-def unbind(context: Context, value: Followed, dim: int = 0) -> list[Followed]:
+def unbind(context: Context, value: LogitsLike, dim: int = 0) -> list[LogitsLike]:
     class_dim, at = class_dim_of(value), dimension(dim, value)
     if at == class_dim:
         raise Escape("unbind cuts the vocabulary")

@@ -22,9 +22,10 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.ir.builder import Emit, named
-from fusedhead.ir.logits import Escape, Logits, LogProbs, Plain
+from fusedhead.ir.expr import Plain
+from fusedhead.ir.logits import Escape, Logits, LogProbs
 from fusedhead.ir.lse_differences import DIFFERENCE, SPREAD, lse_less_picked, spread
-from fusedhead.ir.terminal import Statistics, Terminal
+from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.row_terms import flat_terms, without_row_terms
 from fusedhead.rules.table import Context, Family, needs_logits, over_classes, plain_tensor, rule, vocab_size
 
@@ -148,6 +149,7 @@ def nll_terminal(
     return Terminal(
         logits,
         context.val,
+        Kind.LOSS,
         f"{name}({', '.join(details)})",
         DIFFERENCE | SPREAD if smoothing else DIFFERENCE if terms is None else frozenset({"picked"}),
         result,

@@ -13,7 +13,8 @@ import torch
 from torch.fx import Node
 
 from fusedhead.graph.nodes import every_dimension, fake, name_of
-from fusedhead.ir.logits import Call, Escape, Plain
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import Escape
 from fusedhead.rules.losses import same_shape
 from fusedhead.rules.tokenwise.dispatch import read as by_rows
 
@@ -24,12 +25,12 @@ SENTENCE = "part of the logits is set for some tokens only"
 def rows_set(value: Any, index: Any, number: float) -> Any:
     """The logits after the assignment. Raises Escape where the index is of another kind."""
     mask, chosen = mask_of(value, index)
-    column = Plain(Call(aten.unsqueeze.default, (mask, -1)), mask.val.unsqueeze(-1))
+    column = Plain(Expr(aten.unsqueeze.default, (mask, -1)), mask.val.unsqueeze(-1))
     val = value.val
     if chosen is None:
         return by_rows(aten.where.ScalarSelf, val, val, (column, number, value), {})
     label = chosen.val.new_empty(column.val.shape)
-    kept = Call(aten.where.ScalarOther, (column, Call(aten.unsqueeze.default, (chosen, -1)), 0))
+    kept = Expr(aten.where.ScalarOther, (column, Expr(aten.unsqueeze.default, (chosen, -1)), 0))
     at = Plain(kept, label)
     here = by_rows(aten.gather.default, val.new_empty(label.shape), None, (value, -1, at), {})
     there = by_rows(aten.where.ScalarSelf, here.val, here.val, (column, number, here), {})

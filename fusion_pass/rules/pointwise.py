@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.ir.logits import FOLLOWED, Escape, Logits, LogProbs, Plain, Probs, RowVector
+from fusedhead.ir.expr import Plain
+from fusedhead.ir.logits import LOGITS_LIKE, Escape, Logits, LogProbs, Probs, RowVector
 from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.elementwise import COMPUTED, needs_same_shape, vector
 from fusedhead.rules.pointwise_codegen import function_of
@@ -30,10 +31,10 @@ FAMILY = Family(
 def pointwise(context: Context, op: Any, args: tuple, kwargs: dict[str, Any]) -> Logits:
     """The logits after ``op(*args, **kwargs)``, of whose arguments one is the logits."""
     name = op._schema.name.removeprefix("aten::")
-    constants = [a for a in (*args, *kwargs.values()) if not isinstance(a, (Plain, *FOLLOWED))]
+    constants = [a for a in (*args, *kwargs.values()) if not isinstance(a, (Plain, *LOGITS_LIKE))]
     if any(a is not None and not isinstance(a, (bool, int, float, str)) for a in constants):
         raise Escape(f"{name} of the logits has an argument that is not known at compile time")
-    at = [i for i, a in enumerate(args) if isinstance(a, FOLLOWED)]
+    at = [i for i, a in enumerate(args) if isinstance(a, LOGITS_LIKE)]
     if len(at) != 1:
         raise Escape(f"{name} combines logits with logits")
     logits = needs_logits(args[at[0]], name)

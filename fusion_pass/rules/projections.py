@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 
 from fusedhead.compat import enter_autocast
-from fusedhead.ir.logits import Call, Escape, Logits, Plain, Projection, RowStep
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import Escape, Logits, Projection, RowStep
 from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.table import Context, Family, rule
 
@@ -63,7 +64,7 @@ def transposed(weight: Plain) -> Plain:
     """The [V, D] view of a weight held as [D, V]."""
     if not isinstance(weight, Plain) or weight.val.ndim != 2:
         raise Escape("the second operand of the product is not a two-dimensional weight")
-    return Plain(Call(aten.t.default, (weight.ref,)), weight.val.t())
+    return Plain(Expr(aten.t.default, (weight.ref,)), weight.val.t())
 
 
 def with_bias(context: Context, logits: Logits, bias: Plain | None) -> Logits:
@@ -75,7 +76,7 @@ def with_bias(context: Context, logits: Logits, bias: Plain | None) -> Logits:
     if bias.val.shape[-1:] != logits.val.shape[-1:]:
         raise Escape("the bias of the projection is not one number per class")
     same_dtype(context, bias)
-    flat = Plain(Call(aten.reshape.default, (bias.ref, [-1])), bias.val.reshape(-1))
+    flat = Plain(Expr(aten.reshape.default, (bias.ref, [-1])), bias.val.reshape(-1))
     return replace(logits, steps=(), cols=(flat,)).step(logits.val, Step("addcol", 0))
 
 

@@ -14,9 +14,9 @@ from torch.fx import Node
 
 from fusedhead.graph.nodes import name_of
 from fusedhead.ir.builder import Emit
-from fusedhead.ir.logits import Escape, Expected, Logits, LogProbs, Probs, same_logits
+from fusedhead.ir.logits import Escape, Logits, LogProbs, Probs, ProbTimes, same_logits
 from fusedhead.ir.lse_differences import SPREAD, spread
-from fusedhead.ir.terminal import Statistics, Terminal
+from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.gather import per_row
 from fusedhead.rules.table import Context, Family, needs_logits, over_classes, rule, vocab_size
 
@@ -35,7 +35,7 @@ def softmax(context: Context, value: Any, dim: int, dtype: Any = None, **_: Any)
     return Probs(logits, context.val)
 
 
-def expected(context: Context, a: Any, b: Any) -> Expected | None:
+def prob_times(context: Context, a: Any, b: Any) -> ProbTimes | None:
     """p · log p or p · z, if that is what a product is."""
     p, x = (a, b) if isinstance(a, Probs) else (b, a)
     if not isinstance(p, Probs) or not isinstance(x, (Logits, LogProbs)):
@@ -44,11 +44,11 @@ def expected(context: Context, a: Any, b: Any) -> Expected | None:
     if not same_logits(p.of, of) or p.of.detached != of.detached:
         raise Escape("probabilities and log-probabilities of different logits are multiplied")
     factor = p.factor * (x.factor if isinstance(x, LogProbs) else 1.0)
-    return Expected(of, context.val, isinstance(x, LogProbs), factor)
+    return ProbTimes(of, context.val, isinstance(x, LogProbs), factor)
 
 
-def sum_of_expected(context: Context, value: Expected, keepdim: bool) -> Terminal:
-    """The entropy, or what is made of it, from a sum of `Expected` over the classes."""
+def sum_of_prob_times(context: Context, value: ProbTimes, keepdim: bool) -> Terminal:
+    """The entropy, or what is made of it, from a sum of `ProbTimes` over the classes."""
     logits = value.of
 
     def result(emit: Emit, stats: Statistics) -> Node:
@@ -59,7 +59,7 @@ def sum_of_expected(context: Context, value: Expected, keepdim: bool) -> Termina
             out = emit(aten.mul.Tensor, emit(aten.sub.Tensor, stats.lse, stats.entropy), value.factor)
         return per_row(emit, out, stats, logits.class_dim, keepdim)
 
-    return Terminal(logits, context.val, "entropy", frozenset({"entropy"}), result)
+    return Terminal(logits, context.val, Kind.ENTROPY, "entropy", frozenset({"entropy"}), result)
 
 
 def argmax_of(context: Context, logits: Logits, keepdim: bool, val: Any) -> Terminal:
@@ -67,7 +67,7 @@ def argmax_of(context: Context, logits: Logits, keepdim: bool, val: Any) -> Term
         assert stats.argmax is not None
         return per_row(emit, stats.argmax, stats, logits.class_dim, keepdim)
 
-    return Terminal(logits, val, "argmax", frozenset({"argmax"}), result)
+    return Terminal(logits, val, Kind.ARGMAX, "argmax", frozenset({"argmax"}), result)
 
 
 @rule(aten.argmax.default)
@@ -93,14 +93,14 @@ def only_the_index(node: Node) -> bool:
 def max_dim(context: Context, value: Any, dim: int, keepdim: bool = False) -> list[Terminal]:
     logits = needs_logits(value, "max")
     over_classes(dim, logits, "max")
-    if not logits.quiet and context.val[0].requires_grad and not only_the_index(context.node):
+    if not logits.has_no_gradient and context.val[0].requires_grad and not only_the_index(context.node):
         raise Escape("a gradient flows through the maximum of the logits")
 
     def result(emit: Emit, stats: Statistics) -> Node:
         assert stats.max is not None
         return per_row(emit, stats.max, stats, logits.class_dim, keepdim)
 
-    largest = Terminal(logits, context.val[0], "max", frozenset({"max"}), result)
+    largest = Terminal(logits, context.val[0], Kind.MAX, "max", frozenset({"max"}), result)
     return [largest, argmax_of(context, logits, keepdim, context.val[1])]
 
 
@@ -116,8 +116,8 @@ def summed(mean: bool) -> Callable[..., Terminal]:
         alone = len(dims) == 1 and logits is not None and dims[0] % value.val.ndim == logits.class_dim
         if logits is None or not (alone or not dims):
             raise Escape(f"{name} of the logits over other dimensions than the vocabulary")
-        if isinstance(value, Expected) and alone and not mean:
-            return sum_of_expected(context, value, keepdim)
+        if isinstance(value, ProbTimes) and alone and not mean:
+            return sum_of_prob_times(context, value, keepdim)
         if not isinstance(value, (Logits, LogProbs)):
             raise Escape(f"{name} of the probabilities")
         size = vocab_size(logits)
@@ -135,7 +135,7 @@ def summed(mean: bool) -> Callable[..., Terminal]:
         what = "log_softmax + " if isinstance(value, LogProbs) else ""
         over = "classes" if alone else "everything"
         want = SPREAD if isinstance(value, LogProbs) else frozenset({"sum"})
-        return Terminal(logits, context.val, f"{what}{name} over {over}", want, result)
+        return Terminal(logits, context.val, Kind.SUM, f"{what}{name} over {over}", want, result)
 
     return rule_of_sum
 

@@ -13,7 +13,8 @@ import torch
 from torch.fx import Node
 
 from fusedhead.ir.builder import Emit
-from fusedhead.ir.logits import Logits, Plain
+from fusedhead.ir.expr import Plain
+from fusedhead.ir.logits import Logits
 from fusedhead.kernels.transform.transform import Step
 
 aten = torch.ops.aten
@@ -25,7 +26,7 @@ def without_row_terms(logits: Logits) -> tuple[Logits, list[Plain]]:
     Entries of z + t are those of z, plus t: what is taken off needs no sweep of its own.
     """
     terms: list[Plain] = []
-    while not logits.quiet:
+    while not logits.has_no_gradient:
         steps = list(logits.steps)
         while steps and steps[-1].op == "round":
             steps.pop()

@@ -12,8 +12,9 @@ import torch
 from torch.fx import Node
 
 from fusedhead.graph.nodes import every_dimension, fake
-from fusedhead.ir.logits import Call, Escape, Logits, Plain
-from fusedhead.ir.tokenwise import Rowwise
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import Escape, Logits
+from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.rules import RULES
 from fusedhead.rules.mask_assignment import SENTENCE, rows_set
 from fusedhead.rules.table import Context
@@ -25,7 +26,7 @@ aten = torch.ops.aten
 def columns_set(node: Node, logits: Any) -> Any:
     """The logits after ``z[..., columns] = number``, columns being a slice, an index or a mask along the vocabulary."""
     _, index, number = node.args
-    if not isinstance(logits, (Logits, Rowwise)) or not isinstance(number, (int, float)):
+    if not isinstance(logits, (Logits, TokenValue)) or not isinstance(number, (int, float)):
         raise Escape("part of the logits is set to something else than a number")
     ndim = logits.val.ndim
     parts = every_dimension(index, ndim)
@@ -38,7 +39,7 @@ def columns_set(node: Node, logits: Any) -> Any:
         raise Escape(SENTENCE)
     size, chosen = logits.val.shape[tails[0]], parts[tails[0]]
     mask, shape = column_choice(chosen, int(size), logits.val), [-1 if d == tails[0] else 1 for d in range(ndim)]
-    mask = Plain(Call(aten.reshape.default, (mask, shape)), mask.val.reshape(shape))
+    mask = Plain(Expr(aten.reshape.default, (mask, shape)), mask.val.reshape(shape))
     fill = aten.masked_fill.Scalar
     context = Context(node, logits.val)
     if isinstance(logits, Logits):
@@ -54,25 +55,25 @@ def starts_with_a_mask(index: Any) -> bool:
 
 def column_choice(chosen: Any, size: int, like: torch.Tensor) -> Plain:
     """Which of ``size`` columns an index means, as a mask [size]."""
-    none = Call(aten.zeros.default, ([size],), {"dtype": torch.bool, "device": like.device})
+    none = Expr(aten.zeros.default, ([size],), {"dtype": torch.bool, "device": like.device})
     val = like.new_empty(size, dtype=torch.bool)
     bounds = (chosen.start, chosen.stop, chosen.step) if isinstance(chosen, slice) else ()
     if isinstance(chosen, slice) and all(p is None or isinstance(p, int) for p in bounds):
         length = len(range(*chosen.indices(size)))
-        some = Call(aten.ones.default, ([length],), {"dtype": torch.bool, "device": like.device})
+        some = Expr(aten.ones.default, ([length],), {"dtype": torch.bool, "device": like.device})
         start, stop, step = chosen.indices(size)
-        return Plain(Call(aten.slice_scatter.default, (none, some, 0, start, stop, step)), val)
+        return Plain(Expr(aten.slice_scatter.default, (none, some, 0, start, stop, step)), val)
     if isinstance(chosen, int) and not isinstance(chosen, bool):
         at = chosen % size
-        some = Call(aten.ones.default, ([1],), {"dtype": torch.bool, "device": like.device})
-        return Plain(Call(aten.slice_scatter.default, (none, some, 0, at, at + 1, 1)), val)
+        some = Expr(aten.ones.default, ([1],), {"dtype": torch.bool, "device": like.device})
+        return Plain(Expr(aten.slice_scatter.default, (none, some, 0, at, at + 1, 1)), val)
     if isinstance(chosen, (list, tuple)) and all(type(at) is int for at in chosen):
-        numbers = Call(torch.tensor, (list(chosen),), {"dtype": torch.int64, "device": like.device})
-        return Plain(Call(aten.index_fill.int_Scalar, (none, 0, numbers, True)), val)
+        numbers = Expr(torch.tensor, (list(chosen),), {"dtype": torch.int64, "device": like.device})
+        return Plain(Expr(aten.index_fill.int_Scalar, (none, 0, numbers, True)), val)
     known = fake(chosen) if isinstance(chosen, Node) else None
     if isinstance(known, torch.Tensor) and known.ndim == 1 and known.dtype == torch.bool:
         return Plain(chosen, known)
     if isinstance(known, torch.Tensor) and known.dtype == torch.int64:
-        yes = Call(aten.ones.default, ([],), {"dtype": torch.bool, "device": like.device})
-        return Plain(Call(aten.index_put.default, (none, [chosen], yes)), val)
+        yes = Expr(aten.ones.default, ([],), {"dtype": torch.bool, "device": like.device})
+        return Plain(Expr(aten.index_put.default, (none, [chosen], yes)), val)
     raise Escape("part of the logits is set by an index that is not read")

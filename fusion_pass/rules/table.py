@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from fusedhead.ir.builder import static
-from fusedhead.ir.logits import FOLLOWED, Escape, Followed, Logits, LogProbs, Plain, Probs, Value
+from fusedhead.ir.expr import Plain
+from fusedhead.ir.logits import LOGITS_LIKE, Escape, Logits, LogitsLike, LogProbs, Probs, Value
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -53,13 +54,13 @@ def needs_logits(value: Any, op: str) -> Logits:
     """The logits a rule reads, or an escape that names what it got instead."""
     if isinstance(value, Logits):
         return value
-    if isinstance(value, FOLLOWED):
+    if isinstance(value, LOGITS_LIKE):
         what = {LogProbs: "log-probabilities", Probs: "probabilities"}.get(type(value), "products of probabilities")
         raise Escape(f"{op} is applied to the {what} of the head")
     raise Escape(f"{op} takes the logits in a position other than its first")
 
 
-def dimension(dim: int, value: Followed) -> int:
+def dimension(dim: int, value: LogitsLike) -> int:
     return dim % value.val.ndim
 
 

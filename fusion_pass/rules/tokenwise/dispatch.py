@@ -24,20 +24,9 @@ from fusedhead.compat import (
     tree_leaves,
     tree_map,
 )
-from fusedhead.ir.logits import (
-    FOLLOWED,
-    Call,
-    Escape,
-    Expected,
-    Followed,
-    Logits,
-    LogProbs,
-    Plain,
-    Probs,
-    Stack,
-)
-from fusedhead.ir.tokenwise import RowCall, Rowwise, Seed
-from fusedhead.ir.tokenwise import parts as parts_of
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import LOGITS_LIKE, Escape, Logits, LogitsLike, LogProbs, Probs, ProbTimes, StackedProjection
+from fusedhead.ir.tokenwise import HeadInput, TokenValue, token_values_of
 from fusedhead.rules.table import Family
 from fusedhead.rules.tokenwise.indexing import PICKS, picked
 from fusedhead.rules.tokenwise.losses import LOSSES, nll
@@ -75,7 +64,7 @@ def read(target: Any, val: Any, traced: Any, args: tuple, kwargs: dict[str, Any]
     """
     if not isinstance(target, OpOverload) or target._schema.is_mutable:
         raise Escape(f"{target} is no op that makes a new tensor")
-    args, kwargs = tree_map(rowwise, (args, kwargs), is_leaf=lambda x: isinstance(x, FOLLOWED))
+    args, kwargs = tree_map(rowwise, (args, kwargs), is_leaf=lambda x: isinstance(x, LOGITS_LIKE))
     wanted, made = first_dtype(val), first_dtype(traced)
     if wanted != made and wanted is not None and made is not None and wanted.itemsize > made.itemsize:
         args, kwargs = tree_map(lambda x: widened(x, wanted), (args, kwargs))
@@ -106,53 +95,53 @@ def first_dtype(val: Any) -> torch.dtype | None:
 
 def widened(x: Any, dtype: torch.dtype) -> Any:
     """An operand as autocast hands it to an op that runs in a wider dtype."""
-    if not isinstance(x, (Rowwise, Plain)) or not isinstance(x.val, Tensor) or not x.val.is_floating_point():
+    if not isinstance(x, (TokenValue, Plain)) or not isinstance(x.val, Tensor) or not x.val.is_floating_point():
         return x
     if x.val.dtype == dtype:
         return x
     val = x.val.to(dtype)
     if isinstance(x, Plain):
-        return Plain(Call(aten.to.dtype, (x, dtype)), val)
-    return Rowwise(RowCall(aten.to.dtype, (x.expr, dtype)), val, x.tail, x.heads)
+        return Plain(Expr(aten.to.dtype, (x, dtype)), val)
+    return TokenValue(Expr(aten.to.dtype, (x.expr, dtype)), val, x.tail, x.heads)
 
 
 def rowwise(value: Any) -> Any:
     """A followed value as a rowwise one; anything else as it is."""
-    if not isinstance(value, FOLLOWED):
+    if not isinstance(value, LOGITS_LIKE):
         return value
     logits = value if isinstance(value, Logits) else value.of
-    if isinstance(logits.head, Stack):
+    if isinstance(logits.head, StackedProjection):
         raise Escape("logits of several heads that are stacked are not computed token by token")
     tail = tuple(d == logits.class_dim for d in range(logits.val.ndim))
-    expr = expression(value, Seed(logits), value.val.dtype)
-    return Rowwise(expr, value.val, tail, frozenset({logits.head}))
+    expr = expression(value, HeadInput(logits), value.val.dtype)
+    return TokenValue(expr, value.val, tail, frozenset({logits.head}))
 
 
-def expression(value: Followed, seed: Seed, dtype: torch.dtype) -> Seed | RowCall:
+def expression(value: LogitsLike, seed: HeadInput, dtype: torch.dtype) -> HeadInput | Expr:
     if isinstance(value, Logits):
         return seed
-    scaled = lambda x: x if value.factor == 1 else RowCall(aten.mul.Tensor, (x, value.factor))  # noqa: E731
+    scaled = lambda x: x if value.factor == 1 else Expr(aten.mul.Tensor, (x, value.factor))  # noqa: E731
     if isinstance(value, (LogProbs, Probs)):
         op = aten.log_softmax.int if isinstance(value, LogProbs) else aten.softmax.int
-        return scaled(RowCall(op, (seed, 1, dtype)))
-    assert isinstance(value, Expected)
-    p = RowCall(aten.softmax.int, (seed, 1, dtype))
-    x = RowCall(aten.log_softmax.int, (seed, 1, dtype)) if value.log else seed
-    return scaled(RowCall(aten.mul.Tensor, (p, x)))
+        return scaled(Expr(op, (seed, 1, dtype)))
+    assert isinstance(value, ProbTimes)
+    p = Expr(aten.softmax.int, (seed, 1, dtype))
+    x = Expr(aten.log_softmax.int, (seed, 1, dtype)) if value.log else seed
+    return scaled(Expr(aten.mul.Tensor, (p, x)))
 
 
-def pointwise(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Rowwise:
-    operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Rowwise)]
+def pointwise(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> TokenValue:
+    operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, TokenValue)]
     return entrywise(target, val, args, kwargs, common_tail(val, operands), heads_of(operands))
 
 
 def entrywise(
     target: Any, val: Any, args: tuple, kwargs: dict[str, Any], tail: tuple[bool, ...], heads: frozenset[Any]
-) -> Rowwise:
+) -> TokenValue:
     """A pointwise op with its operands lined up; none of them need come from the logits."""
     given, named = tree_map(lambda x: lined_up(x, tail, val.shape), (args, kwargs))
     named = {k: v for k, v in named.items() if k not in ("memory_format", "device", "layout", "pin_memory")}
-    return Rowwise(RowCall(target, given, named), val, tail, heads)
+    return TokenValue(Expr(target, given, named), val, tail, heads)
 
 
 # losses with a kernel of their own that are pointwise up to their reduction: by torch's decomposition
@@ -163,7 +152,7 @@ BY_PARTS = frozenset(
 
 def taken_apart(parts: Callable[..., Any], target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A composite op by the ops that ``parts`` makes it of."""
-    leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, (Rowwise, Plain))]
+    leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, (TokenValue, Plain))]
     mode = next((m for m in (maybe_get_fake_mode(x.val) for x in leaves if isinstance(x.val, Tensor)) if m), None)
     assert mode is not None
 
@@ -185,22 +174,22 @@ def taken_apart(parts: Callable[..., Any], target: Any, val: Any, args: tuple, k
         here, named = tree_map(lambda n: env[n] if isinstance(n, Node) else n, (tuple(node.args), dict(node.kwargs)))
         if node.target is operator.getitem:
             env[node] = here[0][here[1]]
-        elif any(isinstance(x, Rowwise) for x in tree_leaves((here, named))):
+        elif any(isinstance(x, TokenValue) for x in tree_leaves((here, named))):
             if node.target is target:
                 raise Escape(f"{target} is not known to treat tokens apart")
-            if any(isinstance(x, Plain) and any(True for _ in parts_of(x)) for x in tree_leaves((here, named))):
+            if any(isinstance(x, Plain) and any(True for _ in token_values_of(x)) for x in tree_leaves((here, named))):
                 raise Escape(f"{target} combines logits with a total over their tokens")
             env[node] = read(node.target, node.meta["val"], node.meta["val"], here, named)
         elif is_pointwise(node.target) and (like := as_wide(node.meta["val"], leaves)) is not None:
             env[node] = entrywise(node.target, node.meta["val"], here, named, like.tail, like.heads)
         else:
-            env[node] = Plain(Call(node.target, here, named), node.meta["val"])
+            env[node] = Plain(Expr(node.target, here, named), node.meta["val"])
     raise AssertionError("a traced graph has an output")
 
 
-def as_wide(val: Any, operands: list[Any]) -> Rowwise | None:
+def as_wide(val: Any, operands: list[Any]) -> TokenValue | None:
     """What comes from the logits among operands and is of the shape of ``val``."""
-    wide = (x for x in operands if isinstance(x, Rowwise) and not x.small)
+    wide = (x for x in operands if isinstance(x, TokenValue) and not x.small)
     if not isinstance(val, Tensor):
         return None
     return next((x for x in wide if x.val.ndim == val.ndim and all(map(same, x.val.shape, val.shape))), None)

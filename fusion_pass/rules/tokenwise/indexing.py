@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from fusedhead.compat import maybe_get_fake_mode, tree_map
-from fusedhead.ir.logits import Call, Escape, Logits, Plain
-from fusedhead.ir.tokenwise import RowCall, RowLeaf, Rowwise, Seed
+from fusedhead.compat import maybe_get_fake_mode
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import Escape, Logits
+from fusedhead.ir.tokenwise import HeadInput, TokenInput, TokenValue
 from fusedhead.rules.table import RULES, Context
 from fusedhead.rules.tokenwise.operands import constants, size
 
@@ -27,7 +28,7 @@ PICKS = {aten.slice.Tensor: False, aten.select.int: True, aten.index_select.defa
 def picked(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A pick along a dimension of tokens; NotImplemented along the tail."""
     x = args[0]
-    if not isinstance(x, Rowwise) or kwargs:
+    if not isinstance(x, TokenValue) or kwargs:
         return NotImplemented
     dim = (constants(args[1]) if len(args) > 1 else 0) % x.val.ndim
     if x.tail[dim]:
@@ -39,25 +40,25 @@ def picked(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     known: dict[int, Any] = {}
 
     def of_picked(e: Any) -> Any:
-        if not isinstance(e, (Seed, RowLeaf, RowCall)):
+        if not isinstance(e, (HeadInput, TokenInput, Expr)):
             return e
         if id(e) not in known:
             known[id(e)] = made_of_picked(e)
         return known[id(e)]
 
     def made_of_picked(e: Any) -> Any:
-        if isinstance(e, Seed):
+        if isinstance(e, HeadInput):
             if id(e.logits) not in known:
                 known[id(e.logits)] = rows_of(e.logits, op, which)
-            return Seed(known[id(e.logits)])
-        if isinstance(e, RowLeaf):
-            return RowLeaf(Plain(Call(op, (e.value, *which)), e.value.val), True) if e.by_rows else e
-        return RowCall(e.op, *tree_map(of_picked, (e.args, e.kwargs)))
+            return HeadInput(known[id(e.logits)])
+        if isinstance(e, TokenInput):
+            return TokenInput(Plain(Expr(op, (e.value, *which)), e.value.val), True) if e.by_rows else e
+        return Expr(e.op, *e.mapped(of_picked))
 
-    return Rowwise(of_picked(x.expr), val, tail, x.heads)
+    return TokenValue(of_picked(x.expr), val, tail, x.heads)
 
 
-def by_number(target: Any, x: Rowwise, at: int, rest: tuple) -> tuple[Any, tuple]:
+def by_number(target: Any, x: TokenValue, at: int, rest: tuple) -> tuple[Any, tuple]:
     """The pick as one along the flattened tokens, dimension 0: an op and its arguments after the tensor."""
     rows = [s for s, is_tail in zip(x.val.shape, x.tail) if not is_tail]
     which = tuple(a if isinstance(a, Plain) and isinstance(a.val, torch.Tensor) else constants(a) for a in rest)
@@ -67,12 +68,12 @@ def by_number(target: Any, x: Rowwise, at: int, rest: tuple) -> tuple[Any, tuple
         return target, (0, *which)
     sizes = [size(s, "a choice of tokens") for s in rows]
     device, mode = x.val.device, maybe_get_fake_mode(x.val)
-    numbers = Call(aten.arange.default, (math.prod(sizes),), {"device": device})
-    call = Call(target, (Call(aten.reshape.default, (numbers, sizes)), at, *which))
+    numbers = Expr(aten.arange.default, (math.prod(sizes),), {"device": device})
+    call = Expr(target, (Expr(aten.reshape.default, (numbers, sizes)), at, *which))
     with mode or nullcontext():
         fakes = [a.val if isinstance(a, Plain) else a for a in which]
         chosen = target(torch.arange(math.prod(sizes), device=device).reshape(sizes), at, *fakes).reshape(-1)
-    return aten.index_select.default, (0, Plain(Call(aten.reshape.default, (call, [-1])), chosen))
+    return aten.index_select.default, (0, Plain(Expr(aten.reshape.default, (call, [-1])), chosen))
 
 
 def rows_of(logits: Logits, op: Any, which: tuple) -> Logits:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from fusedhead.ir.logits import Call, Escape, Plain
-from fusedhead.ir.tokenwise import RowCall, RowLeaf, RowOutput, Rowwise
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import Escape
+from fusedhead.ir.tokenwise import ProgramResult, TokenInput, TokenValue
 from fusedhead.rules.tokenwise.operands import constants, leaf
 
 aten = torch.ops.aten
@@ -21,9 +22,9 @@ def nll(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     names = [a.name for a in target._schema.arguments]
     given = {a.name: a.default_value for a in target._schema.arguments} | dict(zip(names, args)) | kwargs
     x, labels, weight = given["self"], given["target"], given["weight"]
-    if isinstance(labels, Rowwise) and labels.val.is_floating_point():
+    if isinstance(labels, TokenValue) and labels.val.is_floating_point():
         return NotImplemented  # probabilities that come from logits: by the ops it is made of
-    if not isinstance(x, Rowwise) or not isinstance(labels, Plain) or isinstance(weight, Rowwise):
+    if not isinstance(x, TokenValue) or not isinstance(labels, Plain) or isinstance(weight, TokenValue):
         raise Escape(f"{target} takes what comes from the logits in another place than its first")
     if labels.val.is_floating_point():
         return NotImplemented  # the targets are probabilities: by the ops it is made of
@@ -31,21 +32,21 @@ def nll(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         raise Escape(NOT_CLASSES)
     rows = tuple(False for _ in labels.val.shape)
     label = leaf(labels, rows, labels.val.shape, True)
-    whole = None if weight is None else RowLeaf(weight, False)
+    whole = None if weight is None else TokenInput(weight, False)
     ignored = constants(given["ignore_index"])
     smoothing = {"label_smoothing": constants(given["label_smoothing"])} if "label_smoothing" in given else {}
     last = {"reduction": 0, "ignore_index": ignored, **smoothing}
-    each = Rowwise(RowCall(target, (x.expr, label, whole), last), labels.val.to(x.val.dtype), rows, x.heads)
+    each = TokenValue(Expr(target, (x.expr, label, whole), last), labels.val.to(x.val.dtype), rows, x.heads)
     if constants(given["reduction"]) == 0:
         return each
     wide = {"dtype": torch.float64 if x.val.dtype == torch.float64 else torch.float32}
-    out = Call(aten.sum.default, (RowOutput(each),), wide)
+    out = Expr(aten.sum.default, (ProgramResult(each),), wide)
     if constants(given["reduction"]) == 1:
-        counted: Any = Call(aten.ne.Scalar, (labels, ignored))
+        counted: Any = Expr(aten.ne.Scalar, (labels, ignored))
         if weight is not None:
-            known = Call(aten.mul.Tensor, (Call(aten.to.dtype, (labels, torch.int64)), counted))
-            flat = Call(aten.reshape.default, (known, [-1]))
-            of_label = Call(aten.index_select.default, (weight, 0, flat))
-            counted = Call(aten.mul.Tensor, (of_label, Call(aten.reshape.default, (counted, [-1]))))
-        out = Call(aten.div.Tensor, (out, Call(aten.sum.default, (counted,))))
-    return Plain(Call(aten.to.dtype, (out, val.dtype)), val)
+            known = Expr(aten.mul.Tensor, (Expr(aten.to.dtype, (labels, torch.int64)), counted))
+            flat = Expr(aten.reshape.default, (known, [-1]))
+            of_label = Expr(aten.index_select.default, (weight, 0, flat))
+            counted = Expr(aten.mul.Tensor, (of_label, Expr(aten.reshape.default, (counted, [-1]))))
+        out = Expr(aten.div.Tensor, (out, Expr(aten.sum.default, (counted,))))
+    return Plain(Expr(aten.to.dtype, (out, val.dtype)), val)

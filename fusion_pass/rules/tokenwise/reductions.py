@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fusedhead.compat import tree_leaves, tree_map
-from fusedhead.ir.logits import Call, Escape, Plain
-from fusedhead.ir.tokenwise import RowCall, RowOutput, Rowwise
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import Escape
+from fusedhead.ir.tokenwise import ProgramResult, TokenValue
 from fusedhead.rules.tokenwise.operands import constants, heads_of, lined_up, operand, same, several, tail_dim
 
 aten = torch.ops.aten
@@ -75,7 +76,7 @@ def along(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     dim, args, kwargs = dim_of(target, args, kwargs, (ALONG | RESIZE)[target])
     rest, named = plain_arguments(args[1:], kwargs, target)
     given = replaced((x.expr, *rest), (ALONG | RESIZE)[target], tail_dim(x, dim, target))
-    return several(RowCall(target, given, named), val, x.tail, x.heads)
+    return several(Expr(target, given, named), val, x.tail, x.heads)
 
 
 def reduced(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -92,10 +93,10 @@ def reduced(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     first = val if isinstance(val, Tensor) else val[0]
     kept = first.ndim == x.val.ndim
     tail = x.tail if kept else tuple(t for d, t in enumerate(x.tail) if d not in dims)
-    return several(RowCall(target, given, named), val, tail, x.heads)
+    return several(Expr(target, given, named), val, tail, x.heads)
 
 
-def split(target: Any, val: Any, x: Rowwise, dims: list[int], args: tuple, kwargs: dict[str, Any]) -> Plain:
+def split(target: Any, val: Any, x: TokenValue, dims: list[int], args: tuple, kwargs: dict[str, Any]) -> Plain:
     """A sum or mean over tokens too: over the tail in the program's rows, over tokens in the graph."""
     if target not in SPLIT:
         raise Escape(f"{target} runs over tokens")
@@ -104,12 +105,12 @@ def split(target: Any, val: Any, x: Rowwise, dims: list[int], args: tuple, kwarg
     inner = tuple(d for d in dims if x.tail[d])
     rows = x
     if inner:
-        call = RowCall(target, (x.expr, tuple(tail_dim(x, d, target) for d in inner), True), {"dtype": wide})
-        rows = Rowwise(call, target(x.val, inner, True, dtype=wide), x.tail, x.heads)
+        call = Expr(target, (x.expr, tuple(tail_dim(x, d, target) for d in inner), True), {"dtype": wide})
+        rows = TokenValue(call, target(x.val, inner, True, dtype=wide), x.tail, x.heads)
     elif not x.small:
         raise Escape(f"{target} of the logits over tokens alone")
-    out = Call(target, (RowOutput(rows), dims, keepdim))
-    return Plain(Call(aten.to.dtype, (out, val.dtype)), val)
+    out = Expr(target, (ProgramResult(rows), dims, keepdim))
+    return Plain(Expr(aten.to.dtype, (out, val.dtype)), val)
 
 
 def total(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Plain:
@@ -123,20 +124,20 @@ def verdict(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Plain
     if x.small:
         raise Escape(f"{target} of a few numbers a token is left to the graph")
     tails = [d for d, is_tail in enumerate(x.tail) if is_tail]
-    call = RowCall(VERDICTS[target], (x.expr, tuple(tail_dim(x, d, target) for d in tails)))
-    each = Rowwise(call, VERDICTS[target](x.val, tails), tuple(False for t in x.tail if not t), x.heads)
-    return Plain(Call(target, (RowOutput(each),)), val)
+    call = Expr(VERDICTS[target], (x.expr, tuple(tail_dim(x, d, target) for d in tails)))
+    each = TokenValue(call, VERDICTS[target](x.val, tails), tuple(False for t in x.tail if not t), x.heads)
+    return Plain(Expr(target, (ProgramResult(each),)), val)
 
 
-def indexed(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Rowwise:
+def indexed(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> TokenValue:
     """gather and scatter along the tail: all tensors have the operand's dimensions, and its tokens."""
-    like = next(a for a in args if isinstance(a, Rowwise))
+    like = next(a for a in args if isinstance(a, TokenValue))
     tail_dim_at = tail_dim(like, constants(args[1]), target)
     given: list[Any] = []
     for at, x in enumerate(args):
         if at == 1:
             given.append(tail_dim_at)
-        elif isinstance(x, (Rowwise, Plain)) and isinstance(x.val, Tensor):
+        elif isinstance(x, (TokenValue, Plain)) and isinstance(x.val, Tensor):
             if x.val.ndim != like.val.ndim or any(
                 not t and not same(a, b) for t, a, b in zip(like.tail, x.val.shape, like.val.shape)
             ):
@@ -145,4 +146,4 @@ def indexed(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Rowwi
         else:
             given.append(constants(x))
     named = {k: constants(v) for k, v in kwargs.items() if k not in ("sparse_grad",)}
-    return Rowwise(RowCall(target, tuple(given), named), val, like.tail, heads_of(args))
+    return TokenValue(Expr(target, tuple(given), named), val, like.tail, heads_of(args))
