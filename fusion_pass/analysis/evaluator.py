@@ -25,7 +25,7 @@ from fusedhead.rules import RULES
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.rules.setitem import columns_set
 from fusedhead.rules.table import Context
-from fusedhead.rules.tokenwise.dispatch import read as by_rows
+from fusedhead.rules.tokenwise.dispatch import read as by_tokens
 
 LARGEST_CONSTANT = 4096  # entries of a literal index that may be written into the graph again
 
@@ -59,9 +59,9 @@ def evaluate(node: Node, program: GraphModule, known: dict[Node, Any]) -> Any:
             continue
         val = fake(node) if op is calls[-1] else op.meta.get("val")
         if all_followed((args, kwargs)) or any(isinstance(x, TokenValue) for x in tree_leaves((args, kwargs))):
-            env[op] = applied(op, Context(node, val), args, kwargs)
+            env[op] = applied(op, Context(node, val, op.target, alone=op.meta.get("val")), args, kwargs)
         elif op.target in RULES and is_projection(op):
-            env[op] = RULES[op.target](Context(node, val), *args, **kwargs)
+            env[op] = RULES[op.target](Context(node, val, op.target), *args, **kwargs)
         else:
             env[op] = Plain(Expr(op.target, args, kwargs), val)
     raise AssertionError("a traced graph has an output")
@@ -106,16 +106,20 @@ def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> 
     single = [x for x in tree_leaves((args, kwargs)) if isinstance(x, TokenValue) and x.val.ndim == 0]
     if single:  # it is small, and stays a result of the row program; the program's own ops take it from there
         raise Escape(f"{name_of(op)} is taken of a single number that comes from the logits")
-    unread = Escape(f"{name_of(op)} is not read by any rule ({op.target})")
-    try:
-        if target not in RULES or any(isinstance(x, TokenValue) for x in tree_leaves((args, kwargs))):
-            raise unread
-        return RULES[target](context, *args, **kwargs)
-    except Escape as escape:
+    context, refused = replace(context, op=target), None
+    if target in RULES and not any(isinstance(x, TokenValue) for x in tree_leaves((args, kwargs))):
         try:
-            return by_rows(target, context.val, op.meta.get("val"), args, kwargs)
-        except Escape as rowwise:
-            raise (rowwise if escape is unread else escape) from rowwise
+            value = RULES[target](context, *args, **kwargs)
+            if value is not None:
+                return value
+        except Escape as escape:
+            refused = escape
+    try:
+        return by_tokens(context, *args, **kwargs)
+    except Escape as escape:
+        if refused is None:
+            raise
+        raise refused from escape
 
 
 def is_mutable(target: Any) -> bool:
@@ -145,7 +149,7 @@ def is_projection(op: Node) -> bool:
     return name_of(op) in SPELLINGS
 
 
-def follow(node: Node, values: dict[Node, Any], traced: Callable[[Node], GraphModule] = trace) -> Any:
+def trace_value(node: Node, values: dict[Node, Any], traced: Callable[[Node], GraphModule] = trace) -> Any:
     """`evaluate`, for the nodes that have no ATen trace of their own too."""
     if name_of(node) == "getitem" and isinstance(values.get(node.args[0]), (list, tuple)):  # type: ignore[arg-type]
         return values[node.args[0]][node.args[1]]  # type: ignore[index]

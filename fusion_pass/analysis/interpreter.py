@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fusedhead.analysis.evaluator import all_followed, follow, is_value
+from fusedhead.analysis.evaluator import all_followed, is_value, trace_value
 from fusedhead.analysis.projections import candidates
 from fusedhead.compat import tree_leaves, tree_map
 from fusedhead.graph.aliases import storage
@@ -27,7 +27,7 @@ from fusedhead.ir.expr import Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Escape, Logits, Projection, detached, logits_of, rows_of_hidden
 from fusedhead.ir.terminal import Terminal
 from fusedhead.ir.tokenwise import TokenValue, token_values_of, without_gradient
-from fusedhead.rules.tokenwise.dispatch import rowwise as rowwise_of
+from fusedhead.rules.tokenwise.dispatch import token_value
 
 EMPTY: Mapping[Node, Logits] = {}
 RUN = "fusedhead_run"
@@ -106,7 +106,7 @@ def interpret(
             continue
         try:
             target = written_logits(node, values)
-            value = follow(node, values, traced)
+            value = trace_value(node, values, traced)
         except Escape as escape:
             if not heads:
                 unread[node] = str(escape)
@@ -118,7 +118,7 @@ def interpret(
             value = tree_map(without_gradient, value, is_leaf=is_value)
         if node in by_rows and isinstance(value, Logits):
             sites[value.head] = Site(value.head, followed=[node])
-            value = rowwise_of(value)
+            value = token_value(value)
         if any(True for _ in token_values_of(value)):
             rowwise[node] = value
         else:

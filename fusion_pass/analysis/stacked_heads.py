@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fusedhead.analysis.evaluator import follow
+from fusedhead.analysis.evaluator import trace_value
 from fusedhead.analysis.interpreter import Reading, interpret
 from fusedhead.analysis.projections import above_losses
 from fusedhead.graph.modes import grad_modes
@@ -110,7 +110,7 @@ def stack_at(node: Node, traced: Traces, *, classes_first: bool = False) -> Logi
 
 def product(node: Node, traced: Traces) -> Logits:
     """The logits of a projection that nothing else reads. Raises Escape."""
-    value = follow(node, {}, traced) if len(node.users) == 1 and name_of(node) in SPELLINGS else None
+    value = trace_value(node, {}, traced) if len(node.users) == 1 and name_of(node) in SPELLINGS else None
     if not isinstance(value, Logits):
         raise Escape("not a product")
     return value

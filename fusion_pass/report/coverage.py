@@ -18,7 +18,7 @@ from fusedhead.legality import checks, profitability
 from fusedhead.lowering.cache_key import sources
 from fusedhead.rewrite import returned_logits
 from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointwise, projections, reductions, views
-from fusedhead.rules.table import Family
+from fusedhead.rules.table import TOKEN_RULES, Family
 from fusedhead.rules.tokenwise import dispatch as tokenwise
 
 PARTS: tuple[ModuleType, ...] = (
@@ -32,8 +32,8 @@ BEGIN, END = "<!-- python -m fusedhead.rules -->", "<!-- end -->"
 def overloads(module: ModuleType) -> list[Any]:
     """The ATen overloads that a module reads: those of its rules, and of its tables of overloads."""
     ruled = [target for target, rule in RULES.items() if rule.__module__ == module.__name__]
-    tabled = getattr(module, "LISTED", ())
-    return [*ruled, *(target for table in tabled for target in table)]
+    along_classes = [target for target, rules in TOKEN_RULES.items() if any(rule.dim is not None for rule in rules)]
+    return along_classes if module is tokenwise else ruled
 
 
 def ops(module: ModuleType) -> list[str]:

@@ -70,7 +70,7 @@ def entry_of_each_row(context: Context, value: Any, indices: Sequence[Plain]) ->
         raise Escape("the logits are indexed along the vocabulary, in rows that are not counted by an arange")
     labels = from_the_first(label.ref, vocab_size(logits))
     column, dim = Plain(Expr(aten.unsqueeze.default, (labels, -1)), label.val.unsqueeze(-1)), logits.class_dim
-    found = entries(Context(context.node, context.val.unsqueeze(-1)), value, dim, column, Kind.INDEX)
+    found = entries(replace(context, val=context.val.unsqueeze(-1)), value, dim, column, Kind.INDEX)
 
     def result(emit: Emit, stats: Statistics) -> Node:
         return emit(aten.squeeze.dim, found.result(emit, stats), -1)

@@ -159,17 +159,10 @@ def neg(context: Context, value: Any) -> LogitsLike:
     return needs_logits(value, "neg").step(context.val, Step("mul", -1.0))
 
 
-def cap(name: str) -> Any:
-    """The rule of an op of the logits alone that is a step of its own."""
-
-    def unary(context: Context, value: Any) -> Logits:
-        return needs_logits(value, name).step(context.val, Step(name))
-
-    return unary
-
-
-for _name in ("tanh", "sigmoid"):
-    rule(getattr(aten, _name).default)(cap(_name))
+@rule(aten.tanh.default, aten.sigmoid.default)
+def cap(context: Context, value: Any) -> Logits:
+    """An op that is a step of its own."""
+    return needs_logits(value, context.name).step(context.val, Step(context.name))
 
 
 def column_mask(mask: Any, logits: Logits) -> Plain:

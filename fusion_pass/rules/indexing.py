@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,23 +32,15 @@ FAMILY = Family(
 )
 
 
-def along_rows(op: Any, name: str) -> Callable[..., LogitsLike]:
-    """The rule of an op ``op(tensor, dim, ...)`` that acts along one dimension and keeps the number of them."""
-
-    def along(context: Context, value: LogitsLike, dim: int = 0, *args: Any) -> LogitsLike:
-        class_dim, at = class_dim_of(value), dimension(dim, value)
-        if at == class_dim:
-            raise Escape(f"{name} acts along the vocabulary")
-        if any(not isinstance(a, (int, torch.SymInt, Plain, type(None))) for a in args):
-            raise Escape(f"{name} is indexed by something that depends on the logits")
-        return moved(value, context.val, class_dim, op, at, *args)
-
-    return along
-
-
-rule(aten.narrow.default)(along_rows(aten.narrow.default, "narrow"))
-rule(aten.index_select.default)(along_rows(aten.index_select.default, "index_select"))
-rows_slice = along_rows(aten.slice.Tensor, "slice")
+@rule(aten.narrow.default, aten.index_select.default)
+def along_rows(context: Context, value: LogitsLike, dim: int = 0, *args: Any) -> LogitsLike:
+    """An op that acts along one dimension and keeps the number of them."""
+    class_dim, at = class_dim_of(value), dimension(dim, value)
+    if at == class_dim:
+        raise Escape(f"{context.name} acts along the vocabulary")
+    if any(not isinstance(a, (int, torch.SymInt, Plain, type(None))) for a in args):
+        raise Escape(f"{context.name} is indexed by something that depends on the logits")
+    return moved(value, context.val, class_dim, context.op, at, *args)
 
 
 @rule(aten.slice.Tensor)
@@ -57,7 +49,7 @@ def slice_(
 ) -> LogitsLike:
     """A slice of rows, or of the vocabulary: then fewer rows of W."""
     if dimension(dim, value) != class_dim_of(value):
-        return rows_slice(context, value, dim, start, end, step)
+        return along_rows(context, value, dim, start, end, step)
     if statically_known_true(sym_eq(context.val.shape[class_dim_of(value)], value.val.shape[class_dim_of(value)])):
         return replace(value, val=context.val)
     if not isinstance(value, Logits):
@@ -122,15 +114,16 @@ def index(context: Context, value: LogitsLike, indices: Sequence[Any]) -> Logits
     return moved(value, context.val, class_dim, aten.index.Tensor, list(indices))
 
 
-def classes(context: Context, value: LogitsLike, at: int, name: str) -> list[LogitsLike]:
+def classes(context: Context, value: LogitsLike, at: int) -> list[LogitsLike]:
     """Pieces of the vocabulary, each the logits of some rows of W."""
+    name = context.name.removesuffix("_with_sizes")
     if not isinstance(value, Logits):
         raise Escape(f"{name} cuts the vocabulary of the probabilities")
     if all(int(piece.shape[at]) == 1 for piece in context.val):
         raise Escape(f"{name} cuts the vocabulary into single classes")
     ends = list(itertools.accumulate(int(piece.shape[at]) for piece in context.val))
     bounds = zip([0, *ends], ends)
-    return [slice_(Context(context.node, z), value, at, a, b) for z, (a, b) in zip(context.val, bounds)]
+    return [slice_(replace(context, val=z), value, at, a, b) for z, (a, b) in zip(context.val, bounds)]
 
 
 def taken(value: LogitsLike, piece: Tensor, op: Any, args: tuple, number: int) -> LogitsLike:
@@ -139,28 +132,20 @@ def taken(value: LogitsLike, piece: Tensor, op: Any, args: tuple, number: int) -
     return moved(cut, piece, class_dim_of(value), operator.getitem, number)
 
 
-def pieces(op: Any, name: str) -> Callable[..., list[LogitsLike]]:
-    """The rule of an op that cuts a tensor along one dimension and returns the list of pieces."""
-
-    def cut(context: Context, value: LogitsLike, sizes: Any, dim: int = 0) -> list[LogitsLike]:
-        class_dim, at = class_dim_of(value), dimension(dim, value)
-        if at == class_dim:
-            return classes(context, value, at, name)
-        if not isinstance(value.val.shape[at], int):
-            return [taken(value, piece, op, (sizes, at), i) for i, piece in enumerate(context.val)]
-        results, begin = [], 0
-        for piece in context.val:
-            step = (at, begin, begin + piece.shape[at])
-            results.append(moved(value, piece, class_dim, aten.slice.Tensor, *step))
-            begin = begin + piece.shape[at]
-        return results
-
-    return cut
-
-
-rule(aten.split.Tensor)(pieces(aten.split.Tensor, "split"))
-rule(aten.split_with_sizes.default, aten.split.sizes)(pieces(aten.split_with_sizes.default, "split"))
-rule(aten.chunk.default)(pieces(aten.chunk.default, "chunk"))
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default)
+def split(context: Context, value: LogitsLike, sizes: Any, dim: int = 0) -> list[LogitsLike]:
+    """An op that cuts a tensor along one dimension and returns the list of pieces."""
+    class_dim, at = class_dim_of(value), dimension(dim, value)
+    if at == class_dim:
+        return classes(context, value, at)
+    if not isinstance(value.val.shape[at], int):
+        return [taken(value, piece, context.op, (sizes, at), i) for i, piece in enumerate(context.val)]
+    results, begin = [], 0
+    for piece in context.val:
+        step = (at, begin, begin + piece.shape[at])
+        results.append(moved(value, piece, class_dim, aten.slice.Tensor, *step))
+        begin = begin + piece.shape[at]
+    return results
 
 
 @rule(aten.unbind.int)
@@ -168,4 +153,4 @@ def unbind(context: Context, value: LogitsLike, dim: int = 0) -> list[LogitsLike
     class_dim, at = class_dim_of(value), dimension(dim, value)
     if at == class_dim:
         raise Escape("unbind cuts the vocabulary")
-    return [select(Context(context.node, piece), value, at, i) for i, piece in enumerate(context.val)]
+    return [select(replace(context, val=piece), value, at, i) for i, piece in enumerate(context.val)]

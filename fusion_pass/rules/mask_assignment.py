@@ -16,25 +16,30 @@ from fusedhead.graph.nodes import every_dimension, fake, name_of
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Escape
 from fusedhead.rules.losses import same_shape
-from fusedhead.rules.tokenwise.dispatch import read as by_rows
+from fusedhead.rules.table import Context
+from fusedhead.rules.tokenwise.dispatch import read as by_tokens
 
 aten = torch.ops.aten
 SENTENCE = "part of the logits is set for some tokens only"
 
 
-def rows_set(value: Any, index: Any, number: float) -> Any:
+def rows_set(node: Node, value: Any, index: Any, number: float) -> Any:
     """The logits after the assignment. Raises Escape where the index is of another kind."""
     mask, chosen = mask_of(value, index)
     column = Plain(Expr(aten.unsqueeze.default, (mask, -1)), mask.val.unsqueeze(-1))
+
+    def read(op: Any, val: Any, *args: Any, alone: Any = None) -> Any:
+        return by_tokens(Context(node, val, op, alone=alone), *args)
+
     val = value.val
     if chosen is None:
-        return by_rows(aten.where.ScalarSelf, val, val, (column, number, value), {})
+        return read(aten.where.ScalarSelf, val, column, number, value, alone=val)
     label = chosen.val.new_empty(column.val.shape)
     kept = Expr(aten.where.ScalarOther, (column, Expr(aten.unsqueeze.default, (chosen, -1)), 0))
     at = Plain(kept, label)
-    here = by_rows(aten.gather.default, val.new_empty(label.shape), None, (value, -1, at), {})
-    there = by_rows(aten.where.ScalarSelf, here.val, here.val, (column, number, here), {})
-    return by_rows(aten.scatter.src, val, val, (value, -1, at, there), {})
+    here = read(aten.gather.default, val.new_empty(label.shape), value, -1, at)
+    there = read(aten.where.ScalarSelf, here.val, column, number, here, alone=here.val)
+    return read(aten.scatter.src, val, value, -1, at, there, alone=val)
 
 
 def mask_of(value: Any, index: Any) -> tuple[Plain, Plain | None]:

@@ -28,9 +28,9 @@ FAMILY = Family(
 )
 
 
-def pointwise(context: Context, op: Any, args: tuple, kwargs: dict[str, Any]) -> Logits:
-    """The logits after ``op(*args, **kwargs)``, of whose arguments one is the logits."""
-    name = op._schema.name.removeprefix("aten::")
+def generated(context: Context, *args: Any, **kwargs: Any) -> Logits:
+    """The logits after a function of which one argument is the logits."""
+    name = context.name
     constants = [a for a in (*args, *kwargs.values()) if not isinstance(a, (Plain, *LOGITS_LIKE))]
     if any(a is not None and not isinstance(a, (bool, int, float, str)) for a in constants):
         raise Escape(f"{name} of the logits has an argument that is not known at compile time")
@@ -54,7 +54,7 @@ def pointwise(context: Context, op: Any, args: tuple, kwargs: dict[str, Any]) ->
             cols = (*cols, found)
     if context.val.dtype not in (*COMPUTED, logits.val.dtype):
         raise Escape(f"{name} of the logits has dtype {context.val.dtype}")
-    function = function_of(op, tuple(words), tuple(sorted(kwargs.items())), at[0])
+    function = function_of(context.op, tuple(words), tuple(sorted(kwargs.items())), at[0])
     return logits.step(context.val, Step("fn", function.text), cols=cols, rows=rows)
 
 
@@ -62,14 +62,7 @@ def pointwise(context: Context, op: Any, args: tuple, kwargs: dict[str, Any]) ->
 def exp(context: Context, value: Any) -> Logits | Probs:
     if isinstance(value, LogProbs) and value.factor == 1.0:
         return Probs(value.of, context.val)
-    return pointwise(context, aten.exp.default, (value,), {})
-
-
-def generated(op: Any) -> Any:
-    def read(context: Context, *args: Any, **kwargs: Any) -> Logits:
-        return pointwise(context, op, args, kwargs)
-
-    return read
+    return generated(context, value)
 
 
 LISTED = (
@@ -90,5 +83,4 @@ LISTED = (
     ),
 )  # fmt: skip
 for _table in LISTED:
-    for _op in _table:
-        rule(_op)(generated(_op))
+    rule(*_table)(generated)

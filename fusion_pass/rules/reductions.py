@@ -6,7 +6,6 @@ them, the first index on ties, as eager code would: elsewhere a lower rounding i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,41 +103,32 @@ def max_dim(context: Context, value: Any, dim: int, keepdim: bool = False) -> li
     return [largest, argmax_of(context, logits, keepdim, context.val[1])]
 
 
-def summed(mean: bool) -> Callable[..., Terminal]:
+@rule(aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default)
+def summed(context: Context, value: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Terminal:
     """Σ_v or Σ over everything, or a mean, of logits, log-probabilities (Σ z - V lse) or of what makes an entropy."""
+    name, mean = context.name, context.name == "mean"
+    dims = [dim] if isinstance(dim, int) else list(dim or [])
+    logits = value if isinstance(value, Logits) else getattr(value, "of", None)
+    alone = len(dims) == 1 and logits is not None and dims[0] % value.val.ndim == logits.class_dim
+    if logits is None or not (alone or not dims):
+        raise Escape(f"{name} of the logits over other dimensions than the vocabulary")
+    if isinstance(value, ProbTimes) and alone and not mean:
+        return sum_of_prob_times(context, value, keepdim)
+    if not isinstance(value, (Logits, LogProbs)):
+        raise Escape(f"{name} of the probabilities")
+    size = vocab_size(logits)
 
-    def rule_of_sum(
-        context: Context, value: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-    ) -> Terminal:
-        name = "mean" if mean else "sum"
-        dims = [dim] if isinstance(dim, int) else list(dim or [])
-        logits = value if isinstance(value, Logits) else getattr(value, "of", None)
-        alone = len(dims) == 1 and logits is not None and dims[0] % value.val.ndim == logits.class_dim
-        if logits is None or not (alone or not dims):
-            raise Escape(f"{name} of the logits over other dimensions than the vocabulary")
-        if isinstance(value, ProbTimes) and alone and not mean:
-            return sum_of_prob_times(context, value, keepdim)
-        if not isinstance(value, (Logits, LogProbs)):
-            raise Escape(f"{name} of the probabilities")
-        size = vocab_size(logits)
+    def result(emit: Emit, stats: Statistics) -> Node:
+        assert stats.sum is not None
+        out = stats.sum
+        if isinstance(value, LogProbs):
+            out = emit(aten.mul.Tensor, spread(emit, stats, float(size)), -value.factor)
+        out = emit(aten.mul.Tensor, out, 1.0 / size) if mean else out
+        if not alone:  # over the tokens too
+            return emit(aten.mean.default if mean else aten.sum.default, out)
+        return per_row(emit, out, stats, logits.class_dim, keepdim)
 
-        def result(emit: Emit, stats: Statistics) -> Node:
-            assert stats.sum is not None
-            out = stats.sum
-            if isinstance(value, LogProbs):
-                out = emit(aten.mul.Tensor, spread(emit, stats, float(size)), -value.factor)
-            out = emit(aten.mul.Tensor, out, 1.0 / size) if mean else out
-            if not alone:  # over the tokens too
-                return emit(aten.mean.default if mean else aten.sum.default, out)
-            return per_row(emit, out, stats, logits.class_dim, keepdim)
-
-        what = "log_softmax + " if isinstance(value, LogProbs) else ""
-        over = "classes" if alone else "everything"
-        want = SPREAD if isinstance(value, LogProbs) else frozenset({"sum"})
-        return Terminal(logits, context.val, Kind.SUM, f"{what}{name} over {over}", want, result)
-
-    return rule_of_sum
-
-
-rule(aten.sum.dim_IntList, aten.sum.default)(summed(mean=False))
-rule(aten.mean.dim, aten.mean.default)(summed(mean=True))
+    what = "log_softmax + " if isinstance(value, LogProbs) else ""
+    over = "classes" if alone else "everything"
+    want = SPREAD if isinstance(value, LogProbs) else frozenset({"sum"})
+    return Terminal(logits, context.val, Kind.SUM, f"{what}{name} over {over}", want, result)

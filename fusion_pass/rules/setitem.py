@@ -18,7 +18,7 @@ from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.rules import RULES
 from fusedhead.rules.mask_assignment import SENTENCE, rows_set
 from fusedhead.rules.table import Context
-from fusedhead.rules.tokenwise.dispatch import read as by_rows
+from fusedhead.rules.tokenwise.dispatch import read as by_tokens
 
 aten = torch.ops.aten
 
@@ -34,17 +34,17 @@ def columns_set(node: Node, logits: Any) -> Any:
     if len(tails) != 1:
         raise Escape(SENTENCE)
     if tails == [ndim - 1] and starts_with_a_mask(index):
-        return rows_set(logits, index, number)
+        return rows_set(node, logits, index, number)
     if len(parts) != ndim or any(p != slice(None) for d, p in enumerate(parts) if d != tails[0]):
         raise Escape(SENTENCE)
     size, chosen = logits.val.shape[tails[0]], parts[tails[0]]
     mask, shape = column_choice(chosen, int(size), logits.val), [-1 if d == tails[0] else 1 for d in range(ndim)]
     mask = Plain(Expr(aten.reshape.default, (mask, shape)), mask.val.reshape(shape))
     fill = aten.masked_fill.Scalar
-    context = Context(node, logits.val)
+    context = Context(node, logits.val, fill, alone=logits.val)
     if isinstance(logits, Logits):
         return RULES[fill](context, logits, mask, number)
-    return by_rows(fill, logits.val, logits.val, (logits, mask, number), {})
+    return by_tokens(context, logits, mask, number)
 
 
 def starts_with_a_mask(index: Any) -> bool:

@@ -1,8 +1,13 @@
-"""The rule table: ATen overload → what its result is, given what its arguments are.
+"""The tables of rules: ATen overload → what its result is, given what its arguments are. An op may be read in two ways.
 
-A rule is a function ``(context, *args, **kwargs) -> Value`` whose tensor arguments are `values` and whose other
-arguments are what the op got. It raises `Escape` with a sentence where it cannot say. Rules claim something
-about one op each and are tested alone, by property.
+| table         | registered by        | what a rule says                                                          |
+|---------------|----------------------|---------------------------------------------------------------------------|
+| `RULES`       | ``@rule(...)``       | what the result is of the logits, or that they end there (a `Terminal`)   |
+| `TOKEN_RULES` | ``@token_rule(...)`` | its form on [N, ...], one token at a time                                 |
+
+A rule is a function ``(context, *args, **kwargs)`` of what the op got, with a value of the pass for each tensor. It
+raises `Escape` with a sentence where it cannot say, and returns None to let the next rule try. A rule claims something
+about one op, and is tested alone, by property.
 """
 
 from __future__ import annotations
@@ -19,7 +24,17 @@ from fusedhead.ir.expr import Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Escape, Logits, LogitsLike, LogProbs, Probs, Value
 
 Rule = Callable[..., Any]
+
+
+class TokenRule(NamedTuple):
+    """A rule that reads an op token by token; ``dim``: the position of the op's dimension argument, if it has one."""
+
+    read: Rule
+    dim: int | None = None
+
+
 RULES: dict[Any, Rule] = {}
+TOKEN_RULES: dict[Any, tuple[TokenRule, ...]] = {}  # several of an overload are tried in order
 
 
 class Family(NamedTuple):
@@ -36,6 +51,14 @@ class Context:
 
     node: Node  # the node of the Dynamo graph that the op belongs to
     val: Any  # fake result of the op, in the dtype that the program has there
+    op: Any  # the overload
+    alone: Any = None  # token by token: fake result of the op run alone, in another dtype where autocast acts
+    dim: int | None = None  # token by token: the position of the dimension argument, as registered
+
+    @property
+    def name(self) -> str:
+        """The op's name as users write it."""
+        return str(self.op._schema.name.removeprefix("aten::"))
 
 
 def rule(*overloads: Any) -> Callable[[Rule], Rule]:
@@ -45,6 +68,20 @@ def rule(*overloads: Any) -> Callable[[Rule], Rule]:
         for overload in overloads:
             assert overload not in RULES, f"two rules for {overload}"
             RULES[overload] = function
+        return function
+
+    return register
+
+
+def token_rule(*overloads: Any, dim: int | None = None) -> Callable[[Rule], Rule]:
+    """Register a function as a rule that reads these overloads token by token, after those they have already.
+
+    ``dim``: the position of the op's dimension argument. The rule finds arguments up to it filled in.
+    """
+
+    def register(function: Rule) -> Rule:
+        for overload in overloads:
+            TOKEN_RULES[overload] = (*TOKEN_RULES.get(overload, ()), TokenRule(function, dim))
         return function
 
     return register

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.analysis import evaluator
-from fusedhead.analysis.evaluator import follow
+from fusedhead.analysis.evaluator import trace_value
 from fusedhead.graph.nodes import callee, name_of
 from fusedhead.ir.builder import Emit
 from fusedhead.ir.expr import Expr, Plain
@@ -28,6 +28,7 @@ from fusedhead.kernels.contract import Head
 from fusedhead.kernels.transform.transform import Transform, apply
 from fusedhead.rules import RULES
 from fusedhead.rules.projections import SPELLINGS as PROJECTION_NAMES
+from fusedhead.rules.table import Context
 from fusedhead.rules.tokenwise import dispatch as tokenwise
 
 
@@ -161,7 +162,7 @@ def read(text: str, operands: dict[str, Plain], world: World, logits: Any = None
 
 
 def spied(node: Node, values: dict[Node, Any], asked: set[Any]) -> Any:
-    """`follow`, noting which rules it asks."""
+    """`trace_value`, noting which rules it asks."""
     original = dict(RULES)
 
     def spy(overload: Any) -> Any:
@@ -171,16 +172,16 @@ def spied(node: Node, values: dict[Node, Any], asked: set[Any]) -> Any:
 
         return rule
 
-    def spied_rows(target: Any, *args: Any) -> Any:
-        asked.add(target)
-        return by_rows(target, *args)
+    def spied_tokens(context: Context, *args: Any, **kwargs: Any) -> Any:
+        asked.add(context.op)
+        return by_tokens(context, *args, **kwargs)
 
-    by_rows = tokenwise.read
+    by_tokens = tokenwise.read
     for overload in original:
         RULES[overload] = spy(overload)
-    tokenwise.read = evaluator.by_rows = spied_rows
+    tokenwise.read = evaluator.by_tokens = spied_tokens
     try:
-        return follow(node, values)
+        return trace_value(node, values)
     finally:
         RULES.update(original)
-        tokenwise.read = evaluator.by_rows = by_rows
+        tokenwise.read = evaluator.by_tokens = by_tokens

@@ -1,14 +1,15 @@
-"""Which ATen ops treat every token apart, and their form on [N, ...]: the rules behind row programs.
+"""Reading an op token by token: its form on [N, ...] by the rules of `TOKEN_RULES`, or by the ops that it is made of.
 
-An op qualifies if its result for a token depends on that token's operands only. Pointwise ops are told by their
-tag, the others stand in tables with the place of their dimension argument. A composite op is taken apart first.
-Every rule gives the same numbers as the op itself, because it is the op itself, on fewer rows.
+An op qualifies if its result for a token depends on that token's operands only. One that torch tags as pointwise does,
+without a rule. A composite op is taken apart. Every rule gives the same numbers as the op itself, because it is the op
+itself, on fewer rows.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,64 +28,61 @@ from fusedhead.compat import (
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Escape, Logits, LogitsLike, LogProbs, Probs, ProbTimes, StackedProjection
 from fusedhead.ir.tokenwise import HeadInput, TokenValue, token_values_of
-from fusedhead.rules.table import Family
-from fusedhead.rules.tokenwise.indexing import PICKS, picked
-from fusedhead.rules.tokenwise.losses import LOSSES, nll
-from fusedhead.rules.tokenwise.operands import common_tail, heads_of, lined_up, same
-from fusedhead.rules.tokenwise.reductions import (
-    ALONG,
-    INDEXED,
-    REDUCE,
-    RESIZE,
-    TOTALS,
-    VERDICTS,
-    along,
-    indexed,
-    reduced,
-    total,
-    verdict,
-)
-from fusedhead.rules.tokenwise.views import CASTS, FILLED, KEPT, LAYOUTS, cast, filled, kept, length, lengths
+from fusedhead.rules.table import TOKEN_RULES, Context, Family
+from fusedhead.rules.tokenwise import indexing, losses, reductions, views  # noqa: F401  register their rules
+from fusedhead.rules.tokenwise.elementwise import DTYPE_OPS, as_wide, entrywise, is_pointwise, pointwise
 
 aten = torch.ops.aten
 
-LISTED = (ALONG, REDUCE, RESIZE)  # overloads that the table of what is fused names
 FAMILY = Family(
     "anything else, token by token",
     "the program's own ops on some tokens at a time, with their gradients or again in the backward: targets that are "
     "probabilities, KL between heads, adapters (LoRA) on a head, margins, mixtures, every pointwise op",
     "ops that run over tokens, or mix tokens and classes",
 )
+# losses with a kernel of their own that are pointwise up to their reduction: by torch's decomposition
+BY_PARTS = frozenset(
+    {aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default, aten.soft_margin_loss.default}
+)  # fmt: skip
 
 
-def read(target: Any, val: Any, traced: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What an op makes of rowwise or followed operands. Raises Escape where it does not treat tokens apart.
-
-    ``val`` is the fake result in the program, ``traced`` that of the op alone: they differ where autocast acts.
-    """
-    if not isinstance(target, OpOverload) or target._schema.is_mutable:
-        raise Escape(f"{target} is no op that makes a new tensor")
-    args, kwargs = tree_map(rowwise, (args, kwargs), is_leaf=lambda x: isinstance(x, LOGITS_LIKE))
-    wanted, made = first_dtype(val), first_dtype(traced)
+def read(context: Context, *args: Any, **kwargs: Any) -> Any:
+    """What an op makes of values that come from logits. Raises Escape where it does not treat tokens apart."""
+    op = context.op
+    if not isinstance(op, OpOverload) or op._schema.is_mutable:
+        raise Escape(f"{op} is no op that makes a new tensor")
+    args, kwargs = tree_map(token_value, (args, kwargs), is_leaf=lambda x: isinstance(x, LOGITS_LIKE))
+    wanted, made = first_dtype(context.val), first_dtype(context.alone)
     if wanted != made and wanted is not None and made is not None and wanted.itemsize > made.itemsize:
         args, kwargs = tree_map(lambda x: widened(x, wanted), (args, kwargs))
-    elif wanted != made and target not in CASTS:
-        raise Escape(f"{target} gives {wanted} under autocast")
-    for matches, form in FORMS:
-        found = form(target, val, args, kwargs) if matches(target) else NotImplemented
-        if found is not NotImplemented:
+    elif wanted != made and op not in DTYPE_OPS:
+        raise Escape(f"{op} gives {wanted} under autocast")
+    for rule in TOKEN_RULES.get(op, ()):
+        given, named = (args, kwargs) if rule.dim is None else positional(op, args, kwargs, rule.dim)
+        found = rule.read(replace(context, dim=rule.dim), *given, **named)
+        if found is not None:
             return found
-    if target in BY_PARTS:
-        return taken_apart(decomposition_table[target], target, val, args, kwargs)
-    if not is_composite(target):
-        raise Escape(f"{target} is not known to treat tokens apart")
-    return taken_apart(target, target, val, args, kwargs)
+    if op not in TOKEN_RULES and is_pointwise(op):
+        return pointwise(context, *args, **kwargs)
+    if op in BY_PARTS:
+        return taken_apart(decomposition_table[op], context, args, kwargs)
+    if not is_composite(op):
+        raise Escape(f"{op} is not known to treat tokens apart")
+    return taken_apart(op, context, args, kwargs)
 
 
-def is_composite(target: Any) -> bool:
+def positional(op: Any, args: tuple, kwargs: dict[str, Any], last: int) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call with those up to number ``last`` in their places, defaults where none is given."""
+    missing = op._schema.arguments[len(args) : last + 1]
+    filled = (*args, *(kwargs.get(argument.name, argument.default_value) for argument in missing))
+    given = {argument.name for argument in missing}
+    return filled, {name: value for name, value in kwargs.items() if name not in given}
+
+
+def is_composite(op: Any) -> bool:
     """Whether an overload is made of others; one that the dispatcher does not know (``aten::size``) is not."""
     try:
-        return has_kernel_for_key(target.name(), "CompositeImplicitAutograd")
+        return has_kernel_for_key(op.name(), "CompositeImplicitAutograd")
     except RuntimeError:
         return False
 
@@ -105,8 +103,8 @@ def widened(x: Any, dtype: torch.dtype) -> Any:
     return TokenValue(Expr(aten.to.dtype, (x.expr, dtype)), val, x.tail, x.heads)
 
 
-def rowwise(value: Any) -> Any:
-    """A followed value as a rowwise one; anything else as it is."""
+def token_value(value: Any) -> Any:
+    """Logits, or what is known of them, as a token value; anything else as it is."""
     if not isinstance(value, LOGITS_LIKE):
         return value
     logits = value if isinstance(value, Logits) else value.of
@@ -117,41 +115,23 @@ def rowwise(value: Any) -> Any:
     return TokenValue(expr, value.val, tail, frozenset({logits.head}))
 
 
-def expression(value: LogitsLike, seed: HeadInput, dtype: torch.dtype) -> HeadInput | Expr:
+def expression(value: LogitsLike, head: HeadInput, dtype: torch.dtype) -> HeadInput | Expr:
+    """What is known of logits, by their definition."""
     if isinstance(value, Logits):
-        return seed
+        return head
     scaled = lambda x: x if value.factor == 1 else Expr(aten.mul.Tensor, (x, value.factor))  # noqa: E731
     if isinstance(value, (LogProbs, Probs)):
         op = aten.log_softmax.int if isinstance(value, LogProbs) else aten.softmax.int
-        return scaled(Expr(op, (seed, 1, dtype)))
+        return scaled(Expr(op, (head, 1, dtype)))
     assert isinstance(value, ProbTimes)
-    p = Expr(aten.softmax.int, (seed, 1, dtype))
-    x = Expr(aten.log_softmax.int, (seed, 1, dtype)) if value.log else seed
+    p = Expr(aten.softmax.int, (head, 1, dtype))
+    x = Expr(aten.log_softmax.int, (head, 1, dtype)) if value.log else head
     return scaled(Expr(aten.mul.Tensor, (p, x)))
 
 
-def pointwise(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> TokenValue:
-    operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, TokenValue)]
-    return entrywise(target, val, args, kwargs, common_tail(val, operands), heads_of(operands))
-
-
-def entrywise(
-    target: Any, val: Any, args: tuple, kwargs: dict[str, Any], tail: tuple[bool, ...], heads: frozenset[Any]
-) -> TokenValue:
-    """A pointwise op with its operands lined up; none of them need come from the logits."""
-    given, named = tree_map(lambda x: lined_up(x, tail, val.shape), (args, kwargs))
-    named = {k: v for k, v in named.items() if k not in ("memory_format", "device", "layout", "pin_memory")}
-    return TokenValue(Expr(target, given, named), val, tail, heads)
-
-
-# losses with a kernel of their own that are pointwise up to their reduction: by torch's decomposition
-BY_PARTS = frozenset(
-    {aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default, aten.soft_margin_loss.default}
-)  # fmt: skip
-
-
-def taken_apart(parts: Callable[..., Any], target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def taken_apart(parts: Callable[..., Any], context: Context, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A composite op by the ops that ``parts`` makes it of."""
+    target = context.op
     leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, (TokenValue, Plain))]
     mode = next((m for m in (maybe_get_fake_mode(x.val) for x in leaves if isinstance(x.val, Tensor)) if m), None)
     assert mode is not None
@@ -172,6 +152,8 @@ def taken_apart(parts: Callable[..., Any], target: Any, val: Any, args: tuple, k
                 raise Escape(f"{target} holds a constant tensor")
             continue
         here, named = tree_map(lambda n: env[n] if isinstance(n, Node) else n, (tuple(node.args), dict(node.kwargs)))
+        val = node.meta.get("val")
+        each = Context(context.node, val, node.target, alone=val)
         if node.target is operator.getitem:
             env[node] = here[0][here[1]]
         elif any(isinstance(x, TokenValue) for x in tree_leaves((here, named))):
@@ -179,46 +161,9 @@ def taken_apart(parts: Callable[..., Any], target: Any, val: Any, args: tuple, k
                 raise Escape(f"{target} is not known to treat tokens apart")
             if any(isinstance(x, Plain) and any(True for _ in token_values_of(x)) for x in tree_leaves((here, named))):
                 raise Escape(f"{target} combines logits with a total over their tokens")
-            env[node] = read(node.target, node.meta["val"], node.meta["val"], here, named)
-        elif is_pointwise(node.target) and (like := as_wide(node.meta["val"], leaves)) is not None:
-            env[node] = entrywise(node.target, node.meta["val"], here, named, like.tail, like.heads)
+            env[node] = read(each, *here, **named)
+        elif is_pointwise(node.target) and (like := as_wide(val, leaves)) is not None:
+            env[node] = entrywise(each, here, named, like.tail, like.heads)
         else:
-            env[node] = Plain(Expr(node.target, here, named), node.meta["val"])
+            env[node] = Plain(Expr(node.target, here, named), val)
     raise AssertionError("a traced graph has an output")
-
-
-def as_wide(val: Any, operands: list[Any]) -> TokenValue | None:
-    """What comes from the logits among operands and is of the shape of ``val``."""
-    wide = (x for x in operands if isinstance(x, TokenValue) and not x.small)
-    if not isinstance(val, Tensor):
-        return None
-    return next((x for x in wide if x.val.ndim == val.ndim and all(map(same, x.val.shape, val.shape))), None)
-
-
-def is_pointwise(target: Any) -> bool:
-    if not isinstance(target, OpOverload):
-        return False  # Python's own, on sizes
-    return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
-
-
-def one_of(*tables: Any) -> Callable[[Any], bool]:
-    return lambda target: any(target in table for table in tables)
-
-
-# (does it concern this overload, the rule), tried in order
-FORMS: tuple[tuple[Callable[[Any], bool], Callable[..., Any]], ...] = (
-    (one_of(CASTS), cast),
-    (one_of(KEPT), kept),
-    (one_of(FILLED), filled),
-    (one_of(PICKS), picked),
-    (one_of(ALONG, RESIZE), along),
-    (one_of(REDUCE), reduced),
-    (one_of(TOTALS), total),
-    (one_of(VERDICTS), verdict),
-    (one_of(INDEXED), indexed),
-    (one_of(LOSSES), nll),
-    (one_of({aten.sym_size.int}), length),
-    (one_of({aten.size.default, aten.sym_size.default}), lengths),
-    (one_of(LAYOUTS), lambda target, *given: LAYOUTS[target](target, *given)),
-    (is_pointwise, pointwise),
-)  # fmt: skip

@@ -20,6 +20,7 @@ from fusedhead.ir.builder import static
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Escape
 from fusedhead.ir.tokenwise import TokenInput, TokenValue
+from fusedhead.rules.table import Context
 
 aten = torch.ops.aten
 
@@ -48,17 +49,17 @@ def heads_of(values: Any) -> frozenset[Any]:
     return frozenset().union(*(v.heads for v in tree_leaves(values) if isinstance(v, TokenValue)))
 
 
-def operand(x: Any, target: Any) -> TokenValue:
+def operand(context: Context, x: Any) -> TokenValue:
     if not isinstance(x, TokenValue):
-        raise Escape(f"{target} takes what comes from the logits in another place than its first")
+        raise Escape(f"{context.op} takes what comes from the logits in another place than its first")
     return x
 
 
-def tail_dim(x: TokenValue, dim: int, target: Any) -> int:
+def tail_dim(context: Context, x: TokenValue, dim: int) -> int:
     """A dimension of the program's tensor as one of [N, *tail]."""
     d = dim % x.val.ndim
     if not x.tail[d]:
-        raise Escape(f"{target} runs over tokens")
+        raise Escape(f"{context.op} runs over tokens")
     return 1 + sum(x.tail[:d])
 
 
