@@ -14,11 +14,13 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from fusedhead.analysis.reasons import Untraced
 from fusedhead.compat import HigherOrderOperator, OpOverload, tree_leaves, unset_fake_temporarily
 from fusedhead.graph.dry_run import changed_arguments
 from fusedhead.graph.nodes import fake, inputs, name_of, trace
 from fusedhead.ir.expr import Expr, Plain
-from fusedhead.ir.logits import LOGITS_LIKE, Escape, LogitsLike, detached
+from fusedhead.ir.logits import LOGITS_LIKE, LogitsLike, detached
+from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Terminal
 from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.rules import RULES
@@ -85,7 +87,7 @@ def check_writes(program: GraphModule) -> None:
                 others = [user for user in target.users if user is not op]
                 known = not shares(target) and all(user < op and not shares(user) for user in others)
             if not known:
-                raise Escape(f"{name_of(op)} writes to memory that has several names")
+                raise Escape(Untraced.WRITES_SHARED_MEMORY, name=name_of(op))
 
 
 def shares(op: Node) -> bool:
@@ -100,12 +102,12 @@ def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> 
     mutable = is_mutable(op.target)
     target = out_of_place(op.target) if mutable else op.target
     if target is None:
-        raise Escape(f"{name_of(op)} changes the logits in place ({op.target})")
+        raise Escape(Untraced.WRITES_IN_PLACE, name=name_of(op), target=op.target)
     if not isinstance(target, OpOverload):  # Python's own, on sizes
-        raise Escape(f"{name_of(op)} is no op of PyTorch")
+        raise Escape(Untraced.NOT_PYTORCH, name=name_of(op))
     single = [x for x in tree_leaves((args, kwargs)) if isinstance(x, TokenValue) and x.val.ndim == 0]
     if single:  # it is small, and stays a result of the row program; the program's own ops take it from there
-        raise Escape(f"{name_of(op)} is taken of a single number that comes from the logits")
+        raise Escape(Untraced.SINGLE_NUMBER, name=name_of(op))
     context, refused = replace(context, op=target), None
     if target in RULES and not any(isinstance(x, TokenValue) for x in tree_leaves((args, kwargs))):
         try:
@@ -141,7 +143,7 @@ def constant(tensor: Any, node: Node) -> Plain:
         if tensor.dtype == torch.int64 and torch.equal(tensor, torch.arange(tensor.numel(), device=tensor.device)):
             return Plain(Expr(torch.ops.aten.arange.default, (tensor.numel(),)), tensor)  # range(N), however long
         if tensor.numel() > LARGEST_CONSTANT or tensor.is_floating_point():
-            raise Escape(f"{name_of(node)} holds a constant tensor")
+            raise Escape(Untraced.HOLDS_A_CONSTANT, name=name_of(node))
         return Plain(Expr(torch.tensor, (tensor.tolist(),), {"dtype": tensor.dtype}), tensor)
 
 
@@ -158,13 +160,13 @@ def trace_value(node: Node, values: dict[Node, Any], traced: Callable[[Node], Gr
         return detached(replace(value, val=fake(node)))  # z.data: traced alone it is a constant
     if isinstance(node.target, HigherOrderOperator):
         # traced alone it may look like nothing: a gradient hook is the identity on values
-        raise Escape(f"{name_of(node)} takes the logits, and what it does with them is not read")
+        raise Escape(Untraced.HIGHER_ORDER, name=name_of(node))
     if name_of(node) == "setitem":
         return columns_set(node, values.get(node.args[0]))  # type: ignore[arg-type]
     if not isinstance(fake(node), (torch.Tensor, tuple, list)):
-        raise Escape(f"{name_of(node)} of the logits is no tensor")
+        raise Escape(Untraced.NO_TENSOR, name=name_of(node))
     try:
         program = traced(node)
     except Exception as error:  # a node that cannot be traced alone is a use we cannot read
-        raise Escape(f"{name_of(node)} cannot be traced alone ({type(error).__name__}: {error})") from error
+        raise Escape(Untraced.NOT_TRACED, name=name_of(node), kind=type(error).__name__, error=error) from error
     return evaluate(node, program, values)

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 
 from fusedhead.analysis.evaluator import all_followed, is_value, trace_value
 from fusedhead.analysis.projections import candidates
+from fusedhead.analysis.reasons import Untraced
 from fusedhead.compat import tree_leaves, tree_map
 from fusedhead.graph.aliases import storage
 from fusedhead.graph.effects import effects
@@ -24,7 +25,8 @@ from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import Traces, fake, name_of
 from fusedhead.graph.run_counts import Run
 from fusedhead.ir.expr import Plain
-from fusedhead.ir.logits import LOGITS_LIKE, Escape, Logits, Projection, detached, logits_of, rows_of_hidden
+from fusedhead.ir.logits import LOGITS_LIKE, Logits, Projection, detached, logits_of, rows_of_hidden
+from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Terminal
 from fusedhead.ir.tokenwise import TokenValue, token_values_of, without_gradient
 from fusedhead.rules.tokenwise.dispatch import token_value
@@ -154,9 +156,9 @@ def written_logits(node: Node, values: Mapping[Node, Any]) -> Node | None:
     if not does.sure and values.keys().isdisjoint(node.all_input_nodes):
         return None  # a projection of what cannot be run: whether its operands are plain tensors is asked later
     if not does.sure or does.anything or does.backward:
-        raise Escape(f"what {name_of(node)} does with the logits besides its result is not known")
+        raise Escape(Untraced.UNKNOWN_EFFECTS, name=name_of(node))
     if len(does.written) > 1 or any(target not in values for target in does.written):
-        raise Escape(f"{name_of(node)} writes to other memory than the logits'")
+        raise Escape(Untraced.WRITES_OTHER_MEMORY, name=name_of(node))
     return next(iter(does.written), None)
 
 

@@ -24,10 +24,12 @@ from torch.fx import Graph, Node
 from fusedhead.analysis.evaluator import trace_value
 from fusedhead.analysis.interpreter import Reading, interpret
 from fusedhead.analysis.projections import above_losses
+from fusedhead.analysis.reasons import Untraced
 from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import Traces, fake, name_of
 from fusedhead.ir.expr import Expr, Plain
-from fusedhead.ir.logits import HIDDEN, Escape, Logits, Projection, RowStep, StackedProjection, piece_of, rows_of_hidden
+from fusedhead.ir.logits import HIDDEN, Logits, Projection, RowStep, StackedProjection, piece_of, rows_of_hidden
+from fusedhead.ir.reasons import Escape
 from fusedhead.rewrite.returned_logits import rooted_in_inputs
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.rules.table import Family
@@ -112,7 +114,7 @@ def product(node: Node, traced: Traces) -> Logits:
     """The logits of a projection that nothing else reads. Raises Escape."""
     value = trace_value(node, {}, traced) if len(node.users) == 1 and name_of(node) in SPELLINGS else None
     if not isinstance(value, Logits):
-        raise Escape("not a product")
+        raise Escape(Untraced.NOT_A_PRODUCT)
     return value
 
 

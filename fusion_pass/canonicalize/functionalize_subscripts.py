@@ -25,7 +25,7 @@ from fusedhead.graph.facts import Places
 from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import every_dimension, fake, name_of
 from fusedhead.ir.builder import Emit, static
-from fusedhead.ir.logits import Escape
+from fusedhead.ir.reasons import Escape
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.rules.setitem import column_choice
 

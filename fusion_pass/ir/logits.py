@@ -17,10 +17,6 @@ from fusedhead.ir.expr import Expr, Plain, nodes_of
 from fusedhead.kernels.transform.transform import Step
 
 
-class Escape(Exception):
-    """A use of the logits that no rule can read. The message is a sentence for the user."""
-
-
 class Hidden:
     """Stands in a row step's arguments for the length of the class dimension, D when replayed on h."""
 

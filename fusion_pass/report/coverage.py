@@ -1,30 +1,31 @@
 """What the pass reads and what it leaves, as a table for people and as the list of its sentences, out of the code.
 
 The ops of a row are those of the module's rules; the words beside them stand in the module, as its ``FAMILY``.
-Sentences are the texts of every ``Escape``. ``python -m fusedhead.rules`` prints both; nothing else imports this file.
+Sentences are those of every `Reason`. ``python -m fusedhead.rules`` prints both.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from fusedhead.analysis import stacked_heads
+from fusedhead.analysis.reasons import Untraced
 from fusedhead.canonicalize import duplicate_transposed
+from fusedhead.ir.reasons import Reason
 from fusedhead.legality import checks, profitability
-from fusedhead.lowering.cache_key import sources
 from fusedhead.rewrite import returned_logits
 from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointwise, projections, reductions, views
+from fusedhead.rules.reasons import Unread
 from fusedhead.rules.table import TOKEN_RULES, Family
 from fusedhead.rules.tokenwise import dispatch as tokenwise
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 PARTS: tuple[ModuleType, ...] = (
     projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise, stacked_heads,
     duplicate_transposed, returned_logits, checks, profitability,
 )  # fmt: skip
+TABLES: tuple[type[Reason], ...] = (Unread, NotByTokens, Untraced)
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 BEGIN, END = "<!-- python -m fusedhead.rules -->", "<!-- end -->"
 
@@ -55,23 +56,8 @@ def table() -> str:
 
 
 def sentences() -> list[str]:
-    """The sentences of every `Escape` in the package, sorted, with … for what a program fills in."""
-    return sorted({text for _, file in sources() if file.suffix == ".py" for text in texts(file)})
-
-
-def texts(file: Path) -> Iterator[str]:
-    return escapes(ast.parse(file.read_text(encoding="utf-8")))
-
-
-def escapes(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            name, text = node.exc.func, node.exc.args[0]
-            if isinstance(name, ast.Name) and name.id == "Escape":
-                parts: Sequence[Any] = text.values if isinstance(text, ast.JoinedStr) else [text]
-                shown = "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in parts)
-                if shown != "…":
-                    yield shown
+    """The sentences of every `Reason` in the package, sorted, with … for what a program fills in."""
+    return sorted({reason.template for table in TABLES for reason in table})
 
 
 def between_markers(text: str) -> str:

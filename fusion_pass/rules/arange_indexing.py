@@ -20,10 +20,12 @@ from fusedhead.graph.effects import may_write
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.ir.builder import Emit
 from fusedhead.ir.expr import Expr, Plain
-from fusedhead.ir.logits import Escape, from_the_first, logits_of
+from fusedhead.ir.logits import from_the_first, logits_of
+from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.gather import entries
 from fusedhead.rules.losses import rows_shape, same_shape
+from fusedhead.rules.reasons import Unread
 from fusedhead.rules.table import Context, vocab_size
 
 aten = torch.ops.aten
@@ -65,9 +67,9 @@ def entry_of_each_row(context: Context, value: Any, indices: Sequence[Plain]) ->
     logits, (*counted, label) = logits_of(value), indices
     sizes = rows_shape(logits)
     if len(indices) != logits.val.ndim or not same_shape(list(label.val.shape), sizes):
-        raise Escape("the logits are indexed along the vocabulary")
+        raise Escape(Unread.INDEX_ALONG_VOCABULARY)
     if not all(counts(index) and along(index.val, dim, sizes) for dim, index in enumerate(counted)):
-        raise Escape("the logits are indexed along the vocabulary, in rows that are not counted by an arange")
+        raise Escape(Unread.ROWS_NOT_COUNTED)
     labels = from_the_first(label.ref, vocab_size(logits))
     column, dim = Plain(Expr(aten.unsqueeze.default, (labels, -1)), label.val.unsqueeze(-1)), logits.class_dim
     found = entries(replace(context, val=context.val.unsqueeze(-1)), value, dim, column, Kind.INDEX)

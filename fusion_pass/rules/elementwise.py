@@ -17,8 +17,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.compat import unset_fake_temporarily
 from fusedhead.ir.expr import Expr, Plain
-from fusedhead.ir.logits import LOGITS_LIKE, Escape, Logits, LogitsLike, LogProbs, Probs, ProbTimes, RowVector
+from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, ProbTimes, RowVector
+from fusedhead.ir.reasons import Escape
 from fusedhead.kernels.transform.transform import Step
+from fusedhead.rules.reasons import Unread
 from fusedhead.rules.reductions import prob_times
 from fusedhead.rules.table import Context, Family, needs_logits, rule, vocab_size
 
@@ -42,12 +44,12 @@ COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 )
 def cast(context: Context, value: Any, *_: Any, **__: Any) -> LogitsLike:
     if context.val.dtype not in COMPUTED:
-        raise Escape(f"the logits are cast to {context.val.dtype}")
+        raise Escape(Unread.CAST, dtype=context.val.dtype)
     if isinstance(value, (LogProbs, Probs, ProbTimes)) and context.val.device == value.val.device:
         return replace(value, val=context.val)
     logits = needs_logits(value, "a cast")
     if context.val.device != logits.val.device:
-        raise Escape(f"the logits move from {logits.val.device} to {context.val.device}")
+        raise Escape(Unread.MOVED_TO_DEVICE, device=logits.val.device, other=context.val.device)
     if context.val.dtype == logits.val.dtype:
         return replace(logits, val=context.val)
     return logits.step(context.val)
@@ -64,7 +66,7 @@ def vector(operand: Plain, logits: Logits, what: str) -> tuple[str, Plain | RowV
     """("col" or "row", the vector) of an operand that broadcasts to the logits; one number for all goes by tokens."""
     along_vocab, along_tokens = extent(operand.val, logits)
     if along_vocab and along_tokens:
-        raise Escape(f"{what} of the logits and a tensor with token and vocabulary extent is not a bias or a scale")
+        raise Escape(Unread.VARIES_BOTH_WAYS, op=what)
     if along_vocab:
         return "col", Plain(Expr(aten.reshape.default, (operand.ref, [-1])), operand.val.reshape(-1))
     return "row", RowVector(operand, len(logits.row_steps), logits.val, logits.class_dim)
@@ -75,7 +77,7 @@ def needs_same_shape(context: Context, logits: Logits, operand: Tensor, how: str
         statically_known_true(sym_eq(a, b)) for a, b in zip(context.val.shape, logits.val.shape)
     )
     if not same_shape or not operand.is_floating_point():
-        raise Escape(f"{how} broadcasts the logits or combines them with {operand.dtype}")
+        raise Escape(Unread.BROADCASTS_LOGITS, op=how, dtype=operand.dtype)
 
 
 def combine(context: Context, logits: Logits, operand: Any, how: str) -> Logits:
@@ -83,7 +85,7 @@ def combine(context: Context, logits: Logits, operand: Any, how: str) -> Logits:
     if isinstance(operand, (int, float)) and not isinstance(operand, bool):
         return logits.step(context.val, Step(how, float(operand)))
     if not isinstance(operand, Plain) or not isinstance(operand.val, Tensor):
-        raise Escape("the logits are combined with a number that is not known at compile time")
+        raise Escape(Unread.UNKNOWN_NUMBER)
     needs_same_shape(context, logits, operand.val, how)
     kind, found = vector(operand, logits, how)
     if isinstance(found, RowVector):
@@ -98,7 +100,7 @@ def inverse(operand: Any) -> Any:
     if isinstance(operand, Plain) and isinstance(operand.val, Tensor) and operand.val.is_floating_point():
         wide = Expr(aten.to.dtype, (operand.ref, torch.float32))
         return Plain(Expr(aten.reciprocal.default, (wide,)), operand.val.float())
-    raise Escape("the logits are divided by zero or by something that is not a floating-point tensor")
+    raise Escape(Unread.DIVISOR)
 
 
 def negative(operand: Any) -> Any:
@@ -106,7 +108,7 @@ def negative(operand: Any) -> Any:
         return -operand
     if isinstance(operand, Plain) and isinstance(operand.val, Tensor):
         return Plain(Expr(aten.neg.default, (operand.ref,)), operand.val)
-    raise Escape("the logits are subtracted from other logits")
+    raise Escape(Unread.SUBTRACTED_FROM_LOGITS)
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar)
@@ -131,7 +133,7 @@ def div(context: Context, a: Any, b: Any) -> Logits | LogProbs:
 @rule(aten.add.Tensor, aten.add.Scalar)
 def add(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     if alpha != 1:
-        raise Escape(f"add with alpha={alpha}")
+        raise Escape(Unread.ADD_ALPHA, alpha=alpha)
     if not isinstance(a, (Logits, LogProbs)):
         a, b = b, a
     return combine(context, needs_logits(a, "add"), b, "add")
@@ -140,14 +142,14 @@ def add(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
 @rule(aten.sub.Tensor, aten.sub.Scalar, aten.subtract.Tensor)
 def sub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     if alpha != 1:
-        raise Escape(f"sub with alpha={alpha}")
+        raise Escape(Unread.SUB_ALPHA, alpha=alpha)
     return combine(context, needs_logits(a, "sub"), negative(b), "add")
 
 
 @rule(aten.rsub.Scalar, aten.rsub.Tensor)
 def rsub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     if alpha != 1:
-        raise Escape(f"rsub with alpha={alpha}")
+        raise Escape(Unread.RSUB_ALPHA, alpha=alpha)
     flipped = needs_logits(a, "rsub").step(a.val, Step("mul", -1.0))
     return combine(context, flipped, b, "add")
 
@@ -168,24 +170,24 @@ def cap(context: Context, value: Any) -> Logits:
 def column_mask(mask: Any, logits: Logits) -> Plain:
     """A mask that says the same for every token, as a vector [V]."""
     if not isinstance(mask, Plain) or not isinstance(mask.val, Tensor) or mask.val.dtype != torch.bool:
-        raise Escape("a mask of the logits depends on the logits")
+        raise Escape(Unread.MASK_OF_LOGITS)
     along_vocab, along_tokens = extent(mask.val, logits)
     if along_tokens or not along_vocab:
-        raise Escape("a mask of the logits differs from token to token")
+        raise Escape(Unread.MASK_BY_TOKEN)
     return Plain(Expr(aten.reshape.default, (mask.ref, [-1])), mask.val.reshape(-1))
 
 
 def put(context: Context, logits: Logits, mask: Any, number: Any) -> Logits:
     """The logits with ``number`` where ``mask`` is True."""
     if isinstance(number, Plain):
-        raise Escape("the logits are replaced by a number that is not known at compile time")
+        raise Escape(Unread.UNKNOWN_FILL)
     if context.val.dtype != logits.val.dtype or context.val.ndim != logits.val.ndim:
-        raise Escape("a mask broadcasts the logits or changes their dtype")
+        raise Escape(Unread.MASK_CHANGES_LOGITS)
     column = column_mask(mask, logits)
     with unset_fake_temporarily():
         number = float(torch.tensor(number, dtype=logits.val.dtype))  # as the program rounds it
     if math.isnan(number):
-        raise Escape("logits are replaced by NaN")
+        raise Escape(Unread.FILL_NAN)
     if number == -math.inf:  # the common mask: exponentials are zero by themselves
         dropped = Plain(Expr(aten.to.dtype, (column.ref, torch.float32)), column.val.float())
         return logits.step(context.val, Step("dropcol", len(logits.cols)), cols=(*logits.cols, dropped))
@@ -203,7 +205,7 @@ def masked_fill(context: Context, value: Any, mask: Any, number: Any) -> Logits:
 @rule(aten.where.ScalarOther)
 def where_else(context: Context, mask: Any, value: Any, number: Any) -> Logits:
     if not isinstance(mask, Plain):
-        raise Escape("a mask of the logits depends on the logits")
+        raise Escape(Unread.MASK_OF_LOGITS)
     other = Plain(Expr(aten.logical_not.default, (mask.ref,)), mask.val)
     return put(context, needs_logits(value, "where"), other, number)
 

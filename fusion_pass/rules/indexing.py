@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.ir.expr import Plain
-from fusedhead.ir.logits import Escape, Logits, LogitsLike, piece_of
+from fusedhead.ir.logits import Logits, LogitsLike, piece_of
+from fusedhead.ir.reasons import Escape
 from fusedhead.ir.stack_parts import picked_part
 from fusedhead.ir.terminal import Terminal
 from fusedhead.rules.arange_indexing import entry_of_each_row
+from fusedhead.rules.reasons import Unread
 from fusedhead.rules.table import Context, Family, dimension, rule
 from fusedhead.rules.views import class_dim_of, moved
 
@@ -37,9 +39,9 @@ def along_rows(context: Context, value: LogitsLike, dim: int = 0, *args: Any) ->
     """An op that acts along one dimension and keeps the number of them."""
     class_dim, at = class_dim_of(value), dimension(dim, value)
     if at == class_dim:
-        raise Escape(f"{context.name} acts along the vocabulary")
+        raise Escape(Unread.ALONG_VOCABULARY, op=context.name)
     if any(not isinstance(a, (int, torch.SymInt, Plain, type(None))) for a in args):
-        raise Escape(f"{context.name} is indexed by something that depends on the logits")
+        raise Escape(Unread.INDEXED_BY_LOGITS, op=context.name)
     return moved(value, context.val, class_dim, context.op, at, *args)
 
 
@@ -53,11 +55,11 @@ def slice_(
     if statically_known_true(sym_eq(context.val.shape[class_dim_of(value)], value.val.shape[class_dim_of(value)])):
         return replace(value, val=context.val)
     if not isinstance(value, Logits):
-        raise Escape("a slice of the probabilities along the vocabulary")
+        raise Escape(Unread.SLICE_OF_PROBABILITIES)
     first, last = value.vocab or (0, int(value.val.shape[value.class_dim]))
     kept = context.val.shape[value.class_dim]
     if step != 1 or not isinstance(kept, int) or not isinstance(start, (int, type(None))):
-        raise Escape("a slice along the vocabulary with a step or a size not known at compile time")
+        raise Escape(Unread.SLICE_OF_VOCABULARY)
     begin = min((start or 0) % (last - first), last - first) if (start or 0) < 0 else (start or 0)
     cols = piece_of(value.cols, begin, begin + kept)
     return replace(value, val=context.val, vocab=(first + begin, first + begin + kept), cols=cols)
@@ -67,7 +69,7 @@ def slice_(
 def flip(context: Context, value: LogitsLike, dims: Sequence[int]) -> LogitsLike:
     at = [dimension(dim, value) for dim in dims]
     if class_dim_of(value) in at:
-        raise Escape("flip acts along the vocabulary")
+        raise Escape(Unread.FLIP_ALONG_VOCABULARY)
     return moved(value, context.val, class_dim_of(value), aten.flip.default, at)
 
 
@@ -75,7 +77,7 @@ def flip(context: Context, value: LogitsLike, dims: Sequence[int]) -> LogitsLike
 def roll(context: Context, value: LogitsLike, shifts: Sequence[int], dims: Sequence[int] = ()) -> LogitsLike:
     at = [dimension(dim, value) for dim in dims]
     if class_dim_of(value) in at or not at:
-        raise Escape("roll acts along the vocabulary")
+        raise Escape(Unread.ROLL_ALONG_VOCABULARY)
     return moved(value, context.val, class_dim_of(value), aten.roll.default, list(shifts), at)
 
 
@@ -83,7 +85,7 @@ def roll(context: Context, value: LogitsLike, shifts: Sequence[int], dims: Seque
 def select(context: Context, value: LogitsLike, dim: int, index: Any) -> LogitsLike:
     class_dim, at = class_dim_of(value), dimension(dim, value)
     if at == class_dim:
-        raise Escape("one class of the logits is read out")
+        raise Escape(Unread.ONE_CLASS)
     part = picked_part(value, context.val, at, index) if isinstance(value, Logits) else None
     return part or moved(value, context.val, class_dim - (at < class_dim), aten.select.int, at, index)
 
@@ -97,19 +99,19 @@ def index(context: Context, value: LogitsLike, indices: Sequence[Any]) -> Logits
     class_dim = class_dim_of(value)
     used = [(d, i) for d, i in enumerate(indices) if i is not None]
     if not used or any(not isinstance(which, Plain) for _, which in used):
-        raise Escape("the logits are indexed by something that depends on them")
+        raise Escape(Unread.INDEX_FROM_LOGITS)
     at, which = used[0]
     if len(used) > 1:
         neighbours = [d for d, _ in used] == list(range(at, at + len(used)))
         if not neighbours or any(i.val.dtype in (torch.bool, torch.uint8) for _, i in used) or class_dim < at:
-            raise Escape("the logits are indexed by several tensors that are not integers in neighbouring dimensions")
+            raise Escape(Unread.SEVERAL_INDICES)
         if at + len(used) > class_dim:
             return entry_of_each_row(context, value, [which for _, which in used])
         class_dim += context.val.ndim - value.val.ndim
         return moved(value, context.val, class_dim, aten.index.Tensor, list(indices))
     mask = which.val.dtype in (torch.bool, torch.uint8)
     if at > class_dim or (mask and at + which.val.ndim > class_dim) or at == class_dim:
-        raise Escape("the logits are indexed along the vocabulary")
+        raise Escape(Unread.INDEX_ALONG_VOCABULARY)
     class_dim += (1 if mask else which.val.ndim) - (which.val.ndim if mask else 1)
     return moved(value, context.val, class_dim, aten.index.Tensor, list(indices))
 
@@ -118,9 +120,9 @@ def classes(context: Context, value: LogitsLike, at: int) -> list[LogitsLike]:
     """Pieces of the vocabulary, each the logits of some rows of W."""
     name = context.name.removesuffix("_with_sizes")
     if not isinstance(value, Logits):
-        raise Escape(f"{name} cuts the vocabulary of the probabilities")
+        raise Escape(Unread.CUTS_PROBABILITIES, op=name)
     if all(int(piece.shape[at]) == 1 for piece in context.val):
-        raise Escape(f"{name} cuts the vocabulary into single classes")
+        raise Escape(Unread.CUTS_SINGLE_CLASSES, op=name)
     ends = list(itertools.accumulate(int(piece.shape[at]) for piece in context.val))
     bounds = zip([0, *ends], ends)
     return [slice_(replace(context, val=z), value, at, a, b) for z, (a, b) in zip(context.val, bounds)]
@@ -152,5 +154,5 @@ def split(context: Context, value: LogitsLike, sizes: Any, dim: int = 0) -> list
 def unbind(context: Context, value: LogitsLike, dim: int = 0) -> list[LogitsLike]:
     class_dim, at = class_dim_of(value), dimension(dim, value)
     if at == class_dim:
-        raise Escape("unbind cuts the vocabulary")
+        raise Escape(Unread.UNBIND_VOCABULARY)
     return [select(replace(context, val=piece), value, at, i) for i, piece in enumerate(context.val)]

@@ -21,7 +21,9 @@ from torch.fx import Node
 
 from fusedhead.ir.builder import static
 from fusedhead.ir.expr import Plain
-from fusedhead.ir.logits import LOGITS_LIKE, Escape, Logits, LogitsLike, LogProbs, Probs, Value
+from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, Value
+from fusedhead.ir.reasons import Escape
+from fusedhead.rules.reasons import Unread
 
 Rule = Callable[..., Any]
 
@@ -93,8 +95,8 @@ def needs_logits(value: Any, op: str) -> Logits:
         return value
     if isinstance(value, LOGITS_LIKE):
         what = {LogProbs: "log-probabilities", Probs: "probabilities"}.get(type(value), "products of probabilities")
-        raise Escape(f"{op} is applied to the {what} of the head")
-    raise Escape(f"{op} takes the logits in a position other than its first")
+        raise Escape(Unread.APPLIED_TO, op=op, what=what)
+    raise Escape(Unread.NOT_FIRST, op=op)
 
 
 def dimension(dim: int, value: LogitsLike) -> int:
@@ -104,18 +106,18 @@ def dimension(dim: int, value: LogitsLike) -> int:
 def over_classes(dim: int, logits: Logits, op: str) -> None:
     """Escape unless ``dim`` is the vocabulary's dimension."""
     if logits.val.ndim == 0 or dimension(dim, logits) != logits.class_dim:
-        raise Escape(f"{op} runs over dimension {dim} of a tensor whose vocabulary is dimension {logits.class_dim}")
+        raise Escape(Unread.OTHER_DIM, op=op, dim=dim, class_dim=logits.class_dim)
 
 
 def plain_tensor(value: Value | Any, what: str) -> Plain:
     """A tensor that does not come from the logits."""
     if isinstance(value, Plain) and isinstance(value.val, Tensor):
         return value
-    raise Escape(f"{what} depends on the logits")
+    raise Escape(Unread.DEPENDS_ON_LOGITS, what=what)
 
 
 def vocab_size(logits: Logits) -> int:
     size = static(logits.val.shape[logits.class_dim])
     if size is None:
-        raise Escape("the vocabulary size is not a compile-time constant")
+        raise Escape(Unread.VOCABULARY_SYMBOLIC)
     return size

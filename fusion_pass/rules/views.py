@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fusedhead.ir.logits import HIDDEN, LOGITS_LIKE, Escape, Logits, LogitsLike, RowStep, detached, logits_of
+from fusedhead.ir.logits import HIDDEN, LOGITS_LIKE, Logits, LogitsLike, RowStep, detached, logits_of
+from fusedhead.ir.reasons import Escape
+from fusedhead.rules.reasons import Unread
 from fusedhead.rules.table import Context, Family, dimension, rule
 
 aten = torch.ops.aten
@@ -40,7 +42,7 @@ def moved(value: LogitsLike, val: Tensor, class_dim: int, op: Any, *args: Any, k
 def class_dim_of(value: Any) -> int:
     if isinstance(value, LOGITS_LIKE):
         return logits_of(value).class_dim
-    raise Escape("the logits are used as an index or a size")
+    raise Escape(Unread.AS_INDEX_OR_SIZE)
 
 
 def class_dim_after_view(before: Sequence[Any], class_dim: int, after: Sequence[Any]) -> int:
@@ -55,7 +57,7 @@ def class_dim_after_view(before: Sequence[Any], class_dim: int, after: Sequence[
         if same_length and statically_known_true(sym_eq(math.prod(after[j + 1 :]), behind)):
             return j
     shown = f"{tuple(before)} to {tuple(after)}"
-    raise Escape(f"a view from {shown} does not keep the vocabulary (dimension {class_dim}) as one unit")
+    raise Escape(Unread.SPLITS_VOCABULARY, sizes=shown, dim=class_dim)
 
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -64,7 +66,7 @@ def view(context: Context, value: LogitsLike, size: Sequence[Any]) -> LogitsLike
     sizes: list[Any] = [HIDDEN if j == class_dim else s for j, s in enumerate(size)]
     symbols = [j for j, s in enumerate(sizes) if isinstance(s, torch.SymInt)]  # of no tensor that is known here
     if len(symbols) > 1 or (symbols and -1 in [s for s in sizes if isinstance(s, int)]):
-        raise Escape("a view of the logits to several symbolic sizes")
+        raise Escape(Unread.SEVERAL_SYMBOLIC_SIZES)
     for j in symbols:
         sizes[j] = -1
     # as `reshape`: the hidden states need not have the strides that made a view of the logits possible
@@ -134,7 +136,7 @@ def squeeze(context: Context, value: LogitsLike, dim: int) -> LogitsLike:
     if context.val.ndim == value.val.ndim:
         return replace(value, val=context.val)
     if at == class_dim:
-        raise Escape("squeeze removes the vocabulary's dimension")
+        raise Escape(Unread.SQUEEZES_VOCABULARY)
     return moved(value, context.val, class_dim - (at < class_dim), aten.squeeze.dim, at, keeps_order=True)
 
 
@@ -144,5 +146,5 @@ def squeeze_many(context: Context, value: LogitsLike, dims: Sequence[int] | None
     gone = range(value.val.ndim) if dims is None else [dimension(dim, value) for dim in dims]
     ones = [d for d in gone if statically_known_true(sym_eq(value.val.shape[d], 1))]
     if len(ones) != value.val.ndim - context.val.ndim or class_dim_of(value) in ones:
-        raise Escape("squeeze of a shape that is not known at compile time")
+        raise Escape(Unread.SQUEEZE_SYMBOLIC)
     return moved(value, context.val, class_dim, aten.squeeze.dims, ones, keeps_order=True)

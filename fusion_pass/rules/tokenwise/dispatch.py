@@ -26,11 +26,13 @@ from fusedhead.compat import (
     tree_map,
 )
 from fusedhead.ir.expr import Expr, Plain
-from fusedhead.ir.logits import LOGITS_LIKE, Escape, Logits, LogitsLike, LogProbs, Probs, ProbTimes, StackedProjection
+from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, ProbTimes, StackedProjection
+from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import HeadInput, TokenValue, token_values_of
 from fusedhead.rules.table import TOKEN_RULES, Context, Family
 from fusedhead.rules.tokenwise import indexing, losses, reductions, views  # noqa: F401  register their rules
 from fusedhead.rules.tokenwise.elementwise import DTYPE_OPS, as_wide, entrywise, is_pointwise, pointwise
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
 
@@ -50,13 +52,13 @@ def read(context: Context, *args: Any, **kwargs: Any) -> Any:
     """What an op makes of values that come from logits. Raises Escape where it does not treat tokens apart."""
     op = context.op
     if not isinstance(op, OpOverload) or op._schema.is_mutable:
-        raise Escape(f"{op} is no op that makes a new tensor")
+        raise Escape(NotByTokens.NO_NEW_TENSOR, op=op)
     args, kwargs = tree_map(token_value, (args, kwargs), is_leaf=lambda x: isinstance(x, LOGITS_LIKE))
     wanted, made = first_dtype(context.val), first_dtype(context.alone)
     if wanted != made and wanted is not None and made is not None and wanted.itemsize > made.itemsize:
         args, kwargs = tree_map(lambda x: widened(x, wanted), (args, kwargs))
     elif wanted != made and op not in DTYPE_OPS:
-        raise Escape(f"{op} gives {wanted} under autocast")
+        raise Escape(NotByTokens.AUTOCAST, op=op, dtype=wanted)
     for rule in TOKEN_RULES.get(op, ()):
         given, named = (args, kwargs) if rule.dim is None else positional(op, args, kwargs, rule.dim)
         found = rule.read(replace(context, dim=rule.dim), *given, **named)
@@ -67,7 +69,7 @@ def read(context: Context, *args: Any, **kwargs: Any) -> Any:
     if op in BY_PARTS:
         return taken_apart(decomposition_table[op], context, args, kwargs)
     if not is_composite(op):
-        raise Escape(f"{op} is not known to treat tokens apart")
+        raise Escape(NotByTokens.UNKNOWN_OP, op=op)
     return taken_apart(op, context, args, kwargs)
 
 
@@ -109,7 +111,7 @@ def token_value(value: Any) -> Any:
         return value
     logits = value if isinstance(value, Logits) else value.of
     if isinstance(logits.head, StackedProjection):
-        raise Escape("logits of several heads that are stacked are not computed token by token")
+        raise Escape(NotByTokens.STACKED)
     tail = tuple(d == logits.class_dim for d in range(logits.val.ndim))
     expr = expression(value, HeadInput(logits), value.val.dtype)
     return TokenValue(expr, value.val, tail, frozenset({logits.head}))
@@ -149,7 +151,7 @@ def taken_apart(parts: Callable[..., Any], context: Context, args: tuple, kwargs
             return tree_map(lambda n: env[n] if isinstance(n, Node) else n, node.args[0])
         if node.op != "call_function":
             if node.op == "get_attr":
-                raise Escape(f"{target} holds a constant tensor")
+                raise Escape(NotByTokens.HOLDS_A_CONSTANT, op=target)
             continue
         here, named = tree_map(lambda n: env[n] if isinstance(n, Node) else n, (tuple(node.args), dict(node.kwargs)))
         val = node.meta.get("val")
@@ -158,9 +160,9 @@ def taken_apart(parts: Callable[..., Any], context: Context, args: tuple, kwargs
             env[node] = here[0][here[1]]
         elif any(isinstance(x, TokenValue) for x in tree_leaves((here, named))):
             if node.target is target:
-                raise Escape(f"{target} is not known to treat tokens apart")
+                raise Escape(NotByTokens.UNKNOWN_OP, op=target)
             if any(isinstance(x, Plain) and any(True for _ in token_values_of(x)) for x in tree_leaves((here, named))):
-                raise Escape(f"{target} combines logits with a total over their tokens")
+                raise Escape(NotByTokens.WITH_A_TOTAL, op=target)
             env[node] = read(each, *here, **named)
         elif is_pointwise(node.target) and (like := as_wide(val, leaves)) is not None:
             env[node] = entrywise(each, here, named, like.tail, like.heads)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fusedhead.compat import OpOverload, tree_leaves
 from fusedhead.ir.expr import Expr, each, nested
-from fusedhead.ir.logits import Escape
+from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.rules.table import Context, token_rule
 from fusedhead.rules.tokenwise.operands import common_tail, constants, heads_of, lined_up, operand, same
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
 DTYPE_OPS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)  # their result has the dtype that they name
@@ -24,7 +25,7 @@ PLACEMENT = ("memory_format", "device", "layout", "pin_memory")  # arguments tha
 def cast(context: Context, x: Any, *_: Any, **__: Any) -> TokenValue:
     x = operand(context, x)
     if context.val.device != x.val.device:
-        raise Escape("what comes from the logits is moved to another device")
+        raise Escape(NotByTokens.OTHER_DEVICE)
     same_dtype = context.val.dtype == x.val.dtype
     expr = x.expr if same_dtype else Expr(aten.to.dtype, (x.expr, context.val.dtype))
     return TokenValue(expr, context.val, x.tail, x.heads)

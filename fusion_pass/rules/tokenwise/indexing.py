@@ -18,10 +18,12 @@ from torch import Tensor
 
 from fusedhead.compat import maybe_get_fake_mode
 from fusedhead.ir.expr import Expr, Plain
-from fusedhead.ir.logits import Escape, Logits, from_the_first
+from fusedhead.ir.logits import Logits, from_the_first
+from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import HeadInput, TokenInput, TokenValue
 from fusedhead.rules.table import RULES, Context, token_rule
 from fusedhead.rules.tokenwise.operands import constants, heads_of, lined_up, operand, same, size, tail_dim
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 from fusedhead.rules.tokenwise.reductions import along
 
 aten = torch.ops.aten
@@ -38,7 +40,7 @@ def picked_tokens(context: Context, x: Any, dim: Any = 0, *rest: Any) -> TokenVa
     if x.tail[dim]:
         return None
     if x.small:
-        raise Escape(f"{context.op} of a few numbers a token is left to the graph")
+        raise Escape(NotByTokens.SMALL_ALREADY, op=context.op)
     op, which = by_number(context.op, x, dim - sum(x.tail[:dim]), rest)
     tail = tuple(t for d, t in enumerate(x.tail) if d != dim or context.op is not aten.select.int)
     known: dict[int, Any] = {}
@@ -68,7 +70,7 @@ def by_number(op: Any, x: TokenValue, at: int, rest: tuple) -> tuple[Any, tuple]
     which = tuple(a if isinstance(a, Plain) and isinstance(a.val, torch.Tensor) else constants(a) for a in rest)
     if len(rows) == 1:
         if op is aten.select.int:
-            raise Escape("one token is picked")
+            raise Escape(NotByTokens.ONE_TOKEN)
         return op, (0, *which)
     sizes = [size(s, "a choice of tokens") for s in rows]
     device, mode = x.val.device, maybe_get_fake_mode(x.val)
@@ -115,7 +117,7 @@ def tail_index_select(context: Context, x: Any, dim: int, which: Any) -> TokenVa
     """Entries of the tail by a vector of numbers, ``z.index_select(-1, ids)``."""
     x = operand(context, x)
     if not isinstance(which, Plain) or which.val.dtype != torch.int64 or which.val.ndim != 1:
-        raise Escape(f"{context.op} takes what is no vector of numbers")
+        raise Escape(NotByTokens.NO_VECTOR, op=context.op)
     expr = Expr(aten.index_select.default, (x.expr, tail_dim(context, x, dim), TokenInput(which, False)))
     return TokenValue(expr, context.val, x.tail, x.heads)
 
@@ -125,7 +127,7 @@ def tail_index(context: Context, x: Any, indices: Any) -> TokenValue:
     """The same as an index, ``z[:, [3, 7]]``: its numbers may count from the end, and lie on another device."""
     x, used = operand(context, x), [(d, i) for d, i in enumerate(indices) if i is not None]
     if len(used) != 1 or not isinstance(used[0][1], Plain):
-        raise Escape("what comes from the logits is indexed by several tensors, or by one that comes from them")
+        raise Escape(NotByTokens.SEVERAL_INDICES)
     (dim, which), here = used[0], x.val.device
     numbers = which if which.val.device == here else Expr(aten.to.device, (which, here, torch.int64))
     index = Plain(from_the_first(numbers, size(x.val.shape[dim], "an indexed dimension")), which.val)
@@ -145,7 +147,7 @@ def entries(context: Context, *args: Any, **kwargs: Any) -> TokenValue:
             if x.val.ndim != like.val.ndim or any(
                 not t and not same(a, b) for t, a, b in zip(like.tail, x.val.shape, like.val.shape)
             ):
-                raise Escape(f"{context.op} reads only some of the tokens")
+                raise Escape(NotByTokens.SOME_TOKENS, op=context.op)
             given.append(lined_up(x, like.tail, x.val.shape, by_rows=True))
         else:
             given.append(constants(x))

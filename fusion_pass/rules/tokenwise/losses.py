@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from fusedhead.ir.expr import Expr, Plain
-from fusedhead.ir.logits import Escape
+from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import ProgramResult, TokenInput, TokenValue
 from fusedhead.rules.table import Context, token_rule
 from fusedhead.rules.tokenwise.operands import constants, leaf
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
-
-NOT_CLASSES = "the classes of a loss are not the dimension that the logits have them in"
 
 
 @token_rule(aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default)
@@ -26,11 +25,11 @@ def nll(context: Context, *args: Any, **kwargs: Any) -> Any:
     if isinstance(labels, TokenValue) and labels.val.is_floating_point():
         return None  # probabilities that come from logits: by the ops it is made of
     if not isinstance(x, TokenValue) or not isinstance(labels, Plain) or isinstance(weight, TokenValue):
-        raise Escape(f"{context.op} takes what comes from the logits in another place than its first")
+        raise Escape(NotByTokens.NOT_FIRST, op=context.op)
     if labels.val.is_floating_point():
         return None  # the targets are probabilities: by the ops it is made of
     if x.tail != tuple(d == (1 if x.val.ndim > 1 else 0) for d in range(x.val.ndim)):
-        raise Escape(NOT_CLASSES)
+        raise Escape(NotByTokens.CLASS_DIM)
     rows = tuple(False for _ in labels.val.shape)
     label = leaf(labels, rows, labels.val.shape, True)
     whole = None if weight is None else TokenInput(weight, False)

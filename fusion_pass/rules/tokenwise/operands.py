@@ -18,9 +18,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fusedhead.compat import tree_leaves
 from fusedhead.ir.builder import static
 from fusedhead.ir.expr import Expr, Plain
-from fusedhead.ir.logits import Escape
+from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import TokenInput, TokenValue
 from fusedhead.rules.table import Context
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
 
@@ -28,7 +29,7 @@ aten = torch.ops.aten
 def size(s: Any, what: str) -> int:
     known = static(s)
     if known is None:
-        raise Escape(f"{what} has a dimension of symbolic size")
+        raise Escape(NotByTokens.SYMBOLIC, what=what)
     return known
 
 
@@ -51,7 +52,7 @@ def heads_of(values: Any) -> frozenset[Any]:
 
 def operand(context: Context, x: Any) -> TokenValue:
     if not isinstance(x, TokenValue):
-        raise Escape(f"{context.op} takes what comes from the logits in another place than its first")
+        raise Escape(NotByTokens.NOT_FIRST, op=context.op)
     return x
 
 
@@ -59,7 +60,7 @@ def tail_dim(context: Context, x: TokenValue, dim: int) -> int:
     """A dimension of the program's tensor as one of [N, *tail]."""
     d = dim % x.val.ndim
     if not x.tail[d]:
-        raise Escape(f"{context.op} runs over tokens")
+        raise Escape(NotByTokens.OVER_TOKENS, op=context.op)
     return 1 + sum(x.tail[:d])
 
 
@@ -81,7 +82,7 @@ def common_tail(val: Tensor, operands: Sequence[TokenValue]) -> tuple[bool, ...]
                 votes.append((same(x.val.shape[at], val.shape[d]) and not same(x.val.shape[at], 1), x.tail[at]))
         firm = {tail for full, tail in votes if full}
         if len(firm) > 1:
-            raise Escape("tokens and classes are combined with each other")
+            raise Escape(NotByTokens.TOKENS_WITH_CLASSES)
         weak = {tail for _, tail in votes}
         role = firm.pop() if firm else (True in weak if votes else False)
         if not role:
@@ -90,7 +91,7 @@ def common_tail(val: Tensor, operands: Sequence[TokenValue]) -> tuple[bool, ...]
                 if at < 0 or not same(x.val.shape[at], val.shape[d]):
                     if at < 0 and same(val.shape[d], 1):
                         continue
-                    raise Escape("logits are repeated over tokens")
+                    raise Escape(NotByTokens.LOGITS_REPEATED)
         roles.append(role)
     return tuple(roles)
 
@@ -123,7 +124,7 @@ def leaf(x: Plain, tail: tuple[bool, ...], shape: Sequence[Any], by_rows: bool) 
     node: Any = x
     if any(not same(own[d], shape[d]) for d in rows):
         if math.prod(tails) > 1:
-            raise Escape("an operand as wide as the logits is repeated over tokens")
+            raise Escape(NotByTokens.WIDE_OPERAND_REPEATED)
         full = [own[d] if is_tail else shape[d] for d, is_tail in enumerate(tail)]
         node = Expr(aten.expand.default, (x, [size(s, "an operand that is repeated over tokens") for s in full]))
         missing = 0

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fusedhead.compat import tree_leaves
 from fusedhead.ir.expr import Expr, Plain, each, nested
-from fusedhead.ir.logits import Escape
+from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import ProgramResult, TokenValue
 from fusedhead.rules.table import Context, token_rule
 from fusedhead.rules.tokenwise.operands import constants, operand, several, tail_dim
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
 SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
@@ -31,7 +32,7 @@ OVER_EVERYTHING = {
 def plain_arguments(context: Context, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Arguments beside the first as constants. Raises Escape where one is a tensor."""
     if any(isinstance(x, Plain) and isinstance(x.val, Tensor) for x in tree_leaves((args, kwargs))):
-        raise Escape(f"{context.op} takes another tensor")
+        raise Escape(NotByTokens.OTHER_TENSOR, op=context.op)
     return each(args, constants), {name: nested(x, constants) for name, x in kwargs.items()}
 
 
@@ -40,7 +41,7 @@ def along(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
     """An op along one dimension that keeps their number; it may change its length."""
     x, at = operand(context, x), context.dim - 1  # type: ignore[operator]
     if context.op in SOFTMAXES and isinstance(context.val, Tensor) and not context.val.is_floating_point():
-        raise Escape(f"{context.op} of {x.val.dtype} is an error, which fake values do not see")
+        raise Escape(NotByTokens.SOFTMAX_DTYPE, op=context.op, dtype=x.val.dtype)
     rest, named = plain_arguments(context, args, kwargs)
     rest[at] = tail_dim(context, x, rest[at])
     return several(Expr(context.op, (x.expr, *rest), named), context.val, x.tail, x.heads)
@@ -78,7 +79,7 @@ def ranked(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
 def split(context: Context, op: Any, x: TokenValue, dims: list[int], keepdim: bool = False) -> Plain:
     """A sum or mean over tokens too: over the tail in the program's rows, over tokens in the graph."""
     if op not in SPLIT_OVER_TOKENS:
-        raise Escape(f"{op} runs over tokens")
+        raise Escape(NotByTokens.OVER_TOKENS, op=op)
     val = context.val
     wide = torch.float64 if x.val.dtype == torch.float64 else torch.float32 if val.is_floating_point() else val.dtype
     inner = tuple(d for d in dims if x.tail[d])
@@ -89,7 +90,7 @@ def split(context: Context, op: Any, x: TokenValue, dims: list[int], keepdim: bo
             Expr(op, (x.expr, over, True), {"dtype": wide}), op(x.val, inner, True, dtype=wide), x.tail, x.heads
         )
     elif not x.small:
-        raise Escape(f"{op} of the logits over tokens alone")
+        raise Escape(NotByTokens.OVER_TOKENS_ALONE, op=op)
     out = Expr(op, (ProgramResult(rows), dims, keepdim))
     return Plain(Expr(aten.to.dtype, (out, val.dtype)), val)
 
@@ -105,7 +106,7 @@ def verdict(context: Context, x: Any) -> Plain:
     """any and all: over the tail in the program's rows, then over tokens in the graph."""
     x, op = operand(context, x), OVER_EVERYTHING[context.op]
     if x.small:
-        raise Escape(f"{context.op} of a few numbers a token is left to the graph")
+        raise Escape(NotByTokens.SMALL_ALREADY, op=context.op)
     tails = [d for d, is_tail in enumerate(x.tail) if is_tail]
     expr = Expr(op, (x.expr, tuple(tail_dim(context, x, d) for d in tails)))
     each_token = TokenValue(expr, op(x.val, tails), tuple(False for t in x.tail if not t), x.heads)

@@ -14,10 +14,12 @@ import torch
 
 from fusedhead.ir.builder import static
 from fusedhead.ir.expr import Expr, Plain
-from fusedhead.ir.logits import Escape, rows_of_hidden
+from fusedhead.ir.logits import rows_of_hidden
+from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import TokenValue, inputs_of
 from fusedhead.rules.table import Context, token_rule
 from fusedhead.rules.tokenwise.operands import constants, heads_of, lined_up, operand, same, size
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
 
@@ -39,7 +41,7 @@ def squeezed(context: Context, x: Any, dims: Any = None) -> TokenValue:
     listed = range(x.val.ndim) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {d for d in (d % x.val.ndim for d in listed) if same(x.val.shape[d], 1)}
     if x.val.ndim - len(gone) != context.val.ndim:
-        raise Escape("squeeze depends on a symbolic size")
+        raise Escape(NotByTokens.SQUEEZE_SYMBOLIC)
     inner = tuple(1 + sum(x.tail[:d]) for d in sorted(gone) if x.tail[d])
     expr = Expr(aten.squeeze.dims, (x.expr, inner)) if inner else x.expr
     return TokenValue(expr, context.val, tuple(t for d, t in enumerate(x.tail) if d not in gone), x.heads)
@@ -51,16 +53,16 @@ def reshaped(context: Context, x: Any, *_: Any) -> TokenValue:
     x, val = operand(context, x), context.val
     tails = x.tail_sizes
     if x.tail != tuple(sorted(x.tail)):
-        raise Escape("the dimensions of tokens and classes are merged by a view")
+        raise Escape(NotByTokens.MERGES_TOKENS_AND_CLASSES)
     entries = math.prod(size(t, "the tail") for t in tails)
     count, product = 0, 1
     while product != entries or (count < min(len(tails), val.ndim - 1) and same(val.shape[val.ndim - 1 - count], 1)):
         count += 1
         if count > val.ndim:
-            raise Escape("the dimensions of tokens and classes are merged by a view")
+            raise Escape(NotByTokens.MERGES_TOKENS_AND_CLASSES)
         product *= size(val.shape[val.ndim - count], "the tail of a view")
         if product > entries:
-            raise Escape("the dimensions of tokens and classes are merged by a view")
+            raise Escape(NotByTokens.MERGES_TOKENS_AND_CLASSES)
     shape = tuple(size(s, "the tail") for s in val.shape[val.ndim - count :])
     expr = x.expr if shape == tuple(tails) else Expr(aten.reshape.default, (x.expr, (-1, *shape)))
     return TokenValue(expr, val, tuple(d >= val.ndim - count for d in range(val.ndim)), x.heads)
@@ -81,7 +83,7 @@ def permuted(context: Context, x: Any, *dims: Any) -> TokenValue:
             order[a], order[b] = order[b], order[a]
     rows, tails = [d for d in order if not x.tail[d]], [d for d in order if x.tail[d]]
     if rows != sorted(rows):
-        raise Escape("tokens are put into another order")
+        raise Escape(NotByTokens.REORDERS_TOKENS)
     expr = x.expr
     if tails != sorted(tails):
         expr = Expr(aten.permute.default, (expr, (0, *(1 + sum(x.tail[:d]) for d in tails))))
@@ -92,7 +94,7 @@ def permuted(context: Context, x: Any, *dims: Any) -> TokenValue:
 def expanded(context: Context, x: Any, *_: Any, **__: Any) -> TokenValue:
     x, val = operand(context, x), context.val
     if val.ndim != x.val.ndim or any(not t and not same(a, b) for t, a, b in zip(x.tail, x.val.shape, val.shape)):
-        raise Escape("logits are repeated over tokens")
+        raise Escape(NotByTokens.LOGITS_REPEATED)
     tails = tuple(size(s, "the tail") for s, t in zip(val.shape, x.tail) if t)
     expr = x.expr if tails == x.tail_sizes else Expr(aten.expand.default, (x.expr, (-1, *tails)))
     return TokenValue(expr, val, x.tail, x.heads)
@@ -105,17 +107,17 @@ def joined(context: Context, tensors: Any, dim: Any = 0) -> TokenValue:
     like = next(x for x in tensors if isinstance(x, TokenValue))
     stacked = context.op is aten.stack.default
     if like.val.ndim + stacked != val.ndim:
-        raise Escape("a vector without entries is joined, which counts for nothing")
+        raise Escape(NotByTokens.EMPTY_OPERAND)
     d = dim % val.ndim
     tail = (*like.tail[:d], True, *like.tail[d:]) if stacked else like.tail
     if not tail[d]:
-        raise Escape(f"{context.op} runs over tokens")
+        raise Escape(NotByTokens.OVER_TOKENS, op=context.op)
     if any(
         (isinstance(x, TokenValue) and x.tail != like.tail) or not isinstance(x, (TokenValue, Plain)) for x in tensors
     ):
-        raise Escape("tokens and classes are combined with each other")
+        raise Escape(NotByTokens.TOKENS_WITH_CLASSES)
     if any(not t and not same(a, b) for x in tensors for t, a, b in zip(like.tail, x.val.shape, like.val.shape)):
-        raise Escape("logits of different tokens are joined")
+        raise Escape(NotByTokens.OTHER_TOKENS)
     exprs = [lined_up(x, like.tail, x.val.shape, by_rows=True) for x in tensors]
     return TokenValue(Expr(context.op, (exprs, 1 + sum(tail[:d]))), val, tail, heads_of(tensors))
 
@@ -139,7 +141,7 @@ def length(context: Context, x: Any, dim: int) -> Any:
         for d in range(logits.val.ndim):
             if d != logits.class_dim and same(logits.val.shape[d], x.val.shape[dim]):
                 return Plain(Expr(context.op, (rows_of_hidden(logits), d)), context.val)
-    raise Escape("a symbolic number of tokens is computed with")
+    raise Escape(NotByTokens.SYMBOLIC_TOKENS)
 
 
 @token_rule(aten.size.default, aten.sym_size.default)
