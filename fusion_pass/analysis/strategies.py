@@ -21,7 +21,7 @@ from fusedhead.analysis import stacked_heads
 from fusedhead.analysis.interpreter import Reading, interpret
 from fusedhead.analysis.token_regions import Region, by_tokens, regions
 from fusedhead.graph.nodes import fake, name_of
-from fusedhead.ir.builder import static
+from fusedhead.graph.sizes import static
 from fusedhead.ir.expr import nodes_of
 from fusedhead.ir.tokenwise import inputs_of, token_values_of
 from fusedhead.rules.projections import SPELLINGS

@@ -16,11 +16,11 @@ from torch.fx import Node
 
 from fusedhead.analysis.interpreter import Reading
 from fusedhead.graph.effects import writes
+from fusedhead.graph.sizes import same_size
 from fusedhead.ir.expr import Expr, nodes_of, walk
 from fusedhead.ir.logits import Projection, sources_of
 from fusedhead.ir.tokenwise import TokenValue, inputs_of, token_values_of
 from fusedhead.rewrite.statistics import erase
-from fusedhead.rules.tokenwise.operands import same
 
 
 @dataclass(eq=False)
@@ -146,7 +146,7 @@ def by_tokens(outputs: Iterable[TokenValue]) -> list[list[TokenValue]]:
     for out in outputs:
         tokens = math.prod(s for s, is_tail in zip(out.val.shape, out.tail) if not is_tail)
         for known, some in found:
-            if same(known, tokens):
+            if same_size(known, tokens):
                 some.append(out)
                 break
         else:

@@ -13,8 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fusedhead.graph.nodes import fake, name_of
-from fusedhead.ir.builder import static
-from fusedhead.rules.losses import same_shape
+from fusedhead.graph.sizes import same_shape, static
 
 
 def separate(graph: Graph) -> None:

@@ -24,7 +24,8 @@ from fusedhead.graph.effects import memory_written
 from fusedhead.graph.facts import Places
 from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import every_dimension, fake, name_of
-from fusedhead.ir.builder import Emit, static
+from fusedhead.graph.sizes import static
+from fusedhead.ir.builder import Emit
 from fusedhead.ir.reasons import Escape
 from fusedhead.rules.projections import SPELLINGS
 from fusedhead.rules.setitem import column_choice

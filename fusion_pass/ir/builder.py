@@ -1,7 +1,7 @@
 """Putting new nodes into a Dynamo graph, each with the fake value that everything downstream relies on.
 
 Only `OpOverload`s are inserted: a Python function or a node without ``example_value`` would keep the graph out of
-AOTAutograd's cache. This file knows no rules and no heads.
+AOTAutograd's cache.
 """
 
 from __future__ import annotations
@@ -17,15 +17,11 @@ from torch.fx.node import map_arg
 
 from fusedhead.compat import maybe_get_fake_mode, tree_leaves
 from fusedhead.graph.nodes import fake
+from fusedhead.graph.sizes import static
 from fusedhead.ir.expr import Expr, Plain
 
 aten = torch.ops.aten
 REPLACED = "fusedhead_replaced_by"  # in a node's meta, while the graph is being edited
-
-
-def static(size: Any) -> int | None:
-    """The value of a size that is known at compile time, without adding a guard."""
-    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else int(size)
 
 
 class Emit:

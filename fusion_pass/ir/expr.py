@@ -9,7 +9,7 @@
 | `TokenInput`   | a tensor that a token program reads                           | in a token program   |
 | constant       | a number, a dtype, a size ...                                 | in both              |
 
-Expressions compare by identity, so that one that is shared is emitted once; `key` compares them by what they say.
+Expressions compare by identity, so that a shared one is emitted once; `structure_key` compares what they say.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Expr:
 
     def mapped(self, of: Callable[[Any], Any]) -> tuple[tuple, dict[str, Any]]:
         """The arguments with ``of`` each of their expressions and leaves."""
-        return tuple(each(self.args, of)), {name: nested(value, of) for name, value in self.kwargs.items()}
+        return tuple(map_each(self.args, of)), {name: map_nested(value, of) for name, value in self.kwargs.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +48,15 @@ class Plain:
     val: Any
 
 
-def each(values: Iterable[Any], of: Callable[[Any], Any]) -> list[Any]:
-    return [nested(value, of) for value in values]
+def map_each(values: Iterable[Any], of: Callable[[Any], Any]) -> list[Any]:
+    return [map_nested(value, of) for value in values]
 
 
-def nested(value: Any, of: Callable[[Any], Any]) -> Any:
+def map_nested(value: Any, of: Callable[[Any], Any]) -> Any:
     """``of`` a value, or of what a list or tuple holds."""
     if isinstance(value, list):
-        return each(value, of)
-    return tuple(each(value, of)) if isinstance(value, tuple) else of(value)
+        return map_each(value, of)
+    return tuple(map_each(value, of)) if isinstance(value, tuple) else of(value)
 
 
 def walk(*roots: Any, into: Callable[[Expr], bool] = lambda expr: True) -> Iterator[Any]:
@@ -85,12 +85,12 @@ def nodes_of(refs: Iterable[Any]) -> list[Node]:
     return [x for x in walk(*refs) if isinstance(x, Node)][::-1]
 
 
-def key(ref: Any) -> Any:
+def structure_key(ref: Any) -> Any:
     """A key that expressions of the same nodes and calls share."""
     if isinstance(ref, Plain):
-        return key(ref.ref)
+        return structure_key(ref.ref)
     if isinstance(ref, Expr):
-        args, kwargs = ref.mapped(key)
+        args, kwargs = ref.mapped(structure_key)
         return ref.op, hashable(args), tuple((name, hashable(value)) for name, value in kwargs.items())
     return ref if isinstance(ref, Node) else repr(ref)
 

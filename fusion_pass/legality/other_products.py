@@ -16,11 +16,11 @@ from torch.fx import Graph, Node
 from fusedhead.analysis.interpreter import Reading, Site
 from fusedhead.analysis.lone_heads import LEAST_RATIO, LEAST_VOCAB, SURE_VOCAB, last_products, looks_like_a_head
 from fusedhead.graph.nodes import fake, most, name_of, where
+from fusedhead.graph.sizes import same_shape
 from fusedhead.legality.missed_heads import unread_head
 from fusedhead.legality.profitability import least_logits
 from fusedhead.options import Options
 from fusedhead.report.report import HeadRecord
-from fusedhead.rules.losses import same_shape
 
 # what features of a network go through, and logits do not
 FEATURES = frozenset(

@@ -16,7 +16,7 @@ from fusedhead.ir.reasons import Reason
 from fusedhead.legality import checks, profitability
 from fusedhead.rewrite import returned_logits
 from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointwise, projections, reductions, views
-from fusedhead.rules.reasons import Unread
+from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.table import TOKEN_RULES, Family
 from fusedhead.rules.tokenwise import dispatch as tokenwise
 from fusedhead.rules.tokenwise.reasons import NotByTokens
@@ -25,7 +25,7 @@ PARTS: tuple[ModuleType, ...] = (
     projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise, stacked_heads,
     duplicate_transposed, returned_logits, checks, profitability,
 )  # fmt: skip
-TABLES: tuple[type[Reason], ...] = (Unread, NotByTokens, Untraced)
+TABLES: tuple[type[Reason], ...] = (Unreadable, NotByTokens, Untraced)
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 BEGIN, END = "<!-- python -m fusedhead.rules -->", "<!-- end -->"
 

@@ -1,6 +1,6 @@
 """What a head's op reads: h, w, y, cols, rows and u, emitted from what is known of the logits.
 
-Row steps are replayed on the hidden states, and on the vectors along the tokens. This file makes no call of a head.
+Row steps are replayed on the hidden states, and on the vectors along the tokens.
 """
 
 from __future__ import annotations

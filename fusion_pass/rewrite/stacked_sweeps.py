@@ -1,7 +1,7 @@
 """Statistics of a `StackedProjection`: one sweep a head, put together in the order in which the program has the rows.
 
 The moves that a program makes of stacked rows are replayed on their numbers, which say where each row came from.
-Labels go that way back to their heads, statistics come forth. This file proves nothing.
+Labels go that way back to their heads, statistics come forth.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.fx import Node
 from fusedhead.graph.nodes import fake
 from fusedhead.ir.builder import Emit, named
 from fusedhead.ir.logits import Logits, StackedProjection
-from fusedhead.ir.stack_parts import part_of
+from fusedhead.ir.stack_parts import stacked_part
 from fusedhead.kernels.contract import STATS
 from fusedhead.kernels.transform.transform import Transform
 from fusedhead.rewrite.operands import operands, replay
@@ -58,7 +58,7 @@ def statistics_of(emit: Emit, group: SweepGroup, memory: int) -> tuple[dict[str,
     calls: list[Node] = []
     found: dict[str, list[Node]] = {name: [] for name in group.want}
     for k, part in enumerate(head.parts):
-        mine = part_of(logits, part)
+        mine = stacked_part(logits, part)
         own = None if labels is None else emit(aten.select.int, labels, head.dim, k)
         flat = None if own is None else emit(aten.reshape.default, own, [-1, width])
         tensors = operands(emit, mine, () if flat is None else (partial(known, flat),), group.weights)

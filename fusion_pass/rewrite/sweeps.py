@@ -16,7 +16,7 @@ from torch.fx import Node
 from fusedhead.analysis.interpreter import Site
 from fusedhead.graph.motion import brought
 from fusedhead.graph.nodes import name_of
-from fusedhead.ir.expr import Plain, key, nodes_of
+from fusedhead.ir.expr import Plain, nodes_of, structure_key
 from fusedhead.ir.logits import Logits, StackedProjection, row_identity, sources_of
 from fusedhead.ir.terminal import Kind, Labels, Terminal
 from fusedhead.kernels.contract import STATS
@@ -129,12 +129,12 @@ def apart_from_rows(group: SweepGroup, grad: dict[Node, bool]) -> tuple:
         return (id(group),)
     hidden, weight = head.hidden.val, head.weight.val
     return (
-        (key(head.weight), head.dtype, logits.vocab, weight.requires_grad),
+        (structure_key(head.weight), head.dtype, logits.vocab, weight.requires_grad),
         (hidden.requires_grad, hidden.dtype, hidden.device),
         (Transform(logits.steps).smooth, frozenset(roundings_of(group.terminals)), logits.detached),
-        (tuple(map(key, logits.cols)), tuple(row.value.val.requires_grad for row in logits.rows)),
+        (tuple(map(structure_key, logits.cols)), tuple(row.value.val.requires_grad for row in logits.rows)),
         (tuple(group.want), tuple(count for _, count in group.picks), grad[group.terminals[0][0]]),
-        tuple(key(t.weights) for _, t in group.terminals if "sum" in t.want)[:1],
+        tuple(structure_key(t.weights) for _, t in group.terminals if "sum" in t.want)[:1],
     )
 
 

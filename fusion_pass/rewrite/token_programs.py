@@ -13,7 +13,8 @@ from fusedhead.analysis.token_regions import Region, by_tokens, differentiated, 
 from fusedhead.graph.facts import Places, before
 from fusedhead.graph.motion import brought, put_behind
 from fusedhead.graph.nodes import fake
-from fusedhead.ir.builder import Emit, named, static
+from fusedhead.graph.sizes import static
+from fusedhead.ir.builder import Emit, named
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Logits
 from fusedhead.ir.tokenwise import HeadInput, ProgramResult, TokenInput, TokenValue, inputs_of, token_values_of

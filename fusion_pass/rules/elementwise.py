@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.compat import unset_fake_temporarily
+from fusedhead.graph.sizes import same_size
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, ProbTimes, RowVector
 from fusedhead.ir.reasons import Escape
 from fusedhead.kernels.transform.transform import Step
-from fusedhead.rules.reasons import Unread
+from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.reductions import prob_times
 from fusedhead.rules.table import Context, Family, needs_logits, rule, vocab_size
 
@@ -44,12 +44,12 @@ COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 )
 def cast(context: Context, value: Any, *_: Any, **__: Any) -> LogitsLike:
     if context.val.dtype not in COMPUTED:
-        raise Escape(Unread.CAST, dtype=context.val.dtype)
+        raise Escape(Unreadable.CAST, dtype=context.val.dtype)
     if isinstance(value, (LogProbs, Probs, ProbTimes)) and context.val.device == value.val.device:
         return replace(value, val=context.val)
     logits = needs_logits(value, "a cast")
     if context.val.device != logits.val.device:
-        raise Escape(Unread.MOVED_TO_DEVICE, device=logits.val.device, other=context.val.device)
+        raise Escape(Unreadable.MOVED_TO_DEVICE, device=logits.val.device, other=context.val.device)
     if context.val.dtype == logits.val.dtype:
         return replace(logits, val=context.val)
     return logits.step(context.val)
@@ -58,7 +58,7 @@ def cast(context: Context, value: Any, *_: Any, **__: Any) -> LogitsLike:
 def extent(operand: Tensor, logits: Logits) -> tuple[bool, bool]:
     """Whether an operand that broadcasts to the logits varies (along the vocabulary, along the tokens)."""
     shape = [1] * (logits.val.ndim - operand.ndim) + list(operand.shape)
-    varies = [not statically_known_true(sym_eq(size, 1)) for size in shape]
+    varies = [not same_size(size, 1) for size in shape]
     return varies[logits.class_dim], any(v for d, v in enumerate(varies) if d != logits.class_dim)
 
 
@@ -66,7 +66,7 @@ def vector(operand: Plain, logits: Logits, what: str) -> tuple[str, Plain | RowV
     """("col" or "row", the vector) of an operand that broadcasts to the logits; one number for all goes by tokens."""
     along_vocab, along_tokens = extent(operand.val, logits)
     if along_vocab and along_tokens:
-        raise Escape(Unread.VARIES_BOTH_WAYS, op=what)
+        raise Escape(Unreadable.VARIES_BOTH_WAYS, op=what)
     if along_vocab:
         return "col", Plain(Expr(aten.reshape.default, (operand.ref, [-1])), operand.val.reshape(-1))
     return "row", RowVector(operand, len(logits.row_steps), logits.val, logits.class_dim)
@@ -74,10 +74,10 @@ def vector(operand: Plain, logits: Logits, what: str) -> tuple[str, Plain | RowV
 
 def needs_same_shape(context: Context, logits: Logits, operand: Tensor, how: str) -> None:
     same_shape = len(context.val.shape) == logits.val.ndim and all(
-        statically_known_true(sym_eq(a, b)) for a, b in zip(context.val.shape, logits.val.shape)
+        same_size(a, b) for a, b in zip(context.val.shape, logits.val.shape)
     )
     if not same_shape or not operand.is_floating_point():
-        raise Escape(Unread.BROADCASTS_LOGITS, op=how, dtype=operand.dtype)
+        raise Escape(Unreadable.BROADCASTS_LOGITS, op=how, dtype=operand.dtype)
 
 
 def combine(context: Context, logits: Logits, operand: Any, how: str) -> Logits:
@@ -85,7 +85,7 @@ def combine(context: Context, logits: Logits, operand: Any, how: str) -> Logits:
     if isinstance(operand, (int, float)) and not isinstance(operand, bool):
         return logits.step(context.val, Step(how, float(operand)))
     if not isinstance(operand, Plain) or not isinstance(operand.val, Tensor):
-        raise Escape(Unread.UNKNOWN_NUMBER)
+        raise Escape(Unreadable.UNKNOWN_NUMBER)
     needs_same_shape(context, logits, operand.val, how)
     kind, found = vector(operand, logits, how)
     if isinstance(found, RowVector):
@@ -100,7 +100,7 @@ def inverse(operand: Any) -> Any:
     if isinstance(operand, Plain) and isinstance(operand.val, Tensor) and operand.val.is_floating_point():
         wide = Expr(aten.to.dtype, (operand.ref, torch.float32))
         return Plain(Expr(aten.reciprocal.default, (wide,)), operand.val.float())
-    raise Escape(Unread.DIVISOR)
+    raise Escape(Unreadable.DIVISOR)
 
 
 def negative(operand: Any) -> Any:
@@ -108,7 +108,7 @@ def negative(operand: Any) -> Any:
         return -operand
     if isinstance(operand, Plain) and isinstance(operand.val, Tensor):
         return Plain(Expr(aten.neg.default, (operand.ref,)), operand.val)
-    raise Escape(Unread.SUBTRACTED_FROM_LOGITS)
+    raise Escape(Unreadable.SUBTRACTED_FROM_LOGITS)
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar)
@@ -131,9 +131,9 @@ def div(context: Context, a: Any, b: Any) -> Logits | LogProbs:
 
 
 @rule(aten.add.Tensor, aten.add.Scalar)
-def add(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
+def add_operand(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     if alpha != 1:
-        raise Escape(Unread.ADD_ALPHA, alpha=alpha)
+        raise Escape(Unreadable.ADD_ALPHA, alpha=alpha)
     if not isinstance(a, (Logits, LogProbs)):
         a, b = b, a
     return combine(context, needs_logits(a, "add"), b, "add")
@@ -142,14 +142,14 @@ def add(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
 @rule(aten.sub.Tensor, aten.sub.Scalar, aten.subtract.Tensor)
 def sub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     if alpha != 1:
-        raise Escape(Unread.SUB_ALPHA, alpha=alpha)
+        raise Escape(Unreadable.SUB_ALPHA, alpha=alpha)
     return combine(context, needs_logits(a, "sub"), negative(b), "add")
 
 
 @rule(aten.rsub.Scalar, aten.rsub.Tensor)
 def rsub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     if alpha != 1:
-        raise Escape(Unread.RSUB_ALPHA, alpha=alpha)
+        raise Escape(Unreadable.RSUB_ALPHA, alpha=alpha)
     flipped = needs_logits(a, "rsub").step(a.val, Step("mul", -1.0))
     return combine(context, flipped, b, "add")
 
@@ -170,24 +170,24 @@ def cap(context: Context, value: Any) -> Logits:
 def column_mask(mask: Any, logits: Logits) -> Plain:
     """A mask that says the same for every token, as a vector [V]."""
     if not isinstance(mask, Plain) or not isinstance(mask.val, Tensor) or mask.val.dtype != torch.bool:
-        raise Escape(Unread.MASK_OF_LOGITS)
+        raise Escape(Unreadable.MASK_OF_LOGITS)
     along_vocab, along_tokens = extent(mask.val, logits)
     if along_tokens or not along_vocab:
-        raise Escape(Unread.MASK_BY_TOKEN)
+        raise Escape(Unreadable.MASK_BY_TOKEN)
     return Plain(Expr(aten.reshape.default, (mask.ref, [-1])), mask.val.reshape(-1))
 
 
 def put(context: Context, logits: Logits, mask: Any, number: Any) -> Logits:
     """The logits with ``number`` where ``mask`` is True."""
     if isinstance(number, Plain):
-        raise Escape(Unread.UNKNOWN_FILL)
+        raise Escape(Unreadable.UNKNOWN_FILL)
     if context.val.dtype != logits.val.dtype or context.val.ndim != logits.val.ndim:
-        raise Escape(Unread.MASK_CHANGES_LOGITS)
+        raise Escape(Unreadable.MASK_CHANGES_LOGITS)
     column = column_mask(mask, logits)
     with unset_fake_temporarily():
         number = float(torch.tensor(number, dtype=logits.val.dtype))  # as the program rounds it
     if math.isnan(number):
-        raise Escape(Unread.FILL_NAN)
+        raise Escape(Unreadable.FILL_NAN)
     if number == -math.inf:  # the common mask: exponentials are zero by themselves
         dropped = Plain(Expr(aten.to.dtype, (column.ref, torch.float32)), column.val.float())
         return logits.step(context.val, Step("dropcol", len(logits.cols)), cols=(*logits.cols, dropped))
@@ -205,7 +205,7 @@ def masked_fill(context: Context, value: Any, mask: Any, number: Any) -> Logits:
 @rule(aten.where.ScalarOther)
 def where_else(context: Context, mask: Any, value: Any, number: Any) -> Logits:
     if not isinstance(mask, Plain):
-        raise Escape(Unread.MASK_OF_LOGITS)
+        raise Escape(Unreadable.MASK_OF_LOGITS)
     other = Plain(Expr(aten.logical_not.default, (mask.ref,)), mask.val)
     return put(context, needs_logits(value, "where"), other, number)
 

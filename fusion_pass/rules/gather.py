@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fusedhead.graph.sizes import same_shape
 from fusedhead.ir.builder import Emit
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LogProbs, logits_of
 from fusedhead.ir.lse_differences import DIFFERENCE, picked_less_lse
 from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
-from fusedhead.rules.losses import rows_shape, same_shape
-from fusedhead.rules.reasons import Unread
+from fusedhead.rules.losses import rows_shape
+from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.row_terms import without_row_terms
 from fusedhead.rules.table import Context, Family, needs_logits, over_classes, plain_tensor, rule, vocab_size
 
@@ -51,13 +52,13 @@ def entries(context: Context, value: Any, dim: int, index: Any, kind: Kind) -> T
     index = plain_tensor(index, "the index of gather")
     class_dim = logits.class_dim
     if index.val.ndim != logits.val.ndim:  # eager code allows it of an index without entries
-        raise Escape(Unread.GATHER_ROWS)
+        raise Escape(Unreadable.GATHER_ROWS)
     picked = index.val.shape[class_dim]
     others = [size for d, size in enumerate(index.val.shape) if d != class_dim]
     if not isinstance(picked, int) or not same_shape(others, rows_shape(logits)):
-        raise Escape(Unread.GATHER_ROWS)
+        raise Escape(Unreadable.GATHER_ROWS)
     if index.val.dtype != torch.int64:
-        raise Escape(Unread.GATHER_DTYPE, dtype=index.val.dtype)
+        raise Escape(Unreadable.GATHER_DTYPE, dtype=index.val.dtype)
 
     def labels(emit: Emit) -> Node:
         last = emit.last(emit.ref(index), class_dim)
@@ -96,7 +97,7 @@ def entries(context: Context, value: Any, dim: int, index: Any, kind: Kind) -> T
 @rule(aten.take_along_dim.default)
 def take_along_dim(context: Context, value: Any, index: Any, dim: int | None = None) -> Terminal:
     if dim is None or not isinstance(index, Plain) or index.val.ndim != value.val.ndim:
-        raise Escape(Unread.TAKE_ALONG_DIM)
+        raise Escape(Unreadable.TAKE_ALONG_DIM)
     size = vocab_size(logits_of(value))
     inside = Expr(aten.remainder.Scalar, (index.ref, size))  # unlike gather it takes any index, modulo the size
     return gather(context, value, dim, Plain(inside, index.val))
@@ -107,7 +108,7 @@ def logsumexp(context: Context, value: Any, dim: Sequence[int] | int, keepdim: b
     logits = needs_logits(value, "logsumexp")
     dims = [dim] if isinstance(dim, int) else list(dim)
     if len(dims) != 1:
-        raise Escape(Unread.LOGSUMEXP_DIMS)
+        raise Escape(Unreadable.LOGSUMEXP_DIMS)
     over_classes(dims[0], logits, "logsumexp")
 
     def result(emit: Emit, stats: Statistics) -> Node:

@@ -18,7 +18,7 @@ from fusedhead.ir.reasons import Escape
 from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.elementwise import COMPUTED, needs_same_shape, vector
 from fusedhead.rules.pointwise_codegen import function_of
-from fusedhead.rules.reasons import Unread
+from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.table import Context, Family, needs_logits, rule
 
 aten = torch.ops.aten
@@ -35,10 +35,10 @@ def generated(context: Context, *args: Any, **kwargs: Any) -> Logits:
     name = context.name
     constants = [a for a in (*args, *kwargs.values()) if not isinstance(a, (Plain, *LOGITS_LIKE))]
     if any(a is not None and not isinstance(a, (bool, int, float, str)) for a in constants):
-        raise Escape(Unread.UNKNOWN_ARGUMENT, op=name)
+        raise Escape(Unreadable.UNKNOWN_ARGUMENT, op=name)
     at = [i for i, a in enumerate(args) if isinstance(a, LOGITS_LIKE)]
     if len(at) != 1:
-        raise Escape(Unread.LOGITS_WITH_LOGITS, op=name)
+        raise Escape(Unreadable.LOGITS_WITH_LOGITS, op=name)
     logits = needs_logits(args[at[0]], name)
     cols, rows, words = logits.cols, logits.rows, list(args)
     words[at[0]] = "z"
@@ -46,7 +46,7 @@ def generated(context: Context, *args: Any, **kwargs: Any) -> Logits:
         if not isinstance(operand, Plain):
             continue
         if not isinstance(operand.val, Tensor) or operand.val.requires_grad:
-            raise Escape(Unread.TRAINED_OPERAND, op=name)
+            raise Escape(Unreadable.TRAINED_OPERAND, op=name)
         needs_same_shape(context, logits, operand.val, name)
         kind, found = vector(operand, logits, name)
         words[i] = f"{kind[0]}{len(cols if kind == 'col' else rows)}"
@@ -55,13 +55,13 @@ def generated(context: Context, *args: Any, **kwargs: Any) -> Logits:
         else:
             cols = (*cols, found)
     if context.val.dtype not in (*COMPUTED, logits.val.dtype):
-        raise Escape(Unread.FUNCTION_DTYPE, op=name, dtype=context.val.dtype)
+        raise Escape(Unreadable.FUNCTION_DTYPE, op=name, dtype=context.val.dtype)
     function = function_of(context.op, tuple(words), tuple(sorted(kwargs.items())), at[0])
     return logits.step(context.val, Step("fn", function.text), cols=cols, rows=rows)
 
 
 @rule(aten.exp.default)
-def exp(context: Context, value: Any) -> Logits | Probs:
+def exponential(context: Context, value: Any) -> Logits | Probs:
     if isinstance(value, LogProbs) and value.factor == 1.0:
         return Probs(value.of, context.val)
     return generated(context, value)

@@ -18,7 +18,7 @@ from fusedhead.ir.lse_differences import SPREAD, spread
 from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.gather import per_row
-from fusedhead.rules.reasons import Unread
+from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.table import Context, Family, needs_logits, over_classes, rule, vocab_size
 
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ FAMILY = Family(
 
 
 @rule(aten.softmax.int, aten._softmax.default, aten.special_softmax.default)
-def softmax(context: Context, value: Any, dim: int, dtype: Any = None, **_: Any) -> Probs:
+def probabilities(context: Context, value: Any, dim: int, dtype: Any = None, **_: Any) -> Probs:
     logits = needs_logits(value, "softmax")
     over_classes(dim, logits, "softmax")
     return Probs(logits, context.val)
@@ -43,7 +43,7 @@ def prob_times(context: Context, a: Any, b: Any) -> ProbTimes | None:
         return None
     of = x.of if isinstance(x, LogProbs) else x
     if not same_logits(p.of, of) or p.of.detached != of.detached:
-        raise Escape(Unread.PRODUCT_OF_OTHERS)
+        raise Escape(Unreadable.PRODUCT_OF_OTHERS)
     factor = p.factor * (x.factor if isinstance(x, LogProbs) else 1.0)
     return ProbTimes(of, context.val, isinstance(x, LogProbs), factor)
 
@@ -77,10 +77,10 @@ def argmax(context: Context, value: Any, dim: int | None = None, keepdim: bool =
         value = value.of  # z - lse in float32 orders the classes as z does, up to the rounding of z itself
     if isinstance(value, (LogProbs, Probs)):
         # rounded to a low precision, different logits may have equal (log-)probabilities
-        raise Escape(Unread.ARGMAX_OF_PROBABILITIES)
+        raise Escape(Unreadable.ARGMAX_OF_PROBABILITIES)
     logits = needs_logits(value, "argmax")
     if dim is None:
-        raise Escape(Unread.ARGMAX_OF_ALL)
+        raise Escape(Unreadable.ARGMAX_OF_ALL)
     over_classes(dim, logits, "argmax")
     return argmax_of(context, logits, keepdim, context.val)
 
@@ -95,7 +95,7 @@ def max_dim(context: Context, value: Any, dim: int, keepdim: bool = False) -> li
     logits = needs_logits(value, "max")
     over_classes(dim, logits, "max")
     if not logits.has_no_gradient and context.val[0].requires_grad and not only_the_index(context.node):
-        raise Escape(Unread.GRADIENT_OF_MAX)
+        raise Escape(Unreadable.GRADIENT_OF_MAX)
 
     def result(emit: Emit, stats: Statistics) -> Node:
         assert stats.max is not None
@@ -113,11 +113,11 @@ def summed(context: Context, value: Any, dim: Any = None, keepdim: bool = False,
     logits = value if isinstance(value, Logits) else getattr(value, "of", None)
     alone = len(dims) == 1 and logits is not None and dims[0] % value.val.ndim == logits.class_dim
     if logits is None or not (alone or not dims):
-        raise Escape(Unread.SUM_DIMS, op=name)
+        raise Escape(Unreadable.SUM_DIMS, op=name)
     if isinstance(value, ProbTimes) and alone and not mean:
         return sum_of_prob_times(context, value, keepdim)
     if not isinstance(value, (Logits, LogProbs)):
-        raise Escape(Unread.SUM_OF_PROBABILITIES, op=name)
+        raise Escape(Unreadable.SUM_OF_PROBABILITIES, op=name)
     size = vocab_size(logits)
 
     def result(emit: Emit, stats: Statistics) -> Node:

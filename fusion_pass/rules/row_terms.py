@@ -1,6 +1,6 @@
 """Terms of one number a row, ``z - logsumexp(z)``: what is read from single entries needs no sweep of its own for them.
 
-Entries of z + t are those of z, plus t. This file knows no ops.
+Entries of z + t are those of z, plus t.
 """
 
 from __future__ import annotations

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.fx import Node
 
-from fusedhead.ir.builder import static
+from fusedhead.graph.sizes import static
 from fusedhead.ir.expr import Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, Value
 from fusedhead.ir.reasons import Escape
-from fusedhead.rules.reasons import Unread
+from fusedhead.rules.reasons import Unreadable
 
 Rule = Callable[..., Any]
 
@@ -95,8 +95,8 @@ def needs_logits(value: Any, op: str) -> Logits:
         return value
     if isinstance(value, LOGITS_LIKE):
         what = {LogProbs: "log-probabilities", Probs: "probabilities"}.get(type(value), "products of probabilities")
-        raise Escape(Unread.APPLIED_TO, op=op, what=what)
-    raise Escape(Unread.NOT_FIRST, op=op)
+        raise Escape(Unreadable.APPLIED_TO, op=op, what=what)
+    raise Escape(Unreadable.NOT_FIRST, op=op)
 
 
 def dimension(dim: int, value: LogitsLike) -> int:
@@ -106,18 +106,18 @@ def dimension(dim: int, value: LogitsLike) -> int:
 def over_classes(dim: int, logits: Logits, op: str) -> None:
     """Escape unless ``dim`` is the vocabulary's dimension."""
     if logits.val.ndim == 0 or dimension(dim, logits) != logits.class_dim:
-        raise Escape(Unread.OTHER_DIM, op=op, dim=dim, class_dim=logits.class_dim)
+        raise Escape(Unreadable.OTHER_DIM, op=op, dim=dim, class_dim=logits.class_dim)
 
 
 def plain_tensor(value: Value | Any, what: str) -> Plain:
     """A tensor that does not come from the logits."""
     if isinstance(value, Plain) and isinstance(value.val, Tensor):
         return value
-    raise Escape(Unread.DEPENDS_ON_LOGITS, what=what)
+    raise Escape(Unreadable.DEPENDS_ON_LOGITS, what=what)
 
 
 def vocab_size(logits: Logits) -> int:
     size = static(logits.val.shape[logits.class_dim])
     if size is None:
-        raise Escape(Unread.VOCABULARY_SYMBOLIC)
+        raise Escape(Unreadable.VOCABULARY_SYMBOLIC)
     return size

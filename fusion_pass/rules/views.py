@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
+from fusedhead.graph.sizes import same_size
 from fusedhead.ir.logits import HIDDEN, LOGITS_LIKE, Logits, LogitsLike, RowStep, detached, logits_of
 from fusedhead.ir.reasons import Escape
-from fusedhead.rules.reasons import Unread
+from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.table import Context, Family, dimension, rule
 
 aten = torch.ops.aten
@@ -42,7 +42,7 @@ def moved(value: LogitsLike, val: Tensor, class_dim: int, op: Any, *args: Any, k
 def class_dim_of(value: Any) -> int:
     if isinstance(value, LOGITS_LIKE):
         return logits_of(value).class_dim
-    raise Escape(Unread.AS_INDEX_OR_SIZE)
+    raise Escape(Unreadable.AS_INDEX_OR_SIZE)
 
 
 def class_dim_after_view(before: Sequence[Any], class_dim: int, after: Sequence[Any]) -> int:
@@ -53,11 +53,11 @@ def class_dim_after_view(before: Sequence[Any], class_dim: int, after: Sequence[
     """
     behind = math.prod(before[class_dim + 1 :])
     for j in reversed(range(len(after))):
-        same_length = statically_known_true(sym_eq(after[j], before[class_dim]))
-        if same_length and statically_known_true(sym_eq(math.prod(after[j + 1 :]), behind)):
+        same_length = same_size(after[j], before[class_dim])
+        if same_length and same_size(math.prod(after[j + 1 :]), behind):
             return j
     shown = f"{tuple(before)} to {tuple(after)}"
-    raise Escape(Unread.SPLITS_VOCABULARY, sizes=shown, dim=class_dim)
+    raise Escape(Unreadable.SPLITS_VOCABULARY, sizes=shown, dim=class_dim)
 
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -66,7 +66,7 @@ def view(context: Context, value: LogitsLike, size: Sequence[Any]) -> LogitsLike
     sizes: list[Any] = [HIDDEN if j == class_dim else s for j, s in enumerate(size)]
     symbols = [j for j, s in enumerate(sizes) if isinstance(s, torch.SymInt)]  # of no tensor that is known here
     if len(symbols) > 1 or (symbols and -1 in [s for s in sizes if isinstance(s, int)]):
-        raise Escape(Unread.SEVERAL_SYMBOLIC_SIZES)
+        raise Escape(Unreadable.SEVERAL_SYMBOLIC_SIZES)
     for j in symbols:
         sizes[j] = -1
     # as `reshape`: the hidden states need not have the strides that made a view of the logits possible
@@ -80,7 +80,7 @@ def flatten(context: Context, value: LogitsLike, start: int = 0, end: int = -1) 
 
 
 @rule(aten.contiguous.default, aten.clone.default, aten.alias.default)
-def same(context: Context, value: LogitsLike, **_: Any) -> LogitsLike:
+def same_rows(context: Context, value: LogitsLike, **_: Any) -> LogitsLike:
     """The same numbers in another or the same place: h need not be copied for it."""
     class_dim_of(value)
     return replace(value, val=context.val)
@@ -136,7 +136,7 @@ def squeeze(context: Context, value: LogitsLike, dim: int) -> LogitsLike:
     if context.val.ndim == value.val.ndim:
         return replace(value, val=context.val)
     if at == class_dim:
-        raise Escape(Unread.SQUEEZES_VOCABULARY)
+        raise Escape(Unreadable.SQUEEZES_VOCABULARY)
     return moved(value, context.val, class_dim - (at < class_dim), aten.squeeze.dim, at, keeps_order=True)
 
 
@@ -144,7 +144,7 @@ def squeeze(context: Context, value: LogitsLike, dim: int) -> LogitsLike:
 def squeeze_many(context: Context, value: LogitsLike, dims: Sequence[int] | None = None) -> LogitsLike:
     class_dim = class_dim_after_view(value.val.shape, class_dim_of(value), context.val.shape)
     gone = range(value.val.ndim) if dims is None else [dimension(dim, value) for dim in dims]
-    ones = [d for d in gone if statically_known_true(sym_eq(value.val.shape[d], 1))]
+    ones = [d for d in gone if same_size(value.val.shape[d], 1)]
     if len(ones) != value.val.ndim - context.val.ndim or class_dim_of(value) in ones:
-        raise Escape(Unread.SQUEEZE_SYMBOLIC)
+        raise Escape(Unreadable.SQUEEZE_SYMBOLIC)
     return moved(value, context.val, class_dim, aten.squeeze.dims, ones, keeps_order=True)

@@ -31,7 +31,7 @@ from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import HeadInput, TokenValue, token_values_of
 from fusedhead.rules.table import TOKEN_RULES, Context, Family
 from fusedhead.rules.tokenwise import indexing, losses, reductions, views  # noqa: F401  register their rules
-from fusedhead.rules.tokenwise.elementwise import DTYPE_OPS, as_wide, entrywise, is_pointwise, pointwise
+from fusedhead.rules.tokenwise.elementwise import DTYPE_OPS, as_wide, entrywise, is_pointwise, pointwise_tokens
 from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
@@ -65,7 +65,7 @@ def read(context: Context, *args: Any, **kwargs: Any) -> Any:
         if found is not None:
             return found
     if op not in TOKEN_RULES and is_pointwise(op):
-        return pointwise(context, *args, **kwargs)
+        return pointwise_tokens(context, *args, **kwargs)
     if op in BY_PARTS:
         return taken_apart(decomposition_table[op], context, args, kwargs)
     if not is_composite(op):

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fusedhead.compat import OpOverload, tree_leaves
-from fusedhead.ir.expr import Expr, each, nested
+from fusedhead.graph.sizes import same_size
+from fusedhead.ir.expr import Expr, map_each, map_nested
 from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.rules.table import Context, token_rule
-from fusedhead.rules.tokenwise.operands import common_tail, constants, heads_of, lined_up, operand, same
+from fusedhead.rules.tokenwise.operands import common_tail, constants, from_logits, heads_among, lined_up
 from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
@@ -22,8 +23,8 @@ PLACEMENT = ("memory_format", "device", "layout", "pin_memory")  # arguments tha
 
 
 @token_rule(*DTYPE_OPS)
-def cast(context: Context, x: Any, *_: Any, **__: Any) -> TokenValue:
-    x = operand(context, x)
+def cast_tokens(context: Context, x: Any, *_: Any, **__: Any) -> TokenValue:
+    x = from_logits(context, x)
     if context.val.device != x.val.device:
         raise Escape(NotByTokens.OTHER_DEVICE)
     same_dtype = context.val.dtype == x.val.dtype
@@ -33,28 +34,28 @@ def cast(context: Context, x: Any, *_: Any, **__: Any) -> TokenValue:
 
 @token_rule(aten.clone.default, aten.contiguous.default, aten.alias.default)
 def same_numbers(context: Context, x: Any, **_: Any) -> TokenValue:
-    x = operand(context, x)
+    x = from_logits(context, x)
     return TokenValue(x.expr, context.val, x.tail, x.heads)
 
 
 @token_rule(*FILLED_WITH, aten.full_like.default, aten.fill.Scalar)
-def filled(context: Context, x: Any, fill_value: Any = None, **_: Any) -> TokenValue:
-    x = operand(context, x)
+def fill_tokens(context: Context, x: Any, fill_value: Any = None, **_: Any) -> TokenValue:
+    x = from_logits(context, x)
     value = FILLED_WITH[context.op] if context.op in FILLED_WITH else constants(fill_value)
     expr = Expr(aten.full_like.default, (x.expr, value), {"dtype": context.val.dtype})
     return TokenValue(expr, context.val, x.tail, x.heads)
 
 
 @token_rule(aten.detach.default)
-def detach(context: Context, x: Any) -> TokenValue:
-    x = operand(context, x)
+def detach_tokens(context: Context, x: Any) -> TokenValue:
+    x = from_logits(context, x)
     return TokenValue(Expr(aten.detach.default, (x.expr,)), context.val, x.tail, x.heads)
 
 
-def pointwise(context: Context, *args: Any, **kwargs: Any) -> TokenValue:
+def pointwise_tokens(context: Context, *args: Any, **kwargs: Any) -> TokenValue:
     """Any op that torch tags as pointwise: the default of `TOKEN_RULES`."""
     operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, TokenValue)]
-    return entrywise(context, args, kwargs, common_tail(context.val, operands), heads_of(operands))
+    return entrywise(context, args, kwargs, common_tail(context.val, operands), heads_among(operands))
 
 
 def is_pointwise(op: Any) -> bool:
@@ -71,8 +72,8 @@ def entrywise(
     def line_up(x: Any) -> Any:
         return lined_up(x, tail, context.val.shape)
 
-    named = {name: nested(x, line_up) for name, x in kwargs.items() if name not in PLACEMENT}
-    return TokenValue(Expr(context.op, tuple(each(args, line_up)), named), context.val, tail, heads)
+    named = {name: map_nested(x, line_up) for name, x in kwargs.items() if name not in PLACEMENT}
+    return TokenValue(Expr(context.op, tuple(map_each(args, line_up)), named), context.val, tail, heads)
 
 
 def as_wide(val: Any, operands: list[Any]) -> TokenValue | None:
@@ -80,4 +81,4 @@ def as_wide(val: Any, operands: list[Any]) -> TokenValue | None:
     wide = (x for x in operands if isinstance(x, TokenValue) and not x.small)
     if not isinstance(val, Tensor):
         return None
-    return next((x for x in wide if x.val.ndim == val.ndim and all(map(same, x.val.shape, val.shape))), None)
+    return next((x for x in wide if x.val.ndim == val.ndim and all(map(same_size, x.val.shape, val.shape))), None)

@@ -17,21 +17,22 @@ import torch
 from torch import Tensor
 
 from fusedhead.compat import maybe_get_fake_mode
+from fusedhead.graph.sizes import same_size
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Logits, from_the_first
 from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import HeadInput, TokenInput, TokenValue
 from fusedhead.rules.table import RULES, Context, token_rule
-from fusedhead.rules.tokenwise.operands import constants, heads_of, lined_up, operand, same, size, tail_dim
+from fusedhead.rules.tokenwise.operands import constants, from_logits, heads_among, known_size, lined_up, tail_dim
 from fusedhead.rules.tokenwise.reasons import NotByTokens
-from fusedhead.rules.tokenwise.reductions import along
+from fusedhead.rules.tokenwise.reductions import along_tail
 
 aten = torch.ops.aten
 
-PICKS = (aten.slice.Tensor, aten.select.int, aten.index_select.default)
+TOKEN_PICKS = (aten.slice.Tensor, aten.select.int, aten.index_select.default)
 
 
-@token_rule(*PICKS)
+@token_rule(*TOKEN_PICKS)
 def picked_tokens(context: Context, x: Any, dim: Any = 0, *rest: Any) -> TokenValue | None:
     """A pick along a dimension of tokens; None along the tail."""
     if not isinstance(x, TokenValue):
@@ -55,7 +56,7 @@ def picked_tokens(context: Context, x: Any, dim: Any = 0, *rest: Any) -> TokenVa
     def made_of_picked(e: Any) -> Any:
         if isinstance(e, HeadInput):
             if id(e.logits) not in known:
-                known[id(e.logits)] = rows_of(e.logits, op, which)
+                known[id(e.logits)] = picked_rows(e.logits, op, which)
             return HeadInput(known[id(e.logits)])
         if isinstance(e, TokenInput):
             return TokenInput(Plain(Expr(op, (e.value, *which)), e.value.val), True) if e.by_rows else e
@@ -72,7 +73,7 @@ def by_number(op: Any, x: TokenValue, at: int, rest: tuple) -> tuple[Any, tuple]
         if op is aten.select.int:
             raise Escape(NotByTokens.ONE_TOKEN)
         return op, (0, *which)
-    sizes = [size(s, "a choice of tokens") for s in rows]
+    sizes = [known_size(s, "a choice of tokens") for s in rows]
     device, mode = x.val.device, maybe_get_fake_mode(x.val)
     numbers = Expr(aten.arange.default, (math.prod(sizes),), {"device": device})
     call = Expr(op, (Expr(aten.reshape.default, (numbers, sizes)), at, *which))
@@ -82,7 +83,7 @@ def by_number(op: Any, x: TokenValue, at: int, rest: tuple) -> tuple[Any, tuple]
     return aten.index_select.default, (0, Plain(Expr(aten.reshape.default, (call, [-1])), chosen))
 
 
-def rows_of(logits: Logits, op: Any, which: tuple) -> Logits:
+def picked_rows(logits: Logits, op: Any, which: tuple) -> Logits:
     """The logits of the picked tokens, [n, V]."""
 
     def then(op: Any, *args: Any) -> None:
@@ -101,12 +102,12 @@ def rows_of(logits: Logits, op: Any, which: tuple) -> Logits:
 
 @token_rule(aten.slice.Tensor, dim=1)
 def tail_slice(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
-    return along(context, x, *args, **kwargs)
+    return along_tail(context, x, *args, **kwargs)
 
 
 @token_rule(aten.select.int)
 def tail_select(context: Context, x: Any, dim: int, index: Any) -> TokenValue:
-    x = operand(context, x)
+    x = from_logits(context, x)
     d = dim % x.val.ndim
     expr = Expr(context.op, (x.expr, tail_dim(context, x, d), constants(index)))
     return TokenValue(expr, context.val, (*x.tail[:d], *x.tail[d + 1 :]), x.heads)
@@ -115,7 +116,7 @@ def tail_select(context: Context, x: Any, dim: int, index: Any) -> TokenValue:
 @token_rule(aten.index_select.default)
 def tail_index_select(context: Context, x: Any, dim: int, which: Any) -> TokenValue:
     """Entries of the tail by a vector of numbers, ``z.index_select(-1, ids)``."""
-    x = operand(context, x)
+    x = from_logits(context, x)
     if not isinstance(which, Plain) or which.val.dtype != torch.int64 or which.val.ndim != 1:
         raise Escape(NotByTokens.NO_VECTOR, op=context.op)
     expr = Expr(aten.index_select.default, (x.expr, tail_dim(context, x, dim), TokenInput(which, False)))
@@ -125,17 +126,17 @@ def tail_index_select(context: Context, x: Any, dim: int, which: Any) -> TokenVa
 @token_rule(aten.index.Tensor)
 def tail_index(context: Context, x: Any, indices: Any) -> TokenValue:
     """The same as an index, ``z[:, [3, 7]]``: its numbers may count from the end, and lie on another device."""
-    x, used = operand(context, x), [(d, i) for d, i in enumerate(indices) if i is not None]
+    x, used = from_logits(context, x), [(d, i) for d, i in enumerate(indices) if i is not None]
     if len(used) != 1 or not isinstance(used[0][1], Plain):
         raise Escape(NotByTokens.SEVERAL_INDICES)
     (dim, which), here = used[0], x.val.device
     numbers = which if which.val.device == here else Expr(aten.to.device, (which, here, torch.int64))
-    index = Plain(from_the_first(numbers, size(x.val.shape[dim], "an indexed dimension")), which.val)
+    index = Plain(from_the_first(numbers, known_size(x.val.shape[dim], "an indexed dimension")), which.val)
     return tail_index_select(context, x, dim, index)
 
 
 @token_rule(aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
-def entries(context: Context, *args: Any, **kwargs: Any) -> TokenValue:
+def tail_entries(context: Context, *args: Any, **kwargs: Any) -> TokenValue:
     """Entries along the tail, read or written: all tensors have the operand's dimensions, and its tokens."""
     like = next(a for a in args if isinstance(a, TokenValue))
     dim = tail_dim(context, like, constants(args[1]))
@@ -145,11 +146,11 @@ def entries(context: Context, *args: Any, **kwargs: Any) -> TokenValue:
             given.append(dim)
         elif isinstance(x, (TokenValue, Plain)) and isinstance(x.val, Tensor):
             if x.val.ndim != like.val.ndim or any(
-                not t and not same(a, b) for t, a, b in zip(like.tail, x.val.shape, like.val.shape)
+                not t and not same_size(a, b) for t, a, b in zip(like.tail, x.val.shape, like.val.shape)
             ):
                 raise Escape(NotByTokens.SOME_TOKENS, op=context.op)
             given.append(lined_up(x, like.tail, x.val.shape, by_rows=True))
         else:
             given.append(constants(x))
     named = {name: constants(x) for name, x in kwargs.items() if name != "sparse_grad"}
-    return TokenValue(Expr(context.op, tuple(given), named), context.val, like.tail, heads_of(args))
+    return TokenValue(Expr(context.op, tuple(given), named), context.val, like.tail, heads_among(args))

@@ -1,7 +1,6 @@
 """How the operands of an op line up on [N, ...]: which dimensions are tokens, and what a tensor from outside is there.
 
-Raises `Escape` where tokens and classes are combined with each other, or an operand is repeated over tokens. This
-file knows no particular op.
+Raises `Escape` where tokens and classes are combined with each other, or an operand is repeated over tokens.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusedhead.compat import tree_leaves
-from fusedhead.ir.builder import static
+from fusedhead.graph.sizes import same_size, static
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import TokenInput, TokenValue
@@ -26,31 +24,27 @@ from fusedhead.rules.tokenwise.reasons import NotByTokens
 aten = torch.ops.aten
 
 
-def size(s: Any, what: str) -> int:
+def known_size(s: Any, what: str) -> int:
     known = static(s)
     if known is None:
         raise Escape(NotByTokens.SYMBOLIC, what=what)
     return known
 
 
-def same(a: Any, b: Any) -> bool:
-    return statically_known_true(a == b)
-
-
 def constants(x: Any) -> Any:
     """An argument that is no tensor, as a constant."""
     if isinstance(x, Plain) and not isinstance(x.val, Tensor):
-        return size(x.val, "an argument") if isinstance(x.val, torch.SymInt) else x.val
+        return known_size(x.val, "an argument") if isinstance(x.val, torch.SymInt) else x.val
     if isinstance(x, torch.SymInt):
-        return size(x, "an argument")
+        return known_size(x, "an argument")
     return x
 
 
-def heads_of(values: Any) -> frozenset[Any]:
+def heads_among(values: Any) -> frozenset[Any]:
     return frozenset().union(*(v.heads for v in tree_leaves(values) if isinstance(v, TokenValue)))
 
 
-def operand(context: Context, x: Any) -> TokenValue:
+def from_logits(context: Context, x: Any) -> TokenValue:
     if not isinstance(x, TokenValue):
         raise Escape(NotByTokens.NOT_FIRST, op=context.op)
     return x
@@ -79,7 +73,9 @@ def common_tail(val: Tensor, operands: Sequence[TokenValue]) -> tuple[bool, ...]
         for x in operands:
             at = d - (val.ndim - x.val.ndim)
             if at >= 0:
-                votes.append((same(x.val.shape[at], val.shape[d]) and not same(x.val.shape[at], 1), x.tail[at]))
+                votes.append(
+                    (same_size(x.val.shape[at], val.shape[d]) and not same_size(x.val.shape[at], 1), x.tail[at])
+                )
         firm = {tail for full, tail in votes if full}
         if len(firm) > 1:
             raise Escape(NotByTokens.TOKENS_WITH_CLASSES)
@@ -88,8 +84,8 @@ def common_tail(val: Tensor, operands: Sequence[TokenValue]) -> tuple[bool, ...]
         if not role:
             for x in operands:
                 at = d - (val.ndim - x.val.ndim)
-                if at < 0 or not same(x.val.shape[at], val.shape[d]):
-                    if at < 0 and same(val.shape[d], 1):
+                if at < 0 or not same_size(x.val.shape[at], val.shape[d]):
+                    if at < 0 and same_size(val.shape[d], 1):
                         continue
                     raise Escape(NotByTokens.LOGITS_REPEATED)
         roles.append(role)
@@ -109,7 +105,7 @@ def lined_up(x: Any, tail: tuple[bool, ...], shape: Sequence[Any], *, by_rows: b
 
 
 def tails_of(shape: Sequence[Any], tail: tuple[bool, ...]) -> list[int]:
-    return [size(s, "a dimension beside the tokens") for s, is_tail in zip(shape, tail) if is_tail]
+    return [known_size(s, "a dimension beside the tokens") for s, is_tail in zip(shape, tail) if is_tail]
 
 
 def leaf(x: Plain, tail: tuple[bool, ...], shape: Sequence[Any], by_rows: bool) -> TokenInput:
@@ -118,15 +114,15 @@ def leaf(x: Plain, tail: tuple[bool, ...], shape: Sequence[Any], by_rows: bool) 
     own = [1] * missing + list(x.val.shape)
     tails = tails_of(own, tail)
     rows = [d for d, is_tail in enumerate(tail) if not is_tail]
-    if not by_rows and all(same(own[d], 1) for d in rows):
+    if not by_rows and all(same_size(own[d], 1) for d in rows):
         fits = x.val.ndim == 0 or list(x.val.shape) == tails
         return TokenInput(x if fits else Plain(Expr(aten.reshape.default, (x, tails)), x.val.reshape(tails)), False)
     node: Any = x
-    if any(not same(own[d], shape[d]) for d in rows):
+    if any(not same_size(own[d], shape[d]) for d in rows):
         if math.prod(tails) > 1:
             raise Escape(NotByTokens.WIDE_OPERAND_REPEATED)
         full = [own[d] if is_tail else shape[d] for d, is_tail in enumerate(tail)]
-        node = Expr(aten.expand.default, (x, [size(s, "an operand that is repeated over tokens") for s in full]))
+        node = Expr(aten.expand.default, (x, [known_size(s, "an operand that is repeated over tokens") for s in full]))
         missing = 0
     present = range(missing, len(tail))
     order = [d - missing for d in present if not tail[d]] + [d - missing for d in present if tail[d]]

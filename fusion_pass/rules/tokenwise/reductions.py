@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fusedhead.compat import tree_leaves
-from fusedhead.ir.expr import Expr, Plain, each, nested
+from fusedhead.ir.expr import Expr, Plain, map_each, map_nested
 from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import ProgramResult, TokenValue
 from fusedhead.rules.table import Context, token_rule
-from fusedhead.rules.tokenwise.operands import constants, operand, several, tail_dim
+from fusedhead.rules.tokenwise.operands import constants, from_logits, several, tail_dim
 from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
@@ -33,13 +33,13 @@ def plain_arguments(context: Context, args: tuple, kwargs: dict[str, Any]) -> tu
     """Arguments beside the first as constants. Raises Escape where one is a tensor."""
     if any(isinstance(x, Plain) and isinstance(x.val, Tensor) for x in tree_leaves((args, kwargs))):
         raise Escape(NotByTokens.OTHER_TENSOR, op=context.op)
-    return each(args, constants), {name: nested(x, constants) for name, x in kwargs.items()}
+    return map_each(args, constants), {name: map_nested(x, constants) for name, x in kwargs.items()}
 
 
 @token_rule(*SOFTMAXES, aten.cumsum.default, aten.logcumsumexp.default, aten.argsort.default, dim=1)
-def along(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
+def along_tail(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
     """An op along one dimension that keeps their number; it may change its length."""
-    x, at = operand(context, x), context.dim - 1  # type: ignore[operator]
+    x, at = from_logits(context, x), context.dim - 1  # type: ignore[operator]
     if context.op in SOFTMAXES and isinstance(context.val, Tensor) and not context.val.is_floating_point():
         raise Escape(NotByTokens.SOFTMAX_DTYPE, op=context.op, dtype=x.val.dtype)
     rest, named = plain_arguments(context, args, kwargs)
@@ -53,14 +53,14 @@ def along(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
     aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim, aten.prod.dim_int, aten.any.dim,
     aten.all.dim, aten.var.correction, aten.std.correction, dim=1,
 )  # fmt: skip
-def reduced(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
+def reduce_tail(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
     """A reduction over some dimensions, which go or stay as 1."""
-    x, at = operand(context, x), context.dim - 1  # type: ignore[operator]
-    dim = nested(args[at], constants)
+    x, at = from_logits(context, x), context.dim - 1  # type: ignore[operator]
+    dim = map_nested(args[at], constants)
     dims = [d % x.val.ndim for d in ([dim] if isinstance(dim, int) else dim or ())] or list(range(x.val.ndim))
     if any(not x.tail[d] for d in dims):
         keepdim = (len(args) > 1 and bool(args[1])) or bool(kwargs.get("keepdim", False))
-        return split(context, context.op, x, dims, keepdim)
+        return split_sum(context, context.op, x, dims, keepdim)
     rest, named = plain_arguments(context, args, kwargs)
     inner = [tail_dim(context, x, d) for d in dims]
     rest[at] = inner[0] if isinstance(dim, int) else tuple(inner)
@@ -73,10 +73,10 @@ def reduced(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
 @token_rule(aten.sort.default, dim=1)
 @token_rule(aten.topk.default, dim=2)
 def ranked(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
-    return along(context, x, *args, **kwargs)
+    return along_tail(context, x, *args, **kwargs)
 
 
-def split(context: Context, op: Any, x: TokenValue, dims: list[int], keepdim: bool = False) -> Plain:
+def split_sum(context: Context, op: Any, x: TokenValue, dims: list[int], keepdim: bool = False) -> Plain:
     """A sum or mean over tokens too: over the tail in the program's rows, over tokens in the graph."""
     if op not in SPLIT_OVER_TOKENS:
         raise Escape(NotByTokens.OVER_TOKENS, op=op)
@@ -97,14 +97,14 @@ def split(context: Context, op: Any, x: TokenValue, dims: list[int], keepdim: bo
 
 @token_rule(aten.sum.default, aten.mean.default)
 def total(context: Context, x: Any, **_: Any) -> Plain:
-    x = operand(context, x)
-    return split(context, OVER_EVERYTHING[context.op], x, list(range(x.val.ndim)))
+    x = from_logits(context, x)
+    return split_sum(context, OVER_EVERYTHING[context.op], x, list(range(x.val.ndim)))
 
 
 @token_rule(aten.any.default, aten.all.default)
 def verdict(context: Context, x: Any) -> Plain:
     """any and all: over the tail in the program's rows, then over tokens in the graph."""
-    x, op = operand(context, x), OVER_EVERYTHING[context.op]
+    x, op = from_logits(context, x), OVER_EVERYTHING[context.op]
     if x.small:
         raise Escape(NotByTokens.SMALL_ALREADY, op=context.op)
     tails = [d for d, is_tail in enumerate(x.tail) if is_tail]
