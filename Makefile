@@ -20,7 +20,9 @@ SOURCES := $(sort $(shell find fusion_pass lowering kernels -name "*.py"))
 
 .PHONY: test fast oldest pythons some lint types pytest e2e demo bench clean FORCE
 
-test: lint types pytest
+# Linting takes a second; mypy keeps to one core for longer, so the tests begin beside it.
+test: $(VENV)/.installed
+	$(MAKE) --jobs 2 lint types pytest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -136,7 +136,7 @@ def launch_all(case: Case) -> None:
     one_sweep = not (case.needs.cols or case.needs.rows)
     for memory in (0, LEAST) if one_sweep and not case.want else ():
         engine.head_loss(head, RowGrads(row, picked, total), case.needs, windows(case.needs, memory=memory))
-    want = {"lse", "picked"} | case.want | ({"sum"} if case.total else set())
+    want = {"lse", "picked"} | case.want | ({"sum", "spread"} if case.total else set())
     engine.head_stats(head, frozenset(want), windows(NEITHER))
     entropy = row if "entropy" in want else None
     saved, upstream = RowStats(row, entropy=entropy, lse_low=row), RowGrads(row, picked, total, entropy)

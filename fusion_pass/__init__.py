@@ -9,6 +9,7 @@ Programs that cannot name a backend: ``fusedhead.enable()``, or ``fusedhead run 
 from fusedhead.backend import FusedHeadError, fusedhead
 from fusedhead.deferred.state import StaleLogits
 from fusedhead.explain import explain
+from fusedhead.functional.linear_cross_entropy import linear_cross_entropy
 from fusedhead.lowering.ops import LabelOutOfRange
 from fusedhead.report.report import HeadRecord, Report
 from fusedhead.run.enable import changes, disable, enable
@@ -26,4 +27,5 @@ __all__ = [
     "enable",
     "explain",
     "fusedhead",
+    "linear_cross_entropy",
 ]

@@ -17,6 +17,7 @@ from fusedhead import compat
 from fusedhead.compat import FakeTensor, make_graph_module, use_lazy_graph_module
 from fusedhead.deferred.graph_inputs import any_deferred, spread
 from fusedhead.deferred.graph_outputs import StaleLogits, deferring, existing
+from fusedhead.graph.python_dispatch import python_dispatch
 from fusedhead.graph.unhooked import unhooked
 from fusedhead.inductor.config import Inductor, keyed, overwrites
 from fusedhead.kernels.chips import start_checks
@@ -52,7 +53,7 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
     try:
         if unknown := sorted(set(compat.unknown_modes(gm))):
             raise RuntimeError(f"the graph switches a mode that is not known: {', '.join(unknown)}")
-        with unhooked():
+        with unhooked(), python_dispatch(original):
             working, report, wrap = fused(gm, options)
     except Exception as error:
         if options.strict:

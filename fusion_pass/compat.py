@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     from torch import _TorchCompileInductorWrapper as InductorWrapper  # noqa: F401
     from torch._C import DispatchKey  # noqa: F401
     from torch._decomp import decomposition_table  # noqa: F401
+    from torch._dispatch.python import enable_python_dispatcher  # noqa: F401
     from torch._dynamo.source import AttrSource, ConstantSource  # noqa: F401
     from torch._guards import TracingContext  # noqa: F401
     from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: F401
@@ -84,6 +85,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "disable_current_modes": ("torch.utils._python_dispatch", "_disable_current_modes"),
     "disable_torch_function_subclass": ("torch._C", "DisableTorchFunctionSubclass"),
     "dispatch_modes": ("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack"),
+    "enable_python_dispatcher": ("torch._dispatch.python", "enable_python_dispatcher"),
     "enter_autocast": ("torch.amp.autocast_mode", "_enter_autocast"),
     "exit_autocast": ("torch.amp.autocast_mode", "_exit_autocast"),
     "function_transform_level": ("torch._C._functorch", "maybe_current_level"),
@@ -207,9 +209,19 @@ INFERENCE = frozenset({"_enter_inference_mode", "_exit_inference_mode"})
 
 @lru_cache(maxsize=4096)
 def _unknown_mode(target: Any) -> bool:
+    """Not an op of the dispatcher that takes a tensor, ``aten::_no_grad_zero_``: what it switches it switches back."""
     name = getattr(target, "__name__", "")
     known = (_values["set_grad_enabled"], _values["enter_autocast"], _values["exit_autocast"])
-    return bool(MODES.search(name)) and target not in known and name not in INFERENCE
+    return bool(MODES.search(name)) and target not in known and name not in INFERENCE and not _takes_tensors(target)
+
+
+def _takes_tensors(target: Any) -> bool:
+    """Whether a target is one of torch's own ops, or all of one name, and has a tensor to compute with."""
+    packet = getattr(target, "overloadpacket", target)
+    if not callable(getattr(packet, "overloads", None)):
+        return False
+    schemas = [getattr(packet, name)._schema for name in packet.overloads()]
+    return all(s.name.startswith("aten::") and any("Tensor" in str(a.type) for a in s.arguments) for s in schemas)
 
 
 def unknown_modes(gm: GraphModule) -> Iterable[str]:

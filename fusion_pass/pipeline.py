@@ -46,7 +46,7 @@ from fusedhead.report.records import Price, asked_outside, describe, priced, row
 from fusedhead.report.report import HeadRecord, Report
 from fusedhead.rewrite import forward_gradients, returned_logits, returned_stacks, token_programs
 from fusedhead.rewrite.returned_logits import Wrap, at_once, nested, unwrapped
-from fusedhead.rewrite.statistics import fuse
+from fusedhead.rewrite.statistics import count_elsewhere, fuse
 
 BOTH_MODES = "its region is run without recording gradients too"
 
@@ -107,7 +107,7 @@ def fuse_graph(
     report = Report(graphs=1)
     wrap: Wrap = unwrapped
     changed = False
-    report.heads += inline_regions.inline(gm)
+    report.heads += inline_regions.inline(gm, torch.is_grad_enabled())
     taken_out = inline_checkpoints.open_heads(gm) if twice else []
     deferred = options.logits == "deferred" and not sharding.given_back(gm.graph)
     for module, owner, grad, calls in bodies(gm):
@@ -203,6 +203,7 @@ def fuse_body(
     refused = {site.head for site, reason in decided if reason}
     kept = [region for region in found if not region.heads & refused]
     followed = {*reading.values, *reading.rowwise, *(node for site in reading.sites for node, _ in site.terminals)}
+    count_elsewhere(graph, [site for site, reason in decided if not reason], modes)
     by_rows = [token_programs.fuse(graph, region, options.budget, modes, mutations.places, followed) for region in kept]
     token_regions.erase_unused(reading, {site.head for site, reason in decided if not reason})
     prices: dict[Projection, list[Price]] = {site.head: [] for site, _ in decided}

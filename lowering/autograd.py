@@ -22,10 +22,10 @@ ONCE = "a fused head can be differentiated once: double backward through it is n
 
 
 def _setup_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
-    h, w, y, cols, rows, u, ctx.transform, _, ctx.memory, ctx.whole_below = inputs
-    lse, _, _, entropy, top, where, lse_low, spread = output
-    ctx.save_for_backward(h, w, y, cols, rows, u, lse, lse_low, entropy)
-    ctx.mark_non_differentiable(top, where, lse_low, spread)
+    h, w, y, cols, rows, u, ctx.transform, _, ctx.memory, ctx.whole_below, ctx.keep = inputs
+    lse, _, _, entropy, top, where, lse_low, spread, product = output
+    ctx.save_for_backward(h, w, y, cols, rows, u, lse, lse_low, entropy, *([product] if ctx.keep else []))
+    ctx.mark_non_differentiable(top, where, lse_low, spread, product)
     ctx.set_materialize_grads(False)
 
 
@@ -37,16 +37,17 @@ def _backward_stats(
     g_entropy: Tensor | None,
     *_: None,
 ) -> tuple:
-    h, w, y, cols, rows, u, lse, lse_low, entropy = ctx.saved_tensors
+    h, w, y, cols, rows, u, lse, lse_low, entropy, *product = ctx.saved_tensors
     upstream = [lse.new_empty(0) if g is None else g for g in (g_lse, g_picked, g_sum, g_entropy)]
     needs = [ctx.needs_input_grad[at] for at in (0, 1, 3, 4)]
     if not any(needs) or (g_lse is None and g_picked is None and g_sum is None and g_entropy is None):
-        return (None,) * 10
+        return (None,) * 11
     grads = torch.ops.fusedhead.head_stats_backward(
-        *upstream, h, w, y, cols, rows, u, lse, lse_low, entropy, ctx.transform, ctx.memory, *needs, ctx.whole_below
+        *upstream, h, w, y, cols, rows, u, lse, lse_low, entropy, ctx.transform, ctx.memory, *needs, ctx.whole_below,
+        *product,
     )
     dh, dw, dcols, drows = (g if need else None for g, need in zip(grads, needs))
-    return dh, dw, None, dcols, drows, None, None, None, None, None
+    return dh, dw, None, dcols, drows, *(None,) * 6
 
 
 def _setup_once(ctx: Any, inputs: tuple, output: tuple) -> None:

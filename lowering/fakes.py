@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import stat_dtype
+from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.lowering.checks import asked
+from fusedhead.lowering.retention import kept_rows
 
 
 def _present(like: Tensor, given: bool, shape: tuple, dtype: torch.dtype) -> Tensor:
@@ -27,6 +29,7 @@ def head_stats(
     stats: str,
     memory: int,
     whole_below: int = 0,
+    keep: bool = False,
 ) -> tuple[Tensor, ...]:
     want, wide, n = asked(stats), stat_dtype(h.dtype), h.shape[0]
     return (
@@ -38,7 +41,15 @@ def head_stats(
         _present(h, "argmax" in want, (n,), torch.int64),
         _present(h, bool(want & {"lse", "entropy"}), (n,), wide),
         _present(h, "spread" in want, (n,), wide),
+        kept_product(h, w, whole_below, keep),
     )
+
+
+def kept_product(h: Tensor, w: Tensor, whole_below: int, keep: bool) -> Tensor:
+    """Room for h wᵀ [N, V], as much as a call keeps of it."""
+    dtype, vocab = product_dtype(h.dtype, h.device.type), w.shape[0]
+    shape = (kept_rows(h.shape[0], vocab, whole_below), vocab) if keep else (0,)
+    return h.new_empty(shape, dtype=dtype)
 
 
 def _gradients(operands: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
@@ -56,4 +67,4 @@ def head_loss(*args: object) -> tuple[Tensor, ...]:
     rowwise = head_stats(h, w, y, cols, rows, u, transform, f"lse,{stats}", memory)  # type: ignore[arg-type]
     gradients = _gradients((h, w, cols, rows), args[13:17])  # type: ignore[arg-type]
     tie = _present(h, True, (), rowwise[0].dtype)  # type: ignore[arg-type]
-    return (*rowwise[:3], *gradients, tie, *rowwise[6:])
+    return (*rowwise[:3], *gradients, tie, *rowwise[6:8])

@@ -10,7 +10,7 @@ how a head is computed or where in a program it came from.
                          ties the loss to the operands: loss + tie is the loss, and what flows back into tie is g
 
 Where the number of tokens is not known when a graph is compiled, ``whole_below`` says below how many logits a call
-builds them whole, as Inductor would have.
+builds them whole, as Inductor would have. With ``keep`` such a call hands the product h wᵀ on to its backward pass.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _HEAD = "Tensor h, Tensor w, Tensor y, Tensor cols, Tensor rows, Tensor u"
 _NEEDS = "bool need_h, bool need_w, bool need_cols, bool need_rows"
 _WHOLE = ", int whole_below=0"
 SCHEMAS = {
-    "head_stats": f"({_HEAD}, str transform, str stats, int memory{_WHOLE})"
+    "head_stats": f"({_HEAD}, str transform, str stats, int memory{_WHOLE}, bool keep=False)"
     " -> (Tensor lse, Tensor picked, Tensor sum, Tensor entropy, Tensor max, Tensor argmax, Tensor lse_low, "
-    "Tensor spread)",
+    "Tensor spread, Tensor product)",
     "head_stats_backward": "(Tensor g_lse, Tensor g_picked, Tensor g_sum, Tensor g_entropy, "
-    f"{_HEAD}, Tensor lse, Tensor lse_low, Tensor entropy, str transform, int memory, {_NEEDS}{_WHOLE})"
-    " -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
+    f"{_HEAD}, Tensor lse, Tensor lse_low, Tensor entropy, str transform, int memory, {_NEEDS}{_WHOLE}, "
+    "Tensor? product=None) -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
     "head_loss": f"({_HEAD}, Tensor c_lse, Tensor c_picked, Tensor c_sum, Tensor c_square, "
     f"str transform, str stats, int memory, {_NEEDS}{_WHOLE})"
     " -> (Tensor lse, Tensor picked, Tensor sum, Tensor dh, Tensor dw, Tensor dcols, Tensor drows, Tensor tie, "
@@ -126,13 +126,16 @@ def _head_stats(
     stats: str,
     memory: int,
     whole_below: int = 0,
+    keep: bool = False,
 ) -> tuple[Tensor, ...]:
     head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
     short = {"lse", "lse_low", "picked"} | ({"sum", "spread"} if plain_scale(head.transform) is not None else set())
     explicit = not want <= short
     engine, windows = _chosen(head, NONE, memory, whole_below, linear=True, row_scale=True, explicit=explicit)
+    product = fakes.kept_product(h, w, whole_below, keep)
+    kept = {"product": product[: h.shape[0]]} if keep and engine is _module("torch_whole") else {}
     with as_written(head.h.device):
-        got: RowStats = engine.head_stats(head, want - {"lse_low"}, windows)  # which comes with any lse
+        got: RowStats = engine.head_stats(head, want - {"lse_low"}, windows, **kept)  # which comes with any lse
     return (
         _result(got.lse if want & {"lse", "entropy"} else None, h),
         _result(got.picked, h),
@@ -142,6 +145,7 @@ def _head_stats(
         _result(got.argmax, h, torch.int64),
         _result(got.lse_low if want & {"lse", "entropy"} else None, h),
         _result(got.spread if "spread" in want else None, h),
+        product,
     )
 
 
@@ -166,6 +170,7 @@ def _head_stats_backward(
     need_cols: bool,
     need_rows: bool,
     whole_below: int = 0,
+    product: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     head = head_of(h, w, y, cols, rows, u, transform)
     needs = Needs(need_h, need_w, need_cols, need_rows)
@@ -177,8 +182,10 @@ def _head_stats_backward(
     engine, windows = _chosen(
         head, needs, memory, whole_below, linear=False, row_scale=row_scale, explicit=not row_scale
     )
+    whole = product is not None and engine is _module("torch_whole")
+    kept = {"product": product[: h.shape[0]]} if product is not None and whole else {}
     with as_written(head.h.device):
-        return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows), head)
+        return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows, **kept), head)
 
 
 def _head_loss(

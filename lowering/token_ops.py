@@ -5,6 +5,9 @@
     head_rows_loss      both in one sweep, where the gradients of the results are known up to one factor: a scalar loss
                         that is linear in them (as `head_loss`)
 
+A call whose logits take fewer bytes than ``keep_below`` hands its heads' products on to its backward pass, after its
+results, as Inductor would keep them: each is then multiplied once. Number of tokens a symbol, each call decides.
+
 The program is text (`fusedhead.kernels.tokenwise.program`), so that a graph with these ops depends on nothing else.
 This file must not know what a program computes or where it came from.
 """
@@ -23,10 +26,12 @@ from fusedhead.kernels.tokenwise.program import read, run
 from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE, scaled, upstream_scale
 from fusedhead.lowering.ops import as_written
 from fusedhead.lowering.plan.tokenwise import RowPlan, row_plan
+from fusedhead.lowering.retention import keeps, kept_rows
 
 SCHEMAS = {
-    "head_rows": "(Tensor[] tensors, str program, int memory) -> Tensor[]",
-    "head_rows_backward": "(Tensor[] upstream, Tensor[] tensors, str program, int memory, bool[] needs) -> Tensor[]",
+    "head_rows": "(Tensor[] tensors, str program, int memory, int keep_below=0) -> Tensor[]",
+    "head_rows_backward": "(Tensor[] upstream, Tensor[] tensors, str program, int memory, bool[] needs, "
+    "Tensor[]? products=None) -> Tensor[]",
     "head_rows_loss": "(Tensor[] tensors, Tensor[] coefficients, str program, int memory, bool[] needs) -> Tensor[]",
 }
 
@@ -45,31 +50,60 @@ def _plan(tensors: list[Tensor], program: str, memory: int) -> tuple[int, bool, 
     return windows_of(tensors, program, memory, tokens)[:3]
 
 
-def _rows(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
+def logits_bytes(tensors: Sequence[Tensor], program: str) -> int:
+    """What the products of all heads take for one token."""
+    return sum(tensors[w].shape[0] * tensors[w].element_size() for _, w in tokenwise_engine.operands(read(program)))
+
+
+def _kept(tensors: list[Tensor], program: str, keep_below: int) -> list[Tensor]:
+    """Room for the products of the heads, as much as a call keeps of them; none without a limit."""
+    if not keep_below:
+        return []
+    heads = [(tensors[h], tensors[w]) for h, w in tokenwise_engine.operands(read(program))]
+    rows = kept_rows(heads[0][0].shape[0], logits_bytes(tensors, program), keep_below)
+    return [h.new_empty((rows, w.shape[0])) for h, w in heads]
+
+
+def _rows(tensors: list[Tensor], program: str, memory: int, keep_below: int = 0) -> list[Tensor]:
+    chosen, kept = _plan(tensors, program, memory)[:2], _kept(tensors, program, keep_below)
+    n = len(tensors[tokenwise_engine.operands(read(program))[0][0]])
+    products = [z[:n] for z in kept] if keeps(n, logits_bytes(tensors, program), keep_below) else None
     with as_written(tensors[0].device):
-        return tokenwise_engine.head_rows(read(program), tensors, *_plan(tensors, program, memory)[:2])
+        return [*tokenwise_engine.head_rows(read(program), tensors, *chosen, products=products), *kept]
 
 
-def _rows_fake(tensors: list[Tensor], program: str, memory: int) -> list[Tensor]:
+def _rows_fake(tensors: list[Tensor], program: str, memory: int, keep_below: int = 0) -> list[Tensor]:
     # above autograd, where a composite op is taken apart as when it runs: below it, the fake result of nll_loss has no
     # dimension where a size is a symbol, whatever its reduction
     with as_written(tensors[0].device), torch.no_grad():
         results = above_autograd(lambda: run(read(program), tensors), otherwise=lambda function: function())
-        return [torch.empty_like(r, memory_format=torch.contiguous_format) for r in results]
+        results = [torch.empty_like(r, memory_format=torch.contiguous_format) for r in results]
+    return results + _kept(tensors, program, keep_below)
 
 
 def _rows_backward(
-    upstream: list[Tensor], tensors: list[Tensor], program: str, memory: int, needs: list[bool]
+    upstream: list[Tensor],
+    tensors: list[Tensor],
+    program: str,
+    memory: int,
+    needs: list[bool],
+    products: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    given = _present(upstream)
+    given, chosen, parsed = _present(upstream), _plan(tensors, program, memory), read(program)
+    n = len(tensors[tokenwise_engine.operands(parsed)[0][0]])
+    kept = [z[:n] for z in products] if products and len(products[0]) >= n else None
     with as_written(tensors[0].device):
-        windows = _plan(tensors, program, memory)
-        found = tokenwise_engine.head_rows_backward(read(program), given, tensors, needs, *windows)
+        found = tokenwise_engine.head_rows_backward(parsed, given, tensors, needs, *chosen, products=kept)
     return [g for g in found if g is not None]
 
 
 def _rows_backward_fake(
-    upstream: list[Tensor], tensors: list[Tensor], program: str, memory: int, needs: list[bool]
+    upstream: list[Tensor],
+    tensors: list[Tensor],
+    program: str,
+    memory: int,
+    needs: list[bool],
+    products: list[Tensor] | None = None,
 ) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in zip(tensors, needs) if need]
 
@@ -118,17 +152,23 @@ def _backward_loss(ctx: Any, grads: list[Tensor | None]) -> tuple:
 
 
 def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    tensors, ctx.program, ctx.memory = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.dtypes = [r.dtype for r in output]
+    tensors, ctx.program, ctx.memory, _ = inputs
+    ctx.results = len(read(ctx.program).results)
+    ctx.given, products = len(tensors), output[ctx.results :]
+    ctx.save_for_backward(*tensors, *products)
+    ctx.mark_non_differentiable(*products)
+    ctx.dtypes = [r.dtype for r in output[: ctx.results]]
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
-    tensors, needs = list(ctx.saved_tensors), list(ctx.needs_input_grad[0])
+    tensors, products = list(ctx.saved_tensors[: ctx.given]), list(ctx.saved_tensors[ctx.given :])
+    needs = list(ctx.needs_input_grad[0])
     absent = tensors[0].new_empty(())  # of no dimension, which no gradient of rows is
     upstream = [absent if g is None or not t.is_floating_point else g for g, t in zip(grads, ctx.dtypes)]
-    found = iter(torch.ops.fusedhead.head_rows_backward(upstream, tensors, ctx.program, ctx.memory, needs))
-    return [next(found) if need else None for need in needs], None, None
+    given = (upstream, tensors, ctx.program, ctx.memory, needs, *([products] if products else []))
+    found = iter(torch.ops.fusedhead.head_rows_backward(*given))
+    rest = (None,) * (len(ctx.needs_input_grad) - 1)  # a last argument that has its default is not among the inputs
+    return [next(found) if need else None for need in needs], *rest
 
 
 for _name, _run, _fake, _autograd in (

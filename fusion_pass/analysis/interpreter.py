@@ -24,18 +24,19 @@ from fusedhead.graph.facts import before
 from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import Traces, fake, name_of
 from fusedhead.graph.run_counts import Run
-from fusedhead.ir.expr import Plain
+from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, Projection, detached, logits_of, rows_of_hidden
 from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Terminal
-from fusedhead.ir.tokenwise import TokenValue, token_values_of, without_gradient
+from fusedhead.ir.tokenwise import MaskedRows, TokenValue, token_values_of, without_gradient
 from fusedhead.rules.tokenwise.dispatch import token_value
 
 EMPTY: Mapping[Node, Logits] = {}
 RUN = "fusedhead_run"
 LEAVES = (
     "{}, computed from all logits, is returned: it is as wide as they are, and the graph ends before it is reduced "
-    "over the classes (where a boolean mask ends the graph, a product with the mask does not)"
+    "over the classes (where a boolean mask ends the graph, a product with the mask does not, nor does a sum of what "
+    "the mask picks under torch._dynamo.config.capture_dynamic_output_shape_ops)"
 )
 
 
@@ -103,8 +104,13 @@ def interpret(
         if not heads and node not in starts:
             continue
         if counts_rows(node, values):
-            logits = logits_of(values[node.args[0]])  # type: ignore[index]
-            sites[logits.head].sizes.append((node, rows_of_hidden(logits)))
+            counted = values[node.args[0]]  # type: ignore[index]
+            if isinstance(counted, MaskedRows):
+                first = next(head for head in sites if head in counted.heads)
+                sites[first].sizes.append((node, Expr(torch.ops.aten.nonzero.default, (counted.mask,))))
+            else:
+                logits = logits_of(counted)
+                sites[logits.head].sizes.append((node, rows_of_hidden(logits)))
             continue
         try:
             target = written_logits(node, values)
@@ -145,7 +151,11 @@ def returned(source: Node, value: Any, sites: dict[Projection, Site]) -> None:
 def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
     """Whether a node is the length of a row dimension of followed logits, which after a mask only the data know."""
     value = values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
-    if node.target is not torch.ops.aten.sym_size.int or not isinstance(value, LOGITS_LIKE):
+    if node.target is not torch.ops.aten.sym_size.int:
+        return False
+    if isinstance(value, MaskedRows):
+        return bool(node.args[1] == 0)
+    if not isinstance(value, LOGITS_LIKE):
         return False
     return int(node.args[1]) % value.val.ndim != logits_of(value).class_dim  # type: ignore[arg-type]
 

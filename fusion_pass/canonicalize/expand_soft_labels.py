@@ -6,8 +6,13 @@ With t = a everywhere and b at the label y of a row, both numbers:
 
 The right side is made of statistics, and neither t [N, V] nor the product exists. Read are ``zeros_like``,
 ``full_like`` and their kin, ``fill_``, ``scatter`` in both forms, ``one_hot``, and what affine code makes of them.
-Where t is 0, an infinite x still makes NaN, as in the product (so does an infinite x at the label). This file edits
-the graph, where nothing else reads t; it knows no losses.
+
+Rewritten is where a and b have one sign and ``|b| > |a| > 0``. Both sides are then infinite or NaN alike: no infinity
+meets another sign that does not meet it on the left. Nor do digits cancel: both terms of the right side have the sign
+that the label's x has on the left. With b = 0 the label's x, -1e30 under a mask, would be added and taken off again.
+With a = 0 (a label alone) it is not known of an infinite sum whether the label's x is all that is infinite in it, and 0
+times another would be NaN. Such targets are left, and computed token by token. This file edits the graph, where
+nothing else reads t; it knows no losses.
 """
 
 from __future__ import annotations
@@ -180,6 +185,8 @@ def become(graph: Graph, total: Node, recorded: bool) -> None:
     like = isinstance(value, Tensor) and value.shape == fake(product).shape and value.dtype == torch.float32
     if not like or fake(product).dtype != value.dtype or not only_here(target, product) or not of_a_projection(x):
         return
+    if not safe(target):
+        return
     emit = Emit(graph)
     with emit.before(total, total, grad=recorded):
         index = emit(aten.unsqueeze.default, target.index, -1) if target.labels else target.index
@@ -199,6 +206,12 @@ def become(graph: Graph, total: Node, recorded: bool) -> None:
         graph.erase_node(node)
     for node in sorted(target.nodes, reverse=True):  # type: ignore[type-var]
         graph.erase_node(node)
+
+
+def safe(target: Target) -> bool:
+    """Whether both sides of the equation have the same infinities, NaN and digits, whatever x is."""
+    a, b = target.rest, target.at
+    return a * b > 0 and abs(b) > abs(a)
 
 
 def only_here(target: Target, product: Node) -> bool:

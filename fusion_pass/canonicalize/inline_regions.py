@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 
 from fusedhead.analysis.interpreter import interpret
 from fusedhead.analysis.projections import ANCHORS
-from fusedhead.compat import enter_autocast, exit_autocast, maybe_get_fake_mode, tree_leaves
+from fusedhead.compat import enable_python_dispatcher, enter_autocast, exit_autocast, maybe_get_fake_mode, tree_leaves
 from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import callee, fake, name_of, where
 from fusedhead.report.report import HeadRecord
@@ -115,30 +115,49 @@ def worth_sharing(region: GraphModule) -> bool:
     return any(site.outputs for site in sites) or (bool(sites) and len(region.graph.nodes) <= HANDFUL)
 
 
-def inline(gm: GraphModule) -> list[HeadRecord]:
-    """Replace calls of regions by their nodes where a head needs it, in place. Returns a record where that fails."""
+def inline(gm: GraphModule, recorded: bool, seen: set[GraphModule] | None = None) -> list[HeadRecord]:
+    """Replace calls of regions by their nodes where a head needs it, in place, in a graph and in the bodies it runs.
+
+    Bodies come first, and have calls replaced only where a boundary is crossed: they are run from several places
+    themselves. ``recorded``: whether gradients are where the graph is run. Returns a record where that fails.
+    """
+    outermost, seen = seen is None, {gm} if seen is None else seen
+    modes, records = grad_modes(gm.graph, recorded), []
+    for node in gm.graph.nodes:
+        body = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(body, GraphModule) and node.users and body not in seen:
+            seen.add(body)
+            records += inline(body, modes[next(iter(node.users))], seen)
+    return records + inline_calls(gm, recorded, outermost)
+
+
+def inline_calls(gm: GraphModule, recorded: bool, sharing: bool) -> list[HeadRecord]:
+    """The same for the calls of one graph; ``sharing``: those too whose heads may share a sweep."""
     kept: set[Node] = set()
     records: list[HeadRecord] = []
     worth = cache(worth_sharing)  # a region has one answer for all its calls
     while True:
         calls = [node for node in gm.graph.nodes if is_call(node) and node not in kept]
         boundary = crossed(gm.graph) if calls else set()
-        chosen = [call for call in calls if call in boundary or worth(region_of(call))]
+        chosen = [call for call in calls if call in boundary or (sharing and worth(region_of(call)))]
         if not chosen:
             return records
         for call in chosen:
-            if not replaced(gm, call):
+            if not replaced(gm, call, recorded):
                 kept.add(call)
                 records += [HeadRecord(False, KEPT, where(call), "", "?", 0, 0, "built", "", 0)] * (call in boundary)
 
 
-def replaced(gm: GraphModule, call: Node) -> bool:
-    """Put a region's nodes in the place of a call; False, and nothing done, if that is not the same."""
+def replaced(gm: GraphModule, call: Node, recorded: bool | None = None) -> bool:
+    """Put a region's nodes in the place of a call; False, and nothing done, if that is not the same.
+
+    ``recorded``: whether gradients are where the graph is run; None: as they are now.
+    """
     graph, region = gm.graph, region_of(call)
     made: list[Node] = []
     try:
         with graph.inserting_before(call):
-            results = copied_into(gm, region, call, made)
+            results = copied_into(gm, region, call, made, grad_modes(graph, recorded)[call])
     except Exception:  # a node that does not run on these operands: the call stays
         for node in reversed(made):
             graph.erase_node(node)
@@ -153,7 +172,7 @@ def replaced(gm: GraphModule, call: Node) -> bool:
     return True
 
 
-def copied_into(gm: GraphModule, region: GraphModule, call: Node, made: list[Node]) -> list[Any]:
+def copied_into(gm: GraphModule, region: GraphModule, call: Node, made: list[Node], recorded: bool) -> list[Any]:
     """The results of a region's nodes, copied to where the graph is being written; ``made`` takes the copies."""
     env: dict[Node, Any] = {}
     live: dict[Node, Any] = {}  # results that are no fake values: what leaves an autocast region needs what entered it
@@ -161,7 +180,7 @@ def copied_into(gm: GraphModule, region: GraphModule, call: Node, made: list[Nod
     if any(name_of(user) != "getitem" for user in call.users):
         raise NotTheSame("a call's results are not taken one by one")
     try:
-        with torch.set_grad_enabled(grad_modes(gm.graph)[call]):  # and back, whatever the region's own nodes switch
+        with torch.set_grad_enabled(recorded):  # and back, whatever the region's own nodes switch
             for node in region.graph.nodes:
                 if node.op == "placeholder":
                     env[node] = operand_of(call, node)
@@ -202,7 +221,7 @@ def valued(node: Node, expected: Any, live: dict[Node, Any]) -> Any:
     """The value of a copied node on its own operands. Raises NotTheSame if it is none that the region had."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: live[n] if n in live else fake(n))
     modes = (maybe_get_fake_mode(fake(n)) for n in node.graph.nodes if isinstance(fake(n), Tensor))
-    with next((m for m in modes if m is not None), None) or nullcontext():
+    with next((m for m in modes if m is not None), None) or nullcontext(), enable_python_dispatcher():
         value = callee(node)(*args, **kwargs)
     if expected is not None and not all(map(alike, *map(tree_leaves, (value, expected)))):
         raise NotTheSame(f"{node.name} differs from what the region has")

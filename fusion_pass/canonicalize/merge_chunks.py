@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from fusedhead.analysis.projections import above_losses
-from fusedhead.compat import maybe_get_fake_mode
+from fusedhead.compat import enable_python_dispatcher, maybe_get_fake_mode
 from fusedhead.graph.modes import autocasts, grad_modes
 from fusedhead.graph.nodes import callee, every_dimension, fake, name_of
 from fusedhead.legality.checks import Mutations
@@ -98,7 +98,7 @@ class Plan:
         """The fake value of a call, in the grad mode of the join."""
         mode = maybe_get_fake_mode(fake(self.node))
         assert mode is not None
-        with mode, torch.set_grad_enabled(self.recorded[self.node]):
+        with mode, enable_python_dispatcher(), torch.set_grad_enabled(self.recorded[self.node]):
             return run(*map_arg(args, fake), **map_arg(kwargs, fake))
 
     def whole(self, parts: Sequence[Node], join: Callable[..., Any], dim: int) -> Node:

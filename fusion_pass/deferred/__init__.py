@@ -2,6 +2,7 @@
 
 | a graph returns logits, another takes them | `graph_outputs`, `graph_inputs`                      |
 | the tensor, and what it knows              | `tensor`, `state`, `call_program`, `optimizer_steps` |
+| what autograd sees of it                   | `history`                                            |
 | what is active around a call               | `surroundings`                                       |
 | a call on it: table, record, or answer     | `dispatch`, `op_tables`, `record`, `query`           |
 | what the call amounts to, read as a graph  | `to_fx`, `lower`, `lower_tokenwise`, `results`       |
@@ -32,10 +33,15 @@ checkpointing that the logits came from outside of. So too where an inference te
 What may differ from eager code, and never silently:
 
 * ``StaleLogits``: numbers are needed, or a loss, after an operand was written to, freed, or stepped by an optimizer
-  that wrote it. The message names the operand and the remedy. Nothing else raises it.
+  that wrote it. The message names the operand and the remedy. Nothing else raises it, but for a parameter that was
+  given other memory (``p.data = t``) and written to there: torch counts versions of both together.
 * the gradient of the logits themselves, first asked for after a loss was taken of them: an error with the remedy.
-* names in ``grad_fn``, the class of the tensor and weak references to it; functions in C++ that take the memory of a
-  tensor that was not read yet (``to_dlpack`` of `torch.utils.dlpack`, the constructor of a subclass): torch's error.
+* names in ``grad_fn``, the class of the tensor (what `torch.nn.Parameter` and `torch.as_tensor` hand on included), weak
+  references to it, hence ``torch.utils.swap_tensors``, and ``_is_view`` of what was not read yet.
+* functions in C++ that take a tensor's memory before anything here runs raise torch's RuntimeError: ``Sub(z)`` and
+  ``Tensor._make_subclass`` ("already associated to a python object") and ``torch.utils.dlpack.to_dlpack(z)`` ("Cannot
+  access data pointer"). ``z.as_subclass(torch.Tensor)`` is the plain tensor, which they take. All else that takes
+  numbers out works: ``numpy``, ``data_ptr``, ``__dlpack__``, ``from_dlpack``, copies, pickles, ``torch.save``, queues.
 * a write through ``.data`` or by memory (numpy, a kernel) to an operand leaves no version. On the CPU it is noticed
   where it reaches one of 32 entries spread over the operand; elsewhere, and else, the numbers are the new ones.
 

@@ -16,13 +16,14 @@ from fusedhead.compat import disable_torch_function_subclass, tree_map_only
 from fusedhead.deferred import op_tables
 from fusedhead.deferred.assignments import assignment, part_of, same_index, update
 from fusedhead.deferred.call_program import Leaf, Mode, Unreadable, encode
+from fusedhead.deferred.history import Rebound, follow, linked
 from fusedhead.deferred.query import NotRecorded, Request
 from fusedhead.deferred.record import pick, record
 from fusedhead.deferred.results import Unread, Wide
 from fusedhead.deferred.row_picks import picks
 from fusedhead.deferred.state import Family, Recorded
 from fusedhead.deferred.surroundings import checkpoint, op_by_op
-from fusedhead.deferred.tensor import DeferredLogits, Rebound, follow, is_adopted, linked, plain, settle
+from fusedhead.deferred.tensor import DeferredLogits, is_adopted, plain, settle
 
 
 def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

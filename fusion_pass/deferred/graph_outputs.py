@@ -16,9 +16,10 @@ from torch import Tensor
 import fusedhead.deferred.dispatch  # noqa: F401  the handler of calls on deferred logits
 from fusedhead.compat import FakeTensor
 from fusedhead.deferred.call_program import Leaf, Made, Mode, Program, Step, encode, shapes
+from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT
 from fusedhead.deferred.state import Family, Knowledge, Origin, Recorded, StaleLogits, taken
-from fusedhead.deferred.tensor import DeferredLogits, linked, plain
+from fusedhead.deferred.tensor import DeferredLogits, plain
 from fusedhead.legality.profitability import rows_from
 from fusedhead.rewrite.returned_logits import LEAST_TOKENS, Recipe, compute_now, differentiable
 

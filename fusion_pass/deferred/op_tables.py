@@ -74,8 +74,8 @@ NUMBERS = words(
     __array__ __array_wrap__ __bool__ __complex__ __contains__ __deepcopy__ __dlpack__ __dlpack_device__ __float__
     __format__ __index__ __int__ __long__ __nonzero__ __reduce__ __reduce_ex__ __repr__ __setstate__
     _reduce_ex_internal _typed_storage allclose as_nested_tensor as_strided as_subclass backward cpu cuda data_ptr
-    equal from_dlpack grad hpu ipu is_nonzero is_pinned is_set_to is_shared item mtia nested_tensor numpy pin_memory
-    share_memory_ storage storage_type to_dense to_mkldnn to_sparse tolist untyped_storage xpu
+    equal from_dlpack grad hpu ipu is_nonzero is_pinned is_set_to is_shared item mtia nested_tensor new_tensor numpy
+    pin_memory share_memory_ storage storage_type to_dense to_mkldnn to_sparse tolist untyped_storage xpu
     """
 )
 LAZY_PROPERTIES = frozenset({"T", "mT", "data"})
@@ -117,6 +117,9 @@ _BITWISE = words("__invert__ bitwise_not __and__ __or__")  # of numbers they are
 def fails_at_once(func: Callable[..., Any], args: tuple) -> bool:
     """Whether eager code gives an error at this call that stand-ins do not show: it must not come later instead."""
     name = getattr(func, "__name__", "")
+    numbers = args[2] if name == "index_select" and len(args) > 2 else None
+    if isinstance(numbers, Tensor) and (numbers.ndim > 1 or numbers.dtype not in (torch.int32, torch.int64)):
+        return True
     if name in _BITWISE:
         return any(isinstance(a, Tensor) and a.is_floating_point() for a in args)
     return any(_misses(index, size) for index, size in _indexed(name, args))

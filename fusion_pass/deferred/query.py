@@ -40,6 +40,7 @@ from fusedhead.deferred.shared_statistics import ancestry, known_statistic, top
 from fusedhead.deferred.state import Knowledge, Origin, Recorded, Recording, State, check_fresh, state
 from fusedhead.deferred.surroundings import out_of_sight, trial
 from fusedhead.deferred.tensor import DeferredLogits
+from fusedhead.graph.run_counts import Run
 from fusedhead.kernels.contract import STATS
 
 log = logging.getLogger("fusedhead")
@@ -125,6 +126,8 @@ class Request:
         return variants[0][1]
 
     def learn(self, exact: frozenset[int] | None) -> tuple[Guard, Outcome]:
+        if exact is not None and not self.runs_on_stand_ins():
+            return ALWAYS, RESORT
         chain = list(ancestry(self.subjects[0]))
         steps, made = self.steps([t._known for t in chain])
         subjects, lineage = made[: len(self.subjects)], made[len(self.subjects) :]
@@ -142,6 +145,14 @@ class Request:
             log.info("deferred logits are computed for %s: %s", name, outcome.reason)
         return guard, outcome
 
+    def runs_on_stand_ins(self) -> bool:
+        """Whether the call needs no numbers: found with sizes that are numbers, before it is tried with symbols."""
+        try:
+            self.recorded.on_stand_ins()
+        except Exception:  # made on real tensors, it will say
+            return False
+        return True
+
     def pays(self, outcome: Outcome) -> bool:
         """Whether the logits are enough for a row program, if it takes one."""
         held = outcome.held if isinstance(outcome, (TokenByToken, Wide)) else None
@@ -158,10 +169,25 @@ class Request:
         if any(isinstance(result, Tensor) and result.requires_grad for result in results):
             for subject in self.subjects:
                 subject._known.family.passed_by = True
-        for origin in {subject._known.origin for subject in self.subjects}:
-            for run in origin.recipe.runs:  # type: ignore[union-attr]
-                run.answered.add()
+        self.count(outcome)
         return results[0] if outcome.many is None else outcome.many(results)
+
+    def count(self, outcome: Answer) -> None:
+        """Tell the heads that the answer is of. Of heads that were returned in one tensor it may take some."""
+        runs: dict[Run, None] = {}
+        for subject in self.subjects:
+            recipe = subject._known.origin.recipe  # type: ignore[union-attr]
+            if not recipe.weights:
+                runs |= dict.fromkeys(recipe.runs)
+                continue
+            read = outcome.operands if isinstance(outcome, Swept) else outcome.run
+            given = [node for node in read.graph.nodes if node.op == "placeholder"]
+            places = self.places(subject._known)
+            for run, weight in zip(recipe.runs, recipe.weights):
+                if any(given[places[at].at].users for at in weight):
+                    runs[run] = None
+        for run in runs:
+            run.answered.add()
 
     def statistics(self, outcome: Swept) -> list[Tensor]:
         """The statistics that ``outcome`` asks for, from earlier sweeps or from a new one."""

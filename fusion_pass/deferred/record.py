@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fusedhead.deferred.call_program import Const, Group, Leaf, Made, Mode, Program, Step, encode
+from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT, NotRecorded, Request
 from fusedhead.deferred.row_picks import Pick, Picks
 from fusedhead.deferred.state import Knowledge, Same, state
-from fusedhead.deferred.tensor import DeferredLogits, linked
+from fusedhead.deferred.tensor import DeferredLogits
 
 
 def record(request: Request) -> Any:

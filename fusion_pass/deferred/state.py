@@ -105,15 +105,23 @@ class Recorded:
                 self.result = self.on(tensors)
         return self.result
 
+    def on_stand_ins(self) -> tuple[list[Tensor], Any]:
+        """The call made on fake tensors of the forms of its own: these, and the result.
+
+        Their sizes are numbers: code that takes the address of such a tensor gets an error. Where sizes are symbols it
+        is told that the tensor is empty, and gets a null pointer.
+        """
+        with trial(), FakeTensorMode() as fakes:
+            like = [of_the_form(t) for t in self.tensors]
+            with modes(self.mode, self.tensors[0].device.type), fakes:
+                return like, self.on(like)
+
     def layouts(self) -> tuple[list[Layout], Any]:
         """The layouts of the results, found on fake tensors, and the container they come in (None: a single one).
 
         Or none, and `Same`.
         """
-        with trial(), FakeTensorMode() as fakes:
-            like = [of_the_form(t) for t in self.tensors]
-            with modes(self.mode, self.tensors[0].device.type), fakes:
-                result = self.on(like)
+        like, result = self.on_stand_ins()
         if any(result is tensor for tensor in like):  # `float()` of float32
             return [], Same(next(at for at, tensor in enumerate(like) if tensor is result))
         many = None if isinstance(result, Tensor) else type(result)

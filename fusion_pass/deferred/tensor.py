@@ -1,29 +1,31 @@
 """Deferred logits: the tensor that stands for logits that were not computed, and may never be.
 
 It answers questions about shape and type, keeps the calls that lead to it, and becomes the ordinary tensor when
-asked to. What is done with a call on it is decided elsewhere (`deferred.calls`), and set as its `handler`.
+asked to. What is done with a call on it is decided elsewhere (`deferred.dispatch`), and set as its `handler`.
 """
 
 from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 
 from fusedhead.compat import (
     TracingContext,
     disable_torch_function_subclass,
     make_wrapper_subclass,
     missing,
-    skip_frames_of,
     throw_on_data_ptr,
     tree_map_only,
 )
 from fusedhead.deferred.call_program import Leaf, Mode, Program, encode, modes
+from fusedhead.deferred.frames import skip_own_frames
 from fusedhead.deferred.op_tables import ALONE, METADATA
 from fusedhead.deferred.state import Family, Knowledge, Layout, Recorded, check_fresh
 from fusedhead.deferred.surroundings import out_of_sight
@@ -66,6 +68,8 @@ class DeferredLogits(Tensor):
         kwargs = kwargs or {}
         if func in METADATA:
             first = args[0] if args else next(iter(kwargs.values()))
+            if func is Tensor._is_view and compiling():
+                return False  # for compilers it has no base either
             known = existing(first) if isinstance(first, DeferredLogits) and first._plain is not None else first
             if func is Tensor.storage_offset and known is first and not compiling():
                 return first._known.layout.offset
@@ -87,6 +91,8 @@ class DeferredLogits(Tensor):
         known = args[0]._known if args and isinstance(args[0], DeferredLogits) else None
         if known is not None and known.origin is None and func in (aten.detach.default, aten.alias.default):
             return inside_compiler(known.program, tuple(map(func, known.leaves)), known.layout)
+        if torch.Tag.inplace_view in func.tags and known is not None and known.origin is not None:
+            return reshaped(func, args, kwargs or {})
         args, kwargs = tree_map_only(DeferredLogits, numbers, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -141,6 +147,20 @@ def numbers(tensor: DeferredLogits) -> Tensor:
         return plain(tensor).detach()
 
 
+def reshaped(func: Any, args: tuple, kwargs: dict[str, Any]) -> DeferredLogits:
+    """A write below Python to the shape or memory of deferred logits (``z.set_()``), made to what they stand for."""
+    with torch.overrides.enable_reentrant_dispatch():
+        made = plain(args[0])
+    rest, kwargs = tree_map_only(DeferredLogits, numbers, (args[1:], kwargs))
+    func(made, *rest, **kwargs)
+    if not made.is_inference():
+        torch.autograd.graph.increment_version(made)
+    return args[0]
+
+
+# a queue between processes takes tensors by their class: these as the ordinary ones, whose memory it shares
+ForkingPickler.register(DeferredLogits, lambda tensor: reduce_tensor(plain(tensor)))
+
 SPENT = Program((), Leaf(0))  # of a tensor that exists
 
 
@@ -154,66 +174,9 @@ def inside_compiler(program: Program, leaves: tuple[Tensor, ...], layout: Layout
 
 # Dynamo compiles what runs under a compiled function: not this package, which handles tensors it cannot trace
 if not missing:
-    skip_frames_of("fusedhead")
+    skip_own_frames(traced="functional")
 
 PROCESS = uuid.uuid4().hex  # programs are compared by identity: no other process has these
-
-
-class Link(torch.autograd.Function):
-    """Gives deferred logits a ``grad_fn``, for those who walk autograd's graph or use the tensor in C++."""
-
-    @staticmethod
-    def forward(ctx: Any, known: Knowledge, *inputs: Tensor) -> Any:
-        ctx.recorded, ctx.part = known.recorded, known.part
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
-        return DeferredLogits(known)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple:
-        return (None, *gradients(ctx, grad, ctx.needs_input_grad[1:]))
-
-
-def gradients(ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of a recorded call's tensors, for an autograd node that stands for the call."""
-    if grad is None:
-        return [None for _ in needs]
-    recorded = ctx.recorded
-    inputs, grad = list(map(existing, ctx.saved_tensors)), existing(grad)
-    needed = [at for at, need in enumerate(needs) if need]
-    leaves = [t.detach().requires_grad_() if at in needed else t for at, t in enumerate(inputs)]
-    with modes(recorded.mode, grad.device.type), torch.enable_grad():
-        result = recorded.on(leaves)
-        result = result if ctx.part is None else result[ctx.part]
-        grads = torch.autograd.grad(result, [leaves[at] for at in needed], grad, allow_unused=True)
-    given = dict(zip(needed, grads))
-    return [given.get(at) for at in range(len(inputs))]
-
-
-def linked(known: Knowledge) -> DeferredLogits:
-    """Deferred logits that autograd knows of."""
-    if not known.layout.grad:
-        return DeferredLogits(known)
-    made = Link.apply(known, *known.recorded.tensors)
-    settle(made)
-    return made
-
-
-class Rebound(torch.autograd.Function):
-    """Lets deferred logits stand for something else from here on, as a write to their memory does."""
-
-    @staticmethod
-    def forward(ctx: Any, known: Knowledge, tensor: DeferredLogits, *inputs: Tensor) -> Any:
-        ctx.recorded, ctx.part = known.recorded, known.part
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
-        ctx.mark_dirty(tensor)
-        tensor._known = known
-        return tensor
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple:
-        return (None, None, *gradients(ctx, grad, ctx.needs_input_grad[2:]))
 
 
 class Adopted(torch.autograd.Function):
@@ -227,20 +190,6 @@ class Adopted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         return grad
-
-
-class Followed(torch.autograd.Function):
-    """Gives deferred logits the history of the plain tensor: C++ asks them, and not what they stand for."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: DeferredLogits, made: Tensor) -> Any:
-        ctx.mark_dirty(tensor)
-        ctx.set_materialize_grads(False)
-        return tensor
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple:
-        return None, grad
 
 
 def own_grad_fn(tensor: DeferredLogits) -> Any:
@@ -262,21 +211,6 @@ def is_adopted(tensor: DeferredLogits) -> bool:
 def adopt(tensor: DeferredLogits) -> None:
     with modes(Mode(True, None), tensor.device.type):
         tensor._plain = Adopted.apply(tensor)
-    settle(tensor)
-
-
-def follow(tensor: DeferredLogits) -> None:
-    """After a write to the plain tensor, or to its history."""
-    made = tensor._plain
-    if made is None or made.is_inference() or is_adopted(tensor):
-        return
-    if made._base is not None and not torch.is_grad_enabled():
-        return  # torch refuses the history of such a view from here on, when somebody asks for it
-    with out_of_sight(), modes(Mode(True, None), made.device.type):
-        if made.requires_grad:
-            Followed.apply(tensor, made)
-        elif tensor._own is not None:
-            tensor.detach_()
     settle(tensor)
 
 

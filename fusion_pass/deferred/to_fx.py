@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fusedhead.compat import ConstantSource, FakeTensorMode
+from fusedhead.compat import ConstantSource, FakeTensorMode, enable_python_dispatcher
 from fusedhead.deferred.call_program import Leaf, Made, Mode, Step, decode, modes
 from fusedhead.graph.nodes import callee, fake
 
@@ -70,7 +70,7 @@ def stand_in(tensor: Tensor, at: int, draft: Draft, exact: frozenset[int], grad:
 def add(draft: Draft, op: str, target: Any, args: tuple, kwargs: dict, mode: Mode, device: str) -> Node:
     node = draft.graph.create_node(op, target, args, kwargs)
     known = torch.fx.node.map_arg((args, kwargs), fake)
-    with modes(mode.read, device), draft.mode:
+    with modes(mode.read, device), draft.mode, enable_python_dispatcher():  # as Dynamo does: no size is pinned
         node.meta["example_value"] = callee(node)(*known[0], **known[1])
     return node
 

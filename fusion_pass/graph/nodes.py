@@ -147,9 +147,14 @@ def most(size: Any) -> float:
 
 
 def name_of(node: Node) -> str:
-    """The bare name of the op a node calls, whatever its spelling; that of the attribute for ``x.T``."""
+    """The bare name of the op a node calls, whatever its spelling; that of the attribute for ``x.T``.
+
+    "" where a node calls no function: inputs of a graph, or of a body in it, may be called after any op.
+    """
     if node.op == "call_method":
         return str(node.target)
+    if node.op != "call_function":
+        return ""
     packet: Any = getattr(node.target, "_overloadpacket", node.target)
     if packet is getattr and isinstance(node.args[1], str):
         return node.args[1]

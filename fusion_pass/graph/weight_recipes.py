@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fusedhead.compat import HigherOrderOperator, maybe_get_fake_mode, tree_leaves
+from fusedhead.compat import HigherOrderOperator, enable_python_dispatcher, maybe_get_fake_mode, tree_leaves
 from fusedhead.graph.aliases import memory
 from fusedhead.graph.effects import draws, may_write, writes
 from fusedhead.graph.nodes import callee, fake, hint, name_of
@@ -80,7 +80,8 @@ def same_again(node: Node) -> bool:
     mode = next(filter(None, map(maybe_get_fake_mode, (x for x in known if isinstance(x, Tensor)))), None)
     device = next((x.device.type for x in known if isinstance(x, Tensor)), "cpu")
     try:
-        with mode or nullcontext(), torch.no_grad(), torch.autocast(device, enabled=False):
+        fakes = mode or nullcontext()
+        with fakes, enable_python_dispatcher(), torch.no_grad(), torch.autocast(device, enabled=False):
             args, kwargs = map_arg((node.args, node.kwargs), lambda source: operand(node, source))
             again = tree_leaves(callee(node)(*args, **kwargs))
     except Exception:

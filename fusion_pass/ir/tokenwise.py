@@ -61,6 +61,13 @@ class TokenValue:
 
 
 @dataclass(frozen=True, eq=False)
+class MaskedRows(TokenValue):
+    """The tokens that a mask picks, as all tokens with zeros where it does not hold: only their sum is the same."""
+
+    mask: Plain  # bool, over the first dimensions
+
+
+@dataclass(frozen=True, eq=False)
 class ProgramResult:
     """A row program's result in an expression of the graph, in the shape of ``value.val``."""
 

@@ -28,6 +28,7 @@ FEATURES = frozenset(
      "leaky_relu", "mish", "hardswish", "dropout", "scaled_dot_product_attention", "embedding", "conv1d", "conv2d",
      "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate"}
 )  # fmt: skip
+AS_ASKED = 'it is returned, and fusedhead.logits="eager" (FUSEDHEAD_LOGITS) asks for logits that are built at once'
 JOINING = frozenset({"add", "add_", "iadd", "sub", "mul", "mul_", "imul", "truediv", "div"})
 
 
@@ -74,10 +75,10 @@ def unlisted(
     for node in products(graph):
         if node in listed or not with_a_weight(node) or not large(node, options.min_logits):
             continue
-        if looks_like_a_head(node) and options.logits != "deferred":
-            continue  # as the user asks
-        for record in unread_head(node, reason(node, sites.get(node), reading, why_kept)):
-            record.likely = node in sites or node in reading.unread
+        as_asked = looks_like_a_head(node) and options.logits != "deferred"
+        why = AS_ASKED if as_asked else reason(node, sites.get(node), reading, why_kept)
+        for record in unread_head(node, why):
+            record.likely = not as_asked and (node in sites or node in reading.unread)
             yield record
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fusedhead.analysis.interpreter import Site
 from fusedhead.graph.nodes import fake, most
@@ -31,8 +32,10 @@ from fusedhead.ir.expr import nodes_of
 from fusedhead.ir.logits import StackedProjection
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.lowering.plan.plan import plan
+from fusedhead.kernels.torch_engine.whole import ALL
+from fusedhead.lowering.plan.plan import engine_for, plan
 from fusedhead.lowering.plan.tokenwise import window_bytes
+from fusedhead.lowering.token_ops import logits_bytes
 from fusedhead.report.report import HeadRecord, mebibytes
 from fusedhead.rules.table import Family
 
@@ -157,7 +160,7 @@ def limits(sites: Iterable[Site], min_logits: str | int, memory: int) -> Callabl
 def limit(graph: Graph, min_logits: str | int, memory: int) -> None:
     """Tell the ops of heads whose number of tokens is a symbol below how many logits they are to build them whole.
 
-    Calls on one weight share the limit.
+    Calls on one weight share the limit. Where a gradient takes a second op, those below it keep their product.
     """
     calls: dict[Any, list[Node]] = {}
     for op in (torch.ops.fusedhead.head_stats.default, torch.ops.fusedhead.head_loss.default):
@@ -169,7 +172,52 @@ def limit(graph: Graph, min_logits: str | int, memory: int) -> None:
             if isinstance(h.shape[0] * w.shape[0], int):
                 continue
             least = pays_from(h, w, min_logits, memory) // len(sharing)
-            call.args = (*call.args, least) if least else call.args
+            if not least:
+                continue
+            call.args = (*call.args, least)
+            if call.target is torch.ops.fusedhead.head_stats.default and keeps_product(call):
+                call.args = (*call.args, True)
+    limit_rows(graph, min_logits, memory)
+
+
+def keeps_product(call: Node) -> bool:
+    """Whether a ``head_stats`` call is differentiated, and not by multiplying again."""
+    h, w = fake(call.args[0]), fake(call.args[1])  # type: ignore[arg-type]
+    return (
+        counted(h.shape[0])
+        and isinstance(w.shape[0], int)
+        and engine_for(h.dtype, h.device.type) == "torch_windows"
+        and set(str(call.args[7]).split(",")) <= {*ALL, "lse_low"}
+        and any(map(differentiable, call.users))
+    )
+
+
+def differentiable(node: Node) -> bool:
+    """Whether a tensor's node has a gradient."""
+    return isinstance(fake(node), Tensor) and fake(node).requires_grad
+
+
+def counted(tokens: Any) -> bool:
+    """Whether a number of tokens is a symbol that the caller's tensors give."""
+    return isinstance(tokens, torch.SymInt) and not free_unbacked_symbols(tokens)
+
+
+def limit_rows(graph: Graph, min_logits: str | int, memory: int) -> None:
+    """Tell ``head_rows`` calls that are differentiated below how many bytes of logits they are to keep the products.
+
+    Calls on one weight share the limit.
+    """
+    calls = graph.find_nodes(op="call_function", target=torch.ops.fusedhead.head_rows.default)
+    sharing = Counter(call.args[0][1] for call in calls)
+    for call in calls:
+        tensors = [fake(t) for t in call.args[0]]
+        each = logits_bytes(tensors, call.args[1])
+        if not counted(tensors[0].shape[0]) or not isinstance(each, int) or not any(map(differentiable, call.users)):
+            continue
+        device = tensors[0].device.type
+        least = rows_from(device, memory) if isinstance(min_logits, str) else min_logits * tensors[1].element_size()
+        if least := least // sharing[call.args[0][1]]:
+            call.args = (*call.args, least)
 
 
 def rows_from(device_type: str, memory: int) -> int:

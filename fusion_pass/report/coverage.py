@@ -27,7 +27,7 @@ PARTS: tuple[ModuleType, ...] = (
 )  # fmt: skip
 TABLES: tuple[type[Reason], ...] = (Unreadable, NotByTokens, Untraced)
 HEADER = ("part", "fused", "left to Inductor, with the reason")
-BEGIN, END = "<!-- python -m fusedhead.rules -->", "<!-- end -->"
+MARKERS = ("<!-- python -m fusedhead.rules -->", "<!-- end -->")
 
 
 def overloads(module: ModuleType) -> list[Any]:
@@ -60,10 +60,11 @@ def sentences() -> list[str]:
     return sorted({reason.template for table in TABLES for reason in table})
 
 
-def between_markers(text: str) -> str:
-    """A document with the table put between its markers. Raises ValueError where it has none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no {BEGIN} ... {END} in the document")
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+def between_markers(document: str, markers: tuple[str, str], text: str) -> str:
+    """The document with ``text`` between two markers of it. Raises ValueError where it lacks one."""
+    begin, end = markers
+    before, found, rest = document.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"no {begin} ... {end} in the document")
+    return f"{before}{begin}\n{text}\n{end}{after}"

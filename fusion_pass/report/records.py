@@ -17,6 +17,7 @@ from fusedhead.analysis.source_lines import module
 from fusedhead.analysis.token_regions import Region
 from fusedhead.graph.nodes import fake, hint
 from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.logits import StackedProjection
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.tokenwise.engine import operands
 from fusedhead.kernels.tokenwise.program import read
@@ -113,7 +114,8 @@ def asked_outside(site: Site, memory: int) -> Price:
 
 
 def tokens_of(site: Site) -> Any:
-    shape = fake(site.head.node).shape[:-1] if fake(site.head.node).ndim else ()
+    value = fake(site.head.node) if isinstance(site.head, StackedProjection) else site.head.hidden.val
+    shape = value.shape[:-1] if value.ndim else ()
     if site.terminals:
         logits = site.terminals[0][1].logits
         shape = [s for d, s in enumerate(logits.val.shape) if d != logits.class_dim]

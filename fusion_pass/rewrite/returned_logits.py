@@ -55,6 +55,8 @@ class Recipe:
     graded: tuple[int, ...]
     least: int = 0  # fewer logits are computed at once, where their number was not known when the graph was compiled
     runs: tuple[Run, ...] = ()  # of the heads whose logits it computes, to be told what becomes of them
+    # of several heads: the sources (of those that are tensors) that each one's weight is made of
+    weights: tuple[frozenset[int], ...] = ()
 
 
 def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[list[Node], list[Node]]:
@@ -184,8 +186,12 @@ LEAST_TOKENS = 64  # fewer are not worth deferring when no gradient is recorded:
 
 
 def differentiable(recipe: Recipe, sources: Sequence[Any]) -> bool:
-    """Whether the result has a gradient: not where a compiler has made the sources without."""
-    return bool(recipe.graded) and all(sources[at].requires_grad for at in recipe.graded)
+    """Whether the result has a gradient: not where a compiler has made the sources without.
+
+    Inputs say for themselves whether they have one: not every Dynamo guards on it, as where a head is frozen later.
+    """
+    made = [at for at in recipe.graded if recipe.sources[at].op != "placeholder"]
+    return any(sources[at].requires_grad for at in recipe.graded) and all(sources[at].requires_grad for at in made)
 
 
 def compute_now(recipe: Recipe, sources: Sequence[Any]) -> Tensor:

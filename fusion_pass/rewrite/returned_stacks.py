@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from fusedhead.analysis.interpreter import Site, run_of
 from fusedhead.analysis.lone_heads import pays
 from fusedhead.analysis.projections import candidates
+from fusedhead.analysis.source_lines import place
 from fusedhead.analysis.stacked_heads import SPELLED, stack_at
 from fusedhead.canonicalize.unstack_heads import ARRANGING
 from fusedhead.compat import FakeTensor
@@ -24,11 +25,11 @@ from fusedhead.graph import weight_recipes
 from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import Traces, fake, hint, name_of
 from fusedhead.ir.expr import nodes_of
-from fusedhead.ir.logits import StackedProjection
+from fusedhead.ir.logits import Logits, Projection, StackedProjection
 from fusedhead.legality.checks import Mutations, functorch
-from fusedhead.legality.missed_heads import unread_head
 from fusedhead.legality.profitability import gate
 from fusedhead.options import Options
+from fusedhead.report.records import asked_outside, describe
 from fusedhead.report.report import HeadRecord
 from fusedhead.rewrite import returned_logits
 from fusedhead.rewrite.returned_logits import Wrap
@@ -60,14 +61,20 @@ def separate(graph: Graph, options: Options) -> tuple[list[HeadRecord], Wrap | N
         if not movable(found, making, sources, modes, mutations):
             continue
         small = gate([Site(found.head)], options.min_logits)(Site(found.head))
-        records += [record(part.head.node, small) for part in found.head.parts]
+        records += [record(part, small, options.budget) for part in found.head.parts]
         if small:
             continue
         sizes = {node: [n for x in (node, *node.all_input_nodes) for n in last_sizes(x)] for node in making}
         sizes[found.kept[0]] = [*sizes[found.kept[0]], len(found.head.parts)]  # a head's number is none of a token
-        runs = tuple(run_of(part.head.node) for part in found.head.parts)
+        heads = {part.head.node: part.head for part in found.head.parts}
+        runs = tuple(map(run_of, heads))
+        weights = tuple(tensors_of(head, sources) for head in heads.values())
         recipes += [
-            replace(returned_logits.recipe_of(making, sources, sizes, slot, node, fake(node).ndim - 1), runs=runs)
+            replace(
+                returned_logits.recipe_of(making, sources, sizes, slot, node, fake(node).ndim - 1),
+                runs=runs,
+                weights=weights,
+            )
             for slot, node in enumerate(slots)
             if node in found.outputs
         ]
@@ -140,12 +147,16 @@ def movable(
     )
 
 
-def record(product: Node, small: str) -> HeadRecord:
-    """What the report says of one head of a stack."""
-    (left,) = unread_head(product, small)
-    if small:
-        return left
-    return replace(
-        left, fused=True, computes="returned, deferred", logits="deferred", engine="as the caller asks",
-        run=run_of(product),
-    )  # fmt: skip
+def tensors_of(head: Projection, sources: list[Node]) -> frozenset[int]:
+    """Which of a recipe's sources, of those that are tensors, a head's weight is made of."""
+    weight = nodes_of([head.weight])
+    found = {*weight, *(source for node in weight_recipes.making(weight) for source in node.all_input_nodes)}
+    tensors = [source for source in sources if isinstance(fake(source), torch.Tensor)]
+    return frozenset(at for at, source in enumerate(tensors) if source in found)
+
+
+def record(part: Logits, small: str, budget: int) -> HeadRecord:
+    """What the report says of one head of a stack, whose weight may be rows of a larger one."""
+    weight = replace(part.head.weight, val=part.head.weight.val[: part.val.shape[-1]])
+    site = Site(replace(part.head, weight=weight), outputs=[part.head.node])
+    return describe(site, small, place(part.head.node), [] if small else [asked_outside(site, budget)], not small)

@@ -94,10 +94,6 @@ def fuse(
     for batch in batches(sites, grad, mutations):
         heads = [group.logits.head for group in batch]
         calls.append((sweeps_of(emit, batch, memory, grad, mutations.position), heads))
-    for node, rows in (size for site in sites for size in site.sizes):
-        with emit.before(node, node, grad=grad[node]):
-            node.replace_all_uses_with(emit(aten.sym_size.int, emit.ref(rows), *node.args[1:]))
-        node.graph.erase_node(node)
     made = set(emit.made)
     erase(old, lambda node: node in old or node in made or name_of(node) in PURE_VIEWS)
     erase(reversed(emit.made), made.__contains__)
@@ -105,6 +101,16 @@ def fuse(
     assert not kept, f"{', '.join(kept)} would still be computed"  # the caller then keeps the original graph
     left = [([call for call in some if not call._erased], heads) for some, heads in calls]
     return [(some, heads) for some, heads in left if some]  # what nobody uses takes its sweep with it
+
+
+def count_elsewhere(graph: Graph, sites: Sequence[Site], grad: dict[Node, bool]) -> None:
+    """Numbers of rows that the graph reads off logits, read off what is as long and stays."""
+    emit = Emit(graph)
+    for node, rows in (size for site in sites for size in site.sizes):
+        if node.users:
+            with emit.before(node, node, grad=grad[node]):
+                node.replace_all_uses_with(emit(aten.sym_size.int, emit.ref(rows), *node.args[1:]))
+        graph.erase_node(node)
 
 
 def split_rows(emit: Emit, whole: dict[str, Node], counts: Sequence[Any]) -> dict[str, list[Node]]:

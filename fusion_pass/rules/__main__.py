@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fusedhead.report.coverage import between_markers, sentences, table
+from fusedhead.report.coverage import MARKERS, between_markers, sentences, table
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.write:
         document = arguments.write.read_text(encoding="utf-8")
-        arguments.write.write_text(between_markers(document), encoding="utf-8")
+        arguments.write.write_text(between_markers(document, MARKERS, table()), encoding="utf-8")
     else:
         print("\n".join(sentences()) if arguments.sentences else table())
 

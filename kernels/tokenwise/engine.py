@@ -50,10 +50,14 @@ def biases(program: RowProgram, tensors: Sequence[Tensor]) -> list[tuple[int, in
     return found
 
 
-def _forward(program: RowProgram) -> Function:
-    def results(tensors: list[Tensor]) -> list[Tensor]:
+def _forward(program: RowProgram, kept: bool) -> Function:
+    """(inputs..., and with ``kept`` products...) -> the program's results."""
+    count = len(program.heads) if kept else 0
+
+    def results(given: list[Tensor]) -> list[Tensor]:
+        tensors, products = given[: len(given) - count], given[len(given) - count :]
         with torch.no_grad():
-            return run(program, tensors)
+            return run(program, tensors, products if kept else None)
 
     return results
 
@@ -96,18 +100,30 @@ def _window(tensors: Sequence[Tensor], rows: frozenset[int], i: slice) -> list[T
     return [t[i] if k in rows else t for k, t in enumerate(tensors)]
 
 
-def head_rows(program: RowProgram, tensors: Sequence[Tensor], tokens: int, compile_whole: bool = False) -> list[Tensor]:
+def head_rows(
+    program: RowProgram,
+    tensors: Sequence[Tensor],
+    tokens: int,
+    compile_whole: bool = False,
+    products: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """The program's results, each [N, ...].
 
-    ``tokens`` rows of logits are held at once; with ``compile_whole`` whole windows run compiled.
+    ``tokens`` rows of logits are held at once; with ``compile_whole`` whole windows run compiled. ``products`` [N, V]
+    of the heads in order are filled where there are such.
     """
     rows = row_inputs(program)
     n = tensors[operands(program)[0][0]].shape[0]
     results: list[Tensor] = []
-    key = ("forward", program)
+    key = ("forward", program, products is not None)
     for i, compiled in windows(n, tokens, key, compile_whole) if n else [(slice(0, 0), False)]:
         given = _window(tensors, rows, i)
-        function = _forward(program)
+        if products is not None:
+            kept = [z[i] for z in products]
+            for z, head in zip(kept, program.heads):
+                z.copy_(product(head, given))
+            given += kept
+        function = _forward(program, products is not None)
         if compiled:
             function = made_once(key, function, given, True)
         found = function(given)
@@ -126,12 +142,14 @@ def head_rows_backward(
     tokens: int,
     compile_whole: bool = False,
     narrow_sums: bool = False,
+    products: Sequence[Tensor] | None = None,
 ) -> list[Tensor | None]:
     """The gradients of the inputs that need one, in their dtypes; None for the others.
 
-    What is summed over windows is summed in float32, or in its own dtype with ``narrow_sums``.
+    What is summed over windows is summed in float32, or in its own dtype with ``narrow_sums``. ``products`` are those
+    that `head_rows` has filled.
     """
-    return _swept(program, upstream, tensors, needs, tokens, compile_whole, narrow_sums, False)[1]
+    return _swept(program, upstream, tensors, needs, tokens, compile_whole, narrow_sums, False, products)[1]
 
 
 def head_rows_loss(
@@ -159,6 +177,7 @@ def _swept(
     compile_whole: bool,
     narrow_sums: bool,
     keep: bool,
+    known: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The results where they are kept, and the gradients."""
     rows, heads, added = row_inputs(program), operands(program), biases(program, tensors)
@@ -193,7 +212,7 @@ def _swept(
     results: list[Tensor] = []
     for i, compiled in windows(n, tokens, key, compile_whole):
         given = _window(tensors, rows, i)
-        products = [product(head, given) for head in program.heads]
+        products = [z[i] for z in known] if known else [product(head, given) for head in program.heads]
         seen = [g[i] for g in upstream if g is not None]
         everything = [*given, *products, *seen]
         vjp = _vjp(program, differentiable, wanted, live, keep)

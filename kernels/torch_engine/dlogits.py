@@ -20,7 +20,7 @@ from fusedhead.kernels.torch_engine.weight_gradient import WeightGradient
 from fusedhead.kernels.transform.backward import pull_back, record
 
 
-def _dz(head: Head, upstream: RowGrads, stats: RowStats, i: slice, v: slice, z: Tensor) -> Tensor:
+def dlogits(head: Head, upstream: RowGrads, stats: RowStats, i: slice, v: slice, z: Tensor) -> Tensor:
     """dz of the transformed block z [m, v], which becomes log p and is lost."""
     wide = z.dtype
     soft = any(g is not None for g in (upstream.lse, upstream.square, upstream.entropy))
@@ -78,7 +78,7 @@ def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, wind
                 z = torch.mm(h.to(wide), w.to(wide).t(), out=buffers.wide[:size].view(m, -1))
             cols, rows = vectors(head, i, v)
             z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
-            dz = _dz(head, upstream, stats, i, v, z)
+            dz = dlogits(head, upstream, stats, i, v, z)
             to_cols = None if dcols is None else dcols[:, v]
             to_rows = None if drows is None else drows[:, i]
             dz = pull_back(head.transform, dz, tape, cols, rows, to_cols, to_rows)

@@ -7,7 +7,7 @@ the window engine's own sweeps over a single block.
 
     head_loss            z, E = exp(z - max z), dz in the place of E, dh, dw       3 products
     head_stats           z, E                                                     1 product
-    head_stats_backward  `torch_engine.dlogits` on one block                              3 products
+    head_stats_backward  `torch_engine.dlogits` on one block                       3 products, 2 of a kept z
 
 It must not know when a head is small (`fusedhead.lowering.plan` decides).
 """
@@ -42,10 +42,12 @@ class Softmax(NamedTuple):
     tape: Tape
 
 
-def softmax(head: Head, needs: Needs, cols: Tensor, rows: Tensor, summed: bool) -> Softmax:
-    """FLOP 2 N D V; memory: z [N, V] in the dtype of the statistics, and the transform's tape."""
+def softmax(
+    head: Head, needs: Needs, cols: Tensor, rows: Tensor, summed: bool, product: Tensor | None = None
+) -> Softmax:
+    """FLOP 2 N D V; memory: z [N, V] in the dtype of the statistics, and the transform's tape. ``product`` <- h wᵀ."""
     work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
-    z = torch.mm(head.h.to(work), head.w.to(work).t()).to(wide)
+    z = torch.mm(head.h.to(work), head.w.to(work).t(), out=product).to(wide, copy=product is not None)
     z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
     picked = z.gather(1, head.y)
     u = head.u.to(wide)
@@ -76,19 +78,29 @@ def statistics(of: Softmax, want: frozenset[str]) -> RowStats:
     )
 
 
-def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
-    """The statistics in ``want``, see `contract.RowStats`."""
+def head_stats(head: Head, want: frozenset[str], windows: Windows, product: Tensor | None = None) -> RowStats:
+    """The statistics in ``want``, see `contract.RowStats`; ``product`` [N, V] <- h wᵀ, in the dtype of products."""
     if not want <= ALL or not len(head.w):
+        if product is not None:
+            torch.mm(head.h.to(product.dtype), head.w.to(product.dtype).t(), out=product)
         return torch_engine.head_stats(head, want, windows)
     cols, rows = vectors(head, slice(None), slice(None))
-    return statistics(softmax(head, NOTHING, cols, rows, bool(want & {"sum", "spread"})), want)
+    return statistics(softmax(head, NOTHING, cols, rows, bool(want & {"sum", "spread"}), product), want)
 
 
-def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
-    """The gradients for any per-row upstream."""
+def head_stats_backward(
+    head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows, product: Tensor | None = None
+) -> HeadGrads:
+    """The gradients for any per-row upstream, from h wᵀ where ``product`` holds it."""
     if not len(head.w):
         return torch_engine.head_stats_backward(head, upstream, stats, needs, windows)
-    return torch_dlogits.backward(head, upstream, stats, needs, windows)
+    if product is None:
+        return torch_dlogits.backward(head, upstream, stats, needs, windows)
+    cols, rows = vectors(head, slice(None), slice(None))
+    z = product.to(stat_dtype(head.h.dtype), copy=True)
+    z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
+    dz = torch_dlogits.dlogits(head, upstream, stats, slice(None), slice(0, len(head.w)), z)
+    return gradients(head, dz, tape, cols, rows, needs)
 
 
 def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
@@ -111,10 +123,15 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     if c.sum is not None:
         g = c.sum.to(wide)[:, None]
         dz.addcmul_(g, head.u.to(wide)[None]) if head.u.numel() else dz.add_(g)
-    dcols = torch.zeros_like(head.cols, dtype=wide) if needs.cols else None
-    drows = torch.zeros_like(head.rows, dtype=wide) if needs.rows else None
-    dz = pull_back(head.transform, dz, of.tape, cols, rows, dcols, drows)
-    return stats, HeadGrads(
+    return stats, gradients(head, dz, of.tape, cols, rows, needs)
+
+
+def gradients(head: Head, dz: Tensor, tape: Tape, cols: Tensor, rows: Tensor, needs: Needs) -> HeadGrads:
+    """What the gradient of the transformed logits [N, V], which is lost, makes of the operands."""
+    dcols = torch.zeros_like(head.cols, dtype=dz.dtype) if needs.cols else None
+    drows = torch.zeros_like(head.rows, dtype=dz.dtype) if needs.rows else None
+    dz = pull_back(head.transform, dz, tape, cols, rows, dcols, drows)
+    return HeadGrads(
         *products(head, dz, needs),
         None if dcols is None else dcols.to(head.cols.dtype),
         None if drows is None else drows.to(head.rows.dtype),

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
-from fusedhead.kernels.torch_engine.weighted_sums import spread_of
 from fusedhead.kernels.triton_engine import single_pass
 from fusedhead.kernels.triton_engine.launch.launch import on_device
 from fusedhead.kernels.triton_engine.launch.sweep import multiplied_by_cublas, sweep
@@ -54,13 +53,12 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     """One sweep, in several launches where it is long. Keeps a window only where cuBLAS multiplies."""
     head = ready_head(head)
     n, vocab = len(head.h), len(head.w)
-    spread, want = "spread" in want, (want - {"spread"}) | ({"sum"} if "spread" in want else set())
     with on_device(head.h):
         check_labels(head.y, vocab)
         picked = head.h.new_empty(head.y.shape, dtype=torch.float32) if "picked" in want else None
         if n == 0:
-            asked = {*want, "lse_low"} | ({"spread"} if spread else set())
-            empty = {k: head.h.new_empty(0, dtype=torch.float32) for k in asked - {"picked", "argmax"}}
+            names = {*want, "lse_low"} - {"picked", "argmax"}
+            empty = {k: head.h.new_empty(0, dtype=torch.float32) for k in names}
             argmax = head.y.new_empty(0) if "argmax" in want else None
             return RowStats(**({"lse": head.h.new_empty(0, dtype=torch.float32)} | empty), picked=picked, argmax=argmax)
         buffer = None
@@ -76,8 +74,6 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
             logits = None if buffer is None else multiplied(part, buffer[: len(part.h)])
             found.append(_statistics(part, want, None if picked is None else rows_of(picked, i), logits))
         rows = found[0] if len(found) == 1 else {name: torch.cat([f[name] for f in found]) for name in found[0]}
-        if spread:
-            rows["spread"] = spread_of(head, rows["lse"], rows["sum"])
         return RowStats(picked=picked, **rows)
 
 
@@ -136,6 +132,5 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     """Statistics and gradients in one sweep where that is possible (`single_pass`), else in two."""
     head = ready_head(head)
     if single_pass.fits(head, coefficients, needs, windows):
-        stats, grads = single_pass.one_pass(head, coefficients, needs, windows)
-        return (stats if stats.sum is None else stats._replace(spread=spread_of(head, stats.lse, stats.sum))), grads
+        return single_pass.one_pass(head, coefficients, needs, windows)
     return _two_sweeps(head, coefficients, needs, windows)

@@ -92,7 +92,9 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
     others = [slice(at, min(at + kept.stop, vocab)) for at in range(kept.stop, vocab, kept.stop)]
     lse, picked = new(n, dtype=torch.float32), new(head.y.shape, dtype=torch.float32)
     lse_low = torch.empty_like(lse)
-    total = None if coefficients.sum is None else torch.empty_like(lse)
+    summed = coefficients.sum is not None
+    total, spread = (torch.empty_like(lse) if summed else None for _ in range(2))
+    weight = head.u.sum() if summed and head.u.numel() else None
     tie = new((), dtype=torch.float32)
     cuts = full_cuts(n, windows.tokens)
     tokens = cuts[0].stop
@@ -129,14 +131,16 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
             exps, reference2 = first_rows(buffer, m), first_rows(ref2, m)
             row_dh = None if dh is None else rows_of(dh, i)
             logits = multiplied(part, exps)
-            s = sweep("exp", part, frozenset() if total is None else frozenset({"sum"}), logits=logits)
-            totals = new((1 if total is None else 2, s.schedule.size), dtype=torch.float32)
+            s = sweep("exp", part, frozenset({"sum"}) if summed else frozenset(), logits=logits)
+            totals = new((3 if summed else 1, s.schedule.size), dtype=torch.float32)
             _exponentials(s, part, whole, exps, reference2, row_picked, slope, totals, logits)
             # dh's own rows hold s ⊙ h until dw has used it
             sh = None if dw is None else row_dh if scaled is None else first_rows(scaled, m)
             rows = (reference2, row_picked, slope, totals)
             row_total = None if total is None else rows_of(total, i)
-            scale = finalize(s, part, exps, *rows, c, row_lse, row_low, row_total, sh, gain, tie, other_lse)
+            row_spread = None if spread is None else rows_of(spread, i)
+            sums = (row_total, row_spread, weight)
+            scale = finalize(s, part, exps, *rows, c, row_lse, row_low, *sums, sh, gain, tie, other_lse)
             if gone is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
                 for factor in (scale, sh):
                     if factor is not None:
@@ -153,7 +157,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
                 scale_rows(to, scale, row_dh, outer)
         del buffer, exps, window
         grads = HeadGrads(dh, None if dw is None else dw.finish(), None, None)
-    return RowStats(lse, picked, total, lse_low=lse_low, tie=tie), grads
+    return RowStats(lse, picked, total, lse_low=lse_low, spread=spread, tie=tie), grads
 
 
 def _lse_of_others(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:

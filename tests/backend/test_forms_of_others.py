@@ -137,6 +137,8 @@ TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
     "one_hot": lambda z: F.one_hot(Y, V) * 0.9 + 0.1 / V,
     "one_hot, float": lambda z: F.one_hot(Y, V).float(),
 }
+# zero elsewhere, where an infinite log-probability makes NaN, which a sum does not tell: computed token by token
+LABEL_ALONE = ("zeros_like and scatter", "one_hot, float")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -149,7 +151,7 @@ def test_smoothed_labels_that_are_built(target: str) -> None:
 
     (head,) = right(loss).report.heads
     assert head.fused
-    assert "gather" in head.computes  # statistics, no row program
+    assert ("gather" in head.computes) == (target not in LABEL_ALONE)  # statistics, no row program
 
 
 def read_twice(z: Tensor) -> Tensor:

@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.refusals.claims import B, T, V, hidden, labels, left, right, weight
+from tests.capabilities import masks_counted_apart
+from tests.refusals.claims import B, T, V, hidden, labels, left, not_fused, right, weight
+
+# Dynamo looks at .grad of what crosses a graph break
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 PICKED = {
     "a mask on the hidden states": lambda h, w, y, m: F.cross_entropy(F.linear(h[m], w), y[m]),
@@ -31,6 +35,9 @@ PICKED = {
         F.linear(h, w)[m.nonzero(as_tuple=True)], y[m.nonzero(as_tuple=True)]
     ),
 }  # fmt: skip
+# The mask is applied twice, and the loss needs to know that both give as many rows: an older Dynamo cannot say so, and
+# breaks the graph before the loss.
+COUNTED_TWICE = {"a mask of flat tokens", "a mask after the shift", "nonzero"}
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -42,8 +49,13 @@ def test_rows_that_the_data_pick_are_fused(spelling: str, dynamic: bool | None) 
         return PICKED[spelling](h, w, y, mask)
 
     fused = 2 if spelling == "a mask, divergence" else 1
+    inputs = hidden(), labels(), torch.rand(B, T) > 0.3
+    apart = spelling in COUNTED_TWICE and not masks_counted_apart()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        right(program, hidden(), labels(), torch.rand(B, T) > 0.3, fused=fused, dynamic=dynamic)
+        if apart:
+            not_fused(program, *inputs, dynamic=dynamic)
+        else:
+            right(program, *inputs, fused=fused, dynamic=dynamic)
 
 
 def test_picked_entries_of_flattened_logits_are_left_alone() -> None:
@@ -51,4 +63,7 @@ def test_picked_entries_of_flattened_logits_are_left_alone() -> None:
         return F.cross_entropy(F.linear(h, w).masked_select(mask.unsqueeze(-1)).view(-1, V), y.masked_select(mask))
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        left(program, hidden(), weight(), labels(), torch.rand(B, T) > 0.3, because="masked_select")
+        if masks_counted_apart():
+            left(program, hidden(), weight(), labels(), torch.rand(B, T) > 0.3, because="masked_select")
+        else:
+            not_fused(program, hidden(), weight(), labels(), torch.rand(B, T) > 0.3)

@@ -155,6 +155,15 @@ def test_a_region_may_hold_a_checkpoint_and_a_checkpoint_a_region() -> None:
     right(outside, hidden(6, D), weight(), labels(6), options=AOT)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_head_and_its_loss_may_be_regions_of_a_body(times: int) -> None:
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        body = lambda h, w: loss_of(head(h, w), y)  # noqa: E731
+        return sum(checkpoint(body, h * (k + 1), w, use_reentrant=False) for k in range(times))  # type: ignore[return-value]
+
+    right(program, hidden(6, D), weight(), labels(6), fused=times, options=AOT)
+
+
 def test_what_a_region_cannot_have_fused_it_keeps() -> None:
     @once
     def mixing(h: Tensor, w: Tensor, y: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tests.compat.support import between_markers, table
+from fusedhead.report.coverage import between_markers
+from tests.compat.support import MARKERS, table
 
 
 def main() -> None:
@@ -14,7 +15,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.write:
         document = arguments.write.read_text(encoding="utf-8")
-        arguments.write.write_text(between_markers(document), encoding="utf-8")
+        arguments.write.write_text(between_markers(document, MARKERS, table()), encoding="utf-8")
     else:
         print(table())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE = Path(__file__).with_name("support.csv")
-BEGIN, END = "<!-- python -m tests.compat -->", "<!-- end of support -->"
+MARKERS = ("<!-- python -m tests.compat -->", "<!-- end of support -->")
 TESTED = {
     "run": "the tests named have passed on such a machine",
     "compiled": "the kernels compile for the chip, on a machine that has none",
@@ -38,12 +38,3 @@ def table() -> str:
     lines = [Row._fields, ["---"] * len(Row._fields), *rows()]
     meanings = [f"*{word}*: {meaning}." for word, meaning in TESTED.items()]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", " ".join(meanings)])
-
-
-def between_markers(text: str) -> str:
-    """A document with the table put between its markers. Raises ValueError where it has none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no {BEGIN} ... {END} in the document")
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"

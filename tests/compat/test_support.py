@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from tests.compat.support import TESTED, between_markers, rows
+from fusedhead.report.coverage import between_markers
+from tests.compat.support import MARKERS, TESTED, rows, table
 
 ROOT = Path(__file__).parents[2]
 README, PYPROJECT, REQUIREMENTS = (
@@ -28,7 +29,7 @@ def named(pattern: str, text: str) -> str:
 
 
 def test_the_table_of_the_readme_is_the_file_s() -> None:
-    assert between_markers(README) == README, "python -m tests.compat --write README.md"
+    assert between_markers(README, MARKERS, table()) == README, "python -m tests.compat --write README.md"
 
 
 def test_every_row_says_what_tested_means() -> None:

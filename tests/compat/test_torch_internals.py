@@ -110,6 +110,15 @@ def test_an_attribute_of_a_tensor_is_read_by_its_name_whatever_dynamo_makes_of_i
     assert [name_of(node) for node in gm.graph.nodes if node.op.startswith("call_")] == [attribute, "add"]
 
 
+def test_ops_that_compute_without_a_gradient_switch_no_mode() -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    for op in (torch.ops.aten._no_grad_zero_, torch.ops.aten._no_grad_fill_.default):
+        x = graph.call_function(op, (x, *((1.0,) * (op is torch.ops.aten._no_grad_fill_.default))))
+    graph.output((x,))
+    assert not set(compat.unknown_modes(GraphModule(torch.nn.Module(), graph)))
+
+
 def _set_grad_enabled_anew(mode: bool) -> None:
     """What a torch might call its toggle."""
     torch.set_grad_enabled(mode)
@@ -239,6 +248,8 @@ def test_a_torch_without_names_compiles_and_trains_as_inductor(
 
 # Private names outside of compat.py, each with what stands behind it there.
 ELSEWHERE = {
+    "fusion_pass/functional/linear_cross_entropy.py": "aten._assert_async, for labels of a device nobody waits for",
+    "fusion_pass/functional/vocab_parallel.py": "aten._assert_async, for what ranks of devices disagree about",
     "fusion_pass/run/enable.py": "an edit that cannot be made is logged, listed by changes(), and the others stand",
     "fusion_pass/run/compile_eager.py": "a model that cannot be watched stays eager, and the log says so",
     "fusion_pass/inductor/config.py": "its settings are among compat.MEMBERS",

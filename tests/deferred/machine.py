@@ -340,6 +340,10 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [t for v in value for t in tensors_of(v)] if isinstance(value, (list, tuple)) else []
 
 
+def written_since(tensor: Tensor, version: int, value: Tensor | None) -> bool:
+    return tensor._version != version or (value is not None and not torch.equal(tensor, value))
+
+
 class World:
     """Both programs, side by side."""
 
@@ -357,14 +361,14 @@ class World:
         for side in self.sides:
             side.optimizers = {name: make(side.model.parameters()) for name, make in OPTIMIZERS.items()}
         self.pairs: list[Pair] = []
-        self.forwards: list[list[tuple[Tensor, int, Tensor]]] = []  # operands, their versions and values
+        self.forwards: list[list[tuple[Tensor, int, Tensor | None]]] = []  # operands, their versions and values
         self.steps: list[str] = []
         self.deferred = self.waiting = self.stale = 0
 
     def written(self, pairs: Sequence[Pair]) -> bool:
         """Whether something that the pairs are made of was written since."""
         operands = [o for pair in pairs for at in pair.made_of for o in self.forwards[at]]
-        return any(t._version != version or not torch.equal(t, value) for t, version, value in operands)
+        return any(written_since(*operand) for operand in operands)
 
     def forward(self, mode: str) -> None:
         mode = "" if mode in UNCOMPILED else mode
@@ -394,11 +398,14 @@ class World:
 
     def change(self, name: str) -> None:
         self.say(name)
+        if name == "weight replaced":  # what was made of the old memory stays as it is; versions are counted on
+            weight = self.sides[0].model.lm_head.weight
+            self.forwards = [
+                [(t, -1 if written_since(*operand) else version, None) if t is weight else operand
+                 for operand in each for t, version, _ in [operand]] for each in self.forwards
+            ]  # fmt: skip
         for side in self.sides:
             CHANGES[name](side)
-        if name == "weight replaced":  # what was made of the old memory is as it was
-            weight = self.sides[0].model.lm_head.weight
-            self.forwards = [[operand for operand in each if operand[0] is not weight] for each in self.forwards]
 
     def write_to(self, pick: int) -> None:
         """A write to a small result, or to hidden states."""

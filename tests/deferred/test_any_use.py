@@ -91,10 +91,16 @@ def test_it_gets_what_eager_code_gets(use: str) -> None:
         first = result if isinstance(result, Tensor) else result[0]
         if not first.requires_grad:
             return result
-        return result, gradients(model, torch.nan_to_num(first, neginf=0.0).sum())
+        try:
+            return result, gradients(model, torch.nan_to_num(first, neginf=0.0).sum())
+        except RuntimeError as error:  # an op without a derivative, as aminmax in torch 2.11
+            return result, str(error)
 
     expected, found = outcome(model(X)), outcome(deferring(model)(X))
     if isinstance(expected, type):
         assert found is expected
+    elif isinstance(expected, tuple) and isinstance(expected[-1], str):
+        torch.testing.assert_close(found[0], expected[0], rtol=2e-4, atol=1e-5, equal_nan=True)
+        assert found[-1] == expected[-1]
     else:
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-5, equal_nan=True)

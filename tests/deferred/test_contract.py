@@ -492,3 +492,16 @@ def test_a_view_made_without_gradients_says_of_itself_what_eager_codes_says(view
         found.append((v.requires_grad, v.is_leaf, v.is_inference(), best, loss, v.grad if own else None))
         found[-1] += tuple(p.grad for p in model.parameters())
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_view_of_logits_that_were_written_to_enters_a_compiled_function() -> None:
+    compiled = torch.compile(LOSSES["cross_entropy"], backend=backend(lambda report: None))
+    model, x = Model(), tokens(ROWS)
+    values = []
+    for forward, loss in ((model, LOSSES["cross_entropy"]), (deferring(model), compiled)):
+        z = forward(x)
+        view = z.view(ROWS, T, V)
+        z.index_fill_(-1, torch.tensor([3]), -2.0)
+        values.append(loss(view).detach())
+    torch.testing.assert_close(values[1], values[0])

@@ -1,4 +1,7 @@
-"""Every method and attribute of a tensor, on a deferred tensor and on the real one: results, errors, warnings, logs.
+"""Every method, attribute and function of a tensor, on a deferred one and the real one: results, errors, logs.
+
+They run in a child process, so that one that ends it, or hangs, is a difference like any other; what ends the process
+in eager code is none.
 
     FUSEDHEAD_EVERY_FUNCTION=1 python -m pytest tests/deferred/test_every_function.py    # all; else one in some
 """
@@ -6,6 +9,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,10 +19,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.deferred.functions import functions
 from tests.deferred.heads import Model, deferring, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-STRIDE = 1 if os.environ.get("FUSEDHEAD_EVERY_FUNCTION") else 24
+EVERY = bool(os.environ.get("FUSEDHEAD_EVERY_FUNCTION"))
+STRIDE = {"attributes": 24, "functions": 160}
+LONGEST = 120  # seconds for one call
 # of the object and not of the tensor, of its memory, or of the names of autograd's nodes
 OTHERWISE = frozenset({
     "__class__", "__delattr__", "__dict__", "__dir__", "__doc__", "__getattribute__", "__getstate__",
@@ -41,6 +48,7 @@ def attributes() -> Iterator[tuple[str, Call]]:
 
 CALLS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
     "attributes": attributes,
+    "functions": functions,
 }
 
 
@@ -82,6 +90,8 @@ def compare(found: Any, expected: Any, numbers: bool) -> None:
         for name in ("shape", "dtype", "layout", "requires_grad", "is_leaf"):
             assert getattr(found, name) == getattr(expected, name), name
         if numbers:
+            if expected.dtype in (torch.uint64, torch.uint32):
+                found, expected = found.double(), expected.double()
             dense = [t.detach().to_dense() if t.layout is not torch.strided else t.detach() for t in (found, expected)]
             torch.testing.assert_close(dense[0] + 0, dense[1] + 0, rtol=2e-3, atol=1e-4, equal_nan=True)
     elif isinstance(expected, (list, tuple)):
@@ -92,17 +102,63 @@ def compare(found: Any, expected: Any, numbers: bool) -> None:
         assert found == expected
 
 
+def difference(at: int, name: str, call: Call, forwards: Any, x: Tensor, say: Callable[[Any], None]) -> str:
+    """What differs in the call numbered ``at``, or ""; says before each side that it begins."""
+    outcomes = []
+    for side, forward in enumerate(forwards):
+        z = forward(x)[0] if at % 3 == 0 else forward(x)
+        say((at, side))
+        outcomes.append(outcome(call, z if at % 2 else z.detach()))
+    (expected, warned, logged), (found, warned_too, logged_too) = outcomes
+    try:
+        compare(found, expected, not any(word in name for word in RANDOM))
+        assert logged_too == logged, logged_too
+        assert isinstance(expected, Exception) or warned_too <= warned, warned_too - warned
+    except Exception as error:
+        return f"{name}: {type(error).__name__} {str(error)[:300]}"
+    return ""
+
+
+def run_from(first: int, calls: list[tuple[str, Call]], forwards: Any, x: Tensor, pipe: Any) -> None:
+    for at in range(first, len(calls)):
+        pipe.send((at, difference(at, *calls[at], forwards, x, pipe.send)))
+
+
+def in_children(calls: list[tuple[str, Call]], forwards: Any, x: Tensor) -> list[str]:
+    """The differences of all calls."""
+    found, at = [], 0
+    context = multiprocessing.get_context("fork")
+    while at < len(calls):
+        ours, theirs = context.Pipe()
+        child = context.Process(target=run_from, args=(at, calls, forwards, x, theirs))
+        child.start()
+        theirs.close()
+        begun: Any = (at, 0)
+        try:
+            while ours.poll(LONGEST):
+                at, said = ours.recv()
+                begun = (at, said) if isinstance(said, int) else None
+                found += [said] if isinstance(said, str) and said else []
+            found.append(f"{calls[at][0]}: hangs")
+        except EOFError:
+            if begun is not None and begun[1] == 1:
+                child.join()
+                found.append(f"{calls[at][0]}: ends the process ({child.exitcode})")
+        child.kill()
+        child.join()
+        at += 1
+    return found
+
+
 @pytest.mark.parametrize("kind", CALLS)
 def test_they_do_to_deferred_logits_what_they_do_to_real_ones(kind: str) -> None:
-    model, x = Model(), tokens()
-    forwards, differences = (model, deferring(model)), []
-    for at, (name, call) in enumerate(list(CALLS[kind]())[::STRIDE]):
-        pair = [forward(x) if at % 2 else forward(x).detach() for forward in forwards]
-        (expected, warned, logged), (found, warned_too, logged_too) = (outcome(call, z) for z in pair)
-        try:
-            compare(found, expected, not any(word in name for word in RANDOM))
-            assert logged_too == logged
-            assert isinstance(expected, Exception) or warned_too <= warned
-        except Exception as error:
-            differences.append(f"{name}: {str(error)[:300]}")
+    model, x = Model(), tokens(1, 3)
+    forwards = (model, deferring(model))
+    forwards[1](x)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a child has no other
+    try:
+        differences = in_children(list(CALLS[kind]())[:: 1 if EVERY else STRIDE[kind]], forwards, x)
+    finally:
+        torch.set_num_threads(threads)
     assert not differences, "\n".join(differences)

@@ -358,7 +358,9 @@ def test_the_option_switches_it_off(model: Model) -> None:
     report = Report()
     z = deferring(model, report, logits="eager")(tokens())
     assert type(z) is Tensor
-    assert report.heads == []
+    (head,) = report.heads
+    assert (head.fused, head.logits, head.vocab_size) == (False, "built", V)
+    assert 'fusedhead.logits="eager"' in head.reason
     output = deferring(WithLoss(), report, logits="eager")(tokens(), tokens())
     assert type(output["logits"]) is Tensor
 

@@ -90,6 +90,18 @@ def test_a_loss_of_one_head_is_a_sweep_of_that_head(form: str) -> None:
     assert len([name for name in ran.fused if not name.endswith("backward")]) == BOOKS
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_report_has_a_line_a_head_with_its_sizes_its_price_and_what_was_asked_of_it(form: str) -> None:
+    stack, parts = FORMS[form]
+    report = Report()
+    z = deferring(Codebooks(stack), report)(torch.randn(B, T, D))
+    by_head(parts(z)[:2]).backward()
+    assert [(head.tokens, head.hidden_size, head.vocab_size) for head in report.heads] == [(B * T, D, V)] * BOOKS
+    assert all(head.workspace_bytes > 0 and head.bytes_logits == B * T * V * 4 for head in report.heads)
+    of_one_weight = form in ("pieces of one weight", "einsum", "slices of one weight")  # heads told apart by weights
+    assert [head.run.answered.value for head in report.heads] == ([2, 2, 2] if of_one_weight else [1, 1, 0])
+
+
 def test_one_loss_of_all_heads_is_a_sweep_each() -> None:
     ran = alike(stacked(1), lambda z: F.cross_entropy(z.reshape(-1, V), Y.reshape(-1)))
     assert not ran.large

@@ -46,3 +46,15 @@ def test_found_by_random_programs(program: list[str]) -> None:
             else:
                 world.act("step" if name in STEPS else "statistic", name, [0], mode)
         world.end()
+
+
+@pytest.mark.parametrize("frozen", ["head frozen", "trunk frozen"])
+def test_what_is_frozen_after_it_was_compiled_leaves_the_rest_its_gradient(frozen: str) -> None:
+    """A Dynamo that does not guard on it runs the graph that it has."""
+    with room_for_variants():
+        world = World("plain")
+        for change in ("all unfrozen", frozen, "all unfrozen"):
+            world.change(change)
+            world.forward("")
+            world.backward(len(world.pairs) - 1)
+        world.end()

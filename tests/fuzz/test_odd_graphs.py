@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import warnings
 from collections import Counter
 
 import pytest
 import torch
 
+from fusedhead.analysis.projections import ANCHORS
+from fusedhead.analysis.stacked_heads import SPELLED
 from fusedhead.backend import run_pass
+from fusedhead.legality.missed_heads import CARRYING
 from fusedhead.options import Options
+from fusedhead.rules.projections import SPELLINGS
 from tests.fuzz.odd_graphs import drawn
 
 GRAPHS = int(os.environ.get("FUSEDHEAD_ODD_GRAPHS", "150"))
+NAMED = GRAPHS // 5
 # seeds of graphs that once made the pass step back
 FOUND = ("y:1367", "y:1871", "y:3421", "y:1212", "y:2384", "z:1019", "k:5490", "k:6339")
 
@@ -48,6 +54,32 @@ def test_no_well_formed_graph_is_too_odd_to_read() -> None:
         assert all(head.fused or head.reason for head in report.heads)
     assert seen["fused"] > GRAPHS // 50
     assert seen["left"] > GRAPHS // 20
+
+
+# what the rules know by name, and what Dynamo calls the inputs of a body after: the node that is handed in
+NAMES = sorted({*SPELLINGS, *ANCHORS, *SPELLED, *CARRYING, "setitem", "scatter_", "one_hot", "arange", "stack"})
+
+
+def test_an_input_may_be_called_after_any_op() -> None:
+    seen: Counter[bool] = Counter()
+    for seed in range(NAMED):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                (gm, _), (renamed, _) = drawn(seed), drawn(seed)
+            except torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode:
+                continue
+            rng = random.Random(seed)
+            for node in renamed.graph.find_nodes(op="placeholder"):
+                node.target = rng.choice(NAMES)
+                node._rename(node.target)
+            options = Options(logits=("eager", "deferred")[seed % 2], min_logits=0)
+            (_, as_drawn, _), (_, report, _) = (run_pass(each, options, texts=False) for each in (gm, renamed))
+        assert not report.errors, (seed, report.errors)
+        assert [head.fused for head in report.heads] == [head.fused for head in as_drawn.heads], seed
+        seen.update(head.fused for head in report.heads)
+    assert seen[True]
+    assert seen[False]
 
 
 def values(gm: torch.fx.GraphModule) -> list[object]:

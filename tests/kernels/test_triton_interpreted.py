@@ -671,3 +671,23 @@ def test_a_difference_from_the_lse_errs_no_more_than_eager_code_whatever_the_log
         ours += float(((got.lse - got.picked[:, 0] + got.lse_low) - losses).square().sum())
         eager += float((torch.nn.functional.cross_entropy(z, labels, reduction="none") - losses).square().sum())
     assert ours <= 1.05 * eager
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e6])
+def test_the_spread_errs_no_more_than_eager_code_whatever_all_logits_share(offset, weighted):
+    errors = torch.zeros(3, dtype=torch.float64)
+    for seed in range(6):
+        x = head(n=18, v=150, k=1, transform="addcol:0", seed=seed, weighted=weighted)
+        x.cols[0] += offset
+        u = x.u if weighted else torch.ones(150)
+        true = -((x.h.double() @ x.w.double().T + x.cols[0].double()).log_softmax(1) @ u.double())
+        eager = -((x.h @ x.w.T + x.cols[0]).log_softmax(1) @ u)
+        stats = engine.head_stats(x, frozenset({"lse", "sum", "spread"}), Windows(18, 150, F32))
+        c = gradients(18, sum=True)
+        assert single_pass.fits(engine.ready_head(x), c, OPERANDS, Windows(18, 150, F32))
+        loss, _ = engine.head_loss(x, c, OPERANDS, Windows(18, 150, F32))
+        for at, found in enumerate((eager, stats.spread, loss.spread)):
+            errors[at] += (found.double() - true).square().sum()
+    rounding = 2.0**-24 * float(true.norm()) * 6**0.5
+    assert bool((errors[1:].sqrt() <= 1.05 * errors[0].sqrt() + rounding).all())

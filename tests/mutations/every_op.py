@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
-from tests.mutations.calls import Call, Samples, call_of, complete
+from tests.mutations.calls import FRAGILE, Call, Samples, call_of, complete
 from tests.mutations.programs import OPERANDS, D, N, NoProgram, Spelling, Verdict, judged, program, spellings
 
 ELSEWHERE = {
@@ -27,6 +27,26 @@ ELSEWHERE = {
     "quantized": "needs quantised tensors",
 }
 MODES = ((False, False), (True, False), (True, True))  # whether gradients are recorded; whether the loss comes first
+
+
+# parts of the names of ops for which no arguments were found, and why; the first that fits
+FOREIGN = (
+    (("cudnn", "miopen", "mps", "triton", "philox", "_scaled_mm", "batch_norm_gather", "batch_norm_stats",
+      "batch_norm_update_stats", "bmm.dtype", "conv_depthwise2d"), "its kernel is for another device"),
+    (("mkldnn", "nnpack", "fbgemm", "_sobol"), "its operands are a library's own"),
+    (("quant", "q_per_channel", "per_channel_affine"), "needs quantised tensors"),
+    (("sparse", "spdiags", "nested", "_to_dense", "row_indices", "csr"), "needs tensors of another layout"),
+    (FRAGILE, "made-up arguments could end the process, and no sample of torch's calls it"),
+)  # fmt: skip
+
+
+def no_arguments(name: str, op: OpOverload) -> str:
+    """Why no call of an op was found."""
+    written = [a for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if not any("Tensor" in str(a.type) for a in written):
+        return "writes to a list, a dictionary or a generator, and to no tensor"
+    reasons = (why for parts, why in FOREIGN if any(part in name for part in parts))
+    return next(reasons, "no arguments were found: none of torch's samples calls it, and none made by type run")
 
 
 @dataclass
@@ -107,7 +127,7 @@ def check(name: str, op: OpOverload, samples: Samples, tally: Tally, every: bool
                 said = f"{target} in {operand}, {'training' if learning else 'no_grad'}{', after' * after}"
                 tally.add(name, spelling, verdict, said)
     if not found:
-        tally.left_out["no arguments were found"].append(name)
+        tally.left_out[no_arguments(name, op)].append(name)
     elif name not in tally.ops:
         why = Counter(reasons).most_common(1)
         tally.left_out[why[0][0] if why else "writes to no tensor"].append(name)

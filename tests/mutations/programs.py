@@ -246,14 +246,16 @@ class Verdict:
 
 def judged(made: Program, learning: bool) -> Verdict:
     """What the pass makes of a program. Raises NoProgram."""
-    before = run(made.gm, made.inputs, learning)
+    before = run(made.gm.forward, made.inputs, learning)
     if isinstance(before[0], type):
-        raise NoProgram("raises in eager code")
+        raise NoProgram(f"raises {before[0].__name__} in eager code")
     with_values(made, learning)
     seen = made.target in written(made.writer)
     with torch.set_grad_enabled(learning):
         gm, report, wrap = run_pass(made.gm, Options(min_logits=0, logits="eager"), texts=False)
     got = run(wrap(gm, compute_now), made.inputs, learning)
+    if not all(map(same, run(made.gm.forward, made.inputs, learning), before)):
+        raise NoProgram("leaves memory as it happens to be, and eager code differs from itself")
     known = any(head.fused for head in report.heads), telling_of(made, before), effects(made.writer).sure
     if report.errors:
         return Verdict("error", report.errors[0], *known)

@@ -79,26 +79,23 @@ class Writes(torch.autograd.Function):
         return g, None
 
 
-class WritesInBackward(torch.autograd.Function):
-    """The first argument; writes to the second in the backward."""
+class Keeps(torch.autograd.Function):
+    """The first argument; keeps the second for the backward, which those below write each in their own way."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return p * 1
 
+
+class WritesInBackward(Keeps):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         ctx.saved_tensors[0].mul_(2)
         return g * 1, None
 
 
-class WritesToItsGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return p * 1
-
+class WritesToItsGradient(Keeps):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         return g.clone().mul_(2) + 0 * ctx.saved_tensors[0].sum(), None

@@ -34,7 +34,7 @@ def test_opcheck_finds_nothing_in_head_loss(wanted, labels):
 
 def test_opcheck_finds_nothing_in_the_backward():
     o = operands(7, 50, 8, dtype=torch.float32)
-    lse, _, _, entropy, _, _, low, _ = OPS.head_stats(*o, "", "lse,entropy", 0)
+    lse, _, _, entropy, _, _, low, _, _ = OPS.head_stats(*o, "", "lse,entropy", 0)
     g, e = torch.ones(7), torch.empty(0)
     for upstream in ((g, g[:, None], e, e), (g, e, g, g)):
         arguments = (*upstream, *o, lse, low, entropy, "", 0, True, True, True, True)

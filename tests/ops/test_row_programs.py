@@ -260,3 +260,24 @@ def test_one_sweep_is_differentiated_once_and_for_what_was_asked() -> None:
     loss = ask(tensors, [c, torch.empty(())], DIVERGENCE, 0, [False] * len(tensors))[0]
     with pytest.raises(RuntimeError, match="without its need"):
         (loss * c).sum().backward()
+
+
+@pytest.mark.parametrize("limit", [1, N, N + 1])
+def test_kept_products_spare_the_second_one_of_every_head_and_change_nothing(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, counts, seen = [], [], []
+    product = tokenwise_engine.product
+    monkeypatch.setattr(tokenwise_engine, "product", lambda *given: seen.append(0) or product(*given))
+    for below in (0, limit * 2 * 4 * V):
+        torch.manual_seed(0)
+        tensors = inputs()
+        seen.clear()
+        out, best, *products = torch.ops.fusedhead.head_rows(tensors, DIVERGENCE, 0, below)
+        out.square().sum().backward()
+        assert [len(z) for z in products] == ([] if not below else [N if limit > N else 2] * 2)
+        found.append([out, best, *(t.grad for t in tensors if t.grad is not None)])
+        counts.append(len(seen))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+    assert counts == [2, 2]  # of the backward sweep alone, where nothing is kept; else of the forward sweep alone

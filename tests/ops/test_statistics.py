@@ -109,7 +109,7 @@ def test_a_decision_is_taken_on_rounded_logits_with_the_first_index_on_ties(any_
 def test_a_decision_on_a_bias_is_taken_on_the_sum_as_linear_rounds_it(any_cpu):
     h, w, bias = (torch.randn(*shape).bfloat16() for shape in ((512, 8), (700, 8), (700,)))
     e, y = torch.empty(0), torch.zeros(512, 0, dtype=torch.int64)
-    *_, top, at, _, _ = OPS.head_stats(h, w, y, bias.float()[None], e, e, "addcol:0 round:bfloat16", "max,argmax", 0)
+    *_, top, at, _, _, _ = OPS.head_stats(h, w, y, bias.float()[None], e, e, "addcol:0 round:bfloat16", "max,argmax", 0)
     z = F.linear(h, w, bias)
     assert torch.equal(at, z.argmax(1))
     assert torch.equal(top, z.amax(1).float())

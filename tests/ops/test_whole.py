@@ -142,3 +142,21 @@ def test_the_limit_decides_at_run_time_whatever_the_budget():
             assert found.engine == name
     held = plan(15, 64, 8, torch.float32, "cpu", products=torch.float32, needs=needs, whole_below=1024).predicted_bytes
     assert 15 * 64 * 4 <= held <= 4 * 15 * 64 * 4
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 15, 16, 40])
+@pytest.mark.parametrize("transform", ["", "mul:0.5 addcol:0 tanh mul:3.0"])
+def test_a_kept_product_changes_no_digit_and_spares_one(tokens, transform, monkeypatch):
+    o, mm = operands(tokens, 64, 2), torch.mm
+    products, found = [], []
+    monkeypatch.setattr(torch, "mm", lambda *a, **b: products.append(0) or mm(*a, **b))
+    for keep in (False, True):
+        ours = leaves(o)
+        products.clear()
+        got = OPS.head_stats(*ours, transform, "lse,picked,sum", 0, 16 * 64, keep)
+        (got[0] ** 2 + got[1].sum(1) * got[2]).sum().backward()
+        assert len(got[8]) == (0 if not keep else max(2, tokens) if tokens < 16 else 2)
+        found.append([*got[:3], *(x.grad for x in (ours.h, ours.w, ours.cols, ours.rows) if x.grad is not None)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+    assert tokens >= 16 or len(products) == 3

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.capabilities import hook_op
 from tests.eager_stack import Rewritten
 from tests.refusals.claims import D, Program, V, hidden, labels, right, weight
 
@@ -120,7 +121,7 @@ def test_a_hook_on_the_losses_of_tokens_sees_their_gradients() -> None:
         each.register_hook(lambda g: g * torch.arange(6))
         return each.mean()
 
-    recomputed(program, because="register_hook takes the loss")
+    recomputed(program, because=f"{hook_op()} takes the loss")
 
 
 def test_a_loss_kept_under_another_name_sees_what_is_added_in_place() -> None:

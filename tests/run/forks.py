@@ -15,12 +15,14 @@ from typing import NamedTuple, Protocol
 
 FORKS = """
 import json, os, sys
+import torch._inductor.compile_fx  # what every child that compiles would import by itself, which takes seconds
 from fusedhead.run.cli import main
 for line in sys.stdin:
-    arguments, folder, out, err = json.loads(line)
+    arguments, folder, out, err, environment = json.loads(line)
     child = os.fork()
     if child == 0:
         os.chdir(folder)
+        os.environ.update(environment)
         os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
         os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
         sys.exit(main(["run", *arguments]))
@@ -35,7 +37,7 @@ class Outcome(NamedTuple):
 
 
 class Ours(Protocol):
-    def __call__(self, *arguments: str, cwd: Path) -> Outcome: ...
+    def __call__(self, *arguments: str, cwd: Path, **environment: str) -> Outcome: ...
 
 
 def of_the_program(line: str) -> bool:
@@ -45,7 +47,7 @@ def of_the_program(line: str) -> bool:
 
 @contextmanager
 def forks() -> Iterator[Ours]:
-    """``fusedhead run`` as a function of its arguments and the current folder."""
+    """``fusedhead run`` as a function of its arguments, the current folder, and more variables of the environment."""
     command = [sys.executable, "-c", FORKS]
     with (
         subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as process,
@@ -55,10 +57,10 @@ def forks() -> Iterator[Ours]:
         assert process.stdout is not None
         count = itertools.count()
 
-        def run(*arguments: str, cwd: Path) -> Outcome:
+        def run(*arguments: str, cwd: Path, **environment: str) -> Outcome:
             number = next(count)
             out, err = Path(written, f"{number}.out"), Path(written, f"{number}.err")
-            process.stdin.write(json.dumps([arguments, str(cwd), str(out), str(err)]) + "\n")
+            process.stdin.write(json.dumps([arguments, str(cwd), str(out), str(err), environment]) + "\n")
             process.stdin.flush()
             code = int(process.stdout.readline())
             return Outcome(code, out.read_text(), "".join(filter(of_the_program, err.read_text().splitlines(True))))

@@ -119,14 +119,9 @@ def test_strict_stops_at_a_head_that_is_not_fused(tmp_path: Path, ours: Ours) ->
     assert "FusedHeadError" in strict.err
 
 
-def test_only_the_first_process_of_a_launch_speaks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_only_the_first_process_of_a_launch_speaks(tmp_path: Path, ours: Ours) -> None:
     write(tmp_path, "import os\nprint('rank', os.environ['RANK'])\n")
-    environment = {**os.environ, "RANK": "3", "LOCAL_RANK": "0"}
-    command = [sys.executable, "-m", "fusedhead", "run", "program.py"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (run.stdout, run.stderr) == ("rank 3\n", "")
+    assert ours("program.py", cwd=tmp_path, RANK="3", LOCAL_RANK="0") == (0, "rank 3\n", "")
 
 
 class Page(HTMLParser):

@@ -28,7 +28,7 @@ from fusedhead.compat import (
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, ProbTimes, StackedProjection
 from fusedhead.ir.reasons import Escape
-from fusedhead.ir.tokenwise import HeadInput, TokenValue, token_values_of
+from fusedhead.ir.tokenwise import HeadInput, MaskedRows, TokenValue, token_values_of
 from fusedhead.rules.table import TOKEN_RULES, Context, Family
 from fusedhead.rules.tokenwise import indexing, losses, reductions, views  # noqa: F401  register their rules
 from fusedhead.rules.tokenwise.elementwise import DTYPE_OPS, as_wide, entrywise, is_pointwise, pointwise_tokens
@@ -59,6 +59,8 @@ def read(context: Context, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(lambda x: widened(x, wanted), (args, kwargs))
     elif wanted != made and op not in DTYPE_OPS:
         raise Escape(NotByTokens.AUTOCAST, op=op, dtype=wanted)
+    if op is not aten.sum.default and any(isinstance(x, MaskedRows) for x in tree_leaves((args, kwargs))):
+        raise Escape(NotByTokens.MASKED, op=op)
     for rule in TOKEN_RULES.get(op, ()):
         given, named = (args, kwargs) if rule.dim is None else positional(op, args, kwargs, rule.dim)
         found = rule.read(replace(context, dim=rule.dim), *given, **named)
@@ -157,6 +159,8 @@ def taken_apart(parts: Callable[..., Any], context: Context, args: tuple, kwargs
         val = node.meta.get("val")
         each = Context(context.node, val, node.target, alone=val)
         if node.target is operator.getitem:
+            if not isinstance(here[0], (list, tuple)):
+                raise Escape(NotByTokens.ONE_OF_SEVERAL, op=target)
             env[node] = here[0][here[1]]
         elif any(isinstance(x, TokenValue) for x in tree_leaves((here, named))):
             if node.target is target:

@@ -54,6 +54,8 @@ def detach_tokens(context: Context, x: Any) -> TokenValue:
 
 def pointwise_tokens(context: Context, *args: Any, **kwargs: Any) -> TokenValue:
     """Any op that torch tags as pointwise: the default of `TOKEN_RULES`."""
+    if not isinstance(context.val, Tensor):
+        raise Escape(NotByTokens.SEVERAL_RESULTS, op=context.op)
     operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, TokenValue)]
     return entrywise(context, args, kwargs, common_tail(context.val, operands), heads_among(operands))
 

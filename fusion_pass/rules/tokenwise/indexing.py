@@ -1,8 +1,9 @@
 """Ops that pick tokens or classes of a token value, and those that read and write entries along the tail.
 
 Picked tokens: the value is computed from them alone, so that a divergence that is computed for every token and then
-indexed by a mask costs its picked tokens only. The pick moves to where the expression begins: to the heads, whose rows
-commute with the projection, and to the tensors from outside.
+indexed by numbers costs its picked tokens only. The pick moves to where the expression begins: to the heads, whose rows
+commute with the projection, and to the tensors from outside. How many tokens a boolean mask picks is not known before
+it is run; of these the sum is read, Σ x[m] = Σ where(m, x, 0).
 
 An op that may do either has two rules, of which the one for tokens is tried first.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ from fusedhead.graph.sizes import same_size
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Logits, from_the_first
 from fusedhead.ir.reasons import Escape
-from fusedhead.ir.tokenwise import HeadInput, TokenInput, TokenValue
+from fusedhead.ir.tokenwise import HeadInput, MaskedRows, TokenInput, TokenValue
 from fusedhead.rules.table import RULES, Context, token_rule
+from fusedhead.rules.tokenwise.elementwise import pointwise_tokens
 from fusedhead.rules.tokenwise.operands import constants, from_logits, heads_among, known_size, lined_up, tail_dim
 from fusedhead.rules.tokenwise.reasons import NotByTokens
 from fusedhead.rules.tokenwise.reductions import along_tail
@@ -121,6 +124,26 @@ def tail_index_select(context: Context, x: Any, dim: int, which: Any) -> TokenVa
         raise Escape(NotByTokens.NO_VECTOR, op=context.op)
     expr = Expr(aten.index_select.default, (x.expr, tail_dim(context, x, dim), TokenInput(which, False)))
     return TokenValue(expr, context.val, x.tail, x.heads)
+
+
+@token_rule(aten.index.Tensor)
+def masked_tokens(context: Context, x: Any, indices: Any) -> MaskedRows | None:
+    """``x[mask]``, of which the sum is read; None for another index."""
+    mask = indices[0] if indices else None
+    if not isinstance(x, TokenValue) or not isinstance(mask, Plain) or any(i is not None for i in indices[1:]):
+        return None
+    dims = range(mask.val.ndim)
+    if mask.val.dtype != torch.bool or not dims or any(x.tail[: len(dims)]) or x.small or not x.val.is_floating_point():
+        return None
+    if len(dims) > x.val.ndim or not all(same_size(mask.val.shape[d], x.val.shape[d]) for d in dims):
+        return None
+    shape = [*mask.val.shape, *(1 for _ in range(x.val.ndim - len(dims)))]
+    ref: Any = mask.ref
+    for _ in range(x.val.ndim - len(dims)):
+        ref = Expr(aten.unsqueeze.default, (ref, -1))
+    column = Plain(ref, mask.val.reshape(shape))
+    kept = pointwise_tokens(replace(context, val=x.val, op=aten.where.ScalarOther), column, x, 0.0)
+    return MaskedRows(kept.expr, kept.val, kept.tail, kept.heads, mask)
 
 
 @token_rule(aten.index.Tensor)

@@ -28,11 +28,28 @@ def rounded_off(ref2, total, lse):
 
 
 @triton.jit
-def weighted_sum(z, u, col, V, HAS_U: tl.constexpr, WIDTH: tl.constexpr):
-    """Σ_v u_v z over the columns ``col`` [WIDTH] of a tile that exist; u counts as ones unless HAS_U."""
-    weight = tl.full((WIDTH,), 1.0, tl.float32)
+def spread_of(total, relative, weight):
+    """Σ_v u_v (lse - z) from total = Σ_v 2^x_v, relative = Σ_v u_v x_v and weight = Σ_v u_v, x_v = z_v·L - ref2.
+
+    What all logits share is in no x, so that no digit of the difference is lost to it.
+    """
+    shared = tl.fma(relative, -7.348693209507928e-09, tl.log2(total) * 0.6931471805599453 * weight)
+    return tl.fma(relative, -0.6931471824645996, shared)
+
+
+@triton.jit
+def class_weights(u, col, V, HAS_U: tl.constexpr, WIDTH: tl.constexpr):
+    """u_v of the columns ``col`` [WIDTH] of a tile that exist, else 0; u counts as ones unless HAS_U."""
     if HAS_U:
         weight = tl.load(u + col, mask=col < V, other=0.0)
+    else:
+        weight = tl.where(col < V, 1.0, 0.0)
+    return weight
+
+
+@triton.jit
+def weighted_sum(z, weight, col, V):
+    """Σ_v u_v z over the columns ``col`` of a tile that exist, whose weights are ``weight``."""
     return tl.sum(tl.where((col < V)[None, :], z * weight[None, :], 0.0), 1)
 
 

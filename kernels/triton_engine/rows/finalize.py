@@ -1,6 +1,7 @@
 """What happens to each row between the GEMMs of the single pass, without a pass over the window.
 
-A row's partial totals are summed, and exponentials turned into a gradient by one number a row:
+A row's partial totals are summed (and what makes Σ u (lse - z) of them), and exponentials turned into a gradient by
+one number a row:
 
     lse = ref + ln total      a = c_lse + 2 c_square lse      s = a / total      dz = s ⊙ E
     E[i, y] <- c(z_y) (2^(z_y·L - ref2) + c_picked total / a)     the target entry, from float32: no
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, RowGrads
-from fusedhead.kernels.triton_engine.device.rows import log_sum, rounded_off
+from fusedhead.kernels.triton_engine.device.rows import log_sum, rounded_off, spread_of
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
 from fusedhead.kernels.triton_engine.device.transform import row_slope, varies_along_row
 from fusedhead.kernels.triton_engine.launch.launch import Launch
@@ -31,7 +32,7 @@ from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 
 @triton.jit(do_not_specialize=("N", "V", "D", "K", "P", "GROUP", "size", "ld", "sy0", "sy1", "stride_rows"))
 def finalize_kernel(
-    part,  # [2, size] float32: totals, Σ u z
+    part,  # [1 or 3, size] float32: totals, Σ u z, Σ u (z·L - ref2)
     ref2,  # [N] float32
     E,  # [N, ld] dtype of h
     h,  # [N, D]
@@ -45,7 +46,9 @@ def finalize_kernel(
     others,  # [N] float32 when OTHERS: base-2 lse of the columns that the window does not hold
     lse,  # [N] float32, out
     lse_low,  # [N] float32, out: what rounding took off lse
+    weight,  # [] float32 when SUM and HAS_U: Σ u
     sum_out,  # [N] float32, out when SUM
+    spread_out,  # [N] float32, out when SUM
     scale,  # [N] float32, out: s · (row part of dT/dz)
     sh,  # [N, D] dtype of h, out when NEED_W
     tie,  # [] float32, out: -0.0
@@ -69,6 +72,7 @@ def finalize_kernel(
     HAS_PICKED: tl.constexpr,
     HAS_SQUARE: tl.constexpr,
     OTHERS: tl.constexpr,
+    HAS_U: tl.constexpr,
     SUM: tl.constexpr,
     NEED_W: tl.constexpr,
     GAIN: tl.constexpr,  # sh = GAIN s h, a power of two undone by the GEMM's alpha (float16 only)
@@ -87,15 +91,21 @@ def finalize_kernel(
     start, distance, slots = partial_offset(block, 0, P, N, V, GROUP, BM, BN)
     totals = tl.zeros((SLOTS,), tl.float32)
     sums = tl.zeros((SLOTS,), tl.float32)
+    relatives = tl.zeros((SLOTS,), tl.float32)
     for first in range(0, slots, SLOTS):
         slot = first + tl.arange(0, SLOTS)
         at = start.to(tl.int64) + slot.to(tl.int64) * distance + (row - block * BM)
         totals += tl.load(part + at, mask=slot < slots, other=0.0)
         if SUM:
             sums += tl.load(part + size + at, mask=slot < slots, other=0.0)
+            relatives += tl.load(part + 2 * size + at, mask=slot < slots, other=0.0)
     total = tl.sum(totals, 0)
     if SUM:
         tl.store(sum_out + row, tl.sum(sums, 0))
+        classes = V * 1.0
+        if HAS_U:
+            classes = tl.load(weight)
+        tl.store(spread_out + row, spread_of(total, tl.sum(relatives, 0), classes))
     r = tl.load(ref2 + row)
     lse_row = log_sum(r, total)
     low = rounded_off(r, total, lse_row)
@@ -199,6 +209,8 @@ def finalize(
     lse: Tensor,
     lse_low: Tensor,
     total: Tensor | None,
+    spread: Tensor | None,
+    weight: Tensor | None,
     sh: Tensor | None,
     gain: float,
     tie: Tensor,
@@ -206,6 +218,7 @@ def finalize(
 ) -> Tensor:
     """Row results, the target entries, and tie [] <- -0.0; returns scale [N] float32 with dz = scale ⊙ window.
 
+    ``total`` and ``spread`` [N] <- Σ u z and Σ u (lse - z); ``weight`` [] is Σ u where there is u.
     ``others`` [N] float32: the base-2 lse of columns that are not in the window.
     """
     c_lse, c_picked, _, _, c_square = coefficients
@@ -227,7 +240,9 @@ def finalize(
         lse if others is None else others,
         lse,
         lse_low,
+        lse if weight is None else weight,
         lse if total is None else total,
+        lse if spread is None else spread,
         scale,
         scale if sh is None else sh,
         tie,

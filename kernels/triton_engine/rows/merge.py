@@ -1,9 +1,10 @@
 """Folds the partial rows of a sweep into row statistics.
 
     ref2 = max ref2_s,  total = Σ_s total_s 2^(ref2_s - ref2),  lse = ref2 / L + ln total
-    entropy = ln total - ln 2 · moment / total, max and argmax by the largest key, then the smallest column
+    entropy = ln total - ln 2 · moment / total, max and argmax by the largest key, then the smallest
+    column, Σ u (lse - z) = Σ u ln total - Σ u (z·L - ref2) / L
 
-in: part [4, size] float32, part_top [2, size] int32 (`device.schedule` places them). out: [N] vectors.
+in: part [up to 6, size] float32, part_top [2, size] int32 (`device.schedule` places them). out: [N] vectors.
 Partial rows of programs merge exactly as those of tensor-parallel ranks would. Bytes: N · slots · 8 to 24.
 Must not know how rows were summed.
 """
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedhead.kernels.triton_engine.device.rows import finite_or_zero, from_order_key, log_sum, rounded_off
+from fusedhead.kernels.triton_engine.device.rows import finite_or_zero, from_order_key, log_sum, rounded_off, spread_of
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
@@ -26,7 +27,7 @@ from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 
 @triton.jit(do_not_specialize=("N", "V", "P", "GROUP", "size"))
 def merge_kernel(
-    part,  # [4, size] float32: ref2, total, moment, sum
+    part,  # [up to 6, size] float32: ref2, total, moment, sum, relative sum, weight
     part_top,  # [2, size] int32
     flags,  # [token blocks] int32, read when ONLY
     ref2_out,  # [N] float32 base-2 lse + SHIFT, when REF
@@ -34,6 +35,7 @@ def merge_kernel(
     lse_low_out,  # [N] float32, unless REF: what rounding took off lse
     entropy_out,  # [N] float32
     sum_out,  # [N] float32
+    spread_out,  # [N] float32
     max_out,  # [N] float32
     argmax_out,  # [N] int64
     N,
@@ -46,6 +48,7 @@ def merge_kernel(
     FINITE: tl.constexpr,
     ONLY: tl.constexpr,
     SUM: tl.constexpr,
+    SPREAD: tl.constexpr,
     ENTROPY: tl.constexpr,
     TOP: tl.constexpr,
     BM: tl.constexpr,
@@ -65,6 +68,8 @@ def merge_kernel(
         total = tl.zeros((ROWS,), tl.float32)
         moment = tl.zeros((ROWS,), tl.float32)
         weighted = tl.zeros((ROWS,), tl.float32)
+        relative = tl.zeros((ROWS,), tl.float32)
+        weight = tl.zeros((ROWS,), tl.float32)
         top = tl.full((ROWS,), -2147483648, tl.int32)
         where = tl.full((ROWS,), 2147483647, tl.int32)
         for first in range(0, slots, SLOTS):
@@ -83,6 +88,11 @@ def merge_kernel(
                 moment_s = tl.load(part + 2 * size + at, mask=there, other=0.0)
                 moment_s = tl.sum(fade_s * (moment_s + total_s * shift_s), 0)
                 moment = fade * (moment + total * shift) + moment_s
+            if SPREAD:
+                weight_s = tl.load(part + 5 * size + at, mask=there, other=0.0)
+                relative_s = tl.load(part + 4 * size + at, mask=there, other=0.0) + weight_s * shift_s
+                relative += weight * shift + tl.sum(relative_s, 0)
+                weight += tl.sum(weight_s, 0)
             total = fade * total + tl.sum(fade_s * total_s, 0)
             ref2 = new
             if SUM:
@@ -110,13 +120,16 @@ def merge_kernel(
             tl.store(entropy_out + row, entropy, mask=row < N)
         if SUM:
             tl.store(sum_out + row, weighted, mask=row < N)
+        if SPREAD:
+            tl.store(spread_out + row, spread_of(total, relative, weight), mask=row < N)
         if TOP:
             tl.store(max_out + row, from_order_key(top), mask=row < N)
             tl.store(argmax_out + row, where.to(tl.int64), mask=row < N)
 
 
 MERGE_ROWS = 16
-DEFAULTS: dict[str, Any] = dict.fromkeys(("REF", "FINITE", "ONLY", "SUM", "ENTROPY", "TOP"), False) | {"SHIFT": 0.0}
+FLAGS = ("REF", "FINITE", "ONLY", "SUM", "SPREAD", "ENTROPY", "TOP")
+DEFAULTS: dict[str, Any] = dict.fromkeys(FLAGS, False) | {"SHIFT": 0.0}
 
 
 @lru_cache(maxsize=KEPT)
@@ -126,14 +139,14 @@ def _launch(s: Sweep, chosen: frozenset[tuple[str, Any]]) -> Launch:
 
 
 def merge_statistics(s: Sweep, part: Tensor, part_top: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
-    """lse and lse_low, and what is wanted of sum, entropy, max and argmax, each [N], by name."""
-    summed = [name for name in ("sum", "entropy") if name in want]
+    """lse and lse_low, and what is wanted of sum, spread, entropy, max and argmax, each [N], by name."""
+    summed = [name for name in ("sum", "spread", "entropy") if name in want]
     got = {name: part.new_empty(s.n) for name in ("lse", "lse_low", *summed)}
     top = bool(want & {"max", "argmax"})
     if top:
         got |= {"max": part.new_empty(s.n), "argmax": part.new_empty(s.n, dtype=torch.int64)}
-    chosen = frozenset({("SUM", "sum" in want), ("ENTROPY", "entropy" in want), ("TOP", top)})
-    outputs = (got.get(name, part) for name in ("lse", "lse_low", "entropy", "sum", "max", "argmax"))
+    chosen = frozenset({(name.upper(), name in want) for name in ("sum", "spread", "entropy")} | {("TOP", top)})
+    outputs = (got.get(name, part) for name in ("lse", "lse_low", "entropy", "sum", "spread", "max", "argmax"))
     _launch(s, chosen)(part, part_top, part, part, *outputs)
     return {name: out for name, out in got.items() if name not in ("max", "argmax") or name in want}
 
@@ -143,4 +156,4 @@ def merge_reference(
 ) -> None:
     """ref2 [N] <- base-2 lse + shift, for the token blocks that ``flags`` marks (None: all); 0 where not finite."""
     chosen = frozenset({("REF", True), ("FINITE", finite), ("SHIFT", shift), ("ONLY", flags is not None)})
-    _launch(s, chosen)(part, part, part if flags is None else flags, ref2, *(part,) * 6)
+    _launch(s, chosen)(part, part, part if flags is None else flags, ref2, *(part,) * 7)

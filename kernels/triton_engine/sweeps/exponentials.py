@@ -2,6 +2,7 @@
 
     E[i, v] = 2^(z·L - ref2_i) · c(z)        z = T(h @ w.T), c the part of dT/dz varying along a row, or 1
     total[i] = Σ_v 2^(z·L - ref2_i)          from float32, before E is rounded
+    Σ_v u_v z, Σ_v u_v (z·L - ref2_i)        where asked
     picked[i, k] = z[i, y_ik], slope[i, k] = c at that entry, both float32
 
 in: h [M, D], w [V, D], ref2 [M] float32. out: E [M, V] in the dtype of h (padded rows), partial totals,
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_engine.device.product import column_part, product
-from fusedhead.kernels.triton_engine.device.rows import laid_out_as, store_labelled, weighted_sum
+from fusedhead.kernels.triton_engine.device.rows import class_weights, laid_out_as, store_labelled, weighted_sum
 from fusedhead.kernels.triton_engine.device.schedule import any_marked, locate, partial_offset, step_counts
 from fusedhead.kernels.triton_engine.device.transform import column_slope, transform, varies_along_row
 from fusedhead.kernels.triton_engine.device.vectors import prefetch, prefetch_columns
@@ -60,7 +61,7 @@ def _epilogue(
     BM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Stores one part of a tile of E; returns its row sums (of the exponentials, of u z)."""
+    """Stores one part of a tile of E; returns its row sums (of the exponentials, of u z, of u (z·L - ref2))."""
     V = vectors[2]
     N = vectors[5]
     row = block * BM + tl.arange(0, BM)
@@ -72,21 +73,25 @@ def _epilogue(
             if here != 0:
                 store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
                 store_labelled(laid_out_as(c, z), y, sy0, sy1, K, row, N, start, slope, LABELS, WIDTH)
-    e = tl.exp2(tl.fma(z, 1.4426950408889634, -ref2[:, None]))
+    exponent = tl.fma(z, 1.4426950408889634, -ref2[:, None])
+    e = tl.exp2(exponent)
     if not EVEN:
         if start + WIDTH > V:
             e = tl.where((col < V)[None, :], e, 0.0)
     total = tl.sum(e, 1)
     weighted = tl.zeros((BM,), tl.float32)
+    relative = tl.zeros((BM,), tl.float32)
     if SUM:
-        weighted = weighted_sum(z, u, col, V, HAS_U, WIDTH)
+        classes = class_weights(u, col, V, HAS_U, WIDTH)
+        weighted = weighted_sum(z, classes, col, V)
+        relative = weighted_sum(exponent, classes, col, V)
     if LABELS > 0 and not VARYING:
         if here != 0:
             store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
     if VARYING:
         e = e * c
     E.store([block * BM, start], e.to(DTYPE))
-    return total, weighted
+    return total, weighted, relative
 
 
 @triton.jit(do_not_specialize=("N", "V", "D", "K", "GROUP", "size", "sy0", "sy1", "stride_cols", "stride_rows"))
@@ -103,7 +108,7 @@ def exp_kernel(
     ref2,  # [M] float32
     picked,  # [M, K] float32
     slope,  # [M, K] float32 when VARYING
-    part,  # [2, size] float32: total, Σ u z
+    part,  # [1 or 3, size] float32: total, Σ u z, Σ u (z·L - ref2)
     N,  # M: the tokens of this window
     V,
     D,
@@ -149,6 +154,7 @@ def exp_kernel(
 
     total = tl.zeros((BM,), tl.float32)
     weighted = tl.zeros((BM,), tl.float32)
+    relative = tl.zeros((BM,), tl.float32)
     for step in tl.range(0, steps, flatten=FLATTEN):
         block, tile, slot, last = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
         live = 1
@@ -170,12 +176,13 @@ def exp_kernel(
             for j in tl.static_range(PARTS):
                 x = column_part(acc, j, PARTS, BM, BN)
                 start = tile * BN + j * (BN // PARTS)
-                t, s = _epilogue(
+                t, s, q = _epilogue(
                     x, r, E, y, u, vectors, picked, slope, block, start, (here >> j) & 1, sy0, sy1, K, STEPS, LABELS,
                     HAS_U, SUM, VARYING, EVEN, PRECISE, DTYPE, BM, BN // PARTS,
                 )  # fmt: skip
                 total += t
                 weighted += s
+                relative += q
         if last:
             if live != 0:
                 start, _, _ = partial_offset(block, slot, P, N, V, GROUP, BM, BN)
@@ -183,9 +190,11 @@ def exp_kernel(
                 tl.store(part + to, total)
                 if SUM:
                     tl.store(part + size + to, weighted)
+                    tl.store(part + 2 * size + to, relative)
         # selects, not a branch: a branch with results stops the compiler from flattening the loop
         total = tl.where(last, 0.0, total)
         weighted = tl.where(last, 0.0, weighted)
+        relative = tl.where(last, 0.0, relative)
 
 
 @lru_cache(maxsize=KEPT)
@@ -212,9 +221,9 @@ def exponentials(
     label_map: Tensor | None,
     flags: Tensor | None = None,
 ) -> None:
-    """window [N, ld] <- E; part [1 or 2, size] <- totals (and Σ u z); picked, slope [N, K] at the labels."""
+    """window [N, ld] <- E; part [1 or 3, size] <- totals (and both sums); picked, slope [N, K] at the labels."""
     h, w, y, cols, rows, u, _ = head
-    launch = _launch(s, part.shape[0] == 2, flags is not None)
+    launch = _launch(s, part.shape[0] == 3, flags is not None)
     launch(
         *s.operands(h, w, window),
         s.window(window),

@@ -1,7 +1,7 @@
 """One persistent sweep over z = T(h @ w.T) that keeps row statistics and never stores a logit.
 
     per row: ref2 = max z·L, total = Σ 2^(z·L - ref2),
-             moment = Σ 2^(z·L - ref2)(z·L - ref2), Σ u z, max and argmax
+             moment = Σ 2^(z·L - ref2)(z·L - ref2), Σ u z, Σ u (z·L - ref2), Σ u, max and argmax
     in:  h [N, D], w [V, D], labels, vectors of the transform
     out: partial rows (`device.schedule`), picked
 
@@ -25,7 +25,13 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_engine.device.product import column_part, product
-from fusedhead.kernels.triton_engine.device.rows import finite_or_zero, order_key, store_labelled, weighted_sum
+from fusedhead.kernels.triton_engine.device.rows import (
+    class_weights,
+    finite_or_zero,
+    order_key,
+    store_labelled,
+    weighted_sum,
+)
 from fusedhead.kernels.triton_engine.device.schedule import any_marked, locate, partial_offset, step_counts
 from fusedhead.kernels.triton_engine.device.transform import decided, steps_of, transform
 from fusedhead.kernels.triton_engine.device.vectors import prefetch_columns
@@ -49,7 +55,7 @@ def stream_kernel(
     rows,  # [R, N] float32
     flags,  # [token blocks] int32, read when ONLY
     picked,  # [N, K] float32, written where a label lies
-    part,  # [4, size] float32: ref2, total, moment, sum
+    part,  # [up to 6, size] float32: ref2, total, moment, sum, relative sum, weight
     part_top,  # [2, size] int32: order key of the max, its column
     N,
     V,
@@ -69,6 +75,7 @@ def stream_kernel(
     LABELS: tl.constexpr,
     HAS_U: tl.constexpr,
     SUM: tl.constexpr,
+    SPREAD: tl.constexpr,  # only with SUM
     ENTROPY: tl.constexpr,
     TOP: tl.constexpr,
     ONLY: tl.constexpr,
@@ -97,6 +104,8 @@ def stream_kernel(
     total = tl.zeros((BM,), tl.float32)
     moment = tl.zeros((BM,), tl.float32)
     weighted = tl.zeros((BM,), tl.float32)
+    relative = tl.zeros((BM,), tl.float32)
+    weight = tl.zeros((), tl.float32)
     top = tl.full((BM,), -2147483648, tl.int32)
     where = tl.zeros((BM,), tl.int32)
     for step in tl.range(0, steps, flatten=FLATTEN):
@@ -124,7 +133,8 @@ def stream_kernel(
                     top = tl.maximum(best, top)
                 z = transform(raw, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
                 if SUM:
-                    weighted += weighted_sum(z, u, col, V, HAS_U, BN // PARTS)
+                    classes = class_weights(u, col, V, HAS_U, BN // PARTS)
+                    weighted += weighted_sum(z, classes, col, V)
                 if not EVEN:
                     if start + BN // PARTS > V:
                         z = tl.where((col < V)[None, :], z, float("-inf"))
@@ -134,6 +144,9 @@ def stream_kernel(
                 fade = tl.exp2(shift)
                 exponent = tl.fma(z, 1.4426950408889634, -base[:, None])
                 e = tl.exp2(exponent)
+                if SPREAD:
+                    relative += weight * shift + weighted_sum(exponent, classes, col, V)
+                    weight += tl.sum(classes, 0)
                 if ENTROPY:
                     inside = tl.where((col < V)[None, :], e * exponent, 0.0)
                     moment = fade * (moment + total * shift) + tl.sum(inside, 1)
@@ -152,6 +165,9 @@ def stream_kernel(
                     tl.store(part + 2 * size + to, moment)
                 if SUM:
                     tl.store(part + 3 * size + to, weighted)
+                if SPREAD:
+                    tl.store(part + 4 * size + to, relative)
+                    tl.store(part + 5 * size + to, weight + tl.zeros((BM,), tl.float32))
                 if TOP:
                     tl.store(part_top + to, top)
                     tl.store(part_top + size + to, where)
@@ -160,6 +176,8 @@ def stream_kernel(
         total = tl.where(last, 0.0, total)
         moment = tl.where(last, 0.0, moment)
         weighted = tl.where(last, 0.0, weighted)
+        relative = tl.where(last, 0.0, relative)
+        weight = tl.where(last, 0.0, weight)
         top = tl.where(last, -2147483648, top)
         where = tl.where(last, 0, where)
 
@@ -190,7 +208,8 @@ def _launch(s: Sweep, want: frozenset[str], labels: int, only: bool) -> Launch:
         stream_kernel,
         STEPS=steps_of(s.layout.transform) if top else s.steps,
         LABELS=labels,
-        SUM="sum" in want,
+        SUM=bool(want & {"sum", "spread"}),
+        SPREAD="spread" in want,
         ENTROPY="entropy" in want,
         TOP=top,
         ONLY=only,
@@ -206,9 +225,9 @@ def stream(
     flags: Tensor | None = None,
     logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Partial rows ([4, size] float32, [2, size] int32) of a sweep; ``picked`` [N, K] float32 is filled."""
+    """Partial rows ([up to 6, size] float32, [2, size] int32) of a sweep; ``picked`` [N, K] float32 is filled."""
     h, w, y, cols, rows, u, _ = head
-    count = 4 if "sum" in want else 3 if "entropy" in want else 2
+    count = next((rows for name, rows in (("spread", 6), ("sum", 4), ("entropy", 3)) if name in want), 2)
     part = h.new_empty((count, s.schedule.size), dtype=torch.float32)
     top = want & {"max", "argmax"}
     part_top = h.new_empty((2, s.schedule.size), dtype=torch.int32) if top else part

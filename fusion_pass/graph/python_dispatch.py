@@ -1,0 +1,26 @@
+"""Fake values of symbolic size, computed as Dynamo computes them: by kernels in Python.
+
+Some kernels in C++ take no symbols: ``addcmul`` with an operand that it broadcasts raises there. Dynamo and AOTAutograd
+run every op under torch's Python dispatcher; so must the pass, where a size of the graph is a symbol.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+from torch.fx import Graph
+
+from fusedhead.compat import enable_python_dispatcher, tree_leaves
+from fusedhead.graph.nodes import fake
+
+
+def symbolic(graph: Graph) -> bool:
+    """Whether a value in a graph has a size that is not a number."""
+    tensors = (x for node in graph.nodes for x in tree_leaves(fake(node)) if isinstance(x, Tensor))
+    return any(not isinstance(size, int) for x in tensors for size in x.shape)
+
+
+def python_dispatch(graph: Graph) -> AbstractContextManager[object]:
+    """Inside, ops on fake values of symbolic size run where Dynamo runs them."""
+    return enable_python_dispatcher() if symbolic(graph) else nullcontext()

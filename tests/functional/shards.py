@@ -1,0 +1,111 @@
+"""What each rank does in `test_vocab_parallel`: one head in shards, and what comes of it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fusedhead
+from fusedhead.functional.vocab_parallel import bounds
+from tests.functional.test_linear_cross_entropy import FORMS, given
+
+V = 96
+SPLITS = {"even": None, "uneven": (5, 50, 7, 34), "an empty shard": (60, 0, 30, 6)}
+
+
+class Collectives:
+    """How often ``dist.all_reduce`` was called, and how many bytes went in."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __enter__(self) -> Collectives:
+        self.real = dist.all_reduce
+        dist.all_reduce = self.counted
+        return self
+
+    def counted(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(x.numel() * x.element_size())
+        return self.real(x, *args, **kwargs)
+
+    def __exit__(self, *_: Any) -> None:
+        dist.all_reduce = self.real
+
+
+def span(split: tuple[int, ...] | None) -> tuple[int, int]:
+    """The classes of this rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if split is None:
+        return bounds(V, ranks, rank)
+    sizes = (*split[: ranks - 1], V - sum(split[: ranks - 1]))
+    return sum(sizes[:rank]), sum(sizes[: rank + 1])
+
+
+def outcome(form: dict[str, Any], split: tuple[int, ...] | None, seed: int, dtype: Any = torch.float32) -> Any:
+    """Loss, gradient of the hidden states, and gradients of this rank's rows, with the collectives it took."""
+    operands = given(seed, bias=True)
+    if "ignore_index" in form:
+        operands["target"] = operands["target"].clamp(min=0)
+    first, last = span(split)
+    h = operands["input"].detach().to(dtype).requires_grad_()
+    w, b = (operands[k].detach()[first:last].to(dtype).requires_grad_() for k in ("linear_weight", "bias"))
+    size = {"vocab_size": V} if split is None else {}
+    with Collectives() as forward:
+        loss = fusedhead.linear_cross_entropy(
+            h, w, operands["target"], bias=b, group=dist.group.WORLD, **size, **form
+        )
+    with Collectives() as backward:
+        (loss * torch.linspace(0.5, 1.5, loss.numel()).reshape(loss.shape)).sum().backward()
+    grads = [x.grad if x.grad is not None else torch.zeros_like(x) for x in (h, w, b)]
+    return [loss.detach(), *grads, forward.calls, backward.calls, (first, last)]
+
+
+def every_form() -> dict[str, Any]:
+    found = {}
+    for name, split in SPLITS.items():
+        for i, form in enumerate(FORMS):
+            found[f"{name}/{i}"] = outcome(form, split, 3)
+    found["twice"] = outcome({}, None, 3)
+    found["bfloat16"] = outcome({}, None, 3, torch.bfloat16)
+    return found
+
+
+def compiled() -> Any:
+    """The same under torch.compile: the collectives are part of one graph."""
+    operands = given(3)
+    first, last = span(None)
+    h, w = operands["input"], operands["linear_weight"].detach()[first:last].requires_grad_()
+
+    def step(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return fusedhead.linear_cross_entropy(h, w, y, group=dist.group.WORLD, vocab_size=V)
+
+    loss = torch.compile(step, backend="aot_eager")(h, w, operands["target"])
+    loss.backward()
+    return [loss.detach(), h.grad, w.grad, (first, last)]
+
+
+def mistakes() -> dict[str, str]:
+    """What each rank reads where the ranks do not fit together: always an error, on all of them."""
+    rank, found = dist.get_rank(), {}
+    operands = given(3)
+    first, last = span(None)
+    h, w, y = operands["input"].detach(), operands["linear_weight"].detach()[first:last], operands["target"]
+    of = {"group": dist.group.WORLD}
+    calls = {
+        "hidden size": lambda: fusedhead.linear_cross_entropy(h, w[:, 1:] if rank else w, y, **of),
+        "reduction": lambda: fusedhead.linear_cross_entropy(h, w, y, reduction="sum" if rank else "mean", **of),
+        "smoothing": lambda: fusedhead.linear_cross_entropy(h, w, y, z_loss=0.1 * rank, **of),
+        "vocab_size": lambda: fusedhead.linear_cross_entropy(h, w[rank:], y, vocab_size=V, **of),
+        "label": lambda: fusedhead.linear_cross_entropy(h, w, y + V, **of),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = "no error"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {re.sub(r'at 0x[0-9a-f]+', '', str(error))}"
+    return found
