@@ -23,7 +23,7 @@ from fusedhead.graph.op_names import CHECKPOINTS
 from fusedhead.graph.recipes import Recipe, Wrap, nested, redirect
 from fusedhead.graph.run_counts import Run
 from fusedhead.graph.tracing import Traces
-from fusedhead.ir.logits import Projection, Stack
+from fusedhead.ir.logits import Projection, StackedProjection
 from fusedhead.options import Options
 
 NONE_LEFT: Mapping[str, str] = {}
@@ -42,7 +42,7 @@ class Finding(NamedTuple):
 class ReturnedStack:
     """Stacked heads whose logits the graph only returns."""
 
-    head: Stack
+    head: StackedProjection
     arranged: list[Node]  # the stack, and the nodes between it and the outputs, in order
     outputs: list[Node]
 

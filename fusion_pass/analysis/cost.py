@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from fusedhead.analysis.site import Site, tokens_of
 from fusedhead.graph.nodes import fake, hint
-from fusedhead.ir.logits import leaves
+from fusedhead.ir.expr import nodes_of
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.tokenwise.engine import operands
 from fusedhead.kernels.tokenwise.program import read
@@ -96,7 +96,7 @@ def price_outside(site: Site, memory: int) -> Price:
     """What a loss that the caller takes of returned logits will take, if it takes one."""
     head = site.head
     vocab, hidden = (int(size) for size in head.weight.val.shape)
-    h, w = (any(fake(node).requires_grad for node in leaves([x])) for x in (head.hidden, head.weight))
+    h, w = (any(fake(node).requires_grad for node in nodes_of([x])) for x in (head.hidden, head.weight))
     needs = Needs(h, w, False, False)
 
     def bytes_and_flop(n: int) -> tuple[int, int]:

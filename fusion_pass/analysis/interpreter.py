@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from fusedhead.analysis.evaluator import all_followed, is_value, trace_value
+from fusedhead.analysis.reasons import Untraced
 from fusedhead.analysis.site import Reading, Site
 from fusedhead.compat import tree_leaves, tree_map
 from fusedhead.graph.aliases import storage
@@ -21,11 +22,12 @@ from fusedhead.graph.effects import effects
 from fusedhead.graph.facts import GraphFacts, before
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.tracing import Traces
-from fusedhead.ir.logits import FOLLOWED, Call, Escape, Logits, Plain, Projection, detached, logits_of, rows_of_hidden
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import LOGITS_LIKE, Logits, Projection, detached, logits_of, rows_of_hidden
+from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Terminal
-from fusedhead.ir.tokenwise import MaskedRows, Rowwise, parts
-from fusedhead.ir.tokenwise import detached as detached_rows
-from fusedhead.rules.tokenwise.dispatch import rowwise as rowwise_of
+from fusedhead.ir.tokenwise import MaskedRows, TokenValue, token_values_of, without_gradient
+from fusedhead.rules.tokenwise.dispatch import token_value
 
 EMPTY: Mapping[Node, Logits] = {}
 LEAVES = (
@@ -71,7 +73,7 @@ def interpret(
             counted = values[node.args[0]]  # type: ignore[index]
             if isinstance(counted, MaskedRows):
                 first = next(head for head in sites if head in counted.heads)
-                sites[first].sizes.append((node, Call(torch.ops.aten.nonzero.default, (counted.mask,))))
+                sites[first].sizes.append((node, Expr(torch.ops.aten.nonzero.default, (counted.mask,))))
             else:
                 logits = logits_of(counted)
                 sites[logits.head].sizes.append((node, rows_of_hidden(logits)))
@@ -82,16 +84,16 @@ def interpret(
         except Escape as escape:
             if not heads:
                 no_rule[node] = str(escape)
-            if not all(isinstance(s, Rowwise) and s.small for s in sources):
+            if not all(isinstance(s, TokenValue) and s.small for s in sources):
                 for head in heads:
                     sites[head].escapes.append((node, str(escape)))
             continue
         if not grad_mode(node):
-            value = tree_map(detach_value, value, is_leaf=is_value)
+            value = tree_map(without_gradient, value, is_leaf=is_value)
         if node in tokenwise_only and isinstance(value, Logits):
             sites[value.head] = Site(value.head, followed=[node])
-            value = rowwise_of(value)
-        if any(True for _ in parts(value)):
+            value = token_value(value)
+        if any(True for _ in token_values_of(value)):
             tokenwise[node] = value
         else:
             note_value(node, value, heads, sites)
@@ -106,7 +108,7 @@ def note_returned(source: Node, value: Any, sites: dict[Projection, Site]) -> No
     """Note what the graph returns: logits leave it; small results of theirs do so anyway."""
     for followed in all_followed(value):
         sites[logits_of(followed).head].outputs.append(source)
-    for part in parts(value):
+    for part in token_values_of(value):
         if not part.small:
             for head in part.heads:
                 sites[head].escapes.append((source, LEAVES.format(source.name)))
@@ -119,7 +121,7 @@ def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
         return False
     if isinstance(value, MaskedRows):
         return bool(node.args[1] == 0)
-    if not isinstance(value, FOLLOWED):
+    if not isinstance(value, LOGITS_LIKE):
         return False
     return int(node.args[1]) % value.val.ndim != logits_of(value).class_dim  # type: ignore[arg-type]
 
@@ -130,9 +132,9 @@ def written_logits(node: Node, values: Mapping[Node, Any]) -> Node | None:
     if not does.sure and values.keys().isdisjoint(node.all_input_nodes):
         return None  # a projection of what cannot be run: whether its operands are plain tensors is asked later
     if not does.sure or does.anything or does.backward:
-        raise Escape(f"what {name_of(node)} does with the logits besides its result is not known")
+        raise Escape(Untraced.UNKNOWN_EFFECTS, name=name_of(node))
     if len(does.written) > 1 or any(target not in values for target in does.written):
-        raise Escape(f"{name_of(node)} writes to other memory than the logits'")
+        raise Escape(Untraced.WRITES_OTHER_MEMORY, name=name_of(node))
     return next(iter(does.written), None)
 
 
@@ -151,7 +153,7 @@ def note_overwritten(node: Node, target: Node | None, known: Overwriting) -> Non
     Pure as long as no other live name shares the memory; otherwise the site escapes.
     """
     values, sites = known.values, known.sites
-    if target is None or not isinstance(values[node], (Rowwise, *FOLLOWED)):
+    if target is None or not isinstance(values[node], (TokenValue, *LOGITS_LIKE)):
         return
 
     def escape(reason: str) -> None:
@@ -170,15 +172,11 @@ def note_overwritten(node: Node, target: Node | None, known: Overwriting) -> Non
         sites[head].overwritten.append(target)
 
 
-def detach_value(value: Any) -> Any:
-    return detached_rows(value, torch.ops.aten.detach.default) if isinstance(value, Rowwise) else detached(value)
-
-
 def heads_of(values: Any) -> set[Projection]:
     """The heads that values, or results that hang on them, belong to."""
     leaves = [v.logits if isinstance(v, Terminal) else v for v in tree_leaves(values, is_leaf=is_value)]
-    heads = {head for v in leaves for part in parts(v) for head in part.heads}
-    return heads.union(logits_of(v).head for v in leaves if isinstance(v, FOLLOWED))
+    heads = {head for v in leaves for part in token_values_of(v) for head in part.heads}
+    return heads.union(logits_of(v).head for v in leaves if isinstance(v, LOGITS_LIKE))
 
 
 def note_value(node: Node, value: Any, heads: Iterable[Projection], sites: dict[Projection, Site]) -> None:

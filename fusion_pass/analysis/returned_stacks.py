@@ -18,12 +18,13 @@ from fusedhead.graph.op_names import ARRANGES
 from fusedhead.graph.recipes import program_of
 from fusedhead.graph.tracing import Traces
 from fusedhead.graph.weight_recipes import making
-from fusedhead.ir.logits import Stack, leaves
+from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.logits import StackedProjection
 
 
 def program_of_stack(stack: ReturnedStack) -> tuple[list[Node], list[Node]]:
     """The nodes that make a stack of its heads' operands, in order, and those operands."""
-    weights = making(leaves([part.head.weight for part in stack.head.parts]))
+    weights = making(nodes_of([part.head.weight for part in stack.head.parts]))
     return program_of(stack.outputs, {*stack.arranged, *stack.head.products, *weights})
 
 
@@ -42,7 +43,7 @@ def stacks_above_outputs(graph: Graph, traces: Traces) -> Iterator[ReturnedStack
             continue
         seen.add(node)
         logits = stack_at(node, traces) if name_of(node) in STACKS else None
-        if logits is not None and not logits.row_steps and isinstance(logits.head, Stack):
+        if logits is not None and not logits.row_steps and isinstance(logits.head, StackedProjection):
             stack = only_returned(logits.head, node)
             if stack is not None:
                 yield stack
@@ -50,7 +51,7 @@ def stacks_above_outputs(graph: Graph, traces: Traces) -> Iterator[ReturnedStack
             ahead += node.all_input_nodes
 
 
-def only_returned(head: Stack, node: Node) -> ReturnedStack | None:
+def only_returned(head: StackedProjection, node: Node) -> ReturnedStack | None:
     """A stack with the nodes between it and the outputs; None where it is read for anything else."""
     if not all(has_sizes_of_a_head(*part.head.weight.val.shape) for part in head.parts):
         return None

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
-from fusedhead.compat import tree_leaves
 from fusedhead.graph.nodes import fake
 from fusedhead.graph.weight_recipes import made_of_inputs, making
-from fusedhead.ir.logits import Projection, Stack, leaves
+from fusedhead.ir.expr import Expr, nodes_of, walk
+from fusedhead.ir.logits import Projection, StackedProjection
 from fusedhead.ir.terminal import Terminal
-from fusedhead.ir.tokenwise import RowCall, Rowwise, parts
+from fusedhead.ir.tokenwise import TokenValue, token_values_of
 
 
 @dataclass(eq=False)
@@ -36,36 +36,29 @@ UNREMARKABLE_OPS = frozenset(
 
 @dataclass(eq=False)
 class Region:
-    """Rowwise nodes of heads that meet, and what the graph needs of them."""
+    """Token values of heads that meet, and what the graph needs of them."""
 
     heads: set[Projection]
     inside: list[Node] = field(default_factory=list)  # nodes that the call replaces
-    results: list[tuple[Node, Any]] = field(default_factory=list)  # nodes to be given a value: Rowwise or Plain
+    results: list[tuple[Node, Any]] = field(default_factory=list)  # nodes to be given a value: TokenValue or Plain
 
     @property
-    def outputs(self) -> list[Rowwise]:
+    def outputs(self) -> list[TokenValue]:
         """The values that leave the row program, each once."""
-        values = {id(p.expr): p for _, value in self.results for p in parts(value)}
+        values = {id(p.expr): p for _, value in self.results for p in token_values_of(value)}
         return list(values.values())
 
     @property
     def computes(self) -> str:
-        names = dict.fromkeys(name for out in self.outputs for name in sorted(ops_of(out.expr)))
+        names = dict.fromkeys(name for out in self.outputs for name in ops_of(out.expr))
         shown = [n for n in names if n not in UNREMARKABLE_OPS]
         return f"rowwise({', '.join(shown[:4])}{', ...' if len(shown) > 4 else ''})"
 
 
-def ops_of(expr: Any) -> set[str]:
-    """The names of the ops of an expression."""
-    names, stack, seen = set(), [expr], set()
-    while stack:
-        x = stack.pop()
-        if isinstance(x, RowCall) and id(x) not in seen:
-            seen.add(id(x))
-            packet = getattr(x.op, "_overloadpacket", x.op)
-            names.add(getattr(packet, "__name__", str(packet)).strip("_"))
-            stack += tree_leaves(x.args)
-    return names
+def ops_of(expr: Any) -> list[str]:
+    """The names of the ops of an expression, sorted."""
+    packets = {getattr(x.op, "_overloadpacket", x.op) for x in walk(expr) if isinstance(x, Expr)}
+    return sorted({getattr(packet, "__name__", str(packet)).strip("_") for packet in packets})
 
 
 @dataclass(eq=False)
@@ -94,7 +87,7 @@ def head_nodes(site: Site) -> set[Node]:
 
 def weights_of(site: Site) -> list[Node]:
     """The nodes that a head's weight is, or that it is a view of."""
-    return leaves([site.head.weight])
+    return nodes_of([site.head.weight])
 
 
 def weight_can_be_remade(site: Site) -> bool:
@@ -104,7 +97,7 @@ def weight_can_be_remade(site: Site) -> bool:
 
 def tokens_of(site: Site) -> Any:
     """The number of tokens of a head, N: an int or a symbol."""
-    value = fake(site.head.node) if isinstance(site.head, Stack) else site.head.hidden.val
+    value = fake(site.head.node) if isinstance(site.head, StackedProjection) else site.head.hidden.val
     shape = value.shape[:-1] if value.ndim else ()
     if site.terminals:
         logits = site.terminals[0][1].logits

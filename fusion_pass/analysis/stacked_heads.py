@@ -25,23 +25,15 @@ from fusedhead.analysis.body import Body
 from fusedhead.analysis.evaluator import trace_value
 from fusedhead.analysis.interpreter import interpret
 from fusedhead.analysis.projections import above_losses
+from fusedhead.analysis.reasons import Untraced
 from fusedhead.analysis.site import Reading
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.op_names import CONCATENATES, PROJECTIONS, equation_terms, joined_parts
 from fusedhead.graph.recipes import rooted_in_inputs
 from fusedhead.graph.tracing import Traces
-from fusedhead.ir.logits import (
-    HIDDEN,
-    Call,
-    Escape,
-    Logits,
-    Plain,
-    Projection,
-    RowStep,
-    Stack,
-    piece_of,
-    rows_of_hidden,
-)
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import HIDDEN, Logits, Projection, RowStep, StackedProjection, piece_of, rows_of_hidden
+from fusedhead.ir.reasons import Escape
 
 aten = torch.ops.aten
 # Nodes that may be a stack of heads; along tokens, concatenated heads are a stack whose numbers are then tokens too.
@@ -61,8 +53,9 @@ def reading_with_stacks(body: Body, starts: Collection[Node]) -> Reading | None:
     while stacks:
         products = {p for logits in stacks.values() for p in logits.head.products}
         reading = interpret(facts, traces, set(starts) - products, stacks)
-        served = {site.head.node for site in reading.sites if isinstance(site.head, Stack) and site.terminals
-                  and not site.escapes and not any(t.logits.rows for _, t in site.terminals)}  # fmt: skip
+        sites = [site for site in reading.sites if isinstance(site.head, StackedProjection)]
+        sites = [site for site in sites if site.terminals and not site.escapes]
+        served = {site.head.node for site in sites if not any(t.logits.rows for _, t in site.terminals)}
         if served >= stacks.keys():
             return reading
         served_stacks = {node: logits for node, logits in stacks.items() if node in served}
@@ -106,8 +99,8 @@ def stack_at(node: Node, traces: Traces, *, classes_first: bool = False) -> Logi
         moved = (RowStep(aten.flatten.using_ints, (dim, dim + 1), keeps_order=True),)
     elif classes_first:
         moved, class_dim = (RowStep(aten.movedim.int, (dim + 1, dim), keeps_order=True),), dim
-    hidden = Plain(Call(aten.stack.default, ([rows_of_hidden(p) for p in parts], dim)), None)
-    head = Stack(node, hidden, first.head.weight, first.head.dtype, tuple(parts), dim)
+    hidden = Plain(Expr(aten.stack.default, ([rows_of_hidden(p) for p in parts], dim)), None)
+    head = StackedProjection(node, hidden, first.head.weight, first.head.dtype, tuple(parts), dim)
     vocab = first.vocab and (0, int(first.val.shape[-1]))
     return Logits(head, fake(node), class_dim, row_steps=moved, vocab=vocab)
 
@@ -116,7 +109,7 @@ def product(node: Node, traces: Traces) -> Logits:
     """The logits of a projection that nothing else reads. Raises Escape."""
     value = trace_value(node, {}, traces) if len(node.users) == 1 and name_of(node) in PROJECTIONS else None
     if not isinstance(value, Logits):
-        raise Escape("not a product")
+        raise Escape(Untraced.NOT_A_PRODUCT)
     return value
 
 
@@ -165,7 +158,7 @@ def every_kth(whole: Logits, first: int, step: int, val: Tensor, rows: RowStep) 
     """The product with every ``step``-th row of the weight, from ``first`` on."""
 
     def strided(x: Plain) -> Plain:
-        return Plain(Call(aten.slice.Tensor, (x.ref, 0, first, x.val.shape[0], step)), x.val[first::step])
+        return Plain(Expr(aten.slice.Tensor, (x.ref, 0, first, x.val.shape[0], step)), x.val[first::step])
 
     head = replace(whole.head, weight=strided(whole.head.weight))
     cols = tuple(map(strided, whole.cols))
@@ -194,10 +187,10 @@ def stack_of_weights(node: Node) -> tuple[list[Logits], int] | None:
         return None
     parts = []
     for i in range(count):
-        selected = Call(aten.select.int, (weight, w.index(k), i))
-        stored = selected if w.index(v) < w.index(d) else Call(aten.t.default, (selected,))
+        selected = Expr(aten.select.int, (weight, w.index(k), i))
+        stored = selected if w.index(v) < w.index(d) else Expr(aten.t.default, (selected,))
         value = fake(weight).select(w.index(k), i)
-        selected_states = Call(aten.select.int, (hidden, h.index(k), i)) if k in h else hidden
+        selected_states = Expr(aten.select.int, (hidden, h.index(k), i)) if k in h else hidden
         states = Plain(selected_states, fake(hidden).select(h.index(k), i) if k in h else fake(hidden))
         head = Projection(node, states, Plain(stored, value if stored is selected else value.t()), fake(node).dtype)
         val = fake(node).select(out.index(k), i)

@@ -23,12 +23,12 @@ from fusedhead.analysis.lone_heads import heads_without_loss
 from fusedhead.analysis.projections import candidates
 from fusedhead.analysis.site import Reading
 from fusedhead.analysis.stacked_heads import reading_with_stacks
-from fusedhead.analysis.token_regions import by_tokens, leaves_of, regions
+from fusedhead.analysis.token_regions import by_tokens, regions
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.op_names import PROJECTIONS
-from fusedhead.ir.builder import static
-from fusedhead.ir.logits import leaves
-from fusedhead.ir.tokenwise import parts
+from fusedhead.graph.sizes import static
+from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.tokenwise import inputs_of, token_values_of
 
 
 def find_projections(body: Body) -> None:
@@ -75,9 +75,9 @@ def with_teacher_heads(body: Body, plain: Reading) -> Reading | None:
 def teacher_heads(reading: Reading) -> set[Node]:
     """Projections whose logits a token program would read as tensors from outside."""
     teachers: set[Node] = set()
-    values = [part for value in reading.tokenwise.values() for part in parts(value)]
+    values = [part for value in reading.tokenwise.values() for part in token_values_of(value)]
     heads = {site.head.node for site in reading.sites}
-    stack = leaves(leaf.value for leaf in leaves_of(values)[1] if leaf.by_rows and leaf.value.val.ndim)
+    stack = nodes_of(leaf.value for leaf in inputs_of(values)[1] if leaf.by_rows and leaf.value.val.ndim)
     seen: set[Node] = set()
     vocabs = {head.weight.val.shape[0] for part in values for head in part.heads}
     while stack:
@@ -118,7 +118,7 @@ def heads_computed_twice(reading: Reading) -> set[Node]:
     repeated: set[Node] = set()
     with_statistics = {site.head for site in reading.sites if site.terminals}
     for region in regions(reading):
-        heads: list[Any] = [seed.logits.head for seed in leaves_of(region.outputs)[0]]
+        heads: list[Any] = [seed.logits.head for seed in inputs_of(region.outputs)[0]]
         repeated |= {head.node for head in region.heads if head in with_statistics or heads.count(head) > 1}
     return repeated
 

@@ -7,7 +7,7 @@ results are the small values that the rest of the graph reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,47 +15,19 @@ from torch.fx import Node
 
 from fusedhead.analysis.body import Body
 from fusedhead.analysis.site import Reading, Region
-from fusedhead.compat import tree_leaves
 from fusedhead.graph.edit import erase
 from fusedhead.graph.effects import writes
-from fusedhead.ir.logits import Projection, leaves, sources_of
-from fusedhead.ir.tokenwise import RowCall, RowLeaf, Rowwise, Seed, parts
-from fusedhead.rules.tokenwise.operands import same
+from fusedhead.graph.sizes import same_size
+from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.logits import Projection, sources_of
+from fusedhead.ir.tokenwise import TokenValue, inputs_of, token_values_of
 
 
-def leaves_of(
-    values: Iterable[Rowwise], through: Callable[[RowCall], bool] = lambda call: True
-) -> tuple[list[Seed], list[RowLeaf]]:
-    """The heads and outside tensors that expressions read, each once, in order of appearance.
-
-    ``through``: whether to follow what a call reads.
-    """
-    seeds: dict[int, Seed] = {}
-    outside: dict[int, RowLeaf] = {}
-    seen: set[int] = set()
-
-    def visit(x: Any) -> None:
-        if id(x) in seen:
-            return
-        seen.add(id(x))
-        if isinstance(x, Seed):
-            seeds.setdefault(id(x.logits), x)
-        elif isinstance(x, RowLeaf):
-            outside[id(x)] = x
-        elif isinstance(x, RowCall) and through(x):
-            for a in tree_leaves((x.args, x.kwargs)):
-                visit(a)
-
-    for value in values:
-        visit(value.expr)
-    return list(seeds.values()), list(outside.values())
-
-
-def differentiated(values: Iterable[Rowwise]) -> set[int]:
+def differentiated(values: Iterable[TokenValue]) -> set[int]:
     """Identities of the logits and outside tensors that a gradient reaches: not through ``detach`` alone."""
     numbers = (value for value in values if value.val.is_floating_point())
-    seeds, outside = leaves_of(numbers, lambda call: call.op is not torch.ops.aten.detach.default)
-    return {*(id(seed.logits) for seed in seeds), *map(id, outside)}
+    heads, outside = inputs_of(numbers, lambda call: call.op is not torch.ops.aten.detach.default)
+    return {*(id(head.logits) for head in heads), *map(id, outside)}
 
 
 def run(body: Body) -> None:
@@ -73,7 +45,7 @@ def regions(reading: Reading) -> list[Region]:
 def found_regions(reading: Reading) -> list[Region]:
     merged: list[Region] = []
     for node, value in reading.tokenwise.items():
-        heads = {head for part in parts(value) for head in part.heads}
+        heads = {head for part in token_values_of(value) for head in part.heads}
         meeting = [r for r in merged if r.heads & heads]
         joined = Region(heads.union(*(r.heads for r in meeting)))
         for r in meeting:
@@ -81,14 +53,17 @@ def found_regions(reading: Reading) -> list[Region]:
             merged.remove(r)
         joined.inside.append(node)
         merged.append(joined)
-    dead_nodes = dead(reading)
+    dead = dead_nodes(reading)
     for region in merged:
-        select_results(region, reading, dead_nodes)
+        select_results(region, reading, dead)
     return [r for r in merged if r.results]
 
 
-def dead(reading: Reading) -> set[Node]:
-    """Dead nodes. Returning them would give their operands zero gradients where eager gives None."""
+def dead_nodes(reading: Reading) -> set[Node]:
+    """Nodes whose value nobody reads.
+
+    Returned by a program, they would give their operands zero gradients where eager code gives None.
+    """
     unread: set[Node] = set()
     for node in reversed(reading.tokenwise):
         if all(user in unread for user in node.users) and not writes(node):
@@ -104,34 +79,34 @@ def erase_unused(reading: Reading, heads: set[Projection]) -> None:
 
     def may_go(node: Node, value: Any) -> bool:
         if not writes(node):
-            return any(part.heads & heads for part in parts(value))
-        a_result = isinstance(value, Rowwise) and value.small
-        return not a_result and all(part.heads <= heads for part in parts(value))
+            return any(part.heads & heads for part in token_values_of(value))
+        a_result = isinstance(value, TokenValue) and value.small
+        return not a_result and all(part.heads <= heads for part in token_values_of(value))
 
     nodes = [node for node, value in reading.tokenwise.items() if not node._erased and may_go(node, value)]
     erase(reversed(nodes), set(nodes).__contains__)
 
 
-def select_results(region: Region, reading: Reading, dead_nodes: set[Node]) -> None:
-    """Split a region: ops as wide as the vocabulary go into the program, ops on its small results stay in the graph.
+def select_results(region: Region, reading: Reading, dead: set[Node]) -> None:
+    """Split a region: ops as wide as the vocabulary go into the program; ops on its small results stay in the graph.
 
-    ``dead_nodes`` go without being a result.
+    ``dead`` nodes go without being a result.
     """
     values = reading.tokenwise
 
     def too_wide_to_return(node: Node) -> bool:
         """Whether a node's value cannot be handed out: as wide as the logits, or a tuple."""
         value = values.get(node)
-        return isinstance(value, (list, tuple)) or (isinstance(value, Rowwise) and not value.small)
+        return isinstance(value, (list, tuple)) or (isinstance(value, TokenValue) and not value.small)
 
     interior: set[Node] = set()
     for node in reversed(region.inside):
         # a total is no part of a row program: what reads it reads a tensor from outside
         read_inside = any(user in interior for user in node.users)
-        if too_wide_to_return(node) or (isinstance(values[node], Rowwise) and read_inside):
+        if too_wide_to_return(node) or (isinstance(values[node], TokenValue) and read_inside):
             interior.add(node)
     for node in region.inside:
-        if node in dead_nodes:
+        if node in dead:
             continue
         followed = any(s in reading.values and s not in values for s in node.all_input_nodes)
         first = followed or any(too_wide_to_return(s) for s in node.all_input_nodes)
@@ -139,30 +114,30 @@ def select_results(region: Region, reading: Reading, dead_nodes: set[Node]) -> N
             node in interior and not too_wide_to_return(node) and any(user not in interior for user in node.users)
         ):
             region.results.append((node, values[node]))
-    computed = interior.union(dead_nodes.intersection(region.inside), (node for node, _ in region.results))
+    computed = interior.union(dead.intersection(region.inside), (node for node, _ in region.results))
     region.inside = [node for node in region.inside if node in computed]
 
 
-def operands_from_outside(values: Iterable[Rowwise]) -> list[Node]:
+def operands_from_outside(values: Iterable[TokenValue]) -> list[Node]:
     """The graph's nodes that row programs of these values read, besides hidden states and weights."""
-    seeds, outside = leaves_of(values)
-    vectors = [v for seed in seeds for v in (*seed.logits.cols, *(r.value for r in seed.logits.rows))]
-    return leaves([*(x.value for x in outside), *vectors])
+    heads, outside = inputs_of(values)
+    vectors = [v for head in heads for v in (*head.logits.cols, *(r.value for r in head.logits.rows))]
+    return nodes_of([*(x.value for x in outside), *vectors])
 
 
-def operands_of(values: Iterable[Rowwise]) -> list[Node]:
+def operands_of(values: Iterable[TokenValue]) -> list[Node]:
     """The graph's nodes that calls for row programs of these values are made of."""
-    seeds, outside = leaves_of(values)
-    return leaves(x.value for x in outside) + [node for seed in seeds for node in sources_of(seed.logits)]
+    heads, outside = inputs_of(values)
+    return nodes_of(x.value for x in outside) + [node for head in heads for node in sources_of(head.logits)]
 
 
-def by_tokens(outputs: Iterable[Rowwise]) -> list[list[Rowwise]]:
+def by_tokens(outputs: Iterable[TokenValue]) -> list[list[TokenValue]]:
     """Values with as many tokens together: one call walks over the tokens once."""
-    groups: list[tuple[Any, list[Rowwise]]] = []
+    groups: list[tuple[Any, list[TokenValue]]] = []
     for out in outputs:
         tokens = math.prod(s for s, is_tail in zip(out.val.shape, out.tail) if not is_tail)
         for size, group in groups:
-            if same(size, tokens):
+            if same_size(size, tokens):
                 group.append(out)
                 break
         else:

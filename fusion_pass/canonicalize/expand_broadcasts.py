@@ -15,8 +15,7 @@ from torch.fx import Graph, Node
 from fusedhead.analysis.body import Body
 from fusedhead.graph.edit import replace
 from fusedhead.graph.nodes import fake, name_of
-from fusedhead.ir.builder import static
-from fusedhead.rules.losses import same_shape
+from fusedhead.graph.sizes import same_shape, static
 
 
 def run(body: Body) -> None:

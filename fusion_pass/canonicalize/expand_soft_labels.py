@@ -31,7 +31,8 @@ from fusedhead.graph.aliases import memory
 from fusedhead.graph.effects import may_write
 from fusedhead.graph.facts import before
 from fusedhead.graph.nodes import fake, name_of
-from fusedhead.ir.builder import Emit, static
+from fusedhead.graph.sizes import static
+from fusedhead.ir.builder import Emit
 
 aten = torch.ops.aten
 FILLED = {"zeros_like": 0.0, "new_zeros": 0.0, "zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0, "ones": 1.0}

@@ -30,9 +30,9 @@ from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake, hint, name_of
 from fusedhead.graph.op_names import PROJECTIONS
 from fusedhead.graph.tracing import Traces
-from fusedhead.ir.logits import FOLLOWED, Logits, Stack, logits_of
-from fusedhead.ir.lse_differences import SPREAD
-from fusedhead.ir.terminal import Terminal
+from fusedhead.ir.logits import LOGITS_LIKE, Logits, StackedProjection, logits_of
+from fusedhead.ir.lse_differences import DIFFERENCE, SPREAD
+from fusedhead.ir.terminal import Kind, Terminal
 from fusedhead.kernels.contract import STATS
 from fusedhead.legality.legality import illegal
 from fusedhead.options import Options
@@ -126,7 +126,7 @@ def stack_of(site: Site, reading: Reading) -> list[Node]:
     """The nodes of the stack that a head was picked from: they go with it."""
     found: list[Node] = []
     for whole in reading.sites:
-        heads = {part.head for part in whole.head.parts} if isinstance(whole.head, Stack) else set()
+        heads = {part.head for part in whole.head.parts} if isinstance(whole.head, StackedProjection) else set()
         if site.head in heads:
             others = (each for each in reading.sites if each is whole or each.head in heads)
             found += [node for each in others for node in (*each.head.products, *each.followed)]
@@ -147,19 +147,13 @@ def origin(node: Node) -> Node:
     return node if node.target is not operator.getitem else node.all_input_nodes[0]
 
 
-class _Subject(NamedTuple):
-    """What `sweep_key` asks of a terminal."""
-
-    logits: Logits
-
-
 def key(logits: Logits) -> Hashable:
     """The sweep that serves these logits, whether or not gradients pass."""
-    return sweep_key(_Subject(logits))[:-1]  # type: ignore[arg-type]
+    return sweep_key(logits)[:-1]
 
 
 def is_followed(value: Any) -> bool:
-    return isinstance(value, FOLLOWED)
+    return isinstance(value, LOGITS_LIKE)
 
 
 def sweep(value: Any) -> Hashable:
@@ -211,10 +205,10 @@ def answer(
         return Unread(reason)
     site.followed += [node for node in stacked if node not in site.followed]
     rows, all_rows = (hint(z.numel()) or 0 for z in (terminals[0].logits.val, fake(site.head.node)))
-    if isinstance(site.head, Stack) and 2 * rows < all_rows:
+    if isinstance(site.head, StackedProjection) and 2 * rows < all_rows:
         return Unread("some of the heads that are stacked are asked for, in another way than by their number")
     calls = [call for emitted in emit_sweeps([site], body.facts, memory) for call in emitted.calls]
-    if len(calls) > 1 and isinstance(site.head, Stack):
+    if len(calls) > 1 and isinstance(site.head, StackedProjection):
         if torch.is_grad_enabled():
             upgrade(*calls, facts=body.facts)
         graph.lint()
@@ -227,8 +221,9 @@ def answer(
         return Whole(GraphModule(torch.nn.Module(), graph), many)
     weighted = any(t.weights is not None for t in terminals)
     stats = frozenset({"lse", "lse_low", "entropy"}) | (frozenset() if weighted else SPREAD)
-    likely = SPREAD if any("log_softmax + gather" in t.computes for t in terminals) else frozenset()
-    sharing = Sharing(stats if sweep.shared else frozenset(), likely, terminals[0].logits.quiet, sweep.related)
+    likely = SPREAD if any(t.kind is Kind.GATHER and t.want == DIFFERENCE for t in terminals) else frozenset()
+    no_gradient = terminals[0].logits.has_no_gradient
+    sharing = Sharing(stats if sweep.shared else frozenset(), likely, no_gradient, sweep.related)
     return split_at_call(made, calls[0], sharing, memory, many)
 
 

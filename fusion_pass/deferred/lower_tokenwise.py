@@ -19,8 +19,8 @@ from fusedhead.compat import PythonPrinter
 from fusedhead.deferred.results import Size, TokenByToken, Wide
 from fusedhead.deferred.to_fx import Draft
 from fusedhead.graph.nodes import fake
-from fusedhead.ir.logits import FOLLOWED
-from fusedhead.ir.tokenwise import Rowwise
+from fusedhead.ir.logits import LOGITS_LIKE
+from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.options import Options
 from fusedhead.pipeline import DECIDE, REWRITE, run_passes
 
@@ -35,7 +35,7 @@ def token_by_token(
     if all(map(is_wide, values)):
         if any(node not in results for site in reading.sites for node, _ in site.escapes):
             return None
-        followed = all(isinstance(value, FOLLOWED) for value in values)
+        followed = all(isinstance(value, LOGITS_LIKE) for value in values)
         return Wide(None if followed else held(made, reading, values))
     if any(map(is_wide, values)) or not all(node in reading.tokenwise for node in results):
         return None
@@ -50,7 +50,7 @@ def token_by_token(
 
 
 def is_wide(value: Any) -> bool:
-    return isinstance(value, FOLLOWED) or (isinstance(value, Rowwise) and not value.small)
+    return isinstance(value, LOGITS_LIKE) or (isinstance(value, TokenValue) and not value.small)
 
 
 def held(made: Draft, reading: Reading, values: Any) -> Size:

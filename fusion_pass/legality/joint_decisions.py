@@ -7,7 +7,7 @@ from fusedhead.analysis.site import Region
 from fusedhead.analysis.token_regions import operands_from_outside
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake
-from fusedhead.ir.logits import leaves
+from fusedhead.ir.expr import nodes_of
 from fusedhead.legality.checks import written_after, written_between
 from fusedhead.legality.legality import on_several_devices
 from fusedhead.legality.profitability import too_small_for_a_token_program
@@ -32,7 +32,7 @@ def run(body: Body) -> None:
 
 def illegal_region(region: Region, facts: GraphFacts) -> str:
     """Why a token program must not take the place of its nodes, or ""."""
-    operands = leaves(x for head in region.heads for x in (head.hidden, head.weight))
+    operands = nodes_of(x for head in region.heads for x in (head.hidden, head.weight))
     end = max((node for node, _ in region.results), key=facts.position.__getitem__)
     first = min((head.node for head in region.heads), key=facts.position.__getitem__)
     outside = operands_from_outside(region.outputs)

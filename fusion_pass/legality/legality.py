@@ -20,7 +20,7 @@ from fusedhead.graph.nodes import fake, most, name_of, where
 from fusedhead.graph.op_names import CHECKPOINTS, REMADE_FREELY
 from fusedhead.graph.recipes import LEAST_TOKENS, program_of
 from fusedhead.graph.weight_recipes import made_of_inputs
-from fusedhead.ir.logits import leaves
+from fusedhead.ir.expr import nodes_of
 from fusedhead.legality.checks import functorch, subclass, written_after, written_between
 
 RUN_AS_THEY_ARE = CHECKPOINTS | {"invoke_subgraph"}  # higher-order ops that do nothing but run their graph
@@ -77,13 +77,13 @@ def why_not_deferred(site: Site, body: Body) -> str:
 
 def illegal(site: Site, body: Body, defers: bool | None = None) -> str:
     """Why a site must stay as it is, or "". ``defers``: whether its logits could be deferred, as the body says."""
-    operands = leaves(site.head.operands)
+    operands = nodes_of(site.head.operands)
     if site.escapes:
         node, sentence = site.escapes[0]
         return subclass(site, operands) or f"{sentence} (at {where(node)})"
     steps = [t.logits for _, t in site.terminals]
-    vectors = leaves([c for s in steps for c in s.cols] + [r.value for s in steps for r in s.rows])
-    labels = leaves([p for _, t in site.terminals for p in (*t.label_sources, *t.sources)])
+    vectors = nodes_of([c for s in steps for c in s.cols] + [r.value for s in steps for r in s.rows])
+    labels = nodes_of([p for _, t in site.terminals for p in (*t.label_sources, *t.sources)])
     return (
         subclass(site, [*operands, *vectors, *labels])
         or on_several_devices([*operands, *labels])
@@ -112,8 +112,8 @@ def must_materialise(site: Site, body: Body, defers: bool) -> str:
 
 def mutated_operand(site: Site, facts: GraphFacts, vectors: list[Node], labels: list[Node]) -> str:
     """What is written before a fused head, its backward or its returned logits would read it, as a sentence, or ""."""
-    operands = leaves(site.head.operands)
-    indices = leaves([a for _, t in site.terminals for step in t.logits.row_steps for a in step.args])
+    operands = nodes_of(site.head.operands)
+    indices = nodes_of([a for _, t in site.terminals for step in t.logits.row_steps for a in step.args])
     read = [*operands, *vectors, *indices]
     begin = min(site.head.products, key=facts.position.__getitem__)
     terminals = sorted((node for node, _ in site.terminals), key=facts.position.__getitem__)

@@ -16,9 +16,9 @@ from fusedhead.analysis.lone_heads import LEAST_RATIO, LEAST_VOCAB, SURE_VOCAB, 
 from fusedhead.analysis.site import Site
 from fusedhead.graph.nodes import fake, most, name_of, where
 from fusedhead.graph.op_names import NEGATES, SCALES
+from fusedhead.graph.sizes import same_shape
 from fusedhead.legality.legality import why_not_deferred
 from fusedhead.legality.profitability import least_logits
-from fusedhead.rules.losses import same_shape
 
 # what features of a network go through, and logits do not
 FEATURES = frozenset(

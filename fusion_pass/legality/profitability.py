@@ -30,7 +30,8 @@ from fusedhead.analysis.body import NONE_LEFT, Body
 from fusedhead.analysis.cost import mebibytes, sizes_of
 from fusedhead.analysis.site import Site, tokens_of
 from fusedhead.graph.nodes import fake, hint, most
-from fusedhead.ir.logits import Stack, leaves
+from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.logits import StackedProjection
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.torch_engine.whole import ALL
@@ -101,7 +102,7 @@ def gate(sites: Iterable[Site], min_logits: str | int, left: Mapping[str, str] =
     """
     count: Counter[tuple[Node, ...]] = Counter()
     for site in sites:
-        parts = len(site.head.parts) if isinstance(site.head, Stack) else 1
+        parts = len(site.head.parts) if isinstance(site.head, StackedProjection) else 1
         count[weight(site)] += most(fake(site.head.node).numel()) / parts  # type: ignore[assignment]
 
     def too_small(site: Site) -> str:
@@ -252,4 +253,4 @@ def rows_from(device_type: str, memory: int) -> int:
 
 
 def weight(site: Site) -> tuple[Node, ...]:
-    return tuple(leaves([site.head.weight]))
+    return tuple(nodes_of([site.head.weight]))

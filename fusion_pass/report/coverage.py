@@ -1,21 +1,21 @@
 """What the pass reads and what it leaves, as a table for people and as the list of its sentences, out of the code.
 
 The ops of a row are those of a module's rules, and the words beside them stand in the module, as its ``FAMILY``; rows
-about passes stand here. Sentences are the texts of every ``Escape``. ``python -m fusedhead.rules`` prints both.
+about passes stand here. Sentences are those of every `Reason`. ``python -m fusedhead.rules`` prints both.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from fusedhead.lowering.cache_key import sources
+from fusedhead.analysis.reasons import Untraced
+from fusedhead.ir.reasons import Reason
 from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointwise, projections, reductions, views
-from fusedhead.rules.table import Family
+from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.table import TOKEN_RULES, Family
 from fusedhead.rules.tokenwise import dispatch as tokenwise
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 # Parts of a program that no rule of an op is about.
 PASSES = (
@@ -61,6 +61,7 @@ class Part(NamedTuple):
 
 RULES_OF = (projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise)
 PARTS = (*(Part(module.FAMILY, module) for module in RULES_OF), *map(Part, PASSES))
+TABLES: tuple[type[Reason], ...] = (Unreadable, NotByTokens, Untraced)
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 MARKERS = ("<!-- python -m fusedhead.rules -->", "<!-- end -->")
 
@@ -71,8 +72,8 @@ def overloads(part: Part) -> list[Any]:
     if module is None:
         return []
     ruled = [target for target, rule in RULES.items() if rule.__module__ == module.__name__]
-    tabled = getattr(module, "LISTED", ())
-    return [*ruled, *(target for table in tabled for target in table)]
+    along_classes = [target for target, rules in TOKEN_RULES.items() if any(rule.dim is not None for rule in rules)]
+    return along_classes if module is tokenwise else ruled
 
 
 def ops(part: Part) -> list[str]:
@@ -94,23 +95,8 @@ def table() -> str:
 
 
 def sentences() -> list[str]:
-    """The sentences of every `Escape` in the package, sorted, with … for what a program fills in."""
-    return sorted({text for _, file in sources() if file.suffix == ".py" for text in texts(file)})
-
-
-def texts(file: Path) -> Iterator[str]:
-    return escapes(ast.parse(file.read_text(encoding="utf-8")))
-
-
-def escapes(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            name, text = node.exc.func, node.exc.args[0]
-            if isinstance(name, ast.Name) and name.id == "Escape":
-                parts: Sequence[Any] = text.values if isinstance(text, ast.JoinedStr) else [text]
-                shown = "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in parts)
-                if shown != "…":
-                    yield shown
+    """The sentences of every `Reason` in the package, sorted, with … for what a program fills in."""
+    return sorted({reason.template for table in TABLES for reason in table})
 
 
 def between_markers(document: str, markers: tuple[str, str], text: str) -> str:

@@ -18,7 +18,8 @@ from fusedhead.graph.edit import erase
 from fusedhead.graph.nodes import fake
 from fusedhead.graph.recipes import recipe_of
 from fusedhead.graph.weight_recipes import making
-from fusedhead.ir.logits import Projection, leaves
+from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.logits import Projection
 
 
 def run(body: Body) -> None:
@@ -45,7 +46,7 @@ def run(body: Body) -> None:
 
 def tensors_of(head: Projection, sources: list[Node]) -> frozenset[int]:
     """Which of a recipe's sources, of those that are tensors, a head's weight is made of."""
-    weight = leaves([head.weight])
+    weight = nodes_of([head.weight])
     makers = {*weight, *(source for node in making(weight) for source in node.all_input_nodes)}
     tensors = [source for source in sources if isinstance(fake(source), torch.Tensor)]
     return frozenset(at for at, source in enumerate(tensors) if source in makers)

@@ -24,18 +24,18 @@ from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.op_names import REMADE_FREELY
 from fusedhead.ir.builder import Emit, named
-from fusedhead.ir.logits import Stack
+from fusedhead.ir.logits import StackedProjection
 from fusedhead.ir.terminal import Statistics, Terminal
 from fusedhead.kernels.contract import STATS
 from fusedhead.kernels.transform.transform import Transform
 from fusedhead.rewrite import stacked_sweeps
 from fusedhead.rewrite.operands import joined_operands, replay
-from fusedhead.rewrite.sweeps import Batch, Group, batches, roundings_of
+from fusedhead.rewrite.sweeps import Batch, SweepGroup, batches, roundings_of
 
 aten = torch.ops.aten
 
 
-def columns_of(group: Group, terminal: Terminal) -> tuple[int, int]:
+def columns_of(group: SweepGroup, terminal: Terminal) -> tuple[int, int]:
     """Which of the group's K picked entries are this terminal's."""
     begin = 0
     for key, count in group.picks:
@@ -45,7 +45,9 @@ def columns_of(group: Group, terminal: Terminal) -> tuple[int, int]:
     raise AssertionError("a terminal without labels asked for picked entries")
 
 
-def rebuild(emit: Emit, group: Group, statistics: dict[str, Node], reader: tuple[Node, Terminal], grad: bool) -> None:
+def rebuild(
+    emit: Emit, group: SweepGroup, statistics: dict[str, Node], reader: tuple[Node, Terminal], grad: bool
+) -> None:
     """Replace one terminal by its result from the statistics."""
     node, terminal = reader
     logits = terminal.logits
@@ -85,7 +87,7 @@ def emit_sweeps(sites: Sequence[Site], facts: GraphFacts, memory: int) -> list[E
     batched, emit = [], Emit(facts.graph)
     old = {node for site in sites for node in (site.head.node, *site.followed, *(n for n, _ in site.terminals))}
     for batch in batches(sites, facts):
-        heads = [group.first.logits.head for group in batch]
+        heads = [group.logits.head for group in batch]
         batched.append((sweeps_of(emit, batch, facts, memory), heads))
     emitted = set(emit.made)
     erase(old, lambda node: node in old or node in emitted or name_of(node) in REMADE_FREELY)
@@ -124,7 +126,7 @@ def sweeps_of(emit: Emit, batch: Batch, facts: GraphFacts, memory: int) -> list[
     """The ``head_stats`` call of a batch, or those of stacked heads, with the terminals rebuilt from their results."""
     anchor = batch[0].anchor(facts.position)
     with emit.before(anchor, anchor, grad=facts.grad_mode(anchor)):
-        if isinstance(batch[0].first.logits.head, Stack):
+        if isinstance(batch[0].logits.head, StackedProjection):
             statistics, calls = stacked_sweeps.statistics_of(emit, batch[0], memory)
             pieces = {name: [stat] for name, stat in statistics.items()}
         else:
@@ -141,7 +143,7 @@ def statistics_of(emit: Emit, batch: Batch, memory: int) -> tuple[dict[str, list
     first = batch[0]
     tensors, counts = joined_operands(emit, batch)
     chain = next(iter(roundings_of(first.terminals)), None)
-    text = Transform(first.first.logits.steps).smooth.text if chain is None else Transform(chain).text
+    text = Transform(first.logits.steps).smooth.text if chain is None else Transform(chain).text
     op = torch.ops.fusedhead.head_stats.default
     call = named(emit(op, *tensors, text, ",".join(first.want), memory), "head")
     whole = {name: named(emit(operator.getitem, call, STATS.index(name)), name) for name in first.want}

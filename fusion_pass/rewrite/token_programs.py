@@ -11,26 +11,25 @@ from torch.fx import Node
 
 from fusedhead.analysis.body import Body, Emitted
 from fusedhead.analysis.site import Region
-from fusedhead.analysis.token_regions import by_tokens, differentiated, leaves_of, operands_of
-from fusedhead.compat import tree_map
+from fusedhead.analysis.token_regions import by_tokens, differentiated, operands_of
 from fusedhead.graph.edit import erase
 from fusedhead.graph.facts import GraphFacts, before
 from fusedhead.graph.motion import hoist_before, sink_after
 from fusedhead.graph.nodes import fake
-from fusedhead.ir.builder import Emit, named, static
-from fusedhead.ir.logits import Call, Logits, Plain
-from fusedhead.ir.terminal import Terminal
-from fusedhead.ir.tokenwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed, parts
+from fusedhead.graph.sizes import static
+from fusedhead.ir.builder import Emit, named
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import Logits
+from fusedhead.ir.tokenwise import HeadInput, ProgramResult, TokenInput, TokenValue, inputs_of, token_values_of
 from fusedhead.kernels.tokenwise.program import HEAD, ITEM, Line, Ref, RowProgram, Unspeakable, spelled
 from fusedhead.kernels.transform.transform import Transform
 from fusedhead.rewrite.operands import operands, replay
-from fusedhead.rewrite.sweeps import Group
 
 aten = torch.ops.aten
 MOST_MOVED = 64  # nodes behind a call: sums of losses and their logging
 
 
-def program(values: Sequence[Rowwise], seeds: Sequence[Seed], outside: Sequence[RowLeaf]) -> RowProgram:
+def program(values: Sequence[TokenValue], seeds: Sequence[HeadInput], outside: Sequence[TokenInput]) -> RowProgram:
     """The row program of ``values``. Its inputs are h, w, cols, rows of every seed, then the outside tensors.
 
     Raises Unspeakable for a constant it has no form for.
@@ -48,19 +47,19 @@ def program(values: Sequence[Rowwise], seeds: Sequence[Seed], outside: Sequence[
         return refs[key]
 
     def ref(x: Any) -> Any:
-        if isinstance(x, (Seed, RowCall)) and id(x) in refs:
+        if isinstance(x, (HeadInput, Expr)) and id(x) in refs:
             return refs[id(x)]
-        if isinstance(x, Seed):
+        if isinstance(x, HeadInput):
             i, text = 4 * place[id(x.logits)], Transform(x.logits.steps).text
             dtype = x.logits.val.dtype
             out = add(Line(HEAD, (Ref("r", i), Ref("t", i + 1), Ref("t", i + 2), Ref("r", i + 3), text, dtype)))
-        elif isinstance(x, RowLeaf):
+        elif isinstance(x, TokenInput):
             return Ref("r" if x.by_rows else "t", at[id(x)])
-        elif isinstance(x, RowCall):
-            args = tuple(tree_map(ref, list(x.args)))
+        elif isinstance(x, Expr):
+            args, kwargs = x.mapped(ref)
             name = ITEM if x.op is operator.getitem else str(x.op).removeprefix("aten.")
-            kwargs = tuple((k, ref(v)) for k, v in x.kwargs.items())
-            out = add(Line(name, tuple(tuple(a) if isinstance(a, list) else a for a in args), kwargs))
+            listed = tuple(tuple(a) if isinstance(a, list) else a for a in args)
+            out = add(Line(name, listed, tuple(kwargs.items())))
         else:
             spelled(x)
             return x
@@ -124,15 +123,15 @@ def meeting_place(region: Region, fixed: Collection[Node], facts: GraphFacts) ->
 
 def emit_results(emit: Emit, results: list[tuple[Node, Any]], anchor: Node, facts: GraphFacts, memory: int) -> None:
     """Calls that serve some results, before ``anchor``, and what takes the place of each."""
-    outputs = list({id(p.expr): p for _, value in results for p in parts(value)}.values())
+    outputs = list({id(p.expr): p for _, value in results for p in token_values_of(value)}.values())
     nodes: dict[int, Node] = {}
     with emit.before(anchor, anchor, grad=facts.grad_mode(anchor)):
         for group in by_tokens(outputs):
-            nodes |= emit_call(emit, group, anchor, memory)
+            nodes |= emit_call(emit, group, memory)
     for node, value in results:
         grad = facts.grad_mode(node)
         with emit.before(anchor if before(node, anchor) else node, node, grad=grad):
-            replacement = resolved(emit, value, nodes, leaves_of(outputs)[0])
+            replacement = resolved(emit, value, nodes, inputs_of(outputs)[0])
             if not grad or not fake(node).requires_grad:
                 replacement = emit(aten.detach.default, replacement)
             replacement = emit.cast(replacement, value.val.dtype)
@@ -140,12 +139,12 @@ def emit_results(emit: Emit, results: list[tuple[Node, Any]], anchor: Node, fact
             emit.replaced(node, replacement)
 
 
-def emit_call(emit: Emit, outputs: list[Rowwise], anchor: Node, memory: int) -> dict[int, Node]:
+def emit_call(emit: Emit, outputs: list[TokenValue], memory: int) -> dict[int, Node]:
     """One ``head_rows`` call and the nodes of its results, by the identity of their expressions.
 
     An operand that no gradient reaches is detached: it would cost a product, and get zeros where eager code has none.
     """
-    seeds, outside = leaves_of(outputs)
+    seeds, outside = inputs_of(outputs)
     reached = differentiated(outputs)
 
     def operand(node: Node, identity: int) -> Node:
@@ -153,8 +152,7 @@ def emit_call(emit: Emit, outputs: list[Rowwise], anchor: Node, memory: int) -> 
 
     tensors: list[Node] = []
     for seed in seeds:
-        nothing = Terminal(seed.logits, None, "", frozenset(), lambda *_: None)  # type: ignore[arg-type, return-value]
-        h, w, _, cols, rows, _ = operands(emit, Group([(anchor, nothing)]))
+        h, w, _, cols, rows, _ = operands(emit, seed.logits)
         tensors += [operand(node, id(seed.logits)) for node in (h, w, cols, emit(aten.t.default, rows))]
     tensors += [operand(emit.ref(leaf.value), id(leaf)) for leaf in outside]
     text = program(outputs, seeds, outside).text
@@ -162,25 +160,25 @@ def emit_call(emit: Emit, outputs: list[Rowwise], anchor: Node, memory: int) -> 
     return {id(out.expr): emit(operator.getitem, call, i) for i, out in enumerate(outputs)}
 
 
-def resolved(emit: Emit, value: Any, nodes: dict[int, Node], seeds: Sequence[Seed]) -> Node:
+def resolved(emit: Emit, value: Any, nodes: dict[int, Node], seeds: Sequence[HeadInput]) -> Node:
     """The node that holds a result in the program's shape."""
-    if isinstance(value, Rowwise):
+    if isinstance(value, TokenValue):
         return shaped(emit, value, nodes[id(value.expr)], seeds)
 
     def substitute(x: Any) -> Any:
-        if isinstance(x, RowOutput):
+        if isinstance(x, ProgramResult):
             return shaped(emit, x.value, nodes[id(x.value.expr)], seeds)
         if isinstance(x, Plain):
             return substitute(x.ref)
-        if isinstance(x, Call):
-            args, kwargs = tree_map(substitute, (x.args, x.kwargs))
+        if isinstance(x, Expr):
+            args, kwargs = x.mapped(substitute)
             return emit(x.op, *args, **kwargs)
         return emit.ref(x)
 
     return substitute(value)
 
 
-def shaped(emit: Emit, value: Rowwise, node: Node, seeds: Sequence[Seed]) -> Node:
+def shaped(emit: Emit, value: TokenValue, node: Node, seeds: Sequence[HeadInput]) -> Node:
     """A result [N, *tail] in the program's own dimensions."""
     rows = [d for d, is_tail in enumerate(value.tail) if not is_tail]
     order = [*rows, *(d for d, is_tail in enumerate(value.tail) if is_tail)]
@@ -202,7 +200,7 @@ def fake_shape(node: Node) -> list[int | None]:
     return [static(s) for s in fake(node).shape]
 
 
-def row_sizes(emit: Emit, wanted: list[Any], seeds: Sequence[Seed]) -> list[Any]:
+def row_sizes(emit: Emit, wanted: list[Any], seeds: Sequence[HeadInput]) -> list[Any]:
     """Sizes of the token dimensions, several of them symbolic: those of a head's hidden states."""
     for seed in seeds:
         logits: Logits = seed.logits
