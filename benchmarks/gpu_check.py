@@ -237,7 +237,7 @@ def large_windows_index_right(device: str) -> Iterator[tuple[str, bool]]:
 
 BAD_LABEL = """
 import torch
-from fusedhead.kernels import triton_windows as engine
+from fusedhead.kernels.triton_engine import engine
 from fusedhead.kernels.transform.transform import apply, parse
 from fusedhead.kernels.contract import Head, Windows
 h, w = torch.randn(8, 64, device="cuda"), torch.randn(99, 64, device="cuda")

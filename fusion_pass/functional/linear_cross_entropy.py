@@ -206,7 +206,7 @@ def asked(loss: Loss) -> str:
 
 def swept(head: Operands, loss: Loss, memory: int) -> ShardStats:
     """Row statistics in one sweep; their gradient takes another."""
-    lse, picked, total, _, _, _, low, spread = torch.ops.fusedhead.head_stats(*head, asked(loss), memory)
+    lse, picked, total, _, _, _, low, spread, *_ = torch.ops.fusedhead.head_stats(*head, asked(loss), memory)
     if not loss.smoothing:
         return ShardStats(lse, low, picked)
     return ShardStats(lse, low, picked, total, spread)
