@@ -29,6 +29,7 @@ from fusedhead.canonicalize import (
     unstack_heads,
 )
 from fusedhead.graph.edit import any_still_computed, copied, counting_edits
+from fusedhead.graph.reasons import Refusal
 from fusedhead.graph.recipes import Wrap, computed_at_once, unwrapped
 from fusedhead.graph.tracing import Traces
 from fusedhead.legality import (
@@ -132,10 +133,10 @@ class Attempt:
     gm: GraphModule
     options: Options
     speculate: bool
-    left: Mapping[str, str]  # products to be left, by name, and why
+    left: Mapping[str, Refusal]  # products to be left, by name, and why
     report: Report = field(default_factory=lambda: Report(graphs=1))
     wrap: Wrap = unwrapped
-    grown: Mapping[str, str] = field(default_factory=dict)  # more products to be left
+    grown: Mapping[str, Refusal] = field(default_factory=dict)  # more products to be left
     speculation_failed: bool = False  # whether a product of a speculative pass is still computed
 
     def run(self, show: Ran | None) -> None:
@@ -183,7 +184,7 @@ def fuse_module(gm: GraphModule, options: Options, show: Ran | None = None) -> t
     The passes start again on a fresh copy where heads are better left, and without the speculative passes where a
     product of theirs is still computed. ``show`` is told of every pass that ran.
     """
-    speculate, left = True, dict[str, str]()
+    speculate, left = True, dict[str, Refusal]()
     while True:
         attempt = Attempt(copied(gm), options, speculate, left)
         attempt.run(show)

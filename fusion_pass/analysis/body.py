@@ -15,25 +15,27 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fusedhead.analysis.cost import Price, price_outside
+from fusedhead.analysis.reasons import NotInForward
 from fusedhead.analysis.site import Decision, Reading, Region, Site
 from fusedhead.analysis.source_lines import place
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.op_names import CHECKPOINTS
+from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.graph.recipes import Recipe, Wrap, nested, redirect
 from fusedhead.graph.run_counts import Run
 from fusedhead.graph.tracing import Traces
 from fusedhead.ir.logits import Projection, StackedProjection
 from fusedhead.options import Options
 
-NONE_LEFT: Mapping[str, str] = {}
+NONE_LEFT: Mapping[str, Refusal] = {}
 
 
 class Finding(NamedTuple):
     """A product that the report speaks of although no site of the graph is rewritten for it."""
 
     node: Node  # the product, or the call of a region that holds it
-    reason: str  # why it stays, "" where its logits are returned and deferred
+    reason: Refusal | None  # why it stays; None where its logits are returned and deferred
     where: str  # its line in the program
     likely: bool = True  # whether it is taken for a head
 
@@ -69,7 +71,7 @@ class Body:
     defers: bool = False  # whether logits that it returns may be handed out deferred
     traces: Traces = field(default_factory=Traces)
     reports_products: bool = True  # whether the report speaks of products that are no heads
-    left: Mapping[str, str] = field(default_factory=lambda: NONE_LEFT)  # products to be left, by name, and why
+    left: Mapping[str, Refusal] = field(default_factory=lambda: NONE_LEFT)  # products to be left, by name, and why
 
     # what the passes find and decide, in this order
     speculated: list[Node] = field(default_factory=list)  # products that a speculative pass made or moved
@@ -84,7 +86,7 @@ class Body:
     least: dict[Projection, int] = field(default_factory=dict)  # calls of fewer logits build them; 0: none does
     lines: dict[Projection, str] = field(default_factory=dict)  # of the heads that are decided on
     emitted: list[Emitted] = field(default_factory=list)
-    grown: dict[str, str] = field(default_factory=dict)  # fused products that would hold more than their logits
+    grown: dict[str, Refusal] = field(default_factory=dict)  # fused products that would hold more than their logits
     wrap: Wrap | None = None  # what goes around the compiled graph
     runs: defaultdict[Node, Run] = field(default_factory=lambda: defaultdict(Run))  # what becomes of a product's logits
     edits: int = 0  # nodes made, erased and changed so far
@@ -109,11 +111,11 @@ class Body:
         return self.grad is not False
 
     @property
-    def recomputes(self) -> str:
-        """Why no gradient may be taken in its forward, "" where one may."""
+    def recomputes(self) -> Refusal | None:
+        """Why no gradient may be taken in its forward; None where one may."""
         if self.owner in CHECKPOINTS:
-            return "inside a checkpointed region"
-        return "its region is run without recording gradients too" if self.grad is None else ""
+            return refuse(NotInForward.CHECKPOINTED)
+        return refuse(NotInForward.BOTH_MODES) if self.grad is None else None
 
     def edited(self, *nodes: Node) -> None:
         """Count an edit that neither makes nor erases a node."""
@@ -134,7 +136,7 @@ class Body:
         prices = [price for emitted in self.emitted if site.head in emitted.heads for price in emitted.prices]
         return prices or [price_outside(site, self.options.budget)]
 
-    def note(self, product: Node, reason: str, likely: bool = True) -> None:
+    def note(self, product: Node, reason: Refusal | None, likely: bool = True) -> None:
         """Let the report speak of a product of tensors."""
         values = [fake(product), next((fake(operand) for operand in product.all_input_nodes), None)]
         if all(isinstance(value, Tensor) and value.ndim for value in values):

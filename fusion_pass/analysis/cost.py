@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
+from fusedhead.analysis.reasons import NotInForward
 from fusedhead.analysis.site import Site, tokens_of
 from fusedhead.graph.nodes import fake, hint
+from fusedhead.graph.reasons import Refusal
 from fusedhead.ir.expr import nodes_of
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.tokenwise.engine import operands
@@ -20,8 +22,6 @@ from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.transform.transform import parse, plain_scale
 from fusedhead.lowering.plan.plan import Plan, plan
 from fusedhead.lowering.token_ops import windows_of
-
-NO_GRADIENT = "no gradient is needed"  # why none is taken in the forward sweep
 
 
 class Price(NamedTuple):
@@ -51,27 +51,32 @@ def planner(call: Node, memory: int) -> Callable[[bool, int], Plan]:
     return planned
 
 
-def price_of_statistics(call: Node, memory: int) -> Callable[[str], Price]:
+def price_of_statistics(call: Node, memory: int) -> Callable[[Refusal | None], Price]:
     """The price of a head's call, once it is known ``why`` its gradients are not taken in the forward sweep."""
     planned, tokens = planner(call, memory), hint(fake(call.args[0]).shape[0]) or 0  # type: ignore[arg-type]
 
-    def price(why: str) -> Price:
+    def price(why: Refusal | None) -> Price:
         def bytes_and_flop(n: int) -> tuple[int, int]:
             plan_of_call = planned(not why, n)
             return plan_of_call.predicted_bytes, plan_of_call.predicted_flop
 
-        return Price(engine_text(planned(not why, tokens), why), why == NO_GRADIENT, bytes_and_flop, tokens)
+        return Price(engine_text(planned(not why, tokens), why), is_forward_only(why), bytes_and_flop, tokens)
 
     return price
 
 
-def engine_text(planned: Plan, why: str) -> str:
+def engine_text(planned: Plan, why: Refusal | None) -> str:
     """What computes a head, and how, for people."""
-    how = {"": "gradients in the forward sweep", NO_GRADIENT: "forward only"}
-    return f"{planned.engine.replace('_', ' ')}: {how.get(why, f'recompute in the backward ({why})')}"
+    how = "gradients in the forward sweep" if why is None else f"recompute in the backward ({why})"
+    return f"{planned.engine.replace('_', ' ')}: {'forward only' if is_forward_only(why) else how}"
 
 
-def price_of_token_program(call: Node, memory: int) -> Callable[[str], Price]:
+def is_forward_only(why: Refusal | None) -> bool:
+    """Whether no gradient is taken at all, given why none is taken in the forward sweep."""
+    return why is not None and why.reason is NotInForward.NO_GRADIENT
+
+
+def price_of_token_program(call: Node, memory: int) -> Callable[[Refusal | None], Price]:
     """The same for the call of a row program; ``why`` its gradients are not computed in the forward sweep."""
     arguments: Any = call.args[0]
     tensors: list[Any] = [fake(t) for t in arguments]
@@ -79,15 +84,16 @@ def price_of_token_program(call: Node, memory: int) -> Callable[[str], Price]:
     tokens = hint(tensors[heads[0][0]].shape[0]) or 0
     product = 2 * sum(int(tensors[w].shape[0]) * int(tensors[w].shape[1]) for _, w in heads)  # FLOP of a token
 
-    def price(why: str) -> Price:
-        products = 1 if why == NO_GRADIENT else 4 if why else 3
+    def price(why: Refusal | None) -> Price:
+        products = 1 if is_forward_only(why) else 4 if why else 3
 
         def bytes_and_flop(n: int) -> tuple[int, int]:
             return windows_of(tensors, program, memory, n).predicted_bytes, products * product * n
 
-        how = {"": ", with their gradients", NO_GRADIENT: ""}.get(why, f", again in the backward ({why})")
-        text = f"row windows: the program's own ops on some tokens at a time{how}"
-        return Price(text, why == NO_GRADIENT, bytes_and_flop, tokens)
+        how = ", with their gradients" if why is None else f", again in the backward ({why})"
+        text = "row windows: the program's own ops on some tokens at a time"
+        text += "" if is_forward_only(why) else how
+        return Price(text, is_forward_only(why), bytes_and_flop, tokens)
 
     return price
 

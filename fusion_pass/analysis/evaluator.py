@@ -19,10 +19,10 @@ from fusedhead.compat import HigherOrderOperator, OpOverload, tree_leaves, unset
 from fusedhead.graph.dry_run import changed_arguments
 from fusedhead.graph.nodes import fake, inputs, name_of
 from fusedhead.graph.op_names import PROJECTIONS
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.tracing import trace
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LOGITS_LIKE, LogitsLike, detached
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Terminal
 from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.rules import RULES

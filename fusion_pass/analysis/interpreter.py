@@ -21,20 +21,15 @@ from fusedhead.graph.aliases import storage
 from fusedhead.graph.effects import effects
 from fusedhead.graph.facts import GraphFacts, before
 from fusedhead.graph.nodes import fake, name_of
+from fusedhead.graph.reasons import Escape, Refusal, refuse
 from fusedhead.graph.tracing import Traces
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, Projection, detached, logits_of, rows_of_hidden
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Terminal
 from fusedhead.ir.tokenwise import MaskedRows, TokenValue, token_values_of, without_gradient
 from fusedhead.rules.tokenwise.dispatch import token_value
 
 EMPTY: Mapping[Node, Logits] = {}
-LEAVES = (
-    "{}, computed from all logits, is returned: it is as wide as they are, and the graph ends before it is reduced "
-    "over the classes (where a boolean mask ends the graph, a product with the mask does not, nor does a sum of what "
-    "the mask picks under torch._dynamo.config.capture_dynamic_output_shape_ops)"
-)
 
 
 def interpret(
@@ -53,7 +48,7 @@ def interpret(
     values: dict[Node, Any] = {}
     sites: dict[Projection, Site] = {}
     tokenwise: dict[Node, Any] = {}
-    no_rule: dict[Node, str] = {}
+    no_rule: dict[Node, Refusal] = {}
     sharing: dict[int | None, list[Node]] = {}
     for node in facts.graph.nodes:
         sources = [values[s] for s in node.all_input_nodes if s in values]
@@ -83,10 +78,10 @@ def interpret(
             value = trace_value(node, values, traces)
         except Escape as escape:
             if not heads:
-                no_rule[node] = str(escape)
+                no_rule[node] = escape.at(node)
             if not all(isinstance(s, TokenValue) and s.small for s in sources):
                 for head in heads:
-                    sites[head].escapes.append((node, str(escape)))
+                    sites[head].escapes.append(escape.at(node))
             continue
         if not grad_mode(node):
             value = tree_map(without_gradient, value, is_leaf=is_value)
@@ -111,7 +106,7 @@ def note_returned(source: Node, value: Any, sites: dict[Projection, Site]) -> No
     for part in token_values_of(value):
         if not part.small:
             for head in part.heads:
-                sites[head].escapes.append((source, LEAVES.format(source.name)))
+                sites[head].escapes.append(refuse(Untraced.RETURNED_WIDE, node=source, name=source.name))
 
 
 def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
@@ -156,17 +151,17 @@ def note_overwritten(node: Node, target: Node | None, known: Overwriting) -> Non
     if target is None or not isinstance(values[node], (TokenValue, *LOGITS_LIKE)):
         return
 
-    def escape(reason: str) -> None:
+    def escape(refusal: Refusal) -> None:
         for head in heads_of([values[node]]):
-            sites[head].escapes.append((node, reason))
+            sites[head].escapes.append(refusal)
 
     if not known.grad and fake(target).requires_grad:
-        escape(f"{name_of(node)} changes the logits in place where no gradient is recorded")
+        escape(refuse(Untraced.NO_GRADIENT_RECORDED, node=node, name=name_of(node)))
     for other in known.sharing.get(storage(fake(target)), ()):
         if other in (node, target) or not heads_of([values[other]]):
             continue
         if any(before(node, user) for user in other.users):
-            escape(f"{name_of(node)} changes logits that {other.name} is a view of")
+            escape(refuse(Untraced.HAS_A_VIEW, node=node, name=name_of(node), other=other.name))
     values[target] = values[node]
     for head in heads_of([values[node]]):
         sites[head].overwritten.append(target)
@@ -184,7 +179,7 @@ def note_value(node: Node, value: Any, heads: Iterable[Projection], sites: dict[
     if isinstance(value, Terminal):
         sites[value.logits.head].terminals.append((node, value))
         for head in set(heads) - {value.logits.head}:
-            sites[head].escapes.append((node, f"{value.computes} mixes two heads"))
+            sites[head].escapes.append(refuse(Untraced.TWO_HEADS, node=node, computes=value.computes))
         return
     followed = all_followed(value)
     ends = [v for v in tree_leaves(value, is_leaf=is_value) if isinstance(v, Terminal)]
@@ -192,7 +187,7 @@ def note_value(node: Node, value: Any, heads: Iterable[Projection], sites: dict[
         sites[head].followed.append(node)  # a tuple of results: its getitems are the terminals
     if not followed and not ends:
         for head in heads:
-            sites[head].escapes.append((node, f"{name_of(node)} of the logits is not followed"))
+            sites[head].escapes.append(refuse(Untraced.NOT_FOLLOWED, node=node, name=name_of(node)))
     for each in followed:
         head = logits_of(each).head
         sites.setdefault(head, Site(head)).followed.append(node)

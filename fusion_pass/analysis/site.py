@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch.fx import Node
 
 from fusedhead.graph.nodes import fake
+from fusedhead.graph.reasons import Refusal
 from fusedhead.graph.weight_recipes import made_of_inputs, making
 from fusedhead.ir.expr import Expr, nodes_of, walk
 from fusedhead.ir.logits import Projection, StackedProjection
@@ -23,7 +24,7 @@ class Site:
     head: Projection
     terminals: list[tuple[Node, Terminal]] = field(default_factory=list)
     outputs: list[Node] = field(default_factory=list)  # followed nodes that the graph returns
-    escapes: list[tuple[Node, str]] = field(default_factory=list)
+    escapes: list[Refusal] = field(default_factory=list)  # uses that no rule reads, each at its node
     followed: list[Node] = field(default_factory=list)  # nodes whose value is followed, in order
     sizes: list[tuple[Node, Any]] = field(default_factory=list)  # nodes that are numbers of rows, and what is as long
     overwritten: list[Node] = field(default_factory=list)  # nodes whose value was changed in place later
@@ -68,7 +69,7 @@ class Reading:
     sites: list[Site]
     values: dict[Node, Any]
     tokenwise: dict[Node, Any] = field(default_factory=dict)  # what no statistic gives, computed token by token
-    no_rule: dict[Node, str] = field(default_factory=dict)  # products in which no rule sees a head, and why
+    no_rule: dict[Node, Refusal] = field(default_factory=dict)  # products in which no rule sees a head, and why
     regions: list[Region] | None = None  # what `token_regions.regions` says of it, once it was asked
 
 
@@ -76,7 +77,7 @@ class Decision(NamedTuple):
     """What is done with a site."""
 
     site: Site
-    reason: str  # why it stays as it is, "" where it is fused
+    reason: Refusal | None  # why it stays as it is; None where it is fused
     deferred_only: bool = False  # whether it has no loss in the graph: its logits are returned and deferred
 
 

@@ -29,11 +29,11 @@ from fusedhead.analysis.reasons import Untraced
 from fusedhead.analysis.site import Reading
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.op_names import CONCATENATES, PROJECTIONS, equation_terms, joined_parts
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.recipes import rooted_in_inputs
 from fusedhead.graph.tracing import Traces
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import HIDDEN, Logits, Projection, RowStep, StackedProjection, piece_of, rows_of_hidden
-from fusedhead.ir.reasons import Escape
 
 aten = torch.ops.aten
 # Nodes that may be a stack of heads; along tokens, concatenated heads are a stack whose numbers are then tokens too.

@@ -25,9 +25,9 @@ from fusedhead.graph.effects import memory_written
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import every_dimension, fake, name_of
 from fusedhead.graph.op_names import PROJECTIONS
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import static
 from fusedhead.ir.builder import Emit
-from fusedhead.ir.reasons import Escape
 from fusedhead.rules.setitem import column_choice
 
 aten = torch.ops.aten

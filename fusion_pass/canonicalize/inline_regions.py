@@ -22,17 +22,16 @@ from torch.fx.node import map_arg
 from fusedhead.analysis.body import Body, Finding
 from fusedhead.analysis.interpreter import interpret
 from fusedhead.analysis.projections import candidates
+from fusedhead.analysis.reasons import Untraced
 from fusedhead.compat import enable_python_dispatcher, enter_autocast, exit_autocast, maybe_get_fake_mode, tree_leaves
 from fusedhead.graph.edit import counting_edits
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import callee, fake, name_of, where
 from fusedhead.graph.op_names import HEAD_ENDS, PROJECTIONS
+from fusedhead.graph.reasons import refuse
 from fusedhead.graph.tracing import Traces
 
 HANDFUL = 40  # nodes; a layer of a model has more, and is worth compiling once
-NOT_INLINED = (
-    "head and loss are not in one region that is compiled once and the region cannot be repeated in the call's place"
-)
 
 
 class Differs(Exception):
@@ -159,7 +158,7 @@ def inline_calls(gm: GraphModule, grad: bool, sharing: bool) -> list[Finding]:
             if not inline_call(gm, call, grad):
                 not_inlined.add(call)
                 if call in boundary:
-                    findings.append(Finding(call, NOT_INLINED, where(call)))
+                    findings.append(Finding(call, refuse(Untraced.NOT_INLINED, node=call), where(call)))
 
 
 def inline_call(gm: GraphModule, call: Node, grad: bool) -> bool:

@@ -113,7 +113,7 @@ def outcome_of(
     found = [(site, t) for node in results for site in reading.sites for n, t in site.terminals if n is node]
     sites = {id(site): site for site, _ in found}
     if len(found) != len(results) or len(sites) != 1:
-        reasons = [sentence for site in reading.sites for _, sentence in site.escapes]
+        reasons = [str(escape) for site in reading.sites for escape in site.escapes]
         return Unread(reasons[-1] if reasons else "the result is no statistic of the rows")
     (site,), terminals = sites.values(), [terminal for _, terminal in found]
     values = [reading.values.get(made.node(ref)) for ref in chain]
@@ -202,7 +202,7 @@ def answer(
     body.facts.keep(min(site.head.products))  # type: ignore[type-var]
     reason = illegal(site, body)
     if reason:
-        return Unread(reason)
+        return Unread(str(reason))
     site.followed += [node for node in stacked if node not in site.followed]
     rows, all_rows = (hint(z.numel()) or 0 for z in (terminals[0].logits.val, fake(site.head.node)))
     if isinstance(site.head, StackedProjection) and 2 * rows < all_rows:

@@ -33,7 +33,7 @@ def token_by_token(
     """What a call amounts to that is no statistic of the rows, or None. ``made`` is rewritten."""
     values = [reading.tokenwise.get(node, reading.values.get(node)) for node in results]
     if all(map(is_wide, values)):
-        if any(node not in results for site in reading.sites for node, _ in site.escapes):
+        if any(escape.node not in results for site in reading.sites for escape in site.escapes):
             return None
         followed = all(isinstance(value, LOGITS_LIKE) for value in values)
         return Wide(None if followed else held(made, reading, values))

@@ -16,6 +16,7 @@ from fusedhead.graph.dry_run import RANDOM
 from fusedhead.graph.effects import draws, memory_written, writes
 from fusedhead.graph.facts import GraphFacts, before
 from fusedhead.graph.nodes import fake
+from fusedhead.graph.reasons import Reason, Refusal, refuse
 
 
 def random(op: Node) -> bool:
@@ -45,26 +46,33 @@ def dependencies_after(nodes: Iterable[Node], anchor: Node, most: int | None = N
     return dependencies
 
 
-def hoist(nodes: Sequence[Node], anchor: Node, facts: GraphFacts) -> str:
-    """Move ``nodes`` and what they are computed from before ``anchor``; else the sentence that says what forbids it."""
+class Immovable(Reason):
+    WRITES = "an operand of the loss is computed in place after the head"
+    AUTOCAST = "{name}, an operand of the loss, is computed under another autocast than the head"
+    GRAD_MODE = "{name}, an operand of the loss, is computed where no gradient is recorded"
+    RANDOM = "{name}, an operand of the loss, may draw random numbers after the head"
+
+
+def hoist(nodes: Sequence[Node], anchor: Node, facts: GraphFacts) -> Refusal | None:
+    """Move ``nodes`` and what they are computed from before ``anchor``; else say what forbids it."""
     moved = sorted(dependencies_after(nodes, anchor))  # type: ignore[type-var]
     if not moved:
-        return ""
+        return None
     if any(True for _ in facts.writers(anchor, moved[-1])) or writes(moved[-1]):
-        return "an operand of the loss is computed in place after the head"
+        return refuse(Immovable.WRITES)
     region, recorded = facts.autocast(anchor), facts.grad_mode(anchor)
     for node in moved:
         sources = node.all_input_nodes
         if facts.autocast(node) != region and floating([node, *sources]):
-            return f"{node.name}, an operand of the loss, is computed under another autocast than the head"
+            return refuse(Immovable.AUTOCAST, node=node, name=node.name)
         trains = any(isinstance(fake(s), Tensor) and fake(s).requires_grad for s in sources)
         if facts.grad_mode(node) != recorded and trains:
-            return f"{node.name}, an operand of the loss, is computed where no gradient is recorded"
+            return refuse(Immovable.GRAD_MODE, node=node, name=node.name)
         if draws(node):
-            return f"{node.name}, an operand of the loss, may draw random numbers after the head"
+            return refuse(Immovable.RANDOM, node=node, name=node.name)
     for node in moved:
         anchor.prepend(node)
-    return ""
+    return None
 
 
 def hoist_before(
@@ -78,7 +86,7 @@ def hoist_before(
     from_anchor = anchor in nodes or any(anchor in node.all_input_nodes for node in moved)
     if from_anchor or not moved.isdisjoint(fixed) or (most is not None and len(moved) > most):
         return False
-    return hoist(nodes, anchor, facts) == ""
+    return hoist(nodes, anchor, facts) is None
 
 
 def sink_after(nodes: Sequence[Node], anchor: Node, fixed: Collection[Node], facts: GraphFacts, most: int) -> bool:

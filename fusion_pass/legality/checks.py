@@ -1,6 +1,6 @@
 """What makes a readable site unsafe to rewrite: writes to its operands, functorch, tensor subclasses.
 
-Each check returns a sentence, or "" or None. The rewrite reads h, W and the labels at another place of the graph than
+Each check returns a refusal or None. The rewrite reads h, W and the labels at another place of the graph than
 the program did; nothing may change them in between.
 """
 
@@ -15,27 +15,31 @@ from torch.fx import Graph, Node
 from fusedhead.analysis.projections import candidates
 from fusedhead.analysis.site import Site
 from fusedhead.compat import FakeTensor
-from fusedhead.graph.facts import GraphFacts, Write
+from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake, name_of, where
+from fusedhead.graph.reasons import Refusal, refuse
+from fusedhead.legality.reasons import Illegal
 
 
-def written_between(facts: GraphFacts, begin: Node, end: Node, read: Iterable[Node]) -> str:
-    """A sentence if memory of a tensor in ``read`` is written in [begin, end), else ""."""
+def written_between(facts: GraphFacts, begin: Node, end: Node, read: Iterable[Node]) -> Refusal | None:
+    """A refusal if memory of a tensor in ``read`` is written in [begin, end)."""
     write = facts.write_between(begin, end, read)
-    return f"{sentence(write)} before the loss" if write is not None else ""
+    if write is None:
+        return None
+    name, place = name_of(write.writer), where(write.writer)
+    return refuse(Illegal.WRITTEN_BEFORE_LOSS, node=write.writer, name=name, place=place, tensor=write.tensor.name)
 
 
-def written_after(facts: GraphFacts, begin: Node, read: Iterable[Node]) -> str:
-    """A sentence if memory of a tensor in ``read`` is written from ``begin`` on, else ""."""
+def written_after(facts: GraphFacts, begin: Node, read: Iterable[Node]) -> Refusal | None:
+    """A refusal if memory of a tensor in ``read`` is written from ``begin`` on."""
     write = facts.write_after(begin, read)
-    return sentence(write) if write is not None else ""
+    if write is None:
+        return None
+    name, place = name_of(write.writer), where(write.writer)
+    return refuse(Illegal.WRITTEN, node=write.writer, name=name, place=place, tensor=write.tensor.name)
 
 
-def sentence(write: Write) -> str:
-    return f"{name_of(write.writer)} at {where(write.writer)} changes {write.tensor.name} in place"
-
-
-def functorch(graph: Graph) -> str | None:
+def functorch(graph: Graph) -> Refusal | None:
     """torch.func transforms need batching and double-backward rules that the fused ops do not have.
 
     A transform that is popped before the first head (a mask made with ``vmap``) does not matter.
@@ -47,19 +51,19 @@ def functorch(graph: Graph) -> str | None:
         if node.op == "call_function" and "_functorch" in f"{module}.{node.target}":
             depth += ("increment_nesting" in name_of(node)) - ("decrement_nesting" in name_of(node))
             if reached:
-                return f"the graph is inside a torch.func transform ({name_of(node)})"
+                return refuse(Illegal.GRAPH_IN_TRANSFORM, name=name_of(node))
         if node in heads:
             reached = True
             if depth:
-                return "the head is inside a torch.func transform"
+                return refuse(Illegal.HEAD_IN_TRANSFORM)
     return None
 
 
-def subclass(site: Site, read: Iterable[Node]) -> str | None:
+def subclass(site: Site, read: Iterable[Node]) -> Refusal | None:
     """Operands must be plain tensors: DTensor, quantised and other subclasses have semantics of their own."""
     for node in [*read, *site.followed]:
         value = fake(node)
         plain = type(value) in (FakeTensor, torch.nn.Parameter) or not isinstance(value, Tensor)
         if not plain or (isinstance(value, Tensor) and value.is_sparse):
-            return f"{node.name} is a {type(value).__name__}, not a plain tensor"
+            return refuse(Illegal.SUBCLASS, name=node.name, kind=type(value).__name__)
     return None

@@ -18,10 +18,12 @@ from fusedhead.graph.effects import memory_written
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake, most, name_of, where
 from fusedhead.graph.op_names import CHECKPOINTS, REMADE_FREELY
+from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.graph.recipes import LEAST_TOKENS, program_of
 from fusedhead.graph.weight_recipes import made_of_inputs
 from fusedhead.ir.expr import nodes_of
 from fusedhead.legality.checks import functorch, subclass, written_after, written_between
+from fusedhead.legality.reasons import Illegal, Unprofitable
 
 RUN_AS_THEY_ARE = CHECKPOINTS | {"invoke_subgraph"}  # higher-order ops that do nothing but run their graph
 
@@ -38,19 +40,16 @@ def run(body: Body) -> None:
         if site.terminals or in_a_program or (site.escapes and site.head.node in with_loss):
             body.decisions.append(Decision(site, never or illegal(site, body)))
         elif site.head.node in body.returned and not never and may_be_deferred(site, body):
-            body.decisions.append(Decision(site, "", deferred_only=True))
+            body.decisions.append(Decision(site, None, deferred_only=True))
 
 
-def higher_order(owner: str) -> str | None:
+def higher_order(owner: str) -> Refusal | None:
     """Why no head of a graph that a higher-order op runs is fused."""
     if owner == "" or owner in RUN_AS_THEY_ARE:
         return None
     if owner == "autograd_function_apply":
-        return (
-            f"the head is inside {owner}, a torch.autograd.Function with a backward of its own: it is already fused by "
-            "hand, and stays as it is written"
-        )
-    return f"the head is inside {owner}"
+        return refuse(Illegal.AUTOGRAD_FUNCTION, owner=owner)
+    return refuse(Illegal.HIGHER_ORDER, owner=owner)
 
 
 def may_be_deferred(site: Site, body: Body) -> bool:
@@ -60,27 +59,25 @@ def may_be_deferred(site: Site, body: Body) -> bool:
     return not illegal(site, body, defers=True)
 
 
-def why_not_deferred(site: Site, body: Body) -> str:
-    """Why logits that a graph only returns are not deferred, in a sentence."""
+def why_not_deferred(site: Site, body: Body) -> Refusal:
+    """Why logits that a graph only returns are not deferred."""
     maker = next((node for node in weights_of(site) if made_of_inputs(node) is None), None)
     while maker is not None and name_of(maker) in REMADE_FREELY:
         below = next((source for source in maker.all_input_nodes if made_of_inputs(source) is None), None)
         if below is None:
             break
         maker = below
-    return (
-        illegal(site, body)
-        or (f"its weight is made in the graph ({name_of(maker)} at {where(maker)})" if maker is not None else "")
-        or "what is made of its logits is no loss and no statistic that is read, and they are not returned as they are"
-    )
+    reason = illegal(site, body)
+    if reason is None and maker is not None:
+        reason = refuse(Illegal.WEIGHT_MADE_IN_GRAPH, name=name_of(maker), place=where(maker))
+    return reason or refuse(Unprofitable.NO_LOSS)
 
 
-def illegal(site: Site, body: Body, defers: bool | None = None) -> str:
-    """Why a site must stay as it is, or "". ``defers``: whether its logits could be deferred, as the body says."""
+def illegal(site: Site, body: Body, defers: bool | None = None) -> Refusal | None:
+    """Why a site must stay as it is, or None. ``defers``: whether its logits could be deferred, as the body says."""
     operands = nodes_of(site.head.operands)
     if site.escapes:
-        node, sentence = site.escapes[0]
-        return subclass(site, operands) or f"{sentence} (at {where(node)})"
+        return subclass(site, operands) or site.escapes[0].placed()
     steps = [t.logits for _, t in site.terminals]
     vectors = nodes_of([c for s in steps for c in s.cols] + [r.value for s in steps for r in s.rows])
     labels = nodes_of([p for _, t in site.terminals for p in (*t.label_sources, *t.sources)])
@@ -92,26 +89,27 @@ def illegal(site: Site, body: Body, defers: bool | None = None) -> str:
     )
 
 
-def on_several_devices(nodes: Iterable[Node]) -> str:
+def on_several_devices(nodes: Iterable[Node]) -> Refusal | None:
     devices = {value.device for value in map(fake, nodes) if isinstance(value, torch.Tensor)}
-    return f"its operands are on different devices ({', '.join(sorted(map(str, devices)))})" if len(devices) > 1 else ""
+    names = ", ".join(sorted(map(str, devices)))
+    return refuse(Illegal.SEVERAL_DEVICES, devices=names) if len(devices) > 1 else None
 
 
-def must_materialise(site: Site, body: Body, defers: bool) -> str:
-    """Why logits that a site returns must be made where they are, or ""."""
+def must_materialise(site: Site, body: Body, defers: bool) -> Refusal | None:
+    """Why logits that a site returns must be made where they are, or None."""
     if any(aliased_write(site, output) for output in site.outputs):
-        return "the returned logits are changed in place through another name"
+        return refuse(Illegal.ALIASED_WRITE)
     if site.outputs and not body.is_top:
         what = "checkpointed" if body.owner in CHECKPOINTS else "compiled once"
-        return f"the logits leave the region that is {what}"
+        return refuse(Illegal.LEAVES_REGION, what=what)
     few = most(tokens_of(site)) < LEAST_TOKENS
     if site.outputs and not body.facts.grad_mode(site.head.node) and (few or not defers):
-        return "the logits are returned and no gradient is recorded, so building them once is the cheapest"
-    return ""
+        return refuse(Unprofitable.BUILT_ONCE)
+    return None
 
 
-def mutated_operand(site: Site, facts: GraphFacts, vectors: list[Node], labels: list[Node]) -> str:
-    """What is written before a fused head, its backward or its returned logits would read it, as a sentence, or ""."""
+def mutated_operand(site: Site, facts: GraphFacts, vectors: list[Node], labels: list[Node]) -> Refusal | None:
+    """What is written before a fused head, its backward or its returned logits would read it."""
     operands = nodes_of(site.head.operands)
     indices = nodes_of([a for _, t in site.terminals for step in t.logits.row_steps for a in step.args])
     read = [*operands, *vectors, *indices]
@@ -130,10 +128,10 @@ def mutated_operand(site: Site, facts: GraphFacts, vectors: list[Node], labels: 
             return reason
         from_logits = {site.head.node, *site.followed}.intersection(makers)
         if fake(output).requires_grad and len(set(map(facts.grad_mode, from_logits))) > 1:
-            return "the returned logits are made partly with and partly without gradients recorded"
+            return refuse(Illegal.MIXED_GRAD_MODES)
     # The backward reads again what eager code may not need: of two factors, where only one wants a gradient, one.
     trains = any(isinstance(fake(node), torch.Tensor) and fake(node).requires_grad for node in read)
-    reason = written_after(facts, begin, read) if site.outputs or trains else ""
+    reason = written_after(facts, begin, read) if site.outputs or trains else None
     if trains and terminals and not reason:
         reason = written_after(facts, terminals[0], labels)
     return reason

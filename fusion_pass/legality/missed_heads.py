@@ -14,9 +14,11 @@ from torch.fx import Graph, GraphModule, Node
 from fusedhead.analysis.body import Body
 from fusedhead.analysis.projections import candidates
 from fusedhead.compat import HigherOrderOperator
-from fusedhead.graph.nodes import name_of, where
+from fusedhead.graph.nodes import name_of
 from fusedhead.graph.op_names import CASTS, CLASS_LOSSES, COPIES, PROJECTIONS, RESHAPES, SCALES, is_call_of
+from fusedhead.graph.reasons import refuse
 from fusedhead.legality.checks import functorch
+from fusedhead.legality.reasons import Illegal
 
 # What leaves logits logits, or makes them log-probabilities.
 CARRIES_LOGITS = (
@@ -37,9 +39,9 @@ def run(body: Body) -> None:
         reasons = {}
         for node, region in nodes_under_losses(graph):
             if region and name_of(node) in PROJECTIONS:
-                reasons[node] = f"the head is inside {region}, and its loss outside (at {where(node)})"
+                reasons[node] = refuse(Illegal.LOSS_OUTSIDE_REGION, node=node, region=region).placed()
             elif node in reading.no_rule and node not in read:
-                reasons[node] = f"{reading.no_rule[node]} (at {where(node)})"
+                reasons[node] = reading.no_rule[node].placed()
     for node, reason in reasons.items():
         body.note(node, reason)
 

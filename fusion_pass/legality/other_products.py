@@ -14,11 +14,13 @@ from torch.fx import Graph, Node
 from fusedhead.analysis.body import Body
 from fusedhead.analysis.lone_heads import LEAST_RATIO, LEAST_VOCAB, SURE_VOCAB, last_products, looks_like_a_head
 from fusedhead.analysis.site import Site
-from fusedhead.graph.nodes import fake, most, name_of, where
+from fusedhead.graph.nodes import fake, most, name_of
 from fusedhead.graph.op_names import NEGATES, SCALES
+from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.graph.sizes import same_shape
 from fusedhead.legality.legality import why_not_deferred
 from fusedhead.legality.profitability import least_logits
+from fusedhead.legality.reasons import Unprofitable
 
 # what features of a network go through, and logits do not
 FEATURES = frozenset(
@@ -26,7 +28,6 @@ FEATURES = frozenset(
      "leaky_relu", "mish", "hardswish", "dropout", "scaled_dot_product_attention", "embedding", "conv1d", "conv2d",
      "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate"}
 )  # fmt: skip
-AS_ASKED = 'it is returned, and fusedhead.logits="eager" (FUSEDHEAD_LOGITS) asks for logits that are built at once'
 COMBINES = SCALES - NEGATES | {"add_", "iadd", "mul_", "imul"}
 
 
@@ -73,19 +74,16 @@ def run(body: Body) -> None:
         if node in listed or not with_a_weight(node) or not is_large(node, body.options.min_logits):
             continue
         if looks_like_a_head(node) and body.options.logits != "deferred":
-            body.note(node, AS_ASKED, likely=False)
+            body.note(node, refuse(Unprofitable.AS_ASKED), likely=False)
         else:
             likely = node in sites or node in body.reading.no_rule
             body.note(node, reason(node, sites.get(node), body), likely)
 
 
-def reason(node: Node, site: Site | None, body: Body) -> str:
-    """Why a product is not fused, in a sentence."""
+def reason(node: Node, site: Site | None, body: Body) -> Refusal:
+    """Why a product is not fused."""
     if site is not None:
         return why_not_deferred(site, body)
     if node in body.reading.no_rule:
-        return f"{body.reading.no_rule[node]} (at {where(node)})"
-    return (
-        "no loss is taken of it in this graph, and by its sizes it may be an inner layer (a head that is returned has "
-        f"{LEAST_VOCAB:,} classes or more, and {LEAST_RATIO} for each hidden dimension unless {SURE_VOCAB:,})"
-    )
+        return body.reading.no_rule[node].placed()
+    return refuse(Unprofitable.MAYBE_A_LAYER, vocab=LEAST_VOCAB, ratio=LEAST_RATIO, sure=SURE_VOCAB)

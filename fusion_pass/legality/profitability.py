@@ -30,11 +30,13 @@ from fusedhead.analysis.body import NONE_LEFT, Body
 from fusedhead.analysis.cost import mebibytes, sizes_of
 from fusedhead.analysis.site import Site, tokens_of
 from fusedhead.graph.nodes import fake, hint, most
+from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.ir.expr import nodes_of
 from fusedhead.ir.logits import StackedProjection
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.torch_engine.whole import ALL
+from fusedhead.legality.reasons import Unprofitable
 from fusedhead.lowering.plan.plan import engine_for, plan
 from fusedhead.lowering.plan.tokenwise import window_bytes
 from fusedhead.lowering.token_ops import logits_bytes
@@ -76,25 +78,26 @@ def find_grown_heads(body: Body) -> None:
             body.grown[site.head.node.name] = reason
 
 
-def grown(site: Site, body: Body) -> str:
-    """Why a head that is fused is to be left after all, or "": its windows would hold more than its logits take.
+def grown(site: Site, body: Body) -> Refusal | None:
+    """Why a head that is fused is to be left after all: its windows would hold more than its logits take.
 
     On CUDA some growth is paid for: at (2048, 4096, 32000) a step holds 157 MiB for the 125 of the logits and takes
     0.96 of Inductor's time. What the user has set counts logits alone, and where tokens are a symbol each call decides.
     """
     built = bool(site.outputs) and not body.defers
     if body.options.min_logits != "auto" or built or body.least[site.head]:
-        return ""
+        return None
     vocab, tokens = int(site.head.weight.val.shape[0]), hint(tokens_of(site)) or 0
     logits, held = sizes_of(body.prices_of(site), tokens, vocab * site.head.dtype.itemsize)(tokens)
     if held <= MAY_HOLD.get(site.head.weight.val.device.type, 1.0) * logits:
-        return ""
-    remedy = "with fusedhead.min_logits=0 it would be fused"
-    return f"its windows would hold {mebibytes(held)}, more than its logits, {mebibytes(logits)} ({remedy})"
+        return None
+    return refuse(Unprofitable.GROWS, held=mebibytes(held), logits=mebibytes(logits))
 
 
-def gate(sites: Iterable[Site], min_logits: str | int, left: Mapping[str, str] = NONE_LEFT) -> Callable[[Site], str]:
-    """A function that says why a site is too small, or "".
+def gate(
+    sites: Iterable[Site], min_logits: str | int, left: Mapping[str, Refusal] = NONE_LEFT
+) -> Callable[[Site], Refusal | None]:
+    """A function that says why a site is too small, or None.
 
     Heads of one graph that share a weight count together: a loop over pieces of the tokens is one head. Of heads that
     are stacked each counts alone: it is swept alone. A symbol counts with the largest value that it may have.
@@ -105,21 +108,18 @@ def gate(sites: Iterable[Site], min_logits: str | int, left: Mapping[str, str] =
         parts = len(site.head.parts) if isinstance(site.head, StackedProjection) else 1
         count[weight(site)] += most(fake(site.head.node).numel()) / parts  # type: ignore[assignment]
 
-    def too_small(site: Site) -> str:
+    def too_small(site: Site) -> Refusal | None:
         least = least_logits(fake(site.head.node).device.type, min_logits)
         logits = count[weight(site)]
         if logits >= least:
-            return left.get(site.head.node.name, "")
-        return (
-            f"its {logits:,.0f} logits are too few for fusing to pay (fewer than fusedhead.min_logits, {least:,}; "
-            "with 0 it would be fused)"
-        )
+            return left.get(site.head.node.name)
+        return refuse(Unprofitable.FEW_LOGITS, logits=logits, least=least)
 
     return too_small
 
 
-def too_small_for_a_token_program(projections: Iterable[Node], memory: int) -> str:
-    """Why the logits of heads that a token program computes are too few for it, or "".
+def too_small_for_a_token_program(projections: Iterable[Node], memory: int) -> Refusal | None:
+    """Why the logits of heads that a token program computes are too few for it, or None.
 
     A token program saves memory and costs time: where its gradients are not known up to a factor, it multiplies again
     where Inductor reads logits again. Below its window, on CUDA twice that, there is little to save.
@@ -128,11 +128,8 @@ def too_small_for_a_token_program(projections: Iterable[Node], memory: int) -> s
     held = sum(most(z.numel()) * z.dtype.itemsize for z in logits)
     least = rows_from(logits[0].device.type, memory)
     if held >= least:
-        return ""
-    return (
-        f"what is made of its logits would be computed token by token, and they are too few for that to pay "
-        f"({held / 2**20:,.1f} MiB, fewer than {least / 2**20:,.0f}; with fusedhead.min_logits=0 it would be fused)"
-    )
+        return None
+    return refuse(Unprofitable.FEW_FOR_A_TOKEN_PROGRAM, held=held / 2**20, least=least / 2**20)
 
 
 def pays_from(h: Tensor, w: Tensor, min_logits: str | int, memory: int) -> int:

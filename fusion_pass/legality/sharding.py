@@ -11,8 +11,9 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from fusedhead.analysis.body import Body
+from fusedhead.graph.reasons import refuse
+from fusedhead.legality.reasons import Illegal
 
-REASON = "its weight is whole only while its module runs (FSDP, ZeRO-3), so the returned logits are computed at once"
 DEEPSPEED = "ds_id"  # what ZeRO-3 calls a parameter by; it empties parameters where they lie
 
 
@@ -20,7 +21,9 @@ def run(body: Body) -> None:
     """Keep heads whose logits are only returned where their weight may be freed before the logits are asked for."""
     if not body.defers:
         body.decisions = [
-            decision._replace(reason=decision.reason or REASON) if decision.deferred_only else decision
+            decision._replace(reason=decision.reason or refuse(Illegal.GATHERED_WEIGHT))
+            if decision.deferred_only
+            else decision
             for decision in body.decisions
         ]
 

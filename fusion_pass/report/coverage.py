@@ -9,8 +9,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from fusedhead.analysis.reasons import Untraced
-from fusedhead.ir.reasons import Reason
+from fusedhead.analysis.reasons import NotInForward, Untraced
+from fusedhead.graph.motion import Immovable
+from fusedhead.graph.reasons import Reason
+from fusedhead.legality.reasons import Illegal, Unprofitable
 from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointwise, projections, reductions, views
 from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.table import TOKEN_RULES, Family
@@ -61,7 +63,7 @@ class Part(NamedTuple):
 
 RULES_OF = (projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise)
 PARTS = (*(Part(module.FAMILY, module) for module in RULES_OF), *map(Part, PASSES))
-TABLES: tuple[type[Reason], ...] = (Unreadable, NotByTokens, Untraced)
+TABLES: tuple[type[Reason], ...] = (Unreadable, NotByTokens, Untraced, Illegal, Unprofitable, NotInForward, Immovable)
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 MARKERS = ("<!-- python -m fusedhead.rules -->", "<!-- end -->")
 

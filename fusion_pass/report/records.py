@@ -27,7 +27,7 @@ def records_of(body: Body) -> list[HeadRecord]:
 
 def record_of_finding(finding: Finding) -> HeadRecord:
     """The record of a product that no site was rewritten for."""
-    product, reason = finding.node, finding.reason
+    product, reason = finding.node, str(finding.reason or "")
     logits, hidden = fake(product), next((fake(n) for n in product.all_input_nodes), None)
     if not isinstance(logits, Tensor) or not isinstance(hidden, Tensor):  # the call of a region that holds it
         return HeadRecord(False, reason, finding.where, "", "?", 0, 0, "built", "", 0)
@@ -44,7 +44,7 @@ def record_of_finding(finding: Finding) -> HeadRecord:
 
 def record_of_decision(decision: Decision, body: Body) -> HeadRecord:
     """The record of a site that is fused or stays."""
-    site, reason, _ = decision
+    site, reason = decision.site, str(decision.reason or "")
     head, region = site.head, body.regions.get(site.head)
     vocab, hidden = head.weight.val.shape
     tokens = tokens_of(site)

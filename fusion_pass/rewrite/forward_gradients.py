@@ -24,11 +24,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import map_arg
 
 from fusedhead.analysis.body import Body
-from fusedhead.analysis.cost import NO_GRADIENT, price_of_statistics, price_of_token_program
+from fusedhead.analysis.cost import price_of_statistics, price_of_token_program
+from fusedhead.analysis.reasons import NotInForward
 from fusedhead.compat import HigherOrderOperator
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.motion import hoist, overwritten
 from fusedhead.graph.nodes import fake, name_of
+from fusedhead.graph.reasons import Escape, Refusal, refuse
 from fusedhead.ir.builder import Emit, named
 from fusedhead.kernels.contract import STATS
 from fusedhead.rewrite.loss_tail import (
@@ -46,7 +48,6 @@ from fusedhead.rewrite.tail_gradient import coefficients, dependent, needed, sha
 
 aten = torch.ops.aten
 TRIES = 4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
-IN_HALF = "in float16 a gradient taken before the loss scale is known would underflow"
 TIE = 7  # which output of `head_loss` it is
 CONSTANT = {STATS.index("lse_low"): 8, STATS.index("spread"): 9}  # outputs without a gradient: of `head_stats`, of it
 
@@ -72,36 +73,38 @@ class CallFamily(NamedTuple):
     replace: Callable[[Emit, Node, dict[Node, Node], Sequence[Node]], Sequence[Node]]  # -> what ties the loss to it
 
 
-def upgrade_rows(call: Node, facts: GraphFacts) -> str:
-    """Turn a ``head_rows`` call into ``head_rows_loss`` where the tail allows it: "" when done, else why not."""
+def upgrade_rows(call: Node, facts: GraphFacts) -> Refusal | None:
+    """Turn a ``head_rows`` call into ``head_rows_loss`` where the tail allows it: None when done, else why not."""
     tensors: Any = call.args[0]
     if not any(map(differentiable, tensors)) or not any(map(differentiable, call.users)):
-        return NO_GRADIENT
+        return refuse(NotInForward.NO_GRADIENT)
     if any(differentiable(t) and fake(t).dtype == torch.float16 for t in tensors):
-        return IN_HALF
+        return refuse(NotInForward.FLOAT16)
     return first_tail([call], [user for user in call.users if user.users and differentiable(user)], ROWS, facts)
 
 
-def upgrade(*calls: Node, facts: GraphFacts) -> str:
+def upgrade(*calls: Node, facts: GraphFacts) -> Refusal | None:
     """Turn ``head_stats`` calls whose results meet into ``head_loss`` where the tail allows it.
 
-    Returns "" when done, else the sentence that says why the gradients are recomputed instead.
+    Returns None when done, else why the gradients are recomputed instead.
     """
     for call in calls:
         if not any(needs_of(call)) or not any(map(differentiable, call.users)):
-            return NO_GRADIENT
+            return refuse(NotInForward.NO_GRADIENT)
         if fake(call.args[0]).dtype == torch.float16:  # type: ignore[arg-type]
-            return IN_HALF
+            return refuse(NotInForward.FLOAT16)
         others = sorted(STATS.index(name) for name in str(call.args[7]).split(",") if name not in LINEAR_STATS)
         if not CONSTANT.keys() >= set(others):
             named = ", ".join(sorted(STATS[at] for at in others if at not in CONSTANT))
-            return f"{named} is asked for as well"
+            return refuse(NotInForward.OTHER_STATISTICS, names=named)
     statistics = [user for call in calls for user in call.users if user.users and name_index(user) not in CONSTANT]
     return first_tail(calls, statistics, STATISTICS, facts)
 
 
-def first_tail(calls: Sequence[Node], statistics: Sequence[Node], family: CallFamily, facts: GraphFacts) -> str:
-    reason = "the per-row results are not reduced to one scalar"
+def first_tail(
+    calls: Sequence[Node], statistics: Sequence[Node], family: CallFamily, facts: GraphFacts
+) -> Refusal | None:
+    reason: Refusal | None = refuse(NotInForward.NO_SCALAR)
     for tail in islice(tails(statistics), TRIES):
         reason = try_tail(calls, statistics, tail, family, facts)
         if not reason:
@@ -117,21 +120,21 @@ def needs_of(call: Node) -> list[bool]:
 
 def try_tail(
     calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[Node], family: CallFamily, facts: GraphFacts
-) -> str:
-    """`upgrade` with one tail: "" when done."""
+) -> Refusal | None:
+    """`upgrade` with one tail: None when done."""
     impure = next((node for call in calls if (node := writes_into(call, tail[-1], facts)) is not None), None)
     if impure is not None:
-        return f"{name_of(impure)} works in place on the loss"
+        return refuse(NotInForward.WRITES_LOSS, node=impure, name=name_of(impure))
     unread = next((node for node in tail if isinstance(node.target, HigherOrderOperator)), None)
     if unread is not None:
-        return f"{name_of(unread)} takes the loss, and what it does with it is not read"
+        return refuse(NotInForward.HIGHER_ORDER, node=unread, name=name_of(unread))
     inside = {*statistics, *tail}
     passed = gradient_transparent(tail, statistics)
     read = (source for node in tail if node not in passed for source in node.all_input_nodes)
     others = list(dict.fromkeys(source for source in read if source not in inside))
     squares = family.squares(statistics, tail) if len(calls) == 1 else []
     program = coefficients(statistics, squares, tail, others, passed)
-    if isinstance(program, str):
+    if isinstance(program, Refusal):
         return program
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     free = len(statistics) + len(squares)
@@ -140,10 +143,10 @@ def try_tail(
     operands = [other for other, n in zip(others, placeholders[free:]) if n in used]
     blocked = next((node for call in calls if (node := depends_on(operands, call)) is not None), None)
     if blocked is not None:
-        return f"{blocked.name} depends on the per-row results themselves"
+        return refuse(NotInForward.DEPENDS_ON_RESULTS, node=blocked, name=blocked.name)
     anchor = first_use([user for call in calls for user in call.users])
     if overwritten(operands, anchor, tail[-1], facts):
-        return "an operand of the loss is changed in place after the head"
+        return refuse(NotInForward.OPERAND_CHANGED)
     forbidden = hoist(operands, anchor, facts)
     gradient = TailGradient(statistics, squares, others, program)
     return forbidden or replace(calls, gradient, anchor, tail[-1], family)
@@ -158,8 +161,10 @@ class TailGradient(NamedTuple):
     program: GraphModule
 
 
-def replace(calls: Sequence[Node], gradient: TailGradient, anchor: Node, scalar: Node, family: CallFamily) -> str:
-    """Put the op that takes coefficients in the place of each call: "" when done."""
+def replace(
+    calls: Sequence[Node], gradient: TailGradient, anchor: Node, scalar: Node, family: CallFamily
+) -> Refusal | None:
+    """Put the op that takes coefficients in the place of each call: None when done."""
     statistics, squares, others, program = gradient
     emit = Emit(anchor.graph)
     sized = family.sized(calls[0])
@@ -174,7 +179,7 @@ def replace(calls: Sequence[Node], gradient: TailGradient, anchor: Node, scalar:
                 except UnknownSize as unknown:
                     for made in reversed(emit.made):
                         made.graph.erase_node(made)
-                    return str(unknown)
+                    return unknown.refusal
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = emit(node.target, *args, **kwargs)
@@ -186,7 +191,7 @@ def replace(calls: Sequence[Node], gradient: TailGradient, anchor: Node, scalar:
             given = {s: r for s, r in zip(statistics, results) if s.args[0] is call}
             ties += family.replace(emit, call, given, square)
     tie_to(scalar, ties, emit)
-    return ""
+    return None
 
 
 def tie_to(scalar: Node, ties: Sequence[Node], emit: Emit) -> None:
@@ -249,7 +254,7 @@ STATISTICS = CallFamily(squares_of_lse, lambda call: (call.args[0], call.args[2]
 ROWS = CallFamily(no_squares, lambda call: call.args[0], replace_rows)  # type: ignore[return-value, arg-type]
 
 
-class UnknownSize(Exception):
+class UnknownSize(Escape):
     """The coefficients need a symbolic size that nothing known before the sweep has."""
 
 
@@ -268,7 +273,7 @@ def shaped_like(emit: Emit, node: Node, env: dict[Node, Any], sized: Sequence[No
                 if statically_known_true(sym_eq(known, like.shape[d])):
                     return known if isinstance(known, int) else emit(aten.sym_size.int, source, at)
         if not isinstance(like.shape[d], int):
-            raise UnknownSize("a symbolic size of what is made of the per-row results is not the number of tokens")
+            raise UnknownSize(NotInForward.SYMBOLIC_SIZE)
         return like.shape[d]
 
     if name_of(node) == "sym_size":

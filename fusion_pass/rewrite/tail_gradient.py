@@ -16,9 +16,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from fusedhead.analysis.reasons import NotInForward
 from fusedhead.compat import maybe_get_fake_mode
 from fusedhead.graph.motion import random
 from fusedhead.graph.nodes import callee, fake, name_of
+from fusedhead.graph.reasons import Refusal, refuse
 
 
 def coefficients(
@@ -27,8 +29,8 @@ def coefficients(
     tail: Sequence[Node],
     others: Sequence[Node],
     passed: Mapping[Node, Node],
-) -> GraphModule | str:
-    """∂ scalar / ∂ (statistics, squares) as a graph of ``others`` alone, or a sentence if the tail is not linear.
+) -> GraphModule | Refusal:
+    """∂ scalar / ∂ (statistics, squares) as a graph of ``others`` alone; a refusal if the tail is not linear.
 
     ``passed``: nodes whose gradient is that of another one in the tail.
     """
@@ -58,14 +60,14 @@ def coefficients(
         try:
             program = make_fx(gradient)(*values)
         except Exception as error:
-            return f"what is made of the per-row results cannot be differentiated alone ({type(error).__name__})"
+            return refuse(NotInForward.NOT_DIFFERENTIABLE, kind=type(error).__name__)
     program.graph.eliminate_dead_code()
     reads = dependent(program.graph, len(free))
     for node in needed(program.graph, reads):
         if node in reads:
-            return f"it is not linear in the per-row results ({name_of(node)} of them enters the gradient)"
+            return refuse(NotInForward.NOT_LINEAR, name=name_of(node))
         if random(node):
-            return f"{name_of(node)} draws random numbers, and a gradient would draw others"
+            return refuse(NotInForward.RANDOM, name=name_of(node))
     return program
 
 

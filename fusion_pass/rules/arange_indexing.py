@@ -18,11 +18,11 @@ from torch.fx import Node
 from fusedhead.graph.aliases import memory
 from fusedhead.graph.effects import may_write
 from fusedhead.graph.nodes import fake, name_of
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_shape
 from fusedhead.ir.builder import Emit
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import from_the_first, logits_of
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.gather import entries
 from fusedhead.rules.losses import rows_shape

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fusedhead.compat import unset_fake_temporarily
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_size
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, ProbTimes, RowVector
-from fusedhead.ir.reasons import Escape
 from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.reductions import prob_times

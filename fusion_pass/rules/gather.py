@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_shape
 from fusedhead.ir.builder import Emit
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LogProbs, logits_of
 from fusedhead.ir.lse_differences import DIFFERENCE, picked_less_lse
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.losses import rows_shape
 from fusedhead.rules.reasons import Unreadable

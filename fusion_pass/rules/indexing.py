@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_size
 from fusedhead.ir.expr import Plain
 from fusedhead.ir.logits import Logits, LogitsLike, piece_of
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.stack_parts import picked_part
 from fusedhead.ir.terminal import Terminal
 from fusedhead.rules.arange_indexing import entry_of_each_row

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_shape
 from fusedhead.ir.builder import Emit, named
 from fusedhead.ir.expr import Plain
 from fusedhead.ir.logits import Logits, LogProbs
 from fusedhead.ir.lse_differences import DIFFERENCE, SPREAD, lse_less_picked, spread
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.row_terms import flat_terms, without_row_terms

@@ -13,9 +13,9 @@ import torch
 from torch.fx import Node
 
 from fusedhead.graph.nodes import every_dimension, fake, name_of
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_shape
 from fusedhead.ir.expr import Expr, Plain
-from fusedhead.ir.reasons import Escape
 from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.table import Context
 from fusedhead.rules.tokenwise.dispatch import read as by_tokens

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogProbs, Probs, RowVector
-from fusedhead.ir.reasons import Escape
 from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.elementwise import COMPUTED, needs_same_shape, vector
 from fusedhead.rules.pointwise_codegen import function_of

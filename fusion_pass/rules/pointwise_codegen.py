@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusedhead.compat import decomposition_table, unset_fake_temporarily
-from fusedhead.ir.reasons import Escape
+from fusedhead.graph.reasons import Escape
 from fusedhead.kernels.transform import native
 from fusedhead.kernels.transform.pointwise import OPS, Code, Function, Instruction, Op, run
 from fusedhead.rules.reasons import Unreadable

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 
 from fusedhead.compat import enter_autocast
+from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Logits, Projection, RowStep
-from fusedhead.ir.reasons import Escape
 from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.table import Context, Family, rule

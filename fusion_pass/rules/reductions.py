@@ -12,10 +12,10 @@ import torch
 from torch.fx import Node
 
 from fusedhead.graph.nodes import name_of
+from fusedhead.graph.reasons import Escape
 from fusedhead.ir.builder import Emit
 from fusedhead.ir.logits import Logits, LogProbs, Probs, ProbTimes, same_logits
 from fusedhead.ir.lse_differences import SPREAD, spread
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.gather import per_row
 from fusedhead.rules.reasons import Unreadable

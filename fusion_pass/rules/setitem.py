@@ -12,9 +12,9 @@ import torch
 from torch.fx import Node
 
 from fusedhead.graph.nodes import every_dimension, fake
+from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Logits
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.rules import RULES
 from fusedhead.rules.mask_assignment import rows_set

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.fx import Node
 
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import static
 from fusedhead.ir.expr import Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, Value
-from fusedhead.ir.reasons import Escape
 from fusedhead.rules.reasons import Unreadable
 
 Rule = Callable[..., Any]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_size
 from fusedhead.ir.logits import HIDDEN, LOGITS_LIKE, Logits, LogitsLike, RowStep, detached, logits_of
-from fusedhead.ir.reasons import Escape
 from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.table import Context, Family, dimension, rule
 

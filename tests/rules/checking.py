@@ -19,10 +19,10 @@ from fusedhead.analysis import evaluator
 from fusedhead.analysis.evaluator import trace_value
 from fusedhead.graph.nodes import callee, name_of
 from fusedhead.graph.op_names import PROJECTIONS as PROJECTION_NAMES
+from fusedhead.graph.reasons import Escape
 from fusedhead.ir.builder import Emit
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LOGITS_LIKE, logits_of
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.terminal import Statistics, Terminal
 from fusedhead.ir.tokenwise import HeadInput, ProgramResult, TokenInput, TokenValue
 from fusedhead.kernels import reference

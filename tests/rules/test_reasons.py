@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import string
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import fusedhead
-from fusedhead.ir.reasons import Reason, refuse, tables
+from fusedhead.graph.reasons import Reason, refuse, tables
 from fusedhead.report.coverage import TABLES, sentences
 
 PACKAGE = Path(fusedhead.__file__).parent
@@ -47,7 +48,7 @@ def test_no_two_reasons_of_a_table_say_the_same() -> None:
 def test_whatever_refuses_names_a_reason_of_a_table_and_its_fields() -> None:
     known = {table.__name__: table for table in TABLES}
     for place, call in refusals():
-        if place.startswith("ir/reasons.py"):
+        if place.startswith("graph/reasons.py"):
             continue
         reason = call.args[0]
         assert isinstance(reason, ast.Attribute), f"{place}: a sentence that stands in no table"
@@ -70,6 +71,6 @@ def test_every_reason_is_given_somewhere() -> None:
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.__name__)
 def test_a_refusal_has_its_id_and_its_sentence_filled_in(table: type[Reason]) -> None:
     for reason in table:
-        refusal = refuse(reason, **dict.fromkeys(fields(reason), "…"))
+        refusal = refuse(reason, **dict.fromkeys(fields(reason), 7))
         assert refusal.id == reason.id
-        assert str(refusal).replace("'", "") == reason.template.replace("'", "")
+        assert re.sub(r"7(\.0+)?", "…", str(refusal)) == reason.template

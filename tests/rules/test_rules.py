@@ -19,9 +19,9 @@ from rules.checking import read
 from rules.spellings import PROJECTIONS, ROWWISE, SPELLINGS
 from rules.states import World, draw_state, numbers
 
+from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Logits, Projection
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import HeadInput, TokenValue, inputs_of
 from fusedhead.rules import RULES
 from fusedhead.rules.table import TOKEN_RULES, Context

@@ -25,9 +25,9 @@ from fusedhead.compat import (
     tree_leaves,
     tree_map,
 )
+from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, ProbTimes, StackedProjection
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import HeadInput, MaskedRows, TokenValue, token_values_of
 from fusedhead.rules.table import TOKEN_RULES, Context, Family
 from fusedhead.rules.tokenwise import indexing, losses, reductions, views  # noqa: F401  register their rules

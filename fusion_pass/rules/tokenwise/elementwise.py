@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fusedhead.compat import OpOverload, tree_leaves
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_size
 from fusedhead.ir.expr import Expr, map_each, map_nested
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.rules.table import Context, token_rule
 from fusedhead.rules.tokenwise.operands import common_tail, constants, from_logits, heads_among, lined_up

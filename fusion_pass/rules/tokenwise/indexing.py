@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fusedhead.compat import maybe_get_fake_mode
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_size
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Logits, from_the_first
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import HeadInput, MaskedRows, TokenInput, TokenValue
 from fusedhead.rules.table import RULES, Context, token_rule
 from fusedhead.rules.tokenwise.elementwise import pointwise_tokens

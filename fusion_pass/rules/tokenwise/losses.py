@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Expr, Plain
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import ProgramResult, TokenInput, TokenValue
 from fusedhead.rules.table import Context, token_rule
 from fusedhead.rules.tokenwise.operands import constants, leaf

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fusedhead.compat import tree_leaves
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_size, static
 from fusedhead.ir.expr import Expr, Plain
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import TokenInput, TokenValue
 from fusedhead.rules.table import Context
 from fusedhead.rules.tokenwise.reasons import NotByTokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusedhead.ir.reasons import Reason
+from fusedhead.graph.reasons import Reason
 
 
 class NotByTokens(Reason):

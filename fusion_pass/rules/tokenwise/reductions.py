@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fusedhead.compat import tree_leaves
+from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Expr, Plain, map_each, map_nested
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import ProgramResult, TokenValue
 from fusedhead.rules.table import Context, token_rule
 from fusedhead.rules.tokenwise.operands import constants, from_logits, several, tail_dim

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_size, static
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import rows_of_hidden
-from fusedhead.ir.reasons import Escape
 from fusedhead.ir.tokenwise import TokenValue, inputs_of
 from fusedhead.rules.table import Context, token_rule
 from fusedhead.rules.tokenwise.operands import constants, from_logits, heads_among, known_size, lined_up

@@ -7,11 +7,13 @@ of `Reason`, and ``python -m fusedhead.rules --sentences`` lists all of them. Co
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 from torch.fx import Node
+
+from fusedhead.graph.nodes import where
 
 
 class Reason(Enum):
@@ -40,6 +42,10 @@ class Refusal:
     def id(self) -> str:
         return self.reason.id
 
+    def placed(self) -> Refusal:
+        """The same, whose sentence says where the node is."""
+        return self if self.node is None else replace(self, sentence=f"{self.sentence} (at {where(self.node)})")
+
     def __str__(self) -> str:
         return self.sentence
 
@@ -54,6 +60,10 @@ class Escape(Exception):
     def __init__(self, reason: Reason, **fields: Any) -> None:
         self.refusal = refuse(reason, **fields)
         super().__init__(self.refusal.sentence)
+
+    def at(self, node: Node) -> Refusal:
+        """The refusal, at a node of the graph."""
+        return replace(self.refusal, node=node)
 
 
 def tables() -> list[type[Reason]]:
