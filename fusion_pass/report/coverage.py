@@ -1,6 +1,6 @@
 """What the pass reads and what it leaves, as a table for people and as the list of its sentences, out of the code.
 
-The ops of a row are those of a module's rules, and the words beside them stand in the module, as its ``FAMILY``; rows
+The ops of a row are those of a module's rules, and the words beside them stand in the module (`covers`); rows
 about passes stand here. Sentences are those of every `Reason`. ``python -m fusedhead.rules`` prints both.
 """
 
@@ -13,39 +13,40 @@ from fusedhead.analysis.reasons import NotInForward, Untraced
 from fusedhead.graph.motion import Immovable
 from fusedhead.graph.reasons import Reason
 from fusedhead.legality.reasons import Illegal, Unprofitable
+from fusedhead.report.report import NotRun
 from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointwise, projections, reductions, views
 from fusedhead.rules.reasons import Unreadable
-from fusedhead.rules.table import TOKEN_RULES, Family
+from fusedhead.rules.table import COVERAGE, TOKEN_RULES, CoverageRow
 from fusedhead.rules.tokenwise import dispatch as tokenwise
 from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 # Parts of a program that no rule of an op is about.
 PASSES = (
-    Family(
+    CoverageRow(
         "several pieces, several heads",
         "loops over rows or over pieces of the tokens or of the weight (one sweep for all of them, one gradient of the "
         "weight); logits put together from pieces; heads stacked under one loss",
         "pieces that something else reads or writes to",
     ),
-    Family(
+    CoverageRow(
         "losses in both directions",
         "one loss along the classes and one along the other dimension of the same product (CLIP), as two heads",
         "",
     ),
-    Family(
+    CoverageRow(
         "returned logits",
         "deferred: no memory, no backward, until something other than a loss asks for them; also of weights that the "
         "graph makes of its parameters, and of stacked heads",
         "logits, or what they are made of, that are written later",
     ),
-    Family(
+    CoverageRow(
         "where",
         "training, `no_grad`, `inference_mode`, autocast, activation checkpointing, `nested_compile_region`, gradient "
         "accumulation, several heads, `dynamic=True`, `mode=`",
         "inside `torch.func` transforms; DTensor and other tensor subclasses; where hidden states, weight or labels "
         "are written between the projection and the loss",
     ),
-    Family(
+    CoverageRow(
         "size",
         "2²⁰ logits and more, on CUDA 2²²; token by token, logits of 128 MiB and more, on CUDA 4 GiB",
         "smaller heads, and such as would hold more than their logits; each call decides where tokens are a symbol; "
@@ -57,13 +58,22 @@ PASSES = (
 class Part(NamedTuple):
     """A row of the table: the words, and the module whose rules have the ops."""
 
-    family: Family
+    row: CoverageRow
     module: ModuleType | None = None
 
 
 RULES_OF = (projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise)
-PARTS = (*(Part(module.FAMILY, module) for module in RULES_OF), *map(Part, PASSES))
-TABLES: tuple[type[Reason], ...] = (Unreadable, NotByTokens, Untraced, Illegal, Unprofitable, NotInForward, Immovable)
+PARTS = (*(Part(COVERAGE[module.__name__], module) for module in RULES_OF), *map(Part, PASSES))
+TABLES: tuple[type[Reason], ...] = (
+    Unreadable,
+    NotByTokens,
+    Untraced,
+    Illegal,
+    Unprofitable,
+    NotInForward,
+    Immovable,
+    NotRun,
+)
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 MARKERS = ("<!-- python -m fusedhead.rules -->", "<!-- end -->")
 
@@ -85,9 +95,9 @@ def ops(part: Part) -> list[str]:
 
 
 def cells(part: Part) -> tuple[str, str, str]:
-    family = part.family
+    row = part.row
     named = ", ".join(f"`{name}`" for name in ops(part))
-    return family.part, f"{family.fused}. Ops: {named}" if named else family.fused, family.left
+    return row.part, f"{row.fused}. Ops: {named}" if named else row.fused, row.left
 
 
 def table() -> str:

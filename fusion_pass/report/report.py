@@ -8,7 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from fusedhead.analysis.cost import mebibytes
+from fusedhead.graph.reasons import Reason, refuse
 from fusedhead.graph.run_counts import GraphRun, Run
+
+
+class NotRun(Reason):
+    """Why a head that was fused has done nothing."""
+
+    NEVER_RUN = "its graph was compiled and never run"
+    FAILED = "its graph failed to compile ({error}); what ran instead ran eagerly"
 
 
 @dataclass
@@ -90,7 +98,7 @@ class HeadRecord:
         """The record when the program has ended: a graph that never ran has fused nothing."""
         if not self.fused or not self.run.graph.watched or self.run.graph.calls.total:
             return self
-        reason = "its graph was compiled and never run"
+        reason = str(refuse(NotRun.NEVER_RUN))
         return replace(self, fused=False, reason=reason, logits="built", engine="")
 
     def told(self) -> str:
@@ -167,7 +175,7 @@ class Report:
         for head in self.heads:
             if head.fused:
                 head.fused, head.logits, head.engine = False, "built", ""
-                head.reason = f"its graph failed to compile ({what}); what ran instead ran eagerly"
+                head.reason = str(refuse(NotRun.FAILED, error=what))
 
     def __str__(self) -> str:
         fused = sum(head.fused for head in self.heads)

@@ -22,10 +22,11 @@ from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs
 from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.reductions import prob_times
-from fusedhead.rules.table import Context, Family, needs_logits, rule, vocab_size
+from fusedhead.rules.table import Context, covers, needs_logits, rule, vocab_size
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "on the logits",
     "cast, bias, scale (constant, learned, per class, per token), tanh and sigmoid caps, masks of classes; the same in "
     "place where no other name sees it; part of the classes written to, `z[:, k] += c`",

@@ -22,10 +22,11 @@ from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.losses import rows_shape
 from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.row_terms import without_row_terms
-from fusedhead.rules.table import Context, Family, needs_logits, over_classes, plain_tensor, rule, vocab_size
+from fusedhead.rules.table import Context, covers, needs_logits, over_classes, plain_tensor, rule, vocab_size
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "numbers of a row",
     "`log_softmax` + `gather` (any number of labels a row) or `[arange(N), y]`, `gather` − `logsumexp`, z-loss",
     "",

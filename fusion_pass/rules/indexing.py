@@ -23,11 +23,12 @@ from fusedhead.ir.stack_parts import picked_part
 from fusedhead.ir.terminal import Terminal
 from fusedhead.rules.arange_indexing import entry_of_each_row
 from fusedhead.rules.reasons import Unreadable
-from fusedhead.rules.table import Context, Family, dimension, rule
+from fusedhead.rules.table import Context, covers, dimension, rule
 from fusedhead.rules.views import class_dim_of, moved
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "some of the rows",
     "shift slices, row selection (masks too) before or after the head; pieces of the vocabulary",
     "steps along the vocabulary",

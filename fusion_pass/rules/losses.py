@@ -29,10 +29,11 @@ from fusedhead.ir.lse_differences import DIFFERENCE, SPREAD, lse_less_picked, sp
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.row_terms import flat_terms, without_row_terms
-from fusedhead.rules.table import Context, Family, needs_logits, over_classes, plain_tensor, rule, vocab_size
+from fusedhead.rules.table import Context, covers, needs_logits, over_classes, plain_tensor, rule, vocab_size
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "loss",
     "`cross_entropy` (mean, sum, none; `ignore_index`, class weights, label smoothing; classes last or in dimension "
     "1), `log_softmax` + `nll_loss`; then any masks and reductions",

@@ -19,10 +19,11 @@ from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.elementwise import COMPUTED, needs_same_shape, vector
 from fusedhead.rules.pointwise_codegen import function_of
 from fusedhead.rules.reasons import Unreadable
-from fusedhead.rules.table import Context, Family, needs_logits, rule
+from fusedhead.rules.table import Context, covers, needs_logits, rule
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "through functions",
     "any function of each logit, with constants and with vectors along the classes or the tokens; its derivative comes "
     "from autograd's own formula",

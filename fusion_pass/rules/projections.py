@@ -16,10 +16,11 @@ from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Logits, Projection, RowStep
 from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.reasons import Unreadable
-from fusedhead.rules.table import Context, Family, rule
+from fusedhead.rules.table import Context, covers, rule
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "projection",
     "hidden states `[N, D]`, `[B, T, D]`, frozen or not, and any weight of the graph: tied, transposed, cast, sliced; "
     "with or without bias; float32, bfloat16, float16",

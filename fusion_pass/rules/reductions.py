@@ -19,10 +19,11 @@ from fusedhead.ir.lse_differences import SPREAD, spread
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.gather import per_row
 from fusedhead.rules.reasons import Unreadable
-from fusedhead.rules.table import Context, Family, needs_logits, over_classes, rule, vocab_size
+from fusedhead.rules.table import Context, covers, needs_logits, over_classes, rule, vocab_size
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "beside the loss",
     "entropy in its spellings, sums over the classes, argmax and max as eager code rounds",
     "",

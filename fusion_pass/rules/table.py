@@ -39,12 +39,20 @@ RULES: dict[Any, Rule] = {}
 TOKEN_RULES: dict[Any, tuple[TokenRule, ...]] = {}  # several of an overload are tried in order
 
 
-class Family(NamedTuple):
-    """A row of the table of what is fused, kept beside the rules that make it true (`fusedhead.report.coverage`)."""
+class CoverageRow(NamedTuple):
+    """A row of the table of what is fused, kept beside what makes it true (`fusedhead.report.coverage`)."""
 
     part: str  # of a program
     fused: str  # what is read, besides the names of the ops, which the listing takes from the rules
     left: str  # what is left to Inductor
+
+
+COVERAGE: dict[str, CoverageRow] = {}  # by the name of the module whose rules it is about
+
+
+def covers(module: str, part: str, fused: str, left: str) -> None:
+    """Say what the rules of a module cover."""
+    COVERAGE[module] = CoverageRow(part, fused, left)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,10 +19,11 @@ from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_size
 from fusedhead.ir.logits import HIDDEN, LOGITS_LIKE, Logits, LogitsLike, RowStep, detached, logits_of
 from fusedhead.rules.reasons import Unreadable
-from fusedhead.rules.table import Context, Family, dimension, rule
+from fusedhead.rules.table import Context, covers, dimension, rule
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "rows",
     "views and permutations, before or after the head",
     "views that mix tokens and classes",

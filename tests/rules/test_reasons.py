@@ -59,6 +59,40 @@ def test_whatever_refuses_names_a_reason_of_a_table_and_its_fields() -> None:
         assert given == fields(table[reason.attr]), f"{place}: fields {given} of {table[reason.attr].value!r}"
 
 
+LAYERS = ("graph", "ir", "rules", "analysis", "canonicalize", "legality", "rewrite")  # those that decide
+TAKES_A_REASON = ("Decision", "Finding", "note", "HeadRecord", "Escape", "refuse", "Refusal")
+FOR_PEOPLE = {"analysis/cost.py"}  # what computes a head, and how
+
+
+def is_sentence(node: ast.AST) -> bool:
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    return sum(text.count(" ") for text in texts) > 2
+
+
+def given_texts(tree: ast.AST) -> Iterator[ast.AST]:
+    """The sentences that functions return, or give to what takes a reason."""
+    for node in ast.walk(tree):
+        values: list[ast.AST | None] = []
+        if isinstance(node, ast.Return) or (isinstance(node, ast.keyword) and node.arg == "reason"):
+            values = [node.value]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rsplit(".", 1)[-1] in TAKES_A_REASON:
+            values = [*node.args]
+        for value in values:
+            options = [value.body, value.orelse] if isinstance(value, ast.IfExp) else [value]
+            options = [each for x in options for each in (x.values if isinstance(x, ast.BoolOp) else [x])]
+            yield from (each for each in options if each is not None and is_sentence(each))
+
+
+def test_no_layer_that_decides_gives_a_sentence_that_is_no_reason() -> None:
+    found = []
+    for file in (file for layer in LAYERS for file in sorted((PACKAGE / layer).rglob("*.py"))):
+        place = str(file.relative_to(PACKAGE))
+        if place not in FOR_PEOPLE:
+            found += [f"{place}:{x.lineno}" for x in given_texts(ast.parse(file.read_text(encoding="utf-8")))]  # type: ignore
+    assert not found, f"sentences that stand in no table of reasons: {', '.join(found)}"
+
+
 def test_every_reason_is_given_somewhere() -> None:
     given = {ast.unparse(call.args[0]) for _, call in refusals()}
     source = "\n".join(file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py"))

@@ -29,14 +29,15 @@ from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, ProbTimes, StackedProjection
 from fusedhead.ir.tokenwise import HeadInput, MaskedRows, TokenValue, token_values_of
-from fusedhead.rules.table import TOKEN_RULES, Context, Family
+from fusedhead.rules.table import TOKEN_RULES, Context, covers
 from fusedhead.rules.tokenwise import indexing, losses, reductions, views  # noqa: F401  register their rules
 from fusedhead.rules.tokenwise.elementwise import DTYPE_OPS, as_wide, entrywise, is_pointwise, pointwise_tokens
 from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
 
-FAMILY = Family(
+covers(
+    __name__,
     "anything else, token by token",
     "the program's own ops on some tokens at a time, with their gradients or again in the backward: targets that are "
     "probabilities, KL between heads, adapters (LoRA) on a head, margins, mixtures, every pointwise op",
