@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fusedhead.analysis.body import NONE_LEFT, Body
+from fusedhead.analysis.body import NONE_EXCLUDED, Body
 from fusedhead.analysis.cost import mebibytes, sizes_of
 from fusedhead.analysis.site import Site, tokens_of
 from fusedhead.graph.nodes import fake, hint, most
@@ -55,7 +55,7 @@ def run(body: Body) -> None:
     """Keep the heads that are too small; heads that meet in a token program only where all of them are."""
     if not body.decisions:
         return
-    too_small = gate(body.reading.sites, body.options.min_logits, body.left)
+    too_small = gate(body.reading.sites, body.options.min_logits, body.excluded)
     least = limits(body.reading.sites, body.options.min_logits, body.options.budget)
     sites = {site.head: site for site in body.reading.sites}
     for i, decision in enumerate(body.decisions):
@@ -93,12 +93,14 @@ def grown(site: Site, body: Body) -> str:
     return f"its windows would hold {mebibytes(held)}, more than its logits, {mebibytes(logits)} ({remedy})"
 
 
-def gate(sites: Iterable[Site], min_logits: str | int, left: Mapping[str, str] = NONE_LEFT) -> Callable[[Site], str]:
+def gate(
+    sites: Iterable[Site], min_logits: str | int, excluded: Mapping[str, str] = NONE_EXCLUDED
+) -> Callable[[Site], str]:
     """A function that says why a site is too small, or "".
 
     Heads of one graph that share a weight count together: a loop over pieces of the tokens is one head. Of heads that
     are stacked each counts alone: it is swept alone. A symbol counts with the largest value that it may have.
-    ``left``: what `grown` said of products, by their names.
+    ``excluded``: what `grown` said of products, by their names.
     """
     count: Counter[tuple[Node, ...]] = Counter()
     for site in sites:
@@ -109,7 +111,7 @@ def gate(sites: Iterable[Site], min_logits: str | int, left: Mapping[str, str] =
         least = least_logits(fake(site.head.node).device.type, min_logits)
         logits = count[weight(site)]
         if logits >= least:
-            return left.get(site.head.node.name, "")
+            return excluded.get(site.head.node.name, "")
         return (
             f"its {logits:,.0f} logits are too few for fusing to pay (fewer than fusedhead.min_logits, {least:,}; "
             "with 0 it would be fused)"
