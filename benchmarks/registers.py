@@ -32,7 +32,8 @@ from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.kernels.triton_engine import engine
 from fusedhead.kernels.triton_engine.rows.scale import scale_in_place
-from fusedhead.lowering.plan.plan import LEAST, plan
+from fusedhead.lowering.plan.plan import plan
+from fusedhead.lowering.plan.problem import LEAST, Problem
 from fusedhead.rules.pointwise_codegen import function_of
 
 CAP = "mul:0.03333333333333333 tanh mul:30.0"
@@ -127,10 +128,10 @@ def launch_all(case: Case) -> None:
     head = Head(h, w, y, torch.empty(1, v, device=on), torch.empty(1, n, device=on), u, parse(case.transform))
 
     def windows(needs: Needs, **more: Any) -> Any:
-        return plan(
-            n, v, d, case.dtype, "cuda", products=case.dtype,
-            needs=needs, transform=head.transform, labels=case.labels, **more,
-        ).windows  # fmt: skip
+        linear = more.pop("linear", True)
+        sizes = (n, v, d, case.dtype, "cuda", case.dtype)
+        problem = Problem(*sizes, needs, linear, transform=head.transform, labels=case.labels)
+        return plan(problem, **more).windows
 
     total = row if case.total else None
     one_sweep = not (case.needs.cols or case.needs.rows)

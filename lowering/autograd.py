@@ -43,7 +43,20 @@ def _backward_stats(
     if not any(needs) or (g_lse is None and g_picked is None and g_sum is None and g_entropy is None):
         return (None,) * 11
     grads = torch.ops.fusedhead.head_stats_backward(
-        *upstream, h, w, y, cols, rows, u, lse, lse_low, entropy, ctx.transform, ctx.memory, *needs, ctx.whole_below,
+        *upstream,
+        h,
+        w,
+        y,
+        cols,
+        rows,
+        u,
+        lse,
+        lse_low,
+        entropy,
+        ctx.transform,
+        ctx.memory,
+        *needs,
+        ctx.whole_below,
         *product,
     )
     dh, dw, dcols, drows = (g if need else None for g, need in zip(grads, needs))

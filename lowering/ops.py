@@ -17,21 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
-from fusedhead.kernels.torch_engine import softmax_gradients
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.kernels.transform.transform import plain_scale
 from fusedhead.lowering import autograd, fakes
 from fusedhead.lowering.checks import LabelOutOfRange, asked, head_of
-from fusedhead.lowering.plan.plan import engine_for, plan
+from fusedhead.lowering.engines import Engine, engine_for
+from fusedhead.lowering.plan.plan import plan
+from fusedhead.lowering.plan.problem import Problem, writes_logits
 
 __all__ = ["SCHEMAS", "LabelOutOfRange"]
 
@@ -53,18 +50,6 @@ SCHEMAS = {
 NONE = Needs(False, False, False, False)
 
 
-ENGINES = {
-    "torch_whole": "fusedhead.kernels.torch_engine.whole",
-    "torch_windows": "fusedhead.kernels.torch_engine.engine",
-    "triton_windows": "fusedhead.kernels.triton_engine.engine",
-}
-
-
-@cache
-def _module(engine: str) -> ModuleType:
-    return import_module(ENGINES[engine])
-
-
 def as_written(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside: an op computes in the dtypes it was given, whatever region it is called from."""
     kind = device.type
@@ -73,33 +58,16 @@ def as_written(device: torch.device) -> AbstractContextManager[object]:
 
 def _chosen(
     head: Head, needs: Needs, memory: int, whole_below: int, *, linear: bool, row_scale: bool, explicit: bool
-) -> tuple[ModuleType, Windows]:
+) -> tuple[Engine, Windows]:
     """The engine, and its windows."""
     h, w, y, _, _, _, transform = head
-    chosen = plan(
-        h.shape[0],
-        w.shape[0],
-        h.shape[1],
-        h.dtype,
-        h.device.type,
-        products=product_dtype(h.dtype, h.device.type),
-        needs=needs,
-        linear=linear,
-        one_sweep=row_scale,
-        explicit=explicit,
-        transform=transform,
-        labels=y.shape[1],
-        memory=memory,
-        whole_below=whole_below,
+    (n, hidden), vocab, dtype, kind = h.shape, w.shape[0], h.dtype, h.device.type
+    products = product_dtype(dtype, kind)
+    problem = Problem(
+        n, vocab, hidden, dtype, kind, products, needs, linear, row_scale, explicit, transform, y.shape[1]
     )
-    return _module(chosen.engine), chosen.windows
-
-
-def _row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
-    """Whether the engine gets gradients of this head from exponentials, see `softmax_gradients`."""
-    if engine_for(head.h.dtype, head.h.device.type) == "triton_windows":
-        return not (needs.cols or needs.rows)
-    return softmax_gradients.serves(head, upstream, needs)
+    chosen = plan(problem, memory=memory, whole_below=whole_below)
+    return chosen.engine, chosen.windows
 
 
 def _given(x: Tensor) -> Tensor | None:
@@ -129,13 +97,12 @@ def _head_stats(
     keep: bool = False,
 ) -> tuple[Tensor, ...]:
     head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
-    short = {"lse", "lse_low", "picked"} | ({"sum", "spread"} if plain_scale(head.transform) is not None else set())
-    explicit = not want <= short
+    explicit = writes_logits(want, head.transform)
     engine, windows = _chosen(head, NONE, memory, whole_below, linear=True, row_scale=True, explicit=explicit)
     product = fakes.kept_product(h, w, whole_below, keep)
-    kept = {"product": product[: h.shape[0]]} if keep and engine is _module("torch_whole") else {}
+    kept = product[: h.shape[0]] if keep and engine.keeps_product else None
     with as_written(head.h.device):
-        got: RowStats = engine.head_stats(head, want - {"lse_low"}, windows, **kept)  # which comes with any lse
+        got = engine.head_stats(head, want - {"lse_low"}, windows, kept)  # which comes with any lse
     return (
         _result(got.lse if want & {"lse", "entropy"} else None, h),
         _result(got.picked, h),
@@ -178,14 +145,13 @@ def _head_stats_backward(
     # The lse is absent where no statistic needed it; then neither does a gradient.
     lse = lse if lse.numel() else h.new_zeros(h.shape[0], dtype=lse.dtype)
     saved = RowStats(lse, entropy=_given(entropy), lse_low=_given(lse_low))
-    row_scale = _row_scale(head, upstream, needs)
+    row_scale = engine_for(h.dtype, h.device.type).row_scale_serves(head, upstream, needs)
     engine, windows = _chosen(
         head, needs, memory, whole_below, linear=False, row_scale=row_scale, explicit=not row_scale
     )
-    whole = product is not None and engine is _module("torch_whole")
-    kept = {"product": product[: h.shape[0]]} if product is not None and whole else {}
+    kept = product[: h.shape[0]] if product is not None and engine.keeps_product else None
     with as_written(head.h.device):
-        return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows, **kept), head)
+        return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows, kept), head)
 
 
 def _head_loss(
@@ -215,7 +181,7 @@ def _head_loss(
     c = RowGrads(_given(c_lse), _given(c_picked), _given(c_sum), square=_given(c_square))
     if want & {"sum", "spread"} and c.sum is None:
         c = c._replace(sum=h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype)))
-    row_scale = _row_scale(head, c, needs)
+    row_scale = engine_for(h.dtype, h.device.type).row_scale_serves(head, c, needs)
     engine, windows = _chosen(
         head, needs, memory, whole_below, linear=True, row_scale=row_scale, explicit=not row_scale
     )

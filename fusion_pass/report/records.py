@@ -21,8 +21,10 @@ from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.tokenwise.engine import operands
 from fusedhead.kernels.tokenwise.program import read
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.kernels.transform.transform import parse, plain_scale
+from fusedhead.kernels.transform.transform import parse
+from fusedhead.lowering.checks import asked
 from fusedhead.lowering.plan.plan import Plan, plan
+from fusedhead.lowering.plan.problem import Problem, writes_logits
 from fusedhead.lowering.token_ops import windows_of
 from fusedhead.report.report import HeadRecord
 from fusedhead.rewrite.forward_gradients import NONE_NEEDED
@@ -42,15 +44,14 @@ def planner(call: Node, memory: int) -> Callable[[bool, int], Plan]:
     h, w, cols, rows = (fake(call.args[i]) for i in (0, 1, 3, 4))  # type: ignore[arg-type]
     needs = Needs(*(x.requires_grad for x in (h, w, cols, rows)))
     transform = parse(str(call.args[6]))
-    asked = set(str(call.args[7]).split(","))
-    short = {"lse", "lse_low", "picked"} | ({"sum", "spread"} if plain_scale(transform) is not None else set())
+    products, explicit = product_dtype(h.dtype, w.device.type), writes_logits(asked(str(call.args[7])), transform)
+    vocab, hidden = (int(size) for size in w.shape)
 
     def planned(linear: bool, tokens: int) -> Plan:
-        return plan(
-            tokens, int(w.shape[0]), int(w.shape[1]), h.dtype, w.device.type,
-            products=product_dtype(h.dtype, w.device.type),
-            needs=needs, linear=linear, explicit=not asked <= short, transform=transform, memory=memory,
-        )  # fmt: skip
+        problem = Problem(
+            tokens, vocab, hidden, h.dtype, w.device.type, products, needs, linear, True, explicit, transform
+        )
+        return plan(problem, memory=memory)
 
     return planned
 
@@ -72,7 +73,7 @@ def priced(call: Node, memory: int) -> Callable[[str], Price]:
 def engine(chosen: Plan, why: str) -> str:
     """What computes a head, and how, for people."""
     how = {"": "gradients in the forward sweep", NONE_NEEDED: "forward only"}
-    return f"{chosen.engine.replace('_', ' ')}: {how.get(why, f'recompute in the backward ({why})')}"
+    return f"{chosen.engine.name}: {how.get(why, f'recompute in the backward ({why})')}"
 
 
 def row_priced(call: Node, memory: int) -> Callable[[str], Price]:
@@ -106,7 +107,7 @@ def asked_outside(site: Site, memory: int) -> Price:
     def of(n: int) -> tuple[int, int]:
         device = head.weight.val.device.type
         products = product_dtype(head.dtype, device)
-        chosen = plan(n, vocab, hidden, head.dtype, device, products=products, needs=needs, memory=memory)
+        chosen = plan(Problem(n, vocab, hidden, head.dtype, device, products, needs), memory=memory)
         return chosen.predicted_bytes, chosen.predicted_flop
 
     return Price("as the caller asks", not any(needs), of, hint(tokens_of(site)) or 0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
-from fusedhead.kernels.torch_engine.blocks import LOG2E, block_columns, cuts, vectors
+from fusedhead.kernels.torch_engine.blocks import EXP2_FACTOR, block_columns, cuts, vectors
 from fusedhead.kernels.torch_engine.exponentials import block_buffers, window_products
 from fusedhead.kernels.torch_engine.gradient_sink import accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
@@ -28,7 +28,7 @@ def dlogits(head: Head, upstream: RowGrads, stats: RowStats, i: slice, v: slice,
         z.sub_(stats.lse[i, None].to(wide))
         if stats.lse_low is not None:
             z.sub_(stats.lse_low[i, None].to(wide))
-    dz = (z * LOG2E).exp2_() if soft else torch.zeros_like(z)
+    dz = (z * EXP2_FACTOR).exp2_() if soft else torch.zeros_like(z)
     slope = head.h.new_zeros(len(z), dtype=wide)
     if soft:
         slope = slope + 0 * stats.lse[i].to(wide)  # a row with an infinite logit has NaN throughout, as in log_softmax

@@ -21,14 +21,13 @@ from fusedhead.kernels.torch_engine import softmax_gradients
 from fusedhead.kernels.torch_engine import statistics as torch_statistics
 from fusedhead.kernels.torch_engine.blocks import fine_dtype, rounded_off
 from fusedhead.kernels.torch_engine.weighted_sums import spread_of, weighted_sums
-from fusedhead.kernels.transform.transform import dropped, plain_scale
 
 NOTHING = Needs(False, False, False, False)
 
 
 def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     """One sweep over z for the statistics in ``want``, see `contract.RowStats`."""
-    scale, wide = plain_scale(head.transform), stat_dtype(head.h.dtype)
+    scale, wide = head.transform.plain_scale, stat_dtype(head.h.dtype)
     swept = want - {"sum", "spread"} if scale is not None else want
     if "spread" in want:
         swept |= {"lse"}
@@ -65,14 +64,14 @@ def _by_row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
     Not where masks leave no column: that number is NaN, which a mask stops on its way back. (Asked on the CPU only,
     elsewhere the answer would have to be waited for.)
     """
-    gone = dropped(head.transform, head.cols) if head.h.device.type == "cpu" else None
+    gone = head.transform.masked_columns(head.cols) if head.h.device.type == "cpu" else None
     left = gone is None or not bool(gone.all())
     return left and softmax_gradients.serves(head, upstream, needs)
 
 
 def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
     """One sweep over z for the gradients of any per-row upstream."""
-    gone = dropped(head.transform, head.cols)
+    gone = head.transform.masked_columns(head.cols)
     if gone is not None and upstream.picked is not None:  # a mask stops what arrives at a label there, NaN too
         upstream = upstream._replace(picked=upstream.picked.masked_fill(gone[head.y], 0))
     if _by_row_scale(head, upstream, needs):
@@ -89,7 +88,7 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     If w wants a gradient and ``windows.vocab`` is less than V, a first sweep finds the lse and a second one
     the gradients; that costs one product more and only one block of memory.
     """
-    scale, wide = plain_scale(head.transform), stat_dtype(head.h.dtype)
+    scale, wide = head.transform.plain_scale, stat_dtype(head.h.dtype)
     if not _by_row_scale(head, coefficients, needs):
         want = {"lse", "picked"} | ({"sum", "spread"} if coefficients.sum is not None else set())
         stats = head_stats(head, frozenset(want), windows)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head, stat_dtype
 from fusedhead.kernels.torch_engine.blocks import (
-    LOG2E,
+    EXP2_FACTOR,
     Cells,
     blank_labels,
     cuts,
@@ -32,7 +32,7 @@ from fusedhead.kernels.torch_engine.blocks import (
 )
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.transform.backward import Tape, pull_back, record
-from fusedhead.kernels.transform.transform import Transform, plain_scale
+from fusedhead.kernels.transform.transform import Transform
 
 FAR = 64.0  # a bfloat16 product cannot subtract a level further from 0 than this without losing a fraction of 1
 
@@ -56,16 +56,16 @@ def binary_factor(transform: Transform, wide: torch.dtype) -> float:
     Where z is c h wᵀ, the constant that is rounded is c log2 e. L is off by up to 1e-8 of itself: 1e-4 of an exponent
     of 1e4, were it taken for log2 e.
     """
-    scale = plain_scale(transform) or 1.0
-    return torch.tensor(LOG2E * scale, dtype=wide).item() / scale
+    scale = transform.plain_scale or 1.0
+    return torch.tensor(EXP2_FACTOR * scale, dtype=wide).item() / scale
 
 
 def level_at(head: Head, at: Tensor, exact: bool) -> Level:
     """The level nearest to ``at`` [m] that a block can subtract without error."""
     work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
-    binary = (at * LOG2E).to(wide)
+    binary = (at * EXP2_FACTOR).to(wide)
     shift = -binary[:, None]
-    if work != wide and not exact and plain_scale(head.transform) is not None:
+    if work != wide and not exact and head.transform.plain_scale is not None:
         shift = shift.to(work)
         binary = -shift[:, 0].to(wide)
     natural = binary.to(fine_dtype(head.h.device.type)) / binary_factor(head.transform, wide)
@@ -152,7 +152,7 @@ def fill(
     m, n = out.shape
     wide = level.binary.dtype
     h = h.to(wide) if level.exact else h
-    narrow, scale = out.dtype != wide, plain_scale(head.transform)
+    narrow, scale = out.dtype != wide, head.transform.plain_scale
     shifted = narrow and scale is not None and not level.exact
     whole = scale is not None or head.h.device.type != "cpu"  # three ops in place gain nothing by pieces
     totals = []
@@ -161,7 +161,7 @@ def fill(
         z = spare[: strip.numel()].view(strip.shape) if narrow else strip
         if shifted:
             # The product rounds z - level, not z: near 0 that loses less.
-            product = torch.addmm(level.shift, h, w_strip.t(), alpha=(scale or 1.0) * LOG2E, out=strip)
+            product = torch.addmm(level.shift, h, w_strip.t(), alpha=(scale or 1.0) * EXP2_FACTOR, out=strip)
         elif narrow and not level.exact:
             product = torch.mm(h, w_strip.t(), out=strip)
         else:
@@ -175,7 +175,7 @@ def fill(
             if scale is None:
                 x, tape = record(head.transform, x, cols, own_rows, False, False)
             if not shifted:
-                torch.add(level.shift[r], x, alpha=LOG2E * (1.0 if scale is None else scale), out=x)
+                torch.add(level.shift[r], x, alpha=EXP2_FACTOR * (1.0 if scale is None else scale), out=x)
             blank_labels(x.exp2_(), blanks, r)
             torch.sum(x, 1, out=total[r])
             if scale is None and wanted:

@@ -13,22 +13,6 @@ from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, Windows
 from fusedhead.kernels.torch_engine.blocks import label_rows
 from fusedhead.kernels.torch_engine.weight_gradient import WeightGradient
 from fusedhead.kernels.torch_engine.weighted_sums import weighted_columns, weighted_hidden
-from fusedhead.kernels.transform.transform import plain_scale
-
-
-def bias_slopes(head: Head) -> list[float] | None:
-    """∂z/∂cols[k] over ∂z/∂(h wᵀ) for each column vector, where it is a constant: biases among constant
-    factors.
-    """
-    slopes, before = [0.0] * len(head.cols), 1.0
-    for op, value in head.transform.steps:
-        if op == "mul" and value != 0:
-            before *= float(value)
-        elif op == "addcol":
-            slopes[int(value)] += 1 / before
-        elif op not in ("add", "round"):
-            return None
-    return slopes
 
 
 class Sink:
@@ -37,7 +21,7 @@ class Sink:
     def __init__(self, head: Head, upstream: RowGrads, needs: Needs, windows: Windows) -> None:
         self.head, self.needs, self.wide = head, needs, stat_dtype(head.h.dtype)
         self.g_sum = None if upstream.sum is None else upstream.sum.to(self.wide)
-        scale = plain_scale(head.transform)
+        scale = head.transform.plain_scale
         self.dh = torch.empty(head.h.shape, dtype=head.h.dtype, device=head.h.device) if needs.h else None
         self.dw = WeightGradient(head, windows.accumulate) if needs.w else None
         self.dcols = head.h.new_zeros(len(head.w), dtype=self.wide) if needs.cols else None
@@ -78,8 +62,9 @@ class Sink:
     def finish(self) -> HeadGrads:
         dcols = None
         if self.dcols is not None:
-            slopes = torch.tensor(bias_slopes(self.head), dtype=self.wide, device=self.dcols.device)
-            dcols = (slopes[:, None] * self.dcols).to(self.head.cols.dtype)
+            slopes = self.head.transform.bias_slopes(len(self.head.cols))
+            factors = torch.tensor(slopes, dtype=self.wide, device=self.dcols.device)
+            dcols = (factors[:, None] * self.dcols).to(self.head.cols.dtype)
         return HeadGrads(self.dh, None if self.dw is None else self.dw.finish(), dcols, None)
 
 

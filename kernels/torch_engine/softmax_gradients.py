@@ -38,9 +38,8 @@ from fusedhead.kernels.torch_engine.exponentials import (
     level_at,
     usual_level,
 )
-from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_product, bias_slopes
+from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype, kept_range, product_dtype
-from fusedhead.kernels.transform.transform import plain_scale
 
 NEAR = 40.0  # a level this far from the lse at most: exp of the distance stays within `kept_range`
 
@@ -49,8 +48,9 @@ def serves(head: Head, upstream: RowGrads, needs: Needs) -> bool:
     """Whether dz is a row scale away from E'."""
     if upstream.entropy is not None or needs.rows:
         return False
-    plain = plain_scale(head.transform) is not None
-    return (plain or upstream.sum is None) and (not needs.cols or bias_slopes(head) is not None)
+    plain = head.transform.plain_scale is not None
+    biases = not needs.cols or head.transform.bias_slopes(len(head.cols)) is not None
+    return (plain or upstream.sum is None) and biases
 
 
 def _prepared(head: Head, upstream: RowGrads) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def _sweep(
     spare = head.h.new_empty(0 if kept == wide else tokens * strip, dtype=wide)
     least, aim, most = kept_range(kept, head.transform)
     c_lse, c_picked = _prepared(head, c)
-    scale = plain_scale(head.transform)
+    scale = head.transform.plain_scale
     for i in cuts(n, tokens):
         h = head.h[i].to(work)
         m = len(h)
@@ -185,7 +185,7 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
     block, spare = block_buffers(head, tokens, columns)
     g_lse, g_picked = _prepared(head, upstream)
     sink = Sink(head, upstream, needs, windows)
-    scale = plain_scale(head.transform)
+    scale = head.transform.plain_scale
     for i in cuts(n, tokens):
         h, at, on_cpu = head.h[i].to(work), lse[i].to(fine), head.h.device.type == "cpu"
         m, cells = len(h), label_cells(head, i)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head, RowStats, Windows, stat_dtype
 from fusedhead.kernels.torch_engine.blocks import (
-    LOG2E,
+    EXP2_FACTOR,
     block_columns,
     cuts,
     fine_dtype,
@@ -48,8 +48,8 @@ def finite_maximum(z: Tensor) -> Tensor:
 def partial_of(z: Tensor, most: Tensor, entropy: bool) -> Partial:
     """The partial of a block z - most [m, v], which is overwritten."""
     if not entropy:
-        return Partial(most, z.mul_(LOG2E).exp2_().sum(1), None)
-    e = (z * LOG2E).exp2_()
+        return Partial(most, z.mul_(EXP2_FACTOR).exp2_().sum(1), None)
+    e = (z * EXP2_FACTOR).exp2_()
     return Partial(most, e.sum(1), z.mul_(e).sum(1))
 
 

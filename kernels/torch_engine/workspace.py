@@ -20,7 +20,7 @@ from fusedhead.kernels.torch_engine.blocks import (
 )
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype
 from fusedhead.kernels.transform.backward import windows_held, windows_passing
-from fusedhead.kernels.transform.transform import Transform, plain_scale
+from fusedhead.kernels.transform.transform import Transform
 
 
 def workspace(
@@ -73,7 +73,7 @@ def workspace(
     vectors = (tokens * (k + 1) * 16 + n * k * 4) * fine_dtype(device_type).itemsize
     late = n * k * 48 if needs.w and accumulate != wide else 0
     gathers = 4 * min(GATHER_BYTES, n * max(1, k) * d * fine_dtype(device_type).itemsize)
-    plain = plain_scale(transform) is not None
+    plain = transform.plain_scale is not None
     columns_wise = v * wide.itemsize * 4 * (needs.cols or not plain or explicit)
     return blocks + rows + weights + sums + sample + vectors + late + gathers + columns_wise
 

@@ -64,10 +64,17 @@ def rebuild(
 
 
 def _add_vectors(
-    head: Head, parts: tuple[Tensor, Tensor], dcols: Tensor | None, drows: Tensor | None, i: slice, v: slice
+    head: Head,
+    parts: tuple[Tensor | None, Tensor | None],
+    dcols: Tensor | None,
+    drows: Tensor | None,
+    i: slice,
+    v: slice,
 ) -> None:
-    for j, (op, value) in enumerate(head.transform.smooth.steps):
-        if dcols is not None and op in ("addcol", "mulcol"):
-            dcols[int(value), v] += parts[0][j].sum(0)
-        if drows is not None and op in ("addrow", "mulrow"):
-            drows[int(value), i] += parts[1][j].sum(0)
+    part_cols, part_rows = parts
+    for j, step in enumerate(head.transform.smooth.steps):
+        kind, k = step.kind, step.value
+        if dcols is not None and part_cols is not None and kind.vector and kind.axis == "c":
+            dcols[int(k), v] += part_cols[j].sum(0)
+        if drows is not None and part_rows is not None and kind.vector and kind.axis == "r":
+            drows[int(k), i] += part_rows[j].sum(0)

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
 from fusedhead.kernels.gemm import gemm, weighted_rows
-from fusedhead.kernels.transform.transform import dropped
-from fusedhead.kernels.triton_engine.device.transform import varies_along_row
 from fusedhead.kernels.triton_engine.launch.launch import on_device
 from fusedhead.kernels.triton_engine.launch.sweep import Sweep, sweep
 from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
@@ -66,23 +64,6 @@ def fits(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
     )
 
 
-def _sum_terms(head: Head, c: Tensor) -> tuple[Tensor, Tensor]:
-    """(r [N], f [V]) with d(Σ_i c_i Σ_v u_v z_iv)/dz_raw = r ⊗ f, for a transform whose slope factorises."""
-    r, f = c, head.u if head.u.numel() else head.h.new_ones(len(head.w), dtype=torch.float32)
-    for op, value in head.transform.steps:
-        if op == "mul":
-            r = r * float(value)
-        elif op == "mulrow":
-            r = r * head.rows[int(value)]
-        elif op == "mulcol":
-            f = f * head.cols[int(value)]
-        elif op == "setcol":
-            f = torch.where(head.cols[int(value)].isnan(), f, 0)
-        elif op == "dropcol":
-            f = f.masked_fill(head.cols[int(value)] != 0, 0)
-    return r, f
-
-
 def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
     """Statistics and gradients, where `fits` says so."""
     coefficients = ready_rows(coefficients)
@@ -101,20 +82,21 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
     with on_device(head.h):
         if others:
             check_labels(head.y, vocab)  # else where they are mapped
-        gone = dropped(head.transform, head.cols)
+        gone = head.transform.masked_columns(head.cols)
         if gone is not None and coefficients.picked is not None:  # no slope says that a label has no gradient there
             coefficients = coefficients._replace(picked=coefficients.picked.masked_fill(gone[head.y], 0))
         dh = new((n, hidden)) if needs.h else None
         dw = WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
         rank_one = None
         if coefficients.sum is not None:
-            r, f = _sum_terms(head, coefficients.sum)
+            u = head.u if head.u.numel() else head.h.new_ones(vocab, dtype=torch.float32)
+            r, f = head.transform.sum_terms(coefficients.sum, u, head.cols, head.rows)
             if dw is not None:
                 dw.start(f, weighted_rows(r, head.h))
             rank_one = (r, weighted_rows(f, head.w)) if dh is not None else None
         buffer = new_window(head, tokens, kept.stop)
         ref2 = new(tokens, dtype=torch.float32)
-        slope = torch.empty_like(picked[:tokens]) if varies_along_row(head.transform) else picked  # not written then
+        slope = torch.empty_like(picked[:tokens]) if head.transform.varies_along_row else picked  # not written then
         scaled = new((tokens, hidden)) if dw is not None and dh is None else None
         apart = dh is not None and narrow != torch.float32 and not others  # whether E w is rounded into dh at the end
         product = new((tokens, hidden), dtype=torch.float32) if apart else None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedhead.lowering.plan.plan import AUTO, LEAST, MIB
+from fusedhead.lowering.plan.problem import AUTO, LEAST, MIB
 
 BUDGET = {"cuda": {AUTO: 2048 * MIB, LEAST: 256 * MIB}}
 BUDGET_ELSEWHERE = {AUTO: 128 * MIB, LEAST: 32 * MIB}

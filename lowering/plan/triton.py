@@ -20,13 +20,12 @@ less than `AUTO_TOKENS` rows costs speed. It must not know which way is chosen (
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
-from fusedhead.kernels.contract import Needs, Windows
+from fusedhead.kernels.contract import Windows
+from fusedhead.lowering.plan.problem import LEAST, MIB, Candidate, Problem
 
-MIB = 1 << 20
 WAVE = 132 * 256 * 128  # numbers that cuBLAS's tiles on all multiprocessors of an H100 compute at once
 TALLER = 1.2  # of a window, to fill its last wave
 BLOCK = 128  # tokens and columns that windows are cut to
@@ -42,39 +41,20 @@ RECOMPUTE_BYTES = 480 * MIB  # that auto gives to dz and float32 dh
 LEAST_BYTES = 256 * MIB  # what "min" may hold
 
 
-class Sizes(NamedTuple):
-    n: int
-    v: int
-    d: int
-    dtype: torch.dtype
-    needs: Needs
-
-
-class Way(NamedTuple):
-    algorithm: str
-    windows: Windows
-    held: int  # bytes at the peak
-
-
-def _narrow(head: Sizes) -> bool:
-    return head.dtype in (torch.bfloat16, torch.float16)
-
-
-def _way(head: Sizes, algorithm: str, tokens: int, vocab: int) -> Way:
-    """The windows, and bytes at the peak."""
-    n, v, d, dtype, needs = head
+def _candidate(problem: Problem, algorithm: str, tokens: int, vocab: int) -> Candidate:
+    n, v, d, dtype, needs = problem.tokens, problem.vocab, problem.hidden, problem.dtype, problem.needs
     tokens, vocab = max(1, min(tokens, n)), max(1, min(vocab, v))
     several = -(-n // tokens) > EXACT_SUMS
-    wide_sums = several and _narrow(head) and needs.w
+    wide_sums = several and problem.narrow and needs.w
     windows = Windows(tokens, vocab, torch.float32 if wide_sums else dtype)
-    partial = 192 if _narrow(head) else 640  # bytes of a row in partial sums: 6 to 33 slots, and of its statistics
+    partial = 192 if problem.narrow else 640  # bytes of a row in partial sums: 6 to 33 slots, and of its statistics
     held = MIB + n * partial * (1 if any(needs) else 2)
-    if any(needs) or not _narrow(head):
+    if any(needs) or not problem.narrow:
         held += tokens * -(-vocab // 64) * 64 * dtype.itemsize
         wide_dh = 2 if algorithm == "recompute" and vocab < v else 4 * (algorithm != "recompute")
-        held += wide_dh * tokens * d * (needs.h and _narrow(head))
+        held += wide_dh * tokens * d * (needs.h and problem.narrow)
         held += 2 * v * d * wide_sums
-    return Way(algorithm, windows, held)
+    return Candidate(algorithm, windows, held)
 
 
 def _equal_windows(n: int, most: int, fewest: int, hidden: int = 0) -> Iterator[int]:
@@ -96,59 +76,76 @@ def _equal_windows(n: int, most: int, fewest: int, hidden: int = 0) -> Iterator[
         count += max(1, count // 8)
 
 
-def _single_passes(head: Sizes) -> list[Way]:
-    ways = [_way(head, "single pass", at, head.v) for at in _equal_windows(head.n, MOST_TOKENS, FEWEST_TOKENS, head.d)]
+def _single_passes(problem: Problem) -> list[Candidate]:
+    ways = [
+        _candidate(problem, "single pass", at, problem.vocab)
+        for at in _equal_windows(problem.tokens, MOST_TOKENS, FEWEST_TOKENS, problem.hidden)
+    ]
     least, most = SUMMED_TOKENS
-    return [way for way in ways if way.windows.accumulate == head.dtype or least <= way.windows.tokens <= most]
+    return [way for way in ways if way.windows.accumulate == problem.dtype or least <= way.windows.tokens <= most]
 
 
-def _recomputes(head: Sizes, most: int, keep: bool) -> list[Way]:
+def _recomputes(problem: Problem, most: int, keep: bool) -> list[Candidate]:
     """Blocks of dz that fill ``most`` bytes, tall ones first (dw is not added up then) unless a block is kept."""
-    few = -(-head.n // EXACT_SUMS)
+    few = -(-problem.tokens // EXACT_SUMS)
     few = -(-few // BLOCK) * BLOCK
     heights = [max(few, AUTO_TOKENS if keep else MOST_TOKENS)]
     while heights[-1] > 16:
         heights.append(max(16, heights[-1] // 2))
     ways = []
-    for tokens in (min(at, max(head.n, 1)) for at in heights):
-        held = _way(head, "recompute", tokens, 1).held - 64 * tokens * head.dtype.itemsize
+    for tokens in (min(at, max(problem.tokens, 1)) for at in heights):
+        held = _candidate(problem, "recompute", tokens, 1).workspace_bytes - 64 * tokens * problem.dtype.itemsize
         room = min(max(most - held, 0), BLOCK_BYTES) if most else BLOCK_BYTES
-        columns = room // (max(tokens, 1) * head.dtype.itemsize) // TILE * TILE
-        ways += [_way(head, "recompute", tokens, at) for at in (columns, BLOCK) if at]
+        columns = room // (max(tokens, 1) * problem.dtype.itemsize) // TILE * TILE
+        ways += [_candidate(problem, "recompute", tokens, at) for at in (columns, BLOCK) if at]
     return ways
 
 
-def _auto_bytes(head: Sizes) -> int:
+def _auto_bytes(problem: Problem) -> int:
     """What auto may hold in a single pass: half of the logits, a quarter where they are many."""
-    return head.n * head.v * head.dtype.itemsize // (4 if head.n >= 32768 else 2)
+    return problem.tokens * problem.vocab * problem.dtype.itemsize // (4 if problem.tokens >= 32768 else 2)
 
 
-def _first(ways: list[Way], most: int, tokens: int) -> list[Way]:
+def _first(ways: list[Candidate], most: int, tokens: int) -> list[Candidate]:
     """The first way that holds no more than ``most`` bytes or has no more than ``tokens`` rows, and what follows."""
     for at, way in enumerate(ways):
-        if way.held <= most or way.windows.tokens <= tokens:
+        if way.workspace_bytes <= most or way.windows.tokens <= tokens:
             return ways[at:]
     return ways[-1:]
 
 
-def ways(head: Sizes, *, one_pass: bool, budget: int) -> list[Way]:
-    """Ways to compute this head, the preferred first. ``budget`` bytes, 0 for what suits the device.
+def candidates(problem: Problem, memory: int, budget: int | None) -> tuple[list[Candidate], int | None]:
+    """Ways to compute this head, the preferred first, and the bytes that they should fit in, None for any.
 
-    ``one_pass``: whether gradients are a row scale away from exponentials, known before the sweep.
+    ``memory`` is the option, ``budget`` what it allows in bytes (None: what suits the device).
     """
-    needs = head.needs
+    ways = _preferred(problem, budget or 0)
+    if memory == LEAST:
+        budget = min(LEAST_BYTES, ways[0].workspace_bytes)
+        ways = _preferred(problem, budget)
+    return ways, budget
+
+
+def _preferred(problem: Problem, budget: int) -> list[Candidate]:
+    needs, one_pass = problem.needs, problem.one_pass
     if not any(needs):
-        if _narrow(head):
-            return [_way(head, "statistics", head.n, head.v)]
-        found = [_way(head, "statistics", at, head.v) for at in _equal_windows(head.n, MOST_TOKENS, 16)]
+        if problem.narrow:
+            return [_candidate(problem, "statistics", problem.tokens, problem.vocab)]
+        found = [
+            _candidate(problem, "statistics", at, problem.vocab)
+            for at in _equal_windows(problem.tokens, MOST_TOKENS, 16)
+        ]
         return found if budget else _first(found, BLOCK_BYTES, 16)
     frozen = not (needs.w or needs.cols)
-    keep = one_pass and head.dtype == torch.bfloat16
-    recompute = _recomputes(head, budget or RECOMPUTE_BYTES, keep)
+    keep = one_pass and problem.dtype == torch.bfloat16
+    recompute = _recomputes(problem, budget or RECOMPUTE_BYTES, keep)
     if one_pass and frozen:
-        found = [_way(head, "frozen", at, head.v) for at in _equal_windows(head.n, SUMMED_TOKENS[1], 16, head.d)]
+        found = [
+            _candidate(problem, "frozen", at, problem.vocab)
+            for at in _equal_windows(problem.tokens, SUMMED_TOKENS[1], 16, problem.hidden)
+        ]
         return [*(found if budget else _first(found, FROZEN_BYTES, FROZEN_TOKENS)), *recompute]
     if one_pass:
-        found = _single_passes(head)
-        return [*(found if budget else _first(found, _auto_bytes(head), AUTO_TOKENS)), *recompute]
+        found = _single_passes(problem)
+        return [*(found if budget else _first(found, _auto_bytes(problem), AUTO_TOKENS)), *recompute]
     return recompute

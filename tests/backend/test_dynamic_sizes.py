@@ -116,7 +116,7 @@ def test_every_call_is_computed_by_its_own_size(
     fused = [n for n in calls if how != "automatic" or n != calls[0] or n * V >= LEAST]
     for tokens, engine in engines:
         least = LEAST if tokens in calls else LEAST // 2  # a chunk
-        assert engine == ("torch_engine.engine" if tokens * V >= least else "torch_engine.whole"), tokens
+        assert engine == ("torch windows" if tokens * V >= least else "torch whole"), tokens
     assert len(engines) >= len(fused)
     assert any(head.fused for head in compiled.report.heads)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, in_pairs, label_position
 from fusedhead.kernels.triton_engine.gluon.tile import columns_of, narrow_parts, rows_of, staging, store_part, zero_sums
 
@@ -36,7 +37,7 @@ def _part(
     dz, stage, labels, _, g_picked, _, HAS_LSE = args
     d = gl.zeros((BM, NARROW), gl.float32, layout=NARROW_TILE)
     if HAS_LSE:
-        d = gl.exp2((z - norm[:, None]) * 1.4426950408889634) * g[:, None]
+        d = gl.exp2((z - norm[:, None]) * LOG2E) * g[:, None]
     if LABELS == 1:  # without a branch, which would hold d and z in registers at once
         d = _with_label(d, place[6], more, J * NARROW)
     elif LABELS == 2:
@@ -78,18 +79,9 @@ def dlogits_pair_kernel(
     dz,  # [M, V'] descriptor
     y,  # [M, K] int64, columns of the whole vocabulary
     label_map,  # [token blocks, tiles] int32 (`label_map`), read when LABELS
-    u,  # these, and the sums at the end, are for what `sweeps.dlogits` alone computes
-    cols,
-    rows,
     g_lse,  # [M] float32 when HAS_LSE
     g_picked,  # [M, K] float32 when LABELS, contiguous
-    g_sum,
-    g_entropy,
     lse,  # [M] float32
-    lse_low,
-    entropy,
-    part_cols,
-    part_rows,
     first_col,
     N,
     V,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
 from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, in_pairs
 from fusedhead.kernels.triton_engine.gluon.tile import (
@@ -35,7 +36,7 @@ def _part(
     if LABELS > 0:
         if (place[5] >> J) & 1 != 0:
             store_labelled(z, labels, place, sizes[0], picked, LABELS, J * NARROW, NARROW_TILE, BM, BN, NARROW)
-    e = gl.exp2(gl.fma(z, 1.4426950408889634, -r[:, None]))
+    e = gl.exp2(gl.fma(z, LOG2E, -r[:, None]))
     if not EVEN:
         start = place[2] * BN + J * NARROW
         if start + NARROW > sizes[1]:
@@ -70,13 +71,9 @@ def exp_pair_kernel(
     E,  # [M, V] descriptor
     y,  # [M, K] int64
     label_map,  # [token blocks, tiles] int32 (`label_map`), read when LABELS
-    u,  # these are for what `sweeps.exponentials` alone computes
-    cols,
-    rows,
     flags,  # [token blocks] int32, read when ONLY
     ref2,  # [M] float32
     picked,  # [M, K] float32
-    slope,
     part,  # [size] float32
     N,  # M: the tokens of this window
     V,

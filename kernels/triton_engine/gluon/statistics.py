@@ -12,6 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.rows import finite_or_zero
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
 from fusedhead.kernels.triton_engine.gluon.ring import (
@@ -35,7 +36,7 @@ def _existing(z, start, V, LAYOUT: gl.constexpr, WIDTH: gl.constexpr):
 @gluon.jit
 def _exponentials(z, base):
     """Σ_v 2^(z·L - base) of the columns of an accumulator."""
-    return gl.sum(gl.exp2(gl.fma(z, 1.4426950408889634, -base[:, None])), 1)
+    return gl.sum(gl.exp2(gl.fma(z, LOG2E, -base[:, None])), 1)
 
 
 @gluon.jit
@@ -63,7 +64,7 @@ def _epilogue(
             acc = _existing(acc, start, V, WIDE_TILE, WIDE)
             rest = _existing(rest, start + WIDE, V, NARROW_TILE, NARROW)
     top = gl.maximum(gl.convert_layout(gl.max(acc, 1), PER_ROW, assert_trivial=True), gl.max(rest, 1))
-    new = gl.maximum(ref2, top * 1.4426950408889634)
+    new = gl.maximum(ref2, top * LOG2E)
     base = finite_or_zero(new)
     fade = gl.exp2(gl.where(gl.abs(ref2) < float("inf"), ref2, base) - base)
     sums = _exponentials(acc, gl.convert_layout(base, PER_ROW_OF_WIDE, assert_trivial=True))
@@ -82,13 +83,9 @@ def stream_pair_kernel(
     w,  # [V, D] descriptor
     y,  # [N, K] int64
     label_map,  # [token blocks, tiles] int32 (`label_map`), read when LABELS
-    u,  # these are for what `sweeps.statistics` alone computes
-    cols,
-    rows,
     flags,  # [token blocks] int32, read when ONLY
     picked,  # [N, K] float32, written where a label lies
     part,  # [2, size] float32: ref2, total
-    part_top,
     N,
     V,
     D,

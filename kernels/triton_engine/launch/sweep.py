@@ -20,7 +20,7 @@ from fusedhead.kernels.contract import Head
 from fusedhead.kernels.transform.transform import Transform
 from fusedhead.kernels.triton_engine.device.product import readable_by_tma, reads_rows
 from fusedhead.kernels.triton_engine.device.schedule import Schedule, schedule
-from fusedhead.kernels.triton_engine.device.transform import steps_of, varies_along_row
+from fusedhead.kernels.triton_engine.device.transform import steps_of
 from fusedhead.kernels.triton_engine.launch.descriptors import Tiles
 from fusedhead.kernels.triton_engine.launch.launch import Launch, Placed
 from fusedhead.kernels.triton_engine.launch.tiles import AMD, PAIRED_FROM, Tile, device_of, pairs_serve, tile_for
@@ -69,7 +69,7 @@ def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str])
     """
     if kernel == "dlogits" or tile.BN < 256:
         return tile._replace(parts=4) if transform.steps and kernel != "stream" else tile
-    if varies_along_row(transform) or (kernel == "stream" and want & {"sum", "entropy", "max", "argmax"}):
+    if transform.varies_along_row or (kernel == "stream" and want & {"sum", "entropy", "max", "argmax"}):
         return tile._replace(parts=4, stages=min(tile.stages, 3))
     if kernel == "stream" and any(op in ("addcol", "dropcol") for op, _ in transform.steps):
         return tile._replace(flatten=False, parts=1)
@@ -102,6 +102,8 @@ class Sweep:
         self.n, self.vocab, self.hidden, self.k = n, vocab, hidden, layout.y[1]
         self.labels = min(self.k, 2)
         self.layout, self.transform, self.steps = layout, smooth, steps_of(smooth)
+        axes = {axis for step in smooth.steps for axis, _ in step.vectors}
+        self.has_u, self.has_cols, self.has_rows = layout.has_u, "c" in axes, "r" in axes  # what kernels read of them
         self.tile = tile
         self.schedule: Schedule = schedule(n, vocab, tile, multiprocessors * tile.resident)
         self.by_rows = not layout.tma or reads_rows(layout.w_strides)

@@ -89,7 +89,7 @@ def _check_launch(device: torch.device, shape: tuple[int, int], strides: tuple[i
 def check_labels(y: Tensor, vocab: int) -> None:
     """Device assertion that every label names a column."""
     if y.numel():
-        _check_launch(y.device, y.shape, y.stride(), vocab)(y)  # type: ignore[arg-type]
+        _check_launch(y.device, y.shape, y.stride(), vocab).run(y=y)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=KEPT)
@@ -105,5 +105,5 @@ def map_labels(s: Sweep, y: Tensor, first_col: int = 0, check: bool = False) -> 
     ``check``: also what `check_labels` asserts, of a window that holds the whole vocabulary.
     """
     label_map = y.new_empty((s.schedule.blocks, -(-s.vocab // s.tile.BN)), dtype=torch.int32)  # `cdiv` is slow Python
-    _map_launch(s, check)(y, label_map, first_col)
+    _map_launch(s, check).run(y=y, label_map=label_map, first_col=first_col)
     return label_map

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedhead.kernels.triton_engine.constants import LEAST_KEY, LN2, NO_COLUMN
 from fusedhead.kernels.triton_engine.device.rows import finite_or_zero, from_order_key, log_sum, rounded_off, spread_of
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
 from fusedhead.kernels.triton_engine.launch.launch import Launch
@@ -70,8 +71,8 @@ def merge_kernel(
         weighted = tl.zeros((ROWS,), tl.float32)
         relative = tl.zeros((ROWS,), tl.float32)
         weight = tl.zeros((ROWS,), tl.float32)
-        top = tl.full((ROWS,), -2147483648, tl.int32)
-        where = tl.full((ROWS,), 2147483647, tl.int32)
+        top = tl.full((ROWS,), LEAST_KEY, tl.int32)
+        where = tl.full((ROWS,), NO_COLUMN, tl.int32)
         for first in range(0, slots, SLOTS):
             slot = first + tl.arange(0, SLOTS)
             at = start.to(tl.int64) + slot[:, None].to(tl.int64) * distance + (row - block * BM)[None, :]
@@ -98,11 +99,11 @@ def merge_kernel(
             if SUM:
                 weighted += tl.sum(tl.load(part + 3 * size + at, mask=there, other=0.0), 0)
             if TOP:
-                key = tl.load(part_top + at, mask=there, other=-2147483648)
-                col = tl.load(part_top + size + at, mask=there, other=2147483647)
+                key = tl.load(part_top + at, mask=there, other=LEAST_KEY)
+                col = tl.load(part_top + size + at, mask=there, other=NO_COLUMN)
                 best = tl.max(key, 0)
-                found = tl.min(tl.where(key == best[None, :], col, 2147483647), 0)
-                tied = tl.minimum(tl.where(best == top, where, 2147483647), found)
+                found = tl.min(tl.where(key == best[None, :], col, NO_COLUMN), 0)
+                tied = tl.minimum(tl.where(best == top, where, NO_COLUMN), found)
                 where = tl.where(best >= top, tied, where)
                 top = tl.maximum(best, top)
         if REF:
@@ -116,7 +117,7 @@ def merge_kernel(
             tl.store(lse_out + row, lse, mask=row < N)
             tl.store(lse_low_out + row, rounded_off(base, total, lse), mask=row < N)
         if ENTROPY:
-            entropy = (tl.log2(total) - moment / total) * 0.6931471805599453
+            entropy = (tl.log2(total) - moment / total) * LN2
             tl.store(entropy_out + row, entropy, mask=row < N)
         if SUM:
             tl.store(sum_out + row, weighted, mask=row < N)
@@ -146,8 +147,8 @@ def merge_statistics(s: Sweep, part: Tensor, part_top: Tensor, want: frozenset[s
     if top:
         got |= {"max": part.new_empty(s.n), "argmax": part.new_empty(s.n, dtype=torch.int64)}
     chosen = frozenset({(name.upper(), name in want) for name in ("sum", "spread", "entropy")} | {("TOP", top)})
-    outputs = (got.get(name, part) for name in ("lse", "lse_low", "entropy", "sum", "spread", "max", "argmax"))
-    _launch(s, chosen)(part, part_top, part, part, *outputs)
+    outputs = {f"{name}_out": out for name, out in got.items()}
+    _launch(s, chosen).run(part=part, part_top=part_top, **outputs)
     return {name: out for name, out in got.items() if name not in ("max", "argmax") or name in want}
 
 
@@ -156,4 +157,4 @@ def merge_reference(
 ) -> None:
     """ref2 [N] <- base-2 lse + shift, for the token blocks that ``flags`` marks (None: all); 0 where not finite."""
     chosen = frozenset({("REF", True), ("FINITE", finite), ("SHIFT", shift), ("ONLY", flags is not None)})
-    _launch(s, chosen)(part, part, part if flags is None else flags, ref2, *(part,) * 7)
+    _launch(s, chosen).run(part=part, flags=flags, ref2_out=ref2)

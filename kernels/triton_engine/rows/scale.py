@@ -55,4 +55,4 @@ def scale_in_place(x: Tensor, y: Tensor | None, g: Tensor, unmoved: float) -> No
     sizes = x.numel(), 0 if y is None else y.numel()
     if any(sizes):
         with on_device(x):
-            _launch(x.device, (x.dtype, g.dtype), sizes, unmoved)(x, x if y is None else y, g)
+            _launch(x.device, (x.dtype, g.dtype), sizes, unmoved).run(x_ptr=x, y_ptr=x if y is None else y, g_ptr=g)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, RowGrads, RowStats
+from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.product import column_part, product
 from fusedhead.kernels.triton_engine.device.rows import label_position
 from fusedhead.kernels.triton_engine.device.schedule import locate, step_counts
@@ -112,7 +113,7 @@ def _epilogue(
         logp = z - (norm + 0.0 * norm)[:, None]  # NaN where it is infinite, as through a log_softmax
         if PRECISE:  # what bfloat16 and float16 round off is far more
             logp -= tl.load(lse_low + row, mask=there, other=0.0)[:, None]
-        p = tl.exp2(logp * 1.4426950408889634)
+        p = tl.exp2(logp * LOG2E)
         if HAS_LSE:
             dz = p * tl.load(g_lse + row, mask=there, other=0.0)[:, None]
         if HAS_ENTROPY:
@@ -255,34 +256,36 @@ def dlogits(
     first_col: int,
     need_cols: bool,
     need_rows: bool,
-) -> tuple[Tensor, Tensor]:
-    """window [N, ld] <- dz; returns partial sums of the vectors' gradients [steps, ., V], [steps, ., N]."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """window [N, ld] <- dz; returns partial sums of the needed vectors' gradients [steps, ., V], [steps, ., N]."""
     h, w, y, cols, rows, u, _ = head
     lse, steps = stats.lse, len(s.steps) // 2
-    part_cols = lse.new_empty((steps, s.schedule.blocks, s.vocab)) if need_cols else lse
-    part_rows = lse.new_empty((steps, _column_parts(s), s.n)) if need_rows else lse
+    part_cols = lse.new_empty((steps, s.schedule.blocks, s.vocab)) if need_cols else None
+    part_rows = lse.new_empty((steps, _column_parts(s), s.n)) if need_rows else None
     g_lse, g_picked, g_sum, g_entropy, _ = upstream
     given = (g_lse is not None, g_picked is not None, g_sum is not None, g_entropy is not None)
-    low = stats.lse_low
-    if low is None:  # read in float32 only
-        low = torch.zeros_like(lse) if h.dtype == torch.float32 else lse
-    _launch(s, given, need_cols, need_rows)(
-        *s.operands(h, w, window),
-        s.window(window),
-        y,
-        y if g_picked is None else map_labels(s, y, first_col),
-        u,
-        cols,
-        rows,
-        lse if g_lse is None else g_lse,
-        lse if g_picked is None else g_picked,
-        lse if g_sum is None else g_sum,
-        lse if g_entropy is None else g_entropy,
-        lse,
-        low,
-        lse if stats.entropy is None else stats.entropy,
-        part_cols,
-        part_rows,
-        first_col,
+    low = None
+    if h.dtype == torch.float32:  # read there only
+        low = torch.zeros_like(lse) if stats.lse_low is None else stats.lse_low
+    h_tiles, w_tiles = s.operands(h, w, window)
+    _launch(s, given, need_cols, need_rows).run(
+        h=h_tiles,
+        w=w_tiles,
+        dz=s.window(window),
+        y=y,
+        label_map=None if g_picked is None else map_labels(s, y, first_col),
+        u=u if s.has_u else None,
+        cols=cols if s.has_cols else None,
+        rows=rows if s.has_rows else None,
+        g_lse=g_lse,
+        g_picked=g_picked,
+        g_sum=g_sum,
+        g_entropy=g_entropy,
+        lse=lse,
+        lse_low=low,
+        entropy=None if g_entropy is None else stats.entropy,
+        part_cols=part_cols,
+        part_rows=part_rows,
+        first_col=first_col,
     )
     return part_cols, part_rows

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head
+from fusedhead.kernels.triton_engine.constants import LEAST_KEY, LOG2E, NO_COLUMN
 from fusedhead.kernels.triton_engine.device.product import column_part, product
 from fusedhead.kernels.triton_engine.device.rows import (
     class_weights,
@@ -106,7 +107,7 @@ def stream_kernel(
     weighted = tl.zeros((BM,), tl.float32)
     relative = tl.zeros((BM,), tl.float32)
     weight = tl.zeros((), tl.float32)
-    top = tl.full((BM,), -2147483648, tl.int32)
+    top = tl.full((BM,), LEAST_KEY, tl.int32)
     where = tl.zeros((BM,), tl.int32)
     for step in tl.range(0, steps, flatten=FLATTEN):
         block, tile, slot, last = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
@@ -126,9 +127,9 @@ def stream_kernel(
                 col = start + tl.arange(0, BN // PARTS)
                 if TOP:
                     key = order_key(decided(raw, vectors, col, row, STEPS, PRECISE))
-                    key = tl.where((col < V)[None, :], key, -2147483648)
+                    key = tl.where((col < V)[None, :], key, LEAST_KEY)
                     best = tl.max(key, 1)
-                    at = tl.min(tl.where(key == best[:, None], col[None, :], 2147483647), 1)
+                    at = tl.min(tl.where(key == best[:, None], col[None, :], NO_COLUMN), 1)
                     where = tl.where(best > top, at, where)
                     top = tl.maximum(best, top)
                 z = transform(raw, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
@@ -138,11 +139,11 @@ def stream_kernel(
                 if not EVEN:
                     if start + BN // PARTS > V:
                         z = tl.where((col < V)[None, :], z, float("-inf"))
-                new = tl.maximum(ref2, tl.max(z, 1) * 1.4426950408889634)
+                new = tl.maximum(ref2, tl.max(z, 1) * LOG2E)
                 base = finite_or_zero(new)
                 shift = tl.where(tl.abs(ref2) < float("inf"), ref2, base) - base
                 fade = tl.exp2(shift)
-                exponent = tl.fma(z, 1.4426950408889634, -base[:, None])
+                exponent = tl.fma(z, LOG2E, -base[:, None])
                 e = tl.exp2(exponent)
                 if SPREAD:
                     relative += weight * shift + weighted_sum(exponent, classes, col, V)
@@ -178,7 +179,7 @@ def stream_kernel(
         weighted = tl.where(last, 0.0, weighted)
         relative = tl.where(last, 0.0, relative)
         weight = tl.where(last, 0.0, weight)
-        top = tl.where(last, -2147483648, top)
+        top = tl.where(last, LEAST_KEY, top)
         where = tl.where(last, 0, where)
 
 
@@ -232,16 +233,18 @@ def stream(
     top = want & {"max", "argmax"}
     part_top = h.new_empty((2, s.schedule.size), dtype=torch.int32) if top else part
     launch = _launch(s, want, 0 if picked is None else s.labels, flags is not None)
-    launch(
-        *s.operands(h, w, logits),
-        y,
-        y if picked is None else map_labels(s, y),
-        u,
-        cols,
-        rows,
-        y if flags is None else flags,
-        part if picked is None else picked,
-        part,
-        part_top,
+    h_tiles, w_tiles = s.operands(h, w, logits)
+    launch.run(
+        h=h_tiles,
+        w=w_tiles,
+        y=y,
+        label_map=None if picked is None else map_labels(s, y),
+        u=u if s.has_u else None,
+        cols=cols if s.has_cols else None,
+        rows=rows if s.has_rows else None,
+        flags=flags,
+        picked=picked,
+        part=part,
+        part_top=part_top,
     )
     return part, part_top
