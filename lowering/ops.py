@@ -15,14 +15,30 @@ builds them whole, as Inductor would have. With ``keep`` such a call hands the p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
+from fusedhead.kernels.contract import (
+    COMPANIONS,
+    DIFFERENTIABLE_STATS,
+    LINEAR_STATS,
+    LOSS_OUTPUTS,
+    SAVED_STATS,
+    STATISTICS,
+    STATS,
+    Head,
+    HeadGrads,
+    Needs,
+    RowGrads,
+    RowStats,
+    Windows,
+    stat_dtype,
+    with_companions,
+)
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.lowering import autograd, fakes
 from fusedhead.lowering.checks import LabelOutOfRange, asked, head_of
@@ -35,17 +51,17 @@ __all__ = ["SCHEMAS", "LabelOutOfRange"]
 _HEAD = "Tensor h, Tensor w, Tensor y, Tensor cols, Tensor rows, Tensor u"
 _NEEDS = "bool need_h, bool need_w, bool need_cols, bool need_rows"
 _WHOLE = ", int whole_below=0"
+_STATS = ", ".join(f"Tensor {name}" for name in STATS)
+_UPSTREAM = ", ".join(f"Tensor g_{name}" for name in DIFFERENTIABLE_STATS)
+_SAVED = ", ".join(f"Tensor {name}" for name in SAVED_STATS)
+_LOSS = ", ".join(f"Tensor {name}" for name in LOSS_OUTPUTS)
+_COEFFICIENTS = ", ".join(f"Tensor c_{name}" for name in (*LINEAR_STATS, "square"))
 SCHEMAS = {
     "head_stats": f"({_HEAD}, str transform, str stats, int memory{_WHOLE}, bool keep=False)"
-    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor entropy, Tensor max, Tensor argmax, Tensor lse_low, "
-    "Tensor spread, Tensor product)",
-    "head_stats_backward": "(Tensor g_lse, Tensor g_picked, Tensor g_sum, Tensor g_entropy, "
-    f"{_HEAD}, Tensor lse, Tensor lse_low, Tensor entropy, str transform, int memory, {_NEEDS}{_WHOLE}, "
+    f" -> ({_STATS}, Tensor product)",
+    "head_stats_backward": f"({_UPSTREAM}, {_HEAD}, {_SAVED}, str transform, int memory, {_NEEDS}{_WHOLE}, "
     "Tensor? product=None) -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
-    "head_loss": f"({_HEAD}, Tensor c_lse, Tensor c_picked, Tensor c_sum, Tensor c_square, "
-    f"str transform, str stats, int memory, {_NEEDS}{_WHOLE})"
-    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor dh, Tensor dw, Tensor dcols, Tensor drows, Tensor tie, "
-    "Tensor lse_low, Tensor spread)",
+    "head_loss": f"({_HEAD}, {_COEFFICIENTS}, str transform, str stats, int memory, {_NEEDS}{_WHOLE}) -> ({_LOSS})",
 }
 NONE = Needs(False, False, False, False)
 
@@ -97,39 +113,28 @@ def _head_stats(
     keep: bool = False,
 ) -> tuple[Tensor, ...]:
     head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
-    explicit = writes_logits(want, head.transform)
+    explicit, given = writes_logits(want, head.transform), with_companions(want)
     engine, windows = _chosen(head, NONE, memory, whole_below, linear=True, row_scale=True, explicit=explicit)
     product = fakes.kept_product(h, w, whole_below, keep)
     kept = product[: h.shape[0]] if keep and engine.keeps_product else None
     with as_written(head.h.device):
-        got = engine.head_stats(head, want - {"lse_low"}, windows, kept)  # which comes with any lse
-    return (
-        _result(got.lse if want & {"lse", "entropy"} else None, h),
-        _result(got.picked, h),
-        _result(got.sum, h),
-        _result(got.entropy, h),
-        _result(got.max, h),
-        _result(got.argmax, h, torch.int64),
-        _result(got.lse_low if want & {"lse", "entropy"} else None, h),
-        _result(got.spread if "spread" in want else None, h),
-        product,
+        got = engine.head_stats(head, given - {"lse_low"}, windows, kept)  # which comes with any lse
+    results = (
+        _result(getattr(got, statistic.name) if statistic.name in given else None, h, statistic.dtype)
+        for statistic in STATISTICS
     )
+    return (*results, product)
 
 
-def _head_stats_backward(
-    g_lse: Tensor,
-    g_picked: Tensor,
-    g_sum: Tensor,
-    g_entropy: Tensor,
-    h: Tensor,
-    w: Tensor,
-    y: Tensor,
-    cols: Tensor,
-    rows: Tensor,
-    u: Tensor,
-    lse: Tensor,
-    lse_low: Tensor,
-    entropy: Tensor,
+def _head_stats_backward(*args: Any) -> tuple[Tensor, ...]:
+    grads, operands, stats, rest = autograd.split(args, len(DIFFERENTIABLE_STATS), autograd.OPERANDS, len(SAVED_STATS))
+    return _gradients_of_stats(dict(zip(DIFFERENTIABLE_STATS, grads)), operands, dict(zip(SAVED_STATS, stats)), *rest)
+
+
+def _gradients_of_stats(
+    grads: dict[str, Tensor],
+    operands: Sequence[Tensor],
+    stats: dict[str, Tensor],
     transform: str,
     memory: int,
     need_h: bool,
@@ -139,17 +144,20 @@ def _head_stats_backward(
     whole_below: int = 0,
     product: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    h, w, y, cols, rows, u = operands
     head = head_of(h, w, y, cols, rows, u, transform)
     needs = Needs(need_h, need_w, need_cols, need_rows)
-    upstream = RowGrads(_given(g_lse), _given(g_picked), _given(g_sum), _given(g_entropy))
-    # The lse is absent where no statistic needed it; then neither does a gradient.
-    lse = lse if lse.numel() else h.new_zeros(h.shape[0], dtype=lse.dtype)
-    saved = RowStats(lse, entropy=_given(entropy), lse_low=_given(lse_low))
-    row_scale = engine_for(h.dtype, h.device.type).row_scale_serves(head, upstream, needs)
+    upstream = RowGrads(**{name: _given(g) for name, g in grads.items()})
+    lse = stats["lse"]
+    if not lse.numel():  # no statistic needed it; then neither does a gradient
+        lse = head.h.new_zeros(head.h.shape[0], dtype=lse.dtype)
+    others: dict[str, Any] = {name: _given(x) for name, x in stats.items() if name != "lse"}
+    saved = RowStats(lse, **others)
+    row_scale = engine_for(head.h.dtype, head.h.device.type).row_scale_serves(head, upstream, needs)
     engine, windows = _chosen(
         head, needs, memory, whole_below, linear=False, row_scale=row_scale, explicit=not row_scale
     )
-    kept = product[: h.shape[0]] if product is not None and engine.keeps_product else None
+    kept = product[: head.h.shape[0]] if product is not None and engine.keeps_product else None
     with as_written(head.h.device):
         return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows, kept), head)
 
@@ -175,8 +183,10 @@ def _head_loss(
     whole_below: int = 0,
 ) -> tuple[Tensor, ...]:
     head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
-    if want - {"lse", "picked", "sum", "lse_low", "spread"}:
-        raise ValueError(f"head_loss gives lse, picked, sum, lse_low and spread; {stats!r} asks for more")
+    possible = (*LINEAR_STATS, *COMPANIONS)
+    if not want.issubset(possible):
+        names = f"{', '.join(possible[:-1])} and {possible[-1]}"
+        raise ValueError(f"head_loss gives {names}; {stats!r} asks for more")
     needs = Needs(need_h, need_w, need_cols, need_rows)
     c = RowGrads(_given(c_lse), _given(c_picked), _given(c_sum), square=_given(c_square))
     if want & {"sum", "spread"} and c.sum is None:
@@ -187,15 +197,11 @@ def _head_loss(
     )
     with as_written(head.h.device):
         got, grads = engine.head_loss(head, c, needs, windows)
-    return (
-        got.lse,
-        _result(got.picked if "picked" in want else None, h),
-        _result(got.sum if "sum" in want else None, h),
-        *_gradients(grads, head),
-        h.new_full((), -0.0, dtype=stat_dtype(h.dtype)) if got.tie is None else got.tie,
-        _result(got.lse_low, h),
-        _result(got.spread if "spread" in want else None, h),
-    )
+    given = with_companions(want | {"lse"})
+    results = {name: _result(getattr(got, name) if name in given else None, h) for name in possible}
+    results |= zip(("dh", "dw", "dcols", "drows"), _gradients(grads, head))
+    results["tie"] = h.new_full((), -0.0, dtype=stat_dtype(h.dtype)) if got.tie is None else got.tie
+    return tuple(results[name] for name in LOSS_OUTPUTS)
 
 
 Function = Callable[..., Any]

@@ -29,7 +29,7 @@ from fusedhead.graph.nodes import Traces, fake, hint, name_of
 from fusedhead.ir.logits import FOLLOWED, Logits, Stack, logits_of
 from fusedhead.ir.lse_differences import SPREAD
 from fusedhead.ir.terminal import Terminal
-from fusedhead.kernels.contract import STATS
+from fusedhead.kernels.contract import SAVED_STATS, STATS
 from fusedhead.legality.checks import Mutations
 from fusedhead.legality.legality import refusal
 from fusedhead.rewrite.forward_gradients import upgrade
@@ -217,7 +217,7 @@ def answer(
         graph.lint()
         return Whole(GraphModule(torch.nn.Module(), graph), many)
     weighted = any(t.weights is not None for t in terminals)
-    stats = frozenset({"lse", "lse_low", "entropy"}) | (frozenset() if weighted else SPREAD)
+    stats = frozenset(SAVED_STATS) | (frozenset() if weighted else SPREAD)
     likely = SPREAD if any("log_softmax + gather" in t.computes for t in terminals) else frozenset()
     sharing = Sharing(stats if shared else frozenset(), likely, terminals[0].logits.quiet, related)
     return cut(made, calls[0], sharing, memory, many)

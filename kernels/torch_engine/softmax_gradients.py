@@ -46,7 +46,7 @@ NEAR = 40.0  # a level this far from the lse at most: exp of the distance stays 
 
 def serves(head: Head, upstream: RowGrads, needs: Needs) -> bool:
     """Whether dz is a row scale away from E'."""
-    if upstream.entropy is not None or needs.rows:
+    if upstream.entropy is not None or upstream.variance is not None or needs.rows:
         return False
     plain = head.transform.plain_scale is not None
     biases = not needs.cols or head.transform.bias_slopes(len(head.cols)) is not None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, RowStats, Windows, stat_dtype
+from fusedhead.kernels.contract import DECISIONS, Head, RowStats, Windows, stat_dtype, with_companions
 from fusedhead.kernels.torch_engine.blocks import (
     EXP2_FACTOR,
     block_columns,
@@ -32,11 +32,12 @@ from fusedhead.kernels.transform.transform import Transform, apply
 
 
 class Partial(NamedTuple):
-    """A softmax over some columns: Σ exp(z - most) and Σ exp(z - most) (z - most), [m] each."""
+    """A softmax over some columns: Σ exp(z - most) (z - most)^k for k = 0, 1, 2, [m] each, the last two where asked."""
 
     most: Tensor  # the largest z, replaced by 0 where it is not finite
     total: Tensor
-    moment: Tensor | None
+    moment: Tensor | None = None
+    square: Tensor | None = None
 
 
 def finite_maximum(z: Tensor) -> Tensor:
@@ -45,12 +46,16 @@ def finite_maximum(z: Tensor) -> Tensor:
     return torch.where(most.isfinite(), most, 0)
 
 
-def partial_of(z: Tensor, most: Tensor, entropy: bool) -> Partial:
-    """The partial of a block z - most [m, v], which is overwritten."""
-    if not entropy:
-        return Partial(most, z.mul_(EXP2_FACTOR).exp2_().sum(1), None)
+def partial_of(z: Tensor, most: Tensor, moments: int) -> Partial:
+    """The partial of a block z - most [m, v], which is overwritten; 0, 1 or 2 moments."""
+    if not moments:
+        return Partial(most, z.mul_(EXP2_FACTOR).exp2_().sum(1))
     e = (z * EXP2_FACTOR).exp2_()
-    return Partial(most, e.sum(1), z.mul_(e).sum(1))
+    total = e.sum(1)
+    if moments == 1:
+        return Partial(most, total, z.mul_(e).sum(1))
+    moment = e.mul_(z).sum(1)
+    return Partial(most, total, moment, z.mul_(e).sum(1))
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -58,10 +63,14 @@ def merge(a: Partial, b: Partial) -> Partial:
     most = torch.where(a.total == 0, b.most, torch.where(b.total == 0, a.most, torch.maximum(a.most, b.most)))
     down_a, down_b = a.most - most, b.most - most
     fade_a, fade_b = down_a.exp(), down_b.exp()
-    moment = None
+    moment, square = None, None
     if a.moment is not None and b.moment is not None:
         moment = fade_a * (a.moment + down_a * a.total) + fade_b * (b.moment + down_b * b.total)
-    return Partial(most, fade_a * a.total + fade_b * b.total, moment)
+        if a.square is not None and b.square is not None:
+            square_a = a.square + down_a * (2 * a.moment + down_a * a.total)
+            square_b = b.square + down_b * (2 * b.moment + down_b * b.total)
+            square = fade_a * square_a + fade_b * square_b
+    return Partial(most, fade_a * a.total + fade_b * b.total, moment, square)
 
 
 def picked_logits(head: Head, tokens: int) -> Tensor:
@@ -84,10 +93,10 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     tokens = min(windows.tokens, n)
     columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
     buffers = block_buffers(head, tokens, columns)
-    decide, entropy = bool(want & {"max", "argmax"}), "entropy" in want
-    soft, summed = bool(want & {"lse", "entropy"}), bool(want & {"sum", "spread"})
+    decide, moments = bool(want & DECISIONS), 2 if "variance" in want else int("entropy" in want)
+    soft, summed = "lse" in with_companions(want), bool(want & {"sum", "spread"})
     fine = fine_dtype(head.h.device.type)
-    out = {name: head.h.new_empty(n, dtype=wide) for name in ("lse", "sum", "entropy", "max", "lse_low")}
+    out = {name: head.h.new_empty(n, dtype=wide) for name in ("lse", "sum", "entropy", "variance", "max", "lse_low")}
     total = head.h.new_zeros(n, dtype=fine)
     argmax = head.h.new_empty(n, dtype=torch.int64)
     rounds = head.transform.smooth != head.transform
@@ -126,14 +135,17 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
                     part += most.to(fine) * (u.sum(dtype=fine) if u.numel() else z.shape[1])
                 total[i] = total[i] + part if v.start else part
             if soft:
-                here = partial_of(z, most, entropy)
+                here = partial_of(z, most, moments)
                 state = here if state is None else merge(state, here)
         if state is not None:
             log_total = state.total.log()
             out["lse"][i] = lse = state.most + log_total
             out["lse_low"][i] = rounded_off(lse, state.most, log_total)
             if state.moment is not None:
-                out["entropy"][i] = log_total - state.moment / state.total
+                mean = state.moment / state.total
+                out["entropy"][i] = log_total - mean
+                if state.square is not None:
+                    out["variance"][i] = state.square / state.total - mean * mean
     if summed:
         out["sum"].copy_(total)
     if "spread" in want:

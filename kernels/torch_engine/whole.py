@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, logit_grads, stat_dtype
 from fusedhead.kernels.torch_engine import dlogits as torch_dlogits
 from fusedhead.kernels.torch_engine import engine as torch_engine
 from fusedhead.kernels.torch_engine.blocks import rounded_off, vectors
@@ -99,7 +99,8 @@ def head_stats_backward(
     cols, rows = vectors(head, slice(None), slice(None))
     z = product.to(stat_dtype(head.h.dtype), copy=True)
     z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
-    dz = torch_dlogits.dlogits(head, upstream, stats, slice(None), slice(0, len(head.w)), z)
+    grads = logit_grads(upstream, stats)
+    dz = torch_dlogits.dlogits(head, grads, stats, slice(None), slice(0, len(head.w)), z)
     return gradients(head, dz, tape, cols, rows, needs)
 
 

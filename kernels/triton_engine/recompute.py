@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, RowGrads, RowStats
+from fusedhead.kernels.contract import Head, LogitGrads, RowStats
 from fusedhead.kernels.gemm import gemm
 from fusedhead.kernels.triton_engine.launch.sweep import sweep
 from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
@@ -21,20 +21,12 @@ from fusedhead.kernels.triton_engine.weight_gradient import WeightGradient
 from fusedhead.kernels.triton_engine.windows import first_rows, multiplied, rows_of, slice_head
 
 
-def without_square(grads: RowGrads, lse: Tensor) -> RowGrads:
-    """The gradients with that of lse² as one of lse [N]."""
-    if grads.square is None:
-        return grads
-    slope = 2 * grads.square * lse
-    return grads._replace(lse=slope if grads.lse is None else grads.lse + slope, square=None)
-
-
 def rebuild(
     head: Head,
     i: slice,
     blocks: Iterable[slice],
     buffer: Tensor,
-    grads: RowGrads,
+    grads: LogitGrads,
     rows: RowStats,
     dw: WeightGradient | None,
     dh: NarrowSum | None,
@@ -46,7 +38,7 @@ def rebuild(
     ``buffer`` has room for a block of dz, ``grads`` and ``rows`` are those of the tokens. dw and dh start with what is
     first added to them: the first window, the first column.
     """
-    want = frozenset(name for name in ("sum", "entropy") if getattr(grads, name) is not None)
+    want = frozenset(name for name in ("sum", "linear", "quadratic") if getattr(grads, name) is not None)
     for v in blocks:
         part = slice_head(head, i, v)
         window = first_rows(buffer, len(part.h))

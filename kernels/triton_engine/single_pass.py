@@ -17,12 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, logit_grads
 from fusedhead.kernels.gemm import gemm, weighted_rows
 from fusedhead.kernels.triton_engine.launch.launch import on_device
 from fusedhead.kernels.triton_engine.launch.sweep import Sweep, sweep
 from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
-from fusedhead.kernels.triton_engine.recompute import rebuild, without_square
+from fusedhead.kernels.triton_engine.recompute import rebuild
 from fusedhead.kernels.triton_engine.rows.finalize import finalize
 from fusedhead.kernels.triton_engine.rows.label_map import check_labels, map_labels
 from fusedhead.kernels.triton_engine.rows.merge import merge_reference
@@ -172,7 +172,7 @@ def _with_others(
     for at, to in () if sums is None else sums.pieces(slice(0, len(part.h))):
         gemm(buffer[at, : len(part.w)], part.w, to)
         scale_rows(to, rows_of(scale, at), to, None)
-    rebuild(head, i, others, buffer, without_square(c, rows.lse), rows, dw, sums)
+    rebuild(head, i, others, buffer, logit_grads(c, rows), rows, dw, sums)
 
 
 def _exponentials(

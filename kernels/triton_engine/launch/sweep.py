@@ -69,7 +69,7 @@ def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str])
     """
     if kernel == "dlogits" or tile.BN < 256:
         return tile._replace(parts=4) if transform.steps and kernel != "stream" else tile
-    if transform.varies_along_row or (kernel == "stream" and want & {"sum", "entropy", "max", "argmax"}):
+    if transform.varies_along_row or (kernel == "stream" and not want <= PLAIN):
         return tile._replace(parts=4, stages=min(tile.stages, 3))
     if kernel == "stream" and any(op in ("addcol", "dropcol") for op, _ in transform.steps):
         return tile._replace(flatten=False, parts=1)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from fusedhead.kernels.contract import Head, RowGrads, RowStats
+from fusedhead.kernels.contract import Head, LogitGrads, RowStats
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.kernels.triton_engine.launch.sweep import sweep
 from fusedhead.kernels.triton_engine.launch.tiles import Tile
@@ -66,7 +66,7 @@ def step_of(kernel: str, head: Head, tile: Tile) -> Callable[[], object]:
     if kernel == "exp":
         part = new((1, s.schedule.size), dtype=torch.float32)
         return lambda: exponentials(s, head, window, rows, picked, picked, part, labels)
-    grads = RowGrads(rows, picked)
+    grads = LogitGrads(rows, picked=picked)
     return lambda: dlogits(s, head, window, grads, RowStats(rows), 0, False, False)
 
 

@@ -222,7 +222,7 @@ def finalize(
     ``total`` and ``spread`` [N] <- Σ u z and Σ u (lse - z); ``weight`` [] is Σ u where there is u.
     ``others`` [N] float32: the base-2 lse of columns that are not in the window.
     """
-    c_lse, c_picked, _, _, c_square = coefficients
+    c_lse, c_picked, c_square = coefficients.lse, coefficients.picked, coefficients.square
     scale = torch.empty_like(lse)
     given = (c_lse is not None, c_picked is not None, c_square is not None, others is not None)
     launch = _launch(s, given, total is not None, sh is not None, window.stride(0), gain)

@@ -1,9 +1,11 @@
 """The gradient of the raw logits of one window, rebuilt from the saved lse: one persistent sweep.
 
-    dz_T = g_lse p + Σ_k g_picked_k [v = y_k] + g_sum u_v - g_entropy p (log p + H),   p = exp(z - lse - lse_low)
+    dz_T = p (g_lse - g_entropy d + g_variance d²) + Σ_k g_picked_k [v = y_k] + g_sum u_v
+    p = exp(z - lse - lse_low), d = log p + entropy; g_lse, g_entropy, g_variance: constant, linear, quadratic of
+    `contract.LogitGrads`
     dz   = dz_T pulled back through the transform
 
-in: h [M, D], w [V', D] (the window's slices), per-row upstream gradients, lse, entropy H. out: dz [M, V'] in
+in: h [M, D], w [V', D] (the window's slices), per-row gradients, lse, entropy. out: dz [M, V'] in
 the dtype of h, and per tile the sums that belong to the column and row vectors of the transform. Never
 reaches memory: z, p, anything of the window in float32. FLOP 2MDV', bytes 2MV' written. Must not know how dh
 and dw are accumulated.
@@ -19,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, RowGrads, RowStats
+from fusedhead.kernels.contract import Head, LogitGrads, RowStats
 from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.product import column_part, product
 from fusedhead.kernels.triton_engine.device.rows import label_position
@@ -74,6 +76,7 @@ def _epilogue(
     g_picked,
     g_sum,
     g_entropy,
+    g_variance,
     lse,
     lse_low,
     entropy,
@@ -92,6 +95,7 @@ def _epilogue(
     HAS_LSE: tl.constexpr,
     HAS_SUM: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_VARIANCE: tl.constexpr,
     HAS_U: tl.constexpr,
     NEED_COLS: tl.constexpr,
     NEED_ROWS: tl.constexpr,
@@ -119,6 +123,9 @@ def _epilogue(
         if HAS_ENTROPY:
             H = tl.load(entropy + row, mask=there, other=0.0)
             dz -= tl.load(g_entropy + row, mask=there, other=0.0)[:, None] * (p * (logp + H[:, None]))
+            if HAS_VARIANCE:
+                d = logp + H[:, None]
+                dz += tl.load(g_variance + row, mask=there, other=0.0)[:, None] * (p * (d * d))
     if HAS_SUM:
         g = tl.load(g_sum + row, mask=there, other=0.0)
         if HAS_U:
@@ -161,6 +168,7 @@ def dlogits_kernel(
     g_picked,  # [M, K] float32 when LABELS, contiguous
     g_sum,  # [M] float32 when HAS_SUM
     g_entropy,  # [M] float32 when HAS_ENTROPY
+    g_variance,  # [M] float32 when HAS_VARIANCE, only with HAS_ENTROPY
     lse,  # [M] float32
     lse_low,  # [M] float32, read when PRECISE
     entropy,  # [M] float32 when HAS_ENTROPY
@@ -186,6 +194,7 @@ def dlogits_kernel(
     HAS_LSE: tl.constexpr,
     HAS_SUM: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_VARIANCE: tl.constexpr,
     HAS_U: tl.constexpr,
     NEED_COLS: tl.constexpr,
     NEED_ROWS: tl.constexpr,
@@ -217,15 +226,16 @@ def dlogits_kernel(
         for j in tl.static_range(PARTS):
             x = column_part(acc, j, PARTS, BM, BN)
             _epilogue(
-                x, dz, y, u, vectors, g_lse, g_picked, g_sum, g_entropy, lse, lse_low, entropy, part_cols, part_rows,
-                block, PARTS * tile + j, (here >> j) & 1, first_col, sy0, sy1, K, rows_size, STEPS, LABELS,
-                HAS_LSE, HAS_SUM, HAS_ENTROPY, HAS_U, NEED_COLS, NEED_ROWS, PRECISE, DTYPE, BM, BN // PARTS,
+                x, dz, y, u, vectors, g_lse, g_picked, g_sum, g_entropy, g_variance, lse, lse_low, entropy,
+                part_cols, part_rows, block, PARTS * tile + j, (here >> j) & 1, first_col, sy0, sy1, K, rows_size,
+                STEPS, LABELS, HAS_LSE, HAS_SUM, HAS_ENTROPY, HAS_VARIANCE, HAS_U, NEED_COLS, NEED_ROWS, PRECISE,
+                DTYPE, BM, BN // PARTS,
             )  # fmt: skip
 
 
 @lru_cache(maxsize=KEPT)
 def _launch(s: Sweep, given: tuple[bool, ...], need_cols: bool, need_rows: bool) -> Launch:
-    has_lse, has_picked, has_sum, has_entropy = given
+    has_lse, has_entropy, has_variance, has_picked, has_sum = given
     if s.tile.paired:
         from fusedhead.kernels.triton_engine.gluon.dlogits import dlogits_pair_kernel  # where pairs serve only
 
@@ -236,6 +246,7 @@ def _launch(s: Sweep, given: tuple[bool, ...], need_cols: bool, need_rows: bool)
         HAS_LSE=has_lse,
         HAS_SUM=has_sum,
         HAS_ENTROPY=has_entropy,
+        HAS_VARIANCE=has_variance,
         NEED_COLS=need_cols,
         NEED_ROWS=need_rows,
         rows_size=_column_parts(s),
@@ -251,7 +262,7 @@ def dlogits(
     s: Sweep,
     head: Head,
     window: Tensor,
-    upstream: RowGrads,
+    grads: LogitGrads,
     stats: RowStats,
     first_col: int,
     need_cols: bool,
@@ -262,8 +273,8 @@ def dlogits(
     lse, steps = stats.lse, len(s.steps) // 2
     part_cols = lse.new_empty((steps, s.schedule.blocks, s.vocab)) if need_cols else None
     part_rows = lse.new_empty((steps, _column_parts(s), s.n)) if need_rows else None
-    g_lse, g_picked, g_sum, g_entropy, _ = upstream
-    given = (g_lse is not None, g_picked is not None, g_sum is not None, g_entropy is not None)
+    given = tuple(g is not None for g in grads)
+    g_lse, g_entropy, g_variance, g_picked, g_sum = grads
     low = None
     if h.dtype == torch.float32:  # read there only
         low = torch.zeros_like(lse) if stats.lse_low is None else stats.lse_low
@@ -281,6 +292,7 @@ def dlogits(
         g_picked=g_picked,
         g_sum=g_sum,
         g_entropy=g_entropy,
+        g_variance=g_variance,
         lse=lse,
         lse_low=low,
         entropy=None if g_entropy is None else stats.entropy,

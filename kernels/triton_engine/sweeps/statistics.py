@@ -1,7 +1,7 @@
 """One persistent sweep over z = T(h @ w.T) that keeps row statistics and never stores a logit.
 
     per row: ref2 = max z·L, total = Σ 2^(z·L - ref2),
-             moment = Σ 2^(z·L - ref2)(z·L - ref2), Σ u z, Σ u (z·L - ref2), Σ u, max and argmax
+             moment, square = Σ 2^(z·L - ref2)(z·L - ref2)^k for k = 1, 2; Σ u z, Σ u (z·L - ref2), Σ u, max and argmax
     in:  h [N, D], w [V, D], labels, vectors of the transform
     out: partial rows (`device.schedule`), picked
 
@@ -41,6 +41,7 @@ from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep, sweep
 from fusedhead.kernels.triton_engine.rows.label_map import labelled_parts, map_labels
 from fusedhead.kernels.triton_engine.windows import full_cuts
 
+SUMS = (("variance", 7), ("spread", 6), ("sum", 4), ("entropy", 3))  # how many rows of ``part`` a statistic reads
 LAUNCH_FLOP = 29 * 10**11  # 4 ms of an H100, beside which the start and the end of a launch do not show
 UNSPECIALISED = ("N", "V", "D", "K", "GROUP", "size", "sy0", "sy1", "stride_cols", "stride_rows")
 
@@ -56,7 +57,7 @@ def stream_kernel(
     rows,  # [R, N] float32
     flags,  # [token blocks] int32, read when ONLY
     picked,  # [N, K] float32, written where a label lies
-    part,  # [up to 6, size] float32: ref2, total, moment, sum, relative sum, weight
+    part,  # [up to 7, size] float32: ref2, total, moment, sum, relative sum, weight, square
     part_top,  # [2, size] int32: order key of the max, its column
     N,
     V,
@@ -78,6 +79,7 @@ def stream_kernel(
     SUM: tl.constexpr,
     SPREAD: tl.constexpr,  # only with SUM
     ENTROPY: tl.constexpr,
+    VARIANCE: tl.constexpr,  # only with ENTROPY
     TOP: tl.constexpr,
     ONLY: tl.constexpr,
     EVEN: tl.constexpr,  # V is a multiple of BN
@@ -104,6 +106,7 @@ def stream_kernel(
     ref2 = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     moment = tl.zeros((BM,), tl.float32)
+    square = tl.zeros((BM,), tl.float32)
     weighted = tl.zeros((BM,), tl.float32)
     relative = tl.zeros((BM,), tl.float32)
     weight = tl.zeros((), tl.float32)
@@ -148,6 +151,9 @@ def stream_kernel(
                 if SPREAD:
                     relative += weight * shift + weighted_sum(exponent, classes, col, V)
                     weight += tl.sum(classes, 0)
+                if VARIANCE:
+                    squares = tl.where((col < V)[None, :], e * exponent * exponent, 0.0)
+                    square = fade * (square + shift * (2.0 * moment + shift * total)) + tl.sum(squares, 1)
                 if ENTROPY:
                     inside = tl.where((col < V)[None, :], e * exponent, 0.0)
                     moment = fade * (moment + total * shift) + tl.sum(inside, 1)
@@ -164,6 +170,8 @@ def stream_kernel(
                 tl.store(part + size + to, total)
                 if ENTROPY:
                     tl.store(part + 2 * size + to, moment)
+                if VARIANCE:
+                    tl.store(part + 6 * size + to, square)
                 if SUM:
                     tl.store(part + 3 * size + to, weighted)
                 if SPREAD:
@@ -176,6 +184,7 @@ def stream_kernel(
         ref2 = tl.where(last, float("-inf"), ref2)
         total = tl.where(last, 0.0, total)
         moment = tl.where(last, 0.0, moment)
+        square = tl.where(last, 0.0, square)
         weighted = tl.where(last, 0.0, weighted)
         relative = tl.where(last, 0.0, relative)
         weight = tl.where(last, 0.0, weight)
@@ -212,6 +221,7 @@ def _launch(s: Sweep, want: frozenset[str], labels: int, only: bool) -> Launch:
         SUM=bool(want & {"sum", "spread"}),
         SPREAD="spread" in want,
         ENTROPY="entropy" in want,
+        VARIANCE="variance" in want,
         TOP=top,
         ONLY=only,
         **own,
@@ -226,9 +236,9 @@ def stream(
     flags: Tensor | None = None,
     logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Partial rows ([up to 6, size] float32, [2, size] int32) of a sweep; ``picked`` [N, K] float32 is filled."""
+    """Partial rows ([up to 7, size] float32, [2, size] int32) of a sweep; ``picked`` [N, K] float32 is filled."""
     h, w, y, cols, rows, u, _ = head
-    count = next((rows for name, rows in (("spread", 6), ("sum", 4), ("entropy", 3)) if name in want), 2)
+    count = next((rows for name, rows in SUMS if name in want), 2)
     part = h.new_empty((count, s.schedule.size), dtype=torch.float32)
     top = want & {"max", "argmax"}
     part_top = h.new_empty((2, s.schedule.size), dtype=torch.int32) if top else part
