@@ -17,7 +17,7 @@ class LabelOutOfRange(IndexError, RuntimeError):
 
 
 @lru_cache(maxsize=64)
-def asked(stats: str) -> frozenset[str]:
+def parse_stats(stats: str) -> frozenset[str]:
     """The statistics named in ``stats``, comma-joined. Raises ValueError naming one that is not known."""
     want = frozenset(stats.split(",")) - {""}
     unknown = sorted(want.difference(STATS))

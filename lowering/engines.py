@@ -112,8 +112,8 @@ class TorchWhole(_Kernels):
 
     name, module, for_few_logits = "torch whole", "torch_engine.whole", None
     keeps_product = True
-    candidates = staticmethod(torch_plan.whole)
-    row_scale_serves = staticmethod(softmax_gradients.serves)
+    candidates = staticmethod(torch_plan.whole_candidates)
+    row_scale_serves = staticmethod(softmax_gradients.supports)
 
     def supports(self, dtype: torch.dtype, device_type: str) -> bool:
         return True
@@ -123,8 +123,8 @@ class TorchWindows(_Kernels):
     """Torch ops window by window, on every device that torch runs on."""
 
     name, module, for_few_logits = "torch windows", "torch_engine.engine", TorchWhole()
-    candidates = staticmethod(torch_plan.candidates)
-    row_scale_serves = staticmethod(softmax_gradients.serves)
+    candidates = staticmethod(torch_plan.torch_candidates)
+    row_scale_serves = staticmethod(softmax_gradients.supports)
 
     def supports(self, dtype: torch.dtype, device_type: str) -> bool:
         return True
@@ -134,7 +134,7 @@ class TritonWindows(_Kernels):
     """Triton sweeps and cuBLAS products. Its kernels are few for small heads as they are."""
 
     name, module, for_few_logits = "triton windows", "triton_engine.engine", None
-    candidates = staticmethod(triton_plan.candidates)
+    candidates = staticmethod(triton_plan.triton_candidates)
 
     def supports(self, dtype: torch.dtype, device_type: str) -> bool:
         return device_type == "cuda" and dtype in TRITON_DTYPES and triton_serves()

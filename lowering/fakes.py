@@ -20,15 +20,15 @@ from fusedhead.kernels.contract import (
     with_companions,
 )
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.lowering.checks import asked
+from fusedhead.lowering.checks import parse_stats
 from fusedhead.lowering.retention import kept_rows
 
 
-def _present(like: Tensor, given: bool, shape: tuple, dtype: torch.dtype) -> Tensor:
+def _empty_if_absent(like: Tensor, given: bool, shape: tuple, dtype: torch.dtype) -> Tensor:
     return like.new_empty(shape if given else (0,), dtype=dtype)
 
 
-def head_stats(
+def fake_head_stats(
     h: Tensor,
     w: Tensor,
     y: Tensor,
@@ -41,10 +41,10 @@ def head_stats(
     whole_below: int = 0,
     keep: bool = False,
 ) -> tuple[Tensor, ...]:
-    want, n = with_companions(asked(stats)), h.shape[0]
+    want, n = with_companions(parse_stats(stats)), h.shape[0]
     shapes = {True: (n, y.shape[1]), False: (n,)}
     results = (
-        _present(h, statistic.name in want, shapes[statistic.per_label], statistic.dtype or stat_dtype(h.dtype))
+        _empty_if_absent(h, statistic.name in want, shapes[statistic.per_label], statistic.dtype or stat_dtype(h.dtype))
         for statistic in STATISTICS
     )
     return (*results, kept_product(h, w, whole_below, keep))
@@ -58,20 +58,20 @@ def kept_product(h: Tensor, w: Tensor, whole_below: int, keep: bool) -> Tensor:
 
 
 def _gradients(operands: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    return tuple(_present(x, need, tuple(x.shape), x.dtype) for x, need in zip(operands, needs))
+    return tuple(_empty_if_absent(x, need, tuple(x.shape), x.dtype) for x, need in zip(operands, needs))
 
 
-def head_stats_backward(*args: Any) -> tuple[Tensor, ...]:
+def fake_head_stats_backward(*args: Any) -> tuple[Tensor, ...]:
     count = len(DIFFERENTIABLE_STATS)
     h, w, _, cols, rows, _ = args[count : count + 6]
     first = count + 6 + len(SAVED_STATS) + 2
     return _gradients((h, w, cols, rows), args[first : first + 4])
 
 
-def head_loss(*args: Any) -> tuple[Tensor, ...]:
+def fake_head_loss(*args: Any) -> tuple[Tensor, ...]:
     h, w, y, cols, rows, u = args[:6]
     transform, stats, memory = args[10:13]
-    results = dict(zip(STATS, head_stats(h, w, y, cols, rows, u, transform, f"lse,{stats}", memory)))
+    results = dict(zip(STATS, fake_head_stats(h, w, y, cols, rows, u, transform, f"lse,{stats}", memory)))
     results |= zip(("dh", "dw", "dcols", "drows"), _gradients((h, w, cols, rows), args[13:17]))
-    results["tie"] = _present(h, True, (), results["lse"].dtype)
+    results["tie"] = _empty_if_absent(h, True, (), results["lse"].dtype)
     return tuple(results[name] for name in LOSS_OUTPUTS)

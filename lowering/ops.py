@@ -41,7 +41,7 @@ from fusedhead.kernels.contract import (
 )
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.lowering import autograd, fakes
-from fusedhead.lowering.checks import LabelOutOfRange, asked, head_of
+from fusedhead.lowering.checks import LabelOutOfRange, head_of, parse_stats
 from fusedhead.lowering.engines import Engine, engine_for
 from fusedhead.lowering.plan.plan import plan
 from fusedhead.lowering.plan.problem import Problem, writes_logits
@@ -66,7 +66,7 @@ SCHEMAS = {
 NONE = Needs(False, False, False, False)
 
 
-def as_written(device: torch.device) -> AbstractContextManager[object]:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside: an op computes in the dtypes it was given, whatever region it is called from."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
@@ -112,12 +112,12 @@ def _head_stats(
     whole_below: int = 0,
     keep: bool = False,
 ) -> tuple[Tensor, ...]:
-    head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
+    head, want = head_of(h, w, y, cols, rows, u, transform), parse_stats(stats)
     explicit, given = writes_logits(want, head.transform), with_companions(want)
     engine, windows = _chosen(head, NONE, memory, whole_below, linear=True, row_scale=True, explicit=explicit)
     product = fakes.kept_product(h, w, whole_below, keep)
     kept = product[: h.shape[0]] if keep and engine.keeps_product else None
-    with as_written(head.h.device):
+    with without_autocast(head.h.device):
         got = engine.head_stats(head, given - {"lse_low"}, windows, kept)  # which comes with any lse
     results = (
         _result(getattr(got, statistic.name) if statistic.name in given else None, h, statistic.dtype)
@@ -158,7 +158,7 @@ def _gradients_of_stats(
         head, needs, memory, whole_below, linear=False, row_scale=row_scale, explicit=not row_scale
     )
     kept = product[: head.h.shape[0]] if product is not None and engine.keeps_product else None
-    with as_written(head.h.device):
+    with without_autocast(head.h.device):
         return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows, kept), head)
 
 
@@ -182,7 +182,7 @@ def _head_loss(
     need_rows: bool,
     whole_below: int = 0,
 ) -> tuple[Tensor, ...]:
-    head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
+    head, want = head_of(h, w, y, cols, rows, u, transform), parse_stats(stats)
     possible = (*LINEAR_STATS, *COMPANIONS)
     if not want.issubset(possible):
         names = f"{', '.join(possible[:-1])} and {possible[-1]}"
@@ -195,7 +195,7 @@ def _head_loss(
     engine, windows = _chosen(
         head, needs, memory, whole_below, linear=True, row_scale=row_scale, explicit=not row_scale
     )
-    with as_written(head.h.device):
+    with without_autocast(head.h.device):
         got, grads = engine.head_loss(head, c, needs, windows)
     given = with_companions(want | {"lse"})
     results = {name: _result(getattr(got, name) if name in given else None, h) for name in possible}
@@ -204,18 +204,18 @@ def _head_loss(
     return tuple(results[name] for name in LOSS_OUTPUTS)
 
 
-Function = Callable[..., Any]
-_PARTS: dict[str, tuple[Function, Function, tuple[Function, Function]]] = {
-    "head_stats": (_head_stats, fakes.head_stats, autograd.HEAD_STATS),
-    "head_stats_backward": (_head_stats_backward, fakes.head_stats_backward, autograd.DIFFERENTIATED_ONCE),
-    "head_loss": (_head_loss, fakes.head_loss, autograd.HEAD_LOSS),
+Implementation = Callable[..., Any]
+_PARTS: dict[str, tuple[Implementation, Implementation, tuple[Implementation, Implementation]]] = {
+    "head_stats": (_head_stats, fakes.fake_head_stats, autograd.HEAD_STATS),
+    "head_stats_backward": (_head_stats_backward, fakes.fake_head_stats_backward, autograd.DIFFERENTIATED_ONCE),
+    "head_loss": (_head_loss, fakes.fake_head_loss, autograd.HEAD_LOSS),
 }
 for _name, (_implementation, _fake, (_setup, _backward)) in _PARTS.items():
     torch.library.define(f"fusedhead::{_name}", SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"fusedhead::{_name}", "default", _implementation)
     torch.library.register_fake(f"fusedhead::{_name}", _fake)
     torch.library.register_autograd(f"fusedhead::{_name}", _backward, setup_context=_setup)
-    # the same without autograd, for graphs whose gradients are traced (`fusedhead.below_autograd`)
+    # the same without autograd, for graphs whose gradients are traced (`fusedhead.inductor.call_below_autograd`)
     _traced = f"fusedhead::{_name}_traced"
     torch.library.define(_traced, SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(_traced, "default", _implementation)

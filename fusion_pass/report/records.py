@@ -22,7 +22,7 @@ from fusedhead.kernels.tokenwise.engine import operands
 from fusedhead.kernels.tokenwise.program import read
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.transform.transform import parse
-from fusedhead.lowering.checks import asked
+from fusedhead.lowering.checks import parse_stats
 from fusedhead.lowering.plan.plan import Plan, plan
 from fusedhead.lowering.plan.problem import Problem, writes_logits
 from fusedhead.lowering.token_ops import windows_of
@@ -44,7 +44,7 @@ def planner(call: Node, memory: int) -> Callable[[bool, int], Plan]:
     h, w, cols, rows = (fake(call.args[i]) for i in (0, 1, 3, 4))  # type: ignore[arg-type]
     needs = Needs(*(x.requires_grad for x in (h, w, cols, rows)))
     transform = parse(str(call.args[6]))
-    products, explicit = product_dtype(h.dtype, w.device.type), writes_logits(asked(str(call.args[7])), transform)
+    products, explicit = product_dtype(h.dtype, w.device.type), writes_logits(parse_stats(str(call.args[7])), transform)
     vocab, hidden = (int(size) for size in w.shape)
 
     def planned(linear: bool, tokens: int) -> Plan:

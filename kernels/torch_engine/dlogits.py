@@ -22,15 +22,15 @@ from fusedhead.kernels.contract import (
     logit_grads,
     stat_dtype,
 )
-from fusedhead.kernels.torch_engine.blocks import EXP2_FACTOR, block_columns, cuts, piece_rows, vectors
+from fusedhead.kernels.torch_engine.blocks import EXP2_FACTOR, block_columns, block_vectors, cuts, piece_rows
 from fusedhead.kernels.torch_engine.exponentials import block_buffers, window_products
 from fusedhead.kernels.torch_engine.gradient_sink import accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.kernels.torch_engine.weight_gradient import WeightGradient
+from fusedhead.kernels.torch_engine.weight_gradient import BlockWeightGradient
 from fusedhead.kernels.transform.backward import pull_back, record
 
 
-def dlogits(head: Head, grads: LogitGrads, stats: RowStats, i: slice, v: slice, z: Tensor) -> Tensor:
+def dlogits_of_block(head: Head, grads: LogitGrads, stats: RowStats, i: slice, v: slice, z: Tensor) -> Tensor:
     """dz of the transformed block z [m, v], which becomes log p and is lost."""
     wide = z.dtype
     soft = grads.constant is not None or grads.varies
@@ -75,7 +75,7 @@ def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, wind
     columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
     buffers = block_buffers(head, tokens, columns)
     dh = torch.empty(head.h.shape, dtype=head.h.dtype, device=head.h.device) if needs.h else None
-    dw = WeightGradient(head, windows.accumulate) if needs.w else None
+    dw = BlockWeightGradient(head, windows.accumulate) if needs.w else None
     dcols = torch.zeros_like(head.cols, dtype=wide) if needs.cols else None
     drows = torch.zeros_like(head.rows, dtype=wide) if needs.rows else None
     for i in cuts(n, tokens):
@@ -90,9 +90,9 @@ def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, wind
                 z = raw if work == wide else buffers.wide[:size].view(m, -1).copy_(raw)
             else:
                 z = torch.mm(h.to(wide), w.to(wide).t(), out=buffers.wide[:size].view(m, -1))
-            cols, rows = vectors(head, i, v)
+            cols, rows = block_vectors(head, i, v)
             z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
-            dz = dlogits(head, grads, stats, i, v, z)
+            dz = dlogits_of_block(head, grads, stats, i, v, z)
             to_cols = None if dcols is None else dcols[:, v]
             to_rows = None if drows is None else drows[:, i]
             dz = pull_back(head.transform, dz, tape, cols, rows, to_cols, to_rows)

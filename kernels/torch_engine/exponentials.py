@@ -20,15 +20,15 @@ from fusedhead.kernels.torch_engine.blocks import (
     EXP2_FACTOR,
     Cells,
     blank_labels,
+    block_vectors,
     cuts,
-    fine_dtype,
     label_blanks,
     label_logits,
     label_vectors,
     piece_rows,
+    row_dtype,
     row_maximum,
     sampled_level,
-    vectors,
 )
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.transform.backward import Tape, pull_back, record
@@ -68,7 +68,7 @@ def level_at(head: Head, at: Tensor, exact: bool) -> Level:
     if work != wide and not exact and head.transform.plain_scale is not None:
         shift = shift.to(work)
         binary = -shift[:, 0].to(wide)
-    natural = binary.to(fine_dtype(head.h.device.type)) / binary_factor(head.transform, wide)
+    natural = binary.to(row_dtype(head.h.device.type)) / binary_factor(head.transform, wide)
     return Level(binary, natural, exact, shift)
 
 
@@ -167,7 +167,7 @@ def fill(
         else:
             product = torch.mm(h, w_strip.to(h.dtype).t(), out=z)
         blanks, total = label_blanks(cells, columns), z.new_empty(m)
-        cols, rows = vectors(head, i, columns)
+        cols, rows = block_vectors(head, i, columns)
         for r in cuts(m, m if whole else piece_rows(m, z.shape[1], z.element_size())):
             x = z[r] if product is z else z[r].copy_(product[r])
             own_rows = rows[:, r] if rows.dim() == 2 else rows

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, Windows, stat_dtype
 from fusedhead.kernels.torch_engine.blocks import label_rows
-from fusedhead.kernels.torch_engine.weight_gradient import WeightGradient
+from fusedhead.kernels.torch_engine.weight_gradient import BlockWeightGradient
 from fusedhead.kernels.torch_engine.weighted_sums import weighted_columns, weighted_hidden
 
 
@@ -23,7 +23,7 @@ class Sink:
         self.g_sum = None if upstream.sum is None else upstream.sum.to(self.wide)
         scale = head.transform.plain_scale
         self.dh = torch.empty(head.h.shape, dtype=head.h.dtype, device=head.h.device) if needs.h else None
-        self.dw = WeightGradient(head, windows.accumulate) if needs.w else None
+        self.dw = BlockWeightGradient(head, windows.accumulate) if needs.w else None
         self.dcols = head.h.new_zeros(len(head.w), dtype=self.wide) if needs.cols else None
         self.uw: Tensor | None = None
         if self.g_sum is not None and scale is not None:

@@ -16,16 +16,16 @@ from fusedhead.kernels.contract import DECISIONS, Head, RowStats, Windows, stat_
 from fusedhead.kernels.torch_engine.blocks import (
     EXP2_FACTOR,
     block_columns,
+    block_vectors,
     cuts,
-    fine_dtype,
     label_logits,
     label_vectors,
-    rounded_off,
-    vectors,
+    row_dtype,
+    two_sum_error,
 )
 from fusedhead.kernels.torch_engine.exponentials import block_buffers, window_products
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.kernels.torch_engine.weighted_sums import spread_of
+from fusedhead.kernels.torch_engine.weighted_sums import spread_from_sums
 from fusedhead.kernels.transform.backward import record
 from fusedhead.kernels.transform.bias_rounding import rounded_bias
 from fusedhead.kernels.transform.transform import Transform, apply
@@ -86,7 +86,7 @@ def _better(best: Tensor, top: Tensor) -> Tensor:
     return (best > top) | (best.isnan() & ~top.isnan())
 
 
-def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
+def sweep_statistics(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     """Every statistic in ``want`` but `sum` of a plain z, which needs no sweep (`weighted_sums`)."""
     n, vocab = len(head.h), len(head.w)
     wide, work = stat_dtype(head.h.dtype), product_dtype(head.h.dtype, head.h.device.type)
@@ -95,7 +95,7 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     buffers = block_buffers(head, tokens, columns)
     decide, moments = bool(want & DECISIONS), 2 if "variance" in want else int("entropy" in want)
     soft, summed = "lse" in with_companions(want), bool(want & {"sum", "spread"})
-    fine = fine_dtype(head.h.device.type)
+    fine = row_dtype(head.h.device.type)
     out = {name: head.h.new_empty(n, dtype=wide) for name in ("lse", "sum", "entropy", "variance", "max", "lse_low")}
     total = head.h.new_zeros(n, dtype=fine)
     argmax = head.h.new_empty(n, dtype=torch.int64)
@@ -115,7 +115,7 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
             else:
                 torch.addmm(head.cols[bias, v].to(work), h, w.t(), out=raw)
             z = raw if h.dtype == wide else buffers.wide[:size].view(m, -1).copy_(raw)
-            cols, rows = vectors(head, i, v)
+            cols, rows = block_vectors(head, i, v)
             if decide and rounds:
                 best, at = apply(chain, z, cols, rows, decide=True).max(1)
             z, _ = record(chain, z, cols, rows, False, False)
@@ -140,7 +140,7 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
         if state is not None:
             log_total = state.total.log()
             out["lse"][i] = lse = state.most + log_total
-            out["lse_low"][i] = rounded_off(lse, state.most, log_total)
+            out["lse_low"][i] = two_sum_error(lse, state.most, log_total)
             if state.moment is not None:
                 mean = state.moment / state.total
                 out["entropy"][i] = log_total - mean
@@ -149,7 +149,7 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     if summed:
         out["sum"].copy_(total)
     if "spread" in want:
-        out["spread"] = spread_of(head, out["lse"].to(fine) + out["lse_low"].to(fine), total)
+        out["spread"] = spread_from_sums(head, out["lse"].to(fine) + out["lse_low"].to(fine), total)
     given = {name: x for name, x in out.items() if name in want}
     given |= {name: out[name] for name in ("lse", "lse_low")}
     return RowStats(

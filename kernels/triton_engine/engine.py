@@ -144,6 +144,6 @@ def _two_sweeps(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
 def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
     """Statistics and gradients in one sweep where that is possible (`single_pass`), else in two."""
     head = ready_head(head)
-    if single_pass.fits(head, coefficients, needs, windows):
+    if single_pass.can_single_pass(head, coefficients, needs, windows):
         return single_pass.one_pass(head, coefficients, needs, windows)
     return _two_sweeps(head, coefficients, needs, windows)

@@ -48,7 +48,7 @@ FEW = 16  # up to this many tokens, dz is rounded once (two sweeps): sums too sh
 FLOAT16_SHIFT = 10  # float16 exponentials are scaled by 2^10: small ones keep digits, targets up to 2^4 fit
 
 
-def fits(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
+def can_single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
     """Whether gradients are a row scale away from exponentials, and the planner allows whole rows of them.
 
     Of bfloat16 rows it may allow a part: the rest is swept for its lse, and rebuilt for the gradients.
@@ -65,7 +65,7 @@ def fits(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
 
 
 def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
-    """Statistics and gradients, where `fits` says so."""
+    """Statistics and gradients, where `can_single_pass` says so."""
     coefficients = ready_rows(coefficients)
     (n, hidden), vocab, narrow = head.h.shape, head.w.shape[0], head.h.dtype
     new = head.h.new_empty

@@ -20,7 +20,7 @@ from fusedhead.lowering.plan.problem import AUTO, LEAST, MIB
 
 BUDGET = {"cuda": {AUTO: 2048 * MIB, LEAST: 256 * MIB}}
 BUDGET_ELSEWHERE = {AUTO: 128 * MIB, LEAST: 32 * MIB}
-EXACT_SUMS = 3  # up to this many windows, sums of dw in a narrow dtype err no more than eager code does
+EXACT_TOKEN_SUMS = 3  # up to this many windows, sums of dw in a narrow dtype err no more than eager code does
 MOST_LIVE = 12
 MULTIPLE = {"cuda": 64}  # of tokens, in a window that matrix products are to like
 MULTIPLE_ELSEWHERE = 16
@@ -56,5 +56,5 @@ def row_plan(
     else:
         each = 2 * max(4, dtype.itemsize) * min(calls, MOST_LIVE) * V
         tokens = max(1, budget // each)
-    narrow_sums = dtype not in (torch.bfloat16, torch.float16) or -(-N // tokens) <= EXACT_SUMS
+    narrow_sums = dtype not in (torch.bfloat16, torch.float16) or -(-N // tokens) <= EXACT_TOKEN_SUMS
     return RowPlan(tokens, compiled, narrow_sums, min(N, tokens) * each)

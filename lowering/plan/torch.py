@@ -89,7 +89,7 @@ def _preferred(problem: Problem, memory: int, budget: int | None) -> list[Candid
     return [_candidate(problem, *each) for each in tried]
 
 
-def candidates(problem: Problem, memory: int, budget: int | None) -> tuple[list[Candidate], int | None]:
+def torch_candidates(problem: Problem, memory: int, budget: int | None) -> tuple[list[Candidate], int | None]:
     """Ways to compute this head, the preferred first, and the bytes that they should fit in, None for any.
 
     ``memory`` is the option, ``budget`` what it allows in bytes (None: what suits the device).
@@ -105,7 +105,7 @@ def candidates(problem: Problem, memory: int, budget: int | None) -> tuple[list[
     return ways, budget
 
 
-def whole(problem: Problem, memory: int, budget: int | None) -> tuple[list[Candidate], int | None]:
+def whole_candidates(problem: Problem, memory: int, budget: int | None) -> tuple[list[Candidate], int | None]:
     """All logits at once, and their gradient in their place, whatever the budget."""
     n, v, d, dtype, _, products, needs, *_ = problem
     held = whole_bytes(n, v, d, dtype, products, problem.transform, needs)

@@ -28,7 +28,7 @@ from fusedhead.lowering.plan.problem import LEAST, MIB, Candidate, Problem
 
 WAVE = 132 * 256 * 128  # numbers that cuBLAS's tiles on all multiprocessors of an H100 compute at once
 TALLER = 1.2  # of a window, to fill its last wave
-BLOCK = 128  # tokens and columns that windows are cut to
+TOKEN_BLOCK = 128  # tokens and columns that windows are cut to
 TILE = 256  # columns of a kernel's tile: a block of whole tiles leaves no program half a tile
 EXACT_SUMS = 3
 MOST_TOKENS = 8192  # of a window
@@ -36,7 +36,7 @@ SUMMED_TOKENS = (1536, 4096)  # of a window where dw is summed in float32: fewer
 AUTO_TOKENS = 2048  # auto goes no lower to save memory
 FEWEST_TOKENS = 512  # fewer make a single pass slower than to recompute
 FROZEN_BYTES, FROZEN_TOKENS = 576 * MIB, 1024
-BLOCK_BYTES = 256 * MIB  # of dz: fewer blocks are fewer launches
+DZ_BYTES = 256 * MIB  # of dz: fewer blocks are fewer launches
 RECOMPUTE_BYTES = 480 * MIB  # that auto gives to dz and float32 dh
 LEAST_BYTES = 256 * MIB  # what "min" may hold
 
@@ -62,16 +62,16 @@ def _equal_windows(n: int, most: int, fewest: int, hidden: int = 0) -> Iterator[
 
     Each is preceded by a taller one whose product E w [rows, hidden] fills whole waves of cuBLAS's tiles, if there is.
     """
-    wave = WAVE // hidden // BLOCK * BLOCK if hidden else 0
+    wave = WAVE // hidden // TOKEN_BLOCK * TOKEN_BLOCK if hidden else 0
     count = 1
     while True:
-        tokens = min(n, -(-n // (BLOCK * count)) * BLOCK)
+        tokens = min(n, -(-n // (TOKEN_BLOCK * count)) * TOKEN_BLOCK)
         if tokens <= most:
             waves = -(-tokens // wave) * wave if wave else 0
             if tokens < waves <= min(n, most, TALLER * tokens):
                 yield waves
             yield max(1, tokens)
-        if tokens <= max(fewest, BLOCK):
+        if tokens <= max(fewest, TOKEN_BLOCK):
             return
         count += max(1, count // 8)
 
@@ -88,16 +88,16 @@ def _single_passes(problem: Problem) -> list[Candidate]:
 def _recomputes(problem: Problem, most: int, keep: bool) -> list[Candidate]:
     """Blocks of dz that fill ``most`` bytes, tall ones first (dw is not added up then) unless a block is kept."""
     few = -(-problem.tokens // EXACT_SUMS)
-    few = -(-few // BLOCK) * BLOCK
+    few = -(-few // TOKEN_BLOCK) * TOKEN_BLOCK
     heights = [max(few, AUTO_TOKENS if keep else MOST_TOKENS)]
     while heights[-1] > 16:
         heights.append(max(16, heights[-1] // 2))
     ways = []
     for tokens in (min(at, max(problem.tokens, 1)) for at in heights):
         held = _candidate(problem, "recompute", tokens, 1).workspace_bytes - 64 * tokens * problem.dtype.itemsize
-        room = min(max(most - held, 0), BLOCK_BYTES) if most else BLOCK_BYTES
+        room = min(max(most - held, 0), DZ_BYTES) if most else DZ_BYTES
         columns = room // (max(tokens, 1) * problem.dtype.itemsize) // TILE * TILE
-        ways += [_candidate(problem, "recompute", tokens, at) for at in (columns, BLOCK) if at]
+        ways += [_candidate(problem, "recompute", tokens, at) for at in (columns, TOKEN_BLOCK) if at]
     return ways
 
 
@@ -114,7 +114,7 @@ def _first(ways: list[Candidate], most: int, tokens: int) -> list[Candidate]:
     return ways[-1:]
 
 
-def candidates(problem: Problem, memory: int, budget: int | None) -> tuple[list[Candidate], int | None]:
+def triton_candidates(problem: Problem, memory: int, budget: int | None) -> tuple[list[Candidate], int | None]:
     """Ways to compute this head, the preferred first, and the bytes that they should fit in, None for any.
 
     ``memory`` is the option, ``budget`` what it allows in bytes (None: what suits the device).
@@ -135,7 +135,7 @@ def _preferred(problem: Problem, budget: int) -> list[Candidate]:
             _candidate(problem, "statistics", at, problem.vocab)
             for at in _equal_windows(problem.tokens, MOST_TOKENS, 16)
         ]
-        return found if budget else _first(found, BLOCK_BYTES, 16)
+        return found if budget else _first(found, DZ_BYTES, 16)
     frozen = not (needs.w or needs.cols)
     keep = one_pass and problem.dtype == torch.bfloat16
     recompute = _recomputes(problem, budget or RECOMPUTE_BYTES, keep)

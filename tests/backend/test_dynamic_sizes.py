@@ -62,9 +62,9 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
     original = ops._chosen
 
     def chosen(head: Any, *args: Any, **kwargs: Any) -> Any:
-        module, windows = original(head, *args, **kwargs)
-        seen.append((len(head.h), module.__name__.removeprefix("fusedhead.kernels.")))
-        return module, windows
+        engine, windows = original(head, *args, **kwargs)
+        seen.append((len(head.h), engine.name))
+        return engine, windows
 
     monkeypatch.setattr(ops, "_chosen", chosen)
     return seen

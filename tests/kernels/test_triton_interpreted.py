@@ -686,7 +686,7 @@ def test_the_spread_errs_no_more_than_eager_code_whatever_all_logits_share(offse
         eager = -((x.h @ x.w.T + x.cols[0]).log_softmax(1) @ u)
         stats = engine.head_stats(x, frozenset({"lse", "sum", "spread"}), Windows(18, 150, F32))
         c = gradients(18, sum=True)
-        assert single_pass.fits(engine.ready_head(x), c, OPERANDS, Windows(18, 150, F32))
+        assert single_pass.can_single_pass(engine.ready_head(x), c, OPERANDS, Windows(18, 150, F32))
         loss, _ = engine.head_loss(x, c, OPERANDS, Windows(18, 150, F32))
         for at, found in enumerate((eager, stats.spread, loss.spread)):
             errors[at] += (found.double() - true).square().sum()

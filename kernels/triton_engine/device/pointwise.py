@@ -1,4 +1,4 @@
-"""The code of a pointwise function (`kernels.pointwise`) inside a kernel: unrolled into straight-line code.
+"""The code of a pointwise function (`transform.pointwise`) inside a kernel: unrolled into straight-line code.
 
 The text itself is the constexpr, and is taken apart while a kernel is compiled. It works on a float32 value ``z``, a
 tile or a vector, as `device.transform` does.

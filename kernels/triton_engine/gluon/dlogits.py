@@ -13,8 +13,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fusedhead.kernels.triton_engine.constants import LOG2E
-from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, in_pairs, label_position
-from fusedhead.kernels.triton_engine.gluon.tile import columns_of, narrow_parts, rows_of, staging, store_part, zero_sums
+from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, label_columns, pingpong_program
+from fusedhead.kernels.triton_engine.gluon.tile import (
+    columns_of,
+    narrow_parts,
+    staging,
+    store_part,
+    token_rows,
+    zero_sums,
+)
 
 
 @gluon.jit
@@ -42,9 +49,9 @@ def _part(
         d = _with_label(d, place[6], more, J * NARROW)
     elif LABELS == 2:
         if (place[5] >> J) & 1 != 0:
-            row = rows_of(place[1], BM)
+            row = token_rows(place[1], BM)
             for k in range(labels[3]):
-                at = label_position(labels, k, place[1], sizes[0], place[2] * BN, BM, BN)
+                at = label_columns(labels, k, place[1], sizes[0], place[2] * BN, BM, BN)
                 d = _with_label(d, at, _label_gradient(g_picked, at, k, labels[3], row), J * NARROW)
     store_part(d, dz, stage, place, J, BM, BN)
 
@@ -55,7 +62,7 @@ def _epilogue(
     LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     _, _, _, g_lse, g_picked, lse, HAS_LSE = args
-    row = rows_of(place[1], BM)
+    row = token_rows(place[1], BM)
     there = row < sizes[0]
     norm = gl.load(lse + row, mask=there, other=0.0)
     norm = norm + 0.0 * norm  # NaN where it is infinite, as through a log_softmax
@@ -102,7 +109,7 @@ def dlogits_pair_kernel(
     labels = (y, sy0, sy1, K, first_col)
     first = (dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
     second = (dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
-    in_pairs(
+    pingpong_program(
         _epilogue, zero_sums, first, second, h, w, labels, label_map, label_map, (N, V, D, GROUP, P),
         False, LABELS, EVEN, BM, BN, BK, STAGES,
     )  # fmt: skip

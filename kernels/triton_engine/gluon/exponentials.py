@@ -14,14 +14,14 @@ from triton.experimental.gluon import language as gl
 
 from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
-from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, in_pairs
+from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, pingpong_program
 from fusedhead.kernels.triton_engine.gluon.tile import (
     columns_of,
     narrow_parts,
-    rows_of,
     staging,
-    store_labelled,
+    store_labelled_part,
     store_part,
+    token_rows,
     zero_sums,
 )
 
@@ -35,7 +35,7 @@ def _part(
     E, stage, labels, _, picked, _ = args
     if LABELS > 0:
         if (place[5] >> J) & 1 != 0:
-            store_labelled(z, labels, place, sizes[0], picked, LABELS, J * NARROW, NARROW_TILE, BM, BN, NARROW)
+            store_labelled_part(z, labels, place, sizes[0], picked, LABELS, J * NARROW, NARROW_TILE, BM, BN, NARROW)
     e = gl.exp2(gl.fma(z, LOG2E, -r[:, None]))
     if not EVEN:
         start = place[2] * BN + J * NARROW
@@ -52,7 +52,7 @@ def _epilogue(
 ):  # fmt: skip
     N, V, _, GROUP, P = sizes
     _, block, _, slot, last, _, _ = place
-    row = rows_of(block, BM)
+    row = token_rows(block, BM)
     r = gl.load(args[3] + row, mask=row < N, other=0.0)
     left, right = narrow_parts(acc, BM)
     total = state[0] + _part(left, r, args, place, 0, sizes, LABELS, EVEN, BM, BN)
@@ -94,7 +94,7 @@ def exp_pair_kernel(
     labels = (y, sy0, sy1, K, 0)
     first = (E, staging(E, BM), labels, ref2, picked, part)
     second = (E, staging(E, BM), labels, ref2, picked, part)
-    in_pairs(
+    pingpong_program(
         _epilogue, zero_sums, first, second, h, w, labels, label_map, flags, (N, V, D, GROUP, P),
         ONLY, LABELS, EVEN, BM, BN, BK, STAGES,
     )  # fmt: skip

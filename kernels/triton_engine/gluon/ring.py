@@ -7,8 +7,8 @@ stages, and two groups of four warps, each of which multiplies and finishes ever
 240 registers for its tile, so that the tensor cores never wait for an epilogue, which takes a third of a tile's time
 at hidden size 768. Each group counts as a program of `device.schedule`.
 
-One ring serves both groups, in the order of `loads`. A group may only look at a stage's barrier when the other has
-seen its last stage full: a barrier tells apart two successive fills, not three. That is what ``turns`` hand over.
+One ring serves both groups, in the order of `loads`. An mbarrier's phase bit tells apart two consecutive fills, not
+three, so a group waits on ``handoff_barriers`` until the other has seen its last stage full.
 
 Written in Gluon, for chips with wgmma (capability 9). This file must not know what becomes of a tile.
 """
@@ -45,20 +45,20 @@ PER_ROW, PER_ROW_OF_WIDE = gl.constexpr(gl.SliceLayout(1, _NARROW)), gl.constexp
 
 @gluon.jit
 def ring(h, w, BM: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory of the ring: operands of each stage, its barriers "full" and "free", and the two turns."""
+    """Shared memory of the ring: operands of each stage, its barriers "full" and "free", and two handoff barriers."""
     a = gl.allocate_shared_memory(h.dtype, [STAGES, BM, BK], h.layout)
     wide = gl.allocate_shared_memory(w.dtype, [STAGES, WIDE, BK], w.layout)
     narrow = gl.allocate_shared_memory(w.dtype, [STAGES, NARROW, BK], w.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    handoff_barriers = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
     for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
+        mbarrier.init(handoff_barriers.index(i), count=1)
     fence_async_shared()
-    return a, wide, narrow, full, free, turns
+    return a, wide, narrow, full, free, handoff_barriers
 
 
 @gluon.jit
@@ -97,7 +97,7 @@ def loads(
 ):  # fmt: skip
     """The loading partition: the tiles of both groups in turn, each step over D into the next stage."""
     N, V, D, GROUP, P = sizes
-    a, wide, narrow, full, free, turns = pipe
+    a, wide, narrow, full, free, handoff_barriers = pipe
     main0, steps0 = _steps(pid, flags, sizes, ONLY, BM, BN)
     main1, steps1 = _steps(pid + 1, flags, sizes, ONLY, BM, BN)
     at = 0
@@ -121,7 +121,7 @@ def loads(
 
 
 @gluon.jit
-def label_position(labels, k, block, N, start, BM: gl.constexpr, WIDTH: gl.constexpr):
+def label_columns(labels, k, block, N, start, BM: gl.constexpr, WIDTH: gl.constexpr):
     """Column of each row's k-th label inside [start, start + WIDTH), int32 [BM], -1 for those elsewhere."""
     y, sy0, sy1, _, first_col = labels
     row = block * BM + gl.arange(0, BM, layout=PER_ROW)
@@ -137,7 +137,7 @@ def _before(at, STAGES: gl.constexpr):
 @gluon.jit
 def _product(pipe, first, count, done, BM: gl.constexpr, STAGES: gl.constexpr):
     """The two accumulators out of ``count`` stages, ``first`` fills into the ring; then arrives at ``done``."""
-    a, wide, narrow, full, free, turns = pipe
+    a, wide, narrow, full, free, handoff_barriers = pipe
     acc = gl.zeros((BM, WIDE), gl.float32, layout=WIDE_TILE)
     rest = gl.zeros((BM, NARROW), gl.float32, layout=NARROW_TILE)
     at = first % STAGES
@@ -159,7 +159,7 @@ def _product(pipe, first, count, done, BM: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def tiles(
+def consumer_warpgroup(
     SECOND: gl.constexpr,  # 0 or 1: which of the two groups
     EPILOGUE: gl.constexpr,  # (acc, rest, state, args, place, sizes, LABELS, EVEN, BM, BN) -> state; place: (step,
     # token block, tile, slot, whether the last of its token block, label map's bits, columns of labels where one a row)
@@ -181,7 +181,7 @@ def tiles(
 ):
     """A multiplying partition: every other tile of this multiprocessor, and its epilogue."""
     N, V, _, GROUP, P = sizes
-    turns = pipe[5]
+    handoff_barriers = pipe[5]
     own = pid + SECOND
     other = pid + 1 - SECOND
     main_steps, steps = _steps(own, flags, sizes, ONLY, BM, BN)
@@ -195,7 +195,7 @@ def tiles(
             here = gl.load(label_map + block.to(gl.int64) * gl.cdiv(V, BN) + tile)
         at = block
         if LABELS == 1:  # read before the product: in an epilogue, addresses would take registers that it has not
-            at = label_position(labels, 0, block, N, tile * BN, BM, BN)
+            at = label_columns(labels, 0, block, N, tile * BN, BM, BN)
         count = _stages(block, flags, sizes, ONLY, BK)
         others = 0
         if step < other_steps:
@@ -204,10 +204,10 @@ def tiles(
         if SECOND == 1:  # the n-th tile of the second group follows the n-th of the first
             filled += others
             if step < other_steps:
-                mbarrier.wait(turns.index(1), step & 1)
+                mbarrier.wait(handoff_barriers.index(1), step & 1)
         elif step <= other_steps:
-            mbarrier.wait(turns.index(0), (step & 1) ^ 1)
-        acc, rest = _product(pipe, filled, count, turns.index(1 - SECOND), BM, STAGES)
+            mbarrier.wait(handoff_barriers.index(0), (step & 1) ^ 1)
+        acc, rest = _product(pipe, filled, count, handoff_barriers.index(1 - SECOND), BM, STAGES)
         filled += count
         if SECOND == 0:
             filled += others
@@ -221,8 +221,8 @@ def tiles(
 
 
 @gluon.jit
-def in_pairs(
-    EPILOGUE: gl.constexpr, START: gl.constexpr,  # as `tiles` takes them
+def pingpong_program(
+    EPILOGUE: gl.constexpr, START: gl.constexpr,  # as `consumer_warpgroup` takes them
     args, others,  # of the first group's epilogue, and of the second's
     h, w, labels, label_map, flags, sizes,
     ONLY: gl.constexpr, LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
@@ -233,9 +233,9 @@ def in_pairs(
     pid = 2 * gl.program_id(0)
     gl.warp_specialize(
         [
-            (tiles, (0, EPILOGUE, START, args, labels, label_map, flags, pipe, sizes, pid,
+            (consumer_warpgroup, (0, EPILOGUE, START, args, labels, label_map, flags, pipe, sizes, pid,
                      ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
-            (tiles, (1, EPILOGUE, START, others, labels, label_map, flags, pipe, sizes, pid,
+            (consumer_warpgroup, (1, EPILOGUE, START, others, labels, label_map, flags, pipe, sizes, pid,
                      ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
             (loads, (h, w, flags, pipe, sizes, pid, ONLY, BM, BN, BK, STAGES)),
         ],

@@ -22,9 +22,9 @@ from fusedhead.kernels.triton_engine.gluon.ring import (
     PER_ROW_OF_WIDE,
     WIDE,
     WIDE_TILE,
-    in_pairs,
+    pingpong_program,
 )
-from fusedhead.kernels.triton_engine.gluon.tile import columns_of, store_labelled
+from fusedhead.kernels.triton_engine.gluon.tile import columns_of, store_labelled_part
 
 
 @gluon.jit
@@ -56,9 +56,9 @@ def _epilogue(
     start = tile * BN
     if LABELS > 0:
         if here & 3 != 0:
-            store_labelled(acc, labels, place, N, picked, LABELS, 0, WIDE_TILE, BM, BN, WIDE)
+            store_labelled_part(acc, labels, place, N, picked, LABELS, 0, WIDE_TILE, BM, BN, WIDE)
         if here & 4 != 0:
-            store_labelled(rest, labels, place, N, picked, LABELS, WIDE, NARROW_TILE, BM, BN, NARROW)
+            store_labelled_part(rest, labels, place, N, picked, LABELS, WIDE, NARROW_TILE, BM, BN, NARROW)
     if not EVEN:
         if start + BN > V:
             acc = _existing(acc, start, V, WIDE_TILE, WIDE)
@@ -105,7 +105,7 @@ def stream_pair_kernel(
 ):
     labels = (y, sy0, sy1, K, 0)
     args = (labels, picked, part, size)
-    in_pairs(
+    pingpong_program(
         _epilogue, _start, args, args, h, w, labels, label_map, flags, (N, V, D, GROUP, P),
         ONLY, LABELS, EVEN, BM, BN, BK, STAGES,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, WIDE, async_store, label_position
+from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, WIDE, async_store, label_columns
 
 PARTS = gl.constexpr(3)  # column parts of a tile of 192
 
@@ -26,7 +26,7 @@ def narrow_parts(acc, BM: gl.constexpr):
 
 
 @gluon.jit
-def rows_of(block, BM: gl.constexpr):
+def token_rows(block, BM: gl.constexpr):
     """Token indices [BM] int32 of a block."""
     return block * BM + gl.arange(0, BM, layout=PER_ROW)
 
@@ -44,7 +44,7 @@ def columns_of(start, LAYOUT: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def store_labelled(
+def store_labelled_part(
     z, labels, place, N, out, LABELS: gl.constexpr, FIRST: gl.constexpr, LAYOUT: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def store_labelled(
         _store_label(z, at, out, 1, 0, block, FIRST, LAYOUT, BM, WIDTH)
     else:
         for k in range(labels[3]):
-            k_at = label_position(labels, k, block, N, tile * BN, BM, BN)
+            k_at = label_columns(labels, k, block, N, tile * BN, BM, BN)
             _store_label(z, k_at, out, labels[3], k, block, FIRST, LAYOUT, BM, WIDTH)
 
 

@@ -20,7 +20,7 @@ from triton.runtime import driver
 
 from fusedhead.kernels.triton_engine.launch.launcher import Recorded, hooked, recorded
 
-ALIGNED = 16  # bytes: what Triton specialises a pointer on
+POINTER_ALIGNMENT = 16  # bytes: what Triton specialises a pointer on
 ENCODED = 64  # sets of descriptors that a launch remembers: the allocator hands out the same memory again
 
 
@@ -75,7 +75,7 @@ class Launch:
         if again is not None and not hooked():
             tensors = self.tensors(given)
             addresses = [x.data_ptr() for x in tensors]
-            if not gcd(*addresses) % ALIGNED:
+            if not gcd(*addresses) % POINTER_ALIGNMENT:
                 if self.order is not None:
                     addresses = [*self.order(addresses)]
                 # an address is passed on as it is; of a tensor the driver would be asked whether it is one of its own
@@ -117,7 +117,7 @@ class Launch:
         arguments = (*_described(leading), *self.bound)
         compiled = self.kernel[self.grid](*arguments, **self.options)
         tensors = [x for x in leading if isinstance(x, (Placed, Tensor))]
-        if compiled is not None and all(x.data_ptr() % ALIGNED == 0 for x in tensors):
+        if compiled is not None and all(x.data_ptr() % POINTER_ALIGNMENT == 0 for x in tensors):
             self.placed = tuple(at for at, x in enumerate(leading) if isinstance(x, Placed))
             self.first = 1 + max(self.placed, default=-1)
             self._remember(names[: len(tensors)])

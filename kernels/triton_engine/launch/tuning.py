@@ -28,7 +28,9 @@ WAYS = {  # (stages, flatten, parts) worth trying with 128x256x64 tiles
 }
 
 
-def candidates(kernel: str, tokens: int, groups: tuple[int, ...], tma: bool = True, paired: bool = True) -> list[Tile]:
+def tiles_to_time(
+    kernel: str, tokens: int, groups: tuple[int, ...], tma: bool = True, paired: bool = True
+) -> list[Tile]:
     """Tiles worth timing, pairs among them if ``paired``; through pointers, without TMA, they are another few."""
     if not tma:
         ways = itertools.product(groups, ((128, 32, 3), (128, 32, 4), (128, 64, 3), (64, 64, 4), (256, 32, 3)))
