@@ -100,6 +100,7 @@ CASES = {
     "smoothing, weights": Case(MIDDLE, total=True, weighted=True),
     "smoothing, mask": Case(MIDDLE, MASK, total=True),
     "entropy": Case(MIDDLE, want=frozenset({"entropy"})),
+    "variance": Case(MIDDLE, want=frozenset({"entropy", "variance"})),
     "max, argmax": Case(MIDDLE, "round:bfloat16", want=frozenset({"max", "argmax"})),
     "entropy, soft cap": Case(MIDDLE, CAP, want=frozenset({"entropy"})),
     "4 labels": Case(MIDDLE, labels=4),
@@ -140,7 +141,9 @@ def launch_all(case: Case) -> None:
     want = {"lse", "picked"} | case.want | ({"sum", "spread"} if case.total else set())
     engine.head_stats(head, frozenset(want), windows(NEITHER))
     entropy = row if "entropy" in want else None
-    saved, upstream = RowStats(row, entropy=entropy, lse_low=row), RowGrads(row, picked, total, entropy)
+    variance = row if "variance" in want else None
+    saved = RowStats(row, entropy=entropy, lse_low=row, variance=variance)
+    upstream = RowGrads(row, picked, total, entropy, variance=variance)
     engine.head_stats_backward(head, upstream, saved, case.needs, windows(case.needs, linear=False))
     scale_in_place(h, w, row[0], 0.0)
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.ir.logits import FOLLOWED, Escape, Logits, LogProbs, Plain, Probs, RowVector
+from fusedhead.ir.logits import FOLLOWED, Escape, Expected, Logits, LogProbs, Plain, Probs, RowVector
 from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.elementwise import COMPUTED, needs_same_shape, vector
 from fusedhead.rules.pointwise_codegen import function_of
+from fusedhead.rules.reductions import squared
 from fusedhead.rules.table import Context, Family, needs_logits, rule
 
 aten = torch.ops.aten
@@ -64,6 +65,20 @@ def exp(context: Context, value: Any) -> Logits | Probs:
     return pointwise(context, aten.exp.default, (value,), {})
 
 
+@rule(aten.square.default)
+def square(context: Context, value: Any) -> Logits | Expected:
+    if isinstance(value, LogProbs):
+        return squared(context, value)
+    return pointwise(context, aten.square.default, (value,), {})
+
+
+@rule(aten.pow.Tensor_Scalar)
+def power(context: Context, value: Any, exponent: Any) -> Logits | Expected:
+    if isinstance(value, LogProbs) and exponent == 2:
+        return squared(context, value)
+    return pointwise(context, aten.pow.Tensor_Scalar, (value, exponent), {})
+
+
 def generated(op: Any) -> Any:
     def read(context: Context, *args: Any, **kwargs: Any) -> Logits:
         return pointwise(context, op, args, kwargs)
@@ -73,8 +88,8 @@ def generated(op: Any) -> Any:
 
 LISTED = (
     (
-        aten.abs.default, aten.square.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default,
-        aten.pow.Tensor_Scalar, aten.exp2.default, aten.expm1.default, aten.log.default, aten.log2.default,
+        aten.abs.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default,
+        aten.exp2.default, aten.expm1.default, aten.log.default, aten.log2.default,
         aten.log1p.default, aten.sin.default, aten.cos.default, aten.erf.default, aten.special_erf.default,
     ),
     (

@@ -142,9 +142,9 @@ def expression(value: Followed, seed: Seed, dtype: torch.dtype) -> Seed | RowCal
         op = aten.log_softmax.int if isinstance(value, LogProbs) else aten.softmax.int
         return scaled(RowCall(op, (seed, 1, dtype)))
     assert isinstance(value, Expected)
-    p = RowCall(aten.softmax.int, (seed, 1, dtype))
     x = RowCall(aten.log_softmax.int, (seed, 1, dtype)) if value.log else seed
-    return scaled(RowCall(aten.mul.Tensor, (p, x)))
+    x = RowCall(aten.mul.Tensor, (x, x)) if value.power == 2 else x
+    return scaled(RowCall(aten.mul.Tensor, (RowCall(aten.softmax.int, (seed, 1, dtype)), x)) if value.weighted else x)
 
 
 def pointwise(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Rowwise:

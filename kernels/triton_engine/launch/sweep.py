@@ -69,6 +69,8 @@ def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str])
     """
     if kernel == "dlogits" or tile.BN < 256:
         return tile._replace(parts=4) if transform.steps and kernel != "stream" else tile
+    if kernel == "stream" and "variance" in want:  # holds yet another value: in half a tile nothing spills
+        return tile._replace(BN=128, parts=2, stages=min(tile.stages, 3))
     if transform.varies_along_row or (kernel == "stream" and not want <= PLAIN):
         return tile._replace(parts=4, stages=min(tile.stages, 3))
     if kernel == "stream" and any(op in ("addcol", "dropcol") for op, _ in transform.steps):

@@ -151,11 +151,11 @@ def stream_kernel(
                 if SPREAD:
                     relative += weight * shift + weighted_sum(exponent, classes, col, V)
                     weight += tl.sum(classes, 0)
-                if VARIANCE:
-                    squares = tl.where((col < V)[None, :], e * exponent * exponent, 0.0)
-                    square = fade * (square + shift * (2.0 * moment + shift * total)) + tl.sum(squares, 1)
                 if ENTROPY:
                     inside = tl.where((col < V)[None, :], e * exponent, 0.0)
+                    if VARIANCE:
+                        squares = tl.sum(tl.where((col < V)[None, :], inside * exponent, 0.0), 1)
+                        square = fade * (square + shift * (2.0 * moment + shift * total)) + squares
                     moment = fade * (moment + total * shift) + tl.sum(inside, 1)
                 total = fade * total + tl.sum(e, 1)
                 ref2 = new
