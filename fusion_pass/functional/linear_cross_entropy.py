@@ -293,7 +293,6 @@ def with_gradients(head: Operands, loss: Loss, memory: int) -> Tensor:
         head.transform, asked(loss), memory, *needs, False,
     )  # fmt: skip
     lse, low, picked, total, spread = (out[LOSS_OUTPUTS.index(name)].detach() for name in READ)
-    tie = out[
-        LOSS_OUTPUTS.index("tie")
-    ]  # -0.0: it hands the upstream gradient to the op, which has all gradients up to this factor
+    # -0.0: it hands the upstream gradient to the op, which has all gradients up to this factor
+    tie = out[LOSS_OUTPUTS.index("tie")]
     return reduced(ShardStats(lse, low, picked, total, spread), loss) + tie

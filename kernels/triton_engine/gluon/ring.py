@@ -16,6 +16,8 @@ Written in Gluon, for chips with wgmma (capability 9). This file must not know w
 # ruff: noqa: RUF059 (Triton wants a name of its own for each part, and tests at compile time as statements)
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -43,6 +45,47 @@ WIDE_TILE, NARROW_TILE = gl.constexpr(_WIDE), gl.constexpr(_NARROW)
 PER_ROW, PER_ROW_OF_WIDE = gl.constexpr(gl.SliceLayout(1, _NARROW)), gl.constexpr(gl.SliceLayout(1, _WIDE))
 
 
+class Sizes(NamedTuple):
+    """What a sweep is scheduled by (`device.schedule`)."""
+
+    N: Any
+    V: Any
+    D: Any
+    GROUP: Any
+    P: Any  # programs: groups of warps
+
+
+class Labels(NamedTuple):
+    y: Any  # [N, K] int64
+    sy0: Any
+    sy1: Any
+    K: Any
+    first_col: Any  # vocabulary column of the window's first
+
+
+class Pipe(NamedTuple):
+    """Shared memory of the ring: operands of each stage and its barriers, and what hands a turn to the other group."""
+
+    a: Any
+    wide: Any
+    narrow: Any
+    full: Any
+    free: Any
+    handoff_barriers: Any
+
+
+class Place(NamedTuple):
+    """Where a group of warps is: a tile of its sweep."""
+
+    step: Any
+    block: Any  # of tokens
+    tile: Any  # of the vocabulary
+    slot: Any  # of partial results
+    last: Any  # whether the group leaves its token block after the tile
+    label_bits: Any  # of the label map
+    label_columns: Any  # [BM] where each row has one label
+
+
 @gluon.jit
 def ring(h, w, BM: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
     """Shared memory of the ring: operands of each stage, its barriers "full" and "free", and two handoff barriers."""
@@ -58,25 +101,24 @@ def ring(h, w, BM: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
     for i in gl.static_range(2):
         mbarrier.init(handoff_barriers.index(i), count=1)
     fence_async_shared()
-    return a, wide, narrow, full, free, handoff_barriers
+    return Pipe(a, wide, narrow, full, free, handoff_barriers)
 
 
 @gluon.jit
 def _steps(pid, flags, sizes, ONLY: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
     """(steps in full groups of token blocks, all steps) of a group of warps; none past the last program."""
-    N, V, _, GROUP, P = sizes
-    main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
-    steps = gl.where(pid < P, steps, 0)
+    main_steps, steps = step_counts(pid, sizes.P, sizes.N, sizes.V, sizes.GROUP, BM, BN)
+    steps = gl.where(pid < sizes.P, steps, 0)
     if ONLY:
         every_warp: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])  # looks by itself
-        steps = gl.where(any_marked(flags, gl.cdiv(N, BM), gl.arange(0, 128, layout=every_warp)), steps, 0)
+        steps = gl.where(any_marked(flags, gl.cdiv(sizes.N, BM), gl.arange(0, 128, layout=every_warp)), steps, 0)
     return main_steps, steps
 
 
 @gluon.jit
 def _stages(block, flags, sizes, ONLY: gl.constexpr, BK: gl.constexpr):
     """How many stages a tile of this token block fills: those of D, none where it is not to be redone."""
-    count = gl.cdiv(sizes[2], BK)
+    count = gl.cdiv(sizes.D, BK)
     if ONLY:
         count = gl.where(gl.load(flags + block) != 0, count, 0)
     return count
@@ -123,9 +165,8 @@ def loads(
 @gluon.jit
 def label_columns(labels, k, block, N, start, BM: gl.constexpr, WIDTH: gl.constexpr):
     """Column of each row's k-th label inside [start, start + WIDTH), int32 [BM], -1 for those elsewhere."""
-    y, sy0, sy1, _, first_col = labels
     row = block * BM + gl.arange(0, BM, layout=PER_ROW)
-    return rows.label_position(y, sy0, sy1, k, row, N, first_col + start, WIDTH)
+    return rows.label_position(labels.y, labels.sy0, labels.sy1, k, row, N, labels.first_col + start, WIDTH)
 
 
 @gluon.jit
@@ -161,8 +202,7 @@ def _product(pipe, first, count, done, BM: gl.constexpr, STAGES: gl.constexpr):
 @gluon.jit
 def consumer_warpgroup(
     SECOND: gl.constexpr,  # 0 or 1: which of the two groups
-    EPILOGUE: gl.constexpr,  # (acc, rest, state, args, place, sizes, LABELS, EVEN, BM, BN) -> state; place: (step,
-    # token block, tile, slot, whether the last of its token block, label map's bits, columns of labels where one a row)
+    EPILOGUE: gl.constexpr,  # (acc, rest, state, args, place, sizes, LABELS, EVEN, BM, BN) -> state
     START: gl.constexpr,  # (BM) -> state: a tuple of vectors [BM] as `PER_ROW`
     args,
     labels,
@@ -181,7 +221,7 @@ def consumer_warpgroup(
 ):
     """A multiplying partition: every other tile of this multiprocessor, and its epilogue."""
     N, V, _, GROUP, P = sizes
-    handoff_barriers = pipe[5]
+    handoff_barriers = pipe.handoff_barriers
     own = pid + SECOND
     other = pid + 1 - SECOND
     main_steps, steps = _steps(own, flags, sizes, ONLY, BM, BN)
@@ -211,7 +251,7 @@ def consumer_warpgroup(
         filled += count
         if SECOND == 0:
             filled += others
-        place = (step, block, tile, slot, last, here, at)
+        place = Place(step, block, tile, slot, last, here, at)
         if ONLY:
             if count > 0:
                 state = EPILOGUE(acc, rest, state, args, place, sizes, LABELS, EVEN, BM, BN)

@@ -22,6 +22,8 @@ from fusedhead.kernels.triton_engine.gluon.ring import (
     PER_ROW_OF_WIDE,
     WIDE,
     WIDE_TILE,
+    Labels,
+    Sizes,
     pingpong_program,
 )
 from fusedhead.kernels.triton_engine.gluon.tile import columns_of, store_labelled_part
@@ -50,10 +52,10 @@ def _epilogue(
     LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     N, V, _, GROUP, P = sizes
-    _, block, tile, slot, last, here, _ = place
+    here, last = place.label_bits, place.last
     labels, picked, part, size = args
     ref2, total = state
-    start = tile * BN
+    start = place.tile * BN
     if LABELS > 0:
         if here & 3 != 0:
             store_labelled_part(acc, labels, place, N, picked, LABELS, 0, WIDE_TILE, BM, BN, WIDE)
@@ -70,7 +72,7 @@ def _epilogue(
     sums = _exponentials(acc, gl.convert_layout(base, PER_ROW_OF_WIDE, assert_trivial=True))
     total = fade * total + gl.convert_layout(sums, PER_ROW, assert_trivial=True) + _exponentials(rest, base)
     if last:
-        to, distance, slots = partial_offset(block, slot, P, N, V, GROUP, BM, BN)
+        to, distance, slots = partial_offset(place.block, place.slot, P, N, V, GROUP, BM, BN)
         at = to.to(gl.int64) + gl.arange(0, BM, layout=PER_ROW)
         gl.store(part + at, new)
         gl.store(part + size + at, total)
@@ -103,9 +105,9 @@ def stream_pair_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    labels = (y, sy0, sy1, K, 0)
+    labels = Labels(y, sy0, sy1, K, 0)
     args = (labels, picked, part, size)
     pingpong_program(
-        _epilogue, _start, args, args, h, w, labels, label_map, flags, (N, V, D, GROUP, P),
+        _epilogue, _start, args, args, h, w, labels, label_map, flags, Sizes(N, V, D, GROUP, P),
         ONLY, LABELS, EVEN, BM, BN, BK, STAGES,
     )  # fmt: skip

@@ -5,7 +5,6 @@ lies over the threads as wgmma leaves it, and nothing below moves a value to ano
 what a statistic or a gradient is.
 """
 
-# ruff: noqa: RUF059 (Triton wants a name of its own for each part, and tests at compile time as statements)
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -49,13 +48,12 @@ def store_labelled_part(
     BN: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """out[row, k] = z[row, y[row, k]] for the labels that lie in the part z [BM, WIDTH] of a tile, from FIRST on."""
-    step, block, tile, slot, last, here, at = place
     if LABELS == 1:
-        _store_label(z, at, out, 1, 0, block, FIRST, LAYOUT, BM, WIDTH)
+        _store_label(z, place.label_columns, out, 1, 0, place.block, FIRST, LAYOUT, BM, WIDTH)
     else:
-        for k in range(labels[3]):
-            k_at = label_columns(labels, k, block, N, tile * BN, BM, BN)
-            _store_label(z, k_at, out, labels[3], k, block, FIRST, LAYOUT, BM, WIDTH)
+        for k in range(labels.K):
+            k_at = label_columns(labels, k, place.block, N, place.tile * BN, BM, BN)
+            _store_label(z, k_at, out, labels.K, k, place.block, FIRST, LAYOUT, BM, WIDTH)
 
 
 @gluon.jit
@@ -80,7 +78,7 @@ def staging(to, BM: gl.constexpr):
 def store_part(values, to, stage, place, J: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
     """Part J of a group's tile [BM, 64] into memory, through the half of ``stage`` that the part before left."""
     tma.store_wait(1)
-    half = stage.index((place[0] * PARTS + J) & 1)
+    half = stage.index((place.step * PARTS + J) & 1)
     half.store(values.to(to.dtype))
     fence_async_shared()
-    async_store(to, [place[1] * BM, place[2] * BN + J * NARROW], half)
+    async_store(to, [place.block * BM, place.tile * BN + J * NARROW], half)

@@ -27,6 +27,7 @@ from fusedhead.kernels.triton_engine.constants import LOG2E, SIGN_BIT
 from fusedhead.kernels.triton_engine.device.rows import log_sum, rounded_off, spread_of
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
 from fusedhead.kernels.triton_engine.device.transform import row_slope
+from fusedhead.kernels.triton_engine.device.vectors import Vectors
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 
@@ -167,7 +168,7 @@ def finalize_kernel(
                 ratio = entry / stored.to(tl.float32)
                 s = tl.where((ratio > 0.9) & (ratio < 1.1), s * ratio, s)
     index = row + tl.zeros((1,), tl.int32)
-    vectors = (rows, 0, 0, rows, stride_rows, N)
+    vectors = Vectors(rows, 0, 0, rows, stride_rows, N)
     s = s * tl.sum(row_slope(vectors, index, STEPS), 0)
     tl.store(scale + row, s)
     if NEED_W:

@@ -20,6 +20,7 @@ from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.rows import finite_or_zero
 from fusedhead.kernels.triton_engine.device.transform import transform
+from fusedhead.kernels.triton_engine.device.vectors import Vectors
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 
@@ -61,7 +62,7 @@ def reference_kernel(
         a = tl.load(h + row.to(tl.int64)[:, None] * sh0 + (k + inner)[None, :] * sh1, mask=mask, other=0.0)
         b = tl.load(w + col[:, None] * sw0 + (k + inner).to(tl.int64)[None, :] * sw1, mask=mask, other=0.0)
         acc += a.to(tl.float32) * b.to(tl.float32)
-    vectors = (cols, stride_cols, V, rows, stride_rows, N)
+    vectors = Vectors(cols, stride_cols, V, rows, stride_rows, N)
     z = transform(tl.sum(acc, 1), vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
     tl.store(ref2 + row, finite_or_zero(z * LOG2E), mask=there)  # a masked target is none to refer to
 

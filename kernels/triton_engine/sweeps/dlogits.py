@@ -27,7 +27,7 @@ from fusedhead.kernels.triton_engine.device.product import column_part, product
 from fusedhead.kernels.triton_engine.device.rows import label_position
 from fusedhead.kernels.triton_engine.device.schedule import locate, step_counts
 from fusedhead.kernels.triton_engine.device.transform import pulled_back, transform
-from fusedhead.kernels.triton_engine.device.vectors import prefetch_columns
+from fusedhead.kernels.triton_engine.device.vectors import Vectors, prefetch_columns
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 from fusedhead.kernels.triton_engine.rows.label_map import labelled_parts, map_labels
@@ -48,8 +48,8 @@ def _store_vector_parts(
 ):  # fmt: skip
     """This tile's share of the gradient of the vector that step J names: Σ over rows or columns of g or g·z."""
     op: tl.constexpr = STEPS[2 * J]
-    V = vectors[2]
-    N = vectors[5]
+    V = vectors.V
+    N = vectors.N
     along_v: tl.constexpr = NEED_COLS and (op == "addcol" or op == "mulcol")
     along_n: tl.constexpr = NEED_ROWS and (op == "addrow" or op == "mulrow")
     if along_v or along_n:
@@ -104,8 +104,8 @@ def _epilogue(
     BM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    V = vectors[2]
-    N = vectors[5]
+    V = vectors.V
+    N = vectors.N
     start = part * WIDTH
     row = block * BM + tl.arange(0, BM)
     col = start + tl.arange(0, WIDTH)
@@ -214,7 +214,7 @@ def dlogits_kernel(
 ):
     pid = tl.program_id(0)
     P = tl.num_programs(0)
-    vectors = (cols, stride_cols, V, rows, stride_rows, N)
+    vectors = Vectors(cols, stride_cols, V, rows, stride_rows, N)
     main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
     for step in tl.range(0, steps, flatten=FLATTEN):
         block, tile, _, _ = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)

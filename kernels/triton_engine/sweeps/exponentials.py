@@ -29,7 +29,7 @@ from fusedhead.kernels.triton_engine.device.product import column_part, product
 from fusedhead.kernels.triton_engine.device.rows import class_weights, laid_out_as, store_labelled, weighted_sum
 from fusedhead.kernels.triton_engine.device.schedule import any_marked, locate, partial_offset, step_counts
 from fusedhead.kernels.triton_engine.device.transform import column_slope, transform
-from fusedhead.kernels.triton_engine.device.vectors import prefetch, prefetch_columns
+from fusedhead.kernels.triton_engine.device.vectors import Vectors, prefetch, prefetch_columns
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 from fusedhead.kernels.triton_engine.rows.label_map import labelled_parts
@@ -63,8 +63,8 @@ def _epilogue(
     WIDTH: tl.constexpr,
 ):
     """Stores one part of a tile of E; returns its row sums (of the exponentials, of u z, of u (z·L - ref2))."""
-    V = vectors[2]
-    N = vectors[5]
+    V = vectors.V
+    N = vectors.N
     row = block * BM + tl.arange(0, BM)
     col = start + tl.arange(0, WIDTH)
     z = transform(acc, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
@@ -148,7 +148,7 @@ def exp_kernel(
     LATE: tl.constexpr = VARYING or SUM  # epilogues that need the registers which would hold ref2 during the product
     pid = tl.program_id(0)
     P = tl.num_programs(0)
-    vectors = (cols, stride_cols, V, rows, stride_rows, N)
+    vectors = Vectors(cols, stride_cols, V, rows, stride_rows, N)
     main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
     if ONLY:
         steps = tl.where(any_marked(flags, tl.cdiv(N, BM), tl.arange(0, 128)), steps, 0)

@@ -35,7 +35,7 @@ from fusedhead.kernels.triton_engine.device.rows import (
 )
 from fusedhead.kernels.triton_engine.device.schedule import any_marked, locate, partial_offset, step_counts
 from fusedhead.kernels.triton_engine.device.transform import decided, steps_of, transform
-from fusedhead.kernels.triton_engine.device.vectors import prefetch_columns
+from fusedhead.kernels.triton_engine.device.vectors import Vectors, prefetch_columns
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep, sweep
 from fusedhead.kernels.triton_engine.rows.label_map import labelled_parts, map_labels
@@ -98,7 +98,7 @@ def stream_kernel(
 ):
     pid = tl.program_id(0)
     P = tl.num_programs(0)
-    vectors = (cols, stride_cols, V, rows, stride_rows, N)
+    vectors = Vectors(cols, stride_cols, V, rows, stride_rows, N)
     main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
     if ONLY:
         steps = tl.where(any_marked(flags, tl.cdiv(N, BM), tl.arange(0, 128)), steps, 0)
