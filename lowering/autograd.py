@@ -1,8 +1,7 @@
 """How gradients pass through the ops: what each op saves, and which op its backward calls.
 
-`head_stats` recomputes in its backward, for any upstream gradient. `head_loss` has its gradients already,
-up to one scalar that it reads off the upstream. Operands that want no gradient are skipped. It must not
-know about engines, plans or windows.
+`head_stats` recomputes in its backward, for any upstream gradient. `head_loss` has its gradients already, up to one
+scalar that it reads off the upstream. Operands that want no gradient are skipped.
 """
 
 from __future__ import annotations

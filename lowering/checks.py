@@ -1,4 +1,4 @@
-"""What the ops refuse, and in which words. It must not know what happens to operands that pass."""
+"""What the ops refuse, and in which words."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Shapes and dtypes of the ops' results, for tracing: no value is read and no size is compared.
 
-A token count may be a symbol and stays one. It must not know about engines.
+A token count may be a symbol and stays one.
 """
 
 from __future__ import annotations

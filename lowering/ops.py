@@ -1,8 +1,7 @@
 """The three custom ops that stand for a head in a graph, and the way from them to an engine.
 
-Functional, tensors positional, fixed arity: what is absent travels as a tensor of no elements. Each op checks
-its operands, asks the planner and calls one engine; importing this file registers the ops. It must not know
-how a head is computed or where in a program it came from.
+Functional, tensors positional, fixed arity: what is absent travels as a tensor of no elements. Each op checks its
+operands, asks the planner and calls one engine; importing this file registers the ops.
 
     head_stats           one sweep: the statistics, in the order of `contract.STATS`
     head_stats_backward  one sweep: gradients for a per-row upstream: dh, dw, dcols, drows
@@ -73,24 +72,24 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _chosen(
-    head: Head, needs: Needs, memory: int, whole_below: int, *, linear: bool, row_scale: bool, explicit: bool
+    head: Head, needs: Needs, limits: tuple[int, int], *, linear: bool, row_scale: bool, explicit: bool
 ) -> tuple[Engine, Windows]:
-    """The engine, and its windows."""
+    """The engine, and its windows; ``limits`` are the op's ``memory`` and ``whole_below``."""
     h, w, y, _, _, _, transform = head
     (n, hidden), vocab, dtype, kind = h.shape, w.shape[0], h.dtype, h.device.type
     products = product_dtype(dtype, kind)
     problem = Problem(
         n, vocab, hidden, dtype, kind, products, needs, linear, row_scale, explicit, transform, y.shape[1]
     )
-    chosen = plan(problem, memory=memory, whole_below=whole_below)
+    chosen = plan(problem, memory=limits[0], whole_below=limits[1])
     return chosen.engine, chosen.windows
 
 
-def _given(x: Tensor) -> Tensor | None:
+def _none_if_empty(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
 
-def _result(x: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _empty_if_absent(x: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(0, dtype=dtype or stat_dtype(like.dtype)) if x is None else x
 
 
@@ -114,13 +113,13 @@ def _head_stats(
 ) -> tuple[Tensor, ...]:
     head, want = head_of(h, w, y, cols, rows, u, transform), parse_stats(stats)
     explicit, given = writes_logits(want, head.transform), with_companions(want)
-    engine, windows = _chosen(head, NONE, memory, whole_below, linear=True, row_scale=True, explicit=explicit)
+    engine, windows = _chosen(head, NONE, (memory, whole_below), linear=True, row_scale=True, explicit=explicit)
     product = fakes.kept_product(h, w, whole_below, keep)
     kept = product[: h.shape[0]] if keep and engine.keeps_product else None
     with without_autocast(head.h.device):
         got = engine.head_stats(head, given - {"lse_low"}, windows, kept)  # which comes with any lse
     results = (
-        _result(getattr(got, statistic.name) if statistic.name in given else None, h, statistic.dtype)
+        _empty_if_absent(getattr(got, statistic.name) if statistic.name in given else None, h, statistic.dtype)
         for statistic in STATISTICS
     )
     return (*results, product)
@@ -147,15 +146,15 @@ def _gradients_of_stats(
     h, w, y, cols, rows, u = operands
     head = head_of(h, w, y, cols, rows, u, transform)
     needs = Needs(need_h, need_w, need_cols, need_rows)
-    upstream = RowGrads(**{name: _given(g) for name, g in grads.items()})
+    upstream = RowGrads(**{name: _none_if_empty(g) for name, g in grads.items()})
     lse = stats["lse"]
     if not lse.numel():  # no statistic needed it; then neither does a gradient
         lse = head.h.new_zeros(head.h.shape[0], dtype=lse.dtype)
-    others: dict[str, Any] = {name: _given(x) for name, x in stats.items() if name != "lse"}
+    others: dict[str, Any] = {name: _none_if_empty(x) for name, x in stats.items() if name != "lse"}
     saved = RowStats(lse, **others)
     row_scale = engine_for(head.h.dtype, head.h.device.type).row_scale_serves(head, upstream, needs)
     engine, windows = _chosen(
-        head, needs, memory, whole_below, linear=False, row_scale=row_scale, explicit=not row_scale
+        head, needs, (memory, whole_below), linear=False, row_scale=row_scale, explicit=not row_scale
     )
     kept = product[: head.h.shape[0]] if product is not None and engine.keeps_product else None
     with without_autocast(head.h.device):
@@ -188,17 +187,19 @@ def _head_loss(
         names = f"{', '.join(possible[:-1])} and {possible[-1]}"
         raise ValueError(f"head_loss gives {names}; {stats!r} asks for more")
     needs = Needs(need_h, need_w, need_cols, need_rows)
-    c = RowGrads(_given(c_lse), _given(c_picked), _given(c_sum), square=_given(c_square))
+    c = RowGrads(
+        _none_if_empty(c_lse), _none_if_empty(c_picked), _none_if_empty(c_sum), square=_none_if_empty(c_square)
+    )
     if want & {"sum", "spread"} and c.sum is None:
         c = c._replace(sum=h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype)))
     row_scale = engine_for(h.dtype, h.device.type).row_scale_serves(head, c, needs)
     engine, windows = _chosen(
-        head, needs, memory, whole_below, linear=True, row_scale=row_scale, explicit=not row_scale
+        head, needs, (memory, whole_below), linear=True, row_scale=row_scale, explicit=not row_scale
     )
     with without_autocast(head.h.device):
         got, grads = engine.head_loss(head, c, needs, windows)
     given = with_companions(want | {"lse"})
-    results = {name: _result(getattr(got, name) if name in given else None, h) for name in possible}
+    results = {name: _empty_if_absent(getattr(got, name) if name in given else None, h) for name in possible}
     results |= zip(("dh", "dw", "dcols", "drows"), _gradients(grads, head))
     results["tie"] = h.new_full((), -0.0, dtype=stat_dtype(h.dtype)) if got.tie is None else got.tie
     return tuple(results[name] for name in LOSS_OUTPUTS)

@@ -9,7 +9,6 @@ A call whose logits take fewer bytes than ``keep_below`` hands its heads' produc
 results, as Inductor would keep them: each is then multiplied once. Number of tokens a symbol, each call decides.
 
 The program is text (`fusedhead.kernels.tokenwise.program`), so that a graph with these ops depends on nothing else.
-This file must not know what a program computes or where it came from.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def _rows_backward(
     needs: list[bool],
     products: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    given, chosen, parsed = _present(upstream), _plan(tensors, program, memory), read(program)
+    given, chosen, parsed = _none_if_absent(upstream), _plan(tensors, program, memory), read(program)
     n = len(tensors[tokenwise_engine.operands(parsed)[0][0]])
     kept = [z[:n] for z in products] if products and len(products[0]) >= n else None
     with without_autocast(tensors[0].device):
@@ -108,7 +107,7 @@ def _rows_backward_fake(
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in zip(tensors, needs) if need]
 
 
-def _present(gradients: list[Tensor]) -> list[Tensor | None]:
+def _none_if_absent(gradients: list[Tensor]) -> list[Tensor | None]:
     """Gradients of results, None for those of no dimension, which stand for none."""
     return [g if g.dim() else None for g in gradients]
 
@@ -116,7 +115,7 @@ def _present(gradients: list[Tensor]) -> list[Tensor | None]:
 def _rows_loss(
     tensors: list[Tensor], coefficients: list[Tensor], program: str, memory: int, needs: list[bool]
 ) -> list[Tensor]:
-    given, chosen = _present(coefficients), _plan(tensors, program, memory)
+    given, chosen = _none_if_absent(coefficients), _plan(tensors, program, memory)
     with without_autocast(tensors[0].device):
         results, grads = tokenwise_engine.head_rows_loss(read(program), given, tensors, needs, *chosen)
     return [*results, *(g for g in grads if g is not None)]

@@ -6,8 +6,7 @@
 | compiled, elsewhere (from 2²² logits on) | of each head z, dz and three float32 values          | 128, 32 MiB    |
 | other                                    | a float32 result and gradient of each call, 12 alive | 128, 32 MiB    |
 
-A compiled window does not depend on the number of tokens, so that another batch finds it compiled. It must not know
-what a program computes.
+A compiled window does not depend on the number of tokens, so that another batch finds it compiled.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Rules behind the order, measured on an H100 (benchmarks/NOTES.md): windows are e
 but the last up to a fifth taller, where E w then fills whole waves of cuBLAS's tiles (1 % of a step at D = 4096, 4 % at
 2560); dw is added up in its own dtype over up to `EXACT_SUMS` windows (each addition rounds: at 4 windows the error of
 dw was that of eager code, at 8 1.35 times it), in float32 over more, half of which lies in dw's own memory; a window of
-less than `AUTO_TOKENS` rows costs speed. It must not know which way is chosen (`fusedhead.lowering.plan`).
+less than `AUTO_TOKENS` rows costs speed.
 """
 
 from __future__ import annotations
