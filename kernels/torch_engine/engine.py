@@ -64,16 +64,16 @@ def _by_row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
     Not where masks leave no column: that number is NaN, which a mask stops on its way back. (Asked on the CPU only,
     elsewhere the answer would have to be waited for.)
     """
-    gone = head.transform.masked_columns(head.cols) if head.h.device.type == "cpu" else None
-    left = gone is None or not bool(gone.all())
+    masked = head.transform.masked_columns(head.cols) if head.h.device.type == "cpu" else None
+    left = masked is None or not bool(masked.all())
     return left and softmax_gradients.supports(head, upstream, needs)
 
 
 def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
     """One sweep over z for the gradients of any per-row upstream."""
-    gone = head.transform.masked_columns(head.cols)
-    if gone is not None and upstream.picked is not None:  # a mask stops what arrives at a label there, NaN too
-        upstream = upstream._replace(picked=upstream.picked.masked_fill(gone[head.y], 0))
+    masked = head.transform.masked_columns(head.cols)
+    if masked is not None and upstream.picked is not None:  # a mask stops what arrives at a label there, NaN too
+        upstream = upstream._replace(picked=upstream.picked.masked_fill(masked[head.y], 0))
     if _by_row_scale(head, upstream, needs):
         if upstream.lse is None and upstream.square is None:
             return softmax_gradients.labels_alone(head, upstream, needs, windows)
@@ -94,8 +94,8 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
         stats = head_stats(head, frozenset(want), windows)
         return stats, torch_dlogits.backward(head, coefficients, stats, needs, windows)
     whole_rows = windows.vocab >= len(head.w) or not (needs.w or needs.cols)
-    at_once = needs if whole_rows else NOTHING
-    lse, picked, grads = softmax_gradients.single_pass(head, coefficients, at_once, windows)
+    needs_now = needs if whole_rows else NOTHING
+    lse, picked, grads = softmax_gradients.single_pass(head, coefficients, needs_now, windows)
     if not whole_rows:
         grads = softmax_gradients.known_lse(head, coefficients, lse, needs, windows)
     stats = two_numbers(lse, wide)._replace(picked=picked)

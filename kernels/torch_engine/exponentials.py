@@ -1,9 +1,8 @@
 """Blocks of E = exp(z - level): the quantity from which a softmax's statistics and gradients are made.
 
-With a finite level for each row, chosen before z is known, probabilities are p = E exp(level - lse). The
-factor belongs to a row, so it can be applied to [N, D] operands and no pass over z is needed once its sum
-is known. What goes into the matrix products of the backward is E' = E ∂z/∂(h wᵀ). Labels are left out
-(`blank_labels`). This file must not know which gradients are asked for.
+With a finite level for each row, chosen before z is known, probabilities are p = E exp(level - lse). The factor belongs
+to a row, so it can be applied to [N, D] operands and no pass over z is needed once its sum is known. What goes into the
+matrix products of the backward is E' = E ∂z/∂(h wᵀ). Labels are left out (`blank_labels`).
 """
 
 from __future__ import annotations

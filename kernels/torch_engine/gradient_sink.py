@@ -1,7 +1,7 @@
 """Where the gradients of one sweep over exponentials are gathered: dh, dw and the column vectors' sums.
 
-The sweep hands over E' w of a window, blocks of E', row scales s and label terms t (`softmax_gradients`
-defines them); this file scales, adds and rounds. It must not know how s and t came about.
+The sweep hands over E' w of a window, blocks of E', row scales s and label terms t (`softmax_gradients` defines them);
+this file scales, adds and rounds.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 | float16  | never: exp z leaves it   | float32  | float16 where a bound of the slope tells how to fit it in     |
 
 A window kept as wide as its products would hold twice the bytes where these are widened, and half as many tokens would
-take twice as many windows. This file must not know sizes.
+take twice as many windows.
 """
 
 from __future__ import annotations

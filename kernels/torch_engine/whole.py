@@ -8,8 +8,6 @@ the window engine's own sweeps over a single block.
     head_loss            z, E = exp(z - max z), dz in the place of E, dh, dw       3 products
     head_stats           z, E                                                     1 product
     head_stats_backward  `torch_engine.dlogits` on one block                       3 products, 2 of a kept z
-
-It must not know when a head is small (`fusedhead.lowering.plan` decides).
 """
 
 from __future__ import annotations

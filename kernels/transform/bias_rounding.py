@@ -1,7 +1,7 @@
 """Where a program adds a head's bias before it rounds: ``addmm`` and ``linear`` of a low precision round z + b once.
 
 In a chain that is ``addcol:k round:t`` at its beginning, t being the dtype of the product. Whoever rounds the bare
-product to t first, and the sum again, makes other logits of it. This file must not know who asks.
+product to t first, and the sum again, makes other logits of it.
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@
                           (4 for the columns whose exponentials there is no room for)
     head_stats_backward   per window: dlogits, then dw, dh                           4 GEMMs with the forward
 
-float32, float16 and bfloat16. Nothing of size [N, V] exists beyond one window; the only other buffers above a
-few MiB are dh, dw, one float32 [window tokens, D] and, where asked, half of dw in float32. No step depends on a
-value (no host sync, CUDA graphs), sums have a fixed order (deterministic). It must not know how large the
-windows should be (`fusedhead.lowering.plan` decides) nor what graph asked.
+float32, float16 and bfloat16. Nothing of size [N, V] exists beyond one window; the only other buffers above a few MiB
+are dh, dw, one float32 [window tokens, D] and, where asked, half of dw in float32. No step depends on a value (no host
+sync, CUDA graphs), sums have a fixed order (deterministic).
 
 Speed against bare cuBLAS GEMMs in bfloat16 on an H100 (benchmarks/results/gpu_times.txt, for head_stats
 gpu_windows.txt; clocks move these by 3 %):

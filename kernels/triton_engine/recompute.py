@@ -2,8 +2,7 @@
 
     dz = dlogits(block)        dw[v] += dzᵀ h        dh += dz w        and sums for the vectors of the transform
 
-of the tokens of one window, whose lse is known: 3 products of 2NDV FLOP, one block of dz in memory. It must not know
-how large blocks should be, nor what was computed before.
+of the tokens of one window, whose lse is known: 3 products of 2NDV FLOP, one block of dz in memory.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Both are measured against float64 on the same operands: pairs beside the plain sweeps, the Triton engine beside eager
 code. The kernels serve where they err no more than what is trusted does, and give the same statistics each time they
 are asked. Heads are chosen so that every path of a sweep is taken: several tiles a program, tiles and steps over D that
-are not whole, several labels, rows whose exponentials overflow and are swept again. It must not know who asks.
+are not whole, several labels, rows whose exponentials overflow and are swept again.
 """
 
 from __future__ import annotations

@@ -5,11 +5,10 @@ from the row sums
 
     dw += Eᵀ (s ⊙ h)        dh = s ⊙ (E w)
 
-so that z is computed once: 3 products of 2NDV FLOP. In memory: one window of E, dh (whose rows hold s ⊙ h until dw
-has used it), one float32 [window tokens, D], and half of dw in float32 where asked. Where the planner allows only a
-part of a row of E, the lse of the other columns comes from a sweep of its own and their dz is rebuilt block by block:
-up to one product more, and sums of dh in float32, half of which lie in dh. It must not know how large the windows
-should be.
+so that z is computed once: 3 products of 2NDV FLOP. In memory: one window of E, dh (whose rows hold s ⊙ h until dw has
+used it), one float32 [window tokens, D], and half of dw in float32 where asked. Where the planner allows only a part of
+a row of E, the lse of the other columns comes from a sweep of its own and their dz is rebuilt block by block: up to one
+product more, and sums of dh in float32, half of which lie in dh.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
     (n, hidden), vocab, narrow = head.h.shape, head.w.shape[0], head.h.dtype
     new = head.h.new_empty
     kept = slice(0, min(windows.vocab, vocab))
-    others = [slice(at, min(at + kept.stop, vocab)) for at in range(kept.stop, vocab, kept.stop)]
+    uncached_columns = [slice(at, min(at + kept.stop, vocab)) for at in range(kept.stop, vocab, kept.stop)]
     lse, picked = new(n, dtype=torch.float32), new(head.y.shape, dtype=torch.float32)
     lse_low = torch.empty_like(lse)
     summed = coefficients.sum is not None
@@ -80,11 +79,11 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
     cuts = full_cuts(n, windows.tokens)
     tokens = cuts[0].stop
     with on_device(head.h):
-        if others:
+        if uncached_columns:
             check_labels(head.y, vocab)  # else where they are mapped
-        gone = head.transform.masked_columns(head.cols)
-        if gone is not None and coefficients.picked is not None:  # no slope says that a label has no gradient there
-            coefficients = coefficients._replace(picked=coefficients.picked.masked_fill(gone[head.y], 0))
+        masked = head.transform.masked_columns(head.cols)
+        if masked is not None and coefficients.picked is not None:  # no slope says that a label has no gradient there
+            coefficients = coefficients._replace(picked=coefficients.picked.masked_fill(masked[head.y], 0))
         dh = new((n, hidden)) if needs.h else None
         dw = WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
         rank_one = None
@@ -98,18 +97,20 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
         ref2 = new(tokens, dtype=torch.float32)
         slope = torch.empty_like(picked[:tokens]) if head.transform.varies_along_row else picked  # not written then
         scaled = new((tokens, hidden)) if dw is not None and dh is None else None
-        apart = dh is not None and narrow != torch.float32 and not others  # whether E w is rounded into dh at the end
-        product = new((tokens, hidden), dtype=torch.float32) if apart else None
+        separate_dh_buffer = (
+            dh is not None and narrow != torch.float32 and not uncached_columns
+        )  # whether E w is rounded into dh at the end
+        product = new((tokens, hidden), dtype=torch.float32) if separate_dh_buffer else None
         gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
         for i in cuts:
             part, c = slice_head(head, i, kept), slice_rows(coefficients, i)
             m = part.h.shape[0]
             row_lse, row_low, row_picked = rows_of(lse, i), rows_of(lse_low, i), rows_of(picked, i)
             whole, other_lse = part, None
-            if others:  # a label past the kept columns may lie in their last tile
+            if uncached_columns:  # a label past the kept columns may lie in their last tile
                 whole = slice_head(head, i, slice(0, vocab))
                 part = part._replace(y=part.y.masked_fill(part.y >= kept.stop, -1))
-                other_lse = _lse_of_others(head, i, kept.stop, row_picked)
+                other_lse = _lse_of_uncached_columns(head, i, kept.stop, row_picked)
             exps, reference2 = first_rows(buffer, m), first_rows(ref2, m)
             row_dh = None if dh is None else rows_of(dh, i)
             logits = multiplied(part, exps)
@@ -123,16 +124,18 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
             row_spread = None if spread is None else rows_of(spread, i)
             sums = (row_total, row_spread, weight)
             scale = finalize(s, part, exps, *rows, c, row_lse, row_low, *sums, sh, gain, tie, other_lse)
-            if gone is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
+            if masked is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
                 for factor in (scale, sh):
                     if factor is not None:
-                        factor.masked_fill_(gone.all(), 0)
+                        factor.masked_fill_(masked.all(), 0)
             window = exps if exps.shape[1] == kept.stop else exps[:, : kept.stop]
             if dw is not None and sh is not None:
                 dw.add(window, kept, sh, first=i.start == 0, alpha=1 / gain)
             outer = None if rank_one is None else (rows_of(rank_one[0], i), rank_one[1])
-            if others:
-                _with_others(head, i, others, part, exps, scale, c, RowStats(row_lse, lse_low=row_low), dw, row_dh)
+            if uncached_columns:
+                _add_uncached_columns(
+                    head, i, uncached_columns, part, exps, scale, c, RowStats(row_lse, lse_low=row_low), dw, row_dh
+                )
             elif row_dh is not None:
                 to = row_dh if product is None else first_rows(product, m)
                 gemm(window, part.w, to)
@@ -142,7 +145,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
     return RowStats(lse, picked, total, lse_low=lse_low, spread=spread, tie=tie), grads
 
 
-def _lse_of_others(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:
+def _lse_of_uncached_columns(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:
     """Base-2 lse [m] of the columns from ``first`` on; their labels are picked."""
     part = slice_head(head, i, slice(first, len(head.w)))
     part = part._replace(y=part.y - first)
@@ -155,10 +158,10 @@ def _lse_of_others(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:
     return out
 
 
-def _with_others(
+def _add_uncached_columns(
     head: Head,
     i: slice,
-    others: list[slice],
+    uncached_columns: list[slice],
     part: Head,
     buffer: Tensor,
     scale: Tensor,
@@ -172,7 +175,7 @@ def _with_others(
     for at, to in () if sums is None else sums.pieces(slice(0, len(part.h))):
         gemm(buffer[at, : len(part.w)], part.w, to)
         scale_rows(to, rows_of(scale, at), to, None)
-    rebuild(head, i, others, buffer, logit_grads(c, rows), rows, dw, sums)
+    rebuild(head, i, uncached_columns, buffer, logit_grads(c, rows), rows, dw, sums)
 
 
 def _exponentials(
@@ -189,7 +192,7 @@ def _exponentials(
     """window <- E with a reference that is safe for every row.
 
     bfloat16 and float32 start from the target logit and redo, on the device's own decision, the token blocks
-    where it was too far from the maximum. float16 has no such range, and logits that lie in the window are gone
+    where it was too far from the maximum. float16 has no such range, and logits that lie in the window are masked
     after one sweep over them: these sweep twice, with the true lse as reference.
     """
     redo = s.beside("stream")

@@ -1,7 +1,4 @@
-"""What a window of the Triton engine is made of: how a head is cut, and operands as kernels read them.
-
-It must not know which sweep reads a window nor what for.
-"""
+"""What a window of the Triton engine is made of: how a head is cut, and operands as kernels read them."""
 
 from __future__ import annotations
 

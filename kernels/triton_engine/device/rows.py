@@ -1,10 +1,9 @@
 """What kernels share about one row of logits: log-sum-exp in base 2, labels inside a tile, an order on
 floats.
 
-Sums of exponentials are kept relative to a base-2 reference ``ref2``: total = Σ_v 2^(z·L - ref2) with L the
-float32 nearest to log2 e, one fused multiply-add and one ex2 an element. `log_sum` turns (ref2, total) into
-the natural lse without losing digits when ref2 is large. This file must not know about tiles' order or
-gradients.
+Sums of exponentials are kept relative to a base-2 reference ``ref2``: total = Σ_v 2^(z·L - ref2) with L the float32
+nearest to log2 e, one fused multiply-add and one ex2 an element. `log_sum` turns (ref2, total) into the natural lse
+without losing digits when ref2 is large.
 """
 
 from __future__ import annotations

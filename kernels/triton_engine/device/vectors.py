@@ -1,8 +1,7 @@
 """The vectors of a head's Transform inside a kernel: reading what belongs to a tile, and asking for it early.
 
-A column vector that is first touched in the
-epilogue makes all warps wait for memory, once for each column part: asking for its lines before the product costs one
-instruction a thread and no register. This file must not know what vectors mean.
+A column vector that is first touched in the epilogue makes all warps wait for memory, once for each column part: asking
+for its lines before the product costs one instruction a thread and no register.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     dz = g_lse p + Σ_k g_picked_k [v = y_k],   p = exp(z - lse)        z = h @ w.T
 
 in: h [M, D], w [V', D] (the window's slices), per-row upstream gradients and lse float32. out: dz [M, V'] in the dtype
-of h. Never reaches memory: z, p. FLOP 2MDV', bytes 2MV' written. It must not know how tiles are multiplied.
+of h. Never reaches memory: z, p. FLOP 2MDV', bytes 2MV' written.
 """
 
 # ruff: noqa: SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)

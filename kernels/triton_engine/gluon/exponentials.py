@@ -3,7 +3,7 @@
     E[i, v] = 2^(z·L - ref2_i)      total[i] = Σ_v 2^(z·L - ref2_i)      picked[i, k] = z[i, y_ik]       z = h @ w.T
 
 in: h [M, D], w [V, D], ref2 [M] float32. out: E [M, V] in the dtype of h, partial totals (`device.schedule`), picked.
-Never reaches memory: z, the float32 window. FLOP 2MDV, bytes 2MV written. It must not know how tiles are multiplied.
+Never reaches memory: z, the float32 window. FLOP 2MDV, bytes 2MV written.
 """
 
 # ruff: noqa: RUF059, SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)

@@ -10,7 +10,7 @@ at hidden size 768. Each group counts as a program of `device.schedule`.
 One ring serves both groups, in the order of `loads`. An mbarrier's phase bit tells apart two consecutive fills, not
 three, so a group waits on ``handoff_barriers`` until the other has seen its last stage full.
 
-Written in Gluon, for chips with wgmma (capability 9). This file must not know what becomes of a tile.
+Written in Gluon, for chips with wgmma (capability 9).
 """
 
 # ruff: noqa: RUF059 (Triton wants a name of its own for each part, and tests at compile time as statements)

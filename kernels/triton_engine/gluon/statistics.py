@@ -3,7 +3,7 @@
     per row: ref2 = max z·L, total = Σ 2^(z·L - ref2), picked[i, k] = z[i, y_ik]        z = h @ w.T
 
 in: h [N, D], w [V, D]. out: partial rows (`device.schedule`), picked. Never reaches memory: z, p. FLOP 2NDV, bytes as
-`sweeps.statistics`. It must not know how tiles are multiplied.
+`sweeps.statistics`.
 """
 
 # ruff: noqa: RUF059, SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)

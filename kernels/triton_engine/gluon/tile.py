@@ -1,8 +1,7 @@
 """What epilogues of `ring` share: parts of a tile, labels inside one, and the way of a part to memory.
 
 The counterpart of `device.rows` and `device.product.column_part`, whose tiles Triton lays out by itself; here a tile
-lies over the threads as wgmma leaves it, and nothing below moves a value to another thread. This file must not know
-what a statistic or a gradient is.
+lies over the threads as wgmma leaves it, and nothing below moves a value to another thread.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Launches a kernel again without asking Triton again what cannot have changed.
 
-Triton looks at every argument of every launch to find the compiled kernel. What a kernel is compiled for is the
-values bound in `Launch`, the dtypes of the pointers, which its owner keeps the same, and whether pointers are aligned
-to 16 bytes, which is looked at here. The first launch, and every launch with a pointer that is not aligned, goes
-through Triton; so does everything in Triton's interpreter. This file must not know what any kernel computes.
+Triton looks at every argument of every launch to find the compiled kernel. What a kernel is compiled for is the values
+bound in `Launch`, the dtypes of the pointers, which its owner keeps the same, and whether pointers are aligned to 16
+bytes, which is looked at here. The first launch, and every launch with a pointer that is not aligned, goes through
+Triton; so does everything in Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 `Sweep` is one kernel's view of one window of a head, all but the addresses. Windows that look the same share one, and
 with it the launches that are bound to it (`launch.launch`), so that a step costs the host little more than its
-launches. The function that launches a kernel stands below it in the kernel's own file; none of them synchronises,
-tunes or depends on values, so that every launch can be captured in a CUDA graph. This file must not know which kernel
-is launched when (`triton_engine.engine` does).
+launches. The function that launches a kernel stands below it in the kernel's own file; none of them synchronises, tunes
+or depends on values, so that every launch can be captured in a CUDA graph.
 """
 
 from __future__ import annotations

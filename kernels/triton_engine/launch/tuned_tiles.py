@@ -1,7 +1,7 @@
 """Tiles that were timed on this machine, kept on disk: what `python -m fusedhead.tune` found for its GPU.
 
 They go before the checked-in table (`tiles`). One file for all devices and versions of Triton, JSON; where it is
-missing or damaged the table decides. It is read once a process. This file must not know how tiles are timed.
+missing or damaged the table decides. It is read once a process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Timing the sweeping kernels over candidate tiles, for a device that the checked-in table does not know.
 
 Never inside a step: it synchronises, takes minutes and could choose otherwise the next time. `fusedhead.tune` calls it
-for this machine, `benchmarks/gpu_tiles.py` to fill the table. This file must not know where tiles are kept.
+for this machine, `benchmarks/gpu_tiles.py` to fill the table.
 """
 
 from __future__ import annotations

@@ -8,9 +8,8 @@ one number a row:
                                          digit is lost when p -> 1, as a later subtraction would
     sh[i] = s_i h_i in the dtype of h, for dw = Eᵀ sh
 
-E's target entry is rounded to its dtype; s absorbs that rounding (one factor a row, below E's own precision), so
-that the largest entry of a row is exact; `scale_rows` applies s to dh. It must not know about windows or
-tiles' order beyond `partial_offset`. Bytes: N · slots · 4, and 4ND for sh.
+E's target entry is rounded to its dtype; s absorbs that rounding (one factor a row, below E's own precision), so that
+the largest entry of a row is exact; `scale_rows` applies s to dh. Bytes: N · slots · 4, and 4ND for sh.
 """
 
 from __future__ import annotations

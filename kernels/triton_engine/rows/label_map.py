@@ -2,10 +2,9 @@
 
     map[b, t] = bits: bit j set when a label of token block b lies in column part j of vocabulary tile t
 
-in: y [N, K] int64. out: map [token blocks, tiles] int32. Bytes: 8NK a tile chunk read, 4 · blocks · tiles written.
-Most tiles of a large vocabulary hold no label, and a sweep learns it from one scalar instead of a comparison per
-logit or a reduction per tile. A label outside [0, vocabulary) fails a device assertion, as in eager code.
-This file must not know what a label is used for.
+in: y [N, K] int64. out: map [token blocks, tiles] int32. Bytes: 8NK a tile chunk read, 4 · blocks · tiles written. Most
+tiles of a large vocabulary hold no label, and a sweep learns it from one scalar instead of a comparison per logit or a
+reduction per tile. A label outside [0, vocabulary) fails a device assertion, as in eager code.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@
     entropy = ln total - ln 2 · moment / total,  variance = (ln 2)² (square / total - (moment / total)²)
     Σ u (lse - z) = Σ u ln total - Σ u (z·L - ref2) / L,  max and argmax by the largest key, then the smallest column
 
-in: part [up to 7, size] float32, part_top [2, size] int32 (`device.schedule` places them). out: [N] vectors.
-Partial rows of programs merge exactly as those of tensor-parallel ranks would. Bytes: N · slots · 8 to 24.
-Must not know how rows were summed.
+in: part [up to 7, size] float32, part_top [2, size] int32 (`device.schedule` places them). out: [N] vectors. Partial
+rows of programs merge exactly as those of tensor-parallel ranks would. Bytes: N · slots · 8 to 24.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
     out [N, D] = scale [N] ⊙ product [N, D] + r [N] ⊗ b [D]
 
-from the float32 product E w with one rounding to the dtype of h. Bytes: 6ND for a narrow h. It must not know what
-scale, r and b stand for.
+from the float32 product E w with one rounding to the dtype of h. Bytes: 6ND for a narrow h.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     flags[b] = 1 where a row's total Σ_v E[i, v] of block b is 0, inf, NaN or beyond 1e±18
 
 in: the sweep's partial totals (`device.schedule` places them). out: [token blocks] int32, which later kernels read on
-the device. Bytes: N · slots · 4. It must not know how a block is redone.
+the device. Bytes: N · slots · 4.
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@
     `contract.LogitGrads`
     dz   = dz_T pulled back through the transform
 
-in: h [M, D], w [V', D] (the window's slices), per-row gradients, lse, entropy. out: dz [M, V'] in
-the dtype of h, and per tile the sums that belong to the column and row vectors of the transform. Never
-reaches memory: z, p, anything of the window in float32. FLOP 2MDV', bytes 2MV' written. Must not know how dh
-and dw are accumulated.
+in: h [M, D], w [V', D] (the window's slices), per-row gradients, lse, entropy. out: dz [M, V'] in the dtype of h, and
+per tile the sums that belong to the column and row vectors of the transform. Never reaches memory: z, p, anything of
+the window in float32. FLOP 2MDV', bytes 2MV' written.
 """
 
 # ruff: noqa: SIM102 (a test at compile time stays a statement of its own: `and` would build both sides)
