@@ -80,7 +80,7 @@ class RowGrads(NamedTuple):
     variance: Tensor | None = None  # [N] float32; not allowed in head_loss
 
 
-class Logits(NamedTuple):
+class WholeLogits(NamedTuple):
     """All logits of a head, from which `Statistic.of` computes the definition of a statistic."""
 
     z: Tensor  # [N, V] transformed
@@ -108,7 +108,7 @@ class Statistic(NamedTuple):
     """One number a row, or one a label of a row."""
 
     name: str
-    of: Callable[[Logits], Tensor]  # its definition, [N] or [N, K]
+    of: Callable[[WholeLogits], Tensor]  # its definition, [N] or [N, K]
     linear: bool = False  # whether its coefficient in a loss is its gradient: `head_loss` takes it
     per_label: bool = False
     dtype: torch.dtype | None = None  # None: `stat_dtype`

@@ -5,7 +5,7 @@ Tests call it in float64 and take the result as the truth; gradients come from a
 
 from __future__ import annotations
 
-from fusedhead.kernels.contract import STATISTICS, Head, Logits, RowStats
+from fusedhead.kernels.contract import STATISTICS, Head, RowStats, WholeLogits
 from fusedhead.kernels.transform.transform import apply
 
 
@@ -18,5 +18,5 @@ def row_stats(head: Head) -> RowStats:
     raw = h @ w.T
     z = apply(transform.smooth, raw, cols, rows)
     decided = apply(transform, raw, cols, rows, decide=True)
-    logits = Logits(z, decided, z - z.logsumexp(1, keepdim=True), y, u)
+    logits = WholeLogits(z, decided, z - z.logsumexp(1, keepdim=True), y, u)
     return RowStats(**{statistic.name: statistic.of(logits) for statistic in STATISTICS})

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 import fusedhead.lowering.scale  # noqa: F401  registers torch.ops.fusedhead.scale
 from fusedhead.kernels.contract import COMPANIONS, DIFFERENTIABLE_STATS, LINEAR_STATS, LOSS_OUTPUTS, SAVED_STATS, STATS
 
-OPERANDS = 6  # of a head, first among an op's tensors: h, w, y, cols, rows, u
+HEAD_OPERANDS = 6  # of a head, first among an op's tensors: h, w, y, cols, rows, u
 ONCE = "a fused head can be differentiated once: double backward through it is not supported"
 
 
@@ -33,7 +33,7 @@ def _setup_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward_stats(ctx: Any, *grads: Tensor | None) -> tuple:
-    operands, saved, product = split(ctx.saved_tensors, OPERANDS, len(SAVED_STATS))
+    operands, saved, product = split_at(ctx.saved_tensors, HEAD_OPERANDS, len(SAVED_STATS))
     upstream = dict(zip(STATS, grads))
     wanted = [upstream[name] for name in DIFFERENTIABLE_STATS]
     needs = [ctx.needs_input_grad[at] for at in (0, 1, 3, 4)]
@@ -54,7 +54,7 @@ def _backward_stats(ctx: Any, *grads: Tensor | None) -> tuple:
     return dh, dw, None, dcols, drows, *(None,) * 6
 
 
-def split(of: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
+def split_at(of: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
     """The first so many of a sequence, the next, ... and what is left."""
     ends = [0, *itertools.accumulate(counts)]
     return [*(of[start:end] for start, end in itertools.pairwise(ends)), of[ends[-1] :]]

@@ -126,7 +126,9 @@ def _head_stats(
 
 
 def _head_stats_backward(*args: Any) -> tuple[Tensor, ...]:
-    grads, operands, stats, rest = autograd.split(args, len(DIFFERENTIABLE_STATS), autograd.OPERANDS, len(SAVED_STATS))
+    grads, operands, stats, rest = autograd.split_at(
+        args, len(DIFFERENTIABLE_STATS), autograd.HEAD_OPERANDS, len(SAVED_STATS)
+    )
     return _gradients_of_stats(dict(zip(DIFFERENTIABLE_STATS, grads)), operands, dict(zip(SAVED_STATS, stats)), *rest)
 
 

@@ -19,12 +19,11 @@ from fusedhead.graph.motion import brought
 from fusedhead.graph.nodes import name_of
 from fusedhead.ir.logits import Call, Plain, Stack, leaves, sources_of, sweep
 from fusedhead.ir.terminal import Terminal
-from fusedhead.kernels.contract import STATS
+from fusedhead.kernels.contract import DECISIONS, STATS
 from fusedhead.kernels.transform.transform import Transform
 from fusedhead.legality.checks import Mutations
 
 MOST_MOVED = 24  # nodes that are moved for the sake of one group
-DECISIONS = frozenset({"max", "argmax"})  # taken on the logits as the program rounds them
 
 
 @dataclass(eq=False)
