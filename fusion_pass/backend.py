@@ -1,7 +1,7 @@
 """The entry point ``torch.compile(model, backend="fusedhead")``: one rewrite, then Inductor.
 
-This file holds what a user can see of the pass: options, logging, the debug print, strictness, the structured
-trace, and the fallback that compiles the original graph when anything goes wrong. It knows no rules.
+What a user can see of the passes stands here: options, logging, the debug print, strictness, the structured trace, and
+the fallback that compiles the original graph when anything goes wrong.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from fusedhead import compat
-from fusedhead.compat import FakeTensor, make_graph_module, use_lazy_graph_module
+from fusedhead.analysis.body import Body
+from fusedhead.compat import FakeTensor
 from fusedhead.deferred.graph_inputs import any_deferred, spread
 from fusedhead.deferred.graph_outputs import StaleLogits, deferring, existing
+from fusedhead.graph.edit import copied
 from fusedhead.graph.python_dispatch import python_dispatch
+from fusedhead.graph.recipes import Wrap, compute_now, unwrapped
 from fusedhead.graph.unhooked import unhooked
 from fusedhead.inductor.config import Inductor, keyed, overwrites
 from fusedhead.kernels.chips import start_checks
 from fusedhead.options import Options, split
-from fusedhead.pipeline import Grows, Needless, fuse_graph
+from fusedhead.pipeline import fuse_module
 from fusedhead.report import observers as observing
 from fusedhead.report.records import symbols
-from fusedhead.report.report import Report
-from fusedhead.rewrite.returned_logits import Wrap, compute_now, unwrapped
+from fusedhead.report.report import PassRecord, Report, pass_table
 
 log = logging.getLogger("fusedhead")
 
@@ -44,7 +46,7 @@ def readable(gm: GraphModule) -> str:
 
 
 def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[GraphModule, Report, Wrap]:
-    """`fuse_graph` on a copy that is thrown away if it raises.
+    """`fuse_module`, whose copy is thrown away if it raises.
 
     ``texts``: whether the report carries the graphs' texts, which take longer to print than the pass takes.
     """
@@ -54,7 +56,7 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
         if unknown := sorted(set(compat.unknown_modes(gm))):
             raise RuntimeError(f"the graph switches a mode that is not known: {', '.join(unknown)}")
         with unhooked(), python_dispatch(original):
-            working, report, wrap = fused(gm, options)
+            working, report, wrap = fuse_module(gm, options, show_pass if texts else None)
     except Exception as error:
         if options.strict:
             raise FusedHeadError(f"fusedhead: the pass failed on this graph: {error}") from error
@@ -75,41 +77,17 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
     return working, report, wrap
 
 
-def fused(gm: GraphModule, options: Options) -> tuple[GraphModule, Report, Wrap]:
-    """A copy of the module with its heads fused, made anew for as long as fusing finds that some are better left."""
-    twice, left = True, dict[str, str]()
-    while True:
-        working = copied(gm)
-        try:
-            return working, *fuse_graph(working, options, twice=twice, left=left)
-        except Needless:
-            twice = False
-        except Grows as grows:
-            left |= grows.reasons
-
-
-def copied(gm: GraphModule) -> GraphModule:
-    """The module with graphs of its own (parameters and fake values are shared, not copied).
-
-    Its Python code is generated when it is first run, not for every edit.
-    """
-    graph = Graph(tracer_cls=gm.graph._tracer_cls)
-    values: dict[Any, Any] = {}
-    result: Any = graph.graph_copy(gm.graph, values, return_output_node=True)
-    if result is not None:
-        value, old_output = result
-        graph.output(value).meta = dict(old_output.meta)
-    for old, new in values.items():
-        # AOTAutograd reads attributes that Dynamo sets on its placeholders (their sources)
-        new.__dict__.update({k: v for k, v in vars(old).items() if k not in vars(new)})
-    graph._codegen = gm.graph._codegen
-    with use_lazy_graph_module(True):
-        copy = make_graph_module(gm, graph, gm.__class__.__name__)
-    generated = {*copy.__dict__, "_modules", "_code", "_graph"}
-    copy.__dict__.update({k: v for k, v in gm.__dict__.items() if k not in generated})
-    copy._modules = {k: copied(m) if isinstance(m, GraphModule) else m for k, m in gm._modules.items()}
-    copy.meta = dict(gm.meta)
-    return copy
+def show_pass(record: PassRecord, body: Body) -> None:
+    """Tell the debug log and the structured trace the graph after a pass that changed it."""
+    tracing, debugging = bool(compat.trace_handlers()), log.isEnabledFor(logging.DEBUG)
+    if not record.edits or not (tracing or debugging):
+        return
+    text = readable(body.module)
+    title = f"{record.name} ({record.edits} edits, {record.milliseconds:.2f} ms)"
+    if debugging:
+        log.debug("after %s%s:\n%s", title, f" in {body.owner}" if body.owner else "", text)
+    if tracing:
+        compat.trace_artifact(f"fusedhead_after_{record.name}", lambda: text)
 
 
 def wants_texts(options: Options) -> bool:
@@ -129,6 +107,7 @@ def publish(report: Report, options: Options) -> None:
         compat.trace_artifact("fusedhead_rewritten_graph", lambda: report.after)
     if options.debug:
         print(report)
+        print("\n".join(pass_table(report.passes)))
         if any(head.fused for head in report.heads):
             print(report.after)
     if options.strict:

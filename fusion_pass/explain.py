@@ -11,25 +11,26 @@ from fusedhead.backend import compile_with
 from fusedhead.report.report import Report
 
 
-def explain(fn: Callable[..., Any], **compile_options: Any) -> Callable[..., Report]:
+def explain(fn: Callable[..., Any], *, passes: bool = False, **compile_options: Any) -> Callable[..., Report]:
     """A function that takes the arguments of ``fn`` and returns a `Report`.
 
     ``fn`` may be a function, a module, or something already given to ``torch.compile`` (then what was compiled
     is looked at afresh). ``compile_options`` are those of ``torch.compile``: ``dynamic=``, ``mode=``,
-    ``options=`` ... The function runs once, forward only; what became of its logits is in the
+    ``options=`` ... With ``passes`` the report's text ends with the passes of the pipeline, how many edits of the graph
+    each made and how long it took. The function runs once, forward only; what became of its logits is in the
     report. Nothing of it stays in Dynamo's cache of ``fn``'s other compilations.
     """
     target = getattr(fn, "_orig_mod", None) or getattr(fn, "_torchdynamo_orig_callable", fn)
 
     def explained(*args: Any, **kwargs: Any) -> Report:
-        report = Report()
-        passed = dict(compile_options)
-        mode, options = passed.pop("mode", None), passed.pop("options", None)
+        report = Report(shows_passes=passes)
+        given = dict(compile_options)
+        mode, options = given.pop("mode", None), given.pop("options", None)
 
         def backend(gm: Any, example_inputs: Any) -> Any:
             return compile_with(gm, example_inputs, mode=mode, options=options, observe=report.extend)
 
-        torch.compile(target, backend=backend, **passed)(*args, **kwargs)
+        torch.compile(target, backend=backend, **given)(*args, **kwargs)
         report.heads = [head.seen().ended() for head in report.heads]
         return report
 

@@ -1,25 +1,21 @@
-"""The pass: reads a Dynamo graph and the graphs that it runs, and fuses the sites that are to be fused.
+"""The pipeline: the named passes in order, and the driver that runs them on every graph of a module.
 
-`fuse_graph` edits the graph it is given and returns what it did; it may raise, and the backend then falls back to a
-copy of the original. Which reading is used is for `readings` to say, which sites stay as they are for `decisions`.
+A pass is a function of one `Body`. `fuse_module` runs the lists below on a copy of the module and returns the copy; it
+may raise, and the backend then keeps the module as it was. Inductor's own graphs get passes too (`inductor.config`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 
 from fusedhead.analysis import strategies, token_regions
-from fusedhead.analysis.interpreter import RUN, Reading
-from fusedhead.analysis.lone_heads import heads_without_loss
-from fusedhead.analysis.projections import candidates
-from fusedhead.analysis.source_lines import place, products_of
+from fusedhead.analysis.body import Body, graph_uses
 from fusedhead.canonicalize import (
     deduplicate_weights,
     duplicate_transposed,
@@ -32,203 +28,169 @@ from fusedhead.canonicalize import (
     merge_chunks,
     unstack_heads,
 )
-from fusedhead.canonicalize.inline_checkpoints import CHECKPOINTS
-from fusedhead.graph.modes import grad_modes
-from fusedhead.graph.nodes import name_of
-from fusedhead.ir.logits import Projection, logits_of
-from fusedhead.legality import profitability, sharding
-from fusedhead.legality.checks import Mutations
-from fusedhead.legality.legality import decide, why_returned
-from fusedhead.legality.missed_heads import unread
-from fusedhead.legality.other_products import unlisted
+from fusedhead.graph.edit import any_still_computed, copied, counting_edits
+from fusedhead.graph.reasons import Refusal
+from fusedhead.graph.recipes import Wrap, computed_at_once, unwrapped
+from fusedhead.graph.tracing import Traces
+from fusedhead.legality import (
+    joint_decisions,
+    legality,
+    missed_heads,
+    other_products,
+    profitability,
+    sharding,
+)
+from fusedhead.legality import returned_stacks as stack_legality
 from fusedhead.options import Options
-from fusedhead.report.records import Price, asked_outside, describe, priced, row_priced
-from fusedhead.report.report import HeadRecord, Report
-from fusedhead.rewrite import forward_gradients, returned_logits, returned_stacks, token_programs
-from fusedhead.rewrite.returned_logits import Wrap, at_once, nested, unwrapped
-from fusedhead.rewrite.statistics import count_elsewhere, fuse
-
-BOTH_MODES = "its region is run without recording gradients too"
+from fusedhead.report.records import records_of
+from fusedhead.report.report import PassRecord, Report
+from fusedhead.rewrite import forward_gradients, returned_logits, returned_stacks, statistics, token_programs
 
 
-class Body(NamedTuple):
-    """One graph of a module, and how it is run."""
-
-    module: GraphModule
-    owner: str  # the name of the higher-order op that runs it, "" for the graph itself
-    grad: bool | None  # whether gradients are recorded where it is run; None for both
-    calls: tuple[Node, ...] = ()  # the nodes that run it
+def anywhere(body: Body) -> bool:
+    return True
 
 
-def bodies(gm: GraphModule) -> list[Body]:
-    """The graph of a module and those that its nodes run, each once."""
-    found: dict[GraphModule, Body] = {}
-
-    def visit(module: GraphModule, owner: str, grad: bool | None, call: Node | None = None) -> None:
-        known = found.get(module)
-        calls = (*(known.calls if known else ()), *([call] if call is not None else ()))
-        if known is not None and known.grad == grad:
-            found[module] = known._replace(calls=calls)
-            return
-        found[module] = Body(module, owner, grad if known is None else None, calls)
-        modes = grad_modes(module.graph, grad is not False)
-        for node in module.graph.nodes:
-            part = getattr(module, str(node.target), None) if node.op == "get_attr" else None
-            if isinstance(part, GraphModule):
-                for user in node.users:
-                    visit(part, name_of(user), modes[user] if grad is not None else None, user)
-
-    visit(gm, "", torch.is_grad_enabled())
-    return list(found.values())
+def top(body: Body) -> bool:
+    return body.is_top
 
 
-class Needless(Exception):
-    """What was done for the sake of heads that are then not fused: two products, or an opened checkpoint."""
+def deferring_top(body: Body) -> bool:
+    return body.is_top and body.defers
 
 
-class Grows(Exception):
-    """Heads that were fused and would hold more than their logits: ``reasons`` by the names of their products."""
+class Pass(NamedTuple):
+    """One step over a body. What a speculative pass does is taken back where its products are still computed."""
 
-    def __init__(self, reasons: dict[str, str]) -> None:
-        super().__init__(", ".join(reasons))
-        self.reasons = reasons
+    name: str
+    run: Callable[[Body], None]
+    speculative: bool = False
+    where: Callable[[Body], bool] = anywhere
 
 
-def fuse_graph(
-    gm: GraphModule, options: Options, *, twice: bool = True, left: Mapping[str, str] = profitability.EMPTY
-) -> tuple[Report, Wrap]:
-    """Fuse every provable head of ``gm`` in place.
+MODULE_PASSES = (  # on the module's own graph, before the graphs that it runs are looked at
+    Pass("inline-regions", inline_regions.run),
+    Pass("inline-checkpoints", inline_checkpoints.run, speculative=True),
+)
+CANONICALIZE = (  # on each graph: exact rewrites that make heads visible
+    Pass("expand-broadcasts", expand_broadcasts.run),
+    Pass("functionalize-accumulation", functionalize_accumulation.run),
+    Pass("functionalize-subscripts", functionalize_subscripts.run),
+    Pass("expand-soft-labels", expand_soft_labels.run),
+    Pass("deduplicate-weights", deduplicate_weights.run),
+    Pass("merge-chunks", merge_chunks.run),
+    Pass("duplicate-transposed", duplicate_transposed.run, speculative=True),
+    Pass("unstack-heads", unstack_heads.run, where=top),
+    Pass("find-returned-stacks", stack_legality.run, where=deferring_top),
+    Pass("redirect-returned-stacks", returned_stacks.run, where=deferring_top),
+)
+ANALYZE = (  # what is each tensor, relative to a head
+    Pass("find-projections", strategies.find_projections),
+    Pass("interpret", strategies.run),
+    Pass("missed-heads", missed_heads.run),
+)
+DECIDE = (  # may a head be rewritten, and does it pay
+    Pass("find-token-programs", token_regions.run),
+    Pass("legality", legality.run),
+    Pass("profitability", profitability.run),
+    Pass("sharded-weights", sharding.run),
+    Pass("joint-decisions", joint_decisions.run),
+    Pass("other-products", other_products.run, where=top),
+)
+REWRITE = (
+    Pass("note-lines", returned_logits.note_lines),
+    Pass("redirect-returned-logits", returned_logits.run),
+    Pass("count-tokens-elsewhere", statistics.count_elsewhere),
+    Pass("emit-token-programs", token_programs.run),
+    Pass("emit-statistics", statistics.run),
+    Pass("gradients-in-forward", forward_gradients.run),
+    Pass("limit-small-calls", profitability.limit_calls),
+    Pass("find-grown-heads", profitability.find_grown_heads),
+)
+BODY_PASSES = (*CANONICALIZE, *ANALYZE, *DECIDE, *REWRITE)
 
-    Returns the report and a function to put around the compiled graph (it restores outputs that were redirected).
-    ``twice``: whether logits that are read both ways may get two products, and a checkpoint that holds a head alone
-    be opened; raises Needless where that does not pay. ``left``: products to be left, and why; raises Grows for more.
-    """
-    started = time.perf_counter()
-    report = Report(graphs=1)
+Ran = Callable[[PassRecord, Body], None]  # told of every pass that ran
+
+
+def run_passes(passes: Iterable[Pass], body: Body, *, speculate: bool = True, ran: Ran | None = None) -> None:
+    """Run passes on a body in order, and tell ``ran`` of each how long it took and how many edits it made."""
+    for each in passes:
+        if not each.where(body) or (each.speculative and not speculate):
+            continue
+        started, edits = time.perf_counter(), body.edits
+        with counting_edits(body.graph, body.edited) as counted:
+            each.run(body)
+        if body.edits != edits or not counted:
+            body.facts.refresh()
+        if ran is not None:
+            ran(PassRecord(each.name, body.edits - edits, (time.perf_counter() - started) * 1e3), body)
+
+
+@dataclass(eq=False)
+class Attempt:
+    """One run of the passes over a module, which it edits."""
+
+    gm: GraphModule
+    options: Options
+    speculate: bool
+    left: Mapping[str, Refusal]  # products to be left, by name, and why
+    report: Report = field(default_factory=lambda: Report(graphs=1))
     wrap: Wrap = unwrapped
-    changed = False
-    report.heads += inline_regions.inline(gm, torch.is_grad_enabled())
-    taken_out = inline_checkpoints.open_heads(gm) if twice else []
-    deferred = options.logits == "deferred" and not sharding.given_back(gm.graph)
-    for module, owner, grad, calls in bodies(gm):
-        expand_broadcasts.separate(module.graph)
-        functionalize_accumulation.separate(module.graph)
-        functionalize_subscripts.separate(module.graph)
-        expand_soft_labels.separate(module.graph)
-        deduplicate_weights.join(module.graph)
-        merge_chunks.join(module.graph)
-        products = duplicate_transposed.separate(module.graph) if twice else []
-        apart = unstack_heads.separate(module.graph) if owner == "" else None
-        if owner == "" and deferred:
-            stacked, outside = returned_stacks.separate(module.graph, options)
-            report.heads += stacked
-            apart = nested(apart, outside)
-            changed |= outside is not None
-        wrap = apart or wrap
-        alone = heads_without_loss(module.graph) if owner == "" and options.logits == "deferred" else set()
-        reading = strategies.chosen(module.graph, candidates(module.graph) | alone, grad is not False)
-        not_read = unread(module.graph, reading)
-        report.heads += not_read.values()
-        records: list[HeadRecord] = []
-        wrapped = None
-        if not reading.sites and owner == "":
-            records += unlisted(module.graph, reading, not_read, lambda site: "", options)
-        if reading.sites:
-            records, wrapped = fuse_body(
-                module.graph, reading, owner, options, alone, grad, deferred, not_read, left, calls
-            )
-        if duplicate_transposed.left(products):
-            raise Needless
-        report.heads += records
-        wrap = nested(apart, wrapped) or wrap
-        if any(record.fused for record in records):
-            module.graph.lint()
-            module.recompile()
-            changed = True
-    if duplicate_transposed.left(taken_out):
-        raise Needless
-    if changed:
-        gm.recompile()
-    for head in report.heads:
-        head.run.graph = report.run
-    report.milliseconds = (time.perf_counter() - started) * 1e3
-    return report, wrap if deferred else at_once(wrap)
+    grown: Mapping[str, Refusal] = field(default_factory=dict)  # more products to be left
+    speculation_failed: bool = False  # whether a product of a speculative pass is still computed
+
+    def run(self, show: Ran | None) -> None:
+        """Run all passes; stops where `grown` or `speculation_failed` says that another attempt is needed."""
+        started = time.perf_counter()
+
+        def ran(record: PassRecord, body: Body) -> None:
+            self.report.passes.append(record)
+            if show is not None:
+                show(record, body)
+
+        traces = Traces()
+        module = Body(self.gm.graph, self.options, grad=torch.is_grad_enabled(), traces=traces)
+        run_passes(MODULE_PASSES, module, speculate=self.speculate, ran=ran)
+        self.report.heads += records_of(module)
+        defers = self.options.logits == "deferred" and not sharding.frees_weights(self.gm.graph)
+        changed = False
+        for use in graph_uses(self.gm):
+            graph, how = use.module.graph, (use.owner, use.grad, use.calls)
+            body = Body(graph, self.options, *how, defers=defers, traces=traces, left=self.left)
+            run_passes(BODY_PASSES, body, speculate=self.speculate, ran=ran)
+            self.grown = {name: why for name, why in body.grown.items() if name not in self.left}
+            self.speculation_failed = any_still_computed(body.speculated)
+            if self.grown or self.speculation_failed:
+                return
+            self.report.heads += records_of(body)
+            self.wrap = body.wrap or self.wrap
+            if body.fused() or body.returned_stacks:
+                graph.lint()
+                use.module.recompile()
+                changed = True
+        self.speculation_failed = any_still_computed(module.speculated)
+        if changed:
+            self.gm.recompile()
+        for head in self.report.heads:
+            head.run.graph = self.report.run
+        self.report.milliseconds = (time.perf_counter() - started) * 1e3
+        if not defers:
+            self.wrap = computed_at_once(self.wrap)
 
 
-def fuse_body(
-    graph: Graph,
-    reading: Reading,
-    owner: str,
-    options: Options,
-    alone: set[Node],
-    grad: bool | None,
-    deferred: bool = False,
-    not_read: Collection[Node] | None = None,
-    left: Mapping[str, str] = profitability.EMPTY,
-    calls: Sequence[Node] = (),
-) -> tuple[list[HeadRecord], Wrap | None]:
-    """Decide and rewrite the sites of one graph; ``alone`` are projections to be deferred without a loss.
+def fuse_module(gm: GraphModule, options: Options, show: Ran | None = None) -> tuple[GraphModule, Report, Wrap]:
+    """A copy of the module with every provable head fused, the report, and what goes around the compiled graph.
 
-    ``not_read``: projections that the report has said of that they could not be read; None where products that might
-    be heads are not asked for. ``left``: as in `fuse_graph`. ``calls``: the nodes that run the graph.
+    The passes start again on a fresh copy where heads are better left, and without the speculative passes where a
+    product of theirs is still computed. ``show`` is told of every pass that ran.
     """
-    first = min(product for site in reading.sites for product in site.head.products)  # type: ignore[type-var]
-    modes, mutations = grad_modes(graph, grad is not False), Mutations(graph, grad is not False, first, calls)
-    found = token_regions.regions(reading)
-    met = {head: region for region in found for head in region.heads}
-    decided = decide(graph, reading, met, options, mutations, modes, owner, alone, deferred, left)
-    records: list[HeadRecord] = []
-    if not_read is not None and owner == "":
-        listed = {*not_read, *(node for site, _ in decided for node in (site.head.node, *site.head.products))}
-        why_kept = partial(why_returned, mutations=mutations, modes=modes, owner=owner, deferred=deferred)
-        records += unlisted(graph, reading, listed, why_kept, options)
-    products = products_of(graph)  # while all are there
-    places = {site.head: place(site.head.node, products) for site, _ in decided}
-    recipes = []
-    least = profitability.limits(reading.sites, options.min_logits, options.budget)
-    slots: list[Any] = list(graph.output_node().args[0]) if owner == "" else []  # type: ignore[arg-type]
-    for site, reason in decided:
-        if not reason:
-            recipes += [
-                replace(
-                    returned_logits.recipe(site, i, n, logits_of(reading.values[n]).class_dim),
-                    least=least(site),
-                    runs=(site.run,),
-                )
-                for i, n in enumerate(slots)
-                if n in set(site.outputs)
-            ]
-    wrap = returned_logits.redirect(graph, recipes) if recipes else None
-    recomputed = "inside a checkpointed region" if owner in CHECKPOINTS else BOTH_MODES if grad is None else ""
-    refused = {site.head for site, reason in decided if reason}
-    kept = [region for region in found if not region.heads & refused]
-    followed = {*reading.values, *reading.rowwise, *(node for site in reading.sites for node, _ in site.terminals)}
-    count_elsewhere(graph, [site for site, reason in decided if not reason], modes)
-    by_rows = [token_programs.fuse(graph, region, options.budget, modes, mutations.places, followed) for region in kept]
-    token_regions.erase_unused(reading, {site.head for site, reason in decided if not reason})
-    prices: dict[Projection, list[Price]] = {site.head: [] for site, _ in decided}
-    for calls, heads in fuse(graph, [site for site, reason in decided if not reason], options.budget, modes, mutations):
-        price = priced(calls[0], options.budget)  # reads the call, which an upgrade replaces
-        why = recomputed or forward_gradients.upgrade(*calls, places=mutations.places)
-        for head in dict.fromkeys(heads):
-            prices[head].append(price(why))
-    for region, made in zip(kept, by_rows):
-        found_prices = [
-            row_priced(call, options.budget)(recomputed or forward_gradients.upgrade_rows(call, mutations.places))
-            for call in made
-        ]
-        for head in region.heads:
-            prices[head] = [*found_prices, *prices[head]]
-    profitability.limit(graph, options.min_logits, options.budget)
-    grows: dict[str, str] = {}
-    for site, reason in decided:
-        found_prices = [] if reason else prices[site.head] or [asked_outside(site, options.budget)]
-        record = describe(site, reason, places[site.head], found_prices, deferred, met.get(site.head), least(site))
-        records.append(record)
-        if too_much := profitability.grown(record, options.min_logits):
-            grows[site.head.node.name] = too_much
-    for site, _ in decided:  # the records and recipes have it: compilers copy what a node carries
-        site.head.node.meta.pop(RUN, None)
-    if grows.keys() - left.keys():
-        raise Grows(grows)
-    return records, wrap
+    speculate, left = True, dict[str, Refusal]()
+    while True:
+        attempt = Attempt(copied(gm), options, speculate, left)
+        attempt.run(show)
+        if attempt.grown:
+            left |= attempt.grown
+        elif attempt.speculation_failed:
+            speculate = False
+        else:
+            return attempt.gm, attempt.report, attempt.wrap

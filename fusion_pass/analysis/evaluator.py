@@ -1,6 +1,6 @@
 """The value of one node from the values of its inputs: through its ATen trace, by the rules, or token by token.
 
-What cannot be read is an `Escape`. This file knows no graph around the node, and no site.
+What cannot be read is an `Escape`.
 """
 
 from __future__ import annotations
@@ -14,35 +14,39 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from fusedhead.analysis.reasons import Untraced
 from fusedhead.compat import HigherOrderOperator, OpOverload, tree_leaves, unset_fake_temporarily
 from fusedhead.graph.dry_run import changed_arguments
-from fusedhead.graph.nodes import fake, inputs, name_of, trace
-from fusedhead.ir.logits import FOLLOWED, Call, Escape, Followed, Plain, detached
+from fusedhead.graph.nodes import fake, inputs, name_of
+from fusedhead.graph.op_names import PROJECTIONS
+from fusedhead.graph.reasons import Escape
+from fusedhead.graph.tracing import trace
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import LOGITS_LIKE, LogitsLike, detached
 from fusedhead.ir.terminal import Terminal
-from fusedhead.ir.tokenwise import Rowwise
+from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.rules import RULES
-from fusedhead.rules.projections import SPELLINGS
 from fusedhead.rules.setitem import columns_set
 from fusedhead.rules.table import Context
-from fusedhead.rules.tokenwise.dispatch import read as by_rows
+from fusedhead.rules.tokenwise.dispatch import read as by_tokens
 
 LARGEST_CONSTANT = 4096  # entries of a literal index that may be written into the graph again
 
 
 def is_value(x: Any) -> bool:
-    return isinstance(x, (Plain, Terminal, Rowwise, *FOLLOWED))
+    return isinstance(x, (Plain, Terminal, TokenValue, *LOGITS_LIKE))
 
 
-def all_followed(values: Any) -> list[Followed]:
-    return [v for v in tree_leaves(values, is_leaf=is_value) if isinstance(v, FOLLOWED)]
+def all_followed(values: Any) -> list[LogitsLike]:
+    return [v for v in tree_leaves(values, is_leaf=is_value) if isinstance(v, LOGITS_LIKE)]
 
 
-def evaluate(node: Node, program: GraphModule, known: dict[Node, Any]) -> Any:
+def evaluate(node: Node, program: GraphModule, values: dict[Node, Any]) -> Any:
     """The value of one Dynamo node from its inputs' values, through its ATen trace and the rules."""
-    given = [known.get(source, Plain(source, fake(source))) for source in inputs(node)]
+    operands = [values.get(source, Plain(source, fake(source))) for source in inputs(node)]
     env: dict[Node, Any] = {}
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-    env.update(zip(placeholders, given))
+    env.update(zip(placeholders, operands))
     check_writes(program)
     calls = [n for n in program.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
     for op in program.graph.nodes:
@@ -57,12 +61,12 @@ def evaluate(node: Node, program: GraphModule, known: dict[Node, Any]) -> Any:
             env[op] = args[0][args[1]]
             continue
         val = fake(node) if op is calls[-1] else op.meta.get("val")
-        if all_followed((args, kwargs)) or any(isinstance(x, Rowwise) for x in tree_leaves((args, kwargs))):
-            env[op] = applied(op, Context(node, val), args, kwargs)
+        if all_followed((args, kwargs)) or any(isinstance(x, TokenValue) for x in tree_leaves((args, kwargs))):
+            env[op] = applied(op, Context(node, val, op.target, alone=op.meta.get("val")), args, kwargs)
         elif op.target in RULES and is_projection(op):
-            env[op] = RULES[op.target](Context(node, val), *args, **kwargs)
+            env[op] = RULES[op.target](Context(node, val, op.target), *args, **kwargs)
         else:
-            env[op] = Plain(Call(op.target, args, kwargs), val)
+            env[op] = Plain(Expr(op.target, args, kwargs), val)
     raise AssertionError("a traced graph has an output")
 
 
@@ -79,12 +83,12 @@ def check_writes(program: GraphModule) -> None:
         changed = tree_leaves(list(changed_arguments(op.target, op.args, op.kwargs)))
         for target in (x for x in changed if isinstance(x, Node)):
             if target.op == "placeholder":
-                known = result is op
+                is_named = result is op
             else:
-                others = [user for user in target.users if user is not op]
-                known = not shares(target) and all(user < op and not shares(user) for user in others)
-            if not known:
-                raise Escape(f"{name_of(op)} writes to memory that has several names")
+                readers = [user for user in target.users if user is not op]
+                is_named = not shares(target) and all(user < op and not shares(user) for user in readers)
+            if not is_named:
+                raise Escape(Untraced.WRITES_SHARED_MEMORY, name=name_of(op))
 
 
 def shares(op: Node) -> bool:
@@ -99,22 +103,26 @@ def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> 
     mutable = is_mutable(op.target)
     target = out_of_place(op.target) if mutable else op.target
     if target is None:
-        raise Escape(f"{name_of(op)} changes the logits in place ({op.target})")
+        raise Escape(Untraced.WRITES_IN_PLACE, name=name_of(op), target=op.target)
     if not isinstance(target, OpOverload):  # Python's own, on sizes
-        raise Escape(f"{name_of(op)} is no op of PyTorch")
-    single = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Rowwise) and x.val.ndim == 0]
+        raise Escape(Untraced.NOT_PYTORCH, name=name_of(op))
+    single = [x for x in tree_leaves((args, kwargs)) if isinstance(x, TokenValue) and x.val.ndim == 0]
     if single:  # it is small, and stays a result of the row program; the program's own ops take it from there
-        raise Escape(f"{name_of(op)} is taken of a single number that comes from the logits")
-    unread = Escape(f"{name_of(op)} is not read by any rule ({op.target})")
-    try:
-        if target not in RULES or any(isinstance(x, Rowwise) for x in tree_leaves((args, kwargs))):
-            raise unread
-        return RULES[target](context, *args, **kwargs)
-    except Escape as escape:
+        raise Escape(Untraced.SINGLE_NUMBER, name=name_of(op))
+    context, refused = replace(context, op=target), None
+    if target in RULES and not any(isinstance(x, TokenValue) for x in tree_leaves((args, kwargs))):
         try:
-            return by_rows(target, context.val, op.meta.get("val"), args, kwargs)
-        except Escape as rowwise:
-            raise (rowwise if escape is unread else escape) from rowwise
+            value = RULES[target](context, *args, **kwargs)
+            if value is not None:
+                return value
+        except Escape as escape:
+            refused = escape
+    try:
+        return by_tokens(context, *args, **kwargs)
+    except Escape as escape:
+        if refused is None:
+            raise
+        raise refused from escape
 
 
 def is_mutable(target: Any) -> bool:
@@ -134,32 +142,32 @@ def constant(tensor: Any, node: Node) -> Plain:
     """A constant that a node holds (a list used as an index), as a call that makes it again."""
     with unset_fake_temporarily():
         if tensor.dtype == torch.int64 and torch.equal(tensor, torch.arange(tensor.numel(), device=tensor.device)):
-            return Plain(Call(torch.ops.aten.arange.default, (tensor.numel(),)), tensor)  # range(N), however long
+            return Plain(Expr(torch.ops.aten.arange.default, (tensor.numel(),)), tensor)  # range(N), however long
         if tensor.numel() > LARGEST_CONSTANT or tensor.is_floating_point():
-            raise Escape(f"{name_of(node)} holds a constant tensor")
-        return Plain(Call(torch.tensor, (tensor.tolist(),), {"dtype": tensor.dtype}), tensor)
+            raise Escape(Untraced.HOLDS_A_CONSTANT, name=name_of(node))
+        return Plain(Expr(torch.tensor, (tensor.tolist(),), {"dtype": tensor.dtype}), tensor)
 
 
 def is_projection(op: Node) -> bool:
-    return name_of(op) in SPELLINGS
+    return name_of(op) in PROJECTIONS
 
 
-def follow(node: Node, values: dict[Node, Any], traced: Callable[[Node], GraphModule] = trace) -> Any:
+def trace_value(node: Node, values: dict[Node, Any], traces: Callable[[Node], GraphModule] = trace) -> Any:
     """`evaluate`, for the nodes that have no ATen trace of their own too."""
     if name_of(node) == "getitem" and isinstance(values.get(node.args[0]), (list, tuple)):  # type: ignore[arg-type]
         return values[node.args[0]][node.args[1]]  # type: ignore[index]
     value = values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
-    if name_of(node) == "_get_data_attr" and isinstance(value, FOLLOWED):
+    if name_of(node) == "_get_data_attr" and isinstance(value, LOGITS_LIKE):
         return detached(replace(value, val=fake(node)))  # z.data: traced alone it is a constant
     if isinstance(node.target, HigherOrderOperator):
         # traced alone it may look like nothing: a gradient hook is the identity on values
-        raise Escape(f"{name_of(node)} takes the logits, and what it does with them is not read")
+        raise Escape(Untraced.HIGHER_ORDER, name=name_of(node))
     if name_of(node) == "setitem":
         return columns_set(node, values.get(node.args[0]))  # type: ignore[arg-type]
     if not isinstance(fake(node), (torch.Tensor, tuple, list)):
-        raise Escape(f"{name_of(node)} of the logits is no tensor")
+        raise Escape(Untraced.NO_TENSOR, name=name_of(node))
     try:
-        program = traced(node)
+        program = traces(node)
     except Exception as error:  # a node that cannot be traced alone is a use we cannot read
-        raise Escape(f"{name_of(node)} cannot be traced alone ({type(error).__name__}: {error})") from error
+        raise Escape(Untraced.NOT_TRACED, name=name_of(node), kind=type(error).__name__, error=error) from error
     return evaluate(node, program, values)

@@ -2,100 +2,63 @@
 
 The result is a list of `Site`s, one per projection that a loss could hang on: its terminals (where one number a
 row remains), its outputs (where logits leave the graph), and its escapes (uses no rule can read, each with a
-sentence). This file reads; it never edits and never decides.
+sentence).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from fusedhead.analysis.evaluator import all_followed, follow, is_value
-from fusedhead.analysis.projections import candidates
+from fusedhead.analysis.evaluator import all_followed, is_value, trace_value
+from fusedhead.analysis.reasons import Untraced
+from fusedhead.analysis.site import Reading, Site
 from fusedhead.compat import tree_leaves, tree_map
 from fusedhead.graph.aliases import storage
 from fusedhead.graph.effects import effects
-from fusedhead.graph.facts import before
-from fusedhead.graph.modes import grad_modes
-from fusedhead.graph.nodes import Traces, fake, name_of
-from fusedhead.graph.run_counts import Run
-from fusedhead.ir.logits import FOLLOWED, Call, Escape, Logits, Plain, Projection, detached, logits_of, rows_of_hidden
+from fusedhead.graph.facts import GraphFacts, before
+from fusedhead.graph.nodes import fake, name_of
+from fusedhead.graph.reasons import Escape, Refusal, refuse
+from fusedhead.graph.tracing import Traces
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import LOGITS_LIKE, Logits, Projection, detached, logits_of, rows_of_hidden
 from fusedhead.ir.terminal import Terminal
-from fusedhead.ir.tokenwise import MaskedRows, Rowwise, parts
-from fusedhead.ir.tokenwise import detached as detached_rows
-from fusedhead.rules.tokenwise.dispatch import rowwise as rowwise_of
+from fusedhead.ir.tokenwise import MaskedRows, TokenValue, token_values_of, without_gradient
+from fusedhead.rules.tokenwise.dispatch import token_value
 
 EMPTY: Mapping[Node, Logits] = {}
-RUN = "fusedhead_run"
-LEAVES = (
-    "{}, computed from all logits, is returned: it is as wide as they are, and the graph ends before it is reduced "
-    "over the classes (where a boolean mask ends the graph, a product with the mask does not, nor does a sum of what "
-    "the mask picks under torch._dynamo.config.capture_dynamic_output_shape_ops)"
-)
-
-
-@dataclass(eq=False)
-class Site:
-    """One projection and everything the graph does with its product."""
-
-    head: Projection
-    terminals: list[tuple[Node, Terminal]] = field(default_factory=list)
-    outputs: list[Node] = field(default_factory=list)  # followed nodes that the graph returns
-    escapes: list[tuple[Node, str]] = field(default_factory=list)
-    followed: list[Node] = field(default_factory=list)  # nodes whose value is followed, in order
-    sizes: list[tuple[Node, Any]] = field(default_factory=list)  # nodes that are numbers of rows, and what is as long
-    overwritten: list[Node] = field(default_factory=list)  # nodes whose value was changed in place later
-
-    @property
-    def run(self) -> Run:
-        """What becomes of the logits when the graph is run; kept with the product, which may be read several times."""
-        return run_of(self.head.node)
-
-
-def run_of(product: Node) -> Run:
-    return product.meta.setdefault(RUN, Run())  # type: ignore[no-any-return]
-
-
-@dataclass(eq=False)
-class Reading:
-    sites: list[Site]
-    values: dict[Node, Any]
-    rowwise: dict[Node, Any] = field(default_factory=dict)  # what no statistic gives, computed token by token
-    unread: dict[Node, str] = field(default_factory=dict)  # products in which no rule sees a head, and why
 
 
 def interpret(
-    graph: Graph,
-    starts: Iterable[Node] | None = None,
-    grad: bool | None = None,
+    facts: GraphFacts,
+    traces: Traces,
+    starts: Collection[Node],
     stacks: Mapping[Node, Logits] = EMPTY,
-    by_rows: Collection[Node] = (),
+    tokenwise_only: Collection[Node] = (),
 ) -> Reading:
-    """Follow the logits of every candidate projection, or of those in ``starts``, through the graph.
+    """Follow the logits of the projections in ``starts`` through the graph of ``facts``.
 
-    ``stacks``: nodes that are the logits of several heads at once. ``by_rows``: projections whose logits are read
-    token by token from the start, whatever statistics there are.
+    ``stacks``: nodes that are the logits of several heads at once. ``tokenwise_only``: projections whose logits are
+    read token by token from the start, whatever statistics there are.
     """
-    starts, modes = candidates(graph) if starts is None else set(starts), grad_modes(graph, grad)
+    starts, grad_mode = set(starts), facts.grad_mode
     values: dict[Node, Any] = {}
     sites: dict[Projection, Site] = {}
-    rowwise: dict[Node, Any] = {}
-    unread: dict[Node, str] = {}
+    tokenwise: dict[Node, Any] = {}
+    no_rule: dict[Node, Refusal] = {}
     sharing: dict[int | None, list[Node]] = {}
-    traced = Traces()
-    for node in graph.nodes:
+    for node in facts.graph.nodes:
         sources = [values[s] for s in node.all_input_nodes if s in values]
         heads = heads_of(sources)
         if node.op == "output":
             for source in node.all_input_nodes:
-                returned(source, values.get(source), sites)
+                note_returned(source, values.get(source), sites)
             continue
         if node in stacks:
-            values[node] = stacks[node] if modes[node] else detached(stacks[node])
+            values[node] = stacks[node] if grad_mode(node) else detached(stacks[node])
             sharing.setdefault(storage(fake(node)), []).append(node)
             sites[stacks[node].head] = Site(stacks[node].head, followed=[*stacks[node].head.products, node])
             continue
@@ -105,45 +68,45 @@ def interpret(
             counted = values[node.args[0]]  # type: ignore[index]
             if isinstance(counted, MaskedRows):
                 first = next(head for head in sites if head in counted.heads)
-                sites[first].sizes.append((node, Call(torch.ops.aten.nonzero.default, (counted.mask,))))
+                sites[first].sizes.append((node, Expr(torch.ops.aten.nonzero.default, (counted.mask,))))
             else:
                 logits = logits_of(counted)
                 sites[logits.head].sizes.append((node, rows_of_hidden(logits)))
             continue
         try:
             target = written_logits(node, values)
-            value = follow(node, values, traced)
+            value = trace_value(node, values, traces)
         except Escape as escape:
             if not heads:
-                unread[node] = str(escape)
-            if not all(isinstance(s, Rowwise) and s.small for s in sources):
+                no_rule[node] = escape.at(node)
+            if not all(isinstance(s, TokenValue) and s.small for s in sources):
                 for head in heads:
-                    sites[head].escapes.append((node, str(escape)))
+                    sites[head].escapes.append(escape.at(node))
             continue
-        if not modes[node]:
-            value = tree_map(quiet, value, is_leaf=is_value)
-        if node in by_rows and isinstance(value, Logits):
+        if not grad_mode(node):
+            value = tree_map(without_gradient, value, is_leaf=is_value)
+        if node in tokenwise_only and isinstance(value, Logits):
             sites[value.head] = Site(value.head, followed=[node])
-            value = rowwise_of(value)
-        if any(True for _ in parts(value)):
-            rowwise[node] = value
+            value = token_value(value)
+        if any(True for _ in token_values_of(value)):
+            tokenwise[node] = value
         else:
-            record(node, value, heads, sites)
+            note_value(node, value, heads, sites)
         if not isinstance(value, (Terminal, Plain)):
             values[node] = value
             sharing.setdefault(storage(fake(node)), []).append(node)
-            overwritten(node, target, values, sharing, sites, modes[node])
-    return Reading(list(sites.values()), values, rowwise, unread)
+            note_overwritten(node, target, Overwriting(values, sharing, sites, grad_mode(node)))
+    return Reading(list(sites.values()), values, tokenwise, no_rule)
 
 
-def returned(source: Node, value: Any, sites: dict[Projection, Site]) -> None:
-    """File what the graph returns: logits leave it, small results of theirs do anyway."""
+def note_returned(source: Node, value: Any, sites: dict[Projection, Site]) -> None:
+    """Note what the graph returns: logits leave it; small results of theirs do so anyway."""
     for followed in all_followed(value):
         sites[logits_of(followed).head].outputs.append(source)
-    for part in parts(value):
+    for part in token_values_of(value):
         if not part.small:
             for head in part.heads:
-                sites[head].escapes.append((source, LEAVES.format(source.name)))
+                sites[head].escapes.append(refuse(Untraced.RETURNED_WIDE, node=source, name=source.name))
 
 
 def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
@@ -153,7 +116,7 @@ def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
         return False
     if isinstance(value, MaskedRows):
         return bool(node.args[1] == 0)
-    if not isinstance(value, FOLLOWED):
+    if not isinstance(value, LOGITS_LIKE):
         return False
     return int(node.args[1]) % value.val.ndim != logits_of(value).class_dim  # type: ignore[arg-type]
 
@@ -164,69 +127,67 @@ def written_logits(node: Node, values: Mapping[Node, Any]) -> Node | None:
     if not does.sure and values.keys().isdisjoint(node.all_input_nodes):
         return None  # a projection of what cannot be run: whether its operands are plain tensors is asked later
     if not does.sure or does.anything or does.backward:
-        raise Escape(f"what {name_of(node)} does with the logits besides its result is not known")
+        raise Escape(Untraced.UNKNOWN_EFFECTS, name=name_of(node))
     if len(does.written) > 1 or any(target not in values for target in does.written):
-        raise Escape(f"{name_of(node)} writes to other memory than the logits'")
+        raise Escape(Untraced.WRITES_OTHER_MEMORY, name=name_of(node))
     return next(iter(does.written), None)
 
 
-def overwritten(
-    node: Node,
-    target: Node | None,
-    values: dict[Node, Any],
-    sharing: Mapping[int | None, Sequence[Node]],
-    sites: dict[Projection, Site],
-    grad: bool,
-) -> None:
+class Overwriting(NamedTuple):
+    """What is known where a node writes to followed logits."""
+
+    values: dict[Node, Any]
+    sharing: Mapping[int | None, Sequence[Node]]  # the nodes that have a value, by their memory
+    sites: dict[Projection, Site]
+    grad: bool  # whether gradients are recorded there
+
+
+def note_overwritten(node: Node, target: Node | None, known: Overwriting) -> None:
     """After an in-place step on followed logits: the name that was written to means the new value from here on.
 
-    Pure as long as no other live name shares the memory; otherwise the site escapes. ``sharing``: the nodes that have
-    a value, by their memory.
+    Pure as long as no other live name shares the memory; otherwise the site escapes.
     """
-    if target is None or not isinstance(values[node], (Rowwise, *FOLLOWED)):
+    values, sites = known.values, known.sites
+    if target is None or not isinstance(values[node], (TokenValue, *LOGITS_LIKE)):
         return
 
-    def escape(reason: str) -> None:
+    def escape(refusal: Refusal) -> None:
         for head in heads_of([values[node]]):
-            sites[head].escapes.append((node, reason))
+            sites[head].escapes.append(refusal)
 
-    if not grad and fake(target).requires_grad:
-        escape(f"{name_of(node)} changes the logits in place where no gradient is recorded")
-    for other in sharing.get(storage(fake(target)), ()):
+    if not known.grad and fake(target).requires_grad:
+        escape(refuse(Untraced.NO_GRADIENT_RECORDED, node=node, name=name_of(node)))
+    for other in known.sharing.get(storage(fake(target)), ()):
         if other in (node, target) or not heads_of([values[other]]):
             continue
         if any(before(node, user) for user in other.users):
-            escape(f"{name_of(node)} changes logits that {other.name} is a view of")
+            escape(refuse(Untraced.HAS_A_VIEW, node=node, name=name_of(node), other=other.name))
     values[target] = values[node]
     for head in heads_of([values[node]]):
         sites[head].overwritten.append(target)
 
 
-def quiet(value: Any) -> Any:
-    return detached_rows(value, torch.ops.aten.detach.default) if isinstance(value, Rowwise) else detached(value)
-
-
 def heads_of(values: Any) -> set[Projection]:
     """The heads that values, or results that hang on them, belong to."""
-    found = [v.logits if isinstance(v, Terminal) else v for v in tree_leaves(values, is_leaf=is_value)]
-    met = {head for v in found for part in parts(v) for head in part.heads}
-    return met.union(logits_of(v).head for v in found if isinstance(v, FOLLOWED))
+    leaves = [v.logits if isinstance(v, Terminal) else v for v in tree_leaves(values, is_leaf=is_value)]
+    heads = {head for v in leaves for part in token_values_of(v) for head in part.heads}
+    return heads.union(logits_of(v).head for v in leaves if isinstance(v, LOGITS_LIKE))
 
 
-def record(node: Node, value: Any, heads: Iterable[Projection], sites: dict[Projection, Site]) -> None:
-    """File what was learnt about a node under the heads it belongs to."""
+def note_value(node: Node, value: Any, heads: Iterable[Projection], sites: dict[Projection, Site]) -> None:
+    """Note what a node is at the sites of the heads it belongs to."""
     if isinstance(value, Terminal):
         sites[value.logits.head].terminals.append((node, value))
         for head in set(heads) - {value.logits.head}:
-            sites[head].escapes.append((node, f"{value.computes} mixes two heads"))
+            sites[head].escapes.append(refuse(Untraced.TWO_HEADS, node=node, computes=value.computes))
         return
-    found = all_followed(value)
+    followed = all_followed(value)
     ends = [v for v in tree_leaves(value, is_leaf=is_value) if isinstance(v, Terminal)]
     for head in {end.logits.head for end in ends}:
         sites[head].followed.append(node)  # a tuple of results: its getitems are the terminals
-    if not found and not ends:
+    if not followed and not ends:
         for head in heads:
-            sites[head].escapes.append((node, f"{name_of(node)} of the logits is not followed"))
-    for each in found:
+            sites[head].escapes.append(refuse(Untraced.NOT_FOLLOWED, node=node, name=name_of(node)))
+    for each in followed:
         head = logits_of(each).head
         sites.setdefault(head, Site(head)).followed.append(node)

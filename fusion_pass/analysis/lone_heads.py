@@ -1,7 +1,7 @@
 """Heads that have no loss in the graph: projections whose logits it returns, and which are worth deferring.
 
-A projection is told from an inner layer of a network by its sizes. This file must not know what deferring is, and
-decides about no site: whether a head can be deferred is asked later.
+A projection is told from an inner layer of a network by its sizes. Whether its logits can be deferred is for `legality`
+to say.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fusedhead.graph.nodes import fake, name_of
-from fusedhead.rules.projections import SPELLINGS
+from fusedhead.graph.op_names import PROJECTIONS
 
 LEAST_VOCAB = 1024
 LEAST_RATIO = 8  # V / D below this may be an inner layer of a network ...
@@ -25,17 +25,17 @@ def looks_like_a_head(node: Node) -> bool:
     if not isinstance(hidden, Tensor) or not isinstance(result, Tensor) or hidden.ndim < 2:
         return False
     depth, vocab = hidden.shape[-1], result.shape[-1]
-    return isinstance(depth, int) and isinstance(vocab, int) and pays(vocab, depth)
+    return isinstance(depth, int) and isinstance(vocab, int) and has_sizes_of_a_head(vocab, depth)
 
 
-def pays(vocab: int, depth: int) -> bool:
+def has_sizes_of_a_head(vocab: int, depth: int) -> bool:
     """Whether a weight [V, D] is that of a head, by its sizes, and not of an inner layer."""
     return vocab >= LEAST_VOCAB and (vocab >= LEAST_RATIO * depth or vocab >= SURE_VOCAB)
 
 
-def last_products(graph: Graph, passed: Callable[[Node], bool] = lambda node: True) -> list[Node]:
-    """The products from which an output of the graph is reached past no other and past ``passed`` nodes."""
-    found: list[Node] = []
+def last_products(graph: Graph, passes: Callable[[Node], bool] = lambda node: True) -> list[Node]:
+    """The products from which an output of the graph is reached past no other and past nodes that ``passes`` says."""
+    products: list[Node] = []
     seen: set[Node] = set()
     stack = [graph.output_node()]
     while stack:
@@ -43,11 +43,11 @@ def last_products(graph: Graph, passed: Callable[[Node], bool] = lambda node: Tr
             if source in seen or not source.op.startswith("call_"):
                 continue
             seen.add(source)
-            if name_of(source) in SPELLINGS:
-                found.append(source)
-            elif passed(source):
+            if name_of(source) in PROJECTIONS:
+                products.append(source)
+            elif passes(source):
                 stack.append(source)
-    return found
+    return products
 
 
 def heads_without_loss(graph: Graph) -> set[Node]:

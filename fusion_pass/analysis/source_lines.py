@@ -1,8 +1,8 @@
-"""Where in a program a node comes from: the line and the module that a user would look for.
+"""The line and the module of a program that a node comes from, as a user would look for them.
 
 A projection is often made by a helper that every linear layer passes through, or by the forward of a layer's own class.
-Its line tells heads and layers not apart: the caller's does. This file reads what Dynamo has recorded of a node
-(``stack_trace``, ``nn_module_stack``) and nothing else.
+Heads and layers then have one line, and the caller's line tells them apart. All of it is read from what Dynamo records
+of a node (``stack_trace``, ``nn_module_stack``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch.fx import Graph, Node
 
 from fusedhead.graph.nodes import name_of
-from fusedhead.rules.projections import SPELLINGS
+from fusedhead.graph.op_names import PROJECTIONS
 
 # the parts of a Dynamo source that no user has written
 INSIDE = frozenset({"self", "L", "G", "_modules", "_parameters", "_buffers", "_orig_mod"})
@@ -61,7 +61,7 @@ def module(node: Node) -> str:
 
 def products_of(graph: Graph) -> list[Node]:
     """The products of a graph, among which a head's line is told."""
-    return [node for node in graph.nodes if name_of(node) in SPELLINGS]
+    return [node for node in graph.nodes if name_of(node) in PROJECTIONS]
 
 
 def place(node: Node, products: Sequence[Node] | None = None) -> str:
@@ -69,26 +69,26 @@ def place(node: Node, products: Sequence[Node] | None = None) -> str:
 
     ``products``: those of its graph, for who asks for many places.
     """
-    found, path = caller(node, products_of(node.graph) if products is None else products), module(node)
-    line = str(found) if found is not None else node.name
+    frame, path = caller(node, products_of(node.graph) if products is None else products), module(node)
+    line = str(frame) if frame is not None else node.name
     return f"{line} ({path})" if path else line
 
 
 def caller(node: Node, products: Sequence[Node]) -> Frame | None:
     """The innermost frame that is no helper of several layers', nor the forward of a class of linear layers."""
-    own = frames(node)
-    if not own:
+    trace = frames(node)
+    if not trace:
         return None
-    others = [other for other in products if other is not node]
-    at = len(own) - 1
-    if is_a_layer(node, others):
-        at = next((i for i in range(at, 0, -1) if own[i].function in FORWARD), at + 1) - 1
-    while at and own[at].function not in FORWARD and is_a_helper(own, at, others):
+    layers = [other for other in products if other is not node]
+    at = len(trace) - 1
+    if is_a_layer(node, layers):
+        at = next((i for i in range(at, 0, -1) if trace[i].function in FORWARD), at + 1) - 1
+    while at and trace[at].function not in FORWARD and is_a_helper(trace, at, layers):
         at -= 1
-    return own[at]
+    return trace[at]
 
 
-def is_a_layer(node: Node, others: Sequence[Node]) -> bool:
+def is_a_layer(node: Node, layers: Sequence[Node]) -> bool:
     """Whether the innermost module is a program's own kind of linear layer: it makes one product, of its own weight."""
     stack = modules(node)
     if not stack or str(getattr(stack[-1][2], "__module__", stack[-1][2])).startswith("torch."):
@@ -96,7 +96,7 @@ def is_a_layer(node: Node, others: Sequence[Node]) -> bool:
     key, path, _ = stack[-1]
     weights = (parameter(source) for source in node.all_input_nodes[1:])
     return any(w.rpartition(".")[0] == path and w for w in weights) and not any(
-        (stack := modules(other)) and stack[-1][0] == key for other in others
+        (stack := modules(other)) and stack[-1][0] == key for other in layers
     )
 
 
@@ -109,10 +109,10 @@ def parameter(node: Node) -> str:
     return spelled(name() if callable(name) else str(name))
 
 
-def is_a_helper(own: Sequence[Frame], at: int, others: Sequence[Node]) -> bool:
+def is_a_helper(trace: Sequence[Frame], at: int, layers: Sequence[Node]) -> bool:
     """Whether another product passes the same line, called from somewhere else."""
-    for other in others:
+    for other in layers:
         theirs = frames(other)
-        if any(frame == own[at] and theirs[:i] != own[:at] for i, frame in enumerate(theirs)):
+        if any(frame == trace[at] and theirs[:i] != trace[:at] for i, frame in enumerate(theirs)):
             return True
     return False

@@ -7,7 +7,7 @@
 | ``F.linear(h, w).view(N, C, K)``, w [C K, D], classes second    | the products with ``w[k::K]``               |
 | ``torch.einsum("btd,kvd->btkv", h, w)``, ``torch.bmm(h, w)``    | the products with ``w[k]``                  |
 
-This file says what is stacked; it must not know what is asked of it, and edits nothing.
+Which of them pay, and what is asked of them, is for others to say.
 """
 
 from __future__ import annotations
@@ -21,84 +21,72 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fusedhead.analysis.evaluator import follow
-from fusedhead.analysis.interpreter import Reading, interpret
+from fusedhead.analysis.body import Body
+from fusedhead.analysis.evaluator import trace_value
+from fusedhead.analysis.interpreter import interpret
 from fusedhead.analysis.projections import above_losses
-from fusedhead.graph.modes import grad_modes
-from fusedhead.graph.nodes import Traces, fake, name_of
-from fusedhead.ir.logits import (
-    HIDDEN,
-    Call,
-    Escape,
-    Logits,
-    Plain,
-    Projection,
-    RowStep,
-    Stack,
-    piece_of,
-    rows_of_hidden,
-)
-from fusedhead.rewrite.returned_logits import rooted_in_inputs
-from fusedhead.rules.projections import SPELLINGS
-from fusedhead.rules.table import Family
+from fusedhead.analysis.reasons import Untraced
+from fusedhead.analysis.site import Reading
+from fusedhead.graph.nodes import fake, name_of
+from fusedhead.graph.op_names import CONCATENATES, PROJECTIONS, equation_terms, joined_parts
+from fusedhead.graph.reasons import Escape
+from fusedhead.graph.recipes import rooted_in_inputs
+from fusedhead.graph.tracing import Traces
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import HIDDEN, Logits, Projection, RowStep, StackedProjection, piece_of, rows_of_hidden
 
 aten = torch.ops.aten
-FAMILY = Family(
-    "several pieces, several heads",
-    "loops over rows or over pieces of the tokens or of the weight (one sweep for all of them, one gradient of the "
-    "weight); logits put together from pieces; heads stacked under one loss",
-    "pieces that something else reads or writes to",
-)
-CATS = frozenset({"cat", "concat", "concatenate"})  # along tokens, a stack whose numbers are then tokens too
-SPELLED = frozenset({"stack", *CATS, "view", "reshape", "unflatten", "einsum", "bmm", "matmul"})  # a stack's nodes
-MOST = 64  # heads: each is a sweep
+# Nodes that may be a stack of heads; along tokens, concatenated heads are a stack whose numbers are then tokens too.
+STACKS = CONCATENATES | {"stack", "view", "reshape", "unflatten", "einsum", "bmm", "matmul"}
+MOST_HEADS = 64  # each is a sweep
 
 
-def reading_of(graph: Graph, starts: Collection[Node], grad: bool) -> Reading | None:
-    """The reading of a graph with stacks that are all read to their losses; None if it has none."""
-    modes, traced = grad_modes(graph, grad), Traces()
-    found = {}
-    for node in reached(graph):
-        logits = stack_at(node, traced) or stack_at(node, traced, classes_first=True)
-        if logits is not None and all(modes[product] == modes[node] for product in logits.head.products):
-            found[node] = logits
-    tried: set[Node] = set()
-    while found:
-        products = {p for logits in found.values() for p in logits.head.products}
-        reading = interpret(graph, set(starts) - products, grad, found)
-        served = {site.head.node for site in reading.sites if isinstance(site.head, Stack) and site.terminals
-                  and not site.escapes and not any(t.logits.rows for _, t in site.terminals)}  # fmt: skip
-        if served >= found.keys():
+def reading_with_stacks(body: Body, starts: Collection[Node]) -> Reading | None:
+    """The reading of a graph with stacks that are all followed to their losses; None if it has none."""
+    graph, facts, traces = body.graph, body.facts, body.traces
+    stacks = {}
+    for node in nodes_under_losses(graph):
+        logits = stack_at(node, traces) or stack_at(node, traces, classes_first=True)
+        if logits is not None and len(set(map(facts.grad_mode, (node, *logits.head.products)))) == 1:
+            stacks[node] = logits
+    retried: set[Node] = set()
+    while stacks:
+        products = {p for logits in stacks.values() for p in logits.head.products}
+        reading = interpret(facts, traces, set(starts) - products, stacks)
+        sites = [site for site in reading.sites if isinstance(site.head, StackedProjection)]
+        sites = [site for site in sites if site.terminals and not site.escapes]
+        served = {site.head.node for site in sites if not any(t.logits.rows for _, t in site.terminals)}
+        if served >= stacks.keys():
             return reading
-        left = {node: logits for node, logits in found.items() if node in served}
-        for node in found.keys() - served - tried:  # the classes may be the other of two dimensions
-            tried.add(node)
-            logits = stack_at(node, traced, classes_first=True)
-            left |= {node: logits} if logits is not None else {}
-        found = left
+        served_stacks = {node: logits for node, logits in stacks.items() if node in served}
+        for node in stacks.keys() - served - retried:  # the classes may be the other of two dimensions
+            retried.add(node)
+            logits = stack_at(node, traces, classes_first=True)
+            served_stacks |= {node: logits} if logits is not None else {}
+        stacks = served_stacks
     return None
 
 
-def reached(graph: Graph) -> list[Node]:
-    """The nodes between a graph's losses and its products, those included, in order."""
-    seen = set(above_losses(graph, {*SPELLINGS, "bmm"}))
+def nodes_under_losses(graph: Graph) -> list[Node]:
+    """The nodes between a graph's losses and its products, with the products, in order."""
+    seen = set(above_losses(graph, {*PROJECTIONS, "bmm"}))
     return [node for node in graph.nodes if node in seen]
 
 
-def stack_at(node: Node, traced: Traces, *, classes_first: bool = False) -> Logits | None:
+def stack_at(node: Node, traces: Traces, *, classes_first: bool = False) -> Logits | None:
     """The logits of a node that stacks several heads'; ``classes_first``: as pieces whose numbers are its last."""
     if not isinstance(fake(node), Tensor):
         return None
     try:
         if classes_first:
-            found = of_pieces(node, traced, classes_first=True)
+            stacked = stack_of_slices(node, traces, classes_first=True)
         else:
-            found = of_products(node, traced) or of_pieces(node, traced) or of_a_product(node)
+            stacked = stack_of_products(node, traces) or stack_of_slices(node, traces) or stack_of_weights(node)
     except Escape:
         return None
-    if found is None or not 2 <= len(found[0]) <= MOST:
+    if stacked is None or not 2 <= len(stacked[0]) <= MOST_HEADS:
         return None
-    parts, dim = found
+    parts, dim = stacked
     first = parts[0]
     alike = all(
         p.val.shape == first.val.shape and p.head.dtype == first.head.dtype and p.class_dim == p.val.ndim - 1
@@ -107,55 +95,51 @@ def stack_at(node: Node, traced: Traces, *, classes_first: bool = False) -> Logi
     if not alike or dim >= fake(node).ndim - 1:
         return None
     class_dim, moved = fake(node).ndim - 1, tuple[RowStep, ...]()
-    if name_of(node) in CATS:
+    if name_of(node) in CONCATENATES:
         moved = (RowStep(aten.flatten.using_ints, (dim, dim + 1), keeps_order=True),)
     elif classes_first:
         moved, class_dim = (RowStep(aten.movedim.int, (dim + 1, dim), keeps_order=True),), dim
-    hidden = Plain(Call(aten.stack.default, ([rows_of_hidden(p) for p in parts], dim)), None)
-    head = Stack(node, hidden, first.head.weight, first.head.dtype, tuple(parts), dim)
+    hidden = Plain(Expr(aten.stack.default, ([rows_of_hidden(p) for p in parts], dim)), None)
+    head = StackedProjection(node, hidden, first.head.weight, first.head.dtype, tuple(parts), dim)
     vocab = first.vocab and (0, int(first.val.shape[-1]))
     return Logits(head, fake(node), class_dim, row_steps=moved, vocab=vocab)
 
 
-def product(node: Node, traced: Traces) -> Logits:
+def product(node: Node, traces: Traces) -> Logits:
     """The logits of a projection that nothing else reads. Raises Escape."""
-    value = follow(node, {}, traced) if len(node.users) == 1 and name_of(node) in SPELLINGS else None
+    value = trace_value(node, {}, traces) if len(node.users) == 1 and name_of(node) in PROJECTIONS else None
     if not isinstance(value, Logits):
-        raise Escape("not a product")
+        raise Escape(Untraced.NOT_A_PRODUCT)
     return value
 
 
-def of_products(node: Node, traced: Traces) -> tuple[list[Logits], int] | None:
+def stack_of_products(node: Node, traces: Traces) -> tuple[list[Logits], int] | None:
     """Products that are stacked, or joined along another dimension than the classes."""
-    listed = node.args[0] if node.args else node.kwargs.get("tensors")
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if name_of(node) not in {"stack", *CATS} or not isinstance(listed, (list, tuple)) or not isinstance(dim, int):
+    joined = joined_parts(node)
+    if joined is None or len(set(joined[0])) != len(joined[0]):
         return None
-    nodes = [part for part in listed if isinstance(part, Node)]
-    if len(set(nodes)) != len(listed):
-        return None
-    return [product(part, traced) for part in nodes], dim % fake(node).ndim
+    return [product(part, traces) for part in joined[0]], joined[1]
 
 
-def of_pieces(node: Node, traced: Traces, *, classes_first: bool = False) -> tuple[list[Logits], int] | None:
+def stack_of_slices(node: Node, traces: Traces, *, classes_first: bool = False) -> tuple[list[Logits], int] | None:
     """A product whose classes are viewed as K times V, or as V times K."""
     source = node.args[0] if node.args else None
     if name_of(node) not in ("view", "reshape", "unflatten") or not isinstance(source, Node):
         return None
-    if name_of(source) not in SPELLINGS or fake(node).ndim < 3:
+    if name_of(source) not in PROJECTIONS or fake(node).ndim < 3:
         return None
     before, after = fake(source).shape, list(fake(node).shape)
     count, vocab = after[-2:]
     if not isinstance(count, int) or not isinstance(vocab, int) or before[-1] != count * vocab or count < 2:
         return None
-    whole = product(source, traced)
+    whole = product(source, traces)
     rows = [s if isinstance(s, int) else -1 for s in after[:-2]]
     if rows.count(-1) > 1 or math.prod(before[:-1]) != math.prod(after[:-2]) or whole.row_steps:
         return None
     step = RowStep(aten.reshape.default, ([*rows, HIDDEN],), keeps_order=True)
     if classes_first:
         count, vocab = vocab, count
-        return [every(whole, k, count, fake(node).select(-1, k), step) for k in range(count)], len(rows)
+        return [every_kth(whole, k, count, fake(node).select(-1, k), step) for k in range(count)], len(rows)
     bounds = [(k * vocab, (k + 1) * vocab) for k in range(count)]
     return [
         replace(
@@ -170,20 +154,20 @@ def of_pieces(node: Node, traced: Traces, *, classes_first: bool = False) -> tup
     ], len(rows)
 
 
-def every(whole: Logits, first: int, step: int, val: Tensor, rows: RowStep) -> Logits:
+def every_kth(whole: Logits, first: int, step: int, val: Tensor, rows: RowStep) -> Logits:
     """The product with every ``step``-th row of the weight, from ``first`` on."""
 
-    def taken(x: Plain) -> Plain:
-        return Plain(Call(aten.slice.Tensor, (x.ref, 0, first, x.val.shape[0], step)), x.val[first::step])
+    def strided(x: Plain) -> Plain:
+        return Plain(Expr(aten.slice.Tensor, (x.ref, 0, first, x.val.shape[0], step)), x.val[first::step])
 
-    head = replace(whole.head, weight=taken(whole.head.weight))
-    cols = tuple(map(taken, whole.cols))
+    head = replace(whole.head, weight=strided(whole.head.weight))
+    cols = tuple(map(strided, whole.cols))
     return replace(whole, head=head, val=val, class_dim=val.ndim - 1, row_steps=(rows,), cols=cols)
 
 
-def of_a_product(node: Node) -> tuple[list[Logits], int] | None:
+def stack_of_weights(node: Node) -> tuple[list[Logits], int] | None:
     """One product with K weights: ``einsum`` or ``bmm`` with a weight of three dimensions."""
-    terms = letters(node)
+    terms = letters_of(node)
     if terms is None:
         return None
     hidden, h, weight, w, out = terms
@@ -199,16 +183,16 @@ def of_a_product(node: Node) -> tuple[list[Logits], int] | None:
     count = fake(weight).shape[w.index(k)]
     if k in h and not is_parameter(weight):  # attention looks the same
         return None
-    if not h.endswith(d) or out.replace(k, "") != rows + v or not isinstance(count, int) or count > MOST:
+    if not h.endswith(d) or out.replace(k, "") != rows + v or not isinstance(count, int) or count > MOST_HEADS:
         return None
     parts = []
     for i in range(count):
-        of = Call(aten.select.int, (weight, w.index(k), i))
-        stored = of if w.index(v) < w.index(d) else Call(aten.t.default, (of,))
+        selected = Expr(aten.select.int, (weight, w.index(k), i))
+        stored = selected if w.index(v) < w.index(d) else Expr(aten.t.default, (selected,))
         value = fake(weight).select(w.index(k), i)
-        own = Call(aten.select.int, (hidden, h.index(k), i)) if k in h else hidden
-        states = Plain(own, fake(hidden).select(h.index(k), i) if k in h else fake(hidden))
-        head = Projection(node, states, Plain(stored, value if stored is of else value.t()), fake(node).dtype)
+        selected_states = Expr(aten.select.int, (hidden, h.index(k), i)) if k in h else hidden
+        states = Plain(selected_states, fake(hidden).select(h.index(k), i) if k in h else fake(hidden))
+        head = Projection(node, states, Plain(stored, value if stored is selected else value.t()), fake(node).dtype)
         val = fake(node).select(out.index(k), i)
         if val.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return None
@@ -226,13 +210,12 @@ def is_parameter(node: Node) -> bool:
     return isinstance(fake(node), torch.nn.Parameter)
 
 
-def letters(node: Node) -> tuple[Node, str, Node, str, str] | None:
+def letters_of(node: Node) -> tuple[Node, str, Node, str, str] | None:
     """(hidden states, their letters, weight, its letters, those of the result) of a product with several weights."""
     if name_of(node) == "einsum" and isinstance(node.args[0], str):
         operands: Sequence[Any] = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
-        left, _, out = node.args[0].replace(" ", "").partition("->")
-        terms = left.split(",")
-        if "." in left or not out or len(terms) != 2 or len(operands) != 2:
+        terms, out = equation_terms(node.args[0])
+        if any("." in term for term in terms) or not out or len(terms) != 2 or len(operands) != 2:
             return None
         pairs = list(zip(operands, terms))
     elif name_of(node) in ("bmm", "matmul") and len(node.args) == 2 and not node.kwargs:
@@ -242,7 +225,7 @@ def letters(node: Node) -> tuple[Node, str, Node, str, str] | None:
     else:
         return None
     for (hidden, h), (weight, w) in (pairs, pairs[::-1]):
-        known = isinstance(hidden, Node) and isinstance(weight, Node) and len(w) == 3
-        if known and rooted_in_inputs(weight) and 0 not in fake(weight).stride() and len(set(w)) == 3:
+        is_weight = isinstance(hidden, Node) and isinstance(weight, Node) and len(w) == 3
+        if is_weight and rooted_in_inputs(weight) and 0 not in fake(weight).stride() and len(set(w)) == 3:
             return hidden, h, weight, w, out
     return None

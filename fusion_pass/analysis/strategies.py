@@ -1,53 +1,83 @@
-"""Which reading of a graph the pass goes on with, where several are true of it.
+"""Chooses between alternative interpretations of one graph.
 
-| what a graph has                                              | what is read then                          |
-|---------------------------------------------------------------|--------------------------------------------|
-| logits of several heads, stacked under one loss               | the stack, as one head of parts (`stacks`) |
-| a projection without a loss, whose logits a row program reads | that one too: a teacher                    |
-| logits computed for a row program, and again for statistics   | the row program alone, token by token      |
+| what a graph has                                                  | the alternative                   |
+|-------------------------------------------------------------------|-----------------------------------|
+| logits of several heads, stacked under one loss                   | the stack, as one head of parts   |
+| a projection without a loss, whose logits a token program reads   | that one is a head too: a teacher |
+| logits computed for a token program, and again for statistics     | the token program alone           |
 
-Another reading is taken only where it serves everything that the plain one does. This file compares readings; it
-must not know whether a site is safe to rewrite or pays, and edits nothing.
+An alternative is taken only where it serves everything that the plain interpretation does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from fusedhead.analysis import stacked_heads
-from fusedhead.analysis.interpreter import Reading, interpret
-from fusedhead.analysis.token_regions import Region, leaves_of, regions
+from fusedhead.analysis.body import Body
+from fusedhead.analysis.interpreter import interpret
+from fusedhead.analysis.lone_heads import heads_without_loss
+from fusedhead.analysis.projections import candidates
+from fusedhead.analysis.site import Reading
+from fusedhead.analysis.stacked_heads import reading_with_stacks
+from fusedhead.analysis.token_regions import by_tokens, regions
 from fusedhead.graph.nodes import fake, name_of
-from fusedhead.ir.builder import static
-from fusedhead.ir.logits import leaves
-from fusedhead.ir.tokenwise import parts
-from fusedhead.rewrite.token_programs import by_tokens
-from fusedhead.rules.projections import SPELLINGS
+from fusedhead.graph.op_names import PROJECTIONS
+from fusedhead.graph.sizes import static
+from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.tokenwise import inputs_of, token_values_of
 
 
-def chosen(graph: Graph, starts: set[Node], grad: bool) -> Reading:
-    """The reading of a graph whose logits begin at ``starts``; ``grad``: whether its first node records gradients."""
-    with_stacks = stacked_heads.reading_of(graph, starts, grad)
-    if with_stacks is not None:
-        return with_stacks
-    reading = interpret(graph, starts, grad)
-    more = teachers(reading)
-    if more:
-        again = interpret(graph, starts | more, grad)
-        if not any(site.escapes for site in again.sites if site.head.node in more):
-            starts, reading = starts | more, again
-    return in_one_sweep(graph, starts, grad, reading)
+def find_projections(body: Body) -> None:
+    """Find the projections whose logits are followed: those under a loss, and those that the graph only returns."""
+    if body.is_top and body.options.logits == "deferred":
+        body.returned = heads_without_loss(body.graph)
+    body.starts = candidates(body.graph) | body.returned
 
 
-def teachers(reading: Reading) -> set[Node]:
-    """Projections whose logits a row program would read as tensors from outside: a teacher that has no loss."""
-    found: set[Node] = set()
-    values = [part for value in reading.rowwise.values() for part in parts(value)]
-    known = {site.head.node for site in reading.sites}
-    stack = leaves(leaf.value for leaf in leaves_of(values)[1] if leaf.by_rows and leaf.value.val.ndim)
+def run(body: Body) -> None:
+    """Choose the reading of a body."""
+    body.reading = choose(body)
+
+
+def choose(body: Body) -> Reading:
+    """The best interpretation of a body's graph."""
+    reading = reading_with_stacks(body, body.starts)
+    if reading is not None:
+        return reading
+    reading = interpret(body.facts, body.traces, body.starts)
+    for alternative in ALTERNATIVES:
+        reading = alternative(body, reading) or reading
+    return reading
+
+
+def serves_all_of(reading: Reading, heads: Iterable[Node]) -> bool:
+    """Whether an interpretation reads these projections to the end of every use."""
+    heads = set(heads)
+    return not any(site.escapes for site in reading.sites if site.head.node in heads)
+
+
+def with_teacher_heads(body: Body, plain: Reading) -> Reading | None:
+    """The interpretation that follows projections without a loss whose logits a token program reads: teachers."""
+    teachers = teacher_heads(plain)
+    if not teachers:
+        return None
+    reading = interpret(body.facts, body.traces, body.starts | teachers)
+    if not serves_all_of(reading, teachers):
+        return None
+    body.starts |= teachers
+    return reading
+
+
+def teacher_heads(reading: Reading) -> set[Node]:
+    """Projections whose logits a token program would read as tensors from outside."""
+    teachers: set[Node] = set()
+    values = [part for value in reading.tokenwise.values() for part in token_values_of(value)]
+    heads = {site.head.node for site in reading.sites}
+    stack = nodes_of(leaf.value for leaf in inputs_of(values)[1] if leaf.by_rows and leaf.value.val.ndim)
     seen: set[Node] = set()
     vocabs = {head.weight.val.shape[0] for part in values for head in part.heads}
     while stack:
@@ -56,42 +86,41 @@ def teachers(reading: Reading) -> set[Node]:
         if node in seen or not node.op.startswith("call_") or not isinstance(val, Tensor):
             continue
         seen.add(node)
-        if name_of(node) in SPELLINGS:
-            if node not in known and val.ndim and static(val.shape[-1]) in vocabs:
-                found.add(node)
+        if name_of(node) in PROJECTIONS:
+            if node not in heads and val.ndim and static(val.shape[-1]) in vocabs:
+                teachers.add(node)
             continue
         stack += node.all_input_nodes
-    return found
+    return teachers
 
 
-def in_one_sweep(graph: Graph, starts: set[Node], grad: bool, reading: Reading) -> Reading:
-    """The reading where logits that a row program needs are computed for it alone, if it serves all that reads them.
+def tokenwise_only(body: Body, plain: Reading) -> Reading | None:
+    """The interpretation that computes logits for one token program alone, where that serves all that reads them.
 
     A cross-entropy beside a divergence or a top-k would be a sweep of its own: one product forward and two or three
-    for its gradients, where a row program has the logits of a window at hand.
+    for its gradients, where a token program has the logits of a window at hand.
     """
-    several = swept_again(reading, regions(reading))
-    if not several:
-        return reading
-    again = interpret(graph, starts, grad, by_rows=several)
-    left = [site for site in again.sites if site.head.node in several and (site.terminals or site.escapes)]
-    if left or again.unread.keys() != reading.unread.keys():
-        return reading
-    found = regions(again)
-    if swept_again(again, found):
-        return reading
-    calls = [len(by_tokens(region.outputs)) for region in found]
-    return again if max(calls, default=0) == 1 else reading
+    repeated = heads_computed_twice(plain)
+    if not repeated:
+        return None
+    reading = interpret(body.facts, body.traces, body.starts, tokenwise_only=repeated)
+    with_statistics = any(site.terminals for site in reading.sites if site.head.node in repeated)
+    if with_statistics or not serves_all_of(reading, repeated) or reading.no_rule.keys() != plain.no_rule.keys():
+        return None
+    if heads_computed_twice(reading):
+        return None
+    calls = [len(by_tokens(region.outputs)) for region in regions(reading)]
+    return reading if max(calls, default=0) == 1 else None
 
 
-def swept_again(reading: Reading, found: Iterable[Region]) -> set[Node]:
-    """Projections whose logits are computed for a row program and again: for statistics, or as other logits of it.
-
-    ``found``: the regions of the reading.
-    """
-    several: set[Node] = set()
+def heads_computed_twice(reading: Reading) -> set[Node]:
+    """Projections whose logits are computed for a token program and again: for statistics, or as other logits of it."""
+    repeated: set[Node] = set()
     with_statistics = {site.head for site in reading.sites if site.terminals}
-    for region in found:
-        seeds = [seed.logits.head for seed in leaves_of(region.outputs)[0]]
-        several |= {head.node for head in region.heads if head in with_statistics or seeds.count(head) > 1}
-    return several
+    for region in regions(reading):
+        heads: list[Any] = [seed.logits.head for seed in inputs_of(region.outputs)[0]]
+        repeated |= {head.node for head in region.heads if head in with_statistics or heads.count(head) > 1}
+    return repeated
+
+
+ALTERNATIVES: tuple[Callable[[Body, Reading], Reading | None], ...] = (with_teacher_heads, tokenwise_only)

@@ -1,8 +1,8 @@
 """Calls that read no more than the shape of a tensor, as calls that do not read it, where that shape is known.
 
-``broadcast_tensors`` is taken apart, each result by itself: `torch.distributions.Categorical` reads its labels'
-log-probabilities through one call that broadcasts both. ``y.expand_as(top)`` is ``y.expand(...)``: so do accuracies
-compare their labels with the classes that a top-k found. This file knows no heads.
+``broadcast_tensors`` becomes one ``expand`` for each result: `torch.distributions.Categorical` reads its labels'
+log-probabilities through one call that broadcasts both. ``y.expand_as(top)`` becomes ``y.expand(...)``: accuracy code
+uses it to compare labels with top-k predictions.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from fusedhead.analysis.body import Body
+from fusedhead.graph.edit import replace
 from fusedhead.graph.nodes import fake, name_of
-from fusedhead.ir.builder import static
-from fusedhead.rules.losses import same_shape
+from fusedhead.graph.sizes import same_shape, static
 
 
-def separate(graph: Graph) -> None:
-    """Replace the results of every ``broadcast_tensors`` and ``expand_as`` by what expands the operand, in place."""
+def run(body: Body) -> None:
+    """Replace the results of every ``broadcast_tensors`` and ``expand_as`` by what expands the operand."""
+    graph = body.graph
     for node in graph.find_nodes(op="call_function", target=torch.functional.broadcast_tensors):
         for user in list(node.users):
             if name_of(user) == "getitem":
-                replaced(graph, user, node.args[user.args[1]])  # type: ignore[index]
+                expand_instead(graph, user, node.args[user.args[1]])  # type: ignore[index]
         if not node.users:
             graph.erase_node(node)
     for node in graph.find_nodes(op="call_method", target="expand_as"):
-        replaced(graph, node, node.args[0])
+        expand_instead(graph, node, node.args[0])
 
 
-def replaced(graph: Graph, node: Node, operand: Any) -> None:
-    """``node`` by ``operand``, expanded where its shape is another; left alone where that is not known."""
+def expand_instead(graph: Graph, node: Node, operand: Any) -> None:
+    """Replace ``node`` by ``operand``, expanded where its shape is another; left alone where that is not known."""
     sizes = expansion(operand, node) if isinstance(operand, Node) else None
     if sizes is None:
         return
@@ -38,13 +40,12 @@ def replaced(graph: Graph, node: Node, operand: Any) -> None:
         with graph.inserting_before(node):
             operand = graph.call_method("expand", (operand, sizes))
         operand.meta = dict(node.meta)
-    node.replace_all_uses_with(operand)
-    graph.erase_node(node)
+    replace(node, operand)
 
 
 def expansion(operand: Node, result: Node) -> list[int] | None:
     """What `Tensor.expand` makes the result of the operand with, -1 where a size stays; None if that is not known."""
-    own, to = list(fake(operand).shape), list(fake(result).shape)
-    new = len(to) - len(own)  # dimensions that the operand lacks, which cannot be left to stay
-    sizes = [-1 if d >= new and same_shape([own[d - new]], [size]) else static(size) for d, size in enumerate(to)]
+    old, target = list(fake(operand).shape), list(fake(result).shape)
+    new = len(target) - len(old)  # dimensions that the operand lacks, which cannot be left to stay
+    sizes = [-1 if d >= new and same_shape([old[d - new]], [size]) else static(size) for d, size in enumerate(target)]
     return None if None in sizes else sizes  # type: ignore[return-value]

@@ -11,8 +11,8 @@ Rewritten is where a and b have one sign and ``|b| > |a| > 0``. Both sides are t
 meets another sign that does not meet it on the left. Nor do digits cancel: both terms of the right side have the sign
 that the label's x has on the left. With b = 0 the label's x, -1e30 under a mask, would be added and taken off again.
 With a = 0 (a label alone) it is not known of an infinite sum whether the label's x is all that is infinite in it, and 0
-times another would be NaN. Such targets are left, and computed token by token. This file edits the graph, where
-nothing else reads t; it knows no losses.
+times another would be NaN. Such targets are left, and computed token by token. The graph is edited only where nothing
+else reads t.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fusedhead.canonicalize.functionalize_subscripts import of_a_projection
+from fusedhead.analysis.body import Body
+from fusedhead.canonicalize.functionalize_subscripts import comes_from_a_projection
 from fusedhead.graph.aliases import memory
 from fusedhead.graph.effects import may_write
 from fusedhead.graph.facts import before
-from fusedhead.graph.modes import grad_modes
 from fusedhead.graph.nodes import fake, name_of
-from fusedhead.ir.builder import Emit, static
+from fusedhead.graph.sizes import static
+from fusedhead.ir.builder import Emit
 
 aten = torch.ops.aten
 FILLED = {"zeros_like": 0.0, "new_zeros": 0.0, "zeros": 0.0, "ones_like": 1.0, "new_ones": 1.0, "ones": 1.0}
-CASTS = frozenset({"float", "to", "type_as", "double", "contiguous", "detach"})
+KEEPS_NUMBERS = frozenset({"float", "to", "type_as", "double", "contiguous", "detach"})
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,18 @@ class Target:
     labels: bool  # the index is the labels [...] themselves
     nodes: frozenset[Node]
 
-    def affine(self, of: Callable[[float], float], node: Node) -> Target:
-        return replace(self, rest=of(self.rest), at=of(self.at), nodes=self.nodes | {node})
+    def affine(self, function: Callable[[float], float], node: Node) -> Target:
+        return replace(self, rest=function(self.rest), at=function(self.at), nodes=self.nodes | {node})
 
 
-def separate(graph: Graph) -> None:
-    """Replace sums of products with such targets, in place."""
+def run(body: Body) -> None:
+    """Replace sums of products with such targets."""
+    graph = body.graph
     if not any(name_of(node) in ("scatter", "scatter_", "one_hot") for node in graph.nodes):
         return
-    modes = grad_modes(graph)
     for node in list(graph.nodes):
         if not node._erased and name_of(node) == "sum" and isinstance(fake(node), Tensor):
-            become(graph, node, modes[node])
+            expand_sum(graph, node, body.facts.grad_mode(node))
 
 
 def number(x: Any) -> bool:
@@ -82,48 +83,48 @@ def target_of(node: Any, reader: Node) -> Target | None:
     if name == "one_hot":
         classes: Any = args[1] if len(args) > 1 else node.kwargs.get("num_classes", -1)
         labels = args[0] if isinstance(args[0], Node) else None
-        known = number(classes) and classes > 0 and labels is not None and fake(labels).dtype == torch.int64
-        return Target(0.0, 1.0, labels, True, frozenset({node})) if known else None
+        is_known = number(classes) and classes > 0 and labels is not None and fake(labels).dtype == torch.int64
+        return Target(0.0, 1.0, labels, True, frozenset({node})) if is_known else None
     return combined(node, name, args)
 
 
 def combined(node: Node, name: str, args: tuple) -> Target | None:
     """What affine code makes of targets."""
-    found = target_of(args[0], node) if args else None
+    target = target_of(args[0], node) if args else None
     other = args[1] if len(args) > 1 else None
-    if name in CASTS:
-        return found and found.affine(lambda x: x, node)
+    if name in KEEPS_NUMBERS:
+        return target and target.affine(lambda x: x, node)
     if name == "neg":
-        return found and found.affine(lambda x: -x, node)
+        return target and target.affine(lambda x: -x, node)
     if len(args) != 2 or node.kwargs:
         return None
-    if found is not None and number(other):
+    if target is not None and number(other):
         does = {"mul": lambda x: x * other, "truediv": lambda x: x / other, "div": lambda x: x / other,
                 "add": lambda x: x + other, "sub": lambda x: x - other, "rsub": lambda x: other - x}  # fmt: skip
-        return found.affine(does[name], node) if name in does and (other or name in ("add", "sub", "mul")) else None
+        return target.affine(does[name], node) if name in does and (other or name in ("add", "sub", "mul")) else None
     second = target_of(other, node)
     if second is not None and number(args[0]):
         turned = {"mul": lambda x: args[0] * x, "add": lambda x: args[0] + x, "sub": lambda x: args[0] - x}
         return second.affine(turned[name], node) if name in turned else None
-    if found is None or second is None or name not in ("add", "sub") or found.index is not second.index:
+    if target is None or second is None or name not in ("add", "sub") or target.index is not second.index:
         return None
     sign = 1 if name == "add" else -1
-    both = found.nodes | second.nodes | {node}
-    return replace(found, rest=found.rest + sign * second.rest, at=found.at + sign * second.at, nodes=both)
+    both = target.nodes | second.nodes | {node}
+    return replace(target, rest=target.rest + sign * second.rest, at=target.at + sign * second.at, nodes=both)
 
 
 def scattered(base: Target, node: Node) -> Target | None:
     """``base`` with a number at the labels."""
-    given: dict[str, Any] = dict(zip(("dim", "index", "value"), node.args[1:])) | node.kwargs
-    dim, index, value = given.get("dim"), given.get("index"), given.get("value", given.get("src"))
-    if set(given) - {"dim", "index", "value", "src"} or not isinstance(index, Node):
+    arguments: dict[str, Any] = dict(zip(("dim", "index", "value"), node.args[1:])) | node.kwargs
+    dim, index, value = arguments.get("dim"), arguments.get("index"), arguments.get("value", arguments.get("src"))
+    if set(arguments) - {"dim", "index", "value", "src"} or not isinstance(index, Node):
         return None
     if value is None or not number(value):
         return None
-    ndim, found = fake(node).ndim, fake(index)
+    ndim, labels = fake(node).ndim, fake(index)
     if not isinstance(dim, int) or dim % ndim != ndim - 1 or base.index is not None:
         return None
-    if not isinstance(found, Tensor) or found.ndim != ndim or static(found.shape[-1]) != 1:
+    if not isinstance(labels, Tensor) or labels.ndim != ndim or static(labels.shape[-1]) != 1:
         return None
     return replace(base, at=float(value), index=index, labels=False, nodes=base.nodes | {node})
 
@@ -135,14 +136,14 @@ def filled(node: Any, reader: Node) -> Target | None:
     if not isinstance(node, Node):
         return None
     name = name_of(node)
-    given: Any = FILLED.get(name)
+    fill_value: Any = FILLED.get(name)
     if name in ("full_like", "new_full", "full"):
-        given = node.kwargs.get("fill_value", node.args[1] if len(node.args) == 2 else None)
-        given = node.args[2] if name == "new_full" and len(node.args) > 2 else given
-    if not number(given) and name not in ("empty_like",):
+        fill_value = node.kwargs.get("fill_value", node.args[1] if len(node.args) == 2 else None)
+        fill_value = node.args[2] if name == "new_full" and len(node.args) > 2 else fill_value
+    if not number(fill_value) and name not in ("empty_like",):
         return None
-    found = Target(float(given or 0.0), float(given or 0.0), None, False, frozenset({node}))
-    known, at = name != "empty_like", memory(node)
+    target = Target(float(fill_value or 0.0), float(fill_value or 0.0), None, False, frozenset({node}))
+    is_filled, at = name != "empty_like", memory(node)
     for write in node.graph.nodes:
         if not may_write(write, at):
             continue
@@ -151,16 +152,16 @@ def filled(node: Any, reader: Node) -> Target | None:
         if name_of(write) == "fill_" and len(write.args) == 2 and number(write.args[1]):
             number_given: Any = write.args[1]
             filling = float(number_given)
-            found, known = Target(filling, filling, None, False, found.nodes | {write}), True
-        elif name_of(write) == "scatter_" and (after := scattered(found, write)) is not None and known:
-            found = after
+            target, is_filled = Target(filling, filling, None, False, target.nodes | {write}), True
+        elif name_of(write) == "scatter_" and (after := scattered(target, write)) is not None and is_filled:
+            target = after
         else:
             return None
-    return found if known else None
+    return target if is_filled else None
 
 
-def become(graph: Graph, total: Node, recorded: bool) -> None:
-    """A sum over the classes of a product with a target, out of sums and picks of the other factor."""
+def expand_sum(graph: Graph, total: Node, recorded: bool) -> None:
+    """Make a sum over the classes of a product with a target out of sums and picks of the other factor."""
     product = total.args[0] if total.args else None
     dims: Any = total.args[1] if len(total.args) > 1 else total.kwargs.get("dim")
     keep = total.kwargs.get("keepdim", total.args[2] if len(total.args) > 2 else False)
@@ -182,9 +183,9 @@ def become(graph: Graph, total: Node, recorded: bool) -> None:
     if {d % ndim for d in listed} not in ({ndim - 1}, set(range(ndim))) or set(total.kwargs) - {"dim", "keepdim"}:
         return
     like = isinstance(value, Tensor) and value.shape == fake(product).shape and value.dtype == torch.float32
-    if not like or fake(product).dtype != value.dtype or not only_here(target, product) or not of_a_projection(x):
+    if not like or fake(product).dtype != value.dtype:
         return
-    if not safe(target):
+    if not is_read_only_by(target, product) or not comes_from_a_projection(x) or not keeps_digits(target):
         return
     emit = Emit(graph)
     with emit.before(total, total, grad=recorded):
@@ -207,12 +208,12 @@ def become(graph: Graph, total: Node, recorded: bool) -> None:
         graph.erase_node(node)
 
 
-def safe(target: Target) -> bool:
+def keeps_digits(target: Target) -> bool:
     """Whether both sides of the equation have the same infinities, NaN and digits, whatever x is."""
     a, b = target.rest, target.at
     return a * b > 0 and abs(b) > abs(a)
 
 
-def only_here(target: Target, product: Node) -> bool:
+def is_read_only_by(target: Target, product: Node) -> bool:
     """Whether nothing but the product reads a target or what it is made by."""
     return all(user in target.nodes or user is product for node in target.nodes for user in node.users)

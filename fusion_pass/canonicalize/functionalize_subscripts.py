@@ -7,7 +7,7 @@
 | ``z[..., k] = z[..., k] + c`` and so on               | the same                                           |
 
 Exact where nothing else reads the subscript or writes to the tensor on the way: a vector along one dimension, in
-float32 where the tensor is narrower, as the op itself computes. This file edits the graph and knows no heads.
+float32 where the tensor is narrower, as the op itself computes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from fusedhead.analysis.body import Body
 from fusedhead.graph.aliases import storage
 from fusedhead.graph.effects import memory_written
-from fusedhead.graph.facts import Places
-from fusedhead.graph.modes import grad_modes
+from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import every_dimension, fake, name_of
-from fusedhead.ir.builder import Emit, static
-from fusedhead.ir.logits import Escape
-from fusedhead.rules.projections import SPELLINGS
+from fusedhead.graph.op_names import PROJECTIONS
+from fusedhead.graph.reasons import Escape
+from fusedhead.graph.sizes import static
+from fusedhead.ir.builder import Emit
 from fusedhead.rules.setitem import column_choice
 
 aten = torch.ops.aten
@@ -46,22 +47,24 @@ class Update:
 
     tensor: Node
     dim: int
-    chosen: Any  # the index in that dimension; all others are whole
+    columns: Any  # the index in that dimension; all others are whole
     op: Node
     operand: Any
     view: Node
     last: Node  # the op, where it writes through a view, or the ``setitem``
 
 
-def separate(graph: Graph) -> None:
-    """Replace updates of a part by writes to the whole, in place."""
+def run(body: Body) -> None:
+    """Replace updates of a part by writes to the whole."""
+    graph, facts = body.graph, body.facts
     if not any(name_of(node) in WRITES or name_of(node) == "setitem" for node in graph.nodes):
         return
-    modes, places = grad_modes(graph), Places(graph)
     for node in list(graph.nodes):
-        found = None if node._erased else update_at(node)
-        if found is not None and alone(found, places) and (modes[found.op] or not fake(found.tensor).requires_grad):
-            become(graph, found, modes[found.last])
+        update = None if node._erased else update_at(node)
+        if update is None or not has_no_other_writer(update, facts):
+            continue
+        if facts.grad_mode(update.op) or not fake(update.tensor).requires_grad:
+            write_whole(graph, update, facts.grad_mode(update.last))
 
 
 def update_at(node: Node) -> Update | None:
@@ -100,19 +103,19 @@ def scalar(operand: Any) -> bool:
     return isinstance(operand, (int, float)) and not isinstance(operand, bool)
 
 
-def alone(update: Update, places: Places) -> bool:
+def has_no_other_writer(update: Update, facts: GraphFacts) -> bool:
     """Whether nothing else is written to the tensor on the way, and it is made of a projection."""
     memory = storage(fake(update.tensor))
     through = {update.op, update.last}
-    for node in places.writes(update.view, update.last):
+    for node in facts.writers(update.view, update.last):
         if node not in through and memory in memory_written(node):
             return False
     reads = isinstance(update.operand, Node) and storage(fake(update.operand)) == memory
-    learns = isinstance(update.operand, Node) and fake(update.operand).requires_grad
-    return not reads and (not learns or fake(update.tensor).requires_grad) and of_a_projection(update.tensor)
+    trains = isinstance(update.operand, Node) and fake(update.operand).requires_grad
+    return not reads and (not trains or fake(update.tensor).requires_grad) and comes_from_a_projection(update.tensor)
 
 
-def of_a_projection(tensor: Node) -> bool:
+def comes_from_a_projection(tensor: Node) -> bool:
     """Whether a tensor may be logits: made of a product of its last size."""
     stack, seen, vocab = [tensor], set(), fake(tensor).shape[-1]
     while stack:
@@ -120,36 +123,36 @@ def of_a_projection(tensor: Node) -> bool:
         value = fake(node)
         if node in seen or not isinstance(value, Tensor) or not value.ndim or not node.op.startswith("call_"):
             continue
-        if name_of(node) in SPELLINGS:
+        if name_of(node) in PROJECTIONS:
             return True
         seen.add(node)
         stack += [s for s in node.all_input_nodes if getattr(fake(s), "ndim", 0) and static(fake(s).shape[-1]) == vocab]
     return False
 
 
-def become(graph: Graph, update: Update, recorded: bool) -> None:
-    """The update as one write to the whole tensor."""
+def write_whole(graph: Graph, update: Update, recorded: bool) -> None:
+    """Put one write to the whole tensor in the place of the update."""
     (name, neutral), change = OPS[name_of(update.op)]
     value, emit = fake(update.tensor), Emit(graph)
     size = static(value.shape[update.dim])
     if size is None:
         return
-    wide = torch.float32 if value.dtype.itemsize < 4 else value.dtype
+    compute_dtype = torch.float32 if value.dtype.itemsize < 4 else value.dtype
     try:
-        mask = column_choice(update.chosen, size, value)
+        mask = column_choice(update.columns, size, value)
     except Escape:
         return
     with emit.before(update.last, update.last, grad=recorded):
-        chosen = emit.ref(mask)
+        is_updated = emit.ref(mask)
         if isinstance(update.operand, Node):
-            operand = emit.cast(update.operand, wide)
+            operand = emit.cast(update.operand, compute_dtype)
             operand = emit(aten.neg.default, operand) if change else operand
-            whole = emit(aten.full.default, [size], neutral, dtype=wide, device=value.device)
-            vector = emit(aten.where.self, chosen, operand, whole)
+            whole = emit(aten.full.default, [size], neutral, dtype=compute_dtype, device=value.device)
+            vector = emit(aten.where.self, is_updated, operand, whole)
         else:
             number = float(-update.operand if change else update.operand)
-            whole = emit(aten.full.default, [size], neutral, dtype=wide, device=value.device)
-            vector = emit(aten.masked_fill.Scalar, whole, chosen, number)
+            whole = emit(aten.full.default, [size], neutral, dtype=compute_dtype, device=value.device)
+            vector = emit(aten.masked_fill.Scalar, whole, is_updated, number)
         if update.dim != value.ndim - 1:
             vector = emit(aten.reshape.default, vector, [-1, *[1] * (value.ndim - 1 - update.dim)])
         with graph.inserting_before(update.last):

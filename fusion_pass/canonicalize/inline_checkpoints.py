@@ -1,58 +1,52 @@
-"""Checkpoints that hold a head alone, and the loss outside: the head's nodes in the place of the checkpoint.
+"""Checkpoints that hold a head alone, with the loss outside, become the head's own nodes.
 
-A checkpoint keeps its operands and computes the rest again. So does a fused head, and it never has the logits, which
-the checkpoint was to save and returns all the same. Where the head is then not fused, the caller takes the graph as it
-was: this file opens, and knows no rule that would say.
+A fused head recomputes as well and never stores the logits, so that a checkpoint around it saves nothing. The pass is
+speculative: where the head is then not fused, the driver takes the graph as it was.
 """
 
 from __future__ import annotations
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
+from fusedhead.analysis.body import Body
 from fusedhead.analysis.projections import above_losses
-from fusedhead.canonicalize.inline_regions import region_of, replaced
+from fusedhead.canonicalize.inline_regions import inline_call, region_of
 from fusedhead.compat import HigherOrderOperator
 from fusedhead.graph.effects import draws, writes
 from fusedhead.graph.nodes import name_of
-from fusedhead.rewrite.statistics import PURE_VIEWS
-from fusedhead.rules.projections import SPELLINGS
+from fusedhead.graph.op_names import CASTS, CHECKPOINTS, PROJECTIONS, REMADE_FREELY
 
-CHECKPOINTS = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
-CHOSEN = "context_fn"  # of a checkpoint that chooses what is kept
-BEFORE = PURE_VIEWS | {"bfloat16", "half", "contiguous"}  # what may be done to hidden states and weight first
+SELECTIVE = "context_fn"  # an argument of a checkpoint that chooses what is kept
+OPERAND_OPS = REMADE_FREELY | CASTS | {"contiguous"}  # what may be done to hidden states and weight first
 
 
-def open_heads(gm: GraphModule) -> list[Node]:
-    """Open the checkpoints between a loss of the graph and its heads that hold a head alone, in place.
-
-    Returns the products that are now the graph's own.
-    """
-    calls = [n for n in gm.graph.nodes if name_of(n) in CHECKPOINTS and n.op == "call_function"]
+def run(body: Body) -> None:
+    """Inline the checkpoints between a loss of the graph and its heads that hold a head alone."""
+    graph = body.graph
+    calls = [node for node in graph.nodes if name_of(node) in CHECKPOINTS and node.op == "call_function"]
     if not calls:
-        return []
-    reached = above_losses(gm.graph, SPELLINGS | CHECKPOINTS)
-    found: list[Node] = []
+        return
+    reached = above_losses(graph, PROJECTIONS | CHECKPOINTS)
     for call in calls:
-        if call in reached and CHOSEN not in call.kwargs and a_head_alone(region_of(call).graph):
-            known = set(gm.graph.nodes)
-            if replaced(gm, call):
-                found += [n for n in gm.graph.nodes if n not in known and name_of(n) in SPELLINGS]
-    return found
+        if call in reached and SELECTIVE not in call.kwargs and holds_a_head_alone(region_of(call).graph):
+            old_nodes = set(graph.nodes)
+            if inline_call(body.module, call, body.records_gradients):
+                body.speculated += [n for n in graph.nodes if n not in old_nodes and name_of(n) in PROJECTIONS]
 
 
-def a_head_alone(graph: Graph) -> bool:
+def holds_a_head_alone(graph: Graph) -> bool:
     """Whether a region is a product of its operands and what is made of that, with nothing else to compute again."""
-    made: set[Node] = set()
+    logits: set[Node] = set()
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
         if not node.op.startswith("call_") or isinstance(node.target, HigherOrderOperator):
             return False
-        of_product = any(source in made for source in node.all_input_nodes)
-        if writes(node) or draws(node) or (name_of(node) in SPELLINGS and of_product):
+        of_product = any(source in logits for source in node.all_input_nodes)
+        if writes(node) or draws(node) or (name_of(node) in PROJECTIONS and of_product):
             return False
-        if of_product or name_of(node) in SPELLINGS:
-            made.add(node)
-        elif name_of(node) not in BEFORE:
+        if of_product or name_of(node) in PROJECTIONS:
+            logits.add(node)
+        elif name_of(node) not in OPERAND_OPS:
             return False
-    return any(result in made for result in graph.output_node().all_input_nodes)
+    return any(result in logits for result in graph.output_node().all_input_nodes)

@@ -3,11 +3,12 @@
 A region that holds head and loss whole is rewritten where it is, once for all its calls. Where the way from a loss
 to its projection crosses a region's boundary, the call is replaced by the region's own nodes on its operands, which
 is what calling it means; so it is where a region is a handful of nodes, so that its calls can share a sweep. The
-copies get fake values of their own: which names share memory is read off those. This file knows no rules.
+copies get fake values of their own: which names share memory is read off those.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -18,19 +19,22 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from fusedhead.analysis.body import Body, Finding
 from fusedhead.analysis.interpreter import interpret
-from fusedhead.analysis.projections import ANCHORS
+from fusedhead.analysis.projections import candidates
+from fusedhead.analysis.reasons import Untraced
 from fusedhead.compat import enable_python_dispatcher, enter_autocast, exit_autocast, maybe_get_fake_mode, tree_leaves
-from fusedhead.graph.modes import grad_modes
+from fusedhead.graph.edit import counting_edits
+from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import callee, fake, name_of, where
-from fusedhead.report.report import HeadRecord
-from fusedhead.rules.projections import SPELLINGS
+from fusedhead.graph.op_names import HEAD_ENDS, PROJECTIONS
+from fusedhead.graph.reasons import refuse
+from fusedhead.graph.tracing import Traces
 
 HANDFUL = 40  # nodes; a layer of a model has more, and is worth compiling once
-KEPT = "head and loss are not in one region that is compiled once and the region cannot be repeated in the call's place"
 
 
-class NotTheSame(Exception):
+class Differs(Exception):
     """A region's nodes have other results on a call's operands than the region says."""
 
 
@@ -54,8 +58,8 @@ def operand_of(call: Node, placeholder: Node) -> Any:
 
 
 def returned_by(region: GraphModule) -> list[Any]:
-    found = region.graph.output_node().args[0]
-    return list(found) if isinstance(found, (list, tuple)) else [found]
+    results = region.graph.output_node().args[0]
+    return list(results) if isinstance(results, (list, tuple)) else [results]
 
 
 @dataclass(frozen=True)
@@ -68,98 +72,107 @@ class Frame:
 
 def crossed(graph: Graph) -> set[Node]:
     """The calls through whose boundary a loss of the graph, or of a region, reaches a projection."""
-    found: set[Node] = set()
-    known: dict[tuple[Node, Frame | None], bool] = {}
+    crossings: set[Node] = set()
+    answers: dict[tuple[Node, Frame | None], bool] = {}
 
     def reaches(node: Any, frame: Frame | None) -> bool:
         """Whether a projection is met on the way up from a node, without passing another."""
         if not isinstance(node, Node):
             return False
-        if (node, frame) not in known:
-            known[node, frame] = False
-            known[node, frame] = step(node, frame)
-        return known[node, frame]
+        if (node, frame) not in answers:
+            answers[node, frame] = False
+            answers[node, frame] = step(node, frame)
+        return answers[node, frame]
 
     def step(node: Node, frame: Frame | None) -> bool:
         if node.op == "placeholder":
-            met = frame is not None and reaches(operand_of(frame.call, node), frame.outer)
-            if met and frame is not None:
-                found.add(frame.call)
-            return met
-        if node.op.startswith("call_") and name_of(node) in SPELLINGS:
+            crosses = frame is not None and reaches(operand_of(frame.call, node), frame.outer)
+            if crosses and frame is not None:
+                crossings.add(frame.call)
+            return crosses
+        if node.op.startswith("call_") and name_of(node) in PROJECTIONS:
             return True
         source = node.args[0] if node.args else None
         if name_of(node) == "getitem" and isinstance(source, Node) and is_call(source):
-            met = reaches(returned_by(region_of(source))[int(node.args[1])], Frame(source, frame))  # type: ignore[arg-type]
-            if met:
-                found.add(source)
-            return met
-        met_by = [reaches(each, frame) for each in node.all_input_nodes]  # all of them: each may cross a boundary
-        return any(met_by)
+            crosses = reaches(returned_by(region_of(source))[int(node.args[1])], Frame(source, frame))  # type: ignore[arg-type]
+            if crosses:
+                crossings.add(source)
+            return crosses
+        reaching = [reaches(each, frame) for each in node.all_input_nodes]  # all of them: each may cross a boundary
+        return any(reaching)
 
     def losses(graph: Graph, frame: Frame | None) -> None:
         for node in graph.nodes:
             if is_call(node):
                 losses(region_of(node).graph, Frame(node, frame))
-            elif node.op.startswith("call_") and name_of(node) in ANCHORS:
+            elif node.op.startswith("call_") and name_of(node) in HEAD_ENDS:
                 for source in node.all_input_nodes:
                     reaches(source, frame)
 
     losses(graph, None)
-    return found
+    return crossings
 
 
 def worth_sharing(region: GraphModule) -> bool:
-    """Whether a region has a head that its calls may share a sweep of, or whose logits leave it."""
-    sites = interpret(region.graph).sites
+    """Whether inlining pays: the calls of a region could share one sweep of its head, or it returns logits."""
+    sites = interpret(GraphFacts(region.graph), Traces(), candidates(region.graph)).sites
     return any(site.outputs for site in sites) or (bool(sites) and len(region.graph.nodes) <= HANDFUL)
 
 
-def inline(gm: GraphModule, recorded: bool, seen: set[GraphModule] | None = None) -> list[HeadRecord]:
-    """Replace calls of regions by their nodes where a head needs it, in place, in a graph and in the bodies it runs.
+def run(body: Body) -> None:
+    """Replace calls of regions by their nodes where a head needs it, in a graph and in the graphs that it runs."""
+    body.findings += inline(body.module, body.records_gradients, body.edited)
 
-    Bodies come first, and have calls replaced only where a boundary is crossed: they are run from several places
-    themselves. ``recorded``: whether gradients are where the graph is run. Returns a record where that fails.
+
+def inline(
+    gm: GraphModule, grad: bool, count: Callable[[Node], None], seen: set[GraphModule] | None = None
+) -> list[Finding]:
+    """`run`, of a module; ``grad``: whether gradients are recorded where it begins. Returns what is not inlined.
+
+    ``count`` is told of edits of inner graphs, which come first. They have calls replaced only where a boundary is
+    crossed: they are run from several places themselves.
     """
     outermost, seen = seen is None, {gm} if seen is None else seen
-    modes, records = grad_modes(gm.graph, recorded), []
+    facts, findings = GraphFacts(gm.graph, grad), list[Finding]()
     for node in gm.graph.nodes:
-        body = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
-        if isinstance(body, GraphModule) and node.users and body not in seen:
-            seen.add(body)
-            records += inline(body, modes[next(iter(node.users))], seen)
-    return records + inline_calls(gm, recorded, outermost)
+        inner = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(inner, GraphModule) and node.users and inner not in seen:
+            seen.add(inner)
+            with counting_edits(inner.graph, count):
+                findings += inline(inner, facts.grad_mode(next(iter(node.users))), count, seen)
+    return findings + inline_calls(gm, grad, outermost)
 
 
-def inline_calls(gm: GraphModule, recorded: bool, sharing: bool) -> list[HeadRecord]:
+def inline_calls(gm: GraphModule, grad: bool, sharing: bool) -> list[Finding]:
     """The same for the calls of one graph; ``sharing``: those too whose heads may share a sweep."""
-    kept: set[Node] = set()
-    records: list[HeadRecord] = []
-    worth = cache(worth_sharing)  # a region has one answer for all its calls
+    findings: list[Finding] = []
+    not_inlined: set[Node] = set()
+    pays = cache(worth_sharing)  # a region has one answer for all its calls
     while True:
-        calls = [node for node in gm.graph.nodes if is_call(node) and node not in kept]
+        calls = [node for node in gm.graph.nodes if is_call(node) and node not in not_inlined]
         boundary = crossed(gm.graph) if calls else set()
-        chosen = [call for call in calls if call in boundary or (sharing and worth(region_of(call)))]
-        if not chosen:
-            return records
-        for call in chosen:
-            if not replaced(gm, call, recorded):
-                kept.add(call)
-                records += [HeadRecord(False, KEPT, where(call), "", "?", 0, 0, "built", "", 0)] * (call in boundary)
+        calls = [call for call in calls if call in boundary or (sharing and pays(region_of(call)))]
+        if not calls:
+            return findings
+        for call in calls:
+            if not inline_call(gm, call, grad):
+                not_inlined.add(call)
+                if call in boundary:
+                    findings.append(Finding(call, refuse(Untraced.NOT_INLINED, node=call), where(call)))
 
 
-def replaced(gm: GraphModule, call: Node, recorded: bool | None = None) -> bool:
+def inline_call(gm: GraphModule, call: Node, grad: bool) -> bool:
     """Put a region's nodes in the place of a call; False, and nothing done, if that is not the same.
 
-    ``recorded``: whether gradients are where the graph is run; None: as they are now.
+    ``grad``: whether gradients are recorded where the graph begins.
     """
     graph, region = gm.graph, region_of(call)
-    made: list[Node] = []
+    copies: list[Node] = []
     try:
         with graph.inserting_before(call):
-            results = copied_into(gm, region, call, made, grad_modes(graph, recorded)[call])
+            results = copy_into(region, call, copies, GraphFacts(graph, grad).grad_mode(call))
     except Exception:  # a node that does not run on these operands: the call stays
-        for node in reversed(made):
+        for node in reversed(copies):
             graph.erase_node(node)
         return False
     for user in list(call.users):
@@ -172,13 +185,13 @@ def replaced(gm: GraphModule, call: Node, recorded: bool | None = None) -> bool:
     return True
 
 
-def copied_into(gm: GraphModule, region: GraphModule, call: Node, made: list[Node], recorded: bool) -> list[Any]:
-    """The results of a region's nodes, copied to where the graph is being written; ``made`` takes the copies."""
+def copy_into(region: GraphModule, call: Node, copies: list[Node], recorded: bool) -> list[Any]:
+    """The results of a region's nodes, copied to where the graph is being written; ``copies`` takes the copies."""
     env: dict[Node, Any] = {}
     live: dict[Node, Any] = {}  # results that are no fake values: what leaves an autocast region needs what entered it
     entered: dict[Node, Any] = {}
     if any(name_of(user) != "getitem" for user in call.users):
-        raise NotTheSame("a call's results are not taken one by one")
+        raise Differs("a call's results are not taken one by one")
     try:
         with torch.set_grad_enabled(recorded):  # and back, whatever the region's own nodes switch
             for node in region.graph.nodes:
@@ -187,11 +200,11 @@ def copied_into(gm: GraphModule, region: GraphModule, call: Node, made: list[Nod
                     continue
                 if node.op == "output":
                     continue
-                env[node] = shared(gm, region, call, node) or gm.graph.node_copy(node, lambda n: env[n])
-                made.append(env[node])
+                env[node] = own_module(region, call, node) or call.graph.node_copy(node, lambda n: env[n])
+                copies.append(env[node])
                 if node.op == "get_attr" or is_call(node):
                     continue
-                value = valued(env[node], fake(node), live)
+                value = value_on_operands(env[node], fake(node), live)
                 if fake(node) is None:
                     live[env[node]] = value
                     if node.target is enter_autocast:
@@ -206,10 +219,12 @@ def copied_into(gm: GraphModule, region: GraphModule, call: Node, made: list[Nod
     return [env[x] if isinstance(x, Node) else x for x in returned_by(region)]
 
 
-def shared(gm: GraphModule, region: GraphModule, call: Node, node: Node) -> Node | None:
+def own_module(region: GraphModule, call: Node, node: Node) -> Node | None:
     """A region's use of a module of its own, now the graph's; None for any other node."""
     if node.op != "get_attr":
         return None
+    gm = call.graph.owning_module
+    assert gm is not None
     name, part = str(node.target), region.get_submodule(str(node.target))
     if getattr(gm, name, part) is not part:
         name = f"{call.name}_{name}"
@@ -217,21 +232,21 @@ def shared(gm: GraphModule, region: GraphModule, call: Node, node: Node) -> Node
     return gm.graph.get_attr(name)
 
 
-def valued(node: Node, expected: Any, live: dict[Node, Any]) -> Any:
-    """The value of a copied node on its own operands. Raises NotTheSame if it is none that the region had."""
+def value_on_operands(node: Node, expected: Any, live: dict[Node, Any]) -> Any:
+    """The value of a copied node on its own operands. Raises Differs if it is none that the region had."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: live[n] if n in live else fake(n))
     modes = (maybe_get_fake_mode(fake(n)) for n in node.graph.nodes if isinstance(fake(n), Tensor))
     with next((m for m in modes if m is not None), None) or nullcontext(), enable_python_dispatcher():
         value = callee(node)(*args, **kwargs)
-    if expected is not None and not all(map(alike, *map(tree_leaves, (value, expected)))):
-        raise NotTheSame(f"{node.name} differs from what the region has")
+    if expected is not None and not all(map(agree, *map(tree_leaves, (value, expected)))):
+        raise Differs(f"{node.name} differs from what the region has")
     return value
 
 
-def alike(a: Any, b: Any) -> bool:
+def agree(a: Any, b: Any) -> bool:
     """Whether two values differ in nothing but sizes that are symbols: another call may have others."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b)
-    known = (isinstance(x, int) and isinstance(y, int) for x, y in zip(a.shape, b.shape))
-    sizes = all(x == y for x, y, both in zip(a.shape, b.shape, known) if both)
+    sizes_known = (isinstance(x, int) and isinstance(y, int) for x, y in zip(a.shape, b.shape))
+    sizes = all(x == y for x, y, both in zip(a.shape, b.shape, sizes_known) if both)
     return a.dtype == b.dtype and a.device == b.device and a.ndim == b.ndim and sizes

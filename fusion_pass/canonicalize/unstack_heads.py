@@ -1,9 +1,8 @@
-"""Logits of several heads, stacked and taken apart again: ``torch.stack([head(h) for head in heads], 1)[:, k]``.
+"""Reads of stacked logits by number become the heads' own: ``torch.stack([head(h) for head in heads], 1)[:, k]``.
 
-Models with codebooks (MusicGen) stack their heads' logits, return the stack, and compute a loss for each. A part that
-is read from the stack by its number is the head's own product, so it is read there; a stack that is only returned
-besides is computed outside the differentiated graph (`returned`). What is left are heads like any other. This file
-decides only whether the rewriting is exact; it knows no losses.
+Models with codebooks (MusicGen) stack their heads' logits, return the stack, and compute a loss for each. A read of the
+stack by number is the product of one head, and reads it directly. A stack that is returned besides is computed outside
+of the differentiated graph (`graph.recipes`).
 """
 
 from __future__ import annotations
@@ -14,27 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
+from fusedhead.analysis.body import Body
 from fusedhead.analysis.projections import candidates
-from fusedhead.graph.modes import grad_modes
+from fusedhead.graph.edit import replace
+from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import every_dimension, fake, name_of
-from fusedhead.legality.checks import Mutations
-from fusedhead.rewrite import returned_logits
-from fusedhead.rewrite.returned_logits import Wrap
-from fusedhead.rules.projections import SPELLINGS
-
-# What may lie between a stack and the graph's output: the same numbers in another arrangement or dtype.
-ARRANGING = frozenset(
-    {"getitem", "view", "reshape", "contiguous", "transpose", "permute", "flatten", "unflatten", "float", "to", "clone"}
-)
+from fusedhead.graph.op_names import ARRANGES, PROJECTIONS, joined_parts
+from fusedhead.graph.recipes import program_of, recipe_of
 
 Index = tuple[Any, ...]  # an integer or a slice for every dimension
 
 
 @dataclass(eq=False)
-class Taken:
+class StackRead:
     """What ``node`` reads from a stack: ``part``, indexed by one index after the other."""
 
     node: Node
@@ -43,63 +36,58 @@ class Taken:
 
 
 @dataclass(eq=False)
-class Stack:
-    """One stack of projections: what is taken from it by number, and what of it is only returned."""
+class StackUse:
+    """What a graph does with one stack of projections: reads by number, and outputs."""
 
     node: Node
     parts: tuple[Node, ...]
-    taken: list[Taken]
-    kept: list[Node]  # the stack, and what is made of it on the way to an output, in order
+    reads: list[StackRead]
+    arranged: list[Node]  # the stack, and the nodes between it and an output, in order
     outputs: list[Node]
 
 
-def stacked(node: Node) -> tuple[tuple[Node, ...], int] | None:
+def stacked_projections(node: Node) -> tuple[tuple[Node, ...], int] | None:
     """The projections that a node stacks, and the dimension they are numbered in."""
-    if node.op != "call_function" or name_of(node) != "stack" or not isinstance(fake(node), Tensor):
+    joined = joined_parts(node) if node.op == "call_function" and name_of(node) == "stack" else None
+    if joined is None or not all(name_of(part) in PROJECTIONS for part in joined[0]):
         return None
-    parts = node.args[0] if node.args else node.kwargs.get("tensors")
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if not isinstance(parts, (list, tuple)) or len(parts) < 2 or not isinstance(dim, int):
-        return None
-    if not all(isinstance(part, Node) and name_of(part) in SPELLINGS for part in parts):
-        return None
-    return tuple(parts), dim % fake(node).ndim  # type: ignore[return-value]
+    return tuple(joined[0]), joined[1]
 
 
-def read(node: Node) -> Stack | None:
-    """What the graph does with a stack of projections, or None if that is more than taking apart and returning."""
-    known = stacked(node)
-    if known is None:
+def use_of(node: Node) -> StackUse | None:
+    """What the graph does with a stack of projections; None if that is more than to read by number and to return."""
+    stacked = stacked_projections(node)
+    if stacked is None:
         return None
-    parts, dim = known
-    found = Stack(node, parts, [], [node], [])
-    # the stack and what is still numbered like it: in which dimension, and how the parts were indexed until then
+    parts, dim = stacked
+    use = StackUse(node, parts, [], [node], [])
+    # The stack and what is still numbered like it: in which dimension, and how the parts were indexed until then.
     numbered: dict[Node, tuple[int, tuple[Index, ...]]] = {node: (dim, ())}
-    for user in following(node):
-        made_of = [source for source in user.all_input_nodes if source in found.kept]
-        if not made_of:
+    for user in nodes_after(node):
+        sources = [source for source in user.all_input_nodes if source in use.arranged]
+        if not sources:
             continue
         if user.op == "output":
-            found.outputs = made_of
+            use.outputs = sources
             continue
-        if len(user.all_input_nodes) != 1 or name_of(user) not in ARRANGING:
+        if len(user.all_input_nodes) != 1 or name_of(user) not in ARRANGES:
             return None
-        index = index_of(user) if made_of[0] in numbered else None
+        index = index_of(user) if sources[0] in numbered else None
         if index is None:
-            found.kept.append(user)
+            use.arranged.append(user)
             continue
-        at, done = numbered[made_of[0]]
-        number, rest = index[at], (*done, (*index[:at], *index[at + 1 :]))
+        at, indices = numbered[sources[0]]
+        number, rest = index[at], (*indices, (*index[:at], *index[at + 1 :]))
         if isinstance(number, int):
-            found.taken.append(Taken(user, parts[number], rest))
+            use.reads.append(StackRead(user, parts[number], rest))
             continue
-        found.kept.append(user)
+        use.arranged.append(user)
         if number == slice(None):
             numbered[user] = at - sum(isinstance(entry, int) for entry in index[:at]), rest
-    return found
+    return use
 
 
-def following(node: Node) -> Iterable[Node]:
+def nodes_after(node: Node) -> Iterable[Node]:
     """The nodes after one, in order."""
     while node.next.op != "root":
         node = node.next
@@ -107,78 +95,69 @@ def following(node: Node) -> Iterable[Node]:
 
 
 def index_of(node: Node) -> Index | None:
-    """The index of a ``getitem``, or None if it is none or holds anything but integers and slices of numbers."""
+    """The index of a ``getitem``; None for another node, and for an index of more than integers and slices."""
     if name_of(node) != "getitem" or len(node.all_input_nodes) != 1:
         return None
     entries = every_dimension(node.args[1], fake(node.all_input_nodes[0]).ndim)
     return tuple(entries) if all(type(entry) is int or isinstance(entry, slice) for entry in entries) else None
 
 
-def exact(found: Stack, mutations: Mutations, recorded: dict[Node, bool]) -> bool:
-    """Whether every part may be read from its own head, and the rest be computed when the graph has run."""
-    nodes = [*found.parts, *found.kept, *(taken.node for taken in found.taken)]
-    if mutations.anywhere_after(min(found.parts), nodes) is not None:  # type: ignore[type-var]
+def is_exact(use: StackUse, facts: GraphFacts) -> bool:
+    """Whether every part may be read from its own head, and the outputs be computed when the graph has run."""
+    nodes = [*use.parts, *use.arranged, *(read.node for read in use.reads)]
+    if facts.write_after(min(use.parts), nodes) is not None:  # type: ignore[type-var]
         return False
-    if not found.outputs:
+    if not use.outputs:
         return True
-    values = [fake(output) for output in found.outputs]
-    vocab = fake(found.node).shape[-1]
-    making, sources = returned_logits.program_of(found.outputs, {*found.kept, *found.parts})
+    values = [fake(output) for output in use.outputs]
+    vocab = fake(use.node).shape[-1]
+    makers, sources = program_of(use.outputs, {*use.arranged, *use.parts})
     return (
-        all(recorded[node] for node in making)
-        and fake(found.node).requires_grad
+        all(map(facts.grad_mode, makers))
+        and fake(use.node).requires_grad
         and all(value.shape[-1:] == (vocab,) for value in values)
-        and mutations.anywhere_after(making[0], sources) is None
+        and facts.write_after(makers[0], sources) is None
     )
 
 
-def separate(graph: Graph) -> Wrap | None:
-    """Take the graph's stacks of heads apart, in place. Returns what must be put around the compiled graph, if any."""
-    if not any(stacked(node) for node in graph.nodes):
-        return None
-    heads = candidates(graph)
-    recorded, mutations = grad_modes(graph), Mutations(graph)
-    found = [read(node) for node in graph.nodes]
-    useful = [s for s in found if s and s.taken and heads.issuperset(s.parts) and exact(s, mutations, recorded)]
+def run(body: Body) -> None:
+    """Take the graph's stacks of heads apart."""
+    graph, facts = body.graph, body.facts
+    uses = [use for node in graph.nodes if (use := use_of(node)) is not None and use.reads]
+    heads = candidates(graph) if uses else set()
+    uses = [use for use in uses if heads.issuperset(use.parts) and is_exact(use, facts)]
     recipes = []
-    output = graph.output_node()
-    for stack in useful:
-        take_apart(stack, recorded)
-        making: list[Node] = []
-        sources: list[Node] = []
-        if stack.outputs:
-            making, sources = returned_logits.program_of(stack.outputs, {*stack.kept, *stack.parts})
-        recipes += [
-            returned_logits.recipe_of(making, sources, sizes(stack), slot, node, fake(node).ndim - 1)
-            for slot, node in enumerate(output.args[0])  # type: ignore[arg-type]
-            if node in stack.outputs
-        ]
-    wrap = returned_logits.redirect(graph, recipes) if recipes else None
-    for stack in useful:
-        for node in reversed(stack.kept):
+    slots: Any = graph.output_node().args[0]
+    for use in uses:
+        read_parts(use, facts)
+        if use.outputs:
+            makers, sources = program_of(use.outputs, {*use.arranged, *use.parts})
+            recipes += [
+                recipe_of(makers, sources, sizes(use), slot, node, fake(node).ndim - 1)
+                for slot, node in enumerate(slots)
+                if node in use.outputs
+            ]
+    body.redirect(recipes)
+    for use in uses:
+        for node in reversed(use.arranged):
             graph.erase_node(node)
-    if useful:
-        graph.lint()
-        graph.owning_module.recompile()
-    return wrap
 
 
-def sizes(stack: Stack) -> dict[Node, tuple[Any, ...]]:
+def sizes(use: StackUse) -> dict[Node, tuple[Any, ...]]:
     """The sizes [V, D] that belong to each head."""
-    return {part: tuple(fake(n).shape[-1] for n in (part, *part.all_input_nodes)) for part in stack.parts}
+    return {part: tuple(fake(n).shape[-1] for n in (part, *part.all_input_nodes)) for part in use.parts}
 
 
-def take_apart(stack: Stack, recorded: dict[Node, bool]) -> None:
-    """Let what is taken from the stack be read from the parts."""
-    graph = stack.node.graph
-    for taken in stack.taken:
-        source = taken.part
-        with graph.inserting_before(taken.node), torch.set_grad_enabled(recorded[taken.node]):
-            for index in taken.indices:
+def read_parts(use: StackUse, facts: GraphFacts) -> None:
+    """Let the reads by number read the parts themselves."""
+    graph = use.node.graph
+    for read in use.reads:
+        source = read.part
+        with graph.inserting_before(read.node), torch.set_grad_enabled(facts.grad_mode(read.node)):
+            for index in read.indices:
                 if all(entry == slice(None) for entry in index):
                     continue
                 value = fake(source)[index]
                 source = graph.call_function(operator.getitem, (source, index))
-                source.meta = {**taken.node.meta, "example_value": value}
-        taken.node.replace_all_uses_with(source)
-        graph.erase_node(taken.node)
+                source.meta = {**read.node.meta, "example_value": value}
+        replace(read.node, source)

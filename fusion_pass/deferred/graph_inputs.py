@@ -20,7 +20,7 @@ from fusedhead.deferred.state import check_fresh
 from fusedhead.deferred.tensor import DeferredLogits, compiling
 from fusedhead.deferred.to_fx import Draft, write
 from fusedhead.graph.nodes import fake
-from fusedhead.ir.builder import static
+from fusedhead.graph.sizes import static
 
 Run = Callable[..., Any]
 

@@ -20,8 +20,8 @@ from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT
 from fusedhead.deferred.state import Family, Knowledge, Origin, Recorded, StaleLogits, taken
 from fusedhead.deferred.tensor import DeferredLogits, plain
+from fusedhead.graph.recipes import LEAST_TOKENS, Recipe, compute_now, differentiable
 from fusedhead.legality.profitability import rows_from
-from fusedhead.rewrite.returned_logits import LEAST_TOKENS, Recipe, compute_now, differentiable
 
 __all__ = ["DeferredLogits", "StaleLogits", "deferring", "existing", "plain"]
 

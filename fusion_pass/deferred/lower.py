@@ -17,25 +17,28 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from fusedhead.analysis.interpreter import Reading, Site, interpret
-from fusedhead.analysis.stacked_heads import SPELLED, stack_at
+from fusedhead.analysis.body import Body
+from fusedhead.analysis.interpreter import interpret
+from fusedhead.analysis.site import Reading, Site
+from fusedhead.analysis.stacked_heads import STACKS, stack_at
 from fusedhead.compat import PythonPrinter
 from fusedhead.deferred.call_program import Made, Step, modes
 from fusedhead.deferred.lower_tokenwise import token_by_token
 from fusedhead.deferred.results import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole
 from fusedhead.deferred.to_fx import Draft, draft
-from fusedhead.graph.modes import grad_modes
-from fusedhead.graph.nodes import Traces, fake, hint, name_of
-from fusedhead.ir.logits import FOLLOWED, Logits, Stack, logits_of
-from fusedhead.ir.lse_differences import SPREAD
-from fusedhead.ir.terminal import Terminal
+from fusedhead.graph.facts import GraphFacts
+from fusedhead.graph.nodes import fake, hint, name_of
+from fusedhead.graph.op_names import PROJECTIONS
+from fusedhead.graph.tracing import Traces
+from fusedhead.ir.logits import LOGITS_LIKE, Logits, StackedProjection, logits_of
+from fusedhead.ir.lse_differences import DIFFERENCE, SPREAD
+from fusedhead.ir.terminal import Kind, Terminal
 from fusedhead.kernels.contract import SAVED_STATS, STATS
-from fusedhead.legality.checks import Mutations
-from fusedhead.legality.legality import refusal
+from fusedhead.legality.legality import illegal
+from fusedhead.options import Options
 from fusedhead.rewrite.forward_gradients import upgrade
-from fusedhead.rewrite.statistics import fuse
+from fusedhead.rewrite.statistics import emit_sweeps
 from fusedhead.rewrite.sweeps import sweep_key
-from fusedhead.rules.projections import SPELLINGS
 
 
 def read_call(
@@ -62,9 +65,10 @@ def read_call(
     results = last if isinstance(last, list) else [last]
     made.graph.output(tuple(results)).meta["example_value"] = None
     with modes(here.read._replace(autocast=None), device):
-        stacked = stacks_of(made.graph)
+        traces = Traces()
+        stacked = stacks_of(made.graph, traces)
         parts = {product for logits in stacked.values() for product in logits.head.products}
-        reading = interpret(made.graph, heads(made.graph) - parts, stacks=stacked)
+        reading = interpret(GraphFacts(made.graph), traces, heads(made.graph) - parts, stacked)
         outcome = outcome_of(made, sources, chain, results, reading, memory)
         if isinstance(outcome, Unread):
             outcome = token_by_token(made, results, reading, memory, many_of(made)) or outcome
@@ -83,16 +87,15 @@ def guard_of(made: Draft) -> Guard:
     return Guard(*made.function(" and ".join(tests), free))
 
 
-def stacks_of(graph: Graph) -> dict[Node, Logits]:
+def stacks_of(graph: Graph, traces: Traces) -> dict[Node, Logits]:
     """The nodes that stack the logits of several heads, which a compiled graph has returned together."""
-    traced = Traces()
-    found = {node: stack_at(node, traced) for node in graph.nodes if name_of(node) in SPELLED}
+    found = {node: stack_at(node, traces) for node in graph.nodes if name_of(node) in STACKS}
     return {node: logits for node, logits in found.items() if logits is not None}
 
 
 def heads(graph: Graph) -> set[Node]:
     """The projections, but for those that make the weight of another one: an adapter that is merged."""
-    found = {node for node in graph.nodes if node.op.startswith("call_") and name_of(node) in SPELLINGS}
+    found = {node for node in graph.nodes if node.op.startswith("call_") and name_of(node) in PROJECTIONS}
     above: set[Node] = set()
     stack = [source for node in found for source in node.all_input_nodes]
     while stack:
@@ -110,20 +113,20 @@ def outcome_of(
     found = [(site, t) for node in results for site in reading.sites for n, t in site.terminals if n is node]
     sites = {id(site): site for site, _ in found}
     if len(found) != len(results) or len(sites) != 1:
-        reasons = [sentence for site in reading.sites for _, sentence in site.escapes]
+        reasons = [str(escape) for site in reading.sites for escape in site.escapes]
         return Unread(reasons[-1] if reasons else "the result is no statistic of the rows")
     (site,), terminals = sites.values(), [terminal for _, terminal in found]
     values = [reading.values.get(made.node(ref)) for ref in chain]
     shared = all(sweep(reading.values.get(made.node(s))) == key(t.logits) for s in sources for t in terminals)
-    related = tuple(relation(a, b) for a, b in pairwise(values)) if shared else ()
-    return answer(made, site, terminals, memory, shared, related, many_of(made), stack_of(site, reading))
+    serves = SharedSweep(shared, tuple(relation(a, b) for a, b in pairwise(values)) if shared else ())
+    return answer(made, site, terminals, memory, serves, stack_of(site, reading))
 
 
 def stack_of(site: Site, reading: Reading) -> list[Node]:
     """The nodes of the stack that a head was picked from: they go with it."""
     found: list[Node] = []
     for whole in reading.sites:
-        heads = {part.head for part in whole.head.parts} if isinstance(whole.head, Stack) else set()
+        heads = {part.head for part in whole.head.parts} if isinstance(whole.head, StackedProjection) else set()
         if site.head in heads:
             others = (each for each in reading.sites if each is whole or each.head in heads)
             found += [node for each in others for node in (*each.head.products, *each.followed)]
@@ -144,19 +147,13 @@ def origin(node: Node) -> Node:
     return node if node.target is not operator.getitem else node.all_input_nodes[0]
 
 
-class _Subject(NamedTuple):
-    """What `sweep_key` asks of a terminal."""
-
-    logits: Logits
-
-
 def key(logits: Logits) -> Hashable:
     """The sweep that serves these logits, whether or not gradients pass."""
-    return sweep_key(_Subject(logits))[:-1]  # type: ignore[arg-type]
+    return sweep_key(logits)[:-1]
 
 
 def is_followed(value: Any) -> bool:
-    return isinstance(value, FOLLOWED)
+    return isinstance(value, LOGITS_LIKE)
 
 
 def sweep(value: Any) -> Hashable:
@@ -184,46 +181,53 @@ def picks_rows(old: Logits, new: Logits) -> bool:
     return kept and bool(added) and picked and new.steps == old.steps and new.vocab == old.vocab
 
 
+class SharedSweep(NamedTuple):
+    """Whether the sweep of a call serves its logits too, and what each of these is to the one it was made of."""
+
+    shared: bool
+    related: tuple[Relation | None, ...]
+
+
 def answer(
     made: Draft,
     site: Site,
     terminals: Sequence[Terminal],
     memory: int,
-    shared: bool,
-    related: tuple[Relation | None, ...],
-    many: Callable[[list], Any] | None,
+    sweep: SharedSweep,
     stacked: Sequence[Node] = (),
 ) -> Outcome:
     """Rewrite the graph of a call into what is run; ``stacked``: nodes of stacks that the site's head is a part of."""
-    graph = made.graph
-    grads, mutations = grad_modes(graph), Mutations(graph)
-    reason = refusal(site, mutations, grads, "")
+    graph, many = made.graph, many_of(made)
+    body = Body(graph, Options(logits="eager", min_logits=0), grad=torch.is_grad_enabled())
+    body.facts.keep(min(site.head.products))  # type: ignore[type-var]
+    reason = illegal(site, body)
     if reason:
-        return Unread(reason)
+        return Unread(str(reason))
     site.followed += [node for node in stacked if node not in site.followed]
     rows, all_rows = (hint(z.numel()) or 0 for z in (terminals[0].logits.val, fake(site.head.node)))
-    if isinstance(site.head, Stack) and 2 * rows < all_rows:
+    if isinstance(site.head, StackedProjection) and 2 * rows < all_rows:
         return Unread("some of the heads that are stacked are asked for, in another way than by their number")
-    calls = [call for some, _ in fuse(graph, [site], memory, grads, mutations) for call in some]
-    if len(calls) > 1 and isinstance(site.head, Stack):
+    calls = [call for emitted in emit_sweeps([site], body.facts, memory) for call in emitted.calls]
+    if len(calls) > 1 and isinstance(site.head, StackedProjection):
         if torch.is_grad_enabled():
-            upgrade(*calls, places=mutations.places)
+            upgrade(*calls, facts=body.facts)
         graph.lint()
         return Whole(GraphModule(torch.nn.Module(), graph), many)
     if len(calls) != 1:
         return Unread("the call has no sweep, or several")
     # A gradient taken in the forward sweep holds a [V, D] buffer until the backward: not for one chunk of many.
-    if 2 * rows >= all_rows and torch.is_grad_enabled() and not upgrade(calls[0], places=mutations.places):
+    if 2 * rows >= all_rows and torch.is_grad_enabled() and not upgrade(calls[0], facts=body.facts):
         graph.lint()
         return Whole(GraphModule(torch.nn.Module(), graph), many)
     weighted = any(t.weights is not None for t in terminals)
     stats = frozenset(SAVED_STATS) | (frozenset() if weighted else SPREAD)
-    likely = SPREAD if any("log_softmax + gather" in t.computes for t in terminals) else frozenset()
-    sharing = Sharing(stats if shared else frozenset(), likely, terminals[0].logits.quiet, related)
-    return cut(made, calls[0], sharing, memory, many)
+    likely = SPREAD if any(t.kind is Kind.GATHER and t.want == DIFFERENCE for t in terminals) else frozenset()
+    no_gradient = terminals[0].logits.has_no_gradient
+    sharing = Sharing(stats if sweep.shared else frozenset(), likely, no_gradient, sweep.related)
+    return split_at_call(made, calls[0], sharing, memory, many)
 
 
-def cut(made: Draft, call: Node, sharing: Sharing, memory: int, many: Callable[[list], Any] | None) -> Swept:
+def split_at_call(made: Draft, call: Node, sharing: Sharing, memory: int, many: Callable[[list], Any] | None) -> Swept:
     """The graph before and after its one ``head_stats`` call."""
     before = copied(made, {}, list(call.args[:6]))
     statistics = {user: STATS[int(user.args[1])] for user in call.users}  # type: ignore[arg-type]

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fusedhead.analysis.interpreter import Reading, heads_of
+from fusedhead.analysis.body import Body
+from fusedhead.analysis.interpreter import heads_of
+from fusedhead.analysis.site import Reading
 from fusedhead.compat import PythonPrinter
 from fusedhead.deferred.results import Size, TokenByToken, Wide
 from fusedhead.deferred.to_fx import Draft
 from fusedhead.graph.nodes import fake
-from fusedhead.ir.logits import FOLLOWED
-from fusedhead.ir.tokenwise import Rowwise
+from fusedhead.ir.logits import LOGITS_LIKE
+from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.options import Options
-from fusedhead.pipeline import fuse_body
+from fusedhead.pipeline import DECIDE, REWRITE, run_passes
 
 BUDGETS: dict[int, str | int] = {0: "auto", -1: "min"}
 
@@ -29,25 +31,26 @@ def token_by_token(
     made: Draft, results: Sequence[Node], reading: Reading, memory: int, many: Callable[[list], Any] | None
 ) -> TokenByToken | Wide | None:
     """What a call amounts to that is no statistic of the rows, or None. ``made`` is rewritten."""
-    values = [reading.rowwise.get(node, reading.values.get(node)) for node in results]
+    values = [reading.tokenwise.get(node, reading.values.get(node)) for node in results]
     if all(map(is_wide, values)):
-        if any(node not in results for site in reading.sites for node, _ in site.escapes):
+        if any(escape.node not in results for site in reading.sites for escape in site.escapes):
             return None
-        followed = all(isinstance(value, FOLLOWED) for value in values)
+        followed = all(isinstance(value, LOGITS_LIKE) for value in values)
         return Wide(None if followed else held(made, reading, values))
-    if any(map(is_wide, values)) or not all(node in reading.rowwise for node in results):
+    if any(map(is_wide, values)) or not all(node in reading.tokenwise for node in results):
         return None
-    size = held(made, reading, reading.rowwise[results[0]])
+    size = held(made, reading, reading.tokenwise[results[0]])
     options = Options(logits="eager", min_logits=0, memory=BUDGETS.get(memory, memory))
-    records, _ = fuse_body(made.graph, reading, "", options, set(), torch.is_grad_enabled())
-    if not records or not all(record.fused for record in records):
+    body = Body(made.graph, options, grad=torch.is_grad_enabled(), reading=reading, reports_products=False)
+    run_passes((*DECIDE, *REWRITE), body)
+    if not body.decisions or len(body.fused()) < len(body.decisions):
         return None
     made.graph.lint()
     return TokenByToken(GraphModule(torch.nn.Module(), made.graph), many, size)
 
 
 def is_wide(value: Any) -> bool:
-    return isinstance(value, FOLLOWED) or (isinstance(value, Rowwise) and not value.small)
+    return isinstance(value, LOGITS_LIKE) or (isinstance(value, TokenValue) and not value.small)
 
 
 def held(made: Draft, reading: Reading, values: Any) -> Size:

@@ -20,7 +20,7 @@ from fusedhead.deferred.call_program import Mode, Program, decode, modes
 from fusedhead.deferred.optimizer_steps import NONE, Steps, steps
 from fusedhead.deferred.results import Guard, Outcome
 from fusedhead.deferred.surroundings import checkpoint, out_of_sight, trial
-from fusedhead.rewrite.returned_logits import Recipe
+from fusedhead.graph.recipes import Recipe
 
 
 class StaleLogits(RuntimeError):

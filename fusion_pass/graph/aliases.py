@@ -1,7 +1,7 @@
 """Which names share memory: the storages that the fake values of a graph's nodes have.
 
 Dynamo ran every node once on fake tensors, in order, so that a view has the storage of what it views, and inputs
-that overlap have one. This file knows nothing of heads, and nothing of who writes.
+that overlap have one.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def memory(node: Node) -> set[int]:
     if type(recorded) is FakeTensor:
         at = storage(recorded)
         return set() if at is None else {at}
-    found: set[int] = set()
+    storages: set[int] = set()
     stack, seen = [node], {node}
     while stack:
         each = stack.pop()
@@ -73,10 +73,10 @@ def memory(node: Node) -> set[int]:
         for leaf in plain_parts(value):
             at = storage(leaf)
             if at is not None:
-                found.add(at)
+                storages.add(at)
             hidden |= at is None and not isinstance(leaf, NUMBERS)
         if hidden:
             fresh = [source for source in each.all_input_nodes if source not in seen]
             seen.update(fresh)
             stack += fresh
-    return found
+    return storages

@@ -1,9 +1,9 @@
-"""Running one node on stand-ins of its inputs, to see which of them it writes to and whether it draws random numbers.
+"""Runs one node on stand-ins of its inputs, to see which of them it writes to and whether it draws random numbers.
 
 The stand-ins are fake tensors of the same sizes, strides, dtype and device, in a fake mode of their own: neither the
 graph's fake values nor its symbolic sizes notice. Witnesses are the schemas of all ops that are dispatched (an argument
-marked ``(a!)`` is written), the version counters of the stand-ins, and whether each still has its own memory. What
-cannot be run so has no answer, and it is for the caller to expect the worst. This file knows no graph around the node.
+marked ``(a!)`` is written), the version counters of the stand-ins, and whether each still has its own memory. A
+node that cannot be run so has no answer, and the caller expects the worst.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from fusedhead.compat import (
     tree_map_only,
 )
 from fusedhead.graph.aliases import NUMBERS, storage, value_of
-from fusedhead.graph.nodes import callee, form, hint, inputs
+from fusedhead.graph.nodes import callee, hint, inputs
+from fusedhead.graph.tracing import call_key
 from fusedhead.graph.unhooked import unhooked
 
 RANDOM = torch.Tag.nondeterministic_seeded
@@ -207,7 +208,7 @@ def dry_run(node: Node) -> Seen | None:
 def kind_of(node: Node, likes: Hashable) -> Hashable:
     """What all there is to know of a call depends on; None where it has constants that are objects of somebody's."""
     try:
-        what: Any = form(node)
+        what: Any = call_key(node)
         plain = all(not isinstance(x[0], type) or issubclass(x[0], NUMBERS) for x in what[3:])
         return (what, likes) if plain else None
     except TypeError:

@@ -9,7 +9,6 @@
 | somebody's function that cannot be run so                                  | nothing: it writes to anything        |
 
 That a node writes to nothing is shown, and never concluded from a name. Answers are kept as long as the graph lives.
-This file knows nothing of heads.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ def effects(node: Node) -> Effects:
     """What a node does besides returning a value."""
     if not node.op.startswith("call_"):
         return NOTHING
-    known = KNOWN.get(node.graph)
-    if known is None:
-        known = KNOWN.setdefault(node.graph, {})
-    target, args, kwargs, found = known.get(node, (None, None, None, NOTHING))
+    answers = KNOWN.get(node.graph)
+    if answers is None:
+        answers = KNOWN.setdefault(node.graph, {})
+    target, args, kwargs, answer = answers.get(node, (None, None, None, NOTHING))
     if target is not node.target or args is not node.args or kwargs is not node.kwargs:
-        found = ask(node)
-        known[node] = node.target, node.args, node.kwargs, found
-    return found
+        answer = ask(node)
+        answers[node] = node.target, node.args, node.kwargs, answer
+    return answer
 
 
 def ask(node: Node) -> Effects:
@@ -87,14 +86,14 @@ def says_all(op: OpOverload) -> bool:
 
 def written(node: Node) -> tuple[Node, ...]:
     """The nodes whose memory a node writes to: arguments of its, or, where it may write to anything, all before it."""
-    found = effects(node)
-    return tuple(earlier(node)) if found.anything else found.written
+    does = effects(node)
+    return tuple(earlier(node)) if does.anything else does.written
 
 
 def writes(node: Node) -> bool:
     """Whether a node writes to anything."""
-    found = effects(node)
-    return found.anything or bool(found.written)
+    does = effects(node)
+    return does.anything or bool(does.written)
 
 
 def ahead_of(node: Node) -> Iterator[Node]:

@@ -1,34 +1,133 @@
-"""What stands where in a graph that is being edited: writes, grad modes, autocast regions, by the order of nodes.
+"""What the passes ask of a whole graph: grad modes, autocast regions, which nodes write to which memory, and the order.
 
-Found once and then looked up, so that a question about one node costs no walk over the graph. Nodes compare by their
-place (``a < b``: a is run before b), also those made or moved since. This file knows no heads.
+`GraphFacts` is made once for a graph and handed from pass to pass. Nothing is computed before it is asked for. Grad
+modes, autocast regions and `writers` are live: they answer for nodes that were made or moved since, by the order that
+the graph has now (``a < b``: a runs before b). `position` and the questions for a first write are of the graph as it
+was at the last `refresh`.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch.fx import Graph, Node
 
-from fusedhead.compat import enter_autocast, exit_autocast, set_grad_enabled
-from fusedhead.graph.effects import writes
+from fusedhead.compat import HigherOrderOperator, enter_autocast, exit_autocast, set_grad_enabled
+from fusedhead.graph.aliases import memory
+from fusedhead.graph.effects import memory_written, memory_written_in_backward, reaches_far, writes
 
-Regions = tuple[Node, ...]
+Regions = tuple[Node, ...]  # the nodes that enter autocast regions, outermost first
 
 
-class Places:
-    """``recorded``: whether gradients are recorded at a node. ``autocast``: the regions it is in, outermost first.
+class Write(NamedTuple):
+    """A node that writes to the memory of a tensor."""
 
-    What writes, and where modes change, must not be moved; nodes that write may be erased, but not made.
+    writer: Node
+    tensor: Node
+
+
+class GraphFacts:
+    """The facts of one graph.
+
+    ``grad``: whether gradients are recorded where the graph begins; None: as it is here. ``calls``: the nodes of other
+    graphs that run this one, so that what they write later is written after it.
     """
 
-    def __init__(self, graph: Graph, enabled: bool | None = None) -> None:
-        self.unasked = list(graph.nodes)  # in order: the beginning of the graph, which nobody has asked about yet
-        self.writers: list[Node] = []  # what writes in the rest of it
-        self.recorded = recorded(graph, enabled)
-        self.autocast = autocast(graph)
+    def __init__(self, graph: Graph, grad: bool | None = None, calls: Collection[Node] = ()) -> None:
+        self.graph, self.calls = graph, calls
+        self.grad = torch.is_grad_enabled() if grad is None else grad
+        self.kept = False
+
+    def refresh(self) -> None:
+        """Forget what was found, after the graph was edited; not once the facts are kept."""
+        if not self.kept:
+            for found in ("grad_mode", "autocast", "live", "position", "index"):
+                self.__dict__.pop(found, None)
+
+    def keep(self, since: Node) -> None:
+        """Fix the facts before the graph is rewritten: `position` and writes stay those of the graph as it is now.
+
+        Nodes from ``since`` on are asked what they write at once, before they are edited. The graph before, of a
+        model's layers, is asked only where the memory in question is given to a node.
+        """
+        self.refresh()
+        self.index.ask(since)
+        self.kept = True
+
+    @cached_property
+    def grad_mode(self) -> Callable[[Node], bool]:
+        """Whether gradients are recorded at a node."""
+        toggles = list(self.graph.find_nodes(op="call_function", target=set_grad_enabled))
+
+        def at(node: Node) -> bool:
+            past = bisect_right(toggles, node) if toggles else 0  # type: ignore[type-var]
+            return bool(toggles[past - 1].args[0]) if past else self.grad
+
+        return at
+
+    @cached_property
+    def autocast(self) -> Callable[[Node], Regions]:
+        """The autocast regions that a node stands in."""
+        ends = [
+            node
+            for target in (enter_autocast, exit_autocast)
+            for node in self.graph.find_nodes(op="call_function", target=target)
+        ]
+        ends.sort()  # type: ignore[call-overload]
+        inside: list[Regions] = [()]
+        for node in ends:
+            if node.target is enter_autocast:
+                inside.append((*inside[-1], node))
+            else:
+                inside.append(tuple(region for region in inside[-1] if region is not node.args[0]))
+        return lambda node: inside[bisect_right(ends, node) if ends else 0]  # type: ignore[type-var]
+
+    @cached_property
+    def live(self) -> LiveWrites:
+        return LiveWrites(self.graph)
+
+    def writers(self, begin: Node, end: Node) -> Iterator[Node]:
+        """The nodes that write, from ``begin`` on and before ``end``, in the order that the graph has now."""
+        return self.live.writers(begin, end)
+
+    @cached_property
+    def position(self) -> dict[Node, int]:
+        """The place of each node that the graph had at the last `refresh`."""
+        return {node: place for place, node in enumerate(self.graph.nodes)}
+
+    @cached_property
+    def index(self) -> WriteIndex:
+        return WriteIndex(self.position, self.live)
+
+    def write_between(self, begin: Node, end: Node, read: Iterable[Node]) -> Write | None:
+        """The first write in [begin, end) to memory that a tensor in ``read`` has."""
+        return self.index.first(self.position[begin], self.position[end], read)
+
+    def write_after(self, begin: Node, read: Iterable[Node]) -> Write | None:
+        """The first write from ``begin`` on, or after a call of this graph, to memory that a tensor in ``read`` has."""
+        write = self.index.first(self.position[begin], math.inf, read)
+        if write is not None:
+            return write
+        later = (GraphFacts(call.graph).write_after(call.next, read) for call in self.calls)
+        return next(filter(None, later), None)
+
+
+def before(a: Node, b: Node) -> bool:
+    """Whether a node runs before another."""
+    return bool(a < b)  # type: ignore[operator]
+
+
+class LiveWrites:
+    """The nodes of a graph that write, asked from the end on; they may be erased since, but neither made nor moved."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.unasked = list(graph.nodes)  # the beginning of the graph, which nobody has asked about yet
+        self.known: list[Node] = []  # what writes in the rest of it, in order
 
     def ask(self, begin: Node) -> None:
         """Find out what writes from ``begin`` on."""
@@ -37,43 +136,80 @@ class Places:
             node = self.unasked.pop()
             if not node._erased and writes(node):
                 found.append(node)
-        self.writers[:0] = reversed(found)
+        self.known[:0] = reversed(found)
 
-    def writes(self, begin: Node, end: Node) -> Iterator[Node]:
+    def writers(self, begin: Node, end: Node) -> Iterator[Node]:
         """The nodes that write, from ``begin`` on and before ``end``."""
         self.ask(begin)
-        for node in self.writers[bisect_left(self.writers, begin) :]:  # type: ignore[type-var]
+        for node in self.known[bisect_left(self.known, begin) :]:  # type: ignore[type-var]
             if not before(node, end):
                 return
             if not node._erased:
                 yield node
 
 
-def before(a: Node, b: Node) -> bool:
-    """Whether a node is run before another."""
-    return bool(a < b)  # type: ignore[operator]
+class WriteIndex:
+    """The writes of a graph as it was, by memory and by the places of its nodes."""
 
+    def __init__(self, position: dict[Node, int], live: LiveWrites) -> None:
+        self.position, self.live = position, live
+        self.since = len(position)  # from here on all writes are in ``written``
+        self.written: dict[int, list[Node]] = {}  # memory -> the nodes that write there, in order
+        self.readers: dict[int, list[Node]] = {}  # memory -> the nodes that are given it, in order
+        self.far: list[Node] = []  # nodes that may write to memory that they are not given
+        self.own_backward: set[Node] = set()  # nodes that may have a backward of somebody's own
+        memories = {node: memory(node) for node in position}
+        for node in position:
+            if node.op.startswith("call_"):
+                for at in set().union(*map(memories.__getitem__, node.all_input_nodes)):
+                    self.readers.setdefault(at, []).append(node)
+                if reaches_far(node):
+                    self.far.append(node)
+                if isinstance(node.target, HigherOrderOperator) or reaches_far(node):
+                    self.own_backward.add(node)
 
-def recorded(graph: Graph, enabled: bool | None = None) -> Callable[[Node], bool]:
-    """Whether gradients are recorded at a node; ``enabled`` where the graph begins, by default as it is here."""
-    first = torch.is_grad_enabled() if enabled is None else enabled
-    toggles = list(graph.find_nodes(op="call_function", target=set_grad_enabled))
+    def ask(self, since: Node) -> None:
+        """Find out what is written from ``since`` on; once."""
+        self.since = self.position[since]
+        self.live.ask(since)
+        for node in self.live.known:
+            for at in memory_written(node):
+                self.written.setdefault(at, []).append(node)
 
-    def at(node: Node) -> bool:
-        past = bisect_right(toggles, node)  # type: ignore[type-var]
-        return bool(toggles[past - 1].args[0]) if past else first
+    def writers(self, memories: set[int], begin: int, end: float) -> Iterator[Node]:
+        """The nodes in [begin, end) that write to some memory, the first one for each storage."""
+        for at in memories:
+            if begin < self.since:
+                given = [node for node in (*self.readers.get(at, ()), *self.far) if begin <= self.position[node] < end]
+                early = (node for node in given if self.position[node] < self.since)
+                yield from (node for node in early if at in memory_written(node))
+            nodes = self.written.get(at, ())
+            first = bisect_left(nodes, begin, key=self.position.__getitem__)
+            if first < len(nodes) and self.position[nodes[first]] < end:
+                yield nodes[first]
 
-    return at
+    def first(self, begin: int, end: float, read: Iterable[Node]) -> Write | None:
+        """The first write in [begin, end) to memory of a tensor in ``read``, with the last such tensor.
 
+        Where there is no end, a backward that may write to it counts too, wherever its forward is.
+        """
+        if self.since == len(self.position):
+            self.ask(next(node for node, place in self.position.items() if place == begin))
+        memories = {node: memory(node) for node in read}
+        at = set().union(*memories.values())
+        changed, found = memory_written, list(self.writers(at, begin, end))
+        if not found and end == math.inf:
+            changed = memory_written_in_backward
+            found = [node for node in self.with_own_backward(at) if not changed(node).isdisjoint(at)]
+        if not found:
+            return None
+        writer = min(found, key=self.position.__getitem__)
+        shared = changed(writer)
+        tensors = [node for node, own in memories.items() if not own.isdisjoint(shared) or len(memories) == 1]
+        return Write(writer, tensors[-1])
 
-def autocast(graph: Graph) -> Callable[[Node], Regions]:
-    """The autocast regions that a node stands in, outermost first, by the nodes that enter them."""
-    ends = [n for t in (enter_autocast, exit_autocast) for n in graph.find_nodes(op="call_function", target=t)]
-    ends.sort()  # type: ignore[call-overload]
-    inside: list[Regions] = [()]
-    for node in ends:
-        if node.target is enter_autocast:
-            inside.append((*inside[-1], node))
-        else:
-            inside.append(tuple(region for region in inside[-1] if region is not node.args[0]))
-    return lambda node: inside[bisect_right(ends, node)]  # type: ignore[type-var]
+    def with_own_backward(self, memories: set[int]) -> Iterator[Node]:
+        """The nodes that are given some memory, and that may have a backward of somebody's own."""
+        if self.own_backward:
+            for at in memories:
+                yield from (node for node in self.readers.get(at, ()) if node in self.own_backward)

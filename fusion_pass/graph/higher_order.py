@@ -1,7 +1,7 @@
 """Higher-order ops: which graphs they run, on what, and what those graphs write to.
 
 An op in the table does nothing to its operands but run its bodies on them. Any other writes to all it is given, for
-all that is known. This file reads bodies by what it is told of their nodes; it must not know heads.
+all that is known.
 """
 
 from __future__ import annotations
@@ -77,16 +77,16 @@ def given(node: Node) -> tuple[Node, ...]:
 def runs_bodies(node: Node) -> Operands | None:
     """What the bodies of a call are run on; None for an op of which that is not known."""
     name = getattr(node.target, "_name", None)
-    known = OPERANDS.get(str(name))
-    return known if known and getattr(torch.ops.higher_order, str(name), None) is node.target else None
+    operands = OPERANDS.get(str(name))
+    return operands if operands and getattr(torch.ops.higher_order, str(name), None) is node.target else None
 
 
 def bodies_of(call: Node) -> list[GraphModule]:
     """The graphs that a node is given to run."""
     if not isinstance(call.target, HigherOrderOperator):
         return []
-    found = (value_of(x) for x in call.all_input_nodes if x.op == "get_attr")
-    return [body for body in found if isinstance(body, GraphModule)]
+    values = (value_of(x) for x in call.all_input_nodes if x.op == "get_attr")
+    return [body for body in values if isinstance(body, GraphModule)]
 
 
 def effects_of_call(call: Node, of: Of) -> Effects:
@@ -105,16 +105,16 @@ def effects_of_call(call: Node, of: Of) -> Effects:
             seeds = gradients_of(bodies[0], body) if i else 1
             backward = given(call) if places is None or any(place >= seeds for place in places) else ()
             continue
-        passed = list(operands(call))
+        arguments = list(operands(call))
         count = len(body.graph.find_nodes(op="placeholder"))
         if any(effects.backward for effects in inside):
             backward = given(call)
-        if places is None or (places and count != len(passed)):
+        if places is None or (places and count != len(arguments)):
             written.update(dict.fromkeys(given(call)))
             continue
         for place in places:
-            own = [x for x in tree_leaves(passed[place]) if isinstance(x, Node) and memory(x)]
-            written.update(dict.fromkeys(own or given(call)))  # what has no memory is not what the body writes to
+            changed = [x for x in tree_leaves(arguments[place]) if isinstance(x, Node) and memory(x)]
+            written.update(dict.fromkeys(changed or given(call)))  # what has no memory is not what the body writes to
     return Effects(tuple(written), backward, anything)
 
 
@@ -128,7 +128,7 @@ def changed_placeholders(graph: Graph, effects: Iterable[Effects]) -> set[int] |
             at = memory(target)
             if not at or at & held:
                 return None
-            changed.update(i for i, own in enumerate(memories) if own & at)
+            changed.update(i for i, memory_of_one in enumerate(memories) if memory_of_one & at)
         if does.anything:
             return None
     return changed

@@ -1,23 +1,13 @@
-"""Reading one node of the Dynamo graph as ATen: every spelling of an op becomes the same few overloads.
-
-The node is traced alone, on its fake inputs, with ``make_fx(pre_dispatch=True)``: methods, operators, positional
-arguments, ``.T`` and einops collapse to about thirty overloads, `cross_entropy` stays one op. This file knows
-nothing of heads; it must not edit the graph it reads.
-"""
+"""What a node of a Dynamo graph is: its fake value, the op that it calls, its line in the program, its sizes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
-
-from fusedhead.compat import maybe_get_fake_mode, tree_flatten, tree_unflatten
+from torch.fx import Node
 
 aten = torch.ops.aten
 
@@ -39,80 +29,6 @@ def callee(node: Node) -> Callable[..., Any]:
         return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
     assert callable(node.target)
     return node.target
-
-
-def trace(node: Node) -> GraphModule:
-    """The node as a graph of ATen ops, with one placeholder per entry of ``inputs(node)``.
-
-    Autocast is off while tracing: where it acts, the recorded dtype of the node says so, not the ops.
-    Raises whatever the node's own function raises on the fake values.
-    """
-    leaves, spec = tree_flatten((node.args, node.kwargs))
-    sources = inputs(node)
-    run = callee(node)
-
-    def standalone(*values: Any) -> Any:
-        given = dict(zip(sources, values))
-        args, kwargs = tree_unflatten([map_arg(leaf, given.__getitem__) for leaf in leaves], spec)
-        return run(*args, **kwargs)
-
-    tensors = [v for v in map(fake, sources) if isinstance(v, torch.Tensor)]
-    device = tensors[0].device.type if tensors else "cpu"
-    mode = maybe_get_fake_mode(tensors[0]) if tensors else None
-    with torch.autocast(device, enabled=False), torch.no_grad(), mode or nullcontext():
-        return make_fx(standalone, pre_dispatch=True)(*map(fake, sources))
-
-
-def form(node: Node) -> Hashable:
-    """What a node does, whatever it does it to: its function and its constants. Raises TypeError: not known."""
-    sources = inputs(node)
-    leaves, spec = tree_flatten((node.args, node.kwargs))
-
-    def of(leaf: Any) -> Hashable:
-        if isinstance(leaf, Node):
-            return "node", sources.index(leaf)
-        if isinstance(leaf, slice):
-            return "slice", of(leaf.start), of(leaf.stop), of(leaf.step)
-        return type(leaf), leaf
-
-    found = node.op, node.target, str(spec), *map(of, leaves)
-    hash(found)
-    return found
-
-
-def kind(node: Node) -> Hashable:
-    """What a node's trace depends on: its function, its constants, and what tensors it is given. None: not known."""
-    try:
-        found = form(node), *map(layout, map(fake, inputs(node)))
-        hash(found)
-        return found
-    except (TypeError, RuntimeError, NotImplementedError):
-        return None
-
-
-def layout(value: Any) -> Hashable:
-    """What tells fake tensors apart, but for their place in memory. Raises TypeError where it is not known."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-        raise TypeError
-    sizes = *value.shape, *value.stride()
-    if not all(isinstance(size, int) for size in sizes):
-        raise TypeError
-    return type(value), value.ndim, sizes, value.dtype, value.device, value.is_conj(), value.is_neg()
-
-
-class Traces:
-    """The traces of one graph's nodes. Nodes that do the same to tensors of the same kind, as in loops, share one."""
-
-    def __init__(self) -> None:
-        self.known: dict[Hashable, GraphModule] = {}
-
-    def __call__(self, node: Node) -> GraphModule:
-        known = kind(node)
-        if known is None:
-            return trace(node)
-        if known not in self.known:
-            self.known[known] = trace(node)
-        return self.known[known]
 
 
 def every_dimension(index: Any, ndim: int) -> list[Any]:

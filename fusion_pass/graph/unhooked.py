@@ -1,8 +1,7 @@
-"""Computing out of sight of hooks on saved tensors.
+"""Hides what the pass computes from hooks on saved tensors.
 
 Checkpointing and offloading count or move every tensor that autograd saves while they are active, also on the thread
-of a compiler: what the pass computes to read a graph, on stand-ins, is none of the program's. It must not know what
-is computed.
+of a compiler. What the pass computes on stand-ins, to read a graph, is none of the program's.
 """
 
 from __future__ import annotations

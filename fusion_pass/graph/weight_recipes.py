@@ -8,8 +8,6 @@ anybody uses the logits. That gives the same numbers where its nodes
 * start at inputs of the graph,
 * give the recorded dtypes and shapes where they are run without autocast (products with their operands cast),
 * and are few, of small results: they are run for every answer.
-
-This file reads; it must not know what is done with the logits.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from fusedhead.compat import HigherOrderOperator, enable_python_dispatcher, mayb
 from fusedhead.graph.aliases import memory
 from fusedhead.graph.effects import draws, may_write, writes
 from fusedhead.graph.nodes import callee, fake, hint, name_of
-from fusedhead.rules.projections import SPELLINGS
+from fusedhead.graph.op_names import PROJECTIONS
 
 MOST_NODES = 64
 MOST_ENTRIES = 16  # of all results together, for each entry of the weight
@@ -40,24 +38,24 @@ def making(weights: Iterable[Node]) -> set[Node]:
 
 def made_of_inputs(weight: Node) -> set[Node] | None:
     """The nodes that make a weight of the graph's inputs, none for an input; None where it cannot be made again."""
-    found: set[Node] = set()
+    makers: set[Node] = set()
     stack = [weight]
     while stack:
         node = stack.pop()
-        if node.op == "placeholder" or node in found:
+        if node.op == "placeholder" or node in makers:
             continue
         if not node.op.startswith("call_") or isinstance(node.target, HigherOrderOperator):
             return None
-        found.add(node)
+        makers.add(node)
         stack += node.all_input_nodes
-        if len(found) > MOST_NODES:
+        if len(makers) > MOST_NODES:
             return None
-    if not found:
-        return found
-    entries = sum(map(entries_of, found))
-    if entries > MOST_ENTRIES * max(1, entries_of(weight)) or not all(map(same_again, found)):
+    if not makers:
+        return makers
+    entries = sum(map(entries_of, makers))
+    if entries > MOST_ENTRIES * max(1, entries_of(weight)) or not all(map(same_again, makers)):
         return None
-    return None if overwritten(found) else found
+    return None if overwritten(makers) else makers
 
 
 def entries_of(node: Node) -> int:
@@ -66,29 +64,29 @@ def entries_of(node: Node) -> int:
 
 def overwritten(nodes: set[Node]) -> bool:
     """Whether anything in the graph writes to what the nodes make."""
-    made = set().union(*map(memory, nodes))
+    storages = set().union(*map(memory, nodes))
     inputs = {source for node in nodes for source in node.all_input_nodes if source.op == "placeholder"}
-    own = made.difference(*map(memory, inputs))
-    return any(may_write(node, own) for node in next(iter(nodes)).graph.nodes)
+    storages_made = storages.difference(*map(memory, inputs))
+    return any(may_write(node, storages_made) for node in next(iter(nodes)).graph.nodes)
 
 
 def same_again(node: Node) -> bool:
     """Whether a node, run again without autocast, gives the tensors that the graph has: pure, of the same dtypes."""
     if writes(node) or draws(node):
         return False
-    known = tree_leaves(fake(node))
-    mode = next(filter(None, map(maybe_get_fake_mode, (x for x in known if isinstance(x, Tensor)))), None)
-    device = next((x.device.type for x in known if isinstance(x, Tensor)), "cpu")
+    recorded = tree_leaves(fake(node))
+    mode = next(filter(None, map(maybe_get_fake_mode, (x for x in recorded if isinstance(x, Tensor)))), None)
+    device = next((x.device.type for x in recorded if isinstance(x, Tensor)), "cpu")
     try:
         fakes = mode or nullcontext()
         with fakes, enable_python_dispatcher(), torch.no_grad(), torch.autocast(device, enabled=False):
             args, kwargs = map_arg((node.args, node.kwargs), lambda source: operand(node, source))
-            again = tree_leaves(callee(node)(*args, **kwargs))
+            results = tree_leaves(callee(node)(*args, **kwargs))
     except Exception:
         return False
-    return len(again) == len(known) and all(
+    return len(results) == len(recorded) and all(
         (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device) if isinstance(b, Tensor) else True
-        for a, b in zip(again, known)
+        for a, b in zip(results, recorded)
     )
 
 
@@ -102,7 +100,7 @@ def is_cast(node: Node, source: Node) -> bool:
     """Whether autocast casts what a product reads."""
     value, result = fake(source), fake(node)
     return (
-        name_of(node) in SPELLINGS
+        name_of(node) in PROJECTIONS
         and isinstance(value, Tensor)
         and isinstance(result, Tensor)
         and value.is_floating_point()

@@ -1,8 +1,7 @@
 """Calling heads below autograd: a pass over graphs that Inductor is about to compile.
 
 Their gradients have been traced, so that no call in them is differentiated again. An op with an autograd formula asks
-for it at every call all the same, in Python, which costs the host as much as all of its checks. This file must
-not know what the ops compute.
+for it at every call all the same, in Python, which costs the host as much as all of its checks.
 """
 
 from __future__ import annotations

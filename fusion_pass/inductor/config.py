@@ -1,7 +1,4 @@
-"""Inductor as the backend calls it: its settings, with this package in the keys of its caches.
-
-This file knows what Inductor must be told, and nothing of heads or of what the pass did to a graph.
-"""
+"""Inductor as the backend calls it: its settings, this package in the keys of its caches, our passes on its graphs."""
 
 from __future__ import annotations
 
@@ -14,6 +11,12 @@ from fusedhead.compat import CustomGraphPass, InductorWrapper
 from fusedhead.inductor.call_below_autograd import call_below_autograd
 from fusedhead.inductor.scale_in_place import scale_in_place
 from fusedhead.lowering.cache_key import source_hash
+
+# This package's passes on Inductor's graphs after it has traced the gradients, in order.
+POST_GRAD: tuple[tuple[str, Callable[[Graph], None]], ...] = (
+    ("scale-gradients-in-place", scale_in_place),
+    ("call-below-autograd", call_below_autograd),
+)
 
 
 class KeyedBySource(CustomGraphPass):
@@ -59,8 +62,8 @@ def keyed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_passes(graph: Graph) -> None:
-    scale_in_place(graph)
-    call_below_autograd(graph)
+    for _, run in POST_GRAD:
+        run(graph)
 
 
 def cuda_graphs(config: dict[str, Any]) -> bool:

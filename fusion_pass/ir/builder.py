@@ -1,7 +1,7 @@
 """Putting new nodes into a Dynamo graph, each with the fake value that everything downstream relies on.
 
 Only `OpOverload`s are inserted: a Python function or a node without ``example_value`` would keep the graph out of
-AOTAutograd's cache. This file knows no rules and no heads.
+AOTAutograd's cache.
 """
 
 from __future__ import annotations
@@ -15,17 +15,13 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from fusedhead.compat import maybe_get_fake_mode, tree_leaves, tree_map
+from fusedhead.compat import maybe_get_fake_mode, tree_leaves
 from fusedhead.graph.nodes import fake
-from fusedhead.ir.logits import Call, Plain
+from fusedhead.graph.sizes import static
+from fusedhead.ir.expr import Expr, Plain
 
 aten = torch.ops.aten
 REPLACED = "fusedhead_replaced_by"  # in a node's meta, while the graph is being edited
-
-
-def static(size: Any) -> int | None:
-    """The value of a size that is known at compile time, without adding a guard."""
-    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else int(size)
 
 
 class Emit:
@@ -36,7 +32,7 @@ class Emit:
         self.anchor: Node | None = None
         self.trace_of: Node | None = None
         self.grad = True
-        self.known: dict[Call, Node] = {}
+        self.known: dict[Expr, Node] = {}
         self.made: list[Node] = []
         # the mode of Dynamo's own fake values: by now the tracing context already names AOTAutograd's
         tensors = (fake(node) for node in graph.nodes if isinstance(fake(node), Tensor))
@@ -80,11 +76,10 @@ class Emit:
             return self.ref(ref.ref)
         while isinstance(ref, Node) and REPLACED in ref.meta:
             ref = ref.meta[REPLACED]
-        if not isinstance(ref, Call):
+        if not isinstance(ref, Expr):
             return ref
         if ref not in self.known:
-            is_leaf = lambda x: isinstance(x, (Call, Plain))  # noqa: E731
-            args, kwargs = tree_map(self.ref, (ref.args, ref.kwargs), is_leaf=is_leaf)
+            args, kwargs = ref.mapped(self.ref)
             self.known[ref] = self(ref.op, *args, **kwargs)
         return self.known[ref]
 

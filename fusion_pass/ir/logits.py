@@ -1,26 +1,20 @@
 """What a tensor in the graph is, relative to the logits of a head: the domain of the abstract interpreter.
 
-`Plain` is anything the pass does not follow. `Logits` and `LogProbs` are followed: they say by which steps a
-value came from a projection, so that the steps can be replayed on the hidden states (rows) or compiled into
-the head (columns). This file knows no ops and no rules; it must not edit graphs.
+`Logits`, and `LogProbs`, `Probs` and `ProbTimes` of them, say by which steps a value came from a projection, so that
+the steps can be replayed on the hidden states (rows) or compiled into the head (columns). Any other value is `Plain`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fusedhead.compat import tree_leaves
+from fusedhead.ir.expr import Expr, Plain, nodes_of
 from fusedhead.kernels.transform.transform import Step
-
-
-class Escape(Exception):
-    """A use of the logits that no rule can read. The message is a sentence for the user."""
 
 
 class Hidden:
@@ -34,32 +28,12 @@ HIDDEN = Hidden()
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """An ATen call to be emitted: leaves of `args` are fx Nodes, other Calls, or constants."""
-
-    op: Any
-    args: tuple
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Plain:
-    """A value the pass does not follow.
-
-    ``ref`` is an fx Node, a `Call`, or a constant; ``val`` its fake value.
-    """
-
-    ref: Any
-    val: Any
-
-
-@dataclass(frozen=True, eq=False)
 class Projection:
     """z = hidden @ weight.T: where the logits of one head begin."""
 
     node: Node
     hidden: Plain  # [..., D]
-    weight: Plain  # [V, D]; its ref may be a transposing Call
+    weight: Plain  # [V, D]; its ref may be a transposing Expr
     dtype: torch.dtype  # of the projection's result; operands are cast to it when they differ (autocast)
 
     @property
@@ -110,7 +84,7 @@ class Logits:
     detached: tuple[int, int] | None = None  # len(cols), len(rows) when last detached: no gradient to those, h, W
 
     @property
-    def quiet(self) -> bool:
+    def has_no_gradient(self) -> bool:
         """Whether no gradient flows to anything: detached, and no vector came in since."""
         return self.detached == (len(self.cols), len(self.rows))
 
@@ -140,7 +114,7 @@ class Probs:
 
 
 @dataclass(frozen=True, eq=False)
-class Expected:
+class ProbTimes:
     """factor · p · x^power element by element, x the log-probabilities or the logits: what moments of log p sum up.
 
     Without ``weighted`` there is no p in it, yet.
@@ -154,13 +128,13 @@ class Expected:
     weighted: bool = True
 
 
-Followed = Logits | LogProbs | Probs | Expected
-FOLLOWED = (Logits, LogProbs, Probs, Expected)
-Value = Plain | Logits | LogProbs | Probs | Expected
+LogitsLike = Logits | LogProbs | Probs | ProbTimes
+LOGITS_LIKE = (Logits, LogProbs, Probs, ProbTimes)
+Value = Plain | Logits | LogProbs | Probs | ProbTimes
 
 
 @dataclass(frozen=True, eq=False)
-class Stack(Projection):
+class StackedProjection(Projection):
     """Logits of several heads in one tensor, numbered by its dimension ``dim``: where they begin, once they are one.
 
     ``hidden`` is the stack of their hidden states, for the shapes of their rows; ``weight`` is that of the first.
@@ -178,52 +152,35 @@ class Stack(Projection):
         return tuple(x for part in self.parts for x in (*part.head.operands, *part.cols))
 
 
-def leaves(refs: Iterable[Any]) -> list[Node]:
-    """The graph's own nodes that expressions are made of."""
-    found: list[Node] = []
-    stack = list(refs)
-    while stack:
-        ref = stack.pop()
-        if isinstance(ref, Node):
-            found.append(ref)
-        elif isinstance(ref, Plain):
-            stack.append(ref.ref)
-        elif isinstance(ref, Call):
-            stack.extend(tree_leaves((ref.args, ref.kwargs), is_leaf=lambda x: isinstance(x, (Plain, Call))))
-    return found
-
-
 def piece_of(cols: tuple[Plain, ...], begin: int, end: int) -> tuple[Plain, ...]:
     """Vectors along the vocabulary, from one class to another."""
-    return tuple(Plain(Call(torch.ops.aten.slice.Tensor, (c.ref, 0, begin, end)), c.val[begin:end]) for c in cols)
+    return tuple(Plain(Expr(torch.ops.aten.slice.Tensor, (c.ref, 0, begin, end)), c.val[begin:end]) for c in cols)
 
 
-def logits_of(value: Followed) -> Logits:
+def logits_of(value: LogitsLike) -> Logits:
     return value if isinstance(value, Logits) else value.of
 
 
 def sources_of(logits: Logits) -> list[Node]:
     """The graph's nodes that a sweep over these logits reads, besides labels."""
-    rows = [row.value for row in logits.rows]
-    is_leaf = lambda x: isinstance(x, (Plain, Call))  # noqa: E731
-    steps = tree_leaves([step.args for step in logits.row_steps], is_leaf=is_leaf)
-    return leaves([logits.head.hidden, logits.head.weight, *logits.cols, *rows, *steps])
+    rows, moves = [row.value for row in logits.rows], [step.args for step in logits.row_steps]
+    return nodes_of([logits.head.hidden, logits.head.weight, *logits.cols, *rows, *moves])
 
 
-def from_the_first(index: Any, size: Any) -> Call:
+def from_the_first(index: Any, size: Any) -> Expr:
     """An index as numbers that count from the first entry: -1 is the last of ``size``. Past the end it stays there."""
-    return Call(torch.ops.aten.where.self, (
-        Call(torch.ops.aten.lt.Scalar, (index, 0)), Call(torch.ops.aten.add.Tensor, (index, size)), index,
+    return Expr(torch.ops.aten.where.self, (
+        Expr(torch.ops.aten.lt.Scalar, (index, 0)), Expr(torch.ops.aten.add.Tensor, (index, size)), index,
     ))  # fmt: skip
 
 
 def rows_of_hidden(logits: Logits) -> Any:
-    """The hidden states with the logits' row steps taken: a node, or a `Call`, that has the logits' rows."""
+    """The hidden states with the logits' row steps taken: a node, or a `Expr`, that has the logits' rows."""
     ref: Any = logits.head.hidden.ref
     width = logits.head.weight.val.shape[1]
     for step in logits.row_steps:
         args = [[width if s is HIDDEN else s for s in a] if isinstance(a, list) else a for a in step.args]
-        ref = Call(step.op, (ref, *args))
+        ref = Expr(step.op, (ref, *args))
     return ref
 
 
@@ -231,7 +188,7 @@ def detached(value: Any) -> Any:
     """A followed value through which no gradient flows; anything else as it is."""
     if isinstance(value, Logits):
         return replace(value, detached=(len(value.cols), len(value.rows)))
-    if isinstance(value, (LogProbs, Probs, Expected)):
+    if isinstance(value, (LogProbs, Probs, ProbTimes)):
         return replace(value, of=detached(value.of))
     return value
 
@@ -242,12 +199,12 @@ def same_logits(a: Logits, b: Logits) -> bool:
         a.head is b.head
         and a.val.shape == b.val.shape
         and a.class_dim == b.class_dim
-        and sweep(a) == sweep(b)
+        and row_identity(a) == row_identity(b)
         and [s for s in a.steps if s.op != "round"] == [s for s in b.steps if s.op != "round"]
     )
 
 
-def sweep(logits: Logits) -> tuple[Any, ...]:
+def row_identity(logits: Logits) -> tuple[Any, ...]:
     """What decides which rows and columns a sweep sees, and in which order; the steps aside."""
     steps = list(logits.row_steps)
     while steps and steps[-1].keeps_order:

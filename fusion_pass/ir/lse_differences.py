@@ -3,7 +3,7 @@
 A log_softmax subtracts the row's maximum before it rounds; lse and z_y, each rounded alone, lose what is below their
 own last digit: 1e-3 where all logits are near 1e4. So the lse comes as the sum of two numbers and Σ u (lse - z) as a
 number of its own. Both are constants to autograd: gradients flow through lse, z_y and Σ u z, of which the loss is the
-same linear function as without them. This file knows no losses.
+same linear function as without them.
 """
 
 from __future__ import annotations

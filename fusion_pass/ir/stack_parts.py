@@ -1,7 +1,6 @@
-"""One head of a `Stack`: its logits with what was done to all of them once they were stacked.
+"""One head of a `StackedProjection`: its logits with what was done to all of them once they were stacked.
 
-A head that is picked by its number, ``z[:, k]``, is swept alone. This file knows no ops besides the moves of rows that
-it reads.
+A head that is picked by its number, ``z[:, k]``, is swept alone.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fusedhead.ir.logits import Logits, RowStep, Stack, piece_of
+from fusedhead.graph.sizes import same_size
+from fusedhead.ir.logits import Logits, RowStep, StackedProjection, piece_of
 
 aten = torch.ops.aten
 
 
-def part_of(logits: Logits, part: Logits) -> Logits:
+def stacked_part(logits: Logits, part: Logits) -> Logits:
     """One head's logits, with what is done to all of them once they are stacked."""
     shifted = [s.with_column_offset(len(part.cols)) for s in logits.steps]
     first = part.vocab[0] if part.vocab else 0
@@ -35,7 +34,7 @@ def picked_part(logits: Logits, val: Tensor, dim: int, number: Any) -> Logits | 
     Between the stack and the pick, other dimensions may have been cut, and views taken that lead back.
     """
     head = logits.head
-    if not isinstance(head, Stack) or logits.rows or dim != head.dim or not isinstance(number, int):
+    if not isinstance(head, StackedProjection) or logits.rows or dim != head.dim or not isinstance(number, int):
         return None
     first, moves = head.parts[0].val, []
     whole = first.unsqueeze(dim).expand(*first.shape[:dim], len(head.parts), *first.shape[dim:])
@@ -44,12 +43,8 @@ def picked_part(logits: Logits, val: Tensor, dim: int, number: Any) -> Logits | 
         step = steps.pop(0)
         whole, (at, *bounds) = step.op(whole, *step.args), step.args
         moves.append(RowStep(step.op, (at - (at > dim), *bounds)))
-    back = len(whole.shape) == logits.val.ndim and all(map(same, whole.shape, logits.val.shape))
+    back = len(whole.shape) == logits.val.ndim and all(map(same_size, whole.shape, logits.val.shape))
     if logits.class_dim != whole.ndim - 1 or not back or not all(step.keeps_order for step in steps):
         return None  # steps that keep the order, and lead back to the shape before them, are none
-    found = part_of(replace(logits, val=val), head.parts[number % len(head.parts)])
+    found = stacked_part(replace(logits, val=val), head.parts[number % len(head.parts)])
     return replace(found, val=val, row_steps=(*found.row_steps, *moves))
-
-
-def same(a: Any, b: Any) -> bool:
-    return statically_known_true(sym_eq(a, b))

@@ -1,19 +1,37 @@
-"""A terminal: the place in the graph where the logits end and one number a row remains.
+"""A terminal: the place in the graph where the logits end and a few numbers a row remain.
 
-A loss rule returns a `Terminal`; the rewriter asks it for its labels, runs the head once, and lets it build its
-result out of row statistics, as ordinary ATen calls on [N] vectors. This file knows no ops of its own.
+A rule returns a `Terminal`; the rewriter asks it for its labels, runs the head once, and lets it build its result out
+of row statistics, as ordinary ATen calls on [N] vectors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from torch.fx import Node
 
 from fusedhead.ir.builder import Emit
-from fusedhead.ir.logits import Logits, Plain
+from fusedhead.ir.expr import Plain
+from fusedhead.ir.logits import Logits
+
+
+class Kind(Enum):
+    """What a terminal is; its value stands in `Terminal.computes`."""
+
+    LOSS = "loss"
+    GATHER = "gather"  # entries of the logits or of their log-probabilities
+    INDEX = "index"  # the same, by an index that counts the rows
+    LSE = "logsumexp"
+    ENTROPY = "entropy"
+    SUM = "sum"
+    MAX = "max"
+    ARGMAX = "argmax"
+
+
+Labels = Callable[[Emit], Node]  # emits [N, K] int64 labels in [0, V)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +56,11 @@ class Terminal:
 
     logits: Logits
     val: Any  # fake result
-    computes: str  # for the report, e.g. "cross_entropy(mean, ignore_index=-100)"
+    kind: Kind
+    computes: str  # for the report alone, e.g. "cross_entropy(mean, ignore_index=-100)"
     want: frozenset[str]  # statistics of kernels.contract.STATS besides lse
     result: Callable[[Emit, Statistics], Node]
-    labels: Callable[[Emit], Node] | None = None  # emits [N, K] int64 labels in [0, V)
+    labels: Labels | None = None
     label_count: int = 0  # K
     label_key: Any = None  # terminals with equal keys pick the same entries
     label_sources: tuple[Plain, ...] = ()  # what the labels are made of

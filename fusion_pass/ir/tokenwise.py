@@ -1,31 +1,32 @@
-"""Values that are computed from logits one token at a time, by whatever ops: what a row program is made of.
+"""Values that are computed from logits one token at a time, by whatever ops: what a token program is made of.
 
-Where no rule can say what an op makes of the logits in terms of row statistics, it may still be known to treat
-every token apart. Such a value is `Rowwise`: an expression over heads (`Seed`) and tensors from outside
-(`RowLeaf`), in the program's own ATen ops, with the tokens flattened into dimension 0. This file knows no ops.
+Where no rule can say what an op makes of the logits in terms of row statistics, it may still be known to treat every
+token apart. Such a value is a `TokenValue`: an expression over heads (`HeadInput`) and tensors from outside
+(`TokenInput`), in the program's own ATen ops, with the tokens flattened into dimension 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fusedhead.compat import tree_leaves
-from fusedhead.ir.logits import Call, Logits, Plain, Projection
+from fusedhead.ir.expr import Expr, Plain, walk
+from fusedhead.ir.logits import Logits, Projection, detached
 
 
 @dataclass(frozen=True, eq=False)
-class Seed:
+class HeadInput:
     """The logits of a head as the program has them, [N, V]."""
 
     logits: Logits
 
 
 @dataclass(frozen=True, eq=False)
-class RowLeaf:
+class TokenInput:
     """A tensor from outside. ``value`` is [N, ...] where ``by_rows``, else it broadcasts to the tail as it is."""
 
     value: Plain
@@ -33,26 +34,14 @@ class RowLeaf:
 
 
 @dataclass(frozen=True, eq=False)
-class RowCall:
-    """An ATen call, or ``operator.getitem`` of one with several results.
-
-    Leaves of ``args``: Seed, RowLeaf, RowCall, constants.
-    """
-
-    op: Any
-    args: tuple
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Rowwise:
+class TokenValue:
     """A tensor in the program whose rows are computed apart.
 
     ``expr`` is [N, *tail]; ``val`` the fake tensor in the program's own shape, of which the dimensions marked in
     ``tail`` are the tail, in order, and the others are tokens, in order.
     """
 
-    expr: Seed | RowLeaf | RowCall
+    expr: HeadInput | TokenInput | Expr
     val: Tensor
     tail: tuple[bool, ...]
     heads: frozenset[Projection]
@@ -72,41 +61,45 @@ class Rowwise:
 
 
 @dataclass(frozen=True, eq=False)
-class MaskedRows(Rowwise):
+class MaskedRows(TokenValue):
     """The tokens that a mask picks, as all tokens with zeros where it does not hold: only their sum is the same."""
 
     mask: Plain  # bool, over the first dimensions
 
 
 @dataclass(frozen=True, eq=False)
-class RowOutput:
+class ProgramResult:
     """A row program's result in an expression of the graph, in the shape of ``value.val``."""
 
-    value: Rowwise
+    value: TokenValue
 
 
-def parts(value: Any) -> Iterator[Rowwise]:
-    """The rowwise values that a value is, or that its expression reads."""
-    stack = [value]
-    while stack:
-        x = stack.pop()
-        if isinstance(x, Rowwise):
+def token_values_of(*values: Any) -> Iterator[TokenValue]:
+    """The token values that values are, or that their expressions read."""
+    for x in walk(*values):
+        if isinstance(x, TokenValue):
             yield x
-        elif isinstance(x, RowOutput):
+        elif isinstance(x, ProgramResult):
             yield x.value
-        elif isinstance(x, Plain):
-            stack.append(x.ref)
-        elif isinstance(x, Call):
-            stack += tree_leaves((x.args, x.kwargs))
-        elif isinstance(x, (list, tuple)):
-            stack += x
 
 
-def detached(value: Any, op: Any) -> Any:
-    """A rowwise value through which no gradient flows; ``op`` is the call that detaches."""
-    if isinstance(value, Rowwise):
-        return replace(value, expr=RowCall(op, (value.expr,)))
-    return value
+def inputs_of(
+    values: Iterable[TokenValue], into: Callable[[Expr], bool] = lambda expr: True
+) -> tuple[list[HeadInput], list[TokenInput]]:
+    """The logits and the outside tensors that token values are computed from, each once, in order of appearance.
+
+    ``into``: whether to go on to what an expression reads.
+    """
+    found = list(walk(*(value.expr for value in values), into=into))
+    heads: dict[Logits, HeadInput] = {}
+    for x in found:
+        if isinstance(x, HeadInput):
+            heads.setdefault(x.logits, x)
+    return list(heads.values()), [x for x in found if isinstance(x, TokenInput)]
 
 
-__all__ = ["MaskedRows", "RowCall", "RowLeaf", "RowOutput", "Rowwise", "Seed", "detached", "parts"]
+def without_gradient(value: Any) -> Any:
+    """A followed value through which no gradient flows; anything else as it is."""
+    if isinstance(value, TokenValue):
+        return replace(value, expr=Expr(torch.ops.aten.detach.default, (value.expr,)))
+    return detached(value)

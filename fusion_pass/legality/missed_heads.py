@@ -1,37 +1,35 @@
-"""Records of heads that could not even be read: in a torch.func transform or a region, or products of another form.
+"""Reports projections under a loss that the interpreter never reached: in a transform or a region, or of another form.
 
-A product that no rule reads (in float64, of two batches) is worth a record where its entries are what a loss over
-classes is taken of; elsewhere, in attention or a router, it is no head. This file decides nothing.
+A product that no rule reads (in float64, of two batches) is worth a word where a loss over classes is taken of its
+entries; elsewhere, in attention or a router, it is no head.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from fusedhead.analysis.interpreter import Reading
+from fusedhead.analysis.body import Body
 from fusedhead.analysis.projections import candidates
-from fusedhead.analysis.source_lines import module, place
 from fusedhead.compat import HigherOrderOperator
-from fusedhead.graph.nodes import fake, hint, name_of, where
+from fusedhead.graph.nodes import name_of
+from fusedhead.graph.op_names import CASTS, CLASS_LOSSES, COPIES, PROJECTIONS, RESHAPES, SCALES, is_call_of
+from fusedhead.graph.reasons import refuse
 from fusedhead.legality.checks import functorch
-from fusedhead.report.report import HeadRecord
-from fusedhead.rules.projections import SPELLINGS
+from fusedhead.legality.reasons import Illegal
 
-LOSSES = frozenset({"cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd"})
-# what leaves logits logits, or makes them log-probabilities, by the names of nodes
-CARRYING = frozenset(
-    {"view", "reshape", "flatten", "transpose", "permute", "movedim", "contiguous", "squeeze", "unsqueeze", "t",
-     "float", "double", "to", "mul", "truediv", "div", "add", "sub", "log_softmax", "getitem", "clone"}
+# What leaves logits logits, or makes them log-probabilities.
+CARRIES_LOGITS = (
+    RESHAPES | CASTS | COPIES | SCALES | {"transpose", "permute", "movedim", "squeeze", "unsqueeze", "t", "getitem"}
+    | {"log_softmax"}
 )  # fmt: skip
 
 
-def unread(graph: Graph, reading: Reading) -> dict[Node, HeadRecord]:
-    """One record a projection with a loss that the reading does not have."""
+def run(body: Body) -> None:
+    """Note every projection with a loss that the reading does not have."""
+    graph, reading = body.graph, body.reading
     read = {node for site in reading.sites for node in (site.head.node, *site.head.products)}
     missed = candidates(graph) - read
     transform = functorch(graph) if missed else None
@@ -39,28 +37,29 @@ def unread(graph: Graph, reading: Reading) -> dict[Node, HeadRecord]:
         reasons = dict.fromkeys(sorted(missed), transform)
     else:
         reasons = {}
-        for node, region in taken(graph):
-            if region and name_of(node) in SPELLINGS:
-                reasons[node] = f"the head is inside {region}, and its loss outside (at {where(node)})"
-            elif node in reading.unread and node not in read:
-                reasons[node] = f"{reading.unread[node]} (at {where(node)})"
-    return {node: record for node, reason in reasons.items() for record in unread_head(node, reason)}
+        for node, region in nodes_under_losses(graph):
+            if region and name_of(node) in PROJECTIONS:
+                reasons[node] = refuse(Illegal.LOSS_OUTSIDE_REGION, node=node, region=region).placed()
+            elif node in reading.no_rule and node not in read:
+                reasons[node] = reading.no_rule[node].placed()
+    for node, reason in reasons.items():
+        body.note(node, reason)
 
 
-def taken(graph: Graph) -> Iterator[tuple[Node, str]]:
-    """The nodes that losses over classes are taken of, down to where their numbers are made.
+def nodes_under_losses(graph: Graph) -> Iterator[tuple[Node, str]]:
+    """The nodes that losses over classes are taken of, up to where their numbers are made.
 
     With each the region it is in: the name of the higher-order op whose result the loss is taken of, or "".
     """
     for loss in graph.nodes:
-        if loss.op == "call_function" and name_of(loss) in LOSSES:
+        if loss.op == "call_function" and name_of(loss) in CLASS_LOSSES:
             node: Any = loss.args[0] if loss.args else loss.kwargs.get("input")
             region = ""
             while isinstance(node, Node):
                 yield node, region
                 if name_of(node) == "getitem" and is_region(node.args[0]):
-                    node, region = made_inside(node), name_of(node.args[0])  # type: ignore[arg-type]
-                elif node.op.startswith("call_") and name_of(node) in CARRYING and node.args:
+                    node, region = result_inside(node), name_of(node.args[0])  # type: ignore[arg-type]
+                elif is_call_of(node, CARRIES_LOGITS) and node.args:
                     node = node.args[0]
                 else:
                     break
@@ -70,7 +69,7 @@ def is_region(node: object) -> bool:
     return isinstance(node, Node) and isinstance(node.target, HigherOrderOperator)
 
 
-def made_inside(item: Node) -> object:
+def result_inside(item: Node) -> object:
     """The node of a region's body that becomes the result that ``item`` reads, or None."""
     region, number = item.args
     body = region.args[0] if isinstance(region, Node) and region.args else None
@@ -79,18 +78,3 @@ def made_inside(item: Node) -> object:
         return None
     results = module.graph.output_node().args[0]
     return results[number] if isinstance(results, (list, tuple)) and number < len(results) else None
-
-
-def unread_head(node: Node, reason: str) -> Iterator[HeadRecord]:
-    """The record of a projection that was not read; none where it is no product of tensors."""
-    logits, hidden = fake(node), next((fake(n) for n in node.all_input_nodes), None)
-    if isinstance(logits, Tensor) and isinstance(hidden, Tensor) and logits.ndim and hidden.ndim:
-        sizes = [str(size) for size in logits.shape[:-1]]
-        tokens = math.prod(map(int, sizes)) if all(map(str.isdigit, sizes)) else " x ".join(sizes)
-        depth, vocab = (int(s) if str(s).isdigit() else 0 for s in (hidden.shape[-1], logits.shape[-1]))
-        yield HeadRecord(
-            False, reason, place(node), "", tokens, depth, vocab, "built", "",
-            bytes_logits=(hint(logits.numel()) or 0) * logits.dtype.itemsize,
-            dtype=str(logits.dtype).removeprefix("torch."), device=logits.device.type, module=module(node),
-            source=node.meta.get("stack_trace") or "",
-        )  # fmt: skip

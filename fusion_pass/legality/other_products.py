@@ -1,26 +1,26 @@
-"""Records of products that might be heads and that nothing else in the report speaks of.
+"""Reports products that might be heads and that nothing else in the report speaks of.
 
 A product with a weight from which an output of the graph is reached without passing another product, and which is
 large enough for the gate, may be a head: its loss may lie outside the graph. Where it is not deferred the report says
 why. What lies between an inner layer of a network and an output (a residual stream, an activation, a normalisation)
-tells most layers apart; the rest is told by its sizes and a sentence. This file decides nothing.
+tells most layers apart; the rest is told by its sizes and a sentence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fusedhead.analysis.interpreter import Reading, Site
+from fusedhead.analysis.body import Body
 from fusedhead.analysis.lone_heads import LEAST_RATIO, LEAST_VOCAB, SURE_VOCAB, last_products, looks_like_a_head
-from fusedhead.graph.nodes import fake, most, name_of, where
-from fusedhead.legality.missed_heads import unread_head
+from fusedhead.analysis.site import Site
+from fusedhead.graph.nodes import fake, most, name_of
+from fusedhead.graph.op_names import NEGATES, SCALES
+from fusedhead.graph.reasons import Refusal, refuse
+from fusedhead.graph.sizes import same_shape
+from fusedhead.legality.legality import why_not_deferred
 from fusedhead.legality.profitability import least_logits
-from fusedhead.options import Options
-from fusedhead.report.report import HeadRecord
-from fusedhead.rules.losses import same_shape
+from fusedhead.legality.reasons import Unprofitable
 
 # what features of a network go through, and logits do not
 FEATURES = frozenset(
@@ -28,8 +28,7 @@ FEATURES = frozenset(
      "leaky_relu", "mish", "hardswish", "dropout", "scaled_dot_product_attention", "embedding", "conv1d", "conv2d",
      "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate"}
 )  # fmt: skip
-AS_ASKED = "it is returned, and fusedhead.logits=\"eager\" (FUSEDHEAD_LOGITS) asks for logits that are built at once"
-JOINING = frozenset({"add", "add_", "iadd", "sub", "mul", "mul_", "imul", "truediv", "div"})
+COMBINES = SCALES - NEGATES | {"add_", "iadd", "mul_", "imul"}
 
 
 def products(graph: Graph) -> list[Node]:
@@ -43,8 +42,8 @@ def of_features(node: Node) -> bool:
         return True
     sources = [fake(source) for source in node.all_input_nodes]
     shape = getattr(fake(node), "shape", ())
-    wide = [x for x in sources if isinstance(x, Tensor) and len(shape) > 1 and same_shape(x.shape, shape)]
-    return name_of(node) in JOINING and len(wide) > 1
+    operands = [x for x in sources if isinstance(x, Tensor) and len(shape) > 1 and same_shape(x.shape, shape)]
+    return name_of(node) in COMBINES and len(operands) > 1
 
 
 def with_a_weight(node: Node) -> bool:
@@ -55,7 +54,7 @@ def with_a_weight(node: Node) -> bool:
     return logits.ndim > 1 and operands[0].ndim > 1 and operands[1].ndim == 2
 
 
-def large(node: Node, min_logits: str | int) -> bool:
+def is_large(node: Node, min_logits: str | int) -> bool:
     """Whether the gate lets a product pass; what looks like an inner layer has to pass the automatic one as well."""
     least = least_logits(fake(node).device.type, min_logits)
     if not looks_like_a_head(node):
@@ -63,31 +62,28 @@ def large(node: Node, min_logits: str | int) -> bool:
     return most(fake(node).numel()) >= least
 
 
-def unlisted(
-    graph: Graph,
-    reading: Reading,
-    listed: Collection[Node],
-    why_kept: Callable[[Site], str],
-    options: Options,
-) -> Iterator[HeadRecord]:
-    """One record for each product that ``listed`` does not have. ``why_kept`` says it of a site that was read."""
-    sites = {node: site for site in reading.sites for node in (site.head.node, *site.head.products)}
-    for node in products(graph):
-        if node in listed or not with_a_weight(node) or not large(node, options.min_logits):
+def run(body: Body) -> None:
+    """Note each product that no finding and no decision speaks of."""
+    if not body.reports_products:
+        return
+    sites = {node: site for site in body.reading.sites for node in (site.head.node, *site.head.products)}
+    listed = {finding.node for finding in body.findings}
+    for site, *_ in body.decisions:
+        listed |= {site.head.node, *site.head.products}
+    for node in products(body.graph):
+        if node in listed or not with_a_weight(node) or not is_large(node, body.options.min_logits):
             continue
-        as_asked = looks_like_a_head(node) and options.logits != "deferred"
-        why = AS_ASKED if as_asked else reason(node, sites.get(node), reading, why_kept)
-        for record in unread_head(node, why):
-            record.likely = not as_asked and (node in sites or node in reading.unread)
-            yield record
+        if looks_like_a_head(node) and body.options.logits != "deferred":
+            body.note(node, refuse(Unprofitable.AS_ASKED), likely=False)
+        else:
+            likely = node in sites or node in body.reading.no_rule
+            body.note(node, reason(node, sites.get(node), body), likely)
 
 
-def reason(node: Node, site: Site | None, reading: Reading, why_kept: Callable[[Site], str]) -> str:
+def reason(node: Node, site: Site | None, body: Body) -> Refusal:
+    """Why a product is not fused."""
     if site is not None:
-        return why_kept(site)
-    if node in reading.unread:
-        return f"{reading.unread[node]} (at {where(node)})"
-    return (
-        "no loss is taken of it in this graph, and by its sizes it may be an inner layer (a head that is returned has "
-        f"{LEAST_VOCAB:,} classes or more, and {LEAST_RATIO} for each hidden dimension unless {SURE_VOCAB:,})"
-    )
+        return why_not_deferred(site, body)
+    if node in body.reading.no_rule:
+        return body.reading.no_rule[node].placed()
+    return refuse(Unprofitable.MAYBE_A_LAYER, vocab=LEAST_VOCAB, ratio=LEAST_RATIO, sure=SURE_VOCAB)

@@ -12,7 +12,7 @@ saves, memory for [N, V], is then small as well. Where that turns:
 
 A size that is a symbol is another one in every call. A head that may be large is fused, and its op is told from how
 many logits on: below, it builds them whole, in as few calls of torch as the plain program takes (`whole`). No
-guard is added for it. This file knows sizes and nothing of rules.
+guard is added for it.
 """
 
 from __future__ import annotations
@@ -23,33 +23,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fusedhead.analysis.interpreter import Site
-from fusedhead.graph.nodes import fake, most
-from fusedhead.ir.logits import Stack, leaves
+from fusedhead.analysis.body import NONE_LEFT, Body
+from fusedhead.analysis.cost import mebibytes, sizes_of
+from fusedhead.analysis.site import Site, tokens_of
+from fusedhead.graph.nodes import fake, hint, most
+from fusedhead.graph.reasons import Refusal, refuse
+from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.logits import StackedProjection
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.torch_engine.whole import ALL
+from fusedhead.legality.reasons import Unprofitable
 from fusedhead.lowering.engines import engine_for
 from fusedhead.lowering.plan.plan import plan
 from fusedhead.lowering.plan.problem import Problem
 from fusedhead.lowering.plan.tokenwise import window_bytes
 from fusedhead.lowering.token_ops import logits_bytes
-from fusedhead.report.report import HeadRecord, mebibytes
-from fusedhead.rules.table import Family
 
-FAMILY = Family(
-    "size",
-    "2²⁰ logits and more, on CUDA 2²²; token by token, logits of 128 MiB and more, on CUDA 4 GiB",
-    "smaller heads, and such as would hold more than their logits; each call decides where tokens are a symbol; "
-    "`fusedhead.min_logits` moves the limit",
-)
 LEAST = {"cuda": 1 << 22}  # logits, by device
 LEAST_ELSEWHERE = 1 << 20
 MAY_HOLD = {"cuda": 1.5}  # of the bytes of the logits, elsewhere as much as they
-EMPTY: Mapping[str, str] = {}
 MOST_TOKENS = 1 << 24
 WINDOWS = {"cuda": 2}  # of a row program, that its logits have to fill
 
@@ -59,25 +55,51 @@ def least_logits(device_type: str, min_logits: str | int) -> int:
     return LEAST.get(device_type, LEAST_ELSEWHERE) if isinstance(min_logits, str) else min_logits
 
 
-def grown(head: HeadRecord, min_logits: str | int) -> str:
-    """Why a head that is fused is to be left after all, or "": its windows would hold more than its logits take.
+def run(body: Body) -> None:
+    """Keep the heads that are too small; heads that meet in a token program only where all of them are."""
+    if not body.decisions:
+        return
+    too_small = gate(body.reading.sites, body.options.min_logits, body.left)
+    least = limits(body.reading.sites, body.options.min_logits, body.options.budget)
+    sites = {site.head: site for site in body.reading.sites}
+    for i, decision in enumerate(body.decisions):
+        site = decision.site
+        body.least[site.head] = least(site)
+        region = body.regions.get(site.head)
+        coupled = [site] if region is None else [sites[head] for head in region.heads if head in sites]
+        if not decision.reason and all(map(too_small, coupled)):
+            body.decisions[i] = decision._replace(reason=too_small(site))
 
-    The number is the report's own. On CUDA some growth is paid for: at (2048, 4096, 32000) a step holds 157 MiB for the
-    125 of the logits and takes 0.96 of Inductor's time. What the user has set counts logits alone, and where tokens are
-    a symbol each call decides.
+
+def find_grown_heads(body: Body) -> None:
+    """Find the fused heads that would hold more than their logits; the driver then runs the passes without them."""
+    for decision in body.fused():
+        site = decision.site
+        reason = grown(site, body)
+        if reason:
+            body.grown[site.head.node.name] = reason
+
+
+def grown(site: Site, body: Body) -> Refusal | None:
+    """Why a head that is fused is to be left after all: its windows would hold more than its logits take.
+
+    On CUDA some growth is paid for: at (2048, 4096, 32000) a step holds 157 MiB for the 125 of the logits and takes
+    0.96 of Inductor's time. What the user has set counts logits alone, and where tokens are a symbol each call decides.
     """
-    share = MAY_HOLD.get(head.device, 1.0)
-    if min_logits != "auto" or head.least or head.materialised or head.workspace_bytes <= share * head.bytes_logits:
-        return ""
-    held, logits = mebibytes(head.workspace_bytes), mebibytes(head.bytes_logits)
-    remedy = "with fusedhead.min_logits=0 it would be fused"
-    return f"its windows would hold {held}, more than its logits, {logits} ({remedy})"
+    built = bool(site.outputs) and not body.defers
+    if body.options.min_logits != "auto" or built or body.least[site.head]:
+        return None
+    vocab, tokens = int(site.head.weight.val.shape[0]), hint(tokens_of(site)) or 0
+    logits, held = sizes_of(body.prices_of(site), tokens, vocab * site.head.dtype.itemsize)(tokens)
+    if held <= MAY_HOLD.get(site.head.weight.val.device.type, 1.0) * logits:
+        return None
+    return refuse(Unprofitable.GROWS, held=mebibytes(held), logits=mebibytes(logits))
 
 
 def gate(
-    sites: Iterable[Site], min_logits: str | int, left: Mapping[str, str] = EMPTY
-) -> Callable[[Site], str]:
-    """A function that says why a site is too small, or "".
+    sites: Iterable[Site], min_logits: str | int, left: Mapping[str, Refusal] = NONE_LEFT
+) -> Callable[[Site], Refusal | None]:
+    """A function that says why a site is too small, or None.
 
     Heads of one graph that share a weight count together: a loop over pieces of the tokens is one head. Of heads that
     are stacked each counts alone: it is swept alone. A symbol counts with the largest value that it may have.
@@ -85,37 +107,31 @@ def gate(
     """
     count: Counter[tuple[Node, ...]] = Counter()
     for site in sites:
-        parts = len(site.head.parts) if isinstance(site.head, Stack) else 1
+        parts = len(site.head.parts) if isinstance(site.head, StackedProjection) else 1
         count[weight(site)] += most(fake(site.head.node).numel()) / parts  # type: ignore[assignment]
 
-    def too_small(site: Site) -> str:
+    def too_small(site: Site) -> Refusal | None:
         least = least_logits(fake(site.head.node).device.type, min_logits)
         logits = count[weight(site)]
         if logits >= least:
-            return left.get(site.head.node.name, "")
-        return (
-            f"its {logits:,.0f} logits are too few for fusing to pay (fewer than fusedhead.min_logits, {least:,}; "
-            "with 0 it would be fused)"
-        )
+            return left.get(site.head.node.name)
+        return refuse(Unprofitable.FEW_LOGITS, logits=logits, least=least)
 
     return too_small
 
 
-def row_gate(projections: Iterable[Node], memory: int) -> str:
-    """Why the logits of heads that a row program computes are too few for it, or "".
+def too_small_for_a_token_program(projections: Iterable[Node], memory: int) -> Refusal | None:
+    """Why the logits of heads that a token program computes are too few for it, or None.
 
-    A row program saves memory and costs time: where its gradients are not known up to a factor, it multiplies again
+    A token program saves memory and costs time: where its gradients are not known up to a factor, it multiplies again
     where Inductor reads logits again. Below its window, on CUDA twice that, there is little to save.
     """
     logits = [fake(node) for node in projections]
     held = sum(most(z.numel()) * z.dtype.itemsize for z in logits)
     least = rows_from(logits[0].device.type, memory)
     if held >= least:
-        return ""
-    return (
-        f"what is made of its logits would be computed token by token, and they are too few for that to pay "
-        f"({held / 2**20:,.1f} MiB, fewer than {least / 2**20:,.0f}; with fusedhead.min_logits=0 it would be fused)"
-    )
+        return None
+    return refuse(Unprofitable.FEW_FOR_A_TOKEN_PROGRAM, held=held / 2**20, least=least / 2**20)
 
 
 def pays_from(h: Tensor, w: Tensor, min_logits: str | int, memory: int) -> int:
@@ -161,27 +177,30 @@ def limits(sites: Iterable[Site], min_logits: str | int, memory: int) -> Callabl
     return least
 
 
-def limit(graph: Graph, min_logits: str | int, memory: int) -> None:
+def limit_calls(body: Body) -> None:
     """Tell the ops of heads whose number of tokens is a symbol below how many logits they are to build them whole.
 
     Calls on one weight share the limit. Where a gradient takes a second op, those below it keep their product.
     """
+    if not body.emitted:
+        return
     calls: dict[Any, list[Node]] = {}
     for op in (torch.ops.fusedhead.head_stats.default, torch.ops.fusedhead.head_loss.default):
-        for call in graph.find_nodes(op="call_function", target=op):
+        for call in body.graph.find_nodes(op="call_function", target=op):
             calls.setdefault(call.args[1], []).append(call)
     for sharing in calls.values():
         for call in sharing:
             h, w = fake(call.args[0]), fake(call.args[1])  # type: ignore[arg-type]
             if isinstance(h.shape[0] * w.shape[0], int):
                 continue
-            least = pays_from(h, w, min_logits, memory) // len(sharing)
+            least = pays_from(h, w, body.options.min_logits, body.options.budget) // len(sharing)
             if not least:
                 continue
             call.args = (*call.args, least)
             if call.target is torch.ops.fusedhead.head_stats.default and keeps_product(call):
                 call.args = (*call.args, True)
-    limit_rows(graph, min_logits, memory)
+            body.edited(call)
+    limit_token_programs(body)
 
 
 def keeps_product(call: Node) -> bool:
@@ -189,41 +208,45 @@ def keeps_product(call: Node) -> bool:
     h, w = fake(call.args[0]), fake(call.args[1])  # type: ignore[arg-type]
     engine = engine_for(h.dtype, h.device.type).for_few_logits
     return (
-        counted(h.shape[0])
+        is_counted(h.shape[0])
         and isinstance(w.shape[0], int)
         and engine is not None
         and engine.keeps_product
         and set(str(call.args[7]).split(",")) <= {*ALL, "lse_low"}
-        and any(map(differentiable, call.users))
+        and any(map(has_gradient, call.users))
     )
 
 
-def differentiable(node: Node) -> bool:
+def has_gradient(node: Node) -> bool:
     """Whether a tensor's node has a gradient."""
     return isinstance(fake(node), Tensor) and fake(node).requires_grad
 
 
-def counted(tokens: Any) -> bool:
+def is_counted(tokens: Any) -> bool:
     """Whether a number of tokens is a symbol that the caller's tensors give."""
     return isinstance(tokens, torch.SymInt) and not free_unbacked_symbols(tokens)
 
 
-def limit_rows(graph: Graph, min_logits: str | int, memory: int) -> None:
+def limit_token_programs(body: Body) -> None:
     """Tell ``head_rows`` calls that are differentiated below how many bytes of logits they are to keep the products.
 
     Calls on one weight share the limit.
     """
-    calls = graph.find_nodes(op="call_function", target=torch.ops.fusedhead.head_rows.default)
+    min_logits, memory = body.options.min_logits, body.options.budget
+    calls: Any = body.graph.find_nodes(op="call_function", target=torch.ops.fusedhead.head_rows.default)
     sharing = Counter(call.args[0][1] for call in calls)
     for call in calls:
         tensors = [fake(t) for t in call.args[0]]
-        each = logits_bytes(tensors, call.args[1])
-        if not counted(tensors[0].shape[0]) or not isinstance(each, int) or not any(map(differentiable, call.users)):
+        token_bytes = logits_bytes(tensors, call.args[1])
+        if not is_counted(tensors[0].shape[0]) or not isinstance(token_bytes, int):
+            continue
+        if not any(map(has_gradient, call.users)):
             continue
         device = tensors[0].device.type
         least = rows_from(device, memory) if isinstance(min_logits, str) else min_logits * tensors[1].element_size()
         if least := least // sharing[call.args[0][1]]:
             call.args = (*call.args, least)
+            body.edited(call)
 
 
 def rows_from(device_type: str, memory: int) -> int:
@@ -232,4 +255,4 @@ def rows_from(device_type: str, memory: int) -> int:
 
 
 def weight(site: Site) -> tuple[Node, ...]:
-    return tuple(leaves([site.head.weight]))
+    return tuple(nodes_of([site.head.weight]))

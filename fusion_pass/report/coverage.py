@@ -1,51 +1,103 @@
 """What the pass reads and what it leaves, as a table for people and as the list of its sentences, out of the code.
 
-The ops of a row are those of the module's rules; the words beside them stand in the module, as its ``FAMILY``.
-Sentences are the texts of every ``Escape``. ``python -m fusedhead.rules`` prints both; nothing else imports this file.
+The ops of a row are those of a module's rules, and the words beside them stand in the module (`covers`); rows
+about passes stand here. Sentences are those of every `Reason`. ``python -m fusedhead.rules`` prints both.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from fusedhead.analysis import stacked_heads
-from fusedhead.canonicalize import duplicate_transposed
-from fusedhead.legality import checks, profitability
-from fusedhead.lowering.cache_key import sources
-from fusedhead.rewrite import returned_logits
+from fusedhead.analysis.reasons import NotInForward, Untraced
+from fusedhead.graph.motion import Immovable
+from fusedhead.graph.reasons import Reason
+from fusedhead.legality.reasons import Illegal, Unprofitable
+from fusedhead.report.report import NotRun
 from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointwise, projections, reductions, views
-from fusedhead.rules.table import Family
+from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.table import COVERAGE, TOKEN_RULES, CoverageRow
 from fusedhead.rules.tokenwise import dispatch as tokenwise
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 
-PARTS: tuple[ModuleType, ...] = (
-    projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise, stacked_heads,
-    duplicate_transposed, returned_logits, checks, profitability,
-)  # fmt: skip
+# Parts of a program that no rule of an op is about.
+PASSES = (
+    CoverageRow(
+        "several pieces, several heads",
+        "loops over rows or over pieces of the tokens or of the weight (one sweep for all of them, one gradient of the "
+        "weight); logits put together from pieces; heads stacked under one loss",
+        "pieces that something else reads or writes to",
+    ),
+    CoverageRow(
+        "losses in both directions",
+        "one loss along the classes and one along the other dimension of the same product (CLIP), as two heads",
+        "",
+    ),
+    CoverageRow(
+        "returned logits",
+        "deferred: no memory, no backward, until something other than a loss asks for them; also of weights that the "
+        "graph makes of its parameters, and of stacked heads",
+        "logits, or what they are made of, that are written later",
+    ),
+    CoverageRow(
+        "where",
+        "training, `no_grad`, `inference_mode`, autocast, activation checkpointing, `nested_compile_region`, gradient "
+        "accumulation, several heads, `dynamic=True`, `mode=`",
+        "inside `torch.func` transforms; DTensor and other tensor subclasses; where hidden states, weight or labels "
+        "are written between the projection and the loss",
+    ),
+    CoverageRow(
+        "size",
+        "2²⁰ logits and more, on CUDA 2²²; token by token, logits of 128 MiB and more, on CUDA 4 GiB",
+        "smaller heads, and such as would hold more than their logits; each call decides where tokens are a symbol; "
+        "`fusedhead.min_logits` moves the limit",
+    ),
+)
+
+
+class Part(NamedTuple):
+    """A row of the table: the words, and the module whose rules have the ops."""
+
+    row: CoverageRow
+    module: ModuleType | None = None
+
+
+RULES_OF = (projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise)
+PARTS = (*(Part(COVERAGE[module.__name__], module) for module in RULES_OF), *map(Part, PASSES))
+TABLES: tuple[type[Reason], ...] = (
+    Unreadable,
+    NotByTokens,
+    Untraced,
+    Illegal,
+    Unprofitable,
+    NotInForward,
+    Immovable,
+    NotRun,
+)
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 MARKERS = ("<!-- python -m fusedhead.rules -->", "<!-- end -->")
 
 
-def overloads(module: ModuleType) -> list[Any]:
-    """The ATen overloads that a module reads: those of its rules, and of its tables of overloads."""
+def overloads(part: Part) -> list[Any]:
+    """The ATen overloads that a part is about: those of its module's rules, and of its tables of overloads."""
+    module = part.module
+    if module is None:
+        return []
     ruled = [target for target, rule in RULES.items() if rule.__module__ == module.__name__]
-    tabled = getattr(module, "LISTED", ())
-    return [*ruled, *(target for table in tabled for target in table)]
+    along_classes = [target for target, rules in TOKEN_RULES.items() if any(rule.dim is not None for rule in rules)]
+    return along_classes if module is tokenwise else ruled
 
 
-def ops(module: ModuleType) -> list[str]:
+def ops(part: Part) -> list[str]:
     """Their names as users write them, each once."""
-    names = (target._schema.name.removeprefix("aten::") for target in overloads(module))
+    names = (target._schema.name.removeprefix("aten::") for target in overloads(part))
     return list(dict.fromkeys(name for name in names if not name.startswith(("_", "special_"))))
 
 
-def cells(module: ModuleType) -> tuple[str, str, str]:
-    family: Family = module.FAMILY
-    named = ", ".join(f"`{name}`" for name in ops(module))
-    return family.part, f"{family.fused}. Ops: {named}" if named else family.fused, family.left
+def cells(part: Part) -> tuple[str, str, str]:
+    row = part.row
+    named = ", ".join(f"`{name}`" for name in ops(part))
+    return row.part, f"{row.fused}. Ops: {named}" if named else row.fused, row.left
 
 
 def table() -> str:
@@ -55,23 +107,8 @@ def table() -> str:
 
 
 def sentences() -> list[str]:
-    """The sentences of every `Escape` in the package, sorted, with … for what a program fills in."""
-    return sorted({text for _, file in sources() if file.suffix == ".py" for text in texts(file)})
-
-
-def texts(file: Path) -> Iterator[str]:
-    return escapes(ast.parse(file.read_text(encoding="utf-8")))
-
-
-def escapes(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            name, text = node.exc.func, node.exc.args[0]
-            if isinstance(name, ast.Name) and name.id == "Escape":
-                parts: Sequence[Any] = text.values if isinstance(text, ast.JoinedStr) else [text]
-                shown = "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in parts)
-                if shown != "…":
-                    yield shown
+    """The sentences of every `Reason` in the package, sorted, with … for what a program fills in."""
+    return sorted({reason.template for table in TABLES for reason in table})
 
 
 def between_markers(document: str, markers: tuple[str, str], text: str) -> str:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
+from fusedhead.analysis.cost import mebibytes
+from fusedhead.graph.reasons import Reason, refuse
 from fusedhead.graph.run_counts import GraphRun, Run
+
+
+class NotRun(Reason):
+    """Why a head that was fused has done nothing."""
+
+    NEVER_RUN = "its graph was compiled and never run"
+    FAILED = "its graph failed to compile ({error}); what ran instead ran eagerly"
 
 
 @dataclass
@@ -87,7 +98,7 @@ class HeadRecord:
         """The record when the program has ended: a graph that never ran has fused nothing."""
         if not self.fused or not self.run.graph.watched or self.run.graph.calls.total:
             return self
-        reason = "its graph was compiled and never run"
+        reason = str(refuse(NotRun.NEVER_RUN))
         return replace(self, fused=False, reason=reason, logits="built", engine="")
 
     def told(self) -> str:
@@ -126,6 +137,14 @@ class HeadRecord:
         )
 
 
+class PassRecord(NamedTuple):
+    """One run of one pass of the pipeline."""
+
+    name: str
+    edits: int  # nodes made, erased and changed
+    milliseconds: float
+
+
 @dataclass
 class Report:
     """Everything the pass has to say about one compiled function (one or several graphs)."""
@@ -137,6 +156,8 @@ class Report:
     milliseconds: float = 0.0  # spent in the pass
     errors: list[str] = field(default_factory=list)  # what made the pass step back, or a compilation fail, if anything
     run: GraphRun = field(default_factory=GraphRun, repr=False)  # of a single graph
+    passes: list[PassRecord] = field(default_factory=list, repr=False)  # of the pipeline, in order
+    shows_passes: bool = False  # whether the text ends with their table
 
     def extend(self, other: Report) -> None:
         self.heads += other.heads
@@ -145,6 +166,7 @@ class Report:
         self.graphs += other.graphs
         self.milliseconds += other.milliseconds
         self.errors += other.errors
+        self.passes += other.passes
 
     def failed(self, error: BaseException) -> None:
         """The graph could not be compiled: whoever goes on, goes on without it."""
@@ -153,7 +175,7 @@ class Report:
         for head in self.heads:
             if head.fused:
                 head.fused, head.logits, head.engine = False, "built", ""
-                head.reason = f"its graph failed to compile ({what}); what ran instead ran eagerly"
+                head.reason = str(refuse(NotRun.FAILED, error=what))
 
     def __str__(self) -> str:
         fused = sum(head.fused for head in self.heads)
@@ -163,7 +185,18 @@ class Report:
         )
         seen = [head.seen() for head in self.heads]
         lines = [title, *table(seen), *(f"the pass stepped back: {error}" for error in self.errors)]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(pass_table(self.passes) if self.shows_passes else ())])
+
+
+def pass_table(passes: Sequence[PassRecord]) -> list[str]:
+    """The passes as lines ``pass | edits | ms``, each once, in the order in which they first ran."""
+    edits, milliseconds = Counter[str](), dict[str, float]()
+    for name, count, spent in passes:
+        edits[name] += count
+        milliseconds[name] = milliseconds.get(name, 0.0) + spent
+    width = max(map(len, milliseconds), default=0)
+    rows = [f"{name:{width}} | {edits[name]:5} | {spent:8.2f}" for name, spent in milliseconds.items()]
+    return [f"{'pass':{width}} | edits |       ms", *rows]
 
 
 COLUMNS = ("fused", "where", "computes", "N", "D", "V", "logits", "engine", "saved")
@@ -205,7 +238,3 @@ def plural(count: int, noun: str) -> str:
 
 def times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
-
-
-def mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"

@@ -23,18 +23,22 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.node import map_arg
 
+from fusedhead.analysis.body import Body
+from fusedhead.analysis.cost import price_of_statistics, price_of_token_program
+from fusedhead.analysis.reasons import NotInForward
 from fusedhead.compat import HigherOrderOperator
-from fusedhead.graph.facts import Places
+from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.motion import hoist, overwritten
 from fusedhead.graph.nodes import fake, name_of
+from fusedhead.graph.reasons import Escape, Refusal, refuse
 from fusedhead.ir.builder import Emit, named
 from fusedhead.kernels.contract import COMPANIONS, LINEAR_STATS, LOSS_OUTPUTS, STATS
 from fusedhead.rewrite.loss_tail import (
     depends_on,
     differentiable,
     first_use,
+    gradient_transparent,
     name_index,
-    passed_on,
     squares_of_lse,
     tails,
     writes_into,
@@ -43,14 +47,25 @@ from fusedhead.rewrite.tail_gradient import coefficients, dependent, needed, sha
 
 aten = torch.ops.aten
 TRIES = 4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
-IN_HALF = "in float16 a gradient taken before the loss scale is known would underflow"
 TIE = LOSS_OUTPUTS.index("tie")
 # outputs without a gradient: of `head_stats` -> of `head_loss`
 CONSTANT = {STATS.index(name): LOSS_OUTPUTS.index(name) for name in COMPANIONS}
-NONE_NEEDED = "no gradient is needed"
 
 
-class Form(NamedTuple):
+def run(body: Body) -> None:
+    """Take the gradients of the emitted calls in the forward sweep where their loss is linear; note what they cost."""
+    budget = body.options.budget
+    for emitted in sorted(body.emitted, key=lambda emitted: emitted.token_by_token):
+        if emitted.token_by_token:
+            for call in emitted.calls:
+                price = price_of_token_program(call, budget)  # reads the call, which an upgrade replaces
+                emitted.prices.append(price(body.recomputes or upgrade_rows(call, body.facts)))
+        else:
+            price = price_of_statistics(emitted.calls[0], budget)
+            emitted.prices.append(price(body.recomputes or upgrade(*emitted.calls, facts=body.facts)))
+
+
+class CallFamily(NamedTuple):
     """What tells the two pairs of ops apart."""
 
     squares: Callable[[Sequence[Node], Sequence[Node]], list[Node]]  # of statistics that are statistics themselves
@@ -58,38 +73,40 @@ class Form(NamedTuple):
     replace: Callable[[Emit, Node, dict[Node, Node], Sequence[Node]], Sequence[Node]]  # -> what ties the loss to it
 
 
-def upgrade_rows(call: Node, places: Places) -> str:
-    """Turn a ``head_rows`` call into ``head_rows_loss`` where the tail allows it: "" when done, else why not."""
+def upgrade_rows(call: Node, facts: GraphFacts) -> Refusal | None:
+    """Turn a ``head_rows`` call into ``head_rows_loss`` where the tail allows it: None when done, else why not."""
     tensors: Any = call.args[0]
     if not any(map(differentiable, tensors)) or not any(map(differentiable, call.users)):
-        return NONE_NEEDED
+        return refuse(NotInForward.NO_GRADIENT)
     if any(differentiable(t) and fake(t).dtype == torch.float16 for t in tensors):
-        return IN_HALF
-    return first_tail([call], [user for user in call.users if user.users and differentiable(user)], ROWS, places)
+        return refuse(NotInForward.FLOAT16)
+    return first_tail([call], [user for user in call.users if user.users and differentiable(user)], ROWS, facts)
 
 
-def upgrade(*calls: Node, places: Places) -> str:
+def upgrade(*calls: Node, facts: GraphFacts) -> Refusal | None:
     """Turn ``head_stats`` calls whose results meet into ``head_loss`` where the tail allows it.
 
-    Returns "" when done, else the sentence that says why the gradients are recomputed instead.
+    Returns None when done, else why the gradients are recomputed instead.
     """
     for call in calls:
         if not any(needs_of(call)) or not any(map(differentiable, call.users)):
-            return NONE_NEEDED
+            return refuse(NotInForward.NO_GRADIENT)
         if fake(call.args[0]).dtype == torch.float16:  # type: ignore[arg-type]
-            return IN_HALF
+            return refuse(NotInForward.FLOAT16)
         others = sorted(STATS.index(name) for name in str(call.args[7]).split(",") if name not in LINEAR_STATS)
         if not CONSTANT.keys() >= set(others):
             named = ", ".join(sorted(STATS[at] for at in others if at not in CONSTANT))
-            return f"{named} is asked for as well"
+            return refuse(NotInForward.OTHER_STATISTICS, names=named)
     statistics = [user for call in calls for user in call.users if user.users and name_index(user) not in CONSTANT]
-    return first_tail(calls, statistics, STATISTICS, places)
+    return first_tail(calls, statistics, STATISTICS, facts)
 
 
-def first_tail(calls: Sequence[Node], statistics: Sequence[Node], form: Form, places: Places) -> str:
-    reason = "the per-row results are not reduced to one scalar"
+def first_tail(
+    calls: Sequence[Node], statistics: Sequence[Node], family: CallFamily, facts: GraphFacts
+) -> Refusal | None:
+    reason: Refusal | None = refuse(NotInForward.NO_SCALAR)
     for tail in islice(tails(statistics), TRIES):
-        reason = try_tail(calls, statistics, tail, form, places)
+        reason = try_tail(calls, statistics, tail, family, facts)
         if not reason:
             break
     return reason
@@ -102,22 +119,22 @@ def needs_of(call: Node) -> list[bool]:
 
 
 def try_tail(
-    calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[Node], form: Form, places: Places
-) -> str:
-    """`upgrade` with one tail: "" when done."""
-    impure = next((node for call in calls if (node := writes_into(call, tail[-1], places)) is not None), None)
+    calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[Node], family: CallFamily, facts: GraphFacts
+) -> Refusal | None:
+    """`upgrade` with one tail: None when done."""
+    impure = next((node for call in calls if (node := writes_into(call, tail[-1], facts)) is not None), None)
     if impure is not None:
-        return f"{name_of(impure)} works in place on the loss"
+        return refuse(NotInForward.WRITES_LOSS, node=impure, name=name_of(impure))
     unread = next((node for node in tail if isinstance(node.target, HigherOrderOperator)), None)
     if unread is not None:
-        return f"{name_of(unread)} takes the loss, and what it does with it is not read"
+        return refuse(NotInForward.HIGHER_ORDER, node=unread, name=name_of(unread))
     inside = {*statistics, *tail}
-    passed = passed_on(tail, statistics)
+    passed = gradient_transparent(tail, statistics)
     read = (source for node in tail if node not in passed for source in node.all_input_nodes)
     others = list(dict.fromkeys(source for source in read if source not in inside))
-    squares = form.squares(statistics, tail) if len(calls) == 1 else []
+    squares = family.squares(statistics, tail) if len(calls) == 1 else []
     program = coefficients(statistics, squares, tail, others, passed)
-    if isinstance(program, str):
+    if isinstance(program, Refusal):
         return program
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     free = len(statistics) + len(squares)
@@ -126,27 +143,31 @@ def try_tail(
     operands = [other for other, n in zip(others, placeholders[free:]) if n in used]
     blocked = next((node for call in calls if (node := depends_on(operands, call)) is not None), None)
     if blocked is not None:
-        return f"{blocked.name} depends on the per-row results themselves"
+        return refuse(NotInForward.DEPENDS_ON_RESULTS, node=blocked, name=blocked.name)
     anchor = first_use([user for call in calls for user in call.users])
-    if overwritten(operands, anchor, tail[-1], places):
-        return "an operand of the loss is changed in place after the head"
-    forbidden = hoist(operands, anchor, places)
-    return forbidden or replace(calls, statistics, squares, others, program, anchor, tail[-1], form)
+    if overwritten(operands, anchor, tail[-1], facts):
+        return refuse(NotInForward.OPERAND_CHANGED)
+    forbidden = hoist(operands, anchor, facts)
+    gradient = TailGradient(statistics, squares, others, program)
+    return forbidden or replace(calls, gradient, anchor, tail[-1], family)
+
+
+class TailGradient(NamedTuple):
+    """The gradient of a linear tail: ``program`` computes it for ``statistics`` and ``squares`` from ``others``."""
+
+    statistics: Sequence[Node]
+    squares: Sequence[Node]
+    others: Sequence[Node]
+    program: GraphModule
 
 
 def replace(
-    calls: Sequence[Node],
-    statistics: Sequence[Node],
-    squares: Sequence[Node],
-    others: Sequence[Node],
-    program: GraphModule,
-    anchor: Node,
-    scalar: Node,
-    form: Form,
-) -> str:
-    """Put the op that takes coefficients in the place of each call: "" when done."""
+    calls: Sequence[Node], gradient: TailGradient, anchor: Node, scalar: Node, family: CallFamily
+) -> Refusal | None:
+    """Put the op that takes coefficients in the place of each call: None when done."""
+    statistics, squares, others, program = gradient
     emit = Emit(anchor.graph)
-    sized = form.sized(calls[0])
+    sized = family.sized(calls[0])
     with emit.before(anchor, calls[0], grad=True):
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
         env: dict[Node, Any] = dict(zip(placeholders, [*statistics, *squares, *others]))
@@ -158,7 +179,7 @@ def replace(
                 except UnknownSize as unknown:
                     for made in reversed(emit.made):
                         made.graph.erase_node(made)
-                    return str(unknown)
+                    return unknown.refusal
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = emit(node.target, *args, **kwargs)
@@ -168,13 +189,13 @@ def replace(
         ties: list[Node] = []
         for call in calls:
             given = {s: r for s, r in zip(statistics, results) if s.args[0] is call}
-            ties += form.replace(emit, call, given, square)
+            ties += family.replace(emit, call, given, square)
     tie_to(scalar, ties, emit)
-    return ""
+    return None
 
 
 def tie_to(scalar: Node, ties: Sequence[Node], emit: Emit) -> None:
-    """Add the zeros to the scalar, whatever reads it: its upstream gradient is theirs then, with nothing to compute."""
+    """Add each head's zero ``tie`` output to the loss, so that autograd hands d(loss) straight to the head."""
     if ties:
         with emit.before(scalar.next, scalar, grad=True):
             tie = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), ties)
@@ -229,11 +250,11 @@ def no_squares(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Node]:
     return []
 
 
-STATISTICS = Form(squares_of_lse, lambda call: (call.args[0], call.args[2]), replace_call)  # type: ignore[arg-type, return-value]
-ROWS = Form(no_squares, lambda call: call.args[0], replace_rows)  # type: ignore[return-value, arg-type]
+STATISTICS = CallFamily(squares_of_lse, lambda call: (call.args[0], call.args[2]), replace_call)  # type: ignore[arg-type, return-value]
+ROWS = CallFamily(no_squares, lambda call: call.args[0], replace_rows)  # type: ignore[return-value, arg-type]
 
 
-class UnknownSize(Exception):
+class UnknownSize(Escape):
     """The coefficients need a symbolic size that nothing known before the sweep has."""
 
 
@@ -252,7 +273,7 @@ def shaped_like(emit: Emit, node: Node, env: dict[Node, Any], sized: Sequence[No
                 if statically_known_true(sym_eq(known, like.shape[d])):
                     return known if isinstance(known, int) else emit(aten.sym_size.int, source, at)
         if not isinstance(like.shape[d], int):
-            raise UnknownSize("a symbolic size of what is made of the per-row results is not the number of tokens")
+            raise UnknownSize(NotInForward.SYMBOLIC_SIZE)
         return like.shape[d]
 
     if name_of(node) == "sym_size":

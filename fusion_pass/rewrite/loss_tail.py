@@ -1,7 +1,7 @@
 """Which nodes stand between a head's statistics and a scalar: the *tail*, read from the graph.
 
-A tail is what may be differentiated alone: every gradient that reaches its nodes comes from its scalar. This file
-reads nodes and their fake values only; it must not know what a tail is wanted for, and changes nothing.
+The tail is the subgraph between the statistics and one scalar through which all of its gradient flows. It may be
+differentiated alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.graph.effects import effects
-from fusedhead.graph.facts import Places, before
+from fusedhead.graph.facts import GraphFacts, before
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.kernels.contract import LINEAR_STATS, LOSS_OUTPUTS, STATS
 
@@ -25,8 +25,8 @@ SUMS = frozenset({"add", "__add__", "__radd__"})
 def differentiable(node: Node) -> bool:
     """Whether gradients flow through a node's value, or through one of several (the pieces of ``chunk``)."""
     value = fake(node)
-    several = value if isinstance(value, (list, tuple)) else (value,)
-    return any(isinstance(v, Tensor) and v.requires_grad for v in several)
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
 def tails(statistics: Sequence[Node]) -> Iterator[list[Node]]:
@@ -54,7 +54,7 @@ def tails(statistics: Sequence[Node]) -> Iterator[list[Node]]:
 
 def reached_from(statistics: Sequence[Node]) -> list[Node]:
     """The differentiable nodes that are computed from the statistics, in order."""
-    seen, found = set(statistics), []
+    seen, reached = set(statistics), []
     ahead = list({user for node in statistics for user in node.users if user not in seen})
     seen.update(ahead)
     heapify(ahead)  # type: ignore[type-var]
@@ -62,12 +62,12 @@ def reached_from(statistics: Sequence[Node]) -> list[Node]:
         node = heappop(ahead)  # type: ignore[type-var]
         if not node.op.startswith("call_") or not differentiable(node):
             continue
-        found.append(node)
+        reached.append(node)
         for user in node.users:
             if user not in seen:
                 seen.add(user)
                 heappush(ahead, user)  # type: ignore[type-var]
-    return found
+    return reached
 
 
 def last_use(node: Node, at: dict[Node, int]) -> float:
@@ -81,26 +81,26 @@ def last_use(node: Node, at: dict[Node, int]) -> float:
     return last
 
 
-def passed_on(tail: Sequence[Node], statistics: Sequence[Node]) -> dict[Node, Node]:
-    """The nodes of a tail that add a number from elsewhere, and what they add it to: one gradient serves both.
+def gradient_transparent(tail: Sequence[Node], statistics: Sequence[Node]) -> dict[Node, Node]:
+    """Scalar ``x + other`` nodes of a tail, with x: d(x + other)/dx = 1, so that the node shares the gradient of x.
 
     A loop over pieces of the tokens adds up its losses by one such node for each piece that is left.
     """
-    inside, found = {*statistics, *tail}, {}
+    inside, shares = {*statistics, *tail}, {}
     for node in tail:
         within = [a for a in node.args if isinstance(a, Node) and a in inside]
         if name_of(node) not in SUMS or len(node.args) != 2 or node.kwargs or len(within) != 1:
             continue
         value, was = fake(node), fake(within[0])
         if value.dtype == was.dtype and value.ndim == was.ndim == 0:
-            found[node] = within[0]
-    return found
+            shares[node] = within[0]
+    return shares
 
 
 def squares_of_lse(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Node]:
     """The nodes of the tail that are lse², element by element (a z-loss): statistics of their own to `head_loss`."""
     same = {node for node in statistics if name_index(node) == 0}
-    found = []
+    squares = []
     for node in tail:
         name, args = name_of(node), node.args
         if name in ("view", "reshape", "flatten") and args[0] in same:
@@ -108,8 +108,8 @@ def squares_of_lse(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Nod
         squared = (name in ("pow", "__pow__") and args[1:] == (2,)) or name == "square"
         squared |= name in ("mul", "multiply") and len(args) == 2 and args[0] is args[1]
         if squared and args[0] in same:
-            found.append(node)
-    return found
+            squares.append(node)
+    return squares
 
 
 def depends_on(nodes: Sequence[Node], call: Node) -> Node | None:
@@ -137,12 +137,12 @@ def computed_from(start: Node) -> set[Node]:
     return reached
 
 
-def writes_into(call: Node, scalar: Node, places: Places) -> Node | None:
+def writes_into(call: Node, scalar: Node, facts: GraphFacts) -> Node | None:
     """A node that writes to something between the head and the scalar.
 
     By names, not by memory: the fake values of old nodes do not know yet that they are views of new ones.
     """
-    writers = list(places.writes(call, call.graph.output_node()))
+    writers = list(facts.writers(call, call.graph.output_node()))
     if not writers:
         return None
     between = computed_from(call) - computed_from(scalar)

@@ -1,6 +1,6 @@
 """What a head's op reads: h, w, y, cols, rows and u, emitted from what is known of the logits.
 
-Row steps are replayed on the hidden states, and on the vectors along the tokens. This file makes no call of a head.
+Row steps are replayed on the hidden states, and on the vectors along the tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from torch.fx import Node
 
 from fusedhead.graph.nodes import fake
 from fusedhead.ir.builder import Emit, named
+from fusedhead.ir.expr import Plain
 from fusedhead.ir.logits import HIDDEN, Logits, RowStep, RowVector
-from fusedhead.rewrite.sweeps import Batch, Group
+from fusedhead.ir.terminal import Labels
+from fusedhead.rewrite.sweeps import Batch
 
 aten = torch.ops.aten
 
@@ -53,7 +55,7 @@ def row_vector(emit: Emit, hidden: Node, logits: Logits, vector: RowVector) -> N
 
 def joined_operands(emit: Emit, batch: Batch) -> tuple[list[Node], list[Any]]:
     """`operands` of several groups, one after the other, and how many rows each has."""
-    each = [operands(emit, group) for group in batch]
+    each = [operands(emit, group.logits, group.labels, group.weights) for group in batch]
     counts = [emit.sizes(h)[0] for h, *_ in each]
     if len(batch) == 1:
         return each[0], counts
@@ -62,14 +64,16 @@ def joined_operands(emit: Emit, batch: Batch) -> tuple[list[Node], list[Any]]:
     return [emit(cat, h, 0), w[0], emit(cat, y, 0), cols[0], emit(cat, rows, 1), u[0]], counts
 
 
-def operands(emit: Emit, group: Group) -> list[Node]:
-    """The six tensors of an op call: h, w, y, cols, rows, u."""
-    logits = group.first.logits
-    head = logits.head
-    quiet_cols, quiet_rows = logits.detached or (0, 0)
+def operands(emit: Emit, logits: Logits, labels: Sequence[Labels] = (), weights: Plain | None = None) -> list[Node]:
+    """The six tensors of an op call: h [N, D], w [V, D], y [N, K], cols [C, V], rows [R, N] and u, [V] or empty.
 
-    def detach(node: Node, quiet: bool = logits.detached is not None) -> Node:
-        return emit(aten.detach.default, node) if quiet else node
+    ``labels`` emit the columns of y; ``weights`` are u.
+    """
+    head = logits.head
+    detached_cols, detached_rows = logits.detached or (0, 0)
+
+    def detach(node: Node, really: bool = logits.detached is not None) -> Node:
+        return emit(aten.detach.default, node) if really else node
 
     hidden = emit.cast(emit.ref(head.hidden), head.dtype)
     weight = emit.cast(emit.ref(head.weight), head.dtype)
@@ -79,12 +83,10 @@ def operands(emit: Emit, group: Group) -> list[Node]:
     shaped = emit.last(replay(emit, hidden, logits.row_steps, width), logits.class_dim)
     h = detach(flat(emit, shaped, width))
     w = detach(weight)
-    keyed = {t.label_key: t for _, t in group.terminals if t.labels is not None}
-    picks = [t.labels(emit) for t in keyed.values() if t.labels is not None]
+    picks = [label(emit) for label in labels]
     tokens, vocab = emit.sizes(h)[0], emit.sizes(w)[0]
-    cols = [detach(emit.cast(emit.ref(c), torch.float32), i < quiet_cols) for i, c in enumerate(logits.cols)]
-    rows = [detach(row_vector(emit, hidden, logits, r), i < quiet_rows) for i, r in enumerate(logits.rows)]
-    weights = next((t.weights for _, t in group.terminals if t.weights is not None), None)
+    cols = [detach(emit.cast(emit.ref(c), torch.float32), i < detached_cols) for i, c in enumerate(logits.cols)]
+    rows = [detach(row_vector(emit, hidden, logits, r), i < detached_rows) for i, r in enumerate(logits.rows)]
 
     def empty(name: str, *shape: Any, dtype: torch.dtype = torch.float32) -> Node:
         return named(emit(aten.new_empty.default, h, list(shape), dtype=dtype), name)

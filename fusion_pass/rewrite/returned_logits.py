@@ -3,254 +3,58 @@
 A differentiable output of a compiled graph gets a gradient whether or not anyone uses it: AOTAutograd fills an
 [N, V] tensor of zeros and multiplies it through the head twice. Computed outside the differentiated graph, in
 eager mode, logits that nobody uses cost no backward, and used ones are exactly what the program would have got.
-
-A `Recipe` is the part of the original graph between the hidden states and the returned node, with its inputs.
-This file does not decide which outputs are replaced.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import Node
 
-from fusedhead.analysis.interpreter import Site
-from fusedhead.graph.aliases import memory
-from fusedhead.graph.effects import memory_written
-from fusedhead.graph.modes import grad_modes
-from fusedhead.graph.nodes import fake, name_of
-from fusedhead.graph.run_counts import Run
-from fusedhead.graph.weight_recipes import is_cast, made_of_inputs, making
-from fusedhead.ir.logits import leaves
-from fusedhead.rewrite.statistics import PURE_VIEWS
-from fusedhead.rules.table import Family
-
-FAMILY = Family(
-    "returned logits",
-    "deferred: no memory, no backward, until something other than a loss asks for them; also of weights that the graph "
-    "makes of its parameters, and of stacked heads",
-    "logits, or what they are made of, that are written later",
-)
+from fusedhead.analysis.body import Body
+from fusedhead.analysis.site import Site, head_nodes, weights_of
+from fusedhead.analysis.source_lines import place, products_of
+from fusedhead.graph.nodes import fake
+from fusedhead.graph.recipes import Recipe, program_of, recipe_of
+from fusedhead.graph.weight_recipes import made_of_inputs
+from fusedhead.ir.logits import logits_of
 
 
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """How one returned tensor is computed from tensors that are cheap to return."""
-
-    slot: int  # its place among the graph's outputs
-    program: GraphModule  # the nodes from the projection to the output
-    sources: tuple[Node, ...]  # the program's inputs: graph inputs, or nodes that the graph returns in addition
-    device: str
-    class_dim: int  # the vocabulary's dimension
-    exact: frozenset[int]  # sizes that belong to the head, not to a batch
-    names: tuple[str, ...]  # of those sources that are tensors, as a user knows them
-    # the sources that a gradient reaches through it; none where the program makes it without gradients, which the
-    # mode that the compiled graph is called in does not say
-    graded: tuple[int, ...]
-    least: int = 0  # fewer logits are computed at once, where their number was not known when the graph was compiled
-    runs: tuple[Run, ...] = ()  # of the heads whose logits it computes, to be told what becomes of them
-    # of several heads: the sources (of those that are tensors) that each one's weight is made of
-    weights: tuple[frozenset[int], ...] = ()
+def note_lines(body: Body) -> None:
+    """Note the line of each head, by which it is told from other products: while all of them are in the graph."""
+    if body.decisions:
+        products = products_of(body.graph)
+        body.lines |= {site.head: place(site.head.node, products) for site, *_ in body.decisions}
 
 
-def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[list[Node], list[Node]]:
-    """The nodes among ``followed`` that make ``outputs`` out of heads' operands, in order, and the inputs they need.
-
-    Whatever writes to memory that they share belongs to them: run in order, they leave what the program left.
-    """
-    inside: set[Node] = set()
-    sources: list[Node] = []
-    stack = list(outputs)
-    writers = {node: memory_written(node) for node in followed}
-    while stack:
-        node = stack.pop()
-        if node in inside or node in sources:
-            continue
-        if node in followed or is_cheap(node):
-            inside.add(node)
-            stack.extend(node.all_input_nodes)
-            own = memory(node)
-            stack.extend(writer for writer, targets in writers.items() if not own.isdisjoint(targets))
-        else:
-            sources.append(node)
-    order = {node: i for i, node in enumerate(outputs[0].graph.nodes)}
-    return sorted(inside, key=order.__getitem__), sorted(sources, key=order.__getitem__)
-
-
-def followed(site: Site) -> set[Node]:
-    """The head's projection, what was followed from it, and what makes its weight."""
-    return {site.head.node, *site.followed, *making(weights_of(site))}
-
-
-def weights_of(site: Site) -> list[Node]:
-    """The nodes that a head's weight is, or that it is a view of."""
-    return leaves([site.head.weight])
-
-
-def makes_its_weight_again(site: Site) -> bool:
-    return all(made_of_inputs(weight) is not None for weight in weights_of(site))
-
-
-def is_cheap(node: Node) -> bool:
-    """Whether a node is a view of graph inputs, made again at no cost."""
-    return node.op.startswith("call_") and name_of(node) in PURE_VIEWS and rooted_in_inputs(node)
-
-
-def rooted_in_inputs(node: Node) -> bool:
-    """Whether a chain of views starts at graph inputs only (a transposed or cast weight)."""
-    if node.op == "placeholder":
-        return True
-    return (
-        node.op.startswith("call_")
-        and name_of(node) in PURE_VIEWS
-        and all(rooted_in_inputs(source) for source in node.all_input_nodes)
-    )
-
-
-def name_for_users(source: Node) -> str:
-    """ "lm_head.weight" for a parameter; graph inputs by their Python names; what the graph makes is hidden states."""
-    if source.op != "placeholder":
-        return "the hidden states"
-    origin = getattr(source, "_dynamo_source", None)
-    spelled = getattr(origin, "name", "")
-    path = re.findall(r"\['?(\w+)'?\]", spelled() if callable(spelled) else spelled)
-    path = [part for part in path if part not in INSIDE]
-    return ".".join(path) or str(source.target)
-
-
-# the parts of a Dynamo source that no user has written
-INSIDE = frozenset({"self", "L", "G", "_modules", "_parameters", "_buffers", "_orig_mod"})
-
-
-def shape_of(product: Node) -> tuple[Any, ...]:
-    """The sizes [V, D] that belong to a product."""
-    return tuple(fake(node).shape[-1] for node in (product, *product.all_input_nodes[:1]))
+def run(body: Body) -> None:
+    """Redirect the outputs that are logits of fused heads."""
+    if not any(site.outputs for site, *_ in body.fused()):
+        return
+    slots: Any = body.graph.output_node().args[0]
+    recipes = [
+        replace(
+            recipe(site, slot, output, logits_of(body.reading.values[output]).class_dim),
+            least=body.least[site.head],
+            runs=(body.runs[site.head.node],),
+        )
+        for site, *_ in body.fused()
+        for slot, output in enumerate(slots)
+        if output in set(site.outputs)
+    ]
+    body.redirect(recipes)
 
 
 def recipe(site: Site, slot: int, output: Node, class_dim: int) -> Recipe:
     """The recipe of a followed node that the graph returns in ``slot``."""
-    nodes, sources = program_of([output], followed(site))
-    heads: dict[Node, Sequence[Any]] = {node: shape_of(node) for node in site.head.products}
+    nodes, sources = program_of([output], head_nodes(site))
+    sizes: dict[Node, Sequence[Any]] = {
+        product: tuple(fake(node).shape[-1] for node in (product, *product.all_input_nodes[:1]))  # [V, D]
+        for product in site.head.products
+    }
     for weight in weights_of(site):  # sizes of what it is made of belong to the head too
         for node in made_of_inputs(weight) or ():
-            heads[node] = [n for source in node.all_input_nodes for n in getattr(fake(source), "shape", ())]
-    return recipe_of(nodes, sources, heads, slot, output, class_dim)
-
-
-def recipe_of(
-    nodes: Sequence[Node],
-    sources: Sequence[Node],
-    heads: Mapping[Node, Sequence[Any]],
-    slot: int,
-    output: Node,
-    class_dim: int,
-) -> Recipe:
-    """The recipe of ``output``, which ``nodes`` make of ``sources``; ``heads``: the projections and their [V, D].
-
-    Autocast is off when it runs; where it acted in the graph, the recorded dtypes bring explicit casts. What was made
-    where no gradient is recorded, and the rest was not, is detached.
-    """
-    modes = grad_modes(output.graph)
-    graph = Graph()
-    env: dict[Node, Node] = {source: graph.placeholder(source.name) for source in sources}
-    for node in nodes:
-        given = dict(env)
-        for source in node.all_input_nodes:
-            if is_cast(node, source):
-                given[source] = graph.call_method("to", (env[source], fake(node).dtype))
-        args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
-        env[node] = graph.create_node(node.op, node.target, args, kwargs)
-        if modes[output] and not modes[node] and isinstance(fake(node), Tensor):
-            env[node] = graph.call_method("detach", (env[node],))
-    graph.output(graph.call_method("to", (env[output], fake(output).dtype)))
-    program = GraphModule(torch.nn.Module(), graph)
-    names = tuple(name_for_users(s) for s in sources if isinstance(fake(s), Tensor))
-    exact = frozenset(size for shape in heads.values() for size in shape if isinstance(size, int))
-    graded = tuple(at for at, source in enumerate(sources) if fake(output).requires_grad and wants_gradient(source))
-    return Recipe(slot, program, tuple(sources), fake(output).device.type, class_dim, exact, names, graded)
-
-
-def wants_gradient(source: Node) -> bool:
-    return isinstance(fake(source), Tensor) and fake(source).requires_grad
-
-
-Finish = Callable[[Recipe, Sequence[Any]], Any]  # what a returned tensor is made by, of the recipe's sources
-Wrap = Callable[[Callable[..., Any], Finish], Callable[..., Any]]  # gives a compiled graph its outputs back
-LEAST_TOKENS = 64  # fewer are not worth deferring when no gradient is recorded: generation
-
-
-def differentiable(recipe: Recipe, sources: Sequence[Any]) -> bool:
-    """Whether the result has a gradient: not where a compiler has made the sources without.
-
-    Inputs say for themselves whether they have one: not every Dynamo guards on it, as where a head is frozen later.
-    """
-    made = [at for at in recipe.graded if recipe.sources[at].op != "placeholder"]
-    return any(sources[at].requires_grad for at in recipe.graded) and all(sources[at].requires_grad for at in made)
-
-
-def compute_now(recipe: Recipe, sources: Sequence[Any]) -> Tensor:
-    """The returned tensor itself, computed in eager mode."""
-    with torch.set_grad_enabled(differentiable(recipe, sources)), torch.autocast(recipe.device, enabled=False):
-        return recipe.program(*sources)
-
-
-def redirect(graph: Graph, recipes: Sequence[Recipe]) -> Wrap:
-    """Make the graph return the recipes' sources instead of their tensors.
-
-    Returns a function that wraps the compiled graph into a callable with the original outputs.
-    """
-    output = graph.output_node()
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    returned: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-    by_slot = {r.slot: r for r in recipes}
-    kept = [value for slot, value in enumerate(returned) if slot not in by_slot]
-    extra = list(dict.fromkeys(s for r in recipes for s in r.sources if s.op != "placeholder"))
-    output.args = ((*kept, *extra),)
-    count = len(returned)
-    # where each recipe finds its sources at run time: (True, index of an input) or (False, index of an output)
-    plan = {
-        r.slot: [
-            (True, placeholders.index(s)) if s.op == "placeholder" else (False, len(kept) + extra.index(s))
-            for s in r.sources
-        ]
-        for r in recipes
-    }
-
-    def wrap(compiled: Callable[..., Any], finish: Finish) -> Callable[..., Any]:
-        def with_returned_logits(*inputs: Any) -> list[Any]:
-            outputs = compiled(*inputs)
-            results, plain = [], iter(outputs[: len(kept)])
-            for slot in range(count):
-                if slot in plan:
-                    given = [inputs[i] if from_input else outputs[i] for from_input, i in plan[slot]]
-                    results.append(finish(by_slot[slot], given))
-                else:
-                    results.append(next(plain))
-            return results
-
-        return with_returned_logits
-
-    return wrap
-
-
-def unwrapped(compiled: Callable[..., Any], finish: Finish) -> Callable[..., Any]:
-    """What is put around a compiled graph of which no output was redirected."""
-    return compiled
-
-
-def at_once(wrap: Wrap) -> Wrap:
-    """A wrap by which returned logits are computed right behind the graph whatever the caller asks."""
-    return lambda compiled, finish: wrap(compiled, compute_now)
-
-
-def nested(outer: Wrap | None, inner: Wrap | None) -> Wrap | None:
-    """Both wraps around a compiled graph, ``inner`` closer to it."""
-    if outer is None or inner is None:
-        return outer or inner
-    return lambda compiled, finish: outer(inner(compiled, finish), finish)
+            sizes[node] = [n for source in node.all_input_nodes for n in getattr(fake(source), "shape", ())]
+    return recipe_of(nodes, sources, sizes, slot, output, class_dim)

@@ -1,12 +1,13 @@
-"""Statistics of a `Stack`: one sweep a head, put together in the order in which the program has the rows.
+"""Statistics of a `StackedProjection`: one sweep a head, put together in the order in which the program has the rows.
 
 The moves that a program makes of stacked rows are replayed on their numbers, which say where each row came from.
-Labels go that way back to their heads, statistics come forth. This file proves nothing.
+Labels go that way back to their heads, and statistics come forth.
 """
 
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,12 @@ from torch.fx import Node
 
 from fusedhead.graph.nodes import fake
 from fusedhead.ir.builder import Emit, named
-from fusedhead.ir.logits import Logits, Stack
-from fusedhead.ir.stack_parts import part_of
-from fusedhead.ir.terminal import Terminal
+from fusedhead.ir.logits import Logits, StackedProjection
+from fusedhead.ir.stack_parts import stacked_part
 from fusedhead.kernels.contract import STATS
 from fusedhead.kernels.transform.transform import Transform
 from fusedhead.rewrite.operands import operands, replay
-from fusedhead.rewrite.sweeps import Group, roundings_of
+from fusedhead.rewrite.sweeps import SweepGroup, roundings_of
 
 aten = torch.ops.aten
 
@@ -40,14 +40,13 @@ def numbers_of_rows(emit: Emit, logits: Logits) -> tuple[list[Any], Node | None]
     return sizes, named(emit(aten.reshape.default, moved, [-1]), "place")
 
 
-def statistics_of(emit: Emit, group: Group, memory: int) -> tuple[dict[str, Node], list[Node]]:
+def statistics_of(emit: Emit, group: SweepGroup, memory: int) -> tuple[dict[str, Node], list[Node]]:
     """The statistics of a group of terminals on stacked heads, and the calls that make them."""
-    logits = group.first.logits
+    logits = group.logits
     head = logits.head
-    assert isinstance(head, Stack)
+    assert isinstance(head, StackedProjection)
     sizes, place = numbers_of_rows(emit, logits)
-    keyed = {t.label_key: t for _, t in group.terminals if t.labels is not None}
-    picks = [t.labels(emit) for t in keyed.values() if t.labels is not None]
+    picks = [label(emit) for label in group.labels]
     labels = (picks[0] if len(picks) == 1 else emit(aten.cat.default, picks, 1)) if picks else None
     width = fake(labels).shape[1] if labels is not None else 0
     if labels is not None:
@@ -56,39 +55,32 @@ def statistics_of(emit: Emit, group: Group, memory: int) -> tuple[dict[str, Node
             labels = emit(aten.index_copy.default, empty, 0, place, labels)
         labels = emit(aten.reshape.default, labels, [*sizes, width])
     chain = next(iter(roundings_of(group.terminals)), None)
-    weights = next((t.weights for _, t in group.terminals if t.weights is not None), None)
     calls: list[Node] = []
-    found: dict[str, list[Node]] = {name: [] for name in group.want}
+    statistics: dict[str, list[Node]] = {name: [] for name in group.want}
     for k, part in enumerate(head.parts):
-        mine = part_of(logits, part)
-        own = None if labels is None else emit(aten.select.int, labels, head.dim, k)
-        flat = None if own is None else emit(aten.reshape.default, own, [-1, width])
-        terminal = asking(mine, flat, width, weights)
-        tensors = operands(emit, Group([(head.node, terminal)]))
+        mine = stacked_part(logits, part)
+        head_labels = None if labels is None else emit(aten.select.int, labels, head.dim, k)
+        flat = None if head_labels is None else emit(aten.reshape.default, head_labels, [-1, width])
+        tensors = operands(emit, mine, () if flat is None else (partial(known, flat),), group.weights)
         text = Transform(mine.steps).text if chain is not None else Transform(mine.steps).smooth.text
         op = torch.ops.fusedhead.head_stats.default
         call = named(emit(op, *tensors, text, ",".join(group.want), memory), "head")
         calls.append(call)
         for name in group.want:
-            found[name].append(named(emit(operator.getitem, call, STATS.index(name)), name))
+            statistics[name].append(named(emit(operator.getitem, call, STATS.index(name)), name))
     rows = [size for d, size in enumerate(sizes) if d != head.dim]
-    for name, stats in found.items():  # when all sweeps have run: what is linear in one is so in all of them
+    for name, stats in statistics.items():  # when all sweeps have run: what is linear in one is so in all of them
         shape = [*rows, width] if name == "picked" else rows
-        found[name] = [emit(aten.reshape.default, stat, shape) for stat in stats]
-    return {name: together(emit, stats, head.dim, place, name == "picked") for name, stats in found.items()}, calls
+        statistics[name] = [emit(aten.reshape.default, stat, shape) for stat in stats]
+    return {name: in_order(emit, stats, head.dim, place, name == "picked") for name, stats in statistics.items()}, calls
 
 
-def asking(logits: Logits, labels: Node | None, width: int, weights: Any) -> Terminal:
-    """A terminal that is there to be asked for its operands only."""
-    given = None if labels is None else lambda _: labels
-    return Terminal(logits, None, "", frozenset(), no_result, given, width, "stacked", weights=weights)
+def known(labels: Node, emit: Emit) -> Node:
+    """Labels that are emitted already."""
+    return labels
 
 
-def no_result(*_: Any) -> Any:
-    raise AssertionError("such a terminal has no result")
-
-
-def together(emit: Emit, stats: list[Node], dim: int, place: Node | None, picked: bool) -> Node:
+def in_order(emit: Emit, stats: list[Node], dim: int, place: Node | None, picked: bool) -> Node:
     """The heads' statistics as one, [M] or [M, K], in the program's order."""
     joined = emit(aten.stack.default, stats, dim)
     flat = emit(aten.reshape.default, joined, [-1, fake(stats[0]).shape[-1]] if picked else [-1])

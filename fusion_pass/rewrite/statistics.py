@@ -8,30 +8,34 @@ elimination, which is not sound on a graph that still mutates.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 import fusedhead.lowering.ops
 import fusedhead.lowering.token_ops  # noqa: F401  register torch.ops.fusedhead
-from fusedhead.analysis.interpreter import Site
+from fusedhead.analysis.body import Body, Emitted
+from fusedhead.analysis.site import Site
+from fusedhead.analysis.token_regions import erase_unused
+from fusedhead.graph.edit import erase
+from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake, name_of
+from fusedhead.graph.op_names import REMADE_FREELY
 from fusedhead.ir.builder import Emit, named
-from fusedhead.ir.logits import Projection, Stack
+from fusedhead.ir.logits import StackedProjection
 from fusedhead.ir.terminal import Statistics, Terminal
 from fusedhead.kernels.contract import STATS
 from fusedhead.kernels.transform.transform import Transform
-from fusedhead.legality.checks import Mutations
 from fusedhead.rewrite import stacked_sweeps
 from fusedhead.rewrite.operands import joined_operands, replay
-from fusedhead.rewrite.sweeps import Batch, Group, batches, roundings_of
+from fusedhead.rewrite.sweeps import Batch, SweepGroup, batches, roundings_of
 
 aten = torch.ops.aten
 
 
-def columns_of(group: Group, terminal: Terminal) -> tuple[int, int]:
+def columns_of(group: SweepGroup, terminal: Terminal) -> tuple[int, int]:
     """Which of the group's K picked entries are this terminal's."""
     begin = 0
     for key, count in group.picks:
@@ -41,8 +45,11 @@ def columns_of(group: Group, terminal: Terminal) -> tuple[int, int]:
     raise AssertionError("a terminal without labels asked for picked entries")
 
 
-def rebuild(emit: Emit, group: Group, statistics: dict[str, Node], node: Node, terminal: Terminal, grad: bool) -> None:
+def rebuild(
+    emit: Emit, group: SweepGroup, statistics: dict[str, Node], reader: tuple[Node, Terminal], grad: bool
+) -> None:
     """Replace one terminal by its result from the statistics."""
+    node, terminal = reader
     logits = terminal.logits
 
     def row_sizes() -> list[Any]:
@@ -66,52 +73,44 @@ def rebuild(emit: Emit, group: Group, statistics: dict[str, Node], node: Node, t
         emit.replaced(node, replacement)
 
 
-def erase(nodes: Iterable[Node], removable: Callable[[Node], bool]) -> None:
-    """Erase nodes without users, and such inputs of theirs as thereby lose their last one and are removable."""
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if not node._erased and not node.users and removable(node):
-            sources = node.all_input_nodes
-            node.graph.erase_node(node)
-            stack.extend(sources)
+def run(body: Body) -> None:
+    """Rewrite the sites that are fused with ``head_stats`` calls."""
+    erase_unused(body.reading, {site.head for site, *_ in body.fused()})
+    sites = [site for site, *_ in body.fused()]
+    body.emitted += emit_sweeps(sites, body.facts, body.options.budget)
 
 
-# Pure by their semantics: an input of a replaced node that only re-views or reads may go with it.
-PURE_VIEWS = frozenset(
-    {"t", "transpose", "T", "mT", "H", "mH", "real", "view", "reshape", "permute", "size", "to", "float"}
-)
-
-
-def fuse(
-    graph: Graph, sites: Sequence[Site], memory: int, grad: dict[Node, bool], mutations: Mutations
-) -> list[tuple[list[Node], list[Projection]]]:
-    """Rewrite sites with ``head_stats`` calls. Returns the calls of each batch and the heads that they serve."""
-    calls, emit = [], Emit(graph)
+def emit_sweeps(sites: Sequence[Site], facts: GraphFacts, memory: int) -> list[Emitted]:
+    """Rewrite sites with ``head_stats`` calls: those of each batch of sweeps, with the heads that they serve."""
+    if not sites:
+        return []
+    batched, emit = [], Emit(facts.graph)
     old = {node for site in sites for node in (site.head.node, *site.followed, *(n for n, _ in site.terminals))}
-    for batch in batches(sites, grad, mutations):
-        heads = [group.first.logits.head for group in batch]
-        calls.append((sweeps_of(emit, batch, memory, grad, mutations.position), heads))
-    made = set(emit.made)
-    erase(old, lambda node: node in old or node in made or name_of(node) in PURE_VIEWS)
-    erase(reversed(emit.made), made.__contains__)
-    kept = [node.name for node in old if not node._erased]
-    assert not kept, f"{', '.join(kept)} would still be computed"  # the caller then keeps the original graph
-    left = [([call for call in some if not call._erased], heads) for some, heads in calls]
-    return [(some, heads) for some, heads in left if some]  # what nobody uses takes its sweep with it
+    for batch in batches(sites, facts):
+        heads = [group.logits.head for group in batch]
+        batched.append((sweeps_of(emit, batch, facts, memory), heads))
+    emitted = set(emit.made)
+    erase(old, lambda node: node in old or node in emitted or name_of(node) in REMADE_FREELY)
+    erase(reversed(emit.made), emitted.__contains__)
+    computed = [node.name for node in old if not node._erased]
+    assert not computed, f"{', '.join(computed)} would still be computed"  # the caller then keeps the original graph
+    used = [([call for call in calls if not call._erased], heads) for calls, heads in batched]
+    return [Emitted(calls, heads, False) for calls, heads in used if calls]  # unused statistics take their sweep along
 
 
-def count_elsewhere(graph: Graph, sites: Sequence[Site], grad: dict[Node, bool]) -> None:
-    """Numbers of rows that the graph reads off logits, read off what is as long and stays."""
-    emit = Emit(graph)
-    for node, rows in (size for site in sites for size in site.sizes):
+def count_elsewhere(body: Body) -> None:
+    """Read numbers of rows that the graph reads off logits off what is as long and stays."""
+    sizes = [size for site, *_ in body.fused() for size in site.sizes]
+    emit = Emit(body.graph) if sizes else None
+    for node, rows in sizes:
+        assert emit is not None
         if node.users:
-            with emit.before(node, node, grad=grad[node]):
+            with emit.before(node, node, grad=body.facts.grad_mode(node)):
                 node.replace_all_uses_with(emit(aten.sym_size.int, emit.ref(rows), *node.args[1:]))
-        graph.erase_node(node)
+        body.graph.erase_node(node)
 
 
-def cut(emit: Emit, whole: dict[str, Node], counts: Sequence[Any]) -> dict[str, list[Node]]:
+def split_rows(emit: Emit, whole: dict[str, Node], counts: Sequence[Any]) -> dict[str, list[Node]]:
     """Statistics by the groups whose rows they are of; ``counts`` rows each, ints or nodes."""
     if len(counts) == 1:
         return {name: [stat] for name, stat in whole.items()}
@@ -123,18 +122,19 @@ def cut(emit: Emit, whole: dict[str, Node], counts: Sequence[Any]) -> dict[str, 
     return {name: [emit(aten.slice.Tensor, stat, 0, *bound) for bound in bounds] for name, stat in whole.items()}
 
 
-def sweeps_of(emit: Emit, batch: Batch, memory: int, grad: dict[Node, bool], position: dict[Node, int]) -> list[Node]:
+def sweeps_of(emit: Emit, batch: Batch, facts: GraphFacts, memory: int) -> list[Node]:
     """The ``head_stats`` call of a batch, or those of stacked heads, with the terminals rebuilt from their results."""
-    anchor = batch[0].anchor(position)
-    with emit.before(anchor, anchor, grad=grad[anchor]):
-        if isinstance(batch[0].first.logits.head, Stack):
+    anchor = batch[0].anchor(facts.position)
+    with emit.before(anchor, anchor, grad=facts.grad_mode(anchor)):
+        if isinstance(batch[0].logits.head, StackedProjection):
             statistics, calls = stacked_sweeps.statistics_of(emit, batch[0], memory)
             pieces = {name: [stat] for name, stat in statistics.items()}
         else:
             pieces, calls = statistics_of(emit, batch, memory)
     for i, group in enumerate(batch):
         for node, terminal in group.terminals:
-            rebuild(emit, group, {name: stats[i] for name, stats in pieces.items()}, node, terminal, grad[node])
+            of_group = {name: stats[i] for name, stats in pieces.items()}
+            rebuild(emit, group, of_group, (node, terminal), facts.grad_mode(node))
     return calls
 
 
@@ -143,8 +143,8 @@ def statistics_of(emit: Emit, batch: Batch, memory: int) -> tuple[dict[str, list
     first = batch[0]
     tensors, counts = joined_operands(emit, batch)
     chain = next(iter(roundings_of(first.terminals)), None)
-    text = Transform(first.first.logits.steps).smooth.text if chain is None else Transform(chain).text
+    text = Transform(first.logits.steps).smooth.text if chain is None else Transform(chain).text
     op = torch.ops.fusedhead.head_stats.default
     call = named(emit(op, *tensors, text, ",".join(first.want), memory), "head")
     whole = {name: named(emit(operator.getitem, call, STATS.index(name)), name) for name in first.want}
-    return cut(emit, whole, counts), [call]
+    return split_rows(emit, whole, counts), [call]

@@ -1,8 +1,7 @@
 """The gradient of a tail as a graph, and the proof that the tail is linear.
 
 No rule per op is needed: ``make_fx`` traces the gradient of the tail, and the tail is linear exactly when that trace
-does not read the statistics. What the trace computes then *is* the coefficients. This file knows nodes and traces; it
-must not know which op takes the coefficients.
+does not read the statistics. What the trace computes then *is* the coefficients.
 """
 
 from __future__ import annotations
@@ -17,9 +16,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from fusedhead.analysis.reasons import NotInForward
 from fusedhead.compat import maybe_get_fake_mode
 from fusedhead.graph.motion import random
 from fusedhead.graph.nodes import callee, fake, name_of
+from fusedhead.graph.reasons import Refusal, refuse
 
 
 def coefficients(
@@ -28,8 +29,8 @@ def coefficients(
     tail: Sequence[Node],
     others: Sequence[Node],
     passed: Mapping[Node, Node],
-) -> GraphModule | str:
-    """∂ scalar / ∂ (statistics, squares) as a graph of ``others`` alone, or a sentence if the tail is not linear.
+) -> GraphModule | Refusal:
+    """∂ scalar / ∂ (statistics, squares) as a graph of ``others`` alone; a refusal if the tail is not linear.
 
     ``passed``: nodes whose gradient is that of another one in the tail.
     """
@@ -59,14 +60,14 @@ def coefficients(
         try:
             program = make_fx(gradient)(*values)
         except Exception as error:
-            return f"what is made of the per-row results cannot be differentiated alone ({type(error).__name__})"
+            return refuse(NotInForward.NOT_DIFFERENTIABLE, kind=type(error).__name__)
     program.graph.eliminate_dead_code()
     reads = dependent(program.graph, len(free))
     for node in needed(program.graph, reads):
         if node in reads:
-            return f"it is not linear in the per-row results ({name_of(node)} of them enters the gradient)"
+            return refuse(NotInForward.NOT_LINEAR, name=name_of(node))
         if random(node):
-            return f"{name_of(node)} draws random numbers, and a gradient would draw others"
+            return refuse(NotInForward.RANDOM, name=name_of(node))
     return program
 
 
@@ -81,14 +82,14 @@ def dependent(graph: Graph, statistics: int) -> set[Node]:
 
 def needed(graph: Graph, reads: set[Node]) -> list[Node]:
     """The calls that the graph's outputs need, in order, where a shape needs nothing of the statistics."""
-    stack, found = list(graph.output_node().all_input_nodes), set()
+    stack, calls = list(graph.output_node().all_input_nodes), set()
     while stack:
         node = stack.pop()
-        if node in found:
+        if node in calls:
             continue
-        found.add(node)
+        calls.add(node)
         stack.extend(s for s in node.all_input_nodes if not (shape_only(node) and s in reads))
-    return [node for node in graph.nodes if node in found and (node.op == "call_function" or node in reads)]
+    return [node for node in graph.nodes if node in calls and (node.op == "call_function" or node in reads)]
 
 
 SHAPE_ONLY = frozenset({"sym_size", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_empty", "new_ones"})

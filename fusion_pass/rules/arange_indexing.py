@@ -18,24 +18,28 @@ from torch.fx import Node
 from fusedhead.graph.aliases import memory
 from fusedhead.graph.effects import may_write
 from fusedhead.graph.nodes import fake, name_of
+from fusedhead.graph.reasons import Escape
+from fusedhead.graph.sizes import same_shape
 from fusedhead.ir.builder import Emit
-from fusedhead.ir.logits import Call, Escape, Plain, from_the_first, logits_of
-from fusedhead.ir.terminal import Statistics, Terminal
-from fusedhead.rules.gather import gather
-from fusedhead.rules.losses import rows_shape, same_shape
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import from_the_first, logits_of
+from fusedhead.ir.terminal import Kind, Statistics, Terminal
+from fusedhead.rules.gather import entries
+from fusedhead.rules.losses import rows_shape
+from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.table import Context, vocab_size
 
 aten = torch.ops.aten
-VIEWS = frozenset({"unsqueeze", "view", "reshape", "getitem"})  # with no more than one dimension longer than 1
+INDEX_VIEWS = frozenset({"unsqueeze", "view", "reshape", "getitem"})  # with no more than one dimension longer than 1
 
 
 def counts(index: Plain) -> bool:
     """Whether a tensor's values are 0, 1, 2 ... in order."""
     node = index.ref
-    if isinstance(node, Call):  # a list in the program (`evaluate.constant`): made anew, so that nothing writes to it
+    if isinstance(node, Expr):  # a list in the program (`evaluate.constant`): made anew, so that nothing writes to it
         lifted = node.args[0].ref if node.op is aten.lift_fresh_copy.default else node
-        return isinstance(lifted, Call) and lifted.op is aten.arange.default and len(lifted.args) == 1
-    while isinstance(node, Node) and name_of(node) in VIEWS:
+        return isinstance(lifted, Expr) and lifted.op is aten.arange.default and len(lifted.args) == 1
+    while isinstance(node, Node) and name_of(node) in INDEX_VIEWS:
         if name_of(node) == "getitem":
             picks = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
             if any(not (pick is None or pick is Ellipsis or pick == slice(None)) for pick in picks):
@@ -53,7 +57,7 @@ def counts(index: Plain) -> bool:
     return start == 0 and step == 1 and fake(node).dtype == torch.int64 and untouched
 
 
-def along(index: Tensor, dim: int, sizes: Sequence[Any]) -> bool:
+def counts_along(index: Tensor, dim: int, sizes: Sequence[Any]) -> bool:
     """Whether a tensor that broadcasts to ``sizes`` is as long as dimension ``dim``, and 1 in all others."""
     shape = [1] * (len(sizes) - index.ndim) + list(index.shape)
     return same_shape(shape, [size if d == dim else 1 for d, size in enumerate(sizes)])
@@ -64,15 +68,14 @@ def entry_of_each_row(context: Context, value: Any, indices: Sequence[Plain]) ->
     logits, (*counted, label) = logits_of(value), indices
     sizes = rows_shape(logits)
     if len(indices) != logits.val.ndim or not same_shape(list(label.val.shape), sizes):
-        raise Escape("the logits are indexed along the vocabulary")
-    if not all(counts(index) and along(index.val, dim, sizes) for dim, index in enumerate(counted)):
-        raise Escape("the logits are indexed along the vocabulary, in rows that are not counted by an arange")
+        raise Escape(Unreadable.INDEX_ALONG_VOCABULARY)
+    if not all(counts(index) and counts_along(index.val, dim, sizes) for dim, index in enumerate(counted)):
+        raise Escape(Unreadable.ROWS_NOT_COUNTED)
     labels = from_the_first(label.ref, vocab_size(logits))
-    column, dim = Plain(Call(aten.unsqueeze.default, (labels, -1)), label.val.unsqueeze(-1)), logits.class_dim
-    found = gather(Context(context.node, context.val.unsqueeze(-1)), value, dim, column)
+    column, dim = Plain(Expr(aten.unsqueeze.default, (labels, -1)), label.val.unsqueeze(-1)), logits.class_dim
+    found = entries(replace(context, val=context.val.unsqueeze(-1)), value, dim, column, Kind.INDEX)
 
     def result(emit: Emit, stats: Statistics) -> Node:
         return emit(aten.squeeze.dim, found.result(emit, stats), -1)
 
-    name = found.computes.replace("gather", "index")
-    return replace(found, val=context.val, computes=name, result=result, label_key=("index", label.ref))
+    return replace(found, val=context.val, result=result, label_key=("index", label.ref))

@@ -13,27 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fusedhead.compat import unset_fake_temporarily
-from fusedhead.ir.logits import (
-    FOLLOWED,
-    Call,
-    Escape,
-    Expected,
-    Followed,
-    Logits,
-    LogProbs,
-    Plain,
-    Probs,
-    RowVector,
-)
+from fusedhead.graph.reasons import Escape
+from fusedhead.graph.sizes import same_size
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, ProbTimes, RowVector
 from fusedhead.kernels.transform.transform import Step
-from fusedhead.rules.reductions import expected
-from fusedhead.rules.table import Context, Family, needs_logits, rule, vocab_size
+from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.reductions import prob_times
+from fusedhead.rules.table import Context, covers, needs_logits, rule, vocab_size
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "on the logits",
     "cast, bias, scale (constant, learned, per class, per token), tanh and sigmoid caps, masks of classes; the same in "
     "place where no other name sees it; part of the classes written to, `z[:, k] += c`",
@@ -50,14 +43,14 @@ COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
     aten.to.other,
     aten.type_as.default,
 )
-def cast(context: Context, value: Any, *_: Any, **__: Any) -> Followed:
+def cast(context: Context, value: Any, *_: Any, **__: Any) -> LogitsLike:
     if context.val.dtype not in COMPUTED:
-        raise Escape(f"the logits are cast to {context.val.dtype}")
-    if isinstance(value, (LogProbs, Probs, Expected)) and context.val.device == value.val.device:
+        raise Escape(Unreadable.CAST, dtype=context.val.dtype)
+    if isinstance(value, (LogProbs, Probs, ProbTimes)) and context.val.device == value.val.device:
         return replace(value, val=context.val)
     logits = needs_logits(value, "a cast")
     if context.val.device != logits.val.device:
-        raise Escape(f"the logits move from {logits.val.device} to {context.val.device}")
+        raise Escape(Unreadable.MOVED_TO_DEVICE, device=logits.val.device, other=context.val.device)
     if context.val.dtype == logits.val.dtype:
         return replace(logits, val=context.val)
     return logits.step(context.val)
@@ -66,7 +59,7 @@ def cast(context: Context, value: Any, *_: Any, **__: Any) -> Followed:
 def extent(operand: Tensor, logits: Logits) -> tuple[bool, bool]:
     """Whether an operand that broadcasts to the logits varies (along the vocabulary, along the tokens)."""
     shape = [1] * (logits.val.ndim - operand.ndim) + list(operand.shape)
-    varies = [not statically_known_true(sym_eq(size, 1)) for size in shape]
+    varies = [not same_size(size, 1) for size in shape]
     return varies[logits.class_dim], any(v for d, v in enumerate(varies) if d != logits.class_dim)
 
 
@@ -74,18 +67,18 @@ def vector(operand: Plain, logits: Logits, what: str) -> tuple[str, Plain | RowV
     """("col" or "row", the vector) of an operand that broadcasts to the logits; one number for all goes by tokens."""
     along_vocab, along_tokens = extent(operand.val, logits)
     if along_vocab and along_tokens:
-        raise Escape(f"{what} of the logits and a tensor with token and vocabulary extent is not a bias or a scale")
+        raise Escape(Unreadable.VARIES_BOTH_WAYS, op=what)
     if along_vocab:
-        return "col", Plain(Call(aten.reshape.default, (operand.ref, [-1])), operand.val.reshape(-1))
+        return "col", Plain(Expr(aten.reshape.default, (operand.ref, [-1])), operand.val.reshape(-1))
     return "row", RowVector(operand, len(logits.row_steps), logits.val, logits.class_dim)
 
 
 def needs_same_shape(context: Context, logits: Logits, operand: Tensor, how: str) -> None:
     same_shape = len(context.val.shape) == logits.val.ndim and all(
-        statically_known_true(sym_eq(a, b)) for a, b in zip(context.val.shape, logits.val.shape)
+        same_size(a, b) for a, b in zip(context.val.shape, logits.val.shape)
     )
     if not same_shape or not operand.is_floating_point():
-        raise Escape(f"{how} broadcasts the logits or combines them with {operand.dtype}")
+        raise Escape(Unreadable.BROADCASTS_LOGITS, op=how, dtype=operand.dtype)
 
 
 def combine(context: Context, logits: Logits, operand: Any, how: str) -> Logits:
@@ -93,7 +86,7 @@ def combine(context: Context, logits: Logits, operand: Any, how: str) -> Logits:
     if isinstance(operand, (int, float)) and not isinstance(operand, bool):
         return logits.step(context.val, Step(how, float(operand)))
     if not isinstance(operand, Plain) or not isinstance(operand.val, Tensor):
-        raise Escape("the logits are combined with a number that is not known at compile time")
+        raise Escape(Unreadable.UNKNOWN_NUMBER)
     needs_same_shape(context, logits, operand.val, how)
     kind, found = vector(operand, logits, how)
     if isinstance(found, RowVector):
@@ -106,27 +99,27 @@ def inverse(operand: Any) -> Any:
     if isinstance(operand, (int, float)) and operand != 0:
         return 1.0 / operand
     if isinstance(operand, Plain) and isinstance(operand.val, Tensor) and operand.val.is_floating_point():
-        wide = Call(aten.to.dtype, (operand.ref, torch.float32))
-        return Plain(Call(aten.reciprocal.default, (wide,)), operand.val.float())
-    raise Escape("the logits are divided by zero or by something that is not a floating-point tensor")
+        wide = Expr(aten.to.dtype, (operand.ref, torch.float32))
+        return Plain(Expr(aten.reciprocal.default, (wide,)), operand.val.float())
+    raise Escape(Unreadable.DIVISOR)
 
 
 def negative(operand: Any) -> Any:
     if isinstance(operand, (int, float)):
         return -operand
     if isinstance(operand, Plain) and isinstance(operand.val, Tensor):
-        return Plain(Call(aten.neg.default, (operand.ref,)), operand.val)
-    raise Escape("the logits are subtracted from other logits")
+        return Plain(Expr(aten.neg.default, (operand.ref,)), operand.val)
+    raise Escape(Unreadable.SUBTRACTED_FROM_LOGITS)
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar)
-def mul(context: Context, a: Any, b: Any) -> Followed:
-    product = expected(context, a, b)
+def mul(context: Context, a: Any, b: Any) -> LogitsLike:
+    product = prob_times(context, a, b)
     if product is not None:
         return product
-    if not isinstance(a, FOLLOWED):
+    if not isinstance(a, LOGITS_LIKE):
         a, b = b, a
-    if isinstance(a, (LogProbs, Probs, Expected)) and isinstance(b, (int, float)):
+    if isinstance(a, (LogProbs, Probs, ProbTimes)) and isinstance(b, (int, float)):
         return replace(a, val=context.val, factor=a.factor * b)
     return combine(context, needs_logits(a, "mul"), b, "mul")
 
@@ -139,9 +132,9 @@ def div(context: Context, a: Any, b: Any) -> Logits | LogProbs:
 
 
 @rule(aten.add.Tensor, aten.add.Scalar)
-def add(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
+def add_operand(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     if alpha != 1:
-        raise Escape(f"add with alpha={alpha}")
+        raise Escape(Unreadable.ADD_ALPHA, alpha=alpha)
     if not isinstance(a, (Logits, LogProbs)):
         a, b = b, a
     return combine(context, needs_logits(a, "add"), b, "add")
@@ -150,65 +143,58 @@ def add(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
 @rule(aten.sub.Tensor, aten.sub.Scalar, aten.subtract.Tensor)
 def sub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     if alpha != 1:
-        raise Escape(f"sub with alpha={alpha}")
+        raise Escape(Unreadable.SUB_ALPHA, alpha=alpha)
     return combine(context, needs_logits(a, "sub"), negative(b), "add")
 
 
 @rule(aten.rsub.Scalar, aten.rsub.Tensor)
 def rsub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     if alpha != 1:
-        raise Escape(f"rsub with alpha={alpha}")
+        raise Escape(Unreadable.RSUB_ALPHA, alpha=alpha)
     flipped = needs_logits(a, "rsub").step(a.val, Step("mul", -1.0))
     return combine(context, flipped, b, "add")
 
 
 @rule(aten.neg.default, aten.negative.default)
-def neg(context: Context, value: Any) -> Followed:
-    if isinstance(value, (LogProbs, Probs, Expected)):
+def neg(context: Context, value: Any) -> LogitsLike:
+    if isinstance(value, (LogProbs, Probs, ProbTimes)):
         return replace(value, val=context.val, factor=-value.factor)
     return needs_logits(value, "neg").step(context.val, Step("mul", -1.0))
 
 
-def cap(name: str) -> Any:
-    """The rule of an op of the logits alone that is a step of its own."""
-
-    def unary(context: Context, value: Any) -> Logits:
-        return needs_logits(value, name).step(context.val, Step(name))
-
-    return unary
-
-
-for _name in ("tanh", "sigmoid"):
-    rule(getattr(aten, _name).default)(cap(_name))
+@rule(aten.tanh.default, aten.sigmoid.default)
+def cap(context: Context, value: Any) -> Logits:
+    """An op that is a step of its own."""
+    return needs_logits(value, context.name).step(context.val, Step(context.name))
 
 
 def column_mask(mask: Any, logits: Logits) -> Plain:
     """A mask that says the same for every token, as a vector [V]."""
     if not isinstance(mask, Plain) or not isinstance(mask.val, Tensor) or mask.val.dtype != torch.bool:
-        raise Escape("a mask of the logits depends on the logits")
+        raise Escape(Unreadable.MASK_OF_LOGITS)
     along_vocab, along_tokens = extent(mask.val, logits)
     if along_tokens or not along_vocab:
-        raise Escape("a mask of the logits differs from token to token")
-    return Plain(Call(aten.reshape.default, (mask.ref, [-1])), mask.val.reshape(-1))
+        raise Escape(Unreadable.MASK_BY_TOKEN)
+    return Plain(Expr(aten.reshape.default, (mask.ref, [-1])), mask.val.reshape(-1))
 
 
 def put(context: Context, logits: Logits, mask: Any, number: Any) -> Logits:
     """The logits with ``number`` where ``mask`` is True."""
     if isinstance(number, Plain):
-        raise Escape("the logits are replaced by a number that is not known at compile time")
+        raise Escape(Unreadable.UNKNOWN_FILL)
     if context.val.dtype != logits.val.dtype or context.val.ndim != logits.val.ndim:
-        raise Escape("a mask broadcasts the logits or changes their dtype")
+        raise Escape(Unreadable.MASK_CHANGES_LOGITS)
     column = column_mask(mask, logits)
     with unset_fake_temporarily():
         number = float(torch.tensor(number, dtype=logits.val.dtype))  # as the program rounds it
     if math.isnan(number):
-        raise Escape("logits are replaced by NaN")
+        raise Escape(Unreadable.FILL_NAN)
     if number == -math.inf:  # the common mask: exponentials are zero by themselves
-        dropped = Plain(Call(aten.to.dtype, (column.ref, torch.float32)), column.val.float())
+        dropped = Plain(Expr(aten.to.dtype, (column.ref, torch.float32)), column.val.float())
         return logits.step(context.val, Step("dropcol", len(logits.cols)), cols=(*logits.cols, dropped))
     like = {"dtype": torch.float32, "device": column.val.device}
-    kept = Call(aten.full.default, ([vocab_size(logits)], math.nan), like)
-    filled = Plain(Call(aten.masked_fill.Scalar, (kept, column, number)), column.val.float())
+    kept = Expr(aten.full.default, ([vocab_size(logits)], math.nan), like)
+    filled = Plain(Expr(aten.masked_fill.Scalar, (kept, column, number)), column.val.float())
     return logits.step(context.val, Step("setcol", len(logits.cols)), cols=(*logits.cols, filled))
 
 
@@ -220,8 +206,8 @@ def masked_fill(context: Context, value: Any, mask: Any, number: Any) -> Logits:
 @rule(aten.where.ScalarOther)
 def where_else(context: Context, mask: Any, value: Any, number: Any) -> Logits:
     if not isinstance(mask, Plain):
-        raise Escape("a mask of the logits depends on the logits")
-    other = Plain(Call(aten.logical_not.default, (mask.ref,)), mask.val)
+        raise Escape(Unreadable.MASK_OF_LOGITS)
+    other = Plain(Expr(aten.logical_not.default, (mask.ref,)), mask.val)
     return put(context, needs_logits(value, "where"), other, number)
 
 

@@ -12,16 +12,21 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fusedhead.graph.reasons import Escape
+from fusedhead.graph.sizes import same_shape
 from fusedhead.ir.builder import Emit
-from fusedhead.ir.logits import Call, Escape, LogProbs, Plain, logits_of
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import LogProbs, logits_of
 from fusedhead.ir.lse_differences import DIFFERENCE, picked_less_lse
-from fusedhead.ir.terminal import Statistics, Terminal
-from fusedhead.rules.losses import rows_shape, same_shape
+from fusedhead.ir.terminal import Kind, Statistics, Terminal
+from fusedhead.rules.losses import rows_shape
+from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.row_terms import without_row_terms
-from fusedhead.rules.table import Context, Family, needs_logits, over_classes, plain_tensor, rule, vocab_size
+from fusedhead.rules.table import Context, covers, needs_logits, over_classes, plain_tensor, rule, vocab_size
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "numbers of a row",
     "`log_softmax` + `gather` (any number of labels a row) or `[arange(N), y]`, `gather` − `logsumexp`, z-loss",
     "",
@@ -37,6 +42,10 @@ def per_row(emit: Emit, flat: Node, stats: Statistics, class_dim: int, keep: boo
 
 @rule(aten.gather.default)
 def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Terminal:
+    return entries(context, value, dim, index, Kind.GATHER)
+
+
+def entries(context: Context, value: Any, dim: int, index: Any, kind: Kind) -> Terminal:
     """K entries a row: logits (z_y) or log-probabilities (z_y - lse)."""
     logits = value.of if isinstance(value, LogProbs) else needs_logits(value, "gather")
     over_classes(dim, logits, "gather")
@@ -44,13 +53,13 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
     index = plain_tensor(index, "the index of gather")
     class_dim = logits.class_dim
     if index.val.ndim != logits.val.ndim:  # eager code allows it of an index without entries
-        raise Escape("gather reads another number of rows than the logits have")
+        raise Escape(Unreadable.GATHER_ROWS)
     picked = index.val.shape[class_dim]
     others = [size for d, size in enumerate(index.val.shape) if d != class_dim]
     if not isinstance(picked, int) or not same_shape(others, rows_shape(logits)):
-        raise Escape("gather reads another number of rows than the logits have")
+        raise Escape(Unreadable.GATHER_ROWS)
     if index.val.dtype != torch.int64:
-        raise Escape(f"the index of gather has dtype {index.val.dtype}")
+        raise Escape(Unreadable.GATHER_DTYPE, dtype=index.val.dtype)
 
     def labels(emit: Emit) -> Node:
         last = emit.last(emit.ref(index), class_dim)
@@ -69,11 +78,12 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
             out = emit(aten.add.Tensor, out, emit.ref(term))
         return out
 
-    name = "log_softmax + gather" if isinstance(value, LogProbs) else "gather"
+    name = f"log_softmax + {kind.value}" if isinstance(value, LogProbs) else kind.value
     count = "" if picked == 1 else f" ({picked} labels a row)"
     return Terminal(
         logits,
         context.val,
+        kind,
         name + count,
         DIFFERENCE if isinstance(value, LogProbs) else frozenset({"picked"}),
         result,
@@ -88,9 +98,9 @@ def gather(context: Context, value: Any, dim: int, index: Any, *, sparse_grad: b
 @rule(aten.take_along_dim.default)
 def take_along_dim(context: Context, value: Any, index: Any, dim: int | None = None) -> Terminal:
     if dim is None or not isinstance(index, Plain) or index.val.ndim != value.val.ndim:
-        raise Escape("take_along_dim that flattens or broadcasts")
+        raise Escape(Unreadable.TAKE_ALONG_DIM)
     size = vocab_size(logits_of(value))
-    inside = Call(aten.remainder.Scalar, (index.ref, size))  # unlike gather it takes any index, modulo the size
+    inside = Expr(aten.remainder.Scalar, (index.ref, size))  # unlike gather it takes any index, modulo the size
     return gather(context, value, dim, Plain(inside, index.val))
 
 
@@ -99,10 +109,10 @@ def logsumexp(context: Context, value: Any, dim: Sequence[int] | int, keepdim: b
     logits = needs_logits(value, "logsumexp")
     dims = [dim] if isinstance(dim, int) else list(dim)
     if len(dims) != 1:
-        raise Escape("logsumexp over several dimensions")
+        raise Escape(Unreadable.LOGSUMEXP_DIMS)
     over_classes(dims[0], logits, "logsumexp")
 
     def result(emit: Emit, stats: Statistics) -> Node:
         return per_row(emit, stats.lse, stats, logits.class_dim, keepdim)
 
-    return Terminal(logits, context.val, "logsumexp", frozenset(), result)
+    return Terminal(logits, context.val, Kind.LSE, "logsumexp", frozenset(), result)

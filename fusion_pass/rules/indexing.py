@@ -8,95 +8,91 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from fusedhead.ir.logits import Escape, Followed, Logits, Plain, piece_of
+from fusedhead.graph.reasons import Escape
+from fusedhead.graph.sizes import same_size
+from fusedhead.ir.expr import Plain
+from fusedhead.ir.logits import Logits, LogitsLike, piece_of
 from fusedhead.ir.stack_parts import picked_part
 from fusedhead.ir.terminal import Terminal
 from fusedhead.rules.arange_indexing import entry_of_each_row
-from fusedhead.rules.table import Context, Family, dimension, rule
+from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.table import Context, covers, dimension, rule
 from fusedhead.rules.views import class_dim_of, moved
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "some of the rows",
     "shift slices, row selection (masks too) before or after the head; pieces of the vocabulary",
     "steps along the vocabulary",
 )
 
 
-def along_rows(op: Any, name: str) -> Callable[..., Followed]:
-    """The rule of an op ``op(tensor, dim, ...)`` that acts along one dimension and keeps the number of them."""
-
-    def along(context: Context, value: Followed, dim: int = 0, *args: Any) -> Followed:
-        class_dim, at = class_dim_of(value), dimension(dim, value)
-        if at == class_dim:
-            raise Escape(f"{name} acts along the vocabulary")
-        if any(not isinstance(a, (int, torch.SymInt, Plain, type(None))) for a in args):
-            raise Escape(f"{name} is indexed by something that depends on the logits")
-        return moved(value, context.val, class_dim, op, at, *args)
-
-    return along
-
-
-rule(aten.narrow.default)(along_rows(aten.narrow.default, "narrow"))
-rule(aten.index_select.default)(along_rows(aten.index_select.default, "index_select"))
-rows_slice = along_rows(aten.slice.Tensor, "slice")
+@rule(aten.narrow.default, aten.index_select.default)
+def move_along_rows(context: Context, value: LogitsLike, dim: int = 0, *args: Any) -> LogitsLike:
+    """An op that acts along one dimension and keeps the number of them."""
+    class_dim, at = class_dim_of(value), dimension(dim, value)
+    if at == class_dim:
+        raise Escape(Unreadable.ALONG_VOCABULARY, op=context.name)
+    if any(not isinstance(a, (int, torch.SymInt, Plain, type(None))) for a in args):
+        raise Escape(Unreadable.INDEXED_BY_LOGITS, op=context.name)
+    return moved(value, context.val, class_dim, context.op, at, *args)
 
 
 @rule(aten.slice.Tensor)
 def slice_(
-    context: Context, value: Followed, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
-) -> Followed:
+    context: Context, value: LogitsLike, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> LogitsLike:
     """A slice of rows, or of the vocabulary: then fewer rows of W."""
     if dimension(dim, value) != class_dim_of(value):
-        return rows_slice(context, value, dim, start, end, step)
-    if statically_known_true(sym_eq(context.val.shape[class_dim_of(value)], value.val.shape[class_dim_of(value)])):
+        return move_along_rows(context, value, dim, start, end, step)
+    if same_size(context.val.shape[class_dim_of(value)], value.val.shape[class_dim_of(value)]):
         return replace(value, val=context.val)
     if not isinstance(value, Logits):
-        raise Escape("a slice of the probabilities along the vocabulary")
+        raise Escape(Unreadable.SLICE_OF_PROBABILITIES)
     first, last = value.vocab or (0, int(value.val.shape[value.class_dim]))
     kept = context.val.shape[value.class_dim]
     if step != 1 or not isinstance(kept, int) or not isinstance(start, (int, type(None))):
-        raise Escape("a slice along the vocabulary with a step or a size not known at compile time")
+        raise Escape(Unreadable.SLICE_OF_VOCABULARY)
     begin = min((start or 0) % (last - first), last - first) if (start or 0) < 0 else (start or 0)
     cols = piece_of(value.cols, begin, begin + kept)
     return replace(value, val=context.val, vocab=(first + begin, first + begin + kept), cols=cols)
 
 
 @rule(aten.flip.default)
-def flip(context: Context, value: Followed, dims: Sequence[int]) -> Followed:
+def flip(context: Context, value: LogitsLike, dims: Sequence[int]) -> LogitsLike:
     at = [dimension(dim, value) for dim in dims]
     if class_dim_of(value) in at:
-        raise Escape("flip acts along the vocabulary")
+        raise Escape(Unreadable.FLIP_ALONG_VOCABULARY)
     return moved(value, context.val, class_dim_of(value), aten.flip.default, at)
 
 
 @rule(aten.roll.default)
-def roll(context: Context, value: Followed, shifts: Sequence[int], dims: Sequence[int] = ()) -> Followed:
+def roll(context: Context, value: LogitsLike, shifts: Sequence[int], dims: Sequence[int] = ()) -> LogitsLike:
     at = [dimension(dim, value) for dim in dims]
     if class_dim_of(value) in at or not at:
-        raise Escape("roll acts along the vocabulary")
+        raise Escape(Unreadable.ROLL_ALONG_VOCABULARY)
     return moved(value, context.val, class_dim_of(value), aten.roll.default, list(shifts), at)
 
 
 @rule(aten.select.int)
-def select(context: Context, value: Followed, dim: int, index: Any) -> Followed:
+def select_row(context: Context, value: LogitsLike, dim: int, index: Any) -> LogitsLike:
     class_dim, at = class_dim_of(value), dimension(dim, value)
     if at == class_dim:
-        raise Escape("one class of the logits is read out")
+        raise Escape(Unreadable.ONE_CLASS)
     part = picked_part(value, context.val, at, index) if isinstance(value, Logits) else None
     return part or moved(value, context.val, class_dim - (at < class_dim), aten.select.int, at, index)
 
 
 @rule(aten.index.Tensor)
-def index(context: Context, value: Followed, indices: Sequence[Any]) -> Followed | Terminal:
+def index_rows(context: Context, value: LogitsLike, indices: Sequence[Any]) -> LogitsLike | Terminal:
     """Rows picked by one integer or boolean tensor, or by integer tensors in neighbouring leading dimensions.
 
     Where they are counted instead, and a class is picked in each, it is a number of a row.
@@ -104,67 +100,60 @@ def index(context: Context, value: Followed, indices: Sequence[Any]) -> Followed
     class_dim = class_dim_of(value)
     used = [(d, i) for d, i in enumerate(indices) if i is not None]
     if not used or any(not isinstance(which, Plain) for _, which in used):
-        raise Escape("the logits are indexed by something that depends on them")
+        raise Escape(Unreadable.INDEX_FROM_LOGITS)
     at, which = used[0]
     if len(used) > 1:
         neighbours = [d for d, _ in used] == list(range(at, at + len(used)))
         if not neighbours or any(i.val.dtype in (torch.bool, torch.uint8) for _, i in used) or class_dim < at:
-            raise Escape("the logits are indexed by several tensors that are not integers in neighbouring dimensions")
+            raise Escape(Unreadable.SEVERAL_INDICES)
         if at + len(used) > class_dim:
             return entry_of_each_row(context, value, [which for _, which in used])
         class_dim += context.val.ndim - value.val.ndim
         return moved(value, context.val, class_dim, aten.index.Tensor, list(indices))
     mask = which.val.dtype in (torch.bool, torch.uint8)
     if at > class_dim or (mask and at + which.val.ndim > class_dim) or at == class_dim:
-        raise Escape("the logits are indexed along the vocabulary")
+        raise Escape(Unreadable.INDEX_ALONG_VOCABULARY)
     class_dim += (1 if mask else which.val.ndim) - (which.val.ndim if mask else 1)
     return moved(value, context.val, class_dim, aten.index.Tensor, list(indices))
 
 
-def classes(context: Context, value: Followed, at: int, name: str) -> list[Followed]:
+def classes(context: Context, value: LogitsLike, at: int) -> list[LogitsLike]:
     """Pieces of the vocabulary, each the logits of some rows of W."""
+    name = context.name.removesuffix("_with_sizes")
     if not isinstance(value, Logits):
-        raise Escape(f"{name} cuts the vocabulary of the probabilities")
+        raise Escape(Unreadable.CUTS_PROBABILITIES, op=name)
     if all(int(piece.shape[at]) == 1 for piece in context.val):
-        raise Escape(f"{name} cuts the vocabulary into single classes")
+        raise Escape(Unreadable.CUTS_SINGLE_CLASSES, op=name)
     ends = list(itertools.accumulate(int(piece.shape[at]) for piece in context.val))
     bounds = zip([0, *ends], ends)
-    return [slice_(Context(context.node, z), value, at, a, b) for z, (a, b) in zip(context.val, bounds)]
+    return [slice_(replace(context, val=z), value, at, a, b) for z, (a, b) in zip(context.val, bounds)]
 
 
-def taken(value: Followed, piece: Tensor, op: Any, args: tuple, number: int) -> Followed:
+def piece_at(value: LogitsLike, piece: Tensor, op: Any, args: tuple, number: int) -> LogitsLike:
     """Piece ``number`` of what ``op`` cuts a tensor into, replayed as that: its bounds may be symbols."""
     cut = moved(value, value.val, class_dim_of(value), op, *args)
     return moved(cut, piece, class_dim_of(value), operator.getitem, number)
 
 
-def pieces(op: Any, name: str) -> Callable[..., list[Followed]]:
-    """The rule of an op that cuts a tensor along one dimension and returns the list of pieces."""
-
-    def cut(context: Context, value: Followed, sizes: Any, dim: int = 0) -> list[Followed]:
-        class_dim, at = class_dim_of(value), dimension(dim, value)
-        if at == class_dim:
-            return classes(context, value, at, name)
-        if not isinstance(value.val.shape[at], int):
-            return [taken(value, piece, op, (sizes, at), i) for i, piece in enumerate(context.val)]
-        results, begin = [], 0
-        for piece in context.val:
-            step = (at, begin, begin + piece.shape[at])
-            results.append(moved(value, piece, class_dim, aten.slice.Tensor, *step))
-            begin = begin + piece.shape[at]
-        return results
-
-    return cut
-
-
-rule(aten.split.Tensor)(pieces(aten.split.Tensor, "split"))
-rule(aten.split_with_sizes.default, aten.split.sizes)(pieces(aten.split_with_sizes.default, "split"))
-rule(aten.chunk.default)(pieces(aten.chunk.default, "chunk"))
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default)
+def cut(context: Context, value: LogitsLike, sizes: Any, dim: int = 0) -> list[LogitsLike]:
+    """An op that cuts a tensor along one dimension and returns the list of pieces."""
+    class_dim, at = class_dim_of(value), dimension(dim, value)
+    if at == class_dim:
+        return classes(context, value, at)
+    if not isinstance(value.val.shape[at], int):
+        return [piece_at(value, piece, context.op, (sizes, at), i) for i, piece in enumerate(context.val)]
+    results, begin = [], 0
+    for piece in context.val:
+        step = (at, begin, begin + piece.shape[at])
+        results.append(moved(value, piece, class_dim, aten.slice.Tensor, *step))
+        begin = begin + piece.shape[at]
+    return results
 
 
 @rule(aten.unbind.int)
-def unbind(context: Context, value: Followed, dim: int = 0) -> list[Followed]:
+def unbind_rows(context: Context, value: LogitsLike, dim: int = 0) -> list[LogitsLike]:
     class_dim, at = class_dim_of(value), dimension(dim, value)
     if at == class_dim:
-        raise Escape("unbind cuts the vocabulary")
-    return [select(Context(context.node, piece), value, at, i) for i, piece in enumerate(context.val)]
+        raise Escape(Unreadable.UNBIND_VOCABULARY)
+    return [select_row(replace(context, val=piece), value, at, i) for i, piece in enumerate(context.val)]

@@ -19,17 +19,21 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
+from fusedhead.graph.reasons import Escape
+from fusedhead.graph.sizes import same_shape
 from fusedhead.ir.builder import Emit, named
-from fusedhead.ir.logits import Escape, Logits, LogProbs, Plain
+from fusedhead.ir.expr import Plain
+from fusedhead.ir.logits import Logits, LogProbs
 from fusedhead.ir.lse_differences import DIFFERENCE, SPREAD, lse_less_picked, spread
-from fusedhead.ir.terminal import Statistics, Terminal
+from fusedhead.ir.terminal import Kind, Statistics, Terminal
+from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.row_terms import flat_terms, without_row_terms
-from fusedhead.rules.table import Context, Family, needs_logits, over_classes, plain_tensor, rule, vocab_size
+from fusedhead.rules.table import Context, covers, needs_logits, over_classes, plain_tensor, rule, vocab_size
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "loss",
     "`cross_entropy` (mean, sum, none; `ignore_index`, class weights, label smoothing; classes last or in dimension "
     "1), `log_softmax` + `nll_loss`; then any masks and reductions",
@@ -43,7 +47,7 @@ def log_softmax(context: Context, value: Any, dim: int, dtype: Any = None, **_: 
     logits = needs_logits(value, "log_softmax")
     over_classes(dim, logits, "log_softmax")
     if context.val.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise Escape(f"log_softmax in {context.val.dtype}")
+        raise Escape(Unreadable.LOG_SOFTMAX_DTYPE, dtype=context.val.dtype)
     return LogProbs(logits, context.val)
 
 
@@ -51,28 +55,22 @@ def rows_shape(logits: Logits) -> list[Any]:
     return [size for d, size in enumerate(logits.val.shape) if d != logits.class_dim]
 
 
-def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(statically_known_true(sym_eq(x, y)) for x, y in zip(a, b))
-
-
 def class_labels(name: str, logits: Logits, target: Any, weight: Any, ignore_index: Any, smoothing: float) -> Plain:
     """The target, if it and what is beside it are what a loss of class labels takes. Raises Escape."""
     target = plain_tensor(target, "the target")
     if target.val.dtype.is_floating_point:
-        raise Escape("the targets are probabilities, not class labels")
+        raise Escape(Unreadable.SOFT_TARGETS)
     if target.val.dtype not in (torch.int64, torch.uint8):
-        raise Escape(f"the labels have dtype {target.val.dtype}")
+        raise Escape(Unreadable.LABEL_DTYPE, dtype=target.val.dtype)
     expected_dim = 0 if logits.val.ndim == 1 else 1
     if logits.class_dim != expected_dim:
-        raise Escape(
-            f"{name} takes dimension {expected_dim} as the classes, the vocabulary is dimension {logits.class_dim}"
-        )
+        raise Escape(Unreadable.CLASS_DIM, op=name, dim=expected_dim, class_dim=logits.class_dim)
     if not same_shape(target.val.shape, rows_shape(logits)):
-        raise Escape(f"the labels' shape {tuple(target.val.shape)} is not the rows' shape of the logits")
+        raise Escape(Unreadable.LABEL_SHAPE, shape=tuple(target.val.shape))
     if not isinstance(ignore_index, int) or not isinstance(smoothing, float):
-        raise Escape("ignore_index or label_smoothing is not a compile-time constant")
+        raise Escape(Unreadable.UNKNOWN_CONSTANT)
     if weight is not None and plain_tensor(weight, "the class weight").val.requires_grad:
-        raise Escape("the class weights require a gradient")
+        raise Escape(Unreadable.TRAINED_CLASS_WEIGHTS)
     return target
 
 
@@ -148,6 +146,7 @@ def nll_terminal(
     return Terminal(
         logits,
         context.val,
+        Kind.LOSS,
         f"{name}({', '.join(details)})",
         DIFFERENCE | SPREAD if smoothing else DIFFERENCE if terms is None else frozenset({"picked"}),
         result,
@@ -188,7 +187,7 @@ def nll_loss(
         of, terms = without_row_terms(value)
         return nll_terminal(context, "nll_loss", of, target, weight, reduction, ignore_index, terms=terms)
     if not isinstance(value, LogProbs):
-        raise Escape("nll_loss is applied to something that is not a log_softmax of the logits")
+        raise Escape(Unreadable.NLL_OF_OTHER)
     of = replace(value.of, val=value.val)
     name = "log_softmax + nll_loss"
     return nll_terminal(context, name, of, target, weight, reduction, ignore_index, factor=value.factor)

@@ -13,27 +13,33 @@ import torch
 from torch.fx import Node
 
 from fusedhead.graph.nodes import every_dimension, fake, name_of
-from fusedhead.ir.logits import Call, Escape, Plain
-from fusedhead.rules.losses import same_shape
-from fusedhead.rules.tokenwise.dispatch import read as by_rows
+from fusedhead.graph.reasons import Escape
+from fusedhead.graph.sizes import same_shape
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.table import Context
+from fusedhead.rules.tokenwise.dispatch import read as by_tokens
 
 aten = torch.ops.aten
-SENTENCE = "part of the logits is set for some tokens only"
 
 
-def rows_set(value: Any, index: Any, number: float) -> Any:
+def rows_set(node: Node, value: Any, index: Any, number: float) -> Any:
     """The logits after the assignment. Raises Escape where the index is of another kind."""
     mask, chosen = mask_of(value, index)
-    column = Plain(Call(aten.unsqueeze.default, (mask, -1)), mask.val.unsqueeze(-1))
+    column = Plain(Expr(aten.unsqueeze.default, (mask, -1)), mask.val.unsqueeze(-1))
+
+    def read(op: Any, val: Any, *args: Any, alone: Any = None) -> Any:
+        return by_tokens(Context(node, val, op, alone=alone), *args)
+
     val = value.val
     if chosen is None:
-        return by_rows(aten.where.ScalarSelf, val, val, (column, number, value), {})
+        return read(aten.where.ScalarSelf, val, column, number, value, alone=val)
     label = chosen.val.new_empty(column.val.shape)
-    kept = Call(aten.where.ScalarOther, (column, Call(aten.unsqueeze.default, (chosen, -1)), 0))
+    kept = Expr(aten.where.ScalarOther, (column, Expr(aten.unsqueeze.default, (chosen, -1)), 0))
     at = Plain(kept, label)
-    here = by_rows(aten.gather.default, val.new_empty(label.shape), None, (value, -1, at), {})
-    there = by_rows(aten.where.ScalarSelf, here.val, here.val, (column, number, here), {})
-    return by_rows(aten.scatter.src, val, val, (value, -1, at, there), {})
+    here = read(aten.gather.default, val.new_empty(label.shape), value, -1, at)
+    there = read(aten.where.ScalarSelf, here.val, column, number, here, alone=here.val)
+    return read(aten.scatter.src, val, value, -1, at, there, alone=val)
 
 
 def mask_of(value: Any, index: Any) -> tuple[Plain, Plain | None]:
@@ -43,12 +49,12 @@ def mask_of(value: Any, index: Any) -> tuple[Plain, Plain | None]:
     mask = fake(first) if isinstance(first, Node) else None
     rows = value.val.shape[:-1]
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or not same_shape(mask.shape, rows):
-        raise Escape(SENTENCE)
+        raise Escape(Unreadable.SET_FOR_SOME_TOKENS)
     rest = entries[1:]
     if rest and isinstance(rest[0], Node):
         return Plain(first, mask), labels_of(rest, first)
     if every_dimension(rest, 1) != [slice(None)]:
-        raise Escape(SENTENCE)
+        raise Escape(Unreadable.SET_FOR_SOME_TOKENS)
     return Plain(first, mask), None
 
 
@@ -57,8 +63,8 @@ def labels_of(rest: tuple, mask: Any) -> Plain:
     (picked,) = rest if len(rest) == 1 else (None,)
     source = picked.args[0] if isinstance(picked, Node) and name_of(picked) == "getitem" else None
     if not isinstance(source, Node) or picked.args[1] is not mask:
-        raise Escape(SENTENCE)
+        raise Escape(Unreadable.SET_FOR_SOME_TOKENS)
     labels = fake(source)
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != fake(mask).shape:
-        raise Escape(SENTENCE)
+        raise Escape(Unreadable.SET_FOR_SOME_TOKENS)
     return Plain(source, labels)

@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.ir.logits import FOLLOWED, Escape, Expected, Logits, LogProbs, Plain, Probs, RowVector
+from fusedhead.graph.reasons import Escape
+from fusedhead.ir.expr import Plain
+from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogProbs, Probs, ProbTimes, RowVector
 from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.elementwise import COMPUTED, needs_same_shape, vector
 from fusedhead.rules.pointwise_codegen import function_of
+from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.reductions import squared
-from fusedhead.rules.table import Context, Family, needs_logits, rule
+from fusedhead.rules.table import Context, covers, needs_logits, rule
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "through functions",
     "any function of each logit, with constants and with vectors along the classes or the tokens; its derivative comes "
     "from autograd's own formula",
@@ -28,15 +32,15 @@ FAMILY = Family(
 )
 
 
-def pointwise(context: Context, op: Any, args: tuple, kwargs: dict[str, Any]) -> Logits:
-    """The logits after ``op(*args, **kwargs)``, of whose arguments one is the logits."""
-    name = op._schema.name.removeprefix("aten::")
-    constants = [a for a in (*args, *kwargs.values()) if not isinstance(a, (Plain, *FOLLOWED))]
+def generated(context: Context, *args: Any, **kwargs: Any) -> Logits:
+    """The logits after a function of which one argument is the logits."""
+    name = context.name
+    constants = [a for a in (*args, *kwargs.values()) if not isinstance(a, (Plain, *LOGITS_LIKE))]
     if any(a is not None and not isinstance(a, (bool, int, float, str)) for a in constants):
-        raise Escape(f"{name} of the logits has an argument that is not known at compile time")
-    at = [i for i, a in enumerate(args) if isinstance(a, FOLLOWED)]
+        raise Escape(Unreadable.UNKNOWN_ARGUMENT, op=name)
+    at = [i for i, a in enumerate(args) if isinstance(a, LOGITS_LIKE)]
     if len(at) != 1:
-        raise Escape(f"{name} combines logits with logits")
+        raise Escape(Unreadable.LOGITS_WITH_LOGITS, op=name)
     logits = needs_logits(args[at[0]], name)
     cols, rows, words = logits.cols, logits.rows, list(args)
     words[at[0]] = "z"
@@ -44,7 +48,7 @@ def pointwise(context: Context, op: Any, args: tuple, kwargs: dict[str, Any]) ->
         if not isinstance(operand, Plain):
             continue
         if not isinstance(operand.val, Tensor) or operand.val.requires_grad:
-            raise Escape(f"{name} of the logits has an operand that wants a gradient")
+            raise Escape(Unreadable.TRAINED_OPERAND, op=name)
         needs_same_shape(context, logits, operand.val, name)
         kind, found = vector(operand, logits, name)
         words[i] = f"{kind[0]}{len(cols if kind == 'col' else rows)}"
@@ -53,37 +57,28 @@ def pointwise(context: Context, op: Any, args: tuple, kwargs: dict[str, Any]) ->
         else:
             cols = (*cols, found)
     if context.val.dtype not in (*COMPUTED, logits.val.dtype):
-        raise Escape(f"{name} of the logits has dtype {context.val.dtype}")
-    function = function_of(op, tuple(words), tuple(sorted(kwargs.items())), at[0])
+        raise Escape(Unreadable.FUNCTION_DTYPE, op=name, dtype=context.val.dtype)
+    function = function_of(context.op, tuple(words), tuple(sorted(kwargs.items())), at[0])
     return logits.step(context.val, Step("fn", function.text), cols=cols, rows=rows)
 
 
 @rule(aten.exp.default)
-def exp(context: Context, value: Any) -> Logits | Probs:
+def exponential(context: Context, value: Any) -> Logits | Probs:
     if isinstance(value, LogProbs) and value.factor == 1.0:
         return Probs(value.of, context.val)
-    return pointwise(context, aten.exp.default, (value,), {})
+    return generated(context, value)
 
 
 @rule(aten.square.default)
-def square(context: Context, value: Any) -> Logits | Expected:
-    if isinstance(value, LogProbs):
-        return squared(context, value)
-    return pointwise(context, aten.square.default, (value,), {})
+def square(context: Context, value: Any) -> Logits | ProbTimes:
+    return squared(context, value) if isinstance(value, LogProbs) else generated(context, value)
 
 
 @rule(aten.pow.Tensor_Scalar)
-def power(context: Context, value: Any, exponent: Any) -> Logits | Expected:
+def power(context: Context, value: Any, exponent: Any) -> Logits | ProbTimes:
     if isinstance(value, LogProbs) and exponent == 2:
         return squared(context, value)
-    return pointwise(context, aten.pow.Tensor_Scalar, (value, exponent), {})
-
-
-def generated(op: Any) -> Any:
-    def read(context: Context, *args: Any, **kwargs: Any) -> Logits:
-        return pointwise(context, op, args, kwargs)
-
-    return read
+    return generated(context, value, exponent)
 
 
 LISTED = (
@@ -104,5 +99,4 @@ LISTED = (
     ),
 )  # fmt: skip
 for _table in LISTED:
-    for _op in _table:
-        rule(_op)(generated(_op))
+    rule(*_table)(generated)

@@ -1,7 +1,7 @@
 """The code of a pointwise op and of its derivative, generated from torch's own decompositions.
 
 The op is traced with its gradient, as autograd defines it (at corners and ties too), and decomposed into ``prims``;
-what `kernels.pointwise` has no word for is an `Escape`. This file knows no logits and no rules.
+what `kernels.pointwise` has no word for is an `Escape`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusedhead.compat import decomposition_table, unset_fake_temporarily
-from fusedhead.ir.logits import Escape
+from fusedhead.graph.reasons import Escape
 from fusedhead.kernels.transform import native
 from fusedhead.kernels.transform.pointwise import OPS, Code, Function, Instruction, Op, run
+from fusedhead.rules.reasons import Unreadable
 
 aten, prims = torch.ops.aten, torch.ops.prims
 SAME = (prims.view_of.default, aten.clone.default, prims.clone.default, prims.convert_element_type.default)
-FILLED = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.full_like.default: 1}
+FILL_ARGUMENT = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.full_like.default: 1}
 CORNERS = (-3.0, 0.0, 3.0, 6.0)  # of ops whose constants do not say where theirs are
 LARGEST_POWER = 8
 LARGEST = 64  # instructions: more than any op of torch's; a kernel is compiled for each chain
@@ -37,7 +38,7 @@ class Writer:
 
     def __call__(self, op: str, *args: str | float) -> str:
         if op not in OPS:
-            raise Escape(f"{op} is not among the functions that a kernel computes")
+            raise Escape(Unreadable.NO_KERNEL_FUNCTION, op=op)
         instruction = Instruction(op, tuple(float(a) if not isinstance(a, str) else a for a in args))
         if instruction not in self.instructions:
             self.instructions.append(instruction)
@@ -47,7 +48,7 @@ class Writer:
         """x to an exponent that is a multiple of a half, by products and square roots."""
         halves = 2 * exponent if isinstance(exponent, (int, float)) else 0.5
         if halves != int(halves) or abs(halves) > 2 * LARGEST_POWER:
-            raise Escape(f"a power of {exponent} is not among the functions that a kernel computes")
+            raise Escape(Unreadable.NO_KERNEL_POWER, exponent=exponent)
         whole, half = divmod(abs(int(halves)), 2)
         factors: list[str | float] = [x] * whole
         if half:
@@ -62,7 +63,7 @@ class Writer:
         return self("reciprocal", result) if halves < 0 else result
 
 
-def write(result: Node, names: dict[str, str]) -> Code:
+def write_code(result: Node, names: dict[str, str]) -> Code:
     """The code of one result of a traced graph, whose placeholders have these names."""
     writer = Writer()
     known: dict[Node, Any] = {}
@@ -80,8 +81,8 @@ def word_of(node: Node, args: list[Any], writer: Writer) -> Any:
         return None  # read for its shape alone
     if node.target in SAME:
         return args[0]
-    if node.target in FILLED:
-        return float(args[FILLED[node.target]])
+    if node.target in FILL_ARGUMENT:
+        return float(args[FILL_ARGUMENT[node.target]])
     if node.target is aten.copy_.default:
         return args[1]
     name = str(node.target).split(".")[1] if node.target.namespace == "prims" else str(node.target)
@@ -102,7 +103,7 @@ def without_unused(code: Code) -> Code:
             needed.add(word)
             stack += code.instructions[int(word[1:])].args
     if len(needed) > LARGEST:
-        raise Escape(f"a function of {len(needed)} instructions is larger than the {LARGEST} that a kernel takes")
+        raise Escape(Unreadable.LONG_FUNCTION, count=len(needed), most=LARGEST)
     kept = [i for i in range(len(code.instructions)) if f"#{i}" in needed]
     place = {f"#{old}": f"#{new}" for new, old in enumerate(kept)}
     moved = (
@@ -112,7 +113,7 @@ def without_unused(code: Code) -> Code:
     return Code(tuple(moved), place.get(code.result, code.result))
 
 
-def named(op: Any, args: tuple, kwargs: tuple[tuple[str, Any], ...], which: int, gradient: Code) -> Op | None:
+def native_op(op: Any, args: tuple, kwargs: tuple[tuple[str, Any], ...], which: int, gradient: Code) -> Op | None:
     """The op by its name and constants, where the torch engine has kernels for it with this gradient."""
     if which != 0:
         return None
@@ -160,5 +161,5 @@ def function_of(op: Callable[..., Tensor], args: tuple, kwargs: tuple[tuple[str,
         graph = make_fx(both, decomposition_table=decomposition_table)(*tensors).graph  # type: ignore[arg-type]
         placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
         words = dict(zip(placeholders, ("z", "g", *names)))
-        value, gradient = (write(result, words) for result in graph.output_node().all_input_nodes)
-        return Function(value, gradient, named(op, args, kwargs, which, gradient))
+        value, gradient = (write_code(result, words) for result in graph.output_node().all_input_nodes)
+        return Function(value, gradient, native_op(op, args, kwargs, which, gradient))

@@ -7,22 +7,24 @@ error, here it decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from fusedhead.graph.nodes import name_of
+from fusedhead.graph.reasons import Escape
 from fusedhead.ir.builder import Emit
-from fusedhead.ir.logits import Escape, Expected, Logits, LogProbs, Probs, logits_of, same_logits
+from fusedhead.ir.logits import Logits, LogProbs, Probs, ProbTimes, logits_of, same_logits
 from fusedhead.ir.lse_differences import SPREAD, spread
-from fusedhead.ir.terminal import Statistics, Terminal
+from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.gather import per_row
-from fusedhead.rules.table import Context, Family, needs_logits, over_classes, rule, vocab_size
+from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.table import Context, covers, needs_logits, over_classes, rule, vocab_size
 
 aten = torch.ops.aten
-FAMILY = Family(
+covers(
+    __name__,
     "beside the loss",
     "entropy and variance of log p in their spellings, sums over the classes, argmax and max as eager code rounds",
     "",
@@ -30,13 +32,13 @@ FAMILY = Family(
 
 
 @rule(aten.softmax.int, aten._softmax.default, aten.special_softmax.default)
-def softmax(context: Context, value: Any, dim: int, dtype: Any = None, **_: Any) -> Probs:
+def probabilities(context: Context, value: Any, dim: int, dtype: Any = None, **_: Any) -> Probs:
     logits = needs_logits(value, "softmax")
     over_classes(dim, logits, "softmax")
     return Probs(logits, context.val)
 
 
-def expected(context: Context, a: Any, b: Any) -> Expected | None:
+def prob_times(context: Context, a: Any, b: Any) -> ProbTimes | None:
     """p · log p, p · z, (log p)² or p · (log p)², if that is what a product is."""
     factors = [factor_of(x) for x in (a, b)]
     weights, powers = (sum(x[at] for x in factors if x) for at in (0, 1))
@@ -45,26 +47,26 @@ def expected(context: Context, a: Any, b: Any) -> Expected | None:
         return None
     of, other = logits_of(a), logits_of(b)
     if not same_logits(of, other) or of.detached != other.detached:
-        raise Escape("probabilities and log-probabilities of different logits are multiplied")
+        raise Escape(Unreadable.PRODUCT_OF_OTHERS)
     factor = getattr(a, "factor", 1.0) * getattr(b, "factor", 1.0)
-    return Expected(of, context.val, all(logs), factor, powers, bool(weights))
+    return ProbTimes(of, context.val, all(logs), factor, powers, bool(weights))
 
 
 def factor_of(value: Any) -> tuple[int, int, bool] | None:
     """(how often p is in a factor, how often log p or the logits are, whether that is log p); None for no such."""
-    if isinstance(value, Expected):
+    if isinstance(value, ProbTimes):
         return int(value.weighted), value.power, value.log
     kinds: dict[type, tuple[int, int, bool]] = {Probs: (1, 0, True), LogProbs: (0, 1, True), Logits: (0, 1, False)}
     return kinds.get(type(value))
 
 
-def squared(context: Context, value: LogProbs) -> Expected:
+def squared(context: Context, value: LogProbs) -> ProbTimes:
     """(log p)², by an op that squares."""
-    return Expected(value.of, context.val, True, value.factor**2, 2, weighted=False)
+    return ProbTimes(value.of, context.val, True, value.factor**2, 2, weighted=False)
 
 
-def sum_of_expected(context: Context, value: Expected, keepdim: bool) -> Terminal:
-    """The entropy, or what is made of it, from a sum of `Expected` over the classes."""
+def sum_of_prob_times(context: Context, value: ProbTimes, keepdim: bool) -> Terminal:
+    """The entropy, or what is made of it, from a sum of `ProbTimes` over the classes."""
     logits = value.of
     if value.power == 2:
         return second_moment(context, value, keepdim)
@@ -77,10 +79,10 @@ def sum_of_expected(context: Context, value: Expected, keepdim: bool) -> Termina
             out = emit(aten.mul.Tensor, emit(aten.sub.Tensor, stats.lse, stats.entropy), value.factor)
         return per_row(emit, out, stats, logits.class_dim, keepdim)
 
-    return Terminal(logits, context.val, "entropy", frozenset({"entropy"}), result)
+    return Terminal(logits, context.val, Kind.ENTROPY, "entropy", frozenset({"entropy"}), result)
 
 
-def second_moment(context: Context, value: Expected, keepdim: bool) -> Terminal:
+def second_moment(context: Context, value: ProbTimes, keepdim: bool) -> Terminal:
     """Σ p (log p)² = variance + entropy²: what Min-K%++ subtracts (Σ p log p)² from."""
     logits = value.of
 
@@ -92,7 +94,7 @@ def second_moment(context: Context, value: Expected, keepdim: bool) -> Terminal:
         return per_row(emit, out, stats, logits.class_dim, keepdim)
 
     want = frozenset({"entropy", "variance"})
-    return Terminal(logits, context.val, "second moment of log p", want, result)
+    return Terminal(logits, context.val, Kind.ENTROPY, "second moment of log p", want, result)
 
 
 def argmax_of(context: Context, logits: Logits, keepdim: bool, val: Any) -> Terminal:
@@ -100,7 +102,7 @@ def argmax_of(context: Context, logits: Logits, keepdim: bool, val: Any) -> Term
         assert stats.argmax is not None
         return per_row(emit, stats.argmax, stats, logits.class_dim, keepdim)
 
-    return Terminal(logits, val, "argmax", frozenset({"argmax"}), result)
+    return Terminal(logits, val, Kind.ARGMAX, "argmax", frozenset({"argmax"}), result)
 
 
 @rule(aten.argmax.default)
@@ -109,10 +111,10 @@ def argmax(context: Context, value: Any, dim: int | None = None, keepdim: bool =
         value = value.of  # z - lse in float32 orders the classes as z does, up to the rounding of z itself
     if isinstance(value, (LogProbs, Probs)):
         # rounded to a low precision, different logits may have equal (log-)probabilities
-        raise Escape("argmax is taken of probabilities, whose rounding may tie what the logits tell apart")
+        raise Escape(Unreadable.ARGMAX_OF_PROBABILITIES)
     logits = needs_logits(value, "argmax")
     if dim is None:
-        raise Escape("argmax over all tokens at once")
+        raise Escape(Unreadable.ARGMAX_OF_ALL)
     over_classes(dim, logits, "argmax")
     return argmax_of(context, logits, keepdim, context.val)
 
@@ -126,52 +128,43 @@ def only_the_index(node: Node) -> bool:
 def max_dim(context: Context, value: Any, dim: int, keepdim: bool = False) -> list[Terminal]:
     logits = needs_logits(value, "max")
     over_classes(dim, logits, "max")
-    if not logits.quiet and context.val[0].requires_grad and not only_the_index(context.node):
-        raise Escape("a gradient flows through the maximum of the logits")
+    if not logits.has_no_gradient and context.val[0].requires_grad and not only_the_index(context.node):
+        raise Escape(Unreadable.GRADIENT_OF_MAX)
 
     def result(emit: Emit, stats: Statistics) -> Node:
         assert stats.max is not None
         return per_row(emit, stats.max, stats, logits.class_dim, keepdim)
 
-    largest = Terminal(logits, context.val[0], "max", frozenset({"max"}), result)
+    largest = Terminal(logits, context.val[0], Kind.MAX, "max", frozenset({"max"}), result)
     return [largest, argmax_of(context, logits, keepdim, context.val[1])]
 
 
-def summed(mean: bool) -> Callable[..., Terminal]:
+@rule(aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default)
+def summed(context: Context, value: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Terminal:
     """Σ_v or Σ over everything, or a mean, of logits, log-probabilities (Σ z - V lse) or of what makes an entropy."""
+    name, mean = context.name, context.name == "mean"
+    dims = [dim] if isinstance(dim, int) else list(dim or [])
+    logits = value if isinstance(value, Logits) else getattr(value, "of", None)
+    alone = len(dims) == 1 and logits is not None and dims[0] % value.val.ndim == logits.class_dim
+    if logits is None or not (alone or not dims):
+        raise Escape(Unreadable.SUM_DIMS, op=name)
+    if isinstance(value, ProbTimes) and value.weighted and alone and not mean:
+        return sum_of_prob_times(context, value, keepdim)
+    if not isinstance(value, (Logits, LogProbs)):
+        raise Escape(Unreadable.SUM_OF_PROBABILITIES, op=name)
+    size = vocab_size(logits)
 
-    def rule_of_sum(
-        context: Context, value: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-    ) -> Terminal:
-        name = "mean" if mean else "sum"
-        dims = [dim] if isinstance(dim, int) else list(dim or [])
-        logits = value if isinstance(value, Logits) else getattr(value, "of", None)
-        alone = len(dims) == 1 and logits is not None and dims[0] % value.val.ndim == logits.class_dim
-        if logits is None or not (alone or not dims):
-            raise Escape(f"{name} of the logits over other dimensions than the vocabulary")
-        if isinstance(value, Expected) and value.weighted and alone and not mean:
-            return sum_of_expected(context, value, keepdim)
-        if not isinstance(value, (Logits, LogProbs)):
-            raise Escape(f"{name} of the probabilities")
-        size = vocab_size(logits)
+    def result(emit: Emit, stats: Statistics) -> Node:
+        assert stats.sum is not None
+        out = stats.sum
+        if isinstance(value, LogProbs):
+            out = emit(aten.mul.Tensor, spread(emit, stats, float(size)), -value.factor)
+        out = emit(aten.mul.Tensor, out, 1.0 / size) if mean else out
+        if not alone:  # over the tokens too
+            return emit(aten.mean.default if mean else aten.sum.default, out)
+        return per_row(emit, out, stats, logits.class_dim, keepdim)
 
-        def result(emit: Emit, stats: Statistics) -> Node:
-            assert stats.sum is not None
-            out = stats.sum
-            if isinstance(value, LogProbs):
-                out = emit(aten.mul.Tensor, spread(emit, stats, float(size)), -value.factor)
-            out = emit(aten.mul.Tensor, out, 1.0 / size) if mean else out
-            if not alone:  # over the tokens too
-                return emit(aten.mean.default if mean else aten.sum.default, out)
-            return per_row(emit, out, stats, logits.class_dim, keepdim)
-
-        what = "log_softmax + " if isinstance(value, LogProbs) else ""
-        over = "classes" if alone else "everything"
-        want = SPREAD if isinstance(value, LogProbs) else frozenset({"sum"})
-        return Terminal(logits, context.val, f"{what}{name} over {over}", want, result)
-
-    return rule_of_sum
-
-
-rule(aten.sum.dim_IntList, aten.sum.default)(summed(mean=False))
-rule(aten.mean.dim, aten.mean.default)(summed(mean=True))
+    what = "log_softmax + " if isinstance(value, LogProbs) else ""
+    over = "classes" if alone else "everything"
+    want = SPREAD if isinstance(value, LogProbs) else frozenset({"sum"})
+    return Terminal(logits, context.val, Kind.SUM, f"{what}{name} over {over}", want, result)

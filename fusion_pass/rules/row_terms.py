@@ -1,6 +1,6 @@
 """Terms of one number a row, ``z - logsumexp(z)``: what is read from single entries needs no sweep of its own for them.
 
-Entries of z + t are those of z, plus t. This file knows no ops.
+Entries of z + t are those of z, plus t.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch.fx import Node
 
 from fusedhead.ir.builder import Emit
-from fusedhead.ir.logits import Logits, Plain
+from fusedhead.ir.expr import Plain
+from fusedhead.ir.logits import Logits
 from fusedhead.kernels.transform.transform import Step
 
 aten = torch.ops.aten
@@ -25,7 +26,7 @@ def without_row_terms(logits: Logits) -> tuple[Logits, list[Plain]]:
     Entries of z + t are those of z, plus t: what is taken off needs no sweep of its own.
     """
     terms: list[Plain] = []
-    while not logits.quiet:
+    while not logits.has_no_gradient:
         steps = list(logits.steps)
         while steps and steps[-1].op == "round":
             steps.pop()

@@ -12,12 +12,15 @@ import torch
 from torch.fx import Node
 
 from fusedhead.graph.nodes import every_dimension, fake
-from fusedhead.ir.logits import Call, Escape, Logits, Plain
-from fusedhead.ir.tokenwise import Rowwise
+from fusedhead.graph.reasons import Escape
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import Logits
+from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.rules import RULES
-from fusedhead.rules.mask_assignment import SENTENCE, rows_set
+from fusedhead.rules.mask_assignment import rows_set
+from fusedhead.rules.reasons import Unreadable
 from fusedhead.rules.table import Context
-from fusedhead.rules.tokenwise.dispatch import read as by_rows
+from fusedhead.rules.tokenwise.dispatch import read as by_tokens
 
 aten = torch.ops.aten
 
@@ -25,25 +28,25 @@ aten = torch.ops.aten
 def columns_set(node: Node, logits: Any) -> Any:
     """The logits after ``z[..., columns] = number``, columns being a slice, an index or a mask along the vocabulary."""
     _, index, number = node.args
-    if not isinstance(logits, (Logits, Rowwise)) or not isinstance(number, (int, float)):
-        raise Escape("part of the logits is set to something else than a number")
+    if not isinstance(logits, (Logits, TokenValue)) or not isinstance(number, (int, float)):
+        raise Escape(Unreadable.SET_TO_OTHER)
     ndim = logits.val.ndim
     parts = every_dimension(index, ndim)
     tails = [logits.class_dim] if isinstance(logits, Logits) else [d for d, t in enumerate(logits.tail) if t]
     if len(tails) != 1:
-        raise Escape(SENTENCE)
+        raise Escape(Unreadable.SET_FOR_SOME_TOKENS)
     if tails == [ndim - 1] and starts_with_a_mask(index):
-        return rows_set(logits, index, number)
+        return rows_set(node, logits, index, number)
     if len(parts) != ndim or any(p != slice(None) for d, p in enumerate(parts) if d != tails[0]):
-        raise Escape(SENTENCE)
+        raise Escape(Unreadable.SET_FOR_SOME_TOKENS)
     size, chosen = logits.val.shape[tails[0]], parts[tails[0]]
     mask, shape = column_choice(chosen, int(size), logits.val), [-1 if d == tails[0] else 1 for d in range(ndim)]
-    mask = Plain(Call(aten.reshape.default, (mask, shape)), mask.val.reshape(shape))
+    mask = Plain(Expr(aten.reshape.default, (mask, shape)), mask.val.reshape(shape))
     fill = aten.masked_fill.Scalar
-    context = Context(node, logits.val)
+    context = Context(node, logits.val, fill, alone=logits.val)
     if isinstance(logits, Logits):
         return RULES[fill](context, logits, mask, number)
-    return by_rows(fill, logits.val, logits.val, (logits, mask, number), {})
+    return by_tokens(context, logits, mask, number)
 
 
 def starts_with_a_mask(index: Any) -> bool:
@@ -54,25 +57,25 @@ def starts_with_a_mask(index: Any) -> bool:
 
 def column_choice(chosen: Any, size: int, like: torch.Tensor) -> Plain:
     """Which of ``size`` columns an index means, as a mask [size]."""
-    none = Call(aten.zeros.default, ([size],), {"dtype": torch.bool, "device": like.device})
+    none = Expr(aten.zeros.default, ([size],), {"dtype": torch.bool, "device": like.device})
     val = like.new_empty(size, dtype=torch.bool)
     bounds = (chosen.start, chosen.stop, chosen.step) if isinstance(chosen, slice) else ()
     if isinstance(chosen, slice) and all(p is None or isinstance(p, int) for p in bounds):
         length = len(range(*chosen.indices(size)))
-        some = Call(aten.ones.default, ([length],), {"dtype": torch.bool, "device": like.device})
+        some = Expr(aten.ones.default, ([length],), {"dtype": torch.bool, "device": like.device})
         start, stop, step = chosen.indices(size)
-        return Plain(Call(aten.slice_scatter.default, (none, some, 0, start, stop, step)), val)
+        return Plain(Expr(aten.slice_scatter.default, (none, some, 0, start, stop, step)), val)
     if isinstance(chosen, int) and not isinstance(chosen, bool):
         at = chosen % size
-        some = Call(aten.ones.default, ([1],), {"dtype": torch.bool, "device": like.device})
-        return Plain(Call(aten.slice_scatter.default, (none, some, 0, at, at + 1, 1)), val)
+        some = Expr(aten.ones.default, ([1],), {"dtype": torch.bool, "device": like.device})
+        return Plain(Expr(aten.slice_scatter.default, (none, some, 0, at, at + 1, 1)), val)
     if isinstance(chosen, (list, tuple)) and all(type(at) is int for at in chosen):
-        numbers = Call(torch.tensor, (list(chosen),), {"dtype": torch.int64, "device": like.device})
-        return Plain(Call(aten.index_fill.int_Scalar, (none, 0, numbers, True)), val)
+        numbers = Expr(torch.tensor, (list(chosen),), {"dtype": torch.int64, "device": like.device})
+        return Plain(Expr(aten.index_fill.int_Scalar, (none, 0, numbers, True)), val)
     known = fake(chosen) if isinstance(chosen, Node) else None
     if isinstance(known, torch.Tensor) and known.ndim == 1 and known.dtype == torch.bool:
         return Plain(chosen, known)
     if isinstance(known, torch.Tensor) and known.dtype == torch.int64:
-        yes = Call(aten.ones.default, ([],), {"dtype": torch.bool, "device": like.device})
-        return Plain(Call(aten.index_put.default, (none, [chosen], yes)), val)
-    raise Escape("part of the logits is set by an index that is not read")
+        yes = Expr(aten.ones.default, ([],), {"dtype": torch.bool, "device": like.device})
+        return Plain(Expr(aten.index_put.default, (none, [chosen], yes)), val)
+    raise Escape(Unreadable.SET_BY_INDEX)

@@ -1,8 +1,13 @@
-"""The rule table: ATen overload → what its result is, given what its arguments are.
+"""The tables of rules: ATen overload → what its result is, given what its arguments are. An op may be read in two ways.
 
-A rule is a function ``(context, *args, **kwargs) -> Value`` whose tensor arguments are `values` and whose other
-arguments are what the op got. It raises `Escape` with a sentence where it cannot say. Rules claim something
-about one op each and are tested alone, by property.
+| table         | registered by        | what a rule says                                                          |
+|---------------|----------------------|---------------------------------------------------------------------------|
+| `RULES`       | ``@rule(...)``       | what the result is of the logits, or that they end there (a `Terminal`)   |
+| `TOKEN_RULES` | ``@token_rule(...)`` | its form on [N, ...], one token at a time                                 |
+
+A rule is a function ``(context, *args, **kwargs)`` of what the op got, with a value of the pass for each tensor. It
+raises `Escape` with a sentence where it cannot say, and returns None to let the next rule try. A rule claims something
+about one op, and is tested alone, by property.
 """
 
 from __future__ import annotations
@@ -14,19 +19,40 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.fx import Node
 
-from fusedhead.ir.builder import static
-from fusedhead.ir.logits import FOLLOWED, Escape, Followed, Logits, LogProbs, Plain, Probs, Value
+from fusedhead.graph.reasons import Escape
+from fusedhead.graph.sizes import static
+from fusedhead.ir.expr import Plain
+from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, Value
+from fusedhead.rules.reasons import Unreadable
 
 Rule = Callable[..., Any]
+
+
+class TokenRule(NamedTuple):
+    """A rule that reads an op token by token; ``dim``: the position of the op's dimension argument, if it has one."""
+
+    read: Rule
+    dim: int | None = None
+
+
 RULES: dict[Any, Rule] = {}
+TOKEN_RULES: dict[Any, tuple[TokenRule, ...]] = {}  # several of an overload are tried in order
 
 
-class Family(NamedTuple):
-    """A row of the table of what is fused, kept beside the rules that make it true (`fusedhead.report.coverage`)."""
+class CoverageRow(NamedTuple):
+    """A row of the table of what is fused, kept beside what makes it true (`fusedhead.report.coverage`)."""
 
     part: str  # of a program
     fused: str  # what is read, besides the names of the ops, which the listing takes from the rules
     left: str  # what is left to Inductor
+
+
+COVERAGE: dict[str, CoverageRow] = {}  # by the name of the module whose rules it is about
+
+
+def covers(module: str, part: str, fused: str, left: str) -> None:
+    """Say what the rules of a module cover."""
+    COVERAGE[module] = CoverageRow(part, fused, left)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +61,14 @@ class Context:
 
     node: Node  # the node of the Dynamo graph that the op belongs to
     val: Any  # fake result of the op, in the dtype that the program has there
+    op: Any  # the overload
+    alone: Any = None  # token by token: fake result of the op run alone, in another dtype where autocast acts
+    dim: int | None = None  # token by token: the position of the dimension argument, as registered
+
+    @property
+    def name(self) -> str:
+        """The op's name as users write it."""
+        return str(self.op._schema.name.removeprefix("aten::"))
 
 
 def rule(*overloads: Any) -> Callable[[Rule], Rule]:
@@ -49,35 +83,49 @@ def rule(*overloads: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+def token_rule(*overloads: Any, dim: int | None = None) -> Callable[[Rule], Rule]:
+    """Register a function as a rule that reads these overloads token by token, after those they have already.
+
+    ``dim``: the position of the op's dimension argument. The rule finds arguments up to it filled in.
+    """
+
+    def register(function: Rule) -> Rule:
+        for overload in overloads:
+            TOKEN_RULES[overload] = (*TOKEN_RULES.get(overload, ()), TokenRule(function, dim))
+        return function
+
+    return register
+
+
 def needs_logits(value: Any, op: str) -> Logits:
     """The logits a rule reads, or an escape that names what it got instead."""
     if isinstance(value, Logits):
         return value
-    if isinstance(value, FOLLOWED):
+    if isinstance(value, LOGITS_LIKE):
         what = {LogProbs: "log-probabilities", Probs: "probabilities"}.get(type(value), "products of probabilities")
-        raise Escape(f"{op} is applied to the {what} of the head")
-    raise Escape(f"{op} takes the logits in a position other than its first")
+        raise Escape(Unreadable.APPLIED_TO, op=op, what=what)
+    raise Escape(Unreadable.NOT_FIRST, op=op)
 
 
-def dimension(dim: int, value: Followed) -> int:
+def dimension(dim: int, value: LogitsLike) -> int:
     return dim % value.val.ndim
 
 
 def over_classes(dim: int, logits: Logits, op: str) -> None:
     """Escape unless ``dim`` is the vocabulary's dimension."""
     if logits.val.ndim == 0 or dimension(dim, logits) != logits.class_dim:
-        raise Escape(f"{op} runs over dimension {dim} of a tensor whose vocabulary is dimension {logits.class_dim}")
+        raise Escape(Unreadable.OTHER_DIM, op=op, dim=dim, class_dim=logits.class_dim)
 
 
 def plain_tensor(value: Value | Any, what: str) -> Plain:
     """A tensor that does not come from the logits."""
     if isinstance(value, Plain) and isinstance(value.val, Tensor):
         return value
-    raise Escape(f"{what} depends on the logits")
+    raise Escape(Unreadable.DEPENDS_ON_LOGITS, what=what)
 
 
 def vocab_size(logits: Logits) -> int:
     size = static(logits.val.shape[logits.class_dim])
     if size is None:
-        raise Escape("the vocabulary size is not a compile-time constant")
+        raise Escape(Unreadable.VOCABULARY_SYMBOLIC)
     return size

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedhead import pipeline
 from fusedhead.rules import RULES
 from tests.deferred.heads import Model, deferring, is_deferred, tokens
 from tests.eager_stack import Rewritten
@@ -41,18 +42,19 @@ def buggy(*_: Any, **__: Any) -> Any:
 
 
 STAGES = [
-    "pipeline:bodies", "pipeline:inline_regions.inline", "pipeline:unstack_heads.separate",
-    "pipeline:heads_without_loss", "pipeline:candidates", "analysis.strategies:interpret",
-    "analysis.evaluator:applied", "analysis.interpreter:record", "analysis.interpreter:returned",
-    "analysis.interpreter:overwritten", "pipeline:unread", "legality.legality:gate",
-    "legality.profitability:most", "pipeline:token_regions.regions", "analysis.strategies:teachers",
-    "pipeline:token_programs.fuse", "pipeline:token_regions.erase_unused", "legality.legality:refusal",
-    "legality.legality:subclass", "legality.legality:functorch", "legality.legality:together",
-    "pipeline:returned_logits.recipe", "pipeline:returned_logits.redirect", "pipeline:fuse", "rewrite.sweeps:groups",
-    "rewrite.operands:operands", "rewrite.statistics:rebuild", "rewrite.statistics:erase",
-    "ir.builder:Emit.__call__", "pipeline:priced", "pipeline:describe", "pipeline:forward_gradients.upgrade",
-    "rewrite.forward_gradients:try_tail", "rewrite.forward_gradients:hoist", "rewrite.forward_gradients:replace",
-    "pipeline:unlisted", "pipeline:place",
+    "pipeline:graph_uses", "pipeline:records_of", "pipeline:counting_edits",
+    "analysis.strategies:candidates", "analysis.strategies:heads_without_loss", "analysis.strategies:interpret",
+    "analysis.strategies:teacher_heads", "analysis.evaluator:applied", "analysis.interpreter:note_value",
+    "analysis.interpreter:note_returned", "analysis.interpreter:note_overwritten",
+    "analysis.token_regions:found_regions", "legality.profitability:gate", "legality.profitability:most",
+    "legality.legality:illegal", "legality.legality:subclass",
+    "legality.legality:functorch", "legality.other_products:products",
+    "rewrite.returned_logits:recipe", "analysis.body:redirect", "rewrite.returned_logits:place",
+    "rewrite.token_programs:emit_region", "rewrite.statistics:erase_unused", "rewrite.statistics:emit_sweeps",
+    "rewrite.sweeps:groups", "rewrite.operands:operands", "rewrite.statistics:rebuild", "rewrite.statistics:erase",
+    "ir.builder:Emit.__call__", "rewrite.forward_gradients:price_of_statistics",
+    "rewrite.forward_gradients:upgrade", "rewrite.forward_gradients:try_tail", "rewrite.forward_gradients:hoist",
+    "rewrite.forward_gradients:replace", "report.records:record_of_decision",
 ]  # fmt: skip
 
 
@@ -76,6 +78,16 @@ def test_a_stage_that_raises_leaves_the_graph_to_inductor(
         owner = getattr(owner, name)
     assert callable(getattr(owner, path[-1]))
     monkeypatch.setattr(owner, path[-1], buggy)
+    stepped_back(caplog)
+
+
+@pytest.mark.parametrize("name", [each.name for each in (*pipeline.MODULE_PASSES, *pipeline.BODY_PASSES)])
+def test_a_pass_that_raises_leaves_the_graph_to_inductor(
+    name: str, unharmed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for passes in ("MODULE_PASSES", "BODY_PASSES"):
+        broken = [each._replace(run=buggy) if each.name == name else each for each in getattr(pipeline, passes)]
+        monkeypatch.setattr(pipeline, passes, broken)
     stepped_back(caplog)
 
 

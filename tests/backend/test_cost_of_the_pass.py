@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedhead import backend
-from fusedhead.graph import dry_run, effects, nodes
+from fusedhead.graph import dry_run, effects, tracing
 from fusedhead.ir.builder import Emit
 from fusedhead.options import Options
 from fusedhead.rewrite import tail_gradient
@@ -61,8 +61,8 @@ def counted(layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         for name, modules in {
             "ask": (effects,),
             "run": (dry_run,),
-            "trace": (nodes,),
-            "make_fx": (nodes, tail_gradient),
+            "trace": (tracing,),
+            "make_fx": (tracing, tail_gradient),
         }.items():
             for module in modules:
                 if hasattr(module, name):
@@ -85,8 +85,8 @@ def test_the_pieces_of_a_loop_share_their_traces(monkeypatch: pytest.MonkeyPatch
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return torch.stack([F.cross_entropy(F.linear(a, w), b) for a, b in zip(h.split(2), y.split(2))]).sum()
 
-    made, once = [], nodes.trace
-    monkeypatch.setattr(nodes, "trace", lambda node: made.append(node) or once(node))
+    made, once = [], tracing.trace
+    monkeypatch.setattr(tracing, "trace", lambda node: made.append(node) or once(node))
     h, w = torch.randn(16, D, requires_grad=True), nn.Parameter(torch.randn(V, D))
     y = torch.randint(0, V, (16,))
     rewritten = Rewritten(program)

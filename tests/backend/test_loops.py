@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph
 
+from fusedhead.analysis.body import Body
 from fusedhead.canonicalize import functionalize_accumulation
+from fusedhead.options import Options
 from tests.refusals.claims import B, D, T, V, compiled, hidden, labels, right, weight
 
 Program = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -152,7 +154,7 @@ def test_only_a_sum_that_nothing_else_sees_stops_being_written() -> None:
     def graph_of(program: Callable[..., object], *inputs: Tensor) -> Graph:
         graphs: list[Graph] = []
         torch.compile(program, backend=lambda gm, _: graphs.append(gm.graph) or gm.forward)(*inputs)
-        functionalize_accumulation.separate(graphs[0])
+        functionalize_accumulation.run(Body(graphs[0], Options()))
         return graphs[0]
 
     def written(graph: Graph) -> int:

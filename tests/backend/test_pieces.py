@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedhead.graph.op_names import NEGATES, SCALES
 from tests.refusals.claims import D, V, compiled, hidden, labels, right, weight
 
 Join = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,6 +38,20 @@ def test_pieces_are_one_product(join: str) -> None:
     report = right(program, hidden(), weight(), weight(V), labels())
     assert report.after.count("fusedhead.head_loss.default(") == 1
     assert "= torch.cat(" not in report.after or join in ("hidden states that are no pieces", "two weights")
+
+
+@pytest.mark.parametrize("name", sorted(name for name in SCALES if hasattr(torch, name)))
+def test_every_spelling_of_a_scale_is_merged(name: str) -> None:
+    op = getattr(torch, name)
+    numbers = () if name in NEGATES else (2.0,)
+
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = torch.cat([op(F.linear(x, w), *numbers) for x in h.chunk(3, 1)], 1)
+        return F.cross_entropy(z.view(-1, V), y.view(-1))
+
+    report = right(program, hidden(), weight(), labels())
+    assert report.after.count("fusedhead.head_loss.default(") == 1
+    assert "= torch.cat(" not in report.after
 
 
 def test_pieces_of_the_vocabulary_are_swept_one_by_one() -> None:

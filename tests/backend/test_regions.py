@@ -177,7 +177,7 @@ def test_what_a_region_cannot_have_fused_it_keeps() -> None:
 
 def test_a_region_that_cannot_be_repeated_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     def differs(*_: object) -> None:
-        raise inline_regions.NotTheSame
+        raise inline_regions.Differs
 
-    monkeypatch.setattr(inline_regions, "valued", differs)
+    monkeypatch.setattr(inline_regions, "value_on_operands", differs)
     left(TWICE["head"], hidden(6, D), weight(), weight(), labels(6), because="cannot be repeated", options=AOT)

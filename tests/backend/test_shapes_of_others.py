@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedhead.canonicalize.expand_broadcasts import separate
+from fusedhead.analysis.body import Body
+from fusedhead.canonicalize import expand_broadcasts
+from fusedhead.options import Options
 from tests.refusals.claims import D, hidden, labels, right, weight
 
 
@@ -30,7 +32,7 @@ def test_results_of_a_broadcast_are_their_operands_or_expand_them() -> None:
 
     inputs = torch.randn(4, 1), torch.randn(3, 4, 5), torch.randn(5)
     graph = graph_of(program, *inputs)
-    separate(graph)
+    expand_broadcasts.run(Body(graph, Options()))
     expands = [node.args[1] for node in graph.nodes if node.target == "expand"]
     assert expands == [[3, -1, 5], [-1, -1, -1], [3, 4, -1]]
     results = torch.fx.GraphModule(torch.nn.Module(), graph)(*inputs)
@@ -45,7 +47,7 @@ def test_expand_as_is_expand() -> None:
 
     inputs = torch.randn(4, 1), torch.randn(3, 4, 5)
     graph = graph_of(program, *inputs)
-    separate(graph)
+    expand_broadcasts.run(Body(graph, Options()))
     assert [node.args[1] for node in graph.nodes if node.target == "expand"] == [[3, -1, 5], [-1, -1, -1]]
     got = torch.fx.GraphModule(torch.nn.Module(), graph)(*inputs)
     assert got[1] is not inputs[1]  # what is returned stays a tensor of its own

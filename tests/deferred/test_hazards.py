@@ -550,7 +550,7 @@ def test_converters_of_outputs_keep_it_deferred() -> None:
 def test_hidden_states_in_memory_that_is_used_again_are_copied(model: Model) -> None:
     """CUDA graphs hand out the same memory at every run."""
     from fusedhead.deferred.graph_outputs import deferring as finishing
-    from fusedhead.rewrite.returned_logits import Recipe
+    from fusedhead.graph.recipes import Recipe
 
     recipes: list[tuple[Recipe, Any]] = []
 

@@ -14,9 +14,9 @@ import torch
 from fusedhead.analysis.projections import ANCHORS
 from fusedhead.analysis.stacked_heads import SPELLED
 from fusedhead.backend import run_pass
+from fusedhead.graph.op_names import PROJECTIONS
 from fusedhead.legality.missed_heads import CARRYING
 from fusedhead.options import Options
-from fusedhead.rules.projections import SPELLINGS
 from tests.fuzz.odd_graphs import drawn
 
 GRAPHS = int(os.environ.get("FUSEDHEAD_ODD_GRAPHS", "150"))
@@ -57,7 +57,7 @@ def test_no_well_formed_graph_is_too_odd_to_read() -> None:
 
 
 # what the rules know by name, and what Dynamo calls the inputs of a body after: the node that is handed in
-NAMES = sorted({*SPELLINGS, *ANCHORS, *SPELLED, *CARRYING, "setitem", "scatter_", "one_hot", "arange", "stack"})
+NAMES = sorted({*PROJECTIONS, *ANCHORS, *SPELLED, *CARRYING, "setitem", "scatter_", "one_hot", "arange", "stack"})
 
 
 def test_an_input_may_be_called_after_any_op() -> None:

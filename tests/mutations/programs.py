@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fusedhead.backend import run_pass
 from fusedhead.graph.effects import effects, written
 from fusedhead.graph.nodes import callee
+from fusedhead.graph.recipes import compute_now
 from fusedhead.options import Options
-from fusedhead.rewrite.returned_logits import compute_now
 from tests.mutations.calls import Call, copied
 
 N, D, V = 32, 32, 512

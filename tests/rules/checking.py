@@ -16,17 +16,20 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.analysis import evaluator
-from fusedhead.analysis.evaluator import follow
+from fusedhead.analysis.evaluator import trace_value
 from fusedhead.graph.nodes import callee, name_of
+from fusedhead.graph.op_names import PROJECTIONS as PROJECTION_NAMES
+from fusedhead.graph.reasons import Escape
 from fusedhead.ir.builder import Emit
-from fusedhead.ir.logits import FOLLOWED, Call, Escape, Plain, logits_of
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import LOGITS_LIKE, logits_of
 from fusedhead.ir.terminal import Statistics, Terminal
-from fusedhead.ir.tokenwise import RowCall, RowLeaf, RowOutput, Rowwise, Seed
+from fusedhead.ir.tokenwise import HeadInput, ProgramResult, TokenInput, TokenValue
 from fusedhead.kernels import reference
 from fusedhead.kernels.contract import Head
 from fusedhead.kernels.transform.transform import Transform, apply
 from fusedhead.rules import RULES
-from fusedhead.rules.projections import SPELLINGS as PROJECTION_NAMES
+from fusedhead.rules.table import Context
 from fusedhead.rules.tokenwise import dispatch as tokenwise
 
 
@@ -59,20 +62,20 @@ def result_of(terminal: Terminal, world: World) -> Tensor:
 
 def token_by_token(expr: Any, world: World) -> Any:
     """The numbers [N, ...] of a rowwise expression, all tokens at once."""
-    if isinstance(expr, Seed):
+    if isinstance(expr, HeadInput):
         logits = expr.logits
         head = flat(logits, world)
         z = apply(Transform(logits.steps), head.h @ head.w.T, head.cols, head.rows, decide=True)
         return z.to(logits.val.dtype)
-    if isinstance(expr, RowLeaf):
+    if isinstance(expr, TokenInput):
         return concrete(expr.value, world)
-    if isinstance(expr, RowCall):
+    if isinstance(expr, Expr):
         args, kwargs = tree_map(lambda x: token_by_token(x, world), (expr.args, expr.kwargs))
         return expr.op(*args, **kwargs)
     return expr
 
 
-def in_shape(value: Rowwise, world: World) -> Tensor:
+def in_shape(value: TokenValue, world: World) -> Tensor:
     """A rowwise value in the program's own dimensions."""
     order = [d for d, t in enumerate(value.tail) if not t] + [d for d, t in enumerate(value.tail) if t]
     rows = token_by_token(value.expr, world)
@@ -84,11 +87,11 @@ def in_shape(value: Rowwise, world: World) -> Tensor:
 
 def expressed(value: Any, world: World) -> Any:
     """The number of an expression of the graph that reads results of a row program."""
-    if isinstance(value, RowOutput):
+    if isinstance(value, ProgramResult):
         return in_shape(value.value, world)
     if isinstance(value, Plain):
         return expressed(value.ref, world)
-    if isinstance(value, Call):
+    if isinstance(value, Expr):
         args, kwargs = tree_map(lambda x: expressed(x, world), (value.args, value.kwargs))
         return value.op(*args, **kwargs)
     return concrete(value, world)
@@ -98,7 +101,7 @@ def claimed(value: Any, world: World) -> Tensor:
     """The tensor that a rule claims its op returns, after checking what it says of its shape."""
     if isinstance(value, Terminal):
         return result_of(value, world)
-    if isinstance(value, Rowwise):
+    if isinstance(value, TokenValue):
         return in_shape(value, world)
     if isinstance(value, Plain):
         return expressed(value, world)
@@ -139,7 +142,7 @@ def read(text: str, operands: dict[str, Plain], world: World, logits: Any = None
             break
         node.meta["example_value"] = world.fake(world.real[node])
         sources = [v for s in node.all_input_nodes for v in tree_leaves(values.get(s))]
-        followed = any(isinstance(v, (Rowwise, *FOLLOWED)) for v in sources)
+        followed = any(isinstance(v, (TokenValue, *LOGITS_LIKE)) for v in sources)
         if not node.op.startswith("call_") or not (followed or name_of(node) in PROJECTION_NAMES):
             continue
         try:
@@ -153,14 +156,14 @@ def read(text: str, operands: dict[str, Plain], world: World, logits: Any = None
             values[node] = value
         elif isinstance(value, (Terminal, Plain)):
             agree(claimed(value, world), real)
-        elif isinstance(value, (Rowwise, *FOLLOWED)):
+        elif isinstance(value, (TokenValue, *LOGITS_LIKE)):
             agree(claimed(value, world), real)
             values[node] = value
     return asked, ""
 
 
 def spied(node: Node, values: dict[Node, Any], asked: set[Any]) -> Any:
-    """`follow`, noting which rules it asks."""
+    """`trace_value`, noting which rules it asks."""
     original = dict(RULES)
 
     def spy(overload: Any) -> Any:
@@ -170,16 +173,16 @@ def spied(node: Node, values: dict[Node, Any], asked: set[Any]) -> Any:
 
         return rule
 
-    def spied_rows(target: Any, *args: Any) -> Any:
-        asked.add(target)
-        return by_rows(target, *args)
+    def spied_tokens(context: Context, *args: Any, **kwargs: Any) -> Any:
+        asked.add(context.op)
+        return by_tokens(context, *args, **kwargs)
 
-    by_rows = tokenwise.read
+    by_tokens = tokenwise.read
     for overload in original:
         RULES[overload] = spy(overload)
-    tokenwise.read = evaluator.by_rows = spied_rows
+    tokenwise.read = evaluator.by_tokens = spied_tokens
     try:
-        return follow(node, values)
+        return trace_value(node, values)
     finally:
         RULES.update(original)
-        tokenwise.read = evaluator.by_rows = by_rows
+        tokenwise.read = evaluator.by_tokens = by_tokens

@@ -320,6 +320,8 @@ ROWWISE = {
     aten.slice.Tensor: ["(z.sinh()[..., 1:] if {d} in (-1, {n} - 1) else z)", "z.sinh()[:1]"],
     aten.sum.default: ["z.sinh().sum()", "(z.softmax({d}) - z).abs().sum() / {v}"],
     aten.mean.default: ["z.sinh().mean()", "((z - col) ** 2).mean()"],
+    aten.any.default: ["(z > 1).any()", "torch.any(z.sinh() > 2)"],
+    aten.all.default: ["(z > -1).all()"],
     aten.gather.default: ["z.sinh().gather({d}, idx)", "z.gather({d}, z.argmax({d}, keepdim=True))"],
     aten.scatter.value: ["z.scatter({d}, idx, 3.0)", "torch.zeros_like(z).scatter({d}, idx, 1.0)"],
     aten.scatter.src: ["z.scatter({d}, idx, idx.float())"],

@@ -17,18 +17,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
-from fusedhead.ir.logits import (  # fmt: skip
-    HIDDEN,
-    Call,
-    Expected,
-    Logits,
-    LogProbs,
-    Plain,
-    Probs,
-    Projection,
-    RowStep,
-    RowVector,
-)
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import HIDDEN, Logits, LogProbs, Probs, ProbTimes, Projection, RowStep, RowVector
 from fusedhead.kernels.transform.transform import Step, Transform, apply
 
 aten = torch.ops.aten
@@ -56,7 +46,7 @@ def concrete(ref: Any, world: World) -> Any:
     """The number or tensor of an expression."""
     if isinstance(ref, Plain):
         return concrete(ref.ref, world)
-    if isinstance(ref, Call):
+    if isinstance(ref, Expr):
         args, kwargs = concrete(list(ref.args), world), {k: concrete(v, world) for k, v in ref.kwargs.items()}
         return ref.op(*args, **kwargs)
     if isinstance(ref, (list, tuple)):
@@ -121,7 +111,7 @@ def numbers(value: Any, world: World) -> Tensor:
     meaning = {
         LogProbs: lambda: z.log_softmax(d),
         Probs: lambda: z.softmax(d),
-        Expected: lambda: (
+        ProbTimes: lambda: (
             (z.softmax(d) if value.weighted else 1) * (z.log_softmax(d) if value.log else z) ** value.power
         ),
     }

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusedhead.ir.logits import Escape
+from fusedhead.graph.reasons import Escape
 from fusedhead.kernels.transform import native as torch_functions
 from fusedhead.kernels.transform import pointwise
 from fusedhead.rules.pointwise import LISTED

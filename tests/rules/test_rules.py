@@ -19,9 +19,15 @@ from rules.checking import read
 from rules.spellings import PROJECTIONS, ROWWISE, SPELLINGS
 from rules.states import World, draw_state, numbers
 
+from fusedhead.graph.reasons import Escape
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.logits import Logits, Projection
+from fusedhead.ir.tokenwise import HeadInput, TokenValue, inputs_of
 from fusedhead.rules import RULES
+from fusedhead.rules.table import TOKEN_RULES, Context
 from fusedhead.rules.tokenwise import dispatch as tokenwise
 
+aten = torch.ops.aten
 EXAMPLES = int(os.environ.get("FUSEDHEAD_RULE_EXAMPLES", "3"))  # logits a spelling
 
 
@@ -146,12 +152,40 @@ def test_an_op_without_a_rule_is_right_token_by_token(overload: Any) -> None:
     check_all(overload, ROWWISE[overload])
 
 
+# sizes are no tensors: a graph has them where they are symbols (tests/backend/test_dynamic_sizes.py)
+SIZES = {aten.sym_size.int, aten.sym_size.default, aten.size.default}
+
+
+@pytest.mark.parametrize("overload", [aten.slice.Tensor, aten.select.int, aten.index_select.default], ids=name)
+def test_of_the_two_rules_of_a_pick_the_one_for_tokens_is_tried_first(overload: Any) -> None:
+    """Picked tokens are computed alone: the pick moves to the head. A pick of classes stays in the program."""
+    assert [rule.read.__name__ for rule in TOKEN_RULES[overload]] == [
+        "picked_tokens",
+        f"tail_{name(overload).split('.')[0]}",
+    ]
+    world = World()
+    h, w = (world.plain(name, torch.ones(4, 2)) for name in "hw")
+    i = world.plain("i", torch.ones(2, dtype=torch.int64))
+    start = world.fake(torch.ones(4, 4))
+    logits = Logits(Projection(world.graph.placeholder("z"), h, w, torch.float32), start, 1)
+    x = TokenValue(Expr(aten.sinh.default, (HeadInput(logits),)), start, (False, True), frozenset({logits.head}))
+    which = {aten.slice.Tensor: (1, 3), aten.select.int: (1,), aten.index_select.default: (i,)}[overload]
+    for dim in (0, 1):
+        fakes = [a.val if isinstance(a, Plain) else a for a in which]
+        val = overload(start, dim, *fakes)
+        one_token = overload is aten.select.int and dim == 0
+        if one_token:
+            with pytest.raises(Escape, match="one token is picked"):
+                tokenwise.read(Context(None, val, overload, alone=val), x, dim, *which)
+            continue
+        value = tokenwise.read(Context(None, val, overload, alone=val), x, dim, *which)
+        (head,), _ = inputs_of([value])
+        assert bool(head.logits.row_steps) == (dim == 0)
+        assert value.expr.op is (aten.sinh.default if dim == 0 else overload)
+
+
 def test_every_op_that_is_read_token_by_token_has_a_property_test() -> None:
-    tables = (
-        tokenwise.ALONG, tokenwise.REDUCE, tokenwise.RESIZE, tokenwise.TOTALS, tokenwise.INDEXED, tokenwise.FILLED,
-        tokenwise.LOSSES, tokenwise.KEPT, tokenwise.CASTS, tokenwise.LAYOUTS,
-    )  # fmt: skip
-    missing = sorted(map(str, set().union(*tables) - set(ROWWISE)))
+    missing = sorted(map(str, set(TOKEN_RULES) - set(ROWWISE) - SIZES))
     assert not missing, f"ops without a line in tests/rules/spellings.py: {', '.join(missing)}"
 
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 from fusedhead import Report
 from fusedhead.backend import compile_with
 from fusedhead.graph.nodes import name_of
-from fusedhead.rules.projections import SPELLINGS
+from fusedhead.graph.op_names import PROJECTIONS
 from tests.eager_stack import as_it_is, backend
 from tests.sweep_transformers.batches import batch
 from tests.sweep_transformers.configs import VOCAB, of_class
@@ -132,7 +132,7 @@ def doubled(x: Any) -> Any:
 
 def makes_logits(gm: GraphModule) -> bool:
     """Whether a graph holds a linear product of the vocabulary's extent."""
-    made = (n.meta.get("example_value") for n in gm.graph.nodes if name_of(n) in SPELLINGS)
+    made = (n.meta.get("example_value") for n in gm.graph.nodes if name_of(n) in PROJECTIONS)
     return any(isinstance(z, Tensor) and z.ndim and z.shape[-1] and z.shape[-1] % VOCAB == 0 for z in made)
 
 

@@ -6,46 +6,47 @@ from typing import Any
 
 import torch
 
-from fusedhead.ir.logits import Call, Escape, Plain
-from fusedhead.ir.tokenwise import RowCall, RowLeaf, RowOutput, Rowwise
+from fusedhead.graph.reasons import Escape
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.tokenwise import ProgramResult, TokenInput, TokenValue
+from fusedhead.rules.table import Context, token_rule
 from fusedhead.rules.tokenwise.operands import constants, leaf
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
 
-LOSSES = frozenset({aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default})
-NOT_CLASSES = "the classes of a loss are not the dimension that the logits have them in"
 
-
-def nll(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+@token_rule(aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default)
+def nll(context: Context, *args: Any, **kwargs: Any) -> Any:
     """cross_entropy and nll_loss of class labels: token by token, then reduced in the graph as they reduce."""
-    names = [a.name for a in target._schema.arguments]
-    given = {a.name: a.default_value for a in target._schema.arguments} | dict(zip(names, args)) | kwargs
+    arguments = context.op._schema.arguments
+    given = {a.name: a.default_value for a in arguments} | dict(zip((a.name for a in arguments), args)) | kwargs
     x, labels, weight = given["self"], given["target"], given["weight"]
-    if isinstance(labels, Rowwise) and labels.val.is_floating_point():
-        return NotImplemented  # probabilities that come from logits: by the ops it is made of
-    if not isinstance(x, Rowwise) or not isinstance(labels, Plain) or isinstance(weight, Rowwise):
-        raise Escape(f"{target} takes what comes from the logits in another place than its first")
+    if isinstance(labels, TokenValue) and labels.val.is_floating_point():
+        return None  # probabilities that come from logits: by the ops it is made of
+    if not isinstance(x, TokenValue) or not isinstance(labels, Plain) or isinstance(weight, TokenValue):
+        raise Escape(NotByTokens.NOT_FIRST, op=context.op)
     if labels.val.is_floating_point():
-        return NotImplemented  # the targets are probabilities: by the ops it is made of
+        return None  # the targets are probabilities: by the ops it is made of
     if x.tail != tuple(d == (1 if x.val.ndim > 1 else 0) for d in range(x.val.ndim)):
-        raise Escape(NOT_CLASSES)
+        raise Escape(NotByTokens.CLASS_DIM)
     rows = tuple(False for _ in labels.val.shape)
     label = leaf(labels, rows, labels.val.shape, True)
-    whole = None if weight is None else RowLeaf(weight, False)
+    whole = None if weight is None else TokenInput(weight, False)
     ignored = constants(given["ignore_index"])
     smoothing = {"label_smoothing": constants(given["label_smoothing"])} if "label_smoothing" in given else {}
     last = {"reduction": 0, "ignore_index": ignored, **smoothing}
-    each = Rowwise(RowCall(target, (x.expr, label, whole), last), labels.val.to(x.val.dtype), rows, x.heads)
+    each = TokenValue(Expr(context.op, (x.expr, label, whole), last), labels.val.to(x.val.dtype), rows, x.heads)
     if constants(given["reduction"]) == 0:
         return each
     wide = {"dtype": torch.float64 if x.val.dtype == torch.float64 else torch.float32}
-    out = Call(aten.sum.default, (RowOutput(each),), wide)
+    out = Expr(aten.sum.default, (ProgramResult(each),), wide)
     if constants(given["reduction"]) == 1:
-        counted: Any = Call(aten.ne.Scalar, (labels, ignored))
+        counted: Any = Expr(aten.ne.Scalar, (labels, ignored))
         if weight is not None:
-            known = Call(aten.mul.Tensor, (Call(aten.to.dtype, (labels, torch.int64)), counted))
-            flat = Call(aten.reshape.default, (known, [-1]))
-            of_label = Call(aten.index_select.default, (weight, 0, flat))
-            counted = Call(aten.mul.Tensor, (of_label, Call(aten.reshape.default, (counted, [-1]))))
-        out = Call(aten.div.Tensor, (out, Call(aten.sum.default, (counted,))))
-    return Plain(Call(aten.to.dtype, (out, val.dtype)), val)
+            known = Expr(aten.mul.Tensor, (Expr(aten.to.dtype, (labels, torch.int64)), counted))
+            flat = Expr(aten.reshape.default, (known, [-1]))
+            of_label = Expr(aten.index_select.default, (weight, 0, flat))
+            counted = Expr(aten.mul.Tensor, (of_label, Expr(aten.reshape.default, (counted, [-1]))))
+        out = Expr(aten.div.Tensor, (out, Expr(aten.sum.default, (counted,))))
+    return Plain(Expr(aten.to.dtype, (out, context.val.dtype)), context.val)

@@ -1,7 +1,6 @@
 """How the operands of an op line up on [N, ...]: which dimensions are tokens, and what a tensor from outside is there.
 
-Raises `Escape` where tokens and classes are combined with each other, or an operand is repeated over tokens. This
-file knows no particular op.
+Raises `Escape` where tokens and classes are combined with each other, or an operand is repeated over tokens.
 """
 
 from __future__ import annotations
@@ -13,62 +12,60 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusedhead.compat import tree_leaves
-from fusedhead.ir.builder import static
-from fusedhead.ir.logits import Call, Escape, Plain
-from fusedhead.ir.tokenwise import RowCall, RowLeaf, Rowwise
+from fusedhead.graph.reasons import Escape
+from fusedhead.graph.sizes import same_size, static
+from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.tokenwise import TokenInput, TokenValue
+from fusedhead.rules.table import Context
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
 
 
-def size(s: Any, what: str) -> int:
+def known_size(s: Any, what: str) -> int:
     known = static(s)
     if known is None:
-        raise Escape(f"{what} has a dimension of symbolic size")
+        raise Escape(NotByTokens.SYMBOLIC, what=what)
     return known
-
-
-def same(a: Any, b: Any) -> bool:
-    return statically_known_true(a == b)
 
 
 def constants(x: Any) -> Any:
     """An argument that is no tensor, as a constant."""
     if isinstance(x, Plain) and not isinstance(x.val, Tensor):
-        return size(x.val, "an argument") if isinstance(x.val, torch.SymInt) else x.val
+        return known_size(x.val, "an argument") if isinstance(x.val, torch.SymInt) else x.val
     if isinstance(x, torch.SymInt):
-        return size(x, "an argument")
+        return known_size(x, "an argument")
     return x
 
 
-def heads_of(values: Any) -> frozenset[Any]:
-    return frozenset().union(*(v.heads for v in tree_leaves(values) if isinstance(v, Rowwise)))
+def heads_among(values: Any) -> frozenset[Any]:
+    return frozenset().union(*(v.heads for v in tree_leaves(values) if isinstance(v, TokenValue)))
 
 
-def operand(x: Any, target: Any) -> Rowwise:
-    if not isinstance(x, Rowwise):
-        raise Escape(f"{target} takes what comes from the logits in another place than its first")
+def from_logits(context: Context, x: Any) -> TokenValue:
+    if not isinstance(x, TokenValue):
+        raise Escape(NotByTokens.NOT_FIRST, op=context.op)
     return x
 
 
-def tail_dim(x: Rowwise, dim: int, target: Any) -> int:
+def tail_dim(context: Context, x: TokenValue, dim: int) -> int:
     """A dimension of the program's tensor as one of [N, *tail]."""
     d = dim % x.val.ndim
     if not x.tail[d]:
-        raise Escape(f"{target} runs over tokens")
+        raise Escape(NotByTokens.OVER_TOKENS, op=context.op)
     return 1 + sum(x.tail[:d])
 
 
-def several(call: RowCall, val: Any, tail: tuple[bool, ...], heads: frozenset[Any]) -> Any:
+def several(call: Expr, val: Any, tail: tuple[bool, ...], heads: frozenset[Any]) -> Any:
     """One rowwise value, or a list of them for an op with several results."""
     if isinstance(val, Tensor):
-        return Rowwise(call, val, tail, heads)
-    return [Rowwise(RowCall(operator.getitem, (call, i)), v, tail, heads) for i, v in enumerate(val)]
+        return TokenValue(call, val, tail, heads)
+    return [TokenValue(Expr(operator.getitem, (call, i)), v, tail, heads) for i, v in enumerate(val)]
 
 
-def common_tail(val: Tensor, operands: Sequence[Rowwise]) -> tuple[bool, ...]:
+def common_tail(val: Tensor, operands: Sequence[TokenValue]) -> tuple[bool, ...]:
     """Which dimensions of a pointwise result are its tail. Raises Escape where operands disagree on the tokens."""
     roles: list[bool] = []
     for d in range(val.ndim):
@@ -76,19 +73,21 @@ def common_tail(val: Tensor, operands: Sequence[Rowwise]) -> tuple[bool, ...]:
         for x in operands:
             at = d - (val.ndim - x.val.ndim)
             if at >= 0:
-                votes.append((same(x.val.shape[at], val.shape[d]) and not same(x.val.shape[at], 1), x.tail[at]))
+                votes.append(
+                    (same_size(x.val.shape[at], val.shape[d]) and not same_size(x.val.shape[at], 1), x.tail[at])
+                )
         firm = {tail for full, tail in votes if full}
         if len(firm) > 1:
-            raise Escape("tokens and classes are combined with each other")
+            raise Escape(NotByTokens.TOKENS_WITH_CLASSES)
         weak = {tail for _, tail in votes}
         role = firm.pop() if firm else (True in weak if votes else False)
         if not role:
             for x in operands:
                 at = d - (val.ndim - x.val.ndim)
-                if at < 0 or not same(x.val.shape[at], val.shape[d]):
-                    if at < 0 and same(val.shape[d], 1):
+                if at < 0 or not same_size(x.val.shape[at], val.shape[d]):
+                    if at < 0 and same_size(val.shape[d], 1):
                         continue
-                    raise Escape("logits are repeated over tokens")
+                    raise Escape(NotByTokens.LOGITS_REPEATED)
         roles.append(role)
     return tuple(roles)
 
@@ -97,38 +96,38 @@ def lined_up(x: Any, tail: tuple[bool, ...], shape: Sequence[Any], *, by_rows: b
     """An operand of a call whose result has dimensions ``tail`` and ``shape``, in its [N, ...] form."""
     if isinstance(x, Plain) and isinstance(x.val, Tensor):
         return leaf(x, tail, shape, by_rows)
-    if not isinstance(x, Rowwise):
+    if not isinstance(x, TokenValue):
         return constants(x)
     if x.tail == tail:
         return x.expr
     own = [1] * (len(tail) - x.val.ndim) + list(x.val.shape)
-    return RowCall(aten.reshape.default, (x.expr, (-1, *tails_of(own, tail))))
+    return Expr(aten.reshape.default, (x.expr, (-1, *tails_of(own, tail))))
 
 
 def tails_of(shape: Sequence[Any], tail: tuple[bool, ...]) -> list[int]:
-    return [size(s, "a dimension beside the tokens") for s, is_tail in zip(shape, tail) if is_tail]
+    return [known_size(s, "a dimension beside the tokens") for s, is_tail in zip(shape, tail) if is_tail]
 
 
-def leaf(x: Plain, tail: tuple[bool, ...], shape: Sequence[Any], by_rows: bool) -> RowLeaf:
+def leaf(x: Plain, tail: tuple[bool, ...], shape: Sequence[Any], by_rows: bool) -> TokenInput:
     """A tensor from outside that broadcasts to ``shape``; with ``by_rows`` as [N, ...] even where it need not be."""
     missing = len(tail) - x.val.ndim
     own = [1] * missing + list(x.val.shape)
     tails = tails_of(own, tail)
     rows = [d for d, is_tail in enumerate(tail) if not is_tail]
-    if not by_rows and all(same(own[d], 1) for d in rows):
+    if not by_rows and all(same_size(own[d], 1) for d in rows):
         fits = x.val.ndim == 0 or list(x.val.shape) == tails
-        return RowLeaf(x if fits else Plain(Call(aten.reshape.default, (x, tails)), x.val.reshape(tails)), False)
+        return TokenInput(x if fits else Plain(Expr(aten.reshape.default, (x, tails)), x.val.reshape(tails)), False)
     node: Any = x
-    if any(not same(own[d], shape[d]) for d in rows):
+    if any(not same_size(own[d], shape[d]) for d in rows):
         if math.prod(tails) > 1:
-            raise Escape("an operand as wide as the logits is repeated over tokens")
+            raise Escape(NotByTokens.WIDE_OPERAND_REPEATED)
         full = [own[d] if is_tail else shape[d] for d, is_tail in enumerate(tail)]
-        node = Call(aten.expand.default, (x, [size(s, "an operand that is repeated over tokens") for s in full]))
+        node = Expr(aten.expand.default, (x, [known_size(s, "an operand that is repeated over tokens") for s in full]))
         missing = 0
     present = range(missing, len(tail))
     order = [d - missing for d in present if not tail[d]] + [d - missing for d in present if tail[d]]
     if order != sorted(order):
-        node = Call(aten.permute.default, (node, order))
+        node = Expr(aten.permute.default, (node, order))
     if node is not x or x.val.ndim != 1 + len(tails):
-        node = Call(aten.reshape.default, (node, [-1, *tails]))
-    return RowLeaf(node if isinstance(node, Plain) else Plain(node, x.val), True)
+        node = Expr(aten.reshape.default, (node, [-1, *tails]))
+    return TokenInput(node if isinstance(node, Plain) else Plain(node, x.val), True)

@@ -1,6 +1,6 @@
-"""Ops along the vocabulary, token by token: softmax, reductions, sorting, gather and scatter.
+"""Ops along the vocabulary, token by token: softmax, reductions, sorting.
 
-A sum or mean over tokens as well is split: over the vocabulary in the row program, over tokens in the graph.
+A sum or mean over tokens as well is split: over the vocabulary in the token program, over tokens in the graph.
 """
 
 from __future__ import annotations
@@ -10,139 +10,104 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.compat import tree_leaves, tree_map
-from fusedhead.ir.logits import Call, Escape, Plain
-from fusedhead.ir.tokenwise import RowCall, RowOutput, Rowwise
-from fusedhead.rules.tokenwise.operands import constants, heads_of, lined_up, operand, same, several, tail_dim
+from fusedhead.compat import tree_leaves
+from fusedhead.graph.reasons import Escape
+from fusedhead.ir.expr import Expr, Plain, map_each, map_nested
+from fusedhead.ir.tokenwise import ProgramResult, TokenValue
+from fusedhead.rules.table import Context, token_rule
+from fusedhead.rules.tokenwise.operands import constants, from_logits, several, tail_dim
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
-
-# overload -> position of its dimension argument; the result has the shape of the operand
-ALONG: dict[Any, int] = {
-    aten.softmax.int: 1, aten._softmax.default: 1, aten.log_softmax.int: 1, aten._log_softmax.default: 1,
-    aten.cumsum.default: 1, aten.logcumsumexp.default: 1, aten.argsort.default: 1,
-}  # fmt: skip
-# overload -> position of its dimension argument; that dimension goes, or stays as 1
-REDUCE: dict[Any, int] = {
-    aten.sum.dim_IntList: 1, aten.mean.dim: 1, aten.amax.default: 1, aten.amin.default: 1,
-    aten.logsumexp.default: 1, aten.argmax.default: 1, aten.argmin.default: 1, aten.max.dim: 1, aten.min.dim: 1,
-    aten.prod.dim_int: 1, aten.any.dim: 1, aten.all.dim: 1, aten.var.correction: 1, aten.std.correction: 1,
-    aten.linalg_vector_norm.default: 2,
-}  # fmt: skip
-# overload -> position of its dimension argument; that dimension changes its length
-RESIZE: dict[Any, int] = {aten.topk.default: 2, aten.sort.default: 1, aten.slice.Tensor: 1}
-DEFAULT_DIM = {aten.topk.default: -1, aten.sort.default: -1, aten.argsort.default: -1, aten.slice.Tensor: 0}
-TOTALS = {aten.sum.default: aten.sum.dim_IntList, aten.mean.default: aten.mean.dim}
-VERDICTS = {aten.any.default: aten.any.dims, aten.all.default: aten.all.dims}
-SPLIT = frozenset({aten.sum.dim_IntList, aten.mean.dim})  # over tokens too: the rest is done on the row results
-INDEXED = frozenset({aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default})
+SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
+SPLIT_OVER_TOKENS = frozenset({aten.sum.dim_IntList, aten.mean.dim})
+OVER_EVERYTHING = {
+    aten.sum.default: aten.sum.dim_IntList,
+    aten.mean.default: aten.mean.dim,
+    aten.any.default: aten.any.dims,
+    aten.all.default: aten.all.dims,
+}
 
 
-def replaced(args: tuple, at: int, by: Any) -> tuple:
-    return (*args[:at], by, *args[at + 1 :])
-
-
-def dim_of(target: Any, args: tuple, kwargs: dict[str, Any], at: int) -> tuple[Any, tuple, dict[str, Any]]:
-    """The dimension argument, and the arguments with its place filled, all positional up to it."""
-    kwargs = dict(kwargs)
-    names = [a.name for a in target._schema.arguments]
-    filled = list(args)
-    while len(filled) <= at:
-        name = names[len(filled)]
-        if name in kwargs:
-            filled.append(kwargs.pop(name))
-        elif len(filled) == at:
-            filled.append(DEFAULT_DIM.get(target))
-        else:
-            filled.append(target._schema.arguments[len(filled)].default_value)
-    return constants(filled[at]), tuple(filled), kwargs
-
-
-def plain_arguments(args: tuple, kwargs: dict[str, Any], target: Any) -> tuple[tuple, dict[str, Any]]:
+def plain_arguments(context: Context, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments beside the first as constants. Raises Escape where one is a tensor."""
     if any(isinstance(x, Plain) and isinstance(x.val, Tensor) for x in tree_leaves((args, kwargs))):
-        raise Escape(f"{target} takes another tensor")
-    given, named = tree_map(constants, (args, kwargs))
-    return given, named
+        raise Escape(NotByTokens.OTHER_TENSOR, op=context.op)
+    return map_each(args, constants), {name: map_nested(x, constants) for name, x in kwargs.items()}
 
 
-SOFT = frozenset({aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default})
+@token_rule(*SOFTMAXES, aten.cumsum.default, aten.logcumsumexp.default, aten.argsort.default, dim=1)
+def along_tail(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """An op along one dimension that keeps their number; it may change its length."""
+    x, at = from_logits(context, x), context.dim - 1  # type: ignore[operator]
+    if context.op in SOFTMAXES and isinstance(context.val, Tensor) and not context.val.is_floating_point():
+        raise Escape(NotByTokens.SOFTMAX_DTYPE, op=context.op, dtype=x.val.dtype)
+    rest, named = plain_arguments(context, args, kwargs)
+    rest[at] = tail_dim(context, x, rest[at])
+    return several(Expr(context.op, (x.expr, *rest), named), context.val, x.tail, x.heads)
 
 
-def along(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    x = operand(args[0], target)
-    if target in SOFT and isinstance(val, Tensor) and not val.is_floating_point():
-        raise Escape(f"{target} of {x.val.dtype} is an error, which fake values do not see")
-    dim, args, kwargs = dim_of(target, args, kwargs, (ALONG | RESIZE)[target])
-    rest, named = plain_arguments(args[1:], kwargs, target)
-    given = replaced((x.expr, *rest), (ALONG | RESIZE)[target], tail_dim(x, dim, target))
-    return several(RowCall(target, given, named), val, x.tail, x.heads)
-
-
-def reduced(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    at = REDUCE[target]
-    x = operand(args[0], target)
-    dim, args, kwargs = dim_of(target, args, kwargs, at)
-    listed = [dim] if isinstance(dim, int) else [*map(constants, dim or ())]
-    dims = [d % x.val.ndim for d in listed] or list(range(x.val.ndim))
+@token_rule(aten.linalg_vector_norm.default, dim=2)
+@token_rule(
+    aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.logsumexp.default,
+    aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim, aten.prod.dim_int, aten.any.dim,
+    aten.all.dim, aten.var.correction, aten.std.correction, dim=1,
+)  # fmt: skip
+def reduce_tail(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A reduction over some dimensions, which go or stay as 1."""
+    x, at = from_logits(context, x), context.dim - 1  # type: ignore[operator]
+    dim = map_nested(args[at], constants)
+    dims = [d % x.val.ndim for d in ([dim] if isinstance(dim, int) else dim or ())] or list(range(x.val.ndim))
     if any(not x.tail[d] for d in dims):
-        return split(target, val, x, dims, args, kwargs)
-    rest, named = plain_arguments(args[1:], kwargs, target)
-    inner = [tail_dim(x, d, target) for d in dims]
-    given = replaced((x.expr, *rest), at, inner[0] if isinstance(dim, int) else tuple(inner))
-    first = val if isinstance(val, Tensor) else val[0]
+        keepdim = (len(args) > 1 and bool(args[1])) or bool(kwargs.get("keepdim", False))
+        return split_sum(context, context.op, x, dims, keepdim)
+    rest, named = plain_arguments(context, args, kwargs)
+    inner = [tail_dim(context, x, d) for d in dims]
+    rest[at] = inner[0] if isinstance(dim, int) else tuple(inner)
+    first = context.val if isinstance(context.val, Tensor) else context.val[0]
     kept = first.ndim == x.val.ndim
     tail = x.tail if kept else tuple(t for d, t in enumerate(x.tail) if d not in dims)
-    return several(RowCall(target, given, named), val, tail, x.heads)
+    return several(Expr(context.op, (x.expr, *rest), named), context.val, tail, x.heads)
 
 
-def split(target: Any, val: Any, x: Rowwise, dims: list[int], args: tuple, kwargs: dict[str, Any]) -> Plain:
+@token_rule(aten.sort.default, dim=1)
+@token_rule(aten.topk.default, dim=2)
+def ranked(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
+    return along_tail(context, x, *args, **kwargs)
+
+
+def split_sum(context: Context, op: Any, x: TokenValue, dims: list[int], keepdim: bool = False) -> Plain:
     """A sum or mean over tokens too: over the tail in the program's rows, over tokens in the graph."""
-    if target not in SPLIT:
-        raise Escape(f"{target} runs over tokens")
-    keepdim = (len(args) > 2 and bool(args[2])) or bool(kwargs.get("keepdim", False))
+    if op not in SPLIT_OVER_TOKENS:
+        raise Escape(NotByTokens.OVER_TOKENS, op=op)
+    val = context.val
     wide = torch.float64 if x.val.dtype == torch.float64 else torch.float32 if val.is_floating_point() else val.dtype
     inner = tuple(d for d in dims if x.tail[d])
     rows = x
     if inner:
-        call = RowCall(target, (x.expr, tuple(tail_dim(x, d, target) for d in inner), True), {"dtype": wide})
-        rows = Rowwise(call, target(x.val, inner, True, dtype=wide), x.tail, x.heads)
+        over = tuple(tail_dim(context, x, d) for d in inner)
+        rows = TokenValue(
+            Expr(op, (x.expr, over, True), {"dtype": wide}), op(x.val, inner, True, dtype=wide), x.tail, x.heads
+        )
     elif not x.small:
-        raise Escape(f"{target} of the logits over tokens alone")
-    out = Call(target, (RowOutput(rows), dims, keepdim))
-    return Plain(Call(aten.to.dtype, (out, val.dtype)), val)
+        raise Escape(NotByTokens.OVER_TOKENS_ALONE, op=op)
+    out = Expr(op, (ProgramResult(rows), dims, keepdim))
+    return Plain(Expr(aten.to.dtype, (out, val.dtype)), val)
 
 
-def total(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Plain:
-    x = operand(args[0], target)
-    return split(TOTALS[target], val, x, list(range(x.val.ndim)), (), {})
+@token_rule(aten.sum.default, aten.mean.default)
+def total(context: Context, x: Any, **_: Any) -> Plain:
+    x = from_logits(context, x)
+    return split_sum(context, OVER_EVERYTHING[context.op], x, list(range(x.val.ndim)))
 
 
-def verdict(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Plain:
+@token_rule(aten.any.default, aten.all.default)
+def verdict(context: Context, x: Any) -> Plain:
     """any and all: over the tail in the program's rows, then over tokens in the graph."""
-    x = operand(args[0], target)
+    x, op = from_logits(context, x), OVER_EVERYTHING[context.op]
     if x.small:
-        raise Escape(f"{target} of a few numbers a token is left to the graph")
+        raise Escape(NotByTokens.SMALL_ALREADY, op=context.op)
     tails = [d for d, is_tail in enumerate(x.tail) if is_tail]
-    call = RowCall(VERDICTS[target], (x.expr, tuple(tail_dim(x, d, target) for d in tails)))
-    each = Rowwise(call, VERDICTS[target](x.val, tails), tuple(False for t in x.tail if not t), x.heads)
-    return Plain(Call(target, (RowOutput(each),)), val)
-
-
-def indexed(target: Any, val: Any, args: tuple, kwargs: dict[str, Any]) -> Rowwise:
-    """gather and scatter along the tail: all tensors have the operand's dimensions, and its tokens."""
-    like = next(a for a in args if isinstance(a, Rowwise))
-    tail_dim_at = tail_dim(like, constants(args[1]), target)
-    given: list[Any] = []
-    for at, x in enumerate(args):
-        if at == 1:
-            given.append(tail_dim_at)
-        elif isinstance(x, (Rowwise, Plain)) and isinstance(x.val, Tensor):
-            if x.val.ndim != like.val.ndim or any(
-                not t and not same(a, b) for t, a, b in zip(like.tail, x.val.shape, like.val.shape)
-            ):
-                raise Escape(f"{target} reads only some of the tokens")
-            given.append(lined_up(x, like.tail, x.val.shape, by_rows=True))
-        else:
-            given.append(constants(x))
-    named = {k: constants(v) for k, v in kwargs.items() if k not in ("sparse_grad",)}
-    return Rowwise(RowCall(target, tuple(given), named), val, like.tail, heads_of(args))
+    expr = Expr(op, (x.expr, tuple(tail_dim(context, x, d) for d in tails)))
+    each_token = TokenValue(expr, op(x.val, tails), tuple(False for t in x.tail if not t), x.heads)
+    return Plain(Expr(context.op, (ProgramResult(each_token),)), context.val)

@@ -1,0 +1,136 @@
+"""What the op calls of some heads cost: bytes of workspace and FLOP, by the number of tokens.
+
+The numbers are the planner's own. Whether a head pays is decided by them, and the report shows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch.fx import Node
+
+from fusedhead.analysis.reasons import NotInForward
+from fusedhead.analysis.site import Site, tokens_of
+from fusedhead.graph.nodes import fake, hint
+from fusedhead.graph.reasons import Refusal
+from fusedhead.ir.expr import nodes_of
+from fusedhead.kernels.contract import Needs
+from fusedhead.kernels.tokenwise.engine import operands
+from fusedhead.kernels.tokenwise.program import read
+from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
+from fusedhead.kernels.transform.transform import parse
+from fusedhead.lowering.checks import parse_stats
+from fusedhead.lowering.plan.plan import Plan, plan
+from fusedhead.lowering.plan.problem import Problem, writes_logits
+from fusedhead.lowering.token_ops import windows_of
+
+
+class Price(NamedTuple):
+    """What computes some heads together, and what that takes for so many tokens of theirs."""
+
+    engine: str  # for people
+    forward_only: bool
+    plan: Callable[[int], tuple[int, int]]  # tokens of all heads together -> bytes of workspace, FLOP
+    tokens: int  # of all of them, when the graph was compiled
+
+
+def planner(call: Node, memory: int) -> Callable[[bool, int], Plan]:
+    """What the planner will choose for a head's call, given "is the tail linear" and a number of tokens."""
+    h, w, cols, rows = (fake(call.args[i]) for i in (0, 1, 3, 4))  # type: ignore[arg-type]
+    needs = Needs(*(x.requires_grad for x in (h, w, cols, rows)))
+    transform = parse(str(call.args[6]))
+    products, explicit = product_dtype(h.dtype, w.device.type), writes_logits(parse_stats(str(call.args[7])), transform)
+    vocab, hidden = (int(size) for size in w.shape)
+
+    def planned(linear: bool, tokens: int) -> Plan:
+        problem = Problem(
+            tokens, vocab, hidden, h.dtype, w.device.type, products, needs, linear, True, explicit, transform
+        )
+        return plan(problem, memory=memory)
+
+    return planned
+
+
+def price_of_statistics(call: Node, memory: int) -> Callable[[Refusal | None], Price]:
+    """The price of a head's call, once it is known ``why`` its gradients are not taken in the forward sweep."""
+    planned, tokens = planner(call, memory), hint(fake(call.args[0]).shape[0]) or 0  # type: ignore[arg-type]
+
+    def price(why: Refusal | None) -> Price:
+        def bytes_and_flop(n: int) -> tuple[int, int]:
+            plan_of_call = planned(not why, n)
+            return plan_of_call.predicted_bytes, plan_of_call.predicted_flop
+
+        return Price(engine_text(planned(not why, tokens), why), is_forward_only(why), bytes_and_flop, tokens)
+
+    return price
+
+
+def engine_text(planned: Plan, why: Refusal | None) -> str:
+    """What computes a head, and how, for people."""
+    how = "gradients in the forward sweep" if why is None else f"recompute in the backward ({why})"
+    return f"{planned.engine.name}: {'forward only' if is_forward_only(why) else how}"
+
+
+def is_forward_only(why: Refusal | None) -> bool:
+    """Whether no gradient is taken at all, given why none is taken in the forward sweep."""
+    return why is not None and why.reason is NotInForward.NO_GRADIENT
+
+
+def price_of_token_program(call: Node, memory: int) -> Callable[[Refusal | None], Price]:
+    """The same for the call of a row program; ``why`` its gradients are not computed in the forward sweep."""
+    arguments: Any = call.args[0]
+    tensors: list[Any] = [fake(t) for t in arguments]
+    program, heads = str(call.args[1]), operands(read(str(call.args[1])))
+    tokens = hint(tensors[heads[0][0]].shape[0]) or 0
+    product = 2 * sum(int(tensors[w].shape[0]) * int(tensors[w].shape[1]) for _, w in heads)  # FLOP of a token
+
+    def price(why: Refusal | None) -> Price:
+        products = 1 if is_forward_only(why) else 4 if why else 3
+
+        def bytes_and_flop(n: int) -> tuple[int, int]:
+            return windows_of(tensors, program, memory, n).predicted_bytes, products * product * n
+
+        how = ", with their gradients" if why is None else f", again in the backward ({why})"
+        text = "row windows: the program's own ops on some tokens at a time"
+        text += "" if is_forward_only(why) else how
+        return Price(text, is_forward_only(why), bytes_and_flop, tokens)
+
+    return price
+
+
+def price_outside(site: Site, memory: int) -> Price:
+    """What a loss that the caller takes of returned logits will take, if it takes one."""
+    head = site.head
+    vocab, hidden = (int(size) for size in head.weight.val.shape)
+    h, w = (any(fake(node).requires_grad for node in nodes_of([x])) for x in (head.hidden, head.weight))
+    needs = Needs(h, w, False, False)
+
+    def bytes_and_flop(n: int) -> tuple[int, int]:
+        device = head.weight.val.device.type
+        products = product_dtype(head.dtype, device)
+        plan_of_call = plan(Problem(n, vocab, hidden, head.dtype, device, products, needs), memory=memory)
+        return plan_of_call.predicted_bytes, plan_of_call.predicted_flop
+
+    return Price("as the caller asks", not any(needs), bytes_and_flop, hint(tokens_of(site)) or 0)
+
+
+def sizes_of(prices: Sequence[Price], tokens: int, token_bytes: int) -> Callable[[int], tuple[int, int]]:
+    """N -> bytes of a head's logits, and of the workspace that is held in their place.
+
+    What computes several heads together is shared by their tokens; what is computed one after another is held apart.
+    """
+
+    def sizes(n: int) -> tuple[int, int]:
+        held = 0.0
+        for price in prices:
+            total = max(1, round(n * price.tokens / tokens) if tokens else n)
+            held = max(held, price.plan(total)[0] * min(1.0, n / total))
+        return n * token_bytes, int(held)
+
+    return sizes
+
+
+def mebibytes(count: int) -> str:
+    """A number of bytes, for people."""
+    return f"{count / 2**20:,.1f} MiB"

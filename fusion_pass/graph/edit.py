@@ -1,0 +1,75 @@
+"""Editing a graph: erase what nobody reads, put one node in the place of another, copy a module, count edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+
+from fusedhead.compat import make_graph_module, use_lazy_graph_module
+
+
+def erase(nodes: Iterable[Node], removable: Callable[[Node], bool]) -> None:
+    """Erase nodes without users, and such inputs of theirs as thereby lose their last one and are removable."""
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if not node._erased and not node.users and removable(node):
+            sources = node.all_input_nodes
+            node.graph.erase_node(node)
+            stack.extend(sources)
+
+
+def replace(node: Node, by: Node) -> None:
+    """Let all readers of a node read another one, and erase it."""
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+def any_still_computed(nodes: Iterable[Node]) -> bool:
+    """Whether any of some nodes is still in its graph and read."""
+    return any(not node._erased and node.users for node in nodes)
+
+
+# The hooks that a GraphModule runs when a node of its graph is made or erased.
+EDIT_HOOKS = ("_create_node_hooks", "_erase_node_hooks")
+
+
+@contextmanager
+def counting_edits(graph: Graph, count: Callable[[Node], None]) -> Iterator[bool]:
+    """Inside, ``count`` is called for every node that is made or erased; yields False where that cannot be told."""
+    hooks = [getattr(graph.owning_module, name, None) for name in EDIT_HOOKS]
+    lists = [hook for hook in hooks if isinstance(hook, list)]
+    for each in lists:
+        each.append(count)
+    try:
+        yield len(lists) == len(EDIT_HOOKS)
+    finally:
+        for each in lists:
+            each.remove(count)
+
+
+def copied(gm: GraphModule) -> GraphModule:
+    """The module with graphs of its own (parameters and fake values are shared, not copied).
+
+    Its Python code is generated when it is first run, not for every edit.
+    """
+    graph = Graph(tracer_cls=gm.graph._tracer_cls)
+    values: dict[Any, Any] = {}
+    result: Any = graph.graph_copy(gm.graph, values, return_output_node=True)
+    if result is not None:
+        value, old_output = result
+        graph.output(value).meta = dict(old_output.meta)
+    for old, new in values.items():
+        # AOTAutograd reads attributes that Dynamo sets on its placeholders (their sources)
+        new.__dict__.update({k: v for k, v in vars(old).items() if k not in vars(new)})
+    graph._codegen = gm.graph._codegen
+    with use_lazy_graph_module(True):
+        copy = make_graph_module(gm, graph, gm.__class__.__name__)
+    generated = {*copy.__dict__, "_modules", "_code", "_graph"}
+    copy.__dict__.update({k: v for k, v in gm.__dict__.items() if k not in generated})
+    copy._modules = {k: copied(m) if isinstance(m, GraphModule) else m for k, m in gm._modules.items()}
+    copy.meta = dict(gm.meta)
+    return copy

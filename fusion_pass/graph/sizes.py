@@ -1,0 +1,22 @@
+"""Sizes of tensors, which may be symbols: what is known of them when a program is compiled, without adding a guard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+
+
+def static(size: Any) -> int | None:
+    """The value of a size that is known at compile time."""
+    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else int(size)
+
+
+def same_size(a: Any, b: Any) -> bool:
+    return statically_known_true(sym_eq(a, b))
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(same_size, a, b))
