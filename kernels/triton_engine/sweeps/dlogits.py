@@ -269,16 +269,14 @@ def dlogits(
 ) -> tuple[Tensor | None, Tensor | None]:
     """window [N, ld] <- dz; returns partial sums of the needed vectors' gradients [steps, ., V], [steps, ., N]."""
     h, w, y, cols, rows, u, _ = head
-    lse, steps = stats.lse, len(s.steps) // 2
+    lse, low, steps = stats.lse, None, len(s.steps) // 2
     part_cols = lse.new_empty((steps, s.schedule.blocks, s.vocab)) if need_cols else None
     part_rows = lse.new_empty((steps, _column_parts(s), s.n)) if need_rows else None
-    given = tuple(g is not None for g in grads)
     g_lse, g_entropy, g_variance, g_picked, g_sum = grads
-    low = None
     if h.dtype == torch.float32:  # read there only
         low = torch.zeros_like(lse) if stats.lse_low is None else stats.lse_low
     h_tiles, w_tiles = s.operands(h, w, window)
-    _launch(s, given, need_cols, need_rows).run(
+    _launch(s, tuple(g is not None for g in grads), need_cols, need_rows).run(
         h=h_tiles,
         w=w_tiles,
         dz=s.window(window),
