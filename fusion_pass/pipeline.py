@@ -133,7 +133,7 @@ class Attempt:
     gm: GraphModule
     options: Options
     speculate: bool
-    left: Mapping[str, Refusal]  # products to be left, by name, and why
+    excluded: Mapping[str, Refusal]  # products to be left, by name, and why
     report: Report = field(default_factory=lambda: Report(graphs=1))
     wrap: Wrap = unwrapped
     grown: Mapping[str, Refusal] = field(default_factory=dict)  # more products to be left
@@ -156,9 +156,9 @@ class Attempt:
         changed = False
         for use in graph_uses(self.gm):
             graph, how = use.module.graph, (use.owner, use.grad, use.calls)
-            body = Body(graph, self.options, *how, defers=defers, traces=traces, left=self.left)
+            body = Body(graph, self.options, *how, defers=defers, traces=traces, excluded=self.excluded)
             run_passes(BODY_PASSES, body, speculate=self.speculate, ran=ran)
-            self.grown = {name: why for name, why in body.grown.items() if name not in self.left}
+            self.grown = {name: why for name, why in body.grown.items() if name not in self.excluded}
             self.speculation_failed = any_still_computed(body.speculated)
             if self.grown or self.speculation_failed:
                 return
@@ -184,12 +184,12 @@ def fuse_module(gm: GraphModule, options: Options, show: Ran | None = None) -> t
     The passes start again on a fresh copy where heads are better left, and without the speculative passes where a
     product of theirs is still computed. ``show`` is told of every pass that ran.
     """
-    speculate, left = True, dict[str, Refusal]()
+    speculate, excluded = True, dict[str, Refusal]()
     while True:
-        attempt = Attempt(copied(gm), options, speculate, left)
+        attempt = Attempt(copied(gm), options, speculate, excluded)
         attempt.run(show)
         if attempt.grown:
-            left |= attempt.grown
+            excluded |= attempt.grown
         elif attempt.speculation_failed:
             speculate = False
         else:

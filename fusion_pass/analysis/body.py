@@ -28,7 +28,7 @@ from fusedhead.graph.tracing import Traces
 from fusedhead.ir.logits import Projection, StackedProjection
 from fusedhead.options import Options
 
-NONE_LEFT: Mapping[str, Refusal] = {}
+NONE_EXCLUDED: Mapping[str, Refusal] = {}
 
 
 class Finding(NamedTuple):
@@ -71,7 +71,9 @@ class Body:
     defers: bool = False  # whether logits that it returns may be handed out deferred
     traces: Traces = field(default_factory=Traces)
     reports_products: bool = True  # whether the report speaks of products that are no heads
-    left: Mapping[str, Refusal] = field(default_factory=lambda: NONE_LEFT)  # products to be left, by name, and why
+    excluded: Mapping[str, Refusal] = field(
+        default_factory=lambda: NONE_EXCLUDED
+    )  # products to be left, by name, and why
 
     # what the passes find and decide, in this order
     speculated: list[Node] = field(default_factory=list)  # products that a speculative pass made or moved

@@ -28,7 +28,7 @@ from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.rules import RULES
 from fusedhead.rules.setitem import columns_set
 from fusedhead.rules.table import Context
-from fusedhead.rules.tokenwise.dispatch import read as by_tokens
+from fusedhead.rules.tokenwise.dispatch import read_by_tokens as by_tokens
 
 LARGEST_CONSTANT = 4096  # entries of a literal index that may be written into the graph again
 
@@ -101,7 +101,7 @@ def shares(op: Node) -> bool:
 def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What an op makes of followed values: by its rule, or, if it has none that says so, token by token."""
     mutable = is_mutable(op.target)
-    target = out_of_place(op.target) if mutable else op.target
+    target = pure_overload(op.target) if mutable else op.target
     if target is None:
         raise Escape(Untraced.WRITES_IN_PLACE, name=name_of(op), target=op.target)
     if not isinstance(target, OpOverload):  # Python's own, on sizes
@@ -129,7 +129,7 @@ def is_mutable(target: Any) -> bool:
     return bool(getattr(getattr(target, "_schema", None), "is_mutable", False))
 
 
-def out_of_place(target: Any) -> Any:
+def pure_overload(target: Any) -> Any:
     """The pure overload of an in-place one (``aten.div_.Tensor`` → ``aten.div.Tensor``), or None."""
     if not is_mutable(target):
         return None

@@ -105,7 +105,7 @@ def stack_at(node: Node, traces: Traces, *, classes_first: bool = False) -> Logi
     return Logits(head, fake(node), class_dim, row_steps=moved, vocab=vocab)
 
 
-def product(node: Node, traces: Traces) -> Logits:
+def product_logits(node: Node, traces: Traces) -> Logits:
     """The logits of a projection that nothing else reads. Raises Escape."""
     value = trace_value(node, {}, traces) if len(node.users) == 1 and name_of(node) in PROJECTIONS else None
     if not isinstance(value, Logits):
@@ -118,7 +118,7 @@ def stack_of_products(node: Node, traces: Traces) -> tuple[list[Logits], int] | 
     joined = joined_parts(node)
     if joined is None or len(set(joined[0])) != len(joined[0]):
         return None
-    return [product(part, traces) for part in joined[0]], joined[1]
+    return [product_logits(part, traces) for part in joined[0]], joined[1]
 
 
 def stack_of_slices(node: Node, traces: Traces, *, classes_first: bool = False) -> tuple[list[Logits], int] | None:
@@ -132,7 +132,7 @@ def stack_of_slices(node: Node, traces: Traces, *, classes_first: bool = False) 
     count, vocab = after[-2:]
     if not isinstance(count, int) or not isinstance(vocab, int) or before[-1] != count * vocab or count < 2:
         return None
-    whole = product(source, traces)
+    whole = product_logits(source, traces)
     rows = [s if isinstance(s, int) else -1 for s in after[:-2]]
     if rows.count(-1) > 1 or math.prod(before[:-1]) != math.prod(after[:-2]) or whole.row_steps:
         return None

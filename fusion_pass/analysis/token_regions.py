@@ -125,7 +125,7 @@ def operands_from_outside(values: Iterable[TokenValue]) -> list[Node]:
     return nodes_of([*(x.value for x in outside), *vectors])
 
 
-def operands_of(values: Iterable[TokenValue]) -> list[Node]:
+def program_operands(values: Iterable[TokenValue]) -> list[Node]:
     """The graph's nodes that calls for row programs of these values are made of."""
     heads, outside = inputs_of(values)
     return nodes_of(x.value for x in outside) + [node for head in heads for node in sources_of(head.logits)]

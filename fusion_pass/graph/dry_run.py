@@ -67,15 +67,15 @@ def changed_arguments(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, 
     """The arguments of a call that are written, by the op's schema and by what is known of it besides."""
     schema = op._schema
     unmarked, flag = UNMARKED.get(schema.name, ((), ""))
-    given = {a.name: args[i] if i < len(args) else kwargs.get(a.name) for i, a in enumerate(schema.arguments)}
-    if flag and given.get(flag) is False:
+    arguments = {a.name: args[i] if i < len(args) else kwargs.get(a.name) for i, a in enumerate(schema.arguments)}
+    if flag and arguments.get(flag) is False:
         unmarked = ()
     marked = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     # an op that is called as if it wrote, and does not say where: a name may accuse, and never acquits
     silent = not marked and schema.name.endswith("_") and not schema.name.endswith("__")
-    for name in given if silent else (*(a.name for a in marked), *unmarked):
-        if given[name] is not None:
-            yield given[name]
+    for name in arguments if silent else (*(a.name for a in marked), *unmarked):
+        if arguments[name] is not None:
+            yield arguments[name]
 
 
 class Watch(TorchDispatchMode):
@@ -114,11 +114,11 @@ def number(value: Any) -> Any:
     """The number of this compilation for one that may be symbolic."""
     if isinstance(value, (torch.SymFloat, torch.SymBool)):
         return value.node.hint if value.node.has_hint() else type(value.node.pytype)(1)
-    known = hint(value) if isinstance(value, torch.SymInt) else value
-    if known is None:
+    value_known = hint(value) if isinstance(value, torch.SymInt) else value
+    if value_known is None:
         expression = value.node.expr
-        known = int(expression.subs(dict.fromkeys(expression.free_symbols, UNKNOWN_LENGTH)))
-    return known
+        value_known = int(expression.subs(dict.fromkeys(expression.free_symbols, UNKNOWN_LENGTH)))
+    return value_known
 
 
 def likeness(value: Any) -> Hashable:
@@ -133,8 +133,8 @@ def likeness(value: Any) -> Hashable:
     if isinstance(value, (list, tuple)):
         return list if isinstance(value, list) else tuple, tuple(map(likeness, value))
     if isinstance(value, NUMBERS) and not isinstance(value, (slice, torch.Generator, torch.nn.Module)):
-        found = number(value)
-        return type(found), found
+        plain_number = number(value)
+        return type(plain_number), plain_number
     raise Unlike
 
 
@@ -152,11 +152,11 @@ def stand_in(like: Any) -> Any:
         least = 1 + sum((n - 1) * s for n, s in zip(sizes, strides)) if 0 not in sizes else 0
         if offset or held > least:
             base = torch.empty(max(held, offset + least), dtype=dtype, device=device)
-            made = base.as_strided(sizes, strides, offset)
+            tensor = base.as_strided(sizes, strides, offset)
         else:
-            made = torch.empty_strided(sizes, strides, dtype=dtype, device=device)
-        made = made.requires_grad_() if gradient else made
-        return made.clone() if gradient and torch.is_grad_enabled() else made  # an inner tensor may be written
+            tensor = torch.empty_strided(sizes, strides, dtype=dtype, device=device)
+        tensor = tensor.requires_grad_() if gradient else tensor
+        return tensor.clone() if gradient and torch.is_grad_enabled() else tensor  # an inner tensor may be written
     if like[0] in (list, tuple):
         return like[0](map(stand_in, like[1]))
     return like[1]
@@ -171,7 +171,7 @@ def of_torch(target: Any) -> bool:
 
 
 @contextmanager
-def apart(theirs: bool) -> Iterator[FakeTensorMode]:
+def own_fake_mode(theirs: bool) -> Iterator[FakeTensorMode]:
     """A fake mode of its own: nothing that is active where the pass runs sees what is computed in it."""
     with ExitStack() as stack:
         stack.enter_context(disable_current_modes())
@@ -194,23 +194,23 @@ def dry_run(node: Node) -> Seen | None:
     except Exception:  # somebody's tensor class may raise what it likes
         return None
     theirs = node.op == "call_function" and not of_torch(node.target)
-    kind = None if theirs else kind_of(node, likes)
-    if kind is None:
+    key = None if theirs else kind_of(node, likes)
+    if key is None:
         return run(node, likes, theirs)
-    if kind not in FACTS:
+    if key not in FACTS:
         if len(FACTS) >= MOST_FACTS:
             FACTS.clear()
-        FACTS[kind] = found = run(node, likes, theirs)
-        return found
-    return FACTS.get(kind)
+        FACTS[key] = seen = run(node, likes, theirs)
+        return seen
+    return FACTS.get(key)
 
 
 def kind_of(node: Node, likes: Hashable) -> Hashable:
     """What all there is to know of a call depends on; None where it has constants that are objects of somebody's."""
     try:
-        what: Any = call_key(node)
-        plain = all(not isinstance(x[0], type) or issubclass(x[0], NUMBERS) for x in what[3:])
-        return (what, likes) if plain else None
+        call: Any = call_key(node)
+        plain = all(not isinstance(x[0], type) or issubclass(x[0], NUMBERS) for x in call[3:])
+        return (call, likes) if plain else None
     except TypeError:
         return None
 
@@ -219,7 +219,7 @@ def run(node: Node, likes: Sequence[Any], theirs: bool) -> Seen | None:
     if "functorch" in (getattr(node.target, "__module__", None) or ""):  # means nothing without what surrounds it
         return None
     try:
-        with apart(theirs) as mode:
+        with own_fake_mode(theirs) as mode:
             return watched(callee(node), node, likes, mode, theirs)
     except Exception:
         return None
@@ -231,21 +231,21 @@ def watched(
     sources = inputs(node)
     with mode:
         values = [stand_in(like) for like in likes]
-        own = [[leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in values]
-        memory, versions = list(map(storages, own)), [[tensor._version for tensor in some] for some in own]
-        device = next((tensor.device.type for some in own for tensor in some), "cpu")
-        given = map_arg((node.args, node.kwargs), dict(zip(sources, values)).__getitem__)
-        args, kwargs = tree_map_only(SYMBOLIC, number, given)  # a symbol would be asked for its value, and guarded
+        tensors = [[leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in values]
+        memory, versions = list(map(storages, tensors)), [[tensor._version for tensor in group] for group in tensors]
+        device = next((tensor.device.type for group in tensors for tensor in group), "cpu")
+        stand_ins = map_arg((node.args, node.kwargs), dict(zip(sources, values)).__getitem__)
+        args, kwargs = tree_map_only(SYMBOLIC, number, stand_ins)  # a symbol would be asked for its value, and guarded
         cast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with cast, Watch() as seen:
             result = function(*args, **kwargs)
     if seen.unread:
         return None
-    bumped = [[tensor._version for tensor in some] != old for some, old in zip(own, versions)]
-    swapped = [storages(some) != at for some, at in zip(own, memory)]
+    bumped = [[tensor._version for tensor in group] != old for group, old in zip(tensors, versions)]
+    swapped = [storages(group) != at for group, at in zip(tensors, memory)]
     written = {i for i, at in enumerate(memory) if bumped[i] or swapped[i] or at & seen.written}
     elsewhere = seen.written - seen.made - set().union(*memory)
-    return Seen(frozenset(written), bool(elsewhere), seen.draws, theirs and has_own_backward((result, own)))
+    return Seen(frozenset(written), bool(elsewhere), seen.draws, theirs and has_own_backward((result, tensors)))
 
 
 def has_own_backward(values: Any) -> bool:

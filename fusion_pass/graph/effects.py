@@ -24,7 +24,7 @@ from torch.fx import Graph, Node
 from fusedhead.compat import DispatchKey, HigherOrderOperator, OpOverload, tree_leaves
 from fusedhead.graph.aliases import memory
 from fusedhead.graph.dry_run import RANDOM, changed_arguments, dry_run, of_torch
-from fusedhead.graph.higher_order import Effects, bodies_of, effects_of_call, given, runs_bodies
+from fusedhead.graph.higher_order import Effects, arguments_with_memory, bodies_of, effects_of_call, runs_bodies
 from fusedhead.graph.nodes import inputs
 
 NOTHING = Effects()
@@ -62,11 +62,11 @@ def ask(node: Node) -> Effects:
         return NOTHING  # not run either: it may be one that switches a mode
     seen = None if node.op == "call_module" else dry_run(node)
     if seen is None:
-        return Effects(given(node), given(node) if theirs else (), theirs, sure=False)
+        return Effects(arguments_with_memory(node), arguments_with_memory(node) if theirs else (), theirs, sure=False)
     # some kernels leave their outputs alone where there are no numbers: what is called ``out`` is written all the same
     outputs = {x for x in tree_leaves(node.kwargs.get("out")) if isinstance(x, Node)}
     target = tuple(source for i, source in enumerate(inputs(node)) if i in seen.written or source in outputs)
-    return Effects(target, given(node) if seen.backward else (), seen.elsewhere)
+    return Effects(target, arguments_with_memory(node) if seen.backward else (), seen.elsewhere)
 
 
 def is_theirs(node: Node) -> bool:

@@ -46,8 +46,8 @@ class GraphFacts:
     def refresh(self) -> None:
         """Forget what was found, after the graph was edited; not once the facts are kept."""
         if not self.kept:
-            for found in ("grad_mode", "autocast", "live", "position", "index"):
-                self.__dict__.pop(found, None)
+            for fact in ("grad_mode", "autocast", "live", "position", "index"):
+                self.__dict__.pop(fact, None)
 
     def keep(self, since: Node) -> None:
         """Fix the facts before the graph is rewritten: `position` and writes stay those of the graph as it is now.
@@ -131,12 +131,12 @@ class LiveWrites:
 
     def ask(self, begin: Node) -> None:
         """Find out what writes from ``begin`` on."""
-        found = []
+        writers = []
         while self.unasked and (self.unasked[-1]._erased or not before(self.unasked[-1], begin)):
             node = self.unasked.pop()
             if not node._erased and writes(node):
-                found.append(node)
-        self.known[:0] = reversed(found)
+                writers.append(node)
+        self.known[:0] = reversed(writers)
 
     def writers(self, begin: Node, end: Node) -> Iterator[Node]:
         """The nodes that write, from ``begin`` on and before ``end``."""
@@ -180,9 +180,9 @@ class WriteIndex:
         """The nodes in [begin, end) that write to some memory, the first one for each storage."""
         for at in memories:
             if begin < self.since:
-                given = [node for node in (*self.readers.get(at, ()), *self.far) if begin <= self.position[node] < end]
-                early = (node for node in given if self.position[node] < self.since)
-                yield from (node for node in early if at in memory_written(node))
+                candidates = (*self.readers.get(at, ()), *self.far)
+                unasked = [node for node in candidates if begin <= self.position[node] < min(end, self.since)]
+                yield from (node for node in unasked if at in memory_written(node))
             nodes = self.written.get(at, ())
             first = bisect_left(nodes, begin, key=self.position.__getitem__)
             if first < len(nodes) and self.position[nodes[first]] < end:
@@ -197,15 +197,15 @@ class WriteIndex:
             self.ask(next(node for node, place in self.position.items() if place == begin))
         memories = {node: memory(node) for node in read}
         at = set().union(*memories.values())
-        changed, found = memory_written, list(self.writers(at, begin, end))
-        if not found and end == math.inf:
+        changed, writers = memory_written, list(self.writers(at, begin, end))
+        if not writers and end == math.inf:
             changed = memory_written_in_backward
-            found = [node for node in self.with_own_backward(at) if not changed(node).isdisjoint(at)]
-        if not found:
+            writers = [node for node in self.with_own_backward(at) if not changed(node).isdisjoint(at)]
+        if not writers:
             return None
-        writer = min(found, key=self.position.__getitem__)
+        writer = min(writers, key=self.position.__getitem__)
         shared = changed(writer)
-        tensors = [node for node, own in memories.items() if not own.isdisjoint(shared) or len(memories) == 1]
+        tensors = [node for node, storages in memories.items() if not storages.isdisjoint(shared) or len(memories) == 1]
         return Write(writer, tensors[-1])
 
     def with_own_backward(self, memories: set[int]) -> Iterator[Node]:

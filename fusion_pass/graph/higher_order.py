@@ -69,7 +69,7 @@ OPERANDS: Mapping[str, Operands] = {
 FORWARD_BODIES = {"autograd_function_apply": 1, "register_hook": 0}
 
 
-def given(node: Node) -> tuple[Node, ...]:
+def arguments_with_memory(node: Node) -> tuple[Node, ...]:
     """The arguments of a node that give access to memory."""
     return tuple(source for source in dict.fromkeys(node.all_input_nodes) if memory(source))
 
@@ -93,7 +93,7 @@ def effects_of_call(call: Node, of: Of) -> Effects:
     """The effects of a higher-order op."""
     operands, bodies = runs_bodies(call), bodies_of(call)
     if operands is None or not bodies:
-        return Effects(given(call), given(call), sure=False)
+        return Effects(arguments_with_memory(call), arguments_with_memory(call), sure=False)
     written: dict[Node, None] = {}
     anything = False
     backward: tuple[Node, ...] = ()
@@ -103,18 +103,20 @@ def effects_of_call(call: Node, of: Of) -> Effects:
         places = changed_placeholders(body.graph, inside)
         if i >= FORWARD_BODIES.get(call.target._name, len(bodies)):  # type: ignore[union-attr]
             seeds = gradients_of(bodies[0], body) if i else 1
-            backward = given(call) if places is None or any(place >= seeds for place in places) else ()
+            backward = arguments_with_memory(call) if places is None or any(place >= seeds for place in places) else ()
             continue
         arguments = list(operands(call))
         count = len(body.graph.find_nodes(op="placeholder"))
         if any(effects.backward for effects in inside):
-            backward = given(call)
+            backward = arguments_with_memory(call)
         if places is None or (places and count != len(arguments)):
-            written.update(dict.fromkeys(given(call)))
+            written.update(dict.fromkeys(arguments_with_memory(call)))
             continue
         for place in places:
             changed = [x for x in tree_leaves(arguments[place]) if isinstance(x, Node) and memory(x)]
-            written.update(dict.fromkeys(changed or given(call)))  # what has no memory is not what the body writes to
+            written.update(
+                dict.fromkeys(changed or arguments_with_memory(call))
+            )  # what has no memory is not what the body writes to
     return Effects(tuple(written), backward, anything)
 
 

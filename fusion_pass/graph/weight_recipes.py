@@ -33,7 +33,7 @@ MOST_ENTRIES = 16  # of all results together, for each entry of the weight
 
 def making(weights: Iterable[Node]) -> set[Node]:
     """The nodes that make those of ``weights`` that can be made again."""
-    return set().union(*(found for found in map(made_of_inputs, weights) if found))
+    return set().union(*(makers for makers in map(made_of_inputs, weights) if makers))
 
 
 def made_of_inputs(weight: Node) -> set[Node] | None:

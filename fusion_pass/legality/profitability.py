@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fusedhead.analysis.body import NONE_LEFT, Body
+from fusedhead.analysis.body import NONE_EXCLUDED, Body
 from fusedhead.analysis.cost import mebibytes, sizes_of
 from fusedhead.analysis.site import Site, tokens_of
 from fusedhead.graph.nodes import fake, hint, most
@@ -59,7 +59,7 @@ def run(body: Body) -> None:
     """Keep the heads that are too small; heads that meet in a token program only where all of them are."""
     if not body.decisions:
         return
-    too_small = gate(body.reading.sites, body.options.min_logits, body.left)
+    too_small = gate(body.reading.sites, body.options.min_logits, body.excluded)
     least = limits(body.reading.sites, body.options.min_logits, body.options.budget)
     sites = {site.head: site for site in body.reading.sites}
     for i, decision in enumerate(body.decisions):
@@ -97,13 +97,13 @@ def grown(site: Site, body: Body) -> Refusal | None:
 
 
 def gate(
-    sites: Iterable[Site], min_logits: str | int, left: Mapping[str, Refusal] = NONE_LEFT
+    sites: Iterable[Site], min_logits: str | int, excluded: Mapping[str, Refusal] = NONE_EXCLUDED
 ) -> Callable[[Site], Refusal | None]:
     """A function that says why a site is too small, or None.
 
     Heads of one graph that share a weight count together: a loop over pieces of the tokens is one head. Of heads that
     are stacked each counts alone: it is swept alone. A symbol counts with the largest value that it may have.
-    ``left``: what `grown` said of products, by their names.
+    ``excluded``: what `grown` said of products, by their names.
     """
     count: Counter[tuple[Node, ...]] = Counter()
     for site in sites:
@@ -114,7 +114,7 @@ def gate(
         least = least_logits(fake(site.head.node).device.type, min_logits)
         logits = count[weight(site)]
         if logits >= least:
-            return left.get(site.head.node.name)
+            return excluded.get(site.head.node.name)
         return refuse(Unprofitable.FEW_LOGITS, logits=logits, least=least)
 
     return too_small

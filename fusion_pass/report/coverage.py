@@ -1,7 +1,7 @@
 """What the pass reads and what it leaves, as a table for people and as the list of its sentences, out of the code.
 
-The ops of a row are those of a module's rules, and the words beside them stand in the module (`covers`); rows
-about passes stand here. Sentences are those of every `Reason`. ``python -m fusedhead.rules`` prints both.
+The ops of a row are those of a module's rules, and the words beside them stand in that module; rows about passes stand
+here. Sentences are those of every `Reason`. ``python -m fusedhead.rules`` prints both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fusedhead.graph.reasons import Reason
 from fusedhead.legality.reasons import Illegal, Unprofitable
 from fusedhead.report.report import NotRun
 from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointwise, projections, reductions, views
-from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.reasons import NoRule
 from fusedhead.rules.table import COVERAGE, TOKEN_RULES, CoverageRow
 from fusedhead.rules.tokenwise import dispatch as tokenwise
 from fusedhead.rules.tokenwise.reasons import NotByTokens
@@ -65,7 +65,7 @@ class Part(NamedTuple):
 RULES_OF = (projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise)
 PARTS = (*(Part(COVERAGE[module.__name__], module) for module in RULES_OF), *map(Part, PASSES))
 TABLES: tuple[type[Reason], ...] = (
-    Unreadable,
+    NoRule,
     NotByTokens,
     Untraced,
     Illegal,

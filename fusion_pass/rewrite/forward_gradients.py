@@ -125,22 +125,22 @@ def try_tail(
     impure = next((node for call in calls if (node := writes_into(call, tail[-1], facts)) is not None), None)
     if impure is not None:
         return refuse(NotInForward.WRITES_LOSS, node=impure, name=name_of(impure))
-    unread = next((node for node in tail if isinstance(node.target, HigherOrderOperator)), None)
-    if unread is not None:
-        return refuse(NotInForward.HIGHER_ORDER, node=unread, name=name_of(unread))
+    unknown = next((node for node in tail if isinstance(node.target, HigherOrderOperator)), None)
+    if unknown is not None:
+        return refuse(NotInForward.HIGHER_ORDER, node=unknown, name=name_of(unknown))
     inside = {*statistics, *tail}
-    passed = gradient_transparent(tail, statistics)
-    read = (source for node in tail if node not in passed for source in node.all_input_nodes)
-    others = list(dict.fromkeys(source for source in read if source not in inside))
+    transparent = gradient_transparent(tail, statistics)
+    read = (source for node in tail if node not in transparent for source in node.all_input_nodes)
+    outside = list(dict.fromkeys(source for source in read if source not in inside))
     squares = family.squares(statistics, tail) if len(calls) == 1 else []
-    program = coefficients(statistics, squares, tail, others, passed)
+    program = coefficients(statistics, squares, tail, outside, transparent)
     if isinstance(program, Refusal):
         return program
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     free = len(statistics) + len(squares)
     reads = dependent(program.graph, free)
-    used = {n for node in needed(program.graph, reads) for n in node.all_input_nodes}
-    operands = [other for other, n in zip(others, placeholders[free:]) if n in used]
+    read_nodes = {n for node in needed(program.graph, reads) for n in node.all_input_nodes}
+    operands = [other for other, n in zip(outside, placeholders[free:]) if n in read_nodes]
     blocked = next((node for call in calls if (node := depends_on(operands, call)) is not None), None)
     if blocked is not None:
         return refuse(NotInForward.DEPENDS_ON_RESULTS, node=blocked, name=blocked.name)
@@ -148,7 +148,7 @@ def try_tail(
     if overwritten(operands, anchor, tail[-1], facts):
         return refuse(NotInForward.OPERAND_CHANGED)
     forbidden = hoist(operands, anchor, facts)
-    gradient = TailGradient(statistics, squares, others, program)
+    gradient = TailGradient(statistics, squares, outside, program)
     return forbidden or replace(calls, gradient, anchor, tail[-1], family)
 
 
@@ -165,20 +165,20 @@ def replace(
     calls: Sequence[Node], gradient: TailGradient, anchor: Node, scalar: Node, family: CallFamily
 ) -> Refusal | None:
     """Put the op that takes coefficients in the place of each call: None when done."""
-    statistics, squares, others, program = gradient
+    statistics, squares, outside, program = gradient
     emit = Emit(anchor.graph)
     sized = family.sized(calls[0])
     with emit.before(anchor, calls[0], grad=True):
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-        env: dict[Node, Any] = dict(zip(placeholders, [*statistics, *squares, *others]))
+        env: dict[Node, Any] = dict(zip(placeholders, [*statistics, *squares, *outside]))
         reads = dependent(program.graph, len(statistics) + len(squares))
         for node in needed(program.graph, reads):
             if shape_only(node) and node.args[0] in reads:
                 try:
                     env[node] = shaped_like(emit, node, env, sized)
                 except UnknownSize as unknown:
-                    for made in reversed(emit.made):
-                        made.graph.erase_node(made)
+                    for node_made in reversed(emit.made):
+                        node_made.graph.erase_node(node_made)
                     return unknown.refusal
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
@@ -207,9 +207,9 @@ def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares
     """One ``head_loss`` in the place of a ``head_stats``; ``coefficients`` of its results, which become constants."""
     tensors: Any = call.args[:6]
     transform, stats, memory = call.args[6:]
-    given = {name_index(s): r for s, r in coefficients.items()}
+    by_index = {name_index(s): r for s, r in coefficients.items()}
     empty = named(emit(aten.new_empty.default, tensors[0], [0], dtype=torch.float32), "no_coefficients")
-    c = [given.get(i, empty) for i in range(len(LINEAR_STATS))]
+    c = [by_index.get(i, empty) for i in range(len(LINEAR_STATS))]
     total = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), squares) if squares else empty
     op = torch.ops.fusedhead.head_loss.default
     loss = emit(op, *tensors, *c, total, transform, stats, memory, *needs_of(call))
@@ -233,9 +233,9 @@ def replace_rows(emit: Emit, call: Node, coefficients: dict[Node, Node], squares
     """One ``head_rows_loss`` in the place of a ``head_rows``; ``coefficients`` of its results, which lead back."""
     tensors: Any
     tensors, program, memory = call.args
-    given = {name_index(s): r for s, r in coefficients.items()}
+    by_index = {name_index(s): r for s, r in coefficients.items()}
     absent = emit(aten.new_empty.default, tensors[0], [], dtype=torch.float32)  # of no dimension, as no result is
-    c = [given.get(i, absent) for i in range(len(fake(call)))]
+    c = [by_index.get(i, absent) for i in range(len(fake(call)))]
     op = torch.ops.fusedhead.head_rows_loss.default
     loss = named(emit(op, tensors, c, program, memory, [differentiable(t) for t in tensors]), "head_rows")
     for result in list(call.users):
@@ -269,9 +269,9 @@ def shaped_like(emit: Emit, node: Node, env: dict[Node, Any], sized: Sequence[No
 
     def size(d: int) -> Any:
         for source in (*sized, *pieces):  # type: ignore[misc]
-            for at, known in enumerate(fake(source).shape):
-                if statically_known_true(sym_eq(known, like.shape[d])):
-                    return known if isinstance(known, int) else emit(aten.sym_size.int, source, at)
+            for at, size_known in enumerate(fake(source).shape):
+                if statically_known_true(sym_eq(size_known, like.shape[d])):
+                    return size_known if isinstance(size_known, int) else emit(aten.sym_size.int, source, at)
         if not isinstance(like.shape[d], int):
             raise UnknownSize(NotInForward.SYMBOLIC_SIZE)
         return like.shape[d]

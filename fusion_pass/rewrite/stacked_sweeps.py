@@ -40,7 +40,7 @@ def numbers_of_rows(emit: Emit, logits: Logits) -> tuple[list[Any], Node | None]
     return sizes, named(emit(aten.reshape.default, moved, [-1]), "place")
 
 
-def statistics_of(emit: Emit, group: SweepGroup, memory: int) -> tuple[dict[str, Node], list[Node]]:
+def stacked_statistics(emit: Emit, group: SweepGroup, memory: int) -> tuple[dict[str, Node], list[Node]]:
     """The statistics of a group of terminals on stacked heads, and the calls that make them."""
     logits = group.logits
     head = logits.head
@@ -51,7 +51,7 @@ def statistics_of(emit: Emit, group: SweepGroup, memory: int) -> tuple[dict[str,
     width = fake(labels).shape[1] if labels is not None else 0
     if labels is not None:
         if place is not None:
-            empty = emit(aten.new_zeros.default, labels, [product(emit, sizes), width])
+            empty = emit(aten.new_zeros.default, labels, [product_of_sizes(emit, sizes), width])
             labels = emit(aten.index_copy.default, empty, 0, place, labels)
         labels = emit(aten.reshape.default, labels, [*sizes, width])
     chain = next(iter(roundings_of(group.terminals)), None)
@@ -61,7 +61,7 @@ def statistics_of(emit: Emit, group: SweepGroup, memory: int) -> tuple[dict[str,
         mine = stacked_part(logits, part)
         head_labels = None if labels is None else emit(aten.select.int, labels, head.dim, k)
         flat = None if head_labels is None else emit(aten.reshape.default, head_labels, [-1, width])
-        tensors = operands(emit, mine, () if flat is None else (partial(known, flat),), group.weights)
+        tensors = operands(emit, mine, () if flat is None else (partial(emitted_labels, flat),), group.weights)
         text = Transform(mine.steps).text if chain is not None else Transform(mine.steps).smooth.text
         op = torch.ops.fusedhead.head_stats.default
         call = named(emit(op, *tensors, text, ",".join(group.want), memory), "head")
@@ -75,7 +75,7 @@ def statistics_of(emit: Emit, group: SweepGroup, memory: int) -> tuple[dict[str,
     return {name: in_order(emit, stats, head.dim, place, name == "picked") for name, stats in statistics.items()}, calls
 
 
-def known(labels: Node, emit: Emit) -> Node:
+def emitted_labels(labels: Node, emit: Emit) -> Node:
     """Labels that are emitted already."""
     return labels
 
@@ -87,7 +87,7 @@ def in_order(emit: Emit, stats: list[Node], dim: int, place: Node | None, picked
     return flat if place is None else emit(aten.index_select.default, flat, 0, place)
 
 
-def product(emit: Emit, sizes: list[Any]) -> Any:
+def product_of_sizes(emit: Emit, sizes: list[Any]) -> Any:
     total: Any = 1
     for size in sizes:
         both = isinstance(total, int) and isinstance(size, int)

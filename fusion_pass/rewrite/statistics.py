@@ -35,7 +35,7 @@ from fusedhead.rewrite.sweeps import Batch, SweepGroup, batches, roundings_of
 aten = torch.ops.aten
 
 
-def columns_of(group: SweepGroup, terminal: Terminal) -> tuple[int, int]:
+def label_columns(group: SweepGroup, terminal: Terminal) -> tuple[int, int]:
     """Which of the group's K picked entries are this terminal's."""
     begin = 0
     for key, count in group.picks:
@@ -45,7 +45,7 @@ def columns_of(group: SweepGroup, terminal: Terminal) -> tuple[int, int]:
     raise AssertionError("a terminal without labels asked for picked entries")
 
 
-def rebuild(
+def rebuild_terminal(
     emit: Emit, group: SweepGroup, statistics: dict[str, Node], reader: tuple[Node, Terminal], grad: bool
 ) -> None:
     """Replace one terminal by its result from the statistics."""
@@ -58,14 +58,14 @@ def rebuild(
         return emit.sizes(emit.last(shaped, logits.class_dim))[:-1]
 
     with emit.before(node, node, grad=grad):
-        others = {name: statistics[name] for name in terminal.want if name not in ("picked", "sum")}
+        other_statistics = {name: statistics[name] for name in terminal.want if name not in ("picked", "sum")}
         picked = statistics["picked"] if terminal.labels is not None else None
         if picked is not None:
-            begin, end = columns_of(group, terminal)
+            begin, end = label_columns(group, terminal)
             if (begin, end) != (0, fake(picked).shape[1]):
                 picked = emit(aten.slice.Tensor, picked, 1, begin, end)
         total = statistics["sum"] if "sum" in terminal.want else None
-        result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes, **others))
+        result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes, **other_statistics))
         if not grad:  # it may be a statistic that others differentiate
             result = emit(aten.detach.default, result)
         replacement = emit.cast(result, terminal.val.dtype)
@@ -127,14 +127,14 @@ def sweeps_of(emit: Emit, batch: Batch, facts: GraphFacts, memory: int) -> list[
     anchor = batch[0].anchor(facts.position)
     with emit.before(anchor, anchor, grad=facts.grad_mode(anchor)):
         if isinstance(batch[0].logits.head, StackedProjection):
-            statistics, calls = stacked_sweeps.statistics_of(emit, batch[0], memory)
+            statistics, calls = stacked_sweeps.stacked_statistics(emit, batch[0], memory)
             pieces = {name: [stat] for name, stat in statistics.items()}
         else:
             pieces, calls = statistics_of(emit, batch, memory)
     for i, group in enumerate(batch):
         for node, terminal in group.terminals:
             of_group = {name: stats[i] for name, stats in pieces.items()}
-            rebuild(emit, group, of_group, (node, terminal), facts.grad_mode(node))
+            rebuild_terminal(emit, group, of_group, (node, terminal), facts.grad_mode(node))
     return calls
 
 

@@ -23,7 +23,7 @@ from fusedhead.ir.terminal import Kind, Labels, Terminal
 from fusedhead.kernels.contract import DECISIONS, STATS
 from fusedhead.kernels.transform.transform import Transform
 
-MOST_MOVED = 24  # nodes that are moved for the sake of one group
+MOST_HOISTED = 24  # nodes that are moved for the sake of one group
 
 
 @dataclass(eq=False)
@@ -72,7 +72,7 @@ def sweep_key(logits: Logits) -> tuple:
     return *row_identity(logits), Transform(logits.steps).smooth, logits.detached
 
 
-def weights_of(terminals: Sequence[tuple[Node, Terminal]]) -> set[int]:
+def weightings_of(terminals: Sequence[tuple[Node, Terminal]]) -> set[int]:
     """The distinct weightings of the statistic `sum` among terminals that ask for it."""
     return {id(t.weights) if t.weights is not None else 0 for _, t in terminals if "sum" in t.want}
 
@@ -95,7 +95,7 @@ def groups(site: Site, replaced: set[Node], facts: GraphFacts) -> list[SweepGrou
         is_ready = all(position[leaf] < position[node] for leaf in nodes_of(terminal.label_sources))
         assert is_ready, "a node follows its inputs"
         candidates = by_key.setdefault(sweep_key(terminal.logits), [])
-        weights, roundings = weights_of([(node, terminal)]), roundings_of([(node, terminal)])
+        weights, roundings = weightings_of([(node, terminal)]), roundings_of([(node, terminal)])
         for group in candidates:
             first = group.terminals[0][0]  # terminals come in the order of the graph
             if facts.grad_mode(node) and not facts.grad_mode(first):
@@ -144,7 +144,7 @@ def squared(node: Node) -> bool:
     )
 
 
-def operands_of(group: SweepGroup) -> list[Node]:
+def sweep_operands(group: SweepGroup) -> list[Node]:
     """The graph's nodes that a group's sweep reads."""
     labels = [source for _, t in group.terminals for source in t.label_sources]
     return sources_of(group.logits) + nodes_of(labels)
@@ -174,11 +174,11 @@ def batches(sites: Collection[Site], facts: GraphFacts) -> list[Batch]:
 def moved_up(group: SweepGroup, batch: Batch, replaced: set[Node], facts: GraphFacts) -> bool:
     """Whether what a group reads is, or now was made to be, there before the first sweep of a batch."""
     anchor, reader = batch[0].anchor(facts.position), group.anchor(facts.position)
-    return made_before(anchor, reader, operands_of(group), replaced, facts)
+    return made_before(anchor, reader, sweep_operands(group), replaced, facts)
 
 
 def made_before(anchor: Node, reader: Node, read: Sequence[Node], replaced: set[Node], facts: GraphFacts) -> bool:
     """Whether what ``reader`` reads is, or now was made to be, there before ``anchor``."""
     if facts.write_between(anchor, reader, read) is not None:
         return False
-    return hoist_before(read, anchor, replaced, facts, MOST_MOVED)
+    return hoist_before(read, anchor, replaced, facts, MOST_HOISTED)

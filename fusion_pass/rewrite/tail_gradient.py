@@ -27,24 +27,24 @@ def coefficients(
     statistics: Sequence[Node],
     squares: Sequence[Node],
     tail: Sequence[Node],
-    others: Sequence[Node],
-    passed: Mapping[Node, Node],
+    outside: Sequence[Node],
+    transparent: Mapping[Node, Node],
 ) -> GraphModule | Refusal:
-    """∂ scalar / ∂ (statistics, squares) as a graph of ``others`` alone; a refusal if the tail is not linear.
+    """∂ scalar / ∂ (statistics, squares) as a graph of ``outside`` alone; a refusal if the tail is not linear.
 
-    ``passed``: nodes whose gradient is that of another one in the tail.
+    ``transparent``: nodes whose gradient is that of another one in the tail.
     """
     free = [*statistics, *squares]
 
     def gradient(*values: Any) -> list[Tensor]:
-        env = dict(zip([*free, *others], values))
+        env = dict(zip([*free, *outside], values))
         for node in free:
             env[node] = env[node].detach().requires_grad_()
         leaves = [env[node] for node in free]
         with torch.enable_grad():
             for node in tail:
-                if node in passed:
-                    env[node] = env[passed[node]]
+                if node in transparent:
+                    env[node] = env[transparent[node]]
                 elif node not in env:
                     args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                     env[node] = callee(node)(*args, **kwargs)
@@ -53,7 +53,7 @@ def coefficients(
             grads = torch.autograd.grad(total, leaves, one, allow_unused=True)
         return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves)]
 
-    values = [fake(node) for node in [*free, *others]]
+    values = [fake(node) for node in [*free, *outside]]
     values = [v.detach() if isinstance(v, Tensor) else v for v in values]
     mode = maybe_get_fake_mode(fake(statistics[0]))
     with torch.autocast(fake(statistics[0]).device.type, enabled=False), mode or nullcontext():

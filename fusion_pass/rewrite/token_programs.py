@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from fusedhead.analysis.body import Body, Emitted
 from fusedhead.analysis.site import Region
-from fusedhead.analysis.token_regions import by_tokens, differentiated, operands_of
+from fusedhead.analysis.token_regions import by_tokens, differentiated, program_operands
 from fusedhead.graph.edit import erase
 from fusedhead.graph.facts import GraphFacts, before
 from fusedhead.graph.motion import hoist_before, sink_after
@@ -26,7 +26,7 @@ from fusedhead.kernels.transform.transform import Transform
 from fusedhead.rewrite.operands import operands, replay
 
 aten = torch.ops.aten
-MOST_MOVED = 64  # nodes behind a call: sums of losses and their logging
+MOST_SUNK = 64  # nodes behind a call: sums of losses and their logging
 
 
 def program(values: Sequence[TokenValue], seeds: Sequence[HeadInput], outside: Sequence[TokenInput]) -> RowProgram:
@@ -113,12 +113,12 @@ def meeting_place(region: Region, fixed: Collection[Node], facts: GraphFacts) ->
     first, last = results[0], results[-1]
     if len(set(map(facts.grad_mode, results))) > 1:
         return None
-    operands, unmoved = operands_of(region.outputs), {*results, *region.inside, *fixed}
+    operands, unmoved = program_operands(region.outputs), {*results, *region.inside, *fixed}
     if hoist_before(operands, first, unmoved, facts):
         return first
     unmoved.update(operands)
     same_autocast = facts.autocast(first) == facts.autocast(last)
-    return last if same_autocast and sink_after(results[:-1], last, unmoved, facts, MOST_MOVED) else None
+    return last if same_autocast and sink_after(results[:-1], last, unmoved, facts, MOST_SUNK) else None
 
 
 def emit_results(emit: Emit, results: list[tuple[Node, Any]], anchor: Node, facts: GraphFacts, memory: int) -> None:
@@ -131,7 +131,7 @@ def emit_results(emit: Emit, results: list[tuple[Node, Any]], anchor: Node, fact
     for node, value in results:
         grad = facts.grad_mode(node)
         with emit.before(anchor if before(node, anchor) else node, node, grad=grad):
-            replacement = resolved(emit, value, nodes, inputs_of(outputs)[0])
+            replacement = result_node(emit, value, nodes, inputs_of(outputs)[0])
             if not grad or not fake(node).requires_grad:
                 replacement = emit(aten.detach.default, replacement)
             replacement = emit.cast(replacement, value.val.dtype)
@@ -160,7 +160,7 @@ def emit_call(emit: Emit, outputs: list[TokenValue], memory: int) -> dict[int, N
     return {id(out.expr): emit(operator.getitem, call, i) for i, out in enumerate(outputs)}
 
 
-def resolved(emit: Emit, value: Any, nodes: dict[int, Node], seeds: Sequence[HeadInput]) -> Node:
+def result_node(emit: Emit, value: Any, nodes: dict[int, Node], seeds: Sequence[HeadInput]) -> Node:
     """The node that holds a result in the program's shape."""
     if isinstance(value, TokenValue):
         return shaped(emit, value, nodes[id(value.expr)], seeds)

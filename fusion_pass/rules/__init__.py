@@ -1,9 +1,9 @@
-"""One rule per ATen op, by family; importing this package fills the table.
+"""One rule per ATen op, by family; importing this package fills the tables of `rules.table`.
 
-`tokenwise` is the second reading: what no rule of the table reads, token by token.
+`tokenwise` has the second reading of the same families: what no rule of the first reads, token by token.
 
-To add a rule: write it in the family's file with ``@rule(aten.op.overload)`` and a property test beside its kin
-in tests/rules/.
+To add a rule: write it in the family's file with ``@rule(aten.op.overload)``, or ``@token_rule`` in tokenwise/, and its
+programs in tests/rules/spellings.py. What it refuses gets a line in the `reasons` beside it.
 """
 
 from fusedhead.rules import elementwise, gather, indexing, losses, pointwise, projections, reductions, views

@@ -26,7 +26,7 @@ from fusedhead.ir.logits import from_the_first, logits_of
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.gather import entries
 from fusedhead.rules.losses import rows_shape
-from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.reasons import NoRule
 from fusedhead.rules.table import Context, vocab_size
 
 aten = torch.ops.aten
@@ -68,9 +68,9 @@ def entry_of_each_row(context: Context, value: Any, indices: Sequence[Plain]) ->
     logits, (*counted, label) = logits_of(value), indices
     sizes = rows_shape(logits)
     if len(indices) != logits.val.ndim or not same_shape(list(label.val.shape), sizes):
-        raise Escape(Unreadable.INDEX_ALONG_VOCABULARY)
+        raise Escape(NoRule.INDEX_ALONG_VOCABULARY)
     if not all(counts(index) and counts_along(index.val, dim, sizes) for dim, index in enumerate(counted)):
-        raise Escape(Unreadable.ROWS_NOT_COUNTED)
+        raise Escape(NoRule.ROWS_NOT_COUNTED)
     labels = from_the_first(label.ref, vocab_size(logits))
     column, dim = Plain(Expr(aten.unsqueeze.default, (labels, -1)), label.val.unsqueeze(-1)), logits.class_dim
     found = entries(replace(context, val=context.val.unsqueeze(-1)), value, dim, column, Kind.INDEX)

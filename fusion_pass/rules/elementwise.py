@@ -20,12 +20,12 @@ from fusedhead.graph.sizes import same_size
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, ProbTimes, RowVector
 from fusedhead.kernels.transform.transform import Step
-from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.reasons import NoRule
 from fusedhead.rules.reductions import prob_times
-from fusedhead.rules.table import Context, covers, needs_logits, rule, vocab_size
+from fusedhead.rules.table import Context, needs_logits, register_coverage, rule, vocab_size
 
 aten = torch.ops.aten
-covers(
+register_coverage(
     __name__,
     "on the logits",
     "cast, bias, scale (constant, learned, per class, per token), tanh and sigmoid caps, masks of classes; the same in "
@@ -45,12 +45,12 @@ COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 )
 def cast(context: Context, value: Any, *_: Any, **__: Any) -> LogitsLike:
     if context.val.dtype not in COMPUTED:
-        raise Escape(Unreadable.CAST, dtype=context.val.dtype)
+        raise Escape(NoRule.CAST, dtype=context.val.dtype)
     if isinstance(value, (LogProbs, Probs, ProbTimes)) and context.val.device == value.val.device:
         return replace(value, val=context.val)
     logits = needs_logits(value, "a cast")
     if context.val.device != logits.val.device:
-        raise Escape(Unreadable.MOVED_TO_DEVICE, device=logits.val.device, other=context.val.device)
+        raise Escape(NoRule.MOVED_TO_DEVICE, device=logits.val.device, other=context.val.device)
     if context.val.dtype == logits.val.dtype:
         return replace(logits, val=context.val)
     return logits.step(context.val)
@@ -67,7 +67,7 @@ def vector(operand: Plain, logits: Logits, what: str) -> tuple[str, Plain | RowV
     """("col" or "row", the vector) of an operand that broadcasts to the logits; one number for all goes by tokens."""
     along_vocab, along_tokens = extent(operand.val, logits)
     if along_vocab and along_tokens:
-        raise Escape(Unreadable.VARIES_BOTH_WAYS, op=what)
+        raise Escape(NoRule.VARIES_BOTH_WAYS, op=what)
     if along_vocab:
         return "col", Plain(Expr(aten.reshape.default, (operand.ref, [-1])), operand.val.reshape(-1))
     return "row", RowVector(operand, len(logits.row_steps), logits.val, logits.class_dim)
@@ -78,7 +78,7 @@ def needs_same_shape(context: Context, logits: Logits, operand: Tensor, how: str
         same_size(a, b) for a, b in zip(context.val.shape, logits.val.shape)
     )
     if not same_shape or not operand.is_floating_point():
-        raise Escape(Unreadable.BROADCASTS_LOGITS, op=how, dtype=operand.dtype)
+        raise Escape(NoRule.BROADCASTS_LOGITS, op=how, dtype=operand.dtype)
 
 
 def combine(context: Context, logits: Logits, operand: Any, how: str) -> Logits:
@@ -86,7 +86,7 @@ def combine(context: Context, logits: Logits, operand: Any, how: str) -> Logits:
     if isinstance(operand, (int, float)) and not isinstance(operand, bool):
         return logits.step(context.val, Step(how, float(operand)))
     if not isinstance(operand, Plain) or not isinstance(operand.val, Tensor):
-        raise Escape(Unreadable.UNKNOWN_NUMBER)
+        raise Escape(NoRule.UNKNOWN_NUMBER)
     needs_same_shape(context, logits, operand.val, how)
     kind, found = vector(operand, logits, how)
     if isinstance(found, RowVector):
@@ -101,7 +101,7 @@ def inverse(operand: Any) -> Any:
     if isinstance(operand, Plain) and isinstance(operand.val, Tensor) and operand.val.is_floating_point():
         wide = Expr(aten.to.dtype, (operand.ref, torch.float32))
         return Plain(Expr(aten.reciprocal.default, (wide,)), operand.val.float())
-    raise Escape(Unreadable.DIVISOR)
+    raise Escape(NoRule.DIVISOR)
 
 
 def negative(operand: Any) -> Any:
@@ -109,7 +109,7 @@ def negative(operand: Any) -> Any:
         return -operand
     if isinstance(operand, Plain) and isinstance(operand.val, Tensor):
         return Plain(Expr(aten.neg.default, (operand.ref,)), operand.val)
-    raise Escape(Unreadable.SUBTRACTED_FROM_LOGITS)
+    raise Escape(NoRule.SUBTRACTED_FROM_LOGITS)
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor, aten.multiply.Scalar)
@@ -134,7 +134,7 @@ def div(context: Context, a: Any, b: Any) -> Logits | LogProbs:
 @rule(aten.add.Tensor, aten.add.Scalar)
 def add_operand(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     if alpha != 1:
-        raise Escape(Unreadable.ADD_ALPHA, alpha=alpha)
+        raise Escape(NoRule.ADD_ALPHA, alpha=alpha)
     if not isinstance(a, (Logits, LogProbs)):
         a, b = b, a
     return combine(context, needs_logits(a, "add"), b, "add")
@@ -143,14 +143,14 @@ def add_operand(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits
 @rule(aten.sub.Tensor, aten.sub.Scalar, aten.subtract.Tensor)
 def sub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     if alpha != 1:
-        raise Escape(Unreadable.SUB_ALPHA, alpha=alpha)
+        raise Escape(NoRule.SUB_ALPHA, alpha=alpha)
     return combine(context, needs_logits(a, "sub"), negative(b), "add")
 
 
 @rule(aten.rsub.Scalar, aten.rsub.Tensor)
 def rsub(context: Context, a: Any, b: Any, *, alpha: float = 1) -> Logits:
     if alpha != 1:
-        raise Escape(Unreadable.RSUB_ALPHA, alpha=alpha)
+        raise Escape(NoRule.RSUB_ALPHA, alpha=alpha)
     flipped = needs_logits(a, "rsub").step(a.val, Step("mul", -1.0))
     return combine(context, flipped, b, "add")
 
@@ -171,24 +171,24 @@ def cap(context: Context, value: Any) -> Logits:
 def column_mask(mask: Any, logits: Logits) -> Plain:
     """A mask that says the same for every token, as a vector [V]."""
     if not isinstance(mask, Plain) or not isinstance(mask.val, Tensor) or mask.val.dtype != torch.bool:
-        raise Escape(Unreadable.MASK_OF_LOGITS)
+        raise Escape(NoRule.MASK_OF_LOGITS)
     along_vocab, along_tokens = extent(mask.val, logits)
     if along_tokens or not along_vocab:
-        raise Escape(Unreadable.MASK_BY_TOKEN)
+        raise Escape(NoRule.MASK_BY_TOKEN)
     return Plain(Expr(aten.reshape.default, (mask.ref, [-1])), mask.val.reshape(-1))
 
 
 def put(context: Context, logits: Logits, mask: Any, number: Any) -> Logits:
     """The logits with ``number`` where ``mask`` is True."""
     if isinstance(number, Plain):
-        raise Escape(Unreadable.UNKNOWN_FILL)
+        raise Escape(NoRule.UNKNOWN_FILL)
     if context.val.dtype != logits.val.dtype or context.val.ndim != logits.val.ndim:
-        raise Escape(Unreadable.MASK_CHANGES_LOGITS)
+        raise Escape(NoRule.MASK_CHANGES_LOGITS)
     column = column_mask(mask, logits)
     with unset_fake_temporarily():
         number = float(torch.tensor(number, dtype=logits.val.dtype))  # as the program rounds it
     if math.isnan(number):
-        raise Escape(Unreadable.FILL_NAN)
+        raise Escape(NoRule.FILL_NAN)
     if number == -math.inf:  # the common mask: exponentials are zero by themselves
         dropped = Plain(Expr(aten.to.dtype, (column.ref, torch.float32)), column.val.float())
         return logits.step(context.val, Step("dropcol", len(logits.cols)), cols=(*logits.cols, dropped))
@@ -206,7 +206,7 @@ def masked_fill(context: Context, value: Any, mask: Any, number: Any) -> Logits:
 @rule(aten.where.ScalarOther)
 def where_else(context: Context, mask: Any, value: Any, number: Any) -> Logits:
     if not isinstance(mask, Plain):
-        raise Escape(Unreadable.MASK_OF_LOGITS)
+        raise Escape(NoRule.MASK_OF_LOGITS)
     other = Plain(Expr(aten.logical_not.default, (mask.ref,)), mask.val)
     return put(context, needs_logits(value, "where"), other, number)
 

@@ -20,12 +20,12 @@ from fusedhead.ir.logits import LogProbs, logits_of
 from fusedhead.ir.lse_differences import DIFFERENCE, picked_less_lse
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.losses import rows_shape
-from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.reasons import NoRule
 from fusedhead.rules.row_terms import without_row_terms
-from fusedhead.rules.table import Context, covers, needs_logits, over_classes, plain_tensor, rule, vocab_size
+from fusedhead.rules.table import Context, needs_logits, over_classes, plain_tensor, register_coverage, rule, vocab_size
 
 aten = torch.ops.aten
-covers(
+register_coverage(
     __name__,
     "numbers of a row",
     "`log_softmax` + `gather` (any number of labels a row) or `[arange(N), y]`, `gather` − `logsumexp`, z-loss",
@@ -53,13 +53,13 @@ def entries(context: Context, value: Any, dim: int, index: Any, kind: Kind) -> T
     index = plain_tensor(index, "the index of gather")
     class_dim = logits.class_dim
     if index.val.ndim != logits.val.ndim:  # eager code allows it of an index without entries
-        raise Escape(Unreadable.GATHER_ROWS)
+        raise Escape(NoRule.GATHER_ROWS)
     picked = index.val.shape[class_dim]
     others = [size for d, size in enumerate(index.val.shape) if d != class_dim]
     if not isinstance(picked, int) or not same_shape(others, rows_shape(logits)):
-        raise Escape(Unreadable.GATHER_ROWS)
+        raise Escape(NoRule.GATHER_ROWS)
     if index.val.dtype != torch.int64:
-        raise Escape(Unreadable.GATHER_DTYPE, dtype=index.val.dtype)
+        raise Escape(NoRule.GATHER_DTYPE, dtype=index.val.dtype)
 
     def labels(emit: Emit) -> Node:
         last = emit.last(emit.ref(index), class_dim)
@@ -98,7 +98,7 @@ def entries(context: Context, value: Any, dim: int, index: Any, kind: Kind) -> T
 @rule(aten.take_along_dim.default)
 def take_along_dim(context: Context, value: Any, index: Any, dim: int | None = None) -> Terminal:
     if dim is None or not isinstance(index, Plain) or index.val.ndim != value.val.ndim:
-        raise Escape(Unreadable.TAKE_ALONG_DIM)
+        raise Escape(NoRule.TAKE_ALONG_DIM)
     size = vocab_size(logits_of(value))
     inside = Expr(aten.remainder.Scalar, (index.ref, size))  # unlike gather it takes any index, modulo the size
     return gather(context, value, dim, Plain(inside, index.val))
@@ -109,7 +109,7 @@ def logsumexp(context: Context, value: Any, dim: Sequence[int] | int, keepdim: b
     logits = needs_logits(value, "logsumexp")
     dims = [dim] if isinstance(dim, int) else list(dim)
     if len(dims) != 1:
-        raise Escape(Unreadable.LOGSUMEXP_DIMS)
+        raise Escape(NoRule.LOGSUMEXP_DIMS)
     over_classes(dims[0], logits, "logsumexp")
 
     def result(emit: Emit, stats: Statistics) -> Node:

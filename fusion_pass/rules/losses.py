@@ -27,19 +27,19 @@ from fusedhead.ir.expr import Plain
 from fusedhead.ir.logits import Logits, LogProbs
 from fusedhead.ir.lse_differences import DIFFERENCE, SPREAD, lse_less_picked, spread
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
-from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.reasons import NoRule
 from fusedhead.rules.row_terms import flat_terms, without_row_terms
-from fusedhead.rules.table import Context, covers, needs_logits, over_classes, plain_tensor, rule, vocab_size
+from fusedhead.rules.table import Context, needs_logits, over_classes, plain_tensor, register_coverage, rule, vocab_size
 
 aten = torch.ops.aten
-covers(
+register_coverage(
     __name__,
     "loss",
     "`cross_entropy` (mean, sum, none; `ignore_index`, class weights, label smoothing; classes last or in dimension "
     "1), `log_softmax` + `nll_loss`; then any masks and reductions",
     "labels of another shape or dtype than eager code takes",
 )
-REDUCTIONS = ("none", "mean", "sum")
+REDUCTION_NAMES = ("none", "mean", "sum")
 
 
 @rule(aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.default)
@@ -47,7 +47,7 @@ def log_softmax(context: Context, value: Any, dim: int, dtype: Any = None, **_: 
     logits = needs_logits(value, "log_softmax")
     over_classes(dim, logits, "log_softmax")
     if context.val.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise Escape(Unreadable.LOG_SOFTMAX_DTYPE, dtype=context.val.dtype)
+        raise Escape(NoRule.LOG_SOFTMAX_DTYPE, dtype=context.val.dtype)
     return LogProbs(logits, context.val)
 
 
@@ -59,18 +59,18 @@ def class_labels(name: str, logits: Logits, target: Any, weight: Any, ignore_ind
     """The target, if it and what is beside it are what a loss of class labels takes. Raises Escape."""
     target = plain_tensor(target, "the target")
     if target.val.dtype.is_floating_point:
-        raise Escape(Unreadable.SOFT_TARGETS)
+        raise Escape(NoRule.SOFT_TARGETS)
     if target.val.dtype not in (torch.int64, torch.uint8):
-        raise Escape(Unreadable.LABEL_DTYPE, dtype=target.val.dtype)
+        raise Escape(NoRule.LABEL_DTYPE, dtype=target.val.dtype)
     expected_dim = 0 if logits.val.ndim == 1 else 1
     if logits.class_dim != expected_dim:
-        raise Escape(Unreadable.CLASS_DIM, op=name, dim=expected_dim, class_dim=logits.class_dim)
+        raise Escape(NoRule.CLASS_DIM, op=name, dim=expected_dim, class_dim=logits.class_dim)
     if not same_shape(target.val.shape, rows_shape(logits)):
-        raise Escape(Unreadable.LABEL_SHAPE, shape=tuple(target.val.shape))
+        raise Escape(NoRule.LABEL_SHAPE, shape=tuple(target.val.shape))
     if not isinstance(ignore_index, int) or not isinstance(smoothing, float):
-        raise Escape(Unreadable.UNKNOWN_CONSTANT)
+        raise Escape(NoRule.UNKNOWN_CONSTANT)
     if weight is not None and plain_tensor(weight, "the class weight").val.requires_grad:
-        raise Escape(Unreadable.TRAINED_CLASS_WEIGHTS)
+        raise Escape(NoRule.TRAINED_CLASS_WEIGHTS)
     return target
 
 
@@ -140,7 +140,7 @@ def nll_terminal(
             loss = emit(aten.div.Tensor, loss, emit(aten.sum.default, counted))
         return loss
 
-    details = [REDUCTIONS[reduction], f"ignore_index={ignore_index}"]
+    details = [REDUCTION_NAMES[reduction], f"ignore_index={ignore_index}"]
     details += [f"label_smoothing={smoothing:g}"] if smoothing else []
     details += ["class weights"] if weight is not None else []
     return Terminal(
@@ -187,7 +187,7 @@ def nll_loss(
         of, terms = without_row_terms(value)
         return nll_terminal(context, "nll_loss", of, target, weight, reduction, ignore_index, terms=terms)
     if not isinstance(value, LogProbs):
-        raise Escape(Unreadable.NLL_OF_OTHER)
+        raise Escape(NoRule.NLL_OF_OTHER)
     of = replace(value.of, val=value.val)
     name = "log_softmax + nll_loss"
     return nll_terminal(context, name, of, target, weight, reduction, ignore_index, factor=value.factor)

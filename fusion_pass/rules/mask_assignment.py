@@ -16,9 +16,9 @@ from fusedhead.graph.nodes import every_dimension, fake, name_of
 from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_shape
 from fusedhead.ir.expr import Expr, Plain
-from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.reasons import NoRule
 from fusedhead.rules.table import Context
-from fusedhead.rules.tokenwise.dispatch import read as by_tokens
+from fusedhead.rules.tokenwise.dispatch import read_by_tokens as by_tokens
 
 aten = torch.ops.aten
 
@@ -49,12 +49,12 @@ def mask_of(value: Any, index: Any) -> tuple[Plain, Plain | None]:
     mask = fake(first) if isinstance(first, Node) else None
     rows = value.val.shape[:-1]
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or not same_shape(mask.shape, rows):
-        raise Escape(Unreadable.SET_FOR_SOME_TOKENS)
+        raise Escape(NoRule.SET_FOR_SOME_TOKENS)
     rest = entries[1:]
     if rest and isinstance(rest[0], Node):
         return Plain(first, mask), labels_of(rest, first)
     if every_dimension(rest, 1) != [slice(None)]:
-        raise Escape(Unreadable.SET_FOR_SOME_TOKENS)
+        raise Escape(NoRule.SET_FOR_SOME_TOKENS)
     return Plain(first, mask), None
 
 
@@ -63,8 +63,8 @@ def labels_of(rest: tuple, mask: Any) -> Plain:
     (picked,) = rest if len(rest) == 1 else (None,)
     source = picked.args[0] if isinstance(picked, Node) and name_of(picked) == "getitem" else None
     if not isinstance(source, Node) or picked.args[1] is not mask:
-        raise Escape(Unreadable.SET_FOR_SOME_TOKENS)
+        raise Escape(NoRule.SET_FOR_SOME_TOKENS)
     labels = fake(source)
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != fake(mask).shape:
-        raise Escape(Unreadable.SET_FOR_SOME_TOKENS)
+        raise Escape(NoRule.SET_FOR_SOME_TOKENS)
     return Plain(source, labels)

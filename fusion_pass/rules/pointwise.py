@@ -18,12 +18,12 @@ from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogProbs, Probs, ProbTimes,
 from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.elementwise import COMPUTED, needs_same_shape, vector
 from fusedhead.rules.pointwise_codegen import function_of
-from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.reasons import NoRule
 from fusedhead.rules.reductions import squared
-from fusedhead.rules.table import Context, covers, needs_logits, rule
+from fusedhead.rules.table import Context, needs_logits, register_coverage, rule
 
 aten = torch.ops.aten
-covers(
+register_coverage(
     __name__,
     "through functions",
     "any function of each logit, with constants and with vectors along the classes or the tokens; its derivative comes "
@@ -37,10 +37,10 @@ def generated(context: Context, *args: Any, **kwargs: Any) -> Logits:
     name = context.name
     constants = [a for a in (*args, *kwargs.values()) if not isinstance(a, (Plain, *LOGITS_LIKE))]
     if any(a is not None and not isinstance(a, (bool, int, float, str)) for a in constants):
-        raise Escape(Unreadable.UNKNOWN_ARGUMENT, op=name)
+        raise Escape(NoRule.UNKNOWN_ARGUMENT, op=name)
     at = [i for i, a in enumerate(args) if isinstance(a, LOGITS_LIKE)]
     if len(at) != 1:
-        raise Escape(Unreadable.LOGITS_WITH_LOGITS, op=name)
+        raise Escape(NoRule.LOGITS_WITH_LOGITS, op=name)
     logits = needs_logits(args[at[0]], name)
     cols, rows, words = logits.cols, logits.rows, list(args)
     words[at[0]] = "z"
@@ -48,7 +48,7 @@ def generated(context: Context, *args: Any, **kwargs: Any) -> Logits:
         if not isinstance(operand, Plain):
             continue
         if not isinstance(operand.val, Tensor) or operand.val.requires_grad:
-            raise Escape(Unreadable.TRAINED_OPERAND, op=name)
+            raise Escape(NoRule.TRAINED_OPERAND, op=name)
         needs_same_shape(context, logits, operand.val, name)
         kind, found = vector(operand, logits, name)
         words[i] = f"{kind[0]}{len(cols if kind == 'col' else rows)}"
@@ -57,7 +57,7 @@ def generated(context: Context, *args: Any, **kwargs: Any) -> Logits:
         else:
             cols = (*cols, found)
     if context.val.dtype not in (*COMPUTED, logits.val.dtype):
-        raise Escape(Unreadable.FUNCTION_DTYPE, op=name, dtype=context.val.dtype)
+        raise Escape(NoRule.FUNCTION_DTYPE, op=name, dtype=context.val.dtype)
     function = function_of(context.op, tuple(words), tuple(sorted(kwargs.items())), at[0])
     return logits.step(context.val, Step("fn", function.text), cols=cols, rows=rows)
 

@@ -20,7 +20,7 @@ from fusedhead.compat import decomposition_table, unset_fake_temporarily
 from fusedhead.graph.reasons import Escape
 from fusedhead.kernels.transform import native
 from fusedhead.kernels.transform.pointwise import OPS, Code, Function, Instruction, Op, run
-from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.reasons import NoRule
 
 aten, prims = torch.ops.aten, torch.ops.prims
 SAME = (prims.view_of.default, aten.clone.default, prims.clone.default, prims.convert_element_type.default)
@@ -38,7 +38,7 @@ class Writer:
 
     def __call__(self, op: str, *args: str | float) -> str:
         if op not in OPS:
-            raise Escape(Unreadable.NO_KERNEL_FUNCTION, op=op)
+            raise Escape(NoRule.NO_KERNEL_FUNCTION, op=op)
         instruction = Instruction(op, tuple(float(a) if not isinstance(a, str) else a for a in args))
         if instruction not in self.instructions:
             self.instructions.append(instruction)
@@ -48,7 +48,7 @@ class Writer:
         """x to an exponent that is a multiple of a half, by products and square roots."""
         halves = 2 * exponent if isinstance(exponent, (int, float)) else 0.5
         if halves != int(halves) or abs(halves) > 2 * LARGEST_POWER:
-            raise Escape(Unreadable.NO_KERNEL_POWER, exponent=exponent)
+            raise Escape(NoRule.NO_KERNEL_POWER, exponent=exponent)
         whole, half = divmod(abs(int(halves)), 2)
         factors: list[str | float] = [x] * whole
         if half:
@@ -103,7 +103,7 @@ def without_unused(code: Code) -> Code:
             needed.add(word)
             stack += code.instructions[int(word[1:])].args
     if len(needed) > LARGEST:
-        raise Escape(Unreadable.LONG_FUNCTION, count=len(needed), most=LARGEST)
+        raise Escape(NoRule.LONG_FUNCTION, count=len(needed), most=LARGEST)
     kept = [i for i in range(len(code.instructions)) if f"#{i}" in needed]
     place = {f"#{old}": f"#{new}" for new, old in enumerate(kept)}
     moved = (

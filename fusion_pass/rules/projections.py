@@ -15,11 +15,11 @@ from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Logits, Projection, RowStep
 from fusedhead.kernels.transform.transform import Step
-from fusedhead.rules.reasons import Unreadable
-from fusedhead.rules.table import Context, covers, rule
+from fusedhead.rules.reasons import NoRule
+from fusedhead.rules.table import Context, register_coverage, rule
 
 aten = torch.ops.aten
-covers(
+register_coverage(
     __name__,
     "projection",
     "hidden states `[N, D]`, `[B, T, D]`, frozen or not, and any weight of the graph: tied, transposed, cast, sliced; "
@@ -32,16 +32,16 @@ def project(context: Context, hidden: Plain, weight: Plain, class_dim: int | Non
     """The logits of ``hidden [..., D] @ weight [V, D].T``, or an escape saying why this is no head."""
     for name, operand in (("hidden states", hidden), ("weight", weight)):
         if not isinstance(operand, Plain):
-            raise Escape(Unreadable.OPERAND_IS_LOGITS, what=name)
+            raise Escape(NoRule.OPERAND_IS_LOGITS, what=name)
     if weight.val.ndim != 2:
-        raise Escape(Unreadable.WEIGHT_DIMS, count=weight.val.ndim)
+        raise Escape(NoRule.WEIGHT_DIMS, count=weight.val.ndim)
     dtype = context.val.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise Escape(Unreadable.PROJECTION_DTYPE, dtype=dtype)
+        raise Escape(NoRule.PROJECTION_DTYPE, dtype=dtype)
     if any(not isinstance(size, int) for size in weight.val.shape):
-        raise Escape(Unreadable.WEIGHT_SYMBOLIC)
+        raise Escape(NoRule.WEIGHT_SYMBOLIC)
     if weight.val.shape[0] == 0:
-        raise Escape(Unreadable.NO_CLASSES)
+        raise Escape(NoRule.NO_CLASSES)
     same_dtype(context, hidden, weight)
     head = Projection(context.node, hidden, weight, dtype)
     last = context.val.ndim - 1
@@ -57,13 +57,13 @@ def same_dtype(context: Context, *operands: Plain) -> None:
     regions = context.node.graph.find_nodes(op="call_function", target=enter_autocast)
     if not any(True for _ in regions) and not torch.is_autocast_enabled(context.val.device.type):
         shown = ", ".join(str(operand.val.dtype) for operand in operands)
-        raise Escape(Unreadable.OPERAND_DTYPES, dtypes=shown, dtype=context.val.dtype)
+        raise Escape(NoRule.OPERAND_DTYPES, dtypes=shown, dtype=context.val.dtype)
 
 
 def transposed(weight: Plain) -> Plain:
     """The [V, D] view of a weight held as [D, V]."""
     if not isinstance(weight, Plain) or weight.val.ndim != 2:
-        raise Escape(Unreadable.SECOND_OPERAND)
+        raise Escape(NoRule.SECOND_OPERAND)
     return Plain(Expr(aten.t.default, (weight.ref,)), weight.val.t())
 
 
@@ -72,9 +72,9 @@ def with_bias(context: Context, logits: Logits, bias: Plain | None) -> Logits:
     if bias is None:
         return logits
     if not isinstance(bias, Plain) or bias.val.ndim > 2 or (bias.val.ndim == 2 and bias.val.shape[0] != 1):
-        raise Escape(Unreadable.BIAS_BY_TOKEN)
+        raise Escape(NoRule.BIAS_BY_TOKEN)
     if bias.val.shape[-1:] != logits.val.shape[-1:]:
-        raise Escape(Unreadable.BIAS_SHAPE)
+        raise Escape(NoRule.BIAS_SHAPE)
     same_dtype(context, bias)
     flat = Plain(Expr(aten.reshape.default, (bias.ref, [-1])), bias.val.reshape(-1))
     return replace(logits, steps=(), cols=(flat,)).step(logits.val, Step("addcol", 0))
@@ -93,7 +93,7 @@ def matmul(context: Context, hidden: Plain, weight: Plain) -> Logits:
 @rule(aten.addmm.default)
 def addmm(context: Context, bias: Plain, hidden: Plain, weight: Plain, *, beta: float = 1, alpha: float = 1) -> Logits:
     if beta != 1 or alpha != 1:
-        raise Escape(Unreadable.ADDMM_FACTORS, beta=beta, alpha=alpha)
+        raise Escape(NoRule.ADDMM_FACTORS, beta=beta, alpha=alpha)
     return with_bias(context, project(context, hidden, transposed(weight)), bias)
 
 
@@ -103,7 +103,7 @@ def einsum(context: Context, equation: str, operands: list[Plain], path: object 
     left, _, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if len(terms) != 2 or not out or len(operands) != 2:
-        raise Escape(Unreadable.EINSUM_NO_PROJECTION, equation=equation)
+        raise Escape(NoRule.EINSUM_NO_PROJECTION, equation=equation)
     for (hidden, h), (weight, w) in (zip(operands, terms), zip(operands[::-1], terms[::-1])):
         shared = [letter for letter in w if letter in h]
         letters = h.replace("...", "")
@@ -115,12 +115,12 @@ def einsum(context: Context, equation: str, operands: list[Plain], path: object 
         if sorted(out.replace(".", "")) != sorted((rows + class_letter).replace(".", "")):
             continue
         if out.replace(class_letter, "") != rows:
-            raise Escape(Unreadable.EINSUM_PERMUTES_ROWS, equation=equation)
+            raise Escape(NoRule.EINSUM_PERMUTES_ROWS, equation=equation)
         if not h.endswith(hidden_letter):
-            raise Escape(Unreadable.EINSUM_HIDDEN_DIM, equation=equation)
+            raise Escape(NoRule.EINSUM_HIDDEN_DIM, equation=equation)
         if "." in out and not out.endswith(class_letter):
-            raise Escape(Unreadable.EINSUM_VOCABULARY_DIM, equation=equation)
+            raise Escape(NoRule.EINSUM_VOCABULARY_DIM, equation=equation)
         stored = weight if w == class_letter + hidden_letter else transposed(weight)
         class_dim = context.val.ndim - 1 if out.endswith(class_letter) else out.index(class_letter)
         return project(context, hidden, stored, class_dim)
-    raise Escape(Unreadable.EINSUM_WEIGHT, equation=equation)
+    raise Escape(NoRule.EINSUM_WEIGHT, equation=equation)

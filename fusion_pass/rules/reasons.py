@@ -5,7 +5,7 @@ from __future__ import annotations
 from fusedhead.graph.reasons import Reason
 
 
-class Unreadable(Reason):
+class NoRule(Reason):
     INDEX_ALONG_VOCABULARY = "the logits are indexed along the vocabulary"
     ROWS_NOT_COUNTED = "the logits are indexed along the vocabulary, in rows that are not counted by an arange"
     DIVISOR = "the logits are divided by zero or by something that is not a floating-point tensor"

@@ -19,11 +19,11 @@ from fusedhead.ir.logits import Logits, LogProbs, Probs, ProbTimes, logits_of, s
 from fusedhead.ir.lse_differences import SPREAD, spread
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.gather import per_row
-from fusedhead.rules.reasons import Unreadable
-from fusedhead.rules.table import Context, covers, needs_logits, over_classes, rule, vocab_size
+from fusedhead.rules.reasons import NoRule
+from fusedhead.rules.table import Context, needs_logits, over_classes, register_coverage, rule, vocab_size
 
 aten = torch.ops.aten
-covers(
+register_coverage(
     __name__,
     "beside the loss",
     "entropy and variance of log p in their spellings, sums over the classes, argmax and max as eager code rounds",
@@ -47,7 +47,7 @@ def prob_times(context: Context, a: Any, b: Any) -> ProbTimes | None:
         return None
     of, other = logits_of(a), logits_of(b)
     if not same_logits(of, other) or of.detached != other.detached:
-        raise Escape(Unreadable.PRODUCT_OF_OTHERS)
+        raise Escape(NoRule.PRODUCT_OF_OTHERS)
     factor = getattr(a, "factor", 1.0) * getattr(b, "factor", 1.0)
     return ProbTimes(of, context.val, all(logs), factor, powers, bool(weights))
 
@@ -111,10 +111,10 @@ def argmax(context: Context, value: Any, dim: int | None = None, keepdim: bool =
         value = value.of  # z - lse in float32 orders the classes as z does, up to the rounding of z itself
     if isinstance(value, (LogProbs, Probs)):
         # rounded to a low precision, different logits may have equal (log-)probabilities
-        raise Escape(Unreadable.ARGMAX_OF_PROBABILITIES)
+        raise Escape(NoRule.ARGMAX_OF_PROBABILITIES)
     logits = needs_logits(value, "argmax")
     if dim is None:
-        raise Escape(Unreadable.ARGMAX_OF_ALL)
+        raise Escape(NoRule.ARGMAX_OF_ALL)
     over_classes(dim, logits, "argmax")
     return argmax_of(context, logits, keepdim, context.val)
 
@@ -129,7 +129,7 @@ def max_dim(context: Context, value: Any, dim: int, keepdim: bool = False) -> li
     logits = needs_logits(value, "max")
     over_classes(dim, logits, "max")
     if not logits.has_no_gradient and context.val[0].requires_grad and not only_the_index(context.node):
-        raise Escape(Unreadable.GRADIENT_OF_MAX)
+        raise Escape(NoRule.GRADIENT_OF_MAX)
 
     def result(emit: Emit, stats: Statistics) -> Node:
         assert stats.max is not None
@@ -147,11 +147,11 @@ def summed(context: Context, value: Any, dim: Any = None, keepdim: bool = False,
     logits = value if isinstance(value, Logits) else getattr(value, "of", None)
     alone = len(dims) == 1 and logits is not None and dims[0] % value.val.ndim == logits.class_dim
     if logits is None or not (alone or not dims):
-        raise Escape(Unreadable.SUM_DIMS, op=name)
+        raise Escape(NoRule.SUM_DIMS, op=name)
     if isinstance(value, ProbTimes) and value.weighted and alone and not mean:
         return sum_of_prob_times(context, value, keepdim)
     if not isinstance(value, (Logits, LogProbs)):
-        raise Escape(Unreadable.SUM_OF_PROBABILITIES, op=name)
+        raise Escape(NoRule.SUM_OF_PROBABILITIES, op=name)
     size = vocab_size(logits)
 
     def result(emit: Emit, stats: Statistics) -> Node:

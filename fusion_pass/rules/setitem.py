@@ -18,9 +18,9 @@ from fusedhead.ir.logits import Logits
 from fusedhead.ir.tokenwise import TokenValue
 from fusedhead.rules import RULES
 from fusedhead.rules.mask_assignment import rows_set
-from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.reasons import NoRule
 from fusedhead.rules.table import Context
-from fusedhead.rules.tokenwise.dispatch import read as by_tokens
+from fusedhead.rules.tokenwise.dispatch import read_by_tokens as by_tokens
 
 aten = torch.ops.aten
 
@@ -29,16 +29,16 @@ def columns_set(node: Node, logits: Any) -> Any:
     """The logits after ``z[..., columns] = number``, columns being a slice, an index or a mask along the vocabulary."""
     _, index, number = node.args
     if not isinstance(logits, (Logits, TokenValue)) or not isinstance(number, (int, float)):
-        raise Escape(Unreadable.SET_TO_OTHER)
+        raise Escape(NoRule.SET_TO_OTHER)
     ndim = logits.val.ndim
     parts = every_dimension(index, ndim)
     tails = [logits.class_dim] if isinstance(logits, Logits) else [d for d, t in enumerate(logits.tail) if t]
     if len(tails) != 1:
-        raise Escape(Unreadable.SET_FOR_SOME_TOKENS)
+        raise Escape(NoRule.SET_FOR_SOME_TOKENS)
     if tails == [ndim - 1] and starts_with_a_mask(index):
         return rows_set(node, logits, index, number)
     if len(parts) != ndim or any(p != slice(None) for d, p in enumerate(parts) if d != tails[0]):
-        raise Escape(Unreadable.SET_FOR_SOME_TOKENS)
+        raise Escape(NoRule.SET_FOR_SOME_TOKENS)
     size, chosen = logits.val.shape[tails[0]], parts[tails[0]]
     mask, shape = column_choice(chosen, int(size), logits.val), [-1 if d == tails[0] else 1 for d in range(ndim)]
     mask = Plain(Expr(aten.reshape.default, (mask, shape)), mask.val.reshape(shape))
@@ -78,4 +78,4 @@ def column_choice(chosen: Any, size: int, like: torch.Tensor) -> Plain:
     if isinstance(known, torch.Tensor) and known.dtype == torch.int64:
         yes = Expr(aten.ones.default, ([],), {"dtype": torch.bool, "device": like.device})
         return Plain(Expr(aten.index_put.default, (none, [chosen], yes)), val)
-    raise Escape(Unreadable.SET_BY_INDEX)
+    raise Escape(NoRule.SET_BY_INDEX)

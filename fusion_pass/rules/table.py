@@ -23,7 +23,7 @@ from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import static
 from fusedhead.ir.expr import Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, Value
-from fusedhead.rules.reasons import Unreadable
+from fusedhead.rules.reasons import NoRule
 
 Rule = Callable[..., Any]
 
@@ -50,7 +50,7 @@ class CoverageRow(NamedTuple):
 COVERAGE: dict[str, CoverageRow] = {}  # by the name of the module whose rules it is about
 
 
-def covers(module: str, part: str, fused: str, left: str) -> None:
+def register_coverage(module: str, part: str, fused: str, left: str) -> None:
     """Say what the rules of a module cover."""
     COVERAGE[module] = CoverageRow(part, fused, left)
 
@@ -103,8 +103,8 @@ def needs_logits(value: Any, op: str) -> Logits:
         return value
     if isinstance(value, LOGITS_LIKE):
         what = {LogProbs: "log-probabilities", Probs: "probabilities"}.get(type(value), "products of probabilities")
-        raise Escape(Unreadable.APPLIED_TO, op=op, what=what)
-    raise Escape(Unreadable.NOT_FIRST, op=op)
+        raise Escape(NoRule.APPLIED_TO, op=op, what=what)
+    raise Escape(NoRule.NOT_FIRST, op=op)
 
 
 def dimension(dim: int, value: LogitsLike) -> int:
@@ -114,18 +114,18 @@ def dimension(dim: int, value: LogitsLike) -> int:
 def over_classes(dim: int, logits: Logits, op: str) -> None:
     """Escape unless ``dim`` is the vocabulary's dimension."""
     if logits.val.ndim == 0 or dimension(dim, logits) != logits.class_dim:
-        raise Escape(Unreadable.OTHER_DIM, op=op, dim=dim, class_dim=logits.class_dim)
+        raise Escape(NoRule.OTHER_DIM, op=op, dim=dim, class_dim=logits.class_dim)
 
 
 def plain_tensor(value: Value | Any, what: str) -> Plain:
     """A tensor that does not come from the logits."""
     if isinstance(value, Plain) and isinstance(value.val, Tensor):
         return value
-    raise Escape(Unreadable.DEPENDS_ON_LOGITS, what=what)
+    raise Escape(NoRule.DEPENDS_ON_LOGITS, what=what)
 
 
 def vocab_size(logits: Logits) -> int:
     size = static(logits.val.shape[logits.class_dim])
     if size is None:
-        raise Escape(Unreadable.VOCABULARY_SYMBOLIC)
+        raise Escape(NoRule.VOCABULARY_SYMBOLIC)
     return size

@@ -18,11 +18,11 @@ from torch import Tensor
 from fusedhead.graph.reasons import Escape
 from fusedhead.graph.sizes import same_size
 from fusedhead.ir.logits import HIDDEN, LOGITS_LIKE, Logits, LogitsLike, RowStep, detached, logits_of
-from fusedhead.rules.reasons import Unreadable
-from fusedhead.rules.table import Context, covers, dimension, rule
+from fusedhead.rules.reasons import NoRule
+from fusedhead.rules.table import Context, dimension, register_coverage, rule
 
 aten = torch.ops.aten
-covers(
+register_coverage(
     __name__,
     "rows",
     "views and permutations, before or after the head",
@@ -43,7 +43,7 @@ def moved(value: LogitsLike, val: Tensor, class_dim: int, op: Any, *args: Any, k
 def class_dim_of(value: Any) -> int:
     if isinstance(value, LOGITS_LIKE):
         return logits_of(value).class_dim
-    raise Escape(Unreadable.AS_INDEX_OR_SIZE)
+    raise Escape(NoRule.AS_INDEX_OR_SIZE)
 
 
 def class_dim_after_view(before: Sequence[Any], class_dim: int, after: Sequence[Any]) -> int:
@@ -58,7 +58,7 @@ def class_dim_after_view(before: Sequence[Any], class_dim: int, after: Sequence[
         if same_length and same_size(math.prod(after[j + 1 :]), behind):
             return j
     shown = f"{tuple(before)} to {tuple(after)}"
-    raise Escape(Unreadable.SPLITS_VOCABULARY, sizes=shown, dim=class_dim)
+    raise Escape(NoRule.SPLITS_VOCABULARY, sizes=shown, dim=class_dim)
 
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -67,7 +67,7 @@ def view(context: Context, value: LogitsLike, size: Sequence[Any]) -> LogitsLike
     sizes: list[Any] = [HIDDEN if j == class_dim else s for j, s in enumerate(size)]
     symbols = [j for j, s in enumerate(sizes) if isinstance(s, torch.SymInt)]  # of no tensor that is known here
     if len(symbols) > 1 or (symbols and -1 in [s for s in sizes if isinstance(s, int)]):
-        raise Escape(Unreadable.SEVERAL_SYMBOLIC_SIZES)
+        raise Escape(NoRule.SEVERAL_SYMBOLIC_SIZES)
     for j in symbols:
         sizes[j] = -1
     # as `reshape`: the hidden states need not have the strides that made a view of the logits possible
@@ -137,7 +137,7 @@ def squeeze(context: Context, value: LogitsLike, dim: int) -> LogitsLike:
     if context.val.ndim == value.val.ndim:
         return replace(value, val=context.val)
     if at == class_dim:
-        raise Escape(Unreadable.SQUEEZES_VOCABULARY)
+        raise Escape(NoRule.SQUEEZES_VOCABULARY)
     return moved(value, context.val, class_dim - (at < class_dim), aten.squeeze.dim, at, keeps_order=True)
 
 
@@ -147,5 +147,5 @@ def squeeze_many(context: Context, value: LogitsLike, dims: Sequence[int] | None
     gone = range(value.val.ndim) if dims is None else [dimension(dim, value) for dim in dims]
     ones = [d for d in gone if same_size(value.val.shape[d], 1)]
     if len(ones) != value.val.ndim - context.val.ndim or class_dim_of(value) in ones:
-        raise Escape(Unreadable.SQUEEZE_SYMBOLIC)
+        raise Escape(NoRule.SQUEEZE_SYMBOLIC)
     return moved(value, context.val, class_dim, aten.squeeze.dims, ones, keeps_order=True)

@@ -177,12 +177,12 @@ def spied(node: Node, values: dict[Node, Any], asked: set[Any]) -> Any:
         asked.add(context.op)
         return by_tokens(context, *args, **kwargs)
 
-    by_tokens = tokenwise.read
+    by_tokens = tokenwise.read_by_tokens
     for overload in original:
         RULES[overload] = spy(overload)
-    tokenwise.read = evaluator.by_tokens = spied_tokens
+    tokenwise.read_by_tokens = evaluator.by_tokens = spied_tokens
     try:
         return trace_value(node, values)
     finally:
         RULES.update(original)
-        tokenwise.read = evaluator.by_tokens = by_tokens
+        tokenwise.read_by_tokens = evaluator.by_tokens = by_tokens

@@ -176,9 +176,9 @@ def test_of_the_two_rules_of_a_pick_the_one_for_tokens_is_tried_first(overload: 
         one_token = overload is aten.select.int and dim == 0
         if one_token:
             with pytest.raises(Escape, match="one token is picked"):
-                tokenwise.read(Context(None, val, overload, alone=val), x, dim, *which)
+                tokenwise.read_by_tokens(Context(None, val, overload, alone=val), x, dim, *which)
             continue
-        value = tokenwise.read(Context(None, val, overload, alone=val), x, dim, *which)
+        value = tokenwise.read_by_tokens(Context(None, val, overload, alone=val), x, dim, *which)
         (head,), _ = inputs_of([value])
         assert bool(head.logits.row_steps) == (dim == 0)
         assert value.expr.op is (aten.sinh.default if dim == 0 else overload)

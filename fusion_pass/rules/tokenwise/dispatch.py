@@ -29,14 +29,14 @@ from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogitsLike, LogProbs, Probs, ProbTimes, StackedProjection
 from fusedhead.ir.tokenwise import HeadInput, MaskedRows, TokenValue, token_values_of
-from fusedhead.rules.table import TOKEN_RULES, Context, covers
+from fusedhead.rules.table import TOKEN_RULES, Context, register_coverage
 from fusedhead.rules.tokenwise import indexing, losses, reductions, views  # noqa: F401  register their rules
 from fusedhead.rules.tokenwise.elementwise import DTYPE_OPS, as_wide, entrywise, is_pointwise, pointwise_tokens
 from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 aten = torch.ops.aten
 
-covers(
+register_coverage(
     __name__,
     "anything else, token by token",
     "the program's own ops on some tokens at a time, with their gradients or again in the backward: targets that are "
@@ -49,7 +49,7 @@ BY_PARTS = frozenset(
 )  # fmt: skip
 
 
-def read(context: Context, *args: Any, **kwargs: Any) -> Any:
+def read_by_tokens(context: Context, *args: Any, **kwargs: Any) -> Any:
     """What an op makes of values that come from logits. Raises Escape where it does not treat tokens apart."""
     op = context.op
     if not isinstance(op, OpOverload) or op._schema.is_mutable:
@@ -168,7 +168,7 @@ def taken_apart(parts: Callable[..., Any], context: Context, args: tuple, kwargs
                 raise Escape(NotByTokens.UNKNOWN_OP, op=target)
             if any(isinstance(x, Plain) and any(True for _ in token_values_of(x)) for x in tree_leaves((here, named))):
                 raise Escape(NotByTokens.WITH_A_TOTAL, op=target)
-            env[node] = read(each, *here, **named)
+            env[node] = read_by_tokens(each, *here, **named)
         elif is_pointwise(node.target) and (like := as_wide(val, leaves)) is not None:
             env[node] = entrywise(each, here, named, like.tail, like.heads)
         else:

@@ -1,4 +1,4 @@
-"""Losses of class labels on what is rowwise: token by token, then reduced in the graph as they reduce."""
+"""Losses of class labels on token values: token by token, then reduced in the graph as they reduce."""
 
 from __future__ import annotations
 

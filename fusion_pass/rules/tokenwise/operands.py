@@ -59,7 +59,7 @@ def tail_dim(context: Context, x: TokenValue, dim: int) -> int:
 
 
 def several(call: Expr, val: Any, tail: tuple[bool, ...], heads: frozenset[Any]) -> Any:
-    """One rowwise value, or a list of them for an op with several results."""
+    """One token value, or a list of them for an op with several results."""
     if isinstance(val, Tensor):
         return TokenValue(call, val, tail, heads)
     return [TokenValue(Expr(operator.getitem, (call, i)), v, tail, heads) for i, v in enumerate(val)]

@@ -48,7 +48,7 @@ def squeezed(context: Context, x: Any, dims: Any = None) -> TokenValue:
 
 
 @token_rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
-def reshaped(context: Context, x: Any, *_: Any) -> TokenValue:
+def regrouped(context: Context, x: Any, *_: Any) -> TokenValue:
     """A view that regroups tokens among themselves and the tail among itself."""
     x, val = from_logits(context, x), context.val
     tails = x.tail_sizes
