@@ -41,7 +41,7 @@ from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep, sweep
 from fusedhead.kernels.triton_engine.rows.label_map import labelled_parts, map_labels
 from fusedhead.kernels.triton_engine.windows import full_cuts
 
-SUMS = (("variance", 7), ("spread", 6), ("sum", 4), ("entropy", 3))  # how many rows of ``part`` a statistic reads
+PART_ROWS = (("variance", 7), ("spread", 6), ("sum", 4), ("entropy", 3))  # how many rows of ``part`` a statistic reads
 LAUNCH_FLOP = 29 * 10**11  # 4 ms of an H100, beside which the start and the end of a launch do not show
 UNSPECIALISED = ("N", "V", "D", "K", "GROUP", "size", "sy0", "sy1", "stride_cols", "stride_rows")
 
@@ -238,7 +238,7 @@ def stream(
 ) -> tuple[Tensor, Tensor]:
     """Partial rows ([up to 7, size] float32, [2, size] int32) of a sweep; ``picked`` [N, K] float32 is filled."""
     h, w, y, cols, rows, u, _ = head
-    count = next((rows for name, rows in SUMS if name in want), 2)
+    count = next((rows for name, rows in PART_ROWS if name in want), 2)
     part = h.new_empty((count, s.schedule.size), dtype=torch.float32)
     top = want & {"max", "argmax"}
     part_top = h.new_empty((2, s.schedule.size), dtype=torch.int32) if top else part
