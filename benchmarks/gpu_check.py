@@ -19,7 +19,7 @@ import torch
 from gpu_heads import BF16, F16, F32, OPERANDS, SOFTCAP, Case, make_grads, make_head
 from torch import Tensor
 
-from fusedhead.kernels.contract import STATS, Head, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.contract import DIFFERENTIABLE_STATS, STATS, Head, Needs, RowGrads, RowStats, Windows
 from fusedhead.kernels.transform.transform import apply, parse
 from fusedhead.kernels.triton_engine import engine
 
@@ -56,7 +56,7 @@ def by_autograd(head: Head, g: RowGrads, dtype: torch.dtype | None) -> tuple[Row
     raw = h @ w.t()
     stats = _stats_of(raw.float() if dtype is None else raw, stats_head)
     loss = torch.zeros((), device=h.device, dtype=stats.lse.dtype)
-    for name in ("lse", "picked", "sum", "entropy"):
+    for name in DIFFERENTIABLE_STATS:
         if getattr(g, name) is not None:
             loss = loss + (getattr(g, name).to(loss.dtype) * getattr(stats, name)).sum()
     if g.square is not None:
@@ -71,7 +71,10 @@ def _stats_of(raw: Tensor, head: Head) -> RowStats:
     lse = z.logsumexp(1)
     logp = z - lse[:, None]
     total = z @ head.u if head.u.numel() else z.sum(1)
-    return RowStats(lse, z.gather(1, head.y), total, -(logp.exp() * logp).sum(1), z.amax(1), z.argmax(1))
+    p = logp.exp()
+    mean = (p * logp).sum(1)
+    variance = (p * logp**2).sum(1) - mean**2
+    return RowStats(lse, z.gather(1, head.y), total, -mean, z.amax(1), z.argmax(1), variance=variance)
 
 
 def error(got: Tensor, true: Tensor) -> float:
@@ -95,7 +98,7 @@ def ratios(c: Case, device: str) -> dict[str, float]:
     true, d_true = by_autograd(head, g, torch.float64)
     theirs, d_theirs = by_autograd(head, g, None)
     found = {}
-    for name in ("lse", "picked", "sum", "entropy"):
+    for name in DIFFERENTIABLE_STATS:
         ours, exact = getattr(stats, name), getattr(true, name)
         if ours is not None and exact.numel():
             found[name] = (error(ours, exact), error(getattr(theirs, name), exact))

@@ -71,7 +71,8 @@ def make_grads(c: Case, head: Head) -> RowGrads:
     lse = keep / keep.sum()
     picked = -lse[:, None].expand(n, c.k).contiguous() / max(c.k, 1) if c.k else None
     if c.grads == "stats":
-        return RowGrads(lse, picked, 1e-3 * torch.rand_like(lse) / c.v / n, torch.rand_like(lse) / n)
+        total, entropy, variance = (scale * torch.rand_like(lse) / n for scale in (1e-3 / c.v, 1.0, 1.0))
+        return RowGrads(lse, picked, total, entropy, variance=variance)
     if c.grads == "smooth":
         return RowGrads(lse, None if picked is None else 0.9 * picked, -0.1 * lse / c.v)
     return RowGrads(lse, picked, square=1e-4 * lse)

@@ -35,6 +35,7 @@ from fusedhead.kernels.contract import Needs, Windows
 from fusedhead.kernels.triton_engine import engine, single_pass, weight_gradient
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.lowering.plan.plan import plan
+from fusedhead.lowering.plan.problem import Problem
 
 Step = Callable[[], object]
 EACH = 100
@@ -76,7 +77,7 @@ def engine_steps(case: shapes.Case) -> dict[str, Step]:
     want = frozenset({"lse", "picked"})
 
     def windows(**options: object) -> Windows:
-        return plan(n, v, d, dtype, "cuda", products=dtype, **options).windows  # type: ignore[arg-type]
+        return plan(Problem(n, v, d, dtype, "cuda", dtype, **options)).windows  # type: ignore[arg-type]
 
     stats = engine.head_stats(head, want, windows())
     return {
@@ -121,7 +122,7 @@ def items(case: shapes.Case) -> dict[str, Step]:
 
     def without_launches() -> None:
         with (
-            patch.object(Launch, "__call__", lambda self, *given: None),
+            patch.object(Launch, "run", lambda self, **given: None),
             patch.object(single_pass, "gemm", lambda *given, **options: None),
             patch.object(weight_gradient, "gemm", lambda *given, **options: None),
         ):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from fusedhead.kernels.triton_engine.launch.tiles import Tile
-from fusedhead.kernels.triton_engine.launch.tuning import candidates, fastest, make_head, step_of
+from fusedhead.kernels.triton_engine.launch.tuning import fastest, make_head, step_of, tiles_to_time
 
 SHAPES = {
     "llama3": (4096, 4096, 128256),
@@ -48,7 +48,7 @@ def sweep_tiles(options: argparse.Namespace, share: tuple[int, int] | None) -> N
         n, d, v = SHAPES[name]
         head = make_head(n, d, v, transform=options.transform)
         for kernel in options.kernel.split(","):
-            tiles = candidates(kernel, n, tuple(int(g) for g in options.groups.split(",")))
+            tiles = tiles_to_time(kernel, n, tuple(int(g) for g in options.groups.split(",")))
             if share:
                 for tile in tiles[share[0] :: share[1]]:
                     step_of(kernel, head, tile)()

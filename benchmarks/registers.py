@@ -32,7 +32,8 @@ from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.kernels.triton_engine import engine
 from fusedhead.kernels.triton_engine.rows.scale import scale_in_place
-from fusedhead.lowering.plan.plan import LEAST, plan
+from fusedhead.lowering.plan.plan import plan
+from fusedhead.lowering.plan.problem import LEAST, Problem
 from fusedhead.rules.pointwise_codegen import function_of
 
 CAP = "mul:0.03333333333333333 tanh mul:30.0"
@@ -99,6 +100,7 @@ CASES = {
     "smoothing, weights": Case(MIDDLE, total=True, weighted=True),
     "smoothing, mask": Case(MIDDLE, MASK, total=True),
     "entropy": Case(MIDDLE, want=frozenset({"entropy"})),
+    "variance": Case(MIDDLE, want=frozenset({"entropy", "variance"})),
     "max, argmax": Case(MIDDLE, "round:bfloat16", want=frozenset({"max", "argmax"})),
     "entropy, soft cap": Case(MIDDLE, CAP, want=frozenset({"entropy"})),
     "4 labels": Case(MIDDLE, labels=4),
@@ -127,10 +129,10 @@ def launch_all(case: Case) -> None:
     head = Head(h, w, y, torch.empty(1, v, device=on), torch.empty(1, n, device=on), u, parse(case.transform))
 
     def windows(needs: Needs, **more: Any) -> Any:
-        return plan(
-            n, v, d, case.dtype, "cuda", products=case.dtype,
-            needs=needs, transform=head.transform, labels=case.labels, **more,
-        ).windows  # fmt: skip
+        linear = more.pop("linear", True)
+        sizes = (n, v, d, case.dtype, "cuda", case.dtype)
+        problem = Problem(*sizes, needs, linear, transform=head.transform, labels=case.labels)
+        return plan(problem, **more).windows
 
     total = row if case.total else None
     one_sweep = not (case.needs.cols or case.needs.rows)
@@ -139,7 +141,9 @@ def launch_all(case: Case) -> None:
     want = {"lse", "picked"} | case.want | ({"sum", "spread"} if case.total else set())
     engine.head_stats(head, frozenset(want), windows(NEITHER))
     entropy = row if "entropy" in want else None
-    saved, upstream = RowStats(row, entropy=entropy, lse_low=row), RowGrads(row, picked, total, entropy)
+    variance = row if "variance" in want else None
+    saved = RowStats(row, entropy=entropy, lse_low=row, variance=variance)
+    upstream = RowGrads(row, picked, total, entropy, variance=variance)
     engine.head_stats_backward(head, upstream, saved, case.needs, windows(case.needs, linear=False))
     scale_in_place(h, w, row[0], 0.0)
 

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None, clock: Callable[[Callable[[], o
         head = tuning.make_head(given.tokens, hidden, given.vocab, "cuda", dtype)
         for kernel in tuned_tiles.KERNELS:
             tma = sweep(kernel, head).layout.tma
-            tiles = tuning.candidates(kernel, given.tokens, tuning.GROUPS, tma, pairs)
+            tiles = tuning.tiles_to_time(kernel, given.tokens, tuning.GROUPS, tma, pairs)
             found = tuning.fastest(kernel, head, tiles, clock or tuning.timed)
             if not found:
                 print(f"fusedhead: no tile of {kernel} fits this GPU at hidden size {hidden}", file=sys.stderr)
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, clock: Callable[[Callable[[], o
             for ms, tile in dict.fromkeys((found[0], alone)):  # heads that pairs cannot take need the second
                 rows.append(tuned_tiles.Tuned(kernel, dtype.itemsize, tma, hidden, tile))
                 print(f"  {kernel}, hidden size {hidden}: {ms:.3f} ms with {tile}", flush=True)
-    print(f"kept in {tuned_tiles.keep(tuned_tiles.name_of(device), rows)}")
+    print(f"kept in {tuned_tiles.keep_tiles(tuned_tiles.name_of(device), rows)}")
     return 0
 
 

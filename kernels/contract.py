@@ -16,9 +16,11 @@ a difference in the graph: lse - z_y is taken as (lse - z_y) + lse_low, and Σ u
 ``head_loss`` is the single sweep for a scalar loss that is linear in the statistics: its coefficients are the
 upstream gradients, known before the sweep, so that the gradients come out of it too.
 
-    dz_u[i, v] = (lse_i' + 2 square_i' lse_i) p[i, v] + Σ_k picked_ik' [v = y_ik] + sum_i' u_v
-                 - entropy_i' p[i, v] (log p[i, v] + entropy_i)      then through the transform's derivative
-    (a prime marks the upstream gradient of that statistic)
+    dz_u[i, v] = p (constant_i - linear_i d + quadratic_i d²) + Σ_k picked_ik' [v = y_ik] + sum_i' u_v
+    with d = log p + entropy_i
+    (a prime marks the upstream gradient of that statistic; `logit_grads`), then through the transform's derivative
+
+A statistic is a row of `STATISTICS`: the ops' schemas, fake results, autograd and planner read what it needs there.
 
 A row with a logit that is NaN or +inf, or with none above -inf, has an lse that says so and NaN for all its gradients
 of a softmax, as eager code's log_softmax gives; other rows are not touched by it.
@@ -26,14 +28,13 @@ of a softmax, as eager code's log_softmax gives; other rows are not touched by i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedhead.kernels.transform.transform import Transform
-
-STATS = ("lse", "picked", "sum", "entropy", "max", "argmax", "lse_low", "spread")
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -64,6 +65,7 @@ class RowStats(NamedTuple):
     argmax: Tensor | None = None  # [N] int64, the first index on ties, of z as the program rounds it
     lse_low: Tensor | None = None  # [N] float32, finite, what rounding took off lse: p = exp((z - lse) - lse_low)
     spread: Tensor | None = None  # [N] float32, Σ_v u_v (lse - z[i, v]): without the digits that lse and sum lose alike
+    variance: Tensor | None = None  # [N] float32, Σ_v p (log p)² - (Σ_v p log p)²
     tie: Tensor | None = None  # [] float32, -0.0: of head_loss, where a kernel writes it at no cost
 
 
@@ -75,6 +77,120 @@ class RowGrads(NamedTuple):
     sum: Tensor | None = None  # [N] float32
     entropy: Tensor | None = None  # [N] float32; not allowed in head_loss
     square: Tensor | None = None  # [N] float32, of lse²; only in head_loss
+    variance: Tensor | None = None  # [N] float32; not allowed in head_loss
+
+
+class WholeLogits(NamedTuple):
+    """All logits of a head, from which `Statistic.of` computes the definition of a statistic."""
+
+    z: Tensor  # [N, V] transformed
+    decided: Tensor  # [N, V] the same, rounded where the program rounds
+    logp: Tensor  # [N, V]
+    y: Tensor  # [N, K]
+    u: Tensor  # [V] or [0] for ones
+
+    def weighted(self, x: Tensor) -> Tensor:
+        return x @ self.u if self.u.numel() else x.sum(1)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Σ_v p x. A column with z = -inf makes it NaN, as ``(p * p.log()).sum(-1)`` does in a user's program."""
+        return (self.logp.exp() * x).sum(1)
+
+    def top(self, which: int) -> Tensor:
+        empty = self.z.new_empty(len(self.z)), self.y.new_empty(len(self.z))
+        return (self.decided.max(1) if self.z.numel() else empty)[which]
+
+
+Slope = tuple[Tensor | None, Tensor | None, Tensor | None]  # constant, linear, quadratic of `LogitGrads`, [N] each
+
+
+class Statistic(NamedTuple):
+    """One number a row, or one a label of a row."""
+
+    name: str
+    of: Callable[[WholeLogits], Tensor]  # its definition, [N] or [N, K]
+    linear: bool = False  # whether its coefficient in a loss is its gradient: `head_loss` takes it
+    per_label: bool = False
+    dtype: torch.dtype | None = None  # None: `stat_dtype`
+    differentiable: bool = True
+    decision: bool = False  # read off logits as the program rounds them
+    companion: bool = False  # a number that goes with others, in `head_loss` too
+    reads: tuple[str, ...] = ()  # statistics that its gradient reads: they come with it
+    slope: Callable[[Tensor, RowStats], Slope] | None = None  # of an upstream gradient [N], where that is a softmax's
+
+
+def slope_of_variance(g: Tensor, stats: RowStats) -> Slope:
+    """d(variance)/dz = p (d² + 2 d - variance)."""
+    assert stats.variance is not None
+    return -g * stats.variance, -2 * g, g
+
+
+SOFTMAX = ("lse", "lse_low")  # p = exp((z - lse) - lse_low)
+STATISTICS = (
+    Statistic("lse", lambda at: at.z.logsumexp(1), linear=True, reads=SOFTMAX, slope=lambda g, stats: (g, None, None)),
+    Statistic("picked", lambda at: at.z.gather(1, at.y), linear=True, per_label=True),
+    Statistic("sum", lambda at: at.weighted(at.z), linear=True),
+    Statistic(
+        "entropy", lambda at: -at.mean(at.logp), reads=(*SOFTMAX, "entropy"), slope=lambda g, stats: (None, g, None)
+    ),
+    Statistic("max", lambda at: at.top(0), differentiable=False, decision=True),
+    Statistic("argmax", lambda at: at.top(1), dtype=torch.int64, differentiable=False, decision=True),
+    Statistic("lse_low", lambda at: at.z.new_zeros(len(at.z)), differentiable=False, companion=True, reads=SOFTMAX),
+    Statistic("spread", lambda at: -at.weighted(at.logp), differentiable=False, companion=True),
+    Statistic(
+        "variance",  # of log p under p
+        lambda at: at.mean(at.logp**2) - at.mean(at.logp) ** 2,
+        reads=(*SOFTMAX, "entropy", "variance"),
+        slope=slope_of_variance,
+    ),
+)
+STATS = tuple(s.name for s in STATISTICS)
+LINEAR_STATS = tuple(s.name for s in STATISTICS if s.linear)
+DECISIONS = frozenset(s.name for s in STATISTICS if s.decision)
+COMPANIONS = tuple(s.name for s in STATISTICS if s.companion)
+DIFFERENTIABLE_STATS = tuple(s.name for s in STATISTICS if s.differentiable)
+SAVED_STATS = tuple(dict.fromkeys(name for s in STATISTICS for name in s.reads))  # for the backward pass
+LOSS_OUTPUTS = (*LINEAR_STATS, "dh", "dw", "dcols", "drows", "tie", *COMPANIONS)  # of `head_loss`, in order
+
+
+def with_companions(want: frozenset[str]) -> frozenset[str]:
+    """The statistics that come where these are asked for: what their gradients read is among them."""
+    return want.union(*(s.reads for s in STATISTICS if s.name in want))
+
+
+class LogitGrads(NamedTuple):
+    """The gradient of transformed logits by row, None for zero: p (constant - linear d + quadratic d²) of the softmax
+    with d = log p + entropy, and what goes to labels and to Σ u z.
+    """
+
+    constant: Tensor | None = None  # [N] float32
+    linear: Tensor | None = None  # [N] float32
+    quadratic: Tensor | None = None  # [N] float32
+    picked: Tensor | None = None  # [N, K] float32
+    sum: Tensor | None = None  # [N] float32
+
+    @property
+    def varies(self) -> bool:
+        """Whether the softmax's part is more than p times one number a row."""
+        return self.linear is not None or self.quadratic is not None
+
+
+def logit_grads(upstream: RowGrads, stats: RowStats) -> LogitGrads:
+    """What the gradients of the statistics make of that of the logits."""
+    constant, linear, quadratic = None, None, None
+    for statistic in STATISTICS:
+        g = getattr(upstream, statistic.name) if statistic.differentiable else None
+        if g is not None and statistic.slope is not None:
+            more = statistic.slope(g, stats)
+            constant, linear, quadratic = map(plus, (constant, linear, quadratic), more)
+    if upstream.square is not None:
+        constant = plus(constant, 2 * upstream.square * stats.lse)
+    return LogitGrads(constant, linear, quadratic, upstream.picked, upstream.sum)
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, None for zero."""
+    return b if a is None else a if b is None else a + b
 
 
 class Needs(NamedTuple):

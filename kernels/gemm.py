@@ -3,8 +3,8 @@
     gemm(a, b, out)                   out = a @ b
     gemm(a, b, out, add=True)         out += a @ b
 
-in: a [m, k], b [k, n] of one dtype, out [m, n] of that dtype or float32 (then rounded nowhere). No
-temporaries on CUDA. FLOP 2mnk. This file must not know what is multiplied.
+in: a [m, k], b [k, n] of one dtype, out [m, n] of that dtype or float32 (then rounded nowhere). No temporaries on CUDA.
+FLOP 2mnk.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from fusedhead.kernels.user_cache import cache_file, read_json, write_json
 log = logging.getLogger("fusedhead")
 LIMIT = 300  # seconds after which a check has hung
 PATIENCE = {"pairs": 20, "triton": LIMIT}  # seconds that a program waits: plain sweeps are little slower than pairs
-READY = "ready"  # the child's first line: what fails after it is the kernels' failure
+FIRST_LINE = "ready"  # the child's first line: what fails after it is the kernels' failure
 CHILD = (
     "import sys; sys.path[:] = {path!r}; "
     "from fusedhead.kernels.triton_engine.self_check import main; main({argument!r})"
@@ -176,7 +176,7 @@ def _answer(check: _Check, patience: float) -> tuple[list[str], str] | None:
 def _verdict(claim: Claim, lines: list[str], problem: str) -> bool:
     """What the child's answer says; kept on disk where it is about the kernels."""
     answers = [line for line in lines if line.startswith("{")]
-    if READY not in lines or (not answers and not problem):
+    if FIRST_LINE not in lines or (not answers and not problem):
         log.info(
             "fusedhead: the self-check of %s could not be made (%s); %s", claim.name, problem, FALLBACK[claim.name]
         )
@@ -187,11 +187,11 @@ def _verdict(claim: Claim, lines: list[str], problem: str) -> bool:
             "fusedhead: the self-check of %s failed on %s: %s. %s. The verdict is kept in %s",
             claim.name, torch.cuda.get_device_name(claim.gpu), found["reason"], FALLBACK[claim.name], kept_in(),
         )  # fmt: skip
-    keep(_key(claim), found)
+    keep_verdict(_key(claim), found)
     return bool(found["serves"])
 
 
-def keep(key: str, verdict: dict[str, Any]) -> None:
+def keep_verdict(key: str, verdict: dict[str, Any]) -> None:
     """Write a verdict for later processes, where the folder can be written."""
     try:
         write_json(kept_in(), read_json(kept_in(), "it is written anew") | {key: verdict})

@@ -1,7 +1,7 @@
 """Small JSON files that outlive a process, in the user's cache folder: what was found out about this machine.
 
 Readers see the old file or the new one, never a part of one. A file that is missing or damaged says nothing, and
-nothing that is wrong with one stops a program. This file must not know what is kept.
+nothing that is wrong with one stops a program.
 """
 
 from __future__ import annotations

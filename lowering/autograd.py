@@ -1,13 +1,13 @@
 """How gradients pass through the ops: what each op saves, and which op its backward calls.
 
-`head_stats` recomputes in its backward, for any upstream gradient. `head_loss` has its gradients already,
-up to one scalar that it reads off the upstream. Operands that want no gradient are skipped. It must not
-know about engines, plans or windows.
+`head_stats` recomputes in its backward, for any upstream gradient. `head_loss` has its gradients already, up to one
+scalar that it reads off the upstream. Operands that want no gradient are skipped.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -17,37 +17,47 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 import fusedhead.lowering.scale  # noqa: F401  registers torch.ops.fusedhead.scale
+from fusedhead.kernels.contract import COMPANIONS, DIFFERENTIABLE_STATS, LINEAR_STATS, LOSS_OUTPUTS, SAVED_STATS, STATS
 
+HEAD_OPERANDS = 6  # of a head, first among an op's tensors: h, w, y, cols, rows, u
 ONCE = "a fused head can be differentiated once: double backward through it is not supported"
 
 
 def _setup_stats(ctx: Any, inputs: tuple, output: tuple) -> None:
-    h, w, y, cols, rows, u, ctx.transform, _, ctx.memory, ctx.whole_below, ctx.keep = inputs
-    lse, _, _, entropy, top, where, lse_low, spread, product = output
-    ctx.save_for_backward(h, w, y, cols, rows, u, lse, lse_low, entropy, *([product] if ctx.keep else []))
-    ctx.mark_non_differentiable(top, where, lse_low, spread, product)
+    *operands, ctx.transform, _, ctx.memory, ctx.whole_below, ctx.keep = inputs
+    results, product = dict(zip(STATS, output)), output[-1]
+    saved = [results[name] for name in SAVED_STATS]
+    ctx.save_for_backward(*operands, *saved, *([product] if ctx.keep else []))
+    ctx.mark_non_differentiable(*(x for name, x in results.items() if name not in DIFFERENTIABLE_STATS), product)
     ctx.set_materialize_grads(False)
 
 
-def _backward_stats(
-    ctx: Any,
-    g_lse: Tensor | None,
-    g_picked: Tensor | None,
-    g_sum: Tensor | None,
-    g_entropy: Tensor | None,
-    *_: None,
-) -> tuple:
-    h, w, y, cols, rows, u, lse, lse_low, entropy, *product = ctx.saved_tensors
-    upstream = [lse.new_empty(0) if g is None else g for g in (g_lse, g_picked, g_sum, g_entropy)]
+def _backward_stats(ctx: Any, *grads: Tensor | None) -> tuple:
+    operands, saved, product = split_at(ctx.saved_tensors, HEAD_OPERANDS, len(SAVED_STATS))
+    upstream = dict(zip(STATS, grads))
+    wanted = [upstream[name] for name in DIFFERENTIABLE_STATS]
     needs = [ctx.needs_input_grad[at] for at in (0, 1, 3, 4)]
-    if not any(needs) or (g_lse is None and g_picked is None and g_sum is None and g_entropy is None):
+    if not any(needs) or all(g is None for g in wanted):
         return (None,) * 11
-    grads = torch.ops.fusedhead.head_stats_backward(
-        *upstream, h, w, y, cols, rows, u, lse, lse_low, entropy, ctx.transform, ctx.memory, *needs, ctx.whole_below,
+    absent = saved[0].new_empty(0)
+    computed = torch.ops.fusedhead.head_stats_backward(
+        *(absent if g is None else g for g in wanted),
+        *operands,
+        *saved,
+        ctx.transform,
+        ctx.memory,
+        *needs,
+        ctx.whole_below,
         *product,
     )
-    dh, dw, dcols, drows = (g if need else None for g, need in zip(grads, needs))
+    dh, dw, dcols, drows = (g if need else None for g, need in zip(computed, needs))
     return dh, dw, None, dcols, drows, *(None,) * 6
+
+
+def split_at(of: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
+    """The first so many of a sequence, the next, ... and what is left."""
+    ends = [0, *itertools.accumulate(counts)]
+    return [*(of[start:end] for start, end in itertools.pairwise(ends)), of[ends[-1] :]]
 
 
 def _setup_once(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -59,11 +69,11 @@ def _backward_once(ctx: Any, *grads: Tensor | None) -> NoReturn:
 
 
 def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
-    c_lse, c_picked, c_sum, c_square = inputs[6:10]
-    lse, _, _, dh, dw, dcols, drows, _, lse_low, spread = output
-    ctx.save_for_backward(c_lse, c_picked, c_sum, c_square, lse, dh, dw, dcols, drows)
+    results = dict(zip(LOSS_OUTPUTS, output))
+    gradients = [results[name] for name in ("dh", "dw", "dcols", "drows")]
+    ctx.save_for_backward(*inputs[6:10], results["lse"], *gradients)
     ctx.computed = inputs[13:17]
-    ctx.mark_non_differentiable(dh, dw, dcols, drows, lse_low, spread)
+    ctx.mark_non_differentiable(*gradients, *(results[name] for name in COMPANIONS))
     ctx.set_materialize_grads(False)
 
 
@@ -114,9 +124,7 @@ def _empty(x: Tensor) -> bool:
     return statically_known_true(x.numel() == 0)
 
 
-def _backward_loss(
-    ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, g_sum: Tensor | None, *others: Tensor | None
-) -> tuple:
+def _backward_loss(ctx: Any, *upstream: Tensor | None) -> tuple:
     c_lse, c_picked, c_sum, c_square, lse, *grads = ctx.saved_tensors
     needs = [ctx.needs_input_grad[at] for at in (0, 1, 3, 4)]
     for need, computed, name in zip(needs, ctx.computed, ("h", "w", "cols", "rows")):
@@ -125,10 +133,11 @@ def _backward_loss(
     if not _empty(c_square):
         slope = 2 * c_square * lse
         c_lse = slope if _empty(c_lse) else c_lse + slope
-    arrived = ((g_lse, c_lse), (g_picked, c_picked), (g_sum, c_sum))
+    given = dict(zip(LOSS_OUTPUTS, upstream))
+    arrived = zip((given[name] for name in LINEAR_STATS), (c_lse, c_picked, c_sum))
     pairs = [(g, c) for g, c in arrived if g is not None and g.dim() == c.dim()]
     pairs = [(g, c) for g, c in pairs if _empty(g) or not _empty(c)]
-    scales = [g for g in others[4:5] if g is not None]  # of the tie, exactly
+    scales = [given["tie"]] if given["tie"] is not None else []  # exactly
     scales += [upstream_scale(pairs)] if pairs else []
     if not scales or not any(needs):
         return (None,) * 18

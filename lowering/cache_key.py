@@ -1,8 +1,7 @@
 """A stable hash over every source file of the package.
 
-torch.compile's caches know the graph that a backend hands on but not the code behind its custom ops:
-without this hash in their key, an upgrade that mends a gradient would keep serving the old one. It must not
-know which cache asks, nor import the files that it reads.
+torch.compile's caches know the graph that a backend hands on but not the code behind its custom ops: without this hash
+in their key, an upgrade that mends a gradient would keep serving the old one.
 """
 
 from __future__ import annotations

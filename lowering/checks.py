@@ -1,4 +1,4 @@
-"""What the ops refuse, and in which words. It must not know what happens to operands that pass."""
+"""What the ops refuse, and in which words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LabelOutOfRange(IndexError, RuntimeError):
 
 
 @lru_cache(maxsize=64)
-def asked(stats: str) -> frozenset[str]:
+def parse_stats(stats: str) -> frozenset[str]:
     """The statistics named in ``stats``, comma-joined. Raises ValueError naming one that is not known."""
     want = frozenset(stats.split(",")) - {""}
     unknown = sorted(want.difference(STATS))

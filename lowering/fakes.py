@@ -1,24 +1,34 @@
 """Shapes and dtypes of the ops' results, for tracing: no value is read and no size is compared.
 
-A token count may be a symbol and stays one. It must not know about engines.
+A token count may be a symbol and stays one.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import stat_dtype
+from fusedhead.kernels.contract import (
+    DIFFERENTIABLE_STATS,
+    LOSS_OUTPUTS,
+    SAVED_STATS,
+    STATISTICS,
+    STATS,
+    stat_dtype,
+    with_companions,
+)
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.lowering.checks import asked
+from fusedhead.lowering.checks import parse_stats
 from fusedhead.lowering.retention import kept_rows
 
 
-def _present(like: Tensor, given: bool, shape: tuple, dtype: torch.dtype) -> Tensor:
+def _empty_if_absent(like: Tensor, given: bool, shape: tuple, dtype: torch.dtype) -> Tensor:
     return like.new_empty(shape if given else (0,), dtype=dtype)
 
 
-def head_stats(
+def fake_head_stats(
     h: Tensor,
     w: Tensor,
     y: Tensor,
@@ -31,18 +41,13 @@ def head_stats(
     whole_below: int = 0,
     keep: bool = False,
 ) -> tuple[Tensor, ...]:
-    want, wide, n = asked(stats), stat_dtype(h.dtype), h.shape[0]
-    return (
-        _present(h, bool(want & {"lse", "entropy"}), (n,), wide),
-        _present(h, "picked" in want, (n, y.shape[1]), wide),
-        _present(h, "sum" in want, (n,), wide),
-        _present(h, "entropy" in want, (n,), wide),
-        _present(h, "max" in want, (n,), wide),
-        _present(h, "argmax" in want, (n,), torch.int64),
-        _present(h, bool(want & {"lse", "entropy"}), (n,), wide),
-        _present(h, "spread" in want, (n,), wide),
-        kept_product(h, w, whole_below, keep),
+    want, n = with_companions(parse_stats(stats)), h.shape[0]
+    shapes = {True: (n, y.shape[1]), False: (n,)}
+    results = (
+        _empty_if_absent(h, statistic.name in want, shapes[statistic.per_label], statistic.dtype or stat_dtype(h.dtype))
+        for statistic in STATISTICS
     )
+    return (*results, kept_product(h, w, whole_below, keep))
 
 
 def kept_product(h: Tensor, w: Tensor, whole_below: int, keep: bool) -> Tensor:
@@ -53,18 +58,20 @@ def kept_product(h: Tensor, w: Tensor, whole_below: int, keep: bool) -> Tensor:
 
 
 def _gradients(operands: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    return tuple(_present(x, need, tuple(x.shape), x.dtype) for x, need in zip(operands, needs))
+    return tuple(_empty_if_absent(x, need, tuple(x.shape), x.dtype) for x, need in zip(operands, needs))
 
 
-def head_stats_backward(*args: object) -> tuple[Tensor, ...]:
-    h, w, _, cols, rows = args[4:9]
-    return _gradients((h, w, cols, rows), args[15:19])  # type: ignore[arg-type]
+def fake_head_stats_backward(*args: Any) -> tuple[Tensor, ...]:
+    count = len(DIFFERENTIABLE_STATS)
+    h, w, _, cols, rows, _ = args[count : count + 6]
+    first = count + 6 + len(SAVED_STATS) + 2
+    return _gradients((h, w, cols, rows), args[first : first + 4])
 
 
-def head_loss(*args: object) -> tuple[Tensor, ...]:
+def fake_head_loss(*args: Any) -> tuple[Tensor, ...]:
     h, w, y, cols, rows, u = args[:6]
     transform, stats, memory = args[10:13]
-    rowwise = head_stats(h, w, y, cols, rows, u, transform, f"lse,{stats}", memory)  # type: ignore[arg-type]
-    gradients = _gradients((h, w, cols, rows), args[13:17])  # type: ignore[arg-type]
-    tie = _present(h, True, (), rowwise[0].dtype)  # type: ignore[arg-type]
-    return (*rowwise[:3], *gradients, tie, *rowwise[6:8])
+    results = dict(zip(STATS, fake_head_stats(h, w, y, cols, rows, u, transform, f"lse,{stats}", memory)))
+    results |= zip(("dh", "dw", "dcols", "drows"), _gradients((h, w, cols, rows), args[13:17]))
+    results["tie"] = _empty_if_absent(h, True, (), results["lse"].dtype)
+    return tuple(results[name] for name in LOSS_OUTPUTS)

@@ -1,8 +1,7 @@
 """The three custom ops that stand for a head in a graph, and the way from them to an engine.
 
-Functional, tensors positional, fixed arity: what is absent travels as a tensor of no elements. Each op checks
-its operands, asks the planner and calls one engine; importing this file registers the ops. It must not know
-how a head is computed or where in a program it came from.
+Functional, tensors positional, fixed arity: what is absent travels as a tensor of no elements. Each op checks its
+operands, asks the planner and calls one engine; importing this file registers the ops.
 
     head_stats           one sweep: the statistics, in the order of `contract.STATS`
     head_stats_backward  one sweep: gradients for a per-row upstream: dh, dw, dcols, drows
@@ -15,98 +14,82 @@ builds them whole, as Inductor would have. With ``keep`` such a call hands the p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
-from fusedhead.kernels.torch_engine import softmax_gradients
+from fusedhead.kernels.contract import (
+    COMPANIONS,
+    DIFFERENTIABLE_STATS,
+    LINEAR_STATS,
+    LOSS_OUTPUTS,
+    SAVED_STATS,
+    STATISTICS,
+    STATS,
+    Head,
+    HeadGrads,
+    Needs,
+    RowGrads,
+    RowStats,
+    Windows,
+    stat_dtype,
+    with_companions,
+)
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.kernels.transform.transform import plain_scale
 from fusedhead.lowering import autograd, fakes
-from fusedhead.lowering.checks import LabelOutOfRange, asked, head_of
-from fusedhead.lowering.plan.plan import engine_for, plan
+from fusedhead.lowering.checks import LabelOutOfRange, head_of, parse_stats
+from fusedhead.lowering.engines import Engine, engine_for
+from fusedhead.lowering.plan.plan import plan
+from fusedhead.lowering.plan.problem import Problem, writes_logits
 
 __all__ = ["SCHEMAS", "LabelOutOfRange"]
 
 _HEAD = "Tensor h, Tensor w, Tensor y, Tensor cols, Tensor rows, Tensor u"
 _NEEDS = "bool need_h, bool need_w, bool need_cols, bool need_rows"
 _WHOLE = ", int whole_below=0"
+_STATS = ", ".join(f"Tensor {name}" for name in STATS)
+_UPSTREAM = ", ".join(f"Tensor g_{name}" for name in DIFFERENTIABLE_STATS)
+_SAVED = ", ".join(f"Tensor {name}" for name in SAVED_STATS)
+_LOSS = ", ".join(f"Tensor {name}" for name in LOSS_OUTPUTS)
+_COEFFICIENTS = ", ".join(f"Tensor c_{name}" for name in (*LINEAR_STATS, "square"))
 SCHEMAS = {
     "head_stats": f"({_HEAD}, str transform, str stats, int memory{_WHOLE}, bool keep=False)"
-    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor entropy, Tensor max, Tensor argmax, Tensor lse_low, "
-    "Tensor spread, Tensor product)",
-    "head_stats_backward": "(Tensor g_lse, Tensor g_picked, Tensor g_sum, Tensor g_entropy, "
-    f"{_HEAD}, Tensor lse, Tensor lse_low, Tensor entropy, str transform, int memory, {_NEEDS}{_WHOLE}, "
+    f" -> ({_STATS}, Tensor product)",
+    "head_stats_backward": f"({_UPSTREAM}, {_HEAD}, {_SAVED}, str transform, int memory, {_NEEDS}{_WHOLE}, "
     "Tensor? product=None) -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
-    "head_loss": f"({_HEAD}, Tensor c_lse, Tensor c_picked, Tensor c_sum, Tensor c_square, "
-    f"str transform, str stats, int memory, {_NEEDS}{_WHOLE})"
-    " -> (Tensor lse, Tensor picked, Tensor sum, Tensor dh, Tensor dw, Tensor dcols, Tensor drows, Tensor tie, "
-    "Tensor lse_low, Tensor spread)",
+    "head_loss": f"({_HEAD}, {_COEFFICIENTS}, str transform, str stats, int memory, {_NEEDS}{_WHOLE}) -> ({_LOSS})",
 }
 NONE = Needs(False, False, False, False)
 
 
-ENGINES = {
-    "torch_whole": "fusedhead.kernels.torch_engine.whole",
-    "torch_windows": "fusedhead.kernels.torch_engine.engine",
-    "triton_windows": "fusedhead.kernels.triton_engine.engine",
-}
-
-
-@cache
-def _module(engine: str) -> ModuleType:
-    return import_module(ENGINES[engine])
-
-
-def as_written(device: torch.device) -> AbstractContextManager[object]:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside: an op computes in the dtypes it was given, whatever region it is called from."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _chosen(
-    head: Head, needs: Needs, memory: int, whole_below: int, *, linear: bool, row_scale: bool, explicit: bool
-) -> tuple[ModuleType, Windows]:
-    """The engine, and its windows."""
+    head: Head, needs: Needs, limits: tuple[int, int], *, linear: bool, row_scale: bool, explicit: bool
+) -> tuple[Engine, Windows]:
+    """The engine, and its windows; ``limits`` are the op's ``memory`` and ``whole_below``."""
     h, w, y, _, _, _, transform = head
-    chosen = plan(
-        h.shape[0],
-        w.shape[0],
-        h.shape[1],
-        h.dtype,
-        h.device.type,
-        products=product_dtype(h.dtype, h.device.type),
-        needs=needs,
-        linear=linear,
-        one_sweep=row_scale,
-        explicit=explicit,
-        transform=transform,
-        labels=y.shape[1],
-        memory=memory,
-        whole_below=whole_below,
+    (n, hidden), vocab, dtype, kind = h.shape, w.shape[0], h.dtype, h.device.type
+    products = product_dtype(dtype, kind)
+    problem = Problem(
+        n, vocab, hidden, dtype, kind, products, needs, linear, row_scale, explicit, transform, y.shape[1]
     )
-    return _module(chosen.engine), chosen.windows
+    chosen = plan(problem, memory=limits[0], whole_below=limits[1])
+    return chosen.engine, chosen.windows
 
 
-def _row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
-    """Whether the engine gets gradients of this head from exponentials, see `softmax_gradients`."""
-    if engine_for(head.h.dtype, head.h.device.type) == "triton_windows":
-        return not (needs.cols or needs.rows)
-    return softmax_gradients.serves(head, upstream, needs)
-
-
-def _given(x: Tensor) -> Tensor | None:
+def _none_if_empty(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
 
-def _result(x: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _empty_if_absent(x: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(0, dtype=dtype or stat_dtype(like.dtype)) if x is None else x
 
 
@@ -128,41 +111,31 @@ def _head_stats(
     whole_below: int = 0,
     keep: bool = False,
 ) -> tuple[Tensor, ...]:
-    head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
-    short = {"lse", "lse_low", "picked"} | ({"sum", "spread"} if plain_scale(head.transform) is not None else set())
-    explicit = not want <= short
-    engine, windows = _chosen(head, NONE, memory, whole_below, linear=True, row_scale=True, explicit=explicit)
+    head, want = head_of(h, w, y, cols, rows, u, transform), parse_stats(stats)
+    explicit, given = writes_logits(want, head.transform), with_companions(want)
+    engine, windows = _chosen(head, NONE, (memory, whole_below), linear=True, row_scale=True, explicit=explicit)
     product = fakes.kept_product(h, w, whole_below, keep)
-    kept = {"product": product[: h.shape[0]]} if keep and engine is _module("torch_whole") else {}
-    with as_written(head.h.device):
-        got: RowStats = engine.head_stats(head, want - {"lse_low"}, windows, **kept)  # which comes with any lse
-    return (
-        _result(got.lse if want & {"lse", "entropy"} else None, h),
-        _result(got.picked, h),
-        _result(got.sum, h),
-        _result(got.entropy, h),
-        _result(got.max, h),
-        _result(got.argmax, h, torch.int64),
-        _result(got.lse_low if want & {"lse", "entropy"} else None, h),
-        _result(got.spread if "spread" in want else None, h),
-        product,
+    kept = product[: h.shape[0]] if keep and engine.keeps_product else None
+    with without_autocast(head.h.device):
+        got = engine.head_stats(head, given - {"lse_low"}, windows, kept)  # which comes with any lse
+    results = (
+        _empty_if_absent(getattr(got, statistic.name) if statistic.name in given else None, h, statistic.dtype)
+        for statistic in STATISTICS
     )
+    return (*results, product)
 
 
-def _head_stats_backward(
-    g_lse: Tensor,
-    g_picked: Tensor,
-    g_sum: Tensor,
-    g_entropy: Tensor,
-    h: Tensor,
-    w: Tensor,
-    y: Tensor,
-    cols: Tensor,
-    rows: Tensor,
-    u: Tensor,
-    lse: Tensor,
-    lse_low: Tensor,
-    entropy: Tensor,
+def _head_stats_backward(*args: Any) -> tuple[Tensor, ...]:
+    grads, operands, stats, rest = autograd.split_at(
+        args, len(DIFFERENTIABLE_STATS), autograd.HEAD_OPERANDS, len(SAVED_STATS)
+    )
+    return _gradients_of_stats(dict(zip(DIFFERENTIABLE_STATS, grads)), operands, dict(zip(SAVED_STATS, stats)), *rest)
+
+
+def _gradients_of_stats(
+    grads: dict[str, Tensor],
+    operands: Sequence[Tensor],
+    stats: dict[str, Tensor],
     transform: str,
     memory: int,
     need_h: bool,
@@ -172,20 +145,22 @@ def _head_stats_backward(
     whole_below: int = 0,
     product: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    h, w, y, cols, rows, u = operands
     head = head_of(h, w, y, cols, rows, u, transform)
     needs = Needs(need_h, need_w, need_cols, need_rows)
-    upstream = RowGrads(_given(g_lse), _given(g_picked), _given(g_sum), _given(g_entropy))
-    # The lse is absent where no statistic needed it; then neither does a gradient.
-    lse = lse if lse.numel() else h.new_zeros(h.shape[0], dtype=lse.dtype)
-    saved = RowStats(lse, entropy=_given(entropy), lse_low=_given(lse_low))
-    row_scale = _row_scale(head, upstream, needs)
+    upstream = RowGrads(**{name: _none_if_empty(g) for name, g in grads.items()})
+    lse = stats["lse"]
+    if not lse.numel():  # no statistic needed it; then neither does a gradient
+        lse = head.h.new_zeros(head.h.shape[0], dtype=lse.dtype)
+    others: dict[str, Any] = {name: _none_if_empty(x) for name, x in stats.items() if name != "lse"}
+    saved = RowStats(lse, **others)
+    row_scale = engine_for(head.h.dtype, head.h.device.type).row_scale_serves(head, upstream, needs)
     engine, windows = _chosen(
-        head, needs, memory, whole_below, linear=False, row_scale=row_scale, explicit=not row_scale
+        head, needs, (memory, whole_below), linear=False, row_scale=row_scale, explicit=not row_scale
     )
-    whole = product is not None and engine is _module("torch_whole")
-    kept = {"product": product[: h.shape[0]]} if product is not None and whole else {}
-    with as_written(head.h.device):
-        return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows, **kept), head)
+    kept = product[: head.h.shape[0]] if product is not None and engine.keeps_product else None
+    with without_autocast(head.h.device):
+        return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows, kept), head)
 
 
 def _head_loss(
@@ -208,42 +183,42 @@ def _head_loss(
     need_rows: bool,
     whole_below: int = 0,
 ) -> tuple[Tensor, ...]:
-    head, want = head_of(h, w, y, cols, rows, u, transform), asked(stats)
-    if want - {"lse", "picked", "sum", "lse_low", "spread"}:
-        raise ValueError(f"head_loss gives lse, picked, sum, lse_low and spread; {stats!r} asks for more")
+    head, want = head_of(h, w, y, cols, rows, u, transform), parse_stats(stats)
+    possible = (*LINEAR_STATS, *COMPANIONS)
+    if not want.issubset(possible):
+        names = f"{', '.join(possible[:-1])} and {possible[-1]}"
+        raise ValueError(f"head_loss gives {names}; {stats!r} asks for more")
     needs = Needs(need_h, need_w, need_cols, need_rows)
-    c = RowGrads(_given(c_lse), _given(c_picked), _given(c_sum), square=_given(c_square))
+    c = RowGrads(
+        _none_if_empty(c_lse), _none_if_empty(c_picked), _none_if_empty(c_sum), square=_none_if_empty(c_square)
+    )
     if want & {"sum", "spread"} and c.sum is None:
         c = c._replace(sum=h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype)))
-    row_scale = _row_scale(head, c, needs)
+    row_scale = engine_for(h.dtype, h.device.type).row_scale_serves(head, c, needs)
     engine, windows = _chosen(
-        head, needs, memory, whole_below, linear=True, row_scale=row_scale, explicit=not row_scale
+        head, needs, (memory, whole_below), linear=True, row_scale=row_scale, explicit=not row_scale
     )
-    with as_written(head.h.device):
+    with without_autocast(head.h.device):
         got, grads = engine.head_loss(head, c, needs, windows)
-    return (
-        got.lse,
-        _result(got.picked if "picked" in want else None, h),
-        _result(got.sum if "sum" in want else None, h),
-        *_gradients(grads, head),
-        h.new_full((), -0.0, dtype=stat_dtype(h.dtype)) if got.tie is None else got.tie,
-        _result(got.lse_low, h),
-        _result(got.spread if "spread" in want else None, h),
-    )
+    given = with_companions(want | {"lse"})
+    results = {name: _empty_if_absent(getattr(got, name) if name in given else None, h) for name in possible}
+    results |= zip(("dh", "dw", "dcols", "drows"), _gradients(grads, head))
+    results["tie"] = h.new_full((), -0.0, dtype=stat_dtype(h.dtype)) if got.tie is None else got.tie
+    return tuple(results[name] for name in LOSS_OUTPUTS)
 
 
-Function = Callable[..., Any]
-_PARTS: dict[str, tuple[Function, Function, tuple[Function, Function]]] = {
-    "head_stats": (_head_stats, fakes.head_stats, autograd.HEAD_STATS),
-    "head_stats_backward": (_head_stats_backward, fakes.head_stats_backward, autograd.DIFFERENTIATED_ONCE),
-    "head_loss": (_head_loss, fakes.head_loss, autograd.HEAD_LOSS),
+Implementation = Callable[..., Any]
+_PARTS: dict[str, tuple[Implementation, Implementation, tuple[Implementation, Implementation]]] = {
+    "head_stats": (_head_stats, fakes.fake_head_stats, autograd.HEAD_STATS),
+    "head_stats_backward": (_head_stats_backward, fakes.fake_head_stats_backward, autograd.DIFFERENTIATED_ONCE),
+    "head_loss": (_head_loss, fakes.fake_head_loss, autograd.HEAD_LOSS),
 }
 for _name, (_implementation, _fake, (_setup, _backward)) in _PARTS.items():
     torch.library.define(f"fusedhead::{_name}", SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"fusedhead::{_name}", "default", _implementation)
     torch.library.register_fake(f"fusedhead::{_name}", _fake)
     torch.library.register_autograd(f"fusedhead::{_name}", _backward, setup_context=_setup)
-    # the same without autograd, for graphs whose gradients are traced (`fusedhead.below_autograd`)
+    # the same without autograd, for graphs whose gradients are traced (`fusedhead.inductor.call_below_autograd`)
     _traced = f"fusedhead::{_name}_traced"
     torch.library.define(_traced, SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(_traced, "default", _implementation)

@@ -1,8 +1,7 @@
 """How many rows of a product a call keeps for its backward pass, where the number of tokens may be a symbol.
 
 A call below a limit keeps all of them, as Inductor would: the backward pass then multiplies once less. Any other keeps
-none, which takes the fewest rows that a shape can have for which no compiler adds a guard. This file must not know what
-is kept.
+none, which takes the fewest rows that a shape can have for which no compiler adds a guard.
 """
 
 from __future__ import annotations

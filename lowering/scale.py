@@ -4,8 +4,7 @@
     scale_(Tensor(a!)[] xs, Tensor g) -> ()     the same in place for several; where g is 1 nothing is read or written
 
 The autograd formula of `head_loss` calls the first; a compiled backward whose saved gradient nobody else can see gets
-the second (`fusedhead.donated`). g is a 0-d tensor of any floating dtype; the product is rounded once. It must not
-know about heads.
+the second (`fusedhead.inductor.scale_in_place`). g is a 0-d tensor of any floating dtype; the product is rounded once.
 """
 
 from __future__ import annotations

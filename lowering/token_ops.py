@@ -9,7 +9,6 @@ A call whose logits take fewer bytes than ``keep_below`` hands its heads' produc
 results, as Inductor would keep them: each is then multiplied once. Number of tokens a symbol, each call decides.
 
 The program is text (`fusedhead.kernels.tokenwise.program`), so that a graph with these ops depends on nothing else.
-This file must not know what a program computes or where it came from.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from fusedhead.kernels.tokenwise import engine as tokenwise_engine
 from fusedhead.kernels.tokenwise.compiled import above_autograd
 from fusedhead.kernels.tokenwise.program import read, run
 from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE, scaled, upstream_scale
-from fusedhead.lowering.ops import as_written
+from fusedhead.lowering.ops import without_autocast
 from fusedhead.lowering.plan.tokenwise import RowPlan, row_plan
 from fusedhead.lowering.retention import keeps, kept_rows
 
-SCHEMAS = {
+TOKEN_SCHEMAS = {
     "head_rows": "(Tensor[] tensors, str program, int memory, int keep_below=0) -> Tensor[]",
     "head_rows_backward": "(Tensor[] upstream, Tensor[] tensors, str program, int memory, bool[] needs, "
     "Tensor[]? products=None) -> Tensor[]",
@@ -68,14 +67,14 @@ def _rows(tensors: list[Tensor], program: str, memory: int, keep_below: int = 0)
     chosen, kept = _plan(tensors, program, memory)[:2], _kept(tensors, program, keep_below)
     n = len(tensors[tokenwise_engine.operands(read(program))[0][0]])
     products = [z[:n] for z in kept] if keeps(n, logits_bytes(tensors, program), keep_below) else None
-    with as_written(tensors[0].device):
+    with without_autocast(tensors[0].device):
         return [*tokenwise_engine.head_rows(read(program), tensors, *chosen, products=products), *kept]
 
 
 def _rows_fake(tensors: list[Tensor], program: str, memory: int, keep_below: int = 0) -> list[Tensor]:
     # above autograd, where a composite op is taken apart as when it runs: below it, the fake result of nll_loss has no
     # dimension where a size is a symbol, whatever its reduction
-    with as_written(tensors[0].device), torch.no_grad():
+    with without_autocast(tensors[0].device), torch.no_grad():
         results = above_autograd(lambda: run(read(program), tensors), otherwise=lambda function: function())
         results = [torch.empty_like(r, memory_format=torch.contiguous_format) for r in results]
     return results + _kept(tensors, program, keep_below)
@@ -89,10 +88,10 @@ def _rows_backward(
     needs: list[bool],
     products: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    given, chosen, parsed = _present(upstream), _plan(tensors, program, memory), read(program)
+    given, chosen, parsed = _none_if_absent(upstream), _plan(tensors, program, memory), read(program)
     n = len(tensors[tokenwise_engine.operands(parsed)[0][0]])
     kept = [z[:n] for z in products] if products and len(products[0]) >= n else None
-    with as_written(tensors[0].device):
+    with without_autocast(tensors[0].device):
         found = tokenwise_engine.head_rows_backward(parsed, given, tensors, needs, *chosen, products=kept)
     return [g for g in found if g is not None]
 
@@ -108,7 +107,7 @@ def _rows_backward_fake(
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in zip(tensors, needs) if need]
 
 
-def _present(gradients: list[Tensor]) -> list[Tensor | None]:
+def _none_if_absent(gradients: list[Tensor]) -> list[Tensor | None]:
     """Gradients of results, None for those of no dimension, which stand for none."""
     return [g if g.dim() else None for g in gradients]
 
@@ -116,8 +115,8 @@ def _present(gradients: list[Tensor]) -> list[Tensor | None]:
 def _rows_loss(
     tensors: list[Tensor], coefficients: list[Tensor], program: str, memory: int, needs: list[bool]
 ) -> list[Tensor]:
-    given, chosen = _present(coefficients), _plan(tensors, program, memory)
-    with as_written(tensors[0].device):
+    given, chosen = _none_if_absent(coefficients), _plan(tensors, program, memory)
+    with without_autocast(tensors[0].device):
         results, grads = tokenwise_engine.head_rows_loss(read(program), given, tensors, needs, *chosen)
     return [*results, *(g for g in grads if g is not None)]
 
@@ -177,7 +176,7 @@ for _name, _run, _fake, _autograd in (
     ("head_rows_backward", _rows_backward, _rows_backward_fake, DIFFERENTIATED_ONCE),
     ("head_rows_loss", _rows_loss, _rows_loss_fake, (_setup_loss, _backward_loss)),
 ):
-    torch.library.define(f"fusedhead::{_name}", SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.define(f"fusedhead::{_name}", TOKEN_SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"fusedhead::{_name}", "default", _run)
     torch.library.register_fake(f"fusedhead::{_name}", _fake)
     torch.library.register_autograd(f"fusedhead::{_name}", _autograd[1], setup_context=_autograd[0])

@@ -19,8 +19,10 @@ from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.tokenwise.engine import operands
 from fusedhead.kernels.tokenwise.program import read
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.kernels.transform.transform import parse, plain_scale
+from fusedhead.kernels.transform.transform import parse
+from fusedhead.lowering.checks import parse_stats
 from fusedhead.lowering.plan.plan import Plan, plan
+from fusedhead.lowering.plan.problem import Problem, writes_logits
 from fusedhead.lowering.token_ops import windows_of
 
 
@@ -38,15 +40,14 @@ def planner(call: Node, memory: int) -> Callable[[bool, int], Plan]:
     h, w, cols, rows = (fake(call.args[i]) for i in (0, 1, 3, 4))  # type: ignore[arg-type]
     needs = Needs(*(x.requires_grad for x in (h, w, cols, rows)))
     transform = parse(str(call.args[6]))
-    stats = set(str(call.args[7]).split(","))
-    sweep_stats = {"lse", "lse_low", "picked"} | ({"sum", "spread"} if plain_scale(transform) is not None else set())
+    products, explicit = product_dtype(h.dtype, w.device.type), writes_logits(parse_stats(str(call.args[7])), transform)
+    vocab, hidden = (int(size) for size in w.shape)
 
     def planned(linear: bool, tokens: int) -> Plan:
-        return plan(
-            tokens, int(w.shape[0]), int(w.shape[1]), h.dtype, w.device.type,
-            products=product_dtype(h.dtype, w.device.type),
-            needs=needs, linear=linear, explicit=not stats <= sweep_stats, transform=transform, memory=memory,
-        )  # fmt: skip
+        problem = Problem(
+            tokens, vocab, hidden, h.dtype, w.device.type, products, needs, linear, True, explicit, transform
+        )
+        return plan(problem, memory=memory)
 
     return planned
 
@@ -68,7 +69,7 @@ def price_of_statistics(call: Node, memory: int) -> Callable[[Refusal | None], P
 def engine_text(planned: Plan, why: Refusal | None) -> str:
     """What computes a head, and how, for people."""
     how = "gradients in the forward sweep" if why is None else f"recompute in the backward ({why})"
-    return f"{planned.engine.replace('_', ' ')}: {'forward only' if is_forward_only(why) else how}"
+    return f"{planned.engine.name}: {'forward only' if is_forward_only(why) else how}"
 
 
 def is_forward_only(why: Refusal | None) -> bool:
@@ -108,7 +109,7 @@ def price_outside(site: Site, memory: int) -> Price:
     def bytes_and_flop(n: int) -> tuple[int, int]:
         device = head.weight.val.device.type
         products = product_dtype(head.dtype, device)
-        plan_of_call = plan(n, vocab, hidden, head.dtype, device, products=products, needs=needs, memory=memory)
+        plan_of_call = plan(Problem(n, vocab, hidden, head.dtype, device, products, needs), memory=memory)
         return plan_of_call.predicted_bytes, plan_of_call.predicted_flop
 
     return Price("as the caller asks", not any(needs), bytes_and_flop, hint(tokens_of(site)) or 0)

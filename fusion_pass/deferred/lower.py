@@ -33,7 +33,7 @@ from fusedhead.graph.tracing import Traces
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, StackedProjection, logits_of
 from fusedhead.ir.lse_differences import DIFFERENCE, SPREAD
 from fusedhead.ir.terminal import Kind, Terminal
-from fusedhead.kernels.contract import STATS
+from fusedhead.kernels.contract import SAVED_STATS, STATS
 from fusedhead.legality.legality import illegal
 from fusedhead.options import Options
 from fusedhead.rewrite.forward_gradients import upgrade
@@ -220,7 +220,7 @@ def answer(
         graph.lint()
         return Whole(GraphModule(torch.nn.Module(), graph), many)
     weighted = any(t.weights is not None for t in terminals)
-    stats = frozenset({"lse", "lse_low", "entropy"}) | (frozenset() if weighted else SPREAD)
+    stats = frozenset(SAVED_STATS) | (frozenset() if weighted else SPREAD)
     likely = SPREAD if any(t.kind is Kind.GATHER and t.want == DIFFERENCE for t in terminals) else frozenset()
     no_gradient = terminals[0].logits.has_no_gradient
     sharing = Sharing(stats if sweep.shared else frozenset(), likely, no_gradient, sweep.related)

@@ -28,6 +28,7 @@ from fusedhead.functional.vocab_parallel import (
     statistics_dtype,
     wrong_shard,
 )
+from fusedhead.kernels.contract import LOSS_OUTPUTS, STATS
 from fusedhead.lowering.checks import LabelOutOfRange
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -199,6 +200,9 @@ def operands(
     return Operands(h, w, cell[:, None], cols, rows, u, " ".join(steps))
 
 
+READ = ("lse", "lse_low", "picked", "sum", "spread")  # of a head, in the order of `ShardStats`
+
+
 def asked(loss: Loss) -> str:
     """The statistics that the loss reads, as the ops take them."""
     return "lse,picked,lse_low" + (",sum,spread" if loss.smoothing else "")
@@ -206,7 +210,8 @@ def asked(loss: Loss) -> str:
 
 def swept(head: Operands, loss: Loss, memory: int) -> ShardStats:
     """Row statistics in one sweep; their gradient takes another."""
-    lse, picked, total, _, _, _, low, spread, *_ = torch.ops.fusedhead.head_stats(*head, asked(loss), memory)
+    results = torch.ops.fusedhead.head_stats(*head, asked(loss), memory)
+    lse, low, picked, total, spread = (results[STATS.index(name)] for name in READ)
     if not loss.smoothing:
         return ShardStats(lse, low, picked)
     return ShardStats(lse, low, picked, total, spread)
@@ -287,6 +292,7 @@ def with_gradients(head: Operands, loss: Loss, memory: int) -> Tensor:
         *head[:6], c_lse, -label[:, None], -smooth if loss.smoothing else none, c_square,
         head.transform, asked(loss), memory, *needs, False,
     )  # fmt: skip
-    lse, picked, total, low, spread = (x.detach() for x in (*out[:3], *out[8:]))
-    tie = out[7]  # -0.0: it hands the upstream gradient to the op, which has all gradients up to this factor
+    lse, low, picked, total, spread = (out[LOSS_OUTPUTS.index(name)].detach() for name in READ)
+    # -0.0: it hands the upstream gradient to the op, which has all gradients up to this factor
+    tie = out[LOSS_OUTPUTS.index("tie")]
     return reduced(ShardStats(lse, low, picked, total, spread), loss) + tie

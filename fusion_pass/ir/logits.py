@@ -115,12 +115,17 @@ class Probs:
 
 @dataclass(frozen=True, eq=False)
 class ProbTimes:
-    """factor · p · x element by element, x the log-probabilities or the logits: what an entropy sums up."""
+    """factor · p · x^power element by element, x the log-probabilities or the logits: what moments of log p sum up.
+
+    Without ``weighted`` there is no p in it, yet.
+    """
 
     of: Logits
     val: Tensor
     log: bool  # x is log p, else the logits
     factor: float = 1.0
+    power: int = 1  # 2 for log p alone
+    weighted: bool = True
 
 
 LogitsLike = Logits | LogProbs | Probs | ProbTimes

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 def stacked_part(logits: Logits, part: Logits) -> Logits:
     """One head's logits, with what is done to all of them once they are stacked."""
-    shifted = [s.behind(len(part.cols)) for s in logits.steps]
+    shifted = [s.with_column_offset(len(part.cols)) for s in logits.steps]
     first = part.vocab[0] if part.vocab else 0
     vocab = (first + logits.vocab[0], first + logits.vocab[1]) if logits.vocab else part.vocab
     own = piece_of(part.cols, *logits.vocab) if logits.vocab else part.cols

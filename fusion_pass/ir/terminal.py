@@ -45,6 +45,7 @@ class Statistics:
     entropy: Node | None = None  # [N] float32
     max: Node | None = None  # [N] float32
     argmax: Node | None = None  # [N] int64
+    variance: Node | None = None  # [N] float32, of log p under p
     lse_low: Node | None = None  # [N] float32, what rounding took off lse
     spread: Node | None = None  # [N] float32, Σ_v u_v (lse - z), a constant: `differences` gives it its gradient
 

@@ -37,7 +37,9 @@ from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.torch_engine.whole import ALL
 from fusedhead.legality.reasons import Unprofitable
-from fusedhead.lowering.plan.plan import engine_for, plan
+from fusedhead.lowering.engines import engine_for
+from fusedhead.lowering.plan.plan import plan
+from fusedhead.lowering.plan.problem import Problem
 from fusedhead.lowering.plan.tokenwise import window_bytes
 from fusedhead.lowering.token_ops import logits_bytes
 
@@ -147,7 +149,8 @@ def pays_from(h: Tensor, w: Tensor, min_logits: str | int, memory: int) -> int:
     products = product_dtype(h.dtype, device)
 
     def grows(n: int) -> bool:
-        held = plan(n, vocab, hidden, h.dtype, device, products=products, needs=needs, memory=memory).predicted_bytes
+        problem = Problem(n, vocab, hidden, h.dtype, device, products, needs)
+        held = plan(problem, memory=memory).predicted_bytes
         return held > share * n * vocab * h.dtype.itemsize
 
     low = high = max(1, -(-least // vocab))
@@ -203,10 +206,12 @@ def limit_calls(body: Body) -> None:
 def keeps_product(call: Node) -> bool:
     """Whether a ``head_stats`` call is differentiated, and not by multiplying again."""
     h, w = fake(call.args[0]), fake(call.args[1])  # type: ignore[arg-type]
+    engine = engine_for(h.dtype, h.device.type).for_few_logits
     return (
         is_counted(h.shape[0])
         and isinstance(w.shape[0], int)
-        and engine_for(h.dtype, h.device.type) == "torch_windows"
+        and engine is not None
+        and engine.keeps_product
         and set(str(call.args[7]).split(",")) <= {*ALL, "lse_low"}
         and any(map(has_gradient, call.users))
     )

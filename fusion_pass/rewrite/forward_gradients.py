@@ -32,9 +32,8 @@ from fusedhead.graph.motion import hoist, overwritten
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.reasons import Escape, Refusal, refuse
 from fusedhead.ir.builder import Emit, named
-from fusedhead.kernels.contract import STATS
+from fusedhead.kernels.contract import COMPANIONS, LINEAR_STATS, LOSS_OUTPUTS, STATS
 from fusedhead.rewrite.loss_tail import (
-    LINEAR_STATS,
     depends_on,
     differentiable,
     first_use,
@@ -48,8 +47,9 @@ from fusedhead.rewrite.tail_gradient import coefficients, dependent, needed, sha
 
 aten = torch.ops.aten
 TRIES = 4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
-TIE = 7  # which output of `head_loss` it is
-CONSTANT = {STATS.index("lse_low"): 8, STATS.index("spread"): 9}  # outputs without a gradient: of `head_stats`, of it
+TIE = LOSS_OUTPUTS.index("tie")
+# outputs without a gradient: of `head_stats` -> of `head_loss`
+CONSTANT = {STATS.index(name): LOSS_OUTPUTS.index(name) for name in COMPANIONS}
 
 
 def run(body: Body) -> None:

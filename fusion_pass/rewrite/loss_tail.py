@@ -17,9 +17,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from fusedhead.graph.effects import effects
 from fusedhead.graph.facts import GraphFacts, before
 from fusedhead.graph.nodes import fake, name_of
-from fusedhead.kernels.contract import STATS
+from fusedhead.kernels.contract import LINEAR_STATS, LOSS_OUTPUTS, STATS
 
-LINEAR_STATS = ("lse", "picked", "sum")
 SUMS = frozenset({"add", "__add__", "__radd__"})
 
 
@@ -160,5 +159,5 @@ def first_use(statistics: Sequence[Node]) -> Node:
 
 def name_index(statistic: Node) -> int:
     """Which output of ``head_stats`` a getitem reads; lse, picked, sum have the same place in ``head_loss``."""
-    assert STATS[:3] == LINEAR_STATS
+    assert STATS[: len(LINEAR_STATS)] == LOSS_OUTPUTS[: len(LINEAR_STATS)] == LINEAR_STATS
     return int(statistic.args[1])  # type: ignore[arg-type]

@@ -20,11 +20,10 @@ from fusedhead.graph.nodes import name_of
 from fusedhead.ir.expr import Plain, nodes_of, structure_key
 from fusedhead.ir.logits import Logits, StackedProjection, row_identity, sources_of
 from fusedhead.ir.terminal import Kind, Labels, Terminal
-from fusedhead.kernels.contract import STATS
+from fusedhead.kernels.contract import DECISIONS, STATS
 from fusedhead.kernels.transform.transform import Transform
 
 MOST_HOISTED = 24  # nodes that are moved for the sake of one group
-DECISIONS = frozenset({"max", "argmax"})  # taken on the logits as the program rounds them
 
 
 @dataclass(eq=False)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Plain
-from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogProbs, Probs, RowVector
+from fusedhead.ir.logits import LOGITS_LIKE, Logits, LogProbs, Probs, ProbTimes, RowVector
 from fusedhead.kernels.transform.transform import Step
 from fusedhead.rules.elementwise import COMPUTED, needs_same_shape, vector
 from fusedhead.rules.pointwise_codegen import function_of
 from fusedhead.rules.reasons import NoRule
+from fusedhead.rules.reductions import squared
 from fusedhead.rules.table import Context, needs_logits, register_coverage, rule
 
 aten = torch.ops.aten
@@ -68,10 +69,22 @@ def exponential(context: Context, value: Any) -> Logits | Probs:
     return generated(context, value)
 
 
+@rule(aten.square.default)
+def square(context: Context, value: Any) -> Logits | ProbTimes:
+    return squared(context, value) if isinstance(value, LogProbs) else generated(context, value)
+
+
+@rule(aten.pow.Tensor_Scalar)
+def power(context: Context, value: Any, exponent: Any) -> Logits | ProbTimes:
+    if isinstance(value, LogProbs) and exponent == 2:
+        return squared(context, value)
+    return generated(context, value, exponent)
+
+
 LISTED = (
     (
-        aten.abs.default, aten.square.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default,
-        aten.pow.Tensor_Scalar, aten.exp2.default, aten.expm1.default, aten.log.default, aten.log2.default,
+        aten.abs.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default,
+        aten.exp2.default, aten.expm1.default, aten.log.default, aten.log2.default,
         aten.log1p.default, aten.sin.default, aten.cos.default, aten.erf.default, aten.special_erf.default,
     ),
     (

@@ -1,7 +1,8 @@
-"""Side results of a head: sums over the classes, entropy in its several spellings, the decisions argmax and max.
+"""Side results of a head: sums over the classes, moments of log p in their spellings, the decisions argmax and max.
 
-With p = softmax(z):  Σ p log p = -H,  Σ p z = lse - H. Decisions are taken on the logits as the program rounds
-them, the first index on ties, as eager code would: elsewhere a lower rounding is only an error, here it decides.
+With p = softmax(z):  Σ p log p = -H,  Σ p z = lse - H,  Σ p (log p)² = variance + H². Decisions are taken on the
+logits as the program rounds them, the first index on ties, as eager code would: elsewhere a lower rounding is only an
+error, here it decides.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.fx import Node
 from fusedhead.graph.nodes import name_of
 from fusedhead.graph.reasons import Escape
 from fusedhead.ir.builder import Emit
-from fusedhead.ir.logits import Logits, LogProbs, Probs, ProbTimes, same_logits
+from fusedhead.ir.logits import Logits, LogProbs, Probs, ProbTimes, logits_of, same_logits
 from fusedhead.ir.lse_differences import SPREAD, spread
 from fusedhead.ir.terminal import Kind, Statistics, Terminal
 from fusedhead.rules.gather import per_row
@@ -25,7 +26,7 @@ aten = torch.ops.aten
 register_coverage(
     __name__,
     "beside the loss",
-    "entropy in its spellings, sums over the classes, argmax and max as eager code rounds",
+    "entropy and variance of log p in their spellings, sums over the classes, argmax and max as eager code rounds",
     "",
 )
 
@@ -38,20 +39,37 @@ def probabilities(context: Context, value: Any, dim: int, dtype: Any = None, **_
 
 
 def prob_times(context: Context, a: Any, b: Any) -> ProbTimes | None:
-    """p · log p or p · z, if that is what a product is."""
-    p, x = (a, b) if isinstance(a, Probs) else (b, a)
-    if not isinstance(p, Probs) or not isinstance(x, (Logits, LogProbs)):
+    """p · log p, p · z, (log p)² or p · (log p)², if that is what a product is."""
+    factors = [factor_of(x) for x in (a, b)]
+    weights, powers = (sum(x[at] for x in factors if x) for at in (0, 1))
+    logs = [x[2] for x in factors if x and x[1]]
+    if None in factors or weights > 1 or powers > (2 if all(logs) else 1) or weights + powers < 2:
         return None
-    of = x.of if isinstance(x, LogProbs) else x
-    if not same_logits(p.of, of) or p.of.detached != of.detached:
+    of, other = logits_of(a), logits_of(b)
+    if not same_logits(of, other) or of.detached != other.detached:
         raise Escape(NoRule.PRODUCT_OF_OTHERS)
-    factor = p.factor * (x.factor if isinstance(x, LogProbs) else 1.0)
-    return ProbTimes(of, context.val, isinstance(x, LogProbs), factor)
+    factor = getattr(a, "factor", 1.0) * getattr(b, "factor", 1.0)
+    return ProbTimes(of, context.val, all(logs), factor, powers, bool(weights))
+
+
+def factor_of(value: Any) -> tuple[int, int, bool] | None:
+    """(how often p is in a factor, how often log p or the logits are, whether that is log p); None for no such."""
+    if isinstance(value, ProbTimes):
+        return int(value.weighted), value.power, value.log
+    kinds: dict[type, tuple[int, int, bool]] = {Probs: (1, 0, True), LogProbs: (0, 1, True), Logits: (0, 1, False)}
+    return kinds.get(type(value))
+
+
+def squared(context: Context, value: LogProbs) -> ProbTimes:
+    """(log p)², by an op that squares."""
+    return ProbTimes(value.of, context.val, True, value.factor**2, 2, weighted=False)
 
 
 def sum_of_prob_times(context: Context, value: ProbTimes, keepdim: bool) -> Terminal:
     """The entropy, or what is made of it, from a sum of `ProbTimes` over the classes."""
     logits = value.of
+    if value.power == 2:
+        return second_moment(context, value, keepdim)
 
     def result(emit: Emit, stats: Statistics) -> Node:
         assert stats.entropy is not None
@@ -62,6 +80,21 @@ def sum_of_prob_times(context: Context, value: ProbTimes, keepdim: bool) -> Term
         return per_row(emit, out, stats, logits.class_dim, keepdim)
 
     return Terminal(logits, context.val, Kind.ENTROPY, "entropy", frozenset({"entropy"}), result)
+
+
+def second_moment(context: Context, value: ProbTimes, keepdim: bool) -> Terminal:
+    """Σ p (log p)² = variance + entropy²: what Min-K%++ subtracts (Σ p log p)² from."""
+    logits = value.of
+
+    def result(emit: Emit, stats: Statistics) -> Node:
+        assert stats.entropy is not None
+        assert stats.variance is not None
+        square = emit(aten.mul.Tensor, stats.entropy, stats.entropy)
+        out = emit(aten.mul.Tensor, emit(aten.add.Tensor, stats.variance, square), value.factor)
+        return per_row(emit, out, stats, logits.class_dim, keepdim)
+
+    want = frozenset({"entropy", "variance"})
+    return Terminal(logits, context.val, Kind.ENTROPY, "second moment of log p", want, result)
 
 
 def argmax_of(context: Context, logits: Logits, keepdim: bool, val: Any) -> Terminal:
@@ -115,7 +148,7 @@ def summed(context: Context, value: Any, dim: Any = None, keepdim: bool = False,
     alone = len(dims) == 1 and logits is not None and dims[0] % value.val.ndim == logits.class_dim
     if logits is None or not (alone or not dims):
         raise Escape(NoRule.SUM_DIMS, op=name)
-    if isinstance(value, ProbTimes) and alone and not mean:
+    if isinstance(value, ProbTimes) and value.weighted and alone and not mean:
         return sum_of_prob_times(context, value, keepdim)
     if not isinstance(value, (Logits, LogProbs)):
         raise Escape(NoRule.SUM_OF_PROBABILITIES, op=name)

@@ -1,7 +1,7 @@
 """Which windows of a row program run compiled, and the graphs that they run: traced once, kept, compiled by Inductor.
 
 A window's function is traced for the shapes that it is first called with, gradients included, on the thread that asks.
-Threads that need the same graph wait for one of them. This file must not know what a function computes.
+Threads that need the same graph wait for one of them.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@
     both in one sweep, for gradients of the results that are known before it: 6 N V D FLOP a head in all
 
 What never reaches memory: anything [N, V]; a window holds what the program's own ops hold for its tokens. Results are
-rounded as the program rounds them; dw is summed in float32, over few windows in its own dtype. This file must not know
-about graphs or ops, nor how a window's function is compiled (`compiled`).
+rounded as the program rounds them; dw is summed in float32, over few windows in its own dtype.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from fusedhead.kernels.contract import Head, stat_dtype
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.transform.transform import apply
 
-LOG2E = math.log2(math.e)  # exp x = exp2(x log2 e): torch's exp2 is three times faster than its exp on a CPU
+EXP2_FACTOR = math.log2(math.e)  # exp x = exp2(x log2 e): torch's exp2 is three times faster than its exp on a CPU
 BLOCK_BYTES = 8 << 20  # of one block of float32 logits: it shares a third-level cache; smaller costs 5-20 %
 STRIP_BYTES = 5 << 18  # of one strip of float32 logits: it stays in two cores' own caches, with its rows of w
 PIECE_BYTES = 1 << 19  # of the rows that a chain of steps takes at once: they stay in a second-level cache between ops
@@ -60,19 +60,19 @@ def piece_rows(tokens: int, columns: int, itemsize: int) -> int:
     return max(1, min(tokens, PIECE_BYTES // max(1, columns * itemsize)))
 
 
-def fine_dtype(device_type: str) -> torch.dtype:
+def row_dtype(device_type: str) -> torch.dtype:
     """The dtype of a sweep's row vectors between their roundings: float64 where the device has it."""
     return torch.float32 if device_type == "mps" else torch.float64
 
 
-def rounded_off(total: Tensor, whole: Tensor, part: Tensor) -> Tensor:
+def two_sum_error(total: Tensor, whole: Tensor, part: Tensor) -> Tensor:
     """What the rounding of ``total`` = whole + part took off, exactly (Knuth's two-sum); 0 where that is not finite."""
     back = total - whole
     low = (whole - (total - back)) + (part - back)
     return low.nan_to_num_(0, 0, 0)
 
 
-def vectors(head: Head, i: slice, v: slice) -> tuple[Tensor, Tensor]:
+def block_vectors(head: Head, i: slice, v: slice) -> tuple[Tensor, Tensor]:
     """The column and row vectors of one block, in the statistics' dtype: [C, v] and [R, m]."""
     wide = stat_dtype(head.h.dtype)
     cols = head.cols[:, v].to(wide) if head.cols.dim() == 2 else head.cols
@@ -82,7 +82,7 @@ def vectors(head: Head, i: slice, v: slice) -> tuple[Tensor, Tensor]:
 
 def label_vectors(head: Head, i: slice) -> tuple[Tensor, Tensor]:
     """The same for the labels of window i, fine: column vectors [C, m, K], row vectors [R, m]."""
-    fine = fine_dtype(head.h.device.type)
+    fine = row_dtype(head.h.device.type)
     cols = head.cols[:, head.y[i]].to(fine) if head.cols.dim() == 2 else head.cols
     rows = head.rows[:, i].to(fine) if head.rows.dim() == 2 else head.rows
     return cols, rows
@@ -96,7 +96,7 @@ def label_rows(head: Head, i: slice, k: int, dtype: torch.dtype) -> Iterator[tup
 
 def label_logits(head: Head, i: slice) -> Tensor:
     """h_i · w[y_ik] for the labels of window i, before the transform: [m, K], fine."""
-    fine = fine_dtype(head.h.device.type)
+    fine = row_dtype(head.h.device.type)
     z = head.h.new_empty((i.stop - i.start, head.y.shape[1]), dtype=fine)
     for k in range(head.y.shape[1]):
         for at, rows in label_rows(head, i, k, fine):
@@ -175,7 +175,7 @@ def sampled_level(head: Head, i: slice, work: torch.dtype) -> Tensor:
     step = max(1, head.w.shape[0] // SAMPLE)
     v = slice(0, head.w.shape[0], step)
     z = head.h[i].to(work) @ head.w[v].to(work).t()
-    z = apply(head.transform, z.to(stat_dtype(head.h.dtype)), *vectors(head, i, v))
+    z = apply(head.transform, z.to(stat_dtype(head.h.dtype)), *block_vectors(head, i, v))
     level = torch.logsumexp(z, 1) - math.log(max(1, z.shape[1]))
     return torch.where(level.isfinite(), level, 0)
 
@@ -187,6 +187,6 @@ def row_maximum(head: Head, i: slice, columns: int) -> Tensor:
     most = head.h.new_full((i.stop - i.start,), -torch.inf, dtype=wide)
     h = head.h[i].to(work)
     for v in cuts(head.w.shape[0], columns):
-        z = apply(head.transform, (h @ head.w[v].to(work).t()).to(wide), *vectors(head, i, v))
+        z = apply(head.transform, (h @ head.w[v].to(work).t()).to(wide), *block_vectors(head, i, v))
         most = torch.maximum(most, z.amax(1))
     return torch.where(most.isfinite(), most, 0)

@@ -11,57 +11,71 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
-from fusedhead.kernels.torch_engine.blocks import LOG2E, block_columns, cuts, vectors
+from fusedhead.kernels.contract import (
+    Head,
+    HeadGrads,
+    LogitGrads,
+    Needs,
+    RowGrads,
+    RowStats,
+    Windows,
+    logit_grads,
+    stat_dtype,
+)
+from fusedhead.kernels.torch_engine.blocks import EXP2_FACTOR, block_columns, block_vectors, cuts, piece_rows
 from fusedhead.kernels.torch_engine.exponentials import block_buffers, window_products
 from fusedhead.kernels.torch_engine.gradient_sink import accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.kernels.torch_engine.weight_gradient import WeightGradient
+from fusedhead.kernels.torch_engine.weight_gradient import BlockWeightGradient
 from fusedhead.kernels.transform.backward import pull_back, record
 
 
-def dlogits(head: Head, upstream: RowGrads, stats: RowStats, i: slice, v: slice, z: Tensor) -> Tensor:
+def dlogits_of_block(head: Head, grads: LogitGrads, stats: RowStats, i: slice, v: slice, z: Tensor) -> Tensor:
     """dz of the transformed block z [m, v], which becomes log p and is lost."""
     wide = z.dtype
-    soft = any(g is not None for g in (upstream.lse, upstream.square, upstream.entropy))
+    soft = grads.constant is not None or grads.varies
     if soft:
         z.sub_(stats.lse[i, None].to(wide))
         if stats.lse_low is not None:
             z.sub_(stats.lse_low[i, None].to(wide))
-    dz = (z * LOG2E).exp2_() if soft else torch.zeros_like(z)
+    dz = (z * EXP2_FACTOR).exp2_() if soft else torch.zeros_like(z)
     slope = head.h.new_zeros(len(z), dtype=wide)
     if soft:
         slope = slope + 0 * stats.lse[i].to(wide)  # a row with an infinite logit has NaN throughout, as in log_softmax
-    if upstream.lse is not None:
-        slope = slope + upstream.lse[i].to(wide)
-    if upstream.square is not None:
-        slope = slope + 2 * upstream.square[i].to(wide) * stats.lse[i].to(wide)
-    if upstream.entropy is not None and stats.entropy is not None:
-        g = upstream.entropy[i, None].to(wide)
+    if grads.constant is not None:
+        slope = slope + grads.constant[i].to(wide)
+    if grads.quadratic is not None and grads.linear is not None and stats.entropy is not None:
+        z.add_(stats.entropy[i, None].to(wide))
+        linear, quadratic = grads.linear[i, None].to(wide), grads.quadratic[i, None].to(wide)
+        for r in cuts(len(z), piece_rows(len(z), z.shape[1], z.element_size())):  # a third value of a piece alone
+            dz[r].mul_((z[r] * quadratic[r]).sub_(linear[r]).mul_(z[r]).add_(slope[r, None]))
+    elif grads.linear is not None and stats.entropy is not None:
+        g = grads.linear[i, None].to(wide)
         z.mul_(-g).add_((slope - g[:, 0] * stats.entropy[i].to(wide))[:, None])
         dz.mul_(z)
     else:
         dz.mul_(slope[:, None])
-    if upstream.sum is not None:
-        g = upstream.sum[i, None].to(wide)
+    if grads.sum is not None:
+        g = grads.sum[i, None].to(wide)
         dz.addcmul_(g, head.u[v].to(wide)[None]) if head.u.numel() else dz.add_(g)
-    if upstream.picked is not None:
+    if grads.picked is not None:
         column = head.y[i] - v.start
         inside = (column >= 0) & (column < z.shape[1])
-        share = upstream.picked[i].to(wide).masked_fill(~inside, 0)
+        share = grads.picked[i].to(wide).masked_fill(~inside, 0)
         dz.scatter_add_(1, column.clamp_(0, z.shape[1] - 1), share)
     return dz
 
 
 def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
-    """The gradients for any upstream, given the lse (and the entropy, if that has an upstream)."""
+    """The gradients for any upstream, given what they read of the statistics (`contract.Statistic.reads`)."""
+    grads = logit_grads(upstream, stats)
     n, vocab = len(head.h), len(head.w)
     wide, work = stat_dtype(head.h.dtype), product_dtype(head.h.dtype, head.h.device.type)
     tokens = min(windows.tokens, n)
     columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
     buffers = block_buffers(head, tokens, columns)
     dh = torch.empty(head.h.shape, dtype=head.h.dtype, device=head.h.device) if needs.h else None
-    dw = WeightGradient(head, windows.accumulate) if needs.w else None
+    dw = BlockWeightGradient(head, windows.accumulate) if needs.w else None
     dcols = torch.zeros_like(head.cols, dtype=wide) if needs.cols else None
     drows = torch.zeros_like(head.rows, dtype=wide) if needs.rows else None
     for i in cuts(n, tokens):
@@ -76,9 +90,9 @@ def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, wind
                 z = raw if work == wide else buffers.wide[:size].view(m, -1).copy_(raw)
             else:
                 z = torch.mm(h.to(wide), w.to(wide).t(), out=buffers.wide[:size].view(m, -1))
-            cols, rows = vectors(head, i, v)
+            cols, rows = block_vectors(head, i, v)
             z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
-            dz = dlogits(head, upstream, stats, i, v, z)
+            dz = dlogits_of_block(head, grads, stats, i, v, z)
             to_cols = None if dcols is None else dcols[:, v]
             to_rows = None if drows is None else drows[:, i]
             dz = pull_back(head.transform, dz, tape, cols, rows, to_cols, to_rows)

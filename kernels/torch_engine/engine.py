@@ -2,12 +2,12 @@
 
 The three functions of `contract`, each a choice among the sweeps that do the work:
 
-    torch_softmax_gradients   lse and picked, and gradients a row scale away from exp z    the usual losses
-    torch_dlogits             gradients with dz written out block by block                entropy, row vectors
-    torch_statistics          every statistic from the logits                             entropy, argmax
-    torch_sums                weighted sums of plain logits, without a sweep              label smoothing
+    softmax_gradients   lse and picked, and gradients a row scale away from exp z    the usual losses
+    dlogits             gradients with dz written out block by block                entropy, row vectors
+    statistics          every statistic from the logits                             entropy, variance, argmax
+    weighted_sums       weighted sums of plain logits, without a sweep              label smoothing
 
-It must not know how large the windows should be (`fusedhead.lowering.plan` decides) nor what graph asked.
+`lowering.plan` decides how large the windows are.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStat
 from fusedhead.kernels.torch_engine import dlogits as torch_dlogits
 from fusedhead.kernels.torch_engine import softmax_gradients
 from fusedhead.kernels.torch_engine import statistics as torch_statistics
-from fusedhead.kernels.torch_engine.blocks import fine_dtype, rounded_off
-from fusedhead.kernels.torch_engine.weighted_sums import spread_of, weighted_sums
-from fusedhead.kernels.transform.transform import dropped, plain_scale
+from fusedhead.kernels.torch_engine.blocks import row_dtype, two_sum_error
+from fusedhead.kernels.torch_engine.weighted_sums import spread_from_sums, weighted_sums
 
 NOTHING = Needs(False, False, False, False)
 
 
 def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     """One sweep over z for the statistics in ``want``, see `contract.RowStats`."""
-    scale, wide = plain_scale(head.transform), stat_dtype(head.h.dtype)
+    scale, wide = head.transform.plain_scale, stat_dtype(head.h.dtype)
     swept = want - {"sum", "spread"} if scale is not None else want
     if "spread" in want:
         swept |= {"lse"}
@@ -39,10 +38,10 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
         lse, picked, _ = softmax_gradients.single_pass(head, RowGrads(), NOTHING, windows)
         stats = two_numbers(lse, wide)._replace(picked=picked if "picked" in want else None)
     else:
-        stats = torch_statistics.sweep(head, swept, windows)
+        stats = torch_statistics.sweep_statistics(head, swept, windows)
     if want & {"sum", "spread"} and scale is not None:
         total = weighted_sums(head, scale)
-        spread = spread_of(head, one_number(stats, total.dtype), total) if "spread" in want else None
+        spread = spread_from_sums(head, one_number(stats, total.dtype), total) if "spread" in want else None
         stats = stats._replace(sum=total.to(wide) if "sum" in want else None, spread=spread)
     return stats
 
@@ -50,7 +49,7 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
 def two_numbers(lse: Tensor, wide: torch.dtype) -> RowStats:
     """A fine lse [N] as the sum of two numbers of the statistics' dtype."""
     high = lse.to(wide)
-    return RowStats(high, lse_low=rounded_off(high, lse, torch.zeros_like(lse)).to(wide))
+    return RowStats(high, lse_low=two_sum_error(high, lse, torch.zeros_like(lse)).to(wide))
 
 
 def one_number(stats: RowStats, fine: torch.dtype) -> Tensor:
@@ -65,20 +64,20 @@ def _by_row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
     Not where masks leave no column: that number is NaN, which a mask stops on its way back. (Asked on the CPU only,
     elsewhere the answer would have to be waited for.)
     """
-    gone = dropped(head.transform, head.cols) if head.h.device.type == "cpu" else None
-    left = gone is None or not bool(gone.all())
-    return left and softmax_gradients.serves(head, upstream, needs)
+    masked = head.transform.masked_columns(head.cols) if head.h.device.type == "cpu" else None
+    left = masked is None or not bool(masked.all())
+    return left and softmax_gradients.supports(head, upstream, needs)
 
 
 def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
     """One sweep over z for the gradients of any per-row upstream."""
-    gone = dropped(head.transform, head.cols)
-    if gone is not None and upstream.picked is not None:  # a mask stops what arrives at a label there, NaN too
-        upstream = upstream._replace(picked=upstream.picked.masked_fill(gone[head.y], 0))
+    masked = head.transform.masked_columns(head.cols)
+    if masked is not None and upstream.picked is not None:  # a mask stops what arrives at a label there, NaN too
+        upstream = upstream._replace(picked=upstream.picked.masked_fill(masked[head.y], 0))
     if _by_row_scale(head, upstream, needs):
         if upstream.lse is None and upstream.square is None:
             return softmax_gradients.labels_alone(head, upstream, needs, windows)
-        lse = one_number(stats, fine_dtype(head.h.device.type))
+        lse = one_number(stats, row_dtype(head.h.device.type))
         return softmax_gradients.known_lse(head, upstream, lse, needs, windows)
     return torch_dlogits.backward(head, upstream, stats, needs, windows)
 
@@ -89,18 +88,18 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     If w wants a gradient and ``windows.vocab`` is less than V, a first sweep finds the lse and a second one
     the gradients; that costs one product more and only one block of memory.
     """
-    scale, wide = plain_scale(head.transform), stat_dtype(head.h.dtype)
+    scale, wide = head.transform.plain_scale, stat_dtype(head.h.dtype)
     if not _by_row_scale(head, coefficients, needs):
         want = {"lse", "picked"} | ({"sum", "spread"} if coefficients.sum is not None else set())
         stats = head_stats(head, frozenset(want), windows)
         return stats, torch_dlogits.backward(head, coefficients, stats, needs, windows)
     whole_rows = windows.vocab >= len(head.w) or not (needs.w or needs.cols)
-    at_once = needs if whole_rows else NOTHING
-    lse, picked, grads = softmax_gradients.single_pass(head, coefficients, at_once, windows)
+    needs_now = needs if whole_rows else NOTHING
+    lse, picked, grads = softmax_gradients.single_pass(head, coefficients, needs_now, windows)
     if not whole_rows:
         grads = softmax_gradients.known_lse(head, coefficients, lse, needs, windows)
     stats = two_numbers(lse, wide)._replace(picked=picked)
     if coefficients.sum is not None and scale is not None:
         total = weighted_sums(head, scale)
-        stats = stats._replace(sum=total.to(wide), spread=spread_of(head, lse, total))
+        stats = stats._replace(sum=total.to(wide), spread=spread_from_sums(head, lse, total))
     return stats, grads

@@ -1,9 +1,8 @@
 """Blocks of E = exp(z - level): the quantity from which a softmax's statistics and gradients are made.
 
-With a finite level for each row, chosen before z is known, probabilities are p = E exp(level - lse). The
-factor belongs to a row, so it can be applied to [N, D] operands and no pass over z is needed once its sum
-is known. What goes into the matrix products of the backward is E' = E ∂z/∂(h wᵀ). Labels are left out
-(`blank_labels`). This file must not know which gradients are asked for.
+With a finite level for each row, chosen before z is known, probabilities are p = E exp(level - lse). The factor belongs
+to a row, so it can be applied to [N, D] operands and no pass over z is needed once its sum is known. What goes into the
+matrix products of the backward is E' = E ∂z/∂(h wᵀ). Labels are left out (`blank_labels`).
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head, stat_dtype
 from fusedhead.kernels.torch_engine.blocks import (
-    LOG2E,
+    EXP2_FACTOR,
     Cells,
     blank_labels,
+    block_vectors,
     cuts,
-    fine_dtype,
     label_blanks,
     label_logits,
     label_vectors,
     piece_rows,
+    row_dtype,
     row_maximum,
     sampled_level,
-    vectors,
 )
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.transform.backward import Tape, pull_back, record
-from fusedhead.kernels.transform.transform import Transform, plain_scale
+from fusedhead.kernels.transform.transform import Transform
 
 FAR = 64.0  # a bfloat16 product cannot subtract a level further from 0 than this without losing a fraction of 1
 
@@ -56,19 +55,19 @@ def binary_factor(transform: Transform, wide: torch.dtype) -> float:
     Where z is c h wᵀ, the constant that is rounded is c log2 e. L is off by up to 1e-8 of itself: 1e-4 of an exponent
     of 1e4, were it taken for log2 e.
     """
-    scale = plain_scale(transform) or 1.0
-    return torch.tensor(LOG2E * scale, dtype=wide).item() / scale
+    scale = transform.plain_scale or 1.0
+    return torch.tensor(EXP2_FACTOR * scale, dtype=wide).item() / scale
 
 
 def level_at(head: Head, at: Tensor, exact: bool) -> Level:
     """The level nearest to ``at`` [m] that a block can subtract without error."""
     work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
-    binary = (at * LOG2E).to(wide)
+    binary = (at * EXP2_FACTOR).to(wide)
     shift = -binary[:, None]
-    if work != wide and not exact and plain_scale(head.transform) is not None:
+    if work != wide and not exact and head.transform.plain_scale is not None:
         shift = shift.to(work)
         binary = -shift[:, 0].to(wide)
-    natural = binary.to(fine_dtype(head.h.device.type)) / binary_factor(head.transform, wide)
+    natural = binary.to(row_dtype(head.h.device.type)) / binary_factor(head.transform, wide)
     return Level(binary, natural, exact, shift)
 
 
@@ -152,7 +151,7 @@ def fill(
     m, n = out.shape
     wide = level.binary.dtype
     h = h.to(wide) if level.exact else h
-    narrow, scale = out.dtype != wide, plain_scale(head.transform)
+    narrow, scale = out.dtype != wide, head.transform.plain_scale
     shifted = narrow and scale is not None and not level.exact
     whole = scale is not None or head.h.device.type != "cpu"  # three ops in place gain nothing by pieces
     totals = []
@@ -161,13 +160,13 @@ def fill(
         z = spare[: strip.numel()].view(strip.shape) if narrow else strip
         if shifted:
             # The product rounds z - level, not z: near 0 that loses less.
-            product = torch.addmm(level.shift, h, w_strip.t(), alpha=(scale or 1.0) * LOG2E, out=strip)
+            product = torch.addmm(level.shift, h, w_strip.t(), alpha=(scale or 1.0) * EXP2_FACTOR, out=strip)
         elif narrow and not level.exact:
             product = torch.mm(h, w_strip.t(), out=strip)
         else:
             product = torch.mm(h, w_strip.to(h.dtype).t(), out=z)
         blanks, total = label_blanks(cells, columns), z.new_empty(m)
-        cols, rows = vectors(head, i, columns)
+        cols, rows = block_vectors(head, i, columns)
         for r in cuts(m, m if whole else piece_rows(m, z.shape[1], z.element_size())):
             x = z[r] if product is z else z[r].copy_(product[r])
             own_rows = rows[:, r] if rows.dim() == 2 else rows
@@ -175,7 +174,7 @@ def fill(
             if scale is None:
                 x, tape = record(head.transform, x, cols, own_rows, False, False)
             if not shifted:
-                torch.add(level.shift[r], x, alpha=LOG2E * (1.0 if scale is None else scale), out=x)
+                torch.add(level.shift[r], x, alpha=EXP2_FACTOR * (1.0 if scale is None else scale), out=x)
             blank_labels(x.exp2_(), blanks, r)
             torch.sum(x, 1, out=total[r])
             if scale is None and wanted:

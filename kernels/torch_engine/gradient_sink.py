@@ -1,7 +1,7 @@
 """Where the gradients of one sweep over exponentials are gathered: dh, dw and the column vectors' sums.
 
-The sweep hands over E' w of a window, blocks of E', row scales s and label terms t (`softmax_gradients`
-defines them); this file scales, adds and rounds. It must not know how s and t came about.
+The sweep hands over E' w of a window, blocks of E', row scales s and label terms t (`softmax_gradients` defines them);
+this file scales, adds and rounds.
 """
 
 from __future__ import annotations
@@ -11,24 +11,8 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, Windows, stat_dtype
 from fusedhead.kernels.torch_engine.blocks import label_rows
-from fusedhead.kernels.torch_engine.weight_gradient import WeightGradient
+from fusedhead.kernels.torch_engine.weight_gradient import BlockWeightGradient
 from fusedhead.kernels.torch_engine.weighted_sums import weighted_columns, weighted_hidden
-from fusedhead.kernels.transform.transform import plain_scale
-
-
-def bias_slopes(head: Head) -> list[float] | None:
-    """∂z/∂cols[k] over ∂z/∂(h wᵀ) for each column vector, where it is a constant: biases among constant
-    factors.
-    """
-    slopes, before = [0.0] * len(head.cols), 1.0
-    for op, value in head.transform.steps:
-        if op == "mul" and value != 0:
-            before *= float(value)
-        elif op == "addcol":
-            slopes[int(value)] += 1 / before
-        elif op not in ("add", "round"):
-            return None
-    return slopes
 
 
 class Sink:
@@ -37,9 +21,9 @@ class Sink:
     def __init__(self, head: Head, upstream: RowGrads, needs: Needs, windows: Windows) -> None:
         self.head, self.needs, self.wide = head, needs, stat_dtype(head.h.dtype)
         self.g_sum = None if upstream.sum is None else upstream.sum.to(self.wide)
-        scale = plain_scale(head.transform)
+        scale = head.transform.plain_scale
         self.dh = torch.empty(head.h.shape, dtype=head.h.dtype, device=head.h.device) if needs.h else None
-        self.dw = WeightGradient(head, windows.accumulate) if needs.w else None
+        self.dw = BlockWeightGradient(head, windows.accumulate) if needs.w else None
         self.dcols = head.h.new_zeros(len(head.w), dtype=self.wide) if needs.cols else None
         self.uw: Tensor | None = None
         if self.g_sum is not None and scale is not None:
@@ -78,8 +62,9 @@ class Sink:
     def finish(self) -> HeadGrads:
         dcols = None
         if self.dcols is not None:
-            slopes = torch.tensor(bias_slopes(self.head), dtype=self.wide, device=self.dcols.device)
-            dcols = (slopes[:, None] * self.dcols).to(self.head.cols.dtype)
+            slopes = self.head.transform.bias_slopes(len(self.head.cols))
+            factors = torch.tensor(slopes, dtype=self.wide, device=self.dcols.device)
+            dcols = (factors[:, None] * self.dcols).to(self.head.cols.dtype)
         return HeadGrads(self.dh, None if self.dw is None else self.dw.finish(), dcols, None)
 
 

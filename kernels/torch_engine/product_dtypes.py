@@ -8,7 +8,7 @@
 | float16  | never: exp z leaves it   | float32  | float16 where a bound of the slope tells how to fit it in     |
 
 A window kept as wide as its products would hold twice the bytes where these are widened, and half as many tokens would
-take twice as many windows. This file must not know sizes.
+take twice as many windows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from fusedhead.kernels.contract import stat_dtype
-from fusedhead.kernels.transform.transform import Transform, plain_scale
+from fusedhead.kernels.transform.transform import Transform
 
 
 @cache
@@ -40,28 +40,18 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     return stat_dtype(dtype)
 
 
-def steepest(transform: Transform) -> float | None:
+def _steepest(transform: Transform) -> float | None:
     """A bound of what E = exp(z - level) is multiplied by to be E', None where the chain's text gives none.
 
-    That is |∂z/∂(h wᵀ)| for any z and any vectors; where z is h wᵀ times a constant, the sweep leaves that to the rows.
+    Where z is h wᵀ times a constant, the sweep leaves that to the rows.
     """
-    if plain_scale(transform) is not None:
-        return 1.0
-    bound = 1.0
-    for op, value in transform.steps:
-        if op == "mul":
-            bound *= abs(float(value))
-        elif op == "sigmoid":
-            bound /= 4
-        elif op in ("mulcol", "mulrow", "fn"):
-            return None
-    return bound
+    return 1.0 if transform.plain_scale is not None else transform.steepest
 
 
 def kept_dtype(dtype: torch.dtype, products: torch.dtype, transform: Transform) -> torch.dtype:
     """The dtype in which a window of E' = exp(z - level) ∂z/∂(h wᵀ) waits, of a head of ``dtype``."""
     if dtype == torch.float16:
-        return dtype if steepest(transform) else products
+        return dtype if _steepest(transform) else products
     return dtype
 
 
@@ -81,5 +71,5 @@ def kept_range(kept: torch.dtype, transform: Transform) -> Range:
     """
     if kept != torch.float16:
         return Range(1e-20, None, 1e20)
-    slope = steepest(transform) or 1.0
+    slope = _steepest(transform) or 1.0
     return Range(2.0**5 / slope, 2.0**13 / slope, 6e4 / slope)

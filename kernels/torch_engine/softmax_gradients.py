@@ -7,7 +7,7 @@
 
 `single_pass` knows no lse beforehand: it keeps one window of E' until the row sums are complete, 3 GEMMs in
 all. `known_lse` is given the lse and keeps one block, 3 GEMMs. Both handle every upstream gradient of lse,
-picked and (for z · c) sum; `serves` says when. The entropy and gradients of row vectors belong to
+picked and (for z · c) sum; `supports` says when. The entropy and gradients of row vectors belong to
 `torch_engine.dlogits`.
 
 Never in memory: more than one window of E', any [N, V], w in another dtype.
@@ -22,9 +22,9 @@ from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, Windows
 from fusedhead.kernels.torch_engine.blocks import (
     block_columns,
     cuts,
-    fine_dtype,
     first_of_equal,
     label_cells,
+    row_dtype,
     sampled_level,
     strip_columns,
     widened_columns,
@@ -38,24 +38,24 @@ from fusedhead.kernels.torch_engine.exponentials import (
     level_at,
     usual_level,
 )
-from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_product, bias_slopes
+from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype, kept_range, product_dtype
-from fusedhead.kernels.transform.transform import plain_scale
 
 NEAR = 40.0  # a level this far from the lse at most: exp of the distance stays within `kept_range`
 
 
-def serves(head: Head, upstream: RowGrads, needs: Needs) -> bool:
+def supports(head: Head, upstream: RowGrads, needs: Needs) -> bool:
     """Whether dz is a row scale away from E'."""
-    if upstream.entropy is not None or needs.rows:
+    if upstream.entropy is not None or upstream.variance is not None or needs.rows:
         return False
-    plain = plain_scale(head.transform) is not None
-    return (plain or upstream.sum is None) and (not needs.cols or bias_slopes(head) is not None)
+    plain = head.transform.plain_scale is not None
+    biases = not needs.cols or head.transform.bias_slopes(len(head.cols)) is not None
+    return (plain or upstream.sum is None) and biases
 
 
 def _prepared(head: Head, upstream: RowGrads) -> tuple[Tensor, Tensor]:
     """Gradients of lse [N] and picked [N, K], fine, zeros where absent."""
-    fine = fine_dtype(head.h.device.type)
+    fine = row_dtype(head.h.device.type)
     lse = upstream.lse if upstream.lse is not None else head.h.new_zeros(len(head.h))
     picked = upstream.picked if upstream.picked is not None else head.h.new_zeros(head.y.shape)
     return lse.to(fine), picked.to(fine)
@@ -91,7 +91,7 @@ def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
     FLOP 6 NDV; memory: E' of one window (windows.tokens x V) where w wants a gradient, else one block. A window that is
     kept narrower than it is multiplied (`kept_dtype`) is widened strip by strip.
     """
-    lse = head.h.new_empty(len(head.h), dtype=fine_dtype(head.h.device.type))
+    lse = head.h.new_empty(len(head.h), dtype=row_dtype(head.h.device.type))
     z, slope = label_terms(head, slice(0, len(head.h)))
     sink = Sink(head, c, needs, windows)
     _sweep(head, c, needs, windows, lse, z, slope, sink)
@@ -116,7 +116,7 @@ def _sweep(
     spare = head.h.new_empty(0 if kept == wide else tokens * strip, dtype=wide)
     least, aim, most = kept_range(kept, head.transform)
     c_lse, c_picked = _prepared(head, c)
-    scale = plain_scale(head.transform)
+    scale = head.transform.plain_scale
     for i in cuts(n, tokens):
         h = head.h[i].to(work)
         m = len(h)
@@ -178,14 +178,14 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
     rounded, which matters where the lse is large.
     """
     n, vocab = len(head.h), len(head.w)
-    wide, fine = stat_dtype(head.h.dtype), fine_dtype(head.h.device.type)
+    wide, fine = stat_dtype(head.h.dtype), row_dtype(head.h.device.type)
     work = product_dtype(head.h.dtype, head.h.device.type)
     tokens = min(windows.tokens, n)
     columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
     block, spare = block_buffers(head, tokens, columns)
     g_lse, g_picked = _prepared(head, upstream)
     sink = Sink(head, upstream, needs, windows)
-    scale = plain_scale(head.transform)
+    scale = head.transform.plain_scale
     for i in cuts(n, tokens):
         h, at, on_cpu = head.h[i].to(work), lse[i].to(fine), head.h.device.type == "cpu"
         m, cells = len(h), label_cells(head, i)

@@ -12,31 +12,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, RowStats, Windows, stat_dtype
+from fusedhead.kernels.contract import DECISIONS, Head, RowStats, Windows, stat_dtype, with_companions
 from fusedhead.kernels.torch_engine.blocks import (
-    LOG2E,
+    EXP2_FACTOR,
     block_columns,
+    block_vectors,
     cuts,
-    fine_dtype,
     label_logits,
     label_vectors,
-    rounded_off,
-    vectors,
+    row_dtype,
+    two_sum_error,
 )
 from fusedhead.kernels.torch_engine.exponentials import block_buffers, window_products
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.kernels.torch_engine.weighted_sums import spread_of
+from fusedhead.kernels.torch_engine.weighted_sums import spread_from_sums
 from fusedhead.kernels.transform.backward import record
 from fusedhead.kernels.transform.bias_rounding import rounded_bias
 from fusedhead.kernels.transform.transform import Transform, apply
 
 
 class Partial(NamedTuple):
-    """A softmax over some columns: Σ exp(z - most) and Σ exp(z - most) (z - most), [m] each."""
+    """A softmax over some columns: Σ exp(z - most) (z - most)^k for k = 0, 1, 2, [m] each, the last two where asked."""
 
     most: Tensor  # the largest z, replaced by 0 where it is not finite
     total: Tensor
-    moment: Tensor | None
+    moment: Tensor | None = None
+    square: Tensor | None = None
 
 
 def finite_maximum(z: Tensor) -> Tensor:
@@ -45,12 +46,16 @@ def finite_maximum(z: Tensor) -> Tensor:
     return torch.where(most.isfinite(), most, 0)
 
 
-def partial_of(z: Tensor, most: Tensor, entropy: bool) -> Partial:
-    """The partial of a block z - most [m, v], which is overwritten."""
-    if not entropy:
-        return Partial(most, z.mul_(LOG2E).exp2_().sum(1), None)
-    e = (z * LOG2E).exp2_()
-    return Partial(most, e.sum(1), z.mul_(e).sum(1))
+def partial_of(z: Tensor, most: Tensor, moments: int) -> Partial:
+    """The partial of a block z - most [m, v], which is overwritten; 0, 1 or 2 moments."""
+    if not moments:
+        return Partial(most, z.mul_(EXP2_FACTOR).exp2_().sum(1))
+    e = (z * EXP2_FACTOR).exp2_()
+    total = e.sum(1)
+    if moments == 1:
+        return Partial(most, total, z.mul_(e).sum(1))
+    moment = e.mul_(z).sum(1)
+    return Partial(most, total, moment, z.mul_(e).sum(1))
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -58,10 +63,14 @@ def merge(a: Partial, b: Partial) -> Partial:
     most = torch.where(a.total == 0, b.most, torch.where(b.total == 0, a.most, torch.maximum(a.most, b.most)))
     down_a, down_b = a.most - most, b.most - most
     fade_a, fade_b = down_a.exp(), down_b.exp()
-    moment = None
+    moment, square = None, None
     if a.moment is not None and b.moment is not None:
         moment = fade_a * (a.moment + down_a * a.total) + fade_b * (b.moment + down_b * b.total)
-    return Partial(most, fade_a * a.total + fade_b * b.total, moment)
+        if a.square is not None and b.square is not None:
+            square_a = a.square + down_a * (2 * a.moment + down_a * a.total)
+            square_b = b.square + down_b * (2 * b.moment + down_b * b.total)
+            square = fade_a * square_a + fade_b * square_b
+    return Partial(most, fade_a * a.total + fade_b * b.total, moment, square)
 
 
 def picked_logits(head: Head, tokens: int) -> Tensor:
@@ -77,17 +86,17 @@ def _better(best: Tensor, top: Tensor) -> Tensor:
     return (best > top) | (best.isnan() & ~top.isnan())
 
 
-def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
+def sweep_statistics(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
     """Every statistic in ``want`` but `sum` of a plain z, which needs no sweep (`weighted_sums`)."""
     n, vocab = len(head.h), len(head.w)
     wide, work = stat_dtype(head.h.dtype), product_dtype(head.h.dtype, head.h.device.type)
     tokens = min(windows.tokens, n)
     columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
     buffers = block_buffers(head, tokens, columns)
-    decide, entropy = bool(want & {"max", "argmax"}), "entropy" in want
-    soft, summed = bool(want & {"lse", "entropy"}), bool(want & {"sum", "spread"})
-    fine = fine_dtype(head.h.device.type)
-    out = {name: head.h.new_empty(n, dtype=wide) for name in ("lse", "sum", "entropy", "max", "lse_low")}
+    decide, moments = bool(want & DECISIONS), 2 if "variance" in want else int("entropy" in want)
+    soft, summed = "lse" in with_companions(want), bool(want & {"sum", "spread"})
+    fine = row_dtype(head.h.device.type)
+    out = {name: head.h.new_empty(n, dtype=wide) for name in ("lse", "sum", "entropy", "variance", "max", "lse_low")}
     total = head.h.new_zeros(n, dtype=fine)
     argmax = head.h.new_empty(n, dtype=torch.int64)
     rounds = head.transform.smooth != head.transform
@@ -106,7 +115,7 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
             else:
                 torch.addmm(head.cols[bias, v].to(work), h, w.t(), out=raw)
             z = raw if h.dtype == wide else buffers.wide[:size].view(m, -1).copy_(raw)
-            cols, rows = vectors(head, i, v)
+            cols, rows = block_vectors(head, i, v)
             if decide and rounds:
                 best, at = apply(chain, z, cols, rows, decide=True).max(1)
             z, _ = record(chain, z, cols, rows, False, False)
@@ -126,18 +135,21 @@ def sweep(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
                     part += most.to(fine) * (u.sum(dtype=fine) if u.numel() else z.shape[1])
                 total[i] = total[i] + part if v.start else part
             if soft:
-                here = partial_of(z, most, entropy)
+                here = partial_of(z, most, moments)
                 state = here if state is None else merge(state, here)
         if state is not None:
             log_total = state.total.log()
             out["lse"][i] = lse = state.most + log_total
-            out["lse_low"][i] = rounded_off(lse, state.most, log_total)
+            out["lse_low"][i] = two_sum_error(lse, state.most, log_total)
             if state.moment is not None:
-                out["entropy"][i] = log_total - state.moment / state.total
+                mean = state.moment / state.total
+                out["entropy"][i] = log_total - mean
+                if state.square is not None:
+                    out["variance"][i] = state.square / state.total - mean * mean
     if summed:
         out["sum"].copy_(total)
     if "spread" in want:
-        out["spread"] = spread_of(head, out["lse"].to(fine) + out["lse_low"].to(fine), total)
+        out["spread"] = spread_from_sums(head, out["lse"].to(fine) + out["lse_low"].to(fine), total)
     given = {name: x for name, x in out.items() if name in want}
     given |= {name: out[name] for name in ("lse", "lse_low")}
     return RowStats(

@@ -14,7 +14,7 @@ from fusedhead.kernels.contract import Head, stat_dtype
 from fusedhead.kernels.torch_engine.blocks import GATHER_BYTES, cuts
 
 
-class WeightGradient:
+class BlockWeightGradient:
     """dw [V, D], contiguous. Every element is written, also by a sweep of no windows."""
 
     def __init__(self, head: Head, accumulate: torch.dtype) -> None:

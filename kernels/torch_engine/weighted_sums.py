@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, stat_dtype
-from fusedhead.kernels.torch_engine.blocks import GATHER_BYTES, cuts, fine_dtype
+from fusedhead.kernels.torch_engine.blocks import GATHER_BYTES, cuts, row_dtype
 
 
 def weighted_columns(head: Head, wide: torch.dtype) -> Tensor:
@@ -32,14 +32,14 @@ def weighted_hidden(head: Head, g: Tensor) -> Tensor:
 
 def weighted_sums(head: Head, scale: float) -> Tensor:
     """scale Σ_v u_v (h_i · w_v): [N], fine."""
-    total = weighted_columns(head, fine_dtype(head.h.device.type)) * scale
+    total = weighted_columns(head, row_dtype(head.h.device.type)) * scale
     out = head.h.new_empty(head.h.shape[0], dtype=total.dtype)
     for i in cuts(head.h.shape[0], GATHER_BYTES // max(1, total.element_size() * head.h.shape[1])):
         out[i] = head.h[i].to(total.dtype) @ total
     return out
 
 
-def spread_of(head: Head, lse: Tensor, total: Tensor) -> Tensor:
+def spread_from_sums(head: Head, lse: Tensor, total: Tensor) -> Tensor:
     """Σ_v u_v (lse - z) from the lse [N] and the sums [N], as precise as they are: [N] in the statistics' dtype."""
     weight = head.u.to(total.dtype).sum() if head.u.numel() else len(head.w)
     return (lse.to(total.dtype) * weight - total).to(stat_dtype(head.h.dtype))

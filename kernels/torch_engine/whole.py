@@ -8,8 +8,6 @@ the window engine's own sweeps over a single block.
     head_loss            z, E = exp(z - max z), dz in the place of E, dh, dw       3 products
     head_stats           z, E                                                     1 product
     head_stats_backward  `torch_engine.dlogits` on one block                       3 products, 2 of a kept z
-
-It must not know when a head is small (`fusedhead.lowering.plan` decides).
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, logit_grads, stat_dtype
 from fusedhead.kernels.torch_engine import dlogits as torch_dlogits
 from fusedhead.kernels.torch_engine import engine as torch_engine
-from fusedhead.kernels.torch_engine.blocks import rounded_off, vectors
+from fusedhead.kernels.torch_engine.blocks import block_vectors, two_sum_error
 from fusedhead.kernels.torch_engine.engine import NOTHING
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.transform.backward import Tape, pull_back, record
@@ -73,7 +71,7 @@ def statistics(of: Softmax, want: frozenset[str]) -> RowStats:
         lse,
         of.picked if "picked" in want else None,
         of.summed if "sum" in want else None,
-        lse_low=rounded_off(lse, of.most, log_total),
+        lse_low=two_sum_error(lse, of.most, log_total),
         spread=of.spread if "spread" in want else None,
     )
 
@@ -84,7 +82,7 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows, product: Tens
         if product is not None:
             torch.mm(head.h.to(product.dtype), head.w.to(product.dtype).t(), out=product)
         return torch_engine.head_stats(head, want, windows)
-    cols, rows = vectors(head, slice(None), slice(None))
+    cols, rows = block_vectors(head, slice(None), slice(None))
     return statistics(softmax(head, NOTHING, cols, rows, bool(want & {"sum", "spread"}), product), want)
 
 
@@ -96,10 +94,11 @@ def head_stats_backward(
         return torch_engine.head_stats_backward(head, upstream, stats, needs, windows)
     if product is None:
         return torch_dlogits.backward(head, upstream, stats, needs, windows)
-    cols, rows = vectors(head, slice(None), slice(None))
+    cols, rows = block_vectors(head, slice(None), slice(None))
     z = product.to(stat_dtype(head.h.dtype), copy=True)
     z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
-    dz = torch_dlogits.dlogits(head, upstream, stats, slice(None), slice(0, len(head.w)), z)
+    grads = logit_grads(upstream, stats)
+    dz = torch_dlogits.dlogits_of_block(head, grads, stats, slice(None), slice(0, len(head.w)), z)
     return gradients(head, dz, tape, cols, rows, needs)
 
 
@@ -108,7 +107,7 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     if not len(head.w):
         return torch_engine.head_loss(head, coefficients, needs, windows)
     c, wide = coefficients, stat_dtype(head.h.dtype)
-    cols, rows = vectors(head, slice(None), slice(None))
+    cols, rows = block_vectors(head, slice(None), slice(None))
     of = softmax(head, needs, cols, rows, c.sum is not None)
     stats = statistics(of, ALL)
     if not any(needs):

@@ -13,14 +13,14 @@ from fusedhead.kernels.torch_engine.blocks import (
     GATHER_BYTES,
     SAMPLE,
     block_columns,
-    fine_dtype,
     piece_rows,
+    row_dtype,
     strip_columns,
     widened_columns,
 )
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype
 from fusedhead.kernels.transform.backward import windows_held, windows_passing
-from fusedhead.kernels.transform.transform import Transform, plain_scale
+from fusedhead.kernels.transform.transform import Transform
 
 
 def workspace(
@@ -70,10 +70,10 @@ def workspace(
     weights += columns * d * work.itemsize if needs.w and accumulate != work else 0
     sums = v * d * wide.itemsize if needs.w and accumulate != dtype else 0
     sample = tokens * min(SAMPLE * 2, v) * wide.itemsize * 4 + min(SAMPLE * 2, v) * d * wide.itemsize
-    vectors = (tokens * (k + 1) * 16 + n * k * 4) * fine_dtype(device_type).itemsize
+    vectors = (tokens * (k + 1) * 16 + n * k * 4) * row_dtype(device_type).itemsize
     late = n * k * 48 if needs.w and accumulate != wide else 0
-    gathers = 4 * min(GATHER_BYTES, n * max(1, k) * d * fine_dtype(device_type).itemsize)
-    plain = plain_scale(transform) is not None
+    gathers = 4 * min(GATHER_BYTES, n * max(1, k) * d * row_dtype(device_type).itemsize)
+    plain = transform.plain_scale is not None
     columns_wise = v * wide.itemsize * 4 * (needs.cols or not plain or explicit)
     return blocks + rows + weights + sums + sample + vectors + late + gathers + columns_wise
 

@@ -1,7 +1,7 @@
 """Where a program adds a head's bias before it rounds: ``addmm`` and ``linear`` of a low precision round z + b once.
 
 In a chain that is ``addcol:k round:t`` at its beginning, t being the dtype of the product. Whoever rounds the bare
-product to t first, and the sum again, makes other logits of it. This file must not know who asks.
+product to t first, and the sum again, makes other logits of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 from fusedhead.kernels.transform.transform import Step, Transform
 
-NARROW = (torch.bfloat16, torch.float16)
+TWO_BYTES = (torch.bfloat16, torch.float16)
 
 
 def rounded_bias(transform: Transform, dtype: torch.dtype) -> int | None:
@@ -18,7 +18,7 @@ def rounded_bias(transform: Transform, dtype: torch.dtype) -> int | None:
 
     The chain of what is left to do after such a product is ``transform.steps[2:]``.
     """
-    if dtype not in NARROW or len(transform.steps) < 2:
+    if dtype not in TWO_BYTES or len(transform.steps) < 2:
         return None
     first, second = transform.steps[:2]
     once = first.op == "addcol" and second == Step("round", str(dtype).removeprefix("torch."))

@@ -2,7 +2,7 @@
 
 The code of a `pointwise.Function` is one call an instruction: a gelu and its derivative are 17, a relu's are
 selections, which branch element by element. Where the function names an op of the table, that op's own kernel runs
-instead: the values are those of eager code. Whatever is not in the table runs its code. It must not know windows.
+instead: the values are those of eager code. Whatever is not in the table runs its code.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ OPS: Mapping[str, Callable[..., Tensor]] = {
         *("eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_not"),
     )
 }
-DECISIONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_not"))  # are bool
+BOOLEAN_OPS = frozenset(("eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or", "bitwise_not"))  # are bool
 VECTOR = re.compile(r"[cr]\d+")
 OPERAND = re.compile(r"z|g|#\d+|[cr]\d+")
 
@@ -174,7 +174,7 @@ def run(code: Code, z: Tensor, cols: Tensor, rows: Tensor, g: Tensor | None = No
                 spent.append(values[done])
             values[done] = None
         like_z = given[-1].dtype == z.dtype and any(x.shape == z.shape for x in given)
-        over = spent and like_z and op not in DECISIONS
+        over = spent and like_z and op not in BOOLEAN_OPS
         values.append(OPS[op](*given, out=spent.pop()) if over else OPS[op](*given))
         del given
     result = read(float(code.result) if not OPERAND.fullmatch(code.result) else code.result)

@@ -3,8 +3,11 @@
 A transform is a short chain of steps applied in order to z = h @ w.T. It travels through op schemas as text,
 for example ``"addcol:0 mul:0.0333 tanh mul:30.0"``. Everything is computed in float32 whatever the program's
 dtype (closer to the truth); a ``round`` step keeps the place where the program rounds, and only decisions
-(max, argmax) honour it. This file holds the chain, its text form and its meaning in torch ops; it must not
-know about windows, engines or graphs.
+(max, argmax) honour it.
+
+`STEPS` holds what each kind of step is in torch ops: its value, its derivative, what that derivative depends on. All
+other files of the torch side ask it; a new kind is one entry here. (Triton's side unrolls the chain at compile time in
+`triton_engine.device.transform`.)
 
 | step          | z becomes                     | derivative            |
 |---------------|-------------------------------|-----------------------|
@@ -18,14 +21,14 @@ know about windows, engines or graphs.
 | ``mulrow:k``  | z · rows[k][i]                | rows[k][i]            |
 | ``setcol:k``  | cols[k][v], or z where it is NaN | 0, or 1          |
 | ``dropcol:k`` | -inf where cols[k][v] is not 0, or z | 0, or 1      |
-| ``fn:code``   | any function, generated from the program's op (`kernels.pointwise`) | generated with it |
+| ``fn:code``   | any function, generated from the program's op (`transform.pointwise`) | generated with it |
 | ``round:t``   | z (decisions: z rounded to t) | 1                     |
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -34,10 +37,103 @@ from torch import Tensor
 
 from fusedhead.kernels.transform import native, pointwise
 
-WITH_CONSTANT = ("mul", "add")
-WITH_VECTOR = ("addcol", "mulcol", "setcol", "dropcol", "addrow", "mulrow")
-UNARY = ("tanh", "sigmoid")
-CURVED = (*UNARY, "fn")  # steps whose derivative depends on z
+
+class StepKind(NamedTuple):
+    """One kind of step in torch ops. ``x`` is the step's operand (`Step.operand`), z and g are windows [n, v]."""
+
+    apply: Callable[[Tensor, Any, Tensor | None], Tensor]  # (z, x, out) -> z after the step; out None: a fresh tensor
+    pull: Callable[[Tensor, Any, Tensor | None], Tensor]  # (g, x, kept) -> g times the derivative, in the place of g
+    read: Callable[[str], float | int | str] | None = None  # the value out of its text; None: the step has none
+    axis: str = ""  # "c": the value names a vector along the vocabulary, "r": one along the tokens
+    keeps: str = ""  # what the derivative reads: "input" or "output" of the step, "" where it does not depend on z
+    vector: str = ""  # the derivative with respect to the vector: "one", "input", "" for none
+    varies: bool = False  # whether the derivative has to be multiplied in class by class (see `Transform`)
+    scale: Callable[[Any], float] | None = None  # c of the value, where the step is z · c
+    steepest: Callable[[Any], float | None] = lambda value: 1.0  # a bound of |derivative|, None where there is none
+    masks: bool = False  # whether it sets columns to -inf
+    decides: bool = False  # whether max and argmax alone see it
+
+
+class Generated(NamedTuple):
+    """The operand of a step ``fn``: its function, and the vectors that this may read."""
+
+    function: pointwise.Function
+    cols: Tensor
+    rows: Tensor
+
+    def value(self, z: Tensor) -> Tensor:
+        value = native.value(self.function, z, self.cols, self.rows)
+        return value.clone() if value.data_ptr() == z.data_ptr() or not value.is_contiguous() else value
+
+    def gradient(self, g: Tensor, z: Tensor | None) -> Tensor:
+        assert z is not None
+        return native.gradient(self.function, g, z, self.cols, self.rows)
+
+
+def _one(g: Tensor, x: Any, kept: Tensor | None) -> Tensor:
+    return g
+
+
+def _times(g: Tensor, x: Any, kept: Tensor | None) -> Tensor:
+    return g.mul_(x)
+
+
+def _pull_tanh(g: Tensor, x: Any, kept: Tensor | None) -> Tensor:
+    assert kept is not None
+    return g.mul_(kept.mul_(kept).neg_().add_(1))  # 1 - t²
+
+
+def _pull_sigmoid(g: Tensor, x: Any, kept: Tensor | None) -> Tensor:
+    assert kept is not None
+    return g.mul_(kept.addcmul_(kept, kept, value=-1))  # s - s²
+
+
+def _drop(z: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    return (z.masked_fill if out is None else out.masked_fill_)(x != 0, -math.inf)
+
+
+def _rounded(z: Tensor, x: torch.dtype, out: Tensor | None) -> Tensor:
+    return z.to(x).to(z.dtype)
+
+
+def _add(z: Tensor, x: Any, out: Tensor | None) -> Tensor:
+    return torch.add(z, x, out=out)
+
+
+def _multiply(z: Tensor, x: Any, out: Tensor | None) -> Tensor:
+    return torch.mul(z, x, out=out)
+
+
+def _no_bound(value: Any) -> None:
+    return None
+
+
+STEPS: Mapping[str, StepKind] = {
+    "mul": StepKind(_multiply, _times, float, scale=float, steepest=lambda value: abs(float(value))),
+    "add": StepKind(_add, _one, float),
+    "addcol": StepKind(_add, _one, int, "c", vector="one"),
+    "mulcol": StepKind(_multiply, _times, int, "c", vector="input", varies=True, steepest=_no_bound),
+    "setcol": StepKind(
+        lambda z, x, out: torch.where(x.isnan(), z, x, out=out),
+        lambda g, x, kept: g.masked_fill_(x.isnan().logical_not_(), 0),
+        int, "c", varies=True,
+    ),
+    # its derivative varies too, but exponentials of -inf are zero by themselves (labels there: `single_pass`)
+    "dropcol": StepKind(_drop, lambda g, x, kept: g.masked_fill_(x != 0, 0), int, "c", masks=True),
+    "addrow": StepKind(_add, _one, int, "r", vector="one"),
+    "mulrow": StepKind(_multiply, _times, int, "r", vector="input", steepest=_no_bound),
+    "tanh": StepKind(lambda z, x, out: torch.tanh(z, out=out), _pull_tanh, keeps="output", varies=True),
+    "sigmoid": StepKind(
+        lambda z, x, out: torch.sigmoid(z, out=out), _pull_sigmoid, keeps="output", varies=True,
+        steepest=lambda value: 0.25,
+    ),
+    "fn": StepKind(
+        lambda z, x, out: x.value(z),
+        lambda g, x, kept: g.copy_(x.gradient(g, kept)),
+        lambda text: pointwise.parse(text).text, keeps="input", varies=True, steepest=_no_bound,
+    ),
+    "round": StepKind(_rounded, _one, str, scale=lambda value: 1.0, decides=True),
+}  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -45,19 +141,40 @@ class Step(NamedTuple):
     value: float | int | str = 0  # the constant, the index of the vector, the dtype's name, or the code
 
     @property
+    def kind(self) -> StepKind:
+        return STEPS[self.op]
+
+    @property
     def vectors(self) -> Iterator[tuple[str, int]]:
         """("c" or "r", index) of each vector along the vocabulary or the tokens that the step reads."""
-        if self.op in WITH_VECTOR:
-            yield ("c" if self.op.endswith("col") else "r"), int(self.value)
+        if self.kind.axis:
+            yield self.kind.axis, int(self.value)
         elif self.op == "fn":
             yield from pointwise.vectors(str(self.value))
 
-    def behind(self, columns: int) -> Step:
+    def operand(self, cols: Tensor, rows: Tensor) -> Any:
+        """What the step takes besides z, to go with a window: a number, a vector, a dtype, a `Generated`; or None.
+
+        cols [C, v] and rows [R, n] are the slices that belong to the window.
+        """
+        axis = self.kind.axis
+        if axis:
+            return cols[int(self.value)] if axis == "c" else rows[int(self.value)][:, None]
+        if self.op == "fn":
+            return Generated(pointwise.parse(str(self.value)), cols, rows)
+        return getattr(torch, self.value) if isinstance(self.value, str) else self.value
+
+    def keeps(self, need_cols: bool, need_rows: bool) -> str:
+        """Which window the gradients of this step read: "input", "output", or "" for none."""
+        kind = self.kind
+        of_vector = kind.vector == "input" and (need_cols if kind.axis == "c" else need_rows)
+        return kind.keeps or ("input" if of_vector else "")
+
+    def with_column_offset(self, columns: int) -> Step:
         """The same step where its column vectors stand behind ``columns`` others."""
         if self.op == "fn":
             return self._replace(value=pointwise.shifted(str(self.value), columns))
-        named = self.op in WITH_VECTOR and self.op.endswith("col")
-        return self._replace(value=int(self.value) + columns) if named else self
+        return self._replace(value=int(self.value) + columns) if self.kind.axis == "c" else self
 
 
 class Transform(NamedTuple):
@@ -66,17 +183,84 @@ class Transform(NamedTuple):
     @property
     def text(self) -> str:
         """The form that `parse` reads back exactly (``repr`` of a float round-trips)."""
-        return " ".join(s.op if s.op in UNARY else f"{s.op}:{s.value!r}".replace("'", "") for s in self.steps)
+        return " ".join(s.op if s.kind.read is None else f"{s.op}:{s.value!r}".replace("'", "") for s in self.steps)
 
     @property
     def smooth(self) -> Transform:
         """The chain without its rounding steps: what every statistic but max and argmax sees."""
-        return Transform(tuple(s for s in self.steps if s.op != "round"))
+        return Transform(tuple(s for s in self.steps if not s.kind.decides))
+
+    @property
+    def functions(self) -> tuple[pointwise.Function, ...]:
+        """The generated functions among the steps."""
+        return tuple(pointwise.parse(str(s.value)) for s in self.steps if s.op == "fn")
 
     @property
     def factorises(self) -> bool:
         """Whether the derivative is a number a token times a number a class, whatever z is."""
-        return not any(s.op in CURVED for s in self.steps)
+        return not any(s.kind.keeps for s in self.steps)
+
+    @property
+    def varies_along_row(self) -> bool:
+        """Whether the derivative differs from class to class, so that it has to be multiplied in one by one."""
+        return any(s.kind.varies for s in self.steps)
+
+    @property
+    def plain_scale(self) -> float | None:
+        """c where the transform is z · c up to rounding steps, None where it is more than that."""
+        scale = 1.0
+        for step in self.steps:
+            factor = step.kind.scale
+            if factor is None:
+                return None
+            scale *= factor(step.value)
+        return scale
+
+    @property
+    def steepest(self) -> float | None:
+        """A bound of |∂z/∂(h wᵀ)| for any z and any vectors, None where the chain's text gives none."""
+        bound = 1.0
+        for step in self.steps:
+            most = step.kind.steepest(step.value)
+            if most is None:
+                return None
+            bound *= most
+        return bound
+
+    def bias_slopes(self, count: int) -> list[float] | None:
+        """∂z/∂cols[k] over ∂z/∂(h wᵀ) for each of ``count`` column vectors, where it is a constant: biases among
+        constant factors.
+        """
+        slopes, before = [0.0] * count, 1.0
+        for step in self.steps:
+            kind = step.kind
+            if kind.axis == "c" and kind.vector == "one":
+                slopes[int(step.value)] += 1 / before
+            elif kind.axis or kind.keeps:
+                return None
+            elif kind.scale is not None:
+                before *= kind.scale(step.value)
+                if before == 0:
+                    return None
+        return slopes
+
+    def sum_terms(self, c: Tensor, u: Tensor, cols: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(r [N], f [V]) with d(Σ_i c_i Σ_v u_v z_iv)/d(h wᵀ) = r ⊗ f, where the transform `factorises`.
+
+        c [N], u [V], cols [C, V], rows [R, N].
+        """
+        if not self.steps:
+            return c, u
+        along_tokens, along_classes = c[:, None].clone(), u.clone()
+        for step in self.steps:
+            g = along_classes if step.kind.axis == "c" else along_tokens
+            step.kind.pull(g, step.operand(cols, rows), None)
+        return along_tokens[:, 0], along_classes
+
+    def masked_columns(self, cols: Tensor) -> Tensor | None:
+        """[V] bool: the columns that steps set to -inf, through which nothing flows back; None without such a step."""
+        masks = [cols[int(s.value)] != 0 for s in self.steps if s.kind.masks]
+        return torch.stack(masks).any(0) if masks else None
 
 
 @lru_cache(maxsize=256)
@@ -88,31 +272,11 @@ def parse(text: str) -> Transform:
     steps = []
     for word in text.split():
         op, _, value = word.partition(":")
-        if op in UNARY:
-            steps.append(Step(op))
-        elif op in WITH_CONSTANT:
-            steps.append(Step(op, float(value)))
-        elif op in WITH_VECTOR:
-            steps.append(Step(op, int(value)))
-        elif op == "fn":
-            steps.append(Step(op, pointwise.parse(value).text))
-        elif op == "round":
-            steps.append(Step(op, value))
-        else:
-            known = ", ".join((*WITH_CONSTANT, *WITH_VECTOR, *UNARY, "fn", "round"))
-            raise ValueError(f"transform step {word!r} is not known; expected one of {known}")
+        kind = STEPS.get(op)
+        if kind is None:
+            raise ValueError(f"transform step {word!r} is not known; expected one of {', '.join(STEPS)}")
+        steps.append(Step(op) if kind.read is None else Step(op, kind.read(value)))
     return Transform(tuple(steps))
-
-
-def plain_scale(transform: Transform) -> float | None:
-    """c where the transform is z · c up to rounding steps, None where it is more than that."""
-    scale = 1.0
-    for op, value in transform.steps:
-        if op == "mul":
-            scale *= float(value)
-        elif op != "round":
-            return None
-    return scale
 
 
 def apply(transform: Transform, z: Tensor, cols: Tensor, rows: Tensor, *, decide: bool = False) -> Tensor:
@@ -121,36 +285,7 @@ def apply(transform: Transform, z: Tensor, cols: Tensor, rows: Tensor, *, decide
     z [n, v] floating; cols [C, v] and rows [R, n] are the slices that belong to this window. With ``decide``
     the rounding steps take effect.
     """
-    value: Any
-    for op, value in transform.steps:
-        if op == "mul":
-            z = z * value
-        elif op == "add":
-            z = z + value
-        elif op == "tanh":
-            z = torch.tanh(z)
-        elif op == "sigmoid":
-            z = torch.sigmoid(z)
-        elif op == "addcol":
-            z = z + cols[value]
-        elif op == "mulcol":
-            z = z * cols[value]
-        elif op == "setcol":
-            z = torch.where(cols[value].isnan(), z, cols[value])
-        elif op == "dropcol":
-            z = z.masked_fill(cols[value] != 0, -math.inf)
-        elif op == "addrow":
-            z = z + rows[value][:, None]
-        elif op == "mulrow":
-            z = z * rows[value][:, None]
-        elif op == "fn":
-            z = native.value(pointwise.parse(value), z, cols, rows)
-        elif op == "round" and decide:
-            z = z.to(getattr(torch, str(value))).to(z.dtype)
+    for step in transform.steps:
+        if decide or not step.kind.decides:
+            z = step.kind.apply(z, step.operand(cols, rows), None)
     return z
-
-
-def dropped(transform: Transform, cols: Tensor) -> Tensor | None:
-    """[V] bool: the columns that steps set to -inf, through which nothing flows back; None without such a step."""
-    found = [cols[int(value)] != 0 for op, value in transform.steps if op == "dropcol"]
-    return torch.stack(found).any(0) if found else None

@@ -5,10 +5,9 @@
                           (4 for the columns whose exponentials there is no room for)
     head_stats_backward   per window: dlogits, then dw, dh                           4 GEMMs with the forward
 
-float32, float16 and bfloat16. Nothing of size [N, V] exists beyond one window; the only other buffers above a
-few MiB are dh, dw, one float32 [window tokens, D] and, where asked, half of dw in float32. No step depends on a
-value (no host sync, CUDA graphs), sums have a fixed order (deterministic). It must not know how large the
-windows should be (`fusedhead.lowering.plan` decides) nor what graph asked.
+float32, float16 and bfloat16. Nothing of size [N, V] exists beyond one window; the only other buffers above a few MiB
+are dh, dw, one float32 [window tokens, D] and, where asked, half of dw in float32. No step depends on a value (no host
+sync, CUDA graphs), sums have a fixed order (deterministic).
 
 Speed against bare cuBLAS GEMMs in bfloat16 on an H100 (benchmarks/results/gpu_times.txt, for head_stats
 gpu_windows.txt; clocks move these by 3 %):
@@ -27,12 +26,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.contract import (
+    STATISTICS,
+    Head,
+    HeadGrads,
+    LogitGrads,
+    Needs,
+    RowGrads,
+    RowStats,
+    Windows,
+    logit_grads,
+    with_companions,
+)
 from fusedhead.kernels.triton_engine import single_pass
 from fusedhead.kernels.triton_engine.launch.launch import on_device
 from fusedhead.kernels.triton_engine.launch.sweep import multiplied_by_cublas, sweep
 from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
-from fusedhead.kernels.triton_engine.recompute import rebuild, without_square
+from fusedhead.kernels.triton_engine.recompute import rebuild
 from fusedhead.kernels.triton_engine.rows.label_map import check_labels
 from fusedhead.kernels.triton_engine.rows.merge import merge_statistics
 from fusedhead.kernels.triton_engine.sweeps.statistics import launches, stream
@@ -45,7 +55,6 @@ from fusedhead.kernels.triton_engine.windows import (
     ready_rows,
     rows_of,
     slice_head,
-    slice_rows,
 )
 
 
@@ -57,10 +66,7 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
         check_labels(head.y, vocab)
         picked = head.h.new_empty(head.y.shape, dtype=torch.float32) if "picked" in want else None
         if n == 0:
-            names = {*want, "lse_low"} - {"picked", "argmax"}
-            empty = {k: head.h.new_empty(0, dtype=torch.float32) for k in names}
-            argmax = head.y.new_empty(0) if "argmax" in want else None
-            return RowStats(**({"lse": head.h.new_empty(0, dtype=torch.float32)} | empty), picked=picked, argmax=argmax)
+            return _of_no_row(head, want)._replace(picked=picked)
         buffer = None
         if multiplied_by_cublas(head):
             cuts = list(even_cuts(n, windows.tokens * windows.vocab // vocab))  # whole rows in the room of a window
@@ -77,6 +83,13 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
         return RowStats(picked=picked, **rows)
 
 
+def _of_no_row(head: Head, want: frozenset[str]) -> RowStats:
+    names = with_companions(want | {"lse"})
+    dtypes = {s.name: s.dtype or torch.float32 for s in STATISTICS if s.name in names and not s.per_label}
+    empty = {name: head.h.new_empty(0, dtype=dtype) for name, dtype in dtypes.items()}
+    return RowStats(**empty)
+
+
 def _statistics(head: Head, want: frozenset[str], picked: Tensor | None, logits: Tensor | None) -> dict[str, Tensor]:
     s = sweep("stream", head, want, logits=logits)
     part, part_top = stream(s, head, want, picked if head.y.shape[1] else None, logits=logits)
@@ -87,10 +100,9 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     """Rebuilds dz window by window. dw needs no summing when a window holds all tokens."""
     head = ready_head(head)
     n, vocab = len(head.h), len(head.w)
-    upstream = without_square(upstream, stats.lse)
     if not head.y.shape[1]:
         upstream = upstream._replace(picked=None)
-    upstream = ready_rows(upstream)
+    grads = logit_grads(ready_rows(upstream), stats)
     token_cuts, vocab_cuts = list(even_cuts(n, windows.tokens)), list(even_cuts(vocab, windows.vocab))
     dh = head.h.new_empty(head.h.shape) if needs.h else None
     dcols = torch.zeros_like(head.cols) if needs.cols else None
@@ -108,7 +120,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
                 i,
                 vocab_cuts,
                 buffer,
-                slice_rows(upstream, i),
+                LogitGrads._make(None if g is None else rows_of(g, i) for g in grads),
                 RowStats._make(None if x is None else x[i] for x in stats),
                 dw,
                 None if dh is None else NarrowSum(rows_of(dh, i), accumulate),  # nobody's once the call returns
@@ -131,6 +143,6 @@ def _two_sweeps(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
 def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
     """Statistics and gradients in one sweep where that is possible (`single_pass`), else in two."""
     head = ready_head(head)
-    if single_pass.fits(head, coefficients, needs, windows):
+    if single_pass.can_single_pass(head, coefficients, needs, windows):
         return single_pass.one_pass(head, coefficients, needs, windows)
     return _two_sweeps(head, coefficients, needs, windows)

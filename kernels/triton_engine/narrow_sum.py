@@ -1,9 +1,9 @@
 """Sums in float32 of a result of two bytes, half of which lie in the result's own memory.
 
-A float32 sum takes twice the memory of its result, and the result itself is half of that: sums of the first half of
-its rows lie there until the end, and only those of the other half are allocated. The last step rounds, packs the first
-half to the front (a doubling number of rows at a time, so that nothing is overwritten before it was read) and puts
-the other half behind it. It must not know what is summed.
+A float32 sum takes twice the memory of its result, and the result itself is half of that: sums of the first half of its
+rows lie there until the end, and only those of the other half are allocated. The last step rounds, packs the first half
+to the front (a doubling number of rows at a time, so that nothing is overwritten before it was read) and puts the other
+half behind it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
     dz = dlogits(block)        dw[v] += dzᵀ h        dh += dz w        and sums for the vectors of the transform
 
-of the tokens of one window, whose lse is known: 3 products of 2NDV FLOP, one block of dz in memory. It must not know
-how large blocks should be, nor what was computed before.
+of the tokens of one window, whose lse is known: 3 products of 2NDV FLOP, one block of dz in memory.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, RowGrads, RowStats
+from fusedhead.kernels.contract import Head, LogitGrads, RowStats
 from fusedhead.kernels.gemm import gemm
 from fusedhead.kernels.triton_engine.launch.sweep import sweep
 from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
@@ -21,20 +20,12 @@ from fusedhead.kernels.triton_engine.weight_gradient import WeightGradient
 from fusedhead.kernels.triton_engine.windows import first_rows, multiplied, rows_of, slice_head
 
 
-def without_square(grads: RowGrads, lse: Tensor) -> RowGrads:
-    """The gradients with that of lse² as one of lse [N]."""
-    if grads.square is None:
-        return grads
-    slope = 2 * grads.square * lse
-    return grads._replace(lse=slope if grads.lse is None else grads.lse + slope, square=None)
-
-
 def rebuild(
     head: Head,
     i: slice,
     blocks: Iterable[slice],
     buffer: Tensor,
-    grads: RowGrads,
+    grads: LogitGrads,
     rows: RowStats,
     dw: WeightGradient | None,
     dh: NarrowSum | None,
@@ -46,7 +37,7 @@ def rebuild(
     ``buffer`` has room for a block of dz, ``grads`` and ``rows`` are those of the tokens. dw and dh start with what is
     first added to them: the first window, the first column.
     """
-    want = frozenset(name for name in ("sum", "entropy") if getattr(grads, name) is not None)
+    want = frozenset(name for name in ("sum", "linear", "quadratic") if getattr(grads, name) is not None)
     for v in blocks:
         part = slice_head(head, i, v)
         window = first_rows(buffer, len(part.h))
@@ -64,10 +55,17 @@ def rebuild(
 
 
 def _add_vectors(
-    head: Head, parts: tuple[Tensor, Tensor], dcols: Tensor | None, drows: Tensor | None, i: slice, v: slice
+    head: Head,
+    parts: tuple[Tensor | None, Tensor | None],
+    dcols: Tensor | None,
+    drows: Tensor | None,
+    i: slice,
+    v: slice,
 ) -> None:
-    for j, (op, value) in enumerate(head.transform.smooth.steps):
-        if dcols is not None and op in ("addcol", "mulcol"):
-            dcols[int(value), v] += parts[0][j].sum(0)
-        if drows is not None and op in ("addrow", "mulrow"):
-            drows[int(value), i] += parts[1][j].sum(0)
+    part_cols, part_rows = parts
+    for j, step in enumerate(head.transform.smooth.steps):
+        kind, k = step.kind, step.value
+        if dcols is not None and part_cols is not None and kind.vector and kind.axis == "c":
+            dcols[int(k), v] += part_cols[j].sum(0)
+        if drows is not None and part_rows is not None and kind.vector and kind.axis == "r":
+            drows[int(k), i] += part_rows[j].sum(0)

@@ -3,7 +3,7 @@
 Both are measured against float64 on the same operands: pairs beside the plain sweeps, the Triton engine beside eager
 code. The kernels serve where they err no more than what is trusted does, and give the same statistics each time they
 are asked. Heads are chosen so that every path of a sweep is taken: several tiles a program, tiles and steps over D that
-are not whole, several labels, rows whose exponentials overflow and are swept again. It must not know who asks.
+are not whole, several labels, rows whose exponentials overflow and are swept again.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fusedhead.kernels.contract import Head, Needs, RowGrads, Windows
 from fusedhead.kernels.reference import row_stats
 from fusedhead.kernels.transform.transform import apply, parse
 
-BOTH = Needs(True, True, False, False)
+OPERAND_NEEDS = Needs(True, True, False, False)
 CAP = "mul:0.05 tanh mul:20.0"
-PLAIN = (  # N, V, D, K, transform, dtype
+PLAIN_HEADS = (  # N, V, D, K, transform, dtype
     (1400, 12007, 200, 1, "", torch.bfloat16),
     (1400, 6016, 1024, 3, "", torch.float16),
 )
 CAPPED = (300, 9001, 512, 1, CAP, torch.bfloat16)
 REPEATS = 5
 LOUD = 80.0  # a row times this has exponentials that overflow
-ROWS = 256  # of the float64 logits that exist at once
+WHOLE_ROWS = 256  # of the float64 logits that exist at once
 
 
 class Trial(NamedTuple):
@@ -42,8 +42,8 @@ class Trial(NamedTuple):
 
 
 CLAIMS = {
-    "pairs": Trial(PLAIN, 1.1, 1e-6),
-    "triton": Trial((*PLAIN, CAPPED), 1.5, 1e-5),  # beside eager code, of other roundings
+    "pairs": Trial(PLAIN_HEADS, 1.1, 1e-6),
+    "triton": Trial((*PLAIN_HEADS, CAPPED), 1.5, 1e-5),  # beside eager code, of other roundings
 }
 
 
@@ -78,7 +78,7 @@ def truth(head: Head, upstream: RowGrads) -> Found:
     """By definition and autograd in float64, some rows of logits at a time."""
     w = head.w.double().requires_grad_()
     dw, rows = torch.zeros_like(w), []
-    for at in torch.arange(len(head.h), device=head.h.device).split(ROWS):
+    for at in torch.arange(len(head.h), device=head.h.device).split(WHOLE_ROWS):
         h = head.h[at].double().requires_grad_()
         stats = row_stats(head._replace(h=h, w=w, y=head.y[at], u=head.u.double()))
         loss = (stats.lse * upstream.lse[at]).sum() + (stats.picked * upstream.picked[at]).sum()  # type: ignore
@@ -92,10 +92,10 @@ def truth(head: Head, upstream: RowGrads) -> Found:
 def swept(engine: ModuleType, head: Head, upstream: RowGrads) -> Iterator[Found]:
     """Statistics and gradients in one pass, and by a sweep for each."""
     windows = Windows(len(head.h), len(head.w), head.h.dtype)
-    got, grads = engine.head_loss(head, upstream, BOTH, windows)
+    got, grads = engine.head_loss(head, upstream, OPERAND_NEEDS, windows)
     yield Found(got.lse, got.picked, grads.h, grads.w)
     got = engine.head_stats(head, frozenset({"lse", "picked"}), windows)
-    grads = engine.head_stats_backward(head, upstream, got, BOTH, windows)
+    grads = engine.head_stats_backward(head, upstream, got, OPERAND_NEEDS, windows)
     yield Found(got.lse, got.picked, grads.h, grads.w)
 
 
@@ -174,11 +174,11 @@ def main(argument: str) -> None:
     asked, trusted = asked_and_trusted(given["claim"], device)
     list(trusted(*made(*claim.heads[0], device)))
     torch.cuda.synchronize()
-    print(self_check.READY, flush=True)
+    print(self_check.FIRST_LINE, flush=True)
     try:
         reason = difference(claim, asked, trusted, device)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     verdict = {"serves": not reason, "reason": reason}
-    self_check.keep(given["key"], verdict)  # here, since nobody may be waiting any longer
+    self_check.keep_verdict(given["key"], verdict)  # here, since nobody may be waiting any longer
     print(json.dumps(verdict), flush=True)

@@ -5,11 +5,10 @@ from the row sums
 
     dw += Eᵀ (s ⊙ h)        dh = s ⊙ (E w)
 
-so that z is computed once: 3 products of 2NDV FLOP. In memory: one window of E, dh (whose rows hold s ⊙ h until dw
-has used it), one float32 [window tokens, D], and half of dw in float32 where asked. Where the planner allows only a
-part of a row of E, the lse of the other columns comes from a sweep of its own and their dz is rebuilt block by block:
-up to one product more, and sums of dh in float32, half of which lie in dh. It must not know how large the windows
-should be.
+so that z is computed once: 3 products of 2NDV FLOP. In memory: one window of E, dh (whose rows hold s ⊙ h until dw has
+used it), one float32 [window tokens, D], and half of dw in float32 where asked. Where the planner allows only a part of
+a row of E, the lse of the other columns comes from a sweep of its own and their dz is rebuilt block by block: up to one
+product more, and sums of dh in float32, half of which lie in dh.
 """
 
 from __future__ import annotations
@@ -17,14 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, logit_grads
 from fusedhead.kernels.gemm import gemm, weighted_rows
-from fusedhead.kernels.transform.transform import dropped
-from fusedhead.kernels.triton_engine.device.transform import varies_along_row
 from fusedhead.kernels.triton_engine.launch.launch import on_device
 from fusedhead.kernels.triton_engine.launch.sweep import Sweep, sweep
 from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
-from fusedhead.kernels.triton_engine.recompute import rebuild, without_square
+from fusedhead.kernels.triton_engine.recompute import rebuild
 from fusedhead.kernels.triton_engine.rows.finalize import finalize
 from fusedhead.kernels.triton_engine.rows.label_map import check_labels, map_labels
 from fusedhead.kernels.triton_engine.rows.merge import merge_reference
@@ -50,7 +47,7 @@ FEW = 16  # up to this many tokens, dz is rounded once (two sweeps): sums too sh
 FLOAT16_SHIFT = 10  # float16 exponentials are scaled by 2^10: small ones keep digits, targets up to 2^4 fit
 
 
-def fits(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
+def can_single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
     """Whether gradients are a row scale away from exponentials, and the planner allows whole rows of them.
 
     Of bfloat16 rows it may allow a part: the rest is swept for its lse, and rebuilt for the gradients.
@@ -66,30 +63,13 @@ def fits(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
     )
 
 
-def _sum_terms(head: Head, c: Tensor) -> tuple[Tensor, Tensor]:
-    """(r [N], f [V]) with d(Σ_i c_i Σ_v u_v z_iv)/dz_raw = r ⊗ f, for a transform whose slope factorises."""
-    r, f = c, head.u if head.u.numel() else head.h.new_ones(len(head.w), dtype=torch.float32)
-    for op, value in head.transform.steps:
-        if op == "mul":
-            r = r * float(value)
-        elif op == "mulrow":
-            r = r * head.rows[int(value)]
-        elif op == "mulcol":
-            f = f * head.cols[int(value)]
-        elif op == "setcol":
-            f = torch.where(head.cols[int(value)].isnan(), f, 0)
-        elif op == "dropcol":
-            f = f.masked_fill(head.cols[int(value)] != 0, 0)
-    return r, f
-
-
 def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
-    """Statistics and gradients, where `fits` says so."""
+    """Statistics and gradients, where `can_single_pass` says so."""
     coefficients = ready_rows(coefficients)
     (n, hidden), vocab, narrow = head.h.shape, head.w.shape[0], head.h.dtype
     new = head.h.new_empty
     kept = slice(0, min(windows.vocab, vocab))
-    others = [slice(at, min(at + kept.stop, vocab)) for at in range(kept.stop, vocab, kept.stop)]
+    uncached_columns = [slice(at, min(at + kept.stop, vocab)) for at in range(kept.stop, vocab, kept.stop)]
     lse, picked = new(n, dtype=torch.float32), new(head.y.shape, dtype=torch.float32)
     lse_low = torch.empty_like(lse)
     summed = coefficients.sum is not None
@@ -99,35 +79,38 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
     cuts = full_cuts(n, windows.tokens)
     tokens = cuts[0].stop
     with on_device(head.h):
-        if others:
+        if uncached_columns:
             check_labels(head.y, vocab)  # else where they are mapped
-        gone = dropped(head.transform, head.cols)
-        if gone is not None and coefficients.picked is not None:  # no slope says that a label has no gradient there
-            coefficients = coefficients._replace(picked=coefficients.picked.masked_fill(gone[head.y], 0))
+        masked = head.transform.masked_columns(head.cols)
+        if masked is not None and coefficients.picked is not None:  # no slope says that a label has no gradient there
+            coefficients = coefficients._replace(picked=coefficients.picked.masked_fill(masked[head.y], 0))
         dh = new((n, hidden)) if needs.h else None
         dw = WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
         rank_one = None
         if coefficients.sum is not None:
-            r, f = _sum_terms(head, coefficients.sum)
+            u = head.u if head.u.numel() else head.h.new_ones(vocab, dtype=torch.float32)
+            r, f = head.transform.sum_terms(coefficients.sum, u, head.cols, head.rows)
             if dw is not None:
                 dw.start(f, weighted_rows(r, head.h))
             rank_one = (r, weighted_rows(f, head.w)) if dh is not None else None
         buffer = new_window(head, tokens, kept.stop)
         ref2 = new(tokens, dtype=torch.float32)
-        slope = torch.empty_like(picked[:tokens]) if varies_along_row(head.transform) else picked  # not written then
+        slope = torch.empty_like(picked[:tokens]) if head.transform.varies_along_row else picked  # not written then
         scaled = new((tokens, hidden)) if dw is not None and dh is None else None
-        apart = dh is not None and narrow != torch.float32 and not others  # whether E w is rounded into dh at the end
-        product = new((tokens, hidden), dtype=torch.float32) if apart else None
+        separate_dh_buffer = (
+            dh is not None and narrow != torch.float32 and not uncached_columns
+        )  # whether E w is rounded into dh at the end
+        product = new((tokens, hidden), dtype=torch.float32) if separate_dh_buffer else None
         gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
         for i in cuts:
             part, c = slice_head(head, i, kept), slice_rows(coefficients, i)
             m = part.h.shape[0]
             row_lse, row_low, row_picked = rows_of(lse, i), rows_of(lse_low, i), rows_of(picked, i)
             whole, other_lse = part, None
-            if others:  # a label past the kept columns may lie in their last tile
+            if uncached_columns:  # a label past the kept columns may lie in their last tile
                 whole = slice_head(head, i, slice(0, vocab))
                 part = part._replace(y=part.y.masked_fill(part.y >= kept.stop, -1))
-                other_lse = _lse_of_others(head, i, kept.stop, row_picked)
+                other_lse = _lse_of_uncached_columns(head, i, kept.stop, row_picked)
             exps, reference2 = first_rows(buffer, m), first_rows(ref2, m)
             row_dh = None if dh is None else rows_of(dh, i)
             logits = multiplied(part, exps)
@@ -141,16 +124,18 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
             row_spread = None if spread is None else rows_of(spread, i)
             sums = (row_total, row_spread, weight)
             scale = finalize(s, part, exps, *rows, c, row_lse, row_low, *sums, sh, gain, tie, other_lse)
-            if gone is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
+            if masked is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
                 for factor in (scale, sh):
                     if factor is not None:
-                        factor.masked_fill_(gone.all(), 0)
+                        factor.masked_fill_(masked.all(), 0)
             window = exps if exps.shape[1] == kept.stop else exps[:, : kept.stop]
             if dw is not None and sh is not None:
                 dw.add(window, kept, sh, first=i.start == 0, alpha=1 / gain)
             outer = None if rank_one is None else (rows_of(rank_one[0], i), rank_one[1])
-            if others:
-                _with_others(head, i, others, part, exps, scale, c, RowStats(row_lse, lse_low=row_low), dw, row_dh)
+            if uncached_columns:
+                _add_uncached_columns(
+                    head, i, uncached_columns, part, exps, scale, c, RowStats(row_lse, lse_low=row_low), dw, row_dh
+                )
             elif row_dh is not None:
                 to = row_dh if product is None else first_rows(product, m)
                 gemm(window, part.w, to)
@@ -160,7 +145,7 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
     return RowStats(lse, picked, total, lse_low=lse_low, spread=spread, tie=tie), grads
 
 
-def _lse_of_others(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:
+def _lse_of_uncached_columns(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:
     """Base-2 lse [m] of the columns from ``first`` on; their labels are picked."""
     part = slice_head(head, i, slice(first, len(head.w)))
     part = part._replace(y=part.y - first)
@@ -173,10 +158,10 @@ def _lse_of_others(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:
     return out
 
 
-def _with_others(
+def _add_uncached_columns(
     head: Head,
     i: slice,
-    others: list[slice],
+    uncached_columns: list[slice],
     part: Head,
     buffer: Tensor,
     scale: Tensor,
@@ -190,7 +175,7 @@ def _with_others(
     for at, to in () if sums is None else sums.pieces(slice(0, len(part.h))):
         gemm(buffer[at, : len(part.w)], part.w, to)
         scale_rows(to, rows_of(scale, at), to, None)
-    rebuild(head, i, others, buffer, without_square(c, rows.lse), rows, dw, sums)
+    rebuild(head, i, uncached_columns, buffer, logit_grads(c, rows), rows, dw, sums)
 
 
 def _exponentials(
@@ -207,7 +192,7 @@ def _exponentials(
     """window <- E with a reference that is safe for every row.
 
     bfloat16 and float32 start from the target logit and redo, on the device's own decision, the token blocks
-    where it was too far from the maximum. float16 has no such range, and logits that lie in the window are gone
+    where it was too far from the maximum. float16 has no such range, and logits that lie in the window are masked
     after one sweep over them: these sweep twice, with the true lse as reference.
     """
     redo = s.beside("stream")

@@ -1,8 +1,6 @@
 """dw [V, D] as a sum over windows of tokens, in its own dtype or in float32.
 
-    dw[v] += window[:, v]ᵀ x        window [M, V'] and x [M, D] in the dtype of w, 2 M V' D FLOP
-
-It must not know what a window holds, nor where sums lie (`narrow_sum`).
+dw[v] += window[:, v]ᵀ x        window [M, V'] and x [M, D] in the dtype of w, 2 M V' D FLOP
 """
 
 from __future__ import annotations

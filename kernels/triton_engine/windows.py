@@ -1,7 +1,4 @@
-"""What a window of the Triton engine is made of: how a head is cut, and operands as kernels read them.
-
-It must not know which sweep reads a window nor what for.
-"""
+"""What a window of the Triton engine is made of: how a head is cut, and operands as kernels read them."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from fusedhead.kernels.contract import Head, RowGrads
 from fusedhead.kernels.gemm import gemm
 from fusedhead.kernels.triton_engine.launch.sweep import multiplied_by_cublas
 
-ALIGNED = 64  # windows start at, and rows of a window are padded to, a multiple of this many elements
+ROW_ALIGNMENT = 64  # windows start at, and rows of a window are padded to, a multiple of this many elements
 
 
 def even_cuts(total: int, size: int) -> Iterator[slice]:
@@ -82,7 +79,7 @@ def ready_head(head: Head) -> Head:
 
 def new_window(head: Head, tokens: int, vocab: int) -> Tensor:
     """Room for a window of logits, rows padded so that TMA and cuBLAS find them aligned."""
-    return head.h.new_empty((tokens, -(-vocab // ALIGNED) * ALIGNED))
+    return head.h.new_empty((tokens, -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT))
 
 
 def multiplied(head: Head, window: Tensor) -> Tensor | None:

@@ -6,8 +6,7 @@
 | compiled, elsewhere (from 2²² logits on) | of each head z, dz and three float32 values          | 128, 32 MiB    |
 | other                                    | a float32 result and gradient of each call, 12 alive | 128, 32 MiB    |
 
-A compiled window does not depend on the number of tokens, so that another batch finds it compiled. It must not know
-what a program computes.
+A compiled window does not depend on the number of tokens, so that another batch finds it compiled.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from typing import NamedTuple
 
 import torch
 
-from fusedhead.lowering.plan.plan import AUTO, LEAST, MIB
+from fusedhead.lowering.plan.problem import AUTO, LEAST, MIB
 
 BUDGET = {"cuda": {AUTO: 2048 * MIB, LEAST: 256 * MIB}}
 BUDGET_ELSEWHERE = {AUTO: 128 * MIB, LEAST: 32 * MIB}
-EXACT_SUMS = 3  # up to this many windows, sums of dw in a narrow dtype err no more than eager code does
+EXACT_TOKEN_SUMS = 3  # up to this many windows, sums of dw in a narrow dtype err no more than eager code does
 MOST_LIVE = 12
 MULTIPLE = {"cuda": 64}  # of tokens, in a window that matrix products are to like
 MULTIPLE_ELSEWHERE = 16
@@ -56,5 +55,5 @@ def row_plan(
     else:
         each = 2 * max(4, dtype.itemsize) * min(calls, MOST_LIVE) * V
         tokens = max(1, budget // each)
-    narrow_sums = dtype not in (torch.bfloat16, torch.float16) or -(-N // tokens) <= EXACT_SUMS
+    narrow_sums = dtype not in (torch.bfloat16, torch.float16) or -(-N // tokens) <= EXACT_TOKEN_SUMS
     return RowPlan(tokens, compiled, narrow_sums, min(N, tokens) * each)

@@ -62,9 +62,9 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
     original = ops._chosen
 
     def chosen(head: Any, *args: Any, **kwargs: Any) -> Any:
-        module, windows = original(head, *args, **kwargs)
-        seen.append((len(head.h), module.__name__.removeprefix("fusedhead.kernels.")))
-        return module, windows
+        engine, windows = original(head, *args, **kwargs)
+        seen.append((len(head.h), engine.name))
+        return engine, windows
 
     monkeypatch.setattr(ops, "_chosen", chosen)
     return seen
@@ -116,7 +116,7 @@ def test_every_call_is_computed_by_its_own_size(
     fused = [n for n in calls if how != "automatic" or n != calls[0] or n * V >= LEAST]
     for tokens, engine in engines:
         least = LEAST if tokens in calls else LEAST // 2  # a chunk
-        assert engine == ("torch_engine.engine" if tokens * V >= least else "torch_engine.whole"), tokens
+        assert engine == ("torch windows" if tokens * V >= least else "torch whole"), tokens
     assert len(engines) >= len(fused)
     assert any(head.fused for head in compiled.report.heads)
 

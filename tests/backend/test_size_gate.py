@@ -12,6 +12,7 @@ import fusedhead
 from fusedhead.backend import run_pass
 from fusedhead.legality.profitability import LEAST, LEAST_ELSEWHERE, pays_from
 from fusedhead.lowering.plan.plan import plan
+from fusedhead.lowering.plan.problem import Problem
 from fusedhead.options import Options, split
 
 D, V = 4, 64
@@ -163,6 +164,6 @@ def test_where_tokens_are_a_symbol_each_call_is_held_to_that_number() -> None:
     least = pays_from(h, w, "auto", 0)
     assert least > LEAST_ELSEWHERE
     for tokens, grows in ((least // 4096 - 16, True), (least // 4096, False), (4 * least // 4096, False)):
-        held = plan(tokens, 4096, 512, torch.float32, "cpu", products=torch.float32).predicted_bytes
+        held = plan(Problem(tokens, 4096, 512, torch.float32, "cpu", torch.float32)).predicted_bytes
         assert (held > tokens * 4096 * 4) == grows
     assert pays_from(h, w, 5000, 0) == 5000

@@ -56,7 +56,7 @@ def test_exponentials_their_sums_and_the_labels_logits(n, v, d, group, stages, k
     labels = map_labels(s, head.y) if k else head.y
     with on_cpu(*MODULES):
         of = (Descriptor(head.h), Descriptor(head.w), Descriptor(window))
-        rest = (head.y, labels, None, None, None, head.y, ref2, picked, None, part)
+        rest = (head.y, labels, head.y, ref2, picked, part)
         run(exponentials.exp_pair_kernel, programs, (*of, *rest), bound)
     z = head.h.float() @ head.w.float().t()
     e = torch.exp2(z * L2E - ref2[:, None])
@@ -76,7 +76,7 @@ def test_only_marked_token_blocks_are_done_again():
     for flags in (marked, torch.zeros_like(marked)):
         with on_cpu(*MODULES):
             of = (Descriptor(head.h), Descriptor(head.w), Descriptor(window))
-            rest = (head.y, map_labels(s, head.y), None, None, None, flags, ref2, picked, None, part)
+            rest = (head.y, map_labels(s, head.y), flags, ref2, picked, part)
             run(exponentials.exp_pair_kernel, programs, (*of, *rest), bound | {"ONLY": True})
     there = marked.repeat_interleave(128)[:n].bool()
     e = torch.exp2((head.h.float() @ head.w.float().t()) * L2E)
@@ -92,7 +92,7 @@ def test_row_statistics(n, v, d, group, stages, k):
     picked, part = torch.full((n, k), float("nan")), torch.full((2, s.schedule.size), float("nan"))
     labels = map_labels(s, head.y) if k else head.y
     with on_cpu(*MODULES):
-        rest = (head.y, labels, None, None, None, head.y, picked, part, None)
+        rest = (head.y, labels, head.y, picked, part)
         run(statistics.stream_pair_kernel, programs, (Descriptor(head.h), Descriptor(head.w), *rest), bound)
     z = head.h.float() @ head.w.float().t()
     lse = merge_statistics(s, part, part, frozenset({"lse"}))["lse"]
@@ -112,7 +112,7 @@ def test_gradients_of_the_logits(n, v, d, group, stages, k, of_lse):
     labels = map_labels(s, y, first) if k else y
     with on_cpu(*MODULES):
         of = (Descriptor(head.h), Descriptor(head.w), Descriptor(window))
-        rest = (y, labels, None, None, None, g, g_picked, None, None, lse, None, None, None, None, first)
+        rest = (y, labels, g, g_picked, lse, first)
         run(dlogits.dlogits_pair_kernel, programs, (*of, *rest), bound | {"HAS_LSE": of_lse})
     dz = (z - lse[:, None]).exp() * g[:, None] if of_lse else torch.zeros_like(z)
     dz = dz.scatter_add(1, head.y, g_picked)

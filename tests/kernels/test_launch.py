@@ -53,8 +53,8 @@ def bound() -> tuple[Kernel, Launch]:
 def test_the_first_launch_goes_through_triton_and_later_ones_do_not():
     kernel, launch = bound()
     x, y = torch.zeros(8), torch.ones(8)
-    launch(x, 5)
-    launch(y, 6)
+    launch.run(x=x, at=5)
+    launch.run(x=y, at=6)
     assert kernel.through_triton == [((4, 1, 1), (x, 5, 10, 64), {"num_warps": 8, "enable_fp_fusion": True})]
     assert kernel.again == [((4, 1, 1), (y.data_ptr(), 6, 10, 64), 103)]
 
@@ -62,18 +62,35 @@ def test_the_first_launch_goes_through_triton_and_later_ones_do_not():
 def test_a_pointer_that_is_not_aligned_goes_through_triton():
     kernel, launch = bound()
     x = torch.zeros(9)
-    launch(x[1:], 0)
-    launch(x, 0)
-    launch(x[1:], 0)
+    launch.run(x=x[1:], at=0)
+    launch.run(x=x, at=0)
+    launch.run(x=x[1:], at=0)
     assert len(kernel.through_triton) == 3
-    launch(x, 0)
+    launch.run(x=x, at=0)
     assert len(kernel.again) == 1
+
+
+def test_a_pointer_that_is_not_given_has_the_address_of_one_that_is_and_a_name_that_the_kernel_lacks_is_left_out():
+    kernel = Kernel()
+    kernel.arg_names = ("lying", "flags", "x", "at", "N", "BLOCK")
+    launch = Launch(kernel, (4, 1, 1), {"BLOCK": 64, "N": 10})
+    x, lying = torch.zeros(8), Placed(Matrix("m"), torch.zeros(8))
+    for _ in range(2):
+        launch.run(at=0, x=x, flags=None, weights=torch.ones(8), lying=lying)
+    ((_, args, _),), ((_, again, _),) = kernel.through_triton, kernel.again
+    assert args == (("m", lying.data_ptr()), x, x, 0, 10, 64)
+    assert again == (("m", lying.data_ptr()), x.data_ptr(), x.data_ptr(), 0, 10, 64)
+
+
+def test_a_launch_without_a_tensor_names_what_it_needs():
+    with pytest.raises(TypeError, match="needs x, at; given were at"):
+        bound()[1].run(at=3)
 
 
 def test_nothing_is_remembered_of_an_interpreted_kernel(monkeypatch):
     _, launch = bound()
     monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: lambda *args, **options: None)
-    launch(torch.zeros(8), 0)
+    launch.run(x=torch.zeros(8), at=0)
     assert launch.again is None
 
 
@@ -138,7 +155,7 @@ def test_a_launch_again_is_one_call_into_c(launcher, monkeypatch):
     h, w, x = torch.zeros(8), torch.zeros(8), torch.zeros(8)
     placed = Placed(Matrix("h"), h), Placed(Matrix("w"), w)
     for _ in range(3):
-        launch(*placed, x, 5)
+        launch.run(h=placed[0], w=placed[1], x=x, at=5)
     expected = in_c(triton, "map", "h", h.data_ptr(), "map", "w", w.data_ptr(), x.data_ptr(), 5, 10, 64)
     assert [tuple(call) for call in calls] == [expected] * 2
     assert len(encodings) == 1  # descriptors of the same memory are encoded once
@@ -149,7 +166,7 @@ def test_a_matrix_that_moved_has_another_descriptor(launcher, monkeypatch):
     launch = compiled_with(triton, monkeypatch)
     h, x, lying = torch.zeros(64), torch.zeros(8), Matrix("h")
     for at in (0, 0, 4, 8, 4):
-        launch(Placed(lying, h[at:]), Placed(lying, h), x, 0)
+        launch.run(h=Placed(lying, h[at:]), w=Placed(lying, h), x=x, at=0)
     offsets = [(call[-1] if triton.as_tuple else call[9:])[2] - h.data_ptr() for call in calls]
     assert offsets == [0, 16, 32, 16]
     assert len(encodings) == 3
@@ -159,9 +176,9 @@ def test_whoever_is_told_of_launches_is_told_of_all(launcher, monkeypatch):
     triton, calls, _ = launcher
     launch = compiled_with(triton, monkeypatch)
     x = torch.zeros(8)
-    launch(x, 0)
+    launch.run(x=x, at=0)
     monkeypatch.setattr(triton_recorded.knobs.runtime.launch_enter_hook, "calls", [print])
-    launch(x, 0)
+    launch.run(x=x, at=0)
     assert not calls
 
 
@@ -170,9 +187,9 @@ def test_a_launch_that_needs_a_workspace_is_left_to_triton(launcher, monkeypatch
     triton.workspace = torch.zeros(1)
     launch = compiled_with(triton, monkeypatch)
     x = torch.zeros(8)
-    launch(x, 0)
+    launch.run(x=x, at=0)
     assert callable(launch.again)
-    launch(x, 0)
+    launch.run(x=x, at=0)
     assert not calls
 
 
@@ -189,19 +206,19 @@ def test_a_launcher_that_passes_other_arguments_is_left_to_triton(launcher, monk
     other = Changed(calls, [], triton.as_tuple)
     launch = compiled_with(other, monkeypatch)
     x = torch.zeros(8)
-    launch(x, 0)
-    launch(x, 0)
+    launch.run(x=x, at=0)
+    launch.run(x=x, at=0)
     assert not calls
 
 
 def test_every_launch_says_that_products_and_sums_are_fused():
     """Not left to a default of Triton's, which decides the rounding and changes with its version."""
     kernel, launch = bound()
-    launch(torch.zeros(9)[1:], 0)
+    launch.run(x=torch.zeros(9)[1:], at=0)
     assert kernel.through_triton[0][2]["enable_fp_fusion"] is True
 
 
 def test_a_remembered_launch_keeps_its_kernel_loaded(launcher, monkeypatch):
     launch = compiled_with(launcher[0], monkeypatch)
-    launch(torch.zeros(8), 0)
+    launch.run(x=torch.zeros(8), at=0)
     assert launch.again.compiled.function == 7

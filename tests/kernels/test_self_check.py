@@ -204,12 +204,12 @@ def by_torch(head, upstream):
 
 
 def test_an_engine_agrees_with_eager_code(monkeypatch):
-    monkeypatch.setattr(triton_self_check, "ROWS", 16)
+    monkeypatch.setattr(triton_self_check, "WHOLE_ROWS", 16)
     assert difference(SMALL._replace(slack=1.5, floor=1e-5), by_torch, by_eager, torch.device("cpu")) == ""
 
 
 def test_kernels_agree_with_themselves(monkeypatch):
-    monkeypatch.setattr(triton_self_check, "ROWS", 16)
+    monkeypatch.setattr(triton_self_check, "WHOLE_ROWS", 16)
     assert difference(SMALL, by_torch, by_torch, torch.device("cpu")) == ""
 
 
@@ -233,6 +233,6 @@ def test_the_truth_is_the_definition_and_its_derivative():
     ],
 )
 def test_kernels_that_err_are_found(monkeypatch, wrong, said):
-    monkeypatch.setattr(triton_self_check, "ROWS", 16)
+    monkeypatch.setattr(triton_self_check, "WHOLE_ROWS", 16)
     asked = lambda *given: map(wrong, by_torch(*given))  # noqa: E731
     assert said in difference(SMALL, asked, by_torch, torch.device("cpu"))

@@ -100,7 +100,7 @@ def truth(x: Head, g: RowGrads):
     wide = doubled(x)
     stats = reference.row_stats(wide)
     loss = torch.zeros((), dtype=torch.float64)
-    for name in ("lse", "picked", "sum", "entropy"):
+    for name in ("lse", "picked", "sum", "entropy", "variance"):
         if getattr(g, name) is not None:
             loss = loss + (getattr(g, name).double() * getattr(stats, name)).sum()
     if g.square is not None:
@@ -125,6 +125,7 @@ def gradients(n: int, k: int = 1, seed: int = 1, **more: bool) -> RowGrads:
         sum=0.1 * total if more.get("sum") else None,
         entropy=entropy if more.get("entropy") else None,
         square=0.1 * square if more.get("square") else None,
+        variance=torch.rand(n, generator=g) if more.get("variance") else None,
     )
 
 
@@ -133,7 +134,7 @@ def test_every_statistic_matches_float64(transform):
     x = head(n=37, v=101, d=24, k=2, transform=transform, weighted=True)
     got = engine.head_stats(x, frozenset(STATS), Windows(16, 32, F32))
     true, _ = truth(x, gradients(37, 2))
-    for name in ("lse", "picked", "sum", "entropy", "max"):
+    for name in ("lse", "picked", "sum", "entropy", "variance", "max"):
         assert error(getattr(got, name), getattr(true, name)) < STEPS, name
     assert torch.equal(got.argmax, true.argmax)
 
@@ -150,11 +151,11 @@ def test_every_size_is_covered(n, v):
 
 
 @pytest.mark.parametrize("transform", ["", "addcol:0 mulrow:1", EACH_STEP, CURVED])
-@pytest.mark.parametrize("windows", [Windows(64, 128, F32), Windows(16, 32, F32)])
-def test_gradients_for_any_upstream_match_float64(transform, windows):
+@pytest.mark.parametrize(("windows", "entropy"), [(Windows(64, 128, F32), True), (Windows(16, 32, F32), False)])
+def test_gradients_for_any_upstream_match_float64(transform, windows, entropy):
     x = head(n=20, v=70, k=2, transform=transform, weighted=True)
-    g = gradients(20, 2, sum=True, entropy=True)
-    stats = engine.head_stats(x, frozenset({"lse", "entropy"}), windows)
+    g = gradients(20, 2, sum=True, entropy=entropy, variance=True)
+    stats = engine.head_stats(x, frozenset({"lse", "entropy", "variance"}), windows)
     got = engine.head_stats_backward(x, g, stats, ALL, windows)
     _, true = truth(x, g)
     for name, a, b in zip(Needs._fields, got, true):
@@ -189,7 +190,7 @@ def test_logits_that_lie_in_memory_are_read(monkeypatch, transform, windows):
     g = gradients(37, 2, sum=True, entropy=True)
     stats = engine.head_stats(x, frozenset(STATS), windows)
     true, d_true = truth(x, g)
-    for name in ("lse", "picked", "sum", "entropy", "max"):
+    for name in ("lse", "picked", "sum", "entropy", "variance", "max"):
         assert error(getattr(stats, name), getattr(true, name)) < STEPS, name
     assert torch.equal(stats.argmax, true.argmax)
     got = engine.head_stats_backward(x, g, stats, ALL, windows)
@@ -685,7 +686,7 @@ def test_the_spread_errs_no_more_than_eager_code_whatever_all_logits_share(offse
         eager = -((x.h @ x.w.T + x.cols[0]).log_softmax(1) @ u)
         stats = engine.head_stats(x, frozenset({"lse", "sum", "spread"}), Windows(18, 150, F32))
         c = gradients(18, sum=True)
-        assert single_pass.fits(engine.ready_head(x), c, OPERANDS, Windows(18, 150, F32))
+        assert single_pass.can_single_pass(engine.ready_head(x), c, OPERANDS, Windows(18, 150, F32))
         loss, _ = engine.head_loss(x, c, OPERANDS, Windows(18, 150, F32))
         for at, found in enumerate((eager, stats.spread, loss.spread)):
             errors[at] += (found.double() - true).square().sum()

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fusedhead.kernels.contract import SAVED_STATS, STATS
 from fusedhead.kernels.transform.transform import apply, parse
 from tests.ops.heads import OPS, Operands, none, operands
 
@@ -60,9 +61,10 @@ def test_one_sweep_gives_what_autograd_gives_labels_on_dropped_classes_included(
 def test_a_backward_of_its_own_gives_what_autograd_gives(chain):
     o, e = masked(), none(torch.empty(0, dtype=torch.float64))
     c = torch.rand(40, dtype=torch.float64)
-    lse, picked, _, _, _, _, low, *_ = OPS.head_stats(*o, chain, "lse,picked", 0)
-    got = OPS.head_stats_backward(c, -c[:, None], e, e, *o, lse, low, e, chain, 0, True, True, False, False)
-    compare((lse, picked, *got[:2]), truth(o, chain, c))
+    stats = dict(zip(STATS, OPS.head_stats(*o, chain, "lse,picked", 0)))
+    upstream, saved = (c, -c[:, None], e, e, e), [stats[name] for name in SAVED_STATS]
+    got = OPS.head_stats_backward(*upstream, *o, *saved, chain, 0, True, True, False, False)
+    compare((stats["lse"], stats["picked"], *got[:2]), truth(o, chain, c))
 
 
 def test_a_sum_over_dropped_classes_is_infinite_and_its_gradient_is_not():

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measure import cpu_allocations, peak_of
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.transform.transform import parse
-from fusedhead.lowering.plan.plan import MIB, plan
+from fusedhead.lowering.plan.plan import plan
+from fusedhead.lowering.plan.problem import MIB, Problem
 from fusedhead.rules.pointwise_codegen import function_of
 from tests.ops.heads import OPS, Operands, leaves, none, operands
 
@@ -71,9 +72,8 @@ def test_the_planners_prediction_bounds_what_is_held(heads, multiplied, needs):
     for memory in (0, -1, 16):
         arguments = (*heads, c, -c[:, None], e, e, "", "lse,picked", memory, *needs, False, False)
         got, peak, _ = watch(lambda a=arguments: OPS.head_loss(*a))
-        chosen = plan(
-            N, V, D, heads.h.dtype, "cpu", products=multiplied[1], needs=Needs(*needs, False, False), memory=memory
-        )
+        head = Problem(N, V, D, heads.h.dtype, "cpu", multiplied[1], Needs(*needs, False, False))
+        chosen = plan(head, memory=memory)
         assert peak - size(got[3:5]) <= chosen.predicted_bytes + FIXED
 
 
@@ -87,7 +87,7 @@ def test_a_training_step_holds_less_than_a_quarter_of_the_logits(multiplied, tra
     got, peak, _ = watch(lambda: OPS.head_loss(*arguments))
     held = peak - size(got[3:5])
     assert held < n * v * dtype.itemsize / 4
-    assert held <= plan(n, v, 64, dtype, "cpu", products=products, transform=parse(transform)).predicted_bytes
+    assert held <= plan(Problem(n, v, 64, dtype, "cpu", products, transform=parse(transform))).predicted_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fusedhead.kernels.contract import DIFFERENTIABLE_STATS, SAVED_STATS, STATS
 from fusedhead.lowering.cache_key import source_hash, sources
 from fusedhead.lowering.ops import SCHEMAS
 from tests.ops.heads import ALL, OPS, leaves, opcheck, operands
@@ -18,7 +19,7 @@ from tests.ops.heads import ALL, OPS, leaves, opcheck, operands
 def test_opcheck_finds_nothing_in_head_stats(wanted, labels):
     o = leaves(operands(7, 50, 8, labels, dtype=torch.float32), wanted)
     transform = "mulrow:0 tanh mulcol:1" if "cols" in wanted else ""
-    for stats in ("lse,picked", "argmax", "lse,picked,sum,entropy,max"):
+    for stats in ("lse,picked", "argmax", "lse,picked,sum,entropy,max", "variance"):
         opcheck(OPS.head_stats.default, (*o, transform, stats, 0))
 
 
@@ -34,10 +35,10 @@ def test_opcheck_finds_nothing_in_head_loss(wanted, labels):
 
 def test_opcheck_finds_nothing_in_the_backward():
     o = operands(7, 50, 8, dtype=torch.float32)
-    lse, _, _, entropy, _, _, low, _, _ = OPS.head_stats(*o, "", "lse,entropy", 0)
+    saved = dict(zip(STATS, OPS.head_stats(*o, "", "lse,variance", 0)))
     g, e = torch.ones(7), torch.empty(0)
-    for upstream in ((g, g[:, None], e, e), (g, e, g, g)):
-        arguments = (*upstream, *o, lse, low, entropy, "", 0, True, True, True, True)
+    for upstream in ((g, g[:, None], e, e, e), (g, e, g, g, e), (e, e, e, e, g)):
+        arguments = (*upstream, *o, *(saved[name] for name in SAVED_STATS), "", 0, True, True, True, True)
         opcheck(OPS.head_stats_backward.default, arguments)
 
 
@@ -92,10 +93,9 @@ def test_a_graph_without_gradients_compiles_and_agrees():
 
 def test_an_upstream_gradient_that_never_comes_runs_no_backward():
     o = leaves(operands(7, 50, 8), "h w")
-    *_, top, at, low = OPS.head_stats(*o, "", ALL, 0)
-    assert not top.requires_grad
-    assert not at.requires_grad
-    assert not low.requires_grad
+    results = OPS.head_stats(*o, "", ",".join(STATS), 0)
+    assert {name for name, x in zip(STATS, results) if x.requires_grad} == set(DIFFERENTIABLE_STATS)
+    assert not results[-1].requires_grad
 
 
 def test_gradients_agree_with_finite_differences():

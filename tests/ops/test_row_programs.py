@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 import fusedhead.lowering.token_ops  # noqa: F401  registers the ops
 from fusedhead.kernels.tokenwise import engine as tokenwise_engine
 from fusedhead.kernels.tokenwise.program import Unspeakable, read, spelled
-from fusedhead.lowering.plan.plan import MIB
+from fusedhead.lowering.plan.problem import MIB
 from tests.ops.heads import opcheck
 from tests.ops.test_memory import FIXED, size, watch
 

@@ -82,8 +82,8 @@ def test_a_function_reads_back_as_itself_and_knows_its_vectors():
     for step in FUNCTIONS:
         assert pointwise.parse(step.value).text == step.value
     assert [list(step.vectors) for step in FUNCTIONS[2:4]] == [[("c", 1)], [("r", 0)]]
-    assert list(FUNCTIONS[2].behind(3).vectors) == [("c", 4)]
-    assert FUNCTIONS[3].behind(3) == FUNCTIONS[3]
+    assert list(FUNCTIONS[2].with_column_offset(3).vectors) == [("c", 4)]
+    assert FUNCTIONS[3].with_column_offset(3) == FUNCTIONS[3]
 
 
 @pytest.mark.parametrize("text", ["exp(z);#0", "z|lgamma(z);#0", "z|exp(x);#0"])

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusedhead.kernels.contract import Needs
 from fusedhead.lowering import ops
 from fusedhead.lowering.plan.plan import plan
+from fusedhead.lowering.plan.problem import Problem
 from fusedhead.rules.pointwise_codegen import function_of
 from tests.ops.heads import ALL, OPS, distance, eager_losses, leaves, none, operands, truth
 from tests.ops.test_loss import TRANSFORMS, coefficients, linear_loss
@@ -127,20 +128,10 @@ def test_a_step_takes_about_as_many_calls_as_the_plain_program():
 def test_the_limit_decides_at_run_time_whatever_the_budget():
     needs = Needs(True, True, False, False)
     for memory in (0, -1, 64):
-        for tokens, name in ((15, "torch_whole"), (16, "torch_windows")):
-            found = plan(
-                tokens,
-                64,
-                8,
-                torch.float32,
-                "cpu",
-                products=torch.float32,
-                needs=needs,
-                memory=memory,
-                whole_below=1024,
-            )
-            assert found.engine == name
-    held = plan(15, 64, 8, torch.float32, "cpu", products=torch.float32, needs=needs, whole_below=1024).predicted_bytes
+        for tokens, name in ((15, "torch whole"), (16, "torch windows")):
+            head = Problem(tokens, 64, 8, torch.float32, "cpu", torch.float32, needs)
+            assert plan(head, memory=memory, whole_below=1024).engine.name == name
+    held = plan(Problem(15, 64, 8, torch.float32, "cpu", torch.float32, needs), whole_below=1024).predicted_bytes
     assert 15 * 64 * 4 <= held <= 4 * 15 * 64 * 4
 
 
@@ -155,7 +146,7 @@ def test_a_kept_product_changes_no_digit_and_spares_one(tokens, transform, monke
         products.clear()
         got = OPS.head_stats(*ours, transform, "lse,picked,sum", 0, 16 * 64, keep)
         (got[0] ** 2 + got[1].sum(1) * got[2]).sum().backward()
-        assert len(got[8]) == (0 if not keep else max(2, tokens) if tokens < 16 else 2)
+        assert len(got[-1]) == (0 if not keep else max(2, tokens) if tokens < 16 else 2)
         found.append([*got[:3], *(x.grad for x in (ours.h, ours.w, ours.cols, ours.rows) if x.grad is not None)])
     for a, b in zip(*found):
         torch.testing.assert_close(a, b)

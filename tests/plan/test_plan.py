@@ -10,8 +10,11 @@ import torch
 from fusedhead.kernels import chips
 from fusedhead.kernels.contract import Needs, Windows
 from fusedhead.kernels.transform.transform import parse
+from fusedhead.lowering import engines
+from fusedhead.lowering.engines import engine_for
 from fusedhead.lowering.plan import plan as plan_module
-from fusedhead.lowering.plan.plan import MIB, Plan, engine_for
+from fusedhead.lowering.plan.plan import Plan
+from fusedhead.lowering.plan.problem import MIB, Problem
 from tests.ops.heads import MULTIPLIED
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -27,34 +30,35 @@ SIZES = ((1, 32000, 512), (7, 507, 123), (1024, 32000, 512), (2048, 50304, 768),
 def plan(n: int, v: int, d: int, dtype: torch.dtype, device: str, **options) -> Plan:
     """The plan where products are computed as on a CPU that multiplies bfloat16, unless the options say otherwise."""
     products = FP32 if dtype == FP16 and device != "cuda" else dtype
-    return plan_module.plan(n, v, d, dtype, device, **{"products": products, **options})
+    asked = {name: options.pop(name) for name in ("memory", "free_bytes", "whole_below") if name in options}
+    return plan_module.plan(Problem(n, v, d, dtype, device, **{"products": products, **options}), **asked)
 
 
 @pytest.mark.parametrize(
     ("dtype", "device", "engine"),
     [
-        (BF16, "cuda", "triton_windows"),
-        (FP16, "cuda", "triton_windows"),
-        (FP32, "cuda", "triton_windows"),
-        (FP64, "cuda", "torch_windows"),
-        (BF16, "cpu", "torch_windows"),
-        (FP32, "mps", "torch_windows"),
+        (BF16, "cuda", "triton windows"),
+        (FP16, "cuda", "triton windows"),
+        (FP32, "cuda", "triton windows"),
+        (FP64, "cuda", "torch windows"),
+        (BF16, "cpu", "torch windows"),
+        (FP32, "mps", "torch windows"),
     ],
 )
 def test_the_engine_follows_device_and_dtype(dtype, device, engine):
-    assert engine_for(dtype, device) == engine
+    assert engine_for(dtype, device).name == engine
 
 
 @pytest.mark.parametrize(
     ("hip", "majors", "engine"),
     [
-        (None, [9], "triton_windows"),
-        (None, [9, 8], "triton_windows"),
-        (None, [10], "triton_windows"),
-        (None, [12, 9], "triton_windows"),
-        (None, [7], "torch_windows"),
-        (None, [8, 7], "torch_windows"),
-        ("6.4", [9], "triton_windows"),  # an MI300 calls itself 9.4
+        (None, [9], "triton windows"),
+        (None, [9, 8], "triton windows"),
+        (None, [10], "triton windows"),
+        (None, [12, 9], "triton windows"),
+        (None, [7], "torch windows"),
+        (None, [8, 7], "torch windows"),
+        ("6.4", [9], "triton windows"),  # an MI300 calls itself 9.4
     ],
 )
 def test_chips_that_no_test_runs_on_take_the_triton_engine_where_a_self_check_agrees(monkeypatch, hip, majors, engine):
@@ -63,11 +67,11 @@ def test_chips_that_no_test_runs_on_take_the_triton_engine_where_a_self_check_ag
 
 @pytest.mark.parametrize(("hip", "majors"), [(None, [8]), (None, [9, 8]), (None, [10]), ("6.4", [9])])
 def test_chips_whose_self_check_fails_take_the_torch_engine(monkeypatch, hip, majors):
-    assert chosen_on(monkeypatch, hip, majors, agrees=False) == "torch_windows"
+    assert chosen_on(monkeypatch, hip, majors, agrees=False) == "torch windows"
 
 
 def test_hopper_is_tested_and_asks_for_no_check(monkeypatch):
-    assert chosen_on(monkeypatch, None, [9, 9], agrees=False) == "triton_windows"
+    assert chosen_on(monkeypatch, None, [9, 9], agrees=False) == "triton windows"
 
 
 def chosen_on(monkeypatch, hip, majors, agrees: bool) -> str:
@@ -76,8 +80,8 @@ def chosen_on(monkeypatch, hip, majors, agrees: bool) -> str:
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(majors))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: (majors[at], 0))
-    monkeypatch.setattr(plan_module, "triton_serves", chips.triton_serves.__wrapped__)
-    return engine_for(BF16, "cuda")
+    monkeypatch.setattr(engines, "triton_serves", chips.triton_serves.__wrapped__)
+    return engine_for(BF16, "cuda").name
 
 
 @pytest.mark.parametrize(
@@ -114,7 +118,7 @@ def chosen_on(monkeypatch, hip, majors, agrees: bool) -> str:
         ((1024, 32000, 512), FP32, "cpu", {"memory": -1}, "recompute", Windows(128, 512, FP32)),
         ((1024, 32000, 512), FP32, "cpu", {"memory": 24}, "single pass", Windows(128, 32000, FP32)),
         ((1024, 32000, 512), FP32, "cpu", {"memory": 8}, "recompute", Windows(256, 1024, FP32)),
-        ((1024, 32000, 512), FP32, "cpu", {"one_sweep": False}, "recompute", Windows(1024, 2048, FP32)),
+        ((1024, 32000, 512), FP32, "cpu", {"row_scale": False}, "recompute", Windows(1024, 2048, FP32)),
     ],
 )
 def test_the_plan_of(sizes, dtype, device, options, algorithm, windows):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedhead.kernels.tokenwise.compiled import windows
-from fusedhead.lowering.plan.plan import MIB
+from fusedhead.lowering.plan.problem import MIB
 from fusedhead.lowering.plan.tokenwise import row_plan
 
 BF16, F32 = torch.bfloat16, torch.float32

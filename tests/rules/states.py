@@ -111,7 +111,9 @@ def numbers(value: Any, world: World) -> Tensor:
     meaning = {
         LogProbs: lambda: z.log_softmax(d),
         Probs: lambda: z.softmax(d),
-        ProbTimes: lambda: z.softmax(d) * (z.log_softmax(d) if getattr(value, "log", False) else z),
+        ProbTimes: lambda: (
+            (z.softmax(d) if value.weighted else 1) * (z.log_softmax(d) if value.log else z) ** value.power
+        ),
     }
     return value.factor * meaning[type(value)]()
 

@@ -129,9 +129,9 @@ def expression(value: LogitsLike, head: HeadInput, dtype: torch.dtype) -> HeadIn
         op = aten.log_softmax.int if isinstance(value, LogProbs) else aten.softmax.int
         return scaled(Expr(op, (head, 1, dtype)))
     assert isinstance(value, ProbTimes)
-    p = Expr(aten.softmax.int, (head, 1, dtype))
     x = Expr(aten.log_softmax.int, (head, 1, dtype)) if value.log else head
-    return scaled(Expr(aten.mul.Tensor, (p, x)))
+    x = Expr(aten.mul.Tensor, (x, x)) if value.power == 2 else x
+    return scaled(Expr(aten.mul.Tensor, (Expr(aten.softmax.int, (head, 1, dtype)), x)) if value.weighted else x)
 
 
 def taken_apart(parts: Callable[..., Any], context: Context, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedhead.kernels.triton_engine.constants import LN2, LOG2E, TWO_LOG2E
+
 
 @triton.jit
 def tanh(x, PRECISE: tl.constexpr):
     """tanh in float32 to 1e-7 absolute; with PRECISE to 3e-7 relative near zero as well."""
-    t = tl.exp2(-2.8853900817779268 * tl.abs(x))
+    t = tl.exp2(tl.abs(x) * -TWO_LOG2E)
     y = (1.0 - t) * (1.0 / (1.0 + t))  # the reciprocal that the derivative needs too
     y = tl.where(x < 0, -y, y)
     if PRECISE:
@@ -26,18 +28,18 @@ def tanh(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
 
 
 @triton.jit
 def exp(x, PRECISE: tl.constexpr):
     """e^x; with PRECISE x log2 e is carried in two floats: its rounding costs |x| / 2 units of the result."""
-    p = x * 1.4426950408889634
+    p = x * LOG2E
     y = tl.exp2(p)
     if PRECISE:
         low = tl.fma(x, 1.4426950216293335, -p)
         low = tl.fma(x, 1.925963033500601e-08, low)
-        y = tl.where((y > 0.0) & (y < float("inf")), tl.fma(y, low * 0.6931471805599453, y), y)
+        y = tl.where((y > 0.0) & (y < float("inf")), tl.fma(y, low * LN2, y), y)
     return y
 
 
@@ -51,7 +53,7 @@ def _log_ratio(s):
 @triton.jit
 def log(x, PRECISE: tl.constexpr):
     """ln x; with PRECISE relative to its distance from 0 near x = 1 as well."""
-    y = tl.log2(x) * 0.6931471805599453
+    y = tl.log2(x) * LN2
     if PRECISE:
         y = tl.where(tl.abs(x - 1.0) < 0.3, _log_ratio((x - 1.0) / (x + 1.0)), y)
     return y

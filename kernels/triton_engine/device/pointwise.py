@@ -1,4 +1,4 @@
-"""The code of a pointwise function (`kernels.pointwise`) inside a kernel: unrolled into straight-line code.
+"""The code of a pointwise function (`transform.pointwise`) inside a kernel: unrolled into straight-line code.
 
 The text itself is the constexpr, and is taken apart while a kernel is compiled. It works on a float32 value ``z``, a
 tile or a vector, as `device.transform` does.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.functions import exp, expm1, log, log1p, quotient, sign, sqrt, tanh
 from fusedhead.kernels.triton_engine.device.vectors import along_columns, along_rows
 
@@ -96,7 +97,7 @@ def _computed(op: tl.constexpr, a, b, c, PRECISE: tl.constexpr):
     elif op == "log":
         y = log(a, PRECISE)
     elif op == "log2":
-        y = log(a, PRECISE) * 1.4426950408889634
+        y = log(a, PRECISE) * LOG2E
     elif op == "log1p":
         y = log1p(a, PRECISE)
     elif op == "sin":

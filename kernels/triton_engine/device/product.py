@@ -4,9 +4,9 @@ GEMM.
     acc[BM, BN] = h[block·BM :, :] @ w[tile·BN :, :].T        float32, 2·BM·BN·D FLOP
 
 Operands come through TMA descriptors (made on the host, `launch.sweep`) where the strides allow it, else through
-pointers with any strides; w is read in place whichever of its dimensions is contiguous. Rows past the end give
-values that the caller has to ignore. With READY the logits have been computed (by cuBLAS: float32 without tensor
-cores) and are read from where the window will be written. Must not know about softmax.
+pointers with any strides; w is read in place whichever of its dimensions is contiguous. Rows past the end give values
+that the caller has to ignore. With READY the logits have been computed (by cuBLAS: float32 without tensor cores) and
+are read from where the window will be written.
 """
 
 from __future__ import annotations

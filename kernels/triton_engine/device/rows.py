@@ -1,10 +1,9 @@
 """What kernels share about one row of logits: log-sum-exp in base 2, labels inside a tile, an order on
 floats.
 
-Sums of exponentials are kept relative to a base-2 reference ``ref2``: total = Σ_v 2^(z·L - ref2) with L the
-float32 nearest to log2 e, one fused multiply-add and one ex2 an element. `log_sum` turns (ref2, total) into
-the natural lse without losing digits when ref2 is large. This file must not know about tiles' order or
-gradients.
+Sums of exponentials are kept relative to a base-2 reference ``ref2``: total = Σ_v 2^(z·L - ref2) with L the float32
+nearest to log2 e, one fused multiply-add and one ex2 an element. `log_sum` turns (ref2, total) into the natural lse
+without losing digits when ref2 is large.
 """
 
 from __future__ import annotations
@@ -12,19 +11,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedhead.kernels.triton_engine.constants import INVERSE_L, INVERSE_L_LOW, LN2, NAN_KEY
+
 
 @triton.jit
 def log_sum(ref2, total):
     """lse = ref2 / L + ln total, ref2 finite; 1 / L (not ln 2, L is rounded) is split in two terms."""
-    rest = tl.fma(ref2, 7.348693209507928e-09, tl.log2(total) * 0.6931471805599453)
-    return tl.fma(ref2, 0.6931471824645996, rest)
+    rest = tl.fma(ref2, INVERSE_L_LOW, tl.log2(total) * LN2)
+    return tl.fma(ref2, INVERSE_L, rest)
 
 
 @triton.jit
 def rounded_off(ref2, total, lse):
     """What `log_sum` lost when it rounded to lse, to the precision of ln total; 0 where that is not finite."""
-    rest = tl.fma(ref2, 7.348693209507928e-09, tl.log2(total) * 0.6931471805599453)
-    return finite_or_zero(tl.fma(ref2, 0.6931471824645996, -lse) + rest)
+    rest = tl.fma(ref2, INVERSE_L_LOW, tl.log2(total) * LN2)
+    return finite_or_zero(tl.fma(ref2, INVERSE_L, -lse) + rest)
 
 
 @triton.jit
@@ -33,8 +34,8 @@ def spread_of(total, relative, weight):
 
     What all logits share is in no x, so that no digit of the difference is lost to it.
     """
-    shared = tl.fma(relative, -7.348693209507928e-09, tl.log2(total) * 0.6931471805599453 * weight)
-    return tl.fma(relative, -0.6931471824645996, shared)
+    shared = tl.fma(relative, -INVERSE_L_LOW, tl.log2(total) * LN2 * weight)
+    return tl.fma(relative, -INVERSE_L, shared)
 
 
 @triton.jit
@@ -62,13 +63,13 @@ def finite_or_zero(x):
 def order_key(z):
     """int32 keys ordered as torch.max orders float32: -0 equals 0, NaN is above everything."""
     bits = (z + 0.0).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(z != z, 0x7FFFFFFF, key)
+    key = tl.where(bits < 0, bits ^ NAN_KEY, bits)
+    return tl.where(z != z, NAN_KEY, key)
 
 
 @triton.jit
 def from_order_key(key):
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+    return tl.where(key < 0, key ^ NAN_KEY, key).to(tl.float32, bitcast=True)
 
 
 @triton.jit

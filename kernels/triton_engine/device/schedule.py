@@ -7,8 +7,7 @@ holds. Because the token block stays, running row statistics stay in registers: 
 once per (program, group), P / group ``slots`` a row, instead of once per tile. Token blocks left over after
 the full groups form the tail, whose group is smaller and whose slots are therefore more.
 
-`Schedule` is the host's view, `locate` a program's; they must agree. This file must not know what is
-computed.
+`Schedule` is the host's view, `locate` a program's; they must agree.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A chain reaches a kernel as a flat constexpr tuple (`steps_of`), so that every chain becomes straight-line code
 in the epilogue and the empty chain costs nothing. All functions work on a float32 value ``z``: a tile [BM, BN]
 whose tokens are ``row`` [BM] and whose vocabulary columns are ``col`` [BN], or a vector whose i-th element
-belongs to row[i] and col[i]. ``vectors`` is the tuple ``(cols, stride_cols, V, rows, stride_rows, N)``. This file
+belongs to row[i] and col[i]. ``vectors`` is a `Vectors`. This file
 must not know about tiles' order, windows or statistics.
 """
 
@@ -12,24 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedhead.kernels.transform.transform import CURVED, Transform
+from fusedhead.kernels.transform.transform import Transform
+from fusedhead.kernels.triton_engine.constants import LOG2E, TWO_LOG2E
 from fusedhead.kernels.triton_engine.device.functions import sigmoid, tanh
 from fusedhead.kernels.triton_engine.device.pointwise import pointwise
 from fusedhead.kernels.triton_engine.device.vectors import along_columns, along_rows
-
-# Steps whose derivative differs along a row. That of dropcol does too, but by itself needs no multiplication:
-# exponentials of -inf are zero (labels there: `single_pass`).
-VARYING = ("mulcol", "setcol", *CURVED)
 
 
 def steps_of(transform: Transform) -> tuple[float | int | str, ...]:
     """The chain as one flat tuple op, value, op, value ..., which a kernel takes as a constexpr."""
     return tuple(x for op, value in transform.steps for x in (str(op), value))
-
-
-def varies_along_row(transform: Transform) -> bool:
-    """Whether dT/dz differs from column to column, so that it has to be multiplied in element by element."""
-    return any(op in VARYING for op, _ in transform.steps)
 
 
 @triton.jit
@@ -100,11 +92,11 @@ def _pulled(
     value: tl.constexpr = STEPS[2 * J + 1]
     if op == "tanh":
         # 1 - tanh² without its cancellation: 4t / (1 + t)² with t = exp(-2|x|)
-        t = tl.exp2(-2.8853900817779268 * tl.abs(transform(z, vectors, col, row, STEPS, J, PRECISE)))
+        t = tl.exp2(tl.abs(transform(z, vectors, col, row, STEPS, J, PRECISE)) * -TWO_LOG2E)
         r = 1.0 / (1.0 + t)
         g = g * (4.0 * t * (r * r))
     elif op == "sigmoid":
-        t = tl.exp2(-1.4426950408889634 * tl.abs(transform(z, vectors, col, row, STEPS, J, PRECISE)))
+        t = tl.exp2(tl.abs(transform(z, vectors, col, row, STEPS, J, PRECISE)) * -LOG2E)
         g = g * (t / ((1.0 + t) * (1.0 + t)))
     elif op == "mulcol":
         g = g * along_columns(z, vectors, value, col)
@@ -137,7 +129,7 @@ def pulled_back(g, z, vectors, col, row, STEPS: tl.constexpr, KEEP: tl.constexpr
 
 @triton.jit
 def column_slope(z, vectors, col, row, STEPS: tl.constexpr, PRECISE: tl.constexpr):
-    """The part of dT/dz that differs along a row (VARYING steps), shaped as z."""
+    """The part of dT/dz that differs along a row (`StepKind.varies`), shaped as z."""
     g = tl.zeros_like(z) + 1.0
     for j in tl.static_range(len(STEPS) // 2):
         g = _pulled(g, z, vectors, col, row, STEPS, j, True, PRECISE)

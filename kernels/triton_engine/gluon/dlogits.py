@@ -3,17 +3,46 @@
     dz = g_lse p + Σ_k g_picked_k [v = y_k],   p = exp(z - lse)        z = h @ w.T
 
 in: h [M, D], w [V', D] (the window's slices), per-row upstream gradients and lse float32. out: dz [M, V'] in the dtype
-of h. Never reaches memory: z, p. FLOP 2MDV', bytes 2MV' written. It must not know how tiles are multiplied.
+of h. Never reaches memory: z, p. FLOP 2MDV', bytes 2MV' written.
 """
 
 # ruff: noqa: SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, in_pairs, label_position
-from fusedhead.kernels.triton_engine.gluon.tile import columns_of, narrow_parts, rows_of, staging, store_part, zero_sums
+from fusedhead.kernels.triton_engine.constants import LOG2E
+from fusedhead.kernels.triton_engine.gluon.ring import (
+    NARROW,
+    NARROW_TILE,
+    Labels,
+    Sizes,
+    label_columns,
+    pingpong_program,
+)
+from fusedhead.kernels.triton_engine.gluon.tile import (
+    columns_of,
+    narrow_parts,
+    staging,
+    store_part,
+    token_rows,
+    zero_sums,
+)
+
+
+class Gradients(NamedTuple):
+    """What an epilogue reads and writes."""
+
+    dz: Any
+    stage: Any  # shared memory on the way to dz
+    labels: Any
+    g_lse: Any
+    g_picked: Any
+    lse: Any
+    HAS_LSE: Any
 
 
 @gluon.jit
@@ -33,18 +62,18 @@ def _part(
     z, norm, g, more, args, place, J: gl.constexpr, sizes, LABELS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr
 ):
     """Stores part J of a tile of dz."""
-    dz, stage, labels, _, g_picked, _, HAS_LSE = args
+    dz, stage, labels, g_picked = args.dz, args.stage, args.labels, args.g_picked
     d = gl.zeros((BM, NARROW), gl.float32, layout=NARROW_TILE)
-    if HAS_LSE:
-        d = gl.exp2((z - norm[:, None]) * 1.4426950408889634) * g[:, None]
+    if args.HAS_LSE:
+        d = gl.exp2((z - norm[:, None]) * LOG2E) * g[:, None]
     if LABELS == 1:  # without a branch, which would hold d and z in registers at once
-        d = _with_label(d, place[6], more, J * NARROW)
+        d = _with_label(d, place.label_columns, more, J * NARROW)
     elif LABELS == 2:
-        if (place[5] >> J) & 1 != 0:
-            row = rows_of(place[1], BM)
-            for k in range(labels[3]):
-                at = label_position(labels, k, place[1], sizes[0], place[2] * BN, BM, BN)
-                d = _with_label(d, at, _label_gradient(g_picked, at, k, labels[3], row), J * NARROW)
+        if (place.label_bits >> J) & 1 != 0:
+            row = token_rows(place.block, BM)
+            for k in range(labels.K):
+                at = label_columns(labels, k, place.block, sizes.N, place.tile * BN, BM, BN)
+                d = _with_label(d, at, _label_gradient(g_picked, at, k, labels.K, row), J * NARROW)
     store_part(d, dz, stage, place, J, BM, BN)
 
 
@@ -53,17 +82,16 @@ def _epilogue(
     acc, rest, state, args, place, sizes,
     LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
-    _, _, _, g_lse, g_picked, lse, HAS_LSE = args
-    row = rows_of(place[1], BM)
-    there = row < sizes[0]
-    norm = gl.load(lse + row, mask=there, other=0.0)
+    row = token_rows(place.block, BM)
+    there = row < sizes.N
+    norm = gl.load(args.lse + row, mask=there, other=0.0)
     norm = norm + 0.0 * norm  # NaN where it is infinite, as through a log_softmax
     g = norm
-    if HAS_LSE:
-        g = gl.load(g_lse + row, mask=there, other=0.0)
+    if args.HAS_LSE:
+        g = gl.load(args.g_lse + row, mask=there, other=0.0)
     more = norm
     if LABELS == 1:
-        more = _label_gradient(g_picked, place[6], 0, 1, row)
+        more = _label_gradient(args.g_picked, place.label_columns, 0, 1, row)
     left, right = narrow_parts(acc, BM)
     _part(left, norm, g, more, args, place, 0, sizes, LABELS, BM, BN)
     _part(right, norm, g, more, args, place, 1, sizes, LABELS, BM, BN)
@@ -78,18 +106,9 @@ def dlogits_pair_kernel(
     dz,  # [M, V'] descriptor
     y,  # [M, K] int64, columns of the whole vocabulary
     label_map,  # [token blocks, tiles] int32 (`label_map`), read when LABELS
-    u,  # these, and the sums at the end, are for what `sweeps.dlogits` alone computes
-    cols,
-    rows,
     g_lse,  # [M] float32 when HAS_LSE
     g_picked,  # [M, K] float32 when LABELS, contiguous
-    g_sum,
-    g_entropy,
     lse,  # [M] float32
-    lse_low,
-    entropy,
-    part_cols,
-    part_rows,
     first_col,
     N,
     V,
@@ -107,10 +126,10 @@ def dlogits_pair_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    labels = (y, sy0, sy1, K, first_col)
-    first = (dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
-    second = (dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
-    in_pairs(
-        _epilogue, zero_sums, first, second, h, w, labels, label_map, label_map, (N, V, D, GROUP, P),
+    labels = Labels(y, sy0, sy1, K, first_col)
+    first = Gradients(dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
+    second = Gradients(dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
+    pingpong_program(
+        _epilogue, zero_sums, first, second, h, w, labels, label_map, label_map, Sizes(N, V, D, GROUP, P),
         False, LABELS, EVEN, BM, BN, BK, STAGES,
     )  # fmt: skip

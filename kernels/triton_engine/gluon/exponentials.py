@@ -3,26 +3,40 @@
     E[i, v] = 2^(z·L - ref2_i)      total[i] = Σ_v 2^(z·L - ref2_i)      picked[i, k] = z[i, y_ik]       z = h @ w.T
 
 in: h [M, D], w [V, D], ref2 [M] float32. out: E [M, V] in the dtype of h, partial totals (`device.schedule`), picked.
-Never reaches memory: z, the float32 window. FLOP 2MDV, bytes 2MV written. It must not know how tiles are multiplied.
+Never reaches memory: z, the float32 window. FLOP 2MDV, bytes 2MV written.
 """
 
 # ruff: noqa: RUF059, SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
-from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, in_pairs
+from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, Labels, Sizes, pingpong_program
 from fusedhead.kernels.triton_engine.gluon.tile import (
     columns_of,
     narrow_parts,
-    rows_of,
     staging,
-    store_labelled,
+    store_labelled_part,
     store_part,
+    token_rows,
     zero_sums,
 )
+
+
+class Exponentials(NamedTuple):
+    """What an epilogue reads and writes."""
+
+    E: Any
+    stage: Any  # shared memory on the way to E
+    labels: Any
+    ref2: Any
+    picked: Any
+    part: Any
 
 
 @gluon.jit
@@ -31,15 +45,15 @@ def _part(
     LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     """Stores part J of a tile of E; returns its row sums."""
-    E, stage, labels, _, picked, _ = args
+    E, stage, labels, picked = args.E, args.stage, args.labels, args.picked
     if LABELS > 0:
-        if (place[5] >> J) & 1 != 0:
-            store_labelled(z, labels, place, sizes[0], picked, LABELS, J * NARROW, NARROW_TILE, BM, BN, NARROW)
-    e = gl.exp2(gl.fma(z, 1.4426950408889634, -r[:, None]))
+        if (place.label_bits >> J) & 1 != 0:
+            store_labelled_part(z, labels, place, sizes.N, picked, LABELS, J * NARROW, NARROW_TILE, BM, BN, NARROW)
+    e = gl.exp2(gl.fma(z, LOG2E, -r[:, None]))
     if not EVEN:
-        start = place[2] * BN + J * NARROW
-        if start + NARROW > sizes[1]:
-            e = gl.where((columns_of(start, NARROW_TILE, NARROW) < sizes[1])[None, :], e, 0.0)
+        start = place.tile * BN + J * NARROW
+        if start + NARROW > sizes.V:
+            e = gl.where((columns_of(start, NARROW_TILE, NARROW) < sizes.V)[None, :], e, 0.0)
     store_part(e, E, stage, place, J, BM, BN)
     return gl.sum(e, 1)
 
@@ -50,17 +64,16 @@ def _epilogue(
     LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     N, V, _, GROUP, P = sizes
-    _, block, _, slot, last, _, _ = place
-    row = rows_of(block, BM)
-    r = gl.load(args[3] + row, mask=row < N, other=0.0)
+    row = token_rows(place.block, BM)
+    r = gl.load(args.ref2 + row, mask=row < N, other=0.0)
     left, right = narrow_parts(acc, BM)
     total = state[0] + _part(left, r, args, place, 0, sizes, LABELS, EVEN, BM, BN)
     total += _part(right, r, args, place, 1, sizes, LABELS, EVEN, BM, BN)
     total += _part(rest, r, args, place, 2, sizes, LABELS, EVEN, BM, BN)
-    if last:
-        to, distance, slots = partial_offset(block, slot, P, N, V, GROUP, BM, BN)
-        gl.store(args[5] + to.to(gl.int64) + gl.arange(0, BM, layout=PER_ROW), total)
-    return (gl.where(last, 0.0, total),)
+    if place.last:
+        to, distance, slots = partial_offset(place.block, place.slot, P, N, V, GROUP, BM, BN)
+        gl.store(args.part + to.to(gl.int64) + gl.arange(0, BM, layout=PER_ROW), total)
+    return (gl.where(place.last, 0.0, total),)
 
 
 @gluon.jit(do_not_specialize=("N", "V", "D", "K", "GROUP", "P", "sy0", "sy1"))
@@ -70,13 +83,9 @@ def exp_pair_kernel(
     E,  # [M, V] descriptor
     y,  # [M, K] int64
     label_map,  # [token blocks, tiles] int32 (`label_map`), read when LABELS
-    u,  # these are for what `sweeps.exponentials` alone computes
-    cols,
-    rows,
     flags,  # [token blocks] int32, read when ONLY
     ref2,  # [M] float32
     picked,  # [M, K] float32
-    slope,
     part,  # [size] float32
     N,  # M: the tokens of this window
     V,
@@ -94,10 +103,10 @@ def exp_pair_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    labels = (y, sy0, sy1, K, 0)
-    first = (E, staging(E, BM), labels, ref2, picked, part)
-    second = (E, staging(E, BM), labels, ref2, picked, part)
-    in_pairs(
-        _epilogue, zero_sums, first, second, h, w, labels, label_map, flags, (N, V, D, GROUP, P),
+    labels = Labels(y, sy0, sy1, K, 0)
+    first = Exponentials(E, staging(E, BM), labels, ref2, picked, part)
+    second = Exponentials(E, staging(E, BM), labels, ref2, picked, part)
+    pingpong_program(
+        _epilogue, zero_sums, first, second, h, w, labels, label_map, flags, Sizes(N, V, D, GROUP, P),
         ONLY, LABELS, EVEN, BM, BN, BK, STAGES,
     )  # fmt: skip

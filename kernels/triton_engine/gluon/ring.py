@@ -7,14 +7,16 @@ stages, and two groups of four warps, each of which multiplies and finishes ever
 240 registers for its tile, so that the tensor cores never wait for an epilogue, which takes a third of a tile's time
 at hidden size 768. Each group counts as a program of `device.schedule`.
 
-One ring serves both groups, in the order of `loads`. A group may only look at a stage's barrier when the other has
-seen its last stage full: a barrier tells apart two successive fills, not three. That is what ``turns`` hand over.
+One ring serves both groups, in the order of `loads`. An mbarrier's phase bit tells apart two consecutive fills, not
+three, so a group waits on ``handoff_barriers`` until the other has seen its last stage full.
 
-Written in Gluon, for chips with wgmma (capability 9). This file must not know what becomes of a tile.
+Written in Gluon, for chips with wgmma (capability 9).
 """
 
 # ruff: noqa: RUF059 (Triton wants a name of its own for each part, and tests at compile time as statements)
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -43,40 +45,80 @@ WIDE_TILE, NARROW_TILE = gl.constexpr(_WIDE), gl.constexpr(_NARROW)
 PER_ROW, PER_ROW_OF_WIDE = gl.constexpr(gl.SliceLayout(1, _NARROW)), gl.constexpr(gl.SliceLayout(1, _WIDE))
 
 
+class Sizes(NamedTuple):
+    """What a sweep is scheduled by (`device.schedule`)."""
+
+    N: Any
+    V: Any
+    D: Any
+    GROUP: Any
+    P: Any  # programs: groups of warps
+
+
+class Labels(NamedTuple):
+    y: Any  # [N, K] int64
+    sy0: Any
+    sy1: Any
+    K: Any
+    first_col: Any  # vocabulary column of the window's first
+
+
+class Pipe(NamedTuple):
+    """Shared memory of the ring: operands of each stage and its barriers, and what hands a turn to the other group."""
+
+    a: Any
+    wide: Any
+    narrow: Any
+    full: Any
+    free: Any
+    handoff_barriers: Any
+
+
+class Place(NamedTuple):
+    """Where a group of warps is: a tile of its sweep."""
+
+    step: Any
+    block: Any  # of tokens
+    tile: Any  # of the vocabulary
+    slot: Any  # of partial results
+    last: Any  # whether the group leaves its token block after the tile
+    label_bits: Any  # of the label map
+    label_columns: Any  # [BM] where each row has one label
+
+
 @gluon.jit
 def ring(h, w, BM: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory of the ring: operands of each stage, its barriers "full" and "free", and the two turns."""
+    """Shared memory of the ring: operands of each stage, its barriers "full" and "free", and two handoff barriers."""
     a = gl.allocate_shared_memory(h.dtype, [STAGES, BM, BK], h.layout)
     wide = gl.allocate_shared_memory(w.dtype, [STAGES, WIDE, BK], w.layout)
     narrow = gl.allocate_shared_memory(w.dtype, [STAGES, NARROW, BK], w.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    handoff_barriers = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
     for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
+        mbarrier.init(handoff_barriers.index(i), count=1)
     fence_async_shared()
-    return a, wide, narrow, full, free, turns
+    return Pipe(a, wide, narrow, full, free, handoff_barriers)
 
 
 @gluon.jit
 def _steps(pid, flags, sizes, ONLY: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
     """(steps in full groups of token blocks, all steps) of a group of warps; none past the last program."""
-    N, V, _, GROUP, P = sizes
-    main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
-    steps = gl.where(pid < P, steps, 0)
+    main_steps, steps = step_counts(pid, sizes.P, sizes.N, sizes.V, sizes.GROUP, BM, BN)
+    steps = gl.where(pid < sizes.P, steps, 0)
     if ONLY:
         every_warp: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])  # looks by itself
-        steps = gl.where(any_marked(flags, gl.cdiv(N, BM), gl.arange(0, 128, layout=every_warp)), steps, 0)
+        steps = gl.where(any_marked(flags, gl.cdiv(sizes.N, BM), gl.arange(0, 128, layout=every_warp)), steps, 0)
     return main_steps, steps
 
 
 @gluon.jit
 def _stages(block, flags, sizes, ONLY: gl.constexpr, BK: gl.constexpr):
     """How many stages a tile of this token block fills: those of D, none where it is not to be redone."""
-    count = gl.cdiv(sizes[2], BK)
+    count = gl.cdiv(sizes.D, BK)
     if ONLY:
         count = gl.where(gl.load(flags + block) != 0, count, 0)
     return count
@@ -97,7 +139,7 @@ def loads(
 ):  # fmt: skip
     """The loading partition: the tiles of both groups in turn, each step over D into the next stage."""
     N, V, D, GROUP, P = sizes
-    a, wide, narrow, full, free, turns = pipe
+    a, wide, narrow, full, free, handoff_barriers = pipe
     main0, steps0 = _steps(pid, flags, sizes, ONLY, BM, BN)
     main1, steps1 = _steps(pid + 1, flags, sizes, ONLY, BM, BN)
     at = 0
@@ -121,11 +163,10 @@ def loads(
 
 
 @gluon.jit
-def label_position(labels, k, block, N, start, BM: gl.constexpr, WIDTH: gl.constexpr):
+def label_columns(labels, k, block, N, start, BM: gl.constexpr, WIDTH: gl.constexpr):
     """Column of each row's k-th label inside [start, start + WIDTH), int32 [BM], -1 for those elsewhere."""
-    y, sy0, sy1, _, first_col = labels
     row = block * BM + gl.arange(0, BM, layout=PER_ROW)
-    return rows.label_position(y, sy0, sy1, k, row, N, first_col + start, WIDTH)
+    return rows.label_position(labels.y, labels.sy0, labels.sy1, k, row, N, labels.first_col + start, WIDTH)
 
 
 @gluon.jit
@@ -137,7 +178,7 @@ def _before(at, STAGES: gl.constexpr):
 @gluon.jit
 def _product(pipe, first, count, done, BM: gl.constexpr, STAGES: gl.constexpr):
     """The two accumulators out of ``count`` stages, ``first`` fills into the ring; then arrives at ``done``."""
-    a, wide, narrow, full, free, turns = pipe
+    a, wide, narrow, full, free, handoff_barriers = pipe
     acc = gl.zeros((BM, WIDE), gl.float32, layout=WIDE_TILE)
     rest = gl.zeros((BM, NARROW), gl.float32, layout=NARROW_TILE)
     at = first % STAGES
@@ -159,10 +200,9 @@ def _product(pipe, first, count, done, BM: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def tiles(
+def consumer_warpgroup(
     SECOND: gl.constexpr,  # 0 or 1: which of the two groups
-    EPILOGUE: gl.constexpr,  # (acc, rest, state, args, place, sizes, LABELS, EVEN, BM, BN) -> state; place: (step,
-    # token block, tile, slot, whether the last of its token block, label map's bits, columns of labels where one a row)
+    EPILOGUE: gl.constexpr,  # (acc, rest, state, args, place, sizes, LABELS, EVEN, BM, BN) -> state
     START: gl.constexpr,  # (BM) -> state: a tuple of vectors [BM] as `PER_ROW`
     args,
     labels,
@@ -181,7 +221,7 @@ def tiles(
 ):
     """A multiplying partition: every other tile of this multiprocessor, and its epilogue."""
     N, V, _, GROUP, P = sizes
-    turns = pipe[5]
+    handoff_barriers = pipe.handoff_barriers
     own = pid + SECOND
     other = pid + 1 - SECOND
     main_steps, steps = _steps(own, flags, sizes, ONLY, BM, BN)
@@ -195,7 +235,7 @@ def tiles(
             here = gl.load(label_map + block.to(gl.int64) * gl.cdiv(V, BN) + tile)
         at = block
         if LABELS == 1:  # read before the product: in an epilogue, addresses would take registers that it has not
-            at = label_position(labels, 0, block, N, tile * BN, BM, BN)
+            at = label_columns(labels, 0, block, N, tile * BN, BM, BN)
         count = _stages(block, flags, sizes, ONLY, BK)
         others = 0
         if step < other_steps:
@@ -204,14 +244,14 @@ def tiles(
         if SECOND == 1:  # the n-th tile of the second group follows the n-th of the first
             filled += others
             if step < other_steps:
-                mbarrier.wait(turns.index(1), step & 1)
+                mbarrier.wait(handoff_barriers.index(1), step & 1)
         elif step <= other_steps:
-            mbarrier.wait(turns.index(0), (step & 1) ^ 1)
-        acc, rest = _product(pipe, filled, count, turns.index(1 - SECOND), BM, STAGES)
+            mbarrier.wait(handoff_barriers.index(0), (step & 1) ^ 1)
+        acc, rest = _product(pipe, filled, count, handoff_barriers.index(1 - SECOND), BM, STAGES)
         filled += count
         if SECOND == 0:
             filled += others
-        place = (step, block, tile, slot, last, here, at)
+        place = Place(step, block, tile, slot, last, here, at)
         if ONLY:
             if count > 0:
                 state = EPILOGUE(acc, rest, state, args, place, sizes, LABELS, EVEN, BM, BN)
@@ -221,8 +261,8 @@ def tiles(
 
 
 @gluon.jit
-def in_pairs(
-    EPILOGUE: gl.constexpr, START: gl.constexpr,  # as `tiles` takes them
+def pingpong_program(
+    EPILOGUE: gl.constexpr, START: gl.constexpr,  # as `consumer_warpgroup` takes them
     args, others,  # of the first group's epilogue, and of the second's
     h, w, labels, label_map, flags, sizes,
     ONLY: gl.constexpr, LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
@@ -233,9 +273,9 @@ def in_pairs(
     pid = 2 * gl.program_id(0)
     gl.warp_specialize(
         [
-            (tiles, (0, EPILOGUE, START, args, labels, label_map, flags, pipe, sizes, pid,
+            (consumer_warpgroup, (0, EPILOGUE, START, args, labels, label_map, flags, pipe, sizes, pid,
                      ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
-            (tiles, (1, EPILOGUE, START, others, labels, label_map, flags, pipe, sizes, pid,
+            (consumer_warpgroup, (1, EPILOGUE, START, others, labels, label_map, flags, pipe, sizes, pid,
                      ONLY, LABELS, EVEN, BM, BN, BK, STAGES)),
             (loads, (h, w, flags, pipe, sizes, pid, ONLY, BM, BN, BK, STAGES)),
         ],

@@ -3,7 +3,7 @@
     per row: ref2 = max z·L, total = Σ 2^(z·L - ref2), picked[i, k] = z[i, y_ik]        z = h @ w.T
 
 in: h [N, D], w [V, D]. out: partial rows (`device.schedule`), picked. Never reaches memory: z, p. FLOP 2NDV, bytes as
-`sweeps.statistics`. It must not know how tiles are multiplied.
+`sweeps.statistics`.
 """
 
 # ruff: noqa: RUF059, SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
@@ -12,6 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.rows import finite_or_zero
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
 from fusedhead.kernels.triton_engine.gluon.ring import (
@@ -21,9 +22,11 @@ from fusedhead.kernels.triton_engine.gluon.ring import (
     PER_ROW_OF_WIDE,
     WIDE,
     WIDE_TILE,
-    in_pairs,
+    Labels,
+    Sizes,
+    pingpong_program,
 )
-from fusedhead.kernels.triton_engine.gluon.tile import columns_of, store_labelled
+from fusedhead.kernels.triton_engine.gluon.tile import columns_of, store_labelled_part
 
 
 @gluon.jit
@@ -35,7 +38,7 @@ def _existing(z, start, V, LAYOUT: gl.constexpr, WIDTH: gl.constexpr):
 @gluon.jit
 def _exponentials(z, base):
     """Σ_v 2^(z·L - base) of the columns of an accumulator."""
-    return gl.sum(gl.exp2(gl.fma(z, 1.4426950408889634, -base[:, None])), 1)
+    return gl.sum(gl.exp2(gl.fma(z, LOG2E, -base[:, None])), 1)
 
 
 @gluon.jit
@@ -49,27 +52,27 @@ def _epilogue(
     LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     N, V, _, GROUP, P = sizes
-    _, block, tile, slot, last, here, _ = place
+    here, last = place.label_bits, place.last
     labels, picked, part, size = args
     ref2, total = state
-    start = tile * BN
+    start = place.tile * BN
     if LABELS > 0:
         if here & 3 != 0:
-            store_labelled(acc, labels, place, N, picked, LABELS, 0, WIDE_TILE, BM, BN, WIDE)
+            store_labelled_part(acc, labels, place, N, picked, LABELS, 0, WIDE_TILE, BM, BN, WIDE)
         if here & 4 != 0:
-            store_labelled(rest, labels, place, N, picked, LABELS, WIDE, NARROW_TILE, BM, BN, NARROW)
+            store_labelled_part(rest, labels, place, N, picked, LABELS, WIDE, NARROW_TILE, BM, BN, NARROW)
     if not EVEN:
         if start + BN > V:
             acc = _existing(acc, start, V, WIDE_TILE, WIDE)
             rest = _existing(rest, start + WIDE, V, NARROW_TILE, NARROW)
     top = gl.maximum(gl.convert_layout(gl.max(acc, 1), PER_ROW, assert_trivial=True), gl.max(rest, 1))
-    new = gl.maximum(ref2, top * 1.4426950408889634)
+    new = gl.maximum(ref2, top * LOG2E)
     base = finite_or_zero(new)
     fade = gl.exp2(gl.where(gl.abs(ref2) < float("inf"), ref2, base) - base)
     sums = _exponentials(acc, gl.convert_layout(base, PER_ROW_OF_WIDE, assert_trivial=True))
     total = fade * total + gl.convert_layout(sums, PER_ROW, assert_trivial=True) + _exponentials(rest, base)
     if last:
-        to, distance, slots = partial_offset(block, slot, P, N, V, GROUP, BM, BN)
+        to, distance, slots = partial_offset(place.block, place.slot, P, N, V, GROUP, BM, BN)
         at = to.to(gl.int64) + gl.arange(0, BM, layout=PER_ROW)
         gl.store(part + at, new)
         gl.store(part + size + at, total)
@@ -82,13 +85,9 @@ def stream_pair_kernel(
     w,  # [V, D] descriptor
     y,  # [N, K] int64
     label_map,  # [token blocks, tiles] int32 (`label_map`), read when LABELS
-    u,  # these are for what `sweeps.statistics` alone computes
-    cols,
-    rows,
     flags,  # [token blocks] int32, read when ONLY
     picked,  # [N, K] float32, written where a label lies
     part,  # [2, size] float32: ref2, total
-    part_top,
     N,
     V,
     D,
@@ -106,9 +105,9 @@ def stream_pair_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    labels = (y, sy0, sy1, K, 0)
+    labels = Labels(y, sy0, sy1, K, 0)
     args = (labels, picked, part, size)
-    in_pairs(
-        _epilogue, _start, args, args, h, w, labels, label_map, flags, (N, V, D, GROUP, P),
+    pingpong_program(
+        _epilogue, _start, args, args, h, w, labels, label_map, flags, Sizes(N, V, D, GROUP, P),
         ONLY, LABELS, EVEN, BM, BN, BK, STAGES,
     )  # fmt: skip

@@ -1,18 +1,16 @@
 """What epilogues of `ring` share: parts of a tile, labels inside one, and the way of a part to memory.
 
 The counterpart of `device.rows` and `device.product.column_part`, whose tiles Triton lays out by itself; here a tile
-lies over the threads as wgmma leaves it, and nothing below moves a value to another thread. This file must not know
-what a statistic or a gradient is.
+lies over the threads as wgmma leaves it, and nothing below moves a value to another thread.
 """
 
-# ruff: noqa: RUF059 (Triton wants a name of its own for each part, and tests at compile time as statements)
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, WIDE, async_store, label_position
+from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, WIDE, async_store, label_columns
 
 PARTS = gl.constexpr(3)  # column parts of a tile of 192
 
@@ -26,7 +24,7 @@ def narrow_parts(acc, BM: gl.constexpr):
 
 
 @gluon.jit
-def rows_of(block, BM: gl.constexpr):
+def token_rows(block, BM: gl.constexpr):
     """Token indices [BM] int32 of a block."""
     return block * BM + gl.arange(0, BM, layout=PER_ROW)
 
@@ -44,18 +42,17 @@ def columns_of(start, LAYOUT: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def store_labelled(
+def store_labelled_part(
     z, labels, place, N, out, LABELS: gl.constexpr, FIRST: gl.constexpr, LAYOUT: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """out[row, k] = z[row, y[row, k]] for the labels that lie in the part z [BM, WIDTH] of a tile, from FIRST on."""
-    step, block, tile, slot, last, here, at = place
     if LABELS == 1:
-        _store_label(z, at, out, 1, 0, block, FIRST, LAYOUT, BM, WIDTH)
+        _store_label(z, place.label_columns, out, 1, 0, place.block, FIRST, LAYOUT, BM, WIDTH)
     else:
-        for k in range(labels[3]):
-            k_at = label_position(labels, k, block, N, tile * BN, BM, BN)
-            _store_label(z, k_at, out, labels[3], k, block, FIRST, LAYOUT, BM, WIDTH)
+        for k in range(labels.K):
+            k_at = label_columns(labels, k, place.block, N, place.tile * BN, BM, BN)
+            _store_label(z, k_at, out, labels.K, k, place.block, FIRST, LAYOUT, BM, WIDTH)
 
 
 @gluon.jit
@@ -80,7 +77,7 @@ def staging(to, BM: gl.constexpr):
 def store_part(values, to, stage, place, J: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
     """Part J of a group's tile [BM, 64] into memory, through the half of ``stage`` that the part before left."""
     tma.store_wait(1)
-    half = stage.index((place[0] * PARTS + J) & 1)
+    half = stage.index((place.step * PARTS + J) & 1)
     half.store(values.to(to.dtype))
     fence_async_shared()
-    async_store(to, [place[1] * BM, place[2] * BN + J * NARROW], half)
+    async_store(to, [place.block * BM, place.tile * BN + J * NARROW], half)

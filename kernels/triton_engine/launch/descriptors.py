@@ -1,7 +1,7 @@
 """TMA descriptors of matrices that lie alike, checked once.
 
 What a descriptor is made of differs between Triton's own kernels and Gluon's, which say how a tile lies in shared
-memory. This file must not know which matrices there are.
+memory.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 """Launches a kernel again without asking Triton again what cannot have changed.
 
-Triton looks at every argument of every launch to find the compiled kernel. What a kernel is compiled for is the
-values bound in `Launch`, the dtypes of the pointers, which its owner keeps the same, and whether pointers are aligned
-to 16 bytes, which is looked at here. The first launch, and every launch with a pointer that is not aligned, goes
-through Triton; so does everything in Triton's interpreter. This file must not know what any kernel computes.
+Triton looks at every argument of every launch to find the compiled kernel. What a kernel is compiled for is the values
+bound in `Launch`, the dtypes of the pointers, which its owner keeps the same, and whether pointers are aligned to 16
+bytes, which is looked at here. The first launch, and every launch with a pointer that is not aligned, goes through
+Triton; so does everything in Triton's interpreter.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from triton.runtime import driver
 
 from fusedhead.kernels.triton_engine.launch.launcher import Recorded, hooked, recorded
 
-ALIGNED = 16  # bytes: what Triton specialises a pointer on
+POINTER_ALIGNMENT = 16  # bytes: what Triton specialises a pointer on
 ENCODED = 64  # sets of descriptors that a launch remembers: the allocator hands out the same memory again
 
 
@@ -45,67 +45,106 @@ class Launch:
     """One kernel on one grid of one device, with all arguments bound but the leading ones.
 
     ``bound`` holds the values of the remaining parameters by name, and options (num_warps, ...). Leading arguments
-    are tensors and `Placed` matrices, then numbers, which must not be specialised by the kernel.
+    are tensors and `Placed` matrices, then numbers, which must not be specialised by the kernel. It is run
+    with these by name. Names that the kernel does not have are left out. Pointers that its constants tell it not to
+    read are None, in every call: another tensor's address stands in for them.
     """
 
-    __slots__ = ("again", "bound", "device", "encoded", "first", "grid", "kernel", "options", "placed", "tensors")
+    __slots__ = (
+        "again", "bound", "device", "encoded", "first", "grid", "kernel", "leading", "numbers", "options", "order",
+        "placed", "tensors",
+    )  # fmt: skip
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], bound: dict[str, Any]) -> None:
         names = kernel.arg_names
-        leading = next((at for at, name in enumerate(names) if name in bound), len(names))
-        self.kernel, self.grid = kernel, grid
-        self.bound = tuple(bound[name] for name in names[leading:])
+        count = next((at for at, name in enumerate(names) if name in bound), len(names))
+        self.kernel, self.grid, self.leading = kernel, grid, tuple(names[:count])
+        self.bound = tuple(bound[name] for name in names[count:])
         given = {name: value for name, value in bound.items() if name.startswith("num_") or name == "maxnreg"}
         self.options = {"enable_fp_fusion": True, **given}  # said, since Triton's default changes with its version
         self.placed: tuple[int, ...] = ()  # which of the leading arguments are placed
-        self.first = self.tensors = self.device = 0  # arguments up to the last placed one, and up to the last tensor
+        self.first = self.device = 0  # arguments up to the last placed one
+        self.tensors: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # picks the leading tensors, each of them once
+        self.order: Callable[[list[int]], tuple[int, ...]] | None = None  # puts addresses where they are passed
+        self.numbers: tuple[str, ...] = ()  # the leading numbers
         self.encoded: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # the first arguments as C takes them
         self.again: Recorded | Callable[..., None] | None = None  # what Triton compiled, for aligned pointers
 
-    def __call__(self, *leading: Any) -> None:
+    def run(self, **given: Any) -> None:
         again = self.again
         if again is not None and not hooked():
-            given, numbers = [x.data_ptr() for x in leading[: self.tensors]], leading[self.tensors :]
-            if not functools.reduce(operator.or_, given) % ALIGNED:
+            tensors = self.tensors(given)
+            addresses = [x.data_ptr() for x in tensors]
+            if not gcd(*addresses) % POINTER_ALIGNMENT:
+                if self.order is not None:
+                    addresses = [*self.order(addresses)]
                 # an address is passed on as it is; of a tensor the driver would be asked whether it is one of its own
+                numbers = [given[name] for name in self.numbers] if self.numbers else ()
                 stream = driver.active.get_current_stream(self.device)
                 if not isinstance(again, Recorded):
-                    first = _described(leading[: self.first])
-                    again(*first, *given[self.first :], *numbers, *self.bound, stream=stream)
+                    first = _described(tensors[: self.first])
+                    again(*first, *addresses[self.first :], *numbers, *self.bound, stream=stream)
                     return
                 call, grid, fixed, as_tuple, *_ = again
                 if self.placed:
-                    given[: self.first] = self._encoded(leading, given, again)
+                    addresses[: self.first] = self._encoded(tensors, addresses, numbers, again)
                 if as_tuple:
-                    call(*grid, stream, *fixed, (*given, *numbers, *self.bound))
+                    call(*grid, stream, *fixed, (*addresses, *numbers, *self.bound))
                 else:
-                    call(*grid, stream, *fixed, *given, *numbers, *self.bound)
+                    call(*grid, stream, *fixed, *addresses, *numbers, *self.bound)
                 return
-        self._through_triton(leading)
+        self._through_triton(given)
 
-    def _encoded(self, leading: Sequence[Any], given: list[int], again: Recorded) -> Any:
+    def _encoded(
+        self, tensors: Sequence[Any], addresses: Sequence[int], numbers: Sequence[Any], again: Recorded
+    ) -> Any:
         """The arguments up to the last that is placed, as C takes them."""
-        key = (*given[: self.first], *[leading[at].tiles for at in self.placed])
-        found = self.encoded.get(key)
-        if found is None:
-            first = [x.data_ptr() if isinstance(x, Tensor) else x for x in _described(leading[: self.first])]
-            others = (*given[self.first :], *leading[self.tensors :], *self.bound)
-            found = tuple(again.encode((*first, *others))[: -len(others)])
+        key = (*addresses[: self.first], *[tensors[at].tiles for at in self.placed])
+        encoded = self.encoded.get(key)
+        if encoded is None:
+            first = [x.data_ptr() if isinstance(x, Tensor) else x for x in _described(tensors[: self.first])]
+            others = (*addresses[self.first :], *numbers, *self.bound)
+            encoded = tuple(again.encode((*first, *others))[: -len(others)])
             if len(self.encoded) >= ENCODED:
                 self.encoded.clear()
-            self.encoded[key] = found
-        return found
+            self.encoded[key] = encoded
+        return encoded
 
-    def _through_triton(self, leading: Sequence[Any]) -> None:
+    def _through_triton(self, given: Mapping[str, Any]) -> None:
         """A launch as any other, of which is remembered what Triton compiled, unless it interprets the kernel."""
-        given = (*_described(leading), *self.bound)
-        compiled = self.kernel[self.grid](*given, **self.options)
+        names = self._sources(given)
+        leading = [given[name] for name in names]
+        arguments = (*_described(leading), *self.bound)
+        compiled = self.kernel[self.grid](*arguments, **self.options)
         tensors = [x for x in leading if isinstance(x, (Placed, Tensor))]
-        if compiled is not None and all(x.data_ptr() % ALIGNED == 0 for x in tensors):
+        if compiled is not None and all(x.data_ptr() % POINTER_ALIGNMENT == 0 for x in tensors):
             self.placed = tuple(at for at, x in enumerate(leading) if isinstance(x, Placed))
-            self.first, self.tensors = 1 + max(self.placed, default=-1), len(tensors)
+            self.first = 1 + max(self.placed, default=-1)
+            self._remember(names[: len(tensors)])
+            self.numbers = names[len(tensors) :]
             self.device = driver.active.get_current_device()
-            self.again = recorded(compiled, self.grid, given) or compiled[self.grid]
+            self.again = recorded(compiled, self.grid, arguments) or compiled[self.grid]
+
+    def _remember(self, names: tuple[str, ...]) -> None:
+        """How the tensors of these names are found in a later call. Addresses of stand-ins are not asked for twice."""
+        once = tuple(dict.fromkeys(names))
+        if once[: self.first] != names[: self.first]:
+            once = names
+        self.tensors = _picking(once)
+        self.order = operator.itemgetter(*map(once.index, names)) if len(once) < len(names) else None
+
+    def _sources(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+        """For each leading argument the name of what is passed: its own, or for an absent pointer another's."""
+        present = [name for name in self.leading if given.get(name) is not None]
+        stand_in = next((name for name in present if isinstance(given[name], Tensor)), None)
+        if stand_in is None and len(present) < len(self.leading):
+            raise TypeError(f"{self.kernel} needs {', '.join(self.leading)}; given were {', '.join(present)}")
+        return tuple(name if name in present else str(stand_in) for name in self.leading)
+
+
+def _picking(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    """Picks the values of several names out of a mapping, as a tuple."""
+    return operator.itemgetter(*names) if len(names) > 1 else lambda given: tuple(given[name] for name in names)
 
 
 def _described(leading: Sequence[Any]) -> list[Any]:

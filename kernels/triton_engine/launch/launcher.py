@@ -2,8 +2,7 @@
 
 On its way from Triton's ``kernel[grid](...)`` to C a launch passes through Python that finds out again what is fixed
 once a kernel is compiled, and encodes each tensor descriptor anew. All of it depends on the kernel, the grid and where
-descriptors point to. A launcher whose way to C is not understood is not recorded. This file must not know what any
-kernel computes, nor which of its arguments change from launch to launch.
+descriptors point to. A launcher whose way to C is not understood is not recorded.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 `Sweep` is one kernel's view of one window of a head, all but the addresses. Windows that look the same share one, and
 with it the launches that are bound to it (`launch.launch`), so that a step costs the host little more than its
-launches. The function that launches a kernel stands below it in the kernel's own file; none of them synchronises,
-tunes or depends on values, so that every launch can be captured in a CUDA graph. This file must not know which kernel
-is launched when (`triton_engine.engine` does).
+launches. The function that launches a kernel stands below it in the kernel's own file; none of them synchronises, tunes
+or depends on values, so that every launch can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from fusedhead.kernels.contract import Head
 from fusedhead.kernels.transform.transform import Transform
 from fusedhead.kernels.triton_engine.device.product import readable_by_tma, reads_rows
 from fusedhead.kernels.triton_engine.device.schedule import Schedule, schedule
-from fusedhead.kernels.triton_engine.device.transform import steps_of, varies_along_row
+from fusedhead.kernels.triton_engine.device.transform import steps_of
 from fusedhead.kernels.triton_engine.launch.descriptors import Tiles
 from fusedhead.kernels.triton_engine.launch.launch import Launch, Placed
 from fusedhead.kernels.triton_engine.launch.tiles import AMD, PAIRED_FROM, Tile, device_of, pairs_serve, tile_for
@@ -69,7 +68,9 @@ def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str])
     """
     if kernel == "dlogits" or tile.BN < 256:
         return tile._replace(parts=4) if transform.steps and kernel != "stream" else tile
-    if varies_along_row(transform) or (kernel == "stream" and want & {"sum", "entropy", "max", "argmax"}):
+    if kernel == "stream" and "variance" in want:  # holds yet another value: in half a tile nothing spills
+        return tile._replace(BN=128, parts=2, stages=min(tile.stages, 3))
+    if transform.varies_along_row or (kernel == "stream" and not want <= PLAIN):
         return tile._replace(parts=4, stages=min(tile.stages, 3))
     if kernel == "stream" and any(op in ("addcol", "dropcol") for op, _ in transform.steps):
         return tile._replace(flatten=False, parts=1)
@@ -102,6 +103,8 @@ class Sweep:
         self.n, self.vocab, self.hidden, self.k = n, vocab, hidden, layout.y[1]
         self.labels = min(self.k, 2)
         self.layout, self.transform, self.steps = layout, smooth, steps_of(smooth)
+        axes = {axis for step in smooth.steps for axis, _ in step.vectors}
+        self.has_u, self.has_cols, self.has_rows = layout.has_u, "c" in axes, "r" in axes  # what kernels read of them
         self.tile = tile
         self.schedule: Schedule = schedule(n, vocab, tile, multiprocessors * tile.resident)
         self.by_rows = not layout.tma or reads_rows(layout.w_strides)

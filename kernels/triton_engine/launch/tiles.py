@@ -76,7 +76,7 @@ POINTERS = (
     Row((), "", 4, 0, 0, Tile(64, 64, 32, 8, 4, 2, False)),
 )
 # logits that cuBLAS computed: tiles are read, not multiplied, and enough programs are resident to hide the reads
-READY = Tile(32, 256, 16, 8, 4, 1, False, 1, 4)
+READY_TILE = Tile(32, 256, 16, 8, 4, 1, False, 1, 4)
 
 
 def pairs_serve(device: torch.device) -> bool:
@@ -111,7 +111,7 @@ def tile_for(
     ``tma``: whether TMA reads them; ``ready``: whether logits are read instead; ``pairs``: whether pairs take them.
     """
     if ready and major:
-        return READY
+        return READY_TILE
     for row in (*(PAIRS if pairs else ()), *(TABLE if tma else ()), *POINTERS):
         if (
             (not row.capability or major in row.capability)

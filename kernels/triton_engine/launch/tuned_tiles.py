@@ -1,7 +1,7 @@
 """Tiles that were timed on this machine, kept on disk: what `python -m fusedhead.tune` found for its GPU.
 
 They go before the checked-in table (`tiles`). One file for all devices and versions of Triton, JSON; where it is
-missing or damaged the table decides. It is read once a process. This file must not know how tiles are timed.
+missing or damaged the table decides. It is read once a process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fusedhead.kernels.user_cache import cache_file, read_json, write_json
 log = logging.getLogger("fusedhead")
 KERNELS = ("stream", "exp", "dlogits")
 REMEDY = "delete it or run `python -m fusedhead.tune` again"
-ROWS = 128  # BM of every tile here: token blocks that one kernel marks are done again by another
+TILE_ROWS = 128  # BM of every tile here: token blocks that one kernel marks are done again by another
 
 
 class Tuned(NamedTuple):
@@ -57,10 +57,10 @@ def _read(path: Path) -> dict[str, list[Any]]:
 @lru_cache(maxsize=16)
 def known(path: Path, name: str) -> tuple[Tuned, ...]:
     """The tiles of one device, fastest first."""
-    return tuple(row for row in _read(path).get(name, ()) if row.tile.BM == ROWS and row.kernel in KERNELS)
+    return tuple(row for row in _read(path).get(name, ()) if row.tile.BM == TILE_ROWS and row.kernel in KERNELS)
 
 
-def keep(name: str, rows: list[Tuned]) -> Path:
+def keep_tiles(name: str, rows: list[Tuned]) -> Path:
     """Put the device's tiles in place of those that the file has of it."""
     path = place()
     write_json(path, _read(path) | {name: rows})

@@ -1,7 +1,7 @@
 """Timing the sweeping kernels over candidate tiles, for a device that the checked-in table does not know.
 
 Never inside a step: it synchronises, takes minutes and could choose otherwise the next time. `fusedhead.tune` calls it
-for this machine, `benchmarks/gpu_tiles.py` to fill the table. This file must not know where tiles are kept.
+for this machine, `benchmarks/gpu_tiles.py` to fill the table.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from fusedhead.kernels.contract import Head, RowGrads, RowStats
+from fusedhead.kernels.contract import Head, LogitGrads, RowStats
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.kernels.triton_engine.launch.sweep import sweep
 from fusedhead.kernels.triton_engine.launch.tiles import Tile
@@ -28,7 +28,7 @@ WAYS = {  # (stages, flatten, parts) worth trying with 128x256x64 tiles
 }
 
 
-def candidates(
+def tiles_to_time(
     kernel: str, tokens: int, groups: tuple[int, ...], tma: bool = True, paired: bool = True
 ) -> list[Tile]:
     """Tiles worth timing, pairs among them if ``paired``; through pointers, without TMA, they are another few."""
@@ -68,7 +68,7 @@ def step_of(kernel: str, head: Head, tile: Tile) -> Callable[[], object]:
     if kernel == "exp":
         part = new((1, s.schedule.size), dtype=torch.float32)
         return lambda: exponentials(s, head, window, rows, picked, picked, part, labels)
-    grads = RowGrads(rows, picked)
+    grads = LogitGrads(rows, picked=picked)
     return lambda: dlogits(s, head, window, grads, RowStats(rows), 0, False, False)
 
 

@@ -8,9 +8,8 @@ one number a row:
                                          digit is lost when p -> 1, as a later subtraction would
     sh[i] = s_i h_i in the dtype of h, for dw = Eᵀ sh
 
-E's target entry is rounded to its dtype; s absorbs that rounding (one factor a row, below E's own precision), so
-that the largest entry of a row is exact; `scale_rows` applies s to dh. It must not know about windows or
-tiles' order beyond `partial_offset`. Bytes: N · slots · 4, and 4ND for sh.
+E's target entry is rounded to its dtype; s absorbs that rounding (one factor a row, below E's own precision), so that
+the largest entry of a row is exact; `scale_rows` applies s to dh. Bytes: N · slots · 4, and 4ND for sh.
 """
 
 from __future__ import annotations
@@ -23,9 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, RowGrads
+from fusedhead.kernels.triton_engine.constants import LOG2E, SIGN_BIT
 from fusedhead.kernels.triton_engine.device.rows import log_sum, rounded_off, spread_of
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
-from fusedhead.kernels.triton_engine.device.transform import row_slope, varies_along_row
+from fusedhead.kernels.triton_engine.device.transform import row_slope
+from fusedhead.kernels.triton_engine.device.vectors import Vectors
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 
@@ -86,7 +87,7 @@ def finalize_kernel(
     """One program a row."""
     row = tl.program_id(0)
     if row == 0:
-        tl.store(tie, tl.full((), -2147483648, tl.int32).to(tl.float32, bitcast=True))  # the literal is +0.0 to Triton
+        tl.store(tie, tl.full((), SIGN_BIT, tl.int32).to(tl.float32, bitcast=True))  # the literal is +0.0 to Triton
     block = row // BM
     start, distance, slots = partial_offset(block, 0, P, N, V, GROUP, BM, BN)
     totals = tl.zeros((SLOTS,), tl.float32)
@@ -153,7 +154,7 @@ def finalize_kernel(
                 same = tl.load(y + row.to(tl.int64) * sy0 + other * sy1) == label
                 coefficient += tl.where(same, tl.load(c_picked + row.to(tl.int64) * K + other), 0.0)
             z = tl.load(picked + row.to(tl.int64) * K + k)
-            own = keep * tl.exp2(tl.fma(z, 1.4426950408889634, -r))
+            own = keep * tl.exp2(tl.fma(z, LOG2E, -r))
             # c_picked / a is exactly -1 for a cross-entropy: own - total then cancels without a rounding
             share = tl.where(keep < 1.0, coefficient / s, coefficient / a * total)
             entry = own + tl.where(coefficient == 0.0, 0.0, share)
@@ -166,7 +167,7 @@ def finalize_kernel(
                 ratio = entry / stored.to(tl.float32)
                 s = tl.where((ratio > 0.9) & (ratio < 1.1), s * ratio, s)
     index = row + tl.zeros((1,), tl.int32)
-    vectors = (rows, 0, 0, rows, stride_rows, N)
+    vectors = Vectors(rows, 0, 0, rows, stride_rows, N)
     s = s * tl.sum(row_slope(vectors, index, STEPS), 0)
     tl.store(scale + row, s)
     if NEED_W:
@@ -181,7 +182,7 @@ def _launch(s: Sweep, given: tuple[bool, ...], total: bool, need_w: bool, ld: in
     has_lse, has_picked, has_square, others = given
     bound = s.arguments(
         ld=ld,
-        VARYING=varies_along_row(s.transform),
+        VARYING=s.transform.varies_along_row,
         HAS_LSE=has_lse,
         HAS_PICKED=has_picked and s.labels > 0,
         HAS_SQUARE=has_square,
@@ -221,30 +222,30 @@ def finalize(
     ``total`` and ``spread`` [N] <- Σ u z and Σ u (lse - z); ``weight`` [] is Σ u where there is u.
     ``others`` [N] float32: the base-2 lse of columns that are not in the window.
     """
-    c_lse, c_picked, _, _, c_square = coefficients
+    c_lse, c_picked, c_square = coefficients.lse, coefficients.picked, coefficients.square
     scale = torch.empty_like(lse)
     given = (c_lse is not None, c_picked is not None, c_square is not None, others is not None)
     launch = _launch(s, given, total is not None, sh is not None, window.stride(0), gain)
-    launch(
-        part,
-        ref2,
-        window,
-        head.h,
-        head.y,
-        head.rows,
-        picked,
-        slope,
-        lse if c_lse is None else c_lse,
-        lse if c_picked is None else c_picked,
-        lse if c_square is None else c_square,
-        lse if others is None else others,
-        lse,
-        lse_low,
-        lse if weight is None else weight,
-        lse if total is None else total,
-        lse if spread is None else spread,
-        scale,
-        scale if sh is None else sh,
-        tie,
+    launch.run(
+        part=part,
+        ref2=ref2,
+        E=window,
+        h=head.h,
+        y=head.y,
+        rows=head.rows if s.has_rows else None,
+        picked=picked,
+        slope=slope,
+        c_lse=c_lse,
+        c_picked=c_picked,
+        c_square=c_square,
+        others=others,
+        lse=lse,
+        lse_low=lse_low,
+        weight=weight,
+        sum_out=total,
+        spread_out=spread,
+        scale=scale,
+        sh=sh,
+        tie=tie,
     )
     return scale

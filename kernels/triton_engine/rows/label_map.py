@@ -2,10 +2,9 @@
 
     map[b, t] = bits: bit j set when a label of token block b lies in column part j of vocabulary tile t
 
-in: y [N, K] int64. out: map [token blocks, tiles] int32. Bytes: 8NK a tile chunk read, 4 · blocks · tiles written.
-Most tiles of a large vocabulary hold no label, and a sweep learns it from one scalar instead of a comparison per
-logit or a reduction per tile. A label outside [0, vocabulary) fails a device assertion, as in eager code.
-This file must not know what a label is used for.
+in: y [N, K] int64. out: map [token blocks, tiles] int32. Bytes: 8NK a tile chunk read, 4 · blocks · tiles written. Most
+tiles of a large vocabulary hold no label, and a sweep learns it from one scalar instead of a comparison per logit or a
+reduction per tile. A label outside [0, vocabulary) fails a device assertion, as in eager code.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def _check_launch(device: torch.device, shape: tuple[int, int], strides: tuple[i
 def check_labels(y: Tensor, vocab: int) -> None:
     """Device assertion that every label names a column."""
     if y.numel():
-        _check_launch(y.device, y.shape, y.stride(), vocab)(y)  # type: ignore[arg-type]
+        _check_launch(y.device, y.shape, y.stride(), vocab).run(y=y)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=KEPT)
@@ -105,5 +104,5 @@ def map_labels(s: Sweep, y: Tensor, first_col: int = 0, check: bool = False) -> 
     ``check``: also what `check_labels` asserts, of a window that holds the whole vocabulary.
     """
     label_map = y.new_empty((s.schedule.blocks, -(-s.vocab // s.tile.BN)), dtype=torch.int32)  # `cdiv` is slow Python
-    _map_launch(s, check)(y, label_map, first_col)
+    _map_launch(s, check).run(y=y, label_map=label_map, first_col=first_col)
     return label_map

@@ -1,12 +1,11 @@
 """Folds the partial rows of a sweep into row statistics.
 
     ref2 = max ref2_s,  total = Σ_s total_s 2^(ref2_s - ref2),  lse = ref2 / L + ln total
-    entropy = ln total - ln 2 · moment / total, max and argmax by the largest key, then the smallest
-    column, Σ u (lse - z) = Σ u ln total - Σ u (z·L - ref2) / L
+    entropy = ln total - ln 2 · moment / total,  variance = (ln 2)² (square / total - (moment / total)²)
+    Σ u (lse - z) = Σ u ln total - Σ u (z·L - ref2) / L,  max and argmax by the largest key, then the smallest column
 
-in: part [up to 6, size] float32, part_top [2, size] int32 (`device.schedule` places them). out: [N] vectors.
-Partial rows of programs merge exactly as those of tensor-parallel ranks would. Bytes: N · slots · 8 to 24.
-Must not know how rows were summed.
+in: part [up to 7, size] float32, part_top [2, size] int32 (`device.schedule` places them). out: [N] vectors. Partial
+rows of programs merge exactly as those of tensor-parallel ranks would. Bytes: N · slots · 8 to 24.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedhead.kernels.triton_engine.constants import LEAST_KEY, LN2, NO_COLUMN
 from fusedhead.kernels.triton_engine.device.rows import finite_or_zero, from_order_key, log_sum, rounded_off, spread_of
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
 from fusedhead.kernels.triton_engine.launch.launch import Launch
@@ -27,13 +27,14 @@ from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 
 @triton.jit(do_not_specialize=("N", "V", "P", "GROUP", "size"))
 def merge_kernel(
-    part,  # [up to 6, size] float32: ref2, total, moment, sum, relative sum, weight
+    part,  # [up to 7, size] float32: ref2, total, moment, sum, relative sum, weight, square
     part_top,  # [2, size] int32
     flags,  # [token blocks] int32, read when ONLY
     ref2_out,  # [N] float32 base-2 lse + SHIFT, when REF
     lse_out,  # [N] float32, unless REF
     lse_low_out,  # [N] float32, unless REF: what rounding took off lse
     entropy_out,  # [N] float32
+    variance_out,  # [N] float32
     sum_out,  # [N] float32
     spread_out,  # [N] float32
     max_out,  # [N] float32
@@ -50,6 +51,7 @@ def merge_kernel(
     SUM: tl.constexpr,
     SPREAD: tl.constexpr,
     ENTROPY: tl.constexpr,
+    VARIANCE: tl.constexpr,  # only with ENTROPY
     TOP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -67,11 +69,12 @@ def merge_kernel(
         ref2 = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         moment = tl.zeros((ROWS,), tl.float32)
+        square = tl.zeros((ROWS,), tl.float32)
         weighted = tl.zeros((ROWS,), tl.float32)
         relative = tl.zeros((ROWS,), tl.float32)
         weight = tl.zeros((ROWS,), tl.float32)
-        top = tl.full((ROWS,), -2147483648, tl.int32)
-        where = tl.full((ROWS,), 2147483647, tl.int32)
+        top = tl.full((ROWS,), LEAST_KEY, tl.int32)
+        where = tl.full((ROWS,), NO_COLUMN, tl.int32)
         for first in range(0, slots, SLOTS):
             slot = first + tl.arange(0, SLOTS)
             at = start.to(tl.int64) + slot[:, None].to(tl.int64) * distance + (row - block * BM)[None, :]
@@ -86,6 +89,10 @@ def merge_kernel(
             fade_s = tl.exp2(shift_s)
             if ENTROPY:
                 moment_s = tl.load(part + 2 * size + at, mask=there, other=0.0)
+                if VARIANCE:
+                    square_s = tl.load(part + 6 * size + at, mask=there, other=0.0)
+                    square_s = tl.sum(fade_s * (square_s + shift_s * (2.0 * moment_s + shift_s * total_s)), 0)
+                    square = fade * (square + shift * (2.0 * moment + shift * total)) + square_s
                 moment_s = tl.sum(fade_s * (moment_s + total_s * shift_s), 0)
                 moment = fade * (moment + total * shift) + moment_s
             if SPREAD:
@@ -98,11 +105,11 @@ def merge_kernel(
             if SUM:
                 weighted += tl.sum(tl.load(part + 3 * size + at, mask=there, other=0.0), 0)
             if TOP:
-                key = tl.load(part_top + at, mask=there, other=-2147483648)
-                col = tl.load(part_top + size + at, mask=there, other=2147483647)
+                key = tl.load(part_top + at, mask=there, other=LEAST_KEY)
+                col = tl.load(part_top + size + at, mask=there, other=NO_COLUMN)
                 best = tl.max(key, 0)
-                found = tl.min(tl.where(key == best[None, :], col, 2147483647), 0)
-                tied = tl.minimum(tl.where(best == top, where, 2147483647), found)
+                found = tl.min(tl.where(key == best[None, :], col, NO_COLUMN), 0)
+                tied = tl.minimum(tl.where(best == top, where, NO_COLUMN), found)
                 where = tl.where(best >= top, tied, where)
                 top = tl.maximum(best, top)
         if REF:
@@ -116,8 +123,11 @@ def merge_kernel(
             tl.store(lse_out + row, lse, mask=row < N)
             tl.store(lse_low_out + row, rounded_off(base, total, lse), mask=row < N)
         if ENTROPY:
-            entropy = (tl.log2(total) - moment / total) * 0.6931471805599453
+            entropy = (tl.log2(total) - moment / total) * LN2
             tl.store(entropy_out + row, entropy, mask=row < N)
+            if VARIANCE:
+                mean = moment / total
+                tl.store(variance_out + row, (square / total - mean * mean) * (LN2 * LN2), mask=row < N)
         if SUM:
             tl.store(sum_out + row, weighted, mask=row < N)
         if SPREAD:
@@ -128,7 +138,7 @@ def merge_kernel(
 
 
 MERGE_ROWS = 16
-FLAGS = ("REF", "FINITE", "ONLY", "SUM", "SPREAD", "ENTROPY", "TOP")
+FLAGS = ("REF", "FINITE", "ONLY", "SUM", "SPREAD", "ENTROPY", "VARIANCE", "TOP")
 DEFAULTS: dict[str, Any] = dict.fromkeys(FLAGS, False) | {"SHIFT": 0.0}
 
 
@@ -139,15 +149,17 @@ def _launch(s: Sweep, chosen: frozenset[tuple[str, Any]]) -> Launch:
 
 
 def merge_statistics(s: Sweep, part: Tensor, part_top: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
-    """lse and lse_low, and what is wanted of sum, spread, entropy, max and argmax, each [N], by name."""
-    summed = [name for name in ("sum", "spread", "entropy") if name in want]
+    """lse and lse_low, and what is wanted of sum, spread, entropy, variance, max and argmax, each [N], by name."""
+    summed = [name for name in ("sum", "spread", "entropy", "variance") if name in want]
     got = {name: part.new_empty(s.n) for name in ("lse", "lse_low", *summed)}
     top = bool(want & {"max", "argmax"})
     if top:
         got |= {"max": part.new_empty(s.n), "argmax": part.new_empty(s.n, dtype=torch.int64)}
-    chosen = frozenset({(name.upper(), name in want) for name in ("sum", "spread", "entropy")} | {("TOP", top)})
-    outputs = (got.get(name, part) for name in ("lse", "lse_low", "entropy", "sum", "spread", "max", "argmax"))
-    _launch(s, chosen)(part, part_top, part, part, *outputs)
+    chosen = frozenset(
+        {(name.upper(), name in want) for name in ("sum", "spread", "entropy", "variance")} | {("TOP", top)}
+    )
+    outputs = {f"{name}_out": out for name, out in got.items()}
+    _launch(s, chosen).run(part=part, part_top=part_top, **outputs)
     return {name: out for name, out in got.items() if name not in ("max", "argmax") or name in want}
 
 
@@ -156,4 +168,4 @@ def merge_reference(
 ) -> None:
     """ref2 [N] <- base-2 lse + shift, for the token blocks that ``flags`` marks (None: all); 0 where not finite."""
     chosen = frozenset({("REF", True), ("FINITE", finite), ("SHIFT", shift), ("ONLY", flags is not None)})
-    _launch(s, chosen)(part, part, part if flags is None else flags, ref2, *(part,) * 7)
+    _launch(s, chosen).run(part=part, flags=flags, ref2_out=ref2)

@@ -17,8 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head
+from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.rows import finite_or_zero
 from fusedhead.kernels.triton_engine.device.transform import transform
+from fusedhead.kernels.triton_engine.device.vectors import Vectors
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 
@@ -60,9 +62,9 @@ def reference_kernel(
         a = tl.load(h + row.to(tl.int64)[:, None] * sh0 + (k + inner)[None, :] * sh1, mask=mask, other=0.0)
         b = tl.load(w + col[:, None] * sw0 + (k + inner).to(tl.int64)[None, :] * sw1, mask=mask, other=0.0)
         acc += a.to(tl.float32) * b.to(tl.float32)
-    vectors = (cols, stride_cols, V, rows, stride_rows, N)
+    vectors = Vectors(cols, stride_cols, V, rows, stride_rows, N)
     z = transform(tl.sum(acc, 1), vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
-    tl.store(ref2 + row, finite_or_zero(z * 1.4426950408889634), mask=there)  # a masked target is none to refer to
+    tl.store(ref2 + row, finite_or_zero(z * LOG2E), mask=there)  # a masked target is none to refer to
 
 
 ROWS_EACH = 4  # of a program
@@ -76,4 +78,5 @@ def _launch(s: Sweep) -> Launch:
 
 def reference(s: Sweep, head: Head, ref2: Tensor) -> None:
     """ref2 [N] <- the target logit of each row in base 2 (column 0 where there are no labels)."""
-    _launch(s)(head.h, head.w, head.y, head.cols, head.rows, ref2)
+    cols, rows = head.cols if s.has_cols else None, head.rows if s.has_rows else None
+    _launch(s).run(h=head.h, w=head.w, y=head.y, cols=cols, rows=rows, ref2=ref2)

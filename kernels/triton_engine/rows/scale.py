@@ -3,8 +3,8 @@
     x [M], y [M'] of one floating dtype, contiguous · g [] on the same device · 2 bytes moved a byte of both, or none
 
 The gradients of a loss with respect to h and W are known up to the gradient of the loss itself, which is 1 in most
-programs and is known on the device only. Every program of the grid reads g and leaves at once where the rounded
-product would be x again. It must not know whose gradient x is.
+programs and is known on the device only. Every program of the grid reads g and leaves at once where the rounded product
+would be x again.
 """
 
 from __future__ import annotations
@@ -55,4 +55,4 @@ def scale_in_place(x: Tensor, y: Tensor | None, g: Tensor, unmoved: float) -> No
     sizes = x.numel(), 0 if y is None else y.numel()
     if any(sizes):
         with on_device(x):
-            _launch(x.device, (x.dtype, g.dtype), sizes, unmoved)(x, x if y is None else y, g)
+            _launch(x.device, (x.dtype, g.dtype), sizes, unmoved).run(x_ptr=x, y_ptr=x if y is None else y, g_ptr=g)

@@ -2,8 +2,7 @@
 
     out [N, D] = scale [N] ⊙ product [N, D] + r [N] ⊗ b [D]
 
-from the float32 product E w with one rounding to the dtype of h. Bytes: 6ND for a narrow h. It must not know what
-scale, r and b stand for.
+from the float32 product E w with one rounding to the dtype of h. Bytes: 6ND for a narrow h.
 """
 
 from __future__ import annotations
@@ -50,7 +49,8 @@ def _scale_launch(device: torch.device, dtype: torch.dtype, n: int, hidden: int,
 
 def scale_rows(product: Tensor, scale: Tensor, out: Tensor, rank_one: tuple[Tensor, Tensor] | None) -> None:
     """out [N, D] <- scale ⊙ product + r ⊗ b; product [N, D] float32 (or out itself), both contiguous."""
-    r, b = rank_one or (scale, scale)
+    r, b = rank_one or (None, None)
     n, hidden = out.shape
     wide = product.dtype != out.dtype
-    _scale_launch(out.device, out.dtype, n, hidden, rank_one is not None, wide)(product, scale, r, b, out)
+    launch = _scale_launch(out.device, out.dtype, n, hidden, rank_one is not None, wide)
+    launch.run(product=product, scale=scale, r=r, b=b, out=out)

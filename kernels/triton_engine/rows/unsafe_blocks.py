@@ -3,7 +3,7 @@
     flags[b] = 1 where a row's total Σ_v E[i, v] of block b is 0, inf, NaN or beyond 1e±18
 
 in: the sweep's partial totals (`device.schedule` places them). out: [token blocks] int32, which later kernels read on
-the device. Bytes: N · slots · 4. It must not know how a block is redone.
+the device. Bytes: N · slots · 4.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedhead.kernels.triton_engine.constants import SAFE_TOTAL
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
@@ -41,7 +42,7 @@ def check_kernel(
         slot = first + tl.arange(0, SLOTS)
         at = start.to(tl.int64) + slot[:, None].to(tl.int64) * distance + lane[None, :]
         total += tl.sum(tl.load(part + at, mask=(slot < slots)[:, None], other=0.0), 0)
-    safe = (total > 1e-18) & (total < 1e18)
+    safe = (total > 1 / SAFE_TOTAL) & (total < SAFE_TOTAL)
     bad = (block * BM + lane < N) & (safe == 0)
     tl.store(flags + block, tl.max(bad.to(tl.int32), 0))
 
@@ -54,5 +55,5 @@ def _launch(s: Sweep) -> Launch:
 def mark_unsafe(s: Sweep, part: Tensor) -> Tensor:
     """flags [token blocks] int32: 1 where a row's total says that its exponentials left the safe range."""
     flags = part.new_empty(s.schedule.blocks, dtype=torch.int32)
-    _launch(s)(part, flags)
+    _launch(s).run(part=part, flags=flags)
     return flags

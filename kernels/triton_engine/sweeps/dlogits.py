@@ -1,12 +1,13 @@
 """The gradient of the raw logits of one window, rebuilt from the saved lse: one persistent sweep.
 
-    dz_T = g_lse p + Σ_k g_picked_k [v = y_k] + g_sum u_v - g_entropy p (log p + H),   p = exp(z - lse - lse_low)
+    dz_T = p (g_lse - g_entropy d + g_variance d²) + Σ_k g_picked_k [v = y_k] + g_sum u_v
+    p = exp(z - lse - lse_low), d = log p + entropy; g_lse, g_entropy, g_variance: constant, linear, quadratic of
+    `contract.LogitGrads`
     dz   = dz_T pulled back through the transform
 
-in: h [M, D], w [V', D] (the window's slices), per-row upstream gradients, lse, entropy H. out: dz [M, V'] in
-the dtype of h, and per tile the sums that belong to the column and row vectors of the transform. Never
-reaches memory: z, p, anything of the window in float32. FLOP 2MDV', bytes 2MV' written. Must not know how dh
-and dw are accumulated.
+in: h [M, D], w [V', D] (the window's slices), per-row gradients, lse, entropy. out: dz [M, V'] in the dtype of h, and
+per tile the sums that belong to the column and row vectors of the transform. Never reaches memory: z, p, anything of
+the window in float32. FLOP 2MDV', bytes 2MV' written.
 """
 
 # ruff: noqa: SIM102 (a test at compile time stays a statement of its own: `and` would build both sides)
@@ -19,12 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, RowGrads, RowStats
+from fusedhead.kernels.contract import Head, LogitGrads, RowStats
+from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.product import column_part, product
 from fusedhead.kernels.triton_engine.device.rows import label_position
 from fusedhead.kernels.triton_engine.device.schedule import locate, step_counts
 from fusedhead.kernels.triton_engine.device.transform import pulled_back, transform
-from fusedhead.kernels.triton_engine.device.vectors import prefetch_columns
+from fusedhead.kernels.triton_engine.device.vectors import Vectors, prefetch_columns
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 from fusedhead.kernels.triton_engine.rows.label_map import labelled_parts, map_labels
@@ -45,8 +47,8 @@ def _store_vector_parts(
 ):  # fmt: skip
     """This tile's share of the gradient of the vector that step J names: Σ over rows or columns of g or g·z."""
     op: tl.constexpr = STEPS[2 * J]
-    V = vectors[2]
-    N = vectors[5]
+    V = vectors.V
+    N = vectors.N
     along_v: tl.constexpr = NEED_COLS and (op == "addcol" or op == "mulcol")
     along_n: tl.constexpr = NEED_ROWS and (op == "addrow" or op == "mulrow")
     if along_v or along_n:
@@ -73,6 +75,7 @@ def _epilogue(
     g_picked,
     g_sum,
     g_entropy,
+    g_variance,
     lse,
     lse_low,
     entropy,
@@ -91,6 +94,7 @@ def _epilogue(
     HAS_LSE: tl.constexpr,
     HAS_SUM: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_VARIANCE: tl.constexpr,
     HAS_U: tl.constexpr,
     NEED_COLS: tl.constexpr,
     NEED_ROWS: tl.constexpr,
@@ -99,8 +103,8 @@ def _epilogue(
     BM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    V = vectors[2]
-    N = vectors[5]
+    V = vectors.V
+    N = vectors.N
     start = part * WIDTH
     row = block * BM + tl.arange(0, BM)
     col = start + tl.arange(0, WIDTH)
@@ -112,12 +116,15 @@ def _epilogue(
         logp = z - (norm + 0.0 * norm)[:, None]  # NaN where it is infinite, as through a log_softmax
         if PRECISE:  # what bfloat16 and float16 round off is far more
             logp -= tl.load(lse_low + row, mask=there, other=0.0)[:, None]
-        p = tl.exp2(logp * 1.4426950408889634)
+        p = tl.exp2(logp * LOG2E)
         if HAS_LSE:
             dz = p * tl.load(g_lse + row, mask=there, other=0.0)[:, None]
         if HAS_ENTROPY:
             H = tl.load(entropy + row, mask=there, other=0.0)
             dz -= tl.load(g_entropy + row, mask=there, other=0.0)[:, None] * (p * (logp + H[:, None]))
+            if HAS_VARIANCE:
+                d = logp + H[:, None]
+                dz += tl.load(g_variance + row, mask=there, other=0.0)[:, None] * (p * (d * d))
     if HAS_SUM:
         g = tl.load(g_sum + row, mask=there, other=0.0)
         if HAS_U:
@@ -160,6 +167,7 @@ def dlogits_kernel(
     g_picked,  # [M, K] float32 when LABELS, contiguous
     g_sum,  # [M] float32 when HAS_SUM
     g_entropy,  # [M] float32 when HAS_ENTROPY
+    g_variance,  # [M] float32 when HAS_VARIANCE, only with HAS_ENTROPY
     lse,  # [M] float32
     lse_low,  # [M] float32, read when PRECISE
     entropy,  # [M] float32 when HAS_ENTROPY
@@ -185,6 +193,7 @@ def dlogits_kernel(
     HAS_LSE: tl.constexpr,
     HAS_SUM: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_VARIANCE: tl.constexpr,
     HAS_U: tl.constexpr,
     NEED_COLS: tl.constexpr,
     NEED_ROWS: tl.constexpr,
@@ -204,7 +213,7 @@ def dlogits_kernel(
 ):
     pid = tl.program_id(0)
     P = tl.num_programs(0)
-    vectors = (cols, stride_cols, V, rows, stride_rows, N)
+    vectors = Vectors(cols, stride_cols, V, rows, stride_rows, N)
     main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
     for step in tl.range(0, steps, flatten=FLATTEN):
         block, tile, _, _ = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
@@ -216,15 +225,16 @@ def dlogits_kernel(
         for j in tl.static_range(PARTS):
             x = column_part(acc, j, PARTS, BM, BN)
             _epilogue(
-                x, dz, y, u, vectors, g_lse, g_picked, g_sum, g_entropy, lse, lse_low, entropy, part_cols, part_rows,
-                block, PARTS * tile + j, (here >> j) & 1, first_col, sy0, sy1, K, rows_size, STEPS, LABELS,
-                HAS_LSE, HAS_SUM, HAS_ENTROPY, HAS_U, NEED_COLS, NEED_ROWS, PRECISE, DTYPE, BM, BN // PARTS,
+                x, dz, y, u, vectors, g_lse, g_picked, g_sum, g_entropy, g_variance, lse, lse_low, entropy,
+                part_cols, part_rows, block, PARTS * tile + j, (here >> j) & 1, first_col, sy0, sy1, K, rows_size,
+                STEPS, LABELS, HAS_LSE, HAS_SUM, HAS_ENTROPY, HAS_VARIANCE, HAS_U, NEED_COLS, NEED_ROWS, PRECISE,
+                DTYPE, BM, BN // PARTS,
             )  # fmt: skip
 
 
 @lru_cache(maxsize=KEPT)
 def _launch(s: Sweep, given: tuple[bool, ...], need_cols: bool, need_rows: bool) -> Launch:
-    has_lse, has_picked, has_sum, has_entropy = given
+    has_lse, has_entropy, has_variance, has_picked, has_sum = given
     if s.tile.paired:
         from fusedhead.kernels.triton_engine.gluon.dlogits import dlogits_pair_kernel  # where pairs serve only
 
@@ -235,6 +245,7 @@ def _launch(s: Sweep, given: tuple[bool, ...], need_cols: bool, need_rows: bool)
         HAS_LSE=has_lse,
         HAS_SUM=has_sum,
         HAS_ENTROPY=has_entropy,
+        HAS_VARIANCE=has_variance,
         NEED_COLS=need_cols,
         NEED_ROWS=need_rows,
         rows_size=_column_parts(s),
@@ -250,39 +261,40 @@ def dlogits(
     s: Sweep,
     head: Head,
     window: Tensor,
-    upstream: RowGrads,
+    grads: LogitGrads,
     stats: RowStats,
     first_col: int,
     need_cols: bool,
     need_rows: bool,
-) -> tuple[Tensor, Tensor]:
-    """window [N, ld] <- dz; returns partial sums of the vectors' gradients [steps, ., V], [steps, ., N]."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """window [N, ld] <- dz; returns partial sums of the needed vectors' gradients [steps, ., V], [steps, ., N]."""
     h, w, y, cols, rows, u, _ = head
-    lse, steps = stats.lse, len(s.steps) // 2
-    part_cols = lse.new_empty((steps, s.schedule.blocks, s.vocab)) if need_cols else lse
-    part_rows = lse.new_empty((steps, _column_parts(s), s.n)) if need_rows else lse
-    g_lse, g_picked, g_sum, g_entropy, _ = upstream
-    given = (g_lse is not None, g_picked is not None, g_sum is not None, g_entropy is not None)
-    low = stats.lse_low
-    if low is None:  # read in float32 only
-        low = torch.zeros_like(lse) if h.dtype == torch.float32 else lse
-    _launch(s, given, need_cols, need_rows)(
-        *s.operands(h, w, window),
-        s.window(window),
-        y,
-        y if g_picked is None else map_labels(s, y, first_col),
-        u,
-        cols,
-        rows,
-        lse if g_lse is None else g_lse,
-        lse if g_picked is None else g_picked,
-        lse if g_sum is None else g_sum,
-        lse if g_entropy is None else g_entropy,
-        lse,
-        low,
-        lse if stats.entropy is None else stats.entropy,
-        part_cols,
-        part_rows,
-        first_col,
+    lse, low, steps = stats.lse, None, len(s.steps) // 2
+    part_cols = lse.new_empty((steps, s.schedule.blocks, s.vocab)) if need_cols else None
+    part_rows = lse.new_empty((steps, _column_parts(s), s.n)) if need_rows else None
+    g_lse, g_entropy, g_variance, g_picked, g_sum = grads
+    if h.dtype == torch.float32:  # read there only
+        low = torch.zeros_like(lse) if stats.lse_low is None else stats.lse_low
+    h_tiles, w_tiles = s.operands(h, w, window)
+    _launch(s, tuple(g is not None for g in grads), need_cols, need_rows).run(
+        h=h_tiles,
+        w=w_tiles,
+        dz=s.window(window),
+        y=y,
+        label_map=None if g_picked is None else map_labels(s, y, first_col),
+        u=u if s.has_u else None,
+        cols=cols if s.has_cols else None,
+        rows=rows if s.has_rows else None,
+        g_lse=g_lse,
+        g_picked=g_picked,
+        g_sum=g_sum,
+        g_entropy=g_entropy,
+        g_variance=g_variance,
+        lse=lse,
+        lse_low=low,
+        entropy=None if g_entropy is None else stats.entropy,
+        part_cols=part_cols,
+        part_rows=part_rows,
+        first_col=first_col,
     )
     return part_cols, part_rows

@@ -24,11 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head
+from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.product import column_part, product
 from fusedhead.kernels.triton_engine.device.rows import class_weights, laid_out_as, store_labelled, weighted_sum
 from fusedhead.kernels.triton_engine.device.schedule import any_marked, locate, partial_offset, step_counts
-from fusedhead.kernels.triton_engine.device.transform import column_slope, transform, varies_along_row
-from fusedhead.kernels.triton_engine.device.vectors import prefetch, prefetch_columns
+from fusedhead.kernels.triton_engine.device.transform import column_slope, transform
+from fusedhead.kernels.triton_engine.device.vectors import Vectors, prefetch, prefetch_columns
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 from fusedhead.kernels.triton_engine.rows.label_map import labelled_parts
@@ -62,8 +63,8 @@ def _epilogue(
     WIDTH: tl.constexpr,
 ):
     """Stores one part of a tile of E; returns its row sums (of the exponentials, of u z, of u (z·L - ref2))."""
-    V = vectors[2]
-    N = vectors[5]
+    V = vectors.V
+    N = vectors.N
     row = block * BM + tl.arange(0, BM)
     col = start + tl.arange(0, WIDTH)
     z = transform(acc, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
@@ -73,7 +74,7 @@ def _epilogue(
             if here != 0:
                 store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, WIDTH)
                 store_labelled(laid_out_as(c, z), y, sy0, sy1, K, row, N, start, slope, LABELS, WIDTH)
-    exponent = tl.fma(z, 1.4426950408889634, -ref2[:, None])
+    exponent = tl.fma(z, LOG2E, -ref2[:, None])
     e = tl.exp2(exponent)
     if not EVEN:
         if start + WIDTH > V:
@@ -147,7 +148,7 @@ def exp_kernel(
     LATE: tl.constexpr = VARYING or SUM  # epilogues that need the registers which would hold ref2 during the product
     pid = tl.program_id(0)
     P = tl.num_programs(0)
-    vectors = (cols, stride_cols, V, rows, stride_rows, N)
+    vectors = Vectors(cols, stride_cols, V, rows, stride_rows, N)
     main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
     if ONLY:
         steps = tl.where(any_marked(flags, tl.cdiv(N, BM), tl.arange(0, 128)), steps, 0)
@@ -206,7 +207,7 @@ def _launch(s: Sweep, total: bool, only: bool) -> Launch:
 
         return s.launch(exp_pair_kernel, ONLY=only)
     own = {"FLATTEN": False} if only else {}
-    varying = varies_along_row(s.transform)
+    varying = s.transform.varies_along_row
     return s.launch(exp_kernel, SUM=total, VARYING=varying, ONLY=only, **own)
 
 
@@ -224,17 +225,19 @@ def exponentials(
     """window [N, ld] <- E; part [1 or 3, size] <- totals (and both sums); picked, slope [N, K] at the labels."""
     h, w, y, cols, rows, u, _ = head
     launch = _launch(s, part.shape[0] == 3, flags is not None)
-    launch(
-        *s.operands(h, w, window),
-        s.window(window),
-        y,
-        y if label_map is None else label_map,
-        u,
-        cols,
-        rows,
-        y if flags is None else flags,
-        ref2,
-        picked,
-        slope,
-        part,
+    h_tiles, w_tiles = s.operands(h, w, window)
+    launch.run(
+        h=h_tiles,
+        w=w_tiles,
+        E=s.window(window),
+        y=y,
+        label_map=label_map,
+        u=u if s.has_u else None,
+        cols=cols if s.has_cols else None,
+        rows=rows if s.has_rows else None,
+        flags=flags,
+        ref2=ref2,
+        picked=picked,
+        slope=slope,
+        part=part,
     )

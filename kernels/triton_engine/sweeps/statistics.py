@@ -1,7 +1,7 @@
 """One persistent sweep over z = T(h @ w.T) that keeps row statistics and never stores a logit.
 
     per row: ref2 = max z·L, total = Σ 2^(z·L - ref2),
-             moment = Σ 2^(z·L - ref2)(z·L - ref2), Σ u z, Σ u (z·L - ref2), Σ u, max and argmax
+             moment, square = Σ 2^(z·L - ref2)(z·L - ref2)^k for k = 1, 2; Σ u z, Σ u (z·L - ref2), Σ u, max and argmax
     in:  h [N, D], w [V, D], labels, vectors of the transform
     out: partial rows (`device.schedule`), picked
 
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head
+from fusedhead.kernels.triton_engine.constants import LEAST_KEY, LOG2E, NO_COLUMN
 from fusedhead.kernels.triton_engine.device.product import column_part, product
 from fusedhead.kernels.triton_engine.device.rows import (
     class_weights,
@@ -34,12 +35,13 @@ from fusedhead.kernels.triton_engine.device.rows import (
 )
 from fusedhead.kernels.triton_engine.device.schedule import any_marked, locate, partial_offset, step_counts
 from fusedhead.kernels.triton_engine.device.transform import decided, steps_of, transform
-from fusedhead.kernels.triton_engine.device.vectors import prefetch_columns
+from fusedhead.kernels.triton_engine.device.vectors import Vectors, prefetch_columns
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep, sweep
 from fusedhead.kernels.triton_engine.rows.label_map import labelled_parts, map_labels
 from fusedhead.kernels.triton_engine.windows import full_cuts
 
+PART_ROWS = (("variance", 7), ("spread", 6), ("sum", 4), ("entropy", 3))  # how many rows of ``part`` a statistic reads
 LAUNCH_FLOP = 29 * 10**11  # 4 ms of an H100, beside which the start and the end of a launch do not show
 UNSPECIALISED = ("N", "V", "D", "K", "GROUP", "size", "sy0", "sy1", "stride_cols", "stride_rows")
 
@@ -55,7 +57,7 @@ def stream_kernel(
     rows,  # [R, N] float32
     flags,  # [token blocks] int32, read when ONLY
     picked,  # [N, K] float32, written where a label lies
-    part,  # [up to 6, size] float32: ref2, total, moment, sum, relative sum, weight
+    part,  # [up to 7, size] float32: ref2, total, moment, sum, relative sum, weight, square
     part_top,  # [2, size] int32: order key of the max, its column
     N,
     V,
@@ -77,6 +79,7 @@ def stream_kernel(
     SUM: tl.constexpr,
     SPREAD: tl.constexpr,  # only with SUM
     ENTROPY: tl.constexpr,
+    VARIANCE: tl.constexpr,  # only with ENTROPY
     TOP: tl.constexpr,
     ONLY: tl.constexpr,
     EVEN: tl.constexpr,  # V is a multiple of BN
@@ -95,7 +98,7 @@ def stream_kernel(
 ):
     pid = tl.program_id(0)
     P = tl.num_programs(0)
-    vectors = (cols, stride_cols, V, rows, stride_rows, N)
+    vectors = Vectors(cols, stride_cols, V, rows, stride_rows, N)
     main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
     if ONLY:
         steps = tl.where(any_marked(flags, tl.cdiv(N, BM), tl.arange(0, 128)), steps, 0)
@@ -103,10 +106,11 @@ def stream_kernel(
     ref2 = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     moment = tl.zeros((BM,), tl.float32)
+    square = tl.zeros((BM,), tl.float32)
     weighted = tl.zeros((BM,), tl.float32)
     relative = tl.zeros((BM,), tl.float32)
     weight = tl.zeros((), tl.float32)
-    top = tl.full((BM,), -2147483648, tl.int32)
+    top = tl.full((BM,), LEAST_KEY, tl.int32)
     where = tl.zeros((BM,), tl.int32)
     for step in tl.range(0, steps, flatten=FLATTEN):
         block, tile, slot, last = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
@@ -126,9 +130,9 @@ def stream_kernel(
                 col = start + tl.arange(0, BN // PARTS)
                 if TOP:
                     key = order_key(decided(raw, vectors, col, row, STEPS, PRECISE))
-                    key = tl.where((col < V)[None, :], key, -2147483648)
+                    key = tl.where((col < V)[None, :], key, LEAST_KEY)
                     best = tl.max(key, 1)
-                    at = tl.min(tl.where(key == best[:, None], col[None, :], 2147483647), 1)
+                    at = tl.min(tl.where(key == best[:, None], col[None, :], NO_COLUMN), 1)
                     where = tl.where(best > top, at, where)
                     top = tl.maximum(best, top)
                 z = transform(raw, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
@@ -138,17 +142,20 @@ def stream_kernel(
                 if not EVEN:
                     if start + BN // PARTS > V:
                         z = tl.where((col < V)[None, :], z, float("-inf"))
-                new = tl.maximum(ref2, tl.max(z, 1) * 1.4426950408889634)
+                new = tl.maximum(ref2, tl.max(z, 1) * LOG2E)
                 base = finite_or_zero(new)
                 shift = tl.where(tl.abs(ref2) < float("inf"), ref2, base) - base
                 fade = tl.exp2(shift)
-                exponent = tl.fma(z, 1.4426950408889634, -base[:, None])
+                exponent = tl.fma(z, LOG2E, -base[:, None])
                 e = tl.exp2(exponent)
                 if SPREAD:
                     relative += weight * shift + weighted_sum(exponent, classes, col, V)
                     weight += tl.sum(classes, 0)
                 if ENTROPY:
                     inside = tl.where((col < V)[None, :], e * exponent, 0.0)
+                    if VARIANCE:
+                        squares = tl.sum(tl.where((col < V)[None, :], inside * exponent, 0.0), 1)
+                        square = fade * (square + shift * (2.0 * moment + shift * total)) + squares
                     moment = fade * (moment + total * shift) + tl.sum(inside, 1)
                 total = fade * total + tl.sum(e, 1)
                 ref2 = new
@@ -163,6 +170,8 @@ def stream_kernel(
                 tl.store(part + size + to, total)
                 if ENTROPY:
                     tl.store(part + 2 * size + to, moment)
+                if VARIANCE:
+                    tl.store(part + 6 * size + to, square)
                 if SUM:
                     tl.store(part + 3 * size + to, weighted)
                 if SPREAD:
@@ -175,10 +184,11 @@ def stream_kernel(
         ref2 = tl.where(last, float("-inf"), ref2)
         total = tl.where(last, 0.0, total)
         moment = tl.where(last, 0.0, moment)
+        square = tl.where(last, 0.0, square)
         weighted = tl.where(last, 0.0, weighted)
         relative = tl.where(last, 0.0, relative)
         weight = tl.where(last, 0.0, weight)
-        top = tl.where(last, -2147483648, top)
+        top = tl.where(last, LEAST_KEY, top)
         where = tl.where(last, 0, where)
 
 
@@ -211,6 +221,7 @@ def _launch(s: Sweep, want: frozenset[str], labels: int, only: bool) -> Launch:
         SUM=bool(want & {"sum", "spread"}),
         SPREAD="spread" in want,
         ENTROPY="entropy" in want,
+        VARIANCE="variance" in want,
         TOP=top,
         ONLY=only,
         **own,
@@ -225,23 +236,25 @@ def stream(
     flags: Tensor | None = None,
     logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Partial rows ([up to 6, size] float32, [2, size] int32) of a sweep; ``picked`` [N, K] float32 is filled."""
+    """Partial rows ([up to 7, size] float32, [2, size] int32) of a sweep; ``picked`` [N, K] float32 is filled."""
     h, w, y, cols, rows, u, _ = head
-    count = next((rows for name, rows in (("spread", 6), ("sum", 4), ("entropy", 3)) if name in want), 2)
+    count = next((rows for name, rows in PART_ROWS if name in want), 2)
     part = h.new_empty((count, s.schedule.size), dtype=torch.float32)
     top = want & {"max", "argmax"}
     part_top = h.new_empty((2, s.schedule.size), dtype=torch.int32) if top else part
     launch = _launch(s, want, 0 if picked is None else s.labels, flags is not None)
-    launch(
-        *s.operands(h, w, logits),
-        y,
-        y if picked is None else map_labels(s, y),
-        u,
-        cols,
-        rows,
-        y if flags is None else flags,
-        part if picked is None else picked,
-        part,
-        part_top,
+    h_tiles, w_tiles = s.operands(h, w, logits)
+    launch.run(
+        h=h_tiles,
+        w=w_tiles,
+        y=y,
+        label_map=None if picked is None else map_labels(s, y),
+        u=u if s.has_u else None,
+        cols=cols if s.has_cols else None,
+        rows=rows if s.has_rows else None,
+        flags=flags,
+        picked=picked,
+        part=part,
+        part_top=part_top,
     )
     return part, part_top

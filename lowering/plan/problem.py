@@ -1,0 +1,56 @@
+"""The words of the planner: the sizes and kinds of one head to compute, and one way to compute it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fusedhead.kernels.contract import Needs, Windows
+from fusedhead.kernels.transform.transform import Transform
+
+AUTO, LEAST = 0, -1  # values of the option `memory` that are no budget in MiB
+MIB = 1 << 20
+NO_TRANSFORM = Transform()
+BOTH = Needs(True, True, False, False)
+
+
+class Problem(NamedTuple):
+    """One head to compute, as far as a plan depends on it."""
+
+    tokens: int  # N
+    vocab: int  # V
+    hidden: int  # D
+    dtype: torch.dtype  # of h and w
+    device_type: str
+    products: torch.dtype  # of the torch engine's matrix products (`product_dtypes`)
+    needs: Needs = BOTH  # operands that want a gradient from this call; none for the statistics alone
+    linear: bool = True  # whether coefficients are known before the sweep
+    row_scale: bool = True  # whether gradients are a row scale away from exponentials
+    explicit: bool = False  # whether a sweep writes out dz or all logits (`writes_logits`)
+    transform: Transform = NO_TRANSFORM
+    labels: int = 1  # K
+
+    @property
+    def narrow(self) -> bool:
+        """Whether an element has two bytes."""
+        return self.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether gradients can come out of the sweep that finds the statistics."""
+        return self.linear and self.row_scale
+
+
+class Candidate(NamedTuple):
+    """One way to compute a head."""
+
+    algorithm: str  # of the table in `plan.plan`
+    windows: Windows
+    workspace_bytes: int  # at the peak, without operands and results
+
+
+def writes_logits(want: frozenset[str], transform: Transform) -> bool:
+    """Whether the torch engine reads statistics off written logits: all but those of one softmax and plain sums."""
+    short = {"lse", "lse_low", "picked"} | ({"sum", "spread"} if transform.plain_scale is not None else set())
+    return not want <= short
