@@ -29,3 +29,8 @@ __all__ = [
     "fusedhead",
     "linear_cross_entropy",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names: what is imported beside them is no part of the interface."""
+    return sorted(__all__)
