@@ -161,7 +161,8 @@ def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
-    tensors, products = list(ctx.saved_tensors[: ctx.given]), list(ctx.saved_tensors[ctx.given :])
+    saved = list(ctx.saved_tensors)  # read once: a checkpoint computes them again at each reading
+    tensors, products = saved[: ctx.given], saved[ctx.given :]
     needs = list(ctx.needs_input_grad[0])
     absent = tensors[0].new_empty(())  # of no dimension, which no gradient of rows is
     upstream = [absent if g is None or not t.is_floating_point else g for g, t in zip(grads, ctx.dtypes)]
