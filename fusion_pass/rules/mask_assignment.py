@@ -28,18 +28,18 @@ def rows_set(node: Node, value: Any, index: Any, number: float) -> Any:
     mask, chosen = mask_of(value, index)
     column = Plain(Expr(aten.unsqueeze.default, (mask, -1)), mask.val.unsqueeze(-1))
 
-    def read(op: Any, val: Any, *args: Any, alone: Any = None) -> Any:
-        return by_tokens(Context(node, val, op, alone=alone), *args)
+    def read(op: Any, val: Any, *args: Any) -> Any:
+        return by_tokens(Context(node, val, op, alone=val), *args)  # none of these ops is one that autocast acts on
 
     val = value.val
     if chosen is None:
-        return read(aten.where.ScalarSelf, val, column, number, value, alone=val)
+        return read(aten.where.ScalarSelf, val, column, number, value)
     label = chosen.val.new_empty(column.val.shape)
     kept = Expr(aten.where.ScalarOther, (column, Expr(aten.unsqueeze.default, (chosen, -1)), 0))
     at = Plain(kept, label)
     here = read(aten.gather.default, val.new_empty(label.shape), value, -1, at)
-    there = read(aten.where.ScalarSelf, here.val, column, number, here, alone=here.val)
-    return read(aten.scatter.src, val, value, -1, at, there, alone=val)
+    there = read(aten.where.ScalarSelf, here.val, column, number, here)
+    return read(aten.scatter.src, val, value, -1, at, there)
 
 
 def mask_of(value: Any, index: Any) -> tuple[Plain, Plain | None]:
