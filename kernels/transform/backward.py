@@ -40,7 +40,8 @@ def record(
         before = z
         z = step.kind.apply(before, x, None if keeps == "input" else before)
         if keeps == "input":
-            tape.append(before)
+            tape.append(before)  # later steps overwrite z: it has memory of its own
+            z = z.clone() if z.data_ptr() == before.data_ptr() or not z.is_contiguous() else z
         elif keeps == "output":
             tape.append(z)
             z = z.clone()

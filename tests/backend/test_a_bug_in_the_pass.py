@@ -51,7 +51,7 @@ STAGES = [
     "legality.legality:functorch", "legality.other_products:products",
     "rewrite.returned_logits:recipe", "analysis.body:redirect", "rewrite.returned_logits:place",
     "rewrite.token_programs:emit_region", "rewrite.statistics:erase_unused", "rewrite.statistics:emit_sweeps",
-    "rewrite.sweeps:groups", "rewrite.operands:operands", "rewrite.statistics:rebuild", "rewrite.statistics:erase",
+    "rewrite.sweeps:groups", "rewrite.operands:operands", "rewrite.statistics:rebuild_terminal", "rewrite.statistics:erase",
     "ir.builder:Emit.__call__", "rewrite.forward_gradients:price_of_statistics",
     "rewrite.forward_gradients:upgrade", "rewrite.forward_gradients:try_tail", "rewrite.forward_gradients:hoist",
     "rewrite.forward_gradients:replace", "report.records:record_of_decision",

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fusedhead.legality import sharding
+from fusedhead.legality.reasons import Illegal
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -105,4 +105,4 @@ dist.destroy_process_group()
 def test_what_fsdp_frees_after_the_forward_is_not_read_later_and_a_loss_in_the_graph_is_fused() -> None:
     done = subprocess.run([sys.executable, "-c", SHARDED], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [[False, sharding.REASON], [True, ""]]
+    assert json.loads(done.stdout.splitlines()[-1]) == [[False, Illegal.GATHERED_WEIGHT.value], [True, ""]]
