@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     clear_function_transforms: Callable[[], Any]
     disable_torch_function_subclass: Any
     dispatch_modes: Callable[[], list[Any]]
+    function_modes: Callable[[], list[Any]]
     function_transform_level: Callable[[], int | None]
     has_kernel_for_key: Callable[[str, str], bool]
     make_wrapper_subclass: Callable[..., Any]
@@ -61,6 +62,7 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     skip_frames_of: Callable[[str], None]
     top_saved_tensors_hooks: Callable[[bool], Any]
     throw_on_data_ptr: Callable[[torch.Tensor], None]
+    torch_function_enabled: Callable[[], bool]
 
 log = logging.getLogger("fusedhead")
 
@@ -88,6 +90,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "enable_python_dispatcher": ("torch._dispatch.python", "enable_python_dispatcher"),
     "enter_autocast": ("torch.amp.autocast_mode", "_enter_autocast"),
     "exit_autocast": ("torch.amp.autocast_mode", "_exit_autocast"),
+    "function_modes": ("torch.overrides", "_get_current_function_mode_stack"),
     "function_transform_level": ("torch._C._functorch", "maybe_current_level"),
     "has_kernel_for_key": ("torch._C", "_dispatch_has_kernel_for_dispatch_key"),
     "make_graph_module": ("torch.fx._lazy_graph_module", "_make_graph_module"),
@@ -98,6 +101,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "skip_frames_of": ("torch._dynamo.trace_rules", "add"),
     "throw_on_data_ptr": ("torch._C", "_set_throw_on_mutable_data_ptr"),
     "top_saved_tensors_hooks": ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
+    "torch_function_enabled": ("torch._C", "_is_torch_function_enabled"),
     "tree_flatten": ("torch.utils._pytree", "tree_flatten"),
     "tree_leaves": ("torch.utils._pytree", "tree_leaves"),
     "tree_map": ("torch.utils._pytree", "tree_map"),

@@ -26,7 +26,7 @@ from fusedhead.legality.profitability import rows_from
 __all__ = ["DeferredLogits", "StaleLogits", "deferring", "existing", "plain"]
 
 
-def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
+def hand_out(origin: Origin, sources: Sequence[Any]) -> Tensor:
     """The tensor that stands for a recipe's result on these sources (tensors, and numbers for sizes)."""
     recipe = origin.recipe
     mode = Mode(differentiable(recipe, sources), None, torch.is_inference_mode_enabled())
@@ -95,6 +95,6 @@ def deferring(memory: int, overwrites: bool, min_logits: str | int = "auto") -> 
         if origin is None:
             least = rows_from(recipe.device, memory) if min_logits == "auto" else 0
             origin = origins.setdefault(recipe, Origin(recipe, memory, least))
-        return defer(origin, [kept(s) for s in sources] if overwrites else sources)
+        return hand_out(origin, [kept(s) for s in sources] if overwrites else sources)
 
     return finish

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from fusedhead.analysis.body import Body
@@ -15,6 +16,12 @@ from fusedhead.graph.reasons import refuse
 from fusedhead.legality.reasons import Illegal
 
 DEEPSPEED = "ds_id"  # what ZeRO-3 calls a parameter by; it empties parameters where they lie
+
+MANAGED = "_is_fsdp_managed_module"  # what FSDP (1 and 2) sets on modules, for Dynamo
+
+
+def fsdp2_in_use() -> bool:
+    return False
 
 
 def run(body: Body) -> None:
@@ -42,3 +49,8 @@ def of_fsdp(node: Node) -> bool:
 
 def of_deepspeed(node: Node) -> bool:
     return hasattr(getattr(node.meta.get("grapharg"), "example", None), DEEPSPEED)
+
+
+def given_back_by(module: nn.Module, weight: Tensor) -> bool:
+    """The same of a module's weight, outside any graph."""
+    return hasattr(weight, DEEPSPEED) or getattr(module, MANAGED, False)
