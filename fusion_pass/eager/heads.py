@@ -23,10 +23,11 @@ from fusedhead.analysis.lone_heads import pays
 from fusedhead.backend import compile_graph
 from fusedhead.compat import unusable
 from fusedhead.eager.projection_graph import STATIC_SIZES, arguments, graph_of
-from fusedhead.eager.surroundings import of_plain_tensors, plainly_eager, stays
+from fusedhead.eager.surroundings import of_plain_tensors, plainly_eager
 from fusedhead.functional.eager_linear import forward_with
 from fusedhead.graph.run_counts import LIBRARIES, Run
 from fusedhead.legality.profitability import least_logits
+from fusedhead.legality.sharding import given_back_by
 from fusedhead.options import split
 from fusedhead.report import observers
 from fusedhead.report.report import Report
@@ -82,7 +83,7 @@ def project(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     tokens = input.numel() // max(1, input.shape[-1])
     least = max(1, least_logits(weight.device.type, own.min_logits))
     few = not torch.is_grad_enabled() and tokens < LEAST_TOKENS
-    if own.logits != "deferred" or tokens * weight.shape[0] < least or few or not stays(module, weight):
+    if own.logits != "deferred" or tokens * weight.shape[0] < least or few or given_back_by(module, weight):
         return F.linear(input, weight, bias)
     if head is None:
         if getattr(module, "_is_replica", False):  # of `nn.DataParallel`, a new one for every call
@@ -104,12 +105,9 @@ def calls_of(head: Head, module: nn.Module, operands: tuple[Tensor, Tensor, Tens
     device = operands[1].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     shapes = tuple(n if n in STATIC_SIZES else -1 for n in operands[0].shape[:-1])
-    kind = (own, autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), shapes) + tuple(
-        None
-        if x is None
-        else (x.shape[1 if at == 0 else 0 :][-2:] if at else x.shape[-1], x.dtype, x.device, x.requires_grad)
-        for at, x in enumerate(operands)
-    )
+    of_operands = (None if x is None else (x.dtype, x.device, x.requires_grad) for x in operands)
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    kind = (own, autocast, *modes, shapes, operands[1].shape, *of_operands)
     found = head.kinds.get(kind)
     if found is None:
         with head.lock:
@@ -212,7 +210,7 @@ def install() -> None:
     with _guard:
         if not _installed or nn.Linear.forward is not _installed[1]:
             original, ours = nn.Linear.forward, forward_with(project)
-            nn.Linear.forward = ours  # type: ignore[method-assign]
+            nn.Linear.forward = ours  # type: ignore[method-assign, assignment]
             _installed[:] = [original, ours]
 
 

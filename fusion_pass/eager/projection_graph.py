@@ -43,7 +43,7 @@ def fake_of(mode: Any, operand: Tensor, symbolic: Sequence[int]) -> Tensor:
     """A fake of an operand, as if it were contiguous: what the pass does depends on no stride."""
     sizes = [DimDynamic.DYNAMIC if d in symbolic else DimDynamic.STATIC for d in range(operand.ndim)]
     shell = torch.empty(operand.shape, dtype=operand.dtype, device="meta")
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     shape = mode.from_tensor(shell, symbolic_context=context, source=ConstantSource("input")).shape
     with mode:
         return torch.empty(shape, dtype=operand.dtype, device=operand.device).requires_grad_(operand.requires_grad)

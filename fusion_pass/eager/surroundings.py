@@ -1,12 +1,12 @@
 """Whether an eager projection may put off what it computes: what is active around it, and who owns its weight.
 
-| what                                                                  | why it is then computed at once                |
-|-----------------------------------------------------------------------|------------------------------------------------|
-| a mode that sees functions or ops, a transform of ``torch.func``      | it gives the call a meaning of its own         |
-| a tracer, a compiler                                                  | it records the call                            |
-| a region of checkpointing                                             | both passes over it have to save the same      |
-| a weight of FSDP1 or of ZeRO-3                                        | it is whole only while its module runs         |
-| operands of another class, layout, dtype or device than plain tensors | their class says what the call is              |
+| what                                                                  | why it is then computed at once |
+|-----------------------------------------------------------------------|-----------------------------------------------|
+| a mode that sees functions or ops, a transform of ``torch.func``      | it gives the call a meaning of its own |
+| a tracer, a compiler                                                  | it records the call |
+| a region of checkpointing                                             | both passes over it have to save the same |
+| a weight of FSDP1 or of ZeRO-3                                        | it is whole only while its module runs       |
+| operands of another class, layout, dtype or device than plain tensors | their class says what the call is |
 
 This file reads; it knows no graphs.
 """
@@ -20,7 +20,6 @@ from torch.utils._device import DeviceContext
 
 from fusedhead.compat import dispatch_modes, function_modes, function_transform_level, torch_function_enabled
 from fusedhead.deferred.surroundings import checkpoint
-from fusedhead.legality.sharding import fsdp2_in_use, given_back_by
 
 LINEAR = F.linear
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -55,8 +54,3 @@ def of_plain_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool
         and all(x.dtype in DTYPES if autocast else x.dtype == weight.dtype for x in others)
         and not any(x.is_inference() and torch.is_grad_enabled() for x in (weight, *others))
     )
-
-
-def stays(module: nn.Module, weight: Tensor) -> bool:
-    """Whether a weight can be read, or copied to be read, after its module has run."""
-    return not given_back_by(module, weight) or fsdp2_in_use()

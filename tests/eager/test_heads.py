@@ -1,4 +1,4 @@
-"""Heads that nobody compiles: eager projections hand out deferred logits, and what a program can see stays as it was."""
+"""Heads that nobody compiles: eager projections hand out deferred logits, and what a program sees is as it was."""
 
 from __future__ import annotations
 
