@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module  # noqa: F401
     from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module  # noqa: F401
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: F401
+    from torch.utils._device import DeviceContext  # noqa: F401
     from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
     from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes  # noqa: F401
     from torch.utils._pytree import (  # noqa: F401
@@ -72,6 +73,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "BackwardCFunction": ("torch.autograd.function", "BackwardCFunction"),
     "ConstantSource": ("torch._dynamo.source", "ConstantSource"),
     "CustomGraphPass": ("torch._inductor.custom_graph_pass", "CustomGraphPass"),
+    "DeviceContext": ("torch.utils._device", "DeviceContext"),
     "DispatchKey": ("torch._C", "DispatchKey"),
     "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
     "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),

@@ -34,6 +34,7 @@ from fusedhead.report.report import Report
 from fusedhead.rewrite.returned_logits import LEAST_TOKENS
 
 log = logging.getLogger("fusedhead")
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # nobody names a layer by them
 MOST_BUILT = 2  # more often than answered, before a kind of call is computed at once: a first look is none
 
 
@@ -152,9 +153,9 @@ def library_of(frame: Any) -> str:
 
 
 def path_of(module: nn.Module) -> str:
-    """The module's name in the outermost module that is running, "" where none is."""
+    """The module's name in the outermost model that is running, "" where none is."""
     running = (frame.f_locals.get("self") for frame, _ in traceback.walk_stack(None))
-    modules = [found for found in running if isinstance(found, nn.Module) and found is not module]
+    modules = [m for m in running if issubclass(type(m), nn.Module) and not isinstance(m, WRAPPERS)]
     for outer in reversed(modules):
         for name, inner in outer.named_modules():
             if inner is module:

@@ -16,9 +16,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._device import DeviceContext
 
-from fusedhead.compat import dispatch_modes, function_modes, function_transform_level, torch_function_enabled
+from fusedhead.compat import (
+    DeviceContext,
+    dispatch_modes,
+    function_modes,
+    function_transform_level,
+    torch_function_enabled,
+)
 from fusedhead.deferred.surroundings import checkpoint
 
 LINEAR = F.linear
