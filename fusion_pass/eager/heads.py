@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fusedhead.analysis.lone_heads import pays
@@ -118,6 +119,12 @@ def calls_of(head: Head, module: nn.Module, operands: tuple[Tensor, Tensor, Tens
     return found
 
 
+def as_it_is(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
+    """The graph, run by Python: below a function whose frame Dynamo has skipped, Dynamo would compile it."""
+    return torch.compiler.disable(gm.forward)
+
+
+@torch.compiler.disable
 def compiled(head: Head, module: nn.Module, operands: tuple[Tensor, Tensor, Tensor | None], own: Any) -> Calls:
     """The pass on a call's graph. Whatever goes wrong leaves such calls as they are."""
     told: list[Report] = []
@@ -129,7 +136,7 @@ def compiled(head: Head, module: nn.Module, operands: tuple[Tensor, Tensor, Tens
     try:
         path = path_of(module) if head.path is None else head.path
         gm, shapes = graph_of(operands, path, type(module), program_lines())
-        function = compile_graph(gm, arguments(operands), own, lambda gm, inputs: gm.forward, observe)
+        function = compile_graph(gm, arguments(operands), own, as_it_is, observe)
         if shapes.guards:  # never seen: the pass asks nothing of a symbol
             log.warning("fusedhead: an eager projection depends on its sizes and stays as it is: %s", shapes.guards)
             return Calls(None, [])
@@ -154,7 +161,8 @@ def library_of(frame: Any) -> str:
 
 def path_of(module: nn.Module) -> str:
     """The module's name in the outermost model that is running, "" where none is."""
-    running = (frame.f_locals.get("self") for frame, _ in traceback.walk_stack(None))
+    frames = [frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_argcount]
+    running = [frame.f_locals.get(frame.f_code.co_varnames[0]) for frame in frames]
     modules = [m for m in running if issubclass(type(m), nn.Module) and not isinstance(m, WRAPPERS)]
     for outer in reversed(modules):
         for name, inner in outer.named_modules():

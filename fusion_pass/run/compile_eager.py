@@ -85,7 +85,12 @@ def models(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
                 stack += parents[id(holder)]
     half = sum(wanted.values()) / 2
     found = [by_id[i] for i, own in held.items() if sum(wanted[p] for p in own) >= half]
-    return [module for module in found if not isinstance(module, WRAPPERS) and untouched(module)]
+    return [m for m in found if not isinstance(m, WRAPPERS) and not is_a_layer(m) and untouched(m)]
+
+
+def is_a_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch's own, an embedding that holds most of a model: Dynamo skips its frames."""
+    return type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
 
 
 def untouched(module: nn.Module) -> bool:

@@ -53,8 +53,8 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.lm_head(torch.tanh(self.mix(self.embed(x))))
 
-    def calculate_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(self.forward(x).flatten(0, 1), y.flatten())
+    def calculate_loss(model, x: Tensor, y: Tensor) -> Tensor:  # noqa: N805  as some write it
+        return F.cross_entropy(model.forward(x).flatten(0, 1), y.flatten())
 
 
 def batch(rows: int = 4, length: int = 32) -> tuple[Tensor, Tensor]:
@@ -274,6 +274,21 @@ def test_dynamo_sees_torchs_own_layer() -> None:
     fusedhead.defer(model)
     torch.compile(model, backend=texts, fullgraph=True)(x)
     assert seen[0] == seen[1]
+
+
+def test_below_a_frame_that_dynamo_skips_nothing_of_ours_is_compiled(summary: Summary) -> None:
+    model, h = Model(), torch.randn(64, D)
+    fusedhead.defer(model)
+    graphs: list[Any] = []
+
+    def count(gm: Any, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    logits = torch.compile(model.lm_head._call_impl, backend=count)(h)
+    torch.testing.assert_close(torch.logsumexp(logits, -1), torch.logsumexp(F.linear(h, model.lm_head.weight), -1))
+    assert graphs == []
+    assert summary.graphs == 1
 
 
 def test_threads_share_one_graph(summary: Summary) -> None:
