@@ -53,7 +53,7 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.lm_head(torch.tanh(self.mix(self.embed(x))))
 
-    def calculate_loss(model, x: Tensor, y: Tensor) -> Tensor:  # noqa: N805  as some write it
+    def calculate_loss(model, x: Tensor, y: Tensor) -> Tensor:  # named as some name it
         return F.cross_entropy(model.forward(x).flatten(0, 1), y.flatten())
 
 
