@@ -77,7 +77,12 @@ def given_back_by(module: nn.Module, weight: Tensor) -> bool:
 def fsdp2_in_use() -> bool:
     """Whether this process has given a module to `fully_shard` of torch.distributed.fsdp: it makes a class for it."""
     cls = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    return cls is not None and bool(cls.__subclasses__())
+    # torch's own class below it, of modules that are replicated, is no module's until it is given one
+    return cls is not None and any(map(is_of_modules, cls.__subclasses__()))
+
+
+def is_of_modules(cls: type) -> bool:
+    return issubclass(cls, nn.Module) or any(map(is_of_modules, cls.__subclasses__()))
 
 
 def worth_a_copy(sources: Sequence[Any], shape: Sequence[int]) -> bool:
