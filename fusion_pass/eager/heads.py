@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fusedhead.analysis.lone_heads import pays
+from fusedhead.analysis.lone_heads import has_sizes_of_a_head
 from fusedhead.backend import compile_graph
 from fusedhead.compat import unusable
 from fusedhead.eager.projection_graph import STATIC_SIZES, arguments, graph_of
 from fusedhead.eager.surroundings import of_plain_tensors, plainly_eager
 from fusedhead.functional.eager_linear import forward_with
+from fusedhead.graph.recipes import LEAST_TOKENS
 from fusedhead.graph.run_counts import LIBRARIES, Run
 from fusedhead.legality.profitability import least_logits
 from fusedhead.legality.sharding import given_back_by
 from fusedhead.options import split
 from fusedhead.report import observers
 from fusedhead.report.report import Report
-from fusedhead.rewrite.returned_logits import LEAST_TOKENS
 
 log = logging.getLogger("fusedhead")
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # nobody names a layer by them
@@ -76,7 +76,7 @@ def project(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     """``F.linear(input, weight, bias)``, deferred where that is known to be the same and to pay."""
     if torch.jit.is_tracing() or type(weight) not in (nn.Parameter, Tensor):  # a tracer's sizes are tensors
         return F.linear(input, weight, bias)
-    if weight.ndim != 2 or not pays(*weight.shape):
+    if weight.ndim != 2 or not has_sizes_of_a_head(*weight.shape):
         return F.linear(input, weight, bias)
     head = HEADS.get(module)
     if (head is None and not _everywhere) or not of_plain_tensors(input, weight, bias) or not plainly_eager():
@@ -174,7 +174,11 @@ def path_of(module: nn.Module) -> str:
 def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The layers in a module, itself included, that may be heads by their sizes, by their names."""
     for name, inner in module.named_modules():
-        if isinstance(inner, nn.Linear) and type(inner).forward is nn.Linear.forward and pays(*inner.weight.shape):
+        if (
+            isinstance(inner, nn.Linear)
+            and type(inner).forward is nn.Linear.forward
+            and has_sizes_of_a_head(*inner.weight.shape)
+        ):
             yield name, inner
 
 
