@@ -120,8 +120,8 @@ def calls_of(head: Head, module: nn.Module, operands: tuple[Tensor, Tensor, Tens
 
 
 def as_it_is(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
-    """The graph, run by Python: below a function whose frame Dynamo has skipped, Dynamo would compile it."""
-    return torch.compiler.disable(gm.forward)
+    """The graph, run by Python."""
+    return gm.forward
 
 
 @torch.compiler.disable
@@ -136,7 +136,8 @@ def compiled(head: Head, module: nn.Module, operands: tuple[Tensor, Tensor, Tens
     try:
         path = path_of(module) if head.path is None else head.path
         gm, shapes = graph_of(operands, path, type(module), program_lines())
-        function = compile_graph(gm, arguments(operands), own, as_it_is, observe)
+        # below a function whose frame Dynamo has skipped, Dynamo would compile what this runs
+        function = torch.compiler.disable(compile_graph(gm, arguments(operands), own, as_it_is, observe))
         if shapes.guards:  # never seen: the pass asks nothing of a symbol
             log.warning("fusedhead: an eager projection depends on its sizes and stays as it is: %s", shapes.guards)
             return Calls(None, [])
