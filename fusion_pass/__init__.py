@@ -8,6 +8,7 @@ Programs that cannot name a backend: ``fusedhead.enable()``, or ``fusedhead run 
 
 from fusedhead.backend import FusedHeadError, fusedhead
 from fusedhead.deferred.state import StaleLogits
+from fusedhead.eager.heads import defer
 from fusedhead.explain import explain
 from fusedhead.functional.linear_cross_entropy import linear_cross_entropy
 from fusedhead.lowering.ops import LabelOutOfRange
@@ -23,6 +24,7 @@ __all__ = [
     "StaleLogits",
     "__version__",
     "changes",
+    "defer",
     "disable",
     "enable",
     "explain",

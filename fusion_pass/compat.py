@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module  # noqa: F401
     from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module  # noqa: F401
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: F401
+    from torch.utils._device import DeviceContext  # noqa: F401
     from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
     from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes  # noqa: F401
     from torch.utils._pytree import (  # noqa: F401
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     clear_function_transforms: Callable[[], Any]
     disable_torch_function_subclass: Any
     dispatch_modes: Callable[[], list[Any]]
+    function_modes: Callable[[], list[Any]]
     function_transform_level: Callable[[], int | None]
     has_kernel_for_key: Callable[[str, str], bool]
     make_wrapper_subclass: Callable[..., Any]
@@ -61,6 +63,7 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     skip_frames_of: Callable[[str], None]
     top_saved_tensors_hooks: Callable[[bool], Any]
     throw_on_data_ptr: Callable[[torch.Tensor], None]
+    torch_function_enabled: Callable[[], bool]
 
 log = logging.getLogger("fusedhead")
 
@@ -70,6 +73,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "BackwardCFunction": ("torch.autograd.function", "BackwardCFunction"),
     "ConstantSource": ("torch._dynamo.source", "ConstantSource"),
     "CustomGraphPass": ("torch._inductor.custom_graph_pass", "CustomGraphPass"),
+    "DeviceContext": ("torch.utils._device", "DeviceContext"),
     "DispatchKey": ("torch._C", "DispatchKey"),
     "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
     "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
@@ -88,6 +92,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "enable_python_dispatcher": ("torch._dispatch.python", "enable_python_dispatcher"),
     "enter_autocast": ("torch.amp.autocast_mode", "_enter_autocast"),
     "exit_autocast": ("torch.amp.autocast_mode", "_exit_autocast"),
+    "function_modes": ("torch.overrides", "_get_current_function_mode_stack"),
     "function_transform_level": ("torch._C._functorch", "maybe_current_level"),
     "has_kernel_for_key": ("torch._C", "_dispatch_has_kernel_for_dispatch_key"),
     "make_graph_module": ("torch.fx._lazy_graph_module", "_make_graph_module"),
@@ -98,6 +103,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "skip_frames_of": ("torch._dynamo.trace_rules", "add"),
     "throw_on_data_ptr": ("torch._C", "_set_throw_on_mutable_data_ptr"),
     "top_saved_tensors_hooks": ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
+    "torch_function_enabled": ("torch._C", "_is_torch_function_enabled"),
     "tree_flatten": ("torch.utils._pytree", "tree_flatten"),
     "tree_leaves": ("torch.utils._pytree", "tree_leaves"),
     "tree_map": ("torch.utils._pytree", "tree_map"),

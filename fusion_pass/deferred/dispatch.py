@@ -24,6 +24,7 @@ from fusedhead.deferred.row_picks import picks
 from fusedhead.deferred.state import Family, Recorded
 from fusedhead.deferred.surroundings import checkpoint, op_by_op
 from fusedhead.deferred.tensor import DeferredLogits, is_adopted, plain, settle
+from fusedhead.deferred.wrappers import before_leaves, is_gathering
 
 
 def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -32,6 +33,8 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return iter(args[0].unbind(0))
     if func is torch.autograd.grad:
         refuse_late(kwargs["inputs"] if "inputs" in kwargs else args[1])
+    if func is Tensor.register_hook and args[0]._plain is None and is_gathering(args[1]) and not is_adopted(args[0]):
+        return before_leaves(args[0]._known.leaves, args[1])
     if getattr(func, "__name__", "") in op_tables.ASKS_FOR_GRADIENT:
         refuse_late(args[0])
     if op_tables.writes(func, args, kwargs):

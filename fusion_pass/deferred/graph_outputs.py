@@ -19,14 +19,16 @@ from fusedhead.deferred.call_program import Leaf, Made, Mode, Program, Step, enc
 from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT
 from fusedhead.deferred.state import Family, Knowledge, Origin, Recorded, StaleLogits, taken
+from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.deferred.tensor import DeferredLogits, plain
 from fusedhead.graph.recipes import LEAST_TOKENS, Recipe, compute_now, differentiable
 from fusedhead.legality.profitability import rows_from
+from fusedhead.legality.sharding import TOO_LARGE, fsdp2_in_use, worth_a_copy
 
 __all__ = ["DeferredLogits", "StaleLogits", "deferring", "existing", "plain"]
 
 
-def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
+def hand_out(origin: Origin, sources: Sequence[Any]) -> Tensor:
     """The tensor that stands for a recipe's result on these sources (tensors, and numbers for sizes)."""
     recipe = origin.recipe
     mode = Mode(differentiable(recipe, sources), None, torch.is_inference_mode_enabled())
@@ -51,9 +53,21 @@ def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
         return at_once(recipe, sources, "fewer logits than fusedhead.min_logits")
     if not torch.is_grad_enabled() and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
         return at_once(recipe, sources, f"no gradient is recorded, and fewer than {LEAST_TOKENS} tokens")
+    if fsdp2_in_use():
+        if not worth_a_copy(given, layout.shape):
+            return at_once(recipe, sources, TOO_LARGE)
+        operands = [taken(copied(tensor, mode), name, mode) for tensor, name in zip(given, recipe.names)]
+        tensors, states = tuple(leaf for leaf, _ in operands), tuple(state for _, state in operands)
+        recorded = Recorded(recipe.program, args, none, tensors, mode)
     for run in recipe.runs:
         run.deferred.add()
     return linked(Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout))
+
+
+def copied(tensor: Tensor, mode: Mode) -> Tensor:
+    """Memory of its own for an operand that its owner may free, with the operand's gradient edge."""
+    with out_of_sight(), torch.set_grad_enabled(mode.grad):
+        return tensor.clone()
 
 
 def at_once(recipe: Recipe, sources: Sequence[Any], why: str) -> Tensor:
@@ -95,6 +109,6 @@ def deferring(memory: int, overwrites: bool, min_logits: str | int = "auto") -> 
         if origin is None:
             least = rows_from(recipe.device, memory) if min_logits == "auto" else 0
             origin = origins.setdefault(recipe, Origin(recipe, memory, least))
-        return defer(origin, [kept(s) for s in sources] if overwrites else sources)
+        return hand_out(origin, [kept(s) for s in sources] if overwrites else sources)
 
     return finish

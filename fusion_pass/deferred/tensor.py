@@ -29,6 +29,7 @@ from fusedhead.deferred.frames import skip_own_frames
 from fusedhead.deferred.op_tables import ALONE, METADATA
 from fusedhead.deferred.state import Family, Knowledge, Layout, Recorded, check_fresh
 from fusedhead.deferred.surroundings import out_of_sight
+from fusedhead.deferred.wrappers import before_leaves, sink_of
 from fusedhead.graph.run_counts import built
 
 aten = torch.ops.aten
@@ -203,9 +204,25 @@ def settle(tensor: DeferredLogits) -> None:
 
 
 def is_adopted(tensor: DeferredLogits) -> bool:
-    """Whether an autograd function made the tensor, in its forward, and returned it."""
+    """Whether an autograd function made the tensor, in its forward, and returned it: not DDP's, a copy of its input."""
     grad_fn = own_grad_fn(tensor)
-    return grad_fn is not None and grad_fn is not tensor._own
+    if grad_fn is None or grad_fn is tensor._own:
+        return False
+    return not is_a_wrapped_copy(tensor, grad_fn)
+
+
+def is_a_wrapped_copy(tensor: DeferredLogits, grad_fn: Any) -> bool:
+    """Whether DDP has returned a copy of deferred logits: it stands from here on for what they stand for."""
+    recorded, queue = tensor._known.recorded, sink_of(grad_fn)
+    copied = recorded.tensors[0] if queue is not None and recorded.func is Tensor.clone else None
+    if not isinstance(copied, DeferredLogits) or tensor._plain is not None or copied._plain is not None:
+        return False
+    if is_adopted(copied) or not copied.requires_grad:
+        return False
+    before_leaves(copied._known.leaves, queue)  # type: ignore[arg-type]
+    tensor._known = copied._known
+    settle(tensor)
+    return True
 
 
 def adopt(tensor: DeferredLogits) -> None:

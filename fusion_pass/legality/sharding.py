@@ -1,20 +1,38 @@
 """Weights that are whole only while their module runs: FSDP gathers them before its forward and frees them after it.
 
 What is computed in the graph sees them whole, and autograd's saved tensors are gathered again before the backward.
-What would read them later, like deferred logits, may find them freed.
+What would read them later, like deferred logits, finds them freed:
+
+| who owns the weight | what deferred logits are made of                                                              |
+|---------------------|-----------------------------------------------------------------------------------------------|
+| FSDP2               | a copy, taken while it is whole: a read needs no collective, whichever ranks make it and when |
+| FSDP1, ZeRO-3       | nothing: they are computed at once                                                            |
+
+A copy's gradient goes to the gathered parameter, and from there by FSDP2's own reduce-scatter. In a process that uses
+FSDP2 every operand is copied: a gathered weight that a function is given as an argument bears no mark. This file reads
+the graph's inputs; it must not know what is made of them.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from fusedhead.analysis.body import Body
 from fusedhead.graph.reasons import refuse
 from fusedhead.legality.reasons import Illegal
 
+TOO_LARGE = (
+    "under FSDP2 they are made of a copy of the weight, and it would take more than half of what the logits take"
+)
 DEEPSPEED = "ds_id"  # what ZeRO-3 calls a parameter by; it empties parameters where they lie
+MANAGED = "_is_fsdp_managed_module"  # what FSDP (1 and 2) sets on modules, for Dynamo
+SHARE = 2  # the logits are to be as many times larger as what is copied
 
 
 def run(body: Body) -> None:
@@ -29,16 +47,44 @@ def run(body: Body) -> None:
 
 
 def frees_weights(graph: Graph) -> bool:
-    """Whether an input of the graph is a weight that its owner frees when the module has run."""
-    return any(node.op == "placeholder" and (of_fsdp(node) or of_deepspeed(node)) for node in graph.nodes)
+    """Whether an input of the graph is a weight that its owner frees when the module has run, and is not copied."""
+    return any(node.op == "placeholder" and (of_fsdp1(node) or of_deepspeed(node)) for node in graph.nodes)
 
 
-def of_fsdp(node: Node) -> bool:
-    """Dynamo marks what it reads from a module that FSDP (1 or 2) manages."""
+def of_fsdp1(node: Node) -> bool:
+    """Dynamo marks what it reads from a module that FSDP (1 or 2) manages; FSDP1's are views of a flat parameter."""
     source: Any = getattr(node, "_dynamo_source", None)
-    guard = getattr(source, "guard_source", None)
-    return guard is not None and guard.is_fsdp_module()
+    found = getattr(source, "guard_source", None)
+    if found is None or not found.is_fsdp_module():
+        return False
+    return not (fsdp2_in_use() and isinstance(example(node), nn.Parameter))
 
 
 def of_deepspeed(node: Node) -> bool:
-    return hasattr(getattr(node.meta.get("grapharg"), "example", None), DEEPSPEED)
+    return hasattr(example(node), DEEPSPEED)
+
+
+def example(node: Node) -> Any:
+    """The tensor that an input of a graph was compiled for."""
+    return getattr(node.meta.get("grapharg"), "example", None)
+
+
+def given_back_by(module: nn.Module, weight: Tensor) -> bool:
+    """The same of a module's weight, outside any graph."""
+    return hasattr(weight, DEEPSPEED) or (getattr(module, MANAGED, False) and not fsdp2_in_use())
+
+
+def fsdp2_in_use() -> bool:
+    """Whether this process has given a module to `fully_shard` of torch.distributed.fsdp: it makes a class for it."""
+    cls = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    # torch's own class below it, of modules that are replicated, is no module's until it is given one
+    return cls is not None and any(map(is_of_modules, cls.__subclasses__()))
+
+
+def is_of_modules(cls: type) -> bool:
+    return issubclass(cls, nn.Module) or any(map(is_of_modules, cls.__subclasses__()))
+
+
+def worth_a_copy(sources: Sequence[Any], shape: Sequence[int]) -> bool:
+    """Whether logits of a shape are so much larger than what they are made of that it may be copied for them."""
+    return SHARE * sum(x.numel() for x in sources if isinstance(x, Tensor)) <= math.prod(shape)

@@ -25,6 +25,7 @@ class Summary:
         self.keep_graphs = keep_graphs
         self.guard = threading.Lock()
         self.reports: list[Report] = []
+        self.notes: list[str] = []  # what else there is to say of the program, a sentence each
 
     def add(self, report: Report) -> None:
         if not (self.keep_graphs and report.heads):
@@ -67,12 +68,16 @@ class Summary:
             f"in {plural(self.graphs, 'graph')} ({self.seconds:.1f} s in the pass)"
         ]
         if not self.graphs:
-            lines.append("  nothing was compiled: the program never ran a torch.compile")
+            lines.append(
+                "  nothing was compiled: the program never ran a torch.compile, nor, in eager mode, a torch.nn.Linear "
+                "that is large enough for a head"
+            )
         elif not heads:
             lines.append("  no graph holds a projection together with its loss")
         else:
             lines += table(heads)
         lines += [f"  the pass stepped back: {error}" for error in errors]
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
 

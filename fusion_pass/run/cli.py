@@ -116,7 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def tell(summary: Summary, given: argparse.Namespace, command_line: Sequence[str]) -> None:
     """Print the summary to stderr and write the page. The program's outcome stays what it is."""
+    from fusedhead.run import compile_eager
+
     sys.stdout.flush()
+    if given.compile_eager and (note := compile_eager.unreached()):
+        summary.notes.append(note)
     summary.publish()
     if not given.quiet:
         print(summary, file=sys.stderr, flush=True)

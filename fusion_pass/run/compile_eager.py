@@ -85,7 +85,12 @@ def models(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
                 stack += parents[id(holder)]
     half = sum(wanted.values()) / 2
     found = [by_id[i] for i, own in held.items() if sum(wanted[p] for p in own) >= half]
-    return [module for module in found if not isinstance(module, WRAPPERS) and untouched(module)]
+    return [m for m in found if not isinstance(m, WRAPPERS) and not is_a_layer(m) and untouched(m)]
+
+
+def is_a_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch's own, an embedding that holds most of a model: Dynamo skips its frames."""
+    return type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
 
 
 def untouched(module: nn.Module) -> bool:
@@ -114,7 +119,23 @@ class Attention:
         return module(*args, **kwargs)
 
 
+_attended: dict[str, None] = {}  # the names of the models that were watched, in order
+_compiled: list[str] = []  # of those that were compiled
+
+
+def unreached() -> str:
+    """Why no model of the program was compiled, in a sentence; "" where one was, or none was found."""
+    if _compiled or not _attended:
+        return ""
+    return (
+        f"--compile-eager compiled nothing: it compiles a model when it is called while gradients are recorded, and "
+        f"{', '.join(_attended)} never was. One that is used through a method (model.loss(batch), model.forward(x)) is "
+        "not called: only its torch.nn.Linear heads are fused"
+    )
+
+
 def attend(module: nn.Module) -> None:
+    _attended.setdefault(type(module).__qualname__)
     module._compiled_call_impl = Attention(module)
 
 
@@ -128,6 +149,7 @@ def release(module: nn.Module) -> None:
 def compile_in_place(module: nn.Module) -> None:
     """As ``module.compile(backend="fusedhead")``, for calls that record gradients."""
     compiled = torch.compile(module._call_impl, backend=fusedhead)
+    _compiled.append(type(module).__qualname__)
     log.info("fusedhead: %s is compiled", type(module).__qualname__)
 
     @torch.compiler.disable(recursive=False)

@@ -20,6 +20,7 @@ import torch
 
 from fusedhead.backend import compile_graph, compile_with
 from fusedhead.compat import unusable
+from fusedhead.eager.heads import everywhere
 from fusedhead.inductor.config import Inductor, keyed
 from fusedhead.options import set_process_wide, split
 from fusedhead.run.import_hooks import after_import
@@ -130,6 +131,11 @@ def transformers_warns_without_a_break(module: ModuleType) -> Undo:
     return lambda: ignored.difference_update(added)
 
 
+def heads_in_eager_mode(module: ModuleType) -> Undo:
+    """Let projections that nobody compiles hand out deferred logits, which a loss after them is fused with."""
+    return everywhere()
+
+
 def replace(owner: Any, name: str, value: Any) -> Undo:
     """Set an attribute; undoing leaves alone what somebody else has put there since."""
     original = vars(owner)[name]
@@ -176,6 +182,12 @@ EDITS = (
         "transformers.utils.logging",
         "a logger.warning_once between a head and its loss does not split the graph",
         transformers_warns_without_a_break,
+    ),
+    Edit(
+        "torch.nn.Linear.forward",
+        "torch",
+        "heads that are not compiled hand out deferred logits, and a loss of them is fused",
+        heads_in_eager_mode,
     ),
 )
 

@@ -1,0 +1,1 @@
+"""Heads of programs that compile nothing: eager projections that hand out deferred logits."""

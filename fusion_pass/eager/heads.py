@@ -1,0 +1,250 @@
+"""Eager projections onto a vocabulary that hand out deferred logits: which, from when on, and until when.
+
+A call that qualifies is given to the pass as the graph that Dynamo would make of it (`projection_graph`), once for each
+kind of call; gate, record and report are the pass's. A module whose logits are read as numbers instead of answered for
+is no head, or gains nothing: it stops, and the report says by what it was read.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fusedhead.analysis.lone_heads import has_sizes_of_a_head
+from fusedhead.backend import compile_graph
+from fusedhead.compat import unusable
+from fusedhead.eager.projection_graph import STATIC_SIZES, arguments, graph_of
+from fusedhead.eager.surroundings import of_plain_tensors, plainly_eager
+from fusedhead.functional.eager_linear import forward_with
+from fusedhead.graph.recipes import LEAST_TOKENS
+from fusedhead.graph.run_counts import LIBRARIES, Run
+from fusedhead.legality.profitability import least_logits
+from fusedhead.legality.sharding import given_back_by
+from fusedhead.options import split
+from fusedhead.report import observers
+from fusedhead.report.report import Report
+
+log = logging.getLogger("fusedhead")
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # nobody names a layer by them
+MOST_BUILT = 2  # more often than answered, before a kind of call is computed at once: a first look is none
+
+
+@dataclass(eq=False)
+class Calls:
+    """One kind of call of one module: the function that makes it, and what has become of its logits."""
+
+    made: Callable[..., Any] | None  # None where the pass has left it
+    runs: list[Run]
+    stopped: str = ""
+
+    def stops(self) -> str:
+        """Why such calls are computed at once from now on, or ""."""
+        if not self.stopped:
+            for run in self.runs:
+                built = run.built.total
+                if built >= MOST_BUILT + run.answered.value + run.passed.value:
+                    uses = ", ".join(dict.fromkeys(str(use) for use, _ in run.built.items()))
+                    self.stopped = f"no longer deferred, since what reads them is no loss: {uses}"
+        return self.stopped
+
+
+@dataclass(eq=False)
+class Head:
+    """What is known of one module."""
+
+    path: str | None  # as its model names it; None where nobody has said
+    kinds: dict[Any, Calls] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+HEADS: Any = WeakIdKeyDictionary()  # of every module that qualified once, or was given to `defer`
+_everywhere: list[bool] = []  # not empty while `enable` is in force
+_guard = threading.RLock()
+
+
+def project(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear(input, weight, bias)``, deferred where that is known to be the same and to pay."""
+    if torch.jit.is_tracing() or type(weight) not in (nn.Parameter, Tensor):  # a tracer's sizes are tensors
+        return F.linear(input, weight, bias)
+    if weight.ndim != 2 or not has_sizes_of_a_head(*weight.shape):
+        return F.linear(input, weight, bias)
+    head = HEADS.get(module)
+    if (head is None and not _everywhere) or not of_plain_tensors(input, weight, bias) or not plainly_eager():
+        return F.linear(input, weight, bias)
+    own, _ = split(None)
+    tokens = input.numel() // max(1, input.shape[-1])
+    least = max(1, least_logits(weight.device.type, own.min_logits))
+    few = not torch.is_grad_enabled() and tokens < LEAST_TOKENS
+    if own.logits != "deferred" or tokens * weight.shape[0] < least or few or given_back_by(module, weight):
+        return F.linear(input, weight, bias)
+    if head is None:
+        if getattr(module, "_is_replica", False):  # of `nn.DataParallel`, a new one for every call
+            return F.linear(input, weight, bias)
+        with _guard:
+            head = HEADS.setdefault(module, Head(None))
+    operands = (input, weight, bias)
+    calls = calls_of(head, module, operands, own)
+    why = calls.stops()
+    if calls.made is None or why:
+        for run in calls.runs if why else ():
+            run.at_once.add(why)
+        return F.linear(input, weight, bias)
+    return calls.made(*arguments(operands))[0]
+
+
+def calls_of(head: Head, module: nn.Module, operands: tuple[Tensor, Tensor, Tensor | None], own: Any) -> Calls:
+    """The calls of the kind of this one, given to the pass if it is the first."""
+    device = operands[1].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    shapes = tuple(n if n in STATIC_SIZES else -1 for n in operands[0].shape[:-1])
+    of_operands = (None if x is None else (x.dtype, x.device, x.requires_grad) for x in operands)
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    kind = (own, autocast, *modes, shapes, operands[1].shape, *of_operands)
+    found = head.kinds.get(kind)
+    if found is None:
+        with head.lock:
+            found = head.kinds.get(kind)
+            if found is None:
+                found = head.kinds[kind] = compiled(head, module, operands, own)
+    return found
+
+
+def as_it_is(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
+    """The graph, run by Python."""
+    return gm.forward
+
+
+@torch.compiler.disable
+def compiled(head: Head, module: nn.Module, operands: tuple[Tensor, Tensor, Tensor | None], own: Any) -> Calls:
+    """The pass on a call's graph. Whatever goes wrong leaves such calls as they are."""
+    told: list[Report] = []
+
+    def observe(report: Report) -> None:
+        told.append(report)
+        observers.notify(report)
+
+    try:
+        path = path_of(module) if head.path is None else head.path
+        gm, shapes = graph_of(operands, path, type(module), program_lines())
+        # below a function whose frame Dynamo has skipped, Dynamo would compile what this runs
+        function = torch.compiler.disable(compile_graph(gm, arguments(operands), own, as_it_is, observe))
+        if shapes.guards:  # never seen: the pass asks nothing of a symbol
+            log.warning("fusedhead: an eager projection depends on its sizes and stays as it is: %s", shapes.guards)
+            return Calls(None, [])
+    except Exception:
+        if own.strict:
+            raise
+        log.warning("fusedhead: an eager projection could not be read and stays as it is", exc_info=True)
+        return Calls(None, [])
+    fused = [record for report in told for record in report.heads if record.fused]
+    return Calls(function if fused else None, [record.run for record in fused])
+
+
+def program_lines() -> str:
+    """The program's frames that are running, as a traceback names them, the outermost first."""
+    frames = [f for f, _ in traceback.walk_stack(None) if library_of(f) not in LIBRARIES]
+    return "".join(traceback.format_list(traceback.StackSummary.extract((f, f.f_lineno) for f in reversed(frames))))
+
+
+def library_of(frame: Any) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def path_of(module: nn.Module) -> str:
+    """The module's name in the outermost model that is running, "" where none is."""
+    frames = [frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_argcount]
+    running = [frame.f_locals.get(frame.f_code.co_varnames[0]) for frame in frames]
+    modules = [m for m in running if issubclass(type(m), nn.Module) and not isinstance(m, WRAPPERS)]
+    for outer in reversed(modules):
+        for name, inner in outer.named_modules():
+            if inner is module:
+                return name.replace("_orig_mod.", "")
+    return ""
+
+
+def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The layers in a module, itself included, that may be heads by their sizes, by their names."""
+    for name, inner in module.named_modules():
+        if (
+            isinstance(inner, nn.Linear)
+            and type(inner).forward is nn.Linear.forward
+            and has_sizes_of_a_head(*inner.weight.shape)
+        ):
+            yield name, inner
+
+
+def defer(module: nn.Module) -> nn.Module:
+    """Let the heads of an eager model hand out deferred logits: a loss of them is fused, and they are never built.
+
+    ``module`` is a head, or a model that holds some: every `torch.nn.Linear` in it with a weight [V, D] of at least
+    1,024 classes, 8 D, or 30,000 classes. Returns ``module``. No compilation is needed: ``F.cross_entropy(head(h), y)``
+    in eager mode, or compiled on its own, is computed as in a model that is compiled with this backend, with the same
+    numbers and the same report. Calls of fewer logits than ``fusedhead.min_logits`` stay as they are; so does what runs
+    inside compiled functions, which the backend sees itself, under modes and transforms, and in regions of activation
+    checkpointing. A layer whose logits are read by what is no loss is computed at once from then on.
+
+    The module itself is not changed: it is copied, pickled and saved as before, and a copy does not defer.
+
+    Raises TypeError if ``module`` is no `torch.nn.Module`, ValueError if it holds no such layer, RuntimeError where
+    this torch, or another package, has a `torch.nn.Linear` of its own. ``fusedhead.enable()`` does it for every module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"fusedhead.defer expects a torch.nn.Module, got {type(module).__name__}")
+    found = list(linears(module))
+    if not found:
+        raise ValueError(
+            f"fusedhead.defer: {type(module).__name__} holds no torch.nn.Linear that looks like a head: at least 1,024 "
+            "classes, and 8 times its input's size or 30,000. Give logits of another kind to a compiled function, or "
+            "call fusedhead.linear_cross_entropy"
+        )
+    if why := unusable():
+        raise RuntimeError(f"fusedhead.defer: {why}")
+    install()
+    with _guard:
+        for name, inner in found:
+            HEADS.setdefault(inner, Head(name))
+    return module
+
+
+_installed: list[Any] = []  # torch's forward and ours, while ours is in its place
+
+
+def install() -> None:
+    """Put our forward in the place of `torch.nn.Linear`'s, once."""
+    with _guard:
+        if not _installed or nn.Linear.forward is not _installed[1]:
+            original, ours = nn.Linear.forward, forward_with(project)
+            nn.Linear.forward = ours  # type: ignore[method-assign, assignment]
+            _installed[:] = [original, ours]
+
+
+def everywhere() -> Callable[[], None]:
+    """Let every eager layer that qualifies defer. Returns the function that undoes it.
+
+    What was given to `defer` goes on.
+    """
+    if why := unusable():
+        raise RuntimeError(why)
+    with _guard:
+        install()
+        _everywhere.append(True)
+
+    def undo() -> None:
+        with _guard:
+            _everywhere.pop()
+            for module in [m for m, head in HEADS.items() if head.path is None]:
+                del HEADS[module]
+            if not HEADS and not _everywhere and _installed and nn.Linear.forward is _installed[1]:
+                nn.Linear.forward = _installed[0]  # type: ignore[method-assign]
+
+    return undo
