@@ -14,8 +14,9 @@ SOURCES = {"fusion_pass": (), "lowering": ("lowering",), "kernels": ("kernels",)
 LAYERS = (  # from the top; those in one row do not import one another
     ("__main__",),
     ("__init__",),  # the public names
-    ("run", "explain", "tune", "functional"),
-    ("backend",),
+    ("run", "explain", "tune"),
+    ("eager",),
+    ("backend", "functional"),
     ("inductor", "deferred"),
     ("pipeline",),
     ("report",),
