@@ -93,10 +93,11 @@ def filled(match: re.Match[str]) -> str:
         return f"```text\n{docstring(where)}\n```"
     rows = []
     for file in sorted(where.glob("*.py")):
-        first = re.split(r"(?<=[.:])\s", docstring(file), maxsplit=1)[0].rstrip(":").replace("|", "\\|")
+        paragraph = " ".join(docstring(file).partition("\n\n")[0].split())
+        first = re.split(r"(?<=\.)\s", paragraph, maxsplit=1)[0].rstrip(":").replace("|", "\\|")
         if file.name != "__init__.py" or first:
             rows.append(f"| `{file.name}` | {re.sub(r'``', '`', first)} |")
-    return "\n".join(["| file | |", "|---|---|", *rows])
+    return "\n".join(["| file | what it is |", "|---|---|", *rows])
 
 
 @event_priority(100)  # before mkdocstrings reads its own

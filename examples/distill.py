@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         teacher.head.weight.mul_(4)  # a teacher that is sure of something
     loss_of = Distillation(student, teacher).to(args.device)
     step = torch.compile(loss_of, backend=args.backend)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     losses = []
     x = torch.randint(args.vocab, (args.tokens,), device=args.device)
     with torch.no_grad():
