@@ -12,7 +12,7 @@ from pathlib import Path
 from setuptools import setup
 
 # code first, so that what looks like a link in it is left alone
-LINK = re.compile(r"^```.*?^```|`[^`\n]*`(?=[^\]])|(!?)\[([^\]]*)\]\((?!https?://|#)([^)\s]+)\)", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"^```.*?^```|`[^`\n]*`|(!?)\[([^\]]*)\]\((?!https?://|#)([^)\s]+)\)", re.MULTILINE | re.DOTALL)
 
 
 def for_an_index(text: str, source: str = "", version: str = "") -> str:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 DOCS, APART = "docs", "repository"
 PACKAGE = {"": "fusion_pass", "lowering": "lowering", "kernels": "kernels"}
 # fenced blocks and code spans first, so that what looks like a link in them is left alone
-LINK = re.compile(r"^```.*?^```|`[^`\n]*`(?=[^\]])|(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"^```.*?^```|`[^`\n]*`|(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)", re.MULTILINE | re.DOTALL)
 DIRECTIVE = re.compile(r"<!-- (modules|docstring): (\S+) -->")
 
 log = get_plugin_logger("fusedhead")

@@ -1,9 +1,9 @@
 """Evaluate a language model: perplexity, top-1 and top-5 accuracy of its logits: `python examples/evaluate.py`.
 
 The model is compiled and returns its logits, as models do; a short training takes a loss of them, and then the
-evaluation three numbers. What one sees is the perplexity before and after, the same as with `--backend eager`, and what
-became of the logits: they are returned *deferred*, and each number is answered window by window. `fusedhead run
-examples/evaluate.py --backend inductor` counts how often.
+evaluation three numbers. What one sees is the perplexity before and after, the same as with `--backend eager`, and
+what became of the logits: they are returned *deferred*, each number is answered window by window, and none is built.
+`fusedhead run` prints the same summary for a program that does not ask for it.
 
 Tokens are words of Python's standard library, hashed into the vocabulary: nothing is downloaded.
 """
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fusedhead
+from fusedhead.report import observers
+from fusedhead.report.summary import Summary
 
 MODULES = ("argparse", "ast", "dataclasses", "functools", "heapq", "inspect", "json/decoder", "textwrap")
 
@@ -86,6 +87,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     model = Language(args.vocab, args.width).to(args.device)
+    summary = Summary()
+    observers.add(summary.add)
     compiled = torch.compile(model, backend=args.backend)
     found = [evaluate(compiled, batches(args))]
     train(compiled, batches(args))
@@ -93,8 +96,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     for when, numbers in zip(("before", "after"), found):
         print(f"{when:6}", ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
     if args.backend == "fusedhead":
-        x, _ = next(batches(args))
-        print(fusedhead.explain(model)(x))
+        print(summary)
     return found
 
 

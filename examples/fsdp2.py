@@ -1,9 +1,9 @@
 """Train with plain FSDP2, two processes and more: `torchrun --nproc-per-node 2 examples/fsdp2.py`.
 
-Blocks are units of their own; embedding, norm and head belong to the root, whose forward returns the loss and is what
-is compiled. FSDP gathers the head's weight before that forward and frees it after it, so head and loss have to be in
-the same compiled module; a head in a unit of its own is not seen. What one sees, from rank 0, is the loss falling,
-the same on one process and on two (the batch is split), and the head in the report.
+Every block is a unit of its own and compiled by itself, as is usual, and so is the head: a module that holds norm,
+projection and loss. FSDP gathers a unit's weights before its forward and frees them after it, so the loss has to be
+inside the unit. (Compiling the whole model instead breaks graphs at each unit's hooks.) What one sees, from rank 0,
+is the loss falling as on one process, the batch being split, and one fused head.
 
 On a CPU processes talk through gloo, on GPUs through NCCL. Run it without torchrun for one process.
 """
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import fusedhead
 from fusedhead.report import observers
+from fusedhead.report.summary import Summary
 
 
 class Block(nn.Module):
@@ -35,6 +35,17 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
+class Head(nn.Module):
+    """Hidden states [B, T, D] and what follows them [B, T] -> mean cross-entropy."""
+
+    def __init__(self, vocab: int, width: int) -> None:
+        super().__init__()
+        self.norm, self.project = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
+
+    def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.project(self.norm(h)).flatten(0, 1), y.flatten())
+
+
 class Language(nn.Module):
     """Tokens [B, T] and what follows them -> mean cross-entropy."""
 
@@ -42,14 +53,13 @@ class Language(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocab, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocab, bias=False)
+        self.head = Head(vocab, width)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.embedding(x)
         for block in self.blocks:
             h = block(h)
-        return F.cross_entropy(self.head(self.norm(h)).flatten(0, 1), y.flatten())
+        return self.head(h, y)
 
 
 def main(argv: list[str] | None = None) -> list[float]:
@@ -70,12 +80,12 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     torch.manual_seed(0)  # the same weights and tokens on every rank
     mesh, model = init_device_mesh(device, (ranks,)), Language(args.vocab).to(device)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
+    for unit in (*model.blocks, model.head):
+        unit.compile(backend=args.backend)  # in place
+        fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    heads: list[fusedhead.HeadRecord] = []
-    observers.add(lambda report: heads.extend(report.heads))
-    model.compile(backend=args.backend)  # in place, so that FSDP's hooks stay around it
+    summary = Summary()
+    observers.add(summary.add)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     tokens = torch.randint(args.vocab, (args.batch, args.length + 1), device=device)
@@ -90,7 +100,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         losses.append(total.item() / ranks)
     if rank == 0:
         print("loss", *(f"{loss:.4f}" for loss in losses))
-        print(*heads, sep="\n")
+        print(summary)
     dist.destroy_process_group()
     return losses
 

@@ -71,8 +71,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         trainer.train()
         trainer.evaluate()
     fusedhead.disable()
-    sample = Text("argparse.py", args.length)[0]
-    print(fusedhead.explain(model(args.vocab))(**{name: ids[None] for name, ids in sample.items()}))
+    text = Text("argparse.py", args.length)
+    batch = torch.utils.data.default_collate([text[i] for i in range(4)])
+    print(fusedhead.explain(model(args.vocab))(**batch))
     return trainer.state.log_history
 
 

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     trainer.fit(torch.compile(module, backend=args.backend), loader)
     print("loss", *(f"{loss:.4f}" for loss in module.losses))
     if args.backend == "fusedhead":
-        print(fusedhead.explain(module)(windows[:8, :-1].to(module.device)))
+        print(fusedhead.explain(Language(args.vocab))(windows[:8, :-1]))  # afresh: Lightning keeps the compiled forward
     return module.losses
 
 

@@ -41,7 +41,7 @@ class SASRec(nn.Module):
 
 
 class Objective(nn.Module):
-    """Full-softmax loss, and the rank of the item that was really next (0 is best)."""
+    """Full-softmax loss, whether each of the ten best items was really next, and which positions are no padding."""
 
     def __init__(self, model: SASRec) -> None:
         super().__init__()
@@ -87,8 +87,9 @@ def main(argv: list[str] | None = None) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
         if i % max(1, args.steps // 4) == 0 or i == args.steps - 1:
+            hits = best.any(-1)[real].float().mean().item()
             gain = (best / torch.log2(torch.arange(2, 12, device=best.device))).sum(-1)[real].mean().item()
-            print(f"step {i:3}  loss {loss.item():.4f}  HR@10 {best.any(-1)[real].float().mean():.3f}  NDCG@10 {gain:.3f}")
+            print(f"step {i:3}  loss {loss.item():.4f}  HR@10 {hits:.3f}  NDCG@10 {gain:.3f}")
     if args.backend == "fusedhead":
         print(fusedhead.explain(objective)(history, following))
     return losses

@@ -1,9 +1,9 @@
 """Preference training with TRL on fused heads: `python examples/trl_orpo.py`.
 
-ORPO asks a policy's logits for three things: the log-probabilities of chosen and rejected answers, a cross-entropy, and
-means for its log. The first two are answered without the logits; what one sees is TRL's own log (loss, rewards, log
-odds) and, at the end, the head and what was asked of it. TRL's DPO and GRPO trainers multiply by the head themselves,
-in chunks: there is nothing left to fuse in them, and `fusedhead.enable()` leaves them as they are.
+ORPO asks a policy's logits for three things: the log-probabilities of chosen and rejected answers, a cross-entropy,
+and means for its log. All are answered without building the logits; what one sees is TRL's own log (loss, rewards, log
+odds) and, at the end, the head and how often it was answered. TRL's DPO and GRPO trainers multiply by the head
+themselves, in chunks: nothing is left to fuse in them, and `fusedhead.enable()` leaves them as they are.
 
 Model and tokenizer are made here, the preferences are short answers over long ones. Needs trl and datasets.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import tempfile
 from typing import Any
 
@@ -24,13 +25,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 import fusedhead
+from fusedhead.report import observers
+from fusedhead.report.summary import Summary
 
 QUESTIONS = [f"What is {a} plus {b}?" for a in range(1, 9) for b in range(1, 9)]
 
 
 def preferences() -> Dataset:
     """Prompts with a short answer and with a long one."""
-    sums = [sum(int(word.strip("?")) for word in question.split() if word.strip("?").isdigit()) for question in QUESTIONS]
+    sums = [sum(int(number) for number in re.findall(r"\d+", question)) for question in QUESTIONS]
     return Dataset.from_dict(
         {
             "prompt": QUESTIONS,
@@ -58,6 +61,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=args.vocab, pad_token_id=0, **sizes))
 
+    summary = Summary()
+    observers.add(summary.add)
     fusedhead.enable(min_logits=0)  # the examples are short: on real ones the default decides
     with tempfile.TemporaryDirectory() as folder:
         trainer = ORPOTrainer(
@@ -81,6 +86,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         )
         trainer.train()
     fusedhead.disable()
+    print(summary)
     return trainer.state.log_history
 
 

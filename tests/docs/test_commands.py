@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+from fusedhead.options import ENVIRONMENT, READERS
 from fusedhead.run.cli import main
 from tests.docs.blocks import ROOT, blocks, pages
 
@@ -127,7 +128,7 @@ def variables() -> set[str]:
     """The environment variables that the sources read."""
     files = [file for folder in ("fusion_pass", "lowering", "kernels") for file in (ROOT / folder).rglob("*.py")]
     named = {name for file in files for name in re.findall(r"FUSEDHEAD_[A-Z_]+", file.read_text(encoding="utf-8"))}
-    return named | {"FUSEDHEAD_DEBUG", "FUSEDHEAD_STRICT", "FUSEDHEAD_MEMORY", "FUSEDHEAD_LOGITS", "FUSEDHEAD_MIN_LOGITS"}
+    return named | {ENVIRONMENT + name.upper() for name in READERS}
 
 
 @pytest.mark.parametrize(("where", "command"), commands())

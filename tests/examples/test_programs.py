@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedhead import backend, explain
+from fusedhead import backend
 from tests.eager_stack import as_it_is
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,10 @@ SMALL = {
     "distill": "--vocab 500 --tokens 64 --steps 6",
     "sasrec": "--items 500 --batch 16 --length 24 --steps 12",
 }
+
+
+SMALL_EVALUATION = "--vocab 4096 --width 32 --batch 4 --length 64 --steps 8"
+TWO_PROCESSES = "--nproc-per-node 2 --master-port 29571 -m tests.examples.fsdp2_small --vocab 300 --length 16 --steps 3"
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -52,7 +57,7 @@ def test_an_example_gives_the_losses_of_eager_code(name: str) -> None:
 
 def test_the_evaluation_learns_and_counts_as_eager_code_does(capsys: pytest.CaptureFixture[str]) -> None:
     evaluate = import_module("evaluate")
-    small = "--vocab 500 --width 32 --batch 4 --length 64 --steps 8 --device cpu".split()
+    small = [*SMALL_EVALUATION.split(), "--device", "cpu"]
     (before, after), eager = evaluate.main(small), evaluate.main([*small, "--backend", "eager"])
     assert after["perplexity"] < before["perplexity"]
     assert before["top-1"] <= before["top-5"] < after["top-5"]
@@ -61,25 +66,29 @@ def test_the_evaluation_learns_and_counts_as_eager_code_does(capsys: pytest.Capt
     assert "deferred, never built" in capsys.readouterr().out
 
 
-def test_fsdp2_on_two_processes_learns_what_one_learns() -> None:
-    """Each process runs the pass alone (`aot_eager` would do as well): the backend by name is Inductor's, so eager."""
-    command = [str(EXAMPLES / "fsdp2.py"), *"--vocab 300 --length 16 --steps 3 --backend eager".split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = "-m torch.distributed.run --nproc-per-node 2 --master-port 29571".split()
-    both = [
-        subprocess.run([sys.executable, *words, *command], env=environment, capture_output=True, text=True, check=True)
-        for words in ([], launch)
-    ]
-    one, two = ([float(word) for word in run.stdout.splitlines()[0].split()[1:]] for run in both)
-    assert one[-1] < one[0]
-    assert one == pytest.approx(two, abs=2e-3)
+def test_fsdp2_on_two_processes_learns_on_a_fused_head_what_plain_code_learns() -> None:
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "examples")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
+    command = [sys.executable, "-m", "torch.distributed.run", *TWO_PROCESSES.split()]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    losses = run.stdout.splitlines()[0].split()[1:]
+    assert [float(loss) for loss in losses] == pytest.approx(plain_losses(300, 16, 3), abs=2e-4)
+    assert "1 head fused, 0 left" in run.stdout
 
 
-def test_the_model_of_the_fsdp2_example_is_fused() -> None:
-    language = import_module("fsdp2").Language(300)
-    x = torch.randint(300, (2, 16))
-    (head,) = explain(language)(x, x).heads
-    assert head.fused, head.reason
+def plain_losses(vocab: int, length: int, steps: int) -> list[float]:
+    """What the example computes, on one process without FSDP and without a compiler."""
+    torch.manual_seed(0)
+    model = import_module("fsdp2").Language(vocab)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    tokens = torch.randint(vocab, (8, length + 1))
+    for _ in range(steps):
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
