@@ -4,7 +4,7 @@
 * A link out of docs/ to a Markdown file of the repository becomes a page ``repository/...``; a link to any other file
   becomes its name. So links work in a clone and on the pages alike; one that leads nowhere fails the build.
 * ``<!-- modules: FOLDER -->`` becomes a table of a folder's files and the first sentences of their docstrings.
-* ``<!-- docstring: FILE -->`` becomes that file's docstring.
+* ``<!-- docstring: FILE -->`` becomes that file's docstring, ``<!-- passes -->`` the list of passes.
 * The package, whose folders have other names than its modules, is laid out for mkdocstrings.
 
 It imports nothing of the package: no torch is needed.
@@ -136,5 +136,16 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def passes() -> str:
+    """The lists of passes, out of the pipeline's source."""
+    source = (ROOT / "fusion_pass" / "pipeline.py").read_text(encoding="utf-8")
+    rows = []
+    for name, why, body in re.findall(r"^([A-Z_]+) = \((?:  # ([^\n]*))?\n(.*?)^\)", source, re.MULTILINE | re.DOTALL):
+        named = ", ".join(f"`{each}`" for each in re.findall(r'Pass\("([^"]+)"', body))
+        rows.append(f"| `{name}` | {why} | {named} |")
+    return "\n".join(["| list | | passes |", "|---|---|---|", *rows])
+
+
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    return DIRECTIVE.sub(filled, linked(markdown, page.file.src_uri))
+    filled_in = DIRECTIVE.sub(filled, linked(markdown, page.file.src_uri))
+    return filled_in.replace("<!-- passes -->", passes())
