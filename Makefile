@@ -18,7 +18,7 @@ APART := "litgpt>=0.5.13" timm "torchtune>=0.6.1" "torchao==0.11.0" \
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(sort $(shell find fusion_pass lowering kernels -name "*.py"))
 
-.PHONY: test fast oldest pythons some lint types pytest e2e demo bench clean FORCE
+.PHONY: test fast oldest pythons some lint types pytest e2e demo docs bench clean FORCE
 
 # Linting takes a second; mypy keeps to one core for longer, so the tests begin beside it.
 test: $(VENV)/.installed
@@ -57,6 +57,16 @@ e2e: $(VENV)/.e2e
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
+
+# The documentation, into build/docs. Warnings are errors. Its environment has no torch: nothing is imported.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+.venv-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	PYTHONWARNINGS=ignore .venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	PYTHONWARNINGS=ignore .venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --group docs
+	touch $@
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks

@@ -76,6 +76,7 @@ TABLES: tuple[type[Reason], ...] = (
 )
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 MARKERS = ("<!-- python -m fusedhead.rules -->", "<!-- end -->")
+SENTENCES = ("<!-- python -m fusedhead.rules --sentences -->", "<!-- end of sentences -->")
 
 
 def overloads(part: Part) -> list[Any]:
@@ -109,6 +110,12 @@ def table() -> str:
 def sentences() -> list[str]:
     """The sentences of every `Reason` in the package, sorted, with … for what a program fills in."""
     return sorted({reason.template for table in TABLES for reason in table})
+
+
+def renewed(document: str) -> str:
+    """The document with the table, and the list of sentences, between their markers."""
+    listed = "\n".join(f"* {sentence}" for sentence in sentences())
+    return between_markers(between_markers(document, MARKERS, table()), SENTENCES, listed)
 
 
 def between_markers(document: str, markers: tuple[str, str], text: str) -> str:

@@ -1,21 +1,21 @@
-"""``python -m fusedhead.rules``: the table of what is fused; ``--sentences``; ``--write README.md``."""
+"""``python -m fusedhead.rules``: the table of what is fused; ``--sentences``; ``--write FILE``."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from fusedhead.report.coverage import MARKERS, between_markers, sentences, table
+from fusedhead.report.coverage import renewed, sentences, table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fusedhead.rules", description="What the pass reads and leaves.")
     parser.add_argument("--sentences", action="store_true", help="every reason for which a rule leaves a head")
-    parser.add_argument("--write", metavar="FILE", type=Path, help="put the table between the markers of a document")
+    parser.add_argument("--write", metavar="FILE", type=Path, help="put both between the markers of a document")
     arguments = parser.parse_args()
     if arguments.write:
         document = arguments.write.read_text(encoding="utf-8")
-        arguments.write.write_text(between_markers(document, MARKERS, table()), encoding="utf-8")
+        arguments.write.write_text(renewed(document), encoding="utf-8")
     else:
         print("\n".join(sentences()) if arguments.sentences else table())
 

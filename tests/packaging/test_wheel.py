@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,11 +47,12 @@ def test_an_index_takes_the_wheel_and_the_sdist(built: Path) -> None:
     assert checked.returncode == 0, checked.stdout
 
 
-def test_the_sdist_holds_tests_and_examples(built: Path) -> None:
+def test_the_sdist_holds_tests_examples_and_documentation(built: Path) -> None:
     (found,) = built.glob("*.tar.gz")
     with tarfile.open(found) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
     wanted = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "requirements.txt", "examples/train_gpt.py"}
+    wanted |= {"mkdocs.yml", "docs/guide/faq.md", "docs/hooks.py", "docs/images/vocab.svg", "examples/tour.ipynb"}
     assert wanted | {"tests/conftest.py", "benchmarks/head.py", "fusion_pass/backend.py"} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith(".venv")]
 
@@ -61,6 +63,14 @@ def test_the_version_is_one(wheel: zipfile.ZipFile) -> None:
     found = Parser().parsestr(metadata(wheel, "METADATA"))
     assert found["Version"] == fusedhead.__version__
     assert found["License-Expression"] == "BSD-3-Clause"
+
+
+def test_what_an_index_shows_has_no_relative_links(wheel: zipfile.ZipFile) -> None:
+    """It shows the README alone: setup.py takes out links that would lead nowhere."""
+    shown = metadata(wheel, "METADATA")
+    assert "Description-Content-Type: text/markdown" in shown
+    assert "# fusedhead" in shown
+    assert not re.findall(r"\]\((?!https://|#)", re.sub(r"```.*?```|`[^`\n]*`", "", shown, flags=re.DOTALL))
 
 
 def metadata(wheel: zipfile.ZipFile, name: str) -> str:
