@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fusedhead.report.estimates import estimate
+from fusedhead.report.estimates import worth
 from fusedhead.report.html import page
 from fusedhead.report.report import HeadRecord, Report
 from fusedhead.report.summary import Summary
@@ -25,16 +25,16 @@ def written(*heads: HeadRecord) -> str:
 
 
 def test_a_fused_head_is_worth_its_logits_less_its_workspace() -> None:
-    worth = estimate(FUSED)
-    assert (worth.bytes_unfused, worth.bytes_left) == (128 << 20, int(12.5 * 2**20))
+    estimated = worth(FUSED)
+    assert (estimated.bytes_unfused, estimated.bytes_left) == (128 << 20, int(12.5 * 2**20))
     text = written(FUSED)
     assert "115.5 MiB" in text
     assert "12.5 MiB" in text
 
 
 def test_logits_that_stay_save_nothing() -> None:
-    assert estimate(LEFT).bytes_left == estimate(LEFT).bytes_unfused == 128 << 20
-    assert estimate(LEFT).traffic == 0
+    assert worth(LEFT).bytes_left == worth(LEFT).bytes_unfused == 128 << 20
+    assert worth(LEFT).traffic == 0
 
 
 def test_a_head_that_is_left_shows_its_reason_its_line_and_no_empty_fields() -> None:
@@ -49,7 +49,7 @@ def test_a_head_of_unknown_size_has_no_bars() -> None:
 
 
 def test_every_number_of_bytes_is_the_records_own() -> None:
-    assert FUSED.bytes_saved == estimate(FUSED).bytes_unfused - estimate(FUSED).bytes_left
+    assert FUSED.bytes_saved == worth(FUSED).bytes_unfused - worth(FUSED).bytes_left
     assert "115.5 MiB saved" in str(FUSED)
     assert FUSED.how == f"{ENGINE}; 12.5 MiB of workspace"
 
