@@ -137,7 +137,8 @@ def estimate(
 
     Arguments and parameters may lie on any device, on ``meta``, or be fake; none is read. ``chip``: a name of
     `fusedhead.report.rates`; the GPU of this machine where it is None, or an H100 where there is none.
-    ``compile_options`` are those of ``torch.compile``. A scalar that ``fn`` returns is differentiated, else all outputs.
+    ``compile_options`` are those of ``torch.compile``. The scalars that ``fn`` returns are differentiated, or else
+    all of its outputs.
 
     Raises TypeError where the function's own arguments are given here, ValueError for an unknown chip or option.
     """

@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 if TYPE_CHECKING:
     from fusedhead.report.report import HeadRecord
 
-STATE, NAME, SIZES, COUNT, SAVED = 5, 16, 22, 8, 11  # widths of the columns
+STATE, NAME, SIZES, COUNT, SAVED = 5, 16, 22, 8, 13  # widths of the columns
 INDENT = "  " + " " * STATE + "  "
+SHORTEST = 8  # that a name is cut to
 PLACES = 3  # of heads that are told of together
 IN_COLUMNS = ("answered ", "handed to ")
 NARROWEST, WIDEST = 60, 120
@@ -142,9 +143,9 @@ def row(head: HeadRecord) -> str:
 def cells(state: str, name: str, sizes: str, answered: str, built: str, saved: str) -> str:
     """One line of the table. A name that is too long keeps its end; sizes that are too long push the rest."""
     if len(name) > NAME and len(sizes) + len(name) > NAME + SIZES:
-        room = max(NAME, NAME + SIZES - len(sizes))
+        room = max(SHORTEST, NAME + SIZES - len(sizes))
         name = name if len(name) <= room else "…" + name[1 - room :]
-    both = name.ljust(NAME) + " " + sizes.rjust(NAME + SIZES - max(NAME, len(name)))
+    both = name + " " * max(1, NAME + 1 + SIZES - len(name) - len(sizes)) + sizes
     return f"{state:{STATE}}  {both}  {answered:>{COUNT}}  {built:>5}  {saved:>{SAVED}}"
 
 

@@ -66,7 +66,7 @@ def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Se
     except ValueError as error:
         parser.error(str(error))
     summary = Summary(keep_graphs=speaks and given.report is not None)
-    observers.add(summary.add)
+    observers.add(summary.add, texts=summary.keep_graphs)
     if given.compile_eager:
         compile_eager.enable(strict=given.strict)
     found, answered = None, False

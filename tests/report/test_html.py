@@ -1,22 +1,15 @@
-"""The page of a run: what it says of a head, from its record alone."""
+"""The page of a run and the table of a notebook: what they say of a head, from its record alone."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from fusedhead.report.estimates import worth
 from fusedhead.report.html import page
 from fusedhead.report.report import HeadRecord, Report
 from fusedhead.report.summary import Summary
-
-ENGINE = "torch windows: gradients in the forward sweep"
-FUSED = HeadRecord(
-    fused=True, reason="", where="model.py:7", computes="cross_entropy(mean)", tokens=1024, hidden_size=64,
-    vocab_size=32768, logits="never built", engine=ENGINE, bytes_logits=128 << 20, workspace_bytes=25 << 19,
-    dtype="float32", device="cpu", source='  File "model.py", line 7\n    z = head(h)',
-)  # fmt: skip
-LEFT = replace(FUSED, fused=False, reason="the <loss> is odd", computes="", logits="built", engine="")
-
+from tests.report.heads import ENGINE, FUSED, LEFT, head, heads
 
 def written(*heads: HeadRecord) -> str:
     summary = Summary()
@@ -59,3 +52,32 @@ def test_memory_that_grows_is_said() -> None:
     assert grown.bytes_saved == -(5 << 19)
     assert "-2.5 MiB saved" in str(grown)
     assert "-2.5 MiB" in written(grown)
+
+
+def test_the_table_of_all_heads_comes_first_and_leads_to_every_card() -> None:
+    text = written(*heads(30), LEFT)
+    index, cards = text.index("<table id=index>"), text.index("<article")
+    assert index < cards
+    assert re.findall(r'<a href="#(head-\d+)">', text) == re.findall(r'<article class="card \w+" id="(head-\d+)"', text)
+    assert re.findall(r'<a href="#head-\d+">([\w.]+)', text)[:3] == ["aux", "heads.0", "heads.1"]
+    assert "128.0 MiB of logits built" in text
+
+
+def test_all_bars_have_one_scale() -> None:
+    text = written(head(bytes_logits=100 << 20), head(bytes_logits=25 << 20, where="model.py:8 (half)", module="half"))
+    widths = [float(width) for width in re.findall(r'class=without style="width:([\d.]+)%"', text)]
+    assert sorted(widths) == [25.0, 100.0]
+
+
+def test_versions_and_date_are_on_the_page_and_nothing_is_fetched() -> None:
+    text = written(FUSED)
+    assert re.search(r"fusedhead \d.* torch \d.* Python 3\..*\d{4}-\d\d-\d\dT", text)
+    assert not re.search(r"<link|<img|src=|https?:|@import|url\(", text)
+
+
+def test_a_notebook_shows_the_table_with_reasons_escaped() -> None:
+    shown = Report(graphs=1, heads=[head(), head(LEFT)])._repr_html_()
+    assert "the &lt;loss&gt; is odd" in shown
+    assert shown.count("<tr>") == 3
+    assert "1 head fused, 1 left, in 1 graph" in shown
+    assert "no projection with a loss" in Report(graphs=1)._repr_html_()
