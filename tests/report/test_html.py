@@ -11,6 +11,7 @@ from fusedhead.report.report import HeadRecord, Report
 from fusedhead.report.summary import Summary
 from tests.report.heads import ENGINE, FUSED, LEFT, head, heads
 
+
 def written(*heads: HeadRecord) -> str:
     summary = Summary()
     summary.add(Report(graphs=1, before="a\nb", after="a\nc", heads=list(heads)))

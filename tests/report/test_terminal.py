@@ -42,15 +42,15 @@ fusedhead: 2 heads fused, 1 left, in 1 graph (12 ms in the pass)
   sizes)
   128.0 MiB of logits are built for heads that were left
 
-         head                          N x D x V  answered  built        saved
-  left   aux                   1024 x 64 x 32768         -      -            -
+         head                          N x D x V  answered  built          saved
+  left   aux                   1024 x 64 x 32768         -      -              -
          because the <loss> is odd
          model.py:9 (aux)
-  fused  b                     1024 x 64 x 32768         1      1      0.0 MiB
+  fused  b                     1024 x 64 x 32768         1      1        0.0 MiB
          built once for svd at train.py:77
          logits built once of 1; torch windows: gradients in the forward sweep
          model.py:8 (b): cross_entropy(mean)
-  fused  lm_head               1024 x 64 x 32768         -      -    115.5 MiB
+  fused  lm_head               1024 x 64 x 32768         -      -      115.5 MiB
          logits never built; torch windows: gradients in the forward sweep; 12.5
          MiB of workspace
          model.py:7 (lm_head): cross_entropy(mean)""",

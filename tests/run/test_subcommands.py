@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from eager_stack import backend
 
 import fusedhead
-from fusedhead import options
-from fusedhead.run import environment
+from fusedhead import Report, options
+from fusedhead.run import environment, explain_function
 from fusedhead.run.cli import BROKEN_PIPE, COMMANDS, main
 from fusedhead.version import __version__
 from tests.run.forks import Ours
@@ -99,19 +103,41 @@ def loss(h, w, y):
 def parts():
     return loss, torch.randn(8, 16), torch.randn(64, 16), torch.randint(0, 64, (8,))
 
+def itself():
+    a, b = torch.ones(8, 16), torch.ones(64, 16)
+    return F.cross_entropy(a @ b.T, torch.zeros(8, dtype=torch.long))
+
 number = 3
 """
 
 
-def test_explain_compiles_what_a_function_returns(tmp_path: Path, ours: Ours) -> None:
-    write(tmp_path, STEPS, "steps.py")
-    run = ours("steps:parts", cwd=tmp_path, command="explain", FUSEDHEAD_MIN_LOGITS="0")
-    assert run.code == 0, run.err
-    assert run.out.startswith("fusedhead: 1 head fused, 0 left, in 1 graph")
-    assert "steps.py:5" in run.out
-    wrong = ours("steps:number", cwd=tmp_path, command="explain")
-    assert wrong.code == 2
-    assert "this is a int, and no function" in wrong.err
+def explain_eagerly(fn: Callable[..., Any]) -> Callable[..., Report]:
+    """`explain` without Inductor."""
+    report = Report()
+    compiled = torch.compile(fn, backend=backend(report.extend))
+
+    def explained(*args: Any) -> Report:
+        compiled(*args)
+        return report
+
+    return explained
+
+
+def test_explain_compiles_what_a_function_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, STEPS, "steps_to_explain.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(explain_function, "explain", explain_eagerly)
+    for function in ("parts", "itself"):
+        assert main(["explain", f"steps_to_explain:{function}", "--graphs"]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith("fusedhead: 1 head fused, 0 left, in 1 graph")
+        assert "head_loss" in shown
+    with pytest.raises(SystemExit):
+        main(["explain", "steps_to_explain:number"])
+    assert "this is a int, and no function" in capsys.readouterr().err
 
 
 def test_estimate_follows_a_program_until_it_asks_for_a_number(tmp_path: Path, ours: Ours) -> None:
