@@ -23,11 +23,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 from typing_extensions import Never
 
+from fusedhead.analysis.cost import mebibytes
 from fusedhead.backend import run_pass
 from fusedhead.compat import FakeTensor, FakeTensorMode, tree_leaves, tree_map
 from fusedhead.explain import misplaced
 from fusedhead.fake_modules import fake_modules, faked, modules_of
-from fusedhead.legality.profitability import grown, least_logits
+from fusedhead.graph.reasons import refuse
+from fusedhead.legality.profitability import MAY_HOLD, Unprofitable, least_logits
 from fusedhead.live_bytes import LiveBytes, Size
 from fusedhead.options import Options, split
 from fusedhead.report.estimates import itemsize
@@ -71,10 +73,19 @@ class Estimator:
             bytes_logits, workspace = head.sizes(tokens)
             on_chip = replace(on_chip, bytes_logits=bytes_logits, workspace_bytes=workspace)
         least = least_logits(self.chip.device, self.options.min_logits)
-        small = f"{logits:,} logits are fewer than {least:,}, for which fusing does not pay" if logits < least else ""
-        if reason := small or grown(on_chip, self.options.min_logits):
+        small = str(refuse(Unprofitable.FEW_LOGITS, logits=logits, least=least)) if logits < least else ""
+        if reason := small or self.grows(on_chip):
             return replace(on_chip, fused=False, reason=reason, logits="built", engine="")
         return on_chip
+
+    def grows(self, head: HeadRecord) -> str:
+        """As `profitability.grown`, for the chip."""
+        if self.options.min_logits != "auto" or head.materialised or head.least:
+            return ""
+        if head.workspace_bytes <= MAY_HOLD.get(self.chip.device, 1.0) * head.bytes_logits:
+            return ""
+        held, logits = mebibytes(head.workspace_bytes), mebibytes(head.bytes_logits)
+        return str(refuse(Unprofitable.GROWS, held=held, logits=logits))
 
     def estimate(self, head: HeadRecord) -> HeadEstimate:
         tokens = size_of(head).tokens

@@ -8,7 +8,6 @@ told when a graph is compiled (`remember`). This file must not know what an op c
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from types import FunctionType
@@ -42,10 +41,11 @@ def profiling() -> bool:
     return getattr(profiler, "_is_profiler_enabled", False)
 
 
-def named(op: str, implementation: Function) -> Function:
+def named(op: str, schema: str, implementation: Function) -> Function:
     """The implementation of an op, with its name where one is asked for. Its operands h and w tell the sizes."""
-    parameters = list(inspect.signature(implementation).parameters)
-    at_h, at_w = parameters.index("h"), parameters.index("w")
+    arguments, _, _ = schema.partition("->")
+    names = [argument.partition("=")[0].split()[-1] for argument in arguments.strip(" ()").split(",")]
+    at_h, at_w = names.index("h"), names.index("w")
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not (profiling() or recording()):

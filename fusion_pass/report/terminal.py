@@ -126,7 +126,7 @@ def group(heads: Sequence[HeadRecord]) -> Iterator[Line]:
 
 def saved_line(saved: int) -> str:
     """The one number of bytes: of a step, net of what is held instead."""
-    more = "less" if saved >= 0 else "more"
+    more = "less" if round(saved / 2**20, 1) >= 0 else "more"
     return f"{size(abs(saved))} {more} held for logits at the peak of a step (an estimate from the sizes)"
 
 
@@ -163,7 +163,7 @@ def shape(line: Line, width: int | None) -> list[str]:
         return [(indent + line.text).rstrip()]
     if not line.text:
         return [""]
-    whole_words = {"break_long_words": False, "break_on_hyphens": False}
+    whole_words: Any = {"break_long_words": False, "break_on_hyphens": False}
     return textwrap.wrap(line.text, width, initial_indent=indent, subsequent_indent=indent, **whole_words)
 
 

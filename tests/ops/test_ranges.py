@@ -46,7 +46,7 @@ def test_the_frame_of_an_allocation_has_the_name(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ranges, "modules", {})
     ranges.remember(V, D, "lm_head")
     ranges.remember(V, D, "lm_head")
-    named = ranges.named("head_stats", implementation)
+    named = ranges.named("head_stats", "(Tensor h, Tensor w, int memory=0) -> Tensor", implementation)
     h, w = torch.empty(N, D), torch.empty(V, D)
     assert not [name for name in named(h, w) if "fusedhead::" in name]
     monkeypatch.setattr(ranges, "recording", lambda: True)
