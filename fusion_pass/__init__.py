@@ -6,15 +6,23 @@ Nothing else changes. ``fusedhead.explain(model)(*inputs)`` says what was fused,
 Programs that cannot name a backend: ``fusedhead.enable()``, or ``fusedhead run script.py`` from outside.
 """
 
+import logging
+
 from fusedhead.backend import FusedHeadError, fusedhead
 from fusedhead.deferred.state import StaleLogits
 from fusedhead.eager.heads import defer
+from fusedhead.estimate import estimate
 from fusedhead.explain import explain
 from fusedhead.functional.linear_cross_entropy import linear_cross_entropy
 from fusedhead.lowering.ops import LabelOutOfRange
 from fusedhead.report.report import HeadRecord, Report
 from fusedhead.run.enable import changes, disable, enable
 from fusedhead.version import __version__
+
+# Information is for those who ask for it by this logger's name (TORCH_LOGS="fusedhead" does): a program that logs its
+# own INFO from the root logger is not written into.
+if logging.getLogger("fusedhead").level == logging.NOTSET:
+    logging.getLogger("fusedhead").setLevel(logging.WARNING)
 
 __all__ = [
     "FusedHeadError",
@@ -27,6 +35,7 @@ __all__ = [
     "defer",
     "disable",
     "enable",
+    "estimate",
     "explain",
     "fusedhead",
     "linear_cross_entropy",

@@ -24,6 +24,7 @@ from fusedhead.graph.recipes import Wrap, compute_now, unwrapped
 from fusedhead.graph.unhooked import unhooked
 from fusedhead.inductor.config import Inductor, keyed, overwrites
 from fusedhead.kernels.chips import start_checks
+from fusedhead.lowering import ranges
 from fusedhead.options import Options, split
 from fusedhead.pipeline import fuse_module
 from fusedhead.report import observers as observing
@@ -92,7 +93,7 @@ def show_pass(record: PassRecord, body: Body) -> None:
 
 def wants_texts(options: Options) -> bool:
     """Whether anyone is going to see the graphs' texts: the user, a log, a trace, or an observer."""
-    return bool(options.debug or compat.trace_handlers() or observing.observers or log.isEnabledFor(logging.DEBUG))
+    return bool(options.debug or compat.trace_handlers() or observing.readers or log.isEnabledFor(logging.DEBUG))
 
 
 def publish(report: Report, options: Options) -> None:
@@ -137,6 +138,9 @@ def compile_graph(
     gm, report, wrap = run_pass(gm, own, texts=texts)
     observe(report)
     publish(report, own)
+    for head in report.heads:
+        if head.fused and type(head.vocab_size) is type(head.hidden_size) is int:
+            ranges.remember(head.vocab_size, head.hidden_size, head.module or head.where)
     if any(head.fused and head.device == "cuda" for head in report.heads):
         start_checks()
     finish = deferring(own.budget, overwrites(compiler), own.min_logits) if own.logits == "deferred" else compute_now

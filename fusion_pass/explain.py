@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from typing_extensions import Never
 
 from fusedhead.backend import compile_with
 from fusedhead.report.report import Report
 
 
-def explain(fn: Callable[..., Any], *, passes: bool = False, **compile_options: Any) -> Callable[..., Report]:
+def misplaced(name: str, positional: tuple[Any, ...], given: dict[str, Any]) -> str:
+    """What is wrong with a call that has ``fn``'s own arguments where those of ``torch.compile`` belong, or ""."""
+    known = inspect.signature(torch.compile).parameters.keys() - {"model", "backend"}
+    own = [key for key in given if key not in known]
+    if not positional and not own:
+        return ""
+    what = f"an unexpected argument {own[0]!r}" if own else f"{1 + len(positional)} positional arguments"
+    return (
+        f"fusedhead.{name} takes a function and the settings of torch.compile ({', '.join(sorted(known))}), and got "
+        f"{what}. The function's own arguments go into a second pair of brackets: fusedhead.{name}(fn)(*args)"
+    )
+
+
+def explain(
+    fn: Callable[..., Any], *misplaced_arguments: Never, passes: bool = False, **compile_options: Any
+) -> Callable[..., Report]:
     """A function that takes the arguments of ``fn`` and returns a `Report`.
 
     ``fn`` may be a function, a module, or something already given to ``torch.compile`` (then what was compiled
@@ -19,7 +36,11 @@ def explain(fn: Callable[..., Any], *, passes: bool = False, **compile_options: 
     ``options=`` ... With ``passes`` the report's text ends with the passes of the pipeline, how many edits of the graph
     each made and how long it took. The function runs once, forward only; what became of its logits is in the
     report. Nothing of it stays in Dynamo's cache of ``fn``'s other compilations.
+
+    Raises TypeError where the function's own arguments are given here.
     """
+    if wrong := misplaced("explain", misplaced_arguments, compile_options):
+        raise TypeError(wrong)
     target = getattr(fn, "_orig_mod", None) or getattr(fn, "_torchdynamo_orig_callable", fn)
 
     def explained(*args: Any, **kwargs: Any) -> Report:

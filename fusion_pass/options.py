@@ -7,13 +7,30 @@ that does not start with ``fusedhead.`` is Inductor's.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal, TypedDict
+
+log = logging.getLogger("fusedhead")
 
 PREFIX = "fusedhead."
 ENVIRONMENT = "FUSEDHEAD_"
+PLACES = ("FUSEDHEAD_TILES", "FUSEDHEAD_SELF_CHECK")  # variables that are no option: where files are kept
+
+
+class OptionValues(TypedDict, total=False):
+    """The options as `fusedhead.enable` takes them, for checkers of types."""
+
+    debug: bool
+    strict: bool
+    memory: Literal["auto", "min"] | int
+    logits: Literal["deferred", "eager"]
+    min_logits: Literal["auto"] | int
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "logits": one_of("deferred", "eager"),
     "min_logits": min_logits,
 }
-assert set(READERS) == {field.name for field in fields(Options)}
+assert set(READERS) == {field.name for field in fields(Options)} == set(OptionValues.__annotations__)
 
 
 def read(name: str, value: Any, given_as: str) -> Any:
@@ -108,8 +125,33 @@ def set_process_wide(options: Mapping[str, Any]) -> None:
     global process_wide
     unknown = [name for name in options if name not in READERS]
     if unknown:
-        raise ValueError(f"fusedhead: unknown option {unknown[0]!r}; the valid ones are {', '.join(READERS)}")
+        raise ValueError(f"fusedhead: unknown option {unknown[0]!r}{nearest(unknown[0], READERS)}")
     process_wide = {name: read(name, value, name) for name, value in options.items()}
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """What is said after an unknown name: the nearest valid one, and all of them."""
+    close = get_close_matches(name, valid, n=1)
+    listed = f"the valid ones are {', '.join(valid)}"
+    return f", did you mean {close[0]!r}? T{listed[1:]}" if close else f"; {listed}"
+
+
+def inductors(name: str) -> bool:
+    """Whether Inductor has a setting of this name."""
+    try:
+        return hasattr(import_module("torch._inductor.config"), name)
+    except ImportError:
+        return False
+
+
+@cache
+def check_environment() -> tuple[str, ...]:
+    """The variables ``FUSEDHEAD_*`` that nothing reads, each with a warning; looked for once a process."""
+    known = [*(ENVIRONMENT + name.upper() for name in READERS), *PLACES]
+    unknown = tuple(sorted(name for name in os.environ if name.startswith(ENVIRONMENT) and name not in known))
+    for name in unknown:
+        log.warning("fusedhead: nothing reads the variable %s%s", name, nearest(name, known))
+    return unknown
 
 
 def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
@@ -117,6 +159,7 @@ def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
 
     Raises ValueError for an unknown ``fusedhead.*`` name, listing the valid ones, or for a bad value.
     """
+    check_environment()
     own: dict[str, Any] = {}
     for name in READERS:
         variable = ENVIRONMENT + name.upper()
@@ -126,11 +169,12 @@ def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
     rest: dict[str, Any] = {}
     for key, value in (options or {}).items():
         if not key.startswith(PREFIX):
+            if key in READERS and not inductors(key):
+                raise ValueError(f"fusedhead: unknown option {key!r}, did you mean {PREFIX + key!r}?")
             rest[key] = value
             continue
         name = key.removeprefix(PREFIX)
         if name not in READERS:
-            valid = ", ".join(PREFIX + known for known in READERS)
-            raise ValueError(f"fusedhead: unknown option {key!r}; the valid ones are {valid}")
+            raise ValueError(f"fusedhead: unknown option {key!r}{nearest(key, [PREFIX + known for known in READERS])}")
         own[name] = read(name, value, key)
     return Options(**own), rest

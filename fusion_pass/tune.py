@@ -1,4 +1,4 @@
-"""``python -m fusedhead.tune``: find the fastest tiles for this machine's GPU and keep them on disk.
+"""``fusedhead tune``, ``python -m fusedhead.tune``: find the fastest tiles for this machine's GPU, keep them on disk.
 
 The checked-in tiles were timed on an H100; another chip runs them or safe ones. This takes some minutes once, and every
 later process on the machine uses what it found. Nothing is tuned while a model runs. It must not know what kernels
@@ -13,19 +13,29 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+Clock = Callable[[Callable[[], object]], float]  # a step -> milliseconds
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def main(arguments: Sequence[str] | None = None, clock: Callable[[Callable[[], object]], float] | None = None) -> int:
-    """Tune, print what was found, write it; the exit code."""
-    command = argparse.ArgumentParser(prog="python -m fusedhead.tune", description=__doc__)
-    command.add_argument("--hidden", default="768,1024,2048,4096,8192", help="sizes; a tile serves up to its own")
-    command.add_argument("--tokens", type=int, default=4096)
-    command.add_argument("--vocab", type=int, default=65536)
-    command.add_argument(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hidden", default="768,1024,2048,4096,8192", help="sizes; a tile serves up to its own")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--vocab", type=int, default=65536)
+    parser.add_argument(
         "--dtype", choices=DTYPES, default="bf16", help="fp16 uses what bf16 found: both take two bytes"
     )
-    given = command.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, clock: Clock | None = None) -> int:
+    """Tune, print what was found, write it; the exit code."""
+    command = argparse.ArgumentParser(prog="python -m fusedhead.tune", description=__doc__)
+    add_arguments(command)
+    return execute(command.parse_args(arguments), command, (), clock)
+
+
+def execute(
+    given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str], clock: Clock | None = None
+) -> int:
     if not torch.cuda.is_available():
         print("fusedhead: no GPU here: there are no tiles to tune on a CPU", file=sys.stderr)
         return 2

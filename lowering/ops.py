@@ -39,7 +39,7 @@ from fusedhead.kernels.contract import (
     with_companions,
 )
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.lowering import autograd, fakes
+from fusedhead.lowering import autograd, fakes, ranges
 from fusedhead.lowering.checks import LabelOutOfRange, head_of, parse_stats
 from fusedhead.lowering.engines import Engine, engine_for
 from fusedhead.lowering.plan.plan import plan
@@ -214,6 +214,7 @@ _PARTS: dict[str, tuple[Implementation, Implementation, tuple[Implementation, Im
     "head_loss": (_head_loss, fakes.fake_head_loss, autograd.HEAD_LOSS),
 }
 for _name, (_implementation, _fake, (_setup, _backward)) in _PARTS.items():
+    _implementation = ranges.named(_name, SCHEMAS[_name], _implementation)
     torch.library.define(f"fusedhead::{_name}", SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"fusedhead::{_name}", "default", _implementation)
     torch.library.register_fake(f"fusedhead::{_name}", _fake)

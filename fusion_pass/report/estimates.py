@@ -34,7 +34,7 @@ class Estimate:
         return self.traffic / self.bandwidth * 1e3
 
 
-def estimate(head: HeadRecord) -> Estimate:
+def worth(head: HeadRecord) -> Estimate:
     """For one head and one step at the compiled size.
 
     Inductor holds the logits [N, V] and puts their gradient in their place. Beside the matrix products, it reads

@@ -16,19 +16,25 @@ log = logging.getLogger("fusedhead")
 
 Observer = Callable[[Report], None]
 observers: tuple[Observer, ...] = ()  # replaced as a whole, so that a reader needs no lock
+readers: tuple[Observer, ...] = ()  # those of them that want the graphs' texts, which take longer than the pass
 changing = threading.Lock()
 
 
-def add(observer: Observer) -> Callable[[], None]:
-    """Tell ``observer`` about every graph from now on. Returns the function that takes it off again."""
-    global observers
+def add(observer: Observer, texts: bool = True) -> Callable[[], None]:
+    """Tell ``observer`` about every graph from now on, with their ``texts``.
+
+    Returns the function that takes it off again.
+    """
+    global observers, readers
     with changing:
         observers = (*observers, observer)
+        readers = (*readers, observer) if texts else readers
 
     def remove() -> None:
-        global observers
+        global observers, readers
         with changing:
             observers = tuple(other for other in observers if other is not observer)
+            readers = tuple(other for other in readers if other is not observer)
 
     return remove
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fusedhead.analysis.cost import mebibytes
 from fusedhead.graph.reasons import Reason, refuse
 from fusedhead.graph.run_counts import GraphRun, Run
+from fusedhead.report.terminal import Overview, columns, rich_text, saved_in_a_step, text
 
 
 class NotRun(Reason):
@@ -145,9 +147,12 @@ class PassRecord(NamedTuple):
     milliseconds: float
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
-    """Everything the pass has to say about one compiled function (one or several graphs)."""
+    """Everything the pass has to say about one compiled function (one or several graphs).
+
+    ``print(report)`` shows a table, a notebook shows the same in HTML, `to_dict` has all of it as plain data.
+    """
 
     heads: list[HeadRecord] = field(default_factory=list)
     before: str = ""
@@ -177,15 +182,37 @@ class Report:
                 head.fused, head.logits, head.engine = False, "built", ""
                 head.reason = str(refuse(NotRun.FAILED, error=what))
 
-    def __str__(self) -> str:
-        fused = sum(head.fused for head in self.heads)
-        title = (
-            f"fusedhead: {plural(fused, 'head')} fused, {len(self.heads) - fused} left, "
-            f"in {plural(self.graphs, 'graph')} ({self.milliseconds:.0f} ms in the pass)"
-        )
+    def overview(self) -> Overview:
+        """What people are told, in every form."""
         seen = [head.seen() for head in self.heads]
-        lines = [title, *table(seen), *(f"the pass stepped back: {error}" for error in self.errors)]
-        return "\n".join([*lines, *(pass_table(self.passes) if self.shows_passes else ())])
+        by_graph: dict[int, list[HeadRecord]] = {}
+        for head in seen:
+            by_graph.setdefault(id(head.run.graph), []).append(head)
+        saved = saved_in_a_step(list(by_graph.values()))
+        return Overview(seen, self.graphs, self.milliseconds / 1e3, saved, self.errors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data (`fusedhead.report.export`), which ``json.dumps`` takes."""
+        from fusedhead.report.export import data  # it stands above this file
+
+        return data(self.overview())
+
+    def __str__(self) -> str:
+        shown = text(self.overview(), columns(sys.stdout))
+        return "\n".join([shown, *(pass_table(self.passes) if self.shows_passes else ())])
+
+    def __repr__(self) -> str:
+        fused = sum(head.fused for head in self.heads)
+        graphs = plural(self.graphs, "graph")
+        return f"<fusedhead.Report: {plural(fused, 'head')} fused, {len(self.heads) - fused} left, in {graphs}>"
+
+    def _repr_html_(self) -> str:
+        from fusedhead.report.html import notebook
+
+        return notebook(self.overview())
+
+    def __rich__(self) -> Any:
+        return rich_text(self.overview())
 
 
 def pass_table(passes: Sequence[PassRecord]) -> list[str]:
@@ -197,39 +224,6 @@ def pass_table(passes: Sequence[PassRecord]) -> list[str]:
     width = max(map(len, milliseconds), default=0)
     rows = [f"{name:{width}} | {edits[name]:5} | {spent:8.2f}" for name, spent in milliseconds.items()]
     return [f"{'pass':{width}} | edits |       ms", *rows]
-
-
-COLUMNS = ("fused", "where", "computes", "N", "D", "V", "logits", "engine", "saved")
-
-
-def row(head: HeadRecord) -> tuple[str, ...]:
-    return (
-        "yes" if head.fused else "no",
-        head.where,
-        head.computes,
-        str(head.tokens),
-        str(head.hidden_size),
-        str(head.vocab_size),
-        head.told(),
-        head.how,
-        mebibytes(head.bytes_saved) if head.fused else "-",
-    )
-
-
-def table(heads: Sequence[HeadRecord]) -> list[str]:
-    """The records as aligned columns, each followed by what else there is to say."""
-    if not heads:
-        return ["no projection with a loss in this graph"]
-    rows = [COLUMNS, *map(row, heads)]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(COLUMNS))]
-    lines = []
-    for i, cells in enumerate(rows):
-        lines.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
-        if i == 0:
-            lines.append("  " + "  ".join("-" * width for width in widths))
-        else:
-            lines += [f"       {remark}" for remark in heads[i - 1].remarks()]
-    return lines
 
 
 def plural(count: int, noun: str) -> str:

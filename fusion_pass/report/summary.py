@@ -13,9 +13,15 @@ import threading
 
 from fusedhead import compat
 from fusedhead.graph.run_counts import Run
-from fusedhead.report.report import HeadRecord, Report, plural, table
+from fusedhead.report.report import HeadRecord, Report
+from fusedhead.report.terminal import Overview, saved_in_a_step, text
 
 log = logging.getLogger("fusedhead")
+NO_GRAPH = (
+    "nothing was compiled: the program never ran a torch.compile, nor, in eager mode, a torch.nn.Linear that is large "
+    "enough for a head"
+)
+NO_HEAD = "no graph holds a projection together with its loss"
 
 
 class Summary:
@@ -60,25 +66,15 @@ class Summary:
             log.info("%s", head)
         compat.trace_artifact("fusedhead_summary", lambda: str(self))
 
+    def overview(self) -> Overview:
+        """What people are told, in every form."""
+        by_graph = [[head.seen().ended() for head in report.heads] for report in self.reports]
+        empty = NO_HEAD if self.graphs else NO_GRAPH
+        saved = saved_in_a_step(by_graph)
+        return Overview(self.heads(), self.graphs, self.seconds, saved, self.errors(), empty, self.notes)
+
     def __str__(self) -> str:
-        heads, errors = self.heads(), self.errors()
-        fused = sum(head.fused for head in heads)
-        lines = [
-            f"fusedhead: {plural(fused, 'head')} fused, {len(heads) - fused} left, "
-            f"in {plural(self.graphs, 'graph')} ({self.seconds:.1f} s in the pass)"
-        ]
-        if not self.graphs:
-            lines.append(
-                "  nothing was compiled: the program never ran a torch.compile, nor, in eager mode, a torch.nn.Linear "
-                "that is large enough for a head"
-            )
-        elif not heads:
-            lines.append("  no graph holds a projection together with its loss")
-        else:
-            lines += table(heads)
-        lines += [f"  the pass stepped back: {error}" for error in errors]
-        lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines)
+        return text(self.overview())
 
 
 def fold(heads: list[HeadRecord]) -> HeadRecord:

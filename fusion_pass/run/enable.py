@@ -17,12 +17,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from fusedhead.backend import compile_graph, compile_with
 from fusedhead.compat import unusable
 from fusedhead.eager.heads import everywhere
 from fusedhead.inductor.config import Inductor, keyed
-from fusedhead.options import set_process_wide, split
+from fusedhead.options import OptionValues, set_process_wide, split
 from fusedhead.run.import_hooks import after_import
 
 log = logging.getLogger("fusedhead")
@@ -208,12 +209,12 @@ guard = threading.RLock()
 in_force: dict[str, tuple[Change, list[Undo]]] = {}
 
 
-def enable(**options: Any) -> None:
+def enable(**options: Unpack[OptionValues]) -> None:
     """Put fusedhead in front of Inductor in this process, for every thread, until `disable`.
 
-    ``options`` are those of the backend without their prefix (``debug``, ``strict``, ``memory``, ``logits``)
-    and become the defaults of every compilation. Called again, it replaces the options and changes nothing
-    else. Functions that are compiled already stay as they are; ``torch.compiler.reset()`` forgets them.
+    ``options`` are those of the backend without their prefix (`OptionValues`) and become the defaults of every
+    compilation. Called again, it replaces the options and changes nothing else. Functions that are compiled already
+    stay as they are; ``torch.compiler.reset()`` forgets them.
 
     Raises ValueError for an unknown option or a bad value, and then changes nothing.
     """

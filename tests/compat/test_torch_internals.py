@@ -252,6 +252,9 @@ ELSEWHERE = {
     "fusion_pass/functional/vocab_parallel.py": "aten._assert_async, for what ranks of devices disagree about",
     "fusion_pass/run/enable.py": "an edit that cannot be made is logged, listed by changes(), and the others stand",
     "fusion_pass/run/compile_eager.py": "a model that cannot be watched stays eager, and the log says so",
+    "fusion_pass/estimate.py": "each setting is looked for, and none is needed",
+    "fusion_pass/run/environment.py": "the folder is said to be torch's",
+    "lowering/ranges.py": "without it no frame of a snapshot of memory has a head's name",
     "fusion_pass/inductor/config.py": "its settings are among compat.MEMBERS",
     "kernels/tokenwise/compiled.py": "autograd's keys on a thread of its own",
 }

@@ -81,8 +81,9 @@ def metadata(wheel: zipfile.ZipFile, name: str) -> str:
 def test_the_wheel_holds_every_source_file_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     wanted = {"fusedhead/py.typed"}
     for folder, package in FOLDERS.items():
-        for path in (ROOT / folder).rglob("*.py"):
-            wanted.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".jinja", ".css"):
+                wanted.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == wanted
 
 

@@ -25,7 +25,7 @@ for line in sys.stdin:
         os.environ.update(environment)
         os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
         os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
-        sys.exit(main(["run", *arguments]))
+        sys.exit(main(arguments))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
 
 
 class Ours(Protocol):
-    def __call__(self, *arguments: str, cwd: Path, **environment: str) -> Outcome: ...
+    def __call__(self, *arguments: str, cwd: Path, command: str = "run", **environment: str) -> Outcome: ...
 
 
 def of_the_program(line: str) -> bool:
@@ -47,20 +47,20 @@ def of_the_program(line: str) -> bool:
 
 @contextmanager
 def forks() -> Iterator[Ours]:
-    """``fusedhead run`` as a function of its arguments, the current folder, and more variables of the environment."""
-    command = [sys.executable, "-c", FORKS]
+    """``fusedhead run``, or another command, as a function of arguments, folder, and more of the environment."""
+    started = [sys.executable, "-c", FORKS]
     with (
-        subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as process,
+        subprocess.Popen(started, stdin=PIPE, stdout=PIPE, text=True) as process,
         tempfile.TemporaryDirectory() as written,
     ):
         assert process.stdin is not None
         assert process.stdout is not None
         count = itertools.count()
 
-        def run(*arguments: str, cwd: Path, **environment: str) -> Outcome:
+        def run(*arguments: str, cwd: Path, command: str = "run", **environment: str) -> Outcome:
             number = next(count)
             out, err = Path(written, f"{number}.out"), Path(written, f"{number}.err")
-            process.stdin.write(json.dumps([arguments, str(cwd), str(out), str(err), environment]) + "\n")
+            process.stdin.write(json.dumps([[command, *arguments], str(cwd), str(out), str(err), environment]) + "\n")
             process.stdin.flush()
             code = int(process.stdout.readline())
             return Outcome(code, out.read_text(), "".join(filter(of_the_program, err.read_text().splitlines(True))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -135,7 +136,8 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.outside += [value or "" for name, value in attributes if name in ("src", "href")]
+        links = [value or "" for name, value in attributes if name in ("src", "href")]
+        self.outside += [link for link in links if not link.startswith("#")]
         if tag != "meta":
             self.open.append(tag)
 
@@ -168,10 +170,68 @@ def test_the_report_is_one_page_with_every_head_reason_and_graph(tmp_path: Path,
 
 
 def test_a_report_that_cannot_be_written_does_not_change_the_outcome(tmp_path: Path, ours: Ours) -> None:
-    write(tmp_path, "print('done')\n")
-    run = ours("--report", "no/such/folder.html", "program.py", cwd=tmp_path)
+    (tmp_path / "there").mkdir()
+    write(tmp_path, "import os\nos.rmdir('there')\nprint('done')\n")
+    run = ours("--report", "there/out.html", "program.py", cwd=tmp_path)
     assert (run.code, run.out) == (0, "done\n")
     assert "the report could not be written" in run.err
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no/such/folder.html", "there is no folder no/such"),
+        ("out.txt", "has to end in .html (a page) or .json (data)"),
+        ("folder.html", "this is a folder"),
+    ],
+)
+def test_the_path_of_a_report_is_looked_at_before_the_program_starts(
+    path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.html").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--report", path, write(tmp_path, "raise SystemError('it was started')").name])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_report_may_be_data(tmp_path: Path, ours: Ours) -> None:
+    write(tmp_path, COMPILED)
+    run = ours("--quiet", "--report", "out.json", "program.py", cwd=tmp_path)
+    assert (run.code, run.err) == (0, "")
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert (data["command"], data["heads_fused"], data["heads_left"]) == ("program.py", 1, 0)
+    (head,) = data["heads"]
+    assert (head["module"], head["vocab_size"], head["counts"]["calls"]) == ("head", 512, 3)
+    assert data["bytes_saved"] == head["bytes_saved"] == head["bytes_logits"] - head["bytes_held"]
+
+
+ARGPARSE = """
+import argparse, logging
+logging.basicConfig(level=logging.INFO)
+parser = argparse.ArgumentParser()
+parser.add_argument("--steps", type=int)
+parser.parse_args()
+"""
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--steps", "many")])
+def test_nothing_is_added_to_a_programs_own_help_and_errors(
+    arguments: tuple[str, ...], tmp_path: Path, ours: Ours
+) -> None:
+    write(tmp_path, ARGPARSE)
+    told = ours("program.py", *arguments, cwd=tmp_path)
+    assert told == ours("--quiet", "program.py", *arguments, cwd=tmp_path)
+    assert "usage: program.py" in told.out + told.err
+    assert "fusedhead" not in told.out + told.err
+
+
+def test_a_programs_log_of_information_is_its_own(tmp_path: Path, ours: Ours) -> None:
+    write(tmp_path, "import logging\nlogging.basicConfig(level=logging.INFO)\n" + COMPILED)
+    run = ours("--quiet", "program.py", cwd=tmp_path)
+    assert run.code == 0, run.err
+    assert "fusedhead" not in run.err
 
 
 @pytest.mark.parametrize(
@@ -182,7 +242,10 @@ def test_a_report_that_cannot_be_written_does_not_change_the_outcome(tmp_path: P
         (["run", "--bogus", "program.py"], "unrecognized arguments: --bogus"),
         (["run", "--memory", "huge", "program.py"], "memory='huge' is not valid"),
         (["walk", "program.py"], "invalid choice: 'walk'"),
-        ([], "required"),
+        (["explain", "train"], "expected MODULE:FUNCTION"),
+        (["explain", "nowhere:step"], "No module named 'nowhere'"),
+        (["estimate"], "nothing to run"),
+        (["estimate", "--chip", "abacus", "program.py"], "invalid choice: 'abacus'"),
     ],
 )
 def test_a_wrong_command_line_is_explained(

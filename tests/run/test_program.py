@@ -71,6 +71,7 @@ FAILURES = {
     "an exit message": "import sys\nsys.exit('out of luck')\n",
     "a cause": "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise ValueError('mine') from e\n",
     "its own hook": "import sys\nsys.excepthook = lambda *a: print('hooked', a[0].__name__)\n1 / 0\n",
+    "an interrupt": "def f():\n    raise KeyboardInterrupt\n\nf()\n",
     "no syntax": "print('never')\ndef f(:\n",
 }
 

@@ -1,0 +1,54 @@
+"""The numbers: heads fused and left, net bytes of a step, and how often deferred logits were answered for and built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fusedhead.report import observers
+from fusedhead.report.summary import Summary
+
+PREFIX = "fusedhead/"
+
+
+class Watch:
+    """Hears of every graph that is compiled from now on, until `stop`."""
+
+    def __init__(self) -> None:
+        self.summary = Summary()
+        self.stop = observers.add(self.summary.add, texts=False)
+        self.logged: dict[str, float] = {}
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers so far, as every logger takes them.
+
+        ``bytes_saved`` is what a step holds less for logits than under Inductor: an estimate, net of what is held
+        instead, of the compiled graph that saves most. It is negative where more is held.
+        """
+        overview = self.summary.overview()
+        runs = [head.run for head in overview.heads]
+        fused = sum(head.fused for head in overview.heads)
+        return {
+            f"{PREFIX}heads_fused": float(fused),
+            f"{PREFIX}heads_left": float(len(overview.heads) - fused),
+            f"{PREFIX}bytes_saved": float(overview.saved),
+            f"{PREFIX}logits_answered": float(sum(run.answered.value for run in runs)),
+            f"{PREFIX}logits_built": float(sum(run.built.total + run.at_once.total for run in runs)),
+        }
+
+    def news(self) -> dict[str, float]:
+        """The numbers, if heads, bytes or built logits are others than the last time; else {}. For every step.
+
+        What is answered changes every step, and is no news by itself.
+        """
+        found = self.metrics()
+        judged = {name: value for name, value in found.items() if not name.endswith("answered")}
+        if judged == self.logged or not self.summary.reports:
+            return {}
+        self.logged = judged
+        return found
+
+
+def add_to_tensorboard(writer: Any, metrics: dict[str, float], step: int) -> None:
+    """``writer``: a ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_scalar``."""
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)

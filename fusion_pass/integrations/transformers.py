@@ -1,0 +1,32 @@
+"""A callback for transformers' Trainer, and so for TRL's: ``trainer.add_callback(FusedHeadCallback(trainer))``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from fusedhead.integrations.metrics import Watch
+
+
+class FusedHeadCallback(TrainerCallback):
+    """Logs through ``trainer.log``, which reaches all that ``report_to`` names, after a step that has changed a number.
+
+    Without a trainer (``callbacks=[FusedHeadCallback()]``, when there is none yet) the numbers are put into the next
+    logs that the trainer makes: its progress bar shows them, and what was asked before this callback does not.
+    """
+
+    def __init__(self, trainer: Any = None) -> None:
+        self.trainer = trainer
+        self.watch = Watch()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer is not None and state.is_world_process_zero and (news := self.watch.news()):
+            self.trainer.log(news)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.trainer is None and logs is not None:
+            logs.update(self.watch.news())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.stop()

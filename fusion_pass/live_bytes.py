@@ -1,0 +1,77 @@
+"""Which tensors of given sizes are alive together while a program runs op by op: the peak of their bytes.
+
+Storages are watched from the op that returns them to their end, on real or fake tensors. This file must not know where
+the sizes come from.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fusedhead.compat import TorchDispatchMode, tree_leaves
+
+
+class Size(NamedTuple):
+    """Of logits [N, V], in any shape, also without the last token of every sequence; and of no gradient of a weight."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+
+    def fits(self, value: Tensor) -> bool:
+        if self.vocab not in value.shape or tuple(value.shape) in self.weights():
+            return False
+        return 7 * self.tokens * self.vocab <= 8 * value.numel() <= 8 * self.tokens * self.vocab
+
+    def weights(self) -> tuple[tuple[int, int], ...]:
+        if self.tokens == self.hidden:  # no size tells [D, V] from [N, V]
+            return ((self.vocab, self.hidden),)
+        return (self.vocab, self.hidden), (self.hidden, self.vocab)
+
+
+class LiveBytes(TorchDispatchMode):
+    """``with live:`` around what allocates; what is freed is seen anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[Size, tuple[int, int]] = {}  # bytes alive, and their peak
+        self.known: dict[int, Any] = {}  # storages that are counted, by id
+
+    def watch(self, size: Size) -> None:
+        self.sizes.setdefault(size, (0, 0))
+
+    def peak_of(self, size: Size) -> int:
+        return self.sizes.get(size, (0, 0))[1]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
+        if any(size.fits(value) for size in self.sizes for value in made):
+            given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            for value in made:  # a view, or what was written in place, is nothing new
+                if id(value.untyped_storage()) not in given:
+                    self.see(value)
+        return out
+
+    def see(self, value: Tensor) -> None:
+        for size in self.sizes:
+            if size.fits(value):
+                storage = value.untyped_storage()
+                if id(storage) not in self.known:
+                    self.count(size, storage, storage.nbytes())
+                return
+
+    def count(self, key: Size, storage: Any, size: int) -> None:
+        alive, peak = self.sizes[key]
+        self.sizes[key] = alive + size, max(peak, alive + size)
+        identity = id(storage)
+
+        def freed(_: Any) -> None:
+            self.known.pop(identity, None)
+            alive, peak = self.sizes[key]
+            self.sizes[key] = alive - size, peak
+
+        self.known[identity] = weakref.ref(storage, freed)

@@ -1,0 +1,95 @@
+"""``fusedhead estimate train.py``: a whole program on fake tensors, until it ends or asks for a number."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from fusedhead.estimate import Estimator, fake_mode
+from fusedhead.options import split
+from fusedhead.report.rates import CHIPS, chip_named
+from fusedhead.run import compile_eager, launcher
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", dest="module", action="store_true", help="run a module, as python -m does")
+    parser.add_argument(
+        "--compile-eager", action="store_true", help="look at the models of a program that compiles nothing"
+    )
+    parser.add_argument("--chip", choices=CHIPS, help="for which chip; this machine's GPU, or h100 where it has none")
+
+
+def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
+    if not rest:
+        parser.error("nothing to run")
+    name, *words = rest
+    estimator = Estimator(chip_named(given.chip), split(None)[0])
+    found, stopped, code = None, "", 0
+    try:
+        found = launcher.module(name) if given.module else launcher.script(name)
+        with in_place_of_compilers(estimator), fake_mode():
+            if given.compile_eager:
+                compile_eager.enable()
+            launcher.run(found, words)
+    except launcher.CannotRun as error:
+        print(f"fusedhead: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        raise
+    except SystemExit as stop:
+        stopped = "" if stop.code in (None, 0) else f"the program ended with {stop.code!r}"
+    except BaseException as error:
+        code = 0 if estimator.graphs else 1  # after a graph this is where the program asks for a number
+        stopped = f"{where(error, found)}: {type(error).__name__}: {first_line(error)}"
+    print(estimator.result(stopped))
+    if not estimator.graphs:
+        print("  the program compiled nothing: --compile-eager looks at its models", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def in_place_of_compilers(estimator: Estimator) -> Iterator[None]:
+    """``torch.compile`` with the estimator for its backend, whatever was named; backward passes are watched."""
+    compile_, backward, grad = torch.compile, torch.autograd.backward, torch.autograd.grad
+
+    def compiled(model: Any = None, **given: Any) -> Any:
+        if model is None:  # a decorator with settings
+            return lambda model: compiled(model, **given)
+        kept = {key: value for key, value in given.items() if key in ("fullgraph", "dynamic", "disable")}
+        return compile_(model, backend=estimator, **kept)
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with estimator.live:
+                return function(*args, **kwargs)
+
+        return call
+
+    with (
+        mock.patch.object(torch, "compile", compiled),
+        mock.patch.object(torch.autograd, "backward", watched(backward)),
+        mock.patch.object(torch.autograd, "grad", watched(grad)),
+    ):
+        yield
+
+
+def where(error: BaseException, found: launcher.Program | None) -> str:
+    """The program's last line that the error came through."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if found is not None and Path(file).parent == Path(found.file).parent:
+            place = f"{Path(file).name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place or "the program"
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

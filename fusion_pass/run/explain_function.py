@@ -1,0 +1,54 @@
+"""``fusedhead explain MODULE:FUNCTION``: `fusedhead.explain` without writing a program for it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from fusedhead.explain import explain
+from fusedhead.report.terminal import show
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("function", metavar="MODULE:FUNCTION", help="package.module:name, looked for here too")
+    parser.add_argument("--graphs", action="store_true", help="print the graphs before and after as well")
+    parser.add_argument("--json", action="store_true", help="print data in place of a table")
+
+
+def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
+    try:
+        function = find(given.function)
+    except (ImportError, AttributeError, ValueError) as error:
+        parser.error(f"{given.function}: {error}")
+    returned = function()
+    if isinstance(returned, tuple) and returned and callable(returned[0]):
+        report = explain(returned[0])(*returned[1:])
+    else:
+        report = explain(function)()
+    if given.json:
+        print(json.dumps(report.to_dict(), indent=1))
+    else:
+        show(report.overview(), sys.stdout)
+    if given.graphs:
+        print(f"before:\n{report.before}\nafter:\n{report.after}")
+    return 0
+
+
+def find(name: str) -> Callable[[], Any]:
+    """``package.module:path.of.attributes``. Raises ImportError, AttributeError, or ValueError for another form."""
+    module, colon, path = name.partition(":")
+    if not (module and colon and path):
+        raise ValueError("expected MODULE:FUNCTION, as in train:step")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as python -m
+    found: Any = import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"this is a {type(found).__name__}, and no function")
+    return found

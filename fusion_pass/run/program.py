@@ -1,0 +1,131 @@
+"""``fusedhead run``: an unchanged program with fusedhead in place of Inductor, and what came of it at the end.
+
+The program need not know: whatever it compiles goes through the pass; its output, exit code and exceptions are its own,
+and what fusedhead did is printed to stderr after it has ended. Under a launcher every process does the same and the
+first of them prints: ``torchrun --nproc-per-node 8 -m fusedhead run train.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusedhead.report import observers
+from fusedhead.report.summary import Summary
+from fusedhead.report.terminal import show
+from fusedhead.run import compile_eager, launcher, report_file
+from fusedhead.run.enable import enable
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", dest="module", action="store_true", help="run a module, as python -m does")
+    parser.add_argument(
+        "--compile-eager", action="store_true", help="compile the models of a program that compiles nothing"
+    )
+    parser.add_argument(
+        "--report", metavar="OUT", help="write what became of every head: a page to OUT.html, or data to OUT.json"
+    )
+    parser.add_argument("--strict", action="store_true", help="stop where a head is not fused")
+    parser.add_argument("--debug", action="store_true", help="print every rewritten graph")
+    parser.add_argument("--memory", metavar="auto|min|MIB", help="workspace of a head")
+    parser.add_argument("--logits", metavar="deferred|eager", help="what becomes of logits that are returned")
+    parser.add_argument("--min-logits", metavar="auto|N", help="heads with fewer logits are left to Inductor")
+    parser.add_argument("--quiet", action="store_true", help="print nothing at the end")
+
+
+def options_of(given: argparse.Namespace) -> dict[str, Any]:
+    """The backend's options that were given; the others keep their defaults."""
+    flags = {name: True for name in ("strict", "debug") if getattr(given, name)}
+    named = {name: getattr(given, name) for name in ("memory", "logits", "min_logits")}
+    values = {name: value for name, value in named.items() if value is not None}
+    return {**flags, **values}
+
+
+def first_of_the_launch() -> bool:
+    """Whether this process is the one of a distributed program that speaks."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
+    """Run the program; its exceptions are shown as Python would."""
+    if not rest:
+        parser.error("nothing to run")
+    name, *words = rest
+    speaks = first_of_the_launch()
+    if speaks and given.report is not None and (problem := report_file.problem(given.report)):
+        parser.error(problem)
+    try:
+        enable(**options_of(given))
+    except ValueError as error:
+        parser.error(str(error))
+    summary = Summary(keep_graphs=speaks and given.report is not None)
+    observers.add(summary.add, texts=summary.keep_graphs)
+    if given.compile_eager:
+        compile_eager.enable(strict=given.strict)
+    found, answered = None, False
+    try:
+        found = launcher.module(name) if given.module else launcher.script(name)
+        launcher.run(found, words)
+    except launcher.CannotRun as error:
+        print(f"fusedhead: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:
+        answered = not summary.graphs and of_a_library(stop)
+        raise
+    except KeyboardInterrupt:
+        show_own_frames(found)
+        raise
+    except BaseException as error:
+        launcher.own_traceback(error, found)
+        sys.excepthook(type(error), error, error.__traceback__)  # which the program may have replaced
+        return 1
+    finally:
+        if speaks and found is not None and not answered:
+            tell(summary, given, [name, *words])
+    return 0
+
+
+def of_a_library(stop: SystemExit) -> bool:
+    """Whether a library ended the program, as argparse does after ``--help`` and errors: it has run nothing yet."""
+    trace = stop.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    file = trace.tb_frame.f_code.co_filename if trace is not None else ""
+    installed = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return any(Path(file).is_relative_to(folder) for folder in installed)
+
+
+def show_own_frames(found: launcher.Program | None) -> None:
+    """Have Python, which prints the traceback of an interrupt and ends by the signal, print the program's frames."""
+    hook = sys.excepthook
+
+    def shown(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        launcher.own_traceback(error, found)
+        hook(kind, error, error.__traceback__)
+
+    sys.excepthook = shown
+
+
+def tell(summary: Summary, given: argparse.Namespace, command_line: Sequence[str]) -> None:
+    """Print the summary to stderr and write the report. The program's outcome stays what it is."""
+    with contextlib.suppress(OSError, ValueError):  # a pipe that nobody reads, or a stream that the program has closed
+        sys.stdout.flush()
+    if given.compile_eager and (note := compile_eager.unreached()):
+        summary.notes.append(note)
+    summary.publish()
+    if not given.quiet:
+        with contextlib.suppress(OSError, ValueError):
+            show(summary.overview(), sys.stderr)
+    if given.report is None:
+        return
+    try:
+        report_file.write(summary, given.report, shlex.join(command_line))
+    except OSError as error:
+        print(f"fusedhead: the report could not be written: {error}", file=sys.stderr)
