@@ -23,6 +23,7 @@ from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.graph.recipes import LEAST_TOKENS, program_of
 from fusedhead.graph.weight_recipes import made_of_inputs
 from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.shards import sharded
 from fusedhead.legality import shards
 from fusedhead.legality.checks import functorch, subclass, written_after, written_between
 from fusedhead.legality.reasons import Illegal, Unprofitable
@@ -56,7 +57,7 @@ def higher_order(owner: str) -> Refusal | None:
 
 def may_be_deferred(site: Site, body: Body) -> bool:
     """Whether logits that the graph only returns may be made when it has run."""
-    if not site.outputs or site.escapes or shards.sharded(site.head) or not weight_can_be_remade(site):
+    if not site.outputs or site.escapes or sharded(site.head) or not weight_can_be_remade(site):
         return False
     return not illegal(site, body, defers=True)
 

@@ -33,10 +33,10 @@ from fusedhead.graph.nodes import fake, hint, most
 from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.ir.expr import nodes_of
 from fusedhead.ir.logits import StackedProjection
+from fusedhead.ir.shards import sharded
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.torch_engine.whole import ALL
-from fusedhead.legality import shards
 from fusedhead.legality.reasons import Unprofitable
 from fusedhead.lowering.engines import engine_for
 from fusedhead.lowering.plan.plan import plan
@@ -88,7 +88,7 @@ def grown(site: Site, body: Body) -> Refusal | None:
     0.96 of Inductor's time. What the user has set counts logits alone, and where tokens are a symbol each call decides.
     """
     built = bool(site.outputs) and not body.defers
-    if shards.sharded(site.head):  # what a rank of uneven shards holds is no ground for a decision of all ranks
+    if sharded(site.head):  # what a rank of uneven shards holds is no ground for a decision of all ranks
         return None
     if body.options.min_logits != "auto" or built or body.least[site.head]:
         return None

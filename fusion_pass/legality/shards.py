@@ -8,26 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
-from torch.fx import Node
-
 from fusedhead.analysis.site import Site
 from fusedhead.graph.nodes import fake
 from fusedhead.graph.reasons import Refusal, refuse
-from fusedhead.ir.expr import Plain, nodes_of
+from fusedhead.ir.expr import nodes_of
 from fusedhead.ir.logits import Logits, Projection
+from fusedhead.ir.shards import sharded, whole_vocab_of
 from fusedhead.legality.reasons import Illegal
 from fusedhead.lowering.shards import MERGED
-
-
-def whole_vocab_of(ref: Plain) -> Node | None:
-    """What stands for the rows of all ranks, if a weight or a bias is that of a shard."""
-    found = nodes_of([ref])
-    return found[0] if len(found) == 1 and found[0].target is torch.ops.fusedhead.whole_vocab.default else None
-
-
-def sharded(head: Projection) -> bool:
-    return any(node.target is torch.ops.fusedhead.whole_vocab.default for node in nodes_of(head.operands))
 
 
 def unserved(site: Site, by_tokens: Collection[Projection]) -> Refusal | None:

@@ -17,7 +17,7 @@ from torch.fx import Node
 from fusedhead.graph.nodes import fake
 from fusedhead.ir.builder import Emit, named
 from fusedhead.ir.logits import Logits
-from fusedhead.legality.shards import whole_vocab_of
+from fusedhead.ir.shards import whole_vocab_of
 from fusedhead.rewrite.sweeps import Batch
 
 aten = torch.ops.aten

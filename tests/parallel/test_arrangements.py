@@ -18,7 +18,7 @@ LEFT = {  # what is not fused, and how the sentence begins
 
 @cache
 def results() -> list[Any]:
-    return on_ranks("tests.parallel.arrangements:every_arrangement", 2)
+    return on_ranks("tests.parallel.arrangements:every_arrangement", 2, timeout=300)  # they compile
 
 
 def of(name: str) -> list[dict[str, Any]]:
