@@ -31,6 +31,7 @@ class OptionValues(TypedDict, total=False):
     memory: Literal["auto", "min"] | int
     logits: Literal["deferred", "eager"]
     min_logits: Literal["auto"] | int
+    shards: bool
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Options:
     memory: workspace of a head: "auto", "min", or a number of MiB.
     logits: what the caller gets where logits leave the graph: "deferred" or "eager".
     min_logits: a head of fewer logits, tokens times vocabulary, is left to Inductor: "auto" or a number.
+    shards: heads whose weight is a DTensor in shards of the vocabulary are fused.
     """
 
     debug: bool = False
@@ -49,6 +51,7 @@ class Options:
     memory: str | int = "auto"
     logits: str = "deferred"
     min_logits: str | int = "auto"
+    shards: bool = False
 
     @property
     def budget(self) -> int:
@@ -106,6 +109,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "memory": memory,
     "logits": one_of("deferred", "eager"),
     "min_logits": min_logits,
+    "shards": boolean,
 }
 assert set(READERS) == {field.name for field in fields(Options)} == set(OptionValues.__annotations__)
 

@@ -25,6 +25,7 @@ from fusedhead.canonicalize import (
     functionalize_subscripts,
     inline_checkpoints,
     inline_regions,
+    localize_shards,
     merge_chunks,
     unstack_heads,
 )
@@ -73,6 +74,7 @@ MODULE_PASSES = (  # on the module's own graph, before the graphs that it runs a
     Pass("inline-checkpoints", inline_checkpoints.run, speculative=True),
 )
 CANONICALIZE = (  # on each graph: exact rewrites that make heads visible
+    Pass("localize-shards", localize_shards.run),
     Pass("expand-broadcasts", expand_broadcasts.run),
     Pass("functionalize-accumulation", functionalize_accumulation.run),
     Pass("functionalize-subscripts", functionalize_subscripts.run),
@@ -106,6 +108,7 @@ REWRITE = (
     Pass("gradients-in-forward", forward_gradients.run),
     Pass("limit-small-calls", profitability.limit_calls),
     Pass("find-grown-heads", profitability.find_grown_heads),
+    Pass("find-heads-left-in-shards", localize_shards.find_left),
 )
 BODY_PASSES = (*CANONICALIZE, *ANALYZE, *DECIDE, *REWRITE)
 

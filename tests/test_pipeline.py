@@ -47,6 +47,7 @@ MODULE_PASSES
   inline-regions
   inline-checkpoints (speculative)
 CANONICALIZE
+  localize-shards
   expand-broadcasts
   functionalize-accumulation
   functionalize-subscripts
@@ -77,6 +78,7 @@ REWRITE
   gradients-in-forward
   limit-small-calls
   find-grown-heads
+  find-heads-left-in-shards
 POST_GRAD
   scale-gradients-in-place
   call-below-autograd""",

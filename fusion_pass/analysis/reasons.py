@@ -37,6 +37,7 @@ class NotInForward(Reason):
     NO_GRADIENT = "no gradient is needed"
     CHECKPOINTED = "inside a checkpointed region"
     BOTH_MODES = "its region is run without recording gradients too"
+    IN_SHARDS = "the lse of all ranks is known after the sweep of each"
     FLOAT16 = "in float16 a gradient taken before the loss scale is known would underflow"
     OTHER_STATISTICS = "{names} is asked for as well"
     NO_SCALAR = "the per-row results are not reduced to one scalar"

@@ -23,16 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusedhead.lowering.shard_merge import ShardMismatch
+
 Group = dist.ProcessGroup
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, and float64 for a float64 head (`fusedhead.kernels.contract.stat_dtype`)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class ShardMismatch(ValueError):
-    """The ranks of a group do not hold shards of one head, or ask for different things."""
 
 
 class ShardStats(NamedTuple):

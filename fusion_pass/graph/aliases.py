@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+import fusedhead.lowering.shards  # noqa: F401  registers torch.ops.fusedhead.whole_vocab
 from fusedhead.compat import FakeTensor, tree_leaves
 from fusedhead.graph.nodes import fake
 
@@ -61,6 +62,8 @@ def memory(node: Node) -> set[int]:
     A value that nobody knows (a handle, or what a node without a recorded value returns) gives access to all that
     the node was given.
     """
+    if node.target is torch.ops.fusedhead.whole_vocab.default:
+        return memory(node.args[0])  # type: ignore[arg-type]  # it stands for a shard and its like on other ranks
     recorded = fake(node)
     if type(recorded) is FakeTensor:
         at = storage(recorded)

@@ -14,6 +14,7 @@ from fusedhead.analysis.body import Body
 from fusedhead.analysis.projections import candidates
 from fusedhead.analysis.site import Decision, Site, head_nodes, tokens_of, weight_can_be_remade, weights_of
 from fusedhead.graph.aliases import memory
+from fusedhead.graph.dtensors import KEPT
 from fusedhead.graph.effects import memory_written
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake, most, name_of, where
@@ -22,6 +23,8 @@ from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.graph.recipes import LEAST_TOKENS, program_of
 from fusedhead.graph.weight_recipes import made_of_inputs
 from fusedhead.ir.expr import nodes_of
+from fusedhead.ir.shards import sharded
+from fusedhead.legality import shards
 from fusedhead.legality.checks import functorch, subclass, written_after, written_between
 from fusedhead.legality.reasons import Illegal, Unprofitable
 
@@ -54,7 +57,7 @@ def higher_order(owner: str) -> Refusal | None:
 
 def may_be_deferred(site: Site, body: Body) -> bool:
     """Whether logits that the graph only returns may be made when it has run."""
-    if not site.outputs or site.escapes or not weight_can_be_remade(site):
+    if not site.outputs or site.escapes or sharded(site.head) or not weight_can_be_remade(site):
         return False
     return not illegal(site, body, defers=True)
 
@@ -75,6 +78,8 @@ def why_not_deferred(site: Site, body: Body) -> Refusal:
 
 def illegal(site: Site, body: Body, defers: bool | None = None) -> Refusal | None:
     """Why a site must stay as it is, or None. ``defers``: whether its logits could be deferred, as the body says."""
+    if KEPT in site.head.node.meta:
+        return site.head.node.meta[KEPT]  # type: ignore[no-any-return]
     operands = nodes_of(site.head.operands)
     if site.escapes:
         return subclass(site, operands) or site.escapes[0].placed()
@@ -83,6 +88,7 @@ def illegal(site: Site, body: Body, defers: bool | None = None) -> Refusal | Non
     labels = nodes_of([p for _, t in site.terminals for p in (*t.label_sources, *t.sources)])
     return (
         subclass(site, [*operands, *vectors, *labels])
+        or shards.unserved(site, body.regions)
         or on_several_devices([*operands, *labels])
         or must_materialise(site, body, body.defers if defers is None else defers)
         or mutated_operand(site, body.facts, vectors, labels)

@@ -33,6 +33,7 @@ from fusedhead.graph.nodes import fake, hint, most
 from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.ir.expr import nodes_of
 from fusedhead.ir.logits import StackedProjection
+from fusedhead.ir.shards import sharded
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.torch_engine.whole import ALL
@@ -87,6 +88,8 @@ def grown(site: Site, body: Body) -> Refusal | None:
     0.96 of Inductor's time. What the user has set counts logits alone, and where tokens are a symbol each call decides.
     """
     built = bool(site.outputs) and not body.defers
+    if sharded(site.head):  # what a rank of uneven shards holds is no ground for a decision of all ranks
+        return None
     if body.options.min_logits != "auto" or built or body.least[site.head]:
         return None
     vocab, tokens = int(site.head.weight.val.shape[0]), hint(tokens_of(site)) or 0

@@ -28,6 +28,15 @@ class Illegal(Reason):
     GATHERED_WEIGHT = (
         "its weight is whole only while its module runs (FSDP, ZeRO-3), so the returned logits are computed at once"
     )
+    SHARDS_STACKED = "logits of several heads in one tensor are not read in shards"
+    SHARDS_BY_TOKENS = "what is made of its logits is computed token by token of whole rows, which no rank has"
+    SHARDS_RETURNED = (
+        "its logits are returned, and logits in shards are not deferred: a read by some ranks alone would wait"
+    )
+    SHARDS_STATISTIC = "{names} of its rows cannot be merged over the ranks"
+    SHARDS_OF_A_PART = "its loss is taken of a part of the classes"
+    SHARDS_PICKED_ROWS = "its rows are picked by a tensor, which may pick others on another rank"
+    SHARDS_OF_A_VECTOR = "a vector along the classes that wants a gradient does not lie in shards as the weight does"
 
 
 class Unprofitable(Reason):

@@ -91,6 +91,8 @@ def upgrade(*calls: Node, facts: GraphFacts) -> Refusal | None:
     for call in calls:
         if not any(needs_of(call)) or not any(map(differentiable, call.users)):
             return refuse(NotInForward.NO_GRADIENT)
+        if call.target is torch.ops.fusedhead.shard_stats.default:
+            return refuse(NotInForward.IN_SHARDS)
         if fake(call.args[0]).dtype == torch.float16:  # type: ignore[arg-type]
             return refuse(NotInForward.FLOAT16)
         others = sorted(STATS.index(name) for name in str(call.args[7]).split(",") if name not in LINEAR_STATS)

@@ -28,7 +28,7 @@ from fusedhead.ir.logits import StackedProjection
 from fusedhead.ir.terminal import Statistics, Terminal
 from fusedhead.kernels.contract import STATS
 from fusedhead.kernels.transform.transform import Transform
-from fusedhead.rewrite import stacked_sweeps
+from fusedhead.rewrite import shard_sweeps, stacked_sweeps
 from fusedhead.rewrite.operands import joined_operands, replay
 from fusedhead.rewrite.sweeps import Batch, SweepGroup, batches, roundings_of
 
@@ -144,7 +144,10 @@ def statistics_of(emit: Emit, batch: Batch, memory: int) -> tuple[dict[str, list
     tensors, counts = joined_operands(emit, batch)
     chain = next(iter(roundings_of(first.terminals)), None)
     text = Transform(first.logits.steps).smooth.text if chain is None else Transform(chain).text
-    op = torch.ops.fusedhead.head_stats.default
-    call = named(emit(op, *tensors, text, ",".join(first.want), memory), "head")
+    if shard_sweeps.in_shards(batch):
+        call = shard_sweeps.call_of(emit, batch, tensors, text, memory)
+    else:
+        op = torch.ops.fusedhead.head_stats.default
+        call = named(emit(op, *tensors, text, ",".join(first.want), memory), "head")
     whole = {name: named(emit(operator.getitem, call, STATS.index(name)), name) for name in first.want}
     return split_rows(emit, whole, counts), [call]

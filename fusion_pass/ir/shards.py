@@ -1,0 +1,20 @@
+"""Which heads lie in shards: those whose weight is what stands for the rows of all ranks (``whole_vocab``)."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+import fusedhead.lowering.shards  # noqa: F401  registers torch.ops.fusedhead.whole_vocab
+from fusedhead.ir.expr import Plain, nodes_of
+from fusedhead.ir.logits import Projection
+
+
+def whole_vocab_of(ref: Plain) -> Node | None:
+    """What stands for the rows of all ranks, if a weight or a bias is that of a shard."""
+    found = nodes_of([ref])
+    return found[0] if len(found) == 1 and found[0].target is torch.ops.fusedhead.whole_vocab.default else None
+
+
+def sharded(head: Projection) -> bool:
+    return any(node.target is torch.ops.fusedhead.whole_vocab.default for node in nodes_of(head.operands))

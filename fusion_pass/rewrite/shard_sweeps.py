@@ -1,0 +1,76 @@
+"""The sweep of a head whose vocabulary lies in shards: this rank's rows, and what the ranks have to agree on.
+
+The operands come as those of the whole head. The weight and the vectors along the classes that stand for the rows of
+all ranks become this rank's, others are cut; labels stay those of the whole vocabulary, and the op shifts them. This
+file emits the call and decides nothing.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fusedhead.graph.nodes import fake
+from fusedhead.ir.builder import Emit, named
+from fusedhead.ir.logits import Logits
+from fusedhead.ir.shards import whole_vocab_of
+from fusedhead.rewrite.sweeps import Batch
+
+aten = torch.ops.aten
+WHOLE = torch.ops.fusedhead.whole_vocab.default
+SAME_PLACE = frozenset({aten.to.dtype, aten.detach.default, aten.reshape.default})  # of a vector: entry by entry
+
+
+def in_shards(batch: Batch) -> bool:
+    return whole_vocab_of(batch[0].logits.head.weight) is not None
+
+
+def call_of(emit: Emit, batch: Batch, operands: Sequence[Node], text: str, memory: int) -> Node:
+    """The ``shard_stats`` call in the place of a ``head_stats`` on ``operands``: h, w, y, cols, rows, u."""
+    whole = whole_vocab_of(batch[0].logits.head.weight)
+    assert whole is not None
+    _, start, vocab, group, reduce = whole.args
+    h, w, y, cols, rows, u = operands
+    w = own_rows(emit, w, whole)
+    count = fake(w).shape[0]
+    if cols.target is aten.stack.default:
+        vectors: Any = cols.args[0]
+        each = [own_rows(emit, vector, whole) for vector in vectors]
+        cols = emit(aten.stack.default, each)
+    else:
+        cols = emit(aten.new_empty.default, h, [0, count], dtype=torch.float32)
+    if fake(u).numel():
+        u = own_rows(emit, u, whole)
+    want = ",".join(batch[0].want)
+    facts = [facts_of(group.logits) for group in batch]
+    mark = zlib.crc32(repr((facts, text, want, vocab, fake(h).shape[1], fake(y).shape[1])).encode()) % 8388593
+    op = torch.ops.fusedhead.shard_stats.default
+    return named(emit(op, h, w, y, cols, rows, u, text, want, memory, start, vocab, group, mark, reduce), "head")
+
+
+def own_rows(emit: Emit, node: Node, whole: Node) -> Node:
+    """A tensor along the classes, this rank's part of it."""
+    made = from_own(emit, node)
+    if made is not None:
+        return made
+    start, count = int(whole.args[1]), fake(whole.args[0]).shape[0]  # type: ignore[arg-type]
+    return emit(aten.slice.Tensor, node, 0, start, start + count)
+
+
+def from_own(emit: Emit, node: Node) -> Node | None:
+    """The same made of what this rank has, where a node is made of what stands for the rows of all ranks."""
+    if node.target is WHOLE:
+        return node.args[0]  # type: ignore[return-value]
+    if node.target not in SAME_PLACE or (node.target is aten.reshape.default and fake(node.args[0]).ndim != 1):  # type: ignore[arg-type]
+        return None
+    below = from_own(emit, node.args[0])  # type: ignore[arg-type]
+    return None if below is None else emit(node.target, below, *node.args[1:], **node.kwargs)
+
+
+def facts_of(logits: Logits) -> list[str]:
+    """What is done to the rows, in words that are the same on all ranks where it is the same."""
+    return [f"{step.op} {step.args}" for step in logits.row_steps]
