@@ -33,7 +33,12 @@ def never() -> bool:
 
 
 # Where this torch has no such name nothing is named in a snapshot.
-recording: Callable[[], bool] = getattr(torch._C, "_cuda_isHistoryEnabled", never)
+history_enabled: Callable[[], bool] = getattr(torch._C, "_cuda_isHistoryEnabled", never)
+
+
+def recording(operand: torch.Tensor) -> bool:
+    """Whether the history of the operand's memory is recorded. Where CUDA has no driver the question itself raises."""
+    return operand.is_cuda and history_enabled()
 
 
 def profiling() -> bool:
@@ -48,7 +53,7 @@ def named(op: str, schema: str, implementation: Function) -> Function:
     at_h, at_w = names.index("h"), names.index("w")
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not (profiling() or (args[at_h].is_cuda and recording())):  # without a driver the question itself raises
+        if not (profiling() or recording(args[at_h])):
             return implementation(*args, **kwargs)
         name = name_of(op, args[at_h].shape[0], *args[at_w].shape)
         with torch.profiler.record_function(name):
