@@ -52,7 +52,7 @@ some: $(VENV)/.installed
 
 # Training programs of real packages, three ways each (tests/e2e/README.md).
 e2e: $(VENV)/.e2e
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 0 tests/e2e
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 0 tests/e2e tests/parallel
 	PYTHONPATH=$(VENV)/apart $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 0 tests/e2e/apart
 
 demo: $(VENV)/.installed

@@ -2,8 +2,8 @@
 
 While a profiler runs each op opens a range, ``fusedhead::head_loss lm_head N=8192 D=4096 V=128256``. While the history
 of memory is recorded the op is called through a frame of that name, which stands in the stack of each of its
-allocations. Otherwise an op costs two flags more on a GPU, one elsewhere. An op knows no modules: those of heads with its weight's sizes are
-told when a graph is compiled (`remember`). This file must not know what an op computes.
+allocations. Otherwise an op costs two flags more on a GPU, one elsewhere. An op knows no modules: those of heads with
+its weight's sizes are told when a graph is compiled (`remember`).
 """
 
 from __future__ import annotations
