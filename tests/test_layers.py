@@ -14,7 +14,9 @@ SOURCES = {"fusion_pass": (), "lowering": ("lowering",), "kernels": ("kernels",)
 LAYERS = (  # from the top; those in one row do not import one another
     ("__main__",),
     ("__init__",),  # the public names
-    ("run", "explain", "tune"),
+    ("run", "tune", "integrations"),
+    ("estimate",),
+    ("explain", "fake_modules", "live_bytes"),
     ("eager",),
     ("backend", "functional"),
     ("inductor", "deferred"),

@@ -145,7 +145,7 @@ def row(head: HeadRecord) -> str:
 
 def cells(state: str, name: str, sizes: str, answered: str, built: str, saved: str) -> str:
     """One line of the table. A name that is too long keeps its end; sizes that are too long push the rest."""
-    if len(name) > NAME and len(sizes) + len(name) > NAME + SIZES:
+    if len(sizes) + len(name) > NAME + SIZES:
         room = max(SHORTEST, NAME + SIZES - len(sizes))
         name = name if len(name) <= room else "…" + name[1 - room :]
     both = name + " " * max(1, NAME + 1 + SIZES - len(name) - len(sizes)) + sizes
