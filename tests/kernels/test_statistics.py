@@ -167,7 +167,7 @@ def test_the_first_index_wins_across_blocks():
 
 
 def test_more_than_two_to_the_31_logits():
-    """Labels and weighted sums need no sweep; sweeps index inside one block only (lowering/test_plan.py bounds its size)."""
+    """Labels and weighted sums need no sweep; sweeps index inside one block (lowering/test_plan.py bounds it)."""
     n, v = 66_000, 33_000
     h, w = torch.ones(n, 1), torch.linspace(-1, 1, v)[:, None]
     y = torch.tensor([[v - 1, 0]]).expand(n, 2)
