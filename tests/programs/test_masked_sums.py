@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.eager_stack import Rewritten
-from tests.programs.test_forms_of_others import D, Model, N, Y, gradients
+from tests.programs.mixed_model import D, Model, N, Y, gradients
 
 Loss = Callable[[Model, Tensor, Tensor], Tensor]
 

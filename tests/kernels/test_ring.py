@@ -1,6 +1,6 @@
 """The kernels of two groups of warps, run on the CPU: numbers, order of work, nothing given away early.
 
-test_compiles_for_the_h100.py compiles them; tests/gpu and benchmarks/gpu_check.py run them on the chip.
+test_kernels_compile.py compiles them; tests/gpu and benchmarks/gpu_check.py run them on the chip.
 """
 
 from __future__ import annotations
