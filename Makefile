@@ -35,7 +35,8 @@ pytest: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15
 
 # What depends most on torch: the graphs that Dynamo makes, the rules that read them, tensors that stand for logits.
-FAST := $(addprefix tests/,compat backend rules deferred refusals packaging)
+FAST := $(addprefix tests/,compat graph ir rules canonicalize analysis legality rewrite deferred report inductor programs \
+	packaging test_backend.py test_pipeline.py test_user_surface.py)
 fast: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15 $(FAST)
 
@@ -48,7 +49,7 @@ pythons:
 	for python in python3.10 python3.11 python3.12 python3.13 python3.14; do \
 		$$python -c "" 2>/dev/null || { echo "no $$python"; continue; }; $(MAKE) some PYTHON=$$python || exit 1; done
 some: $(VENV)/.installed
-	$(BIN)/python -m pytest -q tests/compat tests/packaging tests/backend/test_programs.py
+	$(BIN)/python -m pytest -q tests/compat tests/packaging tests/programs/test_programs.py
 
 # Training programs of real packages, three ways each (tests/e2e/README.md).
 e2e: $(VENV)/.e2e

@@ -4,7 +4,7 @@
 
 Truth is float64. Every error is printed as a multiple of the error that eager PyTorch makes on the same inputs in
 the same dtype (logits in the operands' dtype, then float32), and must not exceed 1.0. The claims that need no GPU
-are in tests/kernels/test_triton_interpreted.py.
+are in tests/kernels/test_sweeps_*.py.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from fusedhead.inductor.config import POST_GRAD
 from fusedhead.options import Options, split
 from fusedhead.pipeline import Pass
 from tests.eager_stack import Rewritten, as_it_is
-from tests.refusals.claims import D, hidden, labels, weight
+from tests.programs.claims import D, hidden, labels, weight
 
 LISTS = ("MODULE_PASSES", "CANONICALIZE", "ANALYZE", "DECIDE", "REWRITE")
 

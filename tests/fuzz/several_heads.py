@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.refusals.claims import D, V, hidden, labels, weight
+from tests.programs.claims import D, V, hidden, labels, weight
 
 N = 6
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.fuzz.several_heads import draw, inputs, program
-from tests.refusals.claims import compiled
+from tests.programs.claims import compiled
 
 PROGRAMS = int(os.environ.get("FUSEDHEAD_SEVERAL_HEADS", "40"))
 

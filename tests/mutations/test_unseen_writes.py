@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.refusals.claims import compiled, left, right
+from tests.programs.claims import compiled, left, right
 
 N, D, V = 6, 4, 11
 

@@ -152,7 +152,7 @@ def test_an_op_without_a_rule_is_right_token_by_token(overload: Any) -> None:
     check_all(overload, ROWWISE[overload])
 
 
-# sizes are no tensors: a graph has them where they are symbols (tests/backend/test_dynamic_sizes.py)
+# sizes are no tensors: a graph has them where they are symbols (tests/programs/test_dynamic_sizes.py)
 SIZES = {aten.sym_size.int, aten.sym_size.default, aten.size.default}
 
 

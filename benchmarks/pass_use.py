@@ -1,0 +1,199 @@
+"""``python -m benchmarks.pass_use``: how many programs need each pass, each rule, and each answer of deferred logits.
+
+    python -m benchmarks.pass_use sweep --sample 40 --out FOLDER     # classes of transformers (needs transformers)
+    python -m benchmarks.pass_use tests tests/deferred/test_losses_outside.py --out FOLDER   # a program a test
+    python -m benchmarks.pass_use table FOLDER/*.json                # one table of several runs
+
+A program needs a pass that edited a graph of its, a rule that gave a value or a refusal, and a shared statistic where
+one that an earlier sweep had found was taken. Nothing is timed. Programs of the sweep are built and trained a step as
+`tests.sweep_transformers` does, on the eager stack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("FUSEDHEAD_MIN_LOGITS", "0")
+
+import torch
+
+from fusedhead import pipeline
+from fusedhead.deferred import query
+from fusedhead.graph.reasons import Escape
+from fusedhead.report.report import Report
+from fusedhead.rules import RULES
+from fusedhead.rules.table import TOKEN_RULES
+
+PASSES = (*pipeline.MODULE_PASSES, *pipeline.BODY_PASSES)
+
+used: set[tuple[str, str]] = set()  # what the program that runs has needed: kind, name
+sweeps = 0  # over deferred logits, of all programs
+
+
+def note(kind: str, name: str) -> None:
+    used.add((kind, name))
+
+
+def rule_name(rule: Callable[..., Any]) -> str:
+    return f"{rule.__module__.removeprefix('fusedhead.rules.')}.{rule.__name__}"
+
+
+def watch(shares: bool) -> None:
+    """Note what is needed from now on. Registries are wrapped where they stand.
+
+    Nothing else changes, but that statistics of earlier sweeps are not taken where ``shares`` is false.
+    """
+
+    def counted(rule: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(rule)
+        def read(*args: Any, **kwargs: Any) -> Any:
+            try:
+                value = rule(*args, **kwargs)
+            except Escape:
+                note("rule refuses", rule_name(rule))
+                raise
+            if value is not None:
+                note("rule", rule_name(rule))
+            return value
+
+        return read
+
+    for overload, rule in RULES.items():
+        RULES[overload] = counted(rule)
+    for overload, rules in TOKEN_RULES.items():
+        TOKEN_RULES[overload] = tuple(each._replace(read=counted(each.read)) for each in rules)
+
+    extend, known, whole, sweep = Report.extend, query.known_statistic, query.sweep_whole, query.Request.sweep
+
+    def extended(report: Report, other: Report) -> None:
+        for each in other.passes:
+            if each.edits:
+                note("pass", each.name)
+        extend(report, other)
+
+    def shared(*args: Any) -> Any:
+        found = known(*args) if shares else None
+        note("deferred", "a statistic is asked for")
+        if found is not None:
+            note("deferred", "a statistic of an earlier sweep is taken")
+        return found
+
+    def swept(*args: Any) -> Any:
+        note("deferred", "one sweep for the pieces of logits")
+        return whole(*args)
+
+    def counted_sweep(*args: Any) -> Any:
+        global sweeps
+        sweeps += 1
+        return sweep(*args)
+
+    Report.extend, query.Request.sweep = extended, counted_sweep  # type: ignore[method-assign]
+    query.known_statistic, query.sweep_whole = shared, swept
+
+
+def sweep(count: int) -> Iterable[tuple[str, list[tuple[str, str]]]]:
+    """What each of ``count`` classes of transformers needs, evenly spread."""
+    from tests.sweep_transformers.__main__ import classes, sample
+    from tests.sweep_transformers.batches import batch
+    from tests.sweep_transformers.verdict import built, compiled, step
+
+    for name in sample(classes(), count):
+        used.clear()
+        report = Report()
+        torch.compiler.reset()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = built(name)
+                step(model, compiled(model, "eager", report, [], []), batch(model, name))
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}", file=sys.stderr)
+        if report.graphs:
+            yield name, sorted(used)
+
+
+class EachTest:
+    """A plugin of pytest: what each test needs."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, list[tuple[str, str]]]] = []
+
+    def pytest_runtest_setup(self) -> None:
+        used.clear()
+
+    def pytest_runtest_teardown(self, item: Any) -> None:
+        if used:
+            self.found.append((item.nodeid, sorted(used)))
+
+
+def tests(arguments: list[str]) -> Iterable[tuple[str, list[tuple[str, str]]]]:
+    import pytest
+
+    each = EachTest()
+    pytest.main(["-q", "-p", "no:cacheprovider", *arguments], plugins=[each])
+    return each.found
+
+
+def all_rules() -> list[str]:
+    found = [*RULES.values(), *(each.read for rules in TOKEN_RULES.values() for each in rules)]
+    return sorted({rule_name(rule) for rule in found})
+
+
+def table(files: Iterable[Path]) -> str:
+    """The counts of several runs side by side, a line for each pass and rule, those that none needs too."""
+    runs = [json.loads(file.read_text()) for file in files]
+    counts = [Counter((kind, name) for _, needs in run["programs"] for kind, name in needs) for run in runs]
+    names = {"pass": [each.name for each in PASSES], "rule": all_rules(), "rule refuses": []}
+    names["deferred"] = [
+        "a statistic is asked for",
+        "a statistic of an earlier sweep is taken",
+        "one sweep for the pieces of logits",
+    ]
+    lines = [f"* {chr(65 + i)}: {run['what']}, {len(run['programs'])} programs" for i, run in enumerate(runs)]
+    for kind, listed in names.items():
+        listed = listed or sorted({name for count in counts for k, name in count if k == kind})
+        lines += ["", f"| {kind} | " + " | ".join(chr(65 + i) for i in range(len(runs))) + " |"]
+        lines += ["|---" * (len(runs) + 1) + "|"]
+        lines += [f"| {name} | " + " | ".join(str(count[kind, name]) for count in counts) + " |" for name in listed]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pass_use", description=__doc__)
+    parser.add_argument("what", choices=("sweep", "tests", "table"))
+    parser.add_argument("files", nargs="*", help="arguments of pytest, or runs to be put into one table")
+    parser.add_argument("--sample", type=int, default=40, metavar="K", help="classes of the sweep, evenly spread")
+    parser.add_argument("--no-sharing", dest="shares", action="store_false", help="take no earlier statistics")
+    parser.add_argument("--name", default="", help="what the table calls the run")
+    parser.add_argument("--out", type=Path, help="a JSON file for the run, or a page for the table")
+    given = parser.parse_args(argv)
+    if given.what == "table":
+        text = table(map(Path, given.files))
+        given.out.write_text(text) if given.out else print(text, end="")
+        return 0
+    if given.what == "sweep":
+        logging.disable(logging.CRITICAL)
+    watch(given.shares)
+    programs: list[Any] = []
+    for found in sweep(given.sample) if given.what == "sweep" else tests(given.files):
+        programs.append(found)
+        if given.out:
+            run = {"what": given.name or given.what, "sweeps": sweeps, "programs": programs}
+            given.out.write_text(json.dumps(run) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Tests are found from what they test: a module of more than 40 lines of code has a test file named after it.
+
+`canonicalize/merge_chunks.py` is tested by `tests/canonicalize/test_merge_chunks.py`; where two modules of a layer
+share a name, the folder goes before it: `kernels/tokenwise/engine.py`, `tests/kernels/test_tokenwise_engine.py`.
+Rules are tested op by op: `tests/rules/test_rules.py` says that none is left out.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LINES = 40  # of code: statements, without docstrings, imports and comments
+
+# Modules that only programs test, which need several modules at once. It may only get shorter.
+THROUGH_PROGRAMS = {  # by folder
+    "analysis": "body cost evaluator interpreter site source_lines strategies token_regions",
+    "canonicalize": "functionalize_subscripts",
+    "": "compat options",
+    "deferred": (
+        "assignments call_program history op_tables query record results row_picks shared_statistics state to_fx"
+    ),
+    "graph": "aliases dry_run edit effects facts higher_order nodes recipes run_counts tracing",
+    "ir": "builder expr logits tokenwise",
+    "kernels": "contract",
+    "kernels/tokenwise": "compiled engine program",
+    "kernels/torch_engine": "dlogits engine exponentials gradient_sink softmax_gradients workspace",
+    "kernels/transform": "native pointwise transform",
+    "kernels/triton_engine/device": "functions rows transform vectors",
+    "kernels/triton_engine": "engine recompute windows",
+    "kernels/triton_engine/gluon": "dlogits exponentials tile",
+    "kernels/triton_engine/launch": "launcher sweep tiles tuning",
+    "kernels/triton_engine/rows": "label_map merge",
+    "kernels/triton_engine/sweeps": "exponentials",
+    "legality": "legality missed_heads other_products",
+    "lowering": "autograd checks engines fakes",
+    "lowering/plan": "torch triton",
+    "report": "coverage records summary",
+    "rewrite": "forward_gradients loss_tail operands stacked_sweeps statistics sweeps tail_gradient",
+    "rules": "mask_assignment",
+    "rules/tokenwise": "dispatch operands",
+}
+
+
+def lines_of_code(file: Path) -> int:
+    """Lines on which code stands, imports and docstrings left out."""
+    tree = ast.parse(file.read_text())
+    code: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node, (ast.stmt, ast.expr)) and not isinstance(node, (ast.Import, ast.ImportFrom)):
+            code.add(node.lineno)
+    return len(code)
+
+
+def modules() -> dict[str, Path]:
+    """The modules that have logic, as ``layer/.../name``, without the package's own folder."""
+    found = {}
+    for top in ("fusion_pass", "lowering", "kernels"):
+        for file in sorted((ROOT / top).rglob("*.py")):
+            if not file.name.startswith("__") and lines_of_code(file) > LINES:
+                found[str(file.relative_to(ROOT).with_suffix("")).removeprefix("fusion_pass/")] = file
+    return found
+
+
+def has_a_test_file(module: str, file: Path) -> bool:
+    """Whether a test file is named after a module."""
+    (layer, *_), folder, name = module.split("/"), module.split("/")[-2:-1], module.split("/")[-1]
+    if layer == "rules" and "rule(" in file.read_text():
+        return True
+    place = ROOT / "tests" / (layer if folder else "")
+    names = (name, "_".join([*folder, name]))
+    return any((place / f"test_{each}.py").exists() for each in names)
+
+
+def test_every_module_with_logic_has_a_test_file_named_after_it() -> None:
+    untested = {module for module, file in modules().items() if not has_a_test_file(module, file)}
+    listed = {f"{folder}/{name}".strip("/") for folder, names in THROUGH_PROGRAMS.items() for name in names.split()}
+    assert untested - listed == set(), "each needs tests/<layer>/test_<module>.py"
+    assert listed - untested == set(), "these are tested or gone: take them off the list"
