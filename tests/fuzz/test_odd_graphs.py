@@ -11,10 +11,9 @@ from collections import Counter
 import pytest
 import torch
 
-from fusedhead.analysis.projections import ANCHORS
-from fusedhead.analysis.stacked_heads import SPELLED
+from fusedhead.analysis.stacked_heads import STACKS
 from fusedhead.backend import run_pass
-from fusedhead.graph.op_names import PROJECTIONS
+from fusedhead.graph.op_names import HEAD_ENDS, PROJECTIONS
 from fusedhead.legality.missed_heads import CARRYING
 from fusedhead.options import Options
 from tests.fuzz.odd_graphs import drawn
@@ -57,7 +56,7 @@ def test_no_well_formed_graph_is_too_odd_to_read() -> None:
 
 
 # what the rules know by name, and what Dynamo calls the inputs of a body after: the node that is handed in
-NAMES = sorted({*PROJECTIONS, *ANCHORS, *SPELLED, *CARRYING, "setitem", "scatter_", "one_hot", "arange", "stack"})
+NAMES = sorted({*PROJECTIONS, *HEAD_ENDS, *STACKS, *CARRYING, "setitem", "scatter_", "one_hot", "arange", "stack"})
 
 
 def test_an_input_may_be_called_after_any_op() -> None:
