@@ -49,7 +49,7 @@ pythons:
 	for python in python3.10 python3.11 python3.12 python3.13 python3.14; do \
 		$$python -c "" 2>/dev/null || { echo "no $$python"; continue; }; $(MAKE) some PYTHON=$$python || exit 1; done
 some: $(VENV)/.installed
-	$(BIN)/python -m pytest -q tests/compat tests/packaging tests/programs/test_programs.py
+	$(BIN)/python -m pytest -q tests/compat tests/packaging tests/programs/test_whole_stack.py
 
 # Training programs of real packages, three ways each (tests/e2e/README.md).
 e2e: $(VENV)/.e2e

@@ -1,7 +1,7 @@
 """``python -m benchmarks.pass_use``: how many programs need each pass, each rule, and each answer of deferred logits.
 
     python -m benchmarks.pass_use sweep --sample 40 --out FOLDER     # classes of transformers (needs transformers)
-    python -m benchmarks.pass_use tests tests/deferred/test_losses_outside.py --out FOLDER   # a program a test
+    python -m benchmarks.pass_use tests tests/deferred/test_lower.py --out FOLDER   # a program a test
     python -m benchmarks.pass_use table FOLDER/*.json                # one table of several runs
 
 A program needs a pass that edited a graph of its, a rule that gave a value or a refusal, and a shared statistic where

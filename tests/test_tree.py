@@ -42,6 +42,7 @@ THROUGH_PROGRAMS = {  # by folder
     "rules": "mask_assignment",
     "run": "environment estimate_program program",
     "rules/tokenwise": "dispatch operands",
+    "run": "environment estimate_program program",
 }
 
 

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from eager_stack import backend
 
 from fusedhead.integrations import Watch, add_to_tensorboard
 from fusedhead.report import observers
 from fusedhead.report.report import Report
+from tests.eager_stack import backend
 from tests.report.heads import FUSED, LEFT, head
 
 

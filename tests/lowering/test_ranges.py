@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from eager_stack import Rewritten
 from torch import Tensor, nn
 
 from fusedhead.lowering import ranges
+from tests.eager_stack import Rewritten
 
 N, D, V = 24, 16, 96
 

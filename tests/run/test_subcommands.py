@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from eager_stack import backend
 
 import fusedhead
 from fusedhead import Report, options
 from fusedhead.run import environment, explain_function
 from fusedhead.run.cli import BROKEN_PIPE, COMMANDS, main
 from fusedhead.version import __version__
+from tests.eager_stack import backend
 from tests.run.forks import Ours
 from tests.run.programs import COMPILED, EAGER, write
 
