@@ -14,7 +14,7 @@ import torch
 from fusedhead.analysis.stacked_heads import STACKS
 from fusedhead.backend import run_pass
 from fusedhead.graph.op_names import HEAD_ENDS, PROJECTIONS
-from fusedhead.legality.missed_heads import CARRYING
+from fusedhead.legality.missed_heads import CARRIES_LOGITS
 from fusedhead.options import Options
 from tests.fuzz.odd_graphs import drawn
 
@@ -56,7 +56,7 @@ def test_no_well_formed_graph_is_too_odd_to_read() -> None:
 
 
 # what the rules know by name, and what Dynamo calls the inputs of a body after: the node that is handed in
-NAMES = sorted({*PROJECTIONS, *HEAD_ENDS, *STACKS, *CARRYING, "setitem", "scatter_", "one_hot", "arange", "stack"})
+NAMES = sorted({*PROJECTIONS, *HEAD_ENDS, *STACKS, *CARRIES_LOGITS, "setitem", "scatter_", "one_hot", "arange", "stack"})
 
 
 def test_an_input_may_be_called_after_any_op() -> None:
