@@ -40,7 +40,6 @@ THROUGH_PROGRAMS = {  # by folder
     "report": "coverage records step_estimate summary",
     "rewrite": "forward_gradients loss_tail operands shard_sweeps stacked_sweeps statistics sweeps tail_gradient",
     "rules": "mask_assignment",
-    "run": "environment estimate_program program",
     "rules/tokenwise": "dispatch operands",
     "run": "environment estimate_program program",
 }
