@@ -87,7 +87,8 @@ def run(body: Body) -> None:
                 raise Refused(refuse(InShards.NOT_ASKED))
         except (Escape, Refused) as left:
             why = left.why if isinstance(left, Refused) else left.refusal
-            product.meta[KEPT] = refuse(InShards.KEPT, **weight_in_words(product), why=why)
+            shape, placed, ranks = weight_in_words(product)
+            product.meta[KEPT] = refuse(InShards.KEPT, shape=shape, placed=placed, ranks=ranks, why=why)
         else:
             Writer(graph, modes, shards).write()
 
@@ -107,7 +108,7 @@ def find_left(body: Body) -> None:
             body.grown[node.meta[PRODUCT]] = why or refuse(InShards.NOT_READ)
 
 
-def weight_in_words(product: Node) -> dict[str, Any]:
+def weight_in_words(product: Node) -> tuple[list[Any], str, str]:
     """The weight of a product as a tensor [V, D]: its shape, "Shard(0)", "the 2 ranks of mesh dimension 'tp'"."""
     tensors = [fake(node) for node in product.all_input_nodes if is_dtensor(fake(node))]
     value = tensors[1] if len(tensors) > 1 else tensors[0]
@@ -115,7 +116,7 @@ def weight_in_words(product: Node) -> dict[str, Any]:
     cut = [d for d, p in enumerate(value.placements) if shard_dim(p, value.ndim) is not None]
     over = axis_of(value.device_mesh, cut[0]) if cut else f"{value.device_mesh.size()} ranks"
     shape = list(value.shape)[:: -1 if turned else 1]
-    return {"shape": shape, "placed": layout(value, turned), "ranks": over}
+    return shape, layout(value, turned), str(over)
 
 
 # ---- may it be read so? ---------------------------------------------------------------------------------------------

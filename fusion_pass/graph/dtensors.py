@@ -30,7 +30,8 @@ class Axis(NamedTuple):
 
     def __str__(self) -> str:
         names = self.mesh.mesh_dim_names
-        return f"the {self.ranks} ranks of mesh dimension {names[self.dim]!r}" if names else f"{self.ranks} ranks"
+        words = f"the {self.ranks} ranks of mesh dimension {names[self.dim]!r}" if names else f"{self.ranks} ranks"
+        return words
 
 
 def public(name: str) -> Any:

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from fusedhead.analysis.reasons import NotInForward, Untraced
+from fusedhead.canonicalize.reasons import InShards
 from fusedhead.graph.motion import Immovable
 from fusedhead.graph.reasons import Reason
 from fusedhead.legality.reasons import Illegal, Unprofitable
@@ -68,6 +69,7 @@ TABLES: tuple[type[Reason], ...] = (
     NoRule,
     NotByTokens,
     Untraced,
+    InShards,
     Illegal,
     Unprofitable,
     NotInForward,
