@@ -15,7 +15,6 @@ The logits have the shape and, up to rounding, the values of the sample's first 
 
 from __future__ import annotations
 
-import itertools
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from tests.op_samples import first_samples
 
 PLACES = ("beside", "on logits", "between", "hidden", "losses", "outside")
 D, V = 7, 11
@@ -55,7 +56,7 @@ def samples(op: Any, most: int) -> Iterator[tuple[int, Any]]:
     random.seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        every = list(itertools.islice(op.sample_inputs("cpu", torch.float32, requires_grad=False), 200))
+        every = first_samples(op, torch.float32, 200, requires_grad=False)
     for i in sorted({len(every) * k // most for k in range(most)} if every else ()):
         yield i, every[i]
 

@@ -63,7 +63,7 @@ def test_a_watch_hears_of_a_compilation_and_asks_for_no_texts(watch: Watch) -> N
     h, w, y = torch.randn(8, 16), torch.randn(64, 16), torch.randint(0, 64, (8,))
     torch.compile(lambda h, w, y: F.cross_entropy(h @ w.T, y), backend=backend(observers.notify))(h, w, y)
     assert watch.metrics()["fusedhead/heads_fused"] == 1
-    assert observers.readers == ()
+    assert not [reader for reader in observers.readers if getattr(reader, "__self__", None) is watch]
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.op_samples import first_samples
+
 # Parts of the names of ops that end the process when arguments do not fit: only recorded arguments, and those made by
 # hand, will do for these.
 FRAGILE = ("backward", "batch_norm", "conv", "cudnn", "embedding_bag", "fbgemm", "flash", "gru", "lstm", "miopen",
@@ -90,7 +92,7 @@ def record(infos: Iterable[Any], each: int = 4, made_up: bool = False) -> Sample
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = [s for s, _ in zip(info.sample_inputs("cpu", dtype), range(12))]
+                found = first_samples(info, dtype, 12)
                 for sample in [s for s in found if small((s.input, s.args, s.kwargs))][:each]:
                     given = copied((sample.input, sample.args, sample.kwargs))
                     for name in {info.name, info.aten_name, *(alias.name for alias in info.aliases)}:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.graph.effects import effects
 from tests.mutations.calls import copied, small
+from tests.op_samples import first_samples
 
 
 def node_of(op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
@@ -56,7 +57,7 @@ def read(infos: Iterable[Any], each: int = 2) -> tuple[Counter[str], list[str]]:
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            samples = [s for s, _ in zip(info.sample_inputs("cpu", dtype), range(each))]
+            samples = first_samples(info, dtype, each)
             for sample in samples:
                 given = (sample.input, *sample.args), dict(sample.kwargs)
                 ways = [("call_function", info.op, info.op)]
