@@ -28,7 +28,7 @@ from fusedhead.canonicalize import (
     merge_chunks,
     unstack_heads,
 )
-from fusedhead.graph.edit import any_still_computed, copied, counting_edits
+from fusedhead.graph.edit import any_still_computed, copy_module, counting_edits
 from fusedhead.graph.reasons import Refusal
 from fusedhead.graph.recipes import Wrap, computed_at_once, unwrapped
 from fusedhead.graph.tracing import Traces
@@ -51,7 +51,7 @@ def anywhere(body: Body) -> bool:
     return True
 
 
-def top(body: Body) -> bool:
+def is_top_level(body: Body) -> bool:
     return body.is_top
 
 
@@ -80,7 +80,7 @@ CANONICALIZE = (  # on each graph: exact rewrites that make heads visible
     Pass("deduplicate-weights", deduplicate_weights.run),
     Pass("merge-chunks", merge_chunks.run),
     Pass("duplicate-transposed", duplicate_transposed.run, speculative=True),
-    Pass("unstack-heads", unstack_heads.run, where=top),
+    Pass("unstack-heads", unstack_heads.run, where=is_top_level),
     Pass("find-returned-stacks", stack_legality.run, where=deferring_top),
     Pass("redirect-returned-stacks", returned_stacks.run, where=deferring_top),
 )
@@ -95,7 +95,7 @@ DECIDE = (  # may a head be rewritten, and does it pay
     Pass("profitability", profitability.run),
     Pass("sharded-weights", sharding.run),
     Pass("joint-decisions", joint_decisions.run),
-    Pass("other-products", other_products.run, where=top),
+    Pass("other-products", other_products.run, where=is_top_level),
 )
 REWRITE = (
     Pass("note-lines", returned_logits.note_lines),
@@ -186,7 +186,7 @@ def fuse_module(gm: GraphModule, options: Options, show: Ran | None = None) -> t
     """
     speculate, excluded = True, dict[str, Refusal]()
     while True:
-        attempt = Attempt(copied(gm), options, speculate, excluded)
+        attempt = Attempt(copy_module(gm), options, speculate, excluded)
         attempt.run(show)
         if attempt.grown:
             excluded |= attempt.grown

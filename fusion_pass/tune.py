@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None, clock: Callable[[Callable[[], o
     from fusedhead.kernels.triton_engine.launch.tiles import pairs_serve
 
     device, dtype, rows = torch.device("cuda", torch.cuda.current_device()), DTYPES[given.dtype], []
-    print(tuned_tiles.name_of(device))
+    print(tuned_tiles.device_key(device))
     pairs = pairs_serve(device)
     for hidden in sorted(int(size) for size in given.hidden.split(",")):
         head = tuning.make_head(given.tokens, hidden, given.vocab, "cuda", dtype)
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, clock: Callable[[Callable[[], o
             for ms, tile in dict.fromkeys((found[0], alone)):  # heads that pairs cannot take need the second
                 rows.append(tuned_tiles.Tuned(kernel, dtype.itemsize, tma, hidden, tile))
                 print(f"  {kernel}, hidden size {hidden}: {ms:.3f} ms with {tile}", flush=True)
-    print(f"kept in {tuned_tiles.keep_tiles(tuned_tiles.name_of(device), rows)}")
+    print(f"kept in {tuned_tiles.keep_tiles(tuned_tiles.device_key(device), rows)}")
     return 0
 
 

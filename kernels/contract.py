@@ -202,6 +202,10 @@ class Needs(NamedTuple):
     rows: bool
 
 
+NO_NEEDS = Needs(False, False, False, False)
+OPERAND_NEEDS = Needs(True, True, False, False)  # h and w
+
+
 class HeadGrads(NamedTuple):
     """Gradients of the operands, None where not needed."""
 

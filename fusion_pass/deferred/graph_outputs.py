@@ -15,27 +15,27 @@ from torch import Tensor
 
 import fusedhead.deferred.dispatch  # noqa: F401  the handler of calls on deferred logits
 from fusedhead.compat import FakeTensor
-from fusedhead.deferred.call_program import Leaf, Made, Mode, Program, Step, encode, shapes
+from fusedhead.deferred.call_program import CallProgram, CallStep, Leaf, Made, Mode, encode, shapes
 from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT
-from fusedhead.deferred.state import Family, Knowledge, Origin, Recorded, StaleLogits, taken
+from fusedhead.deferred.state import Family, Knowledge, Origin, RecordedCall, StaleLogits, taken
 from fusedhead.deferred.tensor import DeferredLogits, plain
-from fusedhead.graph.recipes import LEAST_TOKENS, Recipe, compute_now, differentiable
+from fusedhead.graph.recipes import LEAST_TOKENS, Recipe, compute_now, has_gradient
 from fusedhead.legality.profitability import rows_from
 
-__all__ = ["DeferredLogits", "StaleLogits", "deferring", "existing", "plain"]
+__all__ = ["DeferredLogits", "StaleLogits", "deferring", "on_plain_inputs", "plain"]
 
 
 def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
     """The tensor that stands for a recipe's result on these sources (tensors, and numbers for sizes)."""
     recipe = origin.recipe
-    mode = Mode(differentiable(recipe, sources), None, torch.is_inference_mode_enabled())
+    mode = Mode(has_gradient(recipe, sources), None, torch.is_inference_mode_enabled())
     given = [s for s in sources if isinstance(s, Tensor)]
     operands = [taken(tensor, name, mode) for tensor, name in zip(given, recipe.names)]
     tensors, states = tuple(leaf for leaf, _ in operands), tuple(state for _, state in operands)
     places = iter(range(len(tensors)))
     args, none = encode(tuple(sources), lambda _: Leaf(next(places))), encode({}, lambda _: Leaf(0))
-    recorded = Recorded(recipe.program, args, none, tensors, mode)
+    recorded = RecordedCall(recipe.program, args, none, tensors, mode)
     key, what = (args, mode, shapes(tensors, None)), (args, mode)
     known = origin.recorded.get(key)
     if known is None:
@@ -43,7 +43,7 @@ def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
         with origin.lock:
             if len(origin.recorded) > LEARNT:
                 origin.recorded.clear()
-            program = Program((Step(recipe.program, args, none, mode),), Made(0))
+            program = CallProgram((CallStep(recipe.program, args, none, mode),), Made(0))
             programs = origin.recorded.setdefault(what, ((program,), [], None))[0]
             known = origin.recorded.setdefault(key, (programs, layouts, None))
     programs, (layout,), _ = known
@@ -62,12 +62,12 @@ def at_once(recipe: Recipe, sources: Sequence[Any], why: str) -> Tensor:
     return compute_now(recipe, sources)
 
 
-def kept(source: Any) -> Any:
+def keep_source(source: Any) -> Any:
     """A source in memory that no later run overwrites: a parameter as it is, anything else copied."""
     return source.clone() if isinstance(source, Tensor) and not isinstance(source, torch.nn.Parameter) else source
 
 
-def existing(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def on_plain_inputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """``compiled``, given plain tensors.
 
     For one of several graphs that were cut out of one (DDP's buckets): it may get what another returned, and was
@@ -95,6 +95,6 @@ def deferring(memory: int, overwrites: bool, min_logits: str | int = "auto") -> 
         if origin is None:
             least = rows_from(recipe.device, memory) if min_logits == "auto" else 0
             origin = origins.setdefault(recipe, Origin(recipe, memory, least))
-        return defer(origin, [kept(s) for s in sources] if overwrites else sources)
+        return defer(origin, [keep_source(s) for s in sources] if overwrites else sources)
 
     return finish

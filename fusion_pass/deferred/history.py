@@ -15,7 +15,7 @@ from torch import Tensor
 from fusedhead.deferred.call_program import Mode, modes
 from fusedhead.deferred.state import Knowledge
 from fusedhead.deferred.surroundings import out_of_sight
-from fusedhead.deferred.tensor import DeferredLogits, existing, is_adopted, settle
+from fusedhead.deferred.tensor import DeferredLogits, as_plain, is_adopted, settle
 
 
 class Link(torch.autograd.Function):
@@ -30,15 +30,15 @@ class Link(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
-        return (None, *gradients(ctx, grad, ctx.needs_input_grad[1:]))
+        return (None, *call_gradients(ctx, grad, ctx.needs_input_grad[1:]))
 
 
-def gradients(ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
+def call_gradients(ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of a recorded call's tensors, for an autograd node that stands for the call."""
     if grad is None:
         return [None for _ in needs]
     recorded = ctx.recorded
-    inputs, grad = list(map(existing, ctx.saved_tensors)), existing(grad)
+    inputs, grad = list(map(as_plain, ctx.saved_tensors)), as_plain(grad)
     needed = [at for at, need in enumerate(needs) if need]
     leaves = [t.detach().requires_grad_() if at in needed else t for at, t in enumerate(inputs)]
     with modes(recorded.mode, grad.device.type), torch.enable_grad():
@@ -72,7 +72,7 @@ class Rebound(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
-        return (None, None, *gradients(ctx, grad, ctx.needs_input_grad[2:]))
+        return (None, None, *call_gradients(ctx, grad, ctx.needs_input_grad[2:]))
 
 
 class Followed(torch.autograd.Function):

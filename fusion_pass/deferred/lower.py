@@ -22,7 +22,7 @@ from fusedhead.analysis.interpreter import interpret
 from fusedhead.analysis.site import Reading, Site
 from fusedhead.analysis.stacked_heads import STACKS, stack_at
 from fusedhead.compat import PythonPrinter
-from fusedhead.deferred.call_program import Made, Step, modes
+from fusedhead.deferred.call_program import CallStep, Made, modes
 from fusedhead.deferred.lower_tokenwise import token_by_token
 from fusedhead.deferred.results import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole
 from fusedhead.deferred.to_fx import Draft, draft
@@ -42,7 +42,7 @@ from fusedhead.rewrite.sweeps import sweep_key
 
 
 def read_call(
-    steps: list[Step],
+    steps: list[CallStep],
     sources: Sequence[Made],
     leaves: Sequence[Tensor],
     exact: frozenset[int] | None,
@@ -117,7 +117,7 @@ def outcome_of(
         return Unread(reasons[-1] if reasons else "the result is no statistic of the rows")
     (site,), terminals = sites.values(), [terminal for _, terminal in found]
     values = [reading.values.get(made.node(ref)) for ref in chain]
-    shared = all(sweep(reading.values.get(made.node(s))) == key(t.logits) for s in sources for t in terminals)
+    shared = all(sweep_of(reading.values.get(made.node(s))) == key(t.logits) for s in sources for t in terminals)
     serves = SharedSweep(shared, tuple(relation(a, b) for a, b in pairwise(values)) if shared else ())
     return answer(made, site, terminals, memory, serves, stack_of(site, reading))
 
@@ -156,7 +156,7 @@ def is_followed(value: Any) -> bool:
     return isinstance(value, LOGITS_LIKE)
 
 
-def sweep(value: Any) -> Hashable:
+def sweep_of(value: Any) -> Hashable:
     return key(logits_of(value)) if is_followed(value) else None
 
 
@@ -165,19 +165,19 @@ def relation(value: Any, before: Any) -> Relation | None:
     if not is_followed(value) or not is_followed(before):
         return None
     dims = logits_of(before).class_dim, logits_of(value).class_dim
-    if sweep(value) == sweep(before):
+    if sweep_of(value) == sweep_of(before):
         return Relation(True, dims)
     return Relation(False, dims) if picks_rows(logits_of(before), logits_of(value)) else None
 
 
-PICKS = frozenset({"slice", "select", "narrow", "index_select", "squeeze"})
+ROW_SELECTIONS = frozenset({"slice", "select", "narrow", "index_select", "squeeze"})
 
 
 def picks_rows(old: Logits, new: Logits) -> bool:
     """Whether ``new`` is rows of ``old``, picked along dimensions that are not the vocabulary's."""
     added = new.row_steps[len(old.row_steps) :]
     kept = new.row_steps[: len(old.row_steps)] == old.row_steps
-    picked = all(s.op._schema.name.removeprefix("aten::") in PICKS for s in added)
+    picked = all(s.op._schema.name.removeprefix("aten::") in ROW_SELECTIONS for s in added)
     return kept and bool(added) and picked and new.steps == old.steps and new.vocab == old.vocab
 
 
@@ -229,14 +229,16 @@ def answer(
 
 def split_at_call(made: Draft, call: Node, sharing: Sharing, memory: int, many: Callable[[list], Any] | None) -> Swept:
     """The graph before and after its one ``head_stats`` call."""
-    before = copied(made, {}, list(call.args[:6]))
+    before = subgraph_of(made, {}, list(call.args[:6]))
     statistics = {user: STATS[int(user.args[1])] for user in call.users}  # type: ignore[arg-type]
     asks = tuple(name for name in STATS if name in statistics.values())
-    after = copied(made, statistics, list(made.graph.output_node().args[0]), asks)  # type: ignore[arg-type]
+    after = subgraph_of(made, statistics, list(made.graph.output_node().args[0]), asks)  # type: ignore[arg-type]
     return Swept(before, after, asks, str(call.args[6]), memory, many, sharing)
 
 
-def copied(made: Draft, stand_ins: dict[Node, str], results: Sequence[Any], asks: Sequence[str] = ()) -> GraphModule:
+def subgraph_of(
+    made: Draft, stand_ins: dict[Node, str], results: Sequence[Any], asks: Sequence[str] = ()
+) -> GraphModule:
     """The part of the graph that computes ``results`` from the leaves and from named extra inputs."""
     graph = Graph()
     env = {leaf: graph.placeholder(leaf.name) for leaf in made.leaves}

@@ -48,7 +48,7 @@ class Steps(NamedTuple):
         return self.perhaps.item() != earlier
 
 
-NONE = Steps()
+NO_STEPS = Steps()
 _lock = threading.Lock()
 _steps = WeakTensorKeyDictionary()  # of the tensors that somebody asked for
 _hooked: list[Any] = []  # the handles of the hooks, once somebody has asked
@@ -61,7 +61,7 @@ def steps(tensor: Tensor) -> Steps:
         if not _hooked:
             _hooked.append(register_optimizer_step_pre_hook(_steps_begin))
             _hooked.append(register_optimizer_step_post_hook(_stepped))
-        return _steps.setdefault(tensor, NONE)
+        return _steps.setdefault(tensor, NO_STEPS)
 
 
 class _Begun(NamedTuple):
@@ -103,7 +103,7 @@ def _stepped(optimizer: Optimizer, *_: Any) -> None:
 
 def _count(tensor: Tensor, wrote: Tensor | None) -> None:
     with _lock:
-        count = _steps.get(tensor, NONE)
+        count = _steps.get(tensor, NO_STEPS)
         if wrote is None:
             _steps[tensor] = count._replace(certain=count.certain + 1)
         else:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fusedhead.deferred.call_program import (  # fmt: skip
+    CallStep,
     Leaf,
     Made,
     Mode,
-    Step,
     encode,
     joined,
     modes,
@@ -36,8 +36,8 @@ from fusedhead.deferred.results import (  # fmt: skip
     Unread,
     Wide,
 )
-from fusedhead.deferred.shared_statistics import ancestry, known_statistic, top
-from fusedhead.deferred.state import Knowledge, Origin, Recorded, Recording, State, check_fresh, state
+from fusedhead.deferred.shared_statistics import ancestry, furthest_source, known_statistic
+from fusedhead.deferred.state import Knowledge, Origin, RecordedCall, Recording, State, check_fresh, state
 from fusedhead.deferred.surroundings import out_of_sight, trial
 from fusedhead.deferred.tensor import DeferredLogits
 from fusedhead.graph.run_counts import Run
@@ -56,7 +56,7 @@ class NotRecorded(Exception):
 class Request:
     """One call on deferred logits, on the way to its answer."""
 
-    def __init__(self, recorded: Recorded) -> None:
+    def __init__(self, recorded: RecordedCall) -> None:
         self.recorded = recorded
         self.subjects = [t for t in recorded.tensors if isinstance(t, DeferredLogits)]
         origins = [t._known.origin for t in self.subjects]
@@ -83,14 +83,14 @@ class Request:
         self.states.append(state(tensor) if at is None else at)
         return Leaf(len(self.leaves) - 1)
 
-    def steps(self, others: Sequence[Knowledge] = ()) -> tuple[list[Step], list[Made]]:
+    def steps(self, others: Sequence[Knowledge] = ()) -> tuple[list[CallStep], list[Made]]:
         """The call and all that leads to it, and where the subjects and ``others`` are among the steps."""
         programs = [ref for ref in self.refs if ref[0] is not None]
         steps, results = joined([*programs, *((k.program, self.places(k)) for k in others)])
         made = iter(results)
         table = [ref[1] if ref[0] is None else next(made) for ref in self.refs]
         call = self.recorded
-        step = Step(call.func, relocated(call.args, table, ()), relocated(call.kwargs, table, ()), call.mode)
+        step = CallStep(call.func, relocated(call.args, table, ()), relocated(call.kwargs, table, ()), call.mode)
         return [*steps, step], results
 
     def outcome(self) -> Outcome:
@@ -214,7 +214,7 @@ class Request:
         operands = outcome.operands.forward(*self.leaves)
         got = torch.ops.fusedhead.head_stats(*operands, outcome.transform, ",".join(names), outcome.memory)
         have = dict(zip(STATS, got))
-        home, _ = top(self.subjects[0], sharing.relations)
+        home, _ = furthest_source(self.subjects[0], sharing.relations)
         kept = {name: have[name] for name in names if name in sharing.shareable}
         home._known.statistics.setdefault(grad, {}).update(kept)
         return have
@@ -229,7 +229,7 @@ def sweep_whole(tensor: DeferredLogits, name: str, class_dim: int) -> None:
     """One sweep over logits whose pieces are asked for one after another."""
     args, none = encode((tensor, class_dim), lambda _: Leaf(0)), encode({}, lambda _: Leaf(0))
     mode = Mode.now(tensor.device.type)
-    request = Request(Recorded(torch.logsumexp, args, none, (tensor,), mode))
+    request = Request(RecordedCall(torch.logsumexp, args, none, (tensor,), mode))
     outcome = request.outcome()
     if isinstance(outcome, Swept) and name in outcome.sharing.shareable:
         grad = Recording.of(mode.grad and not outcome.sharing.detached, mode)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.deferred.call_program import Const, Group, Leaf, Made, Mode, Program, Step, encode
+from fusedhead.deferred.call_program import CallProgram, CallStep, Const, Container, Leaf, Made, Mode, encode
 from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT, NotRecorded, Request
 from fusedhead.deferred.row_picks import Pick, Picks
@@ -76,14 +76,14 @@ def pick(request: Request, rows: Picks) -> Any:
     return results[0] if many is None else many(results)
 
 
-def programs_of(request: Request, layouts: Sequence[Any], many: Any) -> tuple[Program, ...]:
+def programs_of(request: Request, layouts: Sequence[Any], many: Any) -> tuple[CallProgram, ...]:
     """The programs of the results; the same ones for the same call on tensors of other sizes."""
     same = request.origin.recorded.get((request.what, len(layouts)))
     if same is not None:
         return same[0]
     steps, _ = request.steps()
     last = len(steps) - 1
-    made = tuple(Program(tuple(steps), Made(last, None if many is None else i)) for i in range(len(layouts)))
+    made = tuple(CallProgram(tuple(steps), Made(last, None if many is None else i)) for i in range(len(layouts)))
     request.origin.recorded[request.what, len(layouts)] = (made, [], many)
     return made
 
@@ -92,14 +92,14 @@ def index(rows: range, device: torch.device) -> Tensor:
     return torch.arange(rows.start, rows.stop, rows.step, device=device)
 
 
-def picking(before: Program, leaves: int, chosen: Sequence[Pick], mode: Mode) -> Program:
+def picking(before: CallProgram, leaves: int, chosen: Sequence[Pick], mode: Mode) -> CallProgram:
     """``before``, and then the rows that leaves from number ``leaves`` on hold the numbers of."""
     steps, at = list(before.steps), before.result
     none = encode({}, lambda _: Leaf(0))
 
     def add(func: Any, *args: Any) -> Made:
-        code = Group(tuple, tuple(a if isinstance(a, (Leaf, Made)) else Const(int, a) for a in args))
-        steps.append(Step(func, code, none, mode))
+        code = Container(tuple, tuple(a if isinstance(a, (Leaf, Made)) else Const(int, a) for a in args))
+        steps.append(CallStep(func, code, none, mode))
         return Made(len(steps) - 1)
 
     for i, pick in enumerate(chosen):
@@ -107,4 +107,4 @@ def picking(before: Program, leaves: int, chosen: Sequence[Pick], mode: Mode) ->
     for pick in reversed(chosen):
         if pick.drop:
             at = add(Tensor.squeeze, at, pick.dim)
-    return Program(tuple(steps), at)
+    return CallProgram(tuple(steps), at)

@@ -48,7 +48,7 @@ def by_index(shape: Sequence[int], index: Any) -> Picks | None:
     return [found] if found else None
 
 
-def split(shape: Sequence[int], split_size: Any, dim: int = 0) -> Picks:
+def split_picks(shape: Sequence[int], split_size: Any, dim: int = 0) -> Picks:
     size, pieces, begin = shape[dim], [], 0
     sizes = [split_size] * -(-size // split_size) if isinstance(split_size, int) else list(split_size)
     for length in sizes:
@@ -58,7 +58,7 @@ def split(shape: Sequence[int], split_size: Any, dim: int = 0) -> Picks:
 
 
 def chunk(shape: Sequence[int], chunks: int, dim: int = 0) -> Picks:
-    return split(shape, -(-shape[dim] // chunks), dim)
+    return split_picks(shape, -(-shape[dim] // chunks), dim)
 
 
 def unbind(shape: Sequence[int], dim: int = 0) -> Picks:
@@ -77,8 +77,8 @@ def select(shape: Sequence[int], dim: int, index: int) -> Picks:
 
 PICKS: dict[str, Callable[..., Picks | None]] = {
     "__getitem__": by_index,
-    "split": split,
-    "split_with_sizes": split,
+    "split": split_picks,
+    "split_with_sizes": split_picks,
     "chunk": chunk,
     "unbind": unbind,
     "narrow": narrow,

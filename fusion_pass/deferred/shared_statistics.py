@@ -32,7 +32,7 @@ def ancestry(tensor: DeferredLogits | None) -> Iterator[DeferredLogits]:
         tensor = made_of(tensor._known)
 
 
-def top(tensor: DeferredLogits, relations: Relations) -> tuple[DeferredLogits, Relations]:
+def furthest_source(tensor: DeferredLogits, relations: Relations) -> tuple[DeferredLogits, Relations]:
     """The furthest tensor back that has the same rows through the same transform, and its relations."""
     while relations and relations[0] is not None and relations[0].same:
         before = made_of(tensor._known)
@@ -59,7 +59,7 @@ def known_statistic(
     tensor: DeferredLogits, name: str, grad: Recording, relations: Relations, sweep_whole: SweepWhole
 ) -> Tensor | None:
     """A statistic [N] of these logits that some sweep has found already, or None."""
-    tensor, relations = top(tensor, relations)
+    tensor, relations = furthest_source(tensor, relations)
     known = tensor._known
     for recorded in SERVED_BY[grad]:
         if name in known.statistics.get(recorded, ()):

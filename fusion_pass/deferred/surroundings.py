@@ -21,7 +21,7 @@ from fusedhead.compat import (
     function_transform_level,
     top_saved_tensors_hooks,
 )
-from fusedhead.graph.unhooked import unhooked
+from fusedhead.graph.saved_tensor_hooks import unhooked
 
 
 @contextmanager

@@ -24,10 +24,10 @@ from fusedhead.compat import (
     throw_on_data_ptr,
     tree_map_only,
 )
-from fusedhead.deferred.call_program import Leaf, Mode, Program, encode, modes
+from fusedhead.deferred.call_program import CallProgram, Leaf, Mode, encode, modes
 from fusedhead.deferred.frames import skip_own_frames
 from fusedhead.deferred.op_tables import ALONE, METADATA
-from fusedhead.deferred.state import Family, Knowledge, Layout, Recorded, check_fresh
+from fusedhead.deferred.state import Family, Knowledge, RecordedCall, TensorLayout, check_fresh
 from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.graph.run_counts import built
 
@@ -70,7 +70,7 @@ class DeferredLogits(Tensor):
             first = args[0] if args else next(iter(kwargs.values()))
             if func is Tensor._is_view and compiling():
                 return False  # for compilers it has no base either
-            known = existing(first) if isinstance(first, DeferredLogits) and first._plain is not None else first
+            known = as_plain(first) if isinstance(first, DeferredLogits) and first._plain is not None else first
             if func is Tensor.storage_offset and known is first and not compiling():
                 return first._known.layout.offset
             with disable_torch_function_subclass():
@@ -130,7 +130,7 @@ class DeferredLogits(Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], constant: Any, shape: Any, stride: Any) -> DeferredLogits:
         program, dtype, _ = constant
-        return inside_compiler(program, tuple(inner.values()), Layout(shape, stride, dtype, False))
+        return inside_compiler(program, tuple(inner.values()), TensorLayout(shape, stride, dtype, False))
 
 
 def compiling() -> bool:
@@ -161,14 +161,14 @@ def reshaped(func: Any, args: tuple, kwargs: dict[str, Any]) -> DeferredLogits:
 # a queue between processes takes tensors by their class: these as the ordinary ones, whose memory it shares
 ForkingPickler.register(DeferredLogits, lambda tensor: reduce_tensor(plain(tensor)))
 
-SPENT = Program((), Leaf(0))  # of a tensor that exists
+SPENT = CallProgram((), Leaf(0))  # of a tensor that exists
 
 
-def inside_compiler(program: Program, leaves: tuple[Tensor, ...], layout: Layout) -> DeferredLogits:
+def inside_compiler(program: CallProgram, leaves: tuple[Tensor, ...], layout: TensorLayout) -> DeferredLogits:
     """What a compiler gets in the place of deferred logits: the program, on its own tensors."""
     places = iter(range(len(leaves)))
     code, none = encode(leaves, lambda _: Leaf(next(places))), encode({}, lambda _: Leaf(0))
-    recorded = Recorded(program, code, none, leaves, Mode(False, None))
+    recorded = RecordedCall(program, code, none, leaves, Mode(False, None))
     return DeferredLogits(Knowledge(None, program, leaves, (), recorded, None, Family(), layout))
 
 
@@ -222,7 +222,7 @@ def plain(tensor: DeferredLogits) -> Tensor:
     if made is None and known.recorded.result is None:
         check_fresh(known)
         for operand in known.recorded.tensors:
-            existing(operand)  # before the lock is taken: another head's logits have their own
+            as_plain(operand)  # before the lock is taken: another head's logits have their own
     with known.family.lock, out_of_sight():
         if is_adopted(tensor):
             adopt(tensor)
@@ -231,7 +231,7 @@ def plain(tensor: DeferredLogits) -> Tensor:
     return tensor._plain  # type: ignore[return-value]
 
 
-def existing(tensor: Tensor) -> Tensor:
+def as_plain(tensor: Tensor) -> Tensor:
     return plain(tensor) if isinstance(tensor, DeferredLogits) else tensor
 
 
@@ -239,5 +239,5 @@ def made_by_call(known: Knowledge) -> Tensor:
     origin, recorded = known.origin, known.recorded
     if origin is not None and recorded.func is origin.recipe.program and recorded.result is None:
         built(origin.recipe.runs)
-    result = known.recorded.made(existing)
+    result = known.recorded.made(as_plain)
     return result if known.part is None else result[known.part]

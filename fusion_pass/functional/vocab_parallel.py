@@ -92,7 +92,7 @@ def no_columns(h: Tensor, labels: int, dtype: torch.dtype) -> ShardStats:
 
 
 class _Merge(torch.autograd.Function):
-    """`merge` on tensors: (lse, picked, sum) differentiable, (lse_low, spread) constants."""
+    """`merge_shards` on tensors: (lse, picked, sum) differentiable, (lse_low, spread) constants."""
 
     @staticmethod
     def forward(
@@ -110,7 +110,7 @@ class _Merge(torch.autograd.Function):
         first = torch.cat((lse, asked, -asked))
         dist.all_reduce(first, op=dist.ReduceOp.MAX, group=group)
         top, most, least = first[:rows], first[rows], -first[rows + 1]
-        agree(most, least)
+        require_agreement(most, least)
         shift = torch.where(top.isfinite(), top, torch.zeros_like(top))
         here = (lse - shift) + lse_low
         summed = total.numel() > 0
@@ -146,7 +146,7 @@ MISMATCH = (
 )
 
 
-def agree(most: Tensor, least: Tensor) -> None:
+def require_agreement(most: Tensor, least: Tensor) -> None:
     """Fail, on every rank alike, where what the ranks said of themselves differs.
 
     ShardMismatch on a CPU; on a device, and in a compiled graph, torch's assertion, for which nobody waits.
@@ -163,7 +163,7 @@ def fingerprint(facts: Hashable, like: Tensor) -> Tensor:
     return like.new_full((1,), float(zlib.crc32(repr(facts).encode()) & 0x7FFFFF))
 
 
-def merge(stats: ShardStats, group: Group, facts: Hashable = ()) -> ShardStats:
+def merge_shards(stats: ShardStats, group: Group, facts: Hashable = ()) -> ShardStats:
     """The statistics of the whole vocabulary, equal on all ranks, from those of each rank's columns.
 
     ``facts`` is what the ranks must agree on; where they differ, all of them raise ShardMismatch (on a GPU an assertion

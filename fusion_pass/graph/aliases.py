@@ -55,7 +55,7 @@ def plain_parts(value: Any) -> Iterator[Any]:
             yield leaf
 
 
-def memory(node: Node) -> set[int]:
+def storages(node: Node) -> set[int]:
     """The storages that a node's value gives access to.
 
     A value that nobody knows (a handle, or what a node without a recorded value returns) gives access to all that

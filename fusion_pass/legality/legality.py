@@ -13,7 +13,7 @@ from torch.fx import Node
 from fusedhead.analysis.body import Body
 from fusedhead.analysis.projections import candidates
 from fusedhead.analysis.site import Decision, Site, head_nodes, tokens_of, weight_can_be_remade, weights_of
-from fusedhead.graph.aliases import memory
+from fusedhead.graph.aliases import storages
 from fusedhead.graph.effects import memory_written
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake, most, name_of, where
@@ -140,6 +140,6 @@ def mutated_operand(site: Site, facts: GraphFacts, vectors: list[Node], labels: 
 def aliased_write(site: Site, output: Node) -> bool:
     """Whether memory that a returned tensor is made of is written by a node that is no part of its making."""
     makers = program_of([output], head_nodes(site))[0]
-    memories = set().union(*map(memory, makers))
+    memories = set().union(*map(storages, makers))
     others_followed = set(site.followed).difference(makers)
     return any(not memories.isdisjoint(memory_written(node)) for node in others_followed)

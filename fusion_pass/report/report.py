@@ -184,7 +184,7 @@ class Report:
             f"in {plural(self.graphs, 'graph')} ({self.milliseconds:.0f} ms in the pass)"
         )
         seen = [head.seen() for head in self.heads]
-        lines = [title, *table(seen), *(f"the pass stepped back: {error}" for error in self.errors)]
+        lines = [title, *heads_table(seen), *(f"the pass stepped back: {error}" for error in self.errors)]
         return "\n".join([*lines, *(pass_table(self.passes) if self.shows_passes else ())])
 
 
@@ -216,7 +216,7 @@ def row(head: HeadRecord) -> tuple[str, ...]:
     )
 
 
-def table(heads: Sequence[HeadRecord]) -> list[str]:
+def heads_table(heads: Sequence[HeadRecord]) -> list[str]:
     """The records as aligned columns, each followed by what else there is to say."""
     if not heads:
         return ["no projection with a loss in this graph"]

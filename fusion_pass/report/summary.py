@@ -13,7 +13,7 @@ import threading
 
 from fusedhead import compat
 from fusedhead.graph.run_counts import Run
-from fusedhead.report.report import HeadRecord, Report, plural, table
+from fusedhead.report.report import HeadRecord, Report, heads_table, plural
 
 log = logging.getLogger("fusedhead")
 
@@ -71,7 +71,7 @@ class Summary:
         elif not heads:
             lines.append("  no graph holds a projection together with its loss")
         else:
-            lines += table(heads)
+            lines += heads_table(heads)
         lines += [f"  the pass stepped back: {error}" for error in errors]
         return "\n".join(lines)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fusedhead.graph.aliases import memory
+from fusedhead.graph.aliases import storages
 from fusedhead.graph.effects import may_write
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.reasons import Escape
@@ -52,7 +52,7 @@ def counts(index: Plain) -> bool:
     if len(node.args) > 1 or "start" in node.kwargs:
         start = node.args[0] if len(node.args) > 1 else node.kwargs["start"]
         step = node.args[2] if len(node.args) > 2 else node.kwargs.get("step", 1)
-    own = memory(node)
+    own = storages(node)
     untouched = not any(may_write(other, own) for other in node.graph.nodes)
     return start == 0 and step == 1 and fake(node).dtype == torch.int64 and untouched
 

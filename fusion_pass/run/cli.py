@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = Summary(keep_graphs=speaks and given.report is not None)
     observers.add(summary.add)
     if given.compile_eager:
-        compile_eager.enable(strict=given.strict)
+        compile_eager.watch_optimizers(strict=given.strict)
     found = None
     try:
         found = launcher.module(name) if given.module else launcher.script(name)

@@ -10,21 +10,19 @@ rounded as the program rounds them; dw is summed in float32, over few windows in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import stat_dtype
 from fusedhead.kernels.gemm import gemm
-from fusedhead.kernels.tokenwise.compiled import made_once, windows
-from fusedhead.kernels.tokenwise.program import Ref, RowProgram, product, run
+from fusedhead.kernels.tokenwise.compilation import RowFunction, made_once, windows
+from fusedhead.kernels.tokenwise.program import Ref, RowProgram, head_product, run
 from fusedhead.kernels.torch_engine.blocks import cuts
 from fusedhead.kernels.transform.bias_rounding import rounded_bias
 from fusedhead.kernels.transform.transform import parse
 
-Function = Callable[..., Any]
 PRODUCT_BYTES = 256 << 20  # of one block of dzᵀ h before it is added to dw
 
 
@@ -35,7 +33,7 @@ def row_inputs(program: RowProgram) -> frozenset[int]:
     return frozenset(e.at for e in flat if isinstance(e, Ref) and e.kind == "r")
 
 
-def operands(program: RowProgram) -> list[tuple[int, int]]:
+def head_inputs(program: RowProgram) -> list[tuple[int, int]]:
     """The inputs (h, w) of every head, in order."""
     return [(line.args[0].at, line.args[1].at) for line in program.heads]
 
@@ -49,7 +47,7 @@ def biases(program: RowProgram, tensors: Sequence[Tensor]) -> list[tuple[int, in
     return found
 
 
-def _forward(program: RowProgram, kept: bool) -> Function:
+def _forward(program: RowProgram, kept: bool) -> RowFunction:
     """(inputs..., and with ``kept`` products...) -> the program's results."""
     count = len(program.heads) if kept else 0
 
@@ -67,7 +65,7 @@ def _vjp(
     wanted: tuple[int, ...],
     heads: tuple[bool, ...],
     keep: bool,
-) -> Function:
+) -> RowFunction:
     """(inputs..., products..., upstream...) -> gradients of the inputs ``wanted`` and of the products of ``heads``.
 
     With ``keep`` the program's results stand before them.
@@ -112,7 +110,7 @@ def head_rows(
     of the heads in order are filled where there are such.
     """
     rows = row_inputs(program)
-    n = tensors[operands(program)[0][0]].shape[0]
+    n = tensors[head_inputs(program)[0][0]].shape[0]
     results: list[Tensor] = []
     key = ("forward", program, products is not None)
     for i, compiled in windows(n, tokens, key, compile_whole) if n else [(slice(0, 0), False)]:
@@ -120,7 +118,7 @@ def head_rows(
         if products is not None:
             kept = [z[i] for z in products]
             for z, head in zip(kept, program.heads):
-                z.copy_(product(head, given))
+                z.copy_(head_product(head, given))
             given += kept
         function = _forward(program, products is not None)
         if compiled:
@@ -161,7 +159,7 @@ def head_rows_loss(
     narrow_sums: bool = False,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """`head_rows`, and `head_rows_backward` for the gradients ``coefficients`` of its results, in one sweep."""
-    if not tensors[operands(program)[0][0]].shape[0]:
+    if not tensors[head_inputs(program)[0][0]].shape[0]:
         nothing = head_rows(program, tensors, tokens)
         return nothing, head_rows_backward(program, coefficients, tensors, needs, tokens)
     return _swept(program, coefficients, tensors, needs, tokens, compile_whole, narrow_sums, True)
@@ -179,7 +177,7 @@ def _swept(
     known: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The results where they are kept, and the gradients."""
-    rows, heads, added = row_inputs(program), operands(program), biases(program, tensors)
+    rows, heads, added = row_inputs(program), head_inputs(program), biases(program, tensors)
     parts = {at for pair in heads for at in pair}
     n = tensors[heads[0][0]].shape[0]
     differentiable = tuple(g is not None for g in upstream)
@@ -211,7 +209,7 @@ def _swept(
     results: list[Tensor] = []
     for i, compiled in windows(n, tokens, key, compile_whole):
         given = _window(tensors, rows, i)
-        products = [z[i] for z in known] if known else [product(head, given) for head in program.heads]
+        products = [z[i] for z in known] if known else [head_product(head, given) for head in program.heads]
         seen = [g[i] for g in upstream if g is not None]
         everything = [*given, *products, *seen]
         vjp = _vjp(program, differentiable, wanted, live, keep)

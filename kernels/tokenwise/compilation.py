@@ -19,8 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusedhead.kernels.torch_engine.blocks import cuts
 
-Function = Callable[..., Any]
-_MADE: dict[tuple, Function] = {}
+RowFunction = Callable[..., Any]
+_MADE: dict[tuple, RowFunction] = {}
 _SEEN: set[tuple] = set()  # sizes of what whole windows leave over, by what runs on it
 _MAKING = threading.Lock()
 PIECES = 8  # of what is left over and not compiled
@@ -59,7 +59,7 @@ def _signature(tensors: Sequence[Tensor]) -> tuple:
     return tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
 
 
-def made_once(key: tuple, function: Function, given: list[Tensor], compiled: bool) -> Function:
+def made_once(key: tuple, function: RowFunction, given: list[Tensor], compiled: bool) -> RowFunction:
     """`traced`, once per key and shapes; threads that ask at the same time wait."""
     key = (*key, compiled, _signature(given))
     made = _MADE.get(key)
@@ -73,7 +73,7 @@ def made_once(key: tuple, function: Function, given: list[Tensor], compiled: boo
     return made
 
 
-def traced(function: Function, given: list[Tensor], compiled: bool) -> Function:
+def traced(function: RowFunction, given: list[Tensor], compiled: bool) -> RowFunction:
     """``function`` as a graph of ATen calls, differentiation included, compiled by Inductor where asked."""
     given = [t.detach() for t in given]  # examples: what made them, and their .grad, are nobody's business
 
