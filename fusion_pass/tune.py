@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None, clock: Callable[[Callable[[], o
     command.add_argument(
         "--dtype", choices=DTYPES, default="bf16", help="fp16 uses what bf16 found: both take two bytes"
     )
-    given = command.parse_args(arguments)
+    settings = command.parse_args(arguments)
     if not torch.cuda.is_available():
         print("fusedhead: no GPU here: there are no tiles to tune on a CPU", file=sys.stderr)
         return 2
@@ -34,14 +34,14 @@ def main(arguments: Sequence[str] | None = None, clock: Callable[[Callable[[], o
     from fusedhead.kernels.triton_engine.launch.sweep import sweep
     from fusedhead.kernels.triton_engine.launch.tiles import pairs_serve
 
-    device, dtype, rows = torch.device("cuda", torch.cuda.current_device()), DTYPES[given.dtype], []
+    device, dtype, rows = torch.device("cuda", torch.cuda.current_device()), DTYPES[settings.dtype], []
     print(tuned_tiles.device_key(device))
     pairs = pairs_serve(device)
-    for hidden in sorted(int(size) for size in given.hidden.split(",")):
-        head = tuning.make_head(given.tokens, hidden, given.vocab, "cuda", dtype)
+    for hidden in sorted(int(size) for size in settings.hidden.split(",")):
+        head = tuning.make_head(settings.tokens, hidden, settings.vocab, "cuda", dtype)
         for kernel in tuned_tiles.KERNELS:
             tma = sweep(kernel, head).layout.tma
-            tiles = tuning.tiles_to_time(kernel, given.tokens, tuning.GROUPS, tma, pairs)
+            tiles = tuning.tiles_to_time(kernel, settings.tokens, tuning.GROUPS, tma, pairs)
             found = tuning.fastest(kernel, head, tiles, clock or tuning.timed)
             if not found:
                 print(f"fusedhead: no tile of {kernel} fits this GPU at hidden size {hidden}", file=sys.stderr)

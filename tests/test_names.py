@@ -26,7 +26,8 @@ def assigned(node: ast.AST) -> Iterator[str]:
         yield node.name
     elif isinstance(node, (ast.Assign, ast.AnnAssign)):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        yield from (n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+        names = (n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+        yield from (name.id for name in names if isinstance(name.ctx, ast.Store))
     elif isinstance(node, (ast.If, ast.Try, ast.ExceptHandler)):
         for child in ast.iter_child_nodes(node):
             yield from assigned(child)

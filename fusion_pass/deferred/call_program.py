@@ -166,17 +166,17 @@ def joined(programs: Sequence[tuple[CallProgram, Sequence[Leaf]]]) -> tuple[list
     Each comes with the places of its leaves among the joint leaves. Returns the steps and each program's result.
     """
     steps: list[CallStep] = []
-    known: dict[CallStep, int] = {}
+    positions: dict[CallStep, int] = {}
     results = []
     for program, leaves in programs:
         places: list[int] = []
         for step in program.steps:
             args, kwargs = relocated(step.args, leaves, places), relocated(step.kwargs, leaves, places)
             moved = step._replace(args=args, kwargs=kwargs)
-            if moved not in known:
-                known[moved] = len(steps)
+            if moved not in positions:
+                positions[moved] = len(steps)
                 steps.append(moved)
-            places.append(known[moved])
+            places.append(positions[moved])
         results.append(Made(places[program.result.step], program.result.part))
     return steps, results
 

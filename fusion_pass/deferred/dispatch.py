@@ -47,20 +47,20 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return tuple(t if t.shape == shape else t.expand(shape) for t in args)
     if op_tables.takes_looks_only(func, args, kwargs):
         return alike(func, args, kwargs)
-    found: list[Tensor] = []
+    arguments: list[Tensor] = []
 
     def local(tensor: Tensor) -> Leaf:
-        for at, known in enumerate(found):
-            if known is tensor:
+        for at, argument in enumerate(arguments):
+            if argument is tensor:
                 return Leaf(at)
-        found.append(tensor)
-        return Leaf(len(found) - 1)
+        arguments.append(tensor)
+        return Leaf(len(arguments) - 1)
 
     try:
         code = encode(args, local), encode(kwargs, local)
     except Unreadable:
         return compute(func, args, kwargs)
-    tensors = [resolved(t) for t in found]
+    tensors = [resolved(t) for t in arguments]
     subjects = [t for t in tensors if isinstance(t, DeferredLogits)]
     if not subjects or not all(map(is_supported_tensor, tensors)) or any(t._known.origin is None for t in subjects):
         return compute(func, args, kwargs)
@@ -95,10 +95,10 @@ def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode
         return True
     if mode.grad and any(t._known.layout.marked for t in subjects):
         return True
-    made = [leaf for t in subjects for leaf in (t, *t._known.leaves)]
+    operands = [leaf for t in subjects for leaf in (t, *t._known.leaves)]
     # what was made in inference mode cannot be saved for a gradient: eager code says so where it would be
-    differentiated = mode.grad and any(t.requires_grad for t in (*tensors, *made))
-    return differentiated and any(t.is_inference() for t in (*tensors, *made))
+    differentiated = mode.grad and any(t.requires_grad for t in (*tensors, *operands))
+    return differentiated and any(t.is_inference() for t in (*tensors, *operands))
 
 
 def refuse_late(inputs: Any) -> None:
@@ -223,8 +223,8 @@ def write_deferred(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
 def grad_fn_of(tensor: DeferredLogits) -> Any:
     """What tells a tensor's history from that before a write; None where asking is an error, as using it will be."""
     try:
-        made = plain(tensor)
-        return made.requires_grad, made.grad_fn
+        operands = plain(tensor)
+        return operands.requires_grad, operands.grad_fn
     except RuntimeError:
         return None
 

@@ -53,16 +53,17 @@ def expand_inputs(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Ca
     gm.recompile()
 
     def flat(values: Sequence[Any]) -> list[Any]:
-        found: list[Any] = []
+        leaves: list[Any] = []
         for value, is_deferred in zip(values, deferred):
-            found.extend(leaves_of(value) if is_deferred else [value])
-        return found
+            leaves.extend(leaves_of(value) if is_deferred else [value])
+        return leaves
 
     def wrap(compiled: CompiledGraph) -> CompiledGraph:
         def with_leaves(*values: Any) -> Any:
             for value, is_deferred in zip(values, deferred):
-                known = value._known if is_deferred and value._plain is None else None
-                for run in known.origin.recipe.runs if known is not None and known.origin is not None else ():
+                knowledge = value._known if is_deferred and value._plain is None else None
+                made_by = None if knowledge is None else knowledge.origin
+                for run in made_by.recipe.runs if made_by is not None else ():
                     run.passed.add()
             return compiled(*flat(values))
 
@@ -100,12 +101,12 @@ def replace_placeholder(
             leaves.append(leaf)
     mode = maybe_get_fake_mode(fake(leaves[0]))
     assert mode is not None
-    made = Draft(gm.graph, leaves, [], mode.shape_env, mode)
+    draft_graph = Draft(gm.graph, leaves, [], mode.shape_env, mode)
     device = value.device.type
     with gm.graph.inserting_before(start):
         for step in program.steps:
-            made.made.append(append_step(made, step, device, Mode.now(device)))
-        result = made.node(program.result)
+            draft_graph.made.append(append_step(draft_graph, step, device, Mode.now(device)))
+        result = draft_graph.node(program.result)
     for later in gm.graph.nodes:
         if later.meta.get("example_value") is value:  # `float()` of float32 logits returned its argument
             later.meta["example_value"] = fake(result)

@@ -18,8 +18,10 @@ from fusedhead.compat import FakeTensor
 from fusedhead.deferred.call_program import CallProgram, CallStep, Leaf, Made, Mode, encode, shapes
 from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT
+from fusedhead.deferred.reasons import BuiltAtOnce
 from fusedhead.deferred.state import Family, Knowledge, Origin, RecordedCall, StaleLogits, taken
 from fusedhead.deferred.tensor import DeferredLogits, plain
+from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.graph.recipes import LEAST_TOKENS, Recipe, compute_now, has_gradient
 from fusedhead.legality.profitability import rows_from
 
@@ -30,35 +32,35 @@ def defer(origin: Origin, sources: Sequence[Any]) -> Tensor:
     """The tensor that stands for a recipe's result on these sources (tensors, and numbers for sizes)."""
     recipe = origin.recipe
     mode = Mode(has_gradient(recipe, sources), None, torch.is_inference_mode_enabled())
-    given = [s for s in sources if isinstance(s, Tensor)]
-    operands = [taken(tensor, name, mode) for tensor, name in zip(given, recipe.names)]
+    tensor_sources = [s for s in sources if isinstance(s, Tensor)]
+    operands = [taken(tensor, name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
     tensors, states = tuple(leaf for leaf, _ in operands), tuple(state for _, state in operands)
     places = iter(range(len(tensors)))
     args, none = encode(tuple(sources), lambda _: Leaf(next(places))), encode({}, lambda _: Leaf(0))
     recorded = RecordedCall(recipe.program, args, none, tensors, mode)
     key, what = (args, mode, shapes(tensors, None)), (args, mode)
-    known = origin.recorded.get(key)
-    if known is None:
+    entry = origin.recorded.get(key)
+    if entry is None:
         layouts, _ = recorded.layouts()
         with origin.lock:
             if len(origin.recorded) > LEARNT:
                 origin.recorded.clear()
             program = CallProgram((CallStep(recipe.program, args, none, mode),), Made(0))
             programs = origin.recorded.setdefault(what, ((program,), [], None))[0]
-            known = origin.recorded.setdefault(key, (programs, layouts, None))
-    programs, (layout,), _ = known
+            entry = origin.recorded.setdefault(key, (programs, layouts, None))
+    programs, (layout,), _ = entry
     if math.prod(layout.shape) < recipe.least:
-        return at_once(recipe, sources, "fewer logits than fusedhead.min_logits")
+        return at_once(recipe, sources, refuse(BuiltAtOnce.FEW_LOGITS))
     if not torch.is_grad_enabled() and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
-        return at_once(recipe, sources, f"no gradient is recorded, and fewer than {LEAST_TOKENS} tokens")
+        return at_once(recipe, sources, refuse(BuiltAtOnce.FEW_TOKENS, least=LEAST_TOKENS))
     for run in recipe.runs:
         run.deferred.add()
     return linked(Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout))
 
 
-def at_once(recipe: Recipe, sources: Sequence[Any], why: str) -> Tensor:
+def at_once(recipe: Recipe, sources: Sequence[Any], why: Refusal) -> Tensor:
     for run in recipe.runs:
-        run.at_once.add(why)
+        run.at_once.add(str(why))
     return compute_now(recipe, sources)
 
 

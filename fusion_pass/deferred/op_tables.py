@@ -37,13 +37,13 @@ _FUNCTIONS = (
 
 
 def _metadata() -> frozenset[Any]:
-    found: set[Any] = set()
+    functions: set[Any] = set()
     for name in _PROPERTIES.split():
         if hasattr(Tensor, name):
-            found.add(getattr(Tensor, name).__get__)
-    found |= {getattr(Tensor, name) for name in _METHODS.split() if hasattr(Tensor, name)}
-    found |= {getattr(torch, name) for name in _FUNCTIONS.split() if hasattr(torch, name)}
-    return frozenset(found)
+            functions.add(getattr(Tensor, name).__get__)
+    functions |= {getattr(Tensor, name) for name in _METHODS.split() if hasattr(Tensor, name)}
+    functions |= {getattr(torch, name) for name in _FUNCTIONS.split() if hasattr(torch, name)}
+    return frozenset(functions)
 
 
 METADATA = _metadata()  # answered by the shell of a tensor: no numbers are needed
@@ -164,15 +164,15 @@ _INPLACE = ASKS_FOR_GRADIENT | words(
 
 
 def _out_of_place() -> dict[str, Callable[..., Any]]:
-    found = {}
+    functions = {}
     for name in words(
         "add sub mul div true_divide neg exp tanh sigmoid clamp abs square masked_fill float half bfloat16"
     ):
         if hasattr(Tensor, f"{name}_"):
-            found[f"{name}_"] = getattr(Tensor, name)
+            functions[f"{name}_"] = getattr(Tensor, name)
     for name, of in (("__iadd__", "add"), ("__isub__", "sub"), ("__imul__", "mul"), ("__itruediv__", "div")):
-        found[name] = getattr(Tensor, of)
-    return found
+        functions[name] = getattr(Tensor, of)
+    return functions
 
 
 OUT_OF_PLACE = _out_of_place()  # writes whose result is that of another function, in the tensor's own memory

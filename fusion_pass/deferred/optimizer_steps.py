@@ -113,11 +113,11 @@ def _count(tensor: Tensor, wrote: Tensor | None) -> None:
 
 def _known_among(parameters: list[Tensor]) -> list[Tensor]:
     """The tensors that somebody asked for whose memory the parameters are."""
-    own = set(map(id, parameters))
+    ids = set(map(id, parameters))
     with _lock:
         known = list(_steps.keys())
-    memory = {_memory(p) for p in parameters} if any(id(tensor) not in own for tensor in known) else set()
-    return [tensor for tensor in known if id(tensor) in own or _memory(tensor) in memory]
+    memory = {_memory(p) for p in parameters} if any(id(tensor) not in ids for tensor in known) else set()
+    return [tensor for tensor in known if id(tensor) in ids or _memory(tensor) in memory]
 
 
 def _sums(tensor: Tensor) -> list[Tensor]:

@@ -18,8 +18,10 @@ from torch import Tensor
 from fusedhead.compat import FakeTensorMode
 from fusedhead.deferred.call_program import CallProgram, Mode, decode, modes
 from fusedhead.deferred.optimizer_steps import NO_STEPS, Steps, steps
+from fusedhead.deferred.reasons import Stale
 from fusedhead.deferred.results import Guard, Outcome
 from fusedhead.deferred.surroundings import checkpoint, out_of_sight, trial
+from fusedhead.graph.reasons import refuse
 from fusedhead.graph.recipes import Recipe
 
 
@@ -146,11 +148,11 @@ def of_the_form(tensor: Tensor) -> Tensor:
     """An empty tensor of the same form, in memory of the same form: made under a FakeTensorMode it takes none."""
     shape, stride, dtype, grad, offset, inference, _ = TensorLayout.of(tensor)
     with torch.inference_mode(inference):
-        made = torch.empty_strided(shape, stride, dtype=dtype, device=tensor.device)
+        meta = torch.empty_strided(shape, stride, dtype=dtype, device=tensor.device)
         if offset:
             held = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride))
-            made = torch.empty(held, dtype=dtype, device=tensor.device).as_strided(shape, stride, offset)
-        return made.requires_grad_() if grad else made
+            meta = torch.empty(held, dtype=dtype, device=tensor.device).as_strided(shape, stride, offset)
+        return meta.requires_grad_() if grad else meta
 
 
 def weakly(value: object | None) -> weakref.ref | None:
@@ -251,9 +253,9 @@ def differs(leaf: Tensor, before: State) -> bool:
         return not torch.equal(before.sample, sampled(leaf))  # type: ignore[arg-type]
 
 
-def check_fresh(known: Knowledge) -> None:
+def check_fresh(knowledge: Knowledge) -> None:
     """Raise StaleLogits if a leaf has changed since it was taken in."""
-    for leaf, before in zip(known.leaves, known.states):
+    for leaf, before in zip(knowledge.leaves, knowledge.states):
         now = state(leaf, before.name, before.source)
         freed = leaf.untyped_storage().nbytes() == 0 and leaf.numel() > 0
         moved, written = now.address != before.address, now.version != before.version
@@ -261,10 +263,10 @@ def check_fresh(known: Knowledge) -> None:
         if not (freed or moved or written or stepped or differs(leaf, before)):
             continue
         how = (
-            "has been freed or moved" if freed or moved
-            else f"has been changed in place (version {before.version}, now {now.version})" if written
-            else "has been stepped by an optimizer" if stepped
-            else "has been changed in place, through .data or by its memory,"
+            refuse(Stale.FREED) if freed or moved
+            else refuse(Stale.WRITTEN, before=before.version, now=now.version) if written
+            else refuse(Stale.STEPPED) if stepped
+            else refuse(Stale.WRITTEN_UNSEEN)
         )  # fmt: skip
         raise StaleLogits(
             f"these logits were deferred, and {before.name}, which they are made of, {how} since the forward pass. "

@@ -229,13 +229,13 @@ def of_all_ranks(
     """The statistics of the whole vocabulary from this rank's columns, the first of which is class ``first``."""
     h, shard = replicated(head.h, group, reduce_dtype), head.w.shape[0]
     label = head.y[:, 0]
-    here = (label >= first) & (label < first + shard)
+    in_shard = (label >= first) & (label < first + shard)
     if shard == 0:
         stats = no_columns(h, 1, statistics_dtype(h.dtype))
     else:
-        cell = torch.where(here, label - first, 0)[:, None]
+        cell = torch.where(in_shard, label - first, 0)[:, None]
         stats = swept_stats(head._replace(h=h, y=cell), loss, memory)
-        stats = stats._replace(picked=torch.where(here[:, None], stats.picked, 0))
+        stats = stats._replace(picked=torch.where(in_shard[:, None], stats.picked, 0))
     if loss.smoothing:
         own = head.u.sum() if head.u.numel() else stats.lse.new_full((), float(shard))
         stats = stats._replace(weight=own)

@@ -112,11 +112,11 @@ class _Merge(torch.autograd.Function):
         top, most, least = first[:rows], first[rows], -first[rows + 1]
         require_agreement(most, least)
         shift = torch.where(top.isfinite(), top, torch.zeros_like(top))
-        here = (lse - shift) + lse_low
+        lse_of_shard = (lse - shift) + lse_low
         summed = total.numel() > 0
-        parts = [here.exp(), *picked.unbind(1)]
+        parts = [lse_of_shard.exp(), *picked.unbind(1)]
         if summed:
-            reach = torch.where(weight == 0, torch.zeros_like(here), weight * here)
+            reach = torch.where(weight == 0, torch.zeros_like(lse_of_shard), weight * lse_of_shard)
             parts += [total, spread - reach, weight.expand(rows)]
         packed = torch.stack(parts)
         dist.all_reduce(packed, group=group)

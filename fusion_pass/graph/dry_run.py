@@ -95,15 +95,15 @@ class Watch(TorchDispatchMode):
         if isinstance(func, OpOverload):
             self.draws |= RANDOM in func.tags
             for argument in changed_arguments(func, args, kwargs):
-                self.written |= storages(argument)
+                self.written |= storages_of(argument)
         else:
             self.unread = True
         result = func(*args, **kwargs)
-        self.made |= storages(result)
+        self.made |= storages_of(result)
         return result
 
 
-def storages(value: Any) -> set[int]:
+def storages_of(value: Any) -> set[int]:
     return {at for at in map(storage, tree_leaves(value)) if at is not None}
 
 
@@ -233,7 +233,7 @@ def watched(
     with mode:
         values = [stand_in(like) for like in likes]
         tensors = [[leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in values]
-        memory, versions = list(map(storages, tensors)), [[tensor._version for tensor in group] for group in tensors]
+        memory, versions = list(map(storages_of, tensors)), [[tensor._version for tensor in group] for group in tensors]
         device = next((tensor.device.type for group in tensors for tensor in group), "cpu")
         stand_ins = map_arg((node.args, node.kwargs), dict(zip(sources, values)).__getitem__)
         # a symbol would be asked for its value, and guarded
@@ -244,7 +244,7 @@ def watched(
     if seen.unread:
         return None
     bumped = [[tensor._version for tensor in group] != old for group, old in zip(tensors, versions)]
-    swapped = [storages(group) != at for group, at in zip(tensors, memory)]
+    swapped = [storages_of(group) != at for group, at in zip(tensors, memory)]
     written = {i for i, at in enumerate(memory) if bumped[i] or swapped[i] or at & seen.written}
     elsewhere = seen.written - seen.made - set().union(*memory)
     return Seen(frozenset(written), bool(elsewhere), seen.draws, theirs and has_own_backward((result, tensors)))

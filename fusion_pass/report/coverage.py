@@ -9,16 +9,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from fusedhead.analysis.reasons import NotInForward, Untraced
-from fusedhead.graph.motion import Immovable
-from fusedhead.graph.reasons import Reason
-from fusedhead.legality.reasons import Illegal, Unprofitable
-from fusedhead.report.report import NotRun
+from fusedhead.graph.reasons import tables
 from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointwise, projections, reductions, views
-from fusedhead.rules.reasons import NoRule
 from fusedhead.rules.table import COVERAGE, TOKEN_RULES, CoverageRow
 from fusedhead.rules.tokenwise import dispatch as tokenwise
-from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 # Parts of a program that no rule of an op is about.
 PASSES = (
@@ -64,16 +58,6 @@ class Part(NamedTuple):
 
 RULES_OF = (projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise)
 PARTS = (*(Part(COVERAGE[module.__name__], module) for module in RULES_OF), *map(Part, PASSES))
-TABLES: tuple[type[Reason], ...] = (
-    NoRule,
-    NotByTokens,
-    Untraced,
-    Illegal,
-    Unprofitable,
-    NotInForward,
-    Immovable,
-    NotRun,
-)
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 MARKERS = ("<!-- python -m fusedhead.rules -->", "<!-- end -->")
 
@@ -108,7 +92,7 @@ def table() -> str:
 
 def sentences() -> list[str]:
     """The sentences of every `Reason` in the package, sorted, with … for what a program fills in."""
-    return sorted({reason.template for table in TABLES for reason in table})
+    return sorted({reason.template for table in tables() for reason in table})
 
 
 def between_markers(document: str, markers: tuple[str, str], text: str) -> str:

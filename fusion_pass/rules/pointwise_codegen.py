@@ -66,13 +66,13 @@ class Writer:
 def write_code(result: Node, names: dict[str, str]) -> Code:
     """The code of one result of a traced graph, whose placeholders have these names."""
     writer = Writer()
-    known: dict[Node, Any] = {}
+    words: dict[Node, Any] = {}
     for node in result.graph.nodes:
         if node.op == "placeholder":
-            known[node] = names[node.name]
+            words[node] = names[node.name]
         elif node.op == "call_function":
-            known[node] = word_of(node, [known.get(a) if isinstance(a, Node) else a for a in node.args], writer)
-    return without_unused(Code(tuple(writer.instructions), str(known[result])))
+            words[node] = word_of(node, [words.get(a) if isinstance(a, Node) else a for a in node.args], writer)
+    return without_unused(Code(tuple(writer.instructions), str(words[result])))
 
 
 def word_of(node: Node, args: list[Any], writer: Writer) -> Any:

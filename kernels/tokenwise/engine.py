@@ -40,19 +40,19 @@ def head_inputs(program: RowProgram) -> list[tuple[int, int]]:
 
 def biases(program: RowProgram, tensors: Sequence[Tensor]) -> list[tuple[int, int] | None]:
     """Of every head in order, the input and row of the bias that its product holds; None where it holds none."""
-    found: list[tuple[int, int] | None] = []
+    computed: list[tuple[int, int] | None] = []
     for h, _, cols, _, transform, _ in (line.args for line in program.heads):
         bias = rounded_bias(parse(transform), tensors[h.at].dtype)
-        found.append(None if bias is None else (cols.at, bias))
-    return found
+        computed.append(None if bias is None else (cols.at, bias))
+    return computed
 
 
 def _forward(program: RowProgram, kept: bool) -> RowFunction:
     """(inputs..., and with ``kept`` products...) -> the program's results."""
     count = len(program.heads) if kept else 0
 
-    def results(given: list[Tensor]) -> list[Tensor]:
-        tensors, products = given[: len(given) - count], given[len(given) - count :]
+    def results(inputs: list[Tensor]) -> list[Tensor]:
+        tensors, products = inputs[: len(inputs) - count], inputs[len(inputs) - count :]
         with torch.no_grad():
             return run(program, tensors, products if kept else None)
 
@@ -72,10 +72,10 @@ def _vjp(
     """
     count = len(program.heads)
 
-    def gradients(given: list[Tensor]) -> list[Tensor]:
-        total = len(given) - count - sum(differentiable)
-        tensors, products = list(given[:total]), list(given[total : total + count])
-        upstream = given[total + count :]
+    def gradients(inputs: list[Tensor]) -> list[Tensor]:
+        total = len(inputs) - count - sum(differentiable)
+        tensors, products = list(inputs[:total]), list(inputs[total : total + count])
+        upstream = inputs[total + count :]
         with torch.enable_grad():
             for i in wanted:
                 tensors[i] = tensors[i].detach().requires_grad_()
@@ -87,8 +87,8 @@ def _vjp(
             kept = [r.detach() for r in results] if keep else []
             if not pairs:
                 return kept + [torch.zeros_like(x) for x in leaves]
-            found = torch.autograd.grad([r for r, _ in pairs], leaves, [g for _, g in pairs], materialize_grads=True)
-        return [*kept, *found]
+            grads = torch.autograd.grad([r for r, _ in pairs], leaves, [g for _, g in pairs], materialize_grads=True)
+        return [*kept, *grads]
 
     return gradients
 
@@ -123,10 +123,10 @@ def head_rows(
         function = _forward(program, products is not None)
         if compiled:
             function = made_once(key, function, given, True)
-        found = function(given)
+        computed = function(given)
         if not results:
-            results = [r.new_empty((n, *r.shape[1:])) for r in found]
-        for into, r in zip(results, found):
+            results = [r.new_empty((n, *r.shape[1:])) for r in computed]
+        for into, r in zip(results, computed):
             into[i] = r
     return results
 
@@ -213,17 +213,17 @@ def _swept(
         seen = [g[i] for g in upstream if g is not None]
         everything = [*given, *products, *seen]
         vjp = _vjp(program, differentiable, wanted, live, keep)
-        found = made_once(key, vjp, everything, compiled)(everything)
+        computed = made_once(key, vjp, everything, compiled)(everything)
         del products, everything
         if keep:
-            kept, found = found[: len(program.results)], found[len(program.results) :]
+            kept, computed = computed[: len(program.results)], computed[len(program.results) :]
             results = results or [r.new_empty((n, *r.shape[1:])) for r in kept]
             for result, r in zip(results, kept):
                 result[i] = r
-        for at, gradient in zip(wanted, found):
+        for at, gradient in zip(wanted, computed):
             add(at, i, gradient)
         differentiated = [(at, bias) for at, bias, on in zip(heads, added, live) if on]
-        for ((h, w), bias), dz in zip(differentiated, found[len(wanted) :]):
+        for ((h, w), bias), dz in zip(differentiated, computed[len(wanted) :]):
             if needs[h]:
                 add(h, i, dz @ given[w])
             if needs[w]:
