@@ -1,8 +1,7 @@
 """``python -m fusedhead.tune``: find the fastest tiles for this machine's GPU and keep them on disk.
 
 The checked-in tiles were timed on an H100; another chip runs them or safe ones. This takes some minutes once, and every
-later process on the machine uses what it found. Nothing is tuned while a model runs. It must not know what kernels
-compute.
+later process on the machine uses what it found. Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations

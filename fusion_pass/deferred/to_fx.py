@@ -1,7 +1,6 @@
 """Writing the program of deferred logits into an fx graph, as Dynamo would have recorded it.
 
-Leaves become placeholders with fake values, whose numbers of tokens are symbols unless they are to be exact. This
-file knows no rules and decides nothing.
+Leaves become placeholders with fake values, whose numbers of tokens are symbols unless they are to be exact.
 """
 
 from __future__ import annotations
