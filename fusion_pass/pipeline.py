@@ -51,7 +51,7 @@ def anywhere(body: Body) -> bool:
     return True
 
 
-def is_top_level(body: Body) -> bool:
+def top(body: Body) -> bool:
     return body.is_top
 
 
@@ -80,7 +80,7 @@ CANONICALIZE = (  # on each graph: exact rewrites that make heads visible
     Pass("deduplicate-weights", deduplicate_weights.run),
     Pass("merge-chunks", merge_chunks.run),
     Pass("duplicate-transposed", duplicate_transposed.run, speculative=True),
-    Pass("unstack-heads", unstack_heads.run, where=is_top_level),
+    Pass("unstack-heads", unstack_heads.run, where=top),
     Pass("find-returned-stacks", stack_legality.run, where=deferring_top),
     Pass("redirect-returned-stacks", returned_stacks.run, where=deferring_top),
 )
@@ -95,7 +95,7 @@ DECIDE = (  # may a head be rewritten, and does it pay
     Pass("profitability", profitability.run),
     Pass("sharded-weights", sharding.run),
     Pass("joint-decisions", joint_decisions.run),
-    Pass("other-products", other_products.run, where=is_top_level),
+    Pass("other-products", other_products.run, where=top),
 )
 REWRITE = (
     Pass("note-lines", returned_logits.note_lines),
