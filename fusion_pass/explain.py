@@ -45,13 +45,13 @@ def explain(
 
     def explained(*args: Any, **kwargs: Any) -> Report:
         report = Report(shows_passes=passes)
-        given = dict(compile_options)
-        mode, options = given.pop("mode", None), given.pop("options", None)
+        settings = dict(compile_options)
+        mode, options = settings.pop("mode", None), settings.pop("options", None)
 
         def backend(gm: Any, example_inputs: Any) -> Any:
             return compile_with(gm, example_inputs, mode=mode, options=options, observe=report.extend)
 
-        torch.compile(target, backend=backend, **given)(*args, **kwargs)
+        torch.compile(target, backend=backend, **settings)(*args, **kwargs)
         report.heads = [head.seen().ended() for head in report.heads]
         return report
 

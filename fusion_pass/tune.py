@@ -1,8 +1,7 @@
 """``fusedhead tune``, ``python -m fusedhead.tune``: find the fastest tiles for this machine's GPU, keep them on disk.
 
 The checked-in tiles were timed on an H100; another chip runs them or safe ones. This takes some minutes once, and every
-later process on the machine uses what it found. Nothing is tuned while a model runs. It must not know what kernels
-compute.
+later process on the machine uses what it found. Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def execute(
     from fusedhead.kernels.triton_engine.launch.tiles import pairs_serve
 
     device, dtype, rows = torch.device("cuda", torch.cuda.current_device()), DTYPES[given.dtype], []
-    print(tuned_tiles.name_of(device))
+    print(tuned_tiles.device_key(device))
     pairs = pairs_serve(device)
     for hidden in sorted(int(size) for size in given.hidden.split(",")):
         head = tuning.make_head(given.tokens, hidden, given.vocab, "cuda", dtype)
@@ -60,7 +59,7 @@ def execute(
             for ms, tile in dict.fromkeys((found[0], alone)):  # heads that pairs cannot take need the second
                 rows.append(tuned_tiles.Tuned(kernel, dtype.itemsize, tma, hidden, tile))
                 print(f"  {kernel}, hidden size {hidden}: {ms:.3f} ms with {tile}", flush=True)
-    print(f"kept in {tuned_tiles.keep_tiles(tuned_tiles.name_of(device), rows)}")
+    print(f"kept in {tuned_tiles.keep_tiles(tuned_tiles.device_key(device), rows)}")
     return 0
 
 

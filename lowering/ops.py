@@ -26,6 +26,7 @@ from fusedhead.kernels.contract import (
     DIFFERENTIABLE_STATS,
     LINEAR_STATS,
     LOSS_OUTPUTS,
+    NO_NEEDS,
     SAVED_STATS,
     STATISTICS,
     STATS,
@@ -62,7 +63,6 @@ SCHEMAS = {
     "Tensor? product=None) -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
     "head_loss": f"({_HEAD}, {_COEFFICIENTS}, str transform, str stats, int memory, {_NEEDS}{_WHOLE}) -> ({_LOSS})",
 }
-NONE = Needs(False, False, False, False)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -113,7 +113,7 @@ def _head_stats(
 ) -> tuple[Tensor, ...]:
     head, want = head_of(h, w, y, cols, rows, u, transform), parse_stats(stats)
     explicit, given = writes_logits(want, head.transform), with_companions(want)
-    engine, windows = _chosen(head, NONE, (memory, whole_below), linear=True, row_scale=True, explicit=explicit)
+    engine, windows = _chosen(head, NO_NEEDS, (memory, whole_below), linear=True, row_scale=True, explicit=explicit)
     product = fakes.kept_product(h, w, whole_below, keep)
     kept = product[: h.shape[0]] if keep and engine.keeps_product else None
     with without_autocast(head.h.device):
@@ -214,7 +214,7 @@ _PARTS: dict[str, tuple[Implementation, Implementation, tuple[Implementation, Im
     "head_loss": (_head_loss, fakes.fake_head_loss, autograd.HEAD_LOSS),
 }
 for _name, (_implementation, _fake, (_setup, _backward)) in _PARTS.items():
-    _implementation = ranges.named(_name, SCHEMAS[_name], _implementation)
+    _implementation = ranges.ranged(_name, SCHEMAS[_name], _implementation)
     torch.library.define(f"fusedhead::{_name}", SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"fusedhead::{_name}", "default", _implementation)
     torch.library.register_fake(f"fusedhead::{_name}", _fake)

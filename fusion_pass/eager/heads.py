@@ -30,12 +30,12 @@ from fusedhead.graph.recipes import LEAST_TOKENS
 from fusedhead.graph.run_counts import LIBRARIES, Run
 from fusedhead.legality.profitability import least_logits
 from fusedhead.legality.sharding import given_back_by
-from fusedhead.options import split
+from fusedhead.options import split_options
 from fusedhead.report import observers
 from fusedhead.report.report import Report
 
 log = logging.getLogger("fusedhead")
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # nobody names a layer by them
+HEAD_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # nobody names a layer by them
 MOST_BUILT = 2  # more often than answered, before a kind of call is computed at once: a first look is none
 
 
@@ -59,7 +59,7 @@ class Calls:
 
 
 @dataclass(eq=False)
-class Head:
+class EagerHead:
     """What is known of one module."""
 
     path: str | None  # as its model names it; None where nobody has said
@@ -72,7 +72,7 @@ _everywhere: list[bool] = []  # not empty while `enable` is in force
 _guard = threading.RLock()
 
 
-def project(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def project_eagerly(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(input, weight, bias)``, deferred where that is known to be the same and to pay."""
     if torch.jit.is_tracing() or type(weight) not in (nn.Parameter, Tensor):  # a tracer's sizes are tensors
         return F.linear(input, weight, bias)
@@ -81,7 +81,7 @@ def project(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     head = HEADS.get(module)
     if (head is None and not _everywhere) or not of_plain_tensors(input, weight, bias) or not plainly_eager():
         return F.linear(input, weight, bias)
-    own, _ = split(None)
+    own, _ = split_options(None)
     tokens = input.numel() // max(1, input.shape[-1])
     least = max(1, least_logits(weight.device.type, own.min_logits))
     few = not torch.is_grad_enabled() and tokens < LEAST_TOKENS
@@ -91,7 +91,7 @@ def project(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
         if getattr(module, "_is_replica", False):  # of `nn.DataParallel`, a new one for every call
             return F.linear(input, weight, bias)
         with _guard:
-            head = HEADS.setdefault(module, Head(None))
+            head = HEADS.setdefault(module, EagerHead(None))
     operands = (input, weight, bias)
     calls = calls_of(head, module, operands, own)
     why = calls.stops()
@@ -102,7 +102,7 @@ def project(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     return calls.made(*arguments(operands))[0]
 
 
-def calls_of(head: Head, module: nn.Module, operands: tuple[Tensor, Tensor, Tensor | None], own: Any) -> Calls:
+def calls_of(head: EagerHead, module: nn.Module, operands: tuple[Tensor, Tensor, Tensor | None], own: Any) -> Calls:
     """The calls of the kind of this one, given to the pass if it is the first."""
     device = operands[1].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -125,7 +125,7 @@ def as_it_is(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
 
 
 @torch.compiler.disable
-def compiled(head: Head, module: nn.Module, operands: tuple[Tensor, Tensor, Tensor | None], own: Any) -> Calls:
+def compiled(head: EagerHead, module: nn.Module, operands: tuple[Tensor, Tensor, Tensor | None], own: Any) -> Calls:
     """The pass on a call's graph. Whatever goes wrong leaves such calls as they are."""
     told: list[Report] = []
 
@@ -164,7 +164,7 @@ def path_of(module: nn.Module) -> str:
     """The module's name in the outermost model that is running, "" where none is."""
     frames = [frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_argcount]
     running = [frame.f_locals.get(frame.f_code.co_varnames[0]) for frame in frames]
-    modules = [m for m in running if issubclass(type(m), nn.Module) and not isinstance(m, WRAPPERS)]
+    modules = [m for m in running if issubclass(type(m), nn.Module) and not isinstance(m, HEAD_WRAPPERS)]
     for outer in reversed(modules):
         for name, inner in outer.named_modules():
             if inner is module:
@@ -212,7 +212,7 @@ def defer(module: nn.Module) -> nn.Module:
     install()
     with _guard:
         for name, inner in found:
-            HEADS.setdefault(inner, Head(name))
+            HEADS.setdefault(inner, EagerHead(name))
     return module
 
 
@@ -223,7 +223,7 @@ def install() -> None:
     """Put our forward in the place of `torch.nn.Linear`'s, once."""
     with _guard:
         if not _installed or nn.Linear.forward is not _installed[1]:
-            original, ours = nn.Linear.forward, forward_with(project)
+            original, ours = nn.Linear.forward, forward_with(project_eagerly)
             nn.Linear.forward = ours  # type: ignore[method-assign, assignment]
             _installed[:] = [original, ours]
 

@@ -56,19 +56,19 @@ def plain_parts(value: Any) -> Iterator[Any]:
             yield leaf
 
 
-def memory(node: Node) -> set[int]:
+def storages(node: Node) -> set[int]:
     """The storages that a node's value gives access to.
 
     A value that nobody knows (a handle, or what a node without a recorded value returns) gives access to all that
     the node was given.
     """
     if node.target is torch.ops.fusedhead.whole_vocab.default:
-        return memory(node.args[0])  # type: ignore[arg-type]  # it stands for a shard and its like on other ranks
+        return storages(node.args[0])  # type: ignore[arg-type]  # it stands for a shard and its like on other ranks
     recorded = fake(node)
     if type(recorded) is FakeTensor:
         at = storage(recorded)
         return set() if at is None else {at}
-    storages: set[int] = set()
+    reached: set[int] = set()
     stack, seen = [node], {node}
     while stack:
         each = stack.pop()
@@ -76,10 +76,10 @@ def memory(node: Node) -> set[int]:
         for leaf in plain_parts(value):
             at = storage(leaf)
             if at is not None:
-                storages.add(at)
+                reached.add(at)
             hidden |= at is None and not isinstance(leaf, NUMBERS)
         if hidden:
             fresh = [source for source in each.all_input_nodes if source not in seen]
             seen.update(fresh)
             stack += fresh
-    return storages
+    return reached

@@ -44,7 +44,7 @@ from fusedhead.lowering.plan.problem import Problem
 from fusedhead.lowering.plan.tokenwise import window_bytes
 from fusedhead.lowering.token_ops import logits_bytes
 
-LEAST = {"cuda": 1 << 22}  # logits, by device
+LEAST_LOGITS = {"cuda": 1 << 22}  # logits, by device
 LEAST_ELSEWHERE = 1 << 20
 MAY_HOLD = {"cuda": 1.5}  # of the bytes of the logits, elsewhere as much as they
 MOST_TOKENS = 1 << 24
@@ -53,7 +53,7 @@ WINDOWS = {"cuda": 2}  # of a row program, that its logits have to fill
 
 def least_logits(device_type: str, min_logits: str | int) -> int:
     """From how many logits on a head is fused; ``min_logits`` is the option of that name."""
-    return LEAST.get(device_type, LEAST_ELSEWHERE) if isinstance(min_logits, str) else min_logits
+    return LEAST_LOGITS.get(device_type, LEAST_ELSEWHERE) if isinstance(min_logits, str) else min_logits
 
 
 def run(body: Body) -> None:
@@ -216,11 +216,11 @@ def keeps_product(call: Node) -> bool:
         and engine is not None
         and engine.keeps_product
         and set(str(call.args[7]).split(",")) <= {*ALL, "lse_low"}
-        and any(map(has_gradient, call.users))
+        and any(map(records_gradient, call.users))
     )
 
 
-def has_gradient(node: Node) -> bool:
+def records_gradient(node: Node) -> bool:
     """Whether a tensor's node has a gradient."""
     return isinstance(fake(node), Tensor) and fake(node).requires_grad
 
@@ -243,7 +243,7 @@ def limit_token_programs(body: Body) -> None:
         token_bytes = logits_bytes(tensors, call.args[1])
         if not is_counted(tensors[0].shape[0]) or not isinstance(token_bytes, int):
             continue
-        if not any(map(has_gradient, call.users)):
+        if not any(map(records_gradient, call.users)):
             continue
         device = tensors[0].device.type
         least = rows_from(device, memory) if isinstance(min_logits, str) else min_logits * tensors[1].element_size()

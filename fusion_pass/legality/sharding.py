@@ -27,9 +27,6 @@ from fusedhead.analysis.body import Body
 from fusedhead.graph.reasons import refuse
 from fusedhead.legality.reasons import Illegal
 
-TOO_LARGE = (
-    "under FSDP2 they are made of a copy of the weight, and it would take more than half of what the logits take"
-)
 DEEPSPEED = "ds_id"  # what ZeRO-3 calls a parameter by; it empties parameters where they lie
 MANAGED = "_is_fsdp_managed_module"  # what FSDP (1 and 2) sets on modules, for Dynamo
 SHARE = 2  # the logits are to be as many times larger as what is copied

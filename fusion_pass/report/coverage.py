@@ -9,17 +9,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from fusedhead.analysis.reasons import NotInForward, Untraced
-from fusedhead.canonicalize.reasons import InShards
-from fusedhead.graph.motion import Immovable
-from fusedhead.graph.reasons import Reason
-from fusedhead.legality.reasons import Illegal, Unprofitable
-from fusedhead.report.report import NotRun
+from fusedhead.graph.reasons import tables
 from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointwise, projections, reductions, views
-from fusedhead.rules.reasons import NoRule
 from fusedhead.rules.table import COVERAGE, TOKEN_RULES, CoverageRow
 from fusedhead.rules.tokenwise import dispatch as tokenwise
-from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 # Parts of a program that no rule of an op is about.
 PASSES = (
@@ -56,7 +49,7 @@ PASSES = (
 )
 
 
-class Part(NamedTuple):
+class CoveragePart(NamedTuple):
     """A row of the table: the words, and the module whose rules have the ops."""
 
     row: CoverageRow
@@ -64,24 +57,13 @@ class Part(NamedTuple):
 
 
 RULES_OF = (projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise)
-PARTS = (*(Part(COVERAGE[module.__name__], module) for module in RULES_OF), *map(Part, PASSES))
-TABLES: tuple[type[Reason], ...] = (
-    NoRule,
-    NotByTokens,
-    Untraced,
-    InShards,
-    Illegal,
-    Unprofitable,
-    NotInForward,
-    Immovable,
-    NotRun,
-)
+PARTS = (*(CoveragePart(COVERAGE[module.__name__], module) for module in RULES_OF), *map(CoveragePart, PASSES))
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 MARKERS = ("<!-- python -m fusedhead.rules -->", "<!-- end -->")
 SENTENCES = ("<!-- python -m fusedhead.rules --sentences -->", "<!-- end of sentences -->")
 
 
-def overloads(part: Part) -> list[Any]:
+def overloads(part: CoveragePart) -> list[Any]:
     """The ATen overloads that a part is about: those of its module's rules, and of its tables of overloads."""
     module = part.module
     if module is None:
@@ -91,13 +73,13 @@ def overloads(part: Part) -> list[Any]:
     return along_classes if module is tokenwise else ruled
 
 
-def ops(part: Part) -> list[str]:
+def ops(part: CoveragePart) -> list[str]:
     """Their names as users write them, each once."""
     names = (target._schema.name.removeprefix("aten::") for target in overloads(part))
     return list(dict.fromkeys(name for name in names if not name.startswith(("_", "special_"))))
 
 
-def cells(part: Part) -> tuple[str, str, str]:
+def cells(part: CoveragePart) -> tuple[str, str, str]:
     row = part.row
     named = ", ".join(f"`{name}`" for name in ops(part))
     return row.part, f"{row.fused}. Ops: {named}" if named else row.fused, row.left
@@ -111,7 +93,7 @@ def table() -> str:
 
 def sentences() -> list[str]:
     """The sentences of every `Reason` in the package, sorted, with … for what a program fills in."""
-    return sorted({reason.template for table in TABLES for reason in table})
+    return sorted({reason.template for table in tables() for reason in table})
 
 
 def renewed(document: str) -> str:

@@ -23,7 +23,7 @@ from fusedhead.report.export import now
 from fusedhead.report.graph_diff import side_by_side
 from fusedhead.report.report import HeadRecord, Report, plural
 from fusedhead.report.summary import Summary
-from fusedhead.report.terminal import Overview, left_first, name_of, saved_line
+from fusedhead.report.terminal import Overview, head_name, left_first, saved_line
 from fusedhead.version import __version__
 
 MODULES_SHOWN = 4  # in the title of a graph
@@ -71,7 +71,7 @@ class Graph(NamedTuple):
 
 def cards(heads: Sequence[HeadRecord]) -> list[Card]:
     return [
-        Card(at, head, name_of(head), worth(head), head.remarks()[bool(head.reason) :], source(head))
+        Card(at, head, head_name(head), worth(head), head.remarks()[bool(head.reason) :], source(head))
         for at, head in enumerate(left_first(heads), 1)
     ]
 
@@ -80,19 +80,23 @@ def page(summary: Summary, command: str) -> str:
     """The whole document. ``command`` is what was run, for the title."""
     overview = summary.overview()
     shown = cards(overview.heads)
-    return environment().get_template("page.html.jinja").render(
-        command=command,
-        style=Markup(file_text("page.css")),
-        versions=versions(),
-        date=now(),
-        overview=overview,
-        saved=saved_line(overview.saved),
-        note=summary_note(summary, overview),
-        cards=shown,
-        left=[card for card in shown if not card.head.fused],
-        fused=[card for card in shown if card.head.fused],
-        scale=scale(shown),
-        graphs=list(graphs(summary)),
+    return (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            command=command,
+            style=Markup(file_text("page.css")),
+            versions=version_line(),
+            date=now(),
+            overview=overview,
+            saved=saved_line(overview.saved),
+            note=summary_note(summary, overview),
+            cards=shown,
+            left=[card for card in shown if not card.head.fused],
+            fused=[card for card in shown if card.head.fused],
+            scale=scale(shown),
+            graphs=list(graphs(summary)),
+        )
     )
 
 
@@ -102,7 +106,7 @@ def notebook(overview: Overview) -> str:
     return template.render(overview=overview, saved=saved_line(overview.saved), cards=cards(overview.heads))
 
 
-def versions() -> str:
+def version_line() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return f"fusedhead {__version__} · torch {torch.__version__} · Python {platform.python_version()} · {device}"
 
@@ -134,7 +138,7 @@ def graphs(summary: Summary) -> Iterator[Graph]:
 
 
 def title(report: Report, number: int) -> str:
-    names = list(dict.fromkeys(map(name_of, report.heads)))
+    names = list(dict.fromkeys(map(head_name, report.heads)))
     more = f" and {len(names) - MODULES_SHOWN} more" if len(names) > MODULES_SHOWN else ""
     fused = sum(head.fused for head in report.heads)
     which = ", ".join(names[:MODULES_SHOWN]) + more

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels import self_check
-from fusedhead.kernels.contract import Head, Needs, RowGrads, Windows
+from fusedhead.kernels.contract import OPERAND_NEEDS, Head, RowGrads, Windows
 from fusedhead.kernels.reference import row_stats
 from fusedhead.kernels.transform.transform import apply, parse
 
-OPERAND_NEEDS = Needs(True, True, False, False)
 CAP = "mul:0.05 tanh mul:20.0"
 PLAIN_HEADS = (  # N, V, D, K, transform, dtype
     (1400, 12007, 200, 1, "", torch.bfloat16),
@@ -71,7 +70,7 @@ def made(
     return head, RowGrads(lse, -picked)
 
 
-Run = Callable[[Head, RowGrads], Iterator[Found]]
+Check = Callable[[Head, RowGrads], Iterator[Found]]
 
 
 def truth(head: Head, upstream: RowGrads) -> Found:
@@ -89,7 +88,7 @@ def truth(head: Head, upstream: RowGrads) -> Found:
     return Found(lse, picked, dh, dw)
 
 
-def swept(engine: ModuleType, head: Head, upstream: RowGrads) -> Iterator[Found]:
+def one_pass_and_sweeps(engine: ModuleType, head: Head, upstream: RowGrads) -> Iterator[Found]:
     """Statistics and gradients in one pass, and by a sweep for each."""
     windows = Windows(len(head.h), len(head.w), head.h.dtype)
     got, grads = engine.head_loss(head, upstream, OPERAND_NEEDS, windows)
@@ -100,7 +99,7 @@ def swept(engine: ModuleType, head: Head, upstream: RowGrads) -> Iterator[Found]
 
 
 def by_eager(head: Head, upstream: RowGrads) -> Iterator[Found]:
-    """As eager code computes it in the operands' dtype, twice, as `swept` does."""
+    """As eager code computes it in the operands' dtype, twice, as `one_pass_and_sweeps` does."""
     h, w = head.h.detach().requires_grad_(), head.w.detach().requires_grad_()
     z = apply(head.transform, (h @ w.T).float(), head.cols, head.rows)
     lse, picked = z.logsumexp(1), z.gather(1, head.y)
@@ -109,13 +108,13 @@ def by_eager(head: Head, upstream: RowGrads) -> Iterator[Found]:
     yield from (found, found)
 
 
-def errors(found: Found, exact: Found) -> list[float]:
+def errors(measured: Found, exact: Found) -> list[float]:
     """‖x - truth‖ / ‖truth‖ of each result; infinite where it is not finite."""
-    norms = ((x.double() - t).norm() / t.norm() for x, t in zip(found, exact))
+    norms = ((x.double() - t).norm() / t.norm() for x, t in zip(measured, exact))
     return [error if error < float("inf") else float("inf") for error in map(float, norms)]
 
 
-def difference(claim: Trial, asked: Run, trusted: Run, device: torch.device) -> str:
+def difference(claim: Trial, asked: Check, trusted: Check, device: torch.device) -> str:
     """Where the kernels in question fall behind the trusted ones, as a sentence, or ""."""
     for given in claim.heads:
         head, upstream = made(*given, device)
@@ -134,25 +133,25 @@ def difference(claim: Trial, asked: Run, trusted: Run, device: torch.device) -> 
     return ""
 
 
-def asked_and_trusted(claim: str, device: torch.device) -> tuple[Run, Run]:
+def asked_and_trusted(claim: str, device: torch.device) -> tuple[Check, Check]:
     """How to run the kernels that ``claim`` names, and those that they are compared with."""
     from fusedhead.kernels.triton_engine import engine as triton_engine
     from fusedhead.kernels.triton_engine.launch import sweep
 
-    def with_pairs(verdict: bool) -> Run:
+    def with_pairs(verdict: bool) -> Check:
         def run(head: Head, upstream: RowGrads) -> Iterator[Found]:
             self_check.decide("pairs", device, verdict)
             sweep.forget()
             if sweep.sweep("stream", head).tile.paired != verdict:
                 raise AssertionError(f"pairs are {'not ' if verdict else ''}used for a plain head")
-            return swept(triton_engine, head, upstream)
+            return one_pass_and_sweeps(triton_engine, head, upstream)
 
         return run
 
     if claim == "pairs":
         return with_pairs(True), with_pairs(False)
     self_check.decide("pairs", device, False)
-    return (lambda *head: swept(triton_engine, *head)), by_eager
+    return (lambda *head: one_pass_and_sweeps(triton_engine, *head)), by_eager
 
 
 def device_named(index: int, uuid: str) -> torch.device:
@@ -165,13 +164,13 @@ def device_named(index: int, uuid: str) -> torch.device:
 
 def main(argument: str) -> None:
     """Answer on standard output: "ready" once the trusted kernels have run, then the verdict as JSON, which is kept."""
-    given = json.loads(argument)
-    device = device_named(given["index"], given["uuid"])
+    request = json.loads(argument)
+    device = device_named(request["index"], request["uuid"])
     torch.cuda.set_device(device)
     for at in range(torch.cuda.device_count()):  # a check asks for no other
         self_check.decide("triton", torch.device("cuda", at), True)
-    claim = CLAIMS[given["claim"]]
-    asked, trusted = asked_and_trusted(given["claim"], device)
+    claim = CLAIMS[request["claim"]]
+    asked, trusted = asked_and_trusted(request["claim"], device)
     list(trusted(*made(*claim.heads[0], device)))
     torch.cuda.synchronize()
     print(self_check.FIRST_LINE, flush=True)
@@ -180,5 +179,5 @@ def main(argument: str) -> None:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     verdict = {"serves": not reason, "reason": reason}
-    self_check.keep_verdict(given["key"], verdict)  # here, since nobody may be waiting any longer
+    self_check.keep_verdict(request["key"], verdict)  # here, since nobody may be waiting any longer
     print(json.dumps(verdict), flush=True)
