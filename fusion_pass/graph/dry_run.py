@@ -78,7 +78,7 @@ def changed_arguments(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, 
             yield arguments[name]
 
 
-class Watch(TorchDispatchMode):
+class WriteWatch(TorchDispatchMode):
     """Notes the storages that the ops which run write to, and those that they make."""
 
     supports_higher_order_operators = True
@@ -239,7 +239,7 @@ def watched(
         # a symbol would be asked for its value, and guarded
         args, kwargs = tree_map_only(SYMBOLIC, concrete_number, stand_ins)
         cast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with cast, Watch() as seen:
+        with cast, WriteWatch() as seen:
             result = function(*args, **kwargs)
     if seen.unread:
         return None

@@ -13,6 +13,6 @@ The callbacks log through the trainer's own loggers, when a number has changed. 
 module of its name is, and none is a dependency.
 """
 
-from fusedhead.integrations.metrics import MetricsWatch, add_to_tensorboard
+from fusedhead.integrations.metrics import Watch, add_to_tensorboard
 
 __all__ = ["Watch", "add_to_tensorboard"]

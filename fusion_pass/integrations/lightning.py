@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from fusedhead.integrations.metrics import MetricsWatch
+from fusedhead.integrations.metrics import Watch
 
 # the same under its old name
 _lightning: Any = import_module("lightning.pytorch" if find_spec("lightning") else "pytorch_lightning")
@@ -17,7 +17,7 @@ class FusedHeadCallback(_lightning.Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self.watch = MetricsWatch()
+        self.watch = Watch()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *rest: Any

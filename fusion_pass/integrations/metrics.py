@@ -10,7 +10,7 @@ from fusedhead.report.summary import Summary
 METRIC_PREFIX = "fusedhead/"
 
 
-class MetricsWatch:
+class Watch:
     """Hears of every graph that is compiled from now on, until `stop`."""
 
     def __init__(self) -> None:

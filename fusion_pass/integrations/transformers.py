@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from fusedhead.integrations.metrics import MetricsWatch
+from fusedhead.integrations.metrics import Watch
 
 
 class FusedHeadCallback(TrainerCallback):
@@ -18,7 +18,7 @@ class FusedHeadCallback(TrainerCallback):
 
     def __init__(self, trainer: Any = None) -> None:
         self.trainer = trainer
-        self.watch = MetricsWatch()
+        self.watch = Watch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer is not None and state.is_world_process_zero and (news := self.watch.news()):
