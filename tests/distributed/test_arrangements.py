@@ -51,4 +51,4 @@ def test_a_gathered_weight_that_is_an_argument_is_read_after_it_is_resharded() -
 
 def test_logits_smaller_than_their_weight_are_computed_at_once_and_the_report_says_so() -> None:
     for (text,) in on_ranks("tests.distributed.arrangements:few_tokens", RANKS):
-        assert f"built at once once: {BuiltAtOnce.LARGE_COPY}" in text
+        assert f"built at once once: {BuiltAtOnce.LARGE_COPY.template}" in text
