@@ -16,7 +16,7 @@ LINES = 40  # of code: statements, without docstrings, imports and comments
 # Modules that only programs test, which need several modules at once. It may only get shorter.
 THROUGH_PROGRAMS = {  # by folder
     "analysis": "body cost evaluator interpreter site source_lines strategies token_regions",
-    "canonicalize": "functionalize_subscripts localize_shards",
+    "canonicalize": "functionalize_subscripts",
     "": "compat estimate fake_modules live_bytes options",
     "deferred": (
         "assignments call_program history op_tables query record results row_picks shared_statistics state to_fx"

@@ -23,7 +23,7 @@ from fusedhead.analysis.body import Body, Finding
 from fusedhead.analysis.interpreter import interpret
 from fusedhead.analysis.projections import candidates
 from fusedhead.analysis.reasons import Untraced
-from fusedhead.compat import enable_python_dispatcher, enter_autocast, exit_autocast, maybe_get_fake_mode, tree_leaves
+from fusedhead.compat import enter_autocast, exit_autocast, maybe_get_fake_mode, tree_leaves
 from fusedhead.graph.edit import counting_edits
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import callee, fake, name_of, where
@@ -236,7 +236,7 @@ def value_on_operands(node: Node, expected: Any, live: dict[Node, Any]) -> Any:
     """The value of a copied node on its own operands. Raises Differs if it is none that the region had."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: live[n] if n in live else fake(n))
     modes = (maybe_get_fake_mode(fake(n)) for n in node.graph.nodes if isinstance(fake(n), Tensor))
-    with next((m for m in modes if m is not None), None) or nullcontext(), enable_python_dispatcher():
+    with next((m for m in modes if m is not None), None) or nullcontext():
         value = callee(node)(*args, **kwargs)
     if expected is not None and not all(map(equal_but_for_sizes, *map(tree_leaves, (value, expected)))):
         raise Differs(f"{node.name} differs from what the region has")

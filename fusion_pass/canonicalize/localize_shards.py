@@ -97,8 +97,7 @@ def run(body: Body) -> None:
                 raise Refused(refuse(InShards.NOT_ASKED))
         except (Escape, Refused) as left:
             why = left.why if isinstance(left, Refused) else left.refusal
-            shape, placed, ranks = weight_in_words(product)
-            product.meta[KEPT_SHARDS] = refuse(InShards.KEPT, shape=shape, placed=placed, ranks=ranks, why=why)
+            product.meta[KEPT_SHARDS] = kept(product, why)
         else:
             Writer(graph, modes, shards).write()
 
@@ -118,15 +117,19 @@ def find_left(body: Body) -> None:
             body.grown[node.meta[PRODUCT]] = why or refuse(InShards.NOT_READ)
 
 
-def weight_in_words(product: Node) -> tuple[list[Any], str, str]:
-    """The weight of a product as a tensor [V, D]: its shape, "Shard(0)", "the 2 ranks of mesh dimension 'tp'"."""
+def kept(product: Node, why: Refusal) -> Refusal:
+    """Why a product stays as it is, with the shape [V, D] and the placement of its weight."""
     tensors = [fake(node) for node in product.all_input_nodes if is_dtensor(fake(node))]
     value = tensors[1] if len(tensors) > 1 else tensors[0]
     turned = WEIGHT_IS_TRANSPOSED.get(name_of(product), False) and value.ndim == 2
+    shape, placed = list(value.shape)[:: -1 if turned else 1], layout(value, turned)
     cut = [d for d, p in enumerate(value.placements) if shard_dim(p, value.ndim) is not None]
-    over = axis_of(value.device_mesh, cut[0]) if cut else f"{value.device_mesh.size()} ranks"
-    shape = list(value.shape)[:: -1 if turned else 1]
-    return shape, layout(value, turned), str(over)
+    axis = axis_of(value.device_mesh, cut[0]) if cut else None
+    if axis is None or axis.name is None:
+        ranks = axis.ranks if axis else value.device_mesh.size()
+        return refuse(InShards.KEPT, shape=shape, placed=placed, ranks=ranks, why=why)
+    on = {"ranks": axis.ranks, "name": axis.name}
+    return refuse(InShards.KEPT_ALONG, shape=shape, placed=placed, why=why, **on)
 
 
 # ---- may it be read so? ---------------------------------------------------------------------------------------------

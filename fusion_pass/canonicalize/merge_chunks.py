@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 
 from fusedhead.analysis.body import Body
 from fusedhead.analysis.projections import above_losses
-from fusedhead.compat import enable_python_dispatcher, maybe_get_fake_mode
+from fusedhead.compat import maybe_get_fake_mode
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import callee, every_dimension, fake, name_of
 from fusedhead.graph.op_names import (
@@ -89,7 +89,7 @@ class ChunkMerge:
         """The fake value of a call, in the grad mode of the join."""
         mode = maybe_get_fake_mode(fake(self.node))
         assert mode is not None
-        with mode, enable_python_dispatcher(), torch.set_grad_enabled(self.facts.grad_mode(self.node)):
+        with mode, torch.set_grad_enabled(self.facts.grad_mode(self.node)):
             return run(*map_arg(args, fake), **map_arg(kwargs, fake))
 
     def merge(self, parts: Sequence[Node], dim: int) -> Node:

@@ -8,7 +8,8 @@ from fusedhead.graph.reasons import Reason
 class InShards(Reason):
     """A head of a tensor-parallel program stays as it is."""
 
-    KEPT = "its weight {shape} is placed as {placed} on {ranks}: {why}"
+    KEPT = "its weight {shape} is placed as {placed} on {ranks} ranks: {why}"
+    KEPT_ALONG = "its weight {shape} is placed as {placed} on the {ranks} ranks of mesh dimension {name!r}: {why}"
     NOT_ASKED = "heads in shards are fused where fusedhead.shards is set"
     NO_LOSS = "no loss over its classes is taken of it in this graph, and logits in shards are not deferred"
     SPELLING = "a product written as {name} is not read in shards"

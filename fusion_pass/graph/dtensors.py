@@ -30,10 +30,11 @@ class Axis(NamedTuple):
     rank: int
     group: str  # the name of the process group
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str | None:
+        """The name of the mesh dimension, if the mesh has names."""
         names = self.mesh.mesh_dim_names
-        words = f"the {self.ranks} ranks of mesh dimension {names[self.dim]!r}" if names else f"{self.ranks} ranks"
-        return words
+        return names[self.dim] if names else None
 
 
 def public(name: str) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fusedhead.compat import HigherOrderOperator, enable_python_dispatcher, maybe_get_fake_mode, tree_leaves
+from fusedhead.compat import HigherOrderOperator, maybe_get_fake_mode, tree_leaves
 from fusedhead.graph.aliases import storages
 from fusedhead.graph.effects import draws, may_write, writes
 from fusedhead.graph.nodes import callee, fake, hint, name_of
@@ -79,7 +79,7 @@ def same_again(node: Node) -> bool:
     device = next((x.device.type for x in recorded if isinstance(x, Tensor)), "cpu")
     try:
         fakes = mode or nullcontext()
-        with fakes, enable_python_dispatcher(), torch.no_grad(), torch.autocast(device, enabled=False):
+        with fakes, torch.no_grad(), torch.autocast(device, enabled=False):
             args, kwargs = map_arg((node.args, node.kwargs), lambda source: cast_operand(node, source))
             results = tree_leaves(callee(node)(*args, **kwargs))
     except Exception:
