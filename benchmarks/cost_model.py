@@ -58,7 +58,7 @@ class Arrangement(NamedTuple):
 
     products: int  # of 2 N D V / w operations on a rank
     vocab: bool  # whether classes are shared; else tokens
-    collectives: Callable[[Case], tuple[Collective, ...]]
+    collectives: Callable[[Case, int], tuple[Collective, ...]]  # by the number of ranks
     about: str
 
 
@@ -74,12 +74,12 @@ SCHEDULES: dict[str, tuple[Schedule, ...]] = {
 }
 
 
-def statistics(case: Case) -> tuple[Collective, ...]:
+def statistics(case: Case, ranks: int) -> tuple[Collective, ...]:
     """The merge of a cross-entropy: the maximum of [N] lse, then exponentials and labels' logits [2, N], float32."""
     return Collective("all_reduce", WIDE * case.tokens), Collective("all_reduce", 2 * WIDE * case.tokens)
 
 
-def three_reductions(case: Case) -> tuple[Collective, ...]:
+def three_reductions(case: Case, ranks: int) -> tuple[Collective, ...]:
     """What ``loss_parallel()`` sends: maximum, sum of exponentials and labels' log-probabilities, [N] float32 each."""
     return (Collective("all_reduce", WIDE * case.tokens),) * 3
 
@@ -96,46 +96,46 @@ def weight(case: Case) -> int:
 
 ARRANGEMENTS: dict[str, Arrangement] = {
     "group=": Arrangement(
-        4, True, lambda c: (*statistics(c), Collective("all_reduce", hidden(c, WIDE), True)),
+        4, True, lambda c, w: (*statistics(c, w), Collective("all_reduce", hidden(c, WIDE), True)),
         "hidden states whole on every rank, dH summed in float32",
     ),
     "group=, dH in its dtype": Arrangement(
-        4, True, lambda c: (*statistics(c), Collective("all_reduce", hidden(c), True)),
+        4, True, lambda c, w: (*statistics(c, w), Collective("all_reduce", hidden(c), True)),
         "the same, dH summed in its own dtype",
     ),
     "sequence parallel": Arrangement(
         4, True,
-        lambda c: (
-            Collective("all_gather", hidden(c)), *statistics(c), Collective("reduce_scatter", hidden(c, WIDE), True),
+        lambda c, w: (
+            Collective("all_gather", hidden(c)), *statistics(c, w), Collective("reduce_scatter", hidden(c, WIDE), True),
         ),
         "tokens of the hidden states shared by the ranks, gathered before the head; dH scattered in float32",
     ),
     "loss_parallel": Arrangement(
-        3, True, lambda c: (*three_reductions(c), Collective("all_reduce", hidden(c), True)),
+        3, True, lambda c, w: (*three_reductions(c, w), Collective("all_reduce", hidden(c), True)),
         "torch's loss_parallel(): [N, V/w] logits exist on each rank",
     ),
     "loss_parallel, sequence parallel": Arrangement(
         3, True,
-        lambda c: (
-            Collective("all_gather", hidden(c)), *three_reductions(c), Collective("reduce_scatter", hidden(c), True),
+        lambda c, w: (
+            Collective("all_gather", hidden(c)), *three_reductions(c, w), Collective("reduce_scatter", hidden(c), True),
         ),
         "the same with tokens shared",
     ),
     "logits gathered": Arrangement(
         3, True,
-        lambda c: (
+        lambda c, w: (
             Collective("all_gather", c.tokens * c.vocab * c.torch_dtype.itemsize),
             Collective("all_reduce", hidden(c), True),
         ),
         "ColwiseParallel with output Replicate where nothing is fused: [N, V] logits on every rank",
     ),
     "data parallel": Arrangement(
-        3, False, lambda c: (Collective("all_reduce", weight(c), True),),
+        3, False, lambda c, w: (Collective("all_reduce", weight(c), True),),
         "DDP: every rank has all classes and 1/w of the tokens; dW summed in its own dtype",
     ),
     "fully sharded": Arrangement(
         3, False,
-        lambda c: (
+        lambda c, w: (
             Collective("all_gather", weight(c)), Collective("all_gather", weight(c), True),
             Collective("reduce_scatter", weight(c), True),
         ),
@@ -191,7 +191,7 @@ class Prediction(NamedTuple):
 def predict(case: Case, name: str, ranks: int, chip: Chip, network: Network) -> Prediction:
     """One step of a head of ``case``, all of its tokens and classes, on so many ranks."""
     arrangement = ARRANGEMENTS[name]
-    collectives = arrangement.collectives(case)
+    collectives = arrangement.collectives(case, ranks)
     own = compute(case, arrangement, ranks, chip)
     least = compute(case, arrangement._replace(products=3), ranks, chip)
     spent = wire(collectives, ranks, network.link(ranks))
@@ -205,8 +205,8 @@ def break_even(name: str, over: str, case: Case, ranks: int, network: Network) -
     The collectives of one grow with the tokens, those of the other do not; latencies are left out.
     """
     link = network.link(ranks)._replace(latency=0.0)
-    one = wire(ARRANGEMENTS[name].collectives(case), ranks, link) / case.tokens
-    return wire(ARRANGEMENTS[over].collectives(case), ranks, link) / one
+    one = wire(ARRANGEMENTS[name].collectives(case, ranks), ranks, link) / case.tokens
+    return wire(ARRANGEMENTS[over].collectives(case, ranks), ranks, link) / one
 
 
 HEADINGS = ("ranks", "bytes a token a rank", "compute ms", "wire ms", "step ms", "efficiency")

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -45,7 +46,11 @@ class Run:
         self.deadline = time.monotonic() + given.limit
         self.network = cost_model.given_network(given)
         self.rows: list[Row] = []
-        self.about: dict[str, Any] = {"runs": [machine.origin(self.device, "benchmarks.parallel", given.words)]}
+        origin = machine.origin(self.device, "benchmarks.parallel", given.words)
+        if self.launched:
+            count = os.environ.get("WORLD_SIZE", "2")
+            origin["command"] = str(origin["command"]).replace("python", f"torchrun --nproc-per-node {count}", 1)
+        self.about: dict[str, Any] = {"runs": [origin]}
 
     def agree(self, number: float) -> float:
         return ranks.greatest(number, self.device) if self.launched else number
@@ -154,7 +159,7 @@ def fill(run: Run, case: shapes.Case, rows: list[Row], times: dict[str, list[flo
         if arrangement is None:
             continue
         model = cost_model.ARRANGEMENTS[arrangement]
-        sent = model.collectives(case)
+        sent = model.collectives(case, row.ranks)
         row.bytes_a_token = sum(cost_model.sent(each, row.ranks) for each in sent) / case.tokens
         row.model_wire_ms = 1e3 * cost_model.wire(sent, row.ranks, run.network.link(row.ranks)) if row.wire else 0.0
         if run.device.type == "cuda":
@@ -167,8 +172,8 @@ def measured_link(run: Run) -> None:
     count = dist.get_world_size()
     if count == 1:
         return
-    how = {"sizes": ranks.SIZES[:3], "rounds": 1} if run.given.smoke else {}
-    times = ranks.times_of_collectives(count, run.device, **how)
+    sizes = ranks.SIZES[:3] if run.device.type == "cpu" else ranks.SIZES
+    times = ranks.times_of_collectives(count, run.device, sizes, 1 if run.given.smoke else ranks.ROUNDS)
     link = ranks.link_of(times, count)
     run.network = run.network._replace(inside=link, node=max(count, run.network.node))
     run.about["collectives"] = {

@@ -144,8 +144,8 @@ def main() -> None:
     rows: dict[Any, Row] = {}
     for path in given.files:
         read = json.loads(path.read_text())
-        runs = results["runs"] + read["runs"]
-        results = {**results, **read, "runs": runs}
+        runs, prediction = results["runs"] + read["runs"], {**results.get("prediction", {}), **read["prediction"]}
+        results = {**results, **read, "runs": runs, "prediction": prediction}
         rows.update({(row["case"], row["ranks"], row["wire"], row["contender"]): Row(**row) for row in read["rows"]})
     results["rows"] = [dataclasses.asdict(row) for row in rows.values()]
     given.out.mkdir(parents=True, exist_ok=True)

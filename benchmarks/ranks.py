@@ -30,7 +30,8 @@ KINDS = {  # by the names that one torch or another has for them
     "reduce_scatter_single": "reduce_scatter",
 }
 SIZES = (4 << 10, 64 << 10, 1 << 20, 16 << 20, 256 << 20)  # bytes of a tensor whose collectives are timed
-REPEATS, ROUNDS = 10, 5  # of each, timed together; and how often that
+LONG = 1 << 20  # bytes, of which fewer are timed together
+REPEATS, ROUNDS = 10, 3  # of each, timed together; and how often that
 
 
 def launched() -> bool:
@@ -180,7 +181,8 @@ def times_of_collectives(
         for nbytes in sizes:
             step = alone([Collective(kind, nbytes)], ranks, device)
             turn(step, device, 2)
-            times = [greatest(turn(step, device, REPEATS), device) for _ in range(rounds)]
+            repeat = REPEATS if nbytes <= LONG else 3
+            times = [greatest(turn(step, device, repeat), device) for _ in range(rounds)]
             found.setdefault(kind, []).append((nbytes, statistics.median(times)))
     return found
 

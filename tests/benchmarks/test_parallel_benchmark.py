@@ -53,7 +53,7 @@ def test_what_is_timed_is_right(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["group=", "group=, dH in its dtype"])
 def test_the_cost_model_s_collectives_are_those_that_the_function_calls(name: str) -> None:
-    modelled = cost_model.ARRANGEMENTS[name].collectives(CASE)
+    modelled = cost_model.ARRANGEMENTS[name].collectives(CASE, 2)
     called = rows()[name].collectives
     assert [(kind, nbytes - MARKS * (at == 0)) for at, (kind, nbytes) in enumerate(called)] == [
         (one.kind, one.nbytes) for one in modelled
