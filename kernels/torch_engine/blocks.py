@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, stat_dtype
-from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.transform.transform import apply
 
 EXP2_FACTOR = math.log2(math.e)  # exp x = exp2(x log2 e): torch's exp2 is three times faster than its exp on a CPU
@@ -180,10 +179,9 @@ def sampled_level(head: Head, i: slice, work: torch.dtype) -> Tensor:
     return torch.where(level.isfinite(), level, 0)
 
 
-def row_maximum(head: Head, i: slice, columns: int) -> Tensor:
-    """The largest z of each row, by a sweep of its own: [m], 0 where it is not finite."""
+def row_maximum(head: Head, i: slice, columns: int, work: torch.dtype) -> Tensor:
+    """The largest z of each row, by a sweep of its own: [m], 0 where it is not finite. ``work``: of the product."""
     wide = stat_dtype(head.h.dtype)
-    work = product_dtype(head.h.dtype, head.h.device.type)
     most = head.h.new_full((i.stop - i.start,), -torch.inf, dtype=wide)
     h = head.h[i].to(work)
     for v in cuts(head.w.shape[0], columns):

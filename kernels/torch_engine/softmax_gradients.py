@@ -38,6 +38,7 @@ from fusedhead.kernels.torch_engine.exponentials import (
     level_at,
     usual_level,
 )
+from fusedhead.kernels.torch_engine.far_rows import Factors, far, sweep_far_rows
 from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype, kept_range, product_dtype
 
@@ -72,17 +73,24 @@ def _totals(parts: list[Tensor], z: Tensor, level: Level, first: Tensor) -> tupl
     return rest + of_labels, rest[:, None] + (of_labels[:, None] - e)
 
 
-def _factors(
-    g: Tensor, g_picked: Tensor, total: Tensor, others: Tensor, first: Tensor, slope: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """s [m] and t [m, K] of a window from the gradients g [m] of lse and g_picked [m, K].
+def _factors(c: RowGrads, head: Head) -> Factors:
+    """What makes s [m] and t [m, K] of the tokens of a window out of the gradients ``c``.
 
     s is NaN where the total is not finite: as through a log_softmax, a row with an infinite logit has no gradient.
     """
-    whole = g[:, None] * first
-    t = (g_picked + whole - whole * (others / total[:, None])) * slope
-    s = g / total + 0 * total
-    return (s if scale is None else s * scale), t
+    g_lse, g_picked = _prepared(head, c)
+    scale = head.transform.plain_scale
+
+    def factors(
+        i: slice, lse: Tensor, total: Tensor, others: Tensor, first: Tensor, slope: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        g = g_lse[i] if c.square is None else g_lse[i] + 2 * c.square[i] * lse
+        whole = g[:, None] * first
+        t = (g_picked[i] + whole - whole * (others / total[:, None])) * slope
+        s = g / total + 0 * total
+        return (s if scale is None else s * scale), t
+
+    return factors
 
 
 def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[Tensor, Tensor, HeadGrads]:
@@ -115,8 +123,7 @@ def _sweep(
     strip = strip_columns(tokens, columns, wide.itemsize) if keep else columns
     spare = head.h.new_empty(0 if kept == wide else tokens * strip, dtype=wide)
     least, aim, most = kept_range(kept, head.transform)
-    c_lse, c_picked = _prepared(head, c)
-    scale = head.transform.plain_scale
+    factors = _factors(c, head)
     for i in cuts(n, tokens):
         h = head.h[i].to(work)
         m = len(h)
@@ -141,9 +148,13 @@ def _sweep(
             if certain or bool(((total > least) & (total < most)).all()):
                 break
             level, certain = below_maximum(head, i, strip, aim, True), True
+            if far(level.natural):
+                break
+        if on_cpu and certain and far(level.natural):
+            sweep_far_rows(head, i, factors, needs, strip, lse, labelled, sink)
+            continue
         lse[i] = at = level.natural + total.log()
-        g = c_lse[i] if c.square is None else c_lse[i] + 2 * c.square[i] * at
-        s, t = (x.to(wide) for x in _factors(g, c_picked[i], total, others, first, slope, scale))
+        s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
         sink.hidden(i, product, s, t)
         if keep:
             hs = (h * s[:, None]).to(work)
@@ -183,11 +194,14 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
     tokens = min(windows.tokens, n)
     columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
     block, spare = block_buffers(head, tokens, columns)
-    g_lse, g_picked = _prepared(head, upstream)
+    factors, (g_lse, picked) = _factors(upstream, head), _prepared(head, upstream)
     sink = Sink(head, upstream, needs, windows)
     scale = head.transform.plain_scale
     for i in cuts(n, tokens):
         h, at, on_cpu = head.h[i].to(work), lse[i].to(fine), head.h.device.type == "cpu"
+        if on_cpu and far(at.masked_fill(at.isinf(), 0)):
+            sweep_far_rows(head, i, factors, needs, columns, torch.empty_like(g_lse), torch.empty_like(picked), sink)
+            continue
         m, cells = len(h), label_cells(head, i)
         z, slope = label_terms(head, i)
         level = level_at(head, at, False)
@@ -209,7 +223,7 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
             sink.block(i, v, e, hs, early)
         first = first_of_equal(head.y[i])
         total, others = _totals(parts, z, level, first)
-        s, t = (x.to(wide) for x in _factors(g, g_picked[i], total, others, first, slope, scale))
+        s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
         sink.hidden(i, product, s, t)
         sink.labels(i, t)
     return sink.finish()

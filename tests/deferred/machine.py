@@ -14,6 +14,7 @@ import os
 import pickle
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,10 @@ from tests.eager_stack import backend
 
 B, T = 11, 6  # enough tokens for logits without gradients to be deferred
 POOL = 10
-TRACE = os.environ.get("FUSEDHEAD_MACHINE_TRACE")  # print the steps: for a program that ends the process
+# what is told of each step, as it begins; the variable: print it, for a program that ends the process
+watchers: list[Callable[[str], None]] = []
+if os.environ.get("FUSEDHEAD_MACHINE_TRACE"):
+    watchers.append(lambda step: print(step, file=sys.stderr, flush=True))
 
 
 class Net(nn.Module):
@@ -340,6 +344,17 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [t for v in value for t in tensors_of(v)] if isinstance(value, (list, tuple)) else []
 
 
+def close_frames(error: BaseException) -> None:
+    """End what an error has left suspended: `checkpoint` of torch 2.11 is a generator that keeps its hooks and modes.
+
+    They would hold for whatever runs next, until the traceback goes, and then be taken off from under those of others.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__
+
+
 def written_since(tensor: Tensor, version: int, value: Tensor | None) -> bool:
     return tensor._version != version or (value is not None and not torch.equal(tensor, value))
 
@@ -466,6 +481,7 @@ class World:
         try:
             return True, run()
         except Exception as error:
+            close_frames(error)
             return False, error
 
     def errors(self, outcomes: Sequence[tuple[bool, Any]], chosen: Sequence[Pair], backward: bool = False) -> bool:
@@ -559,8 +575,8 @@ class World:
 
     def say(self, step: str) -> None:
         self.steps.append(step)
-        if TRACE:
-            print(step, file=sys.stderr, flush=True)
+        for watcher in watchers:
+            watcher(step)
 
     def __str__(self) -> str:
         return "\n".join([f"form {self.sides[0].model.form!r}", *self.steps])
