@@ -61,7 +61,7 @@ def deferring_top(body: Body) -> bool:
 
 
 class Pass(NamedTuple):
-    """One step over a body. What a speculative pass does is taken back where its products are still computed."""
+    """One step over a body. A speculative pass is undone where its products are still computed."""
 
     name: str
     run: Callable[[Body], None]
@@ -69,7 +69,7 @@ class Pass(NamedTuple):
     where: Callable[[Body], bool] = anywhere
 
 
-MODULE_PASSES = (  # on the module's own graph, before the graphs that it runs are looked at
+MODULE_PASSES = (  # on the module's own graph, before the bodies
     Pass("inline-regions", inline_regions.run),
     Pass("inline-checkpoints", inline_checkpoints.run, speculative=True),
 )
@@ -86,12 +86,12 @@ CANONICALIZE = (  # on each graph: exact rewrites that make heads visible
     Pass("find-returned-stacks", stack_legality.run, where=deferring_top),
     Pass("redirect-returned-stacks", returned_stacks.run, where=deferring_top),
 )
-ANALYZE = (  # what is each tensor, relative to a head
+ANALYZE = (  # tensors relative to heads
     Pass("find-projections", strategies.find_projections),
     Pass("interpret", strategies.run),
     Pass("missed-heads", missed_heads.run),
 )
-DECIDE = (  # may a head be rewritten, and does it pay
+DECIDE = (  # whether a head may be rewritten, and whether it pays
     Pass("find-token-programs", token_regions.run),
     Pass("legality", legality.run),
     Pass("profitability", profitability.run),
@@ -116,7 +116,7 @@ Ran = Callable[[PassRecord, Body], None]  # told of every pass that ran
 
 
 def run_passes(passes: Iterable[Pass], body: Body, *, speculate: bool = True, ran: Ran | None = None) -> None:
-    """Run passes on a body in order, and tell ``ran`` of each how long it took and how many edits it made."""
+    """Run passes on a body in order, and call ``ran`` with the time and the number of edits of each."""
     for each in passes:
         if not each.where(body) or (each.speculative and not speculate):
             continue
@@ -131,7 +131,7 @@ def run_passes(passes: Iterable[Pass], body: Body, *, speculate: bool = True, ra
 
 @dataclass(eq=False)
 class Attempt:
-    """One run of the passes over a module, which it edits."""
+    """One run of the passes over a module, in place."""
 
     gm: GraphModule
     options: Options
@@ -139,11 +139,11 @@ class Attempt:
     excluded: Mapping[str, Refusal]  # products to be left, by name, and why
     report: Report = field(default_factory=lambda: Report(graphs=1))
     wrap: Wrap = unwrapped
-    grown: Mapping[str, Refusal] = field(default_factory=dict)  # more products to be left
+    grown: Mapping[str, Refusal] = field(default_factory=dict)  # further products to be left
     speculation_failed: bool = False  # whether a product of a speculative pass is still computed
 
     def run(self, show: Ran | None) -> None:
-        """Run all passes; stops where `grown` or `speculation_failed` says that another attempt is needed."""
+        """Run all passes. Stops early where `grown` or `speculation_failed` asks for another attempt."""
         started = time.perf_counter()
 
         def ran(record: PassRecord, body: Body) -> None:
@@ -182,10 +182,10 @@ class Attempt:
 
 
 def fuse_module(gm: GraphModule, options: Options, show: Ran | None = None) -> tuple[GraphModule, Report, Wrap]:
-    """A copy of the module with every provable head fused, the report, and what goes around the compiled graph.
+    """A copy of the module with every provable head fused, the report, and the wrap of the compiled graph.
 
-    The passes start again on a fresh copy where heads are better left, and without the speculative passes where a
-    product of theirs is still computed. ``show`` is told of every pass that ran.
+    The passes start again on a fresh copy without the heads that are better left, and without the speculative passes
+    where one of their products is still computed. ``show`` is called after every pass.
     """
     speculate, excluded = True, dict[str, Refusal]()
     while True:

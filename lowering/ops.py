@@ -1,15 +1,15 @@
-"""The three custom ops that stand for a head in a graph, and the way from them to an engine.
+"""The three custom ops that represent a head in a graph. They call the engines.
 
-Functional, tensors positional, fixed arity: what is absent travels as a tensor of no elements. Each op checks its
-operands, asks the planner and calls one engine; importing this file registers the ops.
+The ops are functional, with positional tensors and fixed arity: an absent tensor is an empty one. Each op checks its
+operands, asks the planner and calls one engine. Importing this file registers the ops.
 
     head_stats           one sweep: the statistics, in the order of `contract.STATS`
-    head_stats_backward  one sweep: gradients for a per-row upstream: dh, dw, dcols, drows
-    head_loss            one sweep: both, for a scalar loss that is linear in the statistics; and a zero, `tie`, that
-                         ties the loss to the operands: loss + tie is the loss, and what flows back into tie is g
+    head_stats_backward  one sweep: gradients for a per-row upstream: dh, dw, dcols, drows head_loss            one
+    sweep: both, for a scalar loss that is linear in the statistics; and a zero, `tie`,
+                         that is added to the loss, so that its upstream gradient is d(loss)
 
-Where the number of tokens is not known when a graph is compiled, ``whole_below`` says below how many logits a call
-builds them whole, as Inductor would have. With ``keep`` such a call hands the product h wᵀ on to its backward pass.
+With a symbolic number of tokens, a call with fewer than ``whole_below`` logits builds them whole, as Inductor would.
+With ``keep`` such a call keeps the product h wᵀ for its backward.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ SCHEMAS = {
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast inside: an op computes in the dtypes it was given, whatever region it is called from."""
+    """Context without autocast: an op computes in the dtypes of its operands."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -117,7 +117,7 @@ def _head_stats(
     product = fakes.kept_product(h, w, whole_below, keep)
     kept = product[: h.shape[0]] if keep and engine.keeps_product else None
     with without_autocast(head.h.device):
-        got = engine.head_stats(head, given - {"lse_low"}, windows, kept)  # which comes with any lse
+        got = engine.head_stats(head, given - {"lse_low"}, windows, kept)  # it comes with any lse
     results = (
         _empty_if_absent(getattr(got, statistic.name) if statistic.name in given else None, h, statistic.dtype)
         for statistic in STATISTICS
@@ -150,7 +150,7 @@ def _gradients_of_stats(
     needs = Needs(need_h, need_w, need_cols, need_rows)
     upstream = RowGrads(**{name: _none_if_empty(g) for name, g in grads.items()})
     lse = stats["lse"]
-    if not lse.numel():  # no statistic needed it; then neither does a gradient
+    if not lse.numel():  # no statistic needed it, so that no gradient does
         lse = head.h.new_zeros(head.h.shape[0], dtype=lse.dtype)
     others: dict[str, Any] = {name: _none_if_empty(x) for name, x in stats.items() if name != "lse"}
     saved = RowStats(lse, **others)

@@ -1,4 +1,4 @@
-"""Why a node cannot be read, before or beside its rules."""
+"""Reasons why the analysis cannot read a node, beside those of its rules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Untraced(Reason):
 
 
 class NotInForward(Reason):
-    """Why the gradients of a head are not taken in its forward sweep."""
+    """Why the gradients of a head are not computed in its forward sweep."""
 
     NO_GRADIENT = "no gradient is needed"
     CHECKPOINTED = "inside a checkpointed region"

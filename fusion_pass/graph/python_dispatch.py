@@ -1,7 +1,7 @@
-"""Fake values of symbolic size, computed as Dynamo computes them: by kernels in Python.
+"""The Python dispatcher for fake values of symbolic size, as Dynamo uses it.
 
-Some kernels in C++ take no symbols: ``addcmul`` with an operand that it broadcasts raises there. Dynamo and AOTAutograd
-run every op under torch's Python dispatcher; so must the pass, where a size of the graph is a symbol. The backend
+Some kernels in C++ take no symbols: ``addcmul`` raises there with an operand that it broadcasts. Dynamo and AOTAutograd
+run every op under torch's Python dispatcher, and so must the pass where a size of the graph is a symbol. The backend
 enters it once for a whole graph, and no pass enters it.
 """
 
@@ -25,5 +25,5 @@ def symbolic(graph: Graph) -> bool:
 
 
 def python_dispatch(graph: Graph) -> AbstractContextManager[object]:
-    """Inside, ops on fake values of symbolic size run where Dynamo runs them."""
+    """Context in which ops on fake values of symbolic size run under the Python dispatcher."""
     return enable_python_dispatcher() if symbolic(graph) else nullcontext()

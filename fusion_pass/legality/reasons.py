@@ -1,4 +1,4 @@
-"""Why heads that can be read stay as they are."""
+"""Reasons why heads that the analysis can read stay."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fusedhead.graph.reasons import Reason
 
 
 class Illegal(Reason):
-    """The rewritten program might not be the program."""
+    """The rewritten program might differ from the program."""
 
     WRITTEN_BEFORE_LOSS = "{name} at {place} changes {tensor} in place before the loss"
     WRITTEN = "{name} at {place} changes {tensor} in place"
@@ -40,7 +40,7 @@ class Illegal(Reason):
 
 
 class Unprofitable(Reason):
-    """The rewritten program would be the same, and no better."""
+    """The rewritten program would be equal and no better."""
 
     FEW_LOGITS = (
         "its {logits:,.0f} logits are too few for fusing to pay (fewer than fusedhead.min_logits, {least:,}; with 0 it "

@@ -1,16 +1,15 @@
-"""Weights that are whole only while their module runs: FSDP gathers them before its forward and frees them after it.
+"""FSDP: weights that are whole only while their module runs, gathered before its forward and freed after it.
 
-What is computed in the graph sees them whole, and autograd's saved tensors are gathered again before the backward.
-What would read them later, like deferred logits, finds them freed:
+Computation inside the graph reads them whole, and autograd's saved tensors are gathered again before the backward.
+Deferred logits read them later, when they are freed:
 
 | who owns the weight | what deferred logits are made of                                                              |
 |---------------------|-----------------------------------------------------------------------------------------------|
 | FSDP2               | a copy, taken while it is whole: a read needs no collective, whichever ranks make it and when |
 | FSDP1, ZeRO-3       | nothing: they are computed at once                                                            |
 
-A copy's gradient goes to the gathered parameter, and from there by FSDP2's own reduce-scatter. In a process that uses
-FSDP2 every operand is copied: a gathered weight that a function is given as an argument bears no mark. This file reads
-the graph's inputs; it must not know what is made of them.
+A copy's gradient goes to the gathered parameter and from there through FSDP2's own reduce-scatter. In a process that
+uses FSDP2 every operand is copied, because a gathered weight that is passed as an argument has no mark.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from fusedhead.analysis.body import Body
 from fusedhead.graph.reasons import refuse
 from fusedhead.legality.reasons import Illegal
 
-DEEPSPEED = "ds_id"  # what ZeRO-3 calls a parameter by; it empties parameters where they lie
-MANAGED = "_is_fsdp_managed_module"  # what FSDP (1 and 2) sets on modules, for Dynamo
-SHARE = 2  # the logits are to be as many times larger as what is copied
+DEEPSPEED = "ds_id"  # attribute of a parameter under ZeRO-3, which empties parameters in place
+MANAGED = "_is_fsdp_managed_module"  # attribute that FSDP (1 and 2) sets on modules, for Dynamo
+SHARE = 2  # the logits must be this many times larger than the copy
 
 
 def run(body: Body) -> None:
-    """Keep heads whose logits are only returned where their weight may be freed before the logits are asked for."""
+    """Refuse heads whose logits are only returned where their weight may be freed before the logits are read."""
     if not body.defers:
         body.decisions = [
             decision._replace(reason=decision.reason or refuse(Illegal.GATHERED_WEIGHT))
@@ -44,12 +43,14 @@ def run(body: Body) -> None:
 
 
 def frees_weights(graph: Graph) -> bool:
-    """Whether an input of the graph is a weight that its owner frees when the module has run, and is not copied."""
+    """Whether an input of the graph is a weight that its owner frees after the module and that is not copied."""
     return any(node.op == "placeholder" and (of_fsdp1(node) or of_deepspeed(node)) for node in graph.nodes)
 
 
 def of_fsdp1(node: Node) -> bool:
-    """Dynamo marks what it reads from a module that FSDP (1 or 2) manages; FSDP1's are views of a flat parameter."""
+    """Whether FSDP1 owns an input. Dynamo marks inputs of modules under FSDP (1 or 2); FSDP1's are views of a flat
+    parameter.
+    """
     source: Any = getattr(node, "_dynamo_source", None)
     found = getattr(source, "guard_source", None)
     if found is None or not found.is_fsdp_module():
@@ -67,14 +68,14 @@ def example(node: Node) -> Any:
 
 
 def given_back_by(module: nn.Module, weight: Tensor) -> bool:
-    """The same of a module's weight, outside any graph."""
+    """Whether a module's weight, outside of any graph, is freed after the module."""
     return hasattr(weight, DEEPSPEED) or (getattr(module, MANAGED, False) and not fsdp2_in_use())
 
 
 def fsdp2_in_use() -> bool:
-    """Whether this process has given a module to `fully_shard` of torch.distributed.fsdp: it makes a class for it."""
+    """Whether this process has called `fully_shard` of torch.distributed.fsdp, which makes a class for each module."""
     cls = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    # torch's own class below it, of modules that are replicated, is no module's until it is given one
+    # torch's own subclass, for replicated modules, counts only once a module has it
     return cls is not None and any(map(is_of_modules, cls.__subclasses__()))
 
 
@@ -83,5 +84,5 @@ def is_of_modules(cls: type) -> bool:
 
 
 def worth_a_copy(sources: Sequence[Any], shape: Sequence[int]) -> bool:
-    """Whether logits of a shape are so much larger than what they are made of that it may be copied for them."""
+    """Whether logits of a shape are so much larger than their sources that copying the sources pays."""
     return SHARE * sum(x.numel() for x in sources if isinstance(x, Tensor)) <= math.prod(shape)

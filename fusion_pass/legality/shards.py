@@ -1,7 +1,7 @@
-"""What keeps a head whose vocabulary lies in shards on several ranks as the program has it.
+"""Checks of a head whose vocabulary is sharded over ranks: the reasons why it stays.
 
-A head is fused in shards where every number that its sweep gives can be merged over the ranks, and where its rows are
-the same on all of them. This file reads a site; it must not know how a sweep is made.
+A sharded head is fused where every statistic of its sweep can be merged over the ranks and all ranks have the same
+rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fusedhead.lowering.shards import MERGED
 
 
 def unserved(site: Site, by_tokens: Collection[Projection]) -> Refusal | None:
-    """Why a head in shards is not fused, or None. ``by_tokens``: heads that a token program reads."""
+    """Why a sharded head is not fused, or None. ``by_tokens``: heads that a token program reads."""
     if not sharded(site.head):
         return None
     if whole_vocab_of(site.head.weight) is None or len(site.head.products) > 1:
