@@ -129,9 +129,12 @@ def halves(s: Shard, overlap: bool) -> Step:
         total, dw, dh, works = s.h.new_zeros((), dtype=torch.float32), None, [], []
         with large_reductions_in_the_background(works) if overlap else nullcontext():
             for h, y in zip(parts, labels):
-                loss = fusedhead.linear_cross_entropy(
-                    h, w, y, reduction="sum", group=s.group, vocab_size=s.case.vocab, reduce_dtype=None
-                ) / counted
+                loss = (
+                    fusedhead.linear_cross_entropy(
+                        h, w, y, reduction="sum", group=s.group, vocab_size=s.case.vocab, reduce_dtype=None
+                    )
+                    / counted
+                )
                 mine, of_w = torch.autograd.grad(loss, (h, w))
                 total, dw = total + loss.detach(), of_w if dw is None else dw.add_(of_w)
                 dh.append(mine)

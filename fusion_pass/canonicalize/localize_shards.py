@@ -128,8 +128,7 @@ def kept(product: Node, why: Refusal) -> Refusal:
     if axis is None or axis.name is None:
         ranks = axis.ranks if axis else value.device_mesh.size()
         return refuse(InShards.KEPT, shape=shape, placed=placed, ranks=ranks, why=why)
-    on = {"ranks": axis.ranks, "name": axis.name}
-    return refuse(InShards.KEPT_ALONG, shape=shape, placed=placed, why=why, **on)
+    return refuse(InShards.KEPT_ALONG, shape=shape, placed=placed, why=why, ranks=axis.ranks, name=axis.name)
 
 
 # ---- may it be read so? ---------------------------------------------------------------------------------------------

@@ -18,16 +18,16 @@ from fusedhead.kernels.torch_engine.blocks import BLOCK_BYTES, block_vectors, cu
 from fusedhead.kernels.torch_engine.exponentials import label_terms
 from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.kernels.transform.backward import pull_back, record
+from fusedhead.kernels.transform.backward import apply_and_record, pull_back
 
-FAR = 2.0**26
+FAR_FROM_ZERO = 2.0**26
 # of tokens, their lse, total, others, first and slope: s [m] and t [m, K] of `softmax_gradients`
 Factors = Callable[[slice, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def far(level: Tensor) -> bool:
     """Whether one of some levels is too far from 0 to be subtracted. (The host waits for the answer.)"""
-    return bool((level.abs() > FAR).any())
+    return bool((level.abs() > FAR_FROM_ZERO).any())
 
 
 def sweep_far_rows(
@@ -50,7 +50,7 @@ def _few_rows(
     z = torch.empty_like(raw)
     for v in blocks:
         raw[:, v] = h @ head.w[v].to(wide).t()
-        z[:, v], _ = record(head.transform, raw[:, v].clone(), *block_vectors(head, j, v), False, False)
+        z[:, v], _ = apply_and_record(head.transform, raw[:, v].clone(), *block_vectors(head, j, v), False, False)
     most = z.amax(1)
     most = torch.where(most.isfinite(), most, 0)
     picked[j] = labelled = z.gather(1, head.y[j])
@@ -69,7 +69,7 @@ def _few_rows(
         x = e[:, v]
         if scale is None:
             cols, rows = block_vectors(head, j, v)
-            _, tape = record(head.transform, raw[:, v].clone(), cols, rows, False, False)
+            _, tape = apply_and_record(head.transform, raw[:, v].clone(), cols, rows, False, False)
             x = pull_back(head.transform, x.clone(), tape, cols, rows, None, None)
         if needs.h:
             accumulate_product(product, x, head.w[v].to(wide))
