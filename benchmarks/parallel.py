@@ -96,14 +96,14 @@ def prepared(run: Run, s: Shard, name: str, truth: errors.Truth | None, row: Row
     steps: dict[str, measure.Step] = {}
     try:
         step = contender.make(s)
+        steps[name] = step if run.launched else ranks.without_wire(step)
         resident = measure.resident_bytes(run.device)
-        results = step()
+        results = steps[name]()
         if truth is not None and contender.arrangement:
             row.error = errors_of(run, s, truth, results)
         del results
-        found = ranks.collectives_of(step)
+        found = ranks.collectives_of(step, run.launched)
         row.collectives = [[one.kind, one.nbytes] for one in found]
-        steps[name] = step if run.launched else ranks.without_wire(step)
         row.extra_mib = run.agree(measure.extra_bytes(steps[name], run.device, resident) / 2**20)
         if run.launched and found and contender.unsent:
             steps[name + UNSENT] = ranks.without_wire(step)

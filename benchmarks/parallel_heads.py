@@ -158,8 +158,12 @@ class Head(nn.Module):
         return F.cross_entropy(self.project(h).float(), y)
 
 
-def of_tensor_parallel(s: Shard, backend: str, sequence: bool) -> Step:
-    """A ColwiseParallel head under ``loss_parallel()``, compiled; ``sequence``: tokens of h lie in shards."""
+def of_tensor_parallel(s: Shard, backend: str, sequence: bool = False, gather: bool = False) -> Step:
+    """A ColwiseParallel head under ``loss_parallel()``, compiled; ``sequence``: tokens of h lie in shards.
+
+    ``gather``: its output is Replicate and local, so that the program is the one of a device, and gathers [N, V] logits
+    where nothing is fused.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor import Shard as Sharded
@@ -167,7 +171,9 @@ def of_tensor_parallel(s: Shard, backend: str, sequence: bool) -> Step:
 
     model = Head(s.whole)
     style = ColwiseParallel(
-        input_layouts=Sharded(0) if sequence else Replicate(), output_layouts=Sharded(-1), use_local_output=False
+        input_layouts=Sharded(0) if sequence else Replicate(),
+        output_layouts=Replicate() if gather else Sharded(-1),
+        use_local_output=gather,
     )
     mesh = init_device_mesh(s.h.device.type, (s.ranks,))
     parallelize_module(model, mesh, {"project": style}, src_data_rank=None)
@@ -180,7 +186,7 @@ def of_tensor_parallel(s: Shard, backend: str, sequence: bool) -> Step:
         return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[no-any-return]
 
     def step() -> tuple[Tensor, ...]:
-        with loss_parallel():
+        with nullcontext() if gather else loss_parallel():
             loss = compiled(h, s.y)
             dh, dw = torch.autograd.grad(loss, (h, weight))
         return local(loss.detach()), local(dh), local(dw)
@@ -207,17 +213,21 @@ CONTENDERS: dict[str, Contender] = {
         "the same, the sum of a half's dH beside the next half's products", unsent=False,
     ),
     "fusedhead.shards": Contender(
-        lambda s: of_tensor_parallel(s, "fusedhead", False), "group=", "ColwiseParallel, loss_parallel()", True
+        lambda s: of_tensor_parallel(s, "fusedhead"), "group=", "ColwiseParallel, loss_parallel()", True
+    ),
+    "fusedhead.shards, output Replicate": Contender(
+        lambda s: of_tensor_parallel(s, "fusedhead", gather=True), "group=", "ColwiseParallel, no loss_parallel()", True
     ),
     "fusedhead.shards, sequence parallel": Contender(
-        lambda s: of_tensor_parallel(s, "fusedhead", True), "sequence parallel", "the same, tokens in shards", True
+        lambda s: of_tensor_parallel(s, "fusedhead", sequence=True), "sequence parallel",
+        "loss_parallel(), tokens in shards", True,
     ),
     "Inductor": Contender(
-        lambda s: of_tensor_parallel(s, "inductor", False), "loss_parallel", "ColwiseParallel, loss_parallel()",
+        lambda s: of_tensor_parallel(s, "inductor"), "loss_parallel", "ColwiseParallel, loss_parallel()",
         True, unsent=False,
     ),
     "Inductor, sequence parallel": Contender(
-        lambda s: of_tensor_parallel(s, "inductor", True), "loss_parallel, sequence parallel",
+        lambda s: of_tensor_parallel(s, "inductor", sequence=True), "loss_parallel, sequence parallel",
         "the same, tokens in shards", True, unsent=False,
     ),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -121,10 +121,11 @@ def without_wire(step: Step) -> Step:
     return run
 
 
-def collectives_of(step: Step) -> list[Collective]:
+def collectives_of(step: Step, launched: bool) -> list[Collective]:
     """What a step sends through ``torch.distributed``, in order: the bytes of whole tensors.
 
-    Collectives that a compiler has put into its graph itself are not seen.
+    Collectives that a compiler has put into its graph itself are not seen. In a group that sends nothing they are
+    copies meanwhile.
     """
     seen: list[Collective] = []
 
@@ -136,7 +137,7 @@ def collectives_of(step: Step) -> list[Collective]:
 
         return call
 
-    with replaced(counted):
+    with nullcontext() if launched else replaced(copied), replaced(counted):
         step()
     return seen
 
