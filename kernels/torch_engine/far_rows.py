@@ -9,12 +9,20 @@ FLOP 6 NDV; memory: two blocks of whole rows in the statistics' dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, Needs, stat_dtype
-from fusedhead.kernels.torch_engine.blocks import BLOCK_BYTES, block_vectors, cuts, first_of_equal, row_dtype
+from fusedhead.kernels.torch_engine.blocks import (
+    BLOCK_BYTES,
+    block_vectors,
+    cuts,
+    first_of_equal,
+    row_dtype,
+    two_sum_error,
+)
 from fusedhead.kernels.torch_engine.exponentials import label_terms
 from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
@@ -25,24 +33,30 @@ FAR_FROM_ZERO = 2.0**26
 Factors = Callable[[slice, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+class SweptRows(NamedTuple):
+    """What a sweep finds of all rows, fine: the lse as the sum of two numbers."""
+
+    lse: Tensor  # [N]
+    low: Tensor  # [N] what is lost of log Σ exp(z - max) where that is added to a maximum beyond 2^53
+    picked: Tensor  # [N, K] logits of the labels
+
+
 def far(level: Tensor) -> bool:
     """Whether one of some levels is too far from 0 to be subtracted. (The host waits for the answer.)"""
     return bool((level.abs() > FAR_FROM_ZERO).any())
 
 
 def sweep_far_rows(
-    head: Head, i: slice, factors: Factors, needs: Needs, columns: int, lse: Tensor, picked: Tensor, sink: Sink
+    head: Head, i: slice, factors: Factors, needs: Needs, columns: int, rows: SweptRows, sink: Sink
 ) -> None:
-    """Write lse [N] and picked [N, K], both fine, of the tokens i, and add their gradients to ``sink``."""
+    """Write ``rows`` of the tokens i, and add their gradients to ``sink``."""
     wide = stat_dtype(head.h.dtype)
     few = max(1, BLOCK_BYTES // max(1, len(head.w) * wide.itemsize))
     for start in range(i.start, i.stop, few):
-        _few_rows(head, slice(start, min(start + few, i.stop)), factors, needs, columns, lse, picked, sink)
+        _few_rows(head, slice(start, min(start + few, i.stop)), factors, needs, columns, rows, sink)
 
 
-def _few_rows(
-    head: Head, j: slice, factors: Factors, needs: Needs, columns: int, lse: Tensor, picked: Tensor, sink: Sink
-) -> None:
+def _few_rows(head: Head, j: slice, factors: Factors, needs: Needs, columns: int, swept: SweptRows, sink: Sink) -> None:
     wide, fine = stat_dtype(head.h.dtype), row_dtype(head.h.device.type)
     work, scale = product_dtype(head.h.dtype, head.h.device.type), head.transform.plain_scale
     h, blocks = head.h[j].to(wide), list(cuts(len(head.w), columns))
@@ -53,16 +67,20 @@ def _few_rows(
         z[:, v], _ = apply_and_record(head.transform, raw[:, v].clone(), *block_vectors(head, j, v), False, False)
     most = z.amax(1)
     most = torch.where(most.isfinite(), most, 0)
-    picked[j] = labelled = z.gather(1, head.y[j])
+    swept.picked[j] = labelled = z.gather(1, head.y[j])
     first = first_of_equal(head.y[j])
     e_labels = torch.exp(labelled - most[:, None]).to(fine) * first
     e = z.sub_(most[:, None]).exp_().scatter_(1, head.y[j], 0)
     rest, of_labels = e.sum(1, dtype=fine), e_labels.sum(1)
     total, others = rest + of_labels, rest[:, None] + (of_labels[:, None] - e_labels)
-    lse[j] = at = most.to(fine) + total.log()
+    log_total = total.log()
+    swept.lse[j] = at = most.to(fine) + log_total
+    swept.low[j] = two_sum_error(at, most.to(fine), log_total)
     if not (needs.h or needs.w or needs.cols):
         return
-    s, t = (x.to(wide) for x in factors(j, at, total, others, first, label_terms(head, j)[1]))
+    s, t = factors(j, at, total, others, first, label_terms(head, j)[1])
+    e.div_(total[:, None])  # or the sum of what is multiplied by a large weight leaves the dtype
+    s, t = (s * total).to(wide), t.to(wide)
     product = h.new_zeros((len(h), head.h.shape[1] if needs.h else 0))
     hs = (h * s[:, None]).to(work)
     for v in blocks:

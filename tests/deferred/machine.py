@@ -379,6 +379,7 @@ class World:
         self.forwards: list[list[tuple[Tensor, int, Tensor | None]]] = []  # operands, their versions and values
         self.steps: list[str] = []
         self.deferred = self.waiting = self.stale = 0
+        self.coarse_gradients = self.coarse_weights = False  # whether some were computed in half precision
 
     def written(self, pairs: Sequence[Pair]) -> bool:
         """Whether something that the pairs are made of was written since."""
@@ -413,6 +414,8 @@ class World:
 
     def change(self, name: str) -> None:
         self.say(name)
+        self.coarse_gradients &= name != "gradients cleared"
+        self.coarse_weights |= self.coarse_gradients and name.endswith(" steps")
         if name == "weight replaced":  # what was made of the old memory stays as it is; versions are counted on
             weight = self.sides[0].model.lm_head.weight
             self.forwards = [
@@ -443,6 +446,7 @@ class World:
             for side in self.sides:  # part of it may have arrived
                 side.model.zero_grad()
             return
+        self.coarse_gradients |= pair.coarse
         self.gradients(pair.coarse)
 
     # how it is compared
@@ -457,7 +461,7 @@ class World:
             self.forget(chosen)
             return
         expected, found = (value for _, value in outcomes)
-        coarse = mode == "autocast" or any(pair.coarse for pair in chosen)
+        coarse = mode == "autocast" or self.coarse_weights or any(pair.coarse for pair in chosen)
         reals, others = tensors_of(expected), tensors_of(found)
         self.check(len(reals) == len(others), f"{len(others)} results for {len(reals)}")
         if not reals:
