@@ -44,10 +44,12 @@ fast: $(VENV)/.installed
 oldest:
 	$(MAKE) fast TORCH=$(OLDEST)
 
-# Import, packaging and what is used of torch, with every Python that the machine has.
-pythons:
-	for python in python3.10 python3.11 python3.12 python3.13 python3.14; do \
-		$$python -c "" 2>/dev/null || { echo "no $$python"; continue; }; $(MAKE) some PYTHON=$$python || exit 1; done
+# Import, packaging and what is used of torch, with every Python that the machine has, and what can be said of the others:
+# whether the syntax and the standard library are theirs.
+pythons: $(VENV)/.installed
+	for minor in 10 11 12 13 14; do \
+		if python3.$$minor -c "" 2>/dev/null; then $(MAKE) some PYTHON=python3.$$minor || exit 1; \
+		else $(BIN)/ruff check --target-version py3$$minor --select E9,F . && $(BIN)/mypy --python-version 3.$$minor || exit 1; fi; done
 some: $(VENV)/.installed
 	$(BIN)/python -m pytest -q tests/compat tests/packaging tests/programs/test_whole_stack.py
 

@@ -119,8 +119,9 @@ def run(program: Program, arguments: Sequence[str]) -> None:
         __loader__=program.loader,
         __package__=program.package,
         __cached__=program.spec.cached if program.spec else None,
-        __annotations__={},
     )
+    if "__annotations__" in vars(sys.modules["__main__"]):  # Python 3.14 makes them when they are asked for
+        vars(main)["__annotations__"] = {}
     if program.path is not None:
         put_first(program.path)
     sys.modules["__main__"] = main
