@@ -41,6 +41,7 @@ from fusedhead.deferred.shared_statistics import ancestry, furthest_source, know
 from fusedhead.deferred.state import Knowledge, Origin, RecordedCall, Recording, State, check_fresh, state
 from fusedhead.deferred.surroundings import out_of_sight, trial
 from fusedhead.deferred.tensor import DeferredLogits
+from fusedhead.graph.aliases import storage
 from fusedhead.graph.reasons import refuse
 from fusedhead.graph.run_counts import Run
 from fusedhead.kernels.contract import STATS
@@ -165,7 +166,10 @@ class Request:
             check_fresh(subject._known)
         with modes(self.recorded.mode._replace(autocast=None), self.leaves[0].device.type):
             if isinstance(outcome, Swept):
-                results = outcome.tail.forward(*self.leaves, *self.statistics(outcome))
+                statistics = self.statistics(outcome)
+                results = outcome.tail.forward(*self.leaves, *statistics)
+                if outcome.sharing.shareable:
+                    results = unshared(results, statistics)
             else:
                 results = outcome.run.forward(*self.leaves)
         if any(isinstance(result, Tensor) and result.requires_grad for result in results):
@@ -236,3 +240,9 @@ def sweep_whole(tensor: DeferredLogits, name: str, class_dim: int) -> None:
     if isinstance(outcome, Swept) and name in outcome.sharing.shareable:
         grad = Recording.of(mode.grad and not outcome.sharing.detached, mode)
         request.sweep(replace(outcome, asks=(*outcome.asks, name)), grad)
+
+
+def unshared(results: Sequence[Any], statistics: Sequence[Tensor]) -> list[Any]:
+    """The results in memory of their own: a write to one must not reach statistics that later answers are made of."""
+    kept = {storage(statistic) for statistic in statistics}
+    return [x.clone() if isinstance(x, Tensor) and storage(x) in kept else x for x in results]
