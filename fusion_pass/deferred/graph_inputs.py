@@ -101,11 +101,10 @@ def replace_placeholder(
             leaves.append(leaf)
     mode = maybe_get_fake_mode(fake(leaves[0]))
     assert mode is not None
-    draft_graph = Draft(gm.graph, leaves, [], mode.shape_env, mode)
-    device = value.device.type
+    draft_graph = Draft(gm.graph, leaves, [], mode.shape_env, mode, value.device.type)
     with gm.graph.inserting_before(start):
         for step in program.steps:
-            draft_graph.made.append(append_step(draft_graph, step, device, Mode.now(device)))
+            draft_graph.made.append(append_step(draft_graph, step, Mode.now(draft_graph.device)))
         result = draft_graph.node(program.result)
     for later in gm.graph.nodes:
         if later.meta.get("example_value") is value:  # `float()` of float32 logits returned its argument
