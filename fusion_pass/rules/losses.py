@@ -1,4 +1,4 @@
-"""Losses of class labels, rebuilt from row statistics.
+"""Losses over class labels, rebuilt from row statistics.
 
 With z the logits of a row, y its label, lse = log Σ exp z:
 
