@@ -1,4 +1,4 @@
-"""Deferred logits that enter another compiled graph: the graph takes what they are made of instead.
+"""Deferred logits as inputs of another compiled graph: the graph takes their sources instead.
 
 A loss that is compiled on its own then holds the projection and the loss, and is fused like any other. Compilers
 that do not know deferred logits see a traceable tensor subclass (`DeferredLogits.__tensor_flatten__`), which
@@ -87,7 +87,7 @@ def of_known_sizes(inner: Tensor, real: Tensor, exact: frozenset[int]) -> Tensor
 def replace_placeholder(
     gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node, exact: frozenset[int]
 ) -> None:
-    """Placeholders for what one deferred tensor is made of, and its program before ``start``."""
+    """Replace a placeholder by placeholders for the sources of a deferred tensor, and its program before ``start``."""
     value = fake(node)
     names, (program, *_) = value.__tensor_flatten__()
     leaves = []

@@ -1,4 +1,4 @@
-"""Writing the program of deferred logits into an fx graph, as Dynamo would have recorded it.
+"""Writes the program of deferred logits into an fx graph, as Dynamo would have recorded it.
 
 Leaves become placeholders with fake values, whose numbers of tokens are symbols unless they are to be exact.
 """
