@@ -18,17 +18,15 @@ LINES = 40  # of code: statements, without docstrings, imports and comments
 THROUGH_PROGRAMS = {  # by folder
     "analysis": "body cost evaluator interpreter site strategies token_regions",
     "canonicalize": "functionalize_subscripts",
-    "": "fake_modules live_bytes",
     "deferred": (
         "assignments call_program history op_tables query record results row_picks shared_statistics state to_fx"
     ),
     "eager": "projection_graph",
-    "graph": "dry_run dtensors effects higher_order recipes",
+    "graph": "dry_run dtensors higher_order recipes",
     "ir": "builder logits tokenwise",
-    "kernels": "contract",
     "kernels/tokenwise": "compilation engine program",
     "kernels/torch_engine": "dlogits engine exponentials gradient_sink softmax_gradients workspace",
-    "kernels/transform": "native pointwise transform",
+    "kernels/transform": "native pointwise",
     "kernels/triton_engine/device": "functions rows transform vectors",
     "kernels/triton_engine": "engine recompute windows",
     "kernels/triton_engine/gluon": "dlogits exponentials tile",
@@ -36,7 +34,7 @@ THROUGH_PROGRAMS = {  # by folder
     "kernels/triton_engine/rows": "label_map merge",
     "kernels/triton_engine/sweeps": "exponentials",
     "legality": "legality missed_heads",
-    "lowering": "engines fakes shard_merge shards",
+    "lowering": "engines shard_merge shards",
     "lowering/plan": "torch triton",
     "report": "coverage records step_estimate summary",
     "rewrite": "forward_gradients loss_tail operands shard_sweeps stacked_sweeps sweeps tail_gradient",
