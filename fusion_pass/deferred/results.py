@@ -73,7 +73,7 @@ class TokenByToken:
 class Wide:
     """The result is as wide as logits with independent rows: it is recorded and not computed.
 
-    ``held``: the logits that a row program on it would not build; None where statistics may serve.
+    ``held``: the logits that a token program on it would not build; None where statistics may serve.
     """
 
     held: Size | None

@@ -1,4 +1,4 @@
-"""The windows of row programs: within the budget, whole on a GPU whatever the batch, never empty."""
+"""The windows of token programs: within the budget, whole on a GPU whatever the batch, never empty."""
 
 from __future__ import annotations
 

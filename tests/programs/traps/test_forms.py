@@ -172,7 +172,7 @@ def test_a_head_under_vmap_is_left_alone() -> None:
     left(program, torch.randn(B, T, D), torch.randn(V, D), labels(), because="inside a torch.func transform")
 
 
-def test_a_function_transform_that_ended_before_the_head_is_none_of_its_business() -> None:
+def test_a_function_transform_that_ended_before_the_head_does_not_matter() -> None:
     """Transformers makes attention masks with vmap."""
 
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
