@@ -39,6 +39,8 @@ from fusedhead.rules.table import TOKEN_RULES
 
 PASSES = (*pipeline.MODULE_PASSES, *pipeline.BODY_PASSES)
 
+Use = tuple[str, list[tuple[str, str]]]  # a program, and the kinds and names of what it needs
+
 used: set[tuple[str, str]] = set()  # what the program that runs has needed: kind, name
 sweeps = 0  # over deferred logits, of all programs
 
@@ -117,8 +119,8 @@ def out_of_time(*_: Any) -> None:
     raise TimeoutError
 
 
-def sweep(count: int, limit: int) -> Iterable[tuple[str, list[tuple[str, str]]]]:
-    """What each of ``count`` classes of transformers needs, evenly spread; a class gets ``limit`` seconds."""
+def sweep(count: int, limit: int, tell: Callable[[Use], None]) -> None:
+    """Tell what each of ``count`` classes of transformers needs, evenly spread; a class gets ``limit`` seconds."""
     from tests.sweep_transformers.__main__ import classes, sample
     from tests.sweep_transformers.batches import batch
     from tests.sweep_transformers.verdict import built, compiled, step
@@ -139,29 +141,27 @@ def sweep(count: int, limit: int) -> Iterable[tuple[str, list[tuple[str, str]]]]
         finally:
             signal.alarm(0)
         if report.graphs:
-            yield name, sorted(used)
+            tell((name, sorted(used)))
 
 
 class EachTest:
-    """A plugin of pytest: what each test needs."""
+    """A plugin of pytest: ``tell`` is called with what each test needs."""
 
-    def __init__(self) -> None:
-        self.found: list[tuple[str, list[tuple[str, str]]]] = []
+    def __init__(self, tell: Callable[[Use], None]) -> None:
+        self.tell = tell
 
     def pytest_runtest_setup(self) -> None:
         used.clear()
 
     def pytest_runtest_teardown(self, item: Any) -> None:
         if used:
-            self.found.append((item.nodeid, sorted(used)))
+            self.tell((item.nodeid, sorted(used)))
 
 
-def tests(arguments: list[str]) -> Iterable[tuple[str, list[tuple[str, str]]]]:
+def tests(arguments: list[str], tell: Callable[[Use], None]) -> None:
     import pytest
 
-    each = EachTest()
-    pytest.main(["-q", "-p", "no:cacheprovider", *arguments], plugins=[each])
-    return each.found
+    pytest.main(["-q", "-p", "no:cacheprovider", *arguments], plugins=[EachTest(tell)])
 
 
 def all_rules() -> list[str]:
@@ -205,12 +205,18 @@ def main(argv: list[str] | None = None) -> int:
     if given.what == "sweep":
         logging.disable(logging.CRITICAL)
     watch(given.shares)
-    programs: list[Any] = []
-    for found in sweep(given.sample, given.limit) if given.what == "sweep" else tests(given.files):
-        programs.append(found)
+    programs: list[Use] = []
+
+    def tell(use: Use) -> None:
+        programs.append(use)
         if given.out:
             run = {"what": given.name or given.what, "sweeps": sweeps, "programs": programs}
             given.out.write_text(json.dumps(run) + "\n")
+
+    if given.what == "sweep":
+        sweep(given.sample, given.limit, tell)
+    else:
+        tests(given.files, tell)
     return 0
 
 

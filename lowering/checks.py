@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -76,11 +77,12 @@ def _checked(head: Signature) -> Transform:
     return transform
 
 
-def head_of(h: Tensor, w: Tensor, y: Tensor, cols: Tensor, rows: Tensor, u: Tensor, transform: str) -> Head:
-    """The head with these operands. Raises unless sizes, dtypes and labels fit together.
+def head_of(operands: Sequence[Tensor], transform: str) -> Head:
+    """The head with the operands h, w, y, cols, rows, u. Raises unless sizes, dtypes and labels fit together.
 
     Labels are read on the CPU only. On a device reading would synchronise; there the engine asserts.
     """
+    h, w, y, cols, rows, u = operands
     dtypes = (h.dtype, w.dtype, y.dtype)
     parsed = _checked(Signature(h.shape, w.shape, y.shape, cols.shape, rows.shape, u.shape, dtypes, transform))
     if y.device.type == "cpu" and y.numel():

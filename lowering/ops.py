@@ -14,9 +14,9 @@ With ``keep`` such a call keeps the product h wᵀ for its backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def _head_stats(
     whole_below: int = 0,
     keep: bool = False,
 ) -> tuple[Tensor, ...]:
-    head, want = head_of(h, w, y, cols, rows, u, transform), parse_stats(stats)
+    head, want = head_of((h, w, y, cols, rows, u), transform), parse_stats(stats)
     explicit, given = writes_logits(want, head.transform), with_companions(want)
     engine, windows = _chosen(head, NO_NEEDS, (memory, whole_below), linear=True, row_scale=True, explicit=explicit)
     product = fakes.kept_product(h, w, whole_below, keep)
@@ -125,42 +125,46 @@ def _head_stats(
     return (*results, product)
 
 
+class BackwardSettings(NamedTuple):
+    """The arguments of `head_stats_backward` that follow its tensors, by their names in the schema."""
+
+    transform: str
+    memory: int
+    need_h: bool
+    need_w: bool
+    need_cols: bool
+    need_rows: bool
+    whole_below: int = 0
+    product: Tensor | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(self.need_h, self.need_w, self.need_cols, self.need_rows)
+
+
 def _head_stats_backward(*args: Any) -> tuple[Tensor, ...]:
     grads, operands, stats, rest = autograd.split_at(
         args, len(DIFFERENTIABLE_STATS), autograd.HEAD_OPERANDS, len(SAVED_STATS)
     )
-    return _gradients_of_stats(dict(zip(DIFFERENTIABLE_STATS, grads)), operands, dict(zip(SAVED_STATS, stats)), *rest)
+    settings = BackwardSettings(*rest)
+    head, needs, product = head_of(operands, settings.transform), settings.needs, settings.product
+    upstream = RowGrads(**{name: _none_if_empty(g) for name, g in zip(DIFFERENTIABLE_STATS, grads)})
+    saved = _saved_stats(head, dict(zip(SAVED_STATS, stats)))
+    row_scale = engine_for(head.h.dtype, head.h.device.type).row_scale_serves(head, upstream, needs)
+    limits = settings.memory, settings.whole_below
+    engine, windows = _chosen(head, needs, limits, linear=False, row_scale=row_scale, explicit=not row_scale)
+    kept = product[: head.h.shape[0]] if product is not None and engine.keeps_product else None
+    with without_autocast(head.h.device):
+        return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows, kept), head)
 
 
-def _gradients_of_stats(
-    grads: dict[str, Tensor],
-    operands: Sequence[Tensor],
-    stats: dict[str, Tensor],
-    transform: str,
-    memory: int,
-    need_h: bool,
-    need_w: bool,
-    need_cols: bool,
-    need_rows: bool,
-    whole_below: int = 0,
-    product: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    h, w, y, cols, rows, u = operands
-    head = head_of(h, w, y, cols, rows, u, transform)
-    needs = Needs(need_h, need_w, need_cols, need_rows)
-    upstream = RowGrads(**{name: _none_if_empty(g) for name, g in grads.items()})
+def _saved_stats(head: Head, stats: dict[str, Tensor]) -> RowStats:
+    """The statistics that the backward reads, from the tensors that the forward saved."""
     lse = stats["lse"]
     if not lse.numel():  # no statistic needed it, so that no gradient does
         lse = head.h.new_zeros(head.h.shape[0], dtype=lse.dtype)
     others: dict[str, Any] = {name: _none_if_empty(x) for name, x in stats.items() if name != "lse"}
-    saved = RowStats(lse, **others)
-    row_scale = engine_for(head.h.dtype, head.h.device.type).row_scale_serves(head, upstream, needs)
-    engine, windows = _chosen(
-        head, needs, (memory, whole_below), linear=False, row_scale=row_scale, explicit=not row_scale
-    )
-    kept = product[: head.h.shape[0]] if product is not None and engine.keeps_product else None
-    with without_autocast(head.h.device):
-        return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows, kept), head)
+    return RowStats(lse, **others)
 
 
 def _head_loss(
@@ -183,7 +187,7 @@ def _head_loss(
     need_rows: bool,
     whole_below: int = 0,
 ) -> tuple[Tensor, ...]:
-    head, want = head_of(h, w, y, cols, rows, u, transform), parse_stats(stats)
+    head, want = head_of((h, w, y, cols, rows, u), transform), parse_stats(stats)
     possible = (*LINEAR_STATS, *COMPANIONS)
     if not want.issubset(possible):
         names = f"{', '.join(possible[:-1])} and {possible[-1]}"

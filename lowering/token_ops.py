@@ -44,7 +44,7 @@ def windows_of(tensors: Sequence[Tensor], program: str, memory: int, tokens: int
     heads = [(tensors[h], tensors[w]) for h, w in tokenwise_engine.head_inputs(parsed)]
     vocab, dtype = max(((len(w), w.dtype) for _, w in heads), key=lambda s: s[0] * s[1].itemsize)
     device, calls = heads[0][0].device.type, len(parsed.lines)
-    return row_plan(tokens, vocab, dtype, device, heads=len(heads), calls=calls, memory=memory)
+    return row_plan((tokens, vocab), dtype, device, heads=len(heads), calls=calls, memory=memory)
 
 
 def _plan(tensors: list[Tensor], program: str, memory: int) -> tuple[int, bool, bool]:

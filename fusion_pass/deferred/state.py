@@ -167,7 +167,7 @@ class Family:
     members: list[weakref.ref] = field(default_factory=list)
     # the region of checkpointing that the tensor was returned in
     checkpoint: weakref.ref | None = field(default_factory=lambda: weakly(checkpoint()))
-    passed_by: bool = False  # whether a result was made of their sources through which a gradient flows, past them
+    passed_by: bool = False  # True once a fused loss was taken: its gradient goes to h and W directly
 
     def returned_in(self, region: object) -> bool:
         return self.checkpoint is not None and self.checkpoint() is region

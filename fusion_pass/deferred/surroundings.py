@@ -1,4 +1,4 @@
-"""What surrounds a call on deferred logits, and when the call must then be made as eager code makes it.
+"""The surroundings of a call on deferred logits (modes, hooks, transforms), and when they require a call op by op.
 
 The tensor was made where the model returned it. What is active where it is first read (modes that see every op, hooks
 on saved tensors, functorch's levels) has not seen it being made, so `out_of_sight` hides its making from them; and
@@ -25,7 +25,7 @@ from fusedhead.graph.saved_tensor_hooks import unhooked
 
 @contextmanager
 def out_of_sight() -> Iterator[None]:
-    """Run what belongs to another moment, unseen by modes, hooks on saved tensors and function transforms."""
+    """Context for computation of another time, hidden from modes, hooks on saved tensors and function transforms."""
     with (
         disable_torch_function_subclass(),
         clear_function_transforms(),
@@ -71,7 +71,7 @@ def checkpoint() -> object | None:
 
 
 def op_by_op() -> bool:
-    """Whether something active gives single ops a meaning of its own: a function transform, stand-ins, a tracer."""
+    """Whether something active gives single ops a meaning: a function transform, stand-ins, a tracer."""
     if function_transform_level() is not None:
         return True
     return any(mode.is_infra_mode() for mode in dispatch_modes())

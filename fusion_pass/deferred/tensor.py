@@ -1,4 +1,4 @@
-"""Deferred logits: the tensor that stands for logits that were not computed, and may never be.
+"""`DeferredLogits`: the tensor that represents logits that are not computed.
 
 It answers questions about shape and type, keeps the calls that lead to it, and becomes the ordinary tensor when
 asked to. What is done with a call on it is decided elsewhere (`deferred.dispatch`), and set as its `handler`.
@@ -173,7 +173,7 @@ def inside_compiler(program: CallProgram, leaves: tuple[Tensor, ...], layout: Te
     return DeferredLogits(Knowledge(None, program, leaves, (), recorded, None, Family(), layout))
 
 
-# Dynamo compiles what runs under a compiled function: not this package, which handles tensors it cannot trace
+# Tell Dynamo to skip this package's frames.
 if not missing:
     skip_own_frames(traced="functional")
 

@@ -92,7 +92,8 @@ def linear_cross_entropy(
     outside [0, V) that is not ``ignore_index`` (on a GPU an assertion there), ShardMismatch on every rank where the
     ranks disagree.
     """
-    wrong = problem(input, linear_weight, target, bias, reduction, label_smoothing, softcap, memory)
+    wrong = wrong_setting(reduction, label_smoothing, softcap, memory)
+    wrong = wrong or wrong_operand(input, linear_weight, target, bias)
     if wrong and group is None:
         raise ValueError(wrong)
     budget = int(WORKSPACE.get(memory, memory))
@@ -120,7 +121,8 @@ def linear_cross_entropy(
     if group is not None:
         settings = (reduction, ignore_index, label_smoothing, z_loss, softcap, weight is None, bias is None)
         facts = (tuple(input.shape), str(h.dtype), vocab_size, str(reduce_dtype), *settings)
-        value = reduced(of_all_ranks(head, first, facts, loss, budget, group, reduce_dtype), loss)
+        head = head._replace(h=replicated_hidden(head.h, group, reduce_dtype))
+        value = reduced(of_all_ranks(head, first, facts, loss, budget, group), loss)
     elif reduction != "none" and torch.is_grad_enabled() and any(x.requires_grad for x in (h, w, head.cols)):
         value = with_gradients(head, loss, budget)
     else:
@@ -129,17 +131,8 @@ def linear_cross_entropy(
     return value.reshape(target.shape) if reduction == "none" else value
 
 
-def problem(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    reduction: str,
-    label_smoothing: float,
-    softcap: float | None,
-    memory: str | int,
-) -> str:
-    """What does not fit together, as a sentence; "" where everything does."""
+def wrong_setting(reduction: str, label_smoothing: float, softcap: float | None, memory: str | int) -> str:
+    """The sentence about a setting that is out of its range; "" where all are inside."""
     if reduction not in REDUCTIONS:
         return f"{reduction!r} is not a valid value for reduction; expected one of {', '.join(map(repr, REDUCTIONS))}"
     if not 0.0 <= label_smoothing <= 1.0:
@@ -148,6 +141,11 @@ def problem(
         return f"softcap must be a positive number or None. Got: {softcap}"
     if memory not in WORKSPACE and not (type(memory) is int and memory > 0):
         return f'memory must be "auto", "min" or a positive number of MiB. Got: {memory!r}'
+    return ""
+
+
+def wrong_operand(input: Tensor, linear_weight: Tensor, target: Tensor, bias: Tensor | None) -> str:
+    """The sentence about operands that do not fit together; "" where they do."""
     if target.dtype != torch.int64:
         remedy = "for class probabilities, compile F.cross_entropy of the logits with the backend"
         return f"target must hold class indices, torch.int64. Got: {target.dtype}; {remedy}"
@@ -224,17 +222,15 @@ def of_all_ranks(
     loss: Loss,
     memory: int,
     group: dist.ProcessGroup,
-    reduce_dtype: torch.dtype | None,
 ) -> ShardStats:
     """The statistics of the whole vocabulary from this rank's columns, the first of which is class ``first``."""
-    h, shard = replicated_hidden(head.h, group, reduce_dtype), head.w.shape[0]
-    label = head.y[:, 0]
+    h, shard, label = head.h, head.w.shape[0], head.y[:, 0]
     in_shard = (label >= first) & (label < first + shard)
     if shard == 0:
         stats = no_columns(h, 1, statistics_dtype(h.dtype))
     else:
         cell = torch.where(in_shard, label - first, 0)[:, None]
-        stats = swept_stats(head._replace(h=h, y=cell), loss, memory)
+        stats = swept_stats(head._replace(y=cell), loss, memory)
         stats = stats._replace(picked=torch.where(in_shard[:, None], stats.picked, 0))
     if loss.smoothing:
         own = head.u.sum() if head.u.numel() else stats.lse.new_full((), float(shard))

@@ -113,9 +113,8 @@ def effects_of_call(call: Node, of: Of) -> Effects:
             continue
         for place in places:
             changed = [x for x in tree_leaves(arguments[place]) if isinstance(x, Node) and storages(x)]
-            written.update(
-                dict.fromkeys(changed or arguments_with_memory(call))
-            )  # an operand without memory cannot be written
+            # an operand without memory cannot be the one that is written
+            written.update(dict.fromkeys(changed or arguments_with_memory(call)))
     return Effects(tuple(written), backward, anything)
 
 

@@ -80,7 +80,7 @@ def name_of(node: Node) -> str:
 
 
 def where(node: Node) -> str:
-    """ "file.py:123", the user's line that made a node, or the node's name where no line is known."""
+    """The user's line that made a node, as "file.py:123", or the node's name where no line is known."""
     trace_lines = node.meta.get("stack_trace", "").strip().splitlines()
     for line in reversed(trace_lines):
         if line.strip().startswith("File "):

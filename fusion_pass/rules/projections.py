@@ -1,7 +1,7 @@
-"""Where logits begin: every op that multiplies hidden states by a two-dimensional weight.
+"""Projections: every op that multiplies hidden states by a two-dimensional weight starts logits.
 
 Each rule names the hidden states, the weight as [V, D] (a transposing view where the program holds it as
-[D, V]) and an optional bias. Whether the product is a head is decided later, by what the graph asks of it.
+[D, V]) and an optional bias. Whether the product is a head depends on its uses and is decided later.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""What the sweeps of the torch engine share: how z is cut into cache-sized blocks, and arithmetic on labels.
+"""Shared parts of the torch engine's sweeps: cutting z into cache-sized blocks, and arithmetic on labels.
 
-A sweep walks over windows of tokens and, inside each, over blocks of vocabulary that the matrix products of
-the gradients read. Where a whole window is kept in a narrow dtype, a block is filled strip by strip, so that only a
-strip's logits exist in float32. Labels are kept apart from the blocks: their logits are row products in
-float64, their cells are blanked, and their share of every result is added with full precision. Nothing here
-may know about gradients.
+A sweep walks over windows of tokens and, inside each, over blocks of vocabulary that the matrix products of the
+gradients read. Where a whole window is kept in a narrow dtype, a block is filled strip by strip, so that only a strip's
+logits exist in float32. Labels are computed separately from the blocks: their logits are row products in float64, their
+cells in a block are blanked, and their share of every result is added with full precision.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The engine in torch ops: a head computed window by window on any device torch runs on.
+"""The torch engine: computes a head window by window, on every device that torch runs on.
 
-The three functions of `contract`, each a choice among the sweeps that do the work:
+The three functions of `contract`. Each chooses among the sweeps:
 
     softmax_gradients   lse and picked, and gradients a row scale away from exp z    the usual losses
     dlogits             gradients with dz written out block by block                entropy, row vectors

@@ -1,4 +1,4 @@
-"""Blocks of E = exp(z - level): the quantity from which a softmax's statistics and gradients are made.
+"""Blocks of E = exp(z - level), from which a softmax's statistics and gradients are computed.
 
 With a finite level for each row, chosen before z is known, probabilities are p = E exp(level - lse). The factor belongs
 to a row, so it can be applied to [N, D] operands and no pass over z is needed once its sum is known. What goes into the

@@ -41,9 +41,10 @@ class RowPlan(NamedTuple):
 
 
 def row_plan(
-    N: int, V: int, dtype: torch.dtype, device_type: str, *, heads: int, calls: int, memory: int = AUTO
+    shape: tuple[int, int], dtype: torch.dtype, device_type: str, *, heads: int, calls: int, memory: int = AUTO
 ) -> RowPlan:
-    """The windows of a program with ``calls`` calls on ``heads`` heads; V is the largest vocabulary."""
+    """The windows of a program with ``calls`` calls on ``heads`` heads; ``shape`` [N, V] of the largest logits."""
+    N, V = shape
     budget = window_bytes(device_type, memory)
     compiled = device_type == "cuda" or N * V >= COMPILE_FROM
     if compiled:

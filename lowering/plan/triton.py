@@ -1,4 +1,4 @@
-"""What the Triton engine may be asked to do for one head, the fastest first, and how many bytes each way holds.
+"""The Triton engine's candidates for one head, the fastest first, with the bytes that each holds.
 
 | algorithm   | held besides operands and results                                                          |
 |-------------|--------------------------------------------------------------------------------------------|
@@ -7,8 +7,8 @@
 | frozen      | the same without dw                                                                        |
 | recompute   | a block of dz [tokens, vocab], half of dh of its rows in float32, float32 sums of dw        |
 
-Where one pass would do but has no room, recompute keeps the exponentials of its first block, so the wider a block is
-the less is computed twice: windows are then as low as sums of dw allow.
+Where a single pass would do but does not fit, recompute keeps the exponentials of its first block. Wide, short windows
+are preferred: a wider kept block means fewer recomputed columns.
 
 Rules behind the order, measured on an H100 (benchmarks/NOTES.md): windows are equal and of whole token blocks, or all
 but the last up to a fifth taller, where E w then fills whole waves of cuBLAS's tiles (1 % of a step at D = 4096, 4 % at

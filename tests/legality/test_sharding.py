@@ -1,7 +1,7 @@
 """DistributedDataParallel, whose optimizer cuts the graph before the backend sees it, and FSDP, which frees weights.
 
 Both are about the graphs that the backend is given and the gradients that come back, so AOTAutograd runs what the pass
-made of them; tests/run/test_cli.py has ranks that run Inductor's code.
+made of them; tests/run/test_program.py has ranks that run Inductor's code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What happens to each row between the GEMMs of the single pass, without a pass over the window.
+"""Finalize: the work on each row between the GEMMs of the single pass, without a pass over the window.
 
 A row's partial totals are summed (and what makes Σ u (lse - z) of them), and exponentials turned into a gradient by
 one number a row:
