@@ -24,16 +24,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 120  # seconds for all ranks together, unless a test asks for more; a collective gives up after a fifth
+TIMEOUT = 300  # seconds for all ranks together, unless a test asks for more; a collective gives up after a fifth
 ROOT = Path(__file__).parents[2]
 
 
 @cache
 def server() -> subprocess.Popen[str]:
     """The process that forks the ranks of all tests of this one; it ends with it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "examples")))
+    settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
     command, pipe = [sys.executable, "-m", "tests.functional.ranks"], subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings}, stdin=pipe, stdout=pipe, text=True)
     atexit.register(process.communicate)  # closes what it reads
     return process
 
