@@ -24,6 +24,8 @@ gc.disable()
 
 import torch  # noqa: E402
 
+from tests.order import group, place  # noqa: E402
+
 # Read when triton is imported, so set before: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -40,6 +42,15 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="fusedhead-tests-", ignore_cleanup_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
         config.add_cleanup(folder.cleanup)
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: place(item.nodeid))
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+        name = group(item.nodeid)
+        if name is not None:
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def pytest_collection_finish() -> None:
