@@ -30,15 +30,17 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
-# Two workers, handed single tests as they get free: a test that compiles takes seconds, most take milliseconds.
+# Two workers, handed single tests as they get free: a test that compiles takes seconds, most take milliseconds. Those
+# that share something stay together, the long ones come first (tests/conftest.py).
+SHARED := -n 2 --dist loadgroup --no-loadscope-reorder
 pytest: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15
+	$(BIN)/python -m pytest -q $(SHARED) --durations 15
 
 # What depends most on torch: the graphs that Dynamo makes, the rules that read them, tensors that stand for logits.
 FAST := $(addprefix tests/,compat graph ir rules canonicalize analysis legality rewrite deferred report inductor programs \
 	packaging test_backend.py test_pipeline.py test_user_surface.py)
 fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15 $(FAST)
+	$(BIN)/python -m pytest -q $(SHARED) --durations 15 $(FAST)
 
 # The same on the oldest torch that the package allows.
 oldest:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from tests.order import ALONE, TOGETHER, group, place
+
 ROOT = Path(__file__).parents[1]
 LINES = 40  # of code: statements, without docstrings, imports and comments
 
@@ -81,3 +83,11 @@ def test_every_module_with_logic_has_a_test_file_named_after_it() -> None:
     listed = {f"{folder}/{name}".strip("/") for folder, names in THROUGH_PROGRAMS.items() for name in names.split()}
     assert untested - listed == set(), "each needs tests/<layer>/test_<module>.py"
     assert listed - untested == set(), "these are tested or gone: take them off the list"
+
+
+def test_what_runs_first_and_together_is_there() -> None:
+    for path in (*" ".join(TOGETHER).split(), *ALONE):
+        assert (ROOT / path).exists(), path
+    assert group("tests/run/test_cli.py::test_a") == group("tests/run/test_enable.py::test_b") is not None
+    assert group("tests/fuzz/test_fuzz.py::test_a") is None
+    assert place("tests/rules/test_rules.py::test_a") > place("tests/fuzz/test_fuzz.py::test_a")
