@@ -23,7 +23,7 @@ from triton.experimental.gluon import language as gl
 
 from fusedhead.kernels.triton_engine.constants import LARGEST_FLOAT8, LOG2E, MARKED
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
-from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, Labels, Sizes, pingpong_program
+from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, LabelPointers, Sizes, pingpong_program
 from fusedhead.kernels.triton_engine.gluon.tile import (
     columns_of,
     narrow_parts,
@@ -181,7 +181,7 @@ def float8_exp_pair_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    labels = Labels(y, sy0, sy1, K, 0)
+    labels = LabelPointers(y, sy0, sy1, K, 0)
     args = Float8Exponentials(E8, E8T, hot, ld, ldt, tiles, labels, ref2, gain, picked, part)
     pingpong_program(
         _epilogue, zero_sums, args, args, h, w, labels, label_map, flags, Sizes(N, V, D, GROUP, P),
