@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head
@@ -66,27 +65,3 @@ def float8_exponentials(
         part=part,
     )
 
-
-def try_compile(head):
-    from fusedhead.kernels.triton_engine.launch.sweep import sweep
-
-    s = sweep("exp8", head)
-    n, v = s.n, s.vocab
-    e = lambda *sh, dt=torch.float32: torch.empty(*sh, dtype=dt, device="meta")
-    tail = Tail(
-        e(padded(n, 128), padded(v, 64), dt=torch.float8_e4m3fn),
-        e(padded(v, 64), padded(n, 128), dt=torch.float8_e4m3fn),
-        e(n, -(-v // 192), dt=torch.uint8),
-    )
-    args = (
-        s,
-        head,
-        tail,
-        e(n),
-        e(n),
-        e(n, 1),
-        e(1, s.schedule.size),
-        e(s.schedule.blocks, -(-v // 192), dt=torch.int32),
-    )
-    float8_exponentials(*args)
-    float8_exponentials(*args, e(s.schedule.blocks, dt=torch.int32))

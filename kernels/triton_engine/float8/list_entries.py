@@ -3,9 +3,9 @@
     counts[i] = how many classes of row i are marked in E8, its label apart, and one more for the label
     classes[ends[i] - counts[i] : ends[i]] = these classes, the label last
 
-in: E8 [M, ld] (`gluon.float8_exponentials`) as bytes, hot [M, tiles] uint8, y [M, K] with K <= 1. Bytes: the 1/192 of E8
-that ``hot`` has, and 192 for each tile that may hold a mark. One warp a row; the order is that of E8, so it is the same
-in every run. A row whose count was set to 0 since lists nothing.
+in: E8 [M, ld] (`gluon.float8_exponentials`) as bytes, hot [M, tiles] uint8, y [M, K] with K <= 1. Bytes: those of
+``hot``, and 192 for each tile that may hold a mark. One warp a row; the order is that of E8, so it is the same in every
+run. A row whose count was set to 0 since lists nothing.
 """
 
 from __future__ import annotations

@@ -12,16 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST_CAPABILITY = (8, 9)
-MULTIPLE = 16  # of elements along the sum and across it
-
-
-def float8_serves(device: torch.device) -> bool:
-    """Whether torch multiplies float8 matrices on this device."""
-    if device.type != "cuda" or torch.version.hip is not None or not hasattr(torch, "_scaled_mm"):
-        return False
-    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
-
 
 def float8_product(a: Tensor, b: Tensor, scale: Tensor, out: Tensor) -> None:
     """out <- scale · a @ b.T; ``scale`` [] float32 on the device."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, HeadGrads, RowGrads, RowStats, Windows
+from fusedhead.kernels.triton_engine.device.product import readable_by_tma, reads_rows
 from fusedhead.kernels.triton_engine.float8.class_gradients import PIECE, class_gradients
 from fusedhead.kernels.triton_engine.float8.exponentials import BLOCK, PART, TILE, Tail, float8_exponentials, padded
 from fusedhead.kernels.triton_engine.float8.level import row_levels
@@ -30,6 +31,7 @@ from fusedhead.kernels.triton_engine.float8.quantize import largest, transposed_
 from fusedhead.kernels.triton_engine.float8.row_gradients import row_gradients
 from fusedhead.kernels.triton_engine.launch.launch import on_device
 from fusedhead.kernels.triton_engine.launch.sweep import Sweep, sweep
+from fusedhead.kernels.triton_engine.launch.tiles import device_of
 from fusedhead.kernels.triton_engine.rows.finalize import finalize
 from fusedhead.kernels.triton_engine.rows.label_map import map_labels
 from fusedhead.kernels.triton_engine.rows.merge import merge_reference
@@ -44,6 +46,15 @@ FLOAT8 = torch.float8_e4m3fn
 TOP_GAIN = LARGEST / THRESHOLD
 ENTRIES = 64  # of the list a row, on average over a token block: 1 / THRESHOLD
 DW_ROWS = 64 << 20  # bytes of a product that is added to dw
+
+
+def reads(head: Head) -> bool:
+    """Whether the kernels read these matrices as they lie. All else that a float8 pass asks for is `plan.float8`'s."""
+    return (
+        head.h.stride(1) == 1
+        and reads_rows(head.w.stride())
+        and readable_by_tma(head.h, head.w, device_of(head.h.device)[0])
+    )
 
 
 def one_float8_pass(head: Head, coefficients: RowGrads, windows: Windows) -> tuple[RowStats, HeadGrads]:

@@ -23,7 +23,14 @@ from triton.experimental.gluon import language as gl
 
 from fusedhead.kernels.triton_engine.constants import LARGEST_FLOAT8, LOG2E, MARKED
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
-from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, LabelPointers, Sizes, pingpong_program
+from fusedhead.kernels.triton_engine.gluon.ring import (
+    NARROW,
+    NARROW_TILE,
+    PER_ROW,
+    LabelPointers,
+    Sizes,
+    pingpong_program,
+)
 from fusedhead.kernels.triton_engine.gluon.tile import (
     columns_of,
     narrow_parts,
@@ -118,7 +125,7 @@ def _part(
 
 @gluon.jit
 def _hot(sums, g, J: gl.constexpr):
-    """Bit J where a row's part may hold an entry that is too large: a sum of rounded floats is no less than its terms."""
+    """Bit J where a row's part may hold an entry that is too large: a rounded sum is no less than its terms."""
     return gl.where(sums * g <= LARGEST_FLOAT8, 0, 1 << J)
 
 
