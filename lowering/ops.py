@@ -63,8 +63,8 @@ SCHEMAS = {
     f" -> ({_STATS}, Tensor product)",
     "head_stats_backward": f"({_UPSTREAM}, {_HEAD}, {_SAVED}, str transform, int memory, {_NEEDS}{_WHOLE}, "
     "Tensor? product=None) -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
-    "head_loss": f"({_HEAD}, {_COEFFICIENTS}, str transform, str stats, int memory, {_NEEDS}{_WHOLE}, bool float8=False)"
-    f" -> ({_LOSS})",
+    "head_loss": f"({_HEAD}, {_COEFFICIENTS}, str transform, str stats, int memory, {_NEEDS}{_WHOLE}, "
+    f"bool float8=False) -> ({_LOSS})",
 }
 
 

@@ -24,11 +24,13 @@ from fusedhead.lowering.plan.problem import LEAST_MEMORY, MIB, Candidate, Proble
 BLOCK, PART = 128, 64  # tokens and classes that windows are padded to
 MULTIPLE = 16  # of D: what a float8 product takes
 LEAST_TOKENS = 1024  # fewer do not repay the list and w in float8
+LEAST_VOCAB = 8192  # fewer classes do neither, and roundings of a flat softmax average out over many
 HEIGHTS = (4096, 3072, 2048, 1024)  # of the windows of dh
 LISTED_BYTES = 1560  # of a token: 65 entries of 12 bytes, and as much where they are sorted
 FEWEST = 2048  # tokens that one product of dw sums, where it does not sum all
 PRODUCT_BYTES = 64 * MIB  # of what is added to dw at once
 ERROR = "each product of the tail's sums errs by at most 13 %: both factors are rounded to 3 bits"
+MOST_SUMS = 3  # products that are added up in dw's own dtype, as `plan.triton.EXACT_SUMS`
 EXACT: tuple[tuple[str, Callable[[Problem], bool]], ...] = (
     ("its gradients are not computed in the forward sweep", lambda p: not p.one_pass),
     ("w or h wants no gradient", lambda p: not (p.needs.h and p.needs.w)),
@@ -39,6 +41,7 @@ EXACT: tuple[tuple[str, Callable[[Problem], bool]], ...] = (
     ("a token has several labels", lambda p: p.labels > 1),
     (f"its hidden size is no multiple of {MULTIPLE}", lambda p: p.hidden % MULTIPLE != 0),
     (f"it has fewer than {LEAST_TOKENS} tokens, for which float8 does not pay", lambda p: p.tokens < LEAST_TOKENS),
+    (f"it has fewer than {LEAST_VOCAB} classes, for which float8 does not pay", lambda p: p.vocab < LEAST_VOCAB),
 )
 
 
@@ -73,9 +76,6 @@ def _ways(problem: Problem) -> Iterator[Candidate]:
             if rows <= tokens or rows == HEIGHTS[-1]:
                 yield _candidate(problem, tokens, rows)
         count += 1
-
-
-MOST_SUMS = 3  # products that are added up in dw's own dtype, as `plan.triton.EXACT_SUMS`
 
 
 def float8_candidates(problem: Problem, most: int) -> list[Candidate]:

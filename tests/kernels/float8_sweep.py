@@ -48,8 +48,11 @@ def float8_exponentials(
     x8 = whole.to(torch.float8_e4m3fn)
     sums = torch.nn.functional.pad(e, (0, -vocab % TILE)).view(n, -1, 3, PART).sum(3) * gain[:, None, None]
     bits = (~(sums <= 448)).int() @ torch.tensor([1, 2, 4], dtype=torch.int32)
-    redone = torch.ones(n, dtype=torch.bool) if flags is None else (flags != 0).repeat_interleave(block)[:n]
-    everywhere = torch.nn.functional.pad(redone, (0, len(whole) - n), value=flags is None)
+    everywhere = torch.ones(len(whole), dtype=torch.bool)  # rows past the end too, in whole token blocks
+    if flags is not None:
+        marked = (flags != 0).repeat_interleave(block)[: len(whole)]
+        everywhere[: len(marked)], everywhere[len(marked) :] = marked, False
+    redone = everywhere[:n]
     tail.rows[: len(whole)][everywhere] = x8.view(torch.uint8)[:, classes_in_order(vocab)].view(x8.dtype)[everywhere]
     order = tokens_in_order(n)
     columns = tail.columns[:, : len(whole)].view(torch.uint8)

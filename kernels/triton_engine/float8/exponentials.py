@@ -64,4 +64,3 @@ def float8_exponentials(
         picked=picked,
         part=part,
     )
-

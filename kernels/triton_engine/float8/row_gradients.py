@@ -6,7 +6,8 @@
 
 with s = a / total of `rows.finalize` and tail_i = s / gain · scale of the product. The label's terms cancel without a
 rounding where p -> 1, as there. in: product [M, D] float32, h, w, the list (`float8.list_entries`). out: dh [M, D], and
-the values for dw (`float8.class_gradients`). Bytes: 8MD, and 2D an entry: a row of w is read once for z and for the sum.
+values and tokens of the list for dw (`float8.class_gradients`). Bytes: 8MD, and 2D an entry: a row of w is read once
+for z and for the sum.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def row_gradient_kernel(
         next_row = tl.load(w + here.to(tl.int64) * sw0 + col, mask=col < tl.where(more, D, 0), other=0.0)
         v = row_of_w.to(tl.float32)
         value = s * tl.exp2(tl.fma(tl.sum(x * v, 0), LOG2E, -r))
-        if LABELS > 0:
+        if LABELS > 0:  # noqa: SIM102 (a test at compile time)
             if more == 0:
                 label = tl.load(y + at * sy0).to(tl.int32)
                 own = tl.exp2(tl.fma(tl.load(picked + row), LOG2E, -r))
@@ -156,8 +157,26 @@ def row_gradients(
     labels = s.labels > 0
     given = c.lse is not None, c.picked is not None, c.square is not None
     _launch(s, window.rows.stride(0), given).run(
-        product=product, tail=tail, h=head.h, w=head.w, y=head.y if labels else None,
-        E8=window.rows if labels else None, ref2=ref2, gain=gain, picked=picked if labels else None, part=part,
-        scale=scale, lse=lse, c_lse=c.lse, c_picked=c.picked if labels else None, c_square=c.square, counts=counts, ends=ends, classes=classes, values=values,
-        tokens=tokens, out=out, first_token=first_token,
-    )  # fmt: skip
+        product=product,
+        tail=tail,
+        h=head.h,
+        w=head.w,
+        y=head.y if labels else None,
+        E8=window.rows if labels else None,
+        ref2=ref2,
+        gain=gain,
+        picked=picked if labels else None,
+        part=part,
+        scale=scale,
+        lse=lse,
+        c_lse=c.lse,
+        c_picked=c.picked if labels else None,
+        c_square=c.square,
+        counts=counts,
+        ends=ends,
+        classes=classes,
+        values=values,
+        tokens=tokens,
+        out=out,
+        first_token=first_token,
+    )

@@ -116,7 +116,7 @@ def _part(
             e = gl.where((columns_of(start, NARROW_TILE, NARROW) < sizes.V)[None, :], e, 0.0)
     sums = gl.sum(e, 1)  # before the stores: the registers of e are free then
     x = e * g[:, None]
-    x8 = gl.where(x <= LARGEST_FLOAT8, x, MARKED).to(args.E8.dtype.element_ty)  # a NaN is marked too
+    x8 = gl.where(x <= LARGEST_FLOAT8, x, MARKED).to(gl.float8e4nv)  # a NaN is marked too
     if start < sizes.V:  # where it always is, too: a part on its own needs fewer registers
         _store_rows(x8, args.E8, args.ld, place.block, start, BM)
         _store_columns(x8, args.E8T, args.ldt, place.block, start, BM)
