@@ -31,6 +31,14 @@ def _serves(index: int) -> bool:
     return self_check.serves("triton", torch.device("cuda", index))
 
 
+def float8_serves(device: torch.device | None) -> bool:
+    """Whether float8 products and the sweep that stores their operands run on this GPU, the current one where None."""
+    if not torch.cuda.is_available() or torch.version.hip is not None or not hasattr(torch, "_scaled_mm"):
+        return False
+    at = torch.device("cuda", torch.cuda.current_device()) if device is None or device.index is None else device
+    return torch.cuda.get_device_capability(at)[0] in TESTED and self_check.serves("pairs", at)
+
+
 def start_checks() -> None:
     """Start the self-checks of this machine's GPUs in the background, so that they run beside the compilation of a
     model.

@@ -221,3 +221,4 @@ class Windows(NamedTuple):
     tokens: int  # rows of z held at once
     vocab: int  # columns of z held at once
     accumulate: torch.dtype  # dtype in which dW (token windows) or dH (vocabulary windows) is accumulated
+    tail_rows: int = 0  # rows of the softmax's tail held at once in float8, where gradient products take it; else 0

@@ -138,10 +138,10 @@ def _backward_loss(ctx: Any, *upstream: Tensor | None) -> tuple:
     scales = [given["tie"]] if given["tie"] is not None else []  # exactly
     scales += [upstream_scale(pairs)] if pairs else []
     if not scales or not any(needs):
-        return (None,) * 18
+        return (None,) * 19
     wanted = [d if need else None for d, need in zip(grads, needs)]
     dh, dw, dcols, drows = scaled(wanted, functools.reduce(operator.add, scales))
-    return dh, dw, None, dcols, drows, *(None,) * 13
+    return dh, dw, None, dcols, drows, *(None,) * 14
 
 
 HEAD_STATS = (_setup_stats, _backward_stats)

@@ -8,6 +8,8 @@ operands, asks the planner and calls one engine. Importing this file registers t
     sweep: both, for a scalar loss that is linear in the statistics; and a zero, `tie`,
                          that is added to the loss, so that its upstream gradient is d(loss)
 
+With ``float8`` the products of the gradients of `head_loss` may be float8 where the planner finds that they serve.
+
 With a symbolic number of tokens, a call with fewer than ``whole_below`` logits builds them whole, as Inductor would.
 With ``keep`` such a call keeps the product h wᵀ for its backward.
 """
@@ -61,7 +63,8 @@ SCHEMAS = {
     f" -> ({_STATS}, Tensor product)",
     "head_stats_backward": f"({_UPSTREAM}, {_HEAD}, {_SAVED}, str transform, int memory, {_NEEDS}{_WHOLE}, "
     "Tensor? product=None) -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
-    "head_loss": f"({_HEAD}, {_COEFFICIENTS}, str transform, str stats, int memory, {_NEEDS}{_WHOLE}) -> ({_LOSS})",
+    "head_loss": f"({_HEAD}, {_COEFFICIENTS}, str transform, str stats, int memory, {_NEEDS}{_WHOLE}, "
+    f"bool float8=False) -> ({_LOSS})",
 }
 
 
@@ -72,14 +75,22 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _chosen(
-    head: Head, needs: Needs, limits: tuple[int, int], *, linear: bool, row_scale: bool, explicit: bool
+    head: Head,
+    needs: Needs,
+    limits: tuple[int, int],
+    *,
+    linear: bool,
+    row_scale: bool,
+    explicit: bool,
+    sums: bool = False,
+    float8: bool = False,
 ) -> tuple[Engine, Windows]:
     """The engine, and its windows; ``limits`` are the op's ``memory`` and ``whole_below``."""
     h, w, y, _, _, _, transform = head
     (n, hidden), vocab, dtype, kind = h.shape, w.shape[0], h.dtype, h.device.type
     products = product_dtype(dtype, kind)
     problem = Problem(
-        n, vocab, hidden, dtype, kind, products, needs, linear, row_scale, explicit, transform, y.shape[1]
+        n, vocab, hidden, dtype, kind, products, needs, linear, row_scale, explicit, transform, y.shape[1], sums, float8
     )
     chosen = plan(problem, memory=limits[0], whole_below=limits[1])
     return chosen.engine, chosen.windows
@@ -186,6 +197,7 @@ def _head_loss(
     need_cols: bool,
     need_rows: bool,
     whole_below: int = 0,
+    float8: bool = False,
 ) -> tuple[Tensor, ...]:
     head, want = head_of((h, w, y, cols, rows, u), transform), parse_stats(stats)
     possible = (*LINEAR_STATS, *COMPANIONS)
@@ -198,10 +210,12 @@ def _head_loss(
     )
     if want & {"sum", "spread"} and c.sum is None:
         c = c._replace(sum=h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype)))
-    row_scale = engine_for(h.dtype, h.device.type).row_scale_serves(head, c, needs)
+    preferred = engine_for(h.dtype, h.device.type)
+    row_scale = preferred.row_scale_serves(head, c, needs)
     engine, windows = _chosen(
-        head, needs, (memory, whole_below), linear=True, row_scale=row_scale, explicit=not row_scale
-    )
+        head, needs, (memory, whole_below), linear=True, row_scale=row_scale, explicit=not row_scale,
+        sums=c.sum is not None, float8=float8 and preferred.float8_serves(head),
+    )  # fmt: skip
     with without_autocast(head.h.device):
         got, grads = engine.head_loss(head, c, needs, windows)
     given = with_companions(want | {"lse"})

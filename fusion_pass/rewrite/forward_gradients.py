@@ -61,8 +61,17 @@ def run(body: Body) -> None:
                 price = price_of_token_program(call, budget)  # reads the call, which an upgrade replaces
                 emitted.prices.append(price(body.recomputes or upgrade_rows(call, body.facts)))
         else:
-            price = price_of_statistics(emitted.calls[0], budget)
+            price = price_of_statistics(emitted.calls[0], budget, body.options.gradients == "float8")
             emitted.prices.append(price(body.recomputes or upgrade(*emitted.calls, facts=body.facts)))
+    if body.options.gradients == "float8":
+        allow_float8(body)
+
+
+def allow_float8(body: Body) -> None:
+    """Let the planner choose float8 products for the gradients that are computed in the forward sweep."""
+    for call in body.graph.find_nodes(op="call_function", target=torch.ops.fusedhead.head_loss.default):
+        call.kwargs = {"float8": True}
+        body.edited(call)
 
 
 class CallFamily(NamedTuple):

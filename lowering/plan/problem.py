@@ -29,6 +29,8 @@ class Problem(NamedTuple):
     explicit: bool = False  # whether a sweep writes out dz or all logits (`writes_logits`)
     transform: Transform = NO_TRANSFORM
     labels: int = 1  # K
+    sums: bool = False  # whether Σ u z takes part in the loss
+    float8: bool = False  # whether products of gradients may be float8, and the kernels for it serve
 
     @property
     def narrow(self) -> bool:

@@ -5,6 +5,7 @@
 | statistics  | partial rows, in float32 a window of logits [tokens, V] too                                |
 | single pass | a window of exponentials [tokens, V], E w of its rows in float32, float32 sums of dw        |
 | frozen      | the same without dw                                                                        |
+| float8      | `plan.float8`                                                                              |
 | recompute   | a block of dz [tokens, vocab], half of dh of its rows in float32, float32 sums of dw        |
 
 Where a single pass would do but does not fit, recompute keeps the exponentials of its first block. Wide, short windows
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 import torch
 
 from fusedhead.kernels.contract import Windows
+from fusedhead.lowering.plan.float8 import float8_candidates, why_exact
 from fusedhead.lowering.plan.problem import LEAST_MEMORY, MIB, Candidate, Problem
 
 WAVE = 132 * 256 * 128  # numbers that cuBLAS's tiles on all multiprocessors of an H100 compute at once
@@ -123,7 +125,16 @@ def triton_candidates(problem: Problem, memory: int, budget: int | None) -> tupl
     if memory == LEAST_MEMORY:
         budget = min(LEAST_BYTES, ways[0].workspace_bytes)
         ways = _preferred(problem, budget)
+    if problem.float8 and not why_exact(problem, memory):
+        ways = _float8_ways(problem, ways[0].workspace_bytes, budget) + ways
     return ways, budget
+
+
+def _float8_ways(problem: Problem, exact_bytes: int, budget: int | None) -> list[Candidate]:
+    """The ways with float8 products that hold no more than the exact one, or what auto may hold and a quarter."""
+    if budget:
+        return float8_candidates(problem, budget)
+    return float8_candidates(problem, exact_bytes) or float8_candidates(problem, _auto_bytes(problem) * 5 // 4)
 
 
 def _preferred(problem: Problem, budget: int) -> list[Candidate]:

@@ -146,7 +146,10 @@ def _load(at: Pointer, mask: Any = True, other: Any = 0) -> Tensor:
 
 def _store(at: Pointer, values: Tensor, mask: Any = True) -> None:
     where, values, mask = torch.broadcast_tensors(torch.as_tensor(at.at), values, torch.as_tensor(mask))
-    at.data[where[mask].long()] = values[mask]
+    data = at.data
+    if values.itemsize == 1:  # torch does not index float8
+        data, values = data.view(torch.uint8), values.view(torch.uint8)
+    data[where[mask].long()] = values[mask]
 
 
 def _store_wait(pendings: int) -> None:
@@ -202,6 +205,7 @@ def _language() -> dict[str, Any]:
     """What stands for ``gl`` and for ``tl``."""
     return {
         "constexpr": None, "float32": torch.float32, "int64": torch.int64, "int32": torch.int32,
+        "uint8": torch.uint8, "float8e4nv": torch.float8_e4m3fn,
         "num_warps": lambda: 4, "program_id": lambda axis: local.program,
         "BlockedLayout": lambda *x: None, "SliceLayout": lambda *x: None,
         "zeros": lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
