@@ -74,9 +74,19 @@ SCHEDULES: dict[str, tuple[Schedule, ...]] = {
 }
 
 
+# How the row statistics of a cross-entropy can be merged, float32: the maximum of [N] lse and then the sum of [2, N]
+# exponentials and labels' logits; or what every rank has, lse in two numbers and labels' logits, handed to all of them.
+MERGES: dict[str, Callable[[Case, int], tuple[Collective, ...]]] = {
+    "two all-reduces": lambda c, w: (
+        Collective("all_reduce", WIDE * c.tokens), Collective("all_reduce", 2 * WIDE * c.tokens),
+    ),
+    "one all-gather": lambda c, w: (Collective("all_gather", 3 * WIDE * c.tokens * w),),
+}  # fmt: skip
+MERGE = "two all-reduces"  # what the package does
+
+
 def statistics(case: Case, ranks: int) -> tuple[Collective, ...]:
-    """The merge of a cross-entropy: the maximum of [N] lse, then exponentials and labels' logits [2, N], float32."""
-    return Collective("all_reduce", WIDE * case.tokens), Collective("all_reduce", 2 * WIDE * case.tokens)
+    return MERGES[MERGE](case, ranks)
 
 
 def three_reductions(case: Case, ranks: int) -> tuple[Collective, ...]:
@@ -222,6 +232,15 @@ def table(case: Case, name: str, chip: Chip, network: Network, ranks: Iterable[i
     return "\n".join(lines)
 
 
+def merges(case: Case, network: Network) -> str:
+    """Markdown: microseconds of each merge of the statistics."""
+    lines = ["| ranks | " + " | ".join(f"{name}, us" for name in MERGES) + " |", "|---" * (1 + len(MERGES)) + "|"]
+    for w in RANKS[1:]:
+        each = (wire(merge(case, w), w, network.link(w)) for merge in MERGES.values())
+        lines.append(f"| {w} | " + " | ".join(f"{1e6 * spent:,.0f}" for spent in each) + " |")
+    return "\n".join(lines)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model's arguments. The defaults of the links are a maker's round figures, not measured ones."""
     parser.add_argument("--chip", default="h200", help="of fusedhead.report.rates: the rate of its products")
@@ -261,6 +280,7 @@ def main(words: list[str] | None = None) -> str:
         for name in given.arrangements:
             parts += [f"### {case.text}, {name}: {ARRANGEMENTS[name].about}", table(case, name, chip, network)]
         most = break_even("sequence parallel", "fully sharded", case, given.node, network)
+        parts.append(merges(case, network))
         parts.append(
             f"On {given.node} ranks the collectives of a sequence-parallel head take no longer than those of a fully "
             f"sharded one up to {most:,.0f} tokens of the group."

@@ -105,7 +105,7 @@ def prepared(run: Run, s: Shard, name: str, truth: errors.Truth | None, row: Row
         found = ranks.collectives_of(step, run.launched)
         row.collectives = [[one.kind, one.nbytes] for one in found]
         row.extra_mib = run.agree(measure.extra_bytes(steps[name], run.device, resident) / 2**20)
-        if run.launched and found and contender.unsent:
+        if run.launched and found and contender.apart:
             steps[name + UNSENT] = ranks.without_wire(step)
             steps[name + ALONE] = ranks.alone(found, s.ranks, run.device)
             steps[name + UNSENT]()

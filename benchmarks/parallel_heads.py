@@ -58,7 +58,8 @@ class Contender(NamedTuple):
     arrangement: str | None  # of `cost_model.ARRANGEMENTS`; None where nothing is sent
     about: str
     compiled: bool = False
-    unsent: bool = True  # whether it runs where nothing is sent, with copies
+    unsent: bool = False  # whether it runs where nothing is sent, on one of so many ranks
+    apart: bool = False  # whether it is timed without its wire too, and its wire alone
 
 
 def of_function(s: Shard, y: Tensor, **how: Any) -> Step:
@@ -196,38 +197,39 @@ def of_tensor_parallel(s: Shard, backend: str, sequence: bool = False, gather: b
 
 ONE = "one GPU's head"
 CONTENDERS: dict[str, Contender] = {
-    "bare products": Contender(bare_products, None, "the three products with V/w classes"),
-    ONE: Contender(one_gpu, None, "a head with V/w classes and no shards: what efficiency is relative to"),
+    "bare products": Contender(bare_products, None, "the three products with V/w classes", unsent=True),
+    ONE: Contender(one_gpu, None, "a head with V/w classes and no shards: what efficiency is relative to", unsent=True),
     "one GPU's head in two sweeps": Contender(
-        one_gpu_in_two_sweeps, None, "the same where the gradient takes a sweep of its own: four products"
+        one_gpu_in_two_sweeps, None, "the same where the gradient takes a sweep of its own: four products", unsent=True
     ),
-    "group=": Contender(by_group, "group=", "linear_cross_entropy(..., group=), dH summed in float32"),
+    "group=": Contender(
+        by_group, "group=", "linear_cross_entropy(..., group=), dH summed in float32", unsent=True, apart=True
+    ),
     "group=, dH in its dtype": Contender(
-        by_group_narrow, "group=, dH in its dtype", "the same with reduce_dtype=None", unsent=False
+        by_group_narrow, "group=, dH in its dtype", "the same with reduce_dtype=None"
     ),
     "group=, halves": Contender(
-        lambda s: halves(s, False), "group=, dH in its dtype", "the same by halves of the tokens", unsent=False
+        lambda s: halves(s, False), "group=, dH in its dtype", "the same by halves of the tokens"
     ),
     "group=, halves, overlap": Contender(
         lambda s: halves(s, True), "group=, dH in its dtype",
-        "the same, the sum of a half's dH beside the next half's products", unsent=False,
+        "the same, the sum of a half's dH beside the next half's products",
     ),
     "fusedhead.shards": Contender(
-        lambda s: of_tensor_parallel(s, "fusedhead"), "group=", "ColwiseParallel, loss_parallel()", True
+        lambda s: of_tensor_parallel(s, "fusedhead"), "group=", "ColwiseParallel, loss_parallel()", True, apart=True
     ),
     "fusedhead.shards, output Replicate": Contender(
         lambda s: of_tensor_parallel(s, "fusedhead", gather=True), "group=", "ColwiseParallel, no loss_parallel()", True
     ),
     "fusedhead.shards, sequence parallel": Contender(
         lambda s: of_tensor_parallel(s, "fusedhead", sequence=True), "sequence parallel",
-        "loss_parallel(), tokens in shards", True,
+        "loss_parallel(), tokens in shards", True, apart=True,
     ),
     "Inductor": Contender(
-        lambda s: of_tensor_parallel(s, "inductor"), "loss_parallel", "ColwiseParallel, loss_parallel()",
-        True, unsent=False,
+        lambda s: of_tensor_parallel(s, "inductor"), "loss_parallel", "ColwiseParallel, loss_parallel()", True
     ),
     "Inductor, sequence parallel": Contender(
         lambda s: of_tensor_parallel(s, "inductor", sequence=True), "loss_parallel, sequence parallel",
-        "the same, tokens in shards", True, unsent=False,
+        "the same, tokens in shards", True,
     ),
 }  # fmt: skip

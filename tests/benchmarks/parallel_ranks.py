@@ -7,9 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from benchmarks import measure, parallel
+from benchmarks import data, measure, parallel
+from benchmarks.parallel_heads import of_tensor_parallel, shard_of
+from benchmarks.shapes import parse
 
 SMOKE = ["--smoke", "--device", "cpu", "--seconds", "0.05"]
 
@@ -20,4 +23,24 @@ def smoke() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         rows = parallel.main([*SMOKE, "--out", folder])
         files = {file.name: file.read_text() for file in sorted(Path(folder).iterdir())}
-    return {"rank": dist.get_rank(), "rows": [dataclasses.asdict(row) for row in rows], "files": files}
+    return {
+        "rank": dist.get_rank(),
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "files": files,
+        "loss_parallel": {sequence: of_loss_parallel(sequence) for sequence in (False, True)},
+    }
+
+
+def of_loss_parallel(sequence: bool) -> list[tuple[str, list[int]]]:
+    """The collectives of eager code under loss_parallel(): (name, shape of what this rank hands in)."""
+    torch.compile = lambda model, **_: model  # in this process
+    (case,), cpu = parse(parallel.SMOKE), torch.device("cpu")
+    world = dist.group.WORLD
+    assert world is not None
+    shard = shard_of(case, data.random(case, cpu), world, dist.get_rank(), dist.get_world_size())
+    step = of_tensor_parallel(shard, "eager", sequence)
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        step()
+    names = {f"_c10d_functional::{name}" for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")}
+    return [(each.name.split("::")[1], each.input_shapes[0]) for each in profile.events() if each.name in names]

@@ -93,6 +93,19 @@ def test_without_a_wire_efficiency_is_that_of_the_products(name: str) -> None:
         assert found.step == found.compute
 
 
+def test_a_merge_by_one_gather_sends_more_and_waits_less_where_ranks_are_few() -> None:
+    two, one = (lambda w, name=name: cost_model.MERGES[name](CASE, w) for name in ("two all-reduces", "one all-gather"))
+    for ranks in (2, 8, 64):
+        assert sum(cost_model.sent(each, ranks) for each in one(ranks)) == 12 * CASE.tokens * (ranks - 1)
+        assert sum(cost_model.sent(each, ranks) for each in two(ranks)) == pytest.approx(
+            24 * CASE.tokens * (ranks - 1) / ranks
+        )
+    slow = Link(latency=1.0, bandwidth=float("inf"))
+    assert cost_model.wire(one(2), 2, slow) == 1
+    assert cost_model.wire(two(2), 2, slow) == 4
+    assert cost_model.wire(one(64), 64, slow) > cost_model.wire(two(64), 64, slow)
+
+
 def test_ranks_beyond_a_node_are_linked_by_the_slower_link() -> None:
     assert NODE.link(8) == NODE.inside
     assert NODE.link(9) == NODE.between
@@ -112,7 +125,7 @@ def test_tensor_parallelism_of_the_head_sends_less_than_sharded_weights_up_to_ab
 def test_the_table_has_a_line_for_every_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     text = cost_model.main(["--shapes", CASE.text, "--latency", "5", "--bandwidth", "300"])
     lines = [line for line in text.splitlines() if line.startswith("| 1024 |")]
-    assert len(lines) == len(ARRANGEMENTS)
+    assert len(lines) == len(ARRANGEMENTS) + 1  # and how the statistics are merged
     assert f"| {bytes_a_token('group=', 1024):,.0f} |" in lines[0]
     assert capsys.readouterr().out.strip() == text
 

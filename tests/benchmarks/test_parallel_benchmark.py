@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,18 @@ def test_the_cost_model_s_collectives_are_those_that_the_function_calls(name: st
     assert [(kind, nbytes - MARKS * (at == 0)) for at, (kind, nbytes) in enumerate(called)] == [
         (one.kind, one.nbytes) for one in modelled
     ]
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_the_cost_model_s_collectives_of_loss_parallel_are_torch_s(sequence: bool) -> None:
+    name = "loss_parallel, sequence parallel" if sequence else "loss_parallel"
+    modelled = cost_model.ARRANGEMENTS[name].collectives(CASE, 2)
+    for rank in launched():
+        called = rank["loss_parallel"][sequence]
+        assert [ranks.KINDS[kind] for kind, _ in called] == [one.kind for one in modelled]
+        for (kind, shape), one in zip(called, modelled):
+            handed_in = one.nbytes / (2 if kind.startswith("all_gather") else 1)
+            assert math.prod(shape) * CASE.torch_dtype.itemsize == handed_in
 
 
 def test_a_shard_is_timed_with_and_without_its_wire_and_the_wire_alone() -> None:
