@@ -9,7 +9,7 @@ import pytest
 from tests.deferred.machine import MODES, STEPS, World, room_for_variants
 from tests.deferred.state_machine import run
 
-PROGRAMS = int(os.environ.get("FUSEDHEAD_MACHINE_PROGRAMS", "40"))
+PROGRAMS = int(os.environ.get("FUSEDHEAD_MACHINE_PROGRAMS", "24"))
 pytestmark = pytest.mark.filterwarnings("ignore")  # eager code warns as well, of what random programs do
 
 

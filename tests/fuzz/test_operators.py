@@ -20,7 +20,7 @@ from tests.fuzz.operators_compared import compare, differs
 from tests.fuzz.operators_run import quiet
 from tests.op_samples import first_samples
 
-PROGRAMS = int(os.environ.get("FUSEDHEAD_OPERATORS", "30"))
+PROGRAMS = int(os.environ.get("FUSEDHEAD_OPERATORS", "20"))
 # (op, place) that once made the pass step back, or a number wrong, with the first size known and as a symbol
 FOUND = (
     ("kron", "on logits"), ("nn.functional.interpolate", "between"), ("gradient", "on logits"),
