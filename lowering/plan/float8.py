@@ -8,8 +8,9 @@
 | E w of a window in float32 | 4 D a token                                                            |
 | the list of large entries  | 1560 a token of the first kind                                         |
 
-The first kind is taken as tall as there is room for, since each further product is added to dw at 6 V D bytes of
-traffic. What the kernels cannot serve keeps today's plan, with a sentence for the report.
+Windows are those of the least `_milliseconds` among those that there is room for: each further product of dw is added
+to it at 6 V D bytes of traffic, and a low product E w leaves multiprocessors idle. Auto holds up to half more than
+where products are exact. What the kernels cannot serve keeps exact products, with a sentence for the report.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ BLOCK, PART = 128, 64  # tokens and classes that windows are padded to
 MULTIPLE = 16  # of D: what a float8 product takes
 LEAST_TOKENS = 1024  # fewer do not repay the list and w in float8
 LEAST_VOCAB = 8192  # fewer classes do neither, and roundings of a flat softmax average out over many
-HEIGHTS = (4096, 3072, 2048, 1024)  # of the windows of dh
+HEIGHTS = (5632, 4096, 3072, 2816, 2048, 1536, 1024)  # of the windows of dh
+MULTIPROCESSORS, TILE = 132, 128  # of an H100 or H200; of a float8 product
+FLOAT8_FLOPS, BANDWIDTH, WINDOW = 1.2e12, 3.5e9, 0.1  # of such a product a ms, bytes a ms, ms that a window costs
 LISTED_BYTES = 1560  # of a token: 65 entries of 12 bytes, and as much where they are sorted
 FEWEST = 2048  # tokens that one product of dw sums, where it does not sum all
 PRODUCT_BYTES = 64 * MIB  # of what is added to dw at once
@@ -67,18 +70,25 @@ def _candidate(problem: Problem, tokens: int, rows: int) -> Candidate:
 
 
 def _ways(problem: Problem) -> Iterator[Candidate]:
-    count = 1
-    while True:
+    for count in range(1, MOST_SUMS + 1):
         tokens = _padded(-(-problem.tokens // count), BLOCK)
         if count > 1 and tokens < FEWEST:
             return
         for rows in HEIGHTS:
             if rows <= tokens or rows == HEIGHTS[-1]:
                 yield _candidate(problem, tokens, rows)
-        count += 1
+
+
+def _milliseconds(problem: Problem, way: Candidate) -> float:
+    """What differs between the ways, on an H200."""
+    n, v, d, rows = problem.tokens, problem.vocab, problem.hidden, way.windows.tail_rows
+    tiles = -(-rows // TILE) * -(-d // TILE)
+    idle = -(-tiles // MULTIPROCESSORS) * MULTIPROCESSORS / tiles
+    adds = -(-n // way.windows.tokens) - 1
+    return 2 * n * v * d / FLOAT8_FLOPS * idle + adds * 6 * v * d / BANDWIDTH + -(-n // rows) * WINDOW
 
 
 def float8_candidates(problem: Problem, most: int) -> list[Candidate]:
     """Ways that hold no more than ``most`` bytes (0: any), the fastest first."""
-    ways = [way for way in _ways(problem) if -(-problem.tokens // way.windows.tokens) <= MOST_SUMS]
-    return [way for way in ways if not most or way.workspace_bytes <= most]
+    ways = [way for way in _ways(problem) if not most or way.workspace_bytes <= most]
+    return sorted(ways, key=lambda way: _milliseconds(problem, way))

@@ -126,15 +126,8 @@ def triton_candidates(problem: Problem, memory: int, budget: int | None) -> tupl
         budget = min(LEAST_BYTES, ways[0].workspace_bytes)
         ways = _preferred(problem, budget)
     if problem.float8 and not why_exact(problem, memory):
-        ways = _float8_ways(problem, ways[0].workspace_bytes, budget) + ways
+        ways = float8_candidates(problem, budget or ways[0].workspace_bytes * 3 // 2) + ways
     return ways, budget
-
-
-def _float8_ways(problem: Problem, exact_bytes: int, budget: int | None) -> list[Candidate]:
-    """The ways with float8 products that hold no more than the exact one, or what auto may hold and a quarter."""
-    if budget:
-        return float8_candidates(problem, budget)
-    return float8_candidates(problem, exact_bytes) or float8_candidates(problem, _auto_bytes(problem) * 5 // 4)
 
 
 def _preferred(problem: Problem, budget: int) -> list[Candidate]:
