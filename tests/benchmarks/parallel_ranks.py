@@ -1,8 +1,10 @@
-"""What each rank runs in `test_parallel_benchmark`."""
+"""What each rank runs in `test_parallel_benchmark` and `test_several_gpus`."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks import data, measure, parallel
+from benchmarks import data, distributed_steps, measure, parallel
 from benchmarks.parallel_heads import of_tensor_parallel, shard_of
 from benchmarks.shapes import parse
 
@@ -44,3 +46,13 @@ def of_loss_parallel(sequence: bool) -> list[tuple[str, list[int]]]:
         step()
     names = {f"_c10d_functional::{name}" for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")}
     return [(each.name.split("::")[1], each.input_shapes[0]) for each in profile.events() if each.name in names]
+
+
+def training_steps() -> dict[str, Any]:
+    """Two arrangements of `benchmarks.distributed_steps` without Inductor, and what is printed."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
+        for only in ("DDP, loss inside", "one unit, loss inside"):
+            words = ["--tiny", "--device", "cpu", "--backends", "eager", "--only", only]
+            found |= distributed_steps.main([*words, "--json", f"{folder}/{dist.get_rank()}.json"])
+    return {**found, "said": said.getvalue()}
