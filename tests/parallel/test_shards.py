@@ -14,8 +14,18 @@ from tests.parallel.models import Setting
 
 
 @cache
+def launched(function: str, ranks: int) -> list[Any] | str:
+    """What the ranks return, or what they said when they failed, once."""
+    try:
+        return on_ranks(f"tests.parallel.arrangements:{function}", ranks, timeout=900)  # they compile
+    except AssertionError as error:
+        return str(error)
+
+
 def results(function: str, ranks: int) -> list[Any]:
-    return on_ranks(f"tests.parallel.arrangements:{function}", ranks, timeout=900)  # they compile
+    found = launched(function, ranks)
+    assert isinstance(found, list), found
+    return found
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
