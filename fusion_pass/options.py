@@ -53,12 +53,12 @@ class Options:
     memory: str | int = "auto"
     logits: str = "deferred"
     min_logits: str | int = "auto"
-    shards: bool = False
+    shards: bool = True
     gradients: str = "exact"
 
     @property
     def budget(self) -> int:
-        """``memory`` as the ops take it: 0 automatic, -1 least, else MiB."""
+        """``read_memory`` as the ops take it: 0 automatic, -1 least, else MiB."""
         names: dict[str | int, int] = {"auto": 0, "min": -1}
         return names[self.memory] if self.memory in names else int(self.memory)
 

@@ -29,11 +29,14 @@ from fusedhead.canonicalize import (
     merge_chunks,
     unstack_heads,
 )
+from fusedhead.canonicalize.reasons import InShards
+from fusedhead.graph.dtensors import SWEPT
 from fusedhead.graph.edit import any_still_computed, copy_module, counting_edits
-from fusedhead.graph.reasons import Refusal
+from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.graph.recipes import Wrap, computed_at_once, unwrapped
 from fusedhead.graph.tracing import Traces
 from fusedhead.legality import (
+    agreement,
     joint_decisions,
     legality,
     missed_heads,
@@ -45,7 +48,14 @@ from fusedhead.legality import returned_stacks as stack_legality
 from fusedhead.options import Options
 from fusedhead.report.records import records_of
 from fusedhead.report.report import PassRecord, Report
-from fusedhead.rewrite import forward_gradients, returned_logits, returned_stacks, statistics, token_programs
+from fusedhead.rewrite import (
+    forward_gradients,
+    order_collectives,
+    returned_logits,
+    returned_stacks,
+    statistics,
+    token_programs,
+)
 
 
 def anywhere(body: Body) -> bool:
@@ -109,6 +119,7 @@ REWRITE = (
     Pass("limit-small-calls", profitability.limit_calls),
     Pass("find-grown-heads", profitability.find_grown_heads),
     Pass("find-heads-left-in-shards", localize_shards.find_left),
+    Pass("order-collectives", order_collectives.run),
 )
 BODY_PASSES = (*CANONICALIZE, *ANALYZE, *DECIDE, *REWRITE)
 
@@ -181,6 +192,20 @@ class Attempt:
             self.wrap = computed_at_once(self.wrap)
 
 
+def left_by_ranks(attempt: Attempt) -> dict[str, Refusal]:
+    """The products in shards that are not to be fused, since not every rank of their group fuses the same heads."""
+    nodes = (node for use in graph_uses(attempt.gm) for node in use.module.graph.nodes)
+    swept = [node.meta[SWEPT] for node in nodes if SWEPT in node.meta]
+    left: dict[str, Refusal] = {}
+    for group in dict.fromkeys(of for of, _, _ in swept):
+        heads = [(product, facts) for of, product, facts in swept if of == group]
+        wanted = attempt.options.shards
+        if not agreement.agreed(group, "; ".join(facts for _, facts in heads), wanted):
+            why = refuse(InShards.OTHER_RANKS if wanted else InShards.NOT_ASKED)
+            left |= {product: why for product, _ in heads}
+    return left
+
+
 def fuse_module(gm: GraphModule, options: Options, show: Ran | None = None) -> tuple[GraphModule, Report, Wrap]:
     """A copy of the module with every provable head fused, the report, and the wrap of the compiled graph.
 
@@ -195,5 +220,7 @@ def fuse_module(gm: GraphModule, options: Options, show: Ran | None = None) -> t
             excluded |= attempt.grown
         elif attempt.speculation_failed:
             speculate = False
+        elif left := left_by_ranks(attempt):
+            excluded |= left
         else:
             return attempt.gm, attempt.report, attempt.wrap

@@ -36,7 +36,7 @@ THROUGH_PROGRAMS = {  # by folder
     "kernels/triton_engine/rows": "label_map merge",
     "kernels/triton_engine/sweeps": "exponentials",
     "legality": "legality missed_heads",
-    "lowering": "engines shard_merge shards",
+    "lowering": "engines shards",
     "lowering/plan": "torch triton",
     "report": "coverage records step_estimate summary",
     "rewrite": "forward_gradients loss_tail operands shard_sweeps stacked_sweeps sweeps tail_gradient",

@@ -160,6 +160,8 @@ def trace_value(node: Node, values: dict[Node, Any], traces: Callable[[Node], Gr
         return detached(replace(value, val=fake(node)))  # z.data: traced alone it is a constant
     if isinstance(node.target, HigherOrderOperator):
         # traced alone it may look like nothing: a gradient hook is the identity on values
+        if name_of(node) == "autograd_function_apply":
+            raise Escape(Untraced.AUTOGRAD_FUNCTION)
         raise Escape(Untraced.HIGHER_ORDER, name=name_of(node))
     if name_of(node) == "setitem":
         return columns_set(node, values.get(node.args[0]))  # type: ignore[arg-type]

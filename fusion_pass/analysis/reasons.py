@@ -10,6 +10,10 @@ class Untraced(Reason):
     NOT_PYTORCH = "{name} is no op of PyTorch"
     SINGLE_NUMBER = "{name} is taken of a single number that comes from the logits"
     HIGHER_ORDER = "{name} takes the logits, and what it does with them is not read"
+    AUTOGRAD_FUNCTION = (
+        "an autograd.Function with a backward of its own takes the logits; a loss of logits in shards that is written "
+        "so is what fusedhead.linear_cross_entropy(..., group=) computes without them"
+    )
     NO_TENSOR = "{name} of the logits is no tensor"
     HOLDS_A_CONSTANT = "{name} holds a constant tensor"
     NOT_TRACED = "{name} cannot be traced alone ({kind}: {error})"

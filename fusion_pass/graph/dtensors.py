@@ -16,7 +16,10 @@ from torch.fx import Node
 
 from fusedhead.graph.nodes import fake
 
-KEPT_SHARDS = "fusedhead_kept"  # in the meta of a product of DTensors: the reason why it stays, about its shards
+# in the meta of nodes
+KEPT_SHARDS = "fusedhead_kept"  # of a product of DTensors: the reason why it stays, about its shards
+PRODUCT = "fusedhead_product"  # of a product: the name of the one of DTensors that it stands for
+SWEPT = "fusedhead_swept"  # of a sweep in shards: (process group, product of DTensors, what all ranks must compute)
 
 
 class Axis(NamedTuple):
@@ -72,6 +75,14 @@ def on_every_rank(mesh: Any) -> tuple[Any, ...]:
 
 def from_local() -> Callable[..., Any]:
     return public("DTensor").from_local  # type: ignore[no-any-return]
+
+
+def replicated_local(node: Node) -> Node | None:
+    """The tensor that a DTensor was made of without looking at other ranks, where every rank has the whole of it."""
+    if node.target != from_local() or node.kwargs.get("run_check") or not {"run_check"}.issuperset(node.kwargs):
+        return None
+    whole = len(node.args) == 3 and is_dtensor(fake(node)) and replicated(fake(node))
+    return node.args[0] if whole and isinstance(node.args[0], Node) else None
 
 
 def layout(value: Any, turned: bool = False) -> str:

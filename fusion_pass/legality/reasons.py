@@ -33,9 +33,12 @@ class Illegal(Reason):
     SHARDS_RETURNED = (
         "its logits are returned, and logits in shards are not deferred: a read by some ranks alone would wait"
     )
-    SHARDS_STATISTIC = "{names} of its rows cannot be merged over the ranks"
     SHARDS_OF_A_PART = "its loss is taken of a part of the classes"
     SHARDS_PICKED_ROWS = "its rows are picked by a tensor, which may pick others on another rank"
+    SHARDS_OWN_VECTOR = (
+        "{name} meets logits that the program gathered: each rank may have one of its own, and the ranks that hold the "
+        "other classes would need it"
+    )
     SHARDS_OF_A_VECTOR = "a vector along the classes that wants a gradient does not lie in shards as the weight does"
 
 

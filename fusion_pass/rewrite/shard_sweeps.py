@@ -7,13 +7,13 @@ them.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from fusedhead.graph.dtensors import PRODUCT, SWEPT
 from fusedhead.graph.nodes import fake
 from fusedhead.ir.builder import Emit, named
 from fusedhead.ir.logits import Logits
@@ -33,7 +33,7 @@ def sweep_call(emit: Emit, batch: Batch, operands: Sequence[Node], text: str, me
     """The ``shard_stats`` call that replaces a ``head_stats`` on ``operands``: h, w, y, cols, rows, u."""
     whole = whole_vocab_of(batch[0].logits.head.weight)
     assert whole is not None
-    _, start, vocab, group, reduce = whole.args
+    _, start, vocab, group, reduce, own_labels = whole.args
     h, w, y, cols, rows, u = operands
     w = own_rows(emit, w, whole)
     count = fake(w).shape[0]
@@ -46,10 +46,13 @@ def sweep_call(emit: Emit, batch: Batch, operands: Sequence[Node], text: str, me
     if fake(u).numel():
         u = own_rows(emit, u, whole)
     want = ",".join(batch[0].want)
-    facts = [facts_of(group.logits) for group in batch]
-    mark = zlib.crc32(repr((facts, text, want, vocab, fake(h).shape[1], fake(y).shape[1])).encode()) % 8388593
     op = torch.ops.fusedhead.shard_stats.default
-    return named(emit(op, h, w, y, cols, rows, u, text, want, memory, start, vocab, group, mark, reduce), "head")
+    place = (start, vocab, group, "wide" if reduce else "", own_labels)
+    call = named(emit(op, h, w, y, cols, rows, u, text, want, memory, *place), "head")
+    steps = [facts_of(group.logits) for group in batch]
+    sizes = [fake(h).shape[1], fake(h).dtype, fake(y).shape[1], fake(cols).shape[0], fake(rows).shape[0]]
+    call.meta[SWEPT] = (group, whole.meta[PRODUCT], repr((steps, text, want, vocab, *sizes, *place[3:])))
+    return call
 
 
 def own_rows(emit: Emit, node: Node, whole: Node) -> Node:

@@ -1,47 +1,23 @@
-"""Heads of distributed tensors that stay as they are, and what is said of them; what they compute: `tests/parallel`."""
+"""Heads of DTensors on two processes: a sample of the arrangements that `tests/parallel` goes through."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch.fx import Graph
 
-from fusedhead.canonicalize.localize_shards import kept
-from fusedhead.canonicalize.reasons import InShards
-from fusedhead.graph.reasons import refuse
+from tests.functional.ranks import on_ranks
+from tests.parallel.arrangements import SAMPLE
+from tests.parallel.compared import check
+from tests.parallel.models import Setting
 
 
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    return on_ranks("tests.parallel.arrangements:sample", 2, timeout=600)  # they compile
 
 
-@pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize(
-    ("names", "split", "words"),
-    [
-        (("tp",), True, "is placed as Shard(0) on the 1 ranks of mesh dimension 'tp'"),
-        (None, True, "is placed as Shard(0) on 1 ranks"),
-        (("tp",), False, "is placed as Replicate on 1 ranks"),
-    ],
-)
-def test_a_head_that_stays_says_how_its_weight_is_placed(
-    names: tuple[str, ...] | None, split: bool, words: str
-) -> None:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
-
-    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=names)
-    graph = Graph()
-    hidden, weight = (graph.placeholder(name) for name in ("h", "w"))
-    hidden.meta["example_value"] = distribute_tensor(torch.randn(3, 4), mesh, [Replicate()])
-    weight.meta["example_value"] = distribute_tensor(torch.randn(8, 4), mesh, [Shard(0) if split else Replicate()])
-    product = graph.call_function(F.linear, (hidden, weight))
-    refusal = kept(product, refuse(InShards.NO_LOSS))
-    assert str(refusal).startswith(f"its weight [8, 4] {words}: no loss")
-    assert refusal.reason in InShards
+@pytest.mark.parametrize("name", SAMPLE)
+def test_it_gives_the_numbers_of_one_process_in_so_many_collectives(name: str, results: list[dict[str, Any]]) -> None:
+    for ours in results:
+        check(name, Setting(), ours[name])

@@ -257,10 +257,8 @@ def test_a_torch_without_names_compiles_and_trains_as_inductor(
 
 # Private names outside of compat.py, each with what stands behind it there.
 ELSEWHERE = {
-    "lowering/shard_merge.py": "aten._assert_async, for what ranks of devices disagree about",
-    "lowering/shards.py": "aten._assert_async, for labels of a device nobody waits for",
+    "lowering/shards.py": "aten._assert_async, for labels of a device, and what its ranks disagree about",
     "fusion_pass/functional/linear_cross_entropy.py": "aten._assert_async, for labels of a device nobody waits for",
-    "fusion_pass/functional/vocab_parallel.py": "aten._assert_async, for what ranks of devices disagree about",
     "fusion_pass/run/enable.py": "an edit that cannot be made is logged, listed by changes(), and the others stand",
     "fusion_pass/run/compile_eager.py": "a model that cannot be watched stays eager, and the log says so",
     "fusion_pass/estimate.py": "each setting is looked for, and none is needed",
