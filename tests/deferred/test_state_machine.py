@@ -56,11 +56,7 @@ FOUND = {
     "parts of what is written to": "chunks of [0] in ''; a class written of [0] in ''; backward of 0",
     "a view made in inference mode": "one of [0] in 'inference_mode'; copied into of [0, 0] in ''",
 }
-INFERENCE = (
-    "compiled loss of [0] in ''",
-    "loss compiled by another of [0] in ''",
-    "through a graph break of [0] in ''",
-)
+COMPILED = ("compiled loss", "loss compiled by another", "through a graph break")
 
 
 @pytest.mark.parametrize("program", FOUND.values(), ids=list(FOUND))
