@@ -56,7 +56,10 @@ if TYPE_CHECKING:  # the types of the names below, for type checkers
     dispatch_modes: Callable[[], list[Any]]
     function_modes: Callable[[], list[Any]]
     function_transform_level: Callable[[], int | None]
+    excluded_dispatch_keys: Callable[[], Any]
+    force_dispatch_keys: Callable[[Any, Any], Any]
     has_kernel_for_key: Callable[[str, str], bool]
+    included_dispatch_keys: Callable[[], Any]
     make_wrapper_subclass: Callable[..., Any]
     saved_tensors_hooks_enabled: Callable[[], bool]
     set_grad_enabled: Callable[[bool], None]
@@ -92,9 +95,12 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "enable_python_dispatcher": ("torch._dispatch.python", "enable_python_dispatcher"),
     "enter_autocast": ("torch.amp.autocast_mode", "_enter_autocast"),
     "exit_autocast": ("torch.amp.autocast_mode", "_exit_autocast"),
+    "excluded_dispatch_keys": ("torch._C", "_dispatch_tls_local_exclude_set"),
+    "force_dispatch_keys": ("torch._C", "_ForceDispatchKeyGuard"),
     "function_modes": ("torch.overrides", "_get_current_function_mode_stack"),
     "function_transform_level": ("torch._C._functorch", "maybe_current_level"),
     "has_kernel_for_key": ("torch._C", "_dispatch_has_kernel_for_dispatch_key"),
+    "included_dispatch_keys": ("torch._C", "_dispatch_tls_local_include_set"),
     "make_graph_module": ("torch.fx._lazy_graph_module", "_make_graph_module"),
     "make_wrapper_subclass": ("torch", "Tensor._make_wrapper_subclass"),
     "maybe_get_fake_mode": ("torch._subclasses.fake_tensor", "maybe_get_fake_mode"),

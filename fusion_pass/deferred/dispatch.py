@@ -218,7 +218,8 @@ def write_deferred(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
                 sharing.append((alive, grad_fn_of(alive)))
     result = compute(func, args, kwargs)
     for tensor, before in sharing:
-        if grad_fn_of(tensor) != before:
+        after = grad_fn_of(tensor)
+        if after is not None and after != before:  # what is None raises where it is used, as in eager code
             follow(tensor)
     return result
 
