@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     dispatch_modes: Callable[[], list[Any]]
     function_modes: Callable[[], list[Any]]
     function_transform_level: Callable[[], int | None]
+    graph_task: Callable[[], int]  # the backward that this thread is in, -1 for none
     has_kernel_for_key: Callable[[str, str], bool]
     make_wrapper_subclass: Callable[..., Any]
     saved_tensors_hooks_enabled: Callable[[], bool]
@@ -94,6 +95,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "exit_autocast": ("torch.amp.autocast_mode", "_exit_autocast"),
     "function_modes": ("torch.overrides", "_get_current_function_mode_stack"),
     "function_transform_level": ("torch._C._functorch", "maybe_current_level"),
+    "graph_task": ("torch._C", "_current_graph_task_id"),
     "has_kernel_for_key": ("torch._C", "_dispatch_has_kernel_for_dispatch_key"),
     "make_graph_module": ("torch.fx._lazy_graph_module", "_make_graph_module"),
     "make_wrapper_subclass": ("torch", "Tensor._make_wrapper_subclass"),

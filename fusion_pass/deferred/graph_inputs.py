@@ -64,7 +64,11 @@ def spread(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Callable[
                 known = value._known if is_deferred and value._plain is None else None
                 for run in known.origin.recipe.runs if known is not None and known.origin is not None else ():
                     run.passed.add()
-            return compiled(*flat(values))
+            results = compiled(*flat(values))
+            for family in {id(z._known.family): z._known.family for z in values if type(z) is DeferredLogits}.values():
+                for result in results if family.gathering else ():
+                    family.gather_before(result)
+            return results
 
         return with_leaves
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import fusedhead.deferred.dispatch  # noqa: F401  the handler of calls on deferred logits
 from fusedhead.compat import FakeTensor
 from fusedhead.deferred.call_program import Leaf, Made, Mode, Program, Step, encode, shapes
+from fusedhead.deferred.gathered_weights import is_watched, wait_for, watched
 from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT
 from fusedhead.deferred.state import Family, Knowledge, Origin, Recorded, StaleLogits, taken
@@ -53,7 +54,8 @@ def hand_out(origin: Origin, sources: Sequence[Any]) -> Tensor:
         return at_once(recipe, sources, "fewer logits than fusedhead.min_logits")
     if not torch.is_grad_enabled() and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
         return at_once(recipe, sources, f"no gradient is recorded, and fewer than {LEAST_TOKENS} tokens")
-    if fsdp2_in_use():
+    sharded = fsdp2_in_use()
+    if sharded and not (watched() and all(map(is_watched, given))):
         if not worth_a_copy(given, layout.shape):
             return at_once(recipe, sources, TOO_LARGE)
         operands = [taken(copied(tensor, mode), name, mode) for tensor, name in zip(given, recipe.names)]
@@ -61,11 +63,14 @@ def hand_out(origin: Origin, sources: Sequence[Any]) -> Tensor:
         recorded = Recorded(recipe.program, args, none, tensors, mode)
     for run in recipe.runs:
         run.deferred.add()
-    return linked(Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout))
+    known = Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout)
+    if sharded:
+        wait_for(known)
+    return linked(known)
 
 
 def copied(tensor: Tensor, mode: Mode) -> Tensor:
-    """Memory of its own for an operand that its owner may free, with the operand's gradient edge."""
+    """Memory of its own for an operand that its owner may free unseen, with the operand's gradient edge."""
     with out_of_sight(), torch.set_grad_enabled(mode.grad):
         return tensor.clone()
 

@@ -23,7 +23,7 @@ class Link(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, known: Knowledge, *inputs: Tensor) -> Any:
-        ctx.recorded, ctx.part = known.recorded, known.part
+        ctx.recorded, ctx.part, ctx.gathering = known.recorded, known.part, known.family.gathering
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
         return DeferredLogits(known)
@@ -38,6 +38,8 @@ def gradients(ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tens
     if grad is None:
         return [None for _ in needs]
     recorded = ctx.recorded
+    for hook in ctx.gathering:
+        hook(grad)
     inputs, grad = list(map(existing, ctx.saved_tensors)), existing(grad)
     needed = [at for at, need in enumerate(needs) if need]
     leaves = [t.detach().requires_grad_() if at in needed else t for at, t in enumerate(inputs)]
@@ -63,7 +65,7 @@ class Rebound(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, known: Knowledge, tensor: DeferredLogits, *inputs: Tensor) -> Any:
-        ctx.recorded, ctx.part = known.recorded, known.part
+        ctx.recorded, ctx.part, ctx.gathering = known.recorded, known.part, known.family.gathering
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
         ctx.mark_dirty(tensor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
@@ -30,7 +30,7 @@ from fusedhead.deferred.op_tables import ALONE, METADATA
 from fusedhead.deferred.state import Family, Knowledge, Layout, Recorded, check_fresh
 from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.deferred.wrappers import before_leaves, sink_of
-from fusedhead.graph.run_counts import built
+from fusedhead.graph.run_counts import Run, built
 
 aten = torch.ops.aten
 
@@ -254,7 +254,19 @@ def existing(tensor: Tensor) -> Tensor:
 
 def made_by_call(known: Knowledge) -> Tensor:
     origin, recorded = known.origin, known.recorded
-    if origin is not None and recorded.func is origin.recipe.program and recorded.result is None:
-        built(origin.recipe.runs)
+    first = origin is not None and recorded.func is origin.recipe.program and recorded.result is None
+    if first:
+        tell(origin.recipe.runs, known.family.built_for)  # type: ignore[union-attr]
     result = known.recorded.made(existing)
+    if first:
+        known.family.gather_before(result)
     return result if known.part is None else result[known.part]
+
+
+def tell(runs: Sequence[Run], why: str) -> None:
+    """Count logits that are built: for a use, or in spite of having been deferred, because of ``why``."""
+    if not why:
+        built(runs)
+    for run in runs if why else ():
+        run.deferred.take_back()
+        run.at_once.add(why)

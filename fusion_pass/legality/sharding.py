@@ -5,12 +5,11 @@ What would read them later, like deferred logits, finds them freed:
 
 | who owns the weight | what deferred logits are made of                                                              |
 |---------------------|-----------------------------------------------------------------------------------------------|
-| FSDP2               | a copy, taken while it is whole: a read needs no collective, whichever ranks make it and when |
+| FSDP2               | the gathered weight; a copy of it, once it is freed (`deferred.gathered_weights`)             |
 | FSDP1, ZeRO-3       | nothing: they are computed at once                                                            |
 
-A copy's gradient goes to the gathered parameter, and from there by FSDP2's own reduce-scatter. In a process that uses
-FSDP2 every operand is copied: a gathered weight that a function is given as an argument bears no mark. This file reads
-the graph's inputs; it must not know what is made of them.
+In a process that uses FSDP2 every operand is taken for one that may be freed: a gathered weight that a function is
+given as an argument bears no mark. This file reads the graph's inputs; it must not know what is made of them.
 """
 
 from __future__ import annotations
@@ -27,12 +26,11 @@ from fusedhead.analysis.body import Body
 from fusedhead.graph.reasons import refuse
 from fusedhead.legality.reasons import Illegal
 
-TOO_LARGE = (
-    "under FSDP2 they are made of a copy of the weight, and it would take more than half of what the logits take"
-)
+TOO_LARGE = "FSDP2 frees the weight before they are read, and a copy of it would be larger than they are"
+# what frees a gathered weight: a module, a class, its method
+FREES = ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam", "free_unsharded_param")
 DEEPSPEED = "ds_id"  # what ZeRO-3 calls a parameter by; it empties parameters where they lie
 MANAGED = "_is_fsdp_managed_module"  # what FSDP (1 and 2) sets on modules, for Dynamo
-SHARE = 2  # the logits are to be as many times larger as what is copied
 
 
 def run(body: Body) -> None:
@@ -86,5 +84,5 @@ def is_of_modules(cls: type) -> bool:
 
 
 def worth_a_copy(sources: Sequence[Any], shape: Sequence[int]) -> bool:
-    """Whether logits of a shape are so much larger than what they are made of that it may be copied for them."""
-    return SHARE * sum(x.numel() for x in sources if isinstance(x, Tensor)) <= math.prod(shape)
+    """Whether logits of a shape are at least as large as what they are made of, so that it may be copied for them."""
+    return sum(x.numel() for x in sources if isinstance(x, Tensor)) <= math.prod(shape)
