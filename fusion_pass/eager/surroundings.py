@@ -25,6 +25,7 @@ from fusedhead.compat import (
     torch_function_enabled,
 )
 from fusedhead.deferred.surroundings import checkpoint
+from fusedhead.functional.eager_products import EagerProducts
 
 LINEAR = F.linear
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -36,7 +37,7 @@ def plainly_eager() -> bool:
         torch.compiler.is_compiling()
         or F.linear is not LINEAR
         or not torch_function_enabled()
-        or any(type(mode) is not DeviceContext for mode in function_modes())
+        or any(type(mode) not in (DeviceContext, EagerProducts) for mode in function_modes())
         or dispatch_modes()
         or function_transform_level() is not None
         or checkpoint() is not None
