@@ -31,9 +31,9 @@ from benchmarks.machine import versions
 from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.kernels.triton_engine import engine
-from fusedhead.kernels.triton_engine.rows.scale import scale_in_place
+from fusedhead.kernels.triton_engine.rows.scale import scale_pair_in_place
 from fusedhead.lowering.plan.plan import plan
-from fusedhead.lowering.plan.problem import LEAST, Problem
+from fusedhead.lowering.plan.problem import LEAST_MEMORY, Problem
 from fusedhead.rules.pointwise_codegen import function_of
 
 CAP = "mul:0.03333333333333333 tanh mul:30.0"
@@ -136,7 +136,7 @@ def launch_all(case: Case) -> None:
 
     total = row if case.total else None
     one_sweep = not (case.needs.cols or case.needs.rows)
-    for memory in (0, LEAST) if one_sweep and not case.want else ():
+    for memory in (0, LEAST_MEMORY) if one_sweep and not case.want else ():
         engine.head_loss(head, RowGrads(row, picked, total), case.needs, windows(case.needs, memory=memory))
     want = {"lse", "picked"} | case.want | ({"sum", "spread"} if case.total else set())
     engine.head_stats(head, frozenset(want), windows(NEITHER))
@@ -145,7 +145,7 @@ def launch_all(case: Case) -> None:
     saved = RowStats(row, entropy=entropy, lse_low=row, variance=variance)
     upstream = RowGrads(row, picked, total, entropy, variance=variance)
     engine.head_stats_backward(head, upstream, saved, case.needs, windows(case.needs, linear=False))
-    scale_in_place(h, w, row[0], 0.0)
+    scale_pair_in_place(h, w, row[0], 0.0)
 
 
 def compiled(name: str, chip: Chip = H100) -> list[Compiled]:

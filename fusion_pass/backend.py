@@ -16,16 +16,16 @@ from torch.fx import GraphModule
 from fusedhead import compat
 from fusedhead.analysis.body import Body
 from fusedhead.compat import FakeTensor
-from fusedhead.deferred.graph_inputs import any_deferred, spread
-from fusedhead.deferred.graph_outputs import StaleLogits, deferring, existing
-from fusedhead.graph.edit import copied
+from fusedhead.deferred.graph_inputs import any_deferred, expand_inputs
+from fusedhead.deferred.graph_outputs import StaleLogits, deferring, on_plain_inputs
+from fusedhead.graph.edit import copy_module
 from fusedhead.graph.python_dispatch import python_dispatch
 from fusedhead.graph.recipes import Wrap, compute_now, unwrapped
 from fusedhead.graph.unhooked import unhooked
 from fusedhead.inductor.config import Inductor, keyed, overwrites
 from fusedhead.kernels.chips import start_checks
 from fusedhead.lowering import ranges
-from fusedhead.options import Options, split
+from fusedhead.options import Options, split_options
 from fusedhead.pipeline import fuse_module
 from fusedhead.report import observers as observing
 from fusedhead.report.records import symbols
@@ -38,7 +38,7 @@ class FusedHeadError(RuntimeError):
     """Raised under ``fusedhead.strict`` for an unfused head or an error inside the pass."""
 
 
-def readable(gm: GraphModule) -> str:
+def graph_text(gm: GraphModule) -> str:
     """The graph's text. For people only, so that what cannot be printed is no error."""
     try:
         return gm.print_readable(print_output=False, include_stride=True, include_device=True)
@@ -51,7 +51,7 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
 
     ``texts``: whether the report carries the graphs' texts, which take longer to print than the pass takes.
     """
-    before = readable(gm) if texts else ""
+    before = graph_text(gm) if texts else ""
     original = gm.graph
     try:
         if unknown := sorted(set(compat.unknown_modes(gm))):
@@ -74,7 +74,7 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
     if not any(head.fused for head in report.heads):
         report.after = before
         return gm, report, unwrapped
-    report.after = readable(working) if texts else ""
+    report.after = graph_text(working) if texts else ""
     return working, report, wrap
 
 
@@ -83,7 +83,7 @@ def show_pass(record: PassRecord, body: Body) -> None:
     tracing, debugging = bool(compat.trace_handlers()), log.isEnabledFor(logging.DEBUG)
     if not record.edits or not (tracing or debugging):
         return
-    text = readable(body.module)
+    text = graph_text(body.module)
     title = f"{record.name} ({record.edits} edits, {record.milliseconds:.2f} ms)"
     if debugging:
         log.debug("after %s%s:\n%s", title, f" in {body.owner}" if body.owner else "", text)
@@ -133,7 +133,7 @@ def compile_graph(
         gm, example_inputs, take_deferred = with_sources(gm, example_inputs)
     else:
         cut_out = any(isinstance(value, FakeTensor) for value in example_inputs)
-        take_deferred = existing if cut_out and own.logits == "deferred" else unchanged
+        take_deferred = on_plain_inputs if cut_out and own.logits == "deferred" else unchanged
     texts = observe is not observing.notify or wants_texts(own)
     gm, report, wrap = run_pass(gm, own, texts=texts)
     observe(report)
@@ -174,8 +174,8 @@ def with_sources(
 ) -> tuple[GraphModule, Sequence[Any], Callable[..., Any]]:
     """A graph that takes what deferred logits are made of; the given one, if that cannot be had."""
     try:
-        working = copied(gm)
-        return working, *spread(working, example_inputs)
+        working = copy_module(gm)
+        return working, *expand_inputs(working, example_inputs)
     except StaleLogits:  # the user's error, in eager mode too
         raise
     except Exception:
@@ -192,7 +192,7 @@ def compile_with(
     observe: Callable[[Report], None] = observing.notify,
 ) -> Callable[..., Any]:
     """`compile_graph` with ``mode`` and ``options`` as ``torch.compile`` takes them, which validates them."""
-    own, rest = split(options)
+    own, rest = split_options(options)
     if compat.missing:
         return left_to_inductor(own, lambda: compat.plain_inductor(gm, example_inputs, mode, rest))
     compiler = Inductor(mode or "default", keyed(rest), None)

@@ -30,8 +30,8 @@ from fusedhead.explain import misplaced
 from fusedhead.fake_modules import fake_modules, faked, modules_of
 from fusedhead.graph.reasons import refuse
 from fusedhead.legality.profitability import MAY_HOLD, Unprofitable, least_logits
-from fusedhead.live_bytes import LiveBytes, Size
-from fusedhead.options import Options, split
+from fusedhead.live_bytes import LiveBytes, LiveSize
+from fusedhead.options import Options, split_options
 from fusedhead.report.estimates import itemsize
 from fusedhead.report.rates import Chip, chip_named
 from fusedhead.report.report import HeadRecord
@@ -111,10 +111,10 @@ class Estimator:
         return StepEstimate(self.chip, [self.estimate(head) for head in first.values()], self.graphs, stopped)
 
 
-def size_of(head: HeadRecord) -> Size:
+def size_of(head: HeadRecord) -> LiveSize:
     """Of the head's logits, whose number of tokens may be a symbol in the record."""
     tokens = head.bytes_logits // itemsize(head) // max(1, int(head.vocab_size))
-    return Size(tokens, int(head.hidden_size), int(head.vocab_size))
+    return LiveSize(tokens, int(head.hidden_size), int(head.vocab_size))
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def estimate(
     def estimated(*args: Any, **kwargs: Any) -> StepEstimate:
         passed = dict(compile_options)
         passed.pop("mode", None)
-        options, _ = split(passed.pop("options", None))
+        options, _ = split_options(passed.pop("options", None))
         estimator = Estimator(chip_named(chip), options)
         stopped = ""
         with apart(), fake_mode() as mode, fake_modules(modules_of([target, args, kwargs]), mode):

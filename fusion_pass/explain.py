@@ -13,10 +13,10 @@ from fusedhead.backend import compile_with
 from fusedhead.report.report import Report
 
 
-def misplaced(name: str, positional: tuple[Any, ...], given: dict[str, Any]) -> str:
+def misplaced(name: str, positional: tuple[Any, ...], settings: dict[str, Any]) -> str:
     """What is wrong with a call that has ``fn``'s own arguments where those of ``torch.compile`` belong, or ""."""
     known = inspect.signature(torch.compile).parameters.keys() - {"model", "backend"}
-    own = [key for key in given if key not in known]
+    own = [key for key in settings if key not in known]
     if not positional and not own:
         return ""
     what = f"an unexpected argument {own[0]!r}" if own else f"{1 + len(positional)} positional arguments"
@@ -45,13 +45,13 @@ def explain(
 
     def explained(*args: Any, **kwargs: Any) -> Report:
         report = Report(shows_passes=passes)
-        given = dict(compile_options)
-        mode, options = given.pop("mode", None), given.pop("options", None)
+        settings = dict(compile_options)
+        mode, options = settings.pop("mode", None), settings.pop("options", None)
 
         def backend(gm: Any, example_inputs: Any) -> Any:
             return compile_with(gm, example_inputs, mode=mode, options=options, observe=report.extend)
 
-        torch.compile(target, backend=backend, **given)(*args, **kwargs)
+        torch.compile(target, backend=backend, **settings)(*args, **kwargs)
         report.heads = [head.seen().ended() for head in report.heads]
         return report
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fusedhead.compat import TorchDispatchMode, tree_leaves
 
 
-class Size(NamedTuple):
+class LiveSize(NamedTuple):
     """Of logits [N, V], in any shape, also without the last token of every sequence; and of no gradient of a weight."""
 
     tokens: int
@@ -37,13 +37,13 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: dict[Size, tuple[int, int]] = {}  # bytes alive, and their peak
+        self.sizes: dict[LiveSize, tuple[int, int]] = {}  # bytes alive, and their peak
         self.known: dict[int, Any] = {}  # storages that are counted, by id
 
-    def watch(self, size: Size) -> None:
+    def watch(self, size: LiveSize) -> None:
         self.sizes.setdefault(size, (0, 0))
 
-    def peak_of(self, size: Size) -> int:
+    def peak_of(self, size: LiveSize) -> int:
         return self.sizes.get(size, (0, 0))[1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
                     self.count(size, storage, storage.nbytes())
                 return
 
-    def count(self, key: Size, storage: Any, size: int) -> None:
+    def count(self, key: LiveSize, storage: Any, size: int) -> None:
         alive, peak = self.sizes[key]
         self.sizes[key] = alive + size, max(peak, alive + size)
         identity = id(storage)

@@ -55,7 +55,7 @@ class Options:
 
     @property
     def budget(self) -> int:
-        """``memory`` as the ops take it: 0 automatic, -1 least, else MiB."""
+        """``read_memory`` as the ops take it: 0 automatic, -1 least, else MiB."""
         names: dict[str | int, int] = {"auto": 0, "min": -1}
         return names[self.memory] if self.memory in names else int(self.memory)
 
@@ -78,7 +78,7 @@ def boolean(value: Any) -> bool:
     raise ValueError("expected True or False")
 
 
-def memory(value: Any) -> str | int:
+def read_memory(value: Any) -> str | int:
     if value in ("auto", "min"):
         return value
     if not isinstance(value, bool) and str(value).isdigit() and int(value) > 0:
@@ -106,7 +106,7 @@ def one_of(*allowed: str) -> Callable[[Any], str]:
 READERS: dict[str, Callable[[Any], Any]] = {
     "debug": boolean,
     "strict": boolean,
-    "memory": memory,
+    "memory": read_memory,
     "logits": one_of("deferred", "eager"),
     "min_logits": min_logits,
     "shards": boolean,
@@ -114,7 +114,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
 assert set(READERS) == {field.name for field in fields(Options)} == set(OptionValues.__annotations__)
 
 
-def read(name: str, value: Any, given_as: str) -> Any:
+def read_option(name: str, value: Any, given_as: str) -> Any:
     try:
         return READERS[name](value)
     except ValueError as error:
@@ -125,12 +125,12 @@ process_wide: Mapping[str, Any] = {}  # what `enable` was given, checked; replac
 
 
 def set_process_wide(options: Mapping[str, Any]) -> None:
-    """Make ``options`` (names without the prefix) every compilation's defaults. Raises ValueError as `split` does."""
+    """Make ``options`` (names without the prefix) every compilation's defaults. Raises ValueError as `split_options` does."""
     global process_wide
     unknown = [name for name in options if name not in READERS]
     if unknown:
         raise ValueError(f"fusedhead: unknown option {unknown[0]!r}{nearest(unknown[0], READERS)}")
-    process_wide = {name: read(name, value, name) for name, value in options.items()}
+    process_wide = {name: read_option(name, value, name) for name, value in options.items()}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -158,7 +158,7 @@ def check_environment() -> tuple[str, ...]:
     return unknown
 
 
-def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
     """The backend's own options (with the environment's as defaults), and the rest for Inductor.
 
     Raises ValueError for an unknown ``fusedhead.*`` name, listing the valid ones, or for a bad value.
@@ -168,7 +168,7 @@ def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
     for name in READERS:
         variable = ENVIRONMENT + name.upper()
         if os.environ.get(variable):
-            own[name] = read(name, os.environ[variable], variable)
+            own[name] = read_option(name, os.environ[variable], variable)
     own.update(process_wide)
     rest: dict[str, Any] = {}
     for key, value in (options or {}).items():
@@ -180,5 +180,5 @@ def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
         name = key.removeprefix(PREFIX)
         if name not in READERS:
             raise ValueError(f"fusedhead: unknown option {key!r}{nearest(key, [PREFIX + known for known in READERS])}")
-        own[name] = read(name, value, key)
+        own[name] = read_option(name, value, key)
     return Options(**own), rest

@@ -29,7 +29,7 @@ from fusedhead.canonicalize import (
     merge_chunks,
     unstack_heads,
 )
-from fusedhead.graph.edit import any_still_computed, copied, counting_edits
+from fusedhead.graph.edit import any_still_computed, copy_module, counting_edits
 from fusedhead.graph.reasons import Refusal
 from fusedhead.graph.recipes import Wrap, computed_at_once, unwrapped
 from fusedhead.graph.tracing import Traces
@@ -189,7 +189,7 @@ def fuse_module(gm: GraphModule, options: Options, show: Ran | None = None) -> t
     """
     speculate, excluded = True, dict[str, Refusal]()
     while True:
-        attempt = Attempt(copied(gm), options, speculate, excluded)
+        attempt = Attempt(copy_module(gm), options, speculate, excluded)
         attempt.run(show)
         if attempt.grown:
             excluded |= attempt.grown

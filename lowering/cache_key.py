@@ -12,13 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SUFFIXES = (".py", ".cpp", ".h", ".cu")
-PACKAGES = ("fusedhead", "fusedhead.lowering", "fusedhead.kernels")
+KEY_PACKAGES = ("fusedhead", "fusedhead.lowering", "fusedhead.kernels")
 
 
 def sources() -> list[tuple[str, Path]]:
     """(name inside the package, file) of every source, sorted by name."""
     found = {}
-    for package in PACKAGES:
+    for package in KEY_PACKAGES:
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             for file in Path(folder).rglob("*"):

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
-Function = Callable[..., Any]
+AnyFunction = Callable[..., Any]
 MOST_MODULES = 4  # that a name lists
-modules: dict[tuple[int, int], tuple[str, ...]] = {}  # (vocab, hidden) -> modules; replaced by key, never changed
+module_names: dict[tuple[int, int], tuple[str, ...]] = {}  # (vocab, hidden) -> modules; replaced by key, never changed
 
 
 def remember(vocab: int, hidden: int, module: str) -> None:
     """A head of this module has a weight of these sizes."""
-    known = modules.get((vocab, hidden), ())
+    known = module_names.get((vocab, hidden), ())
     if module not in known:
-        modules[vocab, hidden] = (*known, module)
+        module_names[vocab, hidden] = (*known, module)
 
 
 def never() -> bool:
@@ -46,7 +46,7 @@ def profiling() -> bool:
     return getattr(profiler, "_is_profiler_enabled", False)
 
 
-def named(op: str, schema: str, implementation: Function) -> Function:
+def ranged(op: str, schema: str, implementation: AnyFunction) -> AnyFunction:
     """The implementation of an op, with its name where one is asked for. Its operands h and w tell the sizes."""
     arguments, _, _ = schema.partition("->")
     names = [argument.partition("=")[0].split()[-1] for argument in arguments.strip(" ()").split(",")]
@@ -55,26 +55,26 @@ def named(op: str, schema: str, implementation: Function) -> Function:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not (profiling() or recording(args[at_h])):
             return implementation(*args, **kwargs)
-        name = name_of(op, args[at_h].shape[0], *args[at_w].shape)
+        name = range_name(op, args[at_h].shape[0], *args[at_w].shape)
         with torch.profiler.record_function(name):
             return frame(name)(implementation, args, kwargs)
 
     return run
 
 
-def name_of(op: str, tokens: int, vocab: int, hidden: int) -> str:
-    known = modules.get((vocab, hidden), ())
+def range_name(op: str, tokens: int, vocab: int, hidden: int) -> str:
+    known = module_names.get((vocab, hidden), ())
     more = ("...",) if len(known) > MOST_MODULES else ()
     which = "|".join((*known[:MOST_MODULES], *more))
     return " ".join(filter(None, (f"fusedhead::{op}", which, f"N={tokens} D={hidden} V={vocab}")))
 
 
-def _call(implementation: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(implementation: AnyFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return implementation(*args, **kwargs)
 
 
 @lru_cache(maxsize=256)
-def frame(name: str) -> Function:
+def frame(name: str) -> AnyFunction:
     """`_call` whose frame has the name."""
     names = {"co_name": name, **({"co_qualname": name} if hasattr(_call.__code__, "co_qualname") else {})}
     return FunctionType(_call.__code__.replace(**names), globals(), name)  # type: ignore[arg-type]

@@ -41,10 +41,10 @@ def _in_place(xs: list[Tensor], g: Tensor) -> None:
         else:
             _one_in_place(x, g)
     for dtype, same in launched.items():
-        from fusedhead.kernels.triton_engine.rows.scale import scale_in_place
+        from fusedhead.kernels.triton_engine.rows.scale import scale_pair_in_place
 
         for at in range(0, len(same), 2):
-            scale_in_place(same[at], same[at + 1] if at + 1 < len(same) else None, g, UNMOVED.get(dtype, 0.0))
+            scale_pair_in_place(same[at], same[at + 1] if at + 1 < len(same) else None, g, UNMOVED.get(dtype, 0.0))
 
 
 def _one_in_place(x: Tensor, g: Tensor) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 PRIME = 8388593  # the largest below 2^23: what a mark is taken modulo, exact in float32
 LOW = (1 << 32) - 1
-MISMATCH = (
+SHARD_MISMATCH = (
     "the ranks of a tensor-parallel head do not hold shards of one head, or take its loss of other tokens or labels: "
     "labels, sizes and every argument must be the same on all ranks of the group"
 )
@@ -60,9 +60,9 @@ def require_equal(most: Tensor, least: Tensor) -> None:
     """Fail, on every rank alike, where what the ranks said of themselves differs."""
     if most.is_cpu:
         if int(most) != int(least):
-            raise ShardMismatch(MISMATCH)
+            raise ShardMismatch(SHARD_MISMATCH)
     else:
-        torch.ops.aten._assert_async.msg(most == least, MISMATCH)
+        torch.ops.aten._assert_async.msg(most == least, SHARD_MISMATCH)
 
 
 def ordered(x: Tensor) -> Tensor:

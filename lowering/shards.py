@@ -34,7 +34,7 @@ from fusedhead.lowering.shard_merge import Part, merged
 
 _HEAD = "Tensor h, Tensor w, Tensor y, Tensor cols, Tensor rows, Tensor u"
 _NEEDS = "bool need_h, bool need_w, bool need_cols, bool need_rows"
-SCHEMAS = {
+SHARD_SCHEMAS = {
     "shard_stats": f"({_HEAD}, str transform, str stats, int memory, int first, int vocab, str group, int facts, "
     "bool reduce) -> (Tensor lse, Tensor picked, Tensor sum, Tensor entropy, Tensor max, Tensor argmax, "
     "Tensor lse_low, Tensor spread, Tensor own_lse, Tensor own_low, Tensor own_entropy)",
@@ -279,7 +279,7 @@ _PARTS: dict[str, Any] = {
     "whole_vocab": (_whole_vocab, _whole_fake, (_setup_nothing, _never)),
 }
 for _name, (_implementation, _fake, (_setup, _backward)) in _PARTS.items():
-    torch.library.define(f"fusedhead::{_name}", SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.define(f"fusedhead::{_name}", SHARD_SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"fusedhead::{_name}", "default", _implementation)
     torch.library.register_fake(f"fusedhead::{_name}", _fake)
     torch.library.register_autograd(f"fusedhead::{_name}", _backward, setup_context=_setup)

@@ -38,34 +38,34 @@ TOKEN_SCHEMAS = {
 def windows_of(tensors: Sequence[Tensor], program: str, memory: int, tokens: int) -> RowPlan:
     """The windows of a program for so many tokens. Of the tensors only shapes and dtypes are read, and not how many."""
     parsed = read(program)
-    heads = [(tensors[h], tensors[w]) for h, w in tokenwise_engine.operands(parsed)]
+    heads = [(tensors[h], tensors[w]) for h, w in tokenwise_engine.head_inputs(parsed)]
     vocab, dtype = max(((len(w), w.dtype) for _, w in heads), key=lambda s: s[0] * s[1].itemsize)
     device, calls = heads[0][0].device.type, len(parsed.lines)
     return row_plan(tokens, vocab, dtype, device, heads=len(heads), calls=calls, memory=memory)
 
 
 def _plan(tensors: list[Tensor], program: str, memory: int) -> tuple[int, bool, bool]:
-    tokens = len(tensors[tokenwise_engine.operands(read(program))[0][0]])
+    tokens = len(tensors[tokenwise_engine.head_inputs(read(program))[0][0]])
     return windows_of(tensors, program, memory, tokens)[:3]
 
 
 def logits_bytes(tensors: Sequence[Tensor], program: str) -> int:
     """What the products of all heads take for one token."""
-    return sum(tensors[w].shape[0] * tensors[w].element_size() for _, w in tokenwise_engine.operands(read(program)))
+    return sum(tensors[w].shape[0] * tensors[w].element_size() for _, w in tokenwise_engine.head_inputs(read(program)))
 
 
 def _kept(tensors: list[Tensor], program: str, keep_below: int) -> list[Tensor]:
     """Room for the products of the heads, as much as a call keeps of them; none without a limit."""
     if not keep_below:
         return []
-    heads = [(tensors[h], tensors[w]) for h, w in tokenwise_engine.operands(read(program))]
+    heads = [(tensors[h], tensors[w]) for h, w in tokenwise_engine.head_inputs(read(program))]
     rows = kept_rows(heads[0][0].shape[0], logits_bytes(tensors, program), keep_below)
     return [h.new_empty((rows, w.shape[0])) for h, w in heads]
 
 
 def _rows(tensors: list[Tensor], program: str, memory: int, keep_below: int = 0) -> list[Tensor]:
     chosen, kept = _plan(tensors, program, memory)[:2], _kept(tensors, program, keep_below)
-    n = len(tensors[tokenwise_engine.operands(read(program))[0][0]])
+    n = len(tensors[tokenwise_engine.head_inputs(read(program))[0][0]])
     products = [z[:n] for z in kept] if keeps(n, logits_bytes(tensors, program), keep_below) else None
     with without_autocast(tensors[0].device):
         return [*tokenwise_engine.head_rows(read(program), tensors, *chosen, products=products), *kept]
@@ -89,7 +89,7 @@ def _rows_backward(
     products: list[Tensor] | None = None,
 ) -> list[Tensor]:
     given, chosen, parsed = _none_if_absent(upstream), _plan(tensors, program, memory), read(program)
-    n = len(tensors[tokenwise_engine.operands(parsed)[0][0]])
+    n = len(tensors[tokenwise_engine.head_inputs(parsed)[0][0]])
     kept = [z[:n] for z in products] if products and len(products[0]) >= n else None
     with without_autocast(tensors[0].device):
         found = tokenwise_engine.head_rows_backward(parsed, given, tensors, needs, *chosen, products=kept)

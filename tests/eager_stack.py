@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from fusedhead import Report
 from fusedhead.backend import compile_graph
-from fusedhead.options import split
+from fusedhead.options import split_options
 
 
 def as_it_is(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -28,7 +28,7 @@ def backend(
     """The pass and nothing else, or ``compiler`` after it; ``observe`` is given the report of every graph."""
 
     def compile_eagerly(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        own, _ = split(options)
+        own, _ = split_options(options)
         return compile_graph(gm, example_inputs, own, compiler, observe)
 
     return compile_eagerly

@@ -17,10 +17,10 @@ import fusedhead
 from fusedhead import Report, pipeline
 from fusedhead.analysis.body import Body
 from fusedhead.backend import compile_graph
-from fusedhead.graph.edit import replace
+from fusedhead.graph.edit import replace_node
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.inductor.config import POST_GRAD
-from fusedhead.options import Options, split
+from fusedhead.options import Options, split_options
 from fusedhead.pipeline import Pass
 from tests.eager_stack import Rewritten, as_it_is
 from tests.programs.claims import D, hidden, labels, weight
@@ -102,7 +102,7 @@ def test_a_report_has_the_edits_and_the_time_of_each_pass() -> None:
 
 def test_explain_prints_the_table_of_passes_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_inductor(gm: Any, inputs: Any, mode: Any, options: Any, observe: Callable[[Report], None]) -> Any:
-        return compile_graph(gm, inputs, split(options)[0], as_it_is, observe)
+        return compile_graph(gm, inputs, split_options(options)[0], as_it_is, observe)
 
     monkeypatch.setattr(sys.modules["fusedhead.explain"], "compile_with", without_inductor)
     inputs = hidden(6, D), weight(), labels(6)
@@ -126,7 +126,7 @@ def drop_scale_by_one(body: Body) -> None:
     """A pass of ten lines: ``x * 1`` is x."""
     for node in body.graph.nodes:
         if name_of(node) == "mul" and node.args[1:] == (1,) and fake(node).dtype == fake(node.args[0]).dtype:
-            replace(node, node.args[0])  # type: ignore[arg-type]
+            replace_node(node, node.args[0])  # type: ignore[arg-type]
 
 
 def test_a_pass_of_ten_lines_is_one_more_line_in_a_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fusedhead
 from fusedhead.analysis import strategies
-from fusedhead.options import Options, split
+from fusedhead.options import Options, split_options
 
 V, D = 32, 8
 
@@ -41,7 +41,7 @@ def test_the_backend_is_found_by_name_without_an_import() -> None:
 
 def test_an_unknown_option_names_the_valid_ones() -> None:
     with pytest.raises(ValueError, match=r"fusedhead\.debg.*fusedhead\.debug.*fusedhead\.strict"):
-        split({"fusedhead.debg": True})
+        split_options({"fusedhead.debg": True})
 
 
 def test_an_unknown_option_reaches_the_user_of_torch_compile() -> None:
@@ -59,19 +59,19 @@ def test_inductors_options_are_validated_by_inductor() -> None:
     [("auto", 0), ("min", -1), ("64", 64), (512, 512)],
 )
 def test_memory_is_auto_min_or_mebibytes(given: str | int, expected: int) -> None:
-    assert split({"fusedhead.memory": given})[0].budget == expected
+    assert split_options({"fusedhead.memory": given})[0].budget == expected
 
 
 @pytest.mark.parametrize("bad", ["most", 0, -3, True])
 def test_a_bad_memory_says_what_is_expected(bad: object) -> None:
     with pytest.raises(ValueError, match=r'"auto", "min" or a positive number of MiB'):
-        split({"fusedhead.memory": bad})
+        split_options({"fusedhead.memory": bad})
 
 
 def test_every_option_has_an_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"debug": "1", "strict": "true", "memory": "min", "logits": "eager", "min_logits": "5"}.items():
         monkeypatch.setenv(f"FUSEDHEAD_{name.upper()}", value)
-    options, rest = split({"max_autotune": False, "fusedhead.memory": 7})
+    options, rest = split_options({"max_autotune": False, "fusedhead.memory": 7})
     assert options == Options(debug=True, strict=True, memory=7, logits="eager", min_logits=5)
     assert rest == {"max_autotune": False}
 

@@ -18,7 +18,7 @@ from fusedhead.analysis.cost import Price, price_outside
 from fusedhead.analysis.reasons import NotInForward
 from fusedhead.analysis.site import Decision, Reading, Region, Site
 from fusedhead.analysis.source_lines import place
-from fusedhead.graph.dtensors import KEPT
+from fusedhead.graph.dtensors import KEPT_SHARDS
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.op_names import CHECKPOINTS
@@ -143,7 +143,7 @@ class Body:
         """Let the report speak of a product of tensors."""
         values = [fake(product), next((fake(operand) for operand in product.all_input_nodes), None)]
         if all(isinstance(value, Tensor) and value.ndim for value in values):
-            self.findings.append(Finding(product, product.meta.get(KEPT, reason), place(product), likely))
+            self.findings.append(Finding(product, product.meta.get(KEPT_SHARDS, reason), place(product), likely))
 
 
 class GraphUse(NamedTuple):

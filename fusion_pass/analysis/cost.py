@@ -16,7 +16,7 @@ from fusedhead.graph.nodes import fake, hint
 from fusedhead.graph.reasons import Refusal
 from fusedhead.ir.expr import nodes_of
 from fusedhead.kernels.contract import Needs
-from fusedhead.kernels.tokenwise.engine import operands
+from fusedhead.kernels.tokenwise.engine import head_inputs
 from fusedhead.kernels.tokenwise.program import read
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.transform.transform import parse
@@ -81,7 +81,7 @@ def price_of_token_program(call: Node, memory: int) -> Callable[[Refusal | None]
     """The same for the call of a row program; ``why`` its gradients are not computed in the forward sweep."""
     arguments: Any = call.args[0]
     tensors: list[Any] = [fake(t) for t in arguments]
-    program, heads = str(call.args[1]), operands(read(str(call.args[1])))
+    program, heads = str(call.args[1]), head_inputs(read(str(call.args[1])))
     tokens = hint(tensors[heads[0][0]].shape[0]) or 0
     product = 2 * sum(int(tensors[w].shape[0]) * int(tensors[w].shape[1]) for _, w in heads)  # FLOP of a token
 

@@ -142,12 +142,12 @@ class Overwriting(NamedTuple):
     grad: bool  # whether gradients are recorded there
 
 
-def note_overwritten(node: Node, target: Node | None, known: Overwriting) -> None:
+def note_overwritten(node: Node, target: Node | None, overwriting: Overwriting) -> None:
     """After an in-place step on followed logits: the name that was written to means the new value from here on.
 
     Pure as long as no other live name shares the memory; otherwise the site escapes.
     """
-    values, sites = known.values, known.sites
+    values, sites = overwriting.values, overwriting.sites
     if target is None or not isinstance(values[node], (TokenValue, *LOGITS_LIKE)):
         return
 
@@ -155,9 +155,9 @@ def note_overwritten(node: Node, target: Node | None, known: Overwriting) -> Non
         for head in heads_of([values[node]]):
             sites[head].escapes.append(refusal)
 
-    if not known.grad and fake(target).requires_grad:
+    if not overwriting.grad and fake(target).requires_grad:
         escape(refuse(Untraced.NO_GRADIENT_RECORDED, node=node, name=name_of(node)))
-    for other in known.sharing.get(storage(fake(target)), ()):
+    for other in overwriting.sharing.get(storage(fake(target)), ()):
         if other in (node, target) or not heads_of([values[other]]):
             continue
         if any(before(node, user) for user in other.users):

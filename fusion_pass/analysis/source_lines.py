@@ -44,16 +44,16 @@ def parsed(trace: str) -> list[Frame]:
 def modules(node: Node) -> list[tuple[str, str, Any]]:
     """(key, path, class) of the modules that were running, the outermost first; a path is "heads.2"."""
     stack = node.meta.get("nn_module_stack") or {}
-    return [(key, spelled(str(entry[0])), entry[1]) for key, entry in stack.items()]
+    return [(key, module_spelling(str(entry[0])), entry[1]) for key, entry in stack.items()]
 
 
-def spelled(source: str) -> str:
+def module_spelling(source: str) -> str:
     """ "L['self'].heads.2" or "L['self']._modules['lm_head']" as a user would write it from the outermost module."""
     parts = re.findall(r"\w+", re.sub(r"^[LG]\['?\w+'?\]", "", source))
     return ".".join(part for part in parts if part not in INSIDE)
 
 
-def module(node: Node) -> str:
+def module_path(node: Node) -> str:
     """The path of the module that made a node, "" where none did or the compiled module itself."""
     stack = modules(node)
     return stack[-1][1] if stack else ""
@@ -69,7 +69,7 @@ def place(node: Node, products: Sequence[Node] | None = None) -> str:
 
     ``products``: those of its graph, for who asks for many places.
     """
-    frame, path = caller(node, products_of(node.graph) if products is None else products), module(node)
+    frame, path = caller(node, products_of(node.graph) if products is None else products), module_path(node)
     line = str(frame) if frame is not None else node.name
     return f"{line} ({path})" if path else line
 
@@ -81,14 +81,14 @@ def caller(node: Node, products: Sequence[Node]) -> Frame | None:
         return None
     layers = [other for other in products if other is not node]
     at = len(trace) - 1
-    if is_a_layer(node, layers):
+    if is_layer_frame(node, layers):
         at = next((i for i in range(at, 0, -1) if trace[i].function in FORWARD), at + 1) - 1
     while at and trace[at].function not in FORWARD and is_a_helper(trace, at, layers):
         at -= 1
     return trace[at]
 
 
-def is_a_layer(node: Node, layers: Sequence[Node]) -> bool:
+def is_layer_frame(node: Node, layers: Sequence[Node]) -> bool:
     """Whether the innermost module is a program's own kind of linear layer: it makes one product, of its own weight."""
     stack = modules(node)
     if not stack or str(getattr(stack[-1][2], "__module__", stack[-1][2])).startswith("torch."):
@@ -106,7 +106,7 @@ def parameter(node: Node) -> str:
         node = node.all_input_nodes[0]
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
-    return spelled(name() if callable(name) else str(name))
+    return module_spelling(name() if callable(name) else str(name))
 
 
 def is_a_helper(trace: Sequence[Frame], at: int, layers: Sequence[Node]) -> bool:

@@ -14,7 +14,7 @@ from torch.fx import Node
 from fusedhead.analysis.body import Body
 from fusedhead.compat import tree_flatten
 from fusedhead.graph.aliases import storage
-from fusedhead.graph.edit import replace
+from fusedhead.graph.edit import replace_node
 from fusedhead.graph.effects import may_write
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.op_names import PROJECTIONS
@@ -41,7 +41,7 @@ def run(body: Body) -> None:
             continue
         earlier = first.setdefault((key, facts.grad_mode(node), facts.autocast(node)), node)
         if earlier is not node and not is_written_between(earlier, node):
-            replace(node, earlier)
+            replace_node(node, earlier)
 
 
 def weights_at(product: Node) -> list[Node]:

@@ -19,14 +19,14 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from fusedhead.analysis.body import Body
-from fusedhead.graph.edit import replace
+from fusedhead.graph.edit import replace_node
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.op_names import HEAD_ENDS, SCALES, TRANSPOSES, is_call_of
 from fusedhead.ir.builder import Emit, aten
 
 PRODUCTS = frozenset({"matmul", "mm", "linear"})
 # Element by element, of one matrix and numbers: the same before and after a transpose.
-ELEMENTWISE = SCALES | {"float", "to", "contiguous"}
+TRANSPOSE_INVARIANT = SCALES | {"float", "to", "contiguous"}
 
 
 def run(body: Body) -> None:
@@ -67,7 +67,7 @@ def transposes(node: Node) -> bool:
 
 def scales(node: Node) -> bool:
     """Whether a node works element by element on one matrix."""
-    if not node.op.startswith("call_") or name_of(node) not in ELEMENTWISE or not is_matrix(fake(node)):
+    if not node.op.startswith("call_") or name_of(node) not in TRANSPOSE_INVARIANT or not is_matrix(fake(node)):
         return False
     numbers = [n for n in node.all_input_nodes if n is not matrix_of(node)]
     return matrix_of(node) is not None and all(not isinstance(fake(n), Tensor) or not fake(n).ndim for n in numbers)
@@ -123,5 +123,5 @@ def transposed_product(graph: Graph, node: Node, chain: list[Node], grad: bool) 
     with emit.mode or nullcontext(), torch.set_grad_enabled(grad):
         for step, copy in copies.items():  # what autocast did to a value it does to its transpose
             copy.meta = {**step.meta, "example_value": fake(step).t().contiguous()}
-    replace(node, copies[chain[-1]])
+    replace_node(node, copies[chain[-1]])
     return copies[product]

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fusedhead.analysis.body import Body
-from fusedhead.graph.edit import replace
+from fusedhead.graph.edit import replace_node
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.sizes import same_shape, static
 
@@ -40,7 +40,7 @@ def expand_instead(graph: Graph, node: Node, operand: Any) -> None:
         with graph.inserting_before(node):
             operand = graph.call_method("expand", (operand, sizes))
         operand.meta = dict(node.meta)
-    replace(node, operand)
+    replace_node(node, operand)
 
 
 def expansion(operand: Node, result: Node) -> list[int] | None:

@@ -27,7 +27,7 @@ from torch.fx import Graph, Node
 
 from fusedhead.analysis.body import Body
 from fusedhead.canonicalize.functionalize_subscripts import comes_from_a_projection
-from fusedhead.graph.aliases import memory
+from fusedhead.graph.aliases import storages
 from fusedhead.graph.effects import may_write
 from fusedhead.graph.facts import before
 from fusedhead.graph.nodes import fake, name_of
@@ -63,7 +63,7 @@ def run(body: Body) -> None:
             expand_sum(graph, node, body.facts.grad_mode(node))
 
 
-def number(x: Any) -> bool:
+def is_real_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
@@ -83,7 +83,7 @@ def target_of(node: Any, reader: Node) -> Target | None:
     if name == "one_hot":
         classes: Any = args[1] if len(args) > 1 else node.kwargs.get("num_classes", -1)
         labels = args[0] if isinstance(args[0], Node) else None
-        is_known = number(classes) and classes > 0 and labels is not None and fake(labels).dtype == torch.int64
+        is_known = is_real_number(classes) and classes > 0 and labels is not None and fake(labels).dtype == torch.int64
         return Target(0.0, 1.0, labels, True, frozenset({node})) if is_known else None
     return combined(node, name, args)
 
@@ -98,12 +98,12 @@ def combined(node: Node, name: str, args: tuple) -> Target | None:
         return target and target.affine(lambda x: -x, node)
     if len(args) != 2 or node.kwargs:
         return None
-    if target is not None and number(other):
+    if target is not None and is_real_number(other):
         does = {"mul": lambda x: x * other, "truediv": lambda x: x / other, "div": lambda x: x / other,
                 "add": lambda x: x + other, "sub": lambda x: x - other, "rsub": lambda x: other - x}  # fmt: skip
         return target.affine(does[name], node) if name in does and (other or name in ("add", "sub", "mul")) else None
     second = target_of(other, node)
-    if second is not None and number(args[0]):
+    if second is not None and is_real_number(args[0]):
         turned = {"mul": lambda x: args[0] * x, "add": lambda x: args[0] + x, "sub": lambda x: args[0] - x}
         return second.affine(turned[name], node) if name in turned else None
     if target is None or second is None or name not in ("add", "sub") or target.index is not second.index:
@@ -119,7 +119,7 @@ def scattered(base: Target, node: Node) -> Target | None:
     dim, index, value = arguments.get("dim"), arguments.get("index"), arguments.get("value", arguments.get("src"))
     if set(arguments) - {"dim", "index", "value", "src"} or not isinstance(index, Node):
         return None
-    if value is None or not number(value):
+    if value is None or not is_real_number(value):
         return None
     ndim, labels = fake(node).ndim, fake(index)
     if not isinstance(dim, int) or dim % ndim != ndim - 1 or base.index is not None:
@@ -140,16 +140,16 @@ def filled(node: Any, reader: Node) -> Target | None:
     if name in ("full_like", "new_full", "full"):
         fill_value = node.kwargs.get("fill_value", node.args[1] if len(node.args) == 2 else None)
         fill_value = node.args[2] if name == "new_full" and len(node.args) > 2 else fill_value
-    if not number(fill_value) and name not in ("empty_like",):
+    if not is_real_number(fill_value) and name not in ("empty_like",):
         return None
     target = Target(float(fill_value or 0.0), float(fill_value or 0.0), None, False, frozenset({node}))
-    is_filled, at = name != "empty_like", memory(node)
+    is_filled, at = name != "empty_like", storages(node)
     for write in node.graph.nodes:
         if not may_write(write, at):
             continue
         if not before(write, reader) and write is not reader:
             return None
-        if name_of(write) == "fill_" and len(write.args) == 2 and number(write.args[1]):
+        if name_of(write) == "fill_" and len(write.args) == 2 and is_real_number(write.args[1]):
             number_given: Any = write.args[1]
             filling = float(number_given)
             target, is_filled = Target(filling, filling, None, False, target.nodes | {write}), True

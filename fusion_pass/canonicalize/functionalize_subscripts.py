@@ -33,7 +33,7 @@ from fusedhead.rules.setitem import column_choice
 aten = torch.ops.aten
 ADDED, SCALED = ("add_", 0.0), ("mul_", 1.0)
 # name of an op -> the write that it becomes, and what is made of its operand first
-OPS: dict[str, tuple[tuple[str, float], str]] = {
+SUBSCRIPT_OPS: dict[str, tuple[tuple[str, float], str]] = {
     "add": (ADDED, ""), "iadd": (ADDED, ""), "add_": (ADDED, ""),
     "sub": (ADDED, "neg"), "isub": (ADDED, "neg"), "sub_": (ADDED, "neg"),
     "mul": (SCALED, ""), "imul": (SCALED, ""), "mul_": (SCALED, ""),
@@ -76,7 +76,7 @@ def update_at(node: Node) -> Update | None:
         tensor, index, op, stored = None, None, node, False
     else:
         return None
-    if not isinstance(op, Node) or name_of(op) not in OPS or len(op.args) != 2 or op.kwargs:
+    if not isinstance(op, Node) or name_of(op) not in SUBSCRIPT_OPS or len(op.args) != 2 or op.kwargs:
         return None
     view, operand = op.args
     if not isinstance(view, Node) or name_of(view) != "getitem" or set(view.users) != {op}:
@@ -132,7 +132,7 @@ def comes_from_a_projection(tensor: Node) -> bool:
 
 def write_whole(graph: Graph, update: Update, recorded: bool) -> None:
     """Put one write to the whole tensor in the place of the update."""
-    (name, neutral), change = OPS[name_of(update.op)]
+    (name, neutral), change = SUBSCRIPT_OPS[name_of(update.op)]
     value, emit = fake(update.tensor), Emit(graph)
     size = static(value.shape[update.dim])
     if size is None:

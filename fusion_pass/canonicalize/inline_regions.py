@@ -63,19 +63,19 @@ def returned_by(region: GraphModule) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Frame:
+class CallFrame:
     """The calls that a walk is inside of."""
 
     call: Node
-    outer: Frame | None
+    outer: CallFrame | None
 
 
 def crossed(graph: Graph) -> set[Node]:
     """The calls through whose boundary a loss of the graph, or of a region, reaches a projection."""
     crossings: set[Node] = set()
-    answers: dict[tuple[Node, Frame | None], bool] = {}
+    answers: dict[tuple[Node, CallFrame | None], bool] = {}
 
-    def reaches(node: Any, frame: Frame | None) -> bool:
+    def reaches(node: Any, frame: CallFrame | None) -> bool:
         """Whether a projection is met on the way up from a node, without passing another."""
         if not isinstance(node, Node):
             return False
@@ -84,7 +84,7 @@ def crossed(graph: Graph) -> set[Node]:
             answers[node, frame] = step(node, frame)
         return answers[node, frame]
 
-    def step(node: Node, frame: Frame | None) -> bool:
+    def step(node: Node, frame: CallFrame | None) -> bool:
         if node.op == "placeholder":
             crosses = frame is not None and reaches(operand_of(frame.call, node), frame.outer)
             if crosses and frame is not None:
@@ -94,17 +94,17 @@ def crossed(graph: Graph) -> set[Node]:
             return True
         source = node.args[0] if node.args else None
         if name_of(node) == "getitem" and isinstance(source, Node) and is_call(source):
-            crosses = reaches(returned_by(region_of(source))[int(node.args[1])], Frame(source, frame))  # type: ignore[arg-type]
+            crosses = reaches(returned_by(region_of(source))[int(node.args[1])], CallFrame(source, frame))  # type: ignore[arg-type]
             if crosses:
                 crossings.add(source)
             return crosses
         reaching = [reaches(each, frame) for each in node.all_input_nodes]  # all of them: each may cross a boundary
         return any(reaching)
 
-    def losses(graph: Graph, frame: Frame | None) -> None:
+    def losses(graph: Graph, frame: CallFrame | None) -> None:
         for node in graph.nodes:
             if is_call(node):
-                losses(region_of(node).graph, Frame(node, frame))
+                losses(region_of(node).graph, CallFrame(node, frame))
             elif node.op.startswith("call_") and name_of(node) in HEAD_ENDS:
                 for source in node.all_input_nodes:
                     reaches(source, frame)
@@ -238,12 +238,12 @@ def value_on_operands(node: Node, expected: Any, live: dict[Node, Any]) -> Any:
     modes = (maybe_get_fake_mode(fake(n)) for n in node.graph.nodes if isinstance(fake(n), Tensor))
     with next((m for m in modes if m is not None), None) or nullcontext(), enable_python_dispatcher():
         value = callee(node)(*args, **kwargs)
-    if expected is not None and not all(map(agree, *map(tree_leaves, (value, expected)))):
+    if expected is not None and not all(map(equal_but_for_sizes, *map(tree_leaves, (value, expected)))):
         raise Differs(f"{node.name} differs from what the region has")
     return value
 
 
-def agree(a: Any, b: Any) -> bool:
+def equal_but_for_sizes(a: Any, b: Any) -> bool:
     """Whether two values differ in nothing but sizes that are symbols: another call may have others."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b)

@@ -35,7 +35,7 @@ from fusedhead.analysis.projections import candidates
 from fusedhead.canonicalize.reasons import InShards
 from fusedhead.compat import HigherOrderOperator, maybe_get_fake_mode, tree_leaves
 from fusedhead.graph import dtensors
-from fusedhead.graph.dtensors import KEPT, Axis, axis_of, is_dtensor, layout, piece, replicated, same_mesh, shard_dim
+from fusedhead.graph.dtensors import KEPT_SHARDS, Axis, axis_of, is_dtensor, layout, piece, replicated, same_mesh, shard_dim
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.op_names import PROJECTIONS
 from fusedhead.graph.reasons import Escape, Refusal, refuse
@@ -88,7 +88,7 @@ def run(body: Body) -> None:
         except (Escape, Refused) as left:
             why = left.why if isinstance(left, Refused) else left.refusal
             shape, placed, ranks = weight_in_words(product)
-            product.meta[KEPT] = refuse(InShards.KEPT, shape=shape, placed=placed, ranks=ranks, why=why)
+            product.meta[KEPT_SHARDS] = refuse(InShards.KEPT, shape=shape, placed=placed, ranks=ranks, why=why)
         else:
             Writer(graph, modes, shards).write()
 
@@ -283,7 +283,7 @@ class Writer:
         """A node before ``like``, with its line, its grad mode, and its fake value."""
         with self.graph.inserting_before(like):
             node = self.graph.create_node(op, target, args, kwargs or {})
-        node.meta.update({k: v for k, v in like.meta.items() if k not in ("example_value", KEPT)})
+        node.meta.update({k: v for k, v in like.meta.items() if k not in ("example_value", KEPT_SHARDS)})
         tensors = [v for v in map(fake, node.all_input_nodes) if isinstance(v, Tensor)]
         mode = maybe_get_fake_mode(tensors[0]) if tensors else None
         as_written = torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False)
@@ -355,7 +355,7 @@ class Writer:
 
     def as_dtensor(self, source: Node) -> Node:
         """A DTensor of a plain result that every rank has whole."""
-        args = (self.plain[source], mesh_of(source), dtensors.everywhere(fake(source).device_mesh))
+        args = (self.plain[source], mesh_of(source), dtensors.on_every_rank(fake(source).device_mesh))
         with self.graph.inserting_before(source):
             made = self.graph.call_function(dtensors.from_local(), args, {"run_check": False})
         made.meta.update(source.meta)  # the value that Dynamo recorded: the same DTensor

@@ -40,7 +40,7 @@ from fusedhead.graph.op_names import (
 # A view of the same memory: a cast would be a copy of what was there then.
 SAME_MEMORY = VIEWS | {"size"}
 # Element by element, of one tensor and numbers: one op of the joined tensor does the same.
-ELEMENTWISE = SCALES | CASTS | COPIES | {"tanh", "sigmoid"}
+CHUNKWISE = SCALES | CASTS | COPIES | {"tanh", "sigmoid"}
 
 
 class NotMergeable(Exception):
@@ -106,7 +106,7 @@ class ChunkMerge:
         if name_of(first) in PROJECTIONS:
             return self.merge_products(parts, dim)
         differ = any(p.args[1:] != first.args[1:] or p.kwargs != first.kwargs for p in parts)
-        if name_of(first) not in ELEMENTWISE or differ:
+        if name_of(first) not in CHUNKWISE or differ:
             raise NotMergeable
         tensors = [p.args[0] for p in parts]
         if any(not isinstance(x, Node) or p.all_input_nodes != [x] for p, x in zip(parts, tensors)):

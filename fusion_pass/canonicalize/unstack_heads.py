@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from fusedhead.analysis.body import Body
 from fusedhead.analysis.projections import candidates
-from fusedhead.graph.edit import replace
+from fusedhead.graph.edit import replace_node
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import every_dimension, fake, name_of
 from fusedhead.graph.op_names import ARRANGES, PROJECTIONS, joined_parts
@@ -160,4 +160,4 @@ def read_parts(use: StackUse, facts: GraphFacts) -> None:
                 value = fake(source)[index]
                 source = graph.call_function(operator.getitem, (source, index))
                 source.meta = {**read.node.meta, "example_value": value}
-        replace(read.node, source)
+        replace_node(read.node, source)

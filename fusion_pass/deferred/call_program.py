@@ -64,7 +64,7 @@ def modes(mode: Mode, device: str) -> Iterator[None]:
         yield
 
 
-class Step(NamedTuple):
+class CallStep(NamedTuple):
     func: Callable[..., Any]
     args: Hashable  # encoded
     kwargs: Hashable
@@ -72,10 +72,10 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class CallProgram:
     """Steps in order, and which result is meant. Compared by identity: whoever learns one keeps it."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[CallStep, ...]
     result: Leaf | Made
     serial: int = field(default_factory=itertools.count().__next__)
 
@@ -94,7 +94,7 @@ class Program:
                 made.append(step.func(*decode(step.args, value), **decode(step.kwargs, value)))
         return value(self.result)
 
-    def __deepcopy__(self, memo: Any) -> Program:
+    def __deepcopy__(self, memo: Any) -> CallProgram:
         return self
 
 
@@ -105,7 +105,7 @@ class Const(NamedTuple):
     value: Any
 
 
-class Group(NamedTuple):
+class Container(NamedTuple):
     """A container of encoded entries."""
 
     kind: type
@@ -125,13 +125,13 @@ def encode(value: Any, tensor: Callable[[Tensor], Hashable]) -> Any:
     if kind in CONSTANTS:
         return Const(kind, value)
     if kind is slice:
-        return Group(slice, tuple(encode(v, tensor) for v in (value.start, value.stop, value.step)))
+        return Container(slice, tuple(encode(v, tensor) for v in (value.start, value.stop, value.step)))
     if isinstance(value, (list, tuple)):
         plain = kind if kind in (list, tuple) else tuple if kind is torch.Size else None
         if plain is not None:
-            return Group(plain, tuple(encode(v, tensor) for v in value))
+            return Container(plain, tuple(encode(v, tensor) for v in value))
     if kind is dict and all(type(k) is str for k in value):
-        return Group(dict, tuple((k, encode(v, tensor)) for k, v in value.items()))
+        return Container(dict, tuple((k, encode(v, tensor)) for k, v in value.items()))
     raise Unreadable(f"an argument of type {kind.__name__}")
 
 
@@ -139,7 +139,7 @@ def decode(code: Any, resolve: Callable[[Leaf | Made], Any]) -> Any:
     """What `encode` was given, with every reference replaced by ``resolve(it)``."""
     if isinstance(code, Const):
         return code.value
-    if isinstance(code, Group):
+    if isinstance(code, Container):
         if code.kind is dict:
             return {k: decode(v, resolve) for k, v in code.entries}
         entries = [decode(v, resolve) for v in code.entries]
@@ -153,30 +153,30 @@ def relocated(code: Any, leaves: Sequence[Leaf | Made], steps: Sequence[int]) ->
         return leaves[code.at]
     if isinstance(code, Made):
         return Made(steps[code.step], code.part)
-    if isinstance(code, Group):
+    if isinstance(code, Container):
         if code.kind is dict:
-            return Group(dict, tuple((k, relocated(v, leaves, steps)) for k, v in code.entries))
-        return Group(code.kind, tuple(relocated(v, leaves, steps) for v in code.entries))
+            return Container(dict, tuple((k, relocated(v, leaves, steps)) for k, v in code.entries))
+        return Container(code.kind, tuple(relocated(v, leaves, steps) for v in code.entries))
     return code
 
 
-def joined(programs: Sequence[tuple[Program, Sequence[Leaf]]]) -> tuple[list[Step], list[Made]]:
+def joined(programs: Sequence[tuple[CallProgram, Sequence[Leaf]]]) -> tuple[list[CallStep], list[Made]]:
     """Programs put one after another, equal steps once.
 
     Each comes with the places of its leaves among the joint leaves. Returns the steps and each program's result.
     """
-    steps: list[Step] = []
-    known: dict[Step, int] = {}
+    steps: list[CallStep] = []
+    positions: dict[CallStep, int] = {}
     results = []
     for program, leaves in programs:
         places: list[int] = []
         for step in program.steps:
             args, kwargs = relocated(step.args, leaves, places), relocated(step.kwargs, leaves, places)
             moved = step._replace(args=args, kwargs=kwargs)
-            if moved not in known:
-                known[moved] = len(steps)
+            if moved not in positions:
+                positions[moved] = len(steps)
                 steps.append(moved)
-            places.append(known[moved])
+            places.append(positions[moved])
         results.append(Made(places[program.result.step], program.result.part))
     return steps, results
 

@@ -21,7 +21,7 @@ from fusedhead.deferred.query import NotRecorded, Request
 from fusedhead.deferred.record import pick, record
 from fusedhead.deferred.results import Unread, Wide
 from fusedhead.deferred.row_picks import picks
-from fusedhead.deferred.state import Family, Recorded
+from fusedhead.deferred.state import Family, RecordedCall
 from fusedhead.deferred.surroundings import checkpoint, op_by_op
 from fusedhead.deferred.tensor import DeferredLogits, is_adopted, plain, settle
 from fusedhead.deferred.wrappers import before_leaves, is_gathering
@@ -38,9 +38,9 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return before_leaves(args[0]._known.leaves, args[1])
     if getattr(func, "__name__", "") in op_tables.ASKS_FOR_GRADIENT:
         refuse_late(args[0])
-    if op_tables.writes(func, args, kwargs):
-        return write(func, args, kwargs)
-    if getattr(func, "__name__", "") in op_tables.NUMBERS or op_tables.fails_at_once(func, args):
+    if op_tables.may_write_argument(func, args, kwargs):
+        return write_deferred(func, args, kwargs)
+    if getattr(func, "__name__", "") in op_tables.NUMBER_FUNCTIONS or op_tables.fails_at_once(func, args):
         return compute(func, args, kwargs)
     if func is Tensor.__getitem__:
         rows = masked(*args)
@@ -51,22 +51,22 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return tuple(t if t.shape == shape else t.expand(shape) for t in args)
     if op_tables.takes_looks_only(func, args, kwargs):
         return alike(func, args, kwargs)
-    found: list[Tensor] = []
+    subjects: list[Tensor] = []
 
     def local(tensor: Tensor) -> Leaf:
-        for at, known in enumerate(found):
+        for at, known in enumerate(subjects):
             if known is tensor:
                 return Leaf(at)
-        found.append(tensor)
-        return Leaf(len(found) - 1)
+        subjects.append(tensor)
+        return Leaf(len(subjects) - 1)
 
     try:
         code = encode(args, local), encode(kwargs, local)
     except Unreadable:
         return compute(func, args, kwargs)
-    tensors = [resolved(t) for t in found]
+    tensors = [resolved(t) for t in subjects]
     subjects = [t for t in tensors if isinstance(t, DeferredLogits)]
-    if not subjects or not all(map(readable, tensors)) or any(t._known.origin is None for t in subjects):
+    if not subjects or not all(map(is_supported_tensor, tensors)) or any(t._known.origin is None for t in subjects):
         return compute(func, args, kwargs)
     mode = Mode.now(subjects[0].device.type)
     if as_eager(subjects, tensors, mode):
@@ -75,15 +75,15 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     wide = any(t.numel() > most and t.ndim > 1 for t in tensors if not isinstance(t, DeferredLogits))
     try:
         if op_tables.lazy(func) and not wide:
-            return later(Request(Recorded(func, *code, kept(tensors), mode)), args, kwargs)
-        request = Request(Recorded(func, *code, tuple(tensors), mode))
+            return later(Request(RecordedCall(func, *code, copy_operands(tensors), mode)), args, kwargs)
+        request = Request(RecordedCall(func, *code, tuple(tensors), mode))
         outcome = request.outcome()
         if isinstance(outcome, Unread) or not request.pays(outcome):
             return compute(func, args, kwargs)
         if isinstance(outcome, Wide):
             if not (op_tables.lazy(func) or op_tables.put_off(func)):
                 return compute(func, args, kwargs)
-            return record(Request(Recorded(func, *code, kept(tensors), mode)))
+            return record(Request(RecordedCall(func, *code, copy_operands(tensors), mode)))
         return request.answered(outcome)
     except NotRecorded:
         return compute(func, args, kwargs)
@@ -99,10 +99,10 @@ def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode
         return True
     if mode.grad and any(t._known.layout.marked for t in subjects):
         return True
-    made = [leaf for t in subjects for leaf in (t, *t._known.leaves)]
+    operands = [leaf for t in subjects for leaf in (t, *t._known.leaves)]
     # what was made in inference mode cannot be saved for a gradient: eager code says so where it would be
-    differentiated = mode.grad and any(t.requires_grad for t in (*tensors, *made))
-    return differentiated and any(t.is_inference() for t in (*tensors, *made))
+    differentiated = mode.grad and any(t.requires_grad for t in (*tensors, *operands))
+    return differentiated and any(t.is_inference() for t in (*tensors, *operands))
 
 
 def refuse_late(inputs: Any) -> None:
@@ -129,7 +129,7 @@ def later(request: Request, args: tuple, kwargs: dict[str, Any]) -> Any:
     return record(request)
 
 
-def kept(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def copy_operands(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Operands of a call that is made later, copied: they may be written to before."""
     return tuple(t if isinstance(t, DeferredLogits) else t.clone() for t in tensors)
 
@@ -150,7 +150,7 @@ def resolved(tensor: Tensor) -> Tensor:
     return plain(tensor)
 
 
-def readable(tensor: Tensor) -> bool:
+def is_supported_tensor(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter, DeferredLogits) and tensor.layout is torch.strided
 
 
@@ -193,7 +193,7 @@ def mapped(function: Callable[[DeferredLogits], Any], value: Any) -> Any:
     return tree_map_only(DeferredLogits, function, value)
 
 
-def write(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def write_deferred(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """A call that may write to deferred logits: first, everything made of the same logits has to exist.
 
     Not so where nothing else shares the memory, and the numbers written have a call of their own: ``p -= q``. Nor where
@@ -227,8 +227,8 @@ def write(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
 def grad_fn_of(tensor: DeferredLogits) -> Any:
     """What tells a tensor's history from that before a write; None where asking is an error, as using it will be."""
     try:
-        made = plain(tensor)
-        return made.requires_grad, made.grad_fn
+        operands = plain(tensor)
+        return operands.requires_grad, operands.grad_fn
     except RuntimeError:
         return None
 

@@ -18,11 +18,11 @@ from fusedhead.compat import AttrSource, maybe_get_fake_mode
 from fusedhead.deferred.call_program import Mode
 from fusedhead.deferred.state import check_fresh
 from fusedhead.deferred.tensor import DeferredLogits, compiling
-from fusedhead.deferred.to_fx import Draft, write
+from fusedhead.deferred.to_fx import Draft, append_step
 from fusedhead.graph.nodes import fake
 from fusedhead.graph.sizes import static
 
-Run = Callable[..., Any]
+CompiledGraph = Callable[..., Any]
 
 
 def leaves_of(tensor: DeferredLogits) -> list[Any]:
@@ -37,7 +37,7 @@ def leaves_of(tensor: DeferredLogits) -> list[Any]:
     return [getattr(tensor, name) for name in names]
 
 
-def spread(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Callable[[Run], Run]]:
+def expand_inputs(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Callable[[CompiledGraph], CompiledGraph]]:
     """Replace every placeholder of ``gm`` that is given deferred logits, in place.
 
     Returns the inputs of the new graph, and a function that makes a compiled one take the old inputs.
@@ -48,21 +48,21 @@ def spread(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Callable[
     for node, value in zip(placeholders, inputs):
         if isinstance(value, DeferredLogits):
             origin = value._known.origin
-            replace(gm, node, leaves_of(value), start, origin.exact if origin else frozenset())
+            replace_placeholder(gm, node, leaves_of(value), start, origin.exact if origin else frozenset())
     gm.graph.lint()
     gm.recompile()
 
     def flat(values: Sequence[Any]) -> list[Any]:
-        found: list[Any] = []
+        values: list[Any] = []
         for value, is_deferred in zip(values, deferred):
-            found.extend(leaves_of(value) if is_deferred else [value])
-        return found
+            values.extend(leaves_of(value) if is_deferred else [value])
+        return values
 
-    def wrap(compiled: Run) -> Run:
+    def wrap(compiled: CompiledGraph) -> CompiledGraph:
         def with_leaves(*values: Any) -> Any:
             for value, is_deferred in zip(values, deferred):
-                known = value._known if is_deferred and value._plain is None else None
-                for run in known.origin.recipe.runs if known is not None and known.origin is not None else ():
+                knowledge = value._known if is_deferred and value._plain is None else None
+                for run in knowledge.origin.recipe.runs if knowledge is not None and knowledge.origin is not None else ():
                     run.passed.add()
             results = compiled(*flat(values))
             for family in {id(z._known.family): z._known.family for z in values if type(z) is DeferredLogits}.values():
@@ -87,7 +87,7 @@ def of_known_sizes(inner: Tensor, real: Tensor, exact: frozenset[int]) -> Tensor
         return torch.empty_strided(sizes, strides, dtype=inner.dtype, device=inner.device)
 
 
-def replace(gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node, exact: frozenset[int]) -> None:
+def replace_placeholder(gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node, exact: frozenset[int]) -> None:
     """Placeholders for what one deferred tensor is made of, and its program before ``start``."""
     value = fake(node)
     names, (program, *_) = value.__tensor_flatten__()
@@ -102,12 +102,12 @@ def replace(gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node, ex
             leaves.append(leaf)
     mode = maybe_get_fake_mode(fake(leaves[0]))
     assert mode is not None
-    made = Draft(gm.graph, leaves, [], mode.shape_env, mode)
+    draft_graph = Draft(gm.graph, leaves, [], mode.shape_env, mode)
     device = value.device.type
     with gm.graph.inserting_before(start):
         for step in program.steps:
-            made.made.append(write(made, step, device, Mode.now(device)))
-        result = made.node(program.result)
+            draft_graph.made.append(append_step(draft_graph, step, device, Mode.now(device)))
+        result = draft_graph.node(program.result)
     for later in gm.graph.nodes:
         if later.meta.get("example_value") is value:  # `float()` of float32 logits returned its argument
             later.meta["example_value"] = fake(result)

@@ -15,14 +15,14 @@ from torch import Tensor
 
 import fusedhead.deferred.dispatch  # noqa: F401  the handler of calls on deferred logits
 from fusedhead.compat import FakeTensor
-from fusedhead.deferred.call_program import Leaf, Made, Mode, Program, Step, encode, shapes
+from fusedhead.deferred.call_program import Leaf, Made, Mode, CallProgram, CallStep, encode, shapes
 from fusedhead.deferred.gathered_weights import is_watched, wait_for, watched
 from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT
-from fusedhead.deferred.state import Family, Knowledge, Origin, Recorded, StaleLogits, taken
+from fusedhead.deferred.state import Family, Knowledge, Origin, RecordedCall, StaleLogits, taken
 from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.deferred.tensor import DeferredLogits, plain
-from fusedhead.graph.recipes import LEAST_TOKENS, Recipe, compute_now, differentiable
+from fusedhead.graph.recipes import LEAST_TOKENS, Recipe, compute_now, has_gradient
 from fusedhead.legality.profitability import rows_from
 from fusedhead.legality.sharding import TOO_LARGE, fsdp2_in_use, worth_a_copy
 
@@ -32,41 +32,41 @@ __all__ = ["DeferredLogits", "StaleLogits", "deferring", "existing", "plain"]
 def hand_out(origin: Origin, sources: Sequence[Any]) -> Tensor:
     """The tensor that stands for a recipe's result on these sources (tensors, and numbers for sizes)."""
     recipe = origin.recipe
-    mode = Mode(differentiable(recipe, sources), None, torch.is_inference_mode_enabled())
-    given = [s for s in sources if isinstance(s, Tensor)]
-    operands = [taken(tensor, name, mode) for tensor, name in zip(given, recipe.names)]
+    mode = Mode(has_gradient(recipe, sources), None, torch.is_inference_mode_enabled())
+    tensor_sources = [s for s in sources if isinstance(s, Tensor)]
+    operands = [taken(tensor, name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
     tensors, states = tuple(leaf for leaf, _ in operands), tuple(state for _, state in operands)
     places = iter(range(len(tensors)))
     args, none = encode(tuple(sources), lambda _: Leaf(next(places))), encode({}, lambda _: Leaf(0))
-    recorded = Recorded(recipe.program, args, none, tensors, mode)
+    recorded = RecordedCall(recipe.program, args, none, tensors, mode)
     key, what = (args, mode, shapes(tensors, None)), (args, mode)
-    known = origin.recorded.get(key)
-    if known is None:
+    entry = origin.recorded.get(key)
+    if entry is None:
         layouts, _ = recorded.layouts()
         with origin.lock:
             if len(origin.recorded) > LEARNT:
                 origin.recorded.clear()
-            program = Program((Step(recipe.program, args, none, mode),), Made(0))
+            program = CallProgram((CallStep(recipe.program, args, none, mode),), Made(0))
             programs = origin.recorded.setdefault(what, ((program,), [], None))[0]
-            known = origin.recorded.setdefault(key, (programs, layouts, None))
-    programs, (layout,), _ = known
+            entry = origin.recorded.setdefault(key, (programs, layouts, None))
+    programs, (layout,), _ = entry
     if math.prod(layout.shape) < recipe.least:
         return at_once(recipe, sources, "fewer logits than fusedhead.min_logits")
     if not torch.is_grad_enabled() and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
         return at_once(recipe, sources, f"no gradient is recorded, and fewer than {LEAST_TOKENS} tokens")
     sharded = fsdp2_in_use()
-    if sharded and not (watched() and all(map(is_watched, given))):
-        if not worth_a_copy(given, layout.shape):
+    if sharded and not (watched() and all(map(is_watched, tensor_sources))):
+        if not worth_a_copy(tensor_sources, layout.shape):
             return at_once(recipe, sources, TOO_LARGE)
-        operands = [taken(copied(tensor, mode), name, mode) for tensor, name in zip(given, recipe.names)]
+        operands = [taken(copied(tensor, mode), name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
         tensors, states = tuple(leaf for leaf, _ in operands), tuple(state for _, state in operands)
-        recorded = Recorded(recipe.program, args, none, tensors, mode)
+        recorded = RecordedCall(recipe.program, args, none, tensors, mode)
     for run in recipe.runs:
         run.deferred.add()
-    known = Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout)
+    entry = Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout)
     if sharded:
-        wait_for(known)
-    return linked(known)
+        wait_for(entry)
+    return linked(entry)
 
 
 def copied(tensor: Tensor, mode: Mode) -> Tensor:
@@ -81,12 +81,12 @@ def at_once(recipe: Recipe, sources: Sequence[Any], why: str) -> Tensor:
     return compute_now(recipe, sources)
 
 
-def kept(source: Any) -> Any:
+def keep_source(source: Any) -> Any:
     """A source in memory that no later run overwrites: a parameter as it is, anything else copied."""
     return source.clone() if isinstance(source, Tensor) and not isinstance(source, torch.nn.Parameter) else source
 
 
-def existing(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def on_plain_inputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """``compiled``, given plain tensors.
 
     For one of several graphs that were cut out of one (DDP's buckets): it may get what another returned, and was
@@ -114,6 +114,6 @@ def deferring(memory: int, overwrites: bool, min_logits: str | int = "auto") -> 
         if origin is None:
             least = rows_from(recipe.device, memory) if min_logits == "auto" else 0
             origin = origins.setdefault(recipe, Origin(recipe, memory, least))
-        return hand_out(origin, [kept(s) for s in sources] if overwrites else sources)
+        return hand_out(origin, [keep_source(s) for s in sources] if overwrites else sources)
 
     return finish

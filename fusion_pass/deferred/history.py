@@ -15,73 +15,73 @@ from torch import Tensor
 from fusedhead.deferred.call_program import Mode, modes
 from fusedhead.deferred.state import Knowledge
 from fusedhead.deferred.surroundings import out_of_sight
-from fusedhead.deferred.tensor import DeferredLogits, existing, is_adopted, settle
+from fusedhead.deferred.tensor import DeferredLogits, as_plain, is_adopted, settle
 
 
 class Link(torch.autograd.Function):
     """Gives deferred logits a ``grad_fn``, for those who walk autograd's graph or use the tensor in C++."""
 
     @staticmethod
-    def forward(ctx: Any, known: Knowledge, *inputs: Tensor) -> Any:
-        ctx.recorded, ctx.part, ctx.gathering = known.recorded, known.part, known.family.gathering
+    def forward(ctx: Any, knowledge: Knowledge, *inputs: Tensor) -> Any:
+        ctx.recorded, ctx.part, ctx.gathering = knowledge.recorded, knowledge.part, knowledge.family.gathering
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
-        return DeferredLogits(known)
+        return DeferredLogits(knowledge)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
-        return (None, *gradients(ctx, grad, ctx.needs_input_grad[1:]))
+        return (None, *call_gradients(ctx, grad, ctx.needs_input_grad[1:]))
 
 
-def gradients(ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
+def call_gradients(ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of a recorded call's tensors, for an autograd node that stands for the call."""
     if grad is None:
         return [None for _ in needs]
     recorded = ctx.recorded
     for hook in ctx.gathering:
         hook(grad)
-    inputs, grad = list(map(existing, ctx.saved_tensors)), existing(grad)
+    inputs, grad = list(map(as_plain, ctx.saved_tensors)), as_plain(grad)
     needed = [at for at, need in enumerate(needs) if need]
     leaves = [t.detach().requires_grad_() if at in needed else t for at, t in enumerate(inputs)]
     with modes(recorded.mode, grad.device.type), torch.enable_grad():
         result = recorded.on(leaves)
         result = result if ctx.part is None else result[ctx.part]
         grads = torch.autograd.grad(result, [leaves[at] for at in needed], grad, allow_unused=True)
-    given = dict(zip(needed, grads))
-    return [given.get(at) for at in range(len(inputs))]
+    gradients = dict(zip(needed, grads))
+    return [gradients.get(at) for at in range(len(inputs))]
 
 
-def linked(known: Knowledge) -> DeferredLogits:
+def linked(knowledge: Knowledge) -> DeferredLogits:
     """Deferred logits that autograd knows of."""
-    if not known.layout.grad:
-        return DeferredLogits(known)
-    made = Link.apply(known, *known.recorded.tensors)
-    settle(made)
-    return made
+    if not knowledge.layout.grad:
+        return DeferredLogits(knowledge)
+    tensor = Link.apply(knowledge, *knowledge.recorded.tensors)
+    settle(tensor)
+    return tensor
 
 
 class Rebound(torch.autograd.Function):
     """Lets deferred logits stand for something else from here on, as a write to their memory does."""
 
     @staticmethod
-    def forward(ctx: Any, known: Knowledge, tensor: DeferredLogits, *inputs: Tensor) -> Any:
-        ctx.recorded, ctx.part, ctx.gathering = known.recorded, known.part, known.family.gathering
+    def forward(ctx: Any, knowledge: Knowledge, tensor: DeferredLogits, *inputs: Tensor) -> Any:
+        ctx.recorded, ctx.part, ctx.gathering = knowledge.recorded, knowledge.part, knowledge.family.gathering
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
         ctx.mark_dirty(tensor)
-        tensor._known = known
+        tensor._known = knowledge
         return tensor
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
-        return (None, None, *gradients(ctx, grad, ctx.needs_input_grad[2:]))
+        return (None, None, *call_gradients(ctx, grad, ctx.needs_input_grad[2:]))
 
 
 class Followed(torch.autograd.Function):
     """Gives deferred logits the history of the plain tensor: C++ asks them, and not what they stand for."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: DeferredLogits, made: Tensor) -> Any:
+    def forward(ctx: Any, tensor: DeferredLogits, numbers: Tensor) -> Any:
         ctx.mark_dirty(tensor)
         ctx.set_materialize_grads(False)
         return tensor
@@ -93,14 +93,14 @@ class Followed(torch.autograd.Function):
 
 def follow(tensor: DeferredLogits) -> None:
     """After a write to the plain tensor, or to its history."""
-    made = tensor._plain
-    if made is None or made.is_inference() or is_adopted(tensor):
+    numbers = tensor._plain
+    if numbers is None or numbers.is_inference() or is_adopted(tensor):
         return
-    if made._base is not None and not torch.is_grad_enabled():
+    if numbers._base is not None and not torch.is_grad_enabled():
         return  # torch refuses the history of such a view from here on, when somebody asks for it
-    with out_of_sight(), modes(Mode(True, None), made.device.type):
-        if made.requires_grad:
-            Followed.apply(tensor, made)
+    with out_of_sight(), modes(Mode(True, None), numbers.device.type):
+        if numbers.requires_grad:
+            Followed.apply(tensor, numbers)
         elif tensor._own is not None:
             tensor.detach_()
     settle(tensor)

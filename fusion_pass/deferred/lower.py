@@ -22,7 +22,7 @@ from fusedhead.analysis.interpreter import interpret
 from fusedhead.analysis.site import Reading, Site
 from fusedhead.analysis.stacked_heads import STACKS, stack_at
 from fusedhead.compat import PythonPrinter
-from fusedhead.deferred.call_program import Made, Step, modes
+from fusedhead.deferred.call_program import Made, CallStep, modes
 from fusedhead.deferred.lower_tokenwise import token_by_token
 from fusedhead.deferred.results import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole
 from fusedhead.deferred.to_fx import Draft, draft
@@ -42,7 +42,7 @@ from fusedhead.rewrite.sweeps import sweep_key
 
 
 def read_call(
-    steps: list[Step],
+    steps: list[CallStep],
     sources: Sequence[Made],
     leaves: Sequence[Tensor],
     exact: frozenset[int] | None,
@@ -54,88 +54,88 @@ def read_call(
     ``sources`` are the deferred logits among its arguments; ``chain`` is the first of them, what that was made of,
     and so on. Raises DependsOnSizes where ``exact`` is given and no symbolic sizes can be read.
     """
-    here, device = steps[-1].mode, leaves[0].device.type
+    mode, device = steps[-1].mode, leaves[0].device.type
     try:
-        made = draft(steps, leaves, exact, here)
+        draft_graph = draft(steps, leaves, exact, mode)
     except Exception as error:  # the call fails on fakes, or needs numbers; real tensors will say which
         if exact is not None:
             raise DependsOnSizes from error
         return ALWAYS, Unread(f"{type(error).__name__}: {error}")
-    last = made.made[-1]
+    last = draft_graph.made[-1]
     results = last if isinstance(last, list) else [last]
-    made.graph.output(tuple(results)).meta["example_value"] = None
-    with modes(here.read._replace(autocast=None), device):
+    draft_graph.graph.output(tuple(results)).meta["example_value"] = None
+    with modes(mode.read._replace(autocast=None), device):
         traces = Traces()
-        stacked = stacks_of(made.graph, traces)
+        stacked = stacks_of(draft_graph.graph, traces)
         parts = {product for logits in stacked.values() for product in logits.head.products}
-        reading = interpret(GraphFacts(made.graph), traces, heads(made.graph) - parts, stacked)
-        outcome = outcome_of(made, sources, chain, results, reading, memory)
+        reading = interpret(GraphFacts(draft_graph.graph), traces, heads(draft_graph.graph) - parts, stacked)
+        outcome = outcome_of(draft_graph, sources, chain, results, reading, memory)
         if isinstance(outcome, Unread):
-            outcome = token_by_token(made, results, reading, memory, many_of(made)) or outcome
-    return guard_of(made), outcome
+            outcome = token_by_token(draft_graph, results, reading, memory, many_of(draft_graph)) or outcome
+    return guard_of(draft_graph), outcome
 
 
-def guard_of(made: Draft) -> Guard:
+def guard_of(draft_graph: Draft) -> Guard:
     """The guards that reading has put on symbolic sizes, as one test."""
-    if made.shape_env is None or not made.shape_env.guards:
+    if draft_graph.shape_env is None or not draft_graph.shape_env.guards:
         return ALWAYS
     printer = PythonPrinter()
-    tests = list(dict.fromkeys(f"({printer.doprint(guard.expr)})" for guard in made.shape_env.guards))
-    free = {str(symbol) for guard in made.shape_env.guards for symbol in guard.expr.free_symbols}
-    if not free.issubset(made.symbols):
+    tests = list(dict.fromkeys(f"({printer.doprint(guard.expr)})" for guard in draft_graph.shape_env.guards))
+    free = {str(symbol) for guard in draft_graph.shape_env.guards for symbol in guard.expr.free_symbols}
+    if not free.issubset(draft_graph.symbols):
         raise DependsOnSizes
-    return Guard(*made.function(" and ".join(tests), free))
+    return Guard(*draft_graph.function(" and ".join(tests), free))
 
 
 def stacks_of(graph: Graph, traces: Traces) -> dict[Node, Logits]:
     """The nodes that stack the logits of several heads, which a compiled graph has returned together."""
-    found = {node: stack_at(node, traces) for node in graph.nodes if name_of(node) in STACKS}
-    return {node: logits for node, logits in found.items() if logits is not None}
+    stacks = {node: stack_at(node, traces) for node in graph.nodes if name_of(node) in STACKS}
+    return {node: logits for node, logits in stacks.items() if logits is not None}
 
 
 def heads(graph: Graph) -> set[Node]:
     """The projections, but for those that make the weight of another one: an adapter that is merged."""
-    found = {node for node in graph.nodes if node.op.startswith("call_") and name_of(node) in PROJECTIONS}
+    products = {node for node in graph.nodes if node.op.startswith("call_") and name_of(node) in PROJECTIONS}
     above: set[Node] = set()
-    stack = [source for node in found for source in node.all_input_nodes]
+    stack = [source for node in products for source in node.all_input_nodes]
     while stack:
         node = stack.pop()
         if node not in above:
             above.add(node)
             stack += node.all_input_nodes
-    return found - above
+    return products - above
 
 
 def outcome_of(
-    made: Draft, sources: Sequence[Made], chain: Sequence[Made], results: list[Node], reading: Reading, memory: int
+    draft_graph: Draft, sources: Sequence[Made], chain: Sequence[Made], results: list[Node], reading: Reading, memory: int
 ) -> Outcome:
     """The answer to a call whose results are terminals of one head, or why statistics do not give it."""
-    found = [(site, t) for node in results for site in reading.sites for n, t in site.terminals if n is node]
-    sites = {id(site): site for site, _ in found}
-    if len(found) != len(results) or len(sites) != 1:
+    served = [(site, t) for node in results for site in reading.sites for n, t in site.terminals if n is node]
+    sites = {id(site): site for site, _ in served}
+    if len(served) != len(results) or len(sites) != 1:
         reasons = [str(escape) for site in reading.sites for escape in site.escapes]
         return Unread(reasons[-1] if reasons else "the result is no statistic of the rows")
-    (site,), terminals = sites.values(), [terminal for _, terminal in found]
-    values = [reading.values.get(made.node(ref)) for ref in chain]
-    shared = all(sweep(reading.values.get(made.node(s))) == key(t.logits) for s in sources for t in terminals)
+    (site,), terminals = sites.values(), [terminal for _, terminal in served]
+    values = [reading.values.get(draft_graph.node(ref)) for ref in chain]
+    shared = all(sweep(reading.values.get(draft_graph.node(s))) == key(t.logits) for s in sources for t in terminals)
     serves = SharedSweep(shared, tuple(relation(a, b) for a, b in pairwise(values)) if shared else ())
-    return answer(made, site, terminals, memory, serves, stack_of(site, reading))
+    return answer(draft_graph, site, terminals, memory, serves, stack_of(site, reading))
 
 
 def stack_of(site: Site, reading: Reading) -> list[Node]:
     """The nodes of the stack that a head was picked from: they go with it."""
-    found: list[Node] = []
+    nodes: list[Node] = []
     for whole in reading.sites:
         heads = {part.head for part in whole.head.parts} if isinstance(whole.head, StackedProjection) else set()
         if site.head in heads:
-            others = (each for each in reading.sites if each is whole or each.head in heads)
-            found += [node for each in others for node in (*each.head.products, *each.followed)]
-    return found
+            sites = (each for each in reading.sites if each is whole or each.head in heads)
+            nodes += [node for each in sites for node in (*each.head.products, *each.followed)]
+    return nodes
 
 
-def many_of(made: Draft) -> Callable[[list], Any] | None:
+def many_of(draft_graph: Draft) -> Callable[[list], Any] | None:
     """What makes the container of the last step's results; None where there is one."""
-    last = made.made[-1]
+    last = draft_graph.made[-1]
     if not isinstance(last, list):
         return None
     value = fake(origin(last[0]))
@@ -170,14 +170,14 @@ def relation(value: Any, before: Any) -> Relation | None:
     return Relation(False, dims) if picks_rows(logits_of(before), logits_of(value)) else None
 
 
-PICKS = frozenset({"slice", "select", "narrow", "index_select", "squeeze"})
+ROW_SELECTIONS = frozenset({"slice", "select", "narrow", "index_select", "squeeze"})
 
 
 def picks_rows(old: Logits, new: Logits) -> bool:
     """Whether ``new`` is rows of ``old``, picked along dimensions that are not the vocabulary's."""
     added = new.row_steps[len(old.row_steps) :]
     kept = new.row_steps[: len(old.row_steps)] == old.row_steps
-    picked = all(s.op._schema.name.removeprefix("aten::") in PICKS for s in added)
+    picked = all(s.op._schema.name.removeprefix("aten::") in ROW_SELECTIONS for s in added)
     return kept and bool(added) and picked and new.steps == old.steps and new.vocab == old.vocab
 
 
@@ -189,7 +189,7 @@ class SharedSweep(NamedTuple):
 
 
 def answer(
-    made: Draft,
+    draft_graph: Draft,
     site: Site,
     terminals: Sequence[Terminal],
     memory: int,
@@ -197,7 +197,7 @@ def answer(
     stacked: Sequence[Node] = (),
 ) -> Outcome:
     """Rewrite the graph of a call into what is run; ``stacked``: nodes of stacks that the site's head is a part of."""
-    graph, many = made.graph, many_of(made)
+    graph, many = draft_graph.graph, many_of(draft_graph)
     body = Body(graph, Options(logits="eager", min_logits=0), grad=torch.is_grad_enabled())
     body.facts.keep(min(site.head.products))  # type: ignore[type-var]
     reason = illegal(site, body)
@@ -224,22 +224,22 @@ def answer(
     likely = SPREAD if any(t.kind is Kind.GATHER and t.want == DIFFERENCE for t in terminals) else frozenset()
     no_gradient = terminals[0].logits.has_no_gradient
     sharing = Sharing(stats if sweep.shared else frozenset(), likely, no_gradient, sweep.related)
-    return split_at_call(made, calls[0], sharing, memory, many)
+    return split_at_call(draft_graph, calls[0], sharing, memory, many)
 
 
-def split_at_call(made: Draft, call: Node, sharing: Sharing, memory: int, many: Callable[[list], Any] | None) -> Swept:
+def split_at_call(draft_graph: Draft, call: Node, sharing: Sharing, memory: int, many: Callable[[list], Any] | None) -> Swept:
     """The graph before and after its one ``head_stats`` call."""
-    before = copied(made, {}, list(call.args[:6]))
+    before = subgraph_of(draft_graph, {}, list(call.args[:6]))
     statistics = {user: STATS[int(user.args[1])] for user in call.users}  # type: ignore[arg-type]
     asks = tuple(name for name in STATS if name in statistics.values())
-    after = copied(made, statistics, list(made.graph.output_node().args[0]), asks)  # type: ignore[arg-type]
+    after = subgraph_of(draft_graph, statistics, list(draft_graph.graph.output_node().args[0]), asks)  # type: ignore[arg-type]
     return Swept(before, after, asks, str(call.args[6]), memory, many, sharing)
 
 
-def copied(made: Draft, stand_ins: dict[Node, str], results: Sequence[Any], asks: Sequence[str] = ()) -> GraphModule:
+def subgraph_of(draft_graph: Draft, stand_ins: dict[Node, str], results: Sequence[Any], asks: Sequence[str] = ()) -> GraphModule:
     """The part of the graph that computes ``results`` from the leaves and from named extra inputs."""
     graph = Graph()
-    env = {leaf: graph.placeholder(leaf.name) for leaf in made.leaves}
+    env = {leaf: graph.placeholder(leaf.name) for leaf in draft_graph.leaves}
     extra = {name: graph.placeholder(name) for name in asks}
     env.update({node: extra[name] for node, name in stand_ins.items()})
     needed, stack = set(), list(results)
@@ -248,7 +248,7 @@ def copied(made: Draft, stand_ins: dict[Node, str], results: Sequence[Any], asks
         if node not in env and node not in needed:
             needed.add(node)
             stack.extend(node.all_input_nodes)
-    for node in made.graph.nodes:
+    for node in draft_graph.graph.nodes:
         if node in needed:
             env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[r] for r in results))

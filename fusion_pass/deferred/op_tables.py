@@ -3,7 +3,7 @@
 | `METADATA`, `ALONE`, `ALIKE` | a tensor's looks: answered without computing anything                       |
 | `LAZY`                       | recorded as it is: a step that rules follow                                 |
 | `PUT_OFF`                    | recorded if a rule reads its result as rows that are computed apart         |
-| `writes`                     | the logits have to exist first, unless the memory is theirs alone (`FRESH`) |
+| `may_write_argument`                     | the logits have to exist first, unless the memory is theirs alone (`FRESH`) |
 
 What is in none of them is read, or made at once. This file reads nothing and records nothing.
 """
@@ -37,13 +37,13 @@ _FUNCTIONS = (
 
 
 def _metadata() -> frozenset[Any]:
-    found: set[Any] = set()
+    functions: set[Any] = set()
     for name in _PROPERTIES.split():
         if hasattr(Tensor, name):
-            found.add(getattr(Tensor, name).__get__)
-    found |= {getattr(Tensor, name) for name in _METHODS.split() if hasattr(Tensor, name)}
-    found |= {getattr(torch, name) for name in _FUNCTIONS.split() if hasattr(torch, name)}
-    return frozenset(found)
+            functions.add(getattr(Tensor, name).__get__)
+    functions |= {getattr(Tensor, name) for name in _METHODS.split() if hasattr(Tensor, name)}
+    functions |= {getattr(torch, name) for name in _FUNCTIONS.split() if hasattr(torch, name)}
+    return frozenset(functions)
 
 
 METADATA = _metadata()  # answered by the shell of a tensor: no numbers are needed
@@ -69,7 +69,7 @@ PUT_OFF = words(
     """
 )
 # Take the numbers out of tensors, or hand the tensor itself on: no call whose result could be had otherwise.
-NUMBERS = words(
+NUMBER_FUNCTIONS = words(
     """
     __array__ __array_wrap__ __bool__ __complex__ __contains__ __deepcopy__ __dlpack__ __dlpack_device__ __float__
     __format__ __index__ __int__ __long__ __nonzero__ __reduce__ __reduce_ex__ __repr__ __setstate__
@@ -164,15 +164,15 @@ _INPLACE = ASKS_FOR_GRADIENT | words(
 
 
 def _out_of_place() -> dict[str, Callable[..., Any]]:
-    found = {}
+    functions = {}
     for name in words(
         "add sub mul div true_divide neg exp tanh sigmoid clamp abs square masked_fill float half bfloat16"
     ):
         if hasattr(Tensor, f"{name}_"):
-            found[f"{name}_"] = getattr(Tensor, name)
+            functions[f"{name}_"] = getattr(Tensor, name)
     for name, of in (("__iadd__", "add"), ("__isub__", "sub"), ("__imul__", "mul"), ("__itruediv__", "div")):
-        found[name] = getattr(Tensor, of)
-    return found
+        functions[name] = getattr(Tensor, of)
+    return functions
 
 
 OUT_OF_PLACE = _out_of_place()  # writes whose result is that of another function, in the tensor's own memory
@@ -187,7 +187,7 @@ FRESH = words(
 _WITH_INPLACE_ARGUMENT = words("relu dropout leaky_relu elu silu mish celu selu")
 
 
-def writes(func: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> bool:
+def may_write_argument(func: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether a call may change a tensor that it is given."""
     name = getattr(func, "__name__", "")
     if name in _INPLACE or (name.endswith("_") and not name.endswith("__")):

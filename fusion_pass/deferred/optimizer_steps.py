@@ -48,7 +48,7 @@ class Steps(NamedTuple):
         return self.perhaps.item() != earlier
 
 
-NONE = Steps()
+NO_STEPS = Steps()
 _lock = threading.Lock()
 _steps = WeakTensorKeyDictionary()  # of the tensors that somebody asked for
 _hooked: list[Any] = []  # the handles of the hooks, once somebody has asked
@@ -61,7 +61,7 @@ def steps(tensor: Tensor) -> Steps:
         if not _hooked:
             _hooked.append(register_optimizer_step_pre_hook(_steps_begin))
             _hooked.append(register_optimizer_step_post_hook(_stepped))
-        return _steps.setdefault(tensor, NONE)
+        return _steps.setdefault(tensor, NO_STEPS)
 
 
 class _Begun(NamedTuple):
@@ -103,7 +103,7 @@ def _stepped(optimizer: Optimizer, *_: Any) -> None:
 
 def _count(tensor: Tensor, wrote: Tensor | None) -> None:
     with _lock:
-        count = _steps.get(tensor, NONE)
+        count = _steps.get(tensor, NO_STEPS)
         if wrote is None:
             _steps[tensor] = count._replace(certain=count.certain + 1)
         else:
@@ -113,11 +113,11 @@ def _count(tensor: Tensor, wrote: Tensor | None) -> None:
 
 def _known_among(parameters: list[Tensor]) -> list[Tensor]:
     """The tensors that somebody asked for whose memory the parameters are."""
-    own = set(map(id, parameters))
+    ids = set(map(id, parameters))
     with _lock:
         known = list(_steps.keys())
-    memory = {_memory(p) for p in parameters} if any(id(tensor) not in own for tensor in known) else set()
-    return [tensor for tensor in known if id(tensor) in own or _memory(tensor) in memory]
+    memory = {_memory(p) for p in parameters} if any(id(tensor) not in ids for tensor in known) else set()
+    return [tensor for tensor in known if id(tensor) in ids or _memory(tensor) in memory]
 
 
 def _sums(tensor: Tensor) -> list[Tensor]:

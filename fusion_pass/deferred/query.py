@@ -17,7 +17,7 @@ from fusedhead.deferred.call_program import (  # fmt: skip
     Leaf,
     Made,
     Mode,
-    Step,
+    CallStep,
     encode,
     joined,
     modes,
@@ -36,8 +36,8 @@ from fusedhead.deferred.results import (  # fmt: skip
     Unread,
     Wide,
 )
-from fusedhead.deferred.shared_statistics import ancestry, known_statistic, top
-from fusedhead.deferred.state import Knowledge, Origin, Recorded, Recording, State, check_fresh, state
+from fusedhead.deferred.shared_statistics import ancestry, known_statistic, furthest_source
+from fusedhead.deferred.state import Knowledge, Origin, RecordedCall, Recording, State, check_fresh, state
 from fusedhead.deferred.surroundings import out_of_sight, trial
 from fusedhead.deferred.tensor import DeferredLogits
 from fusedhead.graph.run_counts import Run
@@ -56,7 +56,7 @@ class NotRecorded(Exception):
 class Request:
     """One call on deferred logits, on the way to its answer."""
 
-    def __init__(self, recorded: Recorded) -> None:
+    def __init__(self, recorded: RecordedCall) -> None:
         self.recorded = recorded
         self.subjects = [t for t in recorded.tensors if isinstance(t, DeferredLogits)]
         origins = [t._known.origin for t in self.subjects]
@@ -72,8 +72,8 @@ class Request:
         ]
         self.what = (recorded.func, recorded.args, recorded.kwargs, recorded.mode, tuple(self.refs))
 
-    def places(self, known: Knowledge) -> tuple[Leaf, ...]:
-        return tuple(self.place(leaf, at) for leaf, at in zip(known.leaves, known.states))
+    def places(self, knowledge: Knowledge) -> tuple[Leaf, ...]:
+        return tuple(self.place(leaf, at) for leaf, at in zip(knowledge.leaves, knowledge.states))
 
     def place(self, tensor: Tensor, at: State | None = None) -> Leaf:
         for i, (known, then) in enumerate(zip(self.leaves, self.states)):
@@ -83,14 +83,14 @@ class Request:
         self.states.append(state(tensor) if at is None else at)
         return Leaf(len(self.leaves) - 1)
 
-    def steps(self, others: Sequence[Knowledge] = ()) -> tuple[list[Step], list[Made]]:
+    def steps(self, others: Sequence[Knowledge] = ()) -> tuple[list[CallStep], list[Made]]:
         """The call and all that leads to it, and where the subjects and ``others`` are among the steps."""
         programs = [ref for ref in self.refs if ref[0] is not None]
         steps, results = joined([*programs, *((k.program, self.places(k)) for k in others)])
-        made = iter(results)
-        table = [ref[1] if ref[0] is None else next(made) for ref in self.refs]
+        places = iter(results)
+        table = [ref[1] if ref[0] is None else next(places) for ref in self.refs]
         call = self.recorded
-        step = Step(call.func, relocated(call.args, table, ()), relocated(call.kwargs, table, ()), call.mode)
+        step = CallStep(call.func, relocated(call.args, table, ()), relocated(call.kwargs, table, ()), call.mode)
         return [*steps, step], results
 
     def outcome(self) -> Outcome:
@@ -114,10 +114,10 @@ class Request:
 
     def variants(self, exact: frozenset[int] | None) -> list[tuple[Guard, Outcome]]:
         """What has been learnt about this call on tensors like these."""
-        known, key = self.origin.outcomes, (self.what, shapes(self.leaves, exact))
-        if key not in known and len(known) > LEARNT:
-            known.clear()
-        return known.setdefault(key, [])
+        outcomes, key = self.origin.outcomes, (self.what, shapes(self.leaves, exact))
+        if key not in outcomes and len(outcomes) > LEARNT:
+            outcomes.clear()
+        return outcomes.setdefault(key, [])
 
     def for_these_sizes(self) -> Outcome:
         variants = self.variants(None)
@@ -129,8 +129,8 @@ class Request:
         if exact is not None and not self.runs_on_stand_ins():
             return ALWAYS, RESORT
         chain = list(ancestry(self.subjects[0]))
-        steps, made = self.steps([t._known for t in chain])
-        subjects, lineage = made[: len(self.subjects)], made[len(self.subjects) :]
+        steps, refs = self.steps([t._known for t in chain])
+        subjects, lineage = refs[: len(self.subjects)], refs[len(self.subjects) :]
         call = self.recorded
         try:
             with trial():
@@ -183,10 +183,10 @@ class Request:
                 runs |= dict.fromkeys(recipe.runs)
                 continue
             read = outcome.operands if isinstance(outcome, Swept) else outcome.run
-            given = [node for node in read.graph.nodes if node.op == "placeholder"]
+            placeholders = [node for node in read.graph.nodes if node.op == "placeholder"]
             places = self.places(subject._known)
             for run, weight in zip(recipe.runs, recipe.weights):
-                if any(given[places[at].at].users for at in weight):
+                if any(placeholders[places[at].at].users for at in weight):
                     runs[run] = None
         for run in runs:
             run.answered.add()
@@ -216,7 +216,7 @@ class Request:
         operands = outcome.operands.forward(*self.leaves)
         got = torch.ops.fusedhead.head_stats(*operands, outcome.transform, ",".join(names), outcome.memory)
         have = dict(zip(STATS, got))
-        home, _ = top(self.subjects[0], sharing.relations)
+        home, _ = furthest_source(self.subjects[0], sharing.relations)
         kept = {name: have[name] for name in names if name in sharing.shareable}
         home._known.statistics.setdefault(grad, {}).update(kept)
         return have
@@ -231,7 +231,7 @@ def sweep_whole(tensor: DeferredLogits, name: str, class_dim: int) -> None:
     """One sweep over logits whose pieces are asked for one after another."""
     args, none = encode((tensor, class_dim), lambda _: Leaf(0)), encode({}, lambda _: Leaf(0))
     mode = Mode.now(tensor.device.type)
-    request = Request(Recorded(torch.logsumexp, args, none, (tensor,), mode))
+    request = Request(RecordedCall(torch.logsumexp, args, none, (tensor,), mode))
     outcome = request.outcome()
     if isinstance(outcome, Swept) and name in outcome.sharing.shareable:
         grad = Recording.of(mode.grad and not outcome.sharing.detached, mode)

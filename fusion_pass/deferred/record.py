@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.deferred.call_program import Const, Group, Leaf, Made, Mode, Program, Step, encode
+from fusedhead.deferred.call_program import Const, Container, Leaf, Made, Mode, CallProgram, CallStep, encode
 from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT, NotRecorded, Request
 from fusedhead.deferred.row_picks import Pick, Picks
@@ -26,8 +26,8 @@ def record(request: Request) -> Any:
         t._known.layout if isinstance(t, DeferredLogits) else (t.shape, t.stride(), t.dtype, t.requires_grad)
         for t in call.tensors
     ))  # fmt: skip
-    known = origin.recorded.get(key)
-    if known is None:
+    entry = origin.recorded.get(key)
+    if entry is None:
         try:
             layouts, many = call.layouts()
         except Exception as error:
@@ -35,8 +35,8 @@ def record(request: Request) -> Any:
         with origin.lock:
             if len(origin.recorded) > LEARNT:
                 origin.recorded.clear()
-            known = origin.recorded.setdefault(key, (programs_of(request, layouts, many), layouts, many))
-    programs, layouts, many = known
+            entry = origin.recorded.setdefault(key, (programs_of(request, layouts, many), layouts, many))
+    programs, layouts, many = entry
     if isinstance(many, Same):
         return call.tensors[many.at]
     leaves, states, family = tuple(request.leaves), tuple(request.states), request.subjects[0]._known.family
@@ -54,52 +54,52 @@ def pick(request: Request, rows: Picks) -> Any:
     """Deferred logits for rows picked by number, read as a choice by a tensor of numbers."""
     call, origin, before = request.recorded, request.origin, request.subjects[0]._known
     key = ("layouts", call.func, call.args, call.kwargs, call.mode.grad, before.layout)
-    known = origin.recorded.get(key)
-    if known is None:
+    entry = origin.recorded.get(key)
+    if entry is None:
         try:
-            known = origin.recorded[key] = ((), *call.layouts())
+            entry = origin.recorded[key] = ((), *call.layouts())
         except Exception as error:
             raise NotRecorded from error
-    _, layouts, many = known
+    _, layouts, many = entry
     results = []
     for part, (chosen, layout) in enumerate(zip(rows, layouts)):
         numbers = [index(pick.rows, before.leaves[0].device) for pick in chosen]
         form = ("rows", before.program, call.mode, tuple((pick.dim, pick.drop) for pick in chosen))
-        known = origin.recorded.get(form)
-        if known is None:
+        entry = origin.recorded.get(form)
+        if entry is None:
             program = picking(before.program, len(before.leaves), chosen, call.mode)
-            known = origin.recorded.setdefault(form, ((program,), [], None))
+            entry = origin.recorded.setdefault(form, ((program,), [], None))
         results.append(linked(Knowledge(
-            origin, known[0][0], (*before.leaves, *numbers), (*before.states, *map(state, numbers)), call,
+            origin, entry[0][0], (*before.leaves, *numbers), (*before.states, *map(state, numbers)), call,
             None if many is None else part, before.family, layout,
         )))  # fmt: skip
     return results[0] if many is None else many(results)
 
 
-def programs_of(request: Request, layouts: Sequence[Any], many: Any) -> tuple[Program, ...]:
+def programs_of(request: Request, layouts: Sequence[Any], many: Any) -> tuple[CallProgram, ...]:
     """The programs of the results; the same ones for the same call on tensors of other sizes."""
     same = request.origin.recorded.get((request.what, len(layouts)))
     if same is not None:
         return same[0]
     steps, _ = request.steps()
     last = len(steps) - 1
-    made = tuple(Program(tuple(steps), Made(last, None if many is None else i)) for i in range(len(layouts)))
-    request.origin.recorded[request.what, len(layouts)] = (made, [], many)
-    return made
+    programs = tuple(CallProgram(tuple(steps), Made(last, None if many is None else i)) for i in range(len(layouts)))
+    request.origin.recorded[request.what, len(layouts)] = (programs, [], many)
+    return programs
 
 
 def index(rows: range, device: torch.device) -> Tensor:
     return torch.arange(rows.start, rows.stop, rows.step, device=device)
 
 
-def picking(before: Program, leaves: int, chosen: Sequence[Pick], mode: Mode) -> Program:
+def picking(before: CallProgram, leaves: int, chosen: Sequence[Pick], mode: Mode) -> CallProgram:
     """``before``, and then the rows that leaves from number ``leaves`` on hold the numbers of."""
     steps, at = list(before.steps), before.result
     none = encode({}, lambda _: Leaf(0))
 
     def add(func: Any, *args: Any) -> Made:
-        code = Group(tuple, tuple(a if isinstance(a, (Leaf, Made)) else Const(int, a) for a in args))
-        steps.append(Step(func, code, none, mode))
+        code = Container(tuple, tuple(a if isinstance(a, (Leaf, Made)) else Const(int, a) for a in args))
+        steps.append(CallStep(func, code, none, mode))
         return Made(len(steps) - 1)
 
     for i, pick in enumerate(chosen):
@@ -107,4 +107,4 @@ def picking(before: Program, leaves: int, chosen: Sequence[Pick], mode: Mode) ->
     for pick in reversed(chosen):
         if pick.drop:
             at = add(Tensor.squeeze, at, pick.dim)
-    return Program(tuple(steps), at)
+    return CallProgram(tuple(steps), at)

@@ -32,23 +32,23 @@ def by_index(shape: Sequence[int], index: Any) -> Picks | None:
     full = every_dimension(index, len(shape))
     if len(full) > len(shape):
         return None
-    found = []
+    picks = []
     for dim, (entry, size) in enumerate(zip(full, shape)):
         if isinstance(entry, int):
             if not -size <= entry < size:
                 return None
-            found.append(Pick(dim, range(size)[entry : entry + 1 or None], True))
+            picks.append(Pick(dim, range(size)[entry : entry + 1 or None], True))
         elif any(type(bound) not in (int, type(None)) for bound in (entry.start, entry.stop, entry.step)):
             return None
         elif range(size)[entry] != range(size):
-            found.append(Pick(dim, range(size)[entry], False))
+            picks.append(Pick(dim, range(size)[entry], False))
     numbers = [b for e in entries if isinstance(e, slice) for b in (e.start, e.stop, e.step) if b is not None]
     if all(-1 <= n <= 1 for n in numbers) and not any(isinstance(e, int) for e in entries):
         return None  # [:-1], [1:]: the same for every size, and a slice of h needs no copy
-    return [found] if found else None
+    return [picks] if picks else None
 
 
-def split(shape: Sequence[int], split_size: Any, dim: int = 0) -> Picks:
+def split_picks(shape: Sequence[int], split_size: Any, dim: int = 0) -> Picks:
     size, pieces, begin = shape[dim], [], 0
     sizes = [split_size] * -(-size // split_size) if isinstance(split_size, int) else list(split_size)
     for length in sizes:
@@ -58,7 +58,7 @@ def split(shape: Sequence[int], split_size: Any, dim: int = 0) -> Picks:
 
 
 def chunk(shape: Sequence[int], chunks: int, dim: int = 0) -> Picks:
-    return split(shape, -(-shape[dim] // chunks), dim)
+    return split_picks(shape, -(-shape[dim] // chunks), dim)
 
 
 def unbind(shape: Sequence[int], dim: int = 0) -> Picks:
@@ -77,8 +77,8 @@ def select(shape: Sequence[int], dim: int, index: int) -> Picks:
 
 PICKS: dict[str, Callable[..., Picks | None]] = {
     "__getitem__": by_index,
-    "split": split,
-    "split_with_sizes": split,
+    "split": split_picks,
+    "split_with_sizes": split_picks,
     "chunk": chunk,
     "unbind": unbind,
     "narrow": narrow,

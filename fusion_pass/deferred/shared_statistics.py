@@ -20,9 +20,9 @@ Relations = tuple[Relation | None, ...]
 SweepWhole = Callable[[DeferredLogits, str, int], None]
 
 
-def made_of(known: Knowledge) -> DeferredLogits | None:
+def made_of(knowledge: Knowledge) -> DeferredLogits | None:
     """The first deferred tensor among those that the call takes."""
-    return next((t for t in known.recorded.tensors if isinstance(t, DeferredLogits)), None)
+    return next((t for t in knowledge.recorded.tensors if isinstance(t, DeferredLogits)), None)
 
 
 def ancestry(tensor: DeferredLogits | None) -> Iterator[DeferredLogits]:
@@ -32,7 +32,7 @@ def ancestry(tensor: DeferredLogits | None) -> Iterator[DeferredLogits]:
         tensor = made_of(tensor._known)
 
 
-def top(tensor: DeferredLogits, relations: Relations) -> tuple[DeferredLogits, Relations]:
+def furthest_source(tensor: DeferredLogits, relations: Relations) -> tuple[DeferredLogits, Relations]:
     """The furthest tensor back that has the same rows through the same transform, and its relations."""
     while relations and relations[0] is not None and relations[0].same:
         before = made_of(tensor._known)
@@ -59,16 +59,16 @@ def known_statistic(
     tensor: DeferredLogits, name: str, grad: Recording, relations: Relations, sweep_whole: SweepWhole
 ) -> Tensor | None:
     """A statistic [N] of these logits that some sweep has found already, or None."""
-    tensor, relations = top(tensor, relations)
-    known = tensor._known
+    tensor, relations = furthest_source(tensor, relations)
+    knowledge = tensor._known
     for recorded in SERVED_BY[grad]:
-        if name in known.statistics.get(recorded, ()):
-            return of_kind(known.statistics[recorded][name], recorded, grad)
-    whole = made_of(known)
+        if name in knowledge.statistics.get(recorded, ()):
+            return of_kind(knowledge.statistics[recorded][name], recorded, grad)
+    whole = made_of(knowledge)
     if whole is None or not relations or relations[0] is None:
         return None
     of_all = known_statistic(whole, name, grad, relations[1:], sweep_whole)
-    if of_all is None and known.part is not None and name in ("lse", "entropy"):
+    if of_all is None and knowledge.part is not None and name in ("lse", "entropy"):
         # one of several pieces: the others will be asked for too, and one sweep serves all
         sweep_whole(whole, name, relations[0].dims[0])
         of_all = known_statistic(whole, name, grad, relations[1:], sweep_whole)
@@ -77,6 +77,6 @@ def known_statistic(
     before, after = relations[0].dims
     rows = [size for d, size in enumerate(whole.shape) if d != before]
     stand_in = of_all.reshape(rows).unsqueeze(before)
-    chosen = known.recorded.on([stand_in if t is whole else t for t in known.recorded.tensors])
-    chosen = chosen if known.part is None else chosen[known.part]
+    chosen = knowledge.recorded.on([stand_in if t is whole else t for t in knowledge.recorded.tensors])
+    chosen = chosen if knowledge.part is None else chosen[knowledge.part]
     return chosen.squeeze(after).reshape(-1)

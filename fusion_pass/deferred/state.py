@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fusedhead.compat import FakeTensorMode
-from fusedhead.deferred.call_program import Mode, Program, decode, modes
-from fusedhead.deferred.optimizer_steps import NONE, Steps, steps
+from fusedhead.deferred.call_program import Mode, CallProgram, decode, modes
+from fusedhead.deferred.optimizer_steps import NO_STEPS, Steps, steps
 from fusedhead.deferred.results import Guard, Outcome
 from fusedhead.deferred.surroundings import checkpoint, out_of_sight, trial
 from fusedhead.graph.recipes import Recipe
@@ -39,7 +39,7 @@ class Recording(Enum):
         return Recording.INFERENCE if mode.inference else Recording.DIFFERENTIABLE if grad else Recording.PLAIN
 
 
-class Layout(NamedTuple):
+class TensorLayout(NamedTuple):
     """What can be asked of a tensor without computing it."""
 
     shape: tuple[int, ...]
@@ -52,8 +52,8 @@ class Layout(NamedTuple):
     marked: bool = False
 
     @staticmethod
-    def of(tensor: Tensor) -> Layout:
-        return Layout(
+    def of(tensor: Tensor) -> TensorLayout:
+        return TensorLayout(
             tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.requires_grad,
             int(tensor.storage_offset()), tensor.is_inference(),
         )  # fmt: skip
@@ -66,7 +66,7 @@ class Origin:
     recipe: Recipe
     memory: int
     rows_from: int  # bytes of logits from which on it pays to compute something token by token
-    recorded: dict[Hashable, tuple[tuple[Program, ...], list[Layout], Any]] = field(default_factory=dict)
+    recorded: dict[Hashable, tuple[tuple[CallProgram, ...], list[TensorLayout], Any]] = field(default_factory=dict)
     outcomes: dict[Hashable, list[tuple[Guard, Outcome]]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -81,7 +81,7 @@ class Same(NamedTuple):
 
 
 @dataclass(eq=False)
-class Recorded:
+class RecordedCall:
     """A call that was not made yet. Its arguments are encoded over ``tensors``."""
 
     func: Callable[..., Any]
@@ -116,7 +116,7 @@ class Recorded:
             with modes(self.mode, self.tensors[0].device.type), fakes:
                 return like, self.on(like)
 
-    def layouts(self) -> tuple[list[Layout], Any]:
+    def layouts(self) -> tuple[list[TensorLayout], Any]:
         """The layouts of the results, found on fake tensors, and the container they come in (None: a single one).
 
         Or none, and `Same`.
@@ -126,7 +126,7 @@ class Recorded:
             return [], Same(next(at for at, tensor in enumerate(like) if tensor is result))
         many = None if isinstance(result, Tensor) else type(result)
         results = [result] if many is None else list(result)
-        layouts = list(map(Layout.of, results))
+        layouts = list(map(TensorLayout.of, results))
         if not self.mode.grad:
             known = MARKED and self.func not in DETACHING and any(t.requires_grad for t in self.tensors)
             layouts = [la._replace(grad=False, marked=known and r._is_view()) for la, r in zip(layouts, results)]
@@ -144,13 +144,13 @@ DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[a
 
 def of_the_form(tensor: Tensor) -> Tensor:
     """An empty tensor of the same form, in memory of the same form: made under a FakeTensorMode it takes none."""
-    shape, stride, dtype, grad, offset, inference, _ = Layout.of(tensor)
+    shape, stride, dtype, grad, offset, inference, _ = TensorLayout.of(tensor)
     with torch.inference_mode(inference):
-        made = torch.empty_strided(shape, stride, dtype=dtype, device=tensor.device)
+        meta = torch.empty_strided(shape, stride, dtype=dtype, device=tensor.device)
         if offset:
             held = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride))
-            made = torch.empty(held, dtype=dtype, device=tensor.device).as_strided(shape, stride, offset)
-        return made.requires_grad_() if grad else made
+            meta = torch.empty(held, dtype=dtype, device=tensor.device).as_strided(shape, stride, offset)
+        return meta.requires_grad_() if grad else meta
 
 
 def weakly(value: object | None) -> weakref.ref | None:
@@ -207,13 +207,13 @@ class Knowledge:
     """What a `DeferredLogits` knows besides its shape."""
 
     origin: Origin | None  # None inside a compiler
-    program: Program
+    program: CallProgram
     leaves: tuple[Tensor, ...]
     states: tuple[State, ...]  # of the leaves, when they were taken in
-    recorded: Recorded  # the call that makes it ...
+    recorded: RecordedCall  # the call that makes it ...
     part: int | None  # ... or one of its results
     family: Family
-    layout: Layout
+    layout: TensorLayout
     # statistics by name, [N], rows in order, by how they were recorded
     statistics: dict[Recording, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -222,7 +222,7 @@ def state(tensor: Tensor, name: str = "an operand", source: Tensor | None = None
     source = tensor if source is None else source
     version = 0 if tensor.is_inference() else tensor._version
     computed = not source.is_leaf and source._base is None  # its memory is no parameter's
-    return State(source, version, tensor.data_ptr(), NONE if computed else steps(source), name)
+    return State(source, version, tensor.data_ptr(), NO_STEPS if computed else steps(source), name)
 
 
 def taken(tensor: Tensor, name: str, mode: Mode) -> tuple[Tensor, State]:
@@ -241,7 +241,7 @@ def taken(tensor: Tensor, name: str, mode: Mode) -> tuple[Tensor, State]:
     return leaf, taken_in
 
 
-SAMPLE = 32  # entries of an operand
+SAMPLED_ENTRIES = 32  # entries of an operand
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -250,7 +250,7 @@ def sampled(leaf: Tensor) -> Tensor | None:
     if leaf.device.type != "cpu" or not leaf.is_contiguous() or not leaf.numel() or leaf.itemsize not in _BITS:
         return None
     with out_of_sight(), torch.no_grad():
-        return leaf.detach().view(-1)[:: -(-leaf.numel() // SAMPLE)].view(_BITS[leaf.itemsize]).clone()
+        return leaf.detach().view(-1)[:: -(-leaf.numel() // SAMPLED_ENTRIES)].view(_BITS[leaf.itemsize]).clone()
 
 
 def differs(leaf: Tensor, before: State) -> bool:
@@ -260,9 +260,9 @@ def differs(leaf: Tensor, before: State) -> bool:
         return not torch.equal(before.sample, sampled(leaf))  # type: ignore[arg-type]
 
 
-def check_fresh(known: Knowledge) -> None:
+def check_fresh(knowledge: Knowledge) -> None:
     """Raise StaleLogits if a leaf has changed since it was taken in."""
-    for leaf, before in zip(known.leaves, known.states):
+    for leaf, before in zip(knowledge.leaves, knowledge.states):
         now = state(leaf, before.name, before.source)
         freed = leaf.untyped_storage().nbytes() == 0 and leaf.numel() > 0
         moved, written = now.address != before.address, now.version != before.version

@@ -24,10 +24,10 @@ from fusedhead.compat import (
     throw_on_data_ptr,
     tree_map_only,
 )
-from fusedhead.deferred.call_program import Leaf, Mode, Program, encode, modes
+from fusedhead.deferred.call_program import Leaf, Mode, CallProgram, encode, modes
 from fusedhead.deferred.frames import skip_own_frames
 from fusedhead.deferred.op_tables import ALONE, METADATA
-from fusedhead.deferred.state import Family, Knowledge, Layout, Recorded, check_fresh
+from fusedhead.deferred.state import Family, Knowledge, TensorLayout, RecordedCall, check_fresh
 from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.deferred.wrappers import before_leaves, sink_of
 from fusedhead.graph.run_counts import Run, built
@@ -48,14 +48,14 @@ class DeferredLogits(Tensor):
     _own: Any  # the ``grad_fn`` that it was given here: with another one, an autograd function has returned it
 
     @staticmethod
-    def __new__(cls, known: Knowledge) -> DeferredLogits:
-        shape, stride, dtype, _, _, inference, marked = known.layout
+    def __new__(cls, knowledge: Knowledge) -> DeferredLogits:
+        shape, stride, dtype, _, _, inference, marked = knowledge.layout
         with torch.inference_mode(inference):
-            self = make_wrapper_subclass(cls, shape, stride, dtype=dtype, device=known.leaves[0].device)
+            self = make_wrapper_subclass(cls, shape, stride, dtype=dtype, device=knowledge.leaves[0].device)
         # there is no memory behind it: a kernel that takes its address gets an error instead of a null pointer
         throw_on_data_ptr(self)
-        self._known, self._plain, self._own = known, None, None
-        known.family.join(self)
+        self._known, self._plain, self._own = knowledge, None, None
+        knowledge.family.join(self)
         if marked:
             with disable_torch_function_subclass():
                 self.requires_grad_()
@@ -71,11 +71,11 @@ class DeferredLogits(Tensor):
             first = args[0] if args else next(iter(kwargs.values()))
             if func is Tensor._is_view and compiling():
                 return False  # for compilers it has no base either
-            known = existing(first) if isinstance(first, DeferredLogits) and first._plain is not None else first
-            if func is Tensor.storage_offset and known is first and not compiling():
+            subject = as_plain(first) if isinstance(first, DeferredLogits) and first._plain is not None else first
+            if func is Tensor.storage_offset and subject is first and not compiling():
                 return first._known.layout.offset
             with disable_torch_function_subclass():
-                return func(*args, **kwargs) if known is first else func(known, *args[1:], **kwargs)
+                return func(*args, **kwargs) if subject is first else func(subject, *args[1:], **kwargs)
         traced = compiling()
         if func in ALONE and (traced or args[0]._plain is None):
             return None
@@ -89,10 +89,10 @@ class DeferredLogits(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """For callers that go past ``__torch_function__``: the numbers, below autograd."""
-        known = args[0]._known if args and isinstance(args[0], DeferredLogits) else None
-        if known is not None and known.origin is None and func in (aten.detach.default, aten.alias.default):
-            return inside_compiler(known.program, tuple(map(func, known.leaves)), known.layout)
-        if torch.Tag.inplace_view in func.tags and known is not None and known.origin is not None:
+        knowledge = args[0]._known if args and isinstance(args[0], DeferredLogits) else None
+        if knowledge is not None and knowledge.origin is None and func in (aten.detach.default, aten.alias.default):
+            return inside_compiler(knowledge.program, tuple(map(func, knowledge.leaves)), knowledge.layout)
+        if torch.Tag.inplace_view in func.tags and knowledge is not None and knowledge.origin is not None:
             return reshaped(func, args, kwargs or {})
         args, kwargs = tree_map_only(DeferredLogits, numbers, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -101,13 +101,13 @@ class DeferredLogits(Tensor):
         """For compilers: the tensors it is made of, and what is constant."""
         if self._plain is not None:
             return ["_leaf0"], (SPENT, self._plain.dtype, (self._plain.requires_grad,))
-        known = self._known
+        knowledge = self._known
         # Dynamo guards the names that it is given, on tensors that may be stale; what AOTAutograd compiles takes the
         # tensors by the names that it was given, to compute with them
         computes = sys._getframe(1).f_globals.get("__name__", "").startswith("torch._functorch.")
-        names = [f"{'_fresh' if computes else '_leaf'}{at}" for at in range(len(known.leaves))]
+        names = [f"{'_fresh' if computes else '_leaf'}{at}" for at in range(len(knowledge.leaves))]
         # which of them a gradient reaches: guards do not ask it of inner tensors
-        return names, (known.program, known.layout.dtype, tuple(t.requires_grad for t in known.leaves))
+        return names, (knowledge.program, knowledge.layout.dtype, tuple(t.requires_grad for t in knowledge.leaves))
 
     def __getattr__(self, name: str) -> Tensor:
         """The tensors that ``__tensor_flatten__`` names. Raises StaleLogits for ``_fresh0`` and so on."""
@@ -131,7 +131,7 @@ class DeferredLogits(Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], constant: Any, shape: Any, stride: Any) -> DeferredLogits:
         program, dtype, _ = constant
-        return inside_compiler(program, tuple(inner.values()), Layout(shape, stride, dtype, False))
+        return inside_compiler(program, tuple(inner.values()), TensorLayout(shape, stride, dtype, False))
 
 
 def compiling() -> bool:
@@ -151,25 +151,25 @@ def numbers(tensor: DeferredLogits) -> Tensor:
 def reshaped(func: Any, args: tuple, kwargs: dict[str, Any]) -> DeferredLogits:
     """A write below Python to the shape or memory of deferred logits (``z.set_()``), made to what they stand for."""
     with torch.overrides.enable_reentrant_dispatch():
-        made = plain(args[0])
+        numbers = plain(args[0])
     rest, kwargs = tree_map_only(DeferredLogits, numbers, (args[1:], kwargs))
-    func(made, *rest, **kwargs)
-    if not made.is_inference():
-        torch.autograd.graph.increment_version(made)
+    func(numbers, *rest, **kwargs)
+    if not numbers.is_inference():
+        torch.autograd.graph.increment_version(numbers)
     return args[0]
 
 
 # a queue between processes takes tensors by their class: these as the ordinary ones, whose memory it shares
 ForkingPickler.register(DeferredLogits, lambda tensor: reduce_tensor(plain(tensor)))
 
-SPENT = Program((), Leaf(0))  # of a tensor that exists
+SPENT = CallProgram((), Leaf(0))  # of a tensor that exists
 
 
-def inside_compiler(program: Program, leaves: tuple[Tensor, ...], layout: Layout) -> DeferredLogits:
+def inside_compiler(program: CallProgram, leaves: tuple[Tensor, ...], layout: TensorLayout) -> DeferredLogits:
     """What a compiler gets in the place of deferred logits: the program, on its own tensors."""
     places = iter(range(len(leaves)))
     code, none = encode(leaves, lambda _: Leaf(next(places))), encode({}, lambda _: Leaf(0))
-    recorded = Recorded(program, code, none, leaves, Mode(False, None))
+    recorded = RecordedCall(program, code, none, leaves, Mode(False, None))
     return DeferredLogits(Knowledge(None, program, leaves, (), recorded, None, Family(), layout))
 
 
@@ -233,34 +233,34 @@ def adopt(tensor: DeferredLogits) -> None:
 
 def plain(tensor: DeferredLogits) -> Tensor:
     """The ordinary tensor that ``tensor`` stands for: exact, differentiable, computed on first use."""
-    known, made = tensor._known, tensor._plain
-    if made is not None and not is_adopted(tensor):
-        return made
-    if made is None and known.recorded.result is None:
-        check_fresh(known)
-        for operand in known.recorded.tensors:
-            existing(operand)  # before the lock is taken: another head's logits have their own
-    with known.family.lock, out_of_sight():
+    knowledge, numbers = tensor._known, tensor._plain
+    if numbers is not None and not is_adopted(tensor):
+        return numbers
+    if numbers is None and knowledge.recorded.result is None:
+        check_fresh(knowledge)
+        for operand in knowledge.recorded.tensors:
+            as_plain(operand)  # before the lock is taken: another head's logits have their own
+    with knowledge.family.lock, out_of_sight():
         if is_adopted(tensor):
             adopt(tensor)
         elif tensor._plain is None:
-            tensor._plain = made_by_call(known)
+            tensor._plain = made_by_call(knowledge)
     return tensor._plain  # type: ignore[return-value]
 
 
-def existing(tensor: Tensor) -> Tensor:
+def as_plain(tensor: Tensor) -> Tensor:
     return plain(tensor) if isinstance(tensor, DeferredLogits) else tensor
 
 
-def made_by_call(known: Knowledge) -> Tensor:
-    origin, recorded = known.origin, known.recorded
+def made_by_call(knowledge: Knowledge) -> Tensor:
+    origin, recorded = knowledge.origin, knowledge.recorded
     first = origin is not None and recorded.func is origin.recipe.program and recorded.result is None
     if first:
-        tell(origin.recipe.runs, known.family.built_for)  # type: ignore[union-attr]
-    result = known.recorded.made(existing)
+        tell(origin.recipe.runs, knowledge.family.built_for)  # type: ignore[union-attr]
+    result = knowledge.recorded.made(as_plain)
     if first:
-        known.family.gather_before(result)
-    return result if known.part is None else result[known.part]
+        knowledge.family.gather_before(result)
+    return result if knowledge.part is None else result[knowledge.part]
 
 
 def tell(runs: Sequence[Run], why: str) -> None:

@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fusedhead.compat import ConstantSource, FakeTensorMode, enable_python_dispatcher
-from fusedhead.deferred.call_program import Leaf, Made, Mode, Step, decode, modes
+from fusedhead.deferred.call_program import Leaf, Made, Mode, CallStep, decode, modes
 from fusedhead.graph.nodes import callee, fake
 
 
@@ -37,8 +37,8 @@ class Draft:
     def node(self, ref: Leaf | Made) -> Any:
         if isinstance(ref, Leaf):
             return self.leaves[ref.at]
-        made = self.made[ref.step]
-        return made if ref.part is None else made[ref.part]
+        result = self.made[ref.step]
+        return result if ref.part is None else result[ref.part]
 
     def function(self, text: str, free: Iterable[str]) -> tuple[tuple[tuple[int, int], ...], Callable[..., Any]]:
         """An expression in symbolic sizes, as a function of sizes of leaves; (leaf, dimension) of its arguments.
@@ -49,7 +49,7 @@ class Draft:
         return tuple(self.symbols[name] for name in names), eval(f"lambda {', '.join(names)}: {text}", {"math": math})
 
 
-def stand_in(tensor: Tensor, at: int, draft: Draft, exact: frozenset[int], grad: bool) -> Tensor:
+def fake_leaf(tensor: Tensor, at: int, draft: Draft, exact: frozenset[int], grad: bool) -> Tensor:
     """A fake tensor like a leaf, its sizes symbols where they are not exact."""
     sizes: Sequence[Any] = tensor.shape
     strides: Sequence[Any] = tensor.stride()
@@ -63,19 +63,19 @@ def stand_in(tensor: Tensor, at: int, draft: Draft, exact: frozenset[int], grad:
             if isinstance(size, torch.SymInt):
                 draft.symbols.setdefault(str(size.node.expr), (at, d))
     with draft.mode:
-        made = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
-    return made.requires_grad_() if grad and tensor.requires_grad else made
+        leaf = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+    return leaf.requires_grad_() if grad and tensor.requires_grad else leaf
 
 
-def add(draft: Draft, op: str, target: Any, args: tuple, kwargs: dict, mode: Mode, device: str) -> Node:
+def append_call(draft: Draft, op: str, target: Any, args: tuple, kwargs: dict, mode: Mode, device: str) -> Node:
     node = draft.graph.create_node(op, target, args, kwargs)
-    known = torch.fx.node.map_arg((args, kwargs), fake)
+    fakes = torch.fx.node.map_arg((args, kwargs), fake)
     with modes(mode.read, device), draft.mode, enable_python_dispatcher():  # as Dynamo does: no size is pinned
-        node.meta["example_value"] = callee(node)(*known[0], **known[1])
+        node.meta["example_value"] = callee(node)(*fakes[0], **fakes[1])
     return node
 
 
-def spelled(func: Callable[..., Any]) -> tuple[str, Any, tuple]:
+def dynamo_spelling(func: Callable[..., Any]) -> tuple[str, Any, tuple]:
     """A function as Dynamo writes it: (node op, target, arguments put after the first)."""
     name = getattr(func, "__name__", "")
     owner = getattr(func, "__self__", None)
@@ -88,47 +88,47 @@ def spelled(func: Callable[..., Any]) -> tuple[str, Any, tuple]:
     return "call_function", func, ()
 
 
-def write(draft: Draft, step: Step, device: str, here: Mode) -> Any:
+def append_step(draft: Draft, step: CallStep, device: str, mode: Mode) -> Any:
     """Append a step: its node, or the list of nodes of its parts."""
     args, kwargs = decode(step.args, draft.node), decode(step.kwargs, draft.node)
     if isinstance(step.func, GraphModule):
-        return inline(draft, step.func, args, step.mode, device)
-    op, target, more = spelled(step.func)
-    node = add(draft, op, target, (*args[:1], *more, *args[1:]) if more else tuple(args), kwargs, step.mode, device)
+        return inline_program(draft, step.func, args, step.mode, device)
+    op, target, more = dynamo_spelling(step.func)
+    node = append_call(draft, op, target, (*args[:1], *more, *args[1:]) if more else tuple(args), kwargs, step.mode, device)
     value = fake(node)
-    cut = here.grad and not step.mode.grad
+    cut = mode.grad and not step.mode.grad
     if isinstance(value, Tensor):
-        return add(draft, "call_method", "detach", (node,), {}, step.mode, device) if cut else node
+        return append_call(draft, "call_method", "detach", (node,), {}, step.mode, device) if cut else node
     if not isinstance(value, (tuple, list)) or not all(isinstance(v, Tensor) for v in value):
         return node
-    parts = [add(draft, "call_function", operator.getitem, (node, i), {}, step.mode, device)
+    parts = [append_call(draft, "call_function", operator.getitem, (node, i), {}, step.mode, device)
              for i in range(len(value))]  # fmt: skip
-    return [add(draft, "call_method", "detach", (p,), {}, step.mode, device) for p in parts] if cut else parts
+    return [append_call(draft, "call_method", "detach", (p,), {}, step.mode, device) for p in parts] if cut else parts
 
 
-def inline(draft: Draft, program: GraphModule, args: Sequence[Any], mode: Mode, device: str) -> Node:
+def inline_program(draft: Draft, program: GraphModule, args: Sequence[Any], mode: Mode, device: str) -> Node:
     """The nodes that make the returned logits."""
-    given, env = iter(args), {}
+    operands, env = iter(args), {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            env[node] = next(given)
+            env[node] = next(operands)
         elif node.op == "output":
             return env[node.args[0]]
         else:
             a, k = torch.fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-            env[node] = add(draft, node.op, node.target, a, k, mode, device)
+            env[node] = append_call(draft, node.op, node.target, a, k, mode, device)
     raise AssertionError("a graph has an output")
 
 
-def draft(steps: Sequence[Step], leaves: Sequence[Tensor], exact: frozenset[int] | None, here: Mode) -> Draft:
+def draft(steps: Sequence[CallStep], leaves: Sequence[Tensor], exact: frozenset[int] | None, mode: Mode) -> Draft:
     """The graph of a program, with fake values; ``exact`` None makes all sizes constants."""
     env = None if exact is None else ShapeEnv()
-    made = Draft(Graph(), [], [], env, FakeTensorMode(shape_env=env, allow_non_fake_inputs=False))
+    result = Draft(Graph(), [], [], env, FakeTensorMode(shape_env=env, allow_non_fake_inputs=False))
     for at, tensor in enumerate(leaves):
-        node = made.graph.placeholder(f"leaf{at}")
-        node.meta["example_value"] = stand_in(tensor, at, made, exact or frozenset(), here.grad)
-        made.leaves.append(node)
+        node = result.graph.placeholder(f"leaf{at}")
+        node.meta["example_value"] = fake_leaf(tensor, at, result, exact or frozenset(), mode.grad)
+        result.leaves.append(node)
     device = leaves[0].device.type
     for step in steps:
-        made.made.append(write(made, step, device, here))
-    return made
+        result.made.append(append_step(result, step, device, mode))
+    return result

@@ -30,12 +30,12 @@ from fusedhead.graph.recipes import LEAST_TOKENS
 from fusedhead.graph.run_counts import LIBRARIES, Run
 from fusedhead.legality.profitability import least_logits
 from fusedhead.legality.sharding import given_back_by
-from fusedhead.options import split
+from fusedhead.options import split_options
 from fusedhead.report import observers
 from fusedhead.report.report import Report
 
 log = logging.getLogger("fusedhead")
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # nobody names a layer by them
+HEAD_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # nobody names a layer by them
 MOST_BUILT = 2  # more often than answered, before a kind of call is computed at once: a first look is none
 
 
@@ -59,7 +59,7 @@ class Calls:
 
 
 @dataclass(eq=False)
-class Head:
+class EagerHead:
     """What is known of one module."""
 
     path: str | None  # as its model names it; None where nobody has said
@@ -72,7 +72,7 @@ _everywhere: list[bool] = []  # not empty while `enable` is in force
 _guard = threading.RLock()
 
 
-def project(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def project_eagerly(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(input, weight, bias)``, deferred where that is known to be the same and to pay."""
     if torch.jit.is_tracing() or type(weight) not in (nn.Parameter, Tensor):  # a tracer's sizes are tensors
         return F.linear(input, weight, bias)
@@ -80,14 +80,14 @@ def project(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
         return F.linear(input, weight, bias)
     if getattr(module, "_is_replica", False):  # of `nn.DataParallel`, a new one for every call
         return F.linear(input, weight, bias)
-    logits = deferred_logits(lambda: HEADS.setdefault(module, Head(None)), module, (input, weight, bias))
+    logits = deferred_logits(lambda: HEADS.setdefault(module, EagerHead(None)), module, (input, weight, bias))
     return F.linear(input, weight, bias) if logits is None else logits
 
 
 Operands = tuple[Tensor, Tensor, "Tensor | None"]
 
 
-def deferred_logits(head: Callable[[], Head], module: nn.Module, operands: Operands) -> Tensor | None:
+def deferred_logits(head: Callable[[], EagerHead], module: nn.Module, operands: Operands) -> Tensor | None:
     """``F.linear(*operands)``, put off; None where that is not known to be the same, or does not pay.
 
     ``head`` makes the record of the head, or finds it; ``module`` is the one whose weight it is.
@@ -95,7 +95,7 @@ def deferred_logits(head: Callable[[], Head], module: nn.Module, operands: Opera
     input, weight, bias = operands
     if not of_plain_tensors(input, weight, bias) or not plainly_eager():
         return None
-    own, _ = split(None)
+    own, _ = split_options(None)
     tokens = input.numel() // max(1, input.shape[-1])
     least = max(1, least_logits(weight.device.type, own.min_logits))
     few = not torch.is_grad_enabled() and tokens < LEAST_TOKENS
@@ -112,7 +112,7 @@ def deferred_logits(head: Callable[[], Head], module: nn.Module, operands: Opera
     return calls.made(*arguments(operands))[0]
 
 
-def calls_of(head: Head, module: nn.Module, operands: Operands, own: Any) -> Calls:
+def calls_of(head: EagerHead, module: nn.Module, operands: Operands, own: Any) -> Calls:
     """The calls of the kind of this one, given to the pass if it is the first."""
     device = operands[1].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -135,7 +135,7 @@ def as_it_is(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
 
 
 @torch.compiler.disable
-def compiled(head: Head, module: nn.Module, operands: Operands, own: Any) -> Calls:
+def compiled(head: EagerHead, module: nn.Module, operands: Operands, own: Any) -> Calls:
     """The pass on a call's graph. Whatever goes wrong leaves such calls as they are."""
     told: list[Report] = []
 
@@ -174,7 +174,7 @@ def path_of(module: nn.Module) -> str:
     """The module's name in the outermost model that is running, "" where none is."""
     frames = [frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_argcount]
     running = [frame.f_locals.get(frame.f_code.co_varnames[0]) for frame in frames]
-    modules = [m for m in running if issubclass(type(m), nn.Module) and not isinstance(m, WRAPPERS)]
+    modules = [m for m in running if issubclass(type(m), nn.Module) and not isinstance(m, HEAD_WRAPPERS)]
     for outer in reversed(modules):
         for name, inner in outer.named_modules():
             if inner is module:
@@ -197,7 +197,7 @@ def remember(found: Iterable[tuple[str, nn.Linear]]) -> None:
     """Let layers defer, by their names."""
     with _guard:
         for name, inner in found:
-            HEADS.setdefault(inner, Head(name))
+            HEADS.setdefault(inner, EagerHead(name))
 
 
 _installed: list[Any] = []  # torch's forward and ours, while ours is in its place
@@ -207,7 +207,7 @@ def install() -> None:
     """Put our forward in the place of `torch.nn.Linear`'s, once."""
     with _guard:
         if not _installed or nn.Linear.forward is not _installed[1]:
-            original, ours = nn.Linear.forward, forward_with(project)
+            original, ours = nn.Linear.forward, forward_with(project_eagerly)
             nn.Linear.forward = ours  # type: ignore[method-assign, assignment]
             _installed[:] = [original, ours]
 

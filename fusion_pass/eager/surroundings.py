@@ -28,7 +28,7 @@ from fusedhead.deferred.surroundings import checkpoint
 from fusedhead.functional.eager_products import EagerProducts
 
 LINEAR = F.linear
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def plainly_eager() -> bool:
@@ -48,7 +48,7 @@ def of_plain_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool
     """Whether the operands are ordinary tensors [..., D], [V, D], [V] that fit together."""
     if type(input) is not Tensor or not all(type(x) in (Tensor, nn.Parameter) for x in (weight, bias) if x is not None):
         return False
-    if weight.ndim != 2 or input.ndim < 2 or input.shape[-1] != weight.shape[1] or weight.dtype not in DTYPES:
+    if weight.ndim != 2 or input.ndim < 2 or input.shape[-1] != weight.shape[1] or weight.dtype not in HEAD_DTYPES:
         return False
     if bias is not None and bias.shape != weight.shape[:1]:
         return False
@@ -57,6 +57,6 @@ def of_plain_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool
     return (
         weight.device.type != "meta"
         and all(x.device == weight.device and x.layout is torch.strided for x in (weight, *others))
-        and all(x.dtype in DTYPES if autocast else x.dtype == weight.dtype for x in others)
+        and all(x.dtype in HEAD_DTYPES if autocast else x.dtype == weight.dtype for x in others)
         and not any(x.is_inference() and torch.is_grad_enabled() for x in (weight, *others))
     )

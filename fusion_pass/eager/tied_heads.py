@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fusedhead.analysis.lone_heads import has_sizes_of_a_head
 from fusedhead.compat import function_modes
-from fusedhead.eager.heads import Head, deferred_logits, path_of
+from fusedhead.eager.heads import EagerHead, deferred_logits, path_of
 from fusedhead.functional.eager_products import EagerProducts, method_in
 
 MODELS: Any = WeakIdKeyDictionary()  # those in whose methods products are seen, with their heads by name
@@ -107,7 +107,7 @@ def operands_of(func: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, T
     return (h, w, None) if is_its_transpose else None
 
 
-def head_of(module: nn.Module, weight: Tensor) -> tuple[Callable[[], Head], nn.Module] | None:
+def head_of(module: nn.Module, weight: Tensor) -> tuple[Callable[[], EagerHead], nn.Module] | None:
     """What makes the record of the head that has this weight, and the module whose parameter it is."""
     if weight.ndim != 2 or not has_sizes_of_a_head(*weight.shape):
         return None
@@ -115,5 +115,5 @@ def head_of(module: nn.Module, weight: Tensor) -> tuple[Callable[[], Head], nn.M
         for key, parameter in owner._parameters.items():
             if parameter is weight:
                 path = ".".join(part for part in (path_of(module), name) if part)
-                return lambda: MODELS[module].setdefault((name, key), Head(path)), owner
+                return lambda: MODELS[module].setdefault((name, key), EagerHead(path)), owner
     return None

@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Projection = Callable[[nn.Module, Tensor, Tensor, "Tensor | None"], Tensor]
-KNOWN = ("F", "linear", "weight", "bias")  # the names in torch's own forward
+EagerProjection = Callable[[nn.Module, Tensor, Tensor, "Tensor | None"], Tensor]
+LINEAR_NAMES = ("F", "linear", "weight", "bias")  # the names in torch's own forward
 
 
-def forward_with(project: Projection) -> Callable[[nn.Linear, Tensor], Tensor]:
+def forward_with(project: EagerProjection) -> Callable[[nn.Linear, Tensor], Tensor]:
     """A forward by which eager calls are made by ``project(module, input, weight, bias)``.
 
     Raises RuntimeError where this torch's forward is not the one that is known, or somebody has replaced it.
     """
     original = nn.Linear.forward
     names = getattr(getattr(original, "__code__", None), "co_names", None)
-    if names != KNOWN or original.__module__ != "torch.nn.modules.linear":
+    if names != LINEAR_NAMES or original.__module__ != "torch.nn.modules.linear":
         raise RuntimeError("torch.nn.Linear.forward is not torch's own")
 
     # fmt: off

@@ -22,9 +22,9 @@ import fusedhead.lowering.ops  # noqa: F401  registers torch.ops.fusedhead
 from fusedhead.functional.vocab_parallel import (
     ShardStats,
     first_class,
-    merge,
+    merge_shards,
     no_columns,
-    replicated,
+    replicated_hidden,
     statistics_dtype,
     wrong_shard,
 )
@@ -33,7 +33,7 @@ from fusedhead.lowering.checks import LabelOutOfRange
 
 REDUCTIONS = ("none", "mean", "sum")
 WORKSPACE: dict[str | int, int] = {"auto": 0, "min": -1}  # as the ops take it; else MiB
-NARROW = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Loss(NamedTuple):
@@ -116,7 +116,7 @@ def linear_cross_entropy(
     shard_weight = weight
     if weight is not None and group is not None:
         shard_weight = weight[first + torch.arange(w.shape[0], device=weight.device)]
-    head = operands(h, w, torch.where(counts, labels, 0), bias, shard_weight, softcap)
+    head = head_operands(h, w, torch.where(counts, labels, 0), bias, shard_weight, softcap)
     if group is not None:
         settings = (reduction, ignore_index, label_smoothing, z_loss, softcap, weight is None, bias is None)
         facts = (tuple(input.shape), str(h.dtype), vocab_size, str(reduce_dtype), *settings)
@@ -124,7 +124,7 @@ def linear_cross_entropy(
     elif reduction != "none" and torch.is_grad_enabled() and any(x.requires_grad for x in (h, w, head.cols)):
         value = with_gradients(head, loss, budget)
     else:
-        value = reduced(swept(head, loss, budget), loss)
+        value = reduced(swept_stats(head, loss, budget), loss)
     value = value.to(result_dtype)
     return value.reshape(target.shape) if reduction == "none" else value
 
@@ -182,7 +182,7 @@ def require_labels_in_range(labels: Tensor, counts: Tensor, classes: Any) -> Non
         torch.ops.aten._assert_async.msg(~outside.any(), "a label is out of range")
 
 
-def operands(
+def head_operands(
     h: Tensor, w: Tensor, cell: Tensor, bias: Tensor | None, weight: Tensor | None, softcap: float | None
 ) -> Operands:
     """What the ops read. The bias is added before a narrow product is rounded, as ``F.linear`` adds it."""
@@ -191,7 +191,7 @@ def operands(
     if bias is not None:
         cols = bias.to(wide)[None]
         steps.append("addcol:0")
-        if h.dtype in NARROW:
+        if h.dtype in HALF_DTYPES:
             steps.append("round:" + str(h.dtype).removeprefix("torch."))
     if softcap is not None:
         steps += [f"mul:{1 / softcap!r}", "tanh", f"mul:{float(softcap)!r}"]
@@ -208,7 +208,7 @@ def asked(loss: Loss) -> str:
     return "lse,picked,lse_low" + (",sum,spread" if loss.smoothing else "")
 
 
-def swept(head: Operands, loss: Loss, memory: int) -> ShardStats:
+def swept_stats(head: Operands, loss: Loss, memory: int) -> ShardStats:
     """Row statistics in one sweep; their gradient takes another."""
     results = torch.ops.fusedhead.head_stats(*head, asked(loss), memory)
     lse, low, picked, total, spread = (results[STATS.index(name)] for name in READ)
@@ -227,28 +227,28 @@ def of_all_ranks(
     reduce_dtype: torch.dtype | None,
 ) -> ShardStats:
     """The statistics of the whole vocabulary from this rank's columns, the first of which is class ``first``."""
-    h, shard = replicated(head.h, group, reduce_dtype), head.w.shape[0]
+    h, shard = replicated_hidden(head.h, group, reduce_dtype), head.w.shape[0]
     label = head.y[:, 0]
-    here = (label >= first) & (label < first + shard)
+    in_shard = (label >= first) & (label < first + shard)
     if shard == 0:
         stats = no_columns(h, 1, statistics_dtype(h.dtype))
     else:
-        cell = torch.where(here, label - first, 0)[:, None]
-        stats = swept(head._replace(h=h, y=cell), loss, memory)
-        stats = stats._replace(picked=torch.where(here[:, None], stats.picked, 0))
+        cell = torch.where(in_shard, label - first, 0)[:, None]
+        stats = swept_stats(head._replace(h=h, y=cell), loss, memory)
+        stats = stats._replace(picked=torch.where(in_shard[:, None], stats.picked, 0))
     if loss.smoothing:
         own = head.u.sum() if head.u.numel() else stats.lse.new_full((), float(shard))
         stats = stats._replace(weight=own)
     else:
         stats = stats._replace(sum=None, spread=None, weight=None)
-    return merge(stats, group, facts)
+    return merge_shards(stats, group, facts)
 
 
 def refuse_with_all(wrong: str, h: Tensor, group: dist.ProcessGroup) -> None:
     """Raise ValueError here, and let the other ranks, which may find nothing wrong, raise too instead of waiting."""
     with torch.no_grad():
         try:
-            merge(no_columns(h, 1, statistics_dtype(h.dtype)), group, (wrong, dist.get_rank(group)))
+            merge_shards(no_columns(h, 1, statistics_dtype(h.dtype)), group, (wrong, dist.get_rank(group)))
         finally:
             raise ValueError(wrong)
 

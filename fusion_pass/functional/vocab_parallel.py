@@ -8,7 +8,7 @@ Rank r holds W_r [V_r, D] and the statistics of its own columns. With M = max_r 
     spread = Σ_r (spread_r - U_r (lse_r - M)) + U (lse - M)          U_r = Σ u over r's columns, U = Σ_r U_r
 
 Two collectives on float32 [N]: a maximum, and one packed sum. None in the backward: ∂lse/∂lse_r = exp(lse_r - lse), and
-sums pass their gradient on. The gradient of the hidden states is summed over the ranks once, by `replicated`.
+sums pass their gradient on. The gradient of the hidden states is summed over the ranks once, by `replicated_hidden`.
 (The two-step merge is that of Megatron-LM's vocab-parallel cross entropy, on lse instead of on exponentials.)
 Memory: a few [N] vectors. Bytes sent a token and rank: 4 for the maximum, 4 (2 + K) to 4 (3 + K) for the sum.
 """
@@ -59,7 +59,7 @@ class _Replicated(torch.autograd.Function):
         return total.to(d.dtype), None, None
 
 
-def replicated(h: Tensor, group: Group, reduce_dtype: torch.dtype | None = torch.float32) -> Tensor:
+def replicated_hidden(h: Tensor, group: Group, reduce_dtype: torch.dtype | None = torch.float32) -> Tensor:
     """h [N, D], equal on all ranks of ``group``. Its gradient is summed over them once, in ``reduce_dtype``.
 
     None sums in h's own dtype, as stock torch does: half the bytes, one rounding a rank.
@@ -90,7 +90,7 @@ def no_columns(h: Tensor, labels: int, dtype: torch.dtype) -> ShardStats:
 
 
 class _Merge(torch.autograd.Function):
-    """`merge` on tensors: (lse, picked, sum) differentiable, (lse_low, spread) constants."""
+    """`merge_shards` on tensors: (lse, picked, sum) differentiable, (lse_low, spread) constants."""
 
     @staticmethod
     def forward(
@@ -108,13 +108,13 @@ class _Merge(torch.autograd.Function):
         first = torch.cat((lse, asked, -asked))
         dist.all_reduce(first, op=dist.ReduceOp.MAX, group=group)
         top, most, least = first[:rows], first[rows], -first[rows + 1]
-        agree(most, least)
+        require_agreement(most, least)
         shift = torch.where(top.isfinite(), top, torch.zeros_like(top))
-        here = (lse - shift) + lse_low
+        lse_of_shard = (lse - shift) + lse_low
         summed = total.numel() > 0
-        parts = [here.exp(), *picked.unbind(1)]
+        parts = [lse_of_shard.exp(), *picked.unbind(1)]
         if summed:
-            reach = torch.where(weight == 0, torch.zeros_like(here), weight * here)
+            reach = torch.where(weight == 0, torch.zeros_like(lse_of_shard), weight * lse_of_shard)
             parts += [total, spread - reach, weight.expand(rows)]
         packed = torch.stack(parts)
         dist.all_reduce(packed, group=group)
@@ -144,7 +144,7 @@ MISMATCH = (
 )
 
 
-def agree(most: Tensor, least: Tensor) -> None:
+def require_agreement(most: Tensor, least: Tensor) -> None:
     """Fail, on every rank alike, where what the ranks said of themselves differs.
 
     ShardMismatch on a CPU; on a device, and in a compiled graph, torch's assertion, for which nobody waits.
@@ -161,7 +161,7 @@ def fingerprint(facts: Hashable, like: Tensor) -> Tensor:
     return like.new_full((1,), float(zlib.crc32(repr(facts).encode()) & 0x7FFFFF))
 
 
-def merge(stats: ShardStats, group: Group, facts: Hashable = ()) -> ShardStats:
+def merge_shards(stats: ShardStats, group: Group, facts: Hashable = ()) -> ShardStats:
     """The statistics of the whole vocabulary, equal on all ranks, from those of each rank's columns.
 
     ``facts`` is what the ranks must agree on; where they differ, all of them raise ShardMismatch (on a GPU an assertion

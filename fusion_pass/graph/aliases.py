@@ -56,14 +56,14 @@ def plain_parts(value: Any) -> Iterator[Any]:
             yield leaf
 
 
-def memory(node: Node) -> set[int]:
+def storages(node: Node) -> set[int]:
     """The storages that a node's value gives access to.
 
     A value that nobody knows (a handle, or what a node without a recorded value returns) gives access to all that
     the node was given.
     """
     if node.target is torch.ops.fusedhead.whole_vocab.default:
-        return memory(node.args[0])  # type: ignore[arg-type]  # it stands for a shard and its like on other ranks
+        return storages(node.args[0])  # type: ignore[arg-type]  # it stands for a shard and its like on other ranks
     recorded = fake(node)
     if type(recorded) is FakeTensor:
         at = storage(recorded)

@@ -36,17 +36,17 @@ from fusedhead.graph.unhooked import unhooked
 RANDOM = torch.Tag.nondeterministic_seeded
 UNKNOWN_LENGTH = 8  # what stands for a size that only the data decide
 # Ops that write to arguments which their schemas do not mark: to these, unless the flag is false.
-STATISTICS = ("running_mean", "running_var")
+RUNNING_STATISTICS = ("running_mean", "running_var")
 UNMARKED: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "aten::native_batch_norm": (STATISTICS, "training"),
-    "aten::batch_norm": (STATISTICS, "training"),
-    "aten::_batch_norm_impl_index": (STATISTICS, "training"),
-    "aten::cudnn_batch_norm": (STATISTICS, "training"),
-    "aten::miopen_batch_norm": (STATISTICS, "training"),
-    "aten::instance_norm": (STATISTICS, "use_input_stats"),
-    "aten::batch_norm_update_stats": (STATISTICS, ""),
-    "aten::batch_norm_gather_stats": (STATISTICS, ""),
-    "aten::batch_norm_gather_stats_with_counts": (STATISTICS, ""),
+    "aten::native_batch_norm": (RUNNING_STATISTICS, "training"),
+    "aten::batch_norm": (RUNNING_STATISTICS, "training"),
+    "aten::_batch_norm_impl_index": (RUNNING_STATISTICS, "training"),
+    "aten::cudnn_batch_norm": (RUNNING_STATISTICS, "training"),
+    "aten::miopen_batch_norm": (RUNNING_STATISTICS, "training"),
+    "aten::instance_norm": (RUNNING_STATISTICS, "use_input_stats"),
+    "aten::batch_norm_update_stats": (RUNNING_STATISTICS, ""),
+    "aten::batch_norm_gather_stats": (RUNNING_STATISTICS, ""),
+    "aten::batch_norm_gather_stats_with_counts": (RUNNING_STATISTICS, ""),
 }
 
 
@@ -78,7 +78,7 @@ def changed_arguments(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, 
             yield arguments[name]
 
 
-class Watch(TorchDispatchMode):
+class WriteWatch(TorchDispatchMode):
     """Notes the storages that the ops which run write to, and those that they make."""
 
     supports_higher_order_operators = True
@@ -95,22 +95,22 @@ class Watch(TorchDispatchMode):
         if isinstance(func, OpOverload):
             self.draws |= RANDOM in func.tags
             for argument in changed_arguments(func, args, kwargs):
-                self.written |= storages(argument)
+                self.written |= storages_of(argument)
         else:
             self.unread = True
         result = func(*args, **kwargs)
-        self.made |= storages(result)
+        self.made |= storages_of(result)
         return result
 
 
-def storages(value: Any) -> set[int]:
+def storages_of(value: Any) -> set[int]:
     return {at for at in map(storage, tree_leaves(value)) if at is not None}
 
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def number(value: Any) -> Any:
+def concrete_number(value: Any) -> Any:
     """The number of this compilation for one that may be symbolic."""
     if isinstance(value, (torch.SymFloat, torch.SymBool)):
         return value.node.hint if value.node.has_hint() else type(value.node.pytype)(1)
@@ -127,13 +127,13 @@ def likeness(value: Any) -> Hashable:
         plain = type(value) in (FakeTensor, Tensor, torch.nn.Parameter) or isinstance(value, torch.nn.Parameter)
         if not plain or value.layout != torch.strided or value.is_quantized:
             raise Unlike
-        sizes, strides = tuple(map(number, value.shape)), tuple(map(number, value.stride()))
-        held = number(value.untyped_storage().nbytes()) // value.itemsize
-        return Tensor, sizes, strides, number(value.storage_offset()), held, value.dtype, value.device, wants(value)
+        sizes, strides = tuple(map(concrete_number, value.shape)), tuple(map(concrete_number, value.stride()))
+        held = concrete_number(value.untyped_storage().nbytes()) // value.itemsize
+        return Tensor, sizes, strides, concrete_number(value.storage_offset()), held, value.dtype, value.device, wants(value)
     if isinstance(value, (list, tuple)):
         return list if isinstance(value, list) else tuple, tuple(map(likeness, value))
     if isinstance(value, NUMBERS) and not isinstance(value, (slice, torch.Generator, torch.nn.Module)):
-        plain_number = number(value)
+        plain_number = concrete_number(value)
         return type(plain_number), plain_number
     raise Unlike
 
@@ -232,17 +232,17 @@ def watched(
     with mode:
         values = [stand_in(like) for like in likes]
         tensors = [[leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in values]
-        memory, versions = list(map(storages, tensors)), [[tensor._version for tensor in group] for group in tensors]
+        memory, versions = list(map(storages_of, tensors)), [[tensor._version for tensor in group] for group in tensors]
         device = next((tensor.device.type for group in tensors for tensor in group), "cpu")
         stand_ins = map_arg((node.args, node.kwargs), dict(zip(sources, values)).__getitem__)
-        args, kwargs = tree_map_only(SYMBOLIC, number, stand_ins)  # a symbol would be asked for its value, and guarded
+        args, kwargs = tree_map_only(SYMBOLIC, concrete_number, stand_ins)  # a symbol would be asked for its value, and guarded
         cast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with cast, Watch() as seen:
+        with cast, WriteWatch() as seen:
             result = function(*args, **kwargs)
     if seen.unread:
         return None
     bumped = [[tensor._version for tensor in group] != old for group, old in zip(tensors, versions)]
-    swapped = [storages(group) != at for group, at in zip(tensors, memory)]
+    swapped = [storages_of(group) != at for group, at in zip(tensors, memory)]
     written = {i for i, at in enumerate(memory) if bumped[i] or swapped[i] or at & seen.written}
     elsewhere = seen.written - seen.made - set().union(*memory)
     return Seen(frozenset(written), bool(elsewhere), seen.draws, theirs and has_own_backward((result, tensors)))

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from fusedhead.graph.nodes import fake
 
-KEPT = "fusedhead_kept"  # in the meta of a product of DTensors: why it stays as it is, a sentence about its shards
+KEPT_SHARDS = "fusedhead_kept"  # in the meta of a product of DTensors: why it stays as it is, a sentence about its shards
 
 
 class Axis(NamedTuple):
@@ -65,7 +65,7 @@ def replicated(value: Any, but: int | None = None) -> bool:
     return all(same or dim == but for dim, same in enumerate(whole))
 
 
-def everywhere(mesh: Any) -> tuple[Any, ...]:
+def on_every_rank(mesh: Any) -> tuple[Any, ...]:
     return (public("Replicate")(),) * mesh.ndim
 
 

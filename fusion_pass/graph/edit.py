@@ -22,7 +22,7 @@ def erase(nodes: Iterable[Node], removable: Callable[[Node], bool]) -> None:
             stack.extend(sources)
 
 
-def replace(node: Node, by: Node) -> None:
+def replace_node(node: Node, by: Node) -> None:
     """Let all readers of a node read another one, and erase it."""
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
@@ -51,7 +51,7 @@ def counting_edits(graph: Graph, count: Callable[[Node], None]) -> Iterator[bool
             each.remove(count)
 
 
-def copied(gm: GraphModule) -> GraphModule:
+def copy_module(gm: GraphModule) -> GraphModule:
     """The module with graphs of its own (parameters and fake values are shared, not copied).
 
     Its Python code is generated when it is first run, not for every edit.
@@ -70,6 +70,6 @@ def copied(gm: GraphModule) -> GraphModule:
         copy = make_graph_module(gm, graph, gm.__class__.__name__)
     generated = {*copy.__dict__, "_modules", "_code", "_graph"}
     copy.__dict__.update({k: v for k, v in gm.__dict__.items() if k not in generated})
-    copy._modules = {k: copied(m) if isinstance(m, GraphModule) else m for k, m in gm._modules.items()}
+    copy._modules = {k: copy_module(m) if isinstance(m, GraphModule) else m for k, m in gm._modules.items()}
     copy.meta = dict(gm.meta)
     return copy

@@ -22,12 +22,12 @@ import torch
 from torch.fx import Graph, Node
 
 from fusedhead.compat import DispatchKey, HigherOrderOperator, OpOverload, tree_leaves
-from fusedhead.graph.aliases import memory
+from fusedhead.graph.aliases import storages
 from fusedhead.graph.dry_run import RANDOM, changed_arguments, dry_run, of_torch
 from fusedhead.graph.higher_order import Effects, arguments_with_memory, bodies_of, effects_of_call, runs_bodies
 from fusedhead.graph.nodes import inputs
 
-NOTHING = Effects()
+NO_EFFECTS = Effects()
 Asked = tuple[Any, Any, Any, Effects]  # a node's target and arguments when it was asked, and the answer
 KNOWN: WeakKeyDictionary[Graph, dict[Node, Asked]] = WeakKeyDictionary()
 
@@ -35,11 +35,11 @@ KNOWN: WeakKeyDictionary[Graph, dict[Node, Asked]] = WeakKeyDictionary()
 def effects(node: Node) -> Effects:
     """What a node does besides returning a value."""
     if not node.op.startswith("call_"):
-        return NOTHING
+        return NO_EFFECTS
     answers = KNOWN.get(node.graph)
     if answers is None:
         answers = KNOWN.setdefault(node.graph, {})
-    target, args, kwargs, answer = answers.get(node, (None, None, None, NOTHING))
+    target, args, kwargs, answer = answers.get(node, (None, None, None, NO_EFFECTS))
     if target is not node.target or args is not node.args or kwargs is not node.kwargs:
         answer = ask(node)
         answers[node] = node.target, node.args, node.kwargs, answer
@@ -58,8 +58,8 @@ def ask(node: Node) -> Effects:
         special = (each for each in ahead_of(node) if isinstance(each.target, HigherOrderOperator) or is_theirs(each))
         return Effects(tuple(dict.fromkeys(x for each in special for x in effects(each).backward)))
     theirs = is_theirs(node)
-    if not theirs and not any(map(memory, node.all_input_nodes)):
-        return NOTHING  # not run either: it may be one that switches a mode
+    if not theirs and not any(map(storages, node.all_input_nodes)):
+        return NO_EFFECTS  # not run either: it may be one that switches a mode
     seen = None if node.op == "call_module" else dry_run(node)
     if seen is None:
         return Effects(arguments_with_memory(node), arguments_with_memory(node) if theirs else (), theirs, sure=False)
@@ -103,24 +103,24 @@ def ahead_of(node: Node) -> Iterator[Node]:
 
 def earlier(node: Node) -> Iterator[Node]:
     """The nodes before one that have memory."""
-    return filter(memory, ahead_of(node))
+    return filter(storages, ahead_of(node))
 
 
 def memory_written(node: Node) -> set[int]:
     """The memory that a node writes to."""
-    return set().union(*map(memory, written(node)))
+    return set().union(*map(storages, written(node)))
 
 
 def memory_written_in_backward(node: Node) -> set[int]:
     """The memory that a node's backward may write to, whenever it is run."""
-    return set().union(*map(memory, effects(node).backward))
+    return set().union(*map(storages, effects(node).backward))
 
 
 def may_write(node: Node, at: Collection[int]) -> bool:
     """Whether a node writes to one of some storages; asked only where it could."""
     if not node.op.startswith("call_"):
         return False
-    given_it = any(not memory(source).isdisjoint(at) for source in node.all_input_nodes)
+    given_it = any(not storages(source).isdisjoint(at) for source in node.all_input_nodes)
     return (given_it or reaches_far(node)) and not memory_written(node).isdisjoint(at)
 
 

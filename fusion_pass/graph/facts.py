@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fusedhead.compat import HigherOrderOperator, enter_autocast, exit_autocast, set_grad_enabled
-from fusedhead.graph.aliases import memory
+from fusedhead.graph.aliases import storages
 from fusedhead.graph.effects import memory_written, memory_written_in_backward, reaches_far, writes
 
 Regions = tuple[Node, ...]  # the nodes that enter autocast regions, outermost first
@@ -158,7 +158,7 @@ class WriteIndex:
         self.readers: dict[int, list[Node]] = {}  # memory -> the nodes that are given it, in order
         self.far: list[Node] = []  # nodes that may write to memory that they are not given
         self.own_backward: set[Node] = set()  # nodes that may have a backward of somebody's own
-        memories = {node: memory(node) for node in position}
+        memories = {node: storages(node) for node in position}
         for node in position:
             if node.op.startswith("call_"):
                 for at in set().union(*map(memories.__getitem__, node.all_input_nodes)):
@@ -195,7 +195,7 @@ class WriteIndex:
         """
         if self.since == len(self.position):
             self.ask(next(node for node, place in self.position.items() if place == begin))
-        memories = {node: memory(node) for node in read}
+        memories = {node: storages(node) for node in read}
         at = set().union(*memories.values())
         changed, writers = memory_written, list(self.writers(at, begin, end))
         if not writers and end == math.inf:

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fusedhead.compat import HigherOrderOperator, tree_leaves
-from fusedhead.graph.aliases import memory, value_of
+from fusedhead.graph.aliases import storages, value_of
 
 
 class Effects(NamedTuple):
@@ -26,15 +26,15 @@ class Effects(NamedTuple):
 
 
 Of = Callable[[Node], Effects]  # the effects of a node of any graph
-Operands = Callable[[Node], Iterable[Any]]  # what the bodies of a call are run on, one for each placeholder
+BodyOperands = Callable[[Node], Iterable[Any]]  # what the bodies of a call are run on, one for each placeholder
 
 
-def rest(start: int) -> Operands:
+def rest(start: int) -> BodyOperands:
     """All arguments from one on."""
     return lambda call: call.args[start:]
 
 
-def lists(*places: int) -> Operands:
+def lists(*places: int) -> BodyOperands:
     """The entries of some arguments that are lists."""
     return lambda call: [x for place in places if place < len(call.args) for x in tree_leaves(call.args[place])]
 
@@ -45,7 +45,7 @@ def mixed(call: Node) -> Iterable[Any]:
 
 
 # by the names under which torch registers them
-OPERANDS: Mapping[str, Operands] = {
+OPERANDS: Mapping[str, BodyOperands] = {
     "associative_scan": mixed,
     "autograd_function_apply": rest(2),
     "cond": lists(3),
@@ -71,10 +71,10 @@ FORWARD_BODIES = {"autograd_function_apply": 1, "register_hook": 0}
 
 def arguments_with_memory(node: Node) -> tuple[Node, ...]:
     """The arguments of a node that give access to memory."""
-    return tuple(source for source in dict.fromkeys(node.all_input_nodes) if memory(source))
+    return tuple(source for source in dict.fromkeys(node.all_input_nodes) if storages(source))
 
 
-def runs_bodies(node: Node) -> Operands | None:
+def runs_bodies(node: Node) -> BodyOperands | None:
     """What the bodies of a call are run on; None for an op of which that is not known."""
     name = getattr(node.target, "_name", None)
     operands = OPERANDS.get(str(name))
@@ -113,7 +113,7 @@ def effects_of_call(call: Node, of: Of) -> Effects:
             written.update(dict.fromkeys(arguments_with_memory(call)))
             continue
         for place in places:
-            changed = [x for x in tree_leaves(arguments[place]) if isinstance(x, Node) and memory(x)]
+            changed = [x for x in tree_leaves(arguments[place]) if isinstance(x, Node) and storages(x)]
             written.update(
                 dict.fromkeys(changed or arguments_with_memory(call))
             )  # what has no memory is not what the body writes to
@@ -122,12 +122,12 @@ def effects_of_call(call: Node, of: Of) -> Effects:
 
 def changed_placeholders(graph: Graph, effects: Iterable[Effects]) -> set[int] | None:
     """The placeholders of a body, by number, whose memory its nodes write to; None where that cannot be told."""
-    memories = list(map(memory, graph.find_nodes(op="placeholder")))
-    held = set().union(*map(memory, graph.find_nodes(op="get_attr")))
+    memories = list(map(storages, graph.find_nodes(op="placeholder")))
+    held = set().union(*map(storages, graph.find_nodes(op="get_attr")))
     changed: set[int] = set()
     for does in effects:
         for target in does.written:
-            at = memory(target)
+            at = storages(target)
             if not at or at & held:
                 return None
             changed.update(i for i, memory_of_one in enumerate(memories) if memory_of_one & at)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import Tensor
 from torch.fx import Node
 
-from fusedhead.graph.aliases import memory
+from fusedhead.graph.aliases import storages
 from fusedhead.graph.dry_run import RANDOM
 from fusedhead.graph.effects import draws, memory_written, writes
 from fusedhead.graph.facts import GraphFacts, before
@@ -28,9 +28,9 @@ def floating(nodes: Iterable[Node]) -> bool:
     return any(isinstance(v, Tensor) and v.is_floating_point() for v in map(fake, nodes))
 
 
-def overwritten(nodes: Sequence[Node], begin: Node, end: Node, facts: GraphFacts) -> bool:
+def overwritten_between(nodes: Sequence[Node], begin: Node, end: Node, facts: GraphFacts) -> bool:
     """Whether memory that ``nodes`` share is written between two nodes."""
-    read = set().union(*map(memory, nodes))
+    read = set().union(*map(storages, nodes))
     return any(not read.isdisjoint(memory_written(node)) for node in facts.writers(begin, end))
 
 
@@ -105,7 +105,7 @@ def sink_after(nodes: Sequence[Node], anchor: Node, fixed: Collection[Node], fac
         return False
     moved = sorted(users)  # type: ignore[type-var]
     read = [source for node in moved for source in (node, *node.all_input_nodes)]
-    if moved and (any(map(writes, moved)) or overwritten(read, moved[0], anchor, facts)):
+    if moved and (any(map(writes, moved)) or overwritten_between(read, moved[0], anchor, facts)):
         return False
     for node in moved:
         if facts.autocast(node) != facts.autocast(anchor) or facts.grad_mode(node) != facts.grad_mode(anchor):

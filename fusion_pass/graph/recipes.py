@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from fusedhead.graph.aliases import memory
+from fusedhead.graph.aliases import storages
 from fusedhead.graph.effects import memory_written
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake, name_of
@@ -69,7 +69,7 @@ def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[lis
         if node in followed or is_view_of_inputs(node):
             inside.add(node)
             stack.extend(node.all_input_nodes)
-            storages = memory(node)
+            storages = storages(node)
             stack.extend(writer for writer, targets in writers.items() if not storages.isdisjoint(targets))
         else:
             sources.append(node)
@@ -141,7 +141,7 @@ def wants_gradient(source: Node) -> bool:
     return isinstance(fake(source), Tensor) and fake(source).requires_grad
 
 
-def differentiable(recipe: Recipe, sources: Sequence[Any]) -> bool:
+def has_gradient(recipe: Recipe, sources: Sequence[Any]) -> bool:
     """Whether the result has a gradient: not where a compiler has made the sources without.
 
     Inputs say for themselves whether they have one: not every Dynamo guards on it, as where a head is frozen later.
@@ -152,7 +152,7 @@ def differentiable(recipe: Recipe, sources: Sequence[Any]) -> bool:
 
 def compute_now(recipe: Recipe, sources: Sequence[Any]) -> Tensor:
     """The returned tensor itself, computed in eager mode."""
-    with torch.set_grad_enabled(differentiable(recipe, sources)), torch.autocast(recipe.device, enabled=False):
+    with torch.set_grad_enabled(has_gradient(recipe, sources)), torch.autocast(recipe.device, enabled=False):
         return recipe.program(*sources)
 
 

@@ -148,7 +148,7 @@ def built(runs: Sequence[Run]) -> None:
 def asked_for() -> Use:
     """The use that is going on: the function that was called on deferred logits, and the program's line."""
     name = ""
-    for frame in frames():
+    for frame in _caller_frames():
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if package not in LIBRARIES:
             code = frame.f_code
@@ -167,7 +167,7 @@ def spoken(name: str, args: Any) -> str:
     return plain.strip("_") if plain.startswith("__") else plain
 
 
-def frames() -> Iterator[Any]:
+def _caller_frames() -> Iterator[Any]:
     frame = sys._getframe(2)
     while frame is not None:
         yield frame

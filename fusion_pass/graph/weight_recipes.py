@@ -22,7 +22,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fusedhead.compat import HigherOrderOperator, enable_python_dispatcher, maybe_get_fake_mode, tree_leaves
-from fusedhead.graph.aliases import memory
+from fusedhead.graph.aliases import storages
 from fusedhead.graph.effects import draws, may_write, writes
 from fusedhead.graph.nodes import callee, fake, hint, name_of
 from fusedhead.graph.op_names import PROJECTIONS
@@ -55,18 +55,18 @@ def made_of_inputs(weight: Node) -> set[Node] | None:
     entries = sum(map(entries_of, makers))
     if entries > MOST_ENTRIES * max(1, entries_of(weight)) or not all(map(same_again, makers)):
         return None
-    return None if overwritten(makers) else makers
+    return None if written_in_graph(makers) else makers
 
 
 def entries_of(node: Node) -> int:
     return sum(hint(x.numel()) or 0 for x in tree_leaves(fake(node)) if isinstance(x, Tensor))
 
 
-def overwritten(nodes: set[Node]) -> bool:
+def written_in_graph(nodes: set[Node]) -> bool:
     """Whether anything in the graph writes to what the nodes make."""
-    storages = set().union(*map(memory, nodes))
+    storages = set().union(*map(storages, nodes))
     inputs = {source for node in nodes for source in node.all_input_nodes if source.op == "placeholder"}
-    storages_made = storages.difference(*map(memory, inputs))
+    storages_made = storages.difference(*map(storages, inputs))
     return any(may_write(node, storages_made) for node in next(iter(nodes)).graph.nodes)
 
 
@@ -80,7 +80,7 @@ def same_again(node: Node) -> bool:
     try:
         fakes = mode or nullcontext()
         with fakes, enable_python_dispatcher(), torch.no_grad(), torch.autocast(device, enabled=False):
-            args, kwargs = map_arg((node.args, node.kwargs), lambda source: operand(node, source))
+            args, kwargs = map_arg((node.args, node.kwargs), lambda source: cast_operand(node, source))
             results = tree_leaves(callee(node)(*args, **kwargs))
     except Exception:
         return False
@@ -90,7 +90,7 @@ def same_again(node: Node) -> bool:
     )
 
 
-def operand(node: Node, source: Node) -> Any:
+def cast_operand(node: Node, source: Node) -> Any:
     """The fake value of what a node reads, as autocast hands it to a product."""
     value = fake(source)
     return value.to(fake(node).dtype) if is_cast(node, source) else value

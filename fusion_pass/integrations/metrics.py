@@ -7,7 +7,7 @@ from typing import Any
 from fusedhead.report import observers
 from fusedhead.report.summary import Summary
 
-PREFIX = "fusedhead/"
+METRIC_PREFIX = "fusedhead/"
 
 
 class Watch:
@@ -28,11 +28,11 @@ class Watch:
         runs = [head.run for head in overview.heads]
         fused = sum(head.fused for head in overview.heads)
         return {
-            f"{PREFIX}heads_fused": float(fused),
-            f"{PREFIX}heads_left": float(len(overview.heads) - fused),
-            f"{PREFIX}bytes_saved": float(overview.saved),
-            f"{PREFIX}logits_answered": float(sum(run.answered.value for run in runs)),
-            f"{PREFIX}logits_built": float(sum(run.built.total + run.at_once.total for run in runs)),
+            f"{METRIC_PREFIX}heads_fused": float(fused),
+            f"{METRIC_PREFIX}heads_left": float(len(overview.heads) - fused),
+            f"{METRIC_PREFIX}bytes_saved": float(overview.saved),
+            f"{METRIC_PREFIX}logits_answered": float(sum(run.answered.value for run in runs)),
+            f"{METRIC_PREFIX}logits_built": float(sum(run.built.total + run.at_once.total for run in runs)),
         }
 
     def news(self) -> dict[str, float]:

@@ -13,8 +13,8 @@ from torch.fx import Node
 from fusedhead.analysis.body import Body
 from fusedhead.analysis.projections import candidates
 from fusedhead.analysis.site import Decision, Site, head_nodes, tokens_of, weight_can_be_remade, weights_of
-from fusedhead.graph.aliases import memory
-from fusedhead.graph.dtensors import KEPT
+from fusedhead.graph.aliases import storages
+from fusedhead.graph.dtensors import KEPT_SHARDS
 from fusedhead.graph.effects import memory_written
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake, most, name_of, where
@@ -78,8 +78,8 @@ def why_not_deferred(site: Site, body: Body) -> Refusal:
 
 def illegal(site: Site, body: Body, defers: bool | None = None) -> Refusal | None:
     """Why a site must stay as it is, or None. ``defers``: whether its logits could be deferred, as the body says."""
-    if KEPT in site.head.node.meta:
-        return site.head.node.meta[KEPT]  # type: ignore[no-any-return]
+    if KEPT_SHARDS in site.head.node.meta:
+        return site.head.node.meta[KEPT_SHARDS]  # type: ignore[no-any-return]
     operands = nodes_of(site.head.operands)
     if site.escapes:
         return subclass(site, operands) or site.escapes[0].placed()
@@ -146,6 +146,6 @@ def mutated_operand(site: Site, facts: GraphFacts, vectors: list[Node], labels: 
 def aliased_write(site: Site, output: Node) -> bool:
     """Whether memory that a returned tensor is made of is written by a node that is no part of its making."""
     makers = program_of([output], head_nodes(site))[0]
-    memories = set().union(*map(memory, makers))
+    memories = set().union(*map(storages, makers))
     others_followed = set(site.followed).difference(makers)
     return any(not memories.isdisjoint(memory_written(node)) for node in others_followed)

@@ -37,7 +37,7 @@ def run(body: Body) -> None:
         reasons = dict.fromkeys(sorted(missed), transform)
     else:
         reasons = {}
-        for node, region in nodes_under_losses(graph):
+        for node, region in loss_operands(graph):
             if region and name_of(node) in PROJECTIONS:
                 reasons[node] = refuse(Illegal.LOSS_OUTSIDE_REGION, node=node, region=region).placed()
             elif node in reading.no_rule and node not in read:
@@ -46,7 +46,7 @@ def run(body: Body) -> None:
         body.note(node, reason)
 
 
-def nodes_under_losses(graph: Graph) -> Iterator[tuple[Node, str]]:
+def loss_operands(graph: Graph) -> Iterator[tuple[Node, str]]:
     """The nodes that losses over classes are taken of, up to where their numbers are made.
 
     With each the region it is in: the name of the higher-order op whose result the loss is taken of, or "".

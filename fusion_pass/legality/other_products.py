@@ -31,7 +31,7 @@ FEATURES = frozenset(
 COMBINES = SCALES - NEGATES | {"add_", "iadd", "mul_", "imul"}
 
 
-def products(graph: Graph) -> list[Node]:
+def output_products(graph: Graph) -> list[Node]:
     """The products that lead to an output of the graph past no other product, and as logits do."""
     return last_products(graph, lambda node: not of_features(node))
 
@@ -70,7 +70,7 @@ def run(body: Body) -> None:
     listed = {finding.node for finding in body.findings}
     for site, *_ in body.decisions:
         listed |= {site.head.node, *site.head.products}
-    for node in products(body.graph):
+    for node in output_products(body.graph):
         if node in listed or not with_a_weight(node) or not is_large(node, body.options.min_logits):
             continue
         if looks_like_a_head(node) and body.options.logits != "deferred":

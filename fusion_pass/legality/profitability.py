@@ -44,7 +44,7 @@ from fusedhead.lowering.plan.problem import Problem
 from fusedhead.lowering.plan.tokenwise import window_bytes
 from fusedhead.lowering.token_ops import logits_bytes
 
-LEAST = {"cuda": 1 << 22}  # logits, by device
+LEAST_LOGITS = {"cuda": 1 << 22}  # logits, by device
 LEAST_ELSEWHERE = 1 << 20
 MAY_HOLD = {"cuda": 1.5}  # of the bytes of the logits, elsewhere as much as they
 MOST_TOKENS = 1 << 24
@@ -53,7 +53,7 @@ WINDOWS = {"cuda": 2}  # of a row program, that its logits have to fill
 
 def least_logits(device_type: str, min_logits: str | int) -> int:
     """From how many logits on a head is fused; ``min_logits`` is the option of that name."""
-    return LEAST.get(device_type, LEAST_ELSEWHERE) if isinstance(min_logits, str) else min_logits
+    return LEAST_LOGITS.get(device_type, LEAST_ELSEWHERE) if isinstance(min_logits, str) else min_logits
 
 
 def run(body: Body) -> None:

@@ -56,7 +56,7 @@ PASSES = (
 )
 
 
-class Part(NamedTuple):
+class CoveragePart(NamedTuple):
     """A row of the table: the words, and the module whose rules have the ops."""
 
     row: CoverageRow
@@ -64,7 +64,7 @@ class Part(NamedTuple):
 
 
 RULES_OF = (projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise)
-PARTS = (*(Part(COVERAGE[module.__name__], module) for module in RULES_OF), *map(Part, PASSES))
+PARTS = (*(CoveragePart(COVERAGE[module.__name__], module) for module in RULES_OF), *map(CoveragePart, PASSES))
 TABLES: tuple[type[Reason], ...] = (
     NoRule,
     NotByTokens,
@@ -81,7 +81,7 @@ MARKERS = ("<!-- python -m fusedhead.rules -->", "<!-- end -->")
 SENTENCES = ("<!-- python -m fusedhead.rules --sentences -->", "<!-- end of sentences -->")
 
 
-def overloads(part: Part) -> list[Any]:
+def overloads(part: CoveragePart) -> list[Any]:
     """The ATen overloads that a part is about: those of its module's rules, and of its tables of overloads."""
     module = part.module
     if module is None:
@@ -91,13 +91,13 @@ def overloads(part: Part) -> list[Any]:
     return along_classes if module is tokenwise else ruled
 
 
-def ops(part: Part) -> list[str]:
+def ops(part: CoveragePart) -> list[str]:
     """Their names as users write them, each once."""
     names = (target._schema.name.removeprefix("aten::") for target in overloads(part))
     return list(dict.fromkeys(name for name in names if not name.startswith(("_", "special_"))))
 
 
-def cells(part: Part) -> tuple[str, str, str]:
+def cells(part: CoveragePart) -> tuple[str, str, str]:
     row = part.row
     named = ", ".join(f"`{name}`" for name in ops(part))
     return row.part, f"{row.fused}. Ops: {named}" if named else row.fused, row.left

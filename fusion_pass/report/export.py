@@ -15,7 +15,7 @@ from fusedhead.report.report import HeadRecord
 from fusedhead.report.terminal import Overview, left_first
 from fusedhead.version import __version__
 
-OWN = (
+HEAD_FIELDS = (
     "fused", "reason", "where", "module", "computes", "tokens", "hidden_size", "vocab_size", "dtype", "device",
     "logits", "engine", "forward_only", "flop", "bytes_logits", "workspace_bytes", "bytes_held", "bytes_saved",
     "materialised",
@@ -34,10 +34,10 @@ def head_data(head: HeadRecord) -> dict[str, Any]:
         "built": {str(use): count for use, count in run.built.items() if count},
         "built_at_once": {str(why): count for why, count in run.at_once.items() if count},
     }
-    return {**{name: plain(getattr(head, name)) for name in OWN}, "counts": counts}
+    return {**{name: plain_data(getattr(head, name)) for name in HEAD_FIELDS}, "counts": counts}
 
 
-def plain(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
     """A size may be a symbol of torch's: its text then."""
     return value if value is None or type(value) in (str, int, float, bool) else str(value)
 

@@ -23,7 +23,7 @@ from fusedhead.report.export import now
 from fusedhead.report.graph_diff import side_by_side
 from fusedhead.report.report import HeadRecord, Report, plural
 from fusedhead.report.summary import Summary
-from fusedhead.report.terminal import Overview, left_first, name_of, saved_line
+from fusedhead.report.terminal import Overview, left_first, head_name, saved_line
 from fusedhead.version import __version__
 
 MODULES_SHOWN = 4  # in the title of a graph
@@ -71,7 +71,7 @@ class Graph(NamedTuple):
 
 def cards(heads: Sequence[HeadRecord]) -> list[Card]:
     return [
-        Card(at, head, name_of(head), worth(head), head.remarks()[bool(head.reason) :], source(head))
+        Card(at, head, head_name(head), worth(head), head.remarks()[bool(head.reason) :], source(head))
         for at, head in enumerate(left_first(heads), 1)
     ]
 
@@ -83,7 +83,7 @@ def page(summary: Summary, command: str) -> str:
     return environment().get_template("page.html.jinja").render(
         command=command,
         style=Markup(file_text("page.css")),
-        versions=versions(),
+        versions=version_line(),
         date=now(),
         overview=overview,
         saved=saved_line(overview.saved),
@@ -102,7 +102,7 @@ def notebook(overview: Overview) -> str:
     return template.render(overview=overview, saved=saved_line(overview.saved), cards=cards(overview.heads))
 
 
-def versions() -> str:
+def version_line() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return f"fusedhead {__version__} · torch {torch.__version__} · Python {platform.python_version()} · {device}"
 
@@ -134,7 +134,7 @@ def graphs(summary: Summary) -> Iterator[Graph]:
 
 
 def title(report: Report, number: int) -> str:
-    names = list(dict.fromkeys(map(name_of, report.heads)))
+    names = list(dict.fromkeys(map(head_name, report.heads)))
     more = f" and {len(names) - MODULES_SHOWN} more" if len(names) > MODULES_SHOWN else ""
     fused = sum(head.fused for head in report.heads)
     which = ", ".join(names[:MODULES_SHOWN]) + more

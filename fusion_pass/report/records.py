@@ -13,7 +13,7 @@ from torch.fx import Graph
 from fusedhead.analysis.body import Body, Finding
 from fusedhead.analysis.cost import sizes_of
 from fusedhead.analysis.site import Decision, tokens_of
-from fusedhead.analysis.source_lines import module
+from fusedhead.analysis.source_lines import module_path
 from fusedhead.graph.nodes import fake, hint
 from fusedhead.report.report import HeadRecord
 
@@ -37,7 +37,7 @@ def record_of_finding(finding: Finding) -> HeadRecord:
     return HeadRecord(
         False, reason, finding.where, "", tokens, depth, vocab, "built", "",
         bytes_logits=(hint(logits.numel()) or 0) * logits.dtype.itemsize,
-        dtype=str(logits.dtype).removeprefix("torch."), device=logits.device.type, module=module(product),
+        dtype=str(logits.dtype).removeprefix("torch."), device=logits.device.type, module=module_path(product),
         source=product.meta.get("stack_trace") or "", likely=finding.likely,
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ def record_of_decision(decision: Decision, body: Body) -> HeadRecord:
         forward_only=bool(prices) and all(price.forward_only for price in prices),
         dtype=str(head.dtype).removeprefix("torch."),
         device=head.weight.val.device.type,
-        module=module(head.node),
+        module=module_path(head.node),
         source=head.node.meta.get("stack_trace") or "",
         least=body.least.get(head, 0),
         run=body.runs[head.node],

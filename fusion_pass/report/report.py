@@ -87,12 +87,12 @@ class HeadRecord:
 
     def seen(self) -> HeadRecord:
         """The record with the sizes of the largest call that was made, where tokens are a symbol."""
-        made = [self.tokens_of(key) for key, _ in self.run.graph.calls.items() if key] if self.tokens_of else []
-        if not made or self.sizes is None:
+        token_counts = [self.tokens_of(key) for key, _ in self.run.graph.calls.items() if key] if self.tokens_of else []
+        if not token_counts or self.sizes is None:
             return self
-        bytes_logits, workspace = self.sizes(max(made))
+        bytes_logits, workspace = self.sizes(max(token_counts))
         flop = self.flop * bytes_logits // max(1, self.bytes_logits)
-        span = f"{min(made)}-{max(made)}" if min(made) < max(made) else str(made[0])
+        span = f"{min(token_counts)}-{max(token_counts)}" if min(token_counts) < max(token_counts) else str(token_counts[0])
         tokens = f"{self.tokens} = {span}"
         return replace(self, bytes_logits=bytes_logits, workspace_bytes=workspace, flop=flop, tokens=tokens)
 
@@ -118,15 +118,15 @@ class HeadRecord:
     def remarks(self) -> list[str]:
         """What else there is to say: why it was left, how often it was answered for, and what had it built."""
         run = self.run
-        found = [f"because {self.reason}"] if self.reason else []
+        notes = [f"because {self.reason}"] if self.reason else []
         if self.fused and self.calls()[1]:
-            found.append(f"calls of fewer than {self.least:,} logits build them, as Inductor would")
+            notes.append(f"calls of fewer than {self.least:,} logits build them, as Inductor would")
         if self.fused and self.logits == "deferred":
             counts = (("answered", run.answered.value), ("handed to another compiled function", run.passed.value))
-            found += [f"{how} {times(count)}" for how, count in counts if count]
-            found += [f"built {times(count)} for {use}" for use, count in run.built.items() if count]
-            found += [f"built at once {times(count)}: {why}" for why, count in run.at_once.items() if count]
-        return found
+            notes += [f"{how} {times(count)}" for how, count in counts if count]
+            notes += [f"built {times(count)} for {use}" for use, count in run.built.items() if count]
+            notes += [f"built at once {times(count)}: {why}" for why, count in run.at_once.items() if count]
+        return notes
 
     def __str__(self) -> str:
         shape = f"N={self.tokens} D={self.hidden_size} V={self.vocab_size}"

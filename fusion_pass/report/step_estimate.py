@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fusedhead.report.rates import Chip
 from fusedhead.report.report import HeadRecord
-from fusedhead.report.terminal import counted, name_of, size
+from fusedhead.report.terminal import counted, head_name, size_text
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class StepEstimate:
     stopped: str = ""  # where and why the program was not followed to its end
 
     def __str__(self) -> str:
-        return "\n".join(table(self))
+        return "\n".join(estimate_table(self))
 
     def __repr__(self) -> str:
         return f"<fusedhead.StepEstimate: {len(self.heads)} heads on {self.chip.name}>"
 
 
-def table(step: StepEstimate) -> Iterator[str]:
+def estimate_table(step: StepEstimate) -> Iterator[str]:
     """Lines of 80 columns: one a head, its place and what it computes below."""
     graphs = counted(step.graphs, "graph")
     yield f"fusedhead: an estimate for {step.chip.name}: {counted(len(step.heads), 'head')} in {graphs}"
@@ -52,10 +52,10 @@ def table(step: StepEstimate) -> Iterator[str]:
         time = "-" if one.milliseconds is None else f"{one.milliseconds:,.2f} ms"
         held = (one.bytes_eager, one.bytes_inductor, one.bytes_fusedhead)
         numbers = " ".join(f"{bytes_ / 2**20:>10,.1f}" for bytes_ in held)
-        yield f"  {name_of(head)[-28:]:28} {numbers} {time:>12}"
+        yield f"  {head_name(head)[-28:]:28} {numbers} {time:>12}"
         sizes = f"N={head.tokens} D={head.hidden_size} V={head.vocab_size} {head.dtype}"
         yield f"    {sizes}: " + (head.computes if head.fused else f"left because {head.reason}")
-        yield f"    {head.where}; gradients of its operands take {size(one.bytes_gradients)}"
+        yield f"    {head.where}; gradients of its operands take {size_text(one.bytes_gradients)}"
     if not step.heads:
         yield "  no projection with a loss"
     if any(one.milliseconds is not None for one in step.heads):

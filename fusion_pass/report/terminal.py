@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 STATE, NAME, SIZES, COUNT, SAVED = 5, 16, 22, 8, 13  # widths of the columns
 INDENT = "  " + " " * STATE + "  "
 SHORTEST = 8  # that a name is cut to
-PLACES = 3  # of heads that are told of together
+NAMED_PLACES = 3  # of heads that are told of together
 IN_COLUMNS = ("answered ", "handed to ")
 NARROWEST, WIDEST = 60, 120
 NOTHING = "no projection with a loss in this graph"
 
 
-class Line(NamedTuple):
+class TextLine(NamedTuple):
     """One line of the text and what it is: "title", "note", "header", "left", "fused", "reason" or "detail"."""
 
     kind: str
@@ -68,7 +68,7 @@ def saved_in_a_step(graphs: Sequence[Sequence[HeadRecord]]) -> int:
 
 def left_first(heads: Sequence[HeadRecord]) -> list[HeadRecord]:
     """Left ones first, the most bytes of logits first; then the fused ones by their modules' paths."""
-    return sorted(heads, key=lambda head: (head.fused, 0 if head.fused else -head.bytes_logits, natural(name_of(head))))
+    return sorted(heads, key=lambda head: (head.fused, 0 if head.fused else -head.bytes_logits, natural(head_name(head))))
 
 
 def natural(text: str) -> list[tuple[int, str]]:
@@ -76,33 +76,33 @@ def natural(text: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in text.replace("[", ".").split(".")]
 
 
-def name_of(head: HeadRecord) -> str:
+def head_name(head: HeadRecord) -> str:
     """The path of the module, or the place where there is no module."""
     return head.module or head.where
 
 
-def lines(overview: Overview) -> Iterator[Line]:
+def lines(overview: Overview) -> Iterator[TextLine]:
     heads = left_first(overview.heads)
     fused = sum(head.fused for head in heads)
     seconds = f"{overview.seconds * 1e3:.0f} ms" if overview.seconds < 1 else f"{overview.seconds:.1f} s"
     counts = f"{counted(fused, 'head')} fused, {len(heads) - fused} left"
-    yield Line("title", f"fusedhead: {counts}, in {counted(overview.graphs, 'graph')} ({seconds} in the pass)")
+    yield TextLine("title", f"fusedhead: {counts}, in {counted(overview.graphs, 'graph')} ({seconds} in the pass)")
     if not heads:
-        yield Line("note", overview.empty)
+        yield TextLine("note", overview.empty)
     if fused:
-        yield Line("note", saved_line(overview.saved))
+        yield TextLine("note", saved_line(overview.saved))
     built = sum(head.bytes_logits for head in heads if not head.fused)
     if built:
-        yield Line("note", f"{size(built)} of logits are built for heads that were left")
+        yield TextLine("note", f"{size_text(built)} of logits are built for heads that were left")
     if heads:
-        yield Line("note", "")
-        yield Line("header", cells("", "head", "N x D x V", "answered", "built", "saved"))
+        yield TextLine("note", "")
+        yield TextLine("header", text_cells("", "head", "N x D x V", "answered", "built", "saved"))
     for _, alike in groupby(heads, key=account):
         yield from group(list(alike))
     for error in overview.errors:
-        yield Line("reason", f"the pass stepped back: {error}")
+        yield TextLine("reason", f"the pass stepped back: {error}")
     for note in overview.notes:
-        yield Line("note", note)
+        yield TextLine("note", note)
 
 
 def account(head: HeadRecord) -> tuple[str, ...]:
@@ -112,38 +112,38 @@ def account(head: HeadRecord) -> tuple[str, ...]:
     return (str(head.fused), head.computes, how, *remarks)
 
 
-def group(heads: Sequence[HeadRecord]) -> Iterator[Line]:
+def group(heads: Sequence[HeadRecord]) -> Iterator[TextLine]:
     """The lines of heads with one `account`: theirs, then why or how, then where they are and what they compute."""
     _, computes, how, *remarks = account(heads[0])
     kind = "fused" if heads[0].fused else "left"
     for head in heads:
-        yield Line(kind, row(head))
+        yield TextLine(kind, row(head))
     for remark in remarks:
-        yield Line("detail" if heads[0].fused else "reason", remark)
+        yield TextLine("detail" if heads[0].fused else "reason", remark)
     if how:
-        yield Line("detail", how)
+        yield TextLine("detail", how)
     places = list(dict.fromkeys(head.where for head in heads))
-    more = f" and {len(places) - PLACES} more" if len(places) > PLACES else ""
-    yield Line("detail", f"{', '.join(places[:PLACES])}{more}: {computes}".removesuffix(": "))
+    more = f" and {len(places) - NAMED_PLACES} more" if len(places) > NAMED_PLACES else ""
+    yield TextLine("detail", f"{', '.join(places[:NAMED_PLACES])}{more}: {computes}".removesuffix(": "))
 
 
 def saved_line(saved: int) -> str:
     """The one number of bytes: of a step, net of what is held instead."""
     more = "less" if round(saved / 2**20, 1) >= 0 else "more"
-    return f"{size(abs(saved))} {more} held for logits at the peak of a step (an estimate from the sizes)"
+    return f"{size_text(abs(saved))} {more} held for logits at the peak of a step (an estimate from the sizes)"
 
 
 def row(head: HeadRecord) -> str:
     run = head.run
     answered, built = run.answered.value + run.passed.value, run.built.total + run.at_once.total + head.calls()[1]
-    saved = size(head.bytes_saved) if head.fused else "-"
+    saved = size_text(head.bytes_saved) if head.fused else "-"
     sizes = f"{head.tokens} x {head.hidden_size} x {head.vocab_size}"
-    return cells(
-        "fused" if head.fused else "left", name_of(head), sizes, str(answered or "-"), str(built or "-"), saved
+    return text_cells(
+        "fused" if head.fused else "left", head_name(head), sizes, str(answered or "-"), str(built or "-"), saved
     )
 
 
-def cells(state: str, name: str, sizes: str, answered: str, built: str, saved: str) -> str:
+def text_cells(state: str, name: str, sizes: str, answered: str, built: str, saved: str) -> str:
     """One line of the table. A name that is too long keeps its end; sizes that are too long push the rest."""
     if len(sizes) + len(name) > NAME + SIZES:
         room = max(SHORTEST, NAME + SIZES - len(sizes))
@@ -157,7 +157,7 @@ def text(overview: Overview, width: int | None = None) -> str:
     return "\n".join(shaped for line in lines(overview) for shaped in shape(line, width))
 
 
-def shape(line: Line, width: int | None) -> list[str]:
+def shape(line: TextLine, width: int | None) -> list[str]:
     """The line with its indentation, wrapped."""
     if line.kind == "title":
         return [line.text]
@@ -211,6 +211,6 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def size(count: float) -> str:
+def size_text(count: float) -> str:
     """Bytes in MiB, which compare."""
     return f"{count / 2**20:,.1f} MiB"

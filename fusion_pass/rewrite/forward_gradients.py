@@ -28,7 +28,7 @@ from fusedhead.analysis.cost import price_of_statistics, price_of_token_program
 from fusedhead.analysis.reasons import NotInForward
 from fusedhead.compat import HigherOrderOperator
 from fusedhead.graph.facts import GraphFacts
-from fusedhead.graph.motion import hoist, overwritten
+from fusedhead.graph.motion import hoist, overwritten_between
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.reasons import Escape, Refusal, refuse
 from fusedhead.ir.builder import Emit, named
@@ -80,7 +80,7 @@ def upgrade_rows(call: Node, facts: GraphFacts) -> Refusal | None:
         return refuse(NotInForward.NO_GRADIENT)
     if any(differentiable(t) and fake(t).dtype == torch.float16 for t in tensors):
         return refuse(NotInForward.FLOAT16)
-    return first_tail([call], [user for user in call.users if user.users and differentiable(user)], ROWS, facts)
+    return first_tail([call], [user for user in call.users if user.users and differentiable(user)], ROWS_CALLS, facts)
 
 
 def upgrade(*calls: Node, facts: GraphFacts) -> Refusal | None:
@@ -100,7 +100,7 @@ def upgrade(*calls: Node, facts: GraphFacts) -> Refusal | None:
             named = ", ".join(sorted(STATS[at] for at in others if at not in CONSTANT))
             return refuse(NotInForward.OTHER_STATISTICS, names=named)
     statistics = [user for call in calls for user in call.users if user.users and name_index(user) not in CONSTANT]
-    return first_tail(calls, statistics, STATISTICS, facts)
+    return first_tail(calls, statistics, STATISTICS_CALLS, facts)
 
 
 def first_tail(
@@ -147,11 +147,11 @@ def try_tail(
     if blocked is not None:
         return refuse(NotInForward.DEPENDS_ON_RESULTS, node=blocked, name=blocked.name)
     anchor = first_use([user for call in calls for user in call.users])
-    if overwritten(operands, anchor, tail[-1], facts):
+    if overwritten_between(operands, anchor, tail[-1], facts):
         return refuse(NotInForward.OPERAND_CHANGED)
     forbidden = hoist(operands, anchor, facts)
     gradient = TailGradient(statistics, squares, outside, program)
-    return forbidden or replace(calls, gradient, anchor, tail[-1], family)
+    return forbidden or replace_with_losses(calls, gradient, anchor, tail[-1], family)
 
 
 class TailGradient(NamedTuple):
@@ -163,7 +163,7 @@ class TailGradient(NamedTuple):
     program: GraphModule
 
 
-def replace(
+def replace_with_losses(
     calls: Sequence[Node], gradient: TailGradient, anchor: Node, scalar: Node, family: CallFamily
 ) -> Refusal | None:
     """Put the op that takes coefficients in the place of each call: None when done."""
@@ -252,8 +252,8 @@ def no_squares(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Node]:
     return []
 
 
-STATISTICS = CallFamily(squares_of_lse, lambda call: (call.args[0], call.args[2]), replace_call)  # type: ignore[arg-type, return-value]
-ROWS = CallFamily(no_squares, lambda call: call.args[0], replace_rows)  # type: ignore[return-value, arg-type]
+STATISTICS_CALLS = CallFamily(squares_of_lse, lambda call: (call.args[0], call.args[2]), replace_call)  # type: ignore[arg-type, return-value]
+ROWS_CALLS = CallFamily(no_squares, lambda call: call.args[0], replace_rows)  # type: ignore[return-value, arg-type]
 
 
 class UnknownSize(Escape):

@@ -54,8 +54,8 @@ def row_vector(emit: Emit, hidden: Node, logits: Logits, vector: RowVector) -> N
 
 
 def joined_operands(emit: Emit, batch: Batch) -> tuple[list[Node], list[Any]]:
-    """`operands` of several groups, one after the other, and how many rows each has."""
-    each = [operands(emit, group.logits, group.labels, group.weights) for group in batch]
+    """`emit_operands` of several groups, one after the other, and how many rows each has."""
+    each = [emit_operands(emit, group.logits, group.labels, group.weights) for group in batch]
     counts = [emit.sizes(h)[0] for h, *_ in each]
     if len(batch) == 1:
         return each[0], counts
@@ -64,7 +64,7 @@ def joined_operands(emit: Emit, batch: Batch) -> tuple[list[Node], list[Any]]:
     return [emit(cat, h, 0), w[0], emit(cat, y, 0), cols[0], emit(cat, rows, 1), u[0]], counts
 
 
-def operands(emit: Emit, logits: Logits, labels: Sequence[Labels] = (), weights: Plain | None = None) -> list[Node]:
+def emit_operands(emit: Emit, logits: Logits, labels: Sequence[Labels] = (), weights: Plain | None = None) -> list[Node]:
     """The six tensors of an op call: h [N, D], w [V, D], y [N, K], cols [C, V], rows [R, N] and u, [V] or empty.
 
     ``labels`` emit the columns of y; ``weights`` are u.

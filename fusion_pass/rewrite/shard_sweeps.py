@@ -29,7 +29,7 @@ def in_shards(batch: Batch) -> bool:
     return whole_vocab_of(batch[0].logits.head.weight) is not None
 
 
-def call_of(emit: Emit, batch: Batch, operands: Sequence[Node], text: str, memory: int) -> Node:
+def sweep_call(emit: Emit, batch: Batch, operands: Sequence[Node], text: str, memory: int) -> Node:
     """The ``shard_stats`` call in the place of a ``head_stats`` on ``operands``: h, w, y, cols, rows, u."""
     whole = whole_vocab_of(batch[0].logits.head.weight)
     assert whole is not None

@@ -19,7 +19,7 @@ from fusedhead.ir.logits import Logits, StackedProjection
 from fusedhead.ir.stack_parts import stacked_part
 from fusedhead.kernels.contract import STATS
 from fusedhead.kernels.transform.transform import Transform
-from fusedhead.rewrite.operands import operands, replay
+from fusedhead.rewrite.operands import emit_operands, replay
 from fusedhead.rewrite.sweeps import SweepGroup, roundings_of
 
 aten = torch.ops.aten
@@ -61,7 +61,7 @@ def stacked_statistics(emit: Emit, group: SweepGroup, memory: int) -> tuple[dict
         mine = stacked_part(logits, part)
         head_labels = None if labels is None else emit(aten.select.int, labels, head.dim, k)
         flat = None if head_labels is None else emit(aten.reshape.default, head_labels, [-1, width])
-        tensors = operands(emit, mine, () if flat is None else (partial(emitted_labels, flat),), group.weights)
+        tensors = emit_operands(emit, mine, () if flat is None else (partial(emitted_labels, flat),), group.weights)
         text = Transform(mine.steps).text if chain is not None else Transform(mine.steps).smooth.text
         op = torch.ops.fusedhead.head_stats.default
         call = named(emit(op, *tensors, text, ",".join(group.want), memory), "head")

@@ -35,7 +35,7 @@ from fusedhead.rewrite.sweeps import Batch, SweepGroup, batches, roundings_of
 aten = torch.ops.aten
 
 
-def label_columns(group: SweepGroup, terminal: Terminal) -> tuple[int, int]:
+def picked_range(group: SweepGroup, terminal: Terminal) -> tuple[int, int]:
     """Which of the group's K picked entries are this terminal's."""
     begin = 0
     for key, count in group.picks:
@@ -61,7 +61,7 @@ def rebuild_terminal(
         other_statistics = {name: statistics[name] for name in terminal.want if name not in ("picked", "sum")}
         picked = statistics["picked"] if terminal.labels is not None else None
         if picked is not None:
-            begin, end = label_columns(group, terminal)
+            begin, end = picked_range(group, terminal)
             if (begin, end) != (0, fake(picked).shape[1]):
                 picked = emit(aten.slice.Tensor, picked, 1, begin, end)
         total = statistics["sum"] if "sum" in terminal.want else None
@@ -145,7 +145,7 @@ def statistics_of(emit: Emit, batch: Batch, memory: int) -> tuple[dict[str, list
     chain = next(iter(roundings_of(first.terminals)), None)
     text = Transform(first.logits.steps).smooth.text if chain is None else Transform(chain).text
     if shard_sweeps.in_shards(batch):
-        call = shard_sweeps.call_of(emit, batch, tensors, text, memory)
+        call = shard_sweeps.sweep_call(emit, batch, tensors, text, memory)
     else:
         op = torch.ops.fusedhead.head_stats.default
         call = named(emit(op, *tensors, text, ",".join(first.want), memory), "head")

@@ -136,7 +136,7 @@ def key_apart_from_rows(group: SweepGroup, facts: GraphFacts) -> tuple:
     )
 
 
-def squared(node: Node) -> bool:
+def is_squared(node: Node) -> bool:
     """Whether lse is squared (z-loss). Such terminals are not batched: the gradient of lse² needs the whole lse."""
     names = {name_of(user) for user in node.users}
     return bool(names & {"pow", "__pow__", "square"}) or any(
@@ -160,7 +160,7 @@ def batches(sites: Collection[Site], facts: GraphFacts) -> list[Batch]:
     result: list[Batch] = []
     for group in ordered:
         open_batches = joined.setdefault(key_apart_from_rows(group, facts), [])
-        z_loss = any(t.kind is Kind.LSE and squared(node) for node, t in group.terminals)
+        z_loss = any(t.kind is Kind.LSE and is_squared(node) for node, t in group.terminals)
         if not z_loss and open_batches and moved_up(group, open_batches[-1], replaced, facts):
             open_batches[-1].append(group)
             continue

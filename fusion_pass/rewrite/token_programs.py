@@ -21,9 +21,9 @@ from fusedhead.ir.builder import Emit, named
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Logits
 from fusedhead.ir.tokenwise import HeadInput, ProgramResult, TokenInput, TokenValue, inputs_of, token_values_of
-from fusedhead.kernels.tokenwise.program import HEAD, ITEM, Line, Ref, RowProgram, Unspeakable, spelled
+from fusedhead.kernels.tokenwise.program import HEAD, ITEM, Line, Ref, RowProgram, Unspeakable, argument_text
 from fusedhead.kernels.transform.transform import Transform
-from fusedhead.rewrite.operands import operands, replay
+from fusedhead.rewrite.operands import emit_operands, replay
 
 aten = torch.ops.aten
 MOST_SUNK = 64  # nodes behind a call: sums of losses and their logging
@@ -61,7 +61,7 @@ def program(values: Sequence[TokenValue], seeds: Sequence[HeadInput], outside: S
             listed = tuple(tuple(a) if isinstance(a, list) else a for a in args)
             out = add(Line(name, listed, tuple(kwargs.items())))
         else:
-            spelled(x)
+            argument_text(x)
             return x
         refs[id(x)] = out
         return out
@@ -152,7 +152,7 @@ def emit_call(emit: Emit, outputs: list[TokenValue], memory: int) -> dict[int, N
 
     tensors: list[Node] = []
     for seed in seeds:
-        h, w, _, cols, rows, _ = operands(emit, seed.logits)
+        h, w, _, cols, rows, _ = emit_operands(emit, seed.logits)
         tensors += [operand(node, id(seed.logits)) for node in (h, w, cols, emit(aten.t.default, rows))]
     tensors += [operand(emit.ref(leaf.value), id(leaf)) for leaf in outside]
     text = program(outputs, seeds, outside).text

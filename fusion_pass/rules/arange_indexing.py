@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fusedhead.graph.aliases import memory
+from fusedhead.graph.aliases import storages
 from fusedhead.graph.effects import may_write
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.reasons import Escape
@@ -52,8 +52,8 @@ def counts(index: Plain) -> bool:
     if len(node.args) > 1 or "start" in node.kwargs:
         start = node.args[0] if len(node.args) > 1 else node.kwargs["start"]
         step = node.args[2] if len(node.args) > 2 else node.kwargs.get("step", 1)
-    own = memory(node)
-    untouched = not any(may_write(other, own) for other in node.graph.nodes)
+    memory = storages(node)
+    untouched = not any(may_write(other, memory) for other in node.graph.nodes)
     return start == 0 and step == 1 and fake(node).dtype == torch.int64 and untouched
 
 
@@ -73,9 +73,9 @@ def entry_of_each_row(context: Context, value: Any, indices: Sequence[Plain]) ->
         raise Escape(NoRule.ROWS_NOT_COUNTED)
     labels = from_the_first(label.ref, vocab_size(logits))
     column, dim = Plain(Expr(aten.unsqueeze.default, (labels, -1)), label.val.unsqueeze(-1)), logits.class_dim
-    found = entries(replace(context, val=context.val.unsqueeze(-1)), value, dim, column, Kind.INDEX)
+    terminal = entries(replace(context, val=context.val.unsqueeze(-1)), value, dim, column, Kind.INDEX)
 
     def result(emit: Emit, stats: Statistics) -> Node:
-        return emit(aten.squeeze.dim, found.result(emit, stats), -1)
+        return emit(aten.squeeze.dim, terminal.result(emit, stats), -1)
 
-    return replace(found, val=context.val, result=result, label_key=("index", label.ref))
+    return replace(terminal, val=context.val, result=result, label_key=("index", label.ref))

@@ -88,10 +88,10 @@ def combine(context: Context, logits: Logits, operand: Any, how: str) -> Logits:
     if not isinstance(operand, Plain) or not isinstance(operand.val, Tensor):
         raise Escape(NoRule.UNKNOWN_NUMBER)
     needs_same_shape(context, logits, operand.val, how)
-    kind, found = vector(operand, logits, how)
-    if isinstance(found, RowVector):
-        return logits.step(context.val, Step(f"{how}{kind}", len(logits.rows)), rows=(*logits.rows, found))
-    return logits.step(context.val, Step(f"{how}{kind}", len(logits.cols)), cols=(*logits.cols, found))
+    kind, operand_vector = vector(operand, logits, how)
+    if isinstance(operand_vector, RowVector):
+        return logits.step(context.val, Step(f"{how}{kind}", len(logits.rows)), rows=(*logits.rows, operand_vector))
+    return logits.step(context.val, Step(f"{how}{kind}", len(logits.cols)), cols=(*logits.cols, operand_vector))
 
 
 def inverse(operand: Any) -> Any:

@@ -37,9 +37,9 @@ def rows_set(node: Node, value: Any, index: Any, number: float) -> Any:
     label = chosen.val.new_empty(column.val.shape)
     kept = Expr(aten.where.ScalarOther, (column, Expr(aten.unsqueeze.default, (chosen, -1)), 0))
     at = Plain(kept, label)
-    here = read(aten.gather.default, val.new_empty(label.shape), value, -1, at)
-    there = read(aten.where.ScalarSelf, here.val, column, number, here)
-    return read(aten.scatter.src, val, value, -1, at, there)
+    entries = read(aten.gather.default, val.new_empty(label.shape), value, -1, at)
+    masked = read(aten.where.ScalarSelf, entries.val, column, number, entries)
+    return read(aten.scatter.src, val, value, -1, at, masked)
 
 
 def mask_of(value: Any, index: Any) -> tuple[Plain, Plain | None]:

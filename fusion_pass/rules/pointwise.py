@@ -50,12 +50,12 @@ def generated(context: Context, *args: Any, **kwargs: Any) -> Logits:
         if not isinstance(operand.val, Tensor) or operand.val.requires_grad:
             raise Escape(NoRule.TRAINED_OPERAND, op=name)
         needs_same_shape(context, logits, operand.val, name)
-        kind, found = vector(operand, logits, name)
+        kind, operand_vector = vector(operand, logits, name)
         words[i] = f"{kind[0]}{len(cols if kind == 'col' else rows)}"
-        if isinstance(found, RowVector):
-            rows = (*rows, found)
+        if isinstance(operand_vector, RowVector):
+            rows = (*rows, operand_vector)
         else:
-            cols = (*cols, found)
+            cols = (*cols, operand_vector)
     if context.val.dtype not in (*COMPUTED, logits.val.dtype):
         raise Escape(NoRule.FUNCTION_DTYPE, op=name, dtype=context.val.dtype)
     function = function_of(context.op, tuple(words), tuple(sorted(kwargs.items())), at[0])

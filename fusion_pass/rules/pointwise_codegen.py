@@ -30,7 +30,7 @@ LARGEST_POWER = 8
 LARGEST = 64  # instructions: more than any op of torch's; a kernel is compiled for each chain
 
 
-class Writer:
+class SourceWriter:
     """Writes instructions, each distinct one once."""
 
     def __init__(self) -> None:
@@ -65,17 +65,17 @@ class Writer:
 
 def write_code(result: Node, names: dict[str, str]) -> Code:
     """The code of one result of a traced graph, whose placeholders have these names."""
-    writer = Writer()
-    known: dict[Node, Any] = {}
+    writer = SourceWriter()
+    words: dict[Node, Any] = {}
     for node in result.graph.nodes:
         if node.op == "placeholder":
-            known[node] = names[node.name]
+            words[node] = names[node.name]
         elif node.op == "call_function":
-            known[node] = word_of(node, [known.get(a) if isinstance(a, Node) else a for a in node.args], writer)
-    return without_unused(Code(tuple(writer.instructions), str(known[result])))
+            words[node] = word_of(node, [words.get(a) if isinstance(a, Node) else a for a in node.args], writer)
+    return without_unused(Code(tuple(writer.instructions), str(words[result])))
 
 
-def word_of(node: Node, args: list[Any], writer: Writer) -> Any:
+def word_of(node: Node, args: list[Any], writer: SourceWriter) -> Any:
     """The word for a node's result in the code, given those for its arguments: a name or a number."""
     if node.target is prims.empty_strided.default:
         return None  # read for its shape alone

@@ -72,10 +72,10 @@ def column_choice(chosen: Any, size: int, like: torch.Tensor) -> Plain:
     if isinstance(chosen, (list, tuple)) and all(type(at) is int for at in chosen):
         numbers = Expr(torch.tensor, (list(chosen),), {"dtype": torch.int64, "device": like.device})
         return Plain(Expr(aten.index_fill.int_Scalar, (none, 0, numbers, True)), val)
-    known = fake(chosen) if isinstance(chosen, Node) else None
-    if isinstance(known, torch.Tensor) and known.ndim == 1 and known.dtype == torch.bool:
-        return Plain(chosen, known)
-    if isinstance(known, torch.Tensor) and known.dtype == torch.int64:
+    value = fake(chosen) if isinstance(chosen, Node) else None
+    if isinstance(value, torch.Tensor) and value.ndim == 1 and value.dtype == torch.bool:
+        return Plain(chosen, value)
+    if isinstance(value, torch.Tensor) and value.dtype == torch.int64:
         yes = Expr(aten.ones.default, ([],), {"dtype": torch.bool, "device": like.device})
         return Plain(Expr(aten.index_put.default, (none, [chosen], yes)), val)
     raise Escape(NoRule.SET_BY_INDEX)

@@ -28,7 +28,7 @@ log = logging.getLogger("fusedhead")
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def enable(strict: bool = False) -> Callable[[], None]:
+def watch_optimizers(strict: bool = False) -> Callable[[], None]:
     """Watch every optimizer made from now on. Returns the function that stops it; what is compiled stays
     compiled.
 

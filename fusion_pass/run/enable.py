@@ -23,7 +23,7 @@ from fusedhead.backend import compile_graph, compile_with
 from fusedhead.compat import unusable
 from fusedhead.eager.heads import everywhere
 from fusedhead.inductor.config import Inductor, keyed
-from fusedhead.options import OptionValues, set_process_wide, split
+from fusedhead.options import OptionValues, set_process_wide, split_options
 from fusedhead.run.import_hooks import after_import
 
 log = logging.getLogger("fusedhead")
@@ -48,7 +48,7 @@ def through_fusedhead(module: ModuleType) -> Undo:
         inductor = copy.copy(self)
         inductor.__class__ = Inductor
         inductor.config = keyed(self.config)
-        own, _ = split(None)
+        own, _ = split_options(None)
 
         def compiler(gm: Any, inputs: Any) -> Any:
             return inductor(gm, inputs, **kwargs)
@@ -56,7 +56,7 @@ def through_fusedhead(module: ModuleType) -> Undo:
         compiler.config = inductor.config  # type: ignore[attr-defined]
         return compile_graph(model_, inputs_, own, compiler)
 
-    return replace(cls, "__call__", compile_for_inductor)
+    return replace_attribute(cls, "__call__", compile_for_inductor)
 
 
 def by_name(module: ModuleType) -> Undo:
@@ -137,7 +137,7 @@ def heads_in_eager_mode(module: ModuleType) -> Undo:
     return everywhere()
 
 
-def replace(owner: Any, name: str, value: Any) -> Undo:
+def replace_attribute(owner: Any, name: str, value: Any) -> Undo:
     """Set an attribute; undoing leaves alone what somebody else has put there since."""
     original = vars(owner)[name]
     setattr(owner, name, value)
@@ -205,7 +205,7 @@ class Change:
         return f"{self.where}: {self.why} ({self.state})"
 
 
-guard = threading.RLock()
+_guard = threading.RLock()
 in_force: dict[str, tuple[Change, list[Undo]]] = {}
 
 
@@ -218,20 +218,20 @@ def enable(**options: Unpack[OptionValues]) -> None:
 
     Raises ValueError for an unknown option or a bad value, and then changes nothing.
     """
-    with guard:
+    with _guard:
         set_process_wide(options)
         for edit in EDITS:
             if edit.where not in in_force:
-                start(edit)
+                start_edit(edit)
 
 
-def start(edit: Edit) -> None:
+def start_edit(edit: Edit) -> None:
     change = Change(edit.where, edit.why, f"waiting for the import of {edit.module}")
     undo: list[Undo] = []
     in_force[edit.where] = (change, undo)
 
     def make(module: ModuleType) -> None:
-        with guard:
+        with _guard:
             if in_force.get(edit.where, (None,))[0] is not change:
                 return  # disabled while the module was being imported
             try:
@@ -247,7 +247,7 @@ def start(edit: Edit) -> None:
 
 def disable() -> None:
     """Undo everything that `enable` did, its options included. Does nothing when it was not called."""
-    with guard:
+    with _guard:
         set_process_wide({})
         for _, undo in reversed(in_force.values()):
             for step in undo:
@@ -257,5 +257,5 @@ def disable() -> None:
 
 def changes() -> list[Change]:
     """What `enable` has changed in other packages, and what it will change when they are imported."""
-    with guard:
+    with _guard:
         return [copy.copy(change) for change, _ in in_force.values()]

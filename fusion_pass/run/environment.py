@@ -38,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
-    found = environment()
-    print(json.dumps(found, indent=1) if given.json else text(found))
+    found = process_environment()
+    print(json.dumps(found, indent=1) if given.json else environment_text(found))
     return 0
 
 
-def environment() -> dict[str, dict[str, str]]:
+def process_environment() -> dict[str, dict[str, str]]:
     """The sections, in the order of the text. What cannot be found out says why instead."""
     sections: dict[str, Callable[[], dict[str, str]]] = {
         "versions": versions,
@@ -52,7 +52,7 @@ def environment() -> dict[str, dict[str, str]]:
         "variables": variables,
         "self-checks": verdicts,
         "files": files,
-        "changes": in_force,
+        "changes": options_in_force,
     }
     return {name: tried(find) for name, find in sections.items()}
 
@@ -96,11 +96,11 @@ def device() -> dict[str, str]:
 
 def settings() -> dict[str, str]:
     """Every option, and where its value comes from."""
-    values, _ = options.split(None)
-    return {name: f"{value!r} ({origin(name)})" for name, value in asdict(values).items()}
+    values, _ = options.split_options(None)
+    return {name: f"{value!r} ({install_origin(name)})" for name, value in asdict(values).items()}
 
 
-def origin(name: str) -> str:
+def install_origin(name: str) -> str:
     variable = options.ENVIRONMENT + name.upper()
     if name in options.process_wide:
         return "fusedhead.enable"
@@ -138,7 +138,7 @@ def inductor_cache() -> str:
         return os.environ.get("TORCHINDUCTOR_CACHE_DIR", "where this torch puts it")
 
 
-def in_force() -> dict[str, str]:
+def options_in_force() -> dict[str, str]:
     """The edits of other packages in this process, or those that `enable` would make here."""
     made, note = changes(), ""
     if not made:
@@ -148,7 +148,7 @@ def in_force() -> dict[str, str]:
     return {change.where: f"{change.why} ({note}{change.state})" for change in made}
 
 
-def text(sections: dict[str, dict[str, Any]]) -> str:
+def environment_text(sections: dict[str, dict[str, Any]]) -> str:
     blocks = []
     for name, facts in sections.items():
         if facts:

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 from fusedhead.estimate import Estimator, fake_mode
-from fusedhead.options import split
+from fusedhead.options import split_options
 from fusedhead.report.rates import CHIPS, chip_named
 from fusedhead.run import compile_eager, launcher
 
@@ -30,13 +30,13 @@ def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Se
     if not rest:
         parser.error("nothing to run")
     name, *words = rest
-    estimator = Estimator(chip_named(given.chip), split(None)[0])
+    estimator = Estimator(chip_named(given.chip), split_options(None)[0])
     found, stopped, code = None, "", 0
     try:
         found = launcher.module(name) if given.module else launcher.script(name)
         with in_place_of_compilers(estimator), fake_mode():
             if given.compile_eager:
-                compile_eager.enable()
+                compile_eager.watch_optimizers()
             launcher.run(found, words)
     except launcher.CannotRun as error:
         print(f"fusedhead: {error}", file=sys.stderr)
@@ -47,7 +47,7 @@ def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Se
         stopped = "" if stop.code in (None, 0) else f"the program ended with {stop.code!r}"
     except BaseException as error:
         code = 0 if estimator.graphs else 1  # after a graph this is where the program asks for a number
-        stopped = f"{where(error, found)}: {type(error).__name__}: {first_line(error)}"
+        stopped = f"{program_line(error, found)}: {type(error).__name__}: {first_line(error)}"
     print(estimator.result(stopped))
     if not estimator.graphs:
         print("  the program compiled nothing: --compile-eager looks at its models", file=sys.stderr)
@@ -80,7 +80,7 @@ def in_place_of_compilers(estimator: Estimator) -> Iterator[None]:
         yield
 
 
-def where(error: BaseException, found: launcher.Program | None) -> str:
+def program_line(error: BaseException, found: launcher.Program | None) -> str:
     """The program's last line that the error came through."""
     place, trace = "", error.__traceback__
     while trace is not None:

@@ -19,7 +19,7 @@ from typing import Any
 log = logging.getLogger("fusedhead")
 
 Action = Callable[[ModuleType], None]
-guard = threading.RLock()
+_guard = threading.RLock()
 
 
 class Waiting(MetaPathFinder):
@@ -58,7 +58,7 @@ class Waiting(MetaPathFinder):
             log.debug("fusedhead: cannot attend the import of %s", spec.name)
 
     def imported(self, module: ModuleType, name: str) -> None:
-        with guard:
+        with _guard:
             actions = self.actions.pop(name, [])
             self.stand_or_leave()
         for action in actions:
@@ -86,7 +86,7 @@ def after_import(name: str, action: Action) -> Callable[[], None]:
 
     Returns the function that stops waiting; once the action has run it does nothing.
     """
-    with guard:
+    with _guard:
         module = sys.modules.get(name)
         executing = getattr(getattr(module, "__spec__", None), "_initializing", False)
         if module is None or executing:
@@ -96,7 +96,7 @@ def after_import(name: str, action: Action) -> Callable[[], None]:
         act(action, module, name)
 
     def stop() -> None:
-        with guard:
+        with _guard:
             if action in waiting.actions.get(name, ()):
                 waiting.actions[name].remove(action)
                 if not waiting.actions[name]:

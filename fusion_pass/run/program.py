@@ -59,7 +59,7 @@ def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Se
         parser.error("nothing to run")
     name, *words = rest
     speaks = first_of_the_launch()
-    if speaks and given.report is not None and (problem := report_file.problem(given.report)):
+    if speaks and given.report is not None and (problem := report_file.path_problem(given.report)):
         parser.error(problem)
     try:
         enable(**options_of(given))
@@ -68,7 +68,7 @@ def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Se
     summary = Summary(keep_graphs=speaks and given.report is not None)
     observers.add(summary.add, texts=summary.keep_graphs)
     if given.compile_eager:
-        compile_eager.enable(strict=given.strict)
+        compile_eager.watch_optimizers(strict=given.strict)
     found, answered = None, False
     try:
         found = launcher.module(name) if given.module else launcher.script(name)

@@ -13,7 +13,7 @@ from fusedhead.report.summary import Summary
 KINDS = (".html", ".json")
 
 
-def problem(path: str) -> str:
+def path_problem(path: str) -> str:
     """Why a report cannot be written there, with the remedy, or ""."""
     file = Path(path)
     folder = file.parent

@@ -19,7 +19,7 @@ from torch import Tensor
 from fusedhead.kernels.contract import stat_dtype
 from fusedhead.kernels.gemm import gemm
 from fusedhead.kernels.tokenwise.compiled import made_once, windows
-from fusedhead.kernels.tokenwise.program import Ref, RowProgram, product, run
+from fusedhead.kernels.tokenwise.program import Ref, RowProgram, head_product, run
 from fusedhead.kernels.torch_engine.blocks import cuts
 from fusedhead.kernels.transform.bias_rounding import rounded_bias
 from fusedhead.kernels.transform.transform import parse
@@ -35,26 +35,26 @@ def row_inputs(program: RowProgram) -> frozenset[int]:
     return frozenset(e.at for e in flat if isinstance(e, Ref) and e.kind == "r")
 
 
-def operands(program: RowProgram) -> list[tuple[int, int]]:
+def head_inputs(program: RowProgram) -> list[tuple[int, int]]:
     """The inputs (h, w) of every head, in order."""
     return [(line.args[0].at, line.args[1].at) for line in program.heads]
 
 
 def biases(program: RowProgram, tensors: Sequence[Tensor]) -> list[tuple[int, int] | None]:
     """Of every head in order, the input and row of the bias that its product holds; None where it holds none."""
-    found: list[tuple[int, int] | None] = []
+    computed: list[tuple[int, int] | None] = []
     for h, _, cols, _, transform, _ in (line.args for line in program.heads):
         bias = rounded_bias(parse(transform), tensors[h.at].dtype)
-        found.append(None if bias is None else (cols.at, bias))
-    return found
+        computed.append(None if bias is None else (cols.at, bias))
+    return computed
 
 
 def _forward(program: RowProgram, kept: bool) -> Function:
     """(inputs..., and with ``kept`` products...) -> the program's results."""
     count = len(program.heads) if kept else 0
 
-    def results(given: list[Tensor]) -> list[Tensor]:
-        tensors, products = given[: len(given) - count], given[len(given) - count :]
+    def results(inputs: list[Tensor]) -> list[Tensor]:
+        tensors, products = inputs[: len(inputs) - count], inputs[len(inputs) - count :]
         with torch.no_grad():
             return run(program, tensors, products if kept else None)
 
@@ -74,10 +74,10 @@ def _vjp(
     """
     count = len(program.heads)
 
-    def gradients(given: list[Tensor]) -> list[Tensor]:
-        total = len(given) - count - sum(differentiable)
-        tensors, products = list(given[:total]), list(given[total : total + count])
-        upstream = given[total + count :]
+    def gradients(inputs: list[Tensor]) -> list[Tensor]:
+        total = len(inputs) - count - sum(differentiable)
+        tensors, products = list(inputs[:total]), list(inputs[total : total + count])
+        upstream = inputs[total + count :]
         with torch.enable_grad():
             for i in wanted:
                 tensors[i] = tensors[i].detach().requires_grad_()
@@ -89,8 +89,8 @@ def _vjp(
             kept = [r.detach() for r in results] if keep else []
             if not pairs:
                 return kept + [torch.zeros_like(x) for x in leaves]
-            found = torch.autograd.grad([r for r, _ in pairs], leaves, [g for _, g in pairs], materialize_grads=True)
-        return [*kept, *found]
+            grads = torch.autograd.grad([r for r, _ in pairs], leaves, [g for _, g in pairs], materialize_grads=True)
+        return [*kept, *grads]
 
     return gradients
 
@@ -112,7 +112,7 @@ def head_rows(
     of the heads in order are filled where there are such.
     """
     rows = row_inputs(program)
-    n = tensors[operands(program)[0][0]].shape[0]
+    n = tensors[head_inputs(program)[0][0]].shape[0]
     results: list[Tensor] = []
     key = ("forward", program, products is not None)
     for i, compiled in windows(n, tokens, key, compile_whole) if n else [(slice(0, 0), False)]:
@@ -120,15 +120,15 @@ def head_rows(
         if products is not None:
             kept = [z[i] for z in products]
             for z, head in zip(kept, program.heads):
-                z.copy_(product(head, given))
+                z.copy_(head_product(head, given))
             given += kept
         function = _forward(program, products is not None)
         if compiled:
             function = made_once(key, function, given, True)
-        found = function(given)
+        computed = function(given)
         if not results:
-            results = [r.new_empty((n, *r.shape[1:])) for r in found]
-        for into, r in zip(results, found):
+            results = [r.new_empty((n, *r.shape[1:])) for r in computed]
+        for into, r in zip(results, computed):
             into[i] = r
     return results
 
@@ -161,7 +161,7 @@ def head_rows_loss(
     narrow_sums: bool = False,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """`head_rows`, and `head_rows_backward` for the gradients ``coefficients`` of its results, in one sweep."""
-    if not tensors[operands(program)[0][0]].shape[0]:
+    if not tensors[head_inputs(program)[0][0]].shape[0]:
         nothing = head_rows(program, tensors, tokens)
         return nothing, head_rows_backward(program, coefficients, tensors, needs, tokens)
     return _swept(program, coefficients, tensors, needs, tokens, compile_whole, narrow_sums, True)
@@ -179,7 +179,7 @@ def _swept(
     known: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The results where they are kept, and the gradients."""
-    rows, heads, added = row_inputs(program), operands(program), biases(program, tensors)
+    rows, heads, added = row_inputs(program), head_inputs(program), biases(program, tensors)
     parts = {at for pair in heads for at in pair}
     n = tensors[heads[0][0]].shape[0]
     differentiable = tuple(g is not None for g in upstream)
@@ -211,21 +211,21 @@ def _swept(
     results: list[Tensor] = []
     for i, compiled in windows(n, tokens, key, compile_whole):
         given = _window(tensors, rows, i)
-        products = [z[i] for z in known] if known else [product(head, given) for head in program.heads]
+        products = [z[i] for z in known] if known else [head_product(head, given) for head in program.heads]
         seen = [g[i] for g in upstream if g is not None]
         everything = [*given, *products, *seen]
         vjp = _vjp(program, differentiable, wanted, live, keep)
-        found = made_once(key, vjp, everything, compiled)(everything)
+        computed = made_once(key, vjp, everything, compiled)(everything)
         del products, everything
         if keep:
-            kept, found = found[: len(program.results)], found[len(program.results) :]
+            kept, computed = computed[: len(program.results)], computed[len(program.results) :]
             results = results or [r.new_empty((n, *r.shape[1:])) for r in kept]
             for result, r in zip(results, kept):
                 result[i] = r
-        for at, gradient in zip(wanted, found):
+        for at, gradient in zip(wanted, computed):
             add(at, i, gradient)
         differentiated = [(at, bias) for at, bias, on in zip(heads, added, live) if on]
-        for ((h, w), bias), dz in zip(differentiated, found[len(wanted) :]):
+        for ((h, w), bias), dz in zip(differentiated, computed[len(wanted) :]):
             if needs[h]:
                 add(h, i, dz @ given[w])
             if needs[w]:

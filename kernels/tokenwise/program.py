@@ -62,7 +62,7 @@ class RowProgram(NamedTuple):
         """The form that `read` reads back exactly."""
         out = []
         for i, (op, args, kwargs) in enumerate(self.lines):
-            given = [spelled(a) for a in args] + [f"{k}={spelled(a)}" for k, a in kwargs]
+            given = [argument_text(a) for a in args] + [f"{k}={argument_text(a)}" for k, a in kwargs]
             out.append(f"v{i} = {op}({', '.join(given)})")
         return "; ".join((*out, f"return {', '.join(f'v{i}' for i in self.results)}"))
 
@@ -75,12 +75,12 @@ class Unspeakable(ValueError):
     """A value that a row program has no form for."""
 
 
-def spelled(value: Any) -> str:
+def argument_text(value: Any) -> str:
     """An argument as text. Raises Unspeakable for what is not a number, a dtype, a string, a list of them."""
     if isinstance(value, Ref):
         return value.text
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(spelled, value))}]"
+        return f"[{', '.join(map(argument_text, value))}]"
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if value is None or isinstance(value, (bool, int, str)):
@@ -92,7 +92,7 @@ def spelled(value: Any) -> str:
     raise Unspeakable(f"{value!r} ({type(value).__name__}) cannot be written into a row program")
 
 
-NAMES: Mapping[str, Any] = {"inf": math.inf, "nan": math.nan} | {
+NAMED_VALUES: Mapping[str, Any] = {"inf": math.inf, "nan": math.nan} | {
     str(x).removeprefix("torch."): x for x in vars(torch).values() if isinstance(x, torch.dtype)
 }
 
@@ -105,8 +105,8 @@ def _value(node: ast.expr) -> Any:
             return tuple(_value(e) for e in elts)
         case ast.UnaryOp(op=ast.USub(), operand=inner):
             return -_value(inner)
-        case ast.Name(id=name) if name in NAMES:
-            return NAMES[name]
+        case ast.Name(id=name) if name in NAMED_VALUES:
+            return NAMED_VALUES[name]
         case ast.Name(id=name) if name[0] in "vtr" and name[1:].isdigit():
             return Ref(name[0], int(name[1:]))
     raise Unspeakable(f"{ast.unparse(node)!r} is no operand of a row program")
@@ -135,7 +135,7 @@ def overload(name: str) -> Any:
     return getattr(getattr(torch.ops.aten, packet), which)
 
 
-def product(head: Line, tensors: Sequence[Tensor]) -> Tensor:
+def head_product(head: Line, tensors: Sequence[Tensor]) -> Tensor:
     """h wᵀ of one head, [n, V] in its dtype; its bias is in it where the program rounds the sum of both once."""
     h, w, cols, _, transform, _ = (operand(a, (), tensors) for a in head.args)
     bias = rounded_bias(parse(transform), h.dtype)
@@ -143,7 +143,7 @@ def product(head: Line, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def head_logits(z: Tensor, cols: Tensor, rows: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
-    """The logits of a head as the program has them, [n, V] of ``dtype``, from its `product` z."""
+    """The logits of a head as the program has them, [n, V] of ``dtype``, from its `head_product` z."""
     chain = parse(transform)
     if rounded_bias(chain, z.dtype) is not None:
         chain = Transform(chain.steps[2:])
@@ -161,7 +161,7 @@ def operand(x: Any, values: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
 
 
 @lru_cache(maxsize=256)
-def last_uses(program: RowProgram) -> dict[int, list[int]]:
+def last_uses_by_line(program: RowProgram) -> dict[int, list[int]]:
     """Which results are used for the last time by each line; those that leave the program are not among them."""
     last: dict[int, int] = {}
     for at, line in enumerate(program.lines):
@@ -182,16 +182,16 @@ def last_uses(program: RowProgram) -> dict[int, list[int]]:
 def run(program: RowProgram, tensors: Sequence[Tensor], products: Sequence[Tensor] | None = None) -> list[Tensor]:
     """The program's results for the tokens that the row inputs hold.
 
-    ``products`` are the `product` of each of its heads in order, where they are known already.
+    ``products`` are the `head_product` of each of its heads in order, where they are known already.
     """
     values: list[Any] = []
     given = iter(products or ())
-    last_use = last_uses(program)
+    last_use = last_uses_by_line(program)
     for line, (op, args, kwargs) in enumerate(program.lines):
         here = [operand(a, values, tensors) for a in args]
         if op == HEAD:
             _, _, cols, rows, transform, dtype = here
-            z = product(program.lines[line], tensors) if products is None else next(given)
+            z = head_product(program.lines[line], tensors) if products is None else next(given)
             values.append(head_logits(z, cols, rows, transform, dtype))
         elif op == ITEM:
             values.append(here[0][here[1]])

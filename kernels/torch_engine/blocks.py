@@ -28,7 +28,7 @@ PIECE_BYTES = 1 << 19  # of the rows that a chain of steps takes at once: they s
 BLOCK_COLUMNS = 512  # fewer columns than this make the matrix products slow
 EVEN = 128  # columns come in multiples of this: an odd number of 64s is not shared evenly by threads
 GATHER_BYTES = 1 << 19  # of rows of w gathered at once
-SAMPLE = 256  # columns that estimate where a row's logits lie
+SAMPLED_COLUMNS = 256  # columns that estimate where a row's logits lie
 
 
 def cuts(total: int, size: int) -> Iterator[slice]:
@@ -172,7 +172,7 @@ def sampled_level(head: Head, i: slice, work: torch.dtype) -> Tensor:
     ``work`` is the dtype of the product.
     Exponentials are taken relative to it. It is also the point near which a bfloat16 z - level rounds least.
     """
-    step = max(1, head.w.shape[0] // SAMPLE)
+    step = max(1, head.w.shape[0] // SAMPLED_COLUMNS)
     v = slice(0, head.w.shape[0], step)
     z = head.h[i].to(work) @ head.w[v].to(work).t()
     z = apply(head.transform, z.to(stat_dtype(head.h.dtype)), *block_vectors(head, i, v))

@@ -27,7 +27,7 @@ from fusedhead.kernels.torch_engine.exponentials import block_buffers, window_pr
 from fusedhead.kernels.torch_engine.gradient_sink import accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.torch_engine.weight_gradient import BlockWeightGradient
-from fusedhead.kernels.transform.backward import pull_back, record
+from fusedhead.kernels.transform.backward import pull_back, apply_and_record
 
 
 def dlogits_of_block(head: Head, grads: LogitGrads, stats: RowStats, i: slice, v: slice, z: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, wind
             else:
                 z = torch.mm(h.to(wide), w.to(wide).t(), out=buffers.wide[:size].view(m, -1))
             cols, rows = block_vectors(head, i, v)
-            z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
+            z, tape = apply_and_record(head.transform, z, cols, rows, needs.cols, needs.rows)
             dz = dlogits_of_block(head, grads, stats, i, v, z)
             to_cols = None if dcols is None else dcols[:, v]
             to_rows = None if drows is None else drows[:, i]

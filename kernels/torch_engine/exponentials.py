@@ -30,7 +30,7 @@ from fusedhead.kernels.torch_engine.blocks import (
     sampled_level,
 )
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.kernels.transform.backward import Tape, pull_back, record
+from fusedhead.kernels.transform.backward import Tape, pull_back, apply_and_record
 from fusedhead.kernels.transform.transform import Transform
 
 FAR = 64.0  # a bfloat16 product cannot subtract a level further from 0 than this without losing a fraction of 1
@@ -172,7 +172,7 @@ def fill(
             own_rows = rows[:, r] if rows.dim() == 2 else rows
             tape: Tape = []
             if scale is None:
-                x, tape = record(head.transform, x, cols, own_rows, False, False)
+                x, tape = apply_and_record(head.transform, x, cols, own_rows, False, False)
             if not shifted:
                 torch.add(level.shift[r], x, alpha=EXP2_FACTOR * (1.0 if scale is None else scale), out=x)
             blank_labels(x.exp2_(), blanks, r)
@@ -189,5 +189,5 @@ def label_terms(head: Head, i: slice) -> tuple[Tensor, Tensor]:
     """Transformed logits of the labels of window i and the transform's slope there: both [m, K], fine."""
     raw = label_logits(head, i)
     cols, rows = label_vectors(head, i)
-    z, tape = record(head.transform, raw, cols, rows, False, False)
+    z, tape = apply_and_record(head.transform, raw, cols, rows, False, False)
     return z, pull_back(head.transform, torch.ones_like(z), tape, cols, rows, None, None)

@@ -26,7 +26,7 @@ from fusedhead.kernels.torch_engine.blocks import (
 from fusedhead.kernels.torch_engine.exponentials import block_buffers, window_products
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.torch_engine.weighted_sums import spread_from_sums
-from fusedhead.kernels.transform.backward import record
+from fusedhead.kernels.transform.backward import apply_and_record
 from fusedhead.kernels.transform.bias_rounding import rounded_bias
 from fusedhead.kernels.transform.transform import Transform, apply
 
@@ -118,7 +118,7 @@ def sweep_statistics(head: Head, want: frozenset[str], windows: Windows) -> RowS
             cols, rows = block_vectors(head, i, v)
             if decide and rounds:
                 best, at = apply(chain, z, cols, rows, decide=True).max(1)
-            z, _ = record(chain, z, cols, rows, False, False)
+            z, _ = apply_and_record(chain, z, cols, rows, False, False)
             if decide:
                 if not rounds:
                     best, at = z.max(1)

@@ -23,7 +23,7 @@ from fusedhead.kernels.torch_engine import engine as torch_engine
 from fusedhead.kernels.torch_engine.blocks import block_vectors, two_sum_error
 from fusedhead.kernels.torch_engine.engine import NOTHING
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.kernels.transform.backward import Tape, pull_back, record
+from fusedhead.kernels.transform.backward import Tape, pull_back, apply_and_record
 
 ALL = frozenset({"lse", "picked", "sum", "spread"})  # that come out of one softmax
 
@@ -46,7 +46,7 @@ def softmax(
     """FLOP 2 N D V; memory: z [N, V] in the dtype of the statistics, and the transform's tape. ``product`` <- h wᵀ."""
     work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
     z = torch.mm(head.h.to(work), head.w.to(work).t(), out=product).to(wide, copy=product is not None)
-    z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
+    z, tape = apply_and_record(head.transform, z, cols, rows, needs.cols, needs.rows)
     picked = z.gather(1, head.y)
     u = head.u.to(wide)
     total_u = None
@@ -96,10 +96,10 @@ def head_stats_backward(
         return torch_dlogits.backward(head, upstream, stats, needs, windows)
     cols, rows = block_vectors(head, slice(None), slice(None))
     z = product.to(stat_dtype(head.h.dtype), copy=True)
-    z, tape = record(head.transform, z, cols, rows, needs.cols, needs.rows)
+    z, tape = apply_and_record(head.transform, z, cols, rows, needs.cols, needs.rows)
     grads = logit_grads(upstream, stats)
     dz = torch_dlogits.dlogits_of_block(head, grads, stats, slice(None), slice(0, len(head.w)), z)
-    return gradients(head, dz, tape, cols, rows, needs)
+    return head_gradients(head, dz, tape, cols, rows, needs)
 
 
 def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
@@ -122,22 +122,22 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     if c.sum is not None:
         g = c.sum.to(wide)[:, None]
         dz.addcmul_(g, head.u.to(wide)[None]) if head.u.numel() else dz.add_(g)
-    return stats, gradients(head, dz, of.tape, cols, rows, needs)
+    return stats, head_gradients(head, dz, of.tape, cols, rows, needs)
 
 
-def gradients(head: Head, dz: Tensor, tape: Tape, cols: Tensor, rows: Tensor, needs: Needs) -> HeadGrads:
+def head_gradients(head: Head, dz: Tensor, tape: Tape, cols: Tensor, rows: Tensor, needs: Needs) -> HeadGrads:
     """What the gradient of the transformed logits [N, V], which is lost, makes of the operands."""
     dcols = torch.zeros_like(head.cols, dtype=dz.dtype) if needs.cols else None
     drows = torch.zeros_like(head.rows, dtype=dz.dtype) if needs.rows else None
     dz = pull_back(head.transform, dz, tape, cols, rows, dcols, drows)
     return HeadGrads(
-        *products(head, dz, needs),
+        *operand_gradients(head, dz, needs),
         None if dcols is None else dcols.to(head.cols.dtype),
         None if drows is None else drows.to(head.rows.dtype),
     )
 
 
-def products(head: Head, dz: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+def operand_gradients(head: Head, dz: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
     """dh = dz w and dw = dzᵀ h in the operands' dtype, where needed. ``dz`` is rounded as eager code rounds it."""
     work = product_dtype(head.h.dtype, head.h.device.type)
     dz = dz.to(work)

@@ -11,7 +11,7 @@ import torch
 from fusedhead.kernels.contract import Needs, stat_dtype
 from fusedhead.kernels.torch_engine.blocks import (
     GATHER_BYTES,
-    SAMPLE,
+    SAMPLED_COLUMNS,
     block_columns,
     piece_rows,
     row_dtype,
@@ -69,7 +69,7 @@ def workspace(
     weights = (columns if widened else wide_columns) * d * (wide.itemsize if widened or narrow else 0)
     weights += columns * d * work.itemsize if needs.w and accumulate != work else 0
     sums = v * d * wide.itemsize if needs.w and accumulate != dtype else 0
-    sample = tokens * min(SAMPLE * 2, v) * wide.itemsize * 4 + min(SAMPLE * 2, v) * d * wide.itemsize
+    sample = tokens * min(SAMPLED_COLUMNS * 2, v) * wide.itemsize * 4 + min(SAMPLED_COLUMNS * 2, v) * d * wide.itemsize
     vectors = (tokens * (k + 1) * 16 + n * k * 4) * row_dtype(device_type).itemsize
     late = n * k * 48 if needs.w and accumulate != wide else 0
     gathers = 4 * min(GATHER_BYTES, n * max(1, k) * d * row_dtype(device_type).itemsize)

@@ -1,6 +1,6 @@
 """The derivative of a `Transform`, in place on one window of the logits.
 
-`record` applies the chain and keeps what its derivative needs (the tape); `pull_back` turns the gradient
+`apply_and_record` applies the chain and keeps what its derivative needs (the tape); `pull_back` turns the gradient
 with respect to the transformed window into the gradient with respect to h @ w.T, and adds what belongs to
 the column and row vectors. Both reuse the buffers they are given: the number of windows held at once is
 `windows_held`, which the planner counts against the memory budget.
@@ -17,7 +17,7 @@ Tape = list[Tensor]
 
 
 def windows_held(transform: Transform, need_cols: bool, need_rows: bool) -> int:
-    """How many windows `record` leaves alive, the transformed one included."""
+    """How many windows `apply_and_record` leaves alive, the transformed one included."""
     return 1 + sum(bool(step.keeps(need_cols, need_rows)) for step in transform.steps)
 
 
@@ -27,7 +27,7 @@ def windows_passing(transform: Transform) -> int:
     return max((pointwise.most_alive(code) for code in codes), default=0)
 
 
-def record(
+def apply_and_record(
     transform: Transform, z: Tensor, cols: Tensor, rows: Tensor, need_cols: bool, need_rows: bool
 ) -> tuple[Tensor, Tape]:
     """Transform the window z [m, v] and keep the tape. ``z`` is overwritten.

@@ -102,7 +102,7 @@ def _op(text: str) -> Op:
 
 
 @lru_cache(maxsize=256)
-def parse(text: str) -> Function:
+def parse_function(text: str) -> Function:
     """Read a function's text. Raises ValueError naming what is none of the language."""
     value, bar, rest = text.partition("|")
     gradient, _, op = rest.partition("|")

@@ -130,7 +130,7 @@ STEPS: Mapping[str, StepKind] = {
     "fn": StepKind(
         lambda z, x, out: x.value(z),
         lambda g, x, kept: g.copy_(x.gradient(g, kept)),
-        lambda text: pointwise.parse(text).text, keeps="input", varies=True, steepest=_no_bound,
+        lambda text: pointwise.parse_function(text).text, keeps="input", varies=True, steepest=_no_bound,
     ),
     "round": StepKind(_rounded, _one, str, scale=lambda value: 1.0, decides=True),
 }  # fmt: skip
@@ -161,7 +161,7 @@ class Step(NamedTuple):
         if axis:
             return cols[int(self.value)] if axis == "c" else rows[int(self.value)][:, None]
         if self.op == "fn":
-            return Generated(pointwise.parse(str(self.value)), cols, rows)
+            return Generated(pointwise.parse_function(str(self.value)), cols, rows)
         return getattr(torch, self.value) if isinstance(self.value, str) else self.value
 
     def keeps(self, need_cols: bool, need_rows: bool) -> str:
@@ -193,7 +193,7 @@ class Transform(NamedTuple):
     @property
     def functions(self) -> tuple[pointwise.Function, ...]:
         """The generated functions among the steps."""
-        return tuple(pointwise.parse(str(s.value)) for s in self.steps if s.op == "fn")
+        return tuple(pointwise.parse_function(str(s.value)) for s in self.steps if s.op == "fn")
 
     @property
     def factorises(self) -> bool:

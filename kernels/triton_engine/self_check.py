@@ -71,7 +71,7 @@ def made(
     return head, RowGrads(lse, -picked)
 
 
-Run = Callable[[Head, RowGrads], Iterator[Found]]
+Check = Callable[[Head, RowGrads], Iterator[Found]]
 
 
 def truth(head: Head, upstream: RowGrads) -> Found:
@@ -89,7 +89,7 @@ def truth(head: Head, upstream: RowGrads) -> Found:
     return Found(lse, picked, dh, dw)
 
 
-def swept(engine: ModuleType, head: Head, upstream: RowGrads) -> Iterator[Found]:
+def one_pass_and_sweeps(engine: ModuleType, head: Head, upstream: RowGrads) -> Iterator[Found]:
     """Statistics and gradients in one pass, and by a sweep for each."""
     windows = Windows(len(head.h), len(head.w), head.h.dtype)
     got, grads = engine.head_loss(head, upstream, OPERAND_NEEDS, windows)
@@ -100,7 +100,7 @@ def swept(engine: ModuleType, head: Head, upstream: RowGrads) -> Iterator[Found]
 
 
 def by_eager(head: Head, upstream: RowGrads) -> Iterator[Found]:
-    """As eager code computes it in the operands' dtype, twice, as `swept` does."""
+    """As eager code computes it in the operands' dtype, twice, as `one_pass_and_sweeps` does."""
     h, w = head.h.detach().requires_grad_(), head.w.detach().requires_grad_()
     z = apply(head.transform, (h @ w.T).float(), head.cols, head.rows)
     lse, picked = z.logsumexp(1), z.gather(1, head.y)
@@ -115,7 +115,7 @@ def errors(found: Found, exact: Found) -> list[float]:
     return [error if error < float("inf") else float("inf") for error in map(float, norms)]
 
 
-def difference(claim: Trial, asked: Run, trusted: Run, device: torch.device) -> str:
+def difference(claim: Trial, asked: Check, trusted: Check, device: torch.device) -> str:
     """Where the kernels in question fall behind the trusted ones, as a sentence, or ""."""
     for given in claim.heads:
         head, upstream = made(*given, device)
@@ -134,25 +134,25 @@ def difference(claim: Trial, asked: Run, trusted: Run, device: torch.device) -> 
     return ""
 
 
-def asked_and_trusted(claim: str, device: torch.device) -> tuple[Run, Run]:
+def asked_and_trusted(claim: str, device: torch.device) -> tuple[Check, Check]:
     """How to run the kernels that ``claim`` names, and those that they are compared with."""
     from fusedhead.kernels.triton_engine import engine as triton_engine
     from fusedhead.kernels.triton_engine.launch import sweep
 
-    def with_pairs(verdict: bool) -> Run:
+    def with_pairs(verdict: bool) -> Check:
         def run(head: Head, upstream: RowGrads) -> Iterator[Found]:
             self_check.decide("pairs", device, verdict)
             sweep.forget()
             if sweep.sweep("stream", head).tile.paired != verdict:
                 raise AssertionError(f"pairs are {'not ' if verdict else ''}used for a plain head")
-            return swept(triton_engine, head, upstream)
+            return one_pass_and_sweeps(triton_engine, head, upstream)
 
         return run
 
     if claim == "pairs":
         return with_pairs(True), with_pairs(False)
     self_check.decide("pairs", device, False)
-    return (lambda *head: swept(triton_engine, *head)), by_eager
+    return (lambda *head: one_pass_and_sweeps(triton_engine, *head)), by_eager
 
 
 def device_named(index: int, uuid: str) -> torch.device:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from fusedhead.kernels.contract import Windows
 from fusedhead.lowering.engines import Engine, engine_for
-from fusedhead.lowering.plan.problem import AUTO, LEAST, MIB, Problem
+from fusedhead.lowering.plan.problem import AUTO, LEAST_MEMORY, MIB, Problem
 
 
 class Plan(NamedTuple):
@@ -75,5 +75,5 @@ def _reason(name: str, held: int, limit: int | None, memory: int, fits: bool) ->
         return WHY[name]
     if not fits and limit is not None:
         return f"no plan fits in {limit / MIB:.0f} MiB; this one holds the least, {held / MIB:.1f} MiB"
-    asked = "the least memory" if memory == LEAST else "no limit" if limit is None else f"{limit / MIB:.0f} MiB"
+    asked = "the least memory" if memory == LEAST_MEMORY else "no limit" if limit is None else f"{limit / MIB:.0f} MiB"
     return f"{WHY[name]}; {held / MIB:.1f} MiB of workspace, asked for {asked}"

@@ -9,7 +9,7 @@ import torch
 from fusedhead.kernels.contract import Needs, Windows
 from fusedhead.kernels.transform.transform import Transform
 
-AUTO, LEAST = 0, -1  # values of the option `memory` that are no budget in MiB
+AUTO, LEAST_MEMORY = 0, -1  # values of the option `memory` that are no budget in MiB
 MIB = 1 << 20
 NO_TRANSFORM = Transform()
 BOTH = Needs(True, True, False, False)

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from fusedhead.lowering.plan.problem import AUTO, LEAST, MIB
+from fusedhead.lowering.plan.problem import AUTO, LEAST_MEMORY, MIB
 
-BUDGET = {"cuda": {AUTO: 2048 * MIB, LEAST: 256 * MIB}}
-BUDGET_ELSEWHERE = {AUTO: 128 * MIB, LEAST: 32 * MIB}
+BUDGET = {"cuda": {AUTO: 2048 * MIB, LEAST_MEMORY: 256 * MIB}}
+BUDGET_ELSEWHERE = {AUTO: 128 * MIB, LEAST_MEMORY: 32 * MIB}
 EXACT_TOKEN_SUMS = 3  # up to this many windows, sums of dw in a narrow dtype err no more than eager code does
 MOST_LIVE = 12
 MULTIPLE = {"cuda": 64}  # of tokens, in a window that matrix products are to like

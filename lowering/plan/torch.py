@@ -10,7 +10,7 @@ from fusedhead.kernels.contract import Windows
 from fusedhead.kernels.torch_engine.blocks import block_columns
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype
 from fusedhead.kernels.torch_engine.workspace import whole_bytes, workspace
-from fusedhead.lowering.plan.problem import AUTO, LEAST, Candidate, Problem
+from fusedhead.lowering.plan.problem import AUTO, LEAST_MEMORY, Candidate, Problem
 
 
 class Limits(NamedTuple):
@@ -60,9 +60,9 @@ def _blocks(problem: Problem, memory: int) -> list[tuple[int, int]]:
     n, v, needs, narrow = problem.tokens, problem.vocab, problem.needs, problem.narrow
     in_place = -(-n // LIMITS.exact_sums) if narrow and needs.w else 1  # tokens that spare a float32 dw
     tallest = LIMITS.block_tokens // (2 if narrow else 1)  # narrow logits gain nothing, their float32 block is more
-    heights = _halvings(tallest, 16) if memory != LEAST else [LIMITS.least_tokens]
+    heights = _halvings(tallest, 16) if memory != LEAST_MEMORY else [LIMITS.least_tokens]
     heights = [max(tokens, in_place) for tokens in heights] + [at for at in heights if at < in_place]
-    if memory == LEAST:
+    if memory == LEAST_MEMORY:
         return [(at, LIMITS.least_vocab) for at in heights]
     size = torch.float64.itemsize if problem.dtype == torch.float64 else torch.float32.itemsize
     return [
@@ -82,7 +82,7 @@ def _preferred(problem: Problem, memory: int, budget: int | None) -> list[Candid
         tried = [("statistics", *block) for block in blocks]
     elif problem.one_pass and not (needs.w or needs.cols):
         tried = [("frozen", *block) for block in blocks]
-    elif problem.one_pass and memory != LEAST and (budget or kept.itemsize <= problem.dtype.itemsize):
+    elif problem.one_pass and memory != LEAST_MEMORY and (budget or kept.itemsize <= problem.dtype.itemsize):
         largest = n if budget else max(-(-n // LIMITS.share) + 7 & ~7, LIMITS.fewest_tokens * 3)
         tokens = _halvings(min(largest, LIMITS.tokens, n), LIMITS.fewest_tokens)
         tried = [*(("single pass", at, v) for at in (tokens if budget else tokens[:1])), *tried]
@@ -95,7 +95,7 @@ def torch_candidates(problem: Problem, memory: int, budget: int | None) -> tuple
     ``memory`` is the option, ``budget`` what it allows in bytes (None: what suits the device).
     """
     ways = _preferred(problem, memory, budget)
-    if memory == LEAST:
+    if memory == LEAST_MEMORY:
         return [min(ways, key=lambda way: way.workspace_bytes)], budget
     logits = problem.tokens * problem.vocab * problem.dtype.itemsize
     if memory == AUTO and budget is None and ways[0].workspace_bytes > logits:  # lower windows of that kind may help

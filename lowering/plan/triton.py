@@ -24,14 +24,14 @@ from collections.abc import Iterator
 import torch
 
 from fusedhead.kernels.contract import Windows
-from fusedhead.lowering.plan.problem import LEAST, MIB, Candidate, Problem
+from fusedhead.lowering.plan.problem import LEAST_MEMORY, MIB, Candidate, Problem
 
 WAVE = 132 * 256 * 128  # numbers that cuBLAS's tiles on all multiprocessors of an H100 compute at once
 TALLER = 1.2  # of a window, to fill its last wave
 TOKEN_BLOCK = 128  # tokens and columns that windows are cut to
 TILE = 256  # columns of a kernel's tile: a block of whole tiles leaves no program half a tile
 EXACT_SUMS = 3
-MOST_TOKENS = 8192  # of a window
+MOST_WINDOW_TOKENS = 8192  # of a window
 SUMMED_TOKENS = (1536, 4096)  # of a window where dw is summed in float32: fewer lose to recompute, more gain nothing
 AUTO_TOKENS = 2048  # auto goes no lower to save memory
 FEWEST_TOKENS = 512  # fewer make a single pass slower than to recompute
@@ -79,7 +79,7 @@ def _equal_windows(n: int, most: int, fewest: int, hidden: int = 0) -> Iterator[
 def _single_passes(problem: Problem) -> list[Candidate]:
     ways = [
         _candidate(problem, "single pass", at, problem.vocab)
-        for at in _equal_windows(problem.tokens, MOST_TOKENS, FEWEST_TOKENS, problem.hidden)
+        for at in _equal_windows(problem.tokens, MOST_WINDOW_TOKENS, FEWEST_TOKENS, problem.hidden)
     ]
     least, most = SUMMED_TOKENS
     return [way for way in ways if way.windows.accumulate == problem.dtype or least <= way.windows.tokens <= most]
@@ -89,7 +89,7 @@ def _recomputes(problem: Problem, most: int, keep: bool) -> list[Candidate]:
     """Blocks of dz that fill ``most`` bytes, tall ones first (dw is not added up then) unless a block is kept."""
     few = -(-problem.tokens // EXACT_SUMS)
     few = -(-few // TOKEN_BLOCK) * TOKEN_BLOCK
-    heights = [max(few, AUTO_TOKENS if keep else MOST_TOKENS)]
+    heights = [max(few, AUTO_TOKENS if keep else MOST_WINDOW_TOKENS)]
     while heights[-1] > 16:
         heights.append(max(16, heights[-1] // 2))
     ways = []
@@ -120,7 +120,7 @@ def triton_candidates(problem: Problem, memory: int, budget: int | None) -> tupl
     ``memory`` is the option, ``budget`` what it allows in bytes (None: what suits the device).
     """
     ways = _preferred(problem, budget or 0)
-    if memory == LEAST:
+    if memory == LEAST_MEMORY:
         budget = min(LEAST_BYTES, ways[0].workspace_bytes)
         ways = _preferred(problem, budget)
     return ways, budget
@@ -133,7 +133,7 @@ def _preferred(problem: Problem, budget: int) -> list[Candidate]:
             return [_candidate(problem, "statistics", problem.tokens, problem.vocab)]
         found = [
             _candidate(problem, "statistics", at, problem.vocab)
-            for at in _equal_windows(problem.tokens, MOST_TOKENS, 16)
+            for at in _equal_windows(problem.tokens, MOST_WINDOW_TOKENS, 16)
         ]
         return found if budget else _first(found, DZ_BYTES, 16)
     frozen = not (needs.w or needs.cols)

@@ -25,7 +25,7 @@ from fusedhead import compat
 from fusedhead.backend import FusedHeadError, run_pass
 from fusedhead.graph.nodes import name_of
 from fusedhead.kernels.tokenwise import compiled
-from fusedhead.options import split
+from fusedhead.options import split_options
 
 ROOT = Path(__file__).parents[2]
 ALL = (*compat.NAMES.values(), *compat.MEMBERS)
@@ -130,12 +130,12 @@ def test_a_toggle_of_another_name_is_no_graph_that_is_read(caplog: pytest.LogCap
     graph.call_function(_set_grad_enabled_anew, (False,))
     graph.output((graph.call_function(F.cross_entropy, (graph.call_function(F.linear, (h, w)), y)),))
     gm = GraphModule(torch.nn.Module(), graph)
-    left, report, _ = run_pass(gm, split(None)[0])
+    left, report, _ = run_pass(gm, split_options(None)[0])
     assert left is gm
     assert "_set_grad_enabled_anew" in report.errors[0]
     assert "_set_grad_enabled_anew" in caplog.text
     with pytest.raises(FusedHeadError, match="_set_grad_enabled_anew"):
-        run_pass(gm, split({"fusedhead.strict": True})[0])
+        run_pass(gm, split_options({"fusedhead.strict": True})[0])
 
 
 def test_without_their_names_autograd_s_keys_are_those_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:

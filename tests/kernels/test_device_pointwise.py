@@ -31,6 +31,6 @@ def test_a_generated_function_and_its_derivative_match_float64(name):
 
 def test_every_word_of_a_function_is_computed_by_the_kernels():
     steps = [step for transform in FUNCTIONS.values() for step in parse(transform).steps]
-    functions = [pointwise.parse(str(step.value)) for step in steps if step.op == "fn"]
+    functions = [pointwise.parse_function(str(step.value)) for step in steps if step.op == "fn"]
     spoken = {op for function in functions for code in function.codes for op, _ in code.instructions}
     assert spoken == set(pointwise.OPS)

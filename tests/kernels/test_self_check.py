@@ -13,7 +13,7 @@ import torch
 from fusedhead.kernels import self_check
 from fusedhead.kernels.torch_engine import engine as torch_engine
 from fusedhead.kernels.triton_engine import self_check as triton_self_check
-from fusedhead.kernels.triton_engine.self_check import Trial, by_eager, difference, made, swept, truth
+from fusedhead.kernels.triton_engine.self_check import Trial, by_eager, difference, made, one_pass_and_sweeps, truth
 
 GPU = torch.device("cuda", 0)
 ANSWER = "import json; print('ready'); print(json.dumps({'serves': %s, 'reason': '%s'}))"
@@ -200,7 +200,7 @@ SMALL = Trial(((40, 300, 24, 2, "", BF16), (30, 200, 16, 1, triton_self_check.CA
 
 
 def by_torch(head, upstream):
-    return swept(torch_engine, head, upstream)
+    return one_pass_and_sweeps(torch_engine, head, upstream)
 
 
 def test_an_engine_agrees_with_eager_code(monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedhead.kernels.transform import pointwise
-from fusedhead.kernels.transform.backward import pull_back, record, windows_held
+from fusedhead.kernels.transform.backward import pull_back, apply_and_record, windows_held
 from fusedhead.kernels.transform.transform import Step, Transform, apply, parse
 from fusedhead.rules.pointwise_codegen import function_of
 
@@ -51,7 +51,7 @@ def test_any_chain_has_the_derivative_of_its_definition(transform, need_cols, ne
         vectors = [x.detach() for x in leaves[1:]] if step.op == "fn" else leaves[1:]
         value = apply(Transform((step,)), value, *vectors)
     expected = torch.autograd.grad(value, leaves, g, allow_unused=True, materialize_grads=True)
-    got, tape = record(transform, z, cols, rows, need_cols, need_rows)
+    got, tape = apply_and_record(transform, z, cols, rows, need_cols, need_rows)
     torch.testing.assert_close(got, value)
     assert len(tape) + 1 == windows_held(transform, need_cols, need_rows)
     dcols = torch.zeros_like(cols) if need_cols else None
@@ -73,14 +73,14 @@ def test_the_text_of_a_transform_reads_back_as_itself(transform):
 
 def test_a_step_works_in_the_buffer_it_is_given():
     z, cols, rows, _ = window()
-    got, tape = record(parse("mul:2.0 addcol:0 mulrow:1"), z, cols, rows, False, False)
+    got, tape = apply_and_record(parse("mul:2.0 addcol:0 mulrow:1"), z, cols, rows, False, False)
     assert got.data_ptr() == z.data_ptr()
     assert not tape
 
 
 def test_a_function_reads_back_as_itself_and_knows_its_vectors():
     for step in FUNCTIONS:
-        assert pointwise.parse(step.value).text == step.value
+        assert pointwise.parse_function(step.value).text == step.value
     assert [list(step.vectors) for step in FUNCTIONS[2:4]] == [[("c", 1)], [("r", 0)]]
     assert list(FUNCTIONS[2].with_column_offset(3).vectors) == [("c", 4)]
     assert FUNCTIONS[3].with_column_offset(3) == FUNCTIONS[3]
@@ -110,6 +110,6 @@ def test_a_function_holds_no_more_windows_than_it_says():
     with mock.patch.object(pointwise, "OPS", {name: counted(op) for name, op in pointwise.OPS.items()}):
         for step in FUNCTIONS:
             most = 0
-            code = pointwise.parse(step.value).gradient
+            code = pointwise.parse_function(step.value).gradient
             pointwise.run(code, z, z[:2], z[:2], z)
             assert most <= pointwise.most_alive(code)

@@ -21,7 +21,7 @@ PAIR = Tile(128, 192, 64, 11, 4, 4, False, 3, 2, True)
 def chip(monkeypatch, tmp_path):
     """A file of its own, a GPU with a name."""
     monkeypatch.setenv("FUSEDHEAD_TILES", str(tmp_path / "deep" / "tiles.json"))
-    monkeypatch.setattr(tuned_tiles, "name_of", lambda device: f"chip {device.index}")
+    monkeypatch.setattr(tuned_tiles, "device_key", lambda device: f"chip {device.index}")
     tuned_tiles.known.cache_clear()
     yield
     tuned_tiles.known.cache_clear()

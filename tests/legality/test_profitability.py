@@ -9,10 +9,10 @@ from torch import Tensor
 
 import fusedhead
 from fusedhead.backend import run_pass
-from fusedhead.legality.profitability import LEAST, LEAST_ELSEWHERE, pays_from
+from fusedhead.legality.profitability import LEAST_LOGITS, LEAST_ELSEWHERE, pays_from
 from fusedhead.lowering.plan.plan import plan
 from fusedhead.lowering.plan.problem import Problem
-from fusedhead.options import Options, split
+from fusedhead.options import Options, split_options
 from tests.eager_stack import Rewritten
 
 D, V = 4, 64
@@ -52,7 +52,7 @@ def test_the_number_is_the_first_that_is_fused() -> None:
 def test_a_large_head_is_fused_without_being_asked() -> None:
     assert record(loss, *operands(LEAST_ELSEWHERE // 4096, 4096)).fused
     assert not record(loss, *operands(LEAST_ELSEWHERE // 4096 - 1, 4096)).fused
-    assert LEAST["cuda"] > LEAST_ELSEWHERE
+    assert LEAST_LOGITS["cuda"] > LEAST_ELSEWHERE
 
 
 def test_each_of_several_stacked_heads_counts_alone() -> None:
@@ -128,14 +128,14 @@ def test_a_small_head_is_compiled_as_inductor_compiles_it() -> None:
 @pytest.mark.parametrize("bad", [-1, "many", True, 1.5])
 def test_anything_but_a_number_is_an_error(bad: object) -> None:
     with pytest.raises(ValueError, match="0 for every head"):
-        split({"fusedhead.min_logits": bad})
+        split_options({"fusedhead.min_logits": bad})
 
 
 def test_the_environment_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDHEAD_MIN_LOGITS", "4096")
-    assert split({})[0].min_logits == 4096
+    assert split_options({})[0].min_logits == 4096
     monkeypatch.delenv("FUSEDHEAD_MIN_LOGITS")
-    assert split({})[0].min_logits == "auto"
+    assert split_options({})[0].min_logits == "auto"
 
 
 @pytest.mark.parametrize(("tokens", "hidden", "vocab"), [(263, 768, 4000), (300, 512, 4096)])

@@ -25,7 +25,7 @@ class Model(nn.Module):
 
 
 def test_the_profiler_shows_module_and_sizes_in_a_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranges, "modules", {})
+    monkeypatch.setattr(ranges, "module_names", {})
     compiled = Rewritten(Model())
     h, y = torch.randn(N, D, requires_grad=True), torch.randint(0, V, (N,))
     compiled(h, y).backward()
@@ -43,10 +43,10 @@ def test_the_frame_of_an_allocation_has_the_name(monkeypatch: pytest.MonkeyPatch
             frame = frame.f_back  # type: ignore[assignment]
         return seen
 
-    monkeypatch.setattr(ranges, "modules", {})
+    monkeypatch.setattr(ranges, "module_names", {})
     ranges.remember(V, D, "lm_head")
     ranges.remember(V, D, "lm_head")
-    named = ranges.named("head_stats", "(Tensor h, Tensor w, int memory=0) -> Tensor", implementation)
+    named = ranges.ranged("head_stats", "(Tensor h, Tensor w, int memory=0) -> Tensor", implementation)
     h, w = torch.empty(N, D), torch.empty(V, D)
     assert not [name for name in named(h, w) if "fusedhead::" in name]
     monkeypatch.setattr(ranges, "recording", lambda operand: True)
@@ -54,8 +54,8 @@ def test_the_frame_of_an_allocation_has_the_name(monkeypatch: pytest.MonkeyPatch
 
 
 def test_heads_of_one_size_share_a_name_and_many_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranges, "modules", {})
+    monkeypatch.setattr(ranges, "module_names", {})
     for at in range(6):
         ranges.remember(V, D, f"heads.{at}")
-    assert ranges.name_of("op", N, V, D) == f"fusedhead::op heads.0|heads.1|heads.2|heads.3|... N={N} D={D} V={V}"
-    assert ranges.name_of("op", N, V, 1) == f"fusedhead::op N={N} D=1 V={V}"
+    assert ranges.range_name("op", N, V, D) == f"fusedhead::op heads.0|heads.1|heads.2|heads.3|... N={N} D={D} V={V}"
+    assert ranges.range_name("op", N, V, 1) == f"fusedhead::op N={N} D=1 V={V}"

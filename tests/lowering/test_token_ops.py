@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 import fusedhead.lowering.token_ops  # noqa: F401  registers the ops
 from fusedhead.kernels.tokenwise import engine as tokenwise_engine
-from fusedhead.kernels.tokenwise.program import Unspeakable, read, spelled
+from fusedhead.kernels.tokenwise.program import Unspeakable, read, argument_text
 from fusedhead.lowering.plan.problem import MIB
 from tests.lowering.heads import opcheck
 from tests.lowering.test_memory import FIXED, size, watch
@@ -67,7 +67,7 @@ def test_a_program_is_data(text: str) -> None:
 
 def test_what_a_program_has_no_form_for_is_named() -> None:
     with pytest.raises(Unspeakable, match="object"):
-        spelled(object())
+        argument_text(object())
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 37])

@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from fusedhead.backend import compile_graph
-from fusedhead.options import split
+from fusedhead.options import split_options
 
 V, D, BATCH, TIME = 96, 16, 4, 6
 STEPS = 2
@@ -73,7 +73,7 @@ def whole(x: Any) -> Tensor:
 
 
 def compiled(model: nn.Module, records: list[Any]) -> Callable[..., Any]:
-    own, _ = split({"fusedhead.min_logits": 1, "fusedhead.shards": True})
+    own, _ = split_options({"fusedhead.min_logits": 1, "fusedhead.shards": True})
 
     def backend(gm: Any, inputs: Any) -> Any:
         return compile_graph(gm, inputs, own, aot_eager, lambda report: records.extend(report.heads))

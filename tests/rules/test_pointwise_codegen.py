@@ -62,7 +62,7 @@ def test_the_code_is_the_op_and_its_derivative(op: Any, args: tuple, kwargs: dic
     z, cols, rows = z.detach(), given["c0"], given["r0"].t()
     finite = z.isfinite()
     for way in (function, function._replace(op=None)):  # by kernels of torch's own, where it has them; by its code
-        parsed = pointwise.parse(way.text)
+        parsed = pointwise.parse_function(way.text)
         found = torch_functions.value(parsed, z, cols, rows)
         torch.testing.assert_close(found, value.detach(), equal_nan=True)
         found = torch_functions.gradient(parsed, g, z, cols, rows)

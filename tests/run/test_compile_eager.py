@@ -45,7 +45,7 @@ def heads() -> Iterator[list[HeadRecord]]:
     def add(report: Report) -> None:
         seen.extend(report.heads)
 
-    remove, stop = observers.add(add), compile_eager.enable()
+    remove, stop = observers.add(add), compile_eager.watch_optimizers()
     yield seen
     stop()
     remove()
@@ -148,7 +148,7 @@ def test_hooks_run_as_often_as_before(heads: list[HeadRecord]) -> None:
 
 def test_stopping_leaves_torch_as_it_was() -> None:
     made, suppressed = torch.optim.Optimizer.__init__, torch._dynamo.config.suppress_errors
-    stop = compile_eager.enable()
+    stop = compile_eager.watch_optimizers()
     assert torch.optim.Optimizer.__init__ is not made
     stop()
     assert torch.optim.Optimizer.__init__ is made

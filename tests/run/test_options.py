@@ -28,7 +28,7 @@ def test_an_unknown_variable_is_warned_of_once_with_the_nearest_name(
     monkeypatch.setenv("FUSEDHEAD_MEMRY", "64")
     monkeypatch.setenv("FUSEDHEAD_TILES", "/tmp/tiles.json")
     for _ in range(2):
-        assert options.split(None)[0].memory == "auto"
+        assert options.split_options(None)[0].memory == "auto"
     (record,) = caplog.records
     assert "nothing reads the variable FUSEDHEAD_MEMRY, did you mean 'FUSEDHEAD_MEMORY'?" in record.getMessage()
 
@@ -48,8 +48,8 @@ def test_every_variable_that_the_package_reads_is_known() -> None:
 
 def test_an_option_without_its_prefix_hints_at_it_unless_inductor_has_one() -> None:
     with pytest.raises(ValueError, match=r"unknown option 'memory', did you mean 'fusedhead\.memory'"):
-        options.split({"memory": 64})
-    assert options.split({"debug": True})[1] == {"debug": True}  # Inductor's own
+        options.split_options({"memory": 64})
+    assert options.split_options({"debug": True})[1] == {"debug": True}  # Inductor's own
 
 
 def test_the_nearest_name_comes_before_all_of_them() -> None:

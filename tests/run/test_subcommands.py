@@ -89,7 +89,7 @@ def test_env_goes_on_where_a_part_of_it_fails(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("the driver is too old")
 
     monkeypatch.setattr("torch.cuda.is_available", broken)
-    found = environment.environment()
+    found = environment.process_environment()
     assert found["device"] == {"failed": "RuntimeError: the driver is too old"}
     assert found["versions"]
 

@@ -64,9 +64,9 @@ def read_by_tokens(context: Context, *args: Any, **kwargs: Any) -> Any:
         raise Escape(NotByTokens.MASKED, op=op)
     for rule in TOKEN_RULES.get(op, ()):
         given, named = (args, kwargs) if rule.dim is None else positional(op, args, kwargs, rule.dim)
-        found = rule.read(replace(context, dim=rule.dim), *given, **named)
-        if found is not None:
-            return found
+        value = rule.read(replace(context, dim=rule.dim), *given, **named)
+        if value is not None:
+            return value
     if op not in TOKEN_RULES and is_pointwise(op):
         return pointwise_tokens(context, *args, **kwargs)
     if op in BY_PARTS:
@@ -143,8 +143,8 @@ def taken_apart(parts: Callable[..., Any], context: Context, args: tuple, kwargs
 
     def call(*values: Any) -> Any:
         given = dict(zip(map(id, leaves), values))
-        here, named = tree_map(lambda x: given.get(id(x), x), (args, kwargs))
-        return parts(*here, **named)
+        positions, named = tree_map(lambda x: given.get(id(x), x), (args, kwargs))
+        return parts(*positions, **named)
 
     with mode, torch.no_grad(), torch.autocast(leaves[0].val.device.type, enabled=False):
         graph = make_fx(call)(*(x.val for x in leaves)).graph
@@ -156,21 +156,21 @@ def taken_apart(parts: Callable[..., Any], context: Context, args: tuple, kwargs
             if node.op == "get_attr":
                 raise Escape(NotByTokens.HOLDS_A_CONSTANT, op=target)
             continue
-        here, named = tree_map(lambda n: env[n] if isinstance(n, Node) else n, (tuple(node.args), dict(node.kwargs)))
+        positions, named = tree_map(lambda n: env[n] if isinstance(n, Node) else n, (tuple(node.args), dict(node.kwargs)))
         val = node.meta.get("val")
         each = Context(context.node, val, node.target, alone=val)
         if node.target is operator.getitem:
-            if not isinstance(here[0], (list, tuple)):
+            if not isinstance(positions[0], (list, tuple)):
                 raise Escape(NotByTokens.ONE_OF_SEVERAL, op=target)
-            env[node] = here[0][here[1]]
-        elif any(isinstance(x, TokenValue) for x in tree_leaves((here, named))):
+            env[node] = positions[0][positions[1]]
+        elif any(isinstance(x, TokenValue) for x in tree_leaves((positions, named))):
             if node.target is target:
                 raise Escape(NotByTokens.UNKNOWN_OP, op=target)
-            if any(isinstance(x, Plain) and any(True for _ in token_values_of(x)) for x in tree_leaves((here, named))):
+            if any(isinstance(x, Plain) and any(True for _ in token_values_of(x)) for x in tree_leaves((positions, named))):
                 raise Escape(NotByTokens.WITH_A_TOTAL, op=target)
-            env[node] = read_by_tokens(each, *here, **named)
+            env[node] = read_by_tokens(each, *positions, **named)
         elif is_pointwise(node.target) and (like := as_wide(val, leaves)) is not None:
-            env[node] = entrywise(each, here, named, like.tail, like.heads)
+            env[node] = entrywise(each, positions, named, like.tail, like.heads)
         else:
-            env[node] = Plain(Expr(node.target, here, named), val)
+            env[node] = Plain(Expr(node.target, positions, named), val)
     raise AssertionError("a traced graph has an output")

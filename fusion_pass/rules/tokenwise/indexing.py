@@ -47,20 +47,20 @@ def picked_tokens(context: Context, x: Any, dim: Any = 0, *rest: Any) -> TokenVa
         raise Escape(NotByTokens.SMALL_ALREADY, op=context.op)
     op, which = by_number(context.op, x, dim - sum(x.tail[:dim]), rest)
     tail = tuple(t for d, t in enumerate(x.tail) if d != dim or context.op is not aten.select.int)
-    known: dict[int, Any] = {}
+    memo: dict[int, Any] = {}
 
     def of_picked(e: Any) -> Any:
         if not isinstance(e, (HeadInput, TokenInput, Expr)):
             return e
-        if id(e) not in known:
-            known[id(e)] = made_of_picked(e)
-        return known[id(e)]
+        if id(e) not in memo:
+            memo[id(e)] = made_of_picked(e)
+        return memo[id(e)]
 
     def made_of_picked(e: Any) -> Any:
         if isinstance(e, HeadInput):
-            if id(e.logits) not in known:
-                known[id(e.logits)] = picked_rows(e.logits, op, which)
-            return HeadInput(known[id(e.logits)])
+            if id(e.logits) not in memo:
+                memo[id(e.logits)] = picked_rows(e.logits, op, which)
+            return HeadInput(memo[id(e.logits)])
         if isinstance(e, TokenInput):
             return TokenInput(Plain(Expr(op, (e.value, *which)), e.value.val), True) if e.by_rows else e
         return Expr(e.op, *e.mapped(of_picked))
@@ -163,17 +163,17 @@ def tail_entries(context: Context, *args: Any, **kwargs: Any) -> TokenValue:
     """Entries along the tail, read or written: all tensors have the operand's dimensions, and its tokens."""
     like = next(a for a in args if isinstance(a, TokenValue))
     dim = tail_dim(context, like, constants(args[1]))
-    given: list[Any] = []
+    operands: list[Any] = []
     for at, x in enumerate(args):
         if at == 1:
-            given.append(dim)
+            operands.append(dim)
         elif isinstance(x, (TokenValue, Plain)) and isinstance(x.val, Tensor):
             if x.val.ndim != like.val.ndim or any(
                 not t and not same_size(a, b) for t, a, b in zip(like.tail, x.val.shape, like.val.shape)
             ):
                 raise Escape(NotByTokens.SOME_TOKENS, op=context.op)
-            given.append(lined_up(x, like.tail, x.val.shape, by_rows=True))
+            operands.append(lined_up(x, like.tail, x.val.shape, by_rows=True))
         else:
-            given.append(constants(x))
+            operands.append(constants(x))
     named = {name: constants(x) for name, x in kwargs.items() if name != "sparse_grad"}
-    return TokenValue(Expr(context.op, tuple(given), named), context.val, like.tail, heads_among(args))
+    return TokenValue(Expr(context.op, tuple(operands), named), context.val, like.tail, heads_among(args))

@@ -25,10 +25,10 @@ aten = torch.ops.aten
 
 
 def known_size(s: Any, what: str) -> int:
-    known = static(s)
-    if known is None:
+    size = static(s)
+    if size is None:
         raise Escape(NotByTokens.SYMBOLIC, what=what)
-    return known
+    return size
 
 
 def constants(x: Any) -> Any:
@@ -100,8 +100,8 @@ def lined_up(x: Any, tail: tuple[bool, ...], shape: Sequence[Any], *, by_rows: b
         return constants(x)
     if x.tail == tail:
         return x.expr
-    own = [1] * (len(tail) - x.val.ndim) + list(x.val.shape)
-    return Expr(aten.reshape.default, (x.expr, (-1, *tails_of(own, tail))))
+    padded = [1] * (len(tail) - x.val.ndim) + list(x.val.shape)
+    return Expr(aten.reshape.default, (x.expr, (-1, *tails_of(padded, tail))))
 
 
 def tails_of(shape: Sequence[Any], tail: tuple[bool, ...]) -> list[int]:
@@ -111,17 +111,17 @@ def tails_of(shape: Sequence[Any], tail: tuple[bool, ...]) -> list[int]:
 def leaf(x: Plain, tail: tuple[bool, ...], shape: Sequence[Any], by_rows: bool) -> TokenInput:
     """A tensor from outside that broadcasts to ``shape``; with ``by_rows`` as [N, ...] even where it need not be."""
     missing = len(tail) - x.val.ndim
-    own = [1] * missing + list(x.val.shape)
-    tails = tails_of(own, tail)
+    padded = [1] * missing + list(x.val.shape)
+    tails = tails_of(padded, tail)
     rows = [d for d, is_tail in enumerate(tail) if not is_tail]
-    if not by_rows and all(same_size(own[d], 1) for d in rows):
+    if not by_rows and all(same_size(padded[d], 1) for d in rows):
         fits = x.val.ndim == 0 or list(x.val.shape) == tails
         return TokenInput(x if fits else Plain(Expr(aten.reshape.default, (x, tails)), x.val.reshape(tails)), False)
     node: Any = x
-    if any(not same_size(own[d], shape[d]) for d in rows):
+    if any(not same_size(padded[d], shape[d]) for d in rows):
         if math.prod(tails) > 1:
             raise Escape(NotByTokens.WIDE_OPERAND_REPEATED)
-        full = [own[d] if is_tail else shape[d] for d, is_tail in enumerate(tail)]
+        full = [padded[d] if is_tail else shape[d] for d, is_tail in enumerate(tail)]
         node = Expr(aten.expand.default, (x, [known_size(s, "an operand that is repeated over tokens") for s in full]))
         missing = 0
     present = range(missing, len(tail))

@@ -128,9 +128,9 @@ def join_tails(context: Context, tensors: Any, dim: Any = 0) -> TokenValue:
 def length(context: Context, x: Any, dim: int) -> Any:
     """A size of a token value, read off the hidden states where it is a symbol."""
     x = from_logits(context, x)
-    known = static(x.val.shape[dim])
-    if known is not None:
-        return known
+    size = static(x.val.shape[dim])
+    if size is not None:
+        return size
     for head in x.heads:
         hidden = head.hidden.val
         for d in range(hidden.ndim):

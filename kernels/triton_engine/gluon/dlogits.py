@@ -18,7 +18,7 @@ from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.gluon.ring import (
     NARROW,
     NARROW_TILE,
-    Labels,
+    LabelPointers,
     Sizes,
     label_columns,
     pingpong_program,
@@ -126,7 +126,7 @@ def dlogits_pair_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    labels = Labels(y, sy0, sy1, K, first_col)
+    labels = LabelPointers(y, sy0, sy1, K, first_col)
     first = Gradients(dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
     second = Gradients(dz, staging(dz, BM), labels, g_lse, g_picked, lse, HAS_LSE)
     pingpong_program(

@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 
 from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
-from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, Labels, Sizes, pingpong_program
+from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, LabelPointers, Sizes, pingpong_program
 from fusedhead.kernels.triton_engine.gluon.tile import (
     columns_of,
     narrow_parts,
@@ -103,7 +103,7 @@ def exp_pair_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    labels = Labels(y, sy0, sy1, K, 0)
+    labels = LabelPointers(y, sy0, sy1, K, 0)
     first = Exponentials(E, staging(E, BM), labels, ref2, picked, part)
     second = Exponentials(E, staging(E, BM), labels, ref2, picked, part)
     pingpong_program(

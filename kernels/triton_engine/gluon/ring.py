@@ -55,7 +55,7 @@ class Sizes(NamedTuple):
     P: Any  # programs: groups of warps
 
 
-class Labels(NamedTuple):
+class LabelPointers(NamedTuple):
     y: Any  # [N, K] int64
     sy0: Any
     sy1: Any

@@ -22,7 +22,7 @@ from fusedhead.kernels.triton_engine.gluon.ring import (
     PER_ROW_OF_WIDE,
     WIDE,
     WIDE_TILE,
-    Labels,
+    LabelPointers,
     Sizes,
     pingpong_program,
 )
@@ -105,7 +105,7 @@ def stream_pair_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    labels = Labels(y, sy0, sy1, K, 0)
+    labels = LabelPointers(y, sy0, sy1, K, 0)
     args = (labels, picked, part, size)
     pingpong_program(
         _epilogue, _start, args, args, h, w, labels, label_map, flags, Sizes(N, V, D, GROUP, P),

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, WIDE, async_store, label_columns
 
-PARTS = gl.constexpr(3)  # column parts of a tile of 192
+COLUMN_PARTS = gl.constexpr(3)  # column parts of a tile of 192
 
 
 @gluon.jit
@@ -77,7 +77,7 @@ def staging(to, BM: gl.constexpr):
 def store_part(values, to, stage, place, J: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
     """Part J of a group's tile [BM, 64] into memory, through the half of ``stage`` that the part before left."""
     tma.store_wait(1)
-    half = stage.index((place.step * PARTS + J) & 1)
+    half = stage.index((place.step * COLUMN_PARTS + J) & 1)
     half.store(values.to(to.dtype))
     fence_async_shared()
     async_store(to, [place.block * BM, place.tile * BN + J * NARROW], half)

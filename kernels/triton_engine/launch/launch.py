@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from fusedhead.kernels.triton_engine.launch.launcher import Recorded, hooked, recorded
+from fusedhead.kernels.triton_engine.launch.launcher import RecordedLaunch, hooked, recorded
 
 POINTER_ALIGNMENT = 16  # bytes: what Triton specialises a pointer on
 ENCODED = 64  # sets of descriptors that a launch remembers: the allocator hands out the same memory again
@@ -68,7 +68,7 @@ class Launch:
         self.order: Callable[[list[int]], tuple[int, ...]] | None = None  # puts addresses where they are passed
         self.numbers: tuple[str, ...] = ()  # the leading numbers
         self.encoded: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # the first arguments as C takes them
-        self.again: Recorded | Callable[..., None] | None = None  # what Triton compiled, for aligned pointers
+        self.again: RecordedLaunch | Callable[..., None] | None = None  # what Triton compiled, for aligned pointers
 
     def run(self, **given: Any) -> None:
         again = self.again
@@ -81,7 +81,7 @@ class Launch:
                 # an address is passed on as it is; of a tensor the driver would be asked whether it is one of its own
                 numbers = [given[name] for name in self.numbers] if self.numbers else ()
                 stream = driver.active.get_current_stream(self.device)
-                if not isinstance(again, Recorded):
+                if not isinstance(again, RecordedLaunch):
                     first = _described(tensors[: self.first])
                     again(*first, *addresses[self.first :], *numbers, *self.bound, stream=stream)
                     return
@@ -96,7 +96,7 @@ class Launch:
         self._through_triton(given)
 
     def _encoded(
-        self, tensors: Sequence[Any], addresses: Sequence[int], numbers: Sequence[Any], again: Recorded
+        self, tensors: Sequence[Any], addresses: Sequence[int], numbers: Sequence[Any], again: RecordedLaunch
     ) -> Any:
         """The arguments up to the last that is placed, as C takes them."""
         key = (*addresses[: self.first], *[tensors[at].tiles for at in self.placed])

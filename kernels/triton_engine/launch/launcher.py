@@ -18,7 +18,7 @@ Grid = tuple[int, int, int]
 STREAM = 0  # stands for a launch's own while the launcher is asked
 
 
-class Recorded(NamedTuple):
+class RecordedLaunch(NamedTuple):
     """A C function's arguments: grid, stream, ``fixed``, then the kernel's, one by one or as one tuple."""
 
     call: Callable[..., object]
@@ -50,7 +50,7 @@ def _on_top(launch: Any) -> tuple[Any, Callable[[Callable], Callable]]:
     return cells[at].cell_contents, on_top
 
 
-def recorded(compiled: Any, grid: Grid, args: Sequence[Any]) -> Recorded | None:
+def recorded(compiled: Any, grid: Grid, args: Sequence[Any]) -> RecordedLaunch | None:
     """How what Triton compiled is launched on ``grid`` with arguments like ``args``; None if that is not understood."""
     launcher: Any = getattr(compiled, "run", None)
     call, on_top = _on_top(getattr(launcher, "launch", None))
@@ -74,4 +74,4 @@ def recorded(compiled: Any, grid: Grid, args: Sequence[Any]) -> Recorded | None:
         on_top(lambda *passed: reached.append(passed))(*before, *((tuple(given),) if as_tuple else given))
         return reached[0][-1] if as_tuple else reached[0][len(before) :]
 
-    return Recorded(call, grid, before[4:], as_tuple, encode, compiled)
+    return RecordedLaunch(call, grid, before[4:], as_tuple, encode, compiled)

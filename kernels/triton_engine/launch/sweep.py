@@ -40,7 +40,7 @@ def matmul_precision() -> str:
     return "tf32" if matmul.allow_tf32 else "ieee"
 
 
-class Layout(NamedTuple):
+class WindowLayout(NamedTuple):
     """What kernels are compiled and scheduled for, of one window of a head."""
 
     device: torch.device
@@ -80,7 +80,7 @@ def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str])
 class Sweep:
     """One window as one persistent kernel sees it. Compared by identity: equal layouts give the same object."""
 
-    def __init__(self, kernel: str, layout: Layout, want: frozenset[str], tile: Tile | None) -> None:
+    def __init__(self, kernel: str, layout: WindowLayout, want: frozenset[str], tile: Tile | None) -> None:
         (n, hidden), (vocab, _) = layout.h, layout.w
         smooth, self.ready = layout.transform.smooth, bool(layout.logits_strides)
         major, multiprocessors = device_of(layout.device)
@@ -222,7 +222,7 @@ def sweep(
     """
     h, w, y, cols, rows, u, transform = head
     major, _ = device_of(h.device)
-    layout = Layout(
+    layout = WindowLayout(
         h.device,
         h.dtype,
         h.shape,

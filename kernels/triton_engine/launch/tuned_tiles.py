@@ -32,12 +32,12 @@ class Tuned(NamedTuple):
     tile: Tile
 
 
-def place() -> Path:
+def tiles_file() -> Path:
     """The file: $FUSEDHEAD_TILES, else fusedhead/tiles.json in the user's cache."""
     return cache_file("tiles.json", "FUSEDHEAD_TILES")
 
 
-def name_of(device: torch.device) -> str:
+def device_key(device: torch.device) -> str:
     """What the tiles of a device are kept under: its name and Triton's version."""
     return f"{torch.cuda.get_device_name(device)}, Triton {'.'.join(map(str, version()))}"
 
@@ -62,7 +62,7 @@ def known(path: Path, name: str) -> tuple[Tuned, ...]:
 
 def keep_tiles(name: str, rows: list[Tuned]) -> Path:
     """Put the device's tiles in place of those that the file has of it."""
-    path = place()
+    path = tiles_file()
     write_json(path, _read(path) | {name: rows})
     known.cache_clear()
     return path
@@ -76,7 +76,7 @@ def tuned_tile(
         return None
     fit = [
         row
-        for row in known(place(), name_of(device))
+        for row in known(tiles_file(), device_key(device))
         if (row.kernel, row.itemsize, row.tma) == (kernel, itemsize, tma) and (pairs or not row.tile.paired)
     ]
     sizes = sorted({row.hidden for row in fit})

@@ -50,7 +50,7 @@ def _launch(device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: tuple[
     return Launch(scale_in_place_kernel, (programs, 1, 1), bound)
 
 
-def scale_in_place(x: Tensor, y: Tensor | None, g: Tensor, unmoved: float) -> None:
+def scale_pair_in_place(x: Tensor, y: Tensor | None, g: Tensor, unmoved: float) -> None:
     """``x *= g; y *= g`` rounded once from float32, g 0-d; nothing where |g - 1| <= unmoved. No host sync."""
     sizes = x.numel(), 0 if y is None else y.numel()
     if any(sizes):
