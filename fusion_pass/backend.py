@@ -21,7 +21,7 @@ from fusedhead.deferred.graph_outputs import StaleLogits, deferring, on_plain_in
 from fusedhead.graph.edit import copy_module
 from fusedhead.graph.python_dispatch import python_dispatch
 from fusedhead.graph.recipes import Wrap, compute_now, unwrapped
-from fusedhead.graph.unhooked import unhooked
+from fusedhead.graph.saved_tensor_hooks import unhooked
 from fusedhead.inductor.config import Inductor, keyed, overwrites
 from fusedhead.kernels.chips import start_checks
 from fusedhead.lowering import ranges
@@ -122,28 +122,28 @@ def publish(report: Report, options: Options) -> None:
 def compile_graph(
     gm: GraphModule,
     example_inputs: Sequence[Any],
-    own: Options,
+    ours: Options,
     compiler: Callable[..., Any],
     observe: Callable[[Report], None] = observing.notify,
 ) -> Callable[..., Any]:
     """One Dynamo graph through the pass, told to ``observe`` and the logs, then through ``compiler``."""
     if compat.missing:
-        return left_to_inductor(own, lambda: compiler(gm, example_inputs))
+        return left_to_inductor(ours, lambda: compiler(gm, example_inputs))
     if any_deferred(example_inputs):
         gm, example_inputs, take_deferred = with_sources(gm, example_inputs)
     else:
         cut_out = any(isinstance(value, FakeTensor) for value in example_inputs)
-        take_deferred = on_plain_inputs if cut_out and own.logits == "deferred" else unchanged
-    texts = observe is not observing.notify or wants_texts(own)
-    gm, report, wrap = run_pass(gm, own, texts=texts)
+        take_deferred = on_plain_inputs if cut_out and ours.logits == "deferred" else unchanged
+    texts = observe is not observing.notify or wants_texts(ours)
+    gm, report, wrap = run_pass(gm, ours, texts=texts)
     observe(report)
-    publish(report, own)
+    publish(report, ours)
     for head in report.heads:
         if head.fused and type(head.vocab_size) is type(head.hidden_size) is int:
             ranges.remember(head.vocab_size, head.hidden_size, head.module or head.where)
     if any(head.fused and head.device == "cuda" for head in report.heads):
         start_checks()
-    finish = deferring(own.budget, overwrites(compiler), own.min_logits) if own.logits == "deferred" else compute_now
+    finish = deferring(ours.budget, overwrites(compiler), ours.min_logits) if ours.logits == "deferred" else compute_now
     try:
         compiled = compiler(gm, example_inputs)
     except Exception as error:
@@ -157,10 +157,10 @@ def compile_graph(
     return take_deferred(compiled)
 
 
-def left_to_inductor(own: Options, compiled: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+def left_to_inductor(ours: Options, compiled: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
     """The graph without the pass, on a torch that lacks what it reads graphs with. Raises under ``strict``."""
     why = compat.unusable()
-    if own.strict:
+    if ours.strict:
         raise FusedHeadError(f"fusedhead.strict: {why}")
     return compiled()
 
@@ -192,11 +192,11 @@ def compile_with(
     observe: Callable[[Report], None] = observing.notify,
 ) -> Callable[..., Any]:
     """`compile_graph` with ``mode`` and ``options`` as ``torch.compile`` takes them, which validates them."""
-    own, rest = split_options(options)
+    ours, rest = split_options(options)
     if compat.missing:
-        return left_to_inductor(own, lambda: compat.plain_inductor(gm, example_inputs, mode, rest))
+        return left_to_inductor(ours, lambda: compat.plain_inductor(gm, example_inputs, mode, rest))
     compiler = Inductor(mode or "default", keyed(rest), None)
-    return compile_graph(gm, example_inputs, own, compiler, observe)
+    return compile_graph(gm, example_inputs, ours, compiler, observe)
 
 
 def fusedhead(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:

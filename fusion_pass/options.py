@@ -125,7 +125,10 @@ process_wide: Mapping[str, Any] = {}  # what `enable` was given, checked; replac
 
 
 def set_process_wide(options: Mapping[str, Any]) -> None:
-    """Make ``options`` (names without the prefix) every compilation's defaults. Raises ValueError as `split_options` does."""
+    """Make ``options`` (names without the prefix) every compilation's defaults.
+
+    Raises ValueError as `split_options` does.
+    """
     global process_wide
     unknown = [name for name in options if name not in READERS]
     if unknown:

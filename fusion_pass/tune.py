@@ -1,8 +1,7 @@
 """``fusedhead tune``, ``python -m fusedhead.tune``: find the fastest tiles for this machine's GPU, keep them on disk.
 
 The checked-in tiles were timed on an H100; another chip runs them or safe ones. This takes some minutes once, and every
-later process on the machine uses what it found. Nothing is tuned while a model runs. It must not know what kernels
-compute.
+later process on the machine uses what it found. Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def execute(
     from fusedhead.kernels.triton_engine.launch.sweep import sweep
     from fusedhead.kernels.triton_engine.launch.tiles import pairs_serve
 
-    device, dtype, rows = torch.device("cuda", torch.cuda.current_device()), DTYPES[settings.dtype], []
+    device, dtype, rows = torch.device("cuda", torch.cuda.current_device()), DTYPES[given.dtype], []
     print(tuned_tiles.device_key(device))
     pairs = pairs_serve(device)
     for hidden in sorted(int(size) for size in settings.hidden.split(",")):

@@ -3,7 +3,7 @@
 A *head* is ``z = transform(h @ w.T)`` with z [N, V] the logits, which no engine may build whole.
 An *engine* is a module with the three functions ``head_stats``, ``head_stats_backward`` and ``head_loss``
 below (``torch_engine.engine`` and ``triton_engine.engine``); `lowering` picks one and calls it. All statistics are
-float32 and per row. This file knows nothing of graphs, ops or autograd.
+float32 and per row.
 
     def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats
     def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows) -> HeadGrads
@@ -200,6 +200,10 @@ class Needs(NamedTuple):
     w: bool
     cols: bool
     rows: bool
+
+
+NO_NEEDS = Needs(False, False, False, False)
+OPERAND_NEEDS = Needs(True, True, False, False)  # h and w
 
 
 class HeadGrads(NamedTuple):

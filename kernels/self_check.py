@@ -66,13 +66,13 @@ _running: dict[Claim, _Check] = {}
 def serves(name: str, device: torch.device) -> bool:
     """Whether the kernels ``name`` serve on this device; waits for the check where it is not known yet."""
     claim = _claim(name, device)
-    found = _decided.get(claim)
-    if found is None:
+    verdict = _decided.get(claim)
+    if verdict is None:
         with _lock:
-            found = _decided.get(claim)
-            if found is None:
-                found = _decided[claim] = _kept_or_checked(claim)
-    return found
+            verdict = _decided.get(claim)
+            if verdict is None:
+                verdict = _decided[claim] = _kept_or_checked(claim)
+    return verdict
 
 
 def start(name: str, device: torch.device) -> None:
@@ -118,8 +118,8 @@ def _key(claim: Claim) -> str:
 
 def _kept(claim: Claim) -> bool | None:
     remedy = "delete it: the check is made again"
-    found = read_json(kept_in(), remedy).get(_key(claim))
-    return bool(found["serves"]) if isinstance(found, dict) and "serves" in found else None
+    entry = read_json(kept_in(), remedy).get(_key(claim))
+    return bool(entry["serves"]) if isinstance(entry, dict) and "serves" in entry else None
 
 
 def _kept_or_checked(claim: Claim) -> bool:
@@ -181,14 +181,14 @@ def _verdict(claim: Claim, lines: list[str], problem: str) -> bool:
             "fusedhead: the self-check of %s could not be made (%s); %s", claim.name, problem, FALLBACK[claim.name]
         )
         return False
-    found: dict[str, Any] = json.loads(answers[-1]) if answers else {"serves": False, "reason": problem}
-    if not found["serves"]:
+    entry: dict[str, Any] = json.loads(answers[-1]) if answers else {"serves": False, "reason": problem}
+    if not entry["serves"]:
         log.warning(
             "fusedhead: the self-check of %s failed on %s: %s. %s. The verdict is kept in %s",
-            claim.name, torch.cuda.get_device_name(claim.gpu), found["reason"], FALLBACK[claim.name], kept_in(),
+            claim.name, torch.cuda.get_device_name(claim.gpu), entry["reason"], FALLBACK[claim.name], kept_in(),
         )  # fmt: skip
-    keep_verdict(_key(claim), found)
-    return bool(found["serves"])
+    keep_verdict(_key(claim), entry)
+    return bool(entry["serves"])
 
 
 def keep_verdict(key: str, verdict: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from fusedhead.kernels.contract import (
     DIFFERENTIABLE_STATS,
     LINEAR_STATS,
     LOSS_OUTPUTS,
+    NO_NEEDS,
     SAVED_STATS,
     STATISTICS,
     STATS,
@@ -62,7 +63,6 @@ SCHEMAS = {
     "Tensor? product=None) -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
     "head_loss": f"({_HEAD}, {_COEFFICIENTS}, str transform, str stats, int memory, {_NEEDS}{_WHOLE}) -> ({_LOSS})",
 }
-NONE = Needs(False, False, False, False)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -113,7 +113,7 @@ def _head_stats(
 ) -> tuple[Tensor, ...]:
     head, want = head_of(h, w, y, cols, rows, u, transform), parse_stats(stats)
     explicit, given = writes_logits(want, head.transform), with_companions(want)
-    engine, windows = _chosen(head, NONE, (memory, whole_below), linear=True, row_scale=True, explicit=explicit)
+    engine, windows = _chosen(head, NO_NEEDS, (memory, whole_below), linear=True, row_scale=True, explicit=explicit)
     product = fakes.kept_product(h, w, whole_below, keep)
     kept = product[: h.shape[0]] if keep and engine.keeps_product else None
     with without_autocast(head.h.device):

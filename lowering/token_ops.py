@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.tokenwise import engine as tokenwise_engine
-from fusedhead.kernels.tokenwise.compiled import above_autograd
+from fusedhead.kernels.tokenwise.compilation import above_autograd
 from fusedhead.kernels.tokenwise.program import read, run
 from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE, scaled, upstream_scale
 from fusedhead.lowering.ops import without_autocast

@@ -48,14 +48,14 @@ STAGES = [
     "analysis.interpreter:note_returned", "analysis.interpreter:note_overwritten",
     "analysis.token_regions:found_regions", "legality.profitability:gate", "legality.profitability:most",
     "legality.legality:illegal", "legality.legality:subclass",
-    "legality.legality:functorch", "legality.other_products:products",
+    "legality.legality:functorch", "legality.other_products:output_products",
     "rewrite.returned_logits:recipe", "analysis.body:redirect", "rewrite.returned_logits:place",
     "rewrite.token_programs:emit_region", "rewrite.statistics:erase_unused", "rewrite.statistics:emit_sweeps",
-    "rewrite.sweeps:groups", "rewrite.operands:operands", "rewrite.statistics:rebuild_terminal",
+    "rewrite.sweeps:groups", "rewrite.operands:emit_operands", "rewrite.statistics:rebuild_terminal",
     "rewrite.statistics:erase",
     "ir.builder:Emit.__call__", "rewrite.forward_gradients:price_of_statistics",
     "rewrite.forward_gradients:upgrade", "rewrite.forward_gradients:try_tail", "rewrite.forward_gradients:hoist",
-    "rewrite.forward_gradients:replace", "report.records:record_of_decision",
+    "rewrite.forward_gradients:replace_with_losses", "report.records:record_of_decision",
 ]  # fmt: skip
 
 

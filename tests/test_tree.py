@@ -25,7 +25,7 @@ THROUGH_PROGRAMS = {  # by folder
     "graph": "aliases dry_run dtensors edit effects facts higher_order nodes recipes run_counts tracing",
     "ir": "builder expr logits tokenwise",
     "kernels": "contract",
-    "kernels/tokenwise": "compiled engine program",
+    "kernels/tokenwise": "compilation engine program",
     "kernels/torch_engine": "dlogits engine exponentials gradient_sink softmax_gradients workspace",
     "kernels/transform": "native pointwise transform",
     "kernels/triton_engine/device": "functions rows transform vectors",

@@ -14,11 +14,9 @@ from typing import Any, NamedTuple
 
 from torch.fx import Graph, Node
 
-from fusedhead.graph.nodes import name_of
+from fusedhead.graph.nodes import SOURCE_INTERNALS, name_of
 from fusedhead.graph.op_names import PROJECTIONS
 
-# the parts of a Dynamo source that no user has written
-INSIDE = frozenset({"self", "L", "G", "_modules", "_parameters", "_buffers", "_orig_mod"})
 FORWARD = ("forward", "__call__")  # no helpers: what a module does is its own
 
 
@@ -50,7 +48,7 @@ def modules(node: Node) -> list[tuple[str, str, Any]]:
 def module_spelling(source: str) -> str:
     """ "L['self'].heads.2" or "L['self']._modules['lm_head']" as a user would write it from the outermost module."""
     parts = re.findall(r"\w+", re.sub(r"^[LG]\['?\w+'?\]", "", source))
-    return ".".join(part for part in parts if part not in INSIDE)
+    return ".".join(part for part in parts if part not in SOURCE_INTERNALS)
 
 
 def module_path(node: Node) -> str:

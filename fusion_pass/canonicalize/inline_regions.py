@@ -121,10 +121,10 @@ def worth_sharing(region: GraphModule) -> bool:
 
 def run(body: Body) -> None:
     """Replace calls of regions by their nodes where a head needs it, in a graph and in the graphs that it runs."""
-    body.findings += inline(body.module, body.records_gradients, body.edited)
+    body.findings += inline_regions(body.module, body.records_gradients, body.edited)
 
 
-def inline(
+def inline_regions(
     gm: GraphModule, grad: bool, count: Callable[[Node], None], seen: set[GraphModule] | None = None
 ) -> list[Finding]:
     """`run`, of a module; ``grad``: whether gradients are recorded where it begins. Returns what is not inlined.
@@ -139,7 +139,7 @@ def inline(
         if isinstance(inner, GraphModule) and node.users and inner not in seen:
             seen.add(inner)
             with counting_edits(inner.graph, count):
-                findings += inline(inner, facts.grad_mode(next(iter(node.users))), count, seen)
+                findings += inline_regions(inner, facts.grad_mode(next(iter(node.users))), count, seen)
     return findings + inline_calls(gm, grad, outermost)
 
 

@@ -35,7 +35,17 @@ from fusedhead.analysis.projections import candidates
 from fusedhead.canonicalize.reasons import InShards
 from fusedhead.compat import HigherOrderOperator, maybe_get_fake_mode, tree_leaves
 from fusedhead.graph import dtensors
-from fusedhead.graph.dtensors import KEPT_SHARDS, Axis, axis_of, is_dtensor, layout, piece, replicated, same_mesh, shard_dim
+from fusedhead.graph.dtensors import (
+    KEPT_SHARDS,
+    Axis,
+    axis_of,
+    is_dtensor,
+    layout,
+    piece,
+    replicated,
+    same_mesh,
+    shard_dim,
+)
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.op_names import PROJECTIONS
 from fusedhead.graph.reasons import Escape, Refusal, refuse

@@ -3,7 +3,7 @@
 The leaves are the sources of the logits (hidden states, weight ...) and the tensors that later calls brought
 along. Programs are hashable, so what was once learnt about a program is found again by looking it up: the same
 calls on tensors of the same kind are learnt once. Numbers of tokens enter a key by which of them are equal, not by
-their values. This file knows no rules.
+their values.
 """
 
 from __future__ import annotations

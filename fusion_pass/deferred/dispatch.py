@@ -51,20 +51,20 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return tuple(t if t.shape == shape else t.expand(shape) for t in args)
     if op_tables.takes_looks_only(func, args, kwargs):
         return alike(func, args, kwargs)
-    subjects: list[Tensor] = []
+    arguments: list[Tensor] = []
 
     def local(tensor: Tensor) -> Leaf:
-        for at, known in enumerate(subjects):
-            if known is tensor:
+        for at, argument in enumerate(arguments):
+            if argument is tensor:
                 return Leaf(at)
-        subjects.append(tensor)
-        return Leaf(len(subjects) - 1)
+        arguments.append(tensor)
+        return Leaf(len(arguments) - 1)
 
     try:
         code = encode(args, local), encode(kwargs, local)
     except Unreadable:
         return compute(func, args, kwargs)
-    tensors = [resolved(t) for t in subjects]
+    tensors = [resolved(t) for t in arguments]
     subjects = [t for t in tensors if isinstance(t, DeferredLogits)]
     if not subjects or not all(map(is_supported_tensor, tensors)) or any(t._known.origin is None for t in subjects):
         return compute(func, args, kwargs)

@@ -53,16 +53,17 @@ def expand_inputs(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Ca
     gm.recompile()
 
     def flat(values: Sequence[Any]) -> list[Any]:
-        values: list[Any] = []
+        leaves: list[Any] = []
         for value, is_deferred in zip(values, deferred):
-            values.extend(leaves_of(value) if is_deferred else [value])
-        return values
+            leaves.extend(leaves_of(value) if is_deferred else [value])
+        return leaves
 
     def wrap(compiled: CompiledGraph) -> CompiledGraph:
         def with_leaves(*values: Any) -> Any:
             for value, is_deferred in zip(values, deferred):
                 knowledge = value._known if is_deferred and value._plain is None else None
-                for run in knowledge.origin.recipe.runs if knowledge is not None and knowledge.origin is not None else ():
+                made_by = None if knowledge is None else knowledge.origin
+                for run in made_by.recipe.runs if made_by is not None else ():
                     run.passed.add()
             results = compiled(*flat(values))
             for family in {id(z._known.family): z._known.family for z in values if type(z) is DeferredLogits}.values():
@@ -87,7 +88,9 @@ def of_known_sizes(inner: Tensor, real: Tensor, exact: frozenset[int]) -> Tensor
         return torch.empty_strided(sizes, strides, dtype=inner.dtype, device=inner.device)
 
 
-def replace_placeholder(gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node, exact: frozenset[int]) -> None:
+def replace_placeholder(
+    gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node, exact: frozenset[int]
+) -> None:
     """Placeholders for what one deferred tensor is made of, and its program before ``start``."""
     value = fake(node)
     names, (program, *_) = value.__tensor_flatten__()

@@ -15,18 +15,19 @@ from torch import Tensor
 
 import fusedhead.deferred.dispatch  # noqa: F401  the handler of calls on deferred logits
 from fusedhead.compat import FakeTensor
-from fusedhead.deferred.call_program import Leaf, Made, Mode, CallProgram, CallStep, encode, shapes
-from fusedhead.deferred.gathered_weights import is_watched, wait_for, watched
+from fusedhead.deferred.call_program import CallProgram, CallStep, Leaf, Made, Mode, encode, shapes
 from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT
+from fusedhead.deferred.reasons import BuiltAtOnce
 from fusedhead.deferred.state import Family, Knowledge, Origin, RecordedCall, StaleLogits, taken
 from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.deferred.tensor import DeferredLogits, plain
+from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.graph.recipes import LEAST_TOKENS, Recipe, compute_now, has_gradient
 from fusedhead.legality.profitability import rows_from
-from fusedhead.legality.sharding import TOO_LARGE, fsdp2_in_use, worth_a_copy
+from fusedhead.legality.sharding import fsdp2_in_use, worth_a_copy
 
-__all__ = ["DeferredLogits", "StaleLogits", "deferring", "existing", "plain"]
+__all__ = ["DeferredLogits", "StaleLogits", "deferring", "on_plain_inputs", "plain"]
 
 
 def hand_out(origin: Origin, sources: Sequence[Any]) -> Tensor:
@@ -51,13 +52,12 @@ def hand_out(origin: Origin, sources: Sequence[Any]) -> Tensor:
             entry = origin.recorded.setdefault(key, (programs, layouts, None))
     programs, (layout,), _ = entry
     if math.prod(layout.shape) < recipe.least:
-        return at_once(recipe, sources, "fewer logits than fusedhead.min_logits")
+        return at_once(recipe, sources, refuse(BuiltAtOnce.FEW_LOGITS))
     if not torch.is_grad_enabled() and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
-        return at_once(recipe, sources, f"no gradient is recorded, and fewer than {LEAST_TOKENS} tokens")
-    sharded = fsdp2_in_use()
-    if sharded and not (watched() and all(map(is_watched, tensor_sources))):
+        return at_once(recipe, sources, refuse(BuiltAtOnce.FEW_TOKENS, least=LEAST_TOKENS))
+    if fsdp2_in_use():
         if not worth_a_copy(tensor_sources, layout.shape):
-            return at_once(recipe, sources, TOO_LARGE)
+            return at_once(recipe, sources, refuse(BuiltAtOnce.LARGE_COPY))
         operands = [taken(copied(tensor, mode), name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
         tensors, states = tuple(leaf for leaf, _ in operands), tuple(state for _, state in operands)
         recorded = RecordedCall(recipe.program, args, none, tensors, mode)
@@ -75,9 +75,9 @@ def copied(tensor: Tensor, mode: Mode) -> Tensor:
         return tensor.clone()
 
 
-def at_once(recipe: Recipe, sources: Sequence[Any], why: str) -> Tensor:
+def at_once(recipe: Recipe, sources: Sequence[Any], why: Refusal) -> Tensor:
     for run in recipe.runs:
-        run.at_once.add(why)
+        run.at_once.add(str(why))
     return compute_now(recipe, sources)
 
 

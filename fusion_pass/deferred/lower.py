@@ -22,13 +22,15 @@ from fusedhead.analysis.interpreter import interpret
 from fusedhead.analysis.site import Reading, Site
 from fusedhead.analysis.stacked_heads import STACKS, stack_at
 from fusedhead.compat import PythonPrinter
-from fusedhead.deferred.call_program import Made, CallStep, modes
+from fusedhead.deferred.call_program import CallStep, Made, modes
 from fusedhead.deferred.lower_tokenwise import token_by_token
+from fusedhead.deferred.reasons import Unanswered
 from fusedhead.deferred.results import ALWAYS, DependsOnSizes, Guard, Outcome, Relation, Sharing, Swept, Unread, Whole
 from fusedhead.deferred.to_fx import Draft, draft
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake, hint, name_of
 from fusedhead.graph.op_names import PROJECTIONS
+from fusedhead.graph.reasons import refuse
 from fusedhead.graph.tracing import Traces
 from fusedhead.ir.logits import LOGITS_LIKE, Logits, StackedProjection, logits_of
 from fusedhead.ir.lse_differences import DIFFERENCE, SPREAD
@@ -60,7 +62,7 @@ def read_call(
     except Exception as error:  # the call fails on fakes, or needs numbers; real tensors will say which
         if exact is not None:
             raise DependsOnSizes from error
-        return ALWAYS, Unread(f"{type(error).__name__}: {error}")
+        return ALWAYS, Unread(refuse(Unanswered.FAILED, kind=type(error).__name__, error=error))
     last = draft_graph.made[-1]
     results = last if isinstance(last, list) else [last]
     draft_graph.graph.output(tuple(results)).meta["example_value"] = None
@@ -107,17 +109,22 @@ def heads(graph: Graph) -> set[Node]:
 
 
 def outcome_of(
-    draft_graph: Draft, sources: Sequence[Made], chain: Sequence[Made], results: list[Node], reading: Reading, memory: int
+    draft_graph: Draft,
+    sources: Sequence[Made],
+    chain: Sequence[Made],
+    results: list[Node],
+    reading: Reading,
+    memory: int,
 ) -> Outcome:
     """The answer to a call whose results are terminals of one head, or why statistics do not give it."""
     served = [(site, t) for node in results for site in reading.sites for n, t in site.terminals if n is node]
     sites = {id(site): site for site, _ in served}
     if len(served) != len(results) or len(sites) != 1:
-        reasons = [str(escape) for site in reading.sites for escape in site.escapes]
-        return Unread(reasons[-1] if reasons else "the result is no statistic of the rows")
+        refusals = [escape for site in reading.sites for escape in site.escapes]
+        return Unread(refusals[-1] if refusals else refuse(Unanswered.NO_STATISTIC))
     (site,), terminals = sites.values(), [terminal for _, terminal in served]
     values = [reading.values.get(draft_graph.node(ref)) for ref in chain]
-    shared = all(sweep(reading.values.get(draft_graph.node(s))) == key(t.logits) for s in sources for t in terminals)
+    shared = all(sweep_of(reading.values.get(draft_graph.node(s))) == key(t.logits) for s in sources for t in terminals)
     serves = SharedSweep(shared, tuple(relation(a, b) for a, b in pairwise(values)) if shared else ())
     return answer(draft_graph, site, terminals, memory, serves, stack_of(site, reading))
 
@@ -156,7 +163,7 @@ def is_followed(value: Any) -> bool:
     return isinstance(value, LOGITS_LIKE)
 
 
-def sweep(value: Any) -> Hashable:
+def sweep_of(value: Any) -> Hashable:
     return key(logits_of(value)) if is_followed(value) else None
 
 
@@ -165,7 +172,7 @@ def relation(value: Any, before: Any) -> Relation | None:
     if not is_followed(value) or not is_followed(before):
         return None
     dims = logits_of(before).class_dim, logits_of(value).class_dim
-    if sweep(value) == sweep(before):
+    if sweep_of(value) == sweep_of(before):
         return Relation(True, dims)
     return Relation(False, dims) if picks_rows(logits_of(before), logits_of(value)) else None
 
@@ -200,13 +207,13 @@ def answer(
     graph, many = draft_graph.graph, many_of(draft_graph)
     body = Body(graph, Options(logits="eager", min_logits=0), grad=torch.is_grad_enabled())
     body.facts.keep(min(site.head.products))  # type: ignore[type-var]
-    reason = illegal(site, body)
-    if reason:
-        return Unread(str(reason))
+    refusal = illegal(site, body)
+    if refusal is not None:
+        return Unread(refusal)
     site.followed += [node for node in stacked if node not in site.followed]
     rows, all_rows = (hint(z.numel()) or 0 for z in (terminals[0].logits.val, fake(site.head.node)))
     if isinstance(site.head, StackedProjection) and 2 * rows < all_rows:
-        return Unread("some of the heads that are stacked are asked for, in another way than by their number")
+        return Unread(refuse(Unanswered.OTHERWISE_PICKED))
     calls = [call for emitted in emit_sweeps([site], body.facts, memory) for call in emitted.calls]
     if len(calls) > 1 and isinstance(site.head, StackedProjection):
         if torch.is_grad_enabled():
@@ -214,7 +221,7 @@ def answer(
         graph.lint()
         return Whole(GraphModule(torch.nn.Module(), graph), many)
     if len(calls) != 1:
-        return Unread("the call has no sweep, or several")
+        return Unread(refuse(Unanswered.NOT_ONE_SWEEP))
     # A gradient taken in the forward sweep holds a [V, D] buffer until the backward: not for one chunk of many.
     if 2 * rows >= all_rows and torch.is_grad_enabled() and not upgrade(calls[0], facts=body.facts):
         graph.lint()
@@ -227,7 +234,9 @@ def answer(
     return split_at_call(draft_graph, calls[0], sharing, memory, many)
 
 
-def split_at_call(draft_graph: Draft, call: Node, sharing: Sharing, memory: int, many: Callable[[list], Any] | None) -> Swept:
+def split_at_call(
+    draft_graph: Draft, call: Node, sharing: Sharing, memory: int, many: Callable[[list], Any] | None
+) -> Swept:
     """The graph before and after its one ``head_stats`` call."""
     before = subgraph_of(draft_graph, {}, list(call.args[:6]))
     statistics = {user: STATS[int(user.args[1])] for user in call.users}  # type: ignore[arg-type]
@@ -236,7 +245,9 @@ def split_at_call(draft_graph: Draft, call: Node, sharing: Sharing, memory: int,
     return Swept(before, after, asks, str(call.args[6]), memory, many, sharing)
 
 
-def subgraph_of(draft_graph: Draft, stand_ins: dict[Node, str], results: Sequence[Any], asks: Sequence[str] = ()) -> GraphModule:
+def subgraph_of(
+    draft_graph: Draft, stand_ins: dict[Node, str], results: Sequence[Any], asks: Sequence[str] = ()
+) -> GraphModule:
     """The part of the graph that computes ``results`` from the leaves and from named extra inputs."""
     graph = Graph()
     env = {leaf: graph.placeholder(leaf.name) for leaf in draft_graph.leaves}

@@ -10,7 +10,7 @@ Fused optimizers write weights without a trace: neither version nor address of a
 | any other, with a gradient    | what it steps                                                              |
 | any other, without a gradient | what has other sums of rows and columns after the step than before         |
 
-What other code writes through ``.data`` leaves no trace at all. This file must not know who asks.
+What other code writes through ``.data`` leaves no trace at all.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fusedhead.deferred.call_program import (  # fmt: skip
+    CallStep,
     Leaf,
     Made,
     Mode,
-    CallStep,
     encode,
     joined,
     modes,
@@ -25,6 +25,7 @@ from fusedhead.deferred.call_program import (  # fmt: skip
     shapes,
 )
 from fusedhead.deferred.lower import read_call
+from fusedhead.deferred.reasons import Unanswered
 from fusedhead.deferred.results import (  # fmt: skip
     ALWAYS,
     Answer,
@@ -36,17 +37,18 @@ from fusedhead.deferred.results import (  # fmt: skip
     Unread,
     Wide,
 )
-from fusedhead.deferred.shared_statistics import ancestry, known_statistic, furthest_source
+from fusedhead.deferred.shared_statistics import ancestry, furthest_source, known_statistic
 from fusedhead.deferred.state import Knowledge, Origin, RecordedCall, Recording, State, check_fresh, state
 from fusedhead.deferred.surroundings import out_of_sight, trial
 from fusedhead.deferred.tensor import DeferredLogits
+from fusedhead.graph.reasons import refuse
 from fusedhead.graph.run_counts import Run
 from fusedhead.kernels.contract import STATS
 
 log = logging.getLogger("fusedhead")
 LEARNT = 1024  # calls remembered for one head before all are forgotten
 VARIANTS = 8  # readings of one call for different sizes, before sizes are taken as they are
-RESORT = Unread("its reading depends on sizes")
+RESORT = Unread(refuse(Unanswered.DEPENDS_ON_SIZES))
 
 
 class NotRecorded(Exception):
@@ -139,10 +141,10 @@ class Request:
             return ALWAYS, RESORT
         except Exception as error:  # never in the way: the plain tensor is always right
             log.warning("fusedhead: %s of deferred logits could not be read", call.func, exc_info=True)
-            guard, outcome = ALWAYS, Unread(f"{type(error).__name__}: {error}")
+            guard, outcome = ALWAYS, Unread(refuse(Unanswered.FAILED, kind=type(error).__name__, error=error))
         if isinstance(outcome, Unread) and exact is None:
             name = getattr(call.func, "__name__", call.func)
-            log.info("deferred logits are computed for %s: %s", name, outcome.reason)
+            log.info("deferred logits are computed for %s: %s", name, outcome.refusal)
         return guard, outcome
 
     def runs_on_stand_ins(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedhead.deferred.call_program import Const, Container, Leaf, Made, Mode, CallProgram, CallStep, encode
+from fusedhead.deferred.call_program import CallProgram, CallStep, Const, Container, Leaf, Made, Mode, encode
 from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT, NotRecorded, Request
 from fusedhead.deferred.row_picks import Pick, Picks

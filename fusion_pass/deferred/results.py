@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fusedhead.graph.reasons import Refusal
+
 
 @dataclass(frozen=True, eq=False)
 class Whole:
@@ -79,9 +81,9 @@ class Wide:
 
 @dataclass(frozen=True, eq=False)
 class Unread:
-    """The call needs the numbers. The reason is for the log."""
+    """The call needs the numbers."""
 
-    reason: str
+    refusal: Refusal  # for the log
 
 
 Answer = Whole | Swept | TokenByToken

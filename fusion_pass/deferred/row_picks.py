@@ -32,20 +32,20 @@ def by_index(shape: Sequence[int], index: Any) -> Picks | None:
     full = every_dimension(index, len(shape))
     if len(full) > len(shape):
         return None
-    picks = []
+    by_dimension = []
     for dim, (entry, size) in enumerate(zip(full, shape)):
         if isinstance(entry, int):
             if not -size <= entry < size:
                 return None
-            picks.append(Pick(dim, range(size)[entry : entry + 1 or None], True))
+            by_dimension.append(Pick(dim, range(size)[entry : entry + 1 or None], True))
         elif any(type(bound) not in (int, type(None)) for bound in (entry.start, entry.stop, entry.step)):
             return None
         elif range(size)[entry] != range(size):
-            picks.append(Pick(dim, range(size)[entry], False))
+            by_dimension.append(Pick(dim, range(size)[entry], False))
     numbers = [b for e in entries if isinstance(e, slice) for b in (e.start, e.stop, e.step) if b is not None]
     if all(-1 <= n <= 1 for n in numbers) and not any(isinstance(e, int) for e in entries):
         return None  # [:-1], [1:]: the same for every size, and a slice of h needs no copy
-    return [picks] if picks else None
+    return [by_dimension] if by_dimension else None
 
 
 def split_picks(shape: Sequence[int], split_size: Any, dim: int = 0) -> Picks:

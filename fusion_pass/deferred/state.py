@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from fusedhead.compat import FakeTensorMode
-from fusedhead.deferred.call_program import Mode, CallProgram, decode, modes
+from fusedhead.deferred.call_program import CallProgram, Mode, decode, modes
 from fusedhead.deferred.optimizer_steps import NO_STEPS, Steps, steps
+from fusedhead.deferred.reasons import Stale
 from fusedhead.deferred.results import Guard, Outcome
 from fusedhead.deferred.surroundings import checkpoint, out_of_sight, trial
+from fusedhead.graph.reasons import refuse
 from fusedhead.graph.recipes import Recipe
 
 
@@ -270,10 +272,10 @@ def check_fresh(knowledge: Knowledge) -> None:
         if not (freed or moved or written or stepped or differs(leaf, before)):
             continue
         how = (
-            "has been freed or moved" if freed or moved
-            else f"has been changed in place (version {before.version}, now {now.version})" if written
-            else "has been stepped by an optimizer" if stepped
-            else "has been changed in place, through .data or by its memory,"
+            refuse(Stale.FREED) if freed or moved
+            else refuse(Stale.WRITTEN, before=before.version, now=now.version) if written
+            else refuse(Stale.STEPPED) if stepped
+            else refuse(Stale.WRITTEN_UNSEEN)
         )  # fmt: skip
         raise StaleLogits(
             f"these logits were deferred, and {before.name}, which they are made of, {how} since the forward pass. "

@@ -2,8 +2,7 @@
 
 The tensor was made where the model returned it. What is active where it is first read (modes that see every op, hooks
 on saved tensors, functorch's levels) has not seen it being made, so `out_of_sight` hides its making from them; and
-where such a surrounding gives the ops themselves a meaning, calls are made op by op on the numbers. It must not know
-the tensors.
+where such a surrounding gives the ops themselves a meaning, calls are made op by op on the numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from fusedhead.compat import (
     function_transform_level,
     top_saved_tensors_hooks,
 )
-from fusedhead.graph.unhooked import unhooked
+from fusedhead.graph.saved_tensor_hooks import unhooked
 
 
 @contextmanager

@@ -24,10 +24,10 @@ from fusedhead.compat import (
     throw_on_data_ptr,
     tree_map_only,
 )
-from fusedhead.deferred.call_program import Leaf, Mode, CallProgram, encode, modes
+from fusedhead.deferred.call_program import CallProgram, Leaf, Mode, encode, modes
 from fusedhead.deferred.frames import skip_own_frames
 from fusedhead.deferred.op_tables import ALONE, METADATA
-from fusedhead.deferred.state import Family, Knowledge, TensorLayout, RecordedCall, check_fresh
+from fusedhead.deferred.state import Family, Knowledge, RecordedCall, TensorLayout, check_fresh
 from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.deferred.wrappers import before_leaves, sink_of
 from fusedhead.graph.run_counts import Run, built
@@ -151,11 +151,11 @@ def numbers(tensor: DeferredLogits) -> Tensor:
 def reshaped(func: Any, args: tuple, kwargs: dict[str, Any]) -> DeferredLogits:
     """A write below Python to the shape or memory of deferred logits (``z.set_()``), made to what they stand for."""
     with torch.overrides.enable_reentrant_dispatch():
-        numbers = plain(args[0])
+        target = plain(args[0])
     rest, kwargs = tree_map_only(DeferredLogits, numbers, (args[1:], kwargs))
-    func(numbers, *rest, **kwargs)
-    if not numbers.is_inference():
-        torch.autograd.graph.increment_version(numbers)
+    func(target, *rest, **kwargs)
+    if not target.is_inference():
+        torch.autograd.graph.increment_version(target)
     return args[0]
 
 
@@ -254,19 +254,7 @@ def as_plain(tensor: Tensor) -> Tensor:
 
 def made_by_call(knowledge: Knowledge) -> Tensor:
     origin, recorded = knowledge.origin, knowledge.recorded
-    first = origin is not None and recorded.func is origin.recipe.program and recorded.result is None
-    if first:
-        tell(origin.recipe.runs, knowledge.family.built_for)  # type: ignore[union-attr]
+    if origin is not None and recorded.func is origin.recipe.program and recorded.result is None:
+        built(origin.recipe.runs)
     result = knowledge.recorded.made(as_plain)
-    if first:
-        knowledge.family.gather_before(result)
     return result if knowledge.part is None else result[knowledge.part]
-
-
-def tell(runs: Sequence[Run], why: str) -> None:
-    """Count logits that are built: for a use, or in spite of having been deferred, because of ``why``."""
-    if not why:
-        built(runs)
-    for run in runs if why else ():
-        run.deferred.take_back()
-        run.at_once.add(why)

@@ -1,7 +1,6 @@
 """Writing the program of deferred logits into an fx graph, as Dynamo would have recorded it.
 
-Leaves become placeholders with fake values, whose numbers of tokens are symbols unless they are to be exact. This
-file knows no rules and decides nothing.
+Leaves become placeholders with fake values, whose numbers of tokens are symbols unless they are to be exact.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fusedhead.compat import ConstantSource, FakeTensorMode, enable_python_dispatcher
-from fusedhead.deferred.call_program import Leaf, Made, Mode, CallStep, decode, modes
+from fusedhead.deferred.call_program import CallStep, Leaf, Made, Mode, decode, modes
 from fusedhead.graph.nodes import callee, fake
 
 
@@ -94,7 +93,8 @@ def append_step(draft: Draft, step: CallStep, device: str, mode: Mode) -> Any:
     if isinstance(step.func, GraphModule):
         return inline_program(draft, step.func, args, step.mode, device)
     op, target, more = dynamo_spelling(step.func)
-    node = append_call(draft, op, target, (*args[:1], *more, *args[1:]) if more else tuple(args), kwargs, step.mode, device)
+    args = (*args[:1], *more, *args[1:]) if more else tuple(args)
+    node = append_call(draft, op, target, args, kwargs, step.mode, device)
     value = fake(node)
     cut = mode.grad and not step.mode.grad
     if isinstance(value, Tensor):

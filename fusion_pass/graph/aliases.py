@@ -68,7 +68,7 @@ def storages(node: Node) -> set[int]:
     if type(recorded) is FakeTensor:
         at = storage(recorded)
         return set() if at is None else {at}
-    storages: set[int] = set()
+    reached: set[int] = set()
     stack, seen = [node], {node}
     while stack:
         each = stack.pop()
@@ -76,10 +76,10 @@ def storages(node: Node) -> set[int]:
         for leaf in plain_parts(value):
             at = storage(leaf)
             if at is not None:
-                storages.add(at)
+                reached.add(at)
             hidden |= at is None and not isinstance(leaf, NUMBERS)
         if hidden:
             fresh = [source for source in each.all_input_nodes if source not in seen]
             seen.update(fresh)
             stack += fresh
-    return storages
+    return reached

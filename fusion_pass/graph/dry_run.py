@@ -30,8 +30,8 @@ from fusedhead.compat import (
 )
 from fusedhead.graph.aliases import NUMBERS, storage, value_of
 from fusedhead.graph.nodes import callee, hint, inputs
+from fusedhead.graph.saved_tensor_hooks import unhooked
 from fusedhead.graph.tracing import call_key
-from fusedhead.graph.unhooked import unhooked
 
 RANDOM = torch.Tag.nondeterministic_seeded
 UNKNOWN_LENGTH = 8  # what stands for a size that only the data decide
@@ -129,7 +129,8 @@ def likeness(value: Any) -> Hashable:
             raise Unlike
         sizes, strides = tuple(map(concrete_number, value.shape)), tuple(map(concrete_number, value.stride()))
         held = concrete_number(value.untyped_storage().nbytes()) // value.itemsize
-        return Tensor, sizes, strides, concrete_number(value.storage_offset()), held, value.dtype, value.device, wants(value)
+        offset = concrete_number(value.storage_offset())
+        return Tensor, sizes, strides, offset, held, value.dtype, value.device, wants(value)
     if isinstance(value, (list, tuple)):
         return list if isinstance(value, list) else tuple, tuple(map(likeness, value))
     if isinstance(value, NUMBERS) and not isinstance(value, (slice, torch.Generator, torch.nn.Module)):
@@ -235,7 +236,8 @@ def watched(
         memory, versions = list(map(storages_of, tensors)), [[tensor._version for tensor in group] for group in tensors]
         device = next((tensor.device.type for group in tensors for tensor in group), "cpu")
         stand_ins = map_arg((node.args, node.kwargs), dict(zip(sources, values)).__getitem__)
-        args, kwargs = tree_map_only(SYMBOLIC, concrete_number, stand_ins)  # a symbol would be asked for its value, and guarded
+        # a symbol would be asked for its value, and guarded
+        args, kwargs = tree_map_only(SYMBOLIC, concrete_number, stand_ins)
         cast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with cast, WriteWatch() as seen:
             result = function(*args, **kwargs)

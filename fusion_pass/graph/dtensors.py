@@ -16,7 +16,9 @@ from torch.fx import Node
 
 from fusedhead.graph.nodes import fake
 
-KEPT_SHARDS = "fusedhead_kept"  # in the meta of a product of DTensors: why it stays as it is, a sentence about its shards
+KEPT_SHARDS = (
+    "fusedhead_kept"  # in the meta of a product of DTensors: why it stays as it is, a sentence about its shards
+)
 
 
 class Axis(NamedTuple):

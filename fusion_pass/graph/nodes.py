@@ -10,6 +10,8 @@ import torch
 from torch.fx import Node
 
 aten = torch.ops.aten
+# The parts of a Dynamo source that no user has written.
+SOURCE_INTERNALS = frozenset({"self", "L", "G", "_modules", "_parameters", "_buffers", "_orig_mod"})
 
 
 def fake(node: Node) -> Any:

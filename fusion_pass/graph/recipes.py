@@ -19,14 +19,12 @@ from torch.fx.node import map_arg
 from fusedhead.graph.aliases import storages
 from fusedhead.graph.effects import memory_written
 from fusedhead.graph.facts import GraphFacts
-from fusedhead.graph.nodes import fake, name_of
+from fusedhead.graph.nodes import SOURCE_INTERNALS, fake, name_of
 from fusedhead.graph.op_names import REMADE_FREELY
 from fusedhead.graph.run_counts import Run
 from fusedhead.graph.weight_recipes import is_cast
 
 LEAST_TOKENS = 64  # fewer are not worth deferring when no gradient is recorded: generation
-# The parts of a Dynamo source that no user has written
-INSIDE = frozenset({"self", "L", "G", "_modules", "_parameters", "_buffers", "_orig_mod"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +67,8 @@ def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[lis
         if node in followed or is_view_of_inputs(node):
             inside.add(node)
             stack.extend(node.all_input_nodes)
-            storages = storages(node)
-            stack.extend(writer for writer, targets in writers.items() if not storages.isdisjoint(targets))
+            shared = storages(node)
+            stack.extend(writer for writer, targets in writers.items() if not shared.isdisjoint(targets))
         else:
             sources.append(node)
     order = {node: i for i, node in enumerate(outputs[0].graph.nodes)}
@@ -100,7 +98,7 @@ def name_for_users(source: Node) -> str:
     origin = getattr(source, "_dynamo_source", None)
     spelled = getattr(origin, "name", "")
     path = re.findall(r"\['?(\w+)'?\]", spelled() if callable(spelled) else spelled)
-    path = [part for part in path if part not in INSIDE]
+    path = [part for part in path if part not in SOURCE_INTERNALS]
     return ".".join(path) or str(source.target)
 
 

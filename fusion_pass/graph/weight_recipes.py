@@ -64,10 +64,10 @@ def entries_of(node: Node) -> int:
 
 def written_in_graph(nodes: set[Node]) -> bool:
     """Whether anything in the graph writes to what the nodes make."""
-    storages = set().union(*map(storages, nodes))
+    written = set().union(*map(storages, nodes))
     inputs = {source for node in nodes for source in node.all_input_nodes if source.op == "placeholder"}
-    storages_made = storages.difference(*map(storages, inputs))
-    return any(may_write(node, storages_made) for node in next(iter(nodes)).graph.nodes)
+    written = written.difference(*map(storages, inputs))
+    return any(may_write(node, written) for node in next(iter(nodes)).graph.nodes)
 
 
 def same_again(node: Node) -> bool:

@@ -216,11 +216,11 @@ def keeps_product(call: Node) -> bool:
         and engine is not None
         and engine.keeps_product
         and set(str(call.args[7]).split(",")) <= {*ALL, "lse_low"}
-        and any(map(has_gradient, call.users))
+        and any(map(records_gradient, call.users))
     )
 
 
-def has_gradient(node: Node) -> bool:
+def records_gradient(node: Node) -> bool:
     """Whether a tensor's node has a gradient."""
     return isinstance(fake(node), Tensor) and fake(node).requires_grad
 
@@ -243,7 +243,7 @@ def limit_token_programs(body: Body) -> None:
         token_bytes = logits_bytes(tensors, call.args[1])
         if not is_counted(tensors[0].shape[0]) or not isinstance(token_bytes, int):
             continue
-        if not any(map(has_gradient, call.users)):
+        if not any(map(records_gradient, call.users)):
             continue
         device = tensors[0].device.type
         least = rows_from(device, memory) if isinstance(min_logits, str) else min_logits * tensors[1].element_size()

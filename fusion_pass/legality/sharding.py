@@ -26,9 +26,6 @@ from fusedhead.analysis.body import Body
 from fusedhead.graph.reasons import refuse
 from fusedhead.legality.reasons import Illegal
 
-TOO_LARGE = "FSDP2 frees the weight before they are read, and a copy of it would be larger than they are"
-# what frees a gathered weight: a module, a class, its method
-FREES = ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam", "free_unsharded_param")
 DEEPSPEED = "ds_id"  # what ZeRO-3 calls a parameter by; it empties parameters where they lie
 MANAGED = "_is_fsdp_managed_module"  # what FSDP (1 and 2) sets on modules, for Dynamo
 

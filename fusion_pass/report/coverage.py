@@ -9,17 +9,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from fusedhead.analysis.reasons import NotInForward, Untraced
-from fusedhead.canonicalize.reasons import InShards
-from fusedhead.graph.motion import Immovable
-from fusedhead.graph.reasons import Reason
-from fusedhead.legality.reasons import Illegal, Unprofitable
-from fusedhead.report.report import NotRun
+from fusedhead.graph.reasons import tables
 from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointwise, projections, reductions, views
-from fusedhead.rules.reasons import NoRule
 from fusedhead.rules.table import COVERAGE, TOKEN_RULES, CoverageRow
 from fusedhead.rules.tokenwise import dispatch as tokenwise
-from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 # Parts of a program that no rule of an op is about.
 PASSES = (
@@ -65,17 +58,6 @@ class CoveragePart(NamedTuple):
 
 RULES_OF = (projections, elementwise, pointwise, views, indexing, losses, gather, reductions, tokenwise)
 PARTS = (*(CoveragePart(COVERAGE[module.__name__], module) for module in RULES_OF), *map(CoveragePart, PASSES))
-TABLES: tuple[type[Reason], ...] = (
-    NoRule,
-    NotByTokens,
-    Untraced,
-    InShards,
-    Illegal,
-    Unprofitable,
-    NotInForward,
-    Immovable,
-    NotRun,
-)
 HEADER = ("part", "fused", "left to Inductor, with the reason")
 MARKERS = ("<!-- python -m fusedhead.rules -->", "<!-- end -->")
 SENTENCES = ("<!-- python -m fusedhead.rules --sentences -->", "<!-- end of sentences -->")
@@ -111,7 +93,7 @@ def table() -> str:
 
 def sentences() -> list[str]:
     """The sentences of every `Reason` in the package, sorted, with … for what a program fills in."""
-    return sorted({reason.template for table in TABLES for reason in table})
+    return sorted({reason.template for table in tables() for reason in table})
 
 
 def renewed(document: str) -> str:

@@ -23,7 +23,7 @@ from fusedhead.report.export import now
 from fusedhead.report.graph_diff import side_by_side
 from fusedhead.report.report import HeadRecord, Report, plural
 from fusedhead.report.summary import Summary
-from fusedhead.report.terminal import Overview, left_first, head_name, saved_line
+from fusedhead.report.terminal import Overview, head_name, left_first, saved_line
 from fusedhead.version import __version__
 
 MODULES_SHOWN = 4  # in the title of a graph
@@ -80,19 +80,23 @@ def page(summary: Summary, command: str) -> str:
     """The whole document. ``command`` is what was run, for the title."""
     overview = summary.overview()
     shown = cards(overview.heads)
-    return environment().get_template("page.html.jinja").render(
-        command=command,
-        style=Markup(file_text("page.css")),
-        versions=version_line(),
-        date=now(),
-        overview=overview,
-        saved=saved_line(overview.saved),
-        note=summary_note(summary, overview),
-        cards=shown,
-        left=[card for card in shown if not card.head.fused],
-        fused=[card for card in shown if card.head.fused],
-        scale=scale(shown),
-        graphs=list(graphs(summary)),
+    return (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            command=command,
+            style=Markup(file_text("page.css")),
+            versions=version_line(),
+            date=now(),
+            overview=overview,
+            saved=saved_line(overview.saved),
+            note=summary_note(summary, overview),
+            cards=shown,
+            left=[card for card in shown if not card.head.fused],
+            fused=[card for card in shown if card.head.fused],
+            scale=scale(shown),
+            graphs=list(graphs(summary)),
+        )
     )
 
 

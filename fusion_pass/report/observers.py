@@ -1,7 +1,7 @@
 """Who is told about every compiled graph: a list of callables, each given the graph's `Report`.
 
-`explain` asks for one compilation; an observer hears of all of them, from any thread. This file must not know
-what observers do with a report, and no observer can break a compilation.
+`explain` asks for one compilation; an observer hears of all of them, from any thread. An error of an observer breaks
+no compilation.
 """
 
 from __future__ import annotations

@@ -87,12 +87,12 @@ class HeadRecord:
 
     def seen(self) -> HeadRecord:
         """The record with the sizes of the largest call that was made, where tokens are a symbol."""
-        token_counts = [self.tokens_of(key) for key, _ in self.run.graph.calls.items() if key] if self.tokens_of else []
-        if not token_counts or self.sizes is None:
+        counts = [self.tokens_of(key) for key, _ in self.run.graph.calls.items() if key] if self.tokens_of else []
+        if not counts or self.sizes is None:
             return self
-        bytes_logits, workspace = self.sizes(max(token_counts))
+        bytes_logits, workspace = self.sizes(max(counts))
         flop = self.flop * bytes_logits // max(1, self.bytes_logits)
-        span = f"{min(token_counts)}-{max(token_counts)}" if min(token_counts) < max(token_counts) else str(token_counts[0])
+        span = f"{min(counts)}-{max(counts)}" if min(counts) < max(counts) else str(counts[0])
         tokens = f"{self.tokens} = {span}"
         return replace(self, bytes_logits=bytes_logits, workspace_bytes=workspace, flop=flop, tokens=tokens)
 

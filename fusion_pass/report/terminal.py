@@ -68,7 +68,9 @@ def saved_in_a_step(graphs: Sequence[Sequence[HeadRecord]]) -> int:
 
 def left_first(heads: Sequence[HeadRecord]) -> list[HeadRecord]:
     """Left ones first, the most bytes of logits first; then the fused ones by their modules' paths."""
-    return sorted(heads, key=lambda head: (head.fused, 0 if head.fused else -head.bytes_logits, natural(head_name(head))))
+    return sorted(
+        heads, key=lambda head: (head.fused, 0 if head.fused else -head.bytes_logits, natural(head_name(head)))
+    )
 
 
 def natural(text: str) -> list[tuple[int, str]]:

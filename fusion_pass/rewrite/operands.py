@@ -64,7 +64,9 @@ def joined_operands(emit: Emit, batch: Batch) -> tuple[list[Node], list[Any]]:
     return [emit(cat, h, 0), w[0], emit(cat, y, 0), cols[0], emit(cat, rows, 1), u[0]], counts
 
 
-def emit_operands(emit: Emit, logits: Logits, labels: Sequence[Labels] = (), weights: Plain | None = None) -> list[Node]:
+def emit_operands(
+    emit: Emit, logits: Logits, labels: Sequence[Labels] = (), weights: Plain | None = None
+) -> list[Node]:
     """The six tensors of an op call: h [N, D], w [V, D], y [N, K], cols [C, V], rows [R, N] and u, [V] or empty.
 
     ``labels`` emit the columns of y; ``weights`` are u.

@@ -3,7 +3,7 @@
 For programs that name no backend, or say "inductor", or cannot say anything else. Every change that is made
 to other people's code is one row of `EDITS`: where, why, and a function that makes it and returns the
 function that undoes it. `changes` lists what is in force. Nothing is imported for it: edits of packages that
-are not imported yet wait for their import. This file knows no graphs.
+are not imported yet wait for their import.
 """
 
 from __future__ import annotations

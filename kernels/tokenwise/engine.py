@@ -10,21 +10,19 @@ rounded as the program rounds them; dw is summed in float32, over few windows in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import stat_dtype
 from fusedhead.kernels.gemm import gemm
-from fusedhead.kernels.tokenwise.compiled import made_once, windows
+from fusedhead.kernels.tokenwise.compilation import RowFunction, made_once, windows
 from fusedhead.kernels.tokenwise.program import Ref, RowProgram, head_product, run
 from fusedhead.kernels.torch_engine.blocks import cuts
 from fusedhead.kernels.transform.bias_rounding import rounded_bias
 from fusedhead.kernels.transform.transform import parse
 
-Function = Callable[..., Any]
 PRODUCT_BYTES = 256 << 20  # of one block of dzᵀ h before it is added to dw
 
 
@@ -49,7 +47,7 @@ def biases(program: RowProgram, tensors: Sequence[Tensor]) -> list[tuple[int, in
     return computed
 
 
-def _forward(program: RowProgram, kept: bool) -> Function:
+def _forward(program: RowProgram, kept: bool) -> RowFunction:
     """(inputs..., and with ``kept`` products...) -> the program's results."""
     count = len(program.heads) if kept else 0
 
@@ -67,7 +65,7 @@ def _vjp(
     wanted: tuple[int, ...],
     heads: tuple[bool, ...],
     keep: bool,
-) -> Function:
+) -> RowFunction:
     """(inputs..., products..., upstream...) -> gradients of the inputs ``wanted`` and of the products of ``heads``.
 
     With ``keep`` the program's results stand before them.

@@ -27,7 +27,7 @@ from fusedhead.kernels.torch_engine.exponentials import block_buffers, window_pr
 from fusedhead.kernels.torch_engine.gradient_sink import accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.torch_engine.weight_gradient import BlockWeightGradient
-from fusedhead.kernels.transform.backward import pull_back, apply_and_record
+from fusedhead.kernels.transform.backward import apply_and_record, pull_back
 
 
 def dlogits_of_block(head: Head, grads: LogitGrads, stats: RowStats, i: slice, v: slice, z: Tensor) -> Tensor:

@@ -15,14 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
+from fusedhead.kernels.contract import NO_NEEDS, Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
 from fusedhead.kernels.torch_engine import dlogits as torch_dlogits
 from fusedhead.kernels.torch_engine import softmax_gradients
 from fusedhead.kernels.torch_engine import statistics as torch_statistics
 from fusedhead.kernels.torch_engine.blocks import row_dtype, two_sum_error
 from fusedhead.kernels.torch_engine.weighted_sums import spread_from_sums, weighted_sums
-
-NOTHING = Needs(False, False, False, False)
 
 
 def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
@@ -35,7 +33,7 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
         picked = torch_statistics.picked_logits(head, windows.tokens) if swept else None
         stats = RowStats(head.h.new_empty(0, dtype=wide), picked)
     elif swept <= {"lse", "picked"}:
-        lse, picked, _ = softmax_gradients.single_pass(head, RowGrads(), NOTHING, windows)
+        lse, picked, _ = softmax_gradients.single_pass(head, RowGrads(), NO_NEEDS, windows)
         stats = two_numbers(lse, wide)._replace(picked=picked if "picked" in want else None)
     else:
         stats = torch_statistics.sweep_statistics(head, swept, windows)
@@ -94,7 +92,7 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
         stats = head_stats(head, frozenset(want), windows)
         return stats, torch_dlogits.backward(head, coefficients, stats, needs, windows)
     whole_rows = windows.vocab >= len(head.w) or not (needs.w or needs.cols)
-    needs_now = needs if whole_rows else NOTHING
+    needs_now = needs if whole_rows else NO_NEEDS
     lse, picked, grads = softmax_gradients.single_pass(head, coefficients, needs_now, windows)
     if not whole_rows:
         grads = softmax_gradients.known_lse(head, coefficients, lse, needs, windows)

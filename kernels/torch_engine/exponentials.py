@@ -30,7 +30,7 @@ from fusedhead.kernels.torch_engine.blocks import (
     sampled_level,
 )
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.kernels.transform.backward import Tape, pull_back, apply_and_record
+from fusedhead.kernels.transform.backward import Tape, apply_and_record, pull_back
 from fusedhead.kernels.transform.transform import Transform
 
 FAR = 64.0  # a bfloat16 product cannot subtract a level further from 0 than this without losing a fraction of 1

@@ -17,13 +17,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, logit_grads, stat_dtype
+from fusedhead.kernels.contract import (
+    NO_NEEDS,
+    Head,
+    HeadGrads,
+    Needs,
+    RowGrads,
+    RowStats,
+    Windows,
+    logit_grads,
+    stat_dtype,
+)
 from fusedhead.kernels.torch_engine import dlogits as torch_dlogits
 from fusedhead.kernels.torch_engine import engine as torch_engine
 from fusedhead.kernels.torch_engine.blocks import block_vectors, two_sum_error
-from fusedhead.kernels.torch_engine.engine import NOTHING
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
-from fusedhead.kernels.transform.backward import Tape, pull_back, apply_and_record
+from fusedhead.kernels.transform.backward import Tape, apply_and_record, pull_back
 
 ALL = frozenset({"lse", "picked", "sum", "spread"})  # that come out of one softmax
 
@@ -83,7 +92,7 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows, product: Tens
             torch.mm(head.h.to(product.dtype), head.w.to(product.dtype).t(), out=product)
         return torch_engine.head_stats(head, want, windows)
     cols, rows = block_vectors(head, slice(None), slice(None))
-    return statistics(softmax(head, NOTHING, cols, rows, bool(want & {"sum", "spread"}), product), want)
+    return statistics(softmax(head, NO_NEEDS, cols, rows, bool(want & {"sum", "spread"}), product), want)
 
 
 def head_stats_backward(

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels import self_check
-from fusedhead.kernels.contract import Head, Needs, RowGrads, Windows
+from fusedhead.kernels.contract import OPERAND_NEEDS, Head, RowGrads, Windows
 from fusedhead.kernels.reference import row_stats
 from fusedhead.kernels.transform.transform import apply, parse
 
-OPERAND_NEEDS = Needs(True, True, False, False)
 CAP = "mul:0.05 tanh mul:20.0"
 PLAIN_HEADS = (  # N, V, D, K, transform, dtype
     (1400, 12007, 200, 1, "", torch.bfloat16),
@@ -109,9 +108,9 @@ def by_eager(head: Head, upstream: RowGrads) -> Iterator[Found]:
     yield from (found, found)
 
 
-def errors(found: Found, exact: Found) -> list[float]:
+def errors(measured: Found, exact: Found) -> list[float]:
     """‖x - truth‖ / ‖truth‖ of each result; infinite where it is not finite."""
-    norms = ((x.double() - t).norm() / t.norm() for x, t in zip(found, exact))
+    norms = ((x.double() - t).norm() / t.norm() for x, t in zip(measured, exact))
     return [error if error < float("inf") else float("inf") for error in map(float, norms)]
 
 
@@ -165,13 +164,13 @@ def device_named(index: int, uuid: str) -> torch.device:
 
 def main(argument: str) -> None:
     """Answer on standard output: "ready" once the trusted kernels have run, then the verdict as JSON, which is kept."""
-    given = json.loads(argument)
-    device = device_named(given["index"], given["uuid"])
+    request = json.loads(argument)
+    device = device_named(request["index"], request["uuid"])
     torch.cuda.set_device(device)
     for at in range(torch.cuda.device_count()):  # a check asks for no other
         self_check.decide("triton", torch.device("cuda", at), True)
-    claim = CLAIMS[given["claim"]]
-    asked, trusted = asked_and_trusted(given["claim"], device)
+    claim = CLAIMS[request["claim"]]
+    asked, trusted = asked_and_trusted(request["claim"], device)
     list(trusted(*made(*claim.heads[0], device)))
     torch.cuda.synchronize()
     print(self_check.FIRST_LINE, flush=True)
@@ -180,5 +179,5 @@ def main(argument: str) -> None:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     verdict = {"serves": not reason, "reason": reason}
-    self_check.keep_verdict(given["key"], verdict)  # here, since nobody may be waiting any longer
+    self_check.keep_verdict(request["key"], verdict)  # here, since nobody may be waiting any longer
     print(json.dumps(verdict), flush=True)

@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from fusedhead.kernels.contract import Needs, Windows
+from fusedhead.kernels.contract import OPERAND_NEEDS, Needs, Windows
 from fusedhead.kernels.transform.transform import Transform
 
 AUTO, LEAST_MEMORY = 0, -1  # values of the option `memory` that are no budget in MiB
 MIB = 1 << 20
 NO_TRANSFORM = Transform()
-BOTH = Needs(True, True, False, False)
 
 
 class Problem(NamedTuple):
@@ -24,7 +23,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype  # of h and w
     device_type: str
     products: torch.dtype  # of the torch engine's matrix products (`product_dtypes`)
-    needs: Needs = BOTH  # operands that want a gradient from this call; none for the statistics alone
+    needs: Needs = OPERAND_NEEDS  # operands that want a gradient from this call; none for the statistics alone
     linear: bool = True  # whether coefficients are known before the sweep
     row_scale: bool = True  # whether gradients are a row scale away from exponentials
     explicit: bool = False  # whether a sweep writes out dz or all logits (`writes_logits`)

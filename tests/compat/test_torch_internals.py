@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule
 from fusedhead import compat
 from fusedhead.backend import FusedHeadError, run_pass
 from fusedhead.graph.nodes import name_of
-from fusedhead.kernels.tokenwise import compiled
+from fusedhead.kernels.tokenwise import compilation
 from fusedhead.options import split_options
 
 ROOT = Path(__file__).parents[2]
@@ -148,8 +148,8 @@ def test_without_their_names_autograd_s_keys_are_those_of_another_thread(monkeyp
     def renamed() -> None:
         raise AttributeError
 
-    monkeypatch.setattr(compiled, "autograd_keys", renamed)
-    torch.testing.assert_close(compiled.traced(vjp, given, False)(given), 2 * given[0] * given[1])
+    monkeypatch.setattr(compilation, "autograd_keys", renamed)
+    torch.testing.assert_close(compilation.traced(vjp, given, False)(given), 2 * given[0] * given[1])
 
 
 # A process that has imported torch, and forks a child for each module that names are looked up in. The child imports
@@ -258,7 +258,7 @@ ELSEWHERE = {
     "fusion_pass/run/environment.py": "the folder is said to be torch's",
     "lowering/ranges.py": "without it no frame of a snapshot of memory has a head's name",
     "fusion_pass/inductor/config.py": "its settings are among compat.MEMBERS",
-    "kernels/tokenwise/compiled.py": "autograd's keys on a thread of its own",
+    "kernels/tokenwise/compilation.py": "autograd's keys on a thread of its own",
 }
 PROMISED = {"__version__", "__name__"}
 

@@ -1,6 +1,6 @@
 """Random programs over deferred logits, step by step beside eager code, written and made small by hypothesis.
 
-    python -m tests.deferred.state_machine --minutes 60 --seed 1
+python -m tests.deferred.state_machine --minutes 60 --seed 1
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusedhead.legality import sharding
+from fusedhead.deferred.reasons import BuiltAtOnce
 from tests.distributed.arrangements import ARRANGEMENTS, STEPS
 from tests.functional.ranks import on_ranks
 
@@ -51,4 +51,4 @@ def test_a_gathered_weight_that_is_an_argument_is_read_after_it_is_resharded() -
 
 def test_logits_smaller_than_their_weight_are_computed_at_once_and_the_report_says_so() -> None:
     for (text,) in on_ranks("tests.distributed.arrangements:few_tokens", RANKS):
-        assert f"built at once once: {sharding.TOO_LARGE}" in text
+        assert f"built at once once: {BuiltAtOnce.LARGE_COPY.template}" in text

@@ -55,9 +55,7 @@ def outcome(form: dict[str, Any], split: tuple[int, ...] | None, seed: int, dtyp
     w, b = (operands[k].detach()[first:last].to(dtype).requires_grad_() for k in ("linear_weight", "bias"))
     size = {"vocab_size": V} if split is None else {}
     with Collectives() as forward:
-        loss = fusedhead.linear_cross_entropy(
-            h, w, operands["target"], bias=b, group=dist.group.WORLD, **size, **form
-        )
+        loss = fusedhead.linear_cross_entropy(h, w, operands["target"], bias=b, group=dist.group.WORLD, **size, **form)
     with Collectives() as backward:
         (loss * torch.linspace(0.5, 1.5, loss.numel()).reshape(loss.shape)).sum().backward()
     grads = [x.grad if x.grad is not None else torch.zeros_like(x) for x in (h, w, b)]

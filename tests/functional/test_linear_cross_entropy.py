@@ -57,9 +57,7 @@ def plainly(
 
 def outcome(function: Any, operands: dict[str, Any], dtype: torch.dtype, **options: Any) -> list[Tensor]:
     """The loss and all gradients, through an upstream gradient that is not 1."""
-    moved = {
-        k: x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for k, x in operands.items()
-    }
+    moved = {k: x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for k, x in operands.items()}
     if isinstance(options.get("weight"), Tensor):
         options["weight"] = options["weight"].to(dtype)
     loss = function(**moved, **options)

@@ -100,9 +100,7 @@ def test_transformers_trainer_logs_after_the_step_that_compiled(module) -> None:
     assert logs["fusedhead/heads_left"] == 1
 
 
-def test_lightning_hands_the_numbers_to_every_logger_of_the_first_rank(
-    module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lightning_hands_the_numbers_to_every_logger_of_the_first_rank(module, monkeypatch: pytest.MonkeyPatch) -> None:
     module("pytorch_lightning", "Callback")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     written: list[tuple[dict[str, float], int]] = []

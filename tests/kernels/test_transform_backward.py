@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedhead.kernels.transform import pointwise
-from fusedhead.kernels.transform.backward import pull_back, apply_and_record, windows_held
+from fusedhead.kernels.transform.backward import apply_and_record, pull_back, windows_held
 from fusedhead.kernels.transform.transform import Step, Transform, apply, parse
 from fusedhead.rules.pointwise_codegen import function_of
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fusedhead
 from fusedhead.backend import run_pass
-from fusedhead.legality.profitability import LEAST_LOGITS, LEAST_ELSEWHERE, pays_from
+from fusedhead.legality.profitability import LEAST_ELSEWHERE, LEAST_LOGITS, pays_from
 from fusedhead.lowering.plan.plan import plan
 from fusedhead.lowering.plan.problem import Problem
 from fusedhead.options import Options, split_options

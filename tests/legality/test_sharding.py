@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fusedhead.legality import sharding
+from fusedhead.deferred.reasons import BuiltAtOnce
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -106,4 +106,4 @@ dist.destroy_process_group()
 def test_what_fsdp_frees_is_not_read_later_where_a_copy_does_not_pay_and_a_loss_in_the_graph_is_fused() -> None:
     done = subprocess.run([sys.executable, "-c", SHARDED], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [[True, "", [sharding.TOO_LARGE]], [True, "", []]]
+    assert json.loads(done.stdout.splitlines()[-1]) == [[True, "", [BuiltAtOnce.LARGE_COPY.template]], [True, "", []]]

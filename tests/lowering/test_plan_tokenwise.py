@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedhead.kernels.tokenwise.compiled import windows
+from fusedhead.kernels.tokenwise.compilation import windows
 from fusedhead.lowering.plan.problem import MIB
 from fusedhead.lowering.plan.tokenwise import row_plan
 

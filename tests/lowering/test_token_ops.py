@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 import fusedhead.lowering.token_ops  # noqa: F401  registers the ops
 from fusedhead.kernels.tokenwise import engine as tokenwise_engine
-from fusedhead.kernels.tokenwise.program import Unspeakable, read, argument_text
+from fusedhead.kernels.tokenwise.program import Unspeakable, argument_text, read
 from fusedhead.lowering.plan.problem import MIB
 from tests.lowering.heads import opcheck
 from tests.lowering.test_memory import FIXED, size, watch

@@ -94,9 +94,7 @@ def same(program: Callable[..., Tensor], rewritten: Rewritten, tokens: int, trai
     phases=[Phase.generate],
 )
 @given(data=st.data())
-def test_every_call_is_computed_by_its_own_size(
-    how: str, engines: list[tuple[int, str]], data: st.DataObject
-) -> None:
+def test_every_call_is_computed_by_its_own_size(how: str, engines: list[tuple[int, str]], data: st.DataObject) -> None:
     program = data.draw(st.sampled_from(PROGRAMS))
     size = st.integers(2, 19) | st.integers(20, 70)
     calls = data.draw(st.lists(size, min_size=3, max_size=5, unique=True))

@@ -143,8 +143,8 @@ def taken_apart(parts: Callable[..., Any], context: Context, args: tuple, kwargs
 
     def call(*values: Any) -> Any:
         given = dict(zip(map(id, leaves), values))
-        positions, named = tree_map(lambda x: given.get(id(x), x), (args, kwargs))
-        return parts(*positions, **named)
+        inputs, named = tree_map(lambda x: given.get(id(x), x), (args, kwargs))
+        return parts(*inputs, **named)
 
     with mode, torch.no_grad(), torch.autocast(leaves[0].val.device.type, enabled=False):
         graph = make_fx(call)(*(x.val for x in leaves)).graph
@@ -156,21 +156,22 @@ def taken_apart(parts: Callable[..., Any], context: Context, args: tuple, kwargs
             if node.op == "get_attr":
                 raise Escape(NotByTokens.HOLDS_A_CONSTANT, op=target)
             continue
-        positions, named = tree_map(lambda n: env[n] if isinstance(n, Node) else n, (tuple(node.args), dict(node.kwargs)))
+        inputs, named = tree_map(lambda n: env[n] if isinstance(n, Node) else n, (tuple(node.args), dict(node.kwargs)))
         val = node.meta.get("val")
         each = Context(context.node, val, node.target, alone=val)
         if node.target is operator.getitem:
-            if not isinstance(positions[0], (list, tuple)):
+            if not isinstance(inputs[0], (list, tuple)):
                 raise Escape(NotByTokens.ONE_OF_SEVERAL, op=target)
-            env[node] = positions[0][positions[1]]
-        elif any(isinstance(x, TokenValue) for x in tree_leaves((positions, named))):
+            env[node] = inputs[0][inputs[1]]
+        elif any(isinstance(x, TokenValue) for x in tree_leaves((inputs, named))):
             if node.target is target:
                 raise Escape(NotByTokens.UNKNOWN_OP, op=target)
-            if any(isinstance(x, Plain) and any(True for _ in token_values_of(x)) for x in tree_leaves((positions, named))):
+            plain = (x for x in tree_leaves((inputs, named)) if isinstance(x, Plain))
+            if any(True for x in plain for _ in token_values_of(x)):
                 raise Escape(NotByTokens.WITH_A_TOTAL, op=target)
-            env[node] = read_by_tokens(each, *positions, **named)
+            env[node] = read_by_tokens(each, *inputs, **named)
         elif is_pointwise(node.target) and (like := as_wide(val, leaves)) is not None:
-            env[node] = entrywise(each, positions, named, like.tail, like.heads)
+            env[node] = entrywise(each, inputs, named, like.tail, like.heads)
         else:
-            env[node] = Plain(Expr(node.target, positions, named), val)
+            env[node] = Plain(Expr(node.target, inputs, named), val)
     raise AssertionError("a traced graph has an output")

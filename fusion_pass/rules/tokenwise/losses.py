@@ -20,8 +20,8 @@ aten = torch.ops.aten
 def nll(context: Context, *args: Any, **kwargs: Any) -> Any:
     """cross_entropy and nll_loss of class labels: token by token, then reduced in the graph as they reduce."""
     arguments = context.op._schema.arguments
-    arguments_by_name = {a.name: a.default_value for a in arguments} | dict(zip((a.name for a in arguments), args)) | kwargs
-    x, labels, weight = arguments_by_name["self"], arguments_by_name["target"], arguments_by_name["weight"]
+    bound = {a.name: a.default_value for a in arguments} | dict(zip((a.name for a in arguments), args)) | kwargs
+    x, labels, weight = bound["self"], bound["target"], bound["weight"]
     if isinstance(labels, TokenValue) and labels.val.is_floating_point():
         return None  # probabilities that come from logits: by the ops it is made of
     if not isinstance(x, TokenValue) or not isinstance(labels, Plain) or isinstance(weight, TokenValue):
@@ -33,15 +33,15 @@ def nll(context: Context, *args: Any, **kwargs: Any) -> Any:
     rows = tuple(False for _ in labels.val.shape)
     label = leaf(labels, rows, labels.val.shape, True)
     whole = None if weight is None else TokenInput(weight, False)
-    ignored = constants(arguments_by_name["ignore_index"])
-    smoothing = {"label_smoothing": constants(arguments_by_name["label_smoothing"])} if "label_smoothing" in arguments_by_name else {}
+    ignored = constants(bound["ignore_index"])
+    smoothing = {"label_smoothing": constants(bound["label_smoothing"])} if "label_smoothing" in bound else {}
     last = {"reduction": 0, "ignore_index": ignored, **smoothing}
     each = TokenValue(Expr(context.op, (x.expr, label, whole), last), labels.val.to(x.val.dtype), rows, x.heads)
-    if constants(arguments_by_name["reduction"]) == 0:
+    if constants(bound["reduction"]) == 0:
         return each
     wide = {"dtype": torch.float64 if x.val.dtype == torch.float64 else torch.float32}
     out = Expr(aten.sum.default, (ProgramResult(each),), wide)
-    if constants(arguments_by_name["reduction"]) == 1:
+    if constants(bound["reduction"]) == 1:
         counted: Any = Expr(aten.ne.Scalar, (labels, ignored))
         if weight is not None:
             targets = Expr(aten.mul.Tensor, (Expr(aten.to.dtype, (labels, torch.int64)), counted))

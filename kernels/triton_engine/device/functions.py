@@ -1,7 +1,7 @@
 """Elementary functions of float32 values inside a kernel, to the precision that the head's dtype asks for.
 
 PRECISE is for float32 heads: errors of a few units in the last place, near zeros of the function as well. Without it
-the device's approximations do, whose errors bfloat16 and float16 do not show. This file knows no logits.
+the device's approximations do, whose errors bfloat16 and float16 do not show.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 A chain reaches a kernel as a flat constexpr tuple (`steps_of`), so that every chain becomes straight-line code
 in the epilogue and the empty chain costs nothing. All functions work on a float32 value ``z``: a tile [BM, BN]
 whose tokens are ``row`` [BM] and whose vocabulary columns are ``col`` [BN], or a vector whose i-th element
-belongs to row[i] and col[i]. ``vectors`` is a `Vectors`. This file
-must not know about tiles' order, windows or statistics.
+belongs to row[i] and col[i]. ``vectors`` is a `Vectors`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,14 @@ from triton.experimental.gluon import language as gl
 
 from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
-from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, LabelPointers, Sizes, pingpong_program
+from fusedhead.kernels.triton_engine.gluon.ring import (
+    NARROW,
+    NARROW_TILE,
+    PER_ROW,
+    LabelPointers,
+    Sizes,
+    pingpong_program,
+)
 from fusedhead.kernels.triton_engine.gluon.tile import (
     columns_of,
     narrow_parts,

@@ -60,8 +60,8 @@ class Launch:
         count = next((at for at, name in enumerate(names) if name in bound), len(names))
         self.kernel, self.grid, self.leading = kernel, grid, tuple(names[:count])
         self.bound = tuple(bound[name] for name in names[count:])
-        given = {name: value for name, value in bound.items() if name.startswith("num_") or name == "maxnreg"}
-        self.options = {"enable_fp_fusion": True, **given}  # said, since Triton's default changes with its version
+        settings = {name: value for name, value in bound.items() if name.startswith("num_") or name == "maxnreg"}
+        self.options = {"enable_fp_fusion": True, **settings}  # said, since Triton's default changes with its version
         self.placed: tuple[int, ...] = ()  # which of the leading arguments are placed
         self.first = self.device = 0  # arguments up to the last placed one
         self.tensors: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # picks the leading tensors, each of them once
@@ -70,16 +70,16 @@ class Launch:
         self.encoded: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # the first arguments as C takes them
         self.again: RecordedLaunch | Callable[..., None] | None = None  # what Triton compiled, for aligned pointers
 
-    def run(self, **given: Any) -> None:
+    def run(self, **arguments: Any) -> None:
         again = self.again
         if again is not None and not hooked():
-            tensors = self.tensors(given)
+            tensors = self.tensors(arguments)
             addresses = [x.data_ptr() for x in tensors]
             if not gcd(*addresses) % POINTER_ALIGNMENT:
                 if self.order is not None:
                     addresses = [*self.order(addresses)]
                 # an address is passed on as it is; of a tensor the driver would be asked whether it is one of its own
-                numbers = [given[name] for name in self.numbers] if self.numbers else ()
+                numbers = [arguments[name] for name in self.numbers] if self.numbers else ()
                 stream = driver.active.get_current_stream(self.device)
                 if not isinstance(again, RecordedLaunch):
                     first = _described(tensors[: self.first])
@@ -93,7 +93,7 @@ class Launch:
                 else:
                     call(*grid, stream, *fixed, *addresses, *numbers, *self.bound)
                 return
-        self._through_triton(given)
+        self._through_triton(arguments)
 
     def _encoded(
         self, tensors: Sequence[Any], addresses: Sequence[int], numbers: Sequence[Any], again: RecordedLaunch
@@ -103,17 +103,17 @@ class Launch:
         encoded = self.encoded.get(key)
         if encoded is None:
             first = [x.data_ptr() if isinstance(x, Tensor) else x for x in _described(tensors[: self.first])]
-            others = (*addresses[self.first :], *numbers, *self.bound)
-            encoded = tuple(again.encode((*first, *others))[: -len(others)])
+            constants = (*addresses[self.first :], *numbers, *self.bound)
+            encoded = tuple(again.encode((*first, *constants))[: -len(constants)])
             if len(self.encoded) >= ENCODED:
                 self.encoded.clear()
             self.encoded[key] = encoded
         return encoded
 
-    def _through_triton(self, given: Mapping[str, Any]) -> None:
+    def _through_triton(self, named: Mapping[str, Any]) -> None:
         """A launch as any other, of which is remembered what Triton compiled, unless it interprets the kernel."""
-        names = self._sources(given)
-        leading = [given[name] for name in names]
+        names = self._sources(named)
+        leading = [named[name] for name in names]
         arguments = (*_described(leading), *self.bound)
         compiled = self.kernel[self.grid](*arguments, **self.options)
         tensors = [x for x in leading if isinstance(x, (Placed, Tensor))]
@@ -133,10 +133,10 @@ class Launch:
         self.tensors = _picking(once)
         self.order = operator.itemgetter(*map(once.index, names)) if len(once) < len(names) else None
 
-    def _sources(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+    def _sources(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
         """For each leading argument the name of what is passed: its own, or for an absent pointer another's."""
-        present = [name for name in self.leading if given.get(name) is not None]
-        stand_in = next((name for name in present if isinstance(given[name], Tensor)), None)
+        present = [name for name in self.leading if arguments.get(name) is not None]
+        stand_in = next((name for name in present if isinstance(arguments[name], Tensor)), None)
         if stand_in is None and len(present) < len(self.leading):
             raise TypeError(f"{self.kernel} needs {', '.join(self.leading)}; given were {', '.join(present)}")
         return tuple(name if name in present else str(stand_in) for name in self.leading)
@@ -144,7 +144,7 @@ class Launch:
 
 def _picking(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
     """Picks the values of several names out of a mapping, as a tuple."""
-    return operator.itemgetter(*names) if len(names) > 1 else lambda given: tuple(given[name] for name in names)
+    return operator.itemgetter(*names) if len(names) > 1 else lambda arguments: tuple(arguments[name] for name in names)
 
 
 def _described(leading: Sequence[Any]) -> list[Any]:

@@ -2,8 +2,7 @@
 
 A row is chosen by device capability, dtype, number of tokens and hidden size, first match wins. Tuning inside
 a step would synchronise, break CUDA graph capture and make two runs differ. Timings behind the rows were
-taken with ``benchmarks/gpu_tiles.py`` on an H100; what a machine tuned for itself goes before (`tuned_tiles`). This
-file must not know what the kernels compute.
+taken with ``benchmarks/gpu_tiles.py`` on an H100; what a machine tuned for itself goes before (`tuned_tiles`).
 """
 
 from __future__ import annotations

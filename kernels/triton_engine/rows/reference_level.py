@@ -4,8 +4,7 @@
 
 in: h [N, D], w [V, D] (any strides), y [N, K] (column 0 of w when K = 0). out: [N] float32, base 2. Bytes:
 2·N·D elements read. A trained head keeps its target within a few tens of the maximum, so exp(z - ref) fits
-bfloat16's and float32's range; rows where it does not are found and redone (`unsafe_blocks`). This file
-must not know what is done with the reference.
+bfloat16's and float32's range; rows where it does not are found and redone (`unsafe_blocks`).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusedhead.kernels.torch_engine.blocks import cuts
 
-Function = Callable[..., Any]
-_MADE: dict[tuple, Function] = {}
+RowFunction = Callable[..., Any]
+_MADE: dict[tuple, RowFunction] = {}
 _SEEN: set[tuple] = set()  # sizes of what whole windows leave over, by what runs on it
 _MAKING = threading.Lock()
 PIECES = 8  # of what is left over and not compiled
@@ -59,32 +59,32 @@ def _signature(tensors: Sequence[Tensor]) -> tuple:
     return tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
 
 
-def made_once(key: tuple, function: Function, given: list[Tensor], compiled: bool) -> Function:
+def made_once(key: tuple, function: RowFunction, examples: list[Tensor], compiled: bool) -> RowFunction:
     """`traced`, once per key and shapes; threads that ask at the same time wait."""
-    key = (*key, compiled, _signature(given))
-    made = _MADE.get(key)
-    if made is None:
+    key = (*key, compiled, _signature(examples))
+    compiled_function = _MADE.get(key)
+    if compiled_function is None:
         with _MAKING:
-            made = _MADE.get(key)
-            if made is None:
+            compiled_function = _MADE.get(key)
+            if compiled_function is None:
                 if len(_MADE) >= MOST_MADE:
                     _MADE.clear()
-                made = _MADE[key] = traced(function, given, compiled)
-    return made
+                compiled_function = _MADE[key] = traced(function, examples, compiled)
+    return compiled_function
 
 
-def traced(function: Function, given: list[Tensor], compiled: bool) -> Function:
+def traced(function: RowFunction, examples: list[Tensor], compiled: bool) -> RowFunction:
     """``function`` as a graph of ATen calls, differentiation included, compiled by Inductor where asked."""
-    given = [t.detach() for t in given]  # examples: what made them, and their .grad, are nobody's business
+    examples = [t.detach() for t in examples]  # examples: what made them, and their .grad, are nobody's business
 
     def trace() -> Any:
         # on this thread: the dispatch modes of whoever called the op are not entered on a device's own
         with torch.autograd.set_multithreading_enabled(False):
-            return make_fx(lambda *flat: function(list(flat)))(*given)
+            return make_fx(lambda *flat: function(list(flat)))(*examples)
 
     graph = above_autograd(trace)
-    made = import_module("torch._inductor").compile(graph, given) if compiled else graph
-    return lambda given: made(*given)
+    compiled_function = import_module("torch._inductor").compile(graph, examples) if compiled else graph
+    return lambda examples: compiled_function(*examples)
 
 
 def windows(n: int, tokens: int, key: tuple, compiled: bool) -> Iterator[tuple[slice, bool]]:
