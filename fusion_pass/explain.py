@@ -13,10 +13,10 @@ from fusedhead.backend import compile_with
 from fusedhead.report.report import Report
 
 
-def misplaced(name: str, positional: tuple[Any, ...], settings: dict[str, Any]) -> str:
+def misplaced(name: str, positional: tuple[Any, ...], given: dict[str, Any]) -> str:
     """What is wrong with a call that has ``fn``'s own arguments where those of ``torch.compile`` belong, or ""."""
     known = inspect.signature(torch.compile).parameters.keys() - {"model", "backend"}
-    own = [key for key in settings if key not in known]
+    own = [key for key in given if key not in known]
     if not positional and not own:
         return ""
     what = f"an unexpected argument {own[0]!r}" if own else f"{1 + len(positional)} positional arguments"

@@ -55,7 +55,7 @@ class Options:
 
     @property
     def budget(self) -> int:
-        """``read_memory`` as the ops take it: 0 automatic, -1 least, else MiB."""
+        """``memory`` as the ops take it: 0 automatic, -1 least, else MiB."""
         names: dict[str | int, int] = {"auto": 0, "min": -1}
         return names[self.memory] if self.memory in names else int(self.memory)
 

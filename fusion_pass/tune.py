@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None, clock: Clock | None = None) -> 
 
 
 def execute(
-    settings: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str], clock: Clock | None = None
+    given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str], clock: Clock | None = None
 ) -> int:
     if not torch.cuda.is_available():
         print("fusedhead: no GPU here: there are no tiles to tune on a CPU", file=sys.stderr)
@@ -46,11 +46,11 @@ def execute(
     device, dtype, rows = torch.device("cuda", torch.cuda.current_device()), DTYPES[given.dtype], []
     print(tuned_tiles.device_key(device))
     pairs = pairs_serve(device)
-    for hidden in sorted(int(size) for size in settings.hidden.split(",")):
-        head = tuning.make_head(settings.tokens, hidden, settings.vocab, "cuda", dtype)
+    for hidden in sorted(int(size) for size in given.hidden.split(",")):
+        head = tuning.make_head(given.tokens, hidden, given.vocab, "cuda", dtype)
         for kernel in tuned_tiles.KERNELS:
             tma = sweep(kernel, head).layout.tma
-            tiles = tuning.tiles_to_time(kernel, settings.tokens, tuning.GROUPS, tma, pairs)
+            tiles = tuning.tiles_to_time(kernel, given.tokens, tuning.GROUPS, tma, pairs)
             found = tuning.fastest(kernel, head, tiles, clock or tuning.timed)
             if not found:
                 print(f"fusedhead: no tile of {kernel} fits this GPU at hidden size {hidden}", file=sys.stderr)

@@ -31,10 +31,12 @@ import torch
 from torch import Tensor, nn
 
 from fusedhead.compat import graph_task
+from fusedhead.deferred.reasons import BuiltAtOnce
 from fusedhead.deferred.state import Knowledge, State
 from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.deferred.tensor import plain
-from fusedhead.legality.sharding import FREES, TOO_LARGE
+from fusedhead.graph.reasons import refuse
+from fusedhead.legality.sharding import FREES
 
 log = logging.getLogger("fusedhead")
 FREED = 0  # the address of what has been freed: no tensor is there again
@@ -74,14 +76,14 @@ def is_watched(operand: Tensor) -> bool:
     return type(operand) in (Tensor, nn.Parameter) and operand.layout is torch.strided
 
 
-def wait_for(known: Knowledge) -> None:
+def wait_for(knowledge: Knowledge) -> None:
     """Remember deferred logits until they are gone: a weight that they are made of may be freed."""
     with _guard:
         if len(_waiting) > PURGE:
             for memory in [memory for memory, waiting in _waiting.items() if not waiting]:
                 del _waiting[memory]
-        for leaf in known.leaves:
-            _waiting.setdefault(memory_of(leaf), weakref.WeakSet()).add(known)
+        for leaf in knowledge.leaves:
+            _waiting.setdefault(memory_of(leaf), weakref.WeakSet()).add(knowledge)
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -94,11 +96,11 @@ def before_free(gathered: Sequence[Tensor]) -> None:
         with _guard:
             waiting = list(_waiting.pop(memory, ()))
         copy: list[Tensor] = []
-        for known in waiting:
-            mine = [(leaf, at) for leaf, at in zip(known.leaves, known.states) if memory_of(leaf) == memory]
+        for knowledge in waiting:
+            mine = [(leaf, at) for leaf, at in zip(knowledge.leaves, knowledge.states) if memory_of(leaf) == memory]
             try:
-                if mine and next(unbuilt(known), None) is not None:
-                    keep(known, mine, copy)
+                if mine and next(unbuilt(knowledge), None) is not None:
+                    keep(knowledge, mine, copy)
             except Exception:
                 log.warning("fusedhead: a weight that deferred logits are made of is freed", exc_info=True)
             for leaf, at in mine:
@@ -106,19 +108,19 @@ def before_free(gathered: Sequence[Tensor]) -> None:
                     at.address = FREED
 
 
-def unbuilt(known: Knowledge) -> Iterator[Tensor]:
+def unbuilt(knowledge: Knowledge) -> Iterator[Tensor]:
     """What is made of logits, themselves included, that has no numbers yet."""
-    for reference in known.family.members:
+    for reference in knowledge.family.members:
         member: Any = reference()
         if member is not None and member._plain is None:
             yield member
 
 
-def keep(known: Knowledge, mine: Sequence[tuple[Tensor, State]], copy: list[Tensor]) -> None:
+def keep(knowledge: Knowledge, mine: Sequence[tuple[Tensor, State]], copy: list[Tensor]) -> None:
     """Give logits their own copy of a weight, one for all (``copy``), or build them."""
-    if graph_task() == -1 and not all(leaf.numel() <= math.prod(known.layout.shape) for leaf, _ in mine):
-        known.family.built_for = TOO_LARGE
-        for member in unbuilt(known):
+    if graph_task() == -1 and not all(leaf.numel() <= math.prod(knowledge.layout.shape) for leaf, _ in mine):
+        knowledge.family.built_for = str(refuse(BuiltAtOnce.LARGE_COPY))
+        for member in unbuilt(knowledge):
             plain(member)  # type: ignore[arg-type]
         return
     with out_of_sight(), torch.no_grad():

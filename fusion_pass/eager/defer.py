@@ -15,12 +15,13 @@ def defer(module: nn.Module) -> nn.Module:
     ``module`` is a head, or a model that holds some: every `torch.nn.Linear` in it with a weight [V, D] of at least
     1,024 classes, 8 D, or 30,000 classes; or, where it holds none, every other parameter of these sizes, an embedding's
     for one, that the model multiplies by itself (``F.linear(h, self.embedding.weight)``, ``h @
-    self.embedding.weight.T``) in ``forward`` or another public method of its class. Returns ``module``. No compilation is needed:
-    ``F.cross_entropy(head(h), y)`` in eager mode, or compiled on its own, is computed as in a model that is compiled
-    with this backend, with the same numbers and the same report. Calls of fewer logits than ``fusedhead.min_logits``
-    stay as they are; so does what runs inside compiled functions, which the backend sees itself, under modes and
-    transforms, and in regions of activation checkpointing. A head whose logits are read by what is no loss is computed
-    at once from then on.
+    self.embedding.weight.T``) in ``forward`` or another public method of its class. Returns ``module``.
+
+    No compilation is needed: ``F.cross_entropy(head(h), y)`` in eager mode, or compiled on its own, is computed as in a
+    model that is compiled with this backend, with the same numbers and the same report. Calls of fewer logits than
+    ``fusedhead.min_logits`` stay as they are; so does what runs inside compiled functions, which the backend sees
+    itself, under modes and transforms, and in regions of activation checkpointing. A head whose logits are read by what
+    is no loss is computed at once from then on.
 
     The module itself is not changed: it is copied, pickled and saved as before, and a copy does not defer. Where it
     multiplies itself, a mode of torch functions is on while its methods run: one more call in Python for each of

@@ -80,19 +80,30 @@ def project_eagerly(module: nn.Module, input: Tensor, weight: Tensor, bias: Tens
         return F.linear(input, weight, bias)
     if getattr(module, "_is_replica", False):  # of `nn.DataParallel`, a new one for every call
         return F.linear(input, weight, bias)
+    logits = deferred_logits(lambda: HEADS.setdefault(module, EagerHead(None)), module, (input, weight, bias))
+    return F.linear(input, weight, bias) if logits is None else logits
+
+
+Operands = tuple[Tensor, Tensor, "Tensor | None"]
+
+
+def deferred_logits(head: Callable[[], EagerHead], module: nn.Module, operands: Operands) -> Tensor | None:
+    """``F.linear(*operands)``, put off; None where that is not known to be the same, or does not pay.
+
+    ``head`` makes the record of the head, or finds it; ``module`` is the one whose weight it is.
+    """
+    input, weight, bias = operands
+    if not of_plain_tensors(input, weight, bias) or not plainly_eager():
+        return None
     own, _ = split_options(None)
     tokens = input.numel() // max(1, input.shape[-1])
     least = max(1, least_logits(weight.device.type, own.min_logits))
     few = not torch.is_grad_enabled() and tokens < LEAST_TOKENS
     if own.logits != "deferred" or tokens * weight.shape[0] < least or few or given_back_by(module, weight):
-        return F.linear(input, weight, bias)
-    if head is None:
-        if getattr(module, "_is_replica", False):  # of `nn.DataParallel`, a new one for every call
-            return F.linear(input, weight, bias)
-        with _guard:
-            head = HEADS.setdefault(module, EagerHead(None))
-    operands = (input, weight, bias)
-    calls = calls_of(head, module, operands, own)
+        return None
+    with _guard:
+        found = head()
+    calls = calls_of(found, module, operands, own)
     why = calls.stops()
     if calls.made is None or why:
         for run in calls.runs if why else ():
@@ -101,7 +112,7 @@ def project_eagerly(module: nn.Module, input: Tensor, weight: Tensor, bias: Tens
     return calls.made(*arguments(operands))[0]
 
 
-def calls_of(head: EagerHead, module: nn.Module, operands: tuple[Tensor, Tensor, Tensor | None], own: Any) -> Calls:
+def calls_of(head: EagerHead, module: nn.Module, operands: Operands, own: Any) -> Calls:
     """The calls of the kind of this one, given to the pass if it is the first."""
     device = operands[1].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -124,7 +135,7 @@ def as_it_is(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
 
 
 @torch.compiler.disable
-def compiled(head: EagerHead, module: nn.Module, operands: tuple[Tensor, Tensor, Tensor | None], own: Any) -> Calls:
+def compiled(head: EagerHead, module: nn.Module, operands: Operands, own: Any) -> Calls:
     """The pass on a call's graph. Whatever goes wrong leaves such calls as they are."""
     told: list[Report] = []
 
@@ -187,7 +198,6 @@ def remember(found: Iterable[tuple[str, nn.Linear]]) -> None:
     with _guard:
         for name, inner in found:
             HEADS.setdefault(inner, EagerHead(name))
-    return module
 
 
 _installed: list[Any] = []  # torch's forward and ours, while ours is in its place

@@ -108,12 +108,18 @@ def operands_of(func: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, T
 
 
 def head_of(module: nn.Module, weight: Tensor) -> tuple[Callable[[], EagerHead], nn.Module] | None:
-    """What makes the record of the head that has this weight, and the module whose parameter it is."""
+    """What finds the record of the head that has this weight, or makes it, and the module whose parameter it is."""
     if weight.ndim != 2 or not has_sizes_of_a_head(*weight.shape):
         return None
     for name, owner in module.named_modules():
-        for key, parameter in owner._parameters.items():
-            if parameter is weight:
-                path = ".".join(part for part in (path_of(module), name) if part)
-                return lambda: MODELS[module].setdefault((name, key), EagerHead(path)), owner
+        if any(parameter is weight for parameter in owner._parameters.values()):
+            return partial(record_of, module, name), owner
     return None
+
+
+def record_of(module: nn.Module, name: str) -> EagerHead:
+    """The record of the head with the weight of the part ``name`` of a model."""
+    known = MODELS[module]
+    if name not in known:
+        known[name] = EagerHead(".".join(part for part in (path_of(module), name) if part))
+    return known[name]

@@ -27,6 +27,8 @@ from fusedhead.graph.reasons import refuse
 from fusedhead.legality.reasons import Illegal
 
 DEEPSPEED = "ds_id"  # what ZeRO-3 calls a parameter by; it empties parameters where they lie
+# what frees a gathered weight: a module of torch, a class, its method
+FREES = ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam", "free_unsharded_param")
 MANAGED = "_is_fsdp_managed_module"  # what FSDP (1 and 2) sets on modules, for Dynamo
 
 
