@@ -39,7 +39,7 @@ from fusedhead.graph.reasons import refuse
 from fusedhead.legality.sharding import FREES
 
 log = logging.getLogger("fusedhead")
-FREED = 0  # the address of what has been freed: no tensor is there again
+NO_ADDRESS = 0  # the address of what has been freed: no tensor is there again
 PURGE = 64  # memories with an entry, before those that nobody waits for are dropped
 
 _guard = threading.Lock()
@@ -47,7 +47,7 @@ _waiting: dict[int, Any] = {}  # what is made of one memory, by its storage: a w
 _wrapped: list[Any] = []  # torch's class, when its method is ours
 
 
-def watched() -> bool:
+def sees_frees() -> bool:
     """Whether it is seen when FSDP2 frees a weight, from now on."""
     if _wrapped:
         return True
@@ -105,7 +105,7 @@ def before_free(gathered: Sequence[Tensor]) -> None:
                 log.warning("fusedhead: a weight that deferred logits are made of is freed", exc_info=True)
             for leaf, at in mine:
                 if memory_of(leaf) == memory:
-                    at.address = FREED
+                    at.address = NO_ADDRESS
 
 
 def unbuilt(knowledge: Knowledge) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 import fusedhead.deferred.dispatch  # noqa: F401  the handler of calls on deferred logits
 from fusedhead.compat import FakeTensor
 from fusedhead.deferred.call_program import CallProgram, CallStep, Leaf, Made, Mode, encode, shapes
-from fusedhead.deferred.gathered_weights import is_watched, wait_for, watched
+from fusedhead.deferred.gathered_weights import is_watched, sees_frees, wait_for
 from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT
 from fusedhead.deferred.reasons import BuiltAtOnce
@@ -57,7 +57,7 @@ def hand_out(origin: Origin, sources: Sequence[Any]) -> Tensor:
     if not torch.is_grad_enabled() and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
         return at_once(recipe, sources, refuse(BuiltAtOnce.FEW_TOKENS, least=LEAST_TOKENS))
     sharded = fsdp2_in_use()
-    if sharded and not (watched() and all(map(is_watched, tensor_sources))):
+    if sharded and not (sees_frees() and all(map(is_watched, tensor_sources))):
         if not worth_a_copy(tensor_sources, layout.shape):
             return at_once(recipe, sources, refuse(BuiltAtOnce.LARGE_COPY))
         operands = [taken(copied(tensor, mode), name, mode) for tensor, name in zip(tensor_sources, recipe.names)]

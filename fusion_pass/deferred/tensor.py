@@ -256,14 +256,14 @@ def made_by_call(knowledge: Knowledge) -> Tensor:
     origin, recorded = knowledge.origin, knowledge.recorded
     first = origin is not None and recorded.func is origin.recipe.program and recorded.result is None
     if first:
-        tell(origin.recipe.runs, knowledge.family.built_for)  # type: ignore[union-attr]
+        count_built(origin.recipe.runs, knowledge.family.built_for)  # type: ignore[union-attr]
     result = knowledge.recorded.made(as_plain)
     if first:
         knowledge.family.gather_before(result)
     return result if knowledge.part is None else result[knowledge.part]
 
 
-def tell(runs: Sequence[Run], why: str) -> None:
+def count_built(runs: Sequence[Run], why: str) -> None:
     """Count logits that are built: for a use, or in spite of having been deferred, because of ``why``."""
     if not why:
         built(runs)

@@ -6,7 +6,7 @@ from torch import nn
 
 from fusedhead.compat import unusable
 from fusedhead.eager import tied_heads
-from fusedhead.eager.heads import install, linears, remember
+from fusedhead.eager.heads import install, linears, register_layers
 
 
 def defer(module: nn.Module) -> nn.Module:
@@ -45,7 +45,7 @@ def defer(module: nn.Module) -> nn.Module:
         raise RuntimeError(f"fusedhead.defer: {why}")
     if found:
         install()
-        remember(found)
+        register_layers(found)
     if others:
-        tied_heads.watch(module)
+        tied_heads.watch_products(module)
     return module

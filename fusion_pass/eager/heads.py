@@ -84,10 +84,10 @@ def project_eagerly(module: nn.Module, input: Tensor, weight: Tensor, bias: Tens
     return F.linear(input, weight, bias) if logits is None else logits
 
 
-Operands = tuple[Tensor, Tensor, "Tensor | None"]
+LinearOperands = tuple[Tensor, Tensor, "Tensor | None"]
 
 
-def deferred_logits(head: Callable[[], EagerHead], module: nn.Module, operands: Operands) -> Tensor | None:
+def deferred_logits(head: Callable[[], EagerHead], module: nn.Module, operands: LinearOperands) -> Tensor | None:
     """``F.linear(*operands)``, put off; None where that is not known to be the same, or does not pay.
 
     ``head`` makes the record of the head, or finds it; ``module`` is the one whose weight it is.
@@ -99,7 +99,7 @@ def deferred_logits(head: Callable[[], EagerHead], module: nn.Module, operands: 
     tokens = input.numel() // max(1, input.shape[-1])
     least = max(1, least_logits(weight.device.type, own.min_logits))
     few = not torch.is_grad_enabled() and tokens < LEAST_TOKENS
-    if own.logits != "deferred" or tokens * weight.shape[0] < least or few or given_back_by(module, weight):
+    if own.logits != "deferred" or tokens * weight.shape[0] < least or few:
         return None
     with _guard:
         found = head()
@@ -112,20 +112,21 @@ def deferred_logits(head: Callable[[], EagerHead], module: nn.Module, operands: 
     return calls.made(*arguments(operands))[0]
 
 
-def calls_of(head: EagerHead, module: nn.Module, operands: Operands, own: Any) -> Calls:
+def calls_of(head: EagerHead, module: nn.Module, operands: LinearOperands, own: Any) -> Calls:
     """The calls of the kind of this one, given to the pass if it is the first."""
     device = operands[1].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     shapes = tuple(n if n in STATIC_SIZES else -1 for n in operands[0].shape[:-1])
     of_operands = (None if x is None else (x.dtype, x.device, x.requires_grad) for x in operands)
     modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    kind = (own, autocast, *modes, shapes, operands[1].shape, *of_operands)
+    freed = given_back_by(module, operands[1])
+    kind = (own, autocast, *modes, freed, shapes, operands[1].shape, *of_operands)
     found = head.kinds.get(kind)
     if found is None:
         with head.lock:
             found = head.kinds.get(kind)
             if found is None:
-                found = head.kinds[kind] = compiled(head, module, operands, own)
+                found = head.kinds[kind] = compiled(head, module, operands, own, freed)
     return found
 
 
@@ -135,7 +136,7 @@ def as_it_is(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
 
 
 @torch.compiler.disable
-def compiled(head: EagerHead, module: nn.Module, operands: Operands, own: Any) -> Calls:
+def compiled(head: EagerHead, module: nn.Module, operands: LinearOperands, own: Any, freed: bool) -> Calls:
     """The pass on a call's graph. Whatever goes wrong leaves such calls as they are."""
     told: list[Report] = []
 
@@ -145,7 +146,7 @@ def compiled(head: EagerHead, module: nn.Module, operands: Operands, own: Any) -
 
     try:
         path = path_of(module) if head.path is None else head.path
-        gm, shapes = graph_of(operands, path, type(module), program_lines())
+        gm, shapes = graph_of(operands, path, type(module), program_lines(), freed)
         # below a function whose frame Dynamo has skipped, Dynamo would compile what this runs
         function = torch.compiler.disable(compile_graph(gm, arguments(operands), own, as_it_is, observe))
         if shapes.guards:  # never seen: the pass asks nothing of a symbol
@@ -188,12 +189,13 @@ def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         if (
             isinstance(inner, nn.Linear)
             and type(inner).forward is nn.Linear.forward
-            and has_sizes_of_a_head(*inner.weight.shape)
+            # not its weight's own: sharding may have put a part of it there
+            and has_sizes_of_a_head(inner.out_features, inner.in_features)
         ):
             yield name, inner
 
 
-def remember(found: Iterable[tuple[str, nn.Linear]]) -> None:
+def register_layers(found: Iterable[tuple[str, nn.Linear]]) -> None:
     """Let layers defer, by their names."""
     with _guard:
         for name, inner in found:

@@ -5,7 +5,6 @@
 | a mode that sees functions or ops, a transform of ``torch.func``      | it gives the call a meaning of its own |
 | a tracer, a compiler                                                  | it records the call |
 | a region of checkpointing                                             | both passes over it have to save the same |
-| a weight of FSDP1 or of ZeRO-3                                        | it is whole only while its module runs       |
 | operands of another class, layout, dtype or device than plain tensors | their class says what the call is |
 
 This file reads; it knows no graphs.

@@ -40,7 +40,7 @@ def weights(module: nn.Module) -> Iterator[str]:
             yield name
 
 
-def watch(module: nn.Module) -> None:
+def watch_products(module: nn.Module) -> None:
     """See the products in the methods of this model."""
     with _guard:
         MODELS.setdefault(module, {})
@@ -70,14 +70,14 @@ def scope(module: nn.Module) -> EagerProducts | None:
         return None
     if any(type(mode) is EagerProducts for mode in function_modes()):
         return None
-    return EagerProducts(partial(product, module))
+    return EagerProducts(partial(serve_product, module))
 
 
-def product(module: nn.Module, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def serve_product(module: nn.Module, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One product in a method of a model: deferred logits, or what torch makes of it."""
     operands = operands_of(func, *args, **kwargs)
     if operands is not None:
-        found = head_of(module, operands[1])
+        found = owner_of(module, operands[1])
         logits = None if found is None else deferred_logits(*found, operands)
         if logits is not None:
             return logits
@@ -107,7 +107,7 @@ def operands_of(func: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, T
     return (h, w, None) if is_its_transpose else None
 
 
-def head_of(module: nn.Module, weight: Tensor) -> tuple[Callable[[], EagerHead], nn.Module] | None:
+def owner_of(module: nn.Module, weight: Tensor) -> tuple[Callable[[], EagerHead], nn.Module] | None:
     """What finds the record of the head that has this weight, or makes it, and the module whose parameter it is."""
     if weight.ndim != 2 or not has_sizes_of_a_head(*weight.shape):
         return None

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 Product = Callable[[Callable[..., Any], "tuple[Any, ...]", "dict[str, Any]"], Any]
-PRODUCTS = frozenset({F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm})
+EAGER_PRODUCTS = frozenset({F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm})
 
 
 class EagerProducts(TorchFunctionMode):
@@ -30,7 +30,7 @@ class EagerProducts(TorchFunctionMode):
         self.product = product
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_compiling() or func not in PRODUCTS:
+        if torch.compiler.is_compiling() or func not in EAGER_PRODUCTS:
             return func(*args, **(kwargs or {}))
         return self.product(func, args, kwargs or {})
 

@@ -26,6 +26,7 @@ from fusedhead.analysis.body import Body
 from fusedhead.graph.reasons import refuse
 from fusedhead.legality.reasons import Illegal
 
+FREED = "fusedhead_freed"  # of an input of a graph that was not made by Dynamo, in its meta: its owner frees it
 DEEPSPEED = "ds_id"  # what ZeRO-3 calls a parameter by; it empties parameters where they lie
 # what frees a gathered weight: a module of torch, a class, its method
 FREES = ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam", "free_unsharded_param")
@@ -45,7 +46,10 @@ def run(body: Body) -> None:
 
 def frees_weights(graph: Graph) -> bool:
     """Whether an input of the graph is a weight that its owner frees when the module has run, and is not copied."""
-    return any(node.op == "placeholder" and (of_fsdp1(node) or of_deepspeed(node)) for node in graph.nodes)
+    return any(
+        node.op == "placeholder" and (node.meta.get(FREED) or of_fsdp1(node) or of_deepspeed(node))
+        for node in graph.nodes
+    )
 
 
 def of_fsdp1(node: Node) -> bool:
@@ -67,7 +71,7 @@ def example(node: Node) -> Any:
 
 
 def given_back_by(module: nn.Module, weight: Tensor) -> bool:
-    """The same of a module's weight, outside any graph."""
+    """The same of a module's weight, outside any graph: whether its owner frees it when the module has run."""
     return hasattr(weight, DEEPSPEED) or (getattr(module, MANAGED, False) and not fsdp2_in_use())
 
 
