@@ -10,7 +10,7 @@ import logging
 
 from fusedhead.backend import FusedHeadError, fusedhead
 from fusedhead.deferred.state import StaleLogits
-from fusedhead.eager.heads import defer
+from fusedhead.eager.defer import defer
 from fusedhead.estimate import estimate
 from fusedhead.explain import explain
 from fusedhead.functional.linear_cross_entropy import linear_cross_entropy

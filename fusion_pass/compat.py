@@ -56,8 +56,12 @@ if TYPE_CHECKING:  # the types of the names below, for type checkers
     dispatch_modes: Callable[[], list[Any]]
     function_modes: Callable[[], list[Any]]
     function_transform_level: Callable[[], int | None]
+<<<<<<< HEAD
     excluded_dispatch_keys: Callable[[], Any]
     force_dispatch_keys: Callable[[Any, Any], Any]
+=======
+    graph_task: Callable[[], int]  # the backward that this thread is in, -1 for none
+>>>>>>> f16
     has_kernel_for_key: Callable[[str, str], bool]
     included_dispatch_keys: Callable[[], Any]
     make_wrapper_subclass: Callable[..., Any]
@@ -99,6 +103,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "force_dispatch_keys": ("torch._C", "_ForceDispatchKeyGuard"),
     "function_modes": ("torch.overrides", "_get_current_function_mode_stack"),
     "function_transform_level": ("torch._C._functorch", "maybe_current_level"),
+    "graph_task": ("torch._C", "_current_graph_task_id"),
     "has_kernel_for_key": ("torch._C", "_dispatch_has_kernel_for_dispatch_key"),
     "included_dispatch_keys": ("torch._C", "_dispatch_tls_local_include_set"),
     "make_graph_module": ("torch.fx._lazy_graph_module", "_make_graph_module"),

@@ -34,6 +34,7 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     if func is torch.autograd.grad:
         refuse_late(kwargs["inputs"] if "inputs" in kwargs else args[1])
     if func is Tensor.register_hook and args[0]._plain is None and is_gathering(args[1]) and not is_adopted(args[0]):
+        args[0]._known.family.gathering.append(args[1])
         return before_leaves(args[0]._known.leaves, args[1])
     if getattr(func, "__name__", "") in op_tables.ASKS_FOR_GRADIENT:
         refuse_late(args[0])

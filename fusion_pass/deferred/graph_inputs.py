@@ -65,7 +65,11 @@ def expand_inputs(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Ca
                 made_by = None if knowledge is None else knowledge.origin
                 for run in made_by.recipe.runs if made_by is not None else ():
                     run.passed.add()
-            return compiled(*flat(values))
+            results = compiled(*flat(values))
+            for family in {id(z._known.family): z._known.family for z in values if type(z) is DeferredLogits}.values():
+                for result in results if family.gathering else ():
+                    family.gather_before(result)
+            return results
 
         return with_leaves
 

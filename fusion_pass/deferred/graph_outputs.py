@@ -16,6 +16,7 @@ from torch import Tensor
 import fusedhead.deferred.dispatch  # noqa: F401  the handler of calls on deferred logits
 from fusedhead.compat import FakeTensor
 from fusedhead.deferred.call_program import CallProgram, CallStep, Leaf, Made, Mode, encode, shapes
+from fusedhead.deferred.gathered_weights import is_watched, sees_frees, wait_for
 from fusedhead.deferred.history import linked
 from fusedhead.deferred.query import LEARNT
 from fusedhead.deferred.reasons import BuiltAtOnce
@@ -55,7 +56,8 @@ def hand_out(origin: Origin, sources: Sequence[Any]) -> Tensor:
         return at_once(recipe, sources, refuse(BuiltAtOnce.FEW_LOGITS))
     if not torch.is_grad_enabled() and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
         return at_once(recipe, sources, refuse(BuiltAtOnce.FEW_TOKENS, least=LEAST_TOKENS))
-    if fsdp2_in_use():
+    sharded = fsdp2_in_use()
+    if sharded and not (sees_frees() and all(map(is_watched, tensor_sources))):
         if not worth_a_copy(tensor_sources, layout.shape):
             return at_once(recipe, sources, refuse(BuiltAtOnce.LARGE_COPY))
         operands = [taken(copied(tensor, mode), name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
@@ -63,11 +65,14 @@ def hand_out(origin: Origin, sources: Sequence[Any]) -> Tensor:
         recorded = RecordedCall(recipe.program, args, none, tensors, mode)
     for run in recipe.runs:
         run.deferred.add()
-    return linked(Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout))
+    knowledge = Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout)
+    if sharded:
+        wait_for(knowledge)
+    return linked(knowledge)
 
 
 def copied(tensor: Tensor, mode: Mode) -> Tensor:
-    """Memory of its own for an operand that its owner may free, with the operand's gradient edge."""
+    """Memory of its own for an operand that its owner may free unseen, with the operand's gradient edge."""
     with out_of_sight(), torch.set_grad_enabled(mode.grad):
         return tensor.clone()
 

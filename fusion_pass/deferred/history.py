@@ -23,7 +23,7 @@ class Link(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, knowledge: Knowledge, *inputs: Tensor) -> Any:
-        ctx.recorded, ctx.part = knowledge.recorded, knowledge.part
+        ctx.recorded, ctx.part, ctx.gathering = knowledge.recorded, knowledge.part, knowledge.family.gathering
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
         return DeferredLogits(knowledge)
@@ -38,6 +38,8 @@ def call_gradients(ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list
     if grad is None:
         return [None for _ in needs]
     recorded = ctx.recorded
+    for hook in ctx.gathering:
+        hook(grad)
     inputs, grad = list(map(as_plain, ctx.saved_tensors)), as_plain(grad)
     needed = [at for at, need in enumerate(needs) if need]
     leaves = [t.detach().requires_grad_() if at in needed else t for at, t in enumerate(inputs)]
@@ -63,7 +65,7 @@ class Rebound(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, knowledge: Knowledge, tensor: DeferredLogits, *inputs: Tensor) -> Any:
-        ctx.recorded, ctx.part = knowledge.recorded, knowledge.part
+        ctx.recorded, ctx.part, ctx.gathering = knowledge.recorded, knowledge.part, knowledge.family.gathering
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
         ctx.mark_dirty(tensor)

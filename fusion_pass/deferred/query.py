@@ -173,8 +173,10 @@ class Request:
             else:
                 results = outcome.run.forward(*self.leaves)
         if any(isinstance(result, Tensor) and result.requires_grad for result in results):
-            for subject in self.subjects:
-                subject._known.family.passed_by = True
+            for family in {id(t._known.family): t._known.family for t in self.subjects}.values():
+                family.passed_by = True
+                for result in results:
+                    family.gather_before(result)
         self.count(outcome)
         return results[0] if outcome.many is None else outcome.many(results)
 

@@ -16,13 +16,11 @@ class Unanswered(Reason):
 
 
 class BuiltAtOnce(Reason):
-    """Returned logits are built when the graph has run: deferring them would not pay."""
+    """Returned logits are built before anybody reads them: deferring them would not pay."""
 
     FEW_LOGITS = "fewer logits than fusedhead.min_logits"
     FEW_TOKENS = "no gradient is recorded, and fewer than {least} tokens"
-    LARGE_COPY = (
-        "under FSDP2 they are made of a copy of the weight, and it would take more than half of what the logits take"
-    )
+    LARGE_COPY = "FSDP2 frees the weight before they are read, and a copy of it would be larger than they are"
 
 
 class Stale(Reason):

@@ -167,10 +167,19 @@ class Family:
     members: list[weakref.ref] = field(default_factory=list)
     # the region of checkpointing that the tensor was returned in
     checkpoint: weakref.ref | None = field(default_factory=lambda: weakly(checkpoint()))
+    built_for: str = ""  # why the logits were built without being asked for
+    # FSDP2's hooks, which gather weights: to be run before any gradient of what is made here is computed
+    gathering: list[Callable[[Tensor], Any]] = field(default_factory=list)
     passed_by: bool = False  # True once a fused loss was taken: its gradient goes to h and W directly
 
     def returned_in(self, region: object) -> bool:
         return self.checkpoint is not None and self.checkpoint() is region
+
+    def gather_before(self, result: Any) -> None:
+        """Have FSDP2 gather the weights again when a gradient of ``result``, made of the leaves, is asked for."""
+        if isinstance(result, Tensor) and result.requires_grad:
+            for hook in self.gathering:
+                result.register_hook(hook)
 
     def join(self, member: Tensor) -> None:
         if len(self.members) > 256:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
@@ -30,7 +30,7 @@ from fusedhead.deferred.op_tables import ALONE, METADATA
 from fusedhead.deferred.state import Family, Knowledge, RecordedCall, TensorLayout, check_fresh
 from fusedhead.deferred.surroundings import above_autograd, out_of_sight
 from fusedhead.deferred.wrappers import before_leaves, sink_of
-from fusedhead.graph.run_counts import built
+from fusedhead.graph.run_counts import Run, built
 
 aten = torch.ops.aten
 
@@ -256,7 +256,19 @@ def as_plain(tensor: Tensor) -> Tensor:
 
 def made_by_call(knowledge: Knowledge) -> Tensor:
     origin, recorded = knowledge.origin, knowledge.recorded
-    if origin is not None and recorded.func is origin.recipe.program and recorded.result is None:
-        built(origin.recipe.runs)
+    first = origin is not None and recorded.func is origin.recipe.program and recorded.result is None
+    if first:
+        count_built(origin.recipe.runs, knowledge.family.built_for)  # type: ignore[union-attr]
     result = knowledge.recorded.made(as_plain)
+    if first:
+        knowledge.family.gather_before(result)
     return result if knowledge.part is None else result[knowledge.part]
+
+
+def count_built(runs: Sequence[Run], why: str) -> None:
+    """Count logits that are built: for a use, or in spite of having been deferred, because of ``why``."""
+    if not why:
+        built(runs)
+    for run in runs if why else ():
+        run.deferred.take_back()
+        run.at_once.add(why)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,46 +76,57 @@ def project_eagerly(module: nn.Module, input: Tensor, weight: Tensor, bias: Tens
     """``F.linear(input, weight, bias)``, deferred where that is known to be the same and to pay."""
     if torch.jit.is_tracing() or type(weight) not in (nn.Parameter, Tensor):  # a tracer's sizes are tensors
         return F.linear(input, weight, bias)
-    if weight.ndim != 2 or not has_sizes_of_a_head(*weight.shape):
+    if weight.ndim != 2 or not has_sizes_of_a_head(*weight.shape) or not (_everywhere or module in HEADS):
         return F.linear(input, weight, bias)
-    head = HEADS.get(module)
-    if (head is None and not _everywhere) or not of_plain_tensors(input, weight, bias) or not plainly_eager():
+    if getattr(module, "_is_replica", False):  # of `nn.DataParallel`, a new one for every call
         return F.linear(input, weight, bias)
+    logits = deferred_logits(lambda: HEADS.setdefault(module, EagerHead(None)), module, (input, weight, bias))
+    return F.linear(input, weight, bias) if logits is None else logits
+
+
+LinearOperands = tuple[Tensor, Tensor, "Tensor | None"]
+
+
+def deferred_logits(head: Callable[[], EagerHead], module: nn.Module, operands: LinearOperands) -> Tensor | None:
+    """``F.linear(*operands)``, put off; None where that is not known to be the same, or does not pay.
+
+    ``head`` makes the record of the head, or finds it; ``module`` is the one whose weight it is.
+    """
+    input, weight, bias = operands
+    if not of_plain_tensors(input, weight, bias) or not plainly_eager():
+        return None
     own, _ = split_options(None)
     tokens = input.numel() // max(1, input.shape[-1])
     least = max(1, least_logits(weight.device.type, own.min_logits))
     few = not torch.is_grad_enabled() and tokens < LEAST_TOKENS
-    if own.logits != "deferred" or tokens * weight.shape[0] < least or few or given_back_by(module, weight):
-        return F.linear(input, weight, bias)
-    if head is None:
-        if getattr(module, "_is_replica", False):  # of `nn.DataParallel`, a new one for every call
-            return F.linear(input, weight, bias)
-        with _guard:
-            head = HEADS.setdefault(module, EagerHead(None))
-    operands = (input, weight, bias)
-    calls = calls_of(head, module, operands, own)
+    if own.logits != "deferred" or tokens * weight.shape[0] < least or few:
+        return None
+    with _guard:
+        found = head()
+    calls = calls_of(found, module, operands, own)
     why = calls.stops()
     if calls.made is None or why:
         for run in calls.runs if why else ():
             run.at_once.add(why)
-        return F.linear(input, weight, bias)
+        return None
     return calls.made(*arguments(operands))[0]
 
 
-def calls_of(head: EagerHead, module: nn.Module, operands: tuple[Tensor, Tensor, Tensor | None], own: Any) -> Calls:
+def calls_of(head: EagerHead, module: nn.Module, operands: LinearOperands, own: Any) -> Calls:
     """The calls of the kind of this one, given to the pass if it is the first."""
     device = operands[1].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     shapes = tuple(n if n in STATIC_SIZES else -1 for n in operands[0].shape[:-1])
     of_operands = (None if x is None else (x.dtype, x.device, x.requires_grad) for x in operands)
     modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    kind = (own, autocast, *modes, shapes, operands[1].shape, *of_operands)
+    freed = given_back_by(module, operands[1])
+    kind = (own, autocast, *modes, freed, shapes, operands[1].shape, *of_operands)
     found = head.kinds.get(kind)
     if found is None:
         with head.lock:
             found = head.kinds.get(kind)
             if found is None:
-                found = head.kinds[kind] = compiled(head, module, operands, own)
+                found = head.kinds[kind] = compiled(head, module, operands, own, freed)
     return found
 
 
@@ -125,7 +136,7 @@ def as_it_is(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
 
 
 @torch.compiler.disable
-def compiled(head: EagerHead, module: nn.Module, operands: tuple[Tensor, Tensor, Tensor | None], own: Any) -> Calls:
+def compiled(head: EagerHead, module: nn.Module, operands: LinearOperands, own: Any, freed: bool) -> Calls:
     """The pass on a call's graph. Whatever goes wrong leaves such calls as they are."""
     told: list[Report] = []
 
@@ -135,7 +146,7 @@ def compiled(head: EagerHead, module: nn.Module, operands: tuple[Tensor, Tensor,
 
     try:
         path = path_of(module) if head.path is None else head.path
-        gm, shapes = graph_of(operands, path, type(module), program_lines())
+        gm, shapes = graph_of(operands, path, type(module), program_lines(), freed)
         # below a function whose frame Dynamo has skipped, Dynamo would compile what this runs
         function = torch.compiler.disable(compile_graph(gm, arguments(operands), own, as_it_is, observe))
         if shapes.guards:  # never seen: the pass asks nothing of a symbol
@@ -178,42 +189,17 @@ def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         if (
             isinstance(inner, nn.Linear)
             and type(inner).forward is nn.Linear.forward
-            and has_sizes_of_a_head(*inner.weight.shape)
+            # not its weight's own: sharding may have put a part of it there
+            and has_sizes_of_a_head(inner.out_features, inner.in_features)
         ):
             yield name, inner
 
 
-def defer(module: nn.Module) -> nn.Module:
-    """Let the heads of an eager model hand out deferred logits: a loss of them is fused, and they are never built.
-
-    ``module`` is a head, or a model that holds some: every `torch.nn.Linear` in it with a weight [V, D] of at least
-    1,024 classes, 8 D, or 30,000 classes. Returns ``module``. No compilation is needed: ``F.cross_entropy(head(h), y)``
-    in eager mode, or compiled on its own, is computed as in a model that is compiled with this backend, with the same
-    numbers and the same report. Calls of fewer logits than ``fusedhead.min_logits`` stay as they are; so does what runs
-    inside compiled functions, which the backend sees itself, under modes and transforms, and in regions of activation
-    checkpointing. A layer whose logits are read by what is no loss is computed at once from then on.
-
-    The module itself is not changed: it is copied, pickled and saved as before, and a copy does not defer.
-
-    Raises TypeError if ``module`` is no `torch.nn.Module`, ValueError if it holds no such layer, RuntimeError where
-    this torch, or another package, has a `torch.nn.Linear` of its own. ``fusedhead.enable()`` does it for every module.
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"fusedhead.defer expects a torch.nn.Module, got {type(module).__name__}")
-    found = list(linears(module))
-    if not found:
-        raise ValueError(
-            f"fusedhead.defer: {type(module).__name__} holds no torch.nn.Linear that looks like a head: at least 1,024 "
-            "classes, and 8 times its input's size or 30,000. Give logits of another kind to a compiled function, or "
-            "call fusedhead.linear_cross_entropy"
-        )
-    if why := unusable():
-        raise RuntimeError(f"fusedhead.defer: {why}")
-    install()
+def register_layers(found: Iterable[tuple[str, nn.Linear]]) -> None:
+    """Let layers defer, by their names."""
     with _guard:
         for name, inner in found:
             HEADS.setdefault(inner, EagerHead(name))
-    return module
 
 
 _installed: list[Any] = []  # torch's forward and ours, while ours is in its place

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from fusedhead.compat import ConstantSource, FakeTensorMode, ShapeEnv, enable_python_dispatcher
+from fusedhead.legality.sharding import FREED
 
 STATIC_SIZES = (0, 1)  # a size that is 1 once is another graph
 
@@ -49,11 +50,13 @@ def fake_of(mode: Any, operand: Tensor, symbolic: Sequence[int]) -> Tensor:
         return torch.empty(shape, dtype=operand.dtype, device=operand.device).requires_grad_(operand.requires_grad)
 
 
-def graph_of(operands: Sequence[Tensor | None], path: str, kind: type, trace: str) -> tuple[GraphModule, ShapeEnv]:
+def graph_of(
+    operands: Sequence[Tensor | None], path: str, kind: type, trace: str, freed: bool = False
+) -> tuple[GraphModule, ShapeEnv]:
     """The graph of ``F.linear(*operands)`` in the modes that are on, and what knows its symbols.
 
     Its inputs are `arguments`. ``path`` and ``kind`` are the module's; ``trace`` names the program's lines as a
-    traceback does.
+    traceback does. ``freed``: somebody frees the weight when the module has run.
     """
     graph, shapes = Graph(), ShapeEnv(duck_shape=False)
     mode = FakeTensorMode(shape_env=shapes)
@@ -66,7 +69,7 @@ def graph_of(operands: Sequence[Tensor | None], path: str, kind: type, trace: st
 
     def placeholder(name: str, value: Any, source: str) -> Node:
         node = graph.placeholder(name)
-        node.meta = {"example_value": value}
+        node.meta = {"example_value": value, FREED: freed}
         node._dynamo_source = Named(source)  # type: ignore[attr-defined]
         return node
 

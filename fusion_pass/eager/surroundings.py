@@ -5,7 +5,6 @@
 | a mode that sees functions or ops, a transform of ``torch.func``      | it gives the call a meaning of its own |
 | a tracer, a compiler                                                  | it records the call |
 | a region of checkpointing                                             | both passes over it have to save the same |
-| a weight of FSDP1 or of ZeRO-3                                        | it is whole only while its module runs       |
 | operands of another class, layout, dtype or device than plain tensors | their class says what the call is |
 
 This file reads; it knows no graphs.
@@ -25,6 +24,7 @@ from fusedhead.compat import (
     torch_function_enabled,
 )
 from fusedhead.deferred.surroundings import checkpoint
+from fusedhead.functional.eager_products import EagerProducts
 
 LINEAR = F.linear
 HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -36,7 +36,7 @@ def plainly_eager() -> bool:
         torch.compiler.is_compiling()
         or F.linear is not LINEAR
         or not torch_function_enabled()
-        or any(type(mode) is not DeviceContext for mode in function_modes())
+        or any(type(mode) not in (DeviceContext, EagerProducts) for mode in function_modes())
         or dispatch_modes()
         or function_transform_level() is not None
         or checkpoint() is not None

@@ -40,6 +40,11 @@ class Tally:
             self.looks += 1
         return self.start + value
 
+    def take_back(self) -> None:
+        """Undo one ``add``."""
+        with self.looking:
+            self.start -= 1
+
     def __repr__(self) -> str:
         return f"Tally({self.value})"
 

@@ -26,7 +26,8 @@ class Illegal(Reason):
     MIXED_GRAD_MODES = "the returned logits are made partly with and partly without gradients recorded"
     WEIGHT_MADE_IN_GRAPH = "its weight is made in the graph ({name} at {place})"
     GATHERED_WEIGHT = (
-        "its weight is whole only while its module runs (FSDP, ZeRO-3), so the returned logits are computed at once"
+        "its weight is whole only while its module runs (FullyShardedDataParallel, ZeRO-3), so the returned logits are "
+        "computed at once; with the loss in the same compiled module, or under fully_shard (FSDP2), they would not be"
     )
     SHARDS_STACKED = "logits of several heads in one tensor are not read in shards"
     SHARDS_BY_TOKENS = "what is made of its logits is computed token by token of whole rows, which no rank has"

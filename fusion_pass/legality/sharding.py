@@ -5,11 +5,11 @@ Deferred logits read them later, when they are freed:
 
 | who owns the weight | what deferred logits are made of                                                              |
 |---------------------|-----------------------------------------------------------------------------------------------|
-| FSDP2               | a copy, taken while it is whole: a read needs no collective, whichever ranks make it and when |
+| FSDP2               | the gathered weight; a copy of it, once it is freed (`deferred.gathered_weights`)             |
 | FSDP1, ZeRO-3       | nothing: they are computed at once                                                            |
 
-A copy's gradient goes to the gathered parameter and from there through FSDP2's own reduce-scatter. In a process that
-uses FSDP2 every operand is copied, because a gathered weight that is passed as an argument has no mark.
+In a process that uses FSDP2 every operand is taken for one that may be freed: a gathered weight that a function is
+given as an argument bears no mark. This file reads the graph's inputs; it must not know what is made of them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from fusedhead.analysis.body import Body
 from fusedhead.graph.reasons import refuse
 from fusedhead.legality.reasons import Illegal
 
+FREED = "fusedhead_freed"  # key in the meta of a graph input whose owner frees it, for a graph Dynamo did not make
 DEEPSPEED = "ds_id"  # attribute of a parameter under ZeRO-3, which empties parameters in place
+# what frees a gathered weight: a module of torch, a class, its method
+FREES = ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam", "free_unsharded_param")
 MANAGED = "_is_fsdp_managed_module"  # attribute that FSDP (1 and 2) sets on modules, for Dynamo
-SHARE = 2  # the logits must be this many times larger than the copy
 
 
 def run(body: Body) -> None:
@@ -44,7 +46,10 @@ def run(body: Body) -> None:
 
 def frees_weights(graph: Graph) -> bool:
     """Whether an input of the graph is a weight that its owner frees after the module and that is not copied."""
-    return any(node.op == "placeholder" and (of_fsdp1(node) or of_deepspeed(node)) for node in graph.nodes)
+    return any(
+        node.op == "placeholder" and (node.meta.get(FREED) or of_fsdp1(node) or of_deepspeed(node))
+        for node in graph.nodes
+    )
 
 
 def of_fsdp1(node: Node) -> bool:
@@ -84,5 +89,5 @@ def is_of_modules(cls: type) -> bool:
 
 
 def worth_a_copy(sources: Sequence[Any], shape: Sequence[int]) -> bool:
-    """Whether logits of a shape are so much larger than their sources that copying the sources pays."""
-    return SHARE * sum(x.numel() for x in sources if isinstance(x, Tensor)) <= math.prod(shape)
+    """Whether logits of a shape are at least as large as their sources, so that the sources may be copied for them."""
+    return sum(x.numel() for x in sources if isinstance(x, Tensor)) <= math.prod(shape)

@@ -1,0 +1,125 @@
+"""Heads that are no layers: products of a model's own eager code with a weight [V, D], its embedding's as a rule.
+
+Nothing of torch's is changed for them. A model that was given to `defer` has methods of its class run inside a scope
+(`functional.eager_products`), on this model alone; what the scope shows is read here.
+
+| product                                      | the weight                                    |
+|----------------------------------------------|-----------------------------------------------|
+| ``F.linear(h, w)``, ``F.linear(h, w, b)``    | ``w``, a parameter of the model               |
+| ``h @ w.T``, ``torch.matmul``, ``torch.mm``  | a parameter that the right operand transposes |
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fusedhead.analysis.lone_heads import has_sizes_of_a_head
+from fusedhead.compat import function_modes
+from fusedhead.eager.heads import EagerHead, deferred_logits, path_of
+from fusedhead.functional.eager_products import EagerProducts, method_in
+
+MODELS: Any = WeakIdKeyDictionary()  # those in whose methods products are seen, with their heads by name
+_guard = threading.RLock()
+_methods: dict[tuple[type, str], Any] = {}  # the methods that are ours now, by class and name
+
+
+def weights(module: nn.Module) -> Iterator[str]:
+    """The names of parameters that may be a head's by their sizes."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 2 and has_sizes_of_a_head(*parameter.shape):
+            yield name
+
+
+def watch_products(module: nn.Module) -> None:
+    """See the products in the methods of this model."""
+    with _guard:
+        MODELS.setdefault(module, {})
+        cls = type(module)
+        names = ["forward", *(name for name, value in vars(cls).items() if is_a_method(name, value))]
+        for name in dict.fromkeys(names):
+            original = getattr(cls, name, None)
+            if (cls, name) not in _methods and isinstance(original, FunctionType):
+                _methods[cls, name] = ours = method_in(scope, original)
+                setattr(cls, name, ours)
+
+
+def is_a_method(name: str, value: Any) -> bool:
+    """Whether a member of a class is a function that a program calls, and that has ended when it returns."""
+    return (
+        isinstance(value, FunctionType)
+        and not name.startswith("_")
+        and not inspect.iscoroutinefunction(value)
+        and not inspect.isgeneratorfunction(value)
+        and not inspect.isasyncgenfunction(value)
+    )
+
+
+def scope(module: nn.Module) -> EagerProducts | None:
+    """What shows the products of a model while a method of it runs; None where it is no such model, or is shown."""
+    if module not in MODELS or torch.jit.is_scripting() or torch.jit.is_tracing():
+        return None
+    if any(type(mode) is EagerProducts for mode in function_modes()):
+        return None
+    return EagerProducts(partial(serve_product, module))
+
+
+def serve_product(module: nn.Module, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One product in a method of a model: deferred logits, or what torch makes of it."""
+    operands = operands_of(func, *args, **kwargs)
+    if operands is not None:
+        found = owner_of(module, operands[1])
+        logits = None if found is None else deferred_logits(*found, operands)
+        if logits is not None:
+            return logits
+    return func(*args, **kwargs)
+
+
+def operands_of(func: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """(h, w [V, D], b or None) of a call that is ``F.linear(h, w, b)``."""
+    if func is F.linear:
+        given = dict(zip(("input", "weight", "bias"), args)) | kwargs
+        h, w, b = (given.get(name) for name in ("input", "weight", "bias"))
+        return (h, w, b) if type(h) is Tensor and type(w) is nn.Parameter else None
+    if len(args) != 2 or kwargs or type(args[0]) is not Tensor or type(args[1]) is not Tensor:
+        return None
+    h, right = args
+    if h.ndim < 2 or right.ndim != 2:
+        return None
+    w = right._base
+    is_its_transpose = (
+        type(w) is nn.Parameter
+        and w.shape == right.shape[::-1]
+        and w.stride() == right.stride()[::-1]
+        and w.storage_offset() == right.storage_offset()
+        and w.dtype == right.dtype
+        and w.requires_grad == right.requires_grad
+    )
+    return (h, w, None) if is_its_transpose else None
+
+
+def owner_of(module: nn.Module, weight: Tensor) -> tuple[Callable[[], EagerHead], nn.Module] | None:
+    """What finds the record of the head that has this weight, or makes it, and the module whose parameter it is."""
+    if weight.ndim != 2 or not has_sizes_of_a_head(*weight.shape):
+        return None
+    for name, owner in module.named_modules():
+        if any(parameter is weight for parameter in owner._parameters.values()):
+            return partial(record_of, module, name), owner
+    return None
+
+
+def record_of(module: nn.Module, name: str) -> EagerHead:
+    """The record of the head with the weight of the part ``name`` of a model."""
+    known = MODELS[module]
+    if name not in known:
+        known[name] = EagerHead(".".join(part for part in (path_of(module), name) if part))
+    return known[name]

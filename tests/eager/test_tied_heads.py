@@ -1,0 +1,271 @@
+"""Heads that are no layers: a model's own products with its embedding hand out deferred logits, in its methods."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+import fusedhead
+from fusedhead.deferred.tensor import DeferredLogits
+from fusedhead.eager import tied_heads
+from fusedhead.report import observers
+from fusedhead.report.summary import Summary
+from tests.eager.test_heads import D, V, batch, same
+from tests.eager_stack import backend
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "F.linear": lambda h, w: F.linear(h, w),
+    "F.linear, by name": lambda h, w: F.linear(input=h, weight=w, bias=None),
+    "@ w.T": lambda h, w: h @ w.T,
+    "@ w.t()": lambda h, w: h @ w.t(),
+    "matmul, transpose": lambda h, w: torch.matmul(h, w.transpose(0, 1)),
+    "method, mT": lambda h, w: h.matmul(w.mT),
+    "mm": lambda h, w: torch.mm(h.flatten(0, 1), w.permute(1, 0)).view(*h.shape[:-1], V),
+}
+
+
+class Mix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class Tied(nn.Module):
+    """A model that multiplies by its embedding itself."""
+
+    def __init__(self, product: str = "F.linear") -> None:
+        super().__init__()
+        self.product = product
+        self.embed, self.mix = nn.Embedding(V, D), Mix()
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.mix(self.embed(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return PRODUCTS[self.product](self.hidden(x), self.embed.weight)
+
+    def calculate_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        logits = torch.matmul(self.hidden(x), self.embed.weight.transpose(0, 1))
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+@pytest.fixture(autouse=True)
+def put_back() -> Iterator[None]:
+    yield
+    for module in list(tied_heads.MODELS):
+        del tied_heads.MODELS[module]
+    for (cls, name), ours in list(tied_heads._methods.items()):
+        if vars(cls).get(name) is ours:
+            setattr(cls, name, inspect.unwrap(ours))
+    tied_heads._methods.clear()
+
+
+@pytest.fixture
+def summary() -> Iterator[Summary]:
+    heard = Summary()
+    remove = observers.add(heard.add)
+    yield heard
+    remove()
+
+
+def step(model: Any, x: Tensor, y: Tensor, loss: Callable[..., Tensor] = F.cross_entropy) -> list[Tensor]:
+    model.zero_grad()
+    value = loss(model(x).flatten(0, 1), y.flatten())
+    value.backward()
+    return [value.detach(), *(p.grad for p in model.parameters())]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_loss_of_a_product_with_the_embedding_has_the_numbers_of_eager_code(product: str, summary: Summary) -> None:
+    model, (x, y) = Tied(product), batch()
+    exact, plain = step(copy.deepcopy(model).double(), x, y), step(model, x, y)
+    assert fusedhead.defer(model) is model
+    same(step(model, x, y), plain, exact)
+    (head,) = summary.heads()
+    assert (head.fused, head.module, head.logits) == (True, "embed", "deferred")
+    assert (head.run.answered.value, head.run.built.total) == (1, 0)
+
+
+def test_a_method_that_is_not_forward(summary: Summary) -> None:
+    model, (x, y) = Tied(), batch()
+    expected = model.calculate_loss(x, y)
+    fusedhead.defer(model)
+    torch.testing.assert_close(model.calculate_loss(x, y), expected)
+    assert summary.heads()[0].run.answered.value == 1
+
+
+def test_the_mode_is_on_in_methods_of_this_model_alone() -> None:
+    one, other, (x, _) = Tied(), Tied(), batch()
+    fusedhead.defer(one)
+    seen: list[Any] = []
+    other.mix.register_forward_hook(lambda *_: seen.append(torch.overrides._get_current_function_mode_stack()))
+    assert type(other(x)) is Tensor
+    assert type(one(x)) is DeferredLogits
+    assert seen == [[]]
+    assert type(F.linear(torch.randn(64, D), one.embed.weight)) is Tensor
+    assert type(one.embed.weight) is nn.Parameter
+
+
+class Sized(nn.Module):
+    """A model whose products are with weights that are no parameters of it, or are not transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.square = nn.Embedding(V, D), nn.Parameter(torch.randn(D, V))
+
+    def forward(self, h: Tensor) -> list[Tensor]:
+        w = self.embed.weight
+        return [
+            h @ self.square, h @ (w * 2).T, F.linear(h, w[:1000]), h @ w.T[:, 24:], F.linear(h, w.detach()),
+            h @ w.view(D, V), F.linear(h[0, 0], w),
+        ]  # fmt: skip
+
+
+def test_other_products_are_torchs_own() -> None:
+    model, h = Sized(), torch.randn(4, 32, D)
+    expected = model(h)
+    fusedhead.defer(model)
+    for found, plain in zip(model(h), expected, strict=True):
+        assert type(found) is Tensor
+        assert torch.equal(found, plain)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_blocks_and_a_loss_that_are_compiled_have_the_same_graphs(summary: Summary) -> None:
+    model, (x, y) = Tied("@ w.T"), batch()
+    plain, exact = step(model, x, y), step(copy.deepcopy(model).double(), x, y)
+    graphs: list[str] = []
+
+    def count(gm: Any, inputs: Any) -> Any:
+        graphs.append("\n".join(n.format_node() or "" for n in gm.graph.nodes))
+        return gm.forward
+
+    model.mix.compile(backend=count)
+    model(x)
+    torch.compiler.reset()
+    fusedhead.defer(model)
+    loss = torch.compile(lambda z, y: F.cross_entropy(z.float(), y), backend=backend(lambda report: None))
+    same(step(model, x, y, loss), plain, exact)
+    assert graphs[0] == graphs[1]
+    assert len(graphs) == 2
+    assert summary.heads()[0].run.passed.value == 1
+
+
+def test_a_model_that_is_compiled_whole_has_the_same_graph() -> None:
+    seen: list[str] = []
+
+    def texts(gm: Any, inputs: Any) -> Any:
+        seen.append(" ".join(f"{n.op} {n.target}" for n in gm.graph.nodes if n.op != "placeholder"))
+        return gm.forward
+
+    model, (x, _) = Tied(), batch()
+    torch.compile(model, backend=texts, fullgraph=True)(x)
+    torch.compiler.reset()
+    fusedhead.defer(model)
+    torch.compile(model, backend=texts, fullgraph=True)(x)
+    assert seen[0] == seen[1]
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def under_a_mode(model: nn.Module, x: Tensor) -> Any:
+    with Functions():
+        return model(x)
+
+
+PLAIN: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "a function mode": under_a_mode,
+    "vmap": lambda model, x: torch.func.vmap(model)(x),
+    "checkpointing": lambda model, x: checkpoint(model, x, use_reentrant=False),
+    "jit.trace": lambda model, x: torch.jit.trace(model, x)(x),
+    "fx": lambda model, x: torch.fx.symbolic_trace(model)(x) + 0,
+    "export": lambda model, x: torch.export.export(model, (x,), strict=False).module()(x),
+    "a copy": lambda model, x: copy.deepcopy(model)(x),
+    "a pickle": lambda model, x: pickle.loads(pickle.dumps(model))(x),
+}
+
+
+@pytest.mark.parametrize("how", PLAIN)
+def test_what_records_or_copies_a_model_gets_plain_products(how: str) -> None:
+    model, (x, _) = Tied(), batch()
+    expected = model(x)
+    fusedhead.defer(model)
+    found = PLAIN[how](model, x)
+    assert type(found) is Tensor or how == "fx"
+    torch.testing.assert_close(found, expected)
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(V, D)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.embed.weight)
+
+
+def test_a_script_is_made_of_the_models_own_text() -> None:
+    model, h = Scripted(), torch.randn(64, D)
+    expected, signature = model(h), inspect.signature(model.forward)
+    fusedhead.defer(model)
+    assert inspect.signature(model.forward) == signature
+    assert "self.embed.weight" in inspect.getsource(Scripted.forward)
+    found = torch.jit.script(model)(h)
+    assert type(found) is Tensor
+    torch.testing.assert_close(found, expected)
+
+
+def test_threads_have_scopes_of_their_own(summary: Summary) -> None:
+    model, (x, y) = Tied(), batch()
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    fusedhead.defer(model)
+    gate, losses = threading.Barrier(4), []
+
+    def run() -> None:
+        gate.wait()
+        losses.append(F.cross_entropy(model(x).flatten(0, 1), y.flatten()).detach())
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for loss in losses:
+        torch.testing.assert_close(loss, expected.detach())
+    assert (summary.graphs, summary.heads()[0].run.answered.value) == (1, 4)
+
+
+def test_an_error_in_a_method_leaves_no_mode_behind() -> None:
+    model = Tied()
+    fusedhead.defer(model)
+    with pytest.raises(IndexError):
+        model(torch.full((4, 32), V))
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_a_model_with_layers_that_are_heads_runs_under_no_mode() -> None:
+    class Untied(Tied):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(D, V)
+
+    model = Untied()
+    fusedhead.defer(model)
+    assert model not in tied_heads.MODELS
