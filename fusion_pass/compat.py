@@ -56,12 +56,9 @@ if TYPE_CHECKING:  # the types of the names below, for type checkers
     dispatch_modes: Callable[[], list[Any]]
     function_modes: Callable[[], list[Any]]
     function_transform_level: Callable[[], int | None]
-<<<<<<< HEAD
     excluded_dispatch_keys: Callable[[], Any]
     force_dispatch_keys: Callable[[Any, Any], Any]
-=======
     graph_task: Callable[[], int]  # the backward that this thread is in, -1 for none
->>>>>>> f16
     has_kernel_for_key: Callable[[str, str], bool]
     included_dispatch_keys: Callable[[], Any]
     make_wrapper_subclass: Callable[..., Any]
