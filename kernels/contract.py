@@ -80,6 +80,11 @@ class RowGrads(NamedTuple):
     variance: Tensor | None = None  # [N] float32; not allowed in head_loss
 
 
+# Of tokens i, given the lse [m] of the columns that a head holds: the lse [m] of the columns that it does not hold.
+# An engine asks once a window of tokens, between its sweep and its gradient products.
+OtherColumns = Callable[[slice, Tensor], Tensor]
+
+
 class WholeLogits(NamedTuple):
     """All logits of a head, for the definitions of the statistics (`Statistic.of`)."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.chips import float8_serves, triton_serves
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, OtherColumns, RowGrads, RowStats, Windows
 from fusedhead.kernels.torch_engine import softmax_gradients
 from fusedhead.lowering.plan import torch as torch_plan
 from fusedhead.lowering.plan import triton as triton_plan
@@ -70,8 +70,17 @@ class Engine(Protocol):
         product: Tensor | None = None,
     ) -> HeadGrads: ...
 
+    def other_columns_serve(self, head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> bool:
+        """Whether `head_loss` takes the lse of columns that the head does not hold."""
+        ...
+
     def head_loss(
-        self, head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
+        self,
+        head: Head,
+        coefficients: RowGrads,
+        needs: Needs,
+        windows: Windows,
+        other_columns: OtherColumns | None = None,
     ) -> tuple[RowStats, HeadGrads]: ...
 
 
@@ -107,10 +116,19 @@ class _Kernels:
         grads: HeadGrads = _module(self.module).head_stats_backward(head, upstream, stats, needs, windows, *kept)
         return grads
 
+    def other_columns_serve(self, head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> bool:
+        return False
+
     def head_loss(
-        self, head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
+        self,
+        head: Head,
+        coefficients: RowGrads,
+        needs: Needs,
+        windows: Windows,
+        other_columns: OtherColumns | None = None,
     ) -> tuple[RowStats, HeadGrads]:
-        results: tuple[RowStats, HeadGrads] = _module(self.module).head_loss(head, coefficients, needs, windows)
+        asked = () if other_columns is None else (other_columns,)
+        results: tuple[RowStats, HeadGrads] = _module(self.module).head_loss(head, coefficients, needs, windows, *asked)
         return results
 
 
@@ -136,6 +154,9 @@ class TorchWindows(_Kernels):
     def supports(self, dtype: torch.dtype, device_type: str) -> bool:
         return True
 
+    def other_columns_serve(self, head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> bool:
+        return bool(_module(self.module).other_columns_serve(head, coefficients, needs, windows))
+
 
 class TritonWindows(_Kernels):
     """Triton sweeps and cuBLAS products. Its kernels are few for small heads as they are."""
@@ -148,6 +169,10 @@ class TritonWindows(_Kernels):
 
     def row_scale_serves(self, head: Head, grads: RowGrads, needs: Needs) -> bool:
         return not (needs.cols or needs.rows)
+
+    def other_columns_serve(self, head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> bool:
+        one_pass = _module("triton_engine.single_pass")
+        return bool(one_pass.other_columns_serve(head, coefficients, needs, windows))
 
     def float8_serves(self, head: Head | None) -> bool:
         serves = float8_serves(None if head is None else head.h.device)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import NO_NEEDS, Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
+from fusedhead.kernels.contract import NO_NEEDS, Head, HeadGrads, Needs, OtherColumns, RowGrads, RowStats, Windows, stat_dtype
 from fusedhead.kernels.torch_engine import dlogits as torch_dlogits
 from fusedhead.kernels.torch_engine import softmax_gradients
 from fusedhead.kernels.torch_engine import statistics as torch_statistics
@@ -74,7 +74,20 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     return torch_dlogits.backward(head, upstream, stats, needs, windows)
 
 
-def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
+def other_columns_serve(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> bool:
+    """Whether `head_loss` takes ``other_columns``: it does so where one sweep gives statistics and gradients."""
+    whole_rows = windows.vocab >= len(head.w) or not (needs.w or needs.cols)
+    unmasked = head.transform.masked_columns(head.cols) is None
+    return whole_rows and unmasked and softmax_gradients.supports(head, coefficients, needs)
+
+
+def head_loss(
+    head: Head,
+    coefficients: RowGrads,
+    needs: Needs,
+    windows: Windows,
+    other_columns: OtherColumns | None = None,
+) -> tuple[RowStats, HeadGrads]:
     """Statistics and gradients of a loss linear in them, in one sweep where the plan allows.
 
     If w wants a gradient and ``windows.vocab`` is less than V, a first sweep finds the lse and a second one
@@ -87,7 +100,7 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
         return stats, torch_dlogits.backward(head, coefficients, stats, needs, windows)
     whole_rows = windows.vocab >= len(head.w) or not (needs.w or needs.cols)
     needs_now = needs if whole_rows else NO_NEEDS
-    lse, stats, grads = softmax_gradients.single_pass(head, coefficients, needs_now, windows)
+    lse, stats, grads = softmax_gradients.single_pass(head, coefficients, needs_now, windows, other_columns)
     if not whole_rows:
         grads = softmax_gradients.known_lse(head, coefficients, lse, needs, windows)
     if coefficients.sum is not None and scale is not None:

@@ -18,7 +18,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
+from fusedhead.kernels.contract import (
+    NO_NEEDS,
+    Head,
+    HeadGrads,
+    Needs,
+    OtherColumns,
+    RowGrads,
+    RowStats,
+    Windows,
+    stat_dtype,
+)
 from fusedhead.kernels.torch_engine.blocks import (
     block_columns,
     cuts,
@@ -43,6 +53,7 @@ from fusedhead.kernels.torch_engine.far_rows import Factors, SweptRows, far, swe
 from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype, kept_range, product_dtype
 
+LARGEST_SHARE = 600.0  # of e: float64 holds its power
 NEAR = 40.0  # a level this far from the lse at most: exp of the distance stays within `kept_range`
 
 
@@ -74,10 +85,11 @@ def _totals(parts: list[Tensor], z: Tensor, level: Level, first: Tensor) -> tupl
     return rest + of_labels, rest[:, None] + (of_labels[:, None] - e)
 
 
-def _factors(c: RowGrads, head: Head) -> Factors:
+def _factors(c: RowGrads, head: Head, beyond: Tensor | None = None) -> Factors:
     """What makes s [m] and t [m, K] of the tokens of a window out of the gradients ``c``.
 
     s is NaN where the total is not finite: as through a log_softmax, a row with an infinite logit has no gradient.
+    ``beyond`` [N] is the lse of columns that the head does not hold.
     """
     g_lse, g_picked = _prepared(head, c)
     scale = head.transform.plain_scale
@@ -85,17 +97,29 @@ def _factors(c: RowGrads, head: Head) -> Factors:
     def factors(
         i: slice, lse: Tensor, total: Tensor, others: Tensor, first: Tensor, slope: Tensor
     ) -> tuple[Tensor, Tensor]:
+        if beyond is not None:
+            # e^600 against at most e^100: what the head holds is nothing then
+            share = torch.exp((beyond[i] - lse).clamp(max=LARGEST_SHARE))
+            more = torch.where(total > 0, total * share, (beyond[i] > -torch.inf).to(total.dtype))
+            total, others = total + more, others + more[:, None]
+            lse = torch.logaddexp(lse, beyond[i])
         g = g_lse[i] if c.square is None else g_lse[i] + 2 * c.square[i] * lse
         whole = g[:, None] * first
         t = (g_picked[i] + whole - whole * (others / total[:, None])) * slope
         s = g / total + 0 * total
+        if beyond is not None:
+            s = s.masked_fill(beyond[i] == torch.inf, torch.nan)
         return (s if scale is None else s * scale), t
 
     return factors
 
 
-def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[Tensor, RowStats, HeadGrads]:
+def single_pass(
+    head: Head, c: RowGrads, needs: Needs, windows: Windows, other_columns: OtherColumns | None = None
+) -> tuple[Tensor, RowStats, HeadGrads]:
     """lse [N] (fine), it and picked as statistics, and the gradients of Σ c · statistics (+ Σ c.square lse²).
+
+    With ``other_columns`` the statistics are those of the head's own columns, and c is of the statistics of all.
 
     FLOP 6 NDV; memory: E' of one window (windows.tokens x V) where w wants a gradient, else one block. A window that is
     kept narrower than it is multiplied (`kept_dtype`) is widened strip by strip.
@@ -105,14 +129,21 @@ def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
     lse, low = head.h.new_zeros((2, len(head.h)), dtype=row_dtype(head.h.device.type))
     rows = SweptRows(lse, low, z)
     sink = Sink(head, c, needs, windows)
-    _sweep(head, c, needs, windows, rows, slope, sink)
+    _sweep(head, c, needs, windows, rows, slope, sink, other_columns)
     high = lse.to(wide)
     low = (two_sum_error(high, lse, torch.zeros_like(lse)) + low).to(wide)
     return lse, RowStats(high, z.to(wide), lse_low=low), sink.finish()  # the window of E' is gone by now
 
 
 def _sweep(
-    head: Head, c: RowGrads, needs: Needs, windows: Windows, rows: SweptRows, slopes: Tensor, sink: Sink
+    head: Head,
+    c: RowGrads,
+    needs: Needs,
+    windows: Windows,
+    rows: SweptRows,
+    slopes: Tensor,
+    sink: Sink,
+    other_columns: OtherColumns | None = None,
 ) -> None:
     """The sweep of `single_pass`, which fills ``rows`` and ``sink``; ``slopes`` and rows.picked are `label_terms`."""
     n, vocab, wide = len(head.h), len(head.w), stat_dtype(head.h.dtype)
@@ -128,7 +159,8 @@ def _sweep(
     strip = strip_columns(tokens, columns, wide.itemsize) if keep else columns
     spare = head.h.new_empty(0 if kept == wide else tokens * strip, dtype=wide)
     least, aim, most = kept_range(kept, head.transform)
-    factors = _factors(c, head)
+    beyond = None if other_columns is None else torch.empty_like(rows.lse)
+    factors = _factors(c, head, beyond)
     for i in cuts(n, tokens):
         h = head.h[i].to(work)
         m = len(h)
@@ -156,9 +188,14 @@ def _sweep(
             if far(level.natural):
                 break
         if on_cpu and certain and far(level.natural):
+            if beyond is not None and other_columns is not None:  # it asks for the lse first
+                sweep_far_rows(head, i, _factors(RowGrads(), head), NO_NEEDS, strip, rows, Sink(head, c, NO_NEEDS, windows))
+                beyond[i] = other_columns(i, rows.lse[i])
             sweep_far_rows(head, i, factors, needs, strip, rows, sink)
             continue
         rows.lse[i] = at = level.natural + total.log()
+        if beyond is not None and other_columns is not None:
+            beyond[i] = other_columns(i, at)
         s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
         sink.hidden(i, product, s, t)
         if keep:

@@ -32,6 +32,7 @@ from fusedhead.kernels.contract import (
     HeadGrads,
     LogitGrads,
     Needs,
+    OtherColumns,
     RowGrads,
     RowStats,
     Windows,
@@ -141,9 +142,17 @@ def _two_sweeps(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
     return stats, head_stats_backward(head, c, stats, needs, windows)
 
 
-def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
+def head_loss(
+    head: Head,
+    coefficients: RowGrads,
+    needs: Needs,
+    windows: Windows,
+    other_columns: OtherColumns | None = None,
+) -> tuple[RowStats, HeadGrads]:
     """Statistics and gradients in one sweep where that is possible (`single_pass`), else in two."""
     head = ready_head(head)
+    if other_columns is not None:
+        return single_pass.one_pass(head, coefficients, needs, windows, other_columns)
     if windows.tail_rows:
         return float8_pass.one_float8_pass(head, coefficients, windows)
     if single_pass.can_single_pass(head, coefficients, needs, windows):

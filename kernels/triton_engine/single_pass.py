@@ -16,8 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, logit_grads
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, OtherColumns, RowGrads, RowStats, Windows, logit_grads
 from fusedhead.kernels.gemm import gemm, weighted_rows
+from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.launch.launch import on_device
 from fusedhead.kernels.triton_engine.launch.sweep import Sweep, sweep
 from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
@@ -63,8 +64,20 @@ def can_single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> 
     )
 
 
-def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
-    """Statistics and gradients, where `can_single_pass` says so."""
+def other_columns_serve(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
+    """Whether `one_pass` takes ``other_columns``: in other dtypes a row's scale would lose what their lse loses."""
+    whole = windows.vocab >= len(head.w) and not windows.tail_rows and head.transform.masked_columns(head.cols) is None
+    return whole and head.h.dtype in PARTLY and can_single_pass(head, c, needs, windows)
+
+
+def one_pass(
+    head: Head, coefficients: RowGrads, needs: Needs, windows: Windows, other_columns: OtherColumns | None = None
+) -> tuple[RowStats, HeadGrads]:
+    """Statistics and gradients, where `can_single_pass` says so.
+
+    With ``other_columns`` (bfloat16 whose rows lie in the window whole) the statistics are those of the head's own
+    columns, and the coefficients are of the statistics of all.
+    """
     coefficients = ready_rows(coefficients)
     (n, hidden), vocab, narrow = head.h.shape, head.w.shape[0], head.h.dtype
     new = head.h.new_empty
@@ -123,6 +136,11 @@ def one_pass(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows)
             row_total = None if total is None else rows_of(total, i)
             row_spread = None if spread is None else rows_of(spread, i)
             sums = (row_total, row_spread, weight)
+            if other_columns is not None:  # the lse of the columns here; the scale goes over a copy of the reference
+                apart = (reference2.clone(), row_picked, slope, totals)
+                finalize(s, part, exps, *apart, RowGrads(), row_lse, row_low, None, None, None, None, gain, tie)
+                other_lse = (other_columns(i, row_lse) * LOG2E.value).contiguous()
+                row_lse, row_low = torch.empty_like(row_lse), torch.empty_like(row_low)
             scale = finalize(s, part, exps, *rows, c, row_lse, row_low, *sums, sh, gain, tie, other_lse)
             if masked is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
                 for factor in (scale, sh):
