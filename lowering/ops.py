@@ -74,25 +74,17 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _chosen(
-    head: Head,
-    needs: Needs,
-    limits: tuple[int, int],
-    *,
-    linear: bool,
-    row_scale: bool,
-    explicit: bool,
-    sums: bool = False,
-    float8: bool = False,
-) -> tuple[Engine, Windows]:
-    """The engine, and its windows; ``limits`` are the op's ``memory`` and ``whole_below``."""
+def _problem(head: Head, needs: Needs, **properties: Any) -> Problem:
+    """The head as the planner sees it; ``properties``: further fields of `Problem`."""
     h, w, y, _, _, _, transform = head
     (n, hidden), vocab, dtype, kind = h.shape, w.shape[0], h.dtype, h.device.type
     products = product_dtype(dtype, kind)
-    problem = Problem(
-        n, vocab, hidden, dtype, kind, products, needs, linear, row_scale, explicit, transform, y.shape[1], sums, float8
-    )
-    chosen = plan(problem, memory=limits[0], whole_below=limits[1])
+    return Problem(n, vocab, hidden, dtype, kind, products, needs, transform=transform, labels=y.shape[1], **properties)
+
+
+def _chosen(problem: Problem, memory: int, whole_below: int) -> tuple[Engine, Windows]:
+    """The engine for a head, and its windows."""
+    chosen = plan(problem, memory=memory, whole_below=whole_below)
     return chosen.engine, chosen.windows
 
 
@@ -124,7 +116,8 @@ def _head_stats(
 ) -> tuple[Tensor, ...]:
     head, want = head_of((h, w, y, cols, rows, u), transform), parse_stats(stats)
     explicit, given = writes_logits(want, head.transform), with_companions(want)
-    engine, windows = _chosen(head, NO_NEEDS, (memory, whole_below), linear=True, row_scale=True, explicit=explicit)
+    problem = _problem(head, NO_NEEDS, linear=True, row_scale=True, explicit=explicit)
+    engine, windows = _chosen(problem, memory, whole_below)
     product = fakes.kept_product(h, w, whole_below, keep)
     kept = product[: h.shape[0]] if keep and engine.keeps_product else None
     with without_autocast(head.h.device):
@@ -162,8 +155,8 @@ def _head_stats_backward(*args: Any) -> tuple[Tensor, ...]:
     upstream = RowGrads(**{name: _none_if_empty(g) for name, g in zip(DIFFERENTIABLE_STATS, grads)})
     saved = _saved_stats(head, dict(zip(SAVED_STATS, stats)))
     row_scale = engine_for(head.h.dtype, head.h.device.type).row_scale_serves(head, upstream, needs)
-    limits = settings.memory, settings.whole_below
-    engine, windows = _chosen(head, needs, limits, linear=False, row_scale=row_scale, explicit=not row_scale)
+    problem = _problem(head, needs, linear=False, row_scale=row_scale, explicit=not row_scale)
+    engine, windows = _chosen(problem, settings.memory, settings.whole_below)
     kept = product[: head.h.shape[0]] if product is not None and engine.keeps_product else None
     with without_autocast(head.h.device):
         return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows, kept), head)
@@ -212,10 +205,11 @@ def _head_loss(
         c = c._replace(sum=h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype)))
     preferred = engine_for(h.dtype, h.device.type)
     row_scale = preferred.row_scale_serves(head, c, needs)
-    engine, windows = _chosen(
-        head, needs, (memory, whole_below), linear=True, row_scale=row_scale, explicit=not row_scale,
-        sums=c.sum is not None, float8=float8 and preferred.float8_serves(head),
+    problem = _problem(
+        head, needs, linear=True, row_scale=row_scale, explicit=not row_scale, sums=c.sum is not None,
+        float8=float8 and preferred.float8_serves(head),
     )  # fmt: skip
+    engine, windows = _chosen(problem, memory, whole_below)
     with without_autocast(head.h.device):
         got, grads = engine.head_loss(head, c, needs, windows)
     given = with_companions(want | {"lse"})

@@ -23,7 +23,8 @@ alike. This file knows no graphs.
 from __future__ import annotations
 
 import zlib
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -158,48 +159,51 @@ def _summed(x: Tensor, group: str, reduce: str) -> Tensor:
     return total.to(x.dtype)
 
 
+class ShardBackwardSettings(NamedTuple):
+    """The arguments of `shard_stats_backward` that follow its tensors, by their names in the schema."""
+
+    transform: str
+    memory: int
+    need_h: bool
+    need_w: bool
+    need_cols: bool
+    need_rows: bool
+    first: int
+    vocab: int
+    group: str
+    reduce: str
+    span: Tensor | None = None
+    after: Tensor | None = None
+
+    @property
+    def needs(self) -> tuple[bool, bool, bool, bool]:
+        return self.need_h, self.need_w, self.need_cols, self.need_rows
+
+
 def _shard_stats_backward(*args: Any) -> tuple[Tensor, ...]:
     grads, operands, own, rest = shard_autograd.split_backward(args)
-    h, w, y, cols, rows, u = operands
-    return _gradients(dict(zip(DIFFERENTIABLE_STATS, grads)), h, w, y, cols, rows, u, own, *rest)
+    return _gradients(dict(zip(DIFFERENTIABLE_STATS, grads)), operands, own, ShardBackwardSettings(*rest))
 
 
 def _gradients(
-    grads: dict[str, Tensor],
-    h: Tensor,
-    w: Tensor,
-    y: Tensor,
-    cols: Tensor,
-    rows: Tensor,
-    u: Tensor,
-    own: Any,
-    transform: str,
-    memory: int,
-    need_h: bool,
-    need_w: bool,
-    need_cols: bool,
-    need_rows: bool,
-    first: int,
-    vocab: int,
-    group: str,
-    reduce: str,
-    span: Tensor | None = None,
-    after: Tensor | None = None,
+    grads: dict[str, Tensor], operands: Sequence[Tensor], own: Any, settings: ShardBackwardSettings
 ) -> tuple[Tensor, ...]:
-    needs = (need_h, need_w, need_cols, need_rows)
+    (h, w, y, cols, rows, u), needs, span = operands, settings.needs, settings.span
     if w.shape[0] == 0:
         found = [torch.zeros_like(x) if need else x.new_empty(0) for x, need in zip((h, w, cols, rows), needs)]
     else:
-        here, cell = in_shard(y, first if span is None else span[0], w.shape[0])
+        here, cell = in_shard(y, settings.first if span is None else span[0], w.shape[0])
         if grads["picked"].numel():
             grads["picked"] = torch.where(here, grads["picked"], 0)
         found = list(
-            ops._head_stats_backward(*grads.values(), h, w, cell, cols, rows, u, *own, transform, memory, *needs)
+            ops._head_stats_backward(
+                *grads.values(), h, w, cell, cols, rows, u, *own, settings.transform, settings.memory, *needs
+            )
         )
-    if need_h and reduce:
-        found[0] = _summed(found[0], group, reduce)
-    if need_rows:
-        found[3] = _summed(found[3], group, "wide")
+    if settings.need_h and settings.reduce:
+        found[0] = _summed(found[0], settings.group, settings.reduce)
+    if settings.need_rows:
+        found[3] = _summed(found[3], settings.group, "wide")
     return *found, h.new_zeros(1, dtype=stat_dtype(h.dtype))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusedhead.deferred.tensor import DeferredLogits
 from fusedhead.lowering import ops
+from fusedhead.lowering.plan.problem import Problem
 from tests.eager_stack import Rewritten
 
 D, V, LEAST = 4, 64, 20 * 64  # twenty tokens are fused
@@ -61,9 +62,9 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
     seen: list[tuple[int, str]] = []
     original = ops._chosen
 
-    def chosen(head: Any, *args: Any, **kwargs: Any) -> Any:
-        engine, windows = original(head, *args, **kwargs)
-        seen.append((len(head.h), engine.name))
+    def chosen(problem: Problem, *args: Any) -> Any:
+        engine, windows = original(problem, *args)
+        seen.append((problem.tokens, engine.name))
         return engine, windows
 
     monkeypatch.setattr(ops, "_chosen", chosen)
