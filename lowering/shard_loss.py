@@ -27,7 +27,6 @@ from fusedhead.kernels.contract import (
     LOSS_OUTPUTS,
     SAVED_STATS,
     STATS,
-    Head,
     Needs,
     OtherColumns,
     RowGrads,
@@ -36,12 +35,14 @@ from fusedhead.kernels.contract import (
 from fusedhead.lowering import fakes, ops, shards
 from fusedhead.lowering.autograd import HEAD_LOSS, HEAD_OPERANDS, split_at
 from fusedhead.lowering.checks import head_of, parse_stats
+from fusedhead.lowering.engines import engine_for
 from fusedhead.lowering.shard_merge import Part, gathered, gathered_parts, merged, own_upstream
 
 GIVEN = (*LINEAR_STATS, *COMPANIONS)
 COEFFICIENTS = len(LINEAR_STATS) + 1
-INPUTS = 21
-SCHEMA = ops.SCHEMAS["head_loss"].split(ops._WHOLE)[0] + ", int first, int vocab, str group, str reduce) -> "
+LOSS_INPUTS = 21
+_OPERANDS = ops.SCHEMAS["head_loss"].split(ops._WHOLE)[0]
+SCHEMA = f"{_OPERANDS}, int first, int vocab, str group, str reduce) -> ({ops._LOSS})"
 
 
 def _other_columns(group: dist.ProcessGroup) -> OtherColumns:
@@ -67,12 +68,17 @@ def _shard_loss(*args: Any) -> tuple[Tensor, ...]:
     if want & {"sum", "spread"} and c.sum is None:
         c = c._replace(sum=h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype)))
     each = -(-vocab // dist.get_world_size(group))
-    engine, windows = ops._chosen(head._replace(w=w[:1].expand(each, -1)), needs, memory, c)
+    row_scale = engine_for(h.dtype, h.device.type).row_scale_serves(head, c, needs)
+    problem = ops._problem(
+        head, needs, linear=True, row_scale=row_scale, explicit=not row_scale, sums=c.sum is not None
+    )
+    engine, windows = ops._chosen(problem._replace(vocab=each), memory, 0)
     even = each * (dist.get_world_size(group) - 1) < vocab  # every rank holds a column
     if not (even and any(needs) and engine.other_columns_serve(head, c, needs, windows)):
         return _two_sweeps(operands, coefficients, rest, want)
     with ops.without_autocast(h.device):
         got, grads = engine.head_loss(head, c, needs, windows, _other_columns(group))
+    assert got.picked is not None
     picked = torch.where(here, got.picked, 0)
     weight = u.sum() if u.numel() else h.new_full((), float(w.shape[0]), dtype=stat_dtype(h.dtype))
     part = Part(weight, got.lse, got.lse_low, picked, got.sum, got.spread)
@@ -109,8 +115,10 @@ def _two_sweeps(
     """A sweep for the statistics, their merge, and a sweep for the gradients."""
     h = operands[0]
     transform, _, memory, *needs, first, vocab, name, reduce = rest
-    place = (first, vocab, name, reduce)
-    swept = shards._shard_stats(*operands, transform, ",".join(sorted(want)), memory, *place, False)
+    place: Any = (first, vocab, name, reduce)
+    tensors: Any = operands
+    how: Any = (transform, ",".join(sorted(want)), memory)
+    swept = shards._shard_stats(*(*tensors, *how, *place, False))
     whole, own, _ = split_at(swept, len(STATS), len(SAVED_STATS))
     total = dict(zip(STATS, whole))
     c_lse, c_picked, c_sum, c_square = (ops._none_if_empty(c) for c in coefficients)
@@ -134,7 +142,7 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> tuple:
     grads = HEAD_LOSS[1](ctx, *upstream)
-    return *grads, *(None,) * (INPUTS - len(grads))
+    return *grads, *(None,) * (LOSS_INPUTS - len(grads))
 
 
 torch.library.define("fusedhead::shard_loss", SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import fusedhead.lowering.ops  # noqa: F401  registers torch.ops.fusedhead
+import fusedhead.lowering.ops
+import fusedhead.lowering.shard_loss  # noqa: F401  registers torch.ops.fusedhead
 from fusedhead.functional.vocab_parallel import (
     bounds,
     reduction_of,
@@ -134,10 +135,14 @@ def linear_cross_entropy(
     if weight is not None and group is not None:
         shard_weight = weight[first + torch.arange(w.shape[0], device=weight.device)]
     head = head_operands(h, w, torch.where(counts, labels, 0), bias, shard_weight, softcap)
-    if group is not None and own is not None:
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (h, w, head.cols))
+    place: tuple[Any, ...] = ()
+    if group is not None:
+        place = (first, classes, group.group_name, reduction_of(reduce_dtype))
+    if reduction != "none" and learns and (group is None or vocab_size is not None):
+        value = with_gradients(head, loss, budget, place)
+    elif group is not None and own is not None:
         value = reduced(of_all_ranks(head, own, loss, budget, group, reduction_of(reduce_dtype)), loss)
-    elif reduction != "none" and torch.is_grad_enabled() and any(x.requires_grad for x in (h, w, head.cols)):
-        value = with_gradients(head, loss, budget)
     else:
         value = reduced(swept_stats(head, loss, budget), loss)
     value = value.to(result_dtype)
@@ -258,8 +263,11 @@ def reduced(stats: Statistics, loss: Loss) -> Tensor:
     return value + square.sum() / loss.counts.sum() if isinstance(square, Tensor) else value
 
 
-def with_gradients(head: Operands, loss: Loss, memory: int) -> Tensor:
-    """A scalar loss, and its gradients in the same sweep: it is linear in the statistics and in the lse squared."""
+def with_gradients(head: Operands, loss: Loss, memory: int, place: tuple[Any, ...] = ()) -> Tensor:
+    """A scalar loss, and its gradients in the same sweep: it is linear in the statistics and in the lse squared.
+
+    ``place`` says where this rank's columns are: the first, the number of all, the group, how dh is summed.
+    """
     weight_sum, number = loss.label_weight.sum(), loss.counts.sum()
     mean = loss.reduction == "mean"
 
@@ -273,9 +281,10 @@ def with_gradients(head: Operands, loss: Loss, memory: int) -> Tensor:
     c_lse = label + smooth * loss.total_weight if loss.smoothing else label
     c_square = coefficient(torch.full_like(label, loss.z_loss), number) if loss.z_loss else none
     needs = [x.requires_grad for x in (head.h, head.w, head.cols)]
-    out = torch.ops.fusedhead.head_loss(
+    op = torch.ops.fusedhead.shard_loss if place else torch.ops.fusedhead.head_loss
+    out = op(
         *head[:6], c_lse, -label[:, None], -smooth if loss.smoothing else none, c_square,
-        head.transform, asked(loss), memory, *needs, False,
+        head.transform, asked(loss), memory, *needs, False, *place,
     )  # fmt: skip
     lse, low, picked, total, spread = (out[LOSS_OUTPUTS.index(name)].detach() for name in READ)
     # -0.0: it hands the upstream gradient to the op, which has all gradients up to this factor

@@ -15,7 +15,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import NO_NEEDS, Head, HeadGrads, Needs, OtherColumns, RowGrads, RowStats, Windows, stat_dtype
+from fusedhead.kernels.contract import (
+    NO_NEEDS,
+    Head,
+    HeadGrads,
+    Needs,
+    OtherColumns,
+    RowGrads,
+    RowStats,
+    Windows,
+    stat_dtype,
+)
 from fusedhead.kernels.torch_engine import dlogits as torch_dlogits
 from fusedhead.kernels.torch_engine import softmax_gradients
 from fusedhead.kernels.torch_engine import statistics as torch_statistics

@@ -189,7 +189,9 @@ def _sweep(
                 break
         if on_cpu and certain and far(level.natural):
             if beyond is not None and other_columns is not None:  # it asks for the lse first
-                sweep_far_rows(head, i, _factors(RowGrads(), head), NO_NEEDS, strip, rows, Sink(head, c, NO_NEEDS, windows))
+                sweep_far_rows(
+                    head, i, _factors(RowGrads(), head), NO_NEEDS, strip, rows, Sink(head, c, NO_NEEDS, windows)
+                )
                 beyond[i] = other_columns(i, rows.lse[i])
             sweep_far_rows(head, i, factors, needs, strip, rows, sink)
             continue

@@ -142,3 +142,25 @@ def test_an_infinite_logit_among_the_others_is_not_lost(monkeypatch):
     true, d = truth(kept, g)
     assert error(stats.lse, true.lse) < STEPS
     assert error(grads.h, d[0]) < STEPS
+
+
+@pytest.mark.parametrize("transform", ["", "mulrow:0 mulcol:1 mul:0.5 addcol:0", "mul:0.2 tanh mul:5.0"])
+@pytest.mark.parametrize("further", [0.0, -40.0, 60.0, 300.0, -torch.inf])
+def test_columns_that_lie_elsewhere_take_part_by_their_lse(transform: str, further: float) -> None:
+    x, g = head(n=37, v=70, k=1, transform=transform), gradients(37, square=True)
+    lse = truth(x, g)[0].lse
+    beyond, asked = lse + further, []
+
+    def other_columns(tokens: slice, found: torch.Tensor) -> torch.Tensor:
+        asked.append(tokens)
+        assert error(found, lse[tokens]) < STEPS
+        return beyond[tokens].to(torch.float32)
+
+    stats, grads = engine.head_loss(x, g, OPERANDS, Windows(16, 70, F32), other_columns)
+    whole = torch.logaddexp(lse, beyond)
+    slope = (g.lse + 2 * g.square * whole) * torch.exp(lse - whole)
+    _, d = truth(x, g._replace(lse=slope, square=None))
+    assert [i.start for i in asked] == [0, 16, 32]
+    assert error(stats.lse, lse) < STEPS  # of the columns here
+    assert error(grads.h, d[0]) < 4 * STEPS  # a factor is as exact as the lse that comes from elsewhere
+    assert error(grads.w, d[1]) < 4 * STEPS
