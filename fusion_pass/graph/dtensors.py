@@ -6,15 +6,16 @@ torch.distributed and looks them up in the modules that the program has imported
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fusedhead.graph.nodes import fake
+from fusedhead.graph.nodes import fake, name_of
 
 # in the meta of nodes
 KEPT_SHARDS = "fusedhead_kept"  # of a product of DTensors: the reason why it stays, about its shards
@@ -83,6 +84,54 @@ def replicated_local(node: Node) -> Node | None:
         return None
     whole = len(node.args) == 3 and is_dtensor(fake(node)) and replicated(fake(node))
     return node.args[0] if whole and isinstance(node.args[0], Node) else None
+
+
+class PlacementCall(NamedTuple):
+    """A call of a DTensor's redistribute, to_local or full_tensor: what it is given besides the tensor."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+PLACEMENT_CALLS = frozenset({"redistribute", "to_local", "full_tensor"})
+# Functions that Dynamo of torch 2.11 and 2.12 makes of such calls: it keeps meshes and placements out of its graphs, in
+# the variables that these functions close over.
+CLOSURES = {"prim_redistribute": "redistribute", "prim_to_local": "to_local", "prim from_local": "from_local"}
+
+
+def is_closure(node: Node) -> bool:
+    """Whether a node calls such a function."""
+    return name_of(node) in CLOSURES and str(getattr(node.target, "__module__", "")).startswith("torch._dynamo.")
+
+
+def placement_call(node: Node) -> PlacementCall | None:
+    """What a node calls, if it is one of `PLACEMENT_CALLS` and its arguments are known."""
+    name = name_of(node)
+    if name in PLACEMENT_CALLS:
+        return PlacementCall(name, node.args[1:], node.kwargs)
+    if not is_closure(node) or CLOSURES[name] not in PLACEMENT_CALLS:
+        return None
+    bound = inspect.getclosurevars(node.target).nonlocals  # type: ignore[arg-type]
+    if not {"args_as_value", "kwargs_as_value"}.issuperset(bound):
+        return None
+    return PlacementCall(CLOSURES[name], tuple(bound.get("args_as_value", ())), bound.get("kwargs_as_value", {}))
+
+
+def can_be_made(node: Node) -> bool:
+    """Whether a DTensor like a node's value can be made in its graph: the mesh is there, or others are closed over."""
+    graph = node.graph
+    return mesh_node(graph, fake(node).device_mesh) is not None or any(map(is_closure, graph.nodes))
+
+
+def replicating(mesh: Any) -> Callable[[Tensor], Any]:
+    """A function of a tensor that every rank has whole: the DTensor on a mesh that the graph does not hold."""
+    make, placements = from_local(), on_every_rank(mesh)
+
+    def from_local_on_mesh(x: Tensor) -> Any:
+        return make(x, mesh, placements, run_check=False)
+
+    return from_local_on_mesh
 
 
 def layout(value: Any, turned: bool = False) -> str:
