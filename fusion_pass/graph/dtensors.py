@@ -80,14 +80,15 @@ def from_local() -> Callable[..., Any]:
 
 def replicated_local(node: Node) -> Node | None:
     """The tensor that a DTensor was made of without looking at other ranks, where every rank has the whole of it."""
-    if node.target != from_local() or node.kwargs.get("run_check") or not {"run_check"}.issuperset(node.kwargs):
+    call = call_with_mesh(node) if node.target == from_local() or is_closure(node) else None
+    if call is None or call.name != "from_local" or call.kwargs.get("run_check") or set(call.kwargs) - {"run_check"}:
         return None
-    whole = len(node.args) == 3 and is_dtensor(fake(node)) and replicated(fake(node))
+    whole = len(call.args) == 2 and is_dtensor(fake(node)) and replicated(fake(node))
     return node.args[0] if whole and isinstance(node.args[0], Node) else None
 
 
 class PlacementCall(NamedTuple):
-    """A call of a DTensor's redistribute, to_local or full_tensor: what it is given besides the tensor."""
+    """A call of a DTensor's from_local, redistribute, to_local or full_tensor: what it is given besides the tensor."""
 
     name: str
     args: tuple[Any, ...]
@@ -107,15 +108,19 @@ def is_closure(node: Node) -> bool:
 
 def placement_call(node: Node) -> PlacementCall | None:
     """What a node calls, if it is one of `PLACEMENT_CALLS` and its arguments are known."""
-    name = name_of(node)
-    if name in PLACEMENT_CALLS:
-        return PlacementCall(name, node.args[1:], node.kwargs)
-    if not is_closure(node) or CLOSURES[name] not in PLACEMENT_CALLS:
-        return None
+    call = call_with_mesh(node)
+    return call if call is not None and call.name in PLACEMENT_CALLS else None
+
+
+def call_with_mesh(node: Node) -> PlacementCall | None:
+    """A call by its name, with what is closed over among its arguments; None where that cannot be read."""
+    if not is_closure(node):
+        return PlacementCall(name_of(node), node.args[1:], node.kwargs)
     bound = inspect.getclosurevars(node.target).nonlocals  # type: ignore[arg-type]
-    if not {"args_as_value", "kwargs_as_value"}.issuperset(bound):
+    args, kwargs = bound.get("args_as_value"), bound.get("kwargs_as_value")
+    if not isinstance(args, list) or not isinstance(kwargs, dict):
         return None
-    return PlacementCall(CLOSURES[name], tuple(bound.get("args_as_value", ())), bound.get("kwargs_as_value", {}))
+    return PlacementCall(CLOSURES[name_of(node)], (*args, *node.args[1:]), {**kwargs, **node.kwargs})
 
 
 def can_be_made(node: Node) -> bool:
