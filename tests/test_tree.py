@@ -24,7 +24,7 @@ THROUGH_PROGRAMS = {  # by folder
         "assignments call_program history op_tables query record results row_picks shared_statistics state to_fx"
     ),
     "eager": "projection_graph",
-    "graph": "dry_run dtensors higher_order recipes",
+    "graph": "dry_run higher_order recipes",
     "ir": "builder logits tokenwise",
     "kernels/tokenwise": "compilation engine program",
     "kernels/torch_engine": "dlogits engine exponentials gradient_sink softmax_gradients workspace",

@@ -34,7 +34,6 @@ from fusedhead.analysis.body import Body
 from fusedhead.analysis.projections import candidates
 from fusedhead.canonicalize.reasons import InShards
 from fusedhead.canonicalize.sharded_products import (
-    IDENTITIES,
     Refused,
     ShardedProduct,
     kept,
@@ -158,7 +157,7 @@ class Writer:
         return made
 
     def on_plain(self, node: Node) -> Any:
-        if name_of(node) in IDENTITIES:
+        if dtensors.placement_call(node) is not None:
             return self.plain[node.args[0]]  # type: ignore[index]
 
         def plain(source: Node) -> Any:
@@ -178,8 +177,12 @@ class Writer:
 
     def as_dtensor(self, source: Node) -> Node:
         """A DTensor of a plain result that every rank has whole."""
-        args = (self.plain[source], mesh_of(source), dtensors.on_every_rank(fake(source).device_mesh))
+        mesh, node = fake(source).device_mesh, mesh_of(source)
         with self.graph.inserting_before(source):
-            made = self.graph.call_function(dtensors.from_local(), args, {"run_check": False})
+            if node is None:
+                made = self.graph.call_function(dtensors.replicating(mesh), (self.plain[source],))
+            else:
+                args = (self.plain[source], node, dtensors.on_every_rank(mesh))
+                made = self.graph.call_function(dtensors.from_local(), args, {"run_check": False})
         made.meta.update(source.meta)  # the value that Dynamo recorded: the same DTensor
         return made

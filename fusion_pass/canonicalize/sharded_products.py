@@ -18,11 +18,20 @@ from torch.fx import Node
 from fusedhead.canonicalize.reasons import InShards
 from fusedhead.compat import HigherOrderOperator, maybe_get_fake_mode, tree_leaves
 from fusedhead.graph import dtensors
-from fusedhead.graph.dtensors import Axis, axis_of, is_dtensor, layout, piece, replicated, same_mesh, shard_dim
+from fusedhead.graph.dtensors import (
+    Axis,
+    axis_of,
+    is_dtensor,
+    layout,
+    piece,
+    placement_call,
+    replicated,
+    same_mesh,
+    shard_dim,
+)
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.reasons import Escape, Refusal, refuse
 
-IDENTITIES = frozenset({"redistribute", "to_local", "full_tensor"})
 WEIGHT_IS_TRANSPOSED = {"linear": False, "matmul": True, "mm": True}
 
 
@@ -99,7 +108,8 @@ def planned(product: Node, with_loss: set[Node]) -> ShardedProduct:
 def is_gathered(node: Node, vocab: int) -> bool:
     """Whether a node makes plain tensors of logits that were DTensors."""
     sizes = [size for size in getattr(fake(node), "shape", ()) if isinstance(size, int)]  # a symbol would be guarded
-    return name_of(node) in ("to_local", "full_tensor") and vocab in sizes
+    call = placement_call(node)
+    return call is not None and call.name != "redistribute" and vocab in sizes
 
 
 def vocab_axis(value: Any, vocab_dim: int) -> Axis | None:
@@ -124,7 +134,8 @@ def source_of(hidden: Node, axis: Axis | None, mesh: Any) -> tuple[Node, int | N
     if not same_mesh(value.device_mesh, mesh):
         raise Escape(InShards.OTHER_MESH)
     if axis is not None:
-        for node in (hidden, hidden.args[0] if name_of(hidden) == "redistribute" else None):
+        call = placement_call(hidden)
+        for node in (hidden, hidden.args[0] if call is not None and call.name == "redistribute" else None):
             tokens = shards_of_tokens(node, axis)
             if tokens is not None:
                 return node, tokens  # type: ignore[return-value]
@@ -171,7 +182,7 @@ def followed(product: Node) -> tuple[list[Node], list[tuple[Node, Node]]]:
             if user.op == "output" or why is None:
                 raise Escape(InShards.RETURNED, placed=layout(fake(source)) if is_dtensor(fake(source)) else "plain")
             raise Refused(replace(why, node=user).placed())
-        if mesh_of(source) is None:
+        if not dtensors.can_be_made(source):
             raise Escape(InShards.NO_MESH, name=source.name)
     return list(converted), ends
 
@@ -191,15 +202,17 @@ def unreadable(node: Node, converted: Mapping[Node, None]) -> Refusal | None:
     placed = layout(fake(source)) if isinstance(source, Node) and is_dtensor(fake(source)) else ""
     if node.op == "output":
         return refuse(InShards.RETURNED, placed=placed)
-    if name_of(node) == "redistribute":
+    call = placement_call(node)
+    if call is not None and call.name == "redistribute":
         return None if is_dtensor(fake(node)) else refuse(InShards.NO_DTENSOR, name="redistribute")
-    if name_of(node) in ("to_local", "full_tensor"):
-        if grad_placements(node):
-            return refuse(InShards.GRAD_PLACEMENTS, name=name_of(node))
-        if name_of(node) == "to_local" and not replicated(fake(source)):  # type: ignore[arg-type]
+    if call is not None:
+        if call.kwargs.get("grad_placements") or call.args:
+            return refuse(InShards.GRAD_PLACEMENTS, name=call.name)
+        if call.name == "to_local" and not replicated(fake(source)):  # type: ignore[arg-type]
             return refuse(InShards.OWN_PART, placed=placed)
         return None
-    if isinstance(node.target, HigherOrderOperator) or node.op not in ("call_function", "call_method"):
+    unknown = isinstance(node.target, HigherOrderOperator) or dtensors.is_closure(node)
+    if unknown or node.op not in ("call_function", "call_method"):
         return refuse(InShards.TAKES_SHARDS, name=name_of(node) or node.op)
     if name_of(node) == "dropout" or "wait" in name_of(node):
         return refuse(InShards.TAKES_SHARDS, name=name_of(node))
@@ -212,7 +225,3 @@ def unreadable(node: Node, converted: Mapping[Node, None]) -> Refusal | None:
     if is_dtensor(fake(node)) and any("Partial" in type(p).__name__ for p in fake(node).placements):
         return refuse(InShards.LEAVES_A_SUM, name=name_of(node), placed=layout(fake(node)))
     return None
-
-
-def grad_placements(node: Node) -> object:
-    return node.kwargs.get("grad_placements") or (node.args[1] if len(node.args) > 1 else None)

@@ -6,15 +6,16 @@ torch.distributed and looks them up in the modules that the program has imported
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fusedhead.graph.nodes import fake
+from fusedhead.graph.nodes import fake, name_of
 
 # in the meta of nodes
 KEPT_SHARDS = "fusedhead_kept"  # of a product of DTensors: the reason why it stays, about its shards
@@ -79,10 +80,63 @@ def from_local() -> Callable[..., Any]:
 
 def replicated_local(node: Node) -> Node | None:
     """The tensor that a DTensor was made of without looking at other ranks, where every rank has the whole of it."""
-    if node.target != from_local() or node.kwargs.get("run_check") or not {"run_check"}.issuperset(node.kwargs):
+    call = call_with_mesh(node) if node.target == from_local() or is_closure(node) else None
+    if call is None or call.name != "from_local" or call.kwargs.get("run_check") or set(call.kwargs) - {"run_check"}:
         return None
-    whole = len(node.args) == 3 and is_dtensor(fake(node)) and replicated(fake(node))
+    whole = len(call.args) == 2 and is_dtensor(fake(node)) and replicated(fake(node))
     return node.args[0] if whole and isinstance(node.args[0], Node) else None
+
+
+class PlacementCall(NamedTuple):
+    """A call of a DTensor's from_local, redistribute, to_local or full_tensor: what it is given besides the tensor."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+PLACEMENT_CALLS = frozenset({"redistribute", "to_local", "full_tensor"})
+# Functions that Dynamo of torch 2.11 and 2.12 makes of such calls: it keeps meshes and placements out of its graphs, in
+# the variables that these functions close over.
+CLOSURES = {"prim_redistribute": "redistribute", "prim_to_local": "to_local", "prim from_local": "from_local"}
+
+
+def is_closure(node: Node) -> bool:
+    """Whether a node calls such a function."""
+    return name_of(node) in CLOSURES and str(getattr(node.target, "__module__", "")).startswith("torch._dynamo.")
+
+
+def placement_call(node: Node) -> PlacementCall | None:
+    """What a node calls, if it is one of `PLACEMENT_CALLS` and its arguments are known."""
+    call = call_with_mesh(node)
+    return call if call is not None and call.name in PLACEMENT_CALLS else None
+
+
+def call_with_mesh(node: Node) -> PlacementCall | None:
+    """A call by its name, with what is closed over among its arguments; None where that cannot be read."""
+    if not is_closure(node):
+        return PlacementCall(name_of(node), node.args[1:], node.kwargs)
+    bound = inspect.getclosurevars(node.target).nonlocals  # type: ignore[arg-type]
+    args, kwargs = bound.get("args_as_value"), bound.get("kwargs_as_value")
+    if not isinstance(args, list) or not isinstance(kwargs, dict):
+        return None
+    return PlacementCall(CLOSURES[name_of(node)], (*args, *node.args[1:]), {**kwargs, **node.kwargs})
+
+
+def can_be_made(node: Node) -> bool:
+    """Whether a DTensor like a node's value can be made in its graph: the mesh is there, or others are closed over."""
+    graph = node.graph
+    return mesh_node(graph, fake(node).device_mesh) is not None or any(map(is_closure, graph.nodes))
+
+
+def replicating(mesh: Any) -> Callable[[Tensor], Any]:
+    """A function of a tensor that every rank has whole: the DTensor on a mesh that the graph does not hold."""
+    make, placements = from_local(), on_every_rank(mesh)
+
+    def from_local_on_mesh(x: Tensor) -> Any:
+        return make(x, mesh, placements, run_check=False)
+
+    return from_local_on_mesh
 
 
 def layout(value: Any, turned: bool = False) -> str:

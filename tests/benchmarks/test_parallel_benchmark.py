@@ -141,6 +141,9 @@ def test_copies_stand_for_collectives_and_are_taken_away_again() -> None:
     assert summed.tolist() == [1, 1, 1, 1]
     assert gathered.tolist() == [1, 2, 1, 2]
     assert scattered.tolist() == [0, 1]
+    alone, given = torch.full((2,), 7.0), torch.tensor([3.0, 4.0])  # of a group of one
+    ranks.without_wire(lambda: (dist.all_gather_into_tensor(alone, given), ())[1])()
+    assert alone.tolist() == given.tolist() == [3, 4]
 
 
 def test_a_contender_that_fails_is_a_row_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,14 @@ def test_parts_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "no part is called 'pipelines'" in capsys.readouterr().err
 
 
+def runs(process: Path) -> bool:
+    """Whether a process of /proc is there, and no mere entry that nobody has asked about."""
+    try:
+        return (process / "stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
 def test_a_command_that_hangs_is_ended_with_what_it_has_started_and_the_next_one_runs(tmp_path: Path) -> None:
     hangs = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'],"
     hangs += " start_new_session=True); print(p.pid, flush=True); time.sleep(99)"
@@ -63,22 +71,23 @@ def test_a_command_that_hangs_is_ended_with_what_it_has_started_and_the_next_one
     assert lines[0].startswith("hangs: stopped at its limit of 2 s")
     assert lines[1].startswith("ends: exit status 0")
     assert (tmp_path / "ends.log").read_text() == "done\n"
-    pid = (tmp_path / "hangs.log").read_text().strip()
-    state = Path("/proc", pid, "stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    process = Path("/proc", (tmp_path / "hangs.log").read_text().strip())
+    until = time.monotonic() + 20  # a killed process ends when it is next given the processor
+    while (alive := runs(process)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive
     assert several_gpus.run(group, tmp_path, time.monotonic() + 5)[0].startswith("hangs: not run")
 
 
 def test_training_steps_on_two_processes_give_one_table() -> None:
     first, second = on_ranks("tests.benchmarks.parallel_ranks:training_steps", 2, timeout=300)
-    assert first == second | {"said": first["said"]}
     assert second["said"] == ""
-    for name in ("DDP, loss inside", "FSDP2, one unit, loss inside"):
-        for arm in first[name].values():
-            assert "note" not in arm, arm["note"]
-            assert len(arm["losses"]) == 3
-            assert arm["ms"] > 0
-        assert f"| {name} | " in first["said"]
+    name = "FSDP2, one unit, loss inside"
+    arm, other = first[name]["eager"], second[name]["eager"]
+    assert "note" not in arm, arm["note"]
+    assert len(arm["losses"]) == 3
+    assert (arm["losses"], arm["ms"]) == (other["losses"], other["ms"])  # those of all ranks
+    assert f"| {name} | " in first["said"]
 
 
 def test_a_table_says_what_did_not_run() -> None:

@@ -1,0 +1,58 @@
+"""Calls of DTensor's methods in a graph: as methods, and as torch 2.11 writes them, with meshes closed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import Graph, Node
+
+from fusedhead.graph.dtensors import is_closure, placement_call
+
+
+def closure(name: str, args_as_value: Any, kwargs_as_value: Any, module: str = "torch._dynamo.variables.tensor") -> Any:
+    """A function as Dynamo of torch 2.11 puts it into graphs."""
+
+    def function(x: Any) -> Any:
+        return x.call(*args_as_value, **kwargs_as_value)
+
+    function.__name__, function.__module__ = name, module
+    return function
+
+
+def node_of(target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
+    graph = Graph()
+    x = graph.placeholder("x")
+    return graph.create_node("call_method" if isinstance(target, str) else "call_function", target, (x, *args), kwargs)
+
+
+def test_a_method_is_read_with_its_arguments() -> None:
+    call = placement_call(node_of("to_local", grad_placements=("Partial",)))
+    assert call == ("to_local", (), {"grad_placements": ("Partial",)})
+    assert placement_call(node_of("full_tensor")) == ("full_tensor", (), {})
+    assert placement_call(node_of("float")) is None
+
+
+@pytest.mark.parametrize(("name", "method"), [("prim_redistribute", "redistribute"), ("prim_to_local", "to_local")])
+def test_a_function_that_closes_over_its_arguments_is_read_with_them(name: str, method: str) -> None:
+    node = node_of(closure(name, ["mesh"], {"grad_placements": ("Partial",)}))
+    assert is_closure(node)
+    assert placement_call(node) == (method, ("mesh",), {"grad_placements": ("Partial",)})
+
+
+def test_a_function_of_somebody_else_is_not_read_by_its_name() -> None:
+    node = node_of(closure("prim_to_local", [], {}, module="somebody.else"))
+    assert not is_closure(node)
+    assert placement_call(node) is None
+
+
+def test_a_function_whose_arguments_are_not_where_they_were_is_none() -> None:
+    def function(x: torch.Tensor) -> Any:
+        return x.to_local()  # type: ignore[attr-defined]
+
+    function.__name__, function.__module__ = "prim_to_local", "torch._dynamo.variables.tensor"
+    node = node_of(function)
+    assert is_closure(node)
+    assert placement_call(node) is None
