@@ -67,7 +67,8 @@ def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str])
     and a quarter where loads of the next tile overtake the epilogue.
     """
     if kernel == "dlogits" or tile.BN < 256:
-        return tile._replace(parts=4) if transform.steps and kernel != "stream" else tile
+        more = transform.steps or (kernel == "exp" and want)
+        return tile._replace(parts=4) if more and kernel != "stream" else tile
     if kernel == "stream" and "variance" in want:  # holds yet another value: in half a tile nothing spills
         return tile._replace(BN=128, parts=2, stages=min(tile.stages, 3))
     if transform.varies_along_row or (kernel == "stream" and not want <= PLAIN):
