@@ -25,8 +25,9 @@ PROGRAMS = int(os.environ.get("FUSEDHEAD_OPERATORS", "20"))
 FOUND = (
     ("kron", "on logits"), ("nn.functional.interpolate", "between"), ("gradient", "on logits"),
     ("nn.functional.rms_norm", "between"), ("addcmul", "between"), ("polygamma", "hidden"),
+    ("masked.var", "on logits"), ("narrow", "on logits"),
 )  # fmt: skip
-SAMPLES = {"addcmul": 3, "polygamma": 3}  # of which one found it, else the first
+SAMPLES = {"addcmul": 3, "polygamma": 3, "narrow": 3}  # of which one found it, else the first
 
 
 @pytest.fixture(autouse=True)
