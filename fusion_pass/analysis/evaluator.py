@@ -20,15 +20,17 @@ from fusedhead.graph.dry_run import changed_arguments
 from fusedhead.graph.nodes import fake, inputs, name_of
 from fusedhead.graph.op_names import PROJECTIONS
 from fusedhead.graph.reasons import Escape
+from fusedhead.graph.sizes import same_size
 from fusedhead.graph.tracing import trace
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import LOGITS_LIKE, LogitsLike, detached
 from fusedhead.ir.terminal import Terminal
-from fusedhead.ir.tokenwise import TokenValue
+from fusedhead.ir.tokenwise import TokenValue, token_values_of
 from fusedhead.rules import RULES
 from fusedhead.rules.setitem import columns_set
 from fusedhead.rules.table import Context
 from fusedhead.rules.tokenwise.dispatch import read_by_tokens as by_tokens
+from fusedhead.rules.tokenwise.reasons import NotByTokens
 
 LARGEST_CONSTANT = 4096  # entries of a literal index that may be written into the graph again
 
@@ -62,6 +64,9 @@ def evaluate(node: Node, program: GraphModule, values: dict[Node, Any]) -> Any:
             continue
         val = fake(node) if op is calls[-1] else op.meta.get("val")
         if all_followed((args, kwargs)) or any(isinstance(x, TokenValue) for x in tree_leaves((args, kwargs))):
+            plain = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Plain))
+            if any(True for x in plain for _ in token_values_of(x)):
+                raise Escape(NotByTokens.WITH_A_TOTAL, op=op.target)
             env[op] = applied(op, Context(node, val, op.target, alone=op.meta.get("val")), args, kwargs)
         elif op.target in RULES and is_projection(op):
             env[op] = RULES[op.target](Context(node, val, op.target), *args, **kwargs)
@@ -117,7 +122,10 @@ def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> 
         except Escape as escape:
             refused = escape
     try:
-        return by_tokens(context, *args, **kwargs)
+        value = by_tokens(context, *args, **kwargs)
+        if any(same_size(size, 0) for part in token_values_of(value) for size in part.val.shape):
+            raise Escape(NotByTokens.NO_ENTRIES, op=target)
+        return value
     except Escape as escape:
         if refused is None:
             raise

@@ -50,6 +50,18 @@ def ops() -> list[Any]:
     return [op for op in op_db if torch.float32 in op.supported_dtypes("cpu") and not op.name.startswith(LEFT_OUT)]
 
 
+def composite(op: Any) -> bool:
+    """Whether the op is written in terms of others, or a function of Python: what is traced of it is not one op."""
+    packet = getattr(torch.ops.aten, op.aten_name or op.name, None)
+    try:
+        return packet is None or all(
+            getattr(packet, name).has_kernel_for_dispatch_key("CompositeImplicitAutograd")
+            for name in packet.overloads()
+        )
+    except RuntimeError:  # an op of TorchScript, which the dispatcher does not know
+        return True
+
+
 def samples(op: Any, most: int) -> Iterator[tuple[int, Any]]:
     """Some of an op's samples, evenly spread, numbered as the database has them."""
     torch.manual_seed(0)

@@ -73,8 +73,11 @@ def finite(x: Tensor) -> Tensor:
     return x.detach().isfinite() if x.is_floating_point() or x.is_complex() else torch.ones_like(x, dtype=torch.bool)
 
 
-def differs(i: int, got: Any, eager: Any, near: list[Any]) -> str:
-    """ "" where one result agrees with eager code's, else a sentence. ``near``: eager code's of disturbed inputs."""
+def differs(i: int, got: Any, eager: Any, near: list[Any], rounding: float = 0.0) -> str:
+    """ "" where one result agrees with eager code's, else a sentence. ``near``: eager code's of disturbed inputs.
+
+    ``rounding``: relative, of the coarsest dtype that the program computes in.
+    """
     if isinstance(eager, (float, complex)) and type(got) is type(eager):
         got, eager = torch.tensor(got), torch.tensor(eager)
         near = [torch.tensor(x) for x in near if isinstance(x, (float, complex))]
@@ -95,10 +98,20 @@ def differs(i: int, got: Any, eager: Any, near: list[Any]) -> str:
     if bool(((finite(got) != settled) & steady).any()):
         return f"{i}: not finite where eager code is, or the reverse"
     moved = max((distance(x, eager) for x in others), default=0.0)
+    if not (eager.is_floating_point() or eager.is_complex() or eager.dtype == torch.bool):
+        return "" if torch.equal(got, eager) else f"{i}: other integers"
     size = eager.detach().abs()[settled].max().item() if eager.dtype != torch.bool and bool(settled.any()) else 1.0
-    allowed = BEYOND * moved + ULPS * torch.finfo(torch.float32).eps * max(1.0, float(size))
+    allowed = BEYOND * moved + max(ULPS * torch.finfo(torch.float32).eps, rounding) * max(1.0, float(size))
     off = distance(got, eager)
     return "" if off <= allowed else f"{i}: {off:.3g} off, {allowed:.3g} allowed, size {float(size):.3g}"
+
+
+def inputs_of(case: Case) -> tuple[Tensor, ...]:
+    """As a compiler sees them: the first size of the first one is a symbol, where the program says so."""
+    given = fresh(case)
+    if case.dynamic and given[0].ndim:
+        torch._dynamo.maybe_mark_dynamic(given[0], 0)
+    return given
 
 
 def compare(case: Case) -> Verdict:
@@ -109,10 +122,7 @@ def compare(case: Case) -> Verdict:
         eager = attempt(case, case.model, fresh(case))
         torch.compiler.reset()
         compiled = torch.compile(case.model, backend=backend(report.extend, **{"fusedhead.min_logits": 0}))
-        given = fresh(case)
-        if case.dynamic and given[0].ndim:
-            torch._dynamo.maybe_mark_dynamic(given[0], 0)
-        got = attempt(case, compiled, given)
+        got = attempt(case, compiled, inputs_of(case))
         if report.errors:
             return Verdict("the pass raised", report.errors[0], report)
         if isinstance(eager, Exception):
@@ -120,7 +130,7 @@ def compare(case: Case) -> Verdict:
             return Verdict("skipped" if alike else "does not raise", f"{eager!r}"[:300], report)
         if isinstance(got, Exception):
             torch.compiler.reset()
-            alone = attempt(case, torch.compile(case.model, backend="eager"), fresh(case))
+            alone = attempt(case, torch.compile(case.model, backend="eager"), inputs_of(case))
             if isinstance(alone, Exception) and type(alone) is type(got):
                 return Verdict("skipped", f"{got!r}"[:300], report)
             return Verdict("raises", "".join(traceback.format_exception(got))[-3000:], report)
@@ -130,7 +140,7 @@ def compare(case: Case) -> Verdict:
             found = differ(got, eager, [x for x in near if isinstance(x, list)])
         if found:
             torch.compiler.reset()
-            alone = attempt(case, torch.compile(case.model, backend="eager"), fresh(case))
+            alone = attempt(case, torch.compile(case.model, backend="eager"), inputs_of(case))
             if isinstance(alone, list) and differ(alone, eager, []):
                 return Verdict("skipped", f"Dynamo alone: {found}", report)
     return Verdict("differs" if found else "", found, report)
@@ -139,5 +149,10 @@ def compare(case: Case) -> Verdict:
 def differ(got: list[Any], eager: list[Any], near: list[list[Any]]) -> str:
     if len(got) != len(eager):
         return f"{len(got)} results instead of {len(eager)}"
-    rows = (differs(i, a, b, [x[i] for x in near if len(x) == len(eager)]) for i, (a, b) in enumerate(zip(got, eager)))
+    dtypes = {x.dtype for x in eager if isinstance(x, Tensor) and x.is_floating_point()}
+    rounding = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    rows = (
+        differs(i, a, b, [x[i] for x in near if len(x) == len(eager)], rounding)
+        for i, (a, b) in enumerate(zip(got, eager))
+    )
     return next(filter(None, rows), "")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.fuzz.operators import PLACES, cases, ops, samples
+from tests.fuzz.operators import PLACES, cases, composite, ops, samples
 from tests.fuzz.operators_compared import compare, differs
 from tests.fuzz.operators_run import quiet
 from tests.op_samples import first_samples
@@ -25,8 +25,9 @@ PROGRAMS = int(os.environ.get("FUSEDHEAD_OPERATORS", "20"))
 FOUND = (
     ("kron", "on logits"), ("nn.functional.interpolate", "between"), ("gradient", "on logits"),
     ("nn.functional.rms_norm", "between"), ("addcmul", "between"), ("polygamma", "hidden"),
+    ("masked.var", "on logits"), ("narrow", "on logits"),
 )  # fmt: skip
-SAMPLES = {"addcmul": 3, "polygamma": 3}  # of which one found it, else the first
+SAMPLES = {"addcmul": 3, "polygamma": 3, "narrow": 3}  # of which one found it, else the first
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,20 @@ def test_a_sample_of_the_database_is_what_eager_code_makes_of_it() -> None:
             for case in cases(op, number, sample, (place,)):
                 verdict = compare(replace(case, dynamic=n % 2 == 1))
                 assert verdict.kind in ("", "skipped"), (case.name, verdict.kind, verdict.detail)
+
+
+def test_no_composite_op_makes_the_pass_raise() -> None:
+    """Any exception of the pass is a defect. Other draws: FUSEDHEAD_COMPOSITE_SEED and FUSEDHEAD_OPERATORS."""
+    known = [op for op in ops() if composite(op)]
+    assert len(known) > 100
+    seed = int(os.environ.get("FUSEDHEAD_COMPOSITE_SEED", "1000"))
+    for n in range(seed, seed + PROGRAMS // 2):
+        drawn = random.Random(n)
+        op, place = drawn.choice(known), drawn.choice(("on logits", "between", "losses"))
+        for number, sample in samples(op, drawn.choice((1, 2, 5))):
+            for case in cases(op, number, sample, (place,)):
+                report = compare(replace(case, dynamic=drawn.random() < 0.5)).report
+                assert not report.errors, (case.name, report.errors)
 
 
 @pytest.mark.parametrize(("name", "place"), FOUND)

@@ -36,4 +36,5 @@ class NotByTokens(Reason):
     MERGES_TOKENS_AND_CLASSES = "the dimensions of tokens and classes are merged by a view"
     REORDERS_TOKENS = "tokens are put into another order"
     EMPTY_OPERAND = "a vector without entries is joined, which counts for nothing"
+    NO_ENTRIES = "{op} has a result without entries"
     OTHER_TOKENS = "logits of different tokens are joined"
