@@ -53,10 +53,14 @@ def program(vocab: int = V, ignored: float = 0.0, below: int | None = None, micr
     return Program(vocab, ignored, below, micro, model=tuple(model.items()))
 
 
-def reference(setting: Setting, of: Program, dtype: torch.dtype) -> dict[str, Any]:
-    """The same by one process in eager mode."""
+def reference(setting: Setting, of: Program, dtype: torch.dtype, inductor: bool = False) -> dict[str, Any]:
+    """The same by one process in eager mode, or through Inductor alone."""
     setting = setting._replace(dtype=dtype)
-    return train(of._replace(dtype=dtype).made(setting), setting, of.batch(setting), eager=True, micro=of.micro)
+    made = of._replace(dtype=dtype).made(setting)
+    if inductor:
+        torch._dynamo.reset()
+        made.compile(backend="inductor")
+    return train(made, setting, of.batch(setting), eager=True, micro=of.micro)
 
 
 def tp_mesh(setting: Setting) -> Any:
