@@ -12,9 +12,9 @@ VENV := $(subst $() ,,$(VENV))
 BIN := $(VENV)/bin
 # Packages that ask for versions of others, or for a torch, that do not fit the rest: installed beside it, without
 # what they ask for (the extra "e2e" brings the rest of that), and seen by the tests in tests/e2e/apart only.
-# torchvision 0.30 is made for torch 2.15, 0.28 for 2.13.
+# torchvision 0.28 is made for torch 2.13, 0.29 for 2.14; a new torch has to do with the newest there is.
 APART := "litgpt>=0.5.13" timm "torchtune>=0.6.1" "torchao==0.11.0" "torchtitan==0.3.*" "spmd_types==0.2.3" \
-	"torchvision==0.$(shell expr $(word 2,$(subst ., ,$(TORCH))) + 15).*"
+	"torchvision<0.$(shell expr $(word 2,$(subst ., ,$(TORCH))) + 16)"
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(sort $(shell find fusion_pass lowering kernels -name "*.py"))
 
@@ -30,24 +30,28 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
-# Two workers, handed single tests as they get free: a test that compiles takes seconds, most take milliseconds.
+# Two workers, handed single tests as they get free: a test that compiles takes seconds, most take milliseconds. Those
+# that share something stay together, the long ones come first (tests/conftest.py).
+SHARED := -n 2 --dist loadgroup --no-loadscope-reorder
 pytest: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15
+	$(BIN)/python -m pytest -q $(SHARED) --durations 15
 
 # What depends most on torch: the graphs that Dynamo makes, the rules that read them, tensors that stand for logits.
 FAST := $(addprefix tests/,compat graph ir rules canonicalize analysis legality rewrite deferred report inductor programs \
 	packaging test_backend.py test_pipeline.py test_user_surface.py)
 fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15 $(FAST)
+	$(BIN)/python -m pytest -q $(SHARED) --durations 15 $(FAST)
 
 # The same on the oldest torch that the package allows.
 oldest:
 	$(MAKE) fast TORCH=$(OLDEST)
 
-# Import, packaging and what is used of torch, with every Python that the machine has.
-pythons:
-	for python in python3.10 python3.11 python3.12 python3.13 python3.14; do \
-		$$python -c "" 2>/dev/null || { echo "no $$python"; continue; }; $(MAKE) some PYTHON=$$python || exit 1; done
+# Import, packaging and what is used of torch, with every Python that the machine has, and what can be said of the others:
+# whether the syntax and the standard library are theirs.
+pythons: $(VENV)/.installed
+	for minor in 10 11 12 13 14; do \
+		if python3.$$minor -c "" 2>/dev/null; then $(MAKE) some PYTHON=python3.$$minor || exit 1; \
+		else $(BIN)/ruff check --target-version py3$$minor --select E9,F . && $(BIN)/mypy --python-version 3.$$minor || exit 1; fi; done
 some: $(VENV)/.installed
 	$(BIN)/python -m pytest -q tests/compat tests/packaging tests/programs/test_whole_stack.py
 

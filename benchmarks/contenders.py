@@ -147,6 +147,12 @@ CONTENDERS = {
             'the same with options={"fusedhead.memory": "min"}',
         ),
         Contender(
+            "fusedhead float8",
+            compiled("fusedhead", {**STRICT, "fusedhead.gradients": "float8"}),
+            ("train",),
+            'the same with options={"fusedhead.gradients": "float8"}',
+        ),
+        Contender(
             "inductor+chunker",
             chunked_by_inductor,
             ("train",),

@@ -1,14 +1,15 @@
-"""The two data sets: hidden states, a weight and labels with the statistics that decide how fast a head runs.
+"""The data sets: hidden states, a weight and labels with the statistics that decide how fast a head runs.
 
 ``random`` is a head at its initialisation: logits of variance 1, labels uniform. ``trained`` looks like a
 trained model's output: a Zipf-like unigram distribution that every row shares, a few likely tokens a row, a
 confident prediction in 70 % of the rows, and every 17th label ignored. Methods that skip small
-probabilities, and roundings that hurt only where p is near 1, show themselves there. This file knows nothing
-of losses or timing.
+probabilities, and roundings that hurt only where p is near 1, show themselves there. ``model`` is a real model
+after some minutes of training, out of a file. This file knows nothing of losses or timing.
 """
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -73,4 +74,22 @@ def trained(case: Case, device: torch.device) -> Batch:
     return Batch(h.to(case.torch_dtype), w, y, torch.randn(n, generator=draw, device=device))
 
 
-SETS = {"random": random, "trained": trained}
+def model(case: Case, device: torch.device) -> Batch:
+    """Hidden states of held-out text and the head of a GPT-2 124M, as `benchmarks.training_curves` keeps them.
+
+    The file is that of $FUSEDHEAD_MODEL_STATES. Raises ValueError where it has not this many tokens, or other sizes.
+    """
+    path = os.environ.get("FUSEDHEAD_MODEL_STATES")
+    if not path:
+        raise ValueError("the data set model needs a file: python -m benchmarks.training_curves --states FILE")
+    kept = torch.load(path, map_location=device, weights_only=True)
+    h, w, y = kept["h"], kept["w"], kept["y"]
+    if len(h) < case.tokens or tuple(w.shape) != (case.vocab, case.hidden):
+        raise ValueError(f"{path} has {len(h)} tokens and a head {tuple(w.shape)}, too few or another than {case.text}")
+    n, dtype = case.tokens, case.torch_dtype
+    upstream = torch.randn(n, generator=torch.Generator(device).manual_seed(17), device=device)
+    return Batch(h[:n].to(dtype), w.to(dtype), y[:n].clone(), upstream)
+
+
+SETS = {"random": random, "trained": trained}  # made here, for any case
+ALL_SETS = {**SETS, "model": model}

@@ -1,13 +1,14 @@
 """What does a head cost the host? Time to enqueue a step, beside the time the device takes for it.
 
-    python benchmarks/gpu_host.py [--shapes 2048x4096x32000,...] [--items] [--profile N]
+    python benchmarks/gpu_host.py [--shapes 2048x4096x32000,...] [--items] [--profile N] [--not-recorded]
 
 Few tokens are bound by whichever of the two is longer. Per shape and step: the median time until the call returns
 (no synchronisation inside), the median time until the device is done with that one call, and the time of a call in
 a row of calls. Steps are the engine's functions by themselves and the programs of `benchmarks.tasks` compiled with
 Inductor and with fusedhead. ``--items`` takes the training step apart: its forward alone, the op that the forward
 calls, the engine without its launches and products (Python and allocations). ``--profile`` adds where the host's time
-goes, the N functions with the largest own time.
+goes, the N functions with the largest own time. ``--not-recorded`` leaves launches to Triton's launcher, to measure
+what `launch.launcher` saves.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from benchmarks.gpu_heads import OPERANDS, make_grads, make_head
 from benchmarks.gpu_heads import Case as HeadCase
 from fusedhead.kernels.contract import Needs, Windows
 from fusedhead.kernels.triton_engine import engine, single_pass, weight_gradient
+from fusedhead.kernels.triton_engine.launch import launch
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.lowering.plan.plan import plan
 from fusedhead.lowering.plan.problem import Problem
@@ -176,7 +178,10 @@ def main() -> None:
     parser.add_argument("--tasks", default="forward,train,frozen", help="comma-separated")
     parser.add_argument("--profile", type=int, default=0, help="functions to list a profile")
     parser.add_argument("--items", action="store_true", help="the training step taken apart")
+    parser.add_argument("--not-recorded", action="store_true", help="launch through Triton's launcher, as it is")
     options = parser.parse_args()
+    if options.not_recorded:
+        patch.object(launch, "recorded", return_value=None).start()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     print("microseconds: call returns / device done / a call in a row of calls")
     for name, step in primitives().items():

@@ -166,7 +166,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
         "--without", type=lambda s: s.split(","), default=[], help=f"leave out contenders, or {FLOOR!r}"
     )
     parser.add_argument("--tasks", type=lambda s: s.split(","), default=list(tasks.TASKS), help="default: all four")
-    parser.add_argument("--data", type=lambda s: s.split(","), default=list(data.SETS), help="random,trained")
+    parser.add_argument("--data", type=lambda s: s.split(","), default=list(data.SETS), help="random,trained,model")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds at most")
     parser.add_argument("--seconds", type=float, default=2.0, help="timing budget of one row")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for the whole run")
@@ -200,7 +200,7 @@ def main(words: list[str] | None = None) -> list[Row]:
             torch._dynamo.reset()
             programs: dict[tuple[str, str], tasks.Program] = {}
             for kind in given.data:
-                batch = data.SETS[kind](case, run.device)
+                batch = data.ALL_SETS[kind](case, run.device)
                 truths: dict[bool, errors.Truth | None] = {False: None, True: None}
                 for task in chosen:
                     if truths[task.per_token] is None and not (given.once or given.no_errors or run.late()):

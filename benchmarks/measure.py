@@ -93,13 +93,15 @@ def interleaved(
     seconds: float,
     deadline: float = float("inf"),
     seen: Callable[[str], None] = lambda name: None,
+    agree: Callable[[float], float] = float,
 ) -> dict[str, list[float]]:
     """Seconds a step of every contender, one number a round.
 
     ``rounds`` at most for each; fewer (but FEWEST_ROUNDS) where they would take longer than ``seconds``. The first
     round, which finds out how long a step takes, is in the order given, each other one in an order of its own.
     Stops early at ``deadline`` (`time.monotonic`). ``seen`` is told each name before its turn. A contender
-    that fails in a turn keeps the numbers it has.
+    that fails in a turn keeps the numbers it has. Where several processes measure steps that wait for each other,
+    ``agree`` makes of a number of each the greatest of all: times are those of the slowest, and all do the same.
     """
     repeat: dict[str, int] = {}  # timed steps a turn
     allowed: dict[str, int] = {}  # rounds
@@ -114,18 +116,18 @@ def interleaved(
         for name, step in order:
             if number and number >= allowed[name]:
                 continue
-            if time.monotonic() > deadline and times[name]:
+            if deadline < float("inf") and agree(time.monotonic() - deadline) > 0 and times[name]:
                 continue
             seen(name)
             if crowded and torch.cuda.memory_reserved(device) > crowded:
                 torch.cuda.empty_cache()
             try:
                 if not number:
-                    once = max(turn(step, device, 1), 1e-6)
+                    once = max(agree(turn(step, device, 1)), 1e-6)
                     repeat[name] = max(1, min(50, round(TURN_SECONDS / once)))
                     fit = int(seconds / (once * (repeat[name] + 1)))
                     allowed[name] = max(FEWEST_ROUNDS, min(rounds, fit))
-                times[name].append(turn(step, device, repeat[name]))
+                times[name].append(agree(turn(step, device, repeat[name])))
             except RuntimeError:  # out of memory beside the others' leftovers
                 allowed[name] = 0
                 release(device)

@@ -16,6 +16,7 @@ import functools
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -30,13 +31,15 @@ os.environ.setdefault("FUSEDHEAD_MIN_LOGITS", "0")
 import torch
 
 from fusedhead import pipeline
-from fusedhead.deferred import query
+from fusedhead.deferred import lower_tokenwise, query
 from fusedhead.graph.reasons import Escape
-from fusedhead.report.report import Report
+from fusedhead.report.report import PassRecord, Report
 from fusedhead.rules import RULES
 from fusedhead.rules.table import TOKEN_RULES
 
 PASSES = (*pipeline.MODULE_PASSES, *pipeline.BODY_PASSES)
+
+Use = tuple[str, list[tuple[str, str]]]  # a program, and the kinds and names of what it needs
 
 used: set[tuple[str, str]] = set()  # what the program that runs has needed: kind, name
 sweeps = 0  # over deferred logits, of all programs
@@ -75,13 +78,20 @@ def watch(shares: bool) -> None:
     for overload, rules in TOKEN_RULES.items():
         TOKEN_RULES[overload] = tuple(each._replace(read=counted(each.read)) for each in rules)
 
-    extend, known, whole, sweep = Report.extend, query.known_statistic, query.sweep_whole, query.Request.sweep
+    attempt, below = pipeline.Attempt.run, lower_tokenwise.run_passes
+    known, whole, sweep = query.known_statistic, query.sweep_whole, query.Request.sweep
 
-    def extended(report: Report, other: Report) -> None:
-        for each in other.passes:
-            if each.edits:
-                note("pass", each.name)
-        extend(report, other)
+    def edited(record: PassRecord, body: Any) -> None:
+        if record.edits:
+            note("pass", record.name)
+
+    def attempted(self: pipeline.Attempt, *args: Any) -> None:
+        attempt(self, *args)
+        if self.speculation_failed:
+            note("pass", "a speculative pass is taken back")
+        elif not self.grown:
+            for record in self.report.passes:
+                edited(record, None)
 
     def shared(*args: Any) -> Any:
         found = known(*args) if shares else None
@@ -99,51 +109,59 @@ def watch(shares: bool) -> None:
         sweeps += 1
         return sweep(*args)
 
-    Report.extend, query.Request.sweep = extended, counted_sweep  # type: ignore[method-assign]
+    pipeline.Attempt.run = attempted  # type: ignore[method-assign]
+    lower_tokenwise.run_passes = functools.partial(below, ran=edited)
+    query.Request.sweep = counted_sweep  # type: ignore[method-assign]
     query.known_statistic, query.sweep_whole = shared, swept
 
 
-def sweep(count: int) -> Iterable[tuple[str, list[tuple[str, str]]]]:
-    """What each of ``count`` classes of transformers needs, evenly spread."""
+def out_of_time(*_: Any) -> None:
+    raise TimeoutError
+
+
+def sweep(count: int, limit: int, tell: Callable[[Use], None]) -> None:
+    """Tell what each of ``count`` classes of transformers needs, evenly spread; a class gets ``limit`` seconds."""
     from tests.sweep_transformers.__main__ import classes, sample
     from tests.sweep_transformers.batches import batch
     from tests.sweep_transformers.verdict import built, compiled, step
 
+    signal.signal(signal.SIGALRM, out_of_time)
     for name in sample(classes(), count):
         used.clear()
         report = Report()
         torch.compiler.reset()
+        signal.alarm(limit)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = built(name)
                 step(model, compiled(model, "eager", report, [], []), batch(model, name))
         except Exception as error:
-            print(f"{name}: {type(error).__name__}", file=sys.stderr)
+            print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        finally:
+            signal.alarm(0)
         if report.graphs:
-            yield name, sorted(used)
+            tell((name, sorted(used)))
 
 
 class EachTest:
-    """A plugin of pytest: what each test needs."""
+    """A plugin of pytest: ``tell`` is called with what each test needs."""
 
-    def __init__(self) -> None:
-        self.found: list[tuple[str, list[tuple[str, str]]]] = []
+    def __init__(self, tell: Callable[[Use], None]) -> None:
+        self.tell = tell
 
     def pytest_runtest_setup(self) -> None:
         used.clear()
 
     def pytest_runtest_teardown(self, item: Any) -> None:
         if used:
-            self.found.append((item.nodeid, sorted(used)))
+            self.tell((item.nodeid, sorted(used)))
 
 
-def tests(arguments: list[str]) -> Iterable[tuple[str, list[tuple[str, str]]]]:
+def tests(arguments: list[str], tell: Callable[[Use], None]) -> None:
     import pytest
 
-    each = EachTest()
-    pytest.main(["-q", "-p", "no:cacheprovider", *arguments], plugins=[each])
-    return each.found
+    pytest.main(["-q", "-p", "no:cacheprovider", *arguments], plugins=[EachTest(tell)])
 
 
 def all_rules() -> list[str]:
@@ -175,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", choices=("sweep", "tests", "table"))
     parser.add_argument("files", nargs="*", help="arguments of pytest, or runs to be put into one table")
     parser.add_argument("--sample", type=int, default=40, metavar="K", help="classes of the sweep, evenly spread")
+    parser.add_argument("--limit", type=int, default=180, metavar="S", help="seconds that a class of the sweep gets")
     parser.add_argument("--no-sharing", dest="shares", action="store_false", help="take no earlier statistics")
     parser.add_argument("--name", default="", help="what the table calls the run")
     parser.add_argument("--out", type=Path, help="a JSON file for the run, or a page for the table")
@@ -186,12 +205,18 @@ def main(argv: list[str] | None = None) -> int:
     if given.what == "sweep":
         logging.disable(logging.CRITICAL)
     watch(given.shares)
-    programs: list[Any] = []
-    for found in sweep(given.sample) if given.what == "sweep" else tests(given.files):
-        programs.append(found)
+    programs: list[Use] = []
+
+    def tell(use: Use) -> None:
+        programs.append(use)
         if given.out:
             run = {"what": given.name or given.what, "sweeps": sweeps, "programs": programs}
             given.out.write_text(json.dumps(run) + "\n")
+
+    if given.what == "sweep":
+        sweep(given.sample, given.limit, tell)
+    else:
+        tests(given.files, tell)
     return 0
 
 

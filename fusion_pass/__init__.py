@@ -19,8 +19,8 @@ from fusedhead.report.report import HeadRecord, Report
 from fusedhead.run.enable import changes, disable, enable
 from fusedhead.version import __version__
 
-# Information is for those who ask for it by this logger's name (TORCH_LOGS="fusedhead" does): a program that logs its
-# own INFO from the root logger is not written into.
+# INFO is logged only where this logger is enabled by name (TORCH_LOGS="fusedhead" does), so that a program with INFO on
+# its root logger gets no lines from here.
 if logging.getLogger("fusedhead").level == logging.NOTSET:
     logging.getLogger("fusedhead").setLevel(logging.WARNING)
 
@@ -43,5 +43,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names: what is imported beside them is no part of the interface."""
+    """The public names. Imported modules are no part of the interface."""
     return sorted(__all__)

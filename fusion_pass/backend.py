@@ -1,7 +1,7 @@
 """The entry point ``torch.compile(model, backend="fusedhead")``: one rewrite, then Inductor.
 
-What a user can see of the passes stands here: options, logging, the debug print, strictness, the structured trace, and
-the fallback that compiles the original graph when anything goes wrong.
+This file has the parts that a user sees: options, logging, the debug print, strictness, the structured trace, and the
+fallback that compiles the original graph after an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class FusedHeadError(RuntimeError):
 
 
 def graph_text(gm: GraphModule) -> str:
-    """The graph's text. For people only, so that what cannot be printed is no error."""
+    """The graph's text, for display. A graph that cannot be printed is no error."""
     try:
         return gm.print_readable(print_output=False, include_stride=True, include_device=True)
     except Exception as error:
@@ -47,7 +47,7 @@ def graph_text(gm: GraphModule) -> str:
 
 
 def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[GraphModule, Report, Wrap]:
-    """`fuse_module`, whose copy is thrown away if it raises.
+    """`fuse_module` with a fallback: if it raises, the original graph is kept.
 
     ``texts``: whether the report carries the graphs' texts, which take longer to print than the pass takes.
     """
@@ -79,7 +79,7 @@ def run_pass(gm: GraphModule, options: Options, *, texts: bool = True) -> tuple[
 
 
 def show_pass(record: PassRecord, body: Body) -> None:
-    """Tell the debug log and the structured trace the graph after a pass that changed it."""
+    """Write the graph after a pass that changed it to the debug log and the structured trace."""
     tracing, debugging = bool(compat.trace_handlers()), log.isEnabledFor(logging.DEBUG)
     if not record.edits or not (tracing or debugging):
         return
@@ -92,12 +92,12 @@ def show_pass(record: PassRecord, body: Body) -> None:
 
 
 def wants_texts(options: Options) -> bool:
-    """Whether anyone is going to see the graphs' texts: the user, a log, a trace, or an observer."""
+    """Whether the graphs' texts are shown anywhere: debug print, log, trace, or observer."""
     return bool(options.debug or compat.trace_handlers() or observing.readers or log.isEnabledFor(logging.DEBUG))
 
 
 def publish(report: Report, options: Options) -> None:
-    """Tell the user: debug print, log, structured trace."""
+    """Publish the report: debug print, log, structured trace."""
     for head in report.heads:
         log.log(logging.WARNING if options.debug and not head.fused else logging.INFO, "%s", head)
     if log.isEnabledFor(logging.DEBUG) and report.heads:
@@ -126,7 +126,7 @@ def compile_graph(
     compiler: Callable[..., Any],
     observe: Callable[[Report], None] = observing.notify,
 ) -> Callable[..., Any]:
-    """One Dynamo graph through the pass, told to ``observe`` and the logs, then through ``compiler``."""
+    """Run the pass on one Dynamo graph, publish the report, and compile the result with ``compiler``."""
     if compat.missing:
         return left_to_inductor(ours, lambda: compiler(gm, example_inputs))
     if any_deferred(example_inputs):
@@ -158,7 +158,7 @@ def compile_graph(
 
 
 def left_to_inductor(ours: Options, compiled: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-    """The graph without the pass, on a torch that lacks what it reads graphs with. Raises under ``strict``."""
+    """Compile the graph without the pass, on a torch that lacks names that the pass needs. Raises under ``strict``."""
     why = compat.unusable()
     if ours.strict:
         raise FusedHeadError(f"fusedhead.strict: {why}")
@@ -172,11 +172,11 @@ def unchanged(compiled: Callable[..., Any]) -> Callable[..., Any]:
 def with_sources(
     gm: GraphModule, example_inputs: Sequence[Any]
 ) -> tuple[GraphModule, Sequence[Any], Callable[..., Any]]:
-    """A graph that takes what deferred logits are made of; the given one, if that cannot be had."""
+    """A graph whose inputs are the sources of deferred logits; the given graph if that fails."""
     try:
         working = copy_module(gm)
         return working, *expand_inputs(working, example_inputs)
-    except StaleLogits:  # the user's error, in eager mode too
+    except StaleLogits:  # a user's error, which eager mode raises too
         raise
     except Exception:
         log.warning("fusedhead: deferred logits enter a graph as a tensor subclass", exc_info=True)

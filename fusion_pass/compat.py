@@ -1,9 +1,9 @@
-"""What this package uses of torch that torch does not promise, in one place.
+"""Compatibility: every private name of torch that this package uses, in one place.
 
-Each name is looked up once, when the package is imported. One that a newer torch has renamed is a stand-in here and an
-entry of `missing`: nothing fails at import, and the backend leaves every graph to Inductor, with one warning that says
-which names are gone (`unusable`). `tests/compat/` names each when it changes. `kernels/` and `lowering/` stand below
-this file: what they use, they guard themselves, and the same tests list it.
+Each name is looked up once, when the package is imported. A name that a newer torch lacks becomes a stand-in and an
+entry of `missing`: the import does not fail, and the backend leaves every graph to Inductor, with one warning that
+lists the missing names (`unusable`). `tests/compat/` fails with the name. `kernels/` and `lowering/` are below this
+file and guard their own private names; the same tests list these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Graph, GraphModule
 
-if TYPE_CHECKING:  # what a checker of types takes the names below for
+if TYPE_CHECKING:  # the types of the names below, for type checkers
     from torch import _TorchCompileInductorWrapper as InductorWrapper  # noqa: F401
     from torch._C import DispatchKey  # noqa: F401
     from torch._decomp import decomposition_table  # noqa: F401
@@ -56,8 +56,11 @@ if TYPE_CHECKING:  # what a checker of types takes the names below for
     dispatch_modes: Callable[[], list[Any]]
     function_modes: Callable[[], list[Any]]
     function_transform_level: Callable[[], int | None]
+    excluded_dispatch_keys: Callable[[], Any]
+    force_dispatch_keys: Callable[[Any, Any], Any]
     graph_task: Callable[[], int]  # the backward that this thread is in, -1 for none
     has_kernel_for_key: Callable[[str, str], bool]
+    included_dispatch_keys: Callable[[], Any]
     make_wrapper_subclass: Callable[..., Any]
     saved_tensors_hooks_enabled: Callable[[], bool]
     set_grad_enabled: Callable[[bool], None]
@@ -93,10 +96,13 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "enable_python_dispatcher": ("torch._dispatch.python", "enable_python_dispatcher"),
     "enter_autocast": ("torch.amp.autocast_mode", "_enter_autocast"),
     "exit_autocast": ("torch.amp.autocast_mode", "_exit_autocast"),
+    "excluded_dispatch_keys": ("torch._C", "_dispatch_tls_local_exclude_set"),
+    "force_dispatch_keys": ("torch._C", "_ForceDispatchKeyGuard"),
     "function_modes": ("torch.overrides", "_get_current_function_mode_stack"),
     "function_transform_level": ("torch._C._functorch", "maybe_current_level"),
     "graph_task": ("torch._C", "_current_graph_task_id"),
     "has_kernel_for_key": ("torch._C", "_dispatch_has_kernel_for_dispatch_key"),
+    "included_dispatch_keys": ("torch._C", "_dispatch_tls_local_include_set"),
     "make_graph_module": ("torch.fx._lazy_graph_module", "_make_graph_module"),
     "make_wrapper_subclass": ("torch", "Tensor._make_wrapper_subclass"),
     "maybe_get_fake_mode": ("torch._subclasses.fake_tensor", "maybe_get_fake_mode"),
@@ -115,7 +121,7 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "use_lazy_graph_module": ("torch.fx._lazy_graph_module", "_use_lazy_graph_module"),
 }
 
-# Members that the package reads of objects; Inductor's settings among them.
+# Members of objects that the package reads, including Inductor's settings.
 MEMBERS: tuple[tuple[str, str], ...] = (
     ("torch", "UntypedStorage._cdata"),
     ("torch._inductor.config", "joint_custom_pre_pass"),
@@ -128,17 +134,17 @@ MEMBERS: tuple[tuple[str, str], ...] = (
     ("torch.ops.aten", "add.Tensor._overloadname"),
     ("torch.ops.aten", "add.Tensor._overloadpacket"),
 )
-# Members that only an object has: a graph of one node.
+# Members that only an instance has: a graph of one node.
 MEMBERS_OF_A_GRAPH = ("_codegen", "_tracer_cls")
 MEMBERS_OF_A_NODE = ("_erased",)
 
 
 class MissingName(RuntimeError):
-    """A name of torch that this package needs and this torch does not have was used all the same."""
+    """Raised by the use of a private name that this torch does not have."""
 
 
 class _StandIn(type):
-    """The class of what stands for a missing name: nothing is an instance of it, and calling it raises."""
+    """A stand-in for a missing name: it has no instances, and calling it raises."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise MissingName(f"torch {torch.__version__} has no {cls.__name__}")
@@ -153,13 +159,13 @@ def lookup(module: str, name: str) -> Any:
 
 
 def found_names() -> tuple[dict[str, Any], list[str]]:
-    """What stands for each of `NAMES`, and the full names of those that are missing, members included."""
+    """The object for each of `NAMES`, and the full names of the missing ones, members included."""
     values: dict[str, Any] = {}
     gone: list[str] = []
     for own, (module, name) in NAMES.items():
         try:
             values[own] = lookup(module, name)
-        except Exception:  # whatever a module raises that has moved
+        except Exception:  # a moved module may raise anything
             gone.append(f"{module}.{name}")
             values[own] = _StandIn(f"{module}.{name}", (), {})
     for module, name in MEMBERS:
@@ -189,7 +195,7 @@ def unusable() -> str:
 
 
 def plain_inductor(gm: GraphModule, inputs: Any, mode: str | None, settings: dict[str, Any]) -> Callable[..., Any]:
-    """The graph compiled by Inductor, by what torch promises of it alone."""
+    """Compile a graph with Inductor through public names only."""
     from torch import _inductor
 
     of_mode = _inductor.list_mode_options(mode) if mode else {}
@@ -197,34 +203,34 @@ def plain_inductor(gm: GraphModule, inputs: Any, mode: str | None, settings: dic
 
 
 def trace_handlers() -> list[Any]:
-    """What a structured trace is written by; none where this torch does not say so."""
+    """The handlers of the structured trace; none where this torch does not tell."""
     logs = getattr(getattr(torch, "_logging", None), "_internal", None)
     return list(getattr(getattr(logs, "trace_log", None), "handlers", ()))
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
-    """An artifact of the structured trace, where this torch has one."""
+    """Write an artifact of the structured trace, where this torch has one."""
     trace = getattr(getattr(torch, "_logging", None), "trace_structured", None)
     if trace is not None:
         trace("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
-# Nodes of a Dynamo graph that switch a mode. A graph with one of another name is not read: a toggle that is not known
-# would be taken for none.
+# Nodes of a Dynamo graph that switch a mode. A graph that holds an unknown one is not read, since its toggle would be
+# missed.
 MODES = re.compile(r"grad_enabled|grad_mode|no_grad|inference_mode|autocast")
 INFERENCE = frozenset({"_enter_inference_mode", "_exit_inference_mode"})
 
 
 @lru_cache(maxsize=4096)
 def _unknown_mode(target: Any) -> bool:
-    """Not an op of the dispatcher that takes a tensor, ``aten::_no_grad_zero_``: what it switches it switches back."""
+    """An op of the dispatcher that takes a tensor (``aten::_no_grad_zero_``) does not count: it restores the mode."""
     name = getattr(target, "__name__", "")
     known = (_values["set_grad_enabled"], _values["enter_autocast"], _values["exit_autocast"])
     return bool(MODES.search(name)) and target not in known and name not in INFERENCE and not _takes_tensors(target)
 
 
 def _takes_tensors(target: Any) -> bool:
-    """Whether a target is one of torch's own ops, or all of one name, and has a tensor to compute with."""
+    """Whether a target is one of torch's ops or packets and takes a tensor."""
     packet = getattr(target, "overloadpacket", target)
     if not callable(getattr(packet, "overloads", None)):
         return False
@@ -233,7 +239,7 @@ def _takes_tensors(target: Any) -> bool:
 
 
 def unknown_modes(gm: GraphModule) -> Iterable[str]:
-    """The functions that switch a grad or autocast mode in a graph, or in a graph inside it, and are not known."""
+    """The unknown functions in a graph, or in a graph inside it, that switch a grad or autocast mode."""
     for module in gm.modules():
         if isinstance(module, GraphModule):
             for node in module.graph.nodes:

@@ -1,14 +1,15 @@
-"""``fusedhead.estimate(fn)(*args)``: what each head would hold and take, before anything is compiled or allocated.
+"""``fusedhead.estimate(fn)(*args)``: the memory and the least time of each head, before anything is compiled or
+allocated.
 
-``fn`` runs once on fake tensors, which have sizes and no numbers, forward and backward, through Dynamo and the pass. So
-the heads are those that a compilation finds, and the three numbers of bytes are
+``fn`` runs once on fake tensors, forward and backward, through Dynamo and the pass. The heads are those that a
+compilation finds, and the three numbers of bytes are
 
     eager       the tensors of [N, V] that are alive together, watched while the graph ran op by op
     Inductor    the logits, in whose place it writes their gradient; with a gather, also the float32 gradient [N, V]
                 that its backward scatters into
     fusedhead   the workspace that the planner takes on the chip
 
-The time is a floor: that of the matrix products alone, at the rate that the chip has reached (`report.rates`).
+The time is a lower bound: that of the matrix products alone, at a measured rate of the chip (`report.rates`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from fusedhead.report.step_estimate import HeadEstimate, StepEstimate
 
 
 class Estimator:
-    """A backend for Dynamo that compiles nothing: a graph goes through the pass, and then runs op by op, watched."""
+    """A Dynamo backend that compiles nothing: a graph goes through the pass and then runs op by op, while tensors are
+    watched.
+    """
 
     def __init__(self, chip: Chip, options: Options) -> None:
         self.chip, self.options = chip, options
@@ -48,7 +51,7 @@ class Estimator:
         self.graphs = 0
 
     def __call__(self, gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        every = replace(self.options, min_logits=0, strict=False, debug=False)  # what is too small is said for the chip
+        every = replace(self.options, min_logits=0, strict=False, debug=False)  # the gate is applied for the chip
         working, report, _ = run_pass(gm, every, texts=False)
         self.graphs += 1
         with planned_for(working, self.chip.device):
@@ -63,7 +66,7 @@ class Estimator:
         return run
 
     def for_the_chip(self, head: HeadRecord) -> HeadRecord:
-        """The record with the chip's workspace, and left where the chip's limits leave it."""
+        """The record with the chip's workspace, left where the chip's limits say so."""
         on_chip = replace(head, device=self.chip.device)
         tokens = size_of(head).tokens
         logits = tokens * head.vocab_size
@@ -79,7 +82,7 @@ class Estimator:
         return on_chip
 
     def grows(self, head: HeadRecord) -> str:
-        """As `profitability.grown`, for the chip."""
+        """`profitability.grown`, for the chip."""
         if self.options.min_logits != "auto" or head.materialised or head.least:
             return ""
         if head.workspace_bytes <= MAY_HOLD.get(self.chip.device, 1.0) * head.bytes_logits:
@@ -104,7 +107,7 @@ class Estimator:
         )
 
     def result(self, stopped: str = "") -> StepEstimate:
-        """One line a head: of several calls of one size the first."""
+        """One line a head: the first of several calls of one size."""
         first: dict[tuple[Any, ...], HeadRecord] = {}
         for head in self.records:
             first.setdefault((head.where, head.computes, str(head.tokens), head.vocab_size, head.fused), head)
@@ -112,16 +115,16 @@ class Estimator:
 
 
 def size_of(head: HeadRecord) -> LiveSize:
-    """Of the head's logits, whose number of tokens may be a symbol in the record."""
+    """The size of the head's logits, whose number of tokens may be a symbol in the record."""
     tokens = head.bytes_logits // itemsize(head) // max(1, int(head.vocab_size))
     return LiveSize(tokens, int(head.hidden_size), int(head.vocab_size))
 
 
 @contextmanager
 def planned_for(gm: GraphModule, device: str) -> Iterator[None]:
-    """The planner reads the device of a graph's fake values when it is asked: they say ``device`` meanwhile.
+    """Context in which the fake values of a graph have the device ``device``, which the planner reads.
 
-    Nothing may be computed with them then: this torch may not be built for the device.
+    Nothing may be computed on them inside: this torch may not be built for the device.
     """
     values = {
         id(value): value
@@ -169,7 +172,7 @@ def estimate(
                 out = torch.compile(target, backend=estimator, **passed)(*fakes, **named)
                 with estimator.live:
                     differentiate(out)
-            except Exception as error:  # what follows a graph may ask for numbers
+            except Exception as error:  # code after a graph may read numbers
                 if not estimator.graphs:
                     raise
                 stopped = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -179,7 +182,7 @@ def estimate(
 
 
 def apart() -> AbstractContextManager[Any]:
-    """Dynamo without its memory of the sizes that ``fn`` was called with before: each estimate is for its own."""
+    """Context without Dynamo's memory of earlier sizes, so that each estimate is for its own sizes."""
     wanted = {"automatic_dynamic_shapes": False, "recompile_limit": 1 << 16, "cache_size_limit": 1 << 16}
     config = torch._dynamo.config
     return config.patch({name: value for name, value in wanted.items() if hasattr(config, name)})
@@ -190,7 +193,7 @@ def fake_mode() -> AbstractContextManager[Any]:
 
 
 def differentiate(out: Any) -> None:
-    """The backward of a step: of the scalars that are returned, or else of everything."""
+    """Run the backward of a step: of the returned scalars, or else of all outputs."""
     outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
     chosen = [x for x in outputs if x.ndim == 0] or outputs
     if chosen:

@@ -1,4 +1,4 @@
-"""``fusedhead.explain(fn)(*args)``: compile and run once, and say what happened to every head."""
+"""``fusedhead.explain(fn)(*args)``: compiles and runs once, and reports what happened to every head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusedhead.report.report import Report
 
 
 def misplaced(name: str, positional: tuple[Any, ...], given: dict[str, Any]) -> str:
-    """What is wrong with a call that has ``fn``'s own arguments where those of ``torch.compile`` belong, or ""."""
+    """The error of a call with ``fn``'s own arguments in the place of those of ``torch.compile``, or ""."""
     known = inspect.signature(torch.compile).parameters.keys() - {"model", "backend"}
     own = [key for key in given if key not in known]
     if not positional and not own:

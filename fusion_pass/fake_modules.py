@@ -1,7 +1,6 @@
-"""Fake tensors in the places of real ones: of arguments, and of the parameters of the modules that a function holds.
+"""Fake tensors for real ones: for arguments, and for the parameters of the modules that a function holds.
 
-A fake has the sizes of the real tensor, on the CPU, where every op has a rule; no number is kept. This file must not
-know what the fakes are for.
+A fake has the sizes of the real tensor and no numbers. It is on the CPU, where every op has a fake kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 
 def faked(value: Any, mode: Any) -> Any:
-    """A tensor with the same sizes on the CPU of the mode, where every op has a rule and no number is kept."""
+    """A fake tensor of the mode with the same sizes, on the CPU."""
     if not isinstance(value, Tensor):
         return value
     with torch.no_grad(), mode:
@@ -26,7 +25,7 @@ def faked(value: Any, mode: Any) -> Any:
 
 
 def modules_of(things: Any) -> list[nn.Module]:
-    """The modules that a function, or its arguments, hold: its own, those in its closure, its globals by name."""
+    """The modules that a function or its arguments hold: itself, those in its closure, globals that it names."""
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
 
@@ -66,7 +65,7 @@ def cell_filled(cell: Any) -> bool:
 
 @contextmanager
 def fake_modules(modules: list[nn.Module], mode: Any) -> Iterator[None]:
-    """Fake parameters and buffers in the places of the modules' own, tied ones tied; put back at the end."""
+    """Context in which the modules have fake parameters and buffers. Tied ones stay tied."""
     made: dict[int, Any] = {}
     places: list[tuple[dict[str, Any], str, Any]] = []
     for part in {id(part): part for module in modules for part in module.modules()}.values():
@@ -88,4 +87,4 @@ def fake_modules(modules: list[nn.Module], mode: Any) -> Iterator[None]:
         for table, name, value in places:
             table[name] = value
         made.clear()
-        gc.collect()  # compiled code holds them
+        gc.collect()  # compiled code holds references to them

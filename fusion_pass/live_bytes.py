@@ -1,7 +1,6 @@
-"""Which tensors of given sizes are alive together while a program runs op by op: the peak of their bytes.
+"""Peak bytes of the tensors of given sizes that are alive together while a program runs op by op.
 
-Storages are watched from the op that returns them to their end, on real or fake tensors. This file must not know where
-the sizes come from.
+Storages are watched from the op that returns them until they are freed, on real or fake tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ from fusedhead.compat import TorchDispatchMode, tree_leaves
 
 
 class LiveSize(NamedTuple):
-    """Of logits [N, V], in any shape, also without the last token of every sequence; and of no gradient of a weight."""
+    """The size of logits [N, V], in any shape, also without the last token of every sequence. A weight's gradient does
+    not match.
+    """
 
     tokens: int
     hidden: int
@@ -27,13 +28,13 @@ class LiveSize(NamedTuple):
         return 7 * self.tokens * self.vocab <= 8 * value.numel() <= 8 * self.tokens * self.vocab
 
     def weights(self) -> tuple[tuple[int, int], ...]:
-        if self.tokens == self.hidden:  # no size tells [D, V] from [N, V]
+        if self.tokens == self.hidden:  # sizes do not tell [D, V] from [N, V]
             return ((self.vocab, self.hidden),)
         return (self.vocab, self.hidden), (self.hidden, self.vocab)
 
 
 class LiveBytes(TorchDispatchMode):
-    """``with live:`` around what allocates; what is freed is seen anywhere."""
+    """``with live:`` counts allocations inside it. Frees are counted everywhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
         made = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
         if any(size.fits(value) for size in self.sizes for value in made):
             given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-            for value in made:  # a view, or what was written in place, is nothing new
+            for value in made:  # a view, or the result of a write in place, allocates nothing
                 if id(value.untyped_storage()) not in given:
                     self.see(value)
         return out

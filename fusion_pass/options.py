@@ -32,6 +32,7 @@ class OptionValues(TypedDict, total=False):
     logits: Literal["deferred", "eager"]
     min_logits: Literal["auto"] | int
     shards: bool
+    gradients: Literal["exact", "float8"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Options:
     logits: what the caller gets where logits leave the graph: "deferred" or "eager".
     min_logits: a head of fewer logits, tokens times vocabulary, is left to Inductor: "auto" or a number.
     shards: heads whose weight is a DTensor in shards of the vocabulary are fused.
+    gradients: "exact", or "float8": products of a head's gradients on GPUs that have it, large entries exact.
     """
 
     debug: bool = False
@@ -51,11 +53,12 @@ class Options:
     memory: str | int = "auto"
     logits: str = "deferred"
     min_logits: str | int = "auto"
-    shards: bool = False
+    shards: bool = True
+    gradients: str = "exact"
 
     @property
     def budget(self) -> int:
-        """``memory`` as the ops take it: 0 automatic, -1 least, else MiB."""
+        """``read_memory`` as the ops take it: 0 automatic, -1 least, else MiB."""
         names: dict[str | int, int] = {"auto": 0, "min": -1}
         return names[self.memory] if self.memory in names else int(self.memory)
 
@@ -110,6 +113,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "logits": one_of("deferred", "eager"),
     "min_logits": min_logits,
     "shards": boolean,
+    "gradients": one_of("exact", "float8"),
 }
 assert set(READERS) == {field.name for field in fields(Options)} == set(OptionValues.__annotations__)
 

@@ -29,11 +29,14 @@ from fusedhead.canonicalize import (
     merge_chunks,
     unstack_heads,
 )
+from fusedhead.canonicalize.reasons import InShards
+from fusedhead.graph.dtensors import SWEPT
 from fusedhead.graph.edit import any_still_computed, copy_module, counting_edits
-from fusedhead.graph.reasons import Refusal
+from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.graph.recipes import Wrap, computed_at_once, unwrapped
 from fusedhead.graph.tracing import Traces
 from fusedhead.legality import (
+    agreement,
     joint_decisions,
     legality,
     missed_heads,
@@ -45,7 +48,14 @@ from fusedhead.legality import returned_stacks as stack_legality
 from fusedhead.options import Options
 from fusedhead.report.records import records_of
 from fusedhead.report.report import PassRecord, Report
-from fusedhead.rewrite import forward_gradients, returned_logits, returned_stacks, statistics, token_programs
+from fusedhead.rewrite import (
+    forward_gradients,
+    order_collectives,
+    returned_logits,
+    returned_stacks,
+    statistics,
+    token_programs,
+)
 
 
 def anywhere(body: Body) -> bool:
@@ -61,7 +71,7 @@ def deferring_top(body: Body) -> bool:
 
 
 class Pass(NamedTuple):
-    """One step over a body. What a speculative pass does is taken back where its products are still computed."""
+    """One step over a body. A speculative pass is undone where its products are still computed."""
 
     name: str
     run: Callable[[Body], None]
@@ -69,7 +79,7 @@ class Pass(NamedTuple):
     where: Callable[[Body], bool] = anywhere
 
 
-MODULE_PASSES = (  # on the module's own graph, before the graphs that it runs are looked at
+MODULE_PASSES = (  # on the module's own graph, before the bodies
     Pass("inline-regions", inline_regions.run),
     Pass("inline-checkpoints", inline_checkpoints.run, speculative=True),
 )
@@ -86,12 +96,12 @@ CANONICALIZE = (  # on each graph: exact rewrites that make heads visible
     Pass("find-returned-stacks", stack_legality.run, where=deferring_top),
     Pass("redirect-returned-stacks", returned_stacks.run, where=deferring_top),
 )
-ANALYZE = (  # what is each tensor, relative to a head
+ANALYZE = (  # tensors relative to heads
     Pass("find-projections", strategies.find_projections),
     Pass("interpret", strategies.run),
     Pass("missed-heads", missed_heads.run),
 )
-DECIDE = (  # may a head be rewritten, and does it pay
+DECIDE = (  # whether a head may be rewritten, and whether it pays
     Pass("find-token-programs", token_regions.run),
     Pass("legality", legality.run),
     Pass("profitability", profitability.run),
@@ -109,6 +119,7 @@ REWRITE = (
     Pass("limit-small-calls", profitability.limit_calls),
     Pass("find-grown-heads", profitability.find_grown_heads),
     Pass("find-heads-left-in-shards", localize_shards.find_left),
+    Pass("order-collectives", order_collectives.run),
 )
 BODY_PASSES = (*CANONICALIZE, *ANALYZE, *DECIDE, *REWRITE)
 
@@ -116,7 +127,7 @@ Ran = Callable[[PassRecord, Body], None]  # told of every pass that ran
 
 
 def run_passes(passes: Iterable[Pass], body: Body, *, speculate: bool = True, ran: Ran | None = None) -> None:
-    """Run passes on a body in order, and tell ``ran`` of each how long it took and how many edits it made."""
+    """Run passes on a body in order, and call ``ran`` with the time and the number of edits of each."""
     for each in passes:
         if not each.where(body) or (each.speculative and not speculate):
             continue
@@ -131,7 +142,7 @@ def run_passes(passes: Iterable[Pass], body: Body, *, speculate: bool = True, ra
 
 @dataclass(eq=False)
 class Attempt:
-    """One run of the passes over a module, which it edits."""
+    """One run of the passes over a module, in place."""
 
     gm: GraphModule
     options: Options
@@ -139,11 +150,11 @@ class Attempt:
     excluded: Mapping[str, Refusal]  # products to be left, by name, and why
     report: Report = field(default_factory=lambda: Report(graphs=1))
     wrap: Wrap = unwrapped
-    grown: Mapping[str, Refusal] = field(default_factory=dict)  # more products to be left
+    grown: Mapping[str, Refusal] = field(default_factory=dict)  # further products to be left
     speculation_failed: bool = False  # whether a product of a speculative pass is still computed
 
     def run(self, show: Ran | None) -> None:
-        """Run all passes; stops where `grown` or `speculation_failed` says that another attempt is needed."""
+        """Run all passes. Stops early where `grown` or `speculation_failed` asks for another attempt."""
         started = time.perf_counter()
 
         def ran(record: PassRecord, body: Body) -> None:
@@ -181,11 +192,25 @@ class Attempt:
             self.wrap = computed_at_once(self.wrap)
 
 
-def fuse_module(gm: GraphModule, options: Options, show: Ran | None = None) -> tuple[GraphModule, Report, Wrap]:
-    """A copy of the module with every provable head fused, the report, and what goes around the compiled graph.
+def left_by_ranks(attempt: Attempt) -> dict[str, Refusal]:
+    """The products in shards that are not to be fused, since not every rank of their group fuses the same heads."""
+    nodes = (node for use in graph_uses(attempt.gm) for node in use.module.graph.nodes)
+    swept = [node.meta[SWEPT] for node in nodes if SWEPT in node.meta]
+    left: dict[str, Refusal] = {}
+    for group in dict.fromkeys(of for of, _, _ in swept):
+        heads = [(product, facts) for of, product, facts in swept if of == group]
+        wanted = attempt.options.shards
+        if not agreement.agreed(group, "; ".join(facts for _, facts in heads), wanted):
+            why = refuse(InShards.OTHER_RANKS if wanted else InShards.NOT_ASKED)
+            left |= {product: why for product, _ in heads}
+    return left
 
-    The passes start again on a fresh copy where heads are better left, and without the speculative passes where a
-    product of theirs is still computed. ``show`` is told of every pass that ran.
+
+def fuse_module(gm: GraphModule, options: Options, show: Ran | None = None) -> tuple[GraphModule, Report, Wrap]:
+    """A copy of the module with every provable head fused, the report, and the wrap of the compiled graph.
+
+    The passes start again on a fresh copy without the heads that are better left, and without the speculative passes
+    where one of their products is still computed. ``show`` is called after every pass.
     """
     speculate, excluded = True, dict[str, Refusal]()
     while True:
@@ -195,5 +220,7 @@ def fuse_module(gm: GraphModule, options: Options, show: Ran | None = None) -> t
             excluded |= attempt.grown
         elif attempt.speculation_failed:
             speculate = False
+        elif left := left_by_ranks(attempt):
+            excluded |= left
         else:
             return attempt.gm, attempt.report, attempt.wrap

@@ -1,7 +1,7 @@
-"""``fusedhead tune``, ``python -m fusedhead.tune``: find the fastest tiles for this machine's GPU, keep them on disk.
+"""``fusedhead tune``, ``python -m fusedhead.tune``: finds the fastest tiles for this machine's GPU and saves them.
 
-The checked-in tiles were timed on an H100; another chip runs them or safe ones. This takes some minutes once, and every
-later process on the machine uses what it found. Nothing is tuned while a model runs.
+The checked-in tiles were timed on an H100; another chip uses them or safe ones. Tuning takes some minutes once, and
+every later process on the machine reads the result. Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, clock: Clock | None = None) -> int:
-    """Tune, print what was found, write it; the exit code."""
+    """Tune, print and save the tiles; returns the exit code."""
     command = argparse.ArgumentParser(prog="python -m fusedhead.tune", description=__doc__)
     add_arguments(command)
     return execute(command.parse_args(arguments), command, (), clock)
@@ -56,7 +56,7 @@ def execute(
                 print(f"fusedhead: no tile of {kernel} fits this GPU at hidden size {hidden}", file=sys.stderr)
                 return 1
             alone = next((item for item in found if not item[1].paired), found[0])
-            for ms, tile in dict.fromkeys((found[0], alone)):  # heads that pairs cannot take need the second
+            for ms, tile in dict.fromkeys((found[0], alone)):  # heads that no pair of warpgroups serves use the second
                 rows.append(tuned_tiles.Tuned(kernel, dtype.itemsize, tma, hidden, tile))
                 print(f"  {kernel}, hidden size {hidden}: {ms:.3f} ms with {tile}", flush=True)
     print(f"kept in {tuned_tiles.keep_tiles(tuned_tiles.device_key(device), rows)}")

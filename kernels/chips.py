@@ -1,9 +1,9 @@
-"""On which GPUs the Triton engine runs: Hopper, where it is tested, and others where a self-check says so.
+"""The GPUs that the Triton engine runs on: Hopper, where it is tested, and others that pass a self-check.
 
-The kernels take products in bfloat16, which NVIDIA's chips have from capability 8.0 on. For every generation since,
-and for AMD's gfx942, they compile (benchmarks/results/registers); where no test has run them, each model of GPU is
-asked once (`self_check`). What does not serve takes the torch engine. This file must not import Triton, which need not
-be there on a machine without a GPU.
+The kernels take products in bfloat16, which NVIDIA's chips have from capability 8.0 on. For every generation since, and
+for AMD's gfx942, they compile (benchmarks/results/registers); where no test has run them, each model of GPU is checked
+once (`self_check`). A GPU that fails uses the torch engine. This file does not import Triton, which a machine without a
+GPU need not have.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TESTED = (9,)  # major capabilities on which tests/gpu and benchmarks/gpu_check.
 
 @lru_cache(maxsize=1)
 def triton_serves() -> bool:
-    """Whether every GPU that torch sees is such a chip; so it is where it sees none."""
+    """Whether the engine serves every GPU that torch sees. True where torch sees none."""
     return all(_serves(at) for at in range(torch.cuda.device_count()))
 
 
@@ -31,8 +31,18 @@ def _serves(index: int) -> bool:
     return self_check.serves("triton", torch.device("cuda", index))
 
 
+def float8_serves(device: torch.device | None) -> bool:
+    """Whether float8 products and the sweep that stores their operands run on this GPU, the current one where None."""
+    if not torch.cuda.is_available() or torch.version.hip is not None or not hasattr(torch, "_scaled_mm"):
+        return False
+    at = torch.device("cuda", torch.cuda.current_device()) if device is None or device.index is None else device
+    return torch.cuda.get_device_capability(at)[0] in TESTED and self_check.serves("pairs", at)
+
+
 def start_checks() -> None:
-    """Begin the self-checks that a head's first run on this machine's GPUs would wait for, beside its compilation."""
+    """Start the self-checks of this machine's GPUs in the background, so that they run beside the compilation of a
+    model.
+    """
     for index in range(torch.cuda.device_count()):
         hopper = torch.version.hip is None and torch.cuda.get_device_capability(index)[0] in TESTED
         self_check.start("pairs" if hopper else "triton", torch.device("cuda", index))

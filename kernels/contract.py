@@ -1,4 +1,4 @@
-"""The words that every engine of a head speaks: what goes in, what is asked, what comes out.
+"""The contract of the engines: the operands of a head, its statistics, and their gradients.
 
 A *head* is ``z = transform(h @ w.T)`` with z [N, V] the logits, which no engine may build whole.
 An *engine* is a module with the three functions ``head_stats``, ``head_stats_backward`` and ``head_loss``
@@ -9,21 +9,21 @@ float32 and per row.
     def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows) -> HeadGrads
     def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows) -> tuple[RowStats, HeadGrads]
 
-``head_stats`` is one sweep over z. ``head_stats_backward`` sweeps again, rebuilding z window by window, for any
-per-row upstream gradient. The lse goes from one to the other as the unevaluated sum of two numbers: half a unit of
-an lse of 200 is 8e-6 of every probability, where eager code, which subtracts the maximum first, errs by 1e-7. So does
-a difference in the graph: lse - z_y is taken as (lse - z_y) + lse_low, and Σ u (lse - z) has the digits of ``spread``.
-``head_loss`` is the single sweep for a scalar loss that is linear in the statistics: its coefficients are the
-upstream gradients, known before the sweep, so that the gradients come out of it too.
+``head_stats`` is one sweep over z. ``head_stats_backward`` sweeps again, rebuilding z window by window, for any per-row
+upstream gradient. The lse is passed on as the unevaluated sum of two numbers: half a unit of an lse of 200 is 8e-6 of
+every probability, where eager code, which subtracts the maximum first, errs by 1e-7. Differences in the graph keep
+these digits too: lse - z_y is (lse - z_y) + lse_low, and Σ u (lse - z) has the digits of ``spread``. ``head_loss`` is
+the single sweep for a scalar loss that is linear in the statistics: its coefficients are the upstream gradients and
+known before the sweep, which therefore computes the gradients too.
 
     dz_u[i, v] = p (constant_i - linear_i d + quadratic_i d²) + Σ_k picked_ik' [v = y_ik] + sum_i' u_v
     with d = log p + entropy_i
     (a prime marks the upstream gradient of that statistic; `logit_grads`), then through the transform's derivative
 
-A statistic is a row of `STATISTICS`: the ops' schemas, fake results, autograd and planner read what it needs there.
+A statistic is a row of `STATISTICS`, from which the ops' schemas, fake results, autograd and the planner are derived.
 
-A row with a logit that is NaN or +inf, or with none above -inf, has an lse that says so and NaN for all its gradients
-of a softmax, as eager code's log_softmax gives; other rows are not touched by it.
+A row with a logit that is NaN or +inf, or with no logit above -inf, has that lse, and NaN for all gradients of its
+softmax, as eager code's log_softmax gives. Other rows are not affected.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Head(NamedTuple):
     cols: Tensor  # [C, V] float32 vectors along the vocabulary that the transform names
     rows: Tensor  # [R, N] float32 vectors along the tokens that the transform names
     u: Tensor  # [V] float32 weights of the statistic `sum`, or [0] for all ones
-    transform: Transform  # what happens to z = h @ w.T, element by element
+    transform: Transform  # applied to z = h @ w.T elementwise
 
 
 class RowStats(NamedTuple):
@@ -61,10 +61,10 @@ class RowStats(NamedTuple):
     picked: Tensor | None = None  # [N, K] float32, z[i, y_ik]
     sum: Tensor | None = None  # [N] float32, Σ_v u_v z[i, v]
     entropy: Tensor | None = None  # [N] float32, -Σ_v p log p
-    max: Tensor | None = None  # [N] float32, of z as the program rounds it (Transform steps `round`)
-    argmax: Tensor | None = None  # [N] int64, the first index on ties, of z as the program rounds it
-    lse_low: Tensor | None = None  # [N] float32, finite, what rounding took off lse: p = exp((z - lse) - lse_low)
-    spread: Tensor | None = None  # [N] float32, Σ_v u_v (lse - z[i, v]): without the digits that lse and sum lose alike
+    max: Tensor | None = None  # [N] float32, of z rounded as in the program (steps `round`)
+    argmax: Tensor | None = None  # [N] int64, the first index on ties, of z rounded as in the program
+    lse_low: Tensor | None = None  # [N] float32, finite, the rounding error of lse: p = exp((z - lse) - lse_low)
+    spread: Tensor | None = None  # [N] float32, Σ_v u_v (lse - z[i, v]): without cancellation between lse and sum
     variance: Tensor | None = None  # [N] float32, Σ_v p (log p)² - (Σ_v p log p)²
     tie: Tensor | None = None  # [] float32, -0.0: of head_loss, where a kernel writes it at no cost
 
@@ -81,10 +81,10 @@ class RowGrads(NamedTuple):
 
 
 class WholeLogits(NamedTuple):
-    """All logits of a head, from which `Statistic.of` computes the definition of a statistic."""
+    """All logits of a head, for the definitions of the statistics (`Statistic.of`)."""
 
     z: Tensor  # [N, V] transformed
-    decided: Tensor  # [N, V] the same, rounded where the program rounds
+    decided: Tensor  # [N, V] rounded where the program rounds
     logp: Tensor  # [N, V]
     y: Tensor  # [N, K]
     u: Tensor  # [V] or [0] for ones
@@ -109,13 +109,13 @@ class Statistic(NamedTuple):
 
     name: str
     of: Callable[[WholeLogits], Tensor]  # its definition, [N] or [N, K]
-    linear: bool = False  # whether its coefficient in a loss is its gradient: `head_loss` takes it
+    linear: bool = False  # whether a loss may be linear in it: `head_loss` takes its coefficient
     per_label: bool = False
     dtype: torch.dtype | None = None  # None: `stat_dtype`
     differentiable: bool = True
-    decision: bool = False  # read off logits as the program rounds them
-    companion: bool = False  # a number that goes with others, in `head_loss` too
-    reads: tuple[str, ...] = ()  # statistics that its gradient reads: they come with it
+    decision: bool = False  # computed from logits rounded as in the program
+    companion: bool = False  # computed together with others, in `head_loss` too
+    reads: tuple[str, ...] = ()  # statistics that its gradient reads, which are computed with it
     slope: Callable[[Tensor, RowStats], Slope] | None = None  # of an upstream gradient [N], where that is a softmax's
 
 
@@ -154,13 +154,13 @@ LOSS_OUTPUTS = (*LINEAR_STATS, "dh", "dw", "dcols", "drows", "tie", *COMPANIONS)
 
 
 def with_companions(want: frozenset[str]) -> frozenset[str]:
-    """The statistics that come where these are asked for: what their gradients read is among them."""
+    """The given statistics with those that their gradients read."""
     return want.union(*(s.reads for s in STATISTICS if s.name in want))
 
 
 class LogitGrads(NamedTuple):
     """The gradient of transformed logits by row, None for zero: p (constant - linear d + quadratic d²) of the softmax
-    with d = log p + entropy, and what goes to labels and to Σ u z.
+    with d = log p + entropy, and the terms of the labels and of Σ u z.
     """
 
     constant: Tensor | None = None  # [N] float32
@@ -171,12 +171,12 @@ class LogitGrads(NamedTuple):
 
     @property
     def varies(self) -> bool:
-        """Whether the softmax's part is more than p times one number a row."""
+        """Whether the softmax term is more than p times one number a row."""
         return self.linear is not None or self.quadratic is not None
 
 
 def logit_grads(upstream: RowGrads, stats: RowStats) -> LogitGrads:
-    """What the gradients of the statistics make of that of the logits."""
+    """The gradient of the logits from the gradients of the statistics."""
     constant, linear, quadratic = None, None, None
     for statistic in STATISTICS:
         g = getattr(upstream, statistic.name) if statistic.differentiable else None
@@ -216,8 +216,9 @@ class HeadGrads(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """How a sweep is cut. An engine may round to its tiles, never above what the planner allowed."""
+    """The windows of a sweep. An engine may round to its tiles, but never above the planner's sizes."""
 
     tokens: int  # rows of z held at once
     vocab: int  # columns of z held at once
     accumulate: torch.dtype  # dtype in which dW (token windows) or dH (vocabulary windows) is accumulated
+    tail_rows: int = 0  # rows of the softmax's tail held at once in float8, where gradient products take it; else 0

@@ -1,4 +1,4 @@
-"""The second and third GEMM of a head: plain cuBLAS through torch, writing where the result belongs.
+"""The second and third GEMM of a head: cuBLAS through torch, written directly to the result.
 
     gemm(a, b, out)                   out = a @ b
     gemm(a, b, out, add=True)         out += a @ b
@@ -20,14 +20,14 @@ def gemm(a: Tensor, b: Tensor, out: Tensor, add: bool = False, alpha: float = 1.
         torch.addmm(out, a, b, beta=float(add), alpha=alpha, out=out)
     elif out.device.type == "cuda" and triton_serves():
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=float(add), alpha=alpha, out=out)
-    else:  # a device without a mixed product, as the interpreter's
+    else:  # a device without mixed products, such as the interpreter's
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=float(add), alpha=alpha, out=out)
 
 
 def weighted_rows(weights: Tensor, x: Tensor) -> Tensor:
     """Σ_i weights[i] x[i]: weights [n] float32, x [n, d] -> [d] float32.
 
-    The weights are split in two terms of x's dtype, so that their rounding does not show; x is read once.
+    The weights are split into two terms of x's dtype, so that they are not rounded. x is read once.
     """
     out = x.new_empty((2, x.shape[1]), dtype=torch.float32)
     high = weights.to(x.dtype)

@@ -1,14 +1,13 @@
-"""Whether kernels that may not work everywhere work here: tried once in a process of its own, kept on disk.
+"""Self-checks: kernels that may not work everywhere are tried once in a child process, and the verdict is saved.
 
     serves("pairs", device)      the paired sweeps (`ring`), whose language changes with Triton
     serves("triton", device)     the whole Triton engine, on a chip that no test has run on
 
-A kernel whose language or chip is new may fail to compile, give other numbers, hang, or leave the GPU unusable for its
-process. None of that may reach a user's program, so small heads are run in a child process (`self_check`),
-which compares with kernels that are trusted. The verdict holds for one GPU model, version of Triton and state of these
-sources. A check takes most of a minute, in which kernels are compiled; `start` lets it run beside a model's
-compilation. Where it has not ended when its answer is needed, and where it could not be made (no memory, no second
-process allowed), the trusted kernels serve this process.
+A kernel on a new chip or in a new language may fail to compile, give wrong numbers, hang, or leave the GPU unusable for
+its process. To keep this away from a user's program, a child process runs small heads and compares them with trusted
+kernels. The verdict holds for one GPU model, version of Triton and state of these sources. A check takes most of a
+minute, mostly to compile; `start` runs it beside a model's compilation. Where the check has not ended in time, or
+cannot be made (no memory, no second process allowed), this process uses the trusted kernels.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ import torch
 from fusedhead.kernels.user_cache import cache_file, read_json, write_json
 
 log = logging.getLogger("fusedhead")
-LIMIT = 300  # seconds after which a check has hung
-PATIENCE = {"pairs": 20, "triton": LIMIT}  # seconds that a program waits: plain sweeps are little slower than pairs
-FIRST_LINE = "ready"  # the child's first line: what fails after it is the kernels' failure
+LIMIT = 300  # seconds after which a check counts as hung
+PATIENCE = {"pairs": 20, "triton": LIMIT}  # seconds that a program waits: plain sweeps are almost as fast
+FIRST_LINE = "ready"  # the child's first line; a failure after it is the kernels'
 CHILD = (
     "import sys; sys.path[:] = {path!r}; "
     "from fusedhead.kernels.triton_engine.self_check import main; main({argument!r})"
@@ -46,7 +45,7 @@ FALLBACK = {
 
 
 class Claim(NamedTuple):
-    """Kernels by name, and the GPU (its index) on which they are to serve."""
+    """Kernels by name, and the index of the GPU on which they are to run."""
 
     name: str
     gpu: int
@@ -54,7 +53,7 @@ class Claim(NamedTuple):
 
 class _Check(NamedTuple):
     process: subprocess.Popen[str]
-    owner: int  # the process that may wait for it: not a fork of it
+    owner: int  # the process that started it; a fork must not wait for it
     started: float  # time.monotonic()
 
 
@@ -64,7 +63,7 @@ _running: dict[Claim, _Check] = {}
 
 
 def serves(name: str, device: torch.device) -> bool:
-    """Whether the kernels ``name`` serve on this device; waits for the check where it is not known yet."""
+    """Whether the kernels ``name`` work on this device. Waits for a running check."""
     claim = _claim(name, device)
     verdict = _decided.get(claim)
     if verdict is None:
@@ -76,7 +75,7 @@ def serves(name: str, device: torch.device) -> bool:
 
 
 def start(name: str, device: torch.device) -> None:
-    """Begin the check in the background, where one is needed, so that `serves` has less to wait for."""
+    """Start the check in the background where one is needed, so that `serves` waits less."""
     claim = _claim(name, device)
     with _lock:
         if claim not in _decided and claim not in _running and _kept(claim) is None:
@@ -84,7 +83,7 @@ def start(name: str, device: torch.device) -> None:
 
 
 def decide(name: str, device: torch.device, verdict: bool) -> None:
-    """Settle the question for this process, whatever a check would say. For checks themselves, and for tests."""
+    """Set the verdict for this process without a check. For checks themselves, and for tests."""
     _decided[_claim(name, device)] = verdict
 
 
@@ -99,7 +98,7 @@ def _claim(name: str, device: torch.device) -> Claim:
 
 @lru_cache(maxsize=1)
 def _sources() -> str:
-    """A digest of the kernels: a verdict is about their code."""
+    """A digest of the kernels' sources, which a verdict depends on."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -109,7 +108,7 @@ def _sources() -> str:
 def _key(claim: Claim) -> str:
     try:
         triton = version("triton")
-    except PackageNotFoundError:  # a build of one's own, or ROCm's under another name
+    except PackageNotFoundError:  # a custom build, or ROCm's under another name
         import triton as module
 
         triton = module.__version__
@@ -131,14 +130,14 @@ def _kept_or_checked(claim: Claim) -> bool:
         return False
     answer = _answer(check, PATIENCE[claim.name])
     if answer is None:
-        _running[claim] = check  # it goes on, and what it finds is kept for the next process
+        _running[claim] = check  # the check goes on, and its verdict is saved for the next process
         log.info("fusedhead: the self-check of %s has not ended yet; %s", claim.name, FALLBACK[claim.name])
         return False
     return _verdict(claim, *answer)
 
 
 def _begin(claim: Claim) -> bool:
-    """Start the child; whether that was possible."""
+    """Start the child; returns whether that was possible."""
     argument = {"claim": claim.name, "index": claim.gpu, "uuid": _uuid(claim.gpu), "key": _key(claim)}
     code = CHILD.format(path=sys.path, argument=json.dumps(argument))
     try:
@@ -158,7 +157,7 @@ def _uuid(index: int) -> str:
 
 
 def _answer(check: _Check, patience: float) -> tuple[list[str], str] | None:
-    """The child's lines, and how it ended otherwise than by answering, as a sentence; None while it may yet."""
+    """(the child's lines, the sentence how it failed); None while it is running."""
     process = check.process
     left = check.started + LIMIT - time.monotonic()
     try:
@@ -174,7 +173,7 @@ def _answer(check: _Check, patience: float) -> tuple[list[str], str] | None:
 
 
 def _verdict(claim: Claim, lines: list[str], problem: str) -> bool:
-    """What the child's answer says; kept on disk where it is about the kernels."""
+    """The verdict of the child's answer; saved where it is about the kernels."""
     answers = [line for line in lines if line.startswith("{")]
     if FIRST_LINE not in lines or (not answers and not problem):
         log.info(
@@ -192,7 +191,7 @@ def _verdict(claim: Claim, lines: list[str], problem: str) -> bool:
 
 
 def keep_verdict(key: str, verdict: dict[str, Any]) -> None:
-    """Write a verdict for later processes, where the folder can be written."""
+    """Save a verdict for later processes, where the folder can be written."""
     try:
         write_json(kept_in(), read_json(kept_in(), "it is written anew") | {key: verdict})
     except OSError as error:
@@ -201,7 +200,7 @@ def keep_verdict(key: str, verdict: dict[str, Any]) -> None:
 
 @atexit.register
 def _end() -> None:
-    """A program that ends does not wait for a check; one that has hung by then has failed."""
+    """At exit: do not wait for a check. One that has hung by then has failed."""
     for claim, check in _running.items():
         if check.owner == os.getpid():
             hung = check.process.poll() is None and time.monotonic() - check.started > LIMIT

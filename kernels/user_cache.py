@@ -1,7 +1,6 @@
-"""Small JSON files that outlive a process, in the user's cache folder: what was found out about this machine.
+"""Small JSON files in the user's cache folder, with facts about this machine.
 
-Readers see the old file or the new one, never a part of one. A file that is missing or damaged says nothing, and
-nothing that is wrong with one stops a program.
+A write is atomic. A missing or damaged file counts as empty and never stops a program.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def cache_file(name: str, variable: str) -> Path:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """What the file holds; {} where it is missing or damaged, which is logged with the ``remedy``."""
+    """The content of the file; {} where it is missing or damaged. Damage is logged with the ``remedy``."""
     try:
         found = json.loads(path.read_text())
         if isinstance(found, dict):
@@ -39,7 +38,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Put ``content`` in the file's place, atomically. Raises OSError where the folder cannot be written."""
+    """Replace the file by ``content``, atomically. Raises OSError where the folder cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(f".{os.getpid()}")
     written.write_text(json.dumps(content, indent=1))

@@ -1,7 +1,7 @@
-"""How gradients pass through the ops: what each op saves, and which op its backward calls.
+"""Autograd of the ops: the tensors that each op saves, and the op that its backward calls.
 
-`head_stats` recomputes in its backward, for any upstream gradient. `head_loss` has its gradients already, up to one
-scalar that it reads off the upstream. Operands that want no gradient are skipped.
+`head_stats` recomputes in its backward, for any upstream gradient. `head_loss` has computed its gradients up to one
+scalar, which it takes from the upstream gradient. Operands that want no gradient are skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 import fusedhead.lowering.scale  # noqa: F401  registers torch.ops.fusedhead.scale
 from fusedhead.kernels.contract import COMPANIONS, DIFFERENTIABLE_STATS, LINEAR_STATS, LOSS_OUTPUTS, SAVED_STATS, STATS
 
-HEAD_OPERANDS = 6  # of a head, first among an op's tensors: h, w, y, cols, rows, u
+HEAD_OPERANDS = 6  # the first tensors of an op: h, w, y, cols, rows, u
 ONCE = "a fused head can be differentiated once: double backward through it is not supported"
 
 
@@ -55,7 +55,7 @@ def _backward_stats(ctx: Any, *grads: Tensor | None) -> tuple:
 
 
 def split_at(of: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
-    """The first so many of a sequence, the next, ... and what is left."""
+    """A sequence cut into parts of the given lengths, and the rest."""
     ends = [0, *itertools.accumulate(counts)]
     return [*(of[start:end] for start, end in itertools.pairwise(ends)), of[ends[-1] :]]
 
@@ -82,7 +82,7 @@ def upstream_scale(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
     ``pairs`` of (upstream, coefficient), equal shapes, any float dtype -> 0-d tensor. Sums are float64 where
     the device has it, and c is divided by max |c| first, so that coefficients near the ends of the range
-    neither underflow nor overflow. Rows whose c is not finite (the lse of a broken row squared) have no say.
+    neither underflow nor overflow. Rows whose c is not finite (the squared lse of a broken row) are ignored.
     """
     like = pairs[0][1]
     wide = torch.float32 if like.device.type == "mps" else torch.float64
@@ -97,9 +97,7 @@ def upstream_scale(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 class _Once(torch.autograd.Function):
-    """The identity on gradients that ``create_graph=True`` wants to differentiate again, which is an
-    error.
-    """
+    """The identity on gradients, whose own backward (``create_graph=True``) raises."""
 
     @staticmethod
     def forward(ctx: Any, d: Tensor) -> Tensor:
@@ -113,14 +111,14 @@ class _Once(torch.autograd.Function):
 def scaled(grads: Sequence[Tensor | None], scale: Tensor) -> list[Tensor | None]:
     """Gradients that an op computed up to a factor, times that factor.
 
-    They left the op as constants, so that a second differentiation has to be refused by hand.
+    The gradients are constants to autograd, so that a second differentiation is refused explicitly.
     """
     found = (None if d is None else torch.ops.fusedhead.scale.default(d, scale) for d in grads)
     return [_Once.apply(d.requires_grad_()) if d is not None and torch.is_grad_enabled() else d for d in found]
 
 
 def _empty(x: Tensor) -> bool:
-    """Whether x has no elements, without a guard when its sizes are symbols."""
+    """Whether x has no elements. Adds no guard for symbolic sizes."""
     return statically_known_true(x.numel() == 0)
 
 
@@ -140,10 +138,10 @@ def _backward_loss(ctx: Any, *upstream: Tensor | None) -> tuple:
     scales = [given["tie"]] if given["tie"] is not None else []  # exactly
     scales += [upstream_scale(pairs)] if pairs else []
     if not scales or not any(needs):
-        return (None,) * 18
+        return (None,) * 19
     wanted = [d if need else None for d, need in zip(grads, needs)]
     dh, dw, dcols, drows = scaled(wanted, functools.reduce(operator.add, scales))
-    return dh, dw, None, dcols, drows, *(None,) * 13
+    return dh, dw, None, dcols, drows, *(None,) * 14
 
 
 HEAD_STATS = (_setup_stats, _backward_stats)

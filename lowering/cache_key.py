@@ -1,7 +1,7 @@
 """A stable hash over every source file of the package.
 
-torch.compile's caches know the graph that a backend hands on but not the code behind its custom ops: without this hash
-in their key, an upgrade that mends a gradient would keep serving the old one.
+torch.compile's caches are keyed by the graph and not by the code of its custom ops. Without this hash in the key, an
+upgrade that corrects a gradient would keep serving the old one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ KEY_PACKAGES = ("fusedhead", "fusedhead.lowering", "fusedhead.kernels")
 
 
 def sources() -> list[tuple[str, Path]]:
-    """(name inside the package, file) of every source, sorted by name."""
+    """(name inside the package, file) of every source file, sorted by name."""
     found = {}
     for package in KEY_PACKAGES:
         spec = find_spec(package)
@@ -31,7 +31,7 @@ def sources() -> list[tuple[str, Path]]:
 def source_hash() -> bytes:
     """SHA-256 of the names and contents of the package's sources; read once per process, on first use.
 
-    Two installs of the same files agree wherever they lie on disk.
+    Two installs of the same files have the same hash.
     """
     digest = hashlib.sha256()
     for name, file in sources():

@@ -1,7 +1,8 @@
-"""What the ops refuse, and in which words."""
+"""Checks of the ops' arguments, and their error messages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from fusedhead.kernels.transform.transform import Transform, parse
 
 
 class LabelOutOfRange(IndexError, RuntimeError):
-    """A label is no column of the logits. Both errors of eager code: cross_entropy's and gather's."""
+    """A label is no column of the logits. It is both errors of eager code: cross_entropy's and gather's."""
 
 
 @lru_cache(maxsize=64)
@@ -39,7 +40,7 @@ def _vectors(name: str, x: torch.Size, other: str, length: int) -> None:
 
 
 class Signature(NamedTuple):
-    """What an op is called with, as far as it is known without reading a value."""
+    """The shapes and dtypes of an op's arguments."""
 
     h: torch.Size
     w: torch.Size
@@ -51,7 +52,7 @@ class Signature(NamedTuple):
     transform: str
 
 
-@lru_cache(maxsize=1024)  # a step asks for every head it computes
+@lru_cache(maxsize=1024)  # called in every step for every head
 def _checked(head: Signature) -> Transform:
     """The transform. Raises unless sizes and dtypes fit together."""
     h, w, y, cols, rows, u, dtypes, text = head
@@ -76,11 +77,12 @@ def _checked(head: Signature) -> Transform:
     return transform
 
 
-def head_of(h: Tensor, w: Tensor, y: Tensor, cols: Tensor, rows: Tensor, u: Tensor, transform: str) -> Head:
-    """The head of these operands. Raises unless sizes, dtypes and labels fit together.
+def head_of(operands: Sequence[Tensor], transform: str) -> Head:
+    """The head with the operands h, w, y, cols, rows, u. Raises unless sizes, dtypes and labels fit together.
 
-    Labels are read on the CPU only: elsewhere reading them would wait for the device, and the engine asserts.
+    Labels are read on the CPU only. On a device reading would synchronise; there the engine asserts.
     """
+    h, w, y, cols, rows, u = operands
     dtypes = (h.dtype, w.dtype, y.dtype)
     parsed = _checked(Signature(h.shape, w.shape, y.shape, cols.shape, rows.shape, u.shape, dtypes, transform))
     if y.device.type == "cpu" and y.numel():

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.chips import triton_serves
+from fusedhead.kernels.chips import float8_serves, triton_serves
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows
 from fusedhead.kernels.torch_engine import softmax_gradients
 from fusedhead.lowering.plan import torch as torch_plan
@@ -52,6 +52,10 @@ class Engine(Protocol):
         """Whether gradients of this head are a row scale away from exponentials."""
         ...
 
+    def float8_serves(self, head: Head | None) -> bool:
+        """Whether it has kernels for float8 products of gradients on this GPU, and takes this head's matrices."""
+        ...
+
     def head_stats(
         self, head: Head, want: frozenset[str], windows: Windows, product: Tensor | None = None
     ) -> RowStats: ...
@@ -81,6 +85,9 @@ class _Kernels:
 
     module: str  # in fusedhead.kernels
     keeps_product = False
+
+    def float8_serves(self, head: Head | None) -> bool:
+        return False
 
     def head_stats(self, head: Head, want: frozenset[str], windows: Windows, product: Tensor | None = None) -> RowStats:
         kept = () if product is None else (product,)
@@ -141,6 +148,10 @@ class TritonWindows(_Kernels):
 
     def row_scale_serves(self, head: Head, grads: RowGrads, needs: Needs) -> bool:
         return not (needs.cols or needs.rows)
+
+    def float8_serves(self, head: Head | None) -> bool:
+        serves = float8_serves(None if head is None else head.h.device)
+        return serves and (head is None or bool(_module("triton_engine.float8.single_pass").reads(head)))
 
 
 ENGINES: tuple[Engine, ...] = (TritonWindows(), TorchWindows())

@@ -1,6 +1,6 @@
-"""Shapes and dtypes of the ops' results, for tracing: no value is read and no size is compared.
+"""Fake kernels: shapes and dtypes of the ops' results, for tracing. No value is read and no size is compared.
 
-A token count may be a symbol and stays one.
+A symbolic number of tokens stays symbolic.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def fake_head_stats(
 
 
 def kept_product(h: Tensor, w: Tensor, whole_below: int, keep: bool) -> Tensor:
-    """Room for h wᵀ [N, V], as much as a call keeps of it."""
+    """An empty tensor for the rows of h wᵀ [N, V] that a call keeps."""
     dtype, vocab = product_dtype(h.dtype, h.device.type), w.shape[0]
     shape = (kept_rows(h.shape[0], vocab, whole_below), vocab) if keep else (0,)
     return h.new_empty(shape, dtype=dtype)

@@ -1,22 +1,24 @@
-"""The three custom ops that stand for a head in a graph, and the way from them to an engine.
+"""The three custom ops that represent a head in a graph. They call the engines.
 
-Functional, tensors positional, fixed arity: what is absent travels as a tensor of no elements. Each op checks its
-operands, asks the planner and calls one engine; importing this file registers the ops.
+The ops are functional, with positional tensors and fixed arity: an absent tensor is an empty one. Each op checks its
+operands, asks the planner and calls one engine. Importing this file registers the ops.
 
     head_stats           one sweep: the statistics, in the order of `contract.STATS`
-    head_stats_backward  one sweep: gradients for a per-row upstream: dh, dw, dcols, drows
-    head_loss            one sweep: both, for a scalar loss that is linear in the statistics; and a zero, `tie`, that
-                         ties the loss to the operands: loss + tie is the loss, and what flows back into tie is g
+    head_stats_backward  one sweep: gradients for a per-row upstream: dh, dw, dcols, drows head_loss            one
+    sweep: both, for a scalar loss that is linear in the statistics; and a zero, `tie`,
+                         that is added to the loss, so that its upstream gradient is d(loss)
 
-Where the number of tokens is not known when a graph is compiled, ``whole_below`` says below how many logits a call
-builds them whole, as Inductor would have. With ``keep`` such a call hands the product h wᵀ on to its backward pass.
+With ``float8`` the products of the gradients of `head_loss` may be float8 where the planner finds that they serve.
+
+With a symbolic number of tokens, a call with fewer than ``whole_below`` logits builds them whole, as Inductor would.
+With ``keep`` such a call keeps the product h wᵀ for its backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,25 +63,34 @@ SCHEMAS = {
     f" -> ({_STATS}, Tensor product)",
     "head_stats_backward": f"({_UPSTREAM}, {_HEAD}, {_SAVED}, str transform, int memory, {_NEEDS}{_WHOLE}, "
     "Tensor? product=None) -> (Tensor dh, Tensor dw, Tensor dcols, Tensor drows)",
-    "head_loss": f"({_HEAD}, {_COEFFICIENTS}, str transform, str stats, int memory, {_NEEDS}{_WHOLE}) -> ({_LOSS})",
+    "head_loss": f"({_HEAD}, {_COEFFICIENTS}, str transform, str stats, int memory, {_NEEDS}{_WHOLE}, "
+    f"bool float8=False) -> ({_LOSS})",
 }
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast inside: an op computes in the dtypes it was given, whatever region it is called from."""
+    """Context without autocast: an op computes in the dtypes of its operands."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _chosen(
-    head: Head, needs: Needs, limits: tuple[int, int], *, linear: bool, row_scale: bool, explicit: bool
+    head: Head,
+    needs: Needs,
+    limits: tuple[int, int],
+    *,
+    linear: bool,
+    row_scale: bool,
+    explicit: bool,
+    sums: bool = False,
+    float8: bool = False,
 ) -> tuple[Engine, Windows]:
     """The engine, and its windows; ``limits`` are the op's ``memory`` and ``whole_below``."""
     h, w, y, _, _, _, transform = head
     (n, hidden), vocab, dtype, kind = h.shape, w.shape[0], h.dtype, h.device.type
     products = product_dtype(dtype, kind)
     problem = Problem(
-        n, vocab, hidden, dtype, kind, products, needs, linear, row_scale, explicit, transform, y.shape[1]
+        n, vocab, hidden, dtype, kind, products, needs, linear, row_scale, explicit, transform, y.shape[1], sums, float8
     )
     chosen = plan(problem, memory=limits[0], whole_below=limits[1])
     return chosen.engine, chosen.windows
@@ -111,13 +122,13 @@ def _head_stats(
     whole_below: int = 0,
     keep: bool = False,
 ) -> tuple[Tensor, ...]:
-    head, want = head_of(h, w, y, cols, rows, u, transform), parse_stats(stats)
+    head, want = head_of((h, w, y, cols, rows, u), transform), parse_stats(stats)
     explicit, given = writes_logits(want, head.transform), with_companions(want)
     engine, windows = _chosen(head, NO_NEEDS, (memory, whole_below), linear=True, row_scale=True, explicit=explicit)
     product = fakes.kept_product(h, w, whole_below, keep)
     kept = product[: h.shape[0]] if keep and engine.keeps_product else None
     with without_autocast(head.h.device):
-        got = engine.head_stats(head, given - {"lse_low"}, windows, kept)  # which comes with any lse
+        got = engine.head_stats(head, given - {"lse_low"}, windows, kept)  # it comes with any lse
     results = (
         _empty_if_absent(getattr(got, statistic.name) if statistic.name in given else None, h, statistic.dtype)
         for statistic in STATISTICS
@@ -125,42 +136,46 @@ def _head_stats(
     return (*results, product)
 
 
+class BackwardSettings(NamedTuple):
+    """The arguments of `head_stats_backward` that follow its tensors, by their names in the schema."""
+
+    transform: str
+    memory: int
+    need_h: bool
+    need_w: bool
+    need_cols: bool
+    need_rows: bool
+    whole_below: int = 0
+    product: Tensor | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(self.need_h, self.need_w, self.need_cols, self.need_rows)
+
+
 def _head_stats_backward(*args: Any) -> tuple[Tensor, ...]:
     grads, operands, stats, rest = autograd.split_at(
         args, len(DIFFERENTIABLE_STATS), autograd.HEAD_OPERANDS, len(SAVED_STATS)
     )
-    return _gradients_of_stats(dict(zip(DIFFERENTIABLE_STATS, grads)), operands, dict(zip(SAVED_STATS, stats)), *rest)
-
-
-def _gradients_of_stats(
-    grads: dict[str, Tensor],
-    operands: Sequence[Tensor],
-    stats: dict[str, Tensor],
-    transform: str,
-    memory: int,
-    need_h: bool,
-    need_w: bool,
-    need_cols: bool,
-    need_rows: bool,
-    whole_below: int = 0,
-    product: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    h, w, y, cols, rows, u = operands
-    head = head_of(h, w, y, cols, rows, u, transform)
-    needs = Needs(need_h, need_w, need_cols, need_rows)
-    upstream = RowGrads(**{name: _none_if_empty(g) for name, g in grads.items()})
-    lse = stats["lse"]
-    if not lse.numel():  # no statistic needed it; then neither does a gradient
-        lse = head.h.new_zeros(head.h.shape[0], dtype=lse.dtype)
-    others: dict[str, Any] = {name: _none_if_empty(x) for name, x in stats.items() if name != "lse"}
-    saved = RowStats(lse, **others)
+    settings = BackwardSettings(*rest)
+    head, needs, product = head_of(operands, settings.transform), settings.needs, settings.product
+    upstream = RowGrads(**{name: _none_if_empty(g) for name, g in zip(DIFFERENTIABLE_STATS, grads)})
+    saved = _saved_stats(head, dict(zip(SAVED_STATS, stats)))
     row_scale = engine_for(head.h.dtype, head.h.device.type).row_scale_serves(head, upstream, needs)
-    engine, windows = _chosen(
-        head, needs, (memory, whole_below), linear=False, row_scale=row_scale, explicit=not row_scale
-    )
+    limits = settings.memory, settings.whole_below
+    engine, windows = _chosen(head, needs, limits, linear=False, row_scale=row_scale, explicit=not row_scale)
     kept = product[: head.h.shape[0]] if product is not None and engine.keeps_product else None
     with without_autocast(head.h.device):
         return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows, kept), head)
+
+
+def _saved_stats(head: Head, stats: dict[str, Tensor]) -> RowStats:
+    """The statistics that the backward reads, from the tensors that the forward saved."""
+    lse = stats["lse"]
+    if not lse.numel():  # no statistic needed it, so that no gradient does
+        lse = head.h.new_zeros(head.h.shape[0], dtype=lse.dtype)
+    others: dict[str, Any] = {name: _none_if_empty(x) for name, x in stats.items() if name != "lse"}
+    return RowStats(lse, **others)
 
 
 def _head_loss(
@@ -182,8 +197,9 @@ def _head_loss(
     need_cols: bool,
     need_rows: bool,
     whole_below: int = 0,
+    float8: bool = False,
 ) -> tuple[Tensor, ...]:
-    head, want = head_of(h, w, y, cols, rows, u, transform), parse_stats(stats)
+    head, want = head_of((h, w, y, cols, rows, u), transform), parse_stats(stats)
     possible = (*LINEAR_STATS, *COMPANIONS)
     if not want.issubset(possible):
         names = f"{', '.join(possible[:-1])} and {possible[-1]}"
@@ -194,10 +210,12 @@ def _head_loss(
     )
     if want & {"sum", "spread"} and c.sum is None:
         c = c._replace(sum=h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype)))
-    row_scale = engine_for(h.dtype, h.device.type).row_scale_serves(head, c, needs)
+    preferred = engine_for(h.dtype, h.device.type)
+    row_scale = preferred.row_scale_serves(head, c, needs)
     engine, windows = _chosen(
-        head, needs, (memory, whole_below), linear=True, row_scale=row_scale, explicit=not row_scale
-    )
+        head, needs, (memory, whole_below), linear=True, row_scale=row_scale, explicit=not row_scale,
+        sums=c.sum is not None, float8=float8 and preferred.float8_serves(head),
+    )  # fmt: skip
     with without_autocast(head.h.device):
         got, grads = engine.head_loss(head, c, needs, windows)
     given = with_companions(want | {"lse"})

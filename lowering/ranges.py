@@ -1,9 +1,9 @@
-"""The name of a head where a profiler, or a snapshot of CUDA memory, shows its work.
+"""Names of heads in a profiler's trace and in snapshots of CUDA memory.
 
-While a profiler runs each op opens a range, ``fusedhead::head_loss lm_head N=8192 D=4096 V=128256``. While the history
-of memory is recorded the op is called through a frame of that name, which stands in the stack of each of its
-allocations. Otherwise an op costs two flags more on a GPU, one elsewhere. An op knows no modules: those of heads with
-its weight's sizes are told when a graph is compiled (`remember`).
+While a profiler runs, each op opens a range, ``fusedhead::head_loss lm_head N=8192 D=4096 V=128256``. While the memory
+history is recorded, the op is called through a frame of that name, which appears in the stack of each allocation.
+Otherwise an op only reads two flags on a GPU, one elsewhere. An op does not know its module: `remember` registers the
+modules by the weight's sizes when a graph is compiled.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from torch.autograd import profiler
 
 AnyFunction = Callable[..., Any]
-MOST_MODULES = 4  # that a name lists
+MOST_MODULES = 4  # modules listed in a name
 module_names: dict[tuple[int, int], tuple[str, ...]] = {}  # (vocab, hidden) -> modules; replaced by key, never changed
 
 
 def remember(vocab: int, hidden: int, module: str) -> None:
-    """A head of this module has a weight of these sizes."""
+    """Register that a head of a module has a weight of these sizes."""
     known = module_names.get((vocab, hidden), ())
     if module not in known:
         module_names[vocab, hidden] = (*known, module)
@@ -32,22 +32,22 @@ def never() -> bool:
     return False
 
 
-# Where this torch has no such name nothing is named in a snapshot.
+# Where this torch lacks the name, snapshots show no names.
 history_enabled: Callable[[], bool] = getattr(torch._C, "_cuda_isHistoryEnabled", never)
 
 
 def recording(operand: torch.Tensor) -> bool:
-    """Whether the history of the operand's memory is recorded. Where CUDA has no driver the question itself raises."""
+    """Whether the memory history of the operand's device is recorded. Reading it raises where CUDA has no driver."""
     return operand.is_cuda and history_enabled()
 
 
 def profiling() -> bool:
-    """Whether a profiler runs: a flag that torch's own optimizers read too."""
+    """Whether a profiler runs, by the flag that torch's optimizers read."""
     return getattr(profiler, "_is_profiler_enabled", False)
 
 
 def ranged(op: str, schema: str, implementation: AnyFunction) -> AnyFunction:
-    """The implementation of an op, with its name where one is asked for. Its operands h and w tell the sizes."""
+    """Wrap the implementation of an op, which then has a name where names are recorded, with the sizes of h and w."""
     arguments, _, _ = schema.partition("->")
     names = [argument.partition("=")[0].split()[-1] for argument in arguments.strip(" ()").split(",")]
     at_h, at_w = names.index("h"), names.index("w")
@@ -75,6 +75,6 @@ def _call(implementation: AnyFunction, args: tuple[Any, ...], kwargs: dict[str, 
 
 @lru_cache(maxsize=256)
 def frame(name: str) -> AnyFunction:
-    """`_call` whose frame has the name."""
+    """A copy of `_call` whose frame has a given name."""
     names = {"co_name": name, **({"co_qualname": name} if hasattr(_call.__code__, "co_qualname") else {})}
     return FunctionType(_call.__code__.replace(**names), globals(), name)  # type: ignore[arg-type]

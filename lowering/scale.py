@@ -1,10 +1,10 @@
-"""The op that multiplies a finished gradient by the gradient of the loss, in its two forms.
+"""The op that multiplies a computed gradient by the gradient of the loss, out of place and in place.
 
     scale(Tensor x, Tensor g) -> Tensor         g·x, a new tensor
-    scale_(Tensor(a!)[] xs, Tensor g) -> ()     the same in place for several; where g is 1 nothing is read or written
+    scale_(Tensor(a!)[] xs, Tensor g) -> ()     in place, for several; no memory traffic where g is 1
 
-The autograd formula of `head_loss` calls the first; a compiled backward whose saved gradient nobody else can see gets
-the second (`fusedhead.inductor.scale_in_place`). g is a 0-d tensor of any floating dtype; the product is rounded once.
+The autograd formula of `head_loss` calls the first; a compiled backward that owns the saved gradient gets the second
+(`fusedhead.inductor.scale_in_place`). g is a 0-d tensor of any floating dtype; the product is rounded once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _out_of_place(x: Tensor, g: Tensor) -> Tensor:
 
 
 def _in_place(xs: list[Tensor], g: Tensor) -> None:
-    """Two of one dtype share a launch: of few tokens, launches are most of the cost."""
+    """Scale in place. Two gradients of one dtype share a launch, since launches are most of the cost for few tokens."""
     launched: dict[torch.dtype, list[Tensor]] = {}
     for x in xs:
         if x.is_cuda and x.is_contiguous() and x.dtype != torch.float64 and triton_serves():
@@ -50,7 +50,7 @@ def _in_place(xs: list[Tensor], g: Tensor) -> None:
 def _one_in_place(x: Tensor, g: Tensor) -> None:
     if x.device.type != "cpu":
         x.copy_(_scaled(x, g))
-    elif not abs(float(g.to(torch.float32)) - 1) <= UNMOVED.get(x.dtype, 0.0):  # on the CPU the number is at hand
+    elif not abs(float(g.to(torch.float32)) - 1) <= UNMOVED.get(x.dtype, 0.0):  # the CPU can read the number
         for part in x.view(-1).split(1 << 18) if x.is_contiguous() else (x,):
             part.copy_(_scaled(part, g))
 

@@ -1,32 +1,33 @@
-"""The merge of row statistics over the ranks that hold the columns, in two collectives on packed numbers.
+"""The merge of row statistics over the ranks that hold the columns, in one collective: a gather of packed numbers.
 
-With M = max_r lse_r, e_r = exp(lse_r - M), U_r = Σ u over r's columns, H_r and the others of r's columns alone:
+With M = max_r lse_r, e_r = exp(lse_r - M), E = Σ e_r, U_r = Σ u over r's columns, H_r and the others of r's columns
+alone, x_r = (lse_r - M) - H_r the mean of log p + log E over them:
 
-    lse     = M + log Σ_r e_r                         two numbers, as everywhere: what rounding took off is lse_low
-    picked  = Σ_r picked_r                            one rank has the label's column, the others add 0
-    sum     = Σ_r sum_r
-    spread  = Σ_r (spread_r - U_r (lse_r - M)) + U (lse - M)
-    entropy = Σ_r e_r (H_r - (lse_r - M)) / Σ_r e_r + log Σ_r e_r
-    max     = max_r max_r, argmax the lowest index among the ranks that have it; NaN is the largest number, as in torch
+    lse      = M + log E                                 two numbers, as everywhere: what rounding took off is lse_low
+    picked   = Σ_r picked_r                              one rank has the label's column, the others add 0
+    sum      = Σ_r sum_r
+    spread   = Σ_r (spread_r - U_r (lse_r - M)) + U (lse - M)
+    entropy  = log E - m,  m = Σ_r e_r x_r / E
+    variance = Σ_r e_r (variance_r + (x_r - m)²) / E     of log p under p
+    max      = max_r max_r, argmax of the first rank that has it: the lowest index; NaN is the largest, as in torch
 
-First a maximum of lse, or of 64-bit keys where max or argmax is asked (the number in order-preserving bits above the
-index counted down); then one packed sum. Bytes a token and rank: 4 (keys: 8, 16 with lse), then 4 for each of e, the
-K picked, sum, spread, U and entropy that is asked. This file knows no heads and no graphs.
+Every rank adds the same numbers in the order of the ranks, so that all have the same bits. A rank receives 4 bytes a
+token from each other one for every number that is asked (8 for float64); two all-reduces, a maximum and a sum, would
+send fewer where the ranks are many, and wait twice. This file knows no heads and no graphs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PRIME = 8388593  # the largest below 2^23: what a mark is taken modulo, exact in float32
-LOW = (1 << 32) - 1
 SHARD_MISMATCH = (
-    "the ranks of a tensor-parallel head do not hold shards of one head, or take its loss of other tokens or labels: "
-    "labels, sizes and every argument must be the same on all ranks of the group"
+    "the ranks of the group do not hold shards of one head, or were asked for different things: the hidden size, the "
+    "number of classes and every argument must be the same on all of them"
 )
 
 
@@ -36,103 +37,111 @@ class ShardMismatch(ValueError):
 
 @dataclass(frozen=True)
 class Part:
-    """The statistics of one rank's columns, [N] float32 but picked [N, K] and argmax int64; None where not asked."""
+    """The statistics of one rank's columns, [N] (float64 for a float64 head, else float32), None where not asked."""
 
-    first: int  # the first class of the rank; past the last one for a rank without
     weight: Tensor  # [], Σ u over the rank's columns
-    lse: Tensor | None = None
-    picked: Tensor | None = None  # 0 where the label is elsewhere
-    sum: Tensor | None = None
-    entropy: Tensor | None = None
-    max: Tensor | None = None
-    argmax: Tensor | None = None
+    lse: Tensor | None = None  # -inf where a row has no column here
     lse_low: Tensor | None = None
+    picked: Tensor | None = None  # [N, K], 0 where the label is elsewhere
+    sum: Tensor | None = None
     spread: Tensor | None = None
+    entropy: Tensor | None = None
+    variance: Tensor | None = None
+    max: Tensor | None = None
+    argmax: Tensor | None = None  # int64, a class of all
 
 
-def mark_of(y: Tensor, facts: int) -> Tensor:
-    """[] int64 below `PRIME`: equal where labels [N, K] and facts are."""
-    at = torch.arange(1, y.numel() + 1, device=y.device) % PRIME
-    return ((y.reshape(-1) % PRIME) * at % PRIME).sum().add(facts + y.numel()) % PRIME
+def collective(*names: str) -> Any:
+    """The first of some names that this torch.distributed has: newer ones deprecate what older ones call by another."""
+    return next(found for found in (getattr(dist, name, None) for name in names) if found is not None)
 
 
-def require_equal(most: Tensor, least: Tensor) -> None:
-    """Fail, on every rank alike, where what the ranks said of themselves differs."""
-    if most.is_cpu:
-        if int(most) != int(least):
-            raise ShardMismatch(SHARD_MISMATCH)
-    else:
-        torch.ops.aten._assert_async.msg(most == least, SHARD_MISMATCH)
+def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[R, ...]: x of every rank, in the order of the ranks."""
+    ranks = dist.get_world_size(group)
+    whole = x.new_empty((ranks * x.numel(),))
+    collective("all_gather_single", "all_gather_into_tensor")(whole, x.contiguous().view(-1), group=group)
+    return whole.view(ranks, *x.shape)
 
 
-def ordered(x: Tensor) -> Tensor:
-    """float32 -> int64 in [-2^31, 2^31), in the order of the numbers; NaN is the largest, and -0 is 0."""
-    bits = x.contiguous().view(torch.int32).to(torch.int64)
-    magnitude = bits & 0x7FFFFFFF
-    return torch.where(x.isnan(), 0x7FFFFFFF, torch.where(bits < 0, -magnitude, magnitude))
+def gathered_parts(part: Part, flag: Tensor, group: dist.ProcessGroup) -> tuple[Part, Tensor]:
+    """(the parts of all ranks, each tensor with a first dimension [R]; ``flag`` [F] int32 of all), one collective."""
+    given: dict[str, Tensor] = {}
+    for field in fields(Part):
+        value = getattr(part, field.name)
+        if value is not None:
+            given[field.name] = value.to(torch.int32) if field.name == "argmax" else value.contiguous()
+    words = [flag, *(value.view(-1).view(torch.int32) for value in given.values())]
+    packed = gathered(torch.cat(words), group)
+    flags, *rest = packed.split([len(word) for word in words], 1)
+    found: dict[str, Any] = {}
+    for (name, value), bits in zip(given.items(), rest):
+        found[name] = bits.contiguous().view(value.dtype).view(len(packed), *value.shape)
+    if "argmax" in found:
+        found["argmax"] = found["argmax"].to(torch.int64)
+    return Part(**found), flags
 
 
-def number(key: Tensor) -> Tensor:
-    """The float32 that `ordered` made a key of."""
-    bits = torch.where(key < 0, -key - (1 << 31), key)
-    return bits.to(torch.int32).view(torch.float32)
-
-
-def highest(part: Part, mark: Tensor, group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """The maxima over the ranks of lse, and of max with its index. Raises ShardMismatch where marks differ."""
-    marks = torch.stack((mark, -mark))
-    if part.max is None and part.argmax is None:
-        lse = mark.new_empty(0, dtype=torch.float32) if part.lse is None else part.lse
-        packed = torch.cat((lse, marks.to(lse.dtype)))
-        dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=group)
-        require_equal(packed[-2], -packed[-1])
-        return {} if part.lse is None else {"lse": packed[:-2]}
-    assert part.max is not None
-    assert part.argmax is not None
-    keys = ordered(part.max) * (1 << 32) + (LOW - (part.argmax + part.first))
-    tops = [keys] if part.lse is None else [keys, ordered(part.lse)]
-    packed = torch.cat((*tops, marks))
-    dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=group)
-    require_equal(packed[-2], -packed[-1])
-    rows = len(keys)
-    found = {"max": number(packed[:rows] >> 32), "argmax": LOW - (packed[:rows] & LOW)}
-    return found if part.lse is None else {**found, "lse": number(packed[rows:-2])}
-
-
-def merged(part: Part, y: Tensor, facts: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """The statistics of all columns by their names, equal on all ranks. Labels ``y`` [N, K] are those of all ranks."""
-    found = highest(part, mark_of(y, facts), group)
-    parts: dict[str, Tensor] = {}
-    if part.lse is not None and part.lse_low is not None:
-        top = found["lse"]
-        shift = torch.where(top.isfinite(), top, 0)
-        here = (part.lse - shift) + part.lse_low
-        mass = here.exp()
-        parts["mass"] = mass[None]
-        if part.spread is not None:
-            parts["reach"] = (part.spread - torch.where(part.weight == 0, 0, part.weight * here))[None]
-            parts["weight"] = part.weight.expand(1, len(mass))
-        if part.entropy is not None:
-            parts["entropy"] = torch.where(mass == 0, 0, mass * (part.entropy - here))[None]
-    if part.picked is not None:
-        parts["picked"] = part.picked.t()
-    if part.sum is not None:
-        parts["sum"] = part.sum[None]
-    if parts:
-        packed = torch.cat(list(parts.values()))
-        dist.all_reduce(packed, group=group)
-        parts = dict(zip(parts, packed.split([len(p) for p in parts.values()])))
-    if "mass" in parts:
-        total = parts["mass"][0]
-        log = total.log()
-        lse = shift + log
-        found["lse"], found["lse_low"] = lse, torch.where(lse.isfinite(), log - (lse - shift), 0)
-        if "reach" in parts:
-            found["spread"] = parts["reach"][0] + parts["weight"][0] * log
-        if "entropy" in parts:
-            found["entropy"] = parts["entropy"][0] / total + log
-    if "picked" in parts:
-        found["picked"] = parts["picked"].t().clone(memory_format=torch.contiguous_format)
-    if "sum" in parts:
-        found["sum"] = parts["sum"][0].clone()
+def merged(parts: Part) -> dict[str, Tensor]:
+    """The statistics of all columns by their names, equal on all ranks, of the `gathered_parts`."""
+    found: dict[str, Tensor] = {}
+    if parts.max is not None and parts.argmax is not None:
+        found["max"], rank = parts.max.max(0)
+        found["argmax"] = parts.argmax.gather(0, rank[None])[0]
+    if parts.picked is not None:
+        found["picked"] = parts.picked.sum(0)
+    if parts.sum is not None:
+        found["sum"] = parts.sum.sum(0)
+    if parts.lse is None or parts.lse_low is None:
+        return found
+    top = parts.lse.amax(0)
+    shift = torch.where(top.isfinite(), top, 0)
+    here = (parts.lse - shift) + parts.lse_low
+    mass = here.exp()
+    total = mass.sum(0)
+    log = total.log()
+    lse = shift + log
+    found["lse"], found["lse_low"] = lse, torch.where(lse.isfinite(), log - (lse - shift), 0)
+    if parts.spread is not None:
+        weight = parts.weight[:, None]
+        reach = parts.spread - torch.where(weight == 0, 0, weight * here)
+        found["spread"] = reach.sum(0) + weight.sum(0) * log
+    if parts.entropy is not None:
+        # nothing of ranks without columns; a row whose columns are all masked there has an entropy that says so
+        void = (mass == 0) & parts.entropy.isfinite()
+        mean = here - parts.entropy
+        middle = torch.where(void, 0, mass * mean).sum(0) / total
+        found["entropy"] = log - middle
+        if parts.variance is not None:
+            square = torch.where(void, 0, mass * (parts.variance + (mean - middle) ** 2))
+            found["variance"] = square.sum(0) / total
     return found
+
+
+def own_upstream(upstream: dict[str, Tensor | None], total: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Make of the gradients of the lse, entropy H and variance V of all ranks, in place, those of this rank's.
+
+    No collective: with q = exp(lse_r - lse) this rank's share and δ = log q + H - H_r,
+
+        d lse_r = q (g_lse + g_V (δ² + 2δ - V + V_r) - g_H δ)    d H_r = q (g_H - 2 g_V δ)    d V_r = q g_V
+
+    which give dz = p (g_lse - g_H d + g_V (d² + 2d - V)) with d = log p + H, once written with p_r = p / q.
+    """
+    g_lse, g_entropy, g_variance = (upstream[name] for name in ("lse", "entropy", "variance"))
+    if g_lse is None and g_entropy is None and g_variance is None:
+        return
+    log = (own["lse"] - total["lse"]) + (own["lse_low"] - total["lse_low"])
+    share = log.exp() + 0 * total["lse"]  # NaN where a logit is +inf, on ranks without it too
+    nothing = share == 0
+    slopes: dict[str, Any] = {"lse": 0 if g_lse is None else g_lse, "entropy": None, "variance": None}
+    if g_entropy is not None or g_variance is not None:
+        delta = log + total["entropy"] - own["entropy"]
+        slopes["entropy"] = 0 if g_entropy is None else g_entropy
+        if g_entropy is not None:
+            slopes["lse"] = slopes["lse"] - g_entropy * delta
+        if g_variance is not None:
+            slopes["lse"] = slopes["lse"] + g_variance * (delta * (delta + 2) - (total["variance"] - own["variance"]))
+            slopes["entropy"] = slopes["entropy"] - 2 * g_variance * delta
+            slopes["variance"] = g_variance
+    for name, slope in slopes.items():
+        upstream[name] = None if slope is None else torch.where(nothing, 0, slope * share)

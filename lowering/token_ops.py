@@ -1,12 +1,13 @@
-"""The custom ops that run a row program on the logits of one or several heads.
+"""The custom ops that run a token program on the logits of one or several heads.
 
     head_rows           one sweep: the program's results, [N, ...] each
     head_rows_backward  one sweep: the gradients of the inputs that need one
     head_rows_loss      both in one sweep, where the gradients of the results are known up to one factor: a scalar loss
                         that is linear in them (as `head_loss`)
 
-A call whose logits take fewer bytes than ``keep_below`` hands its heads' products on to its backward pass, after its
-results, as Inductor would keep them: each is then multiplied once. Number of tokens a symbol, each call decides.
+A call whose logits take fewer bytes than ``keep_below`` returns its heads' products after its results, for its
+backward, as Inductor would keep them: each product is then computed once. With a symbolic number of tokens each call
+decides.
 
 The program is text (`fusedhead.kernels.tokenwise.program`), so that a graph with these ops depends on nothing else.
 """
@@ -36,12 +37,14 @@ TOKEN_SCHEMAS = {
 
 
 def windows_of(tensors: Sequence[Tensor], program: str, memory: int, tokens: int) -> RowPlan:
-    """The windows of a program for so many tokens. Of the tensors only shapes and dtypes are read, and not how many."""
+    """The windows of a program for a number of tokens. Of the tensors only dtypes and sizes other than the tokens are
+    read.
+    """
     parsed = read(program)
     heads = [(tensors[h], tensors[w]) for h, w in tokenwise_engine.head_inputs(parsed)]
     vocab, dtype = max(((len(w), w.dtype) for _, w in heads), key=lambda s: s[0] * s[1].itemsize)
     device, calls = heads[0][0].device.type, len(parsed.lines)
-    return row_plan(tokens, vocab, dtype, device, heads=len(heads), calls=calls, memory=memory)
+    return row_plan((tokens, vocab), dtype, device, heads=len(heads), calls=calls, memory=memory)
 
 
 def _plan(tensors: list[Tensor], program: str, memory: int) -> tuple[int, bool, bool]:
@@ -50,12 +53,12 @@ def _plan(tensors: list[Tensor], program: str, memory: int) -> tuple[int, bool, 
 
 
 def logits_bytes(tensors: Sequence[Tensor], program: str) -> int:
-    """What the products of all heads take for one token."""
+    """The bytes that the products of all heads take for one token."""
     return sum(tensors[w].shape[0] * tensors[w].element_size() for _, w in tokenwise_engine.head_inputs(read(program)))
 
 
 def _kept(tensors: list[Tensor], program: str, keep_below: int) -> list[Tensor]:
-    """Room for the products of the heads, as much as a call keeps of them; none without a limit."""
+    """Empty tensors for the products that a call keeps; none without a limit."""
     if not keep_below:
         return []
     heads = [(tensors[h], tensors[w]) for h, w in tokenwise_engine.head_inputs(read(program))]
@@ -72,8 +75,8 @@ def _rows(tensors: list[Tensor], program: str, memory: int, keep_below: int = 0)
 
 
 def _rows_fake(tensors: list[Tensor], program: str, memory: int, keep_below: int = 0) -> list[Tensor]:
-    # above autograd, where a composite op is taken apart as when it runs: below it, the fake result of nll_loss has no
-    # dimension where a size is a symbol, whatever its reduction
+    # above autograd, where composite ops decompose as at run time: below it, the fake result of nll_loss has no
+    # dimension for a symbolic size, for any reduction
     with without_autocast(tensors[0].device), torch.no_grad():
         results = above_autograd(lambda: run(read(program), tensors), otherwise=lambda function: function())
         results = [torch.empty_like(r, memory_format=torch.contiguous_format) for r in results]
@@ -108,7 +111,7 @@ def _rows_backward_fake(
 
 
 def _none_if_absent(gradients: list[Tensor]) -> list[Tensor | None]:
-    """Gradients of results, None for those of no dimension, which stand for none."""
+    """Gradients of results, None for 0-d ones, which represent absent gradients."""
     return [g if g.dim() else None for g in gradients]
 
 
@@ -160,10 +163,10 @@ def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
-    saved = ctx.saved_tensors  # once: a checkpoint makes them again for each time that they are asked for
+    saved = ctx.saved_tensors  # read once: a checkpoint recomputes them at each access
     tensors, products = list(saved[: ctx.given]), list(saved[ctx.given :])
     needs = list(ctx.needs_input_grad[0])
-    absent = tensors[0].new_empty(())  # of no dimension, which no gradient of rows is
+    absent = tensors[0].new_empty(())  # 0-d, as no gradient of rows is
     upstream = [absent if g is None or not t.is_floating_point else g for g, t in zip(grads, ctx.dtypes)]
     given = (upstream, tensors, ctx.program, ctx.memory, needs, *([products] if products else []))
     found = iter(torch.ops.fusedhead.head_rows_backward(*given))

@@ -24,6 +24,8 @@ gc.disable()
 
 import torch  # noqa: E402
 
+from tests.order import group, place  # noqa: E402
+
 # Read when triton is imported, so set before: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -42,6 +44,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(folder.cleanup)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: place(item.nodeid))
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+        name = group(item.nodeid)
+        if name is not None:
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
@@ -51,9 +62,20 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # or extensions say, when the process ends, that what they made has leaked
 
 
+def leave_guards_untimed() -> None:
+    """Dynamo flushes the CPU's caches and times the guards of all it compiles: for its log, a sixth of a small program.
+
+    A torch that has no such function, or another, is left as it is.
+    """
+    guards = sys.modules.get("torch._dynamo.guards")
+    if hasattr(guards, "profile_guard_manager"):
+        guards.profile_guard_manager = lambda *_: 0.0
+
+
 @pytest.fixture(autouse=True)
 def fresh_torch() -> Iterator[None]:
     """The same random numbers for every test, in any order, and nothing compiled by the test before."""
+    leave_guards_untimed()
     torch.manual_seed(0)
     yield
     if "torch._dynamo" in sys.modules:

@@ -79,6 +79,7 @@ REWRITE
   limit-small-calls
   find-grown-heads
   find-heads-left-in-shards
+  order-collectives
 POST_GRAD
   scale-gradients-in-place
   call-below-autograd""",

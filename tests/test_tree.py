@@ -2,7 +2,8 @@
 
 `canonicalize/merge_chunks.py` is tested by `tests/canonicalize/test_merge_chunks.py`; where two modules of a layer
 share a name, the folder goes before it: `kernels/tokenwise/engine.py`, `tests/kernels/test_tokenwise_engine.py`.
-Rules are tested op by op: `tests/rules/test_rules.py` says that none is left out.
+Rules are tested op by op: `tests/rules/test_rules.py` says that none is left out. So are tables of reasons, in
+`tests/rules/test_reasons.py`. Where a module has a folder of tests to itself (`compat`), that is its test file.
 """
 
 from __future__ import annotations
@@ -10,38 +11,36 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from tests.order import ALONE, TOGETHER, group, place
+
 ROOT = Path(__file__).parents[1]
 LINES = 40  # of code: statements, without docstrings, imports and comments
 
 # Modules that only programs test, which need several modules at once. It may only get shorter.
 THROUGH_PROGRAMS = {  # by folder
-    "analysis": "body cost evaluator interpreter site source_lines strategies token_regions",
-    "canonicalize": "functionalize_subscripts localize_shards",
-    "": "compat estimate fake_modules live_bytes options",
+    "analysis": "body cost evaluator interpreter site strategies token_regions",
+    "canonicalize": "functionalize_subscripts",
     "deferred": (
         "assignments call_program history op_tables query record results row_picks shared_statistics state to_fx"
     ),
     "eager": "projection_graph",
-    "graph": "aliases dry_run dtensors edit effects facts higher_order nodes recipes run_counts tracing",
-    "ir": "builder expr logits tokenwise",
-    "kernels": "contract",
+    "graph": "dry_run dtensors higher_order recipes",
+    "ir": "builder logits tokenwise",
     "kernels/tokenwise": "compilation engine program",
     "kernels/torch_engine": "dlogits engine exponentials gradient_sink softmax_gradients workspace",
-    "kernels/transform": "native pointwise transform",
+    "kernels/transform": "native pointwise",
     "kernels/triton_engine/device": "functions rows transform vectors",
     "kernels/triton_engine": "engine recompute windows",
     "kernels/triton_engine/gluon": "dlogits exponentials tile",
-    "kernels/triton_engine/launch": "launcher sweep tiles tuning",
+    "kernels/triton_engine/launch": "sweep tiles",
     "kernels/triton_engine/rows": "label_map merge",
     "kernels/triton_engine/sweeps": "exponentials",
-    "legality": "legality missed_heads other_products reasons",
-    "lowering": "autograd checks engines fakes shard_merge shards",
+    "legality": "legality missed_heads",
+    "lowering": "engines shards",
     "lowering/plan": "torch triton",
     "report": "coverage records step_estimate summary",
-    "rewrite": "forward_gradients loss_tail operands shard_sweeps stacked_sweeps statistics sweeps tail_gradient",
-    "rules": "mask_assignment",
+    "rewrite": "forward_gradients loss_tail operands shard_sweeps stacked_sweeps sweeps tail_gradient",
     "rules/tokenwise": "dispatch operands",
-    "run": "environment estimate_program program",
 }
 
 
@@ -70,7 +69,9 @@ def modules() -> dict[str, Path]:
 def has_a_test_file(module: str, file: Path) -> bool:
     """Whether a test file is named after a module."""
     (layer, *_), folder, name = module.split("/"), module.split("/")[-2:-1], module.split("/")[-1]
-    if layer == "rules" and "rule(" in file.read_text():
+    if name == "reasons" or (layer == "rules" and "rule(" in file.read_text()):
+        return True
+    if not folder and (ROOT / "tests" / name).is_dir():
         return True
     place = ROOT / "tests" / (layer if folder else "")
     names = (name, "_".join([*folder, name]))
@@ -82,3 +83,11 @@ def test_every_module_with_logic_has_a_test_file_named_after_it() -> None:
     listed = {f"{folder}/{name}".strip("/") for folder, names in THROUGH_PROGRAMS.items() for name in names.split()}
     assert untested - listed == set(), "each needs tests/<layer>/test_<module>.py"
     assert listed - untested == set(), "these are tested or gone: take them off the list"
+
+
+def test_what_runs_first_and_together_is_there() -> None:
+    for path in (*" ".join(TOGETHER).split(), *ALONE):
+        assert (ROOT / path).exists(), path
+    assert group("tests/run/test_cli.py::test_a") == group("tests/run/test_enable.py::test_b") is not None
+    assert group("tests/fuzz/test_fuzz.py::test_a") is None
+    assert place("tests/rules/test_rules.py::test_a") > place("tests/fuzz/test_fuzz.py::test_a")

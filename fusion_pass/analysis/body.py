@@ -1,4 +1,4 @@
-"""A `Body`: one graph of a module, how it is run, and what the passes have found out about it and decided.
+"""A `Body`: one graph of a module, how it is run, and the state of the passes over it.
 
 A pass is a function ``run(body)``. It reads and writes fields of the body, and edits its graph.
 """
@@ -33,7 +33,7 @@ NONE_EXCLUDED: Mapping[str, Refusal] = {}
 
 
 class Finding(NamedTuple):
-    """A product that the report speaks of although no site of the graph is rewritten for it."""
+    """A product that the report lists although the pass does not rewrite it."""
 
     node: Node  # the product, or the call of a region that holds it
     reason: Refusal | None  # why it stays; None where its logits are returned and deferred
@@ -110,12 +110,12 @@ class Body:
 
     @property
     def records_gradients(self) -> bool:
-        """Whether gradients are recorded where it begins; so it is assumed of a graph that is run in both modes."""
+        """Whether gradients are recorded where the graph begins. Assumed of a graph that is run in both modes."""
         return self.grad is not False
 
     @property
     def recomputes(self) -> Refusal | None:
-        """Why no gradient may be taken in its forward; None where one may."""
+        """Why no gradient may be computed in the graph's forward; None where one may."""
         if self.owner in CHECKPOINTS:
             return refuse(NotInForward.CHECKPOINTED)
         return refuse(NotInForward.BOTH_MODES) if self.grad is None else None
@@ -125,7 +125,7 @@ class Body:
         self.edits += len(nodes)
 
     def redirect(self, recipes: Sequence[Recipe]) -> None:
-        """Let the graph return the recipes' sources; what makes outputs of them goes around the compiled graph."""
+        """Let the graph return the recipes' sources. The recipes run around the compiled graph and make the outputs."""
         if recipes:
             self.wrap = nested(self.wrap, redirect(self.graph, recipes))
             self.edited(self.graph.output_node())
@@ -135,19 +135,19 @@ class Body:
         return [decision for decision in self.decisions if not decision.reason]
 
     def prices_of(self, site: Site) -> list[Price]:
-        """What computes a head that is fused: its token programs and sweeps, or a loss that the caller takes."""
+        """The prices of a fused head: of its token programs and sweeps, or of the loss that the caller takes."""
         prices = [price for emitted in self.emitted if site.head in emitted.heads for price in emitted.prices]
         return prices or [price_outside(site, self.options.budget)]
 
     def note(self, product: Node, reason: Refusal | None, likely: bool = True) -> None:
-        """Let the report speak of a product of tensors."""
+        """List a product of tensors in the report."""
         values = [fake(product), next((fake(operand) for operand in product.all_input_nodes), None)]
         if all(isinstance(value, Tensor) and value.ndim for value in values):
             self.findings.append(Finding(product, product.meta.get(KEPT_SHARDS, reason), place(product), likely))
 
 
 class GraphUse(NamedTuple):
-    """A graph of a module and how it is run, as `Body` says."""
+    """A graph of a module and how it is run; the fields are those of `Body`."""
 
     module: GraphModule
     owner: str
@@ -156,7 +156,7 @@ class GraphUse(NamedTuple):
 
 
 def graph_uses(gm: GraphModule) -> list[GraphUse]:
-    """The graph of a module and those that its nodes run, each once."""
+    """The graph of a module and the graphs that its nodes run, each once."""
     uses: dict[GraphModule, GraphUse] = {}
 
     def visit(module: GraphModule, owner: str, grad: bool | None, call: Node | None) -> None:

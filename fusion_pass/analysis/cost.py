@@ -1,6 +1,6 @@
-"""What the op calls of some heads cost: bytes of workspace and FLOP, by the number of tokens.
+"""The cost of the op calls of heads: bytes of workspace and FLOP, by the number of tokens.
 
-The numbers are the planner's own. Whether a head pays is decided by them, and the report shows them.
+The numbers come from the planner. `legality.profitability` decides by them, and the report shows them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from fusedhead.kernels.tokenwise.program import read
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.lowering.checks import parse_stats
+from fusedhead.lowering.engines import engine_for
+from fusedhead.lowering.plan import float8 as float8_plan
 from fusedhead.lowering.plan.plan import Plan, plan
 from fusedhead.lowering.plan.problem import Problem, writes_logits
 from fusedhead.lowering.token_ops import windows_of
 
 
 class Price(NamedTuple):
-    """What computes some heads together, and what that takes for so many tokens of theirs."""
+    """The engine that computes some heads together, and its cost by the number of their tokens."""
 
     engine: str  # for people
     forward_only: bool
@@ -35,50 +37,71 @@ class Price(NamedTuple):
     tokens: int  # of all of them, when the graph was compiled
 
 
-def planner(call: Node, memory: int) -> Callable[[bool, int], Plan]:
-    """What the planner will choose for a head's call, given "is the tail linear" and a number of tokens."""
-    h, w, cols, rows = (fake(call.args[i]) for i in (0, 1, 3, 4))  # type: ignore[arg-type]
+def problems(call: Node, float8: bool) -> Callable[[bool, int], Problem]:
+    """What a head's call asks of the planner, as a function of (is the tail linear, number of tokens)."""
+    h, w, y, cols, rows = (fake(call.args[i]) for i in (0, 1, 2, 3, 4))  # type: ignore[arg-type]
     needs = Needs(*(x.requires_grad for x in (h, w, cols, rows)))
     transform = parse(str(call.args[6]))
-    products, explicit = product_dtype(h.dtype, w.device.type), writes_logits(parse_stats(str(call.args[7])), transform)
+    want = parse_stats(str(call.args[7]))
+    products, explicit = product_dtype(h.dtype, w.device.type), writes_logits(want, transform)
     vocab, hidden = (int(size) for size in w.shape)
+    serves = float8 and engine_for(h.dtype, w.device.type).float8_serves(None)
+    labels, sums = int(y.shape[1]), bool(want & {"sum", "spread"})
 
-    def planned(linear: bool, tokens: int) -> Plan:
-        problem = Problem(
-            tokens, vocab, hidden, h.dtype, w.device.type, products, needs, linear, True, explicit, transform
-        )
-        return plan(problem, memory=memory)
+    def problem(linear: bool, tokens: int) -> Problem:
+        return Problem(
+            tokens, vocab, hidden, h.dtype, w.device.type, products, needs, linear, True, explicit, transform, labels,
+            sums, serves,
+        )  # fmt: skip
 
-    return planned
+    return problem
 
 
-def price_of_statistics(call: Node, memory: int) -> Callable[[Refusal | None], Price]:
-    """The price of a head's call, once it is known ``why`` its gradients are not taken in the forward sweep."""
-    planned, tokens = planner(call, memory), hint(fake(call.args[0]).shape[0]) or 0  # type: ignore[arg-type]
+def price_of_statistics(call: Node, memory: int, float8: bool = False) -> Callable[[Refusal | None], Price]:
+    """The price of a head's call. ``why``: the reason that its gradients are not computed in the forward sweep.
+
+    ``float8``: whether float8 products of gradients are asked for.
+    """
+    problem, tokens = problems(call, float8), hint(fake(call.args[0]).shape[0]) or 0  # type: ignore[arg-type]
 
     def price(why: Refusal | None) -> Price:
         def bytes_and_flop(n: int) -> tuple[int, int]:
-            plan_of_call = planned(not why, n)
+            plan_of_call = plan(problem(not why, n), memory=memory)
             return plan_of_call.predicted_bytes, plan_of_call.predicted_flop
 
-        return Price(engine_text(planned(not why, tokens), why), is_forward_only(why), bytes_and_flop, tokens)
+        head = problem(not why, tokens)
+        planned = plan(head, memory=memory)
+        text = engine_text(planned, why)
+        if float8 and not is_forward_only(why):
+            text += f"; {products_text(planned, head, memory)}"
+        return Price(text, is_forward_only(why), bytes_and_flop, tokens)
 
     return price
 
 
 def engine_text(planned: Plan, why: Refusal | None) -> str:
-    """What computes a head, and how, for people."""
+    """The engine of a head and how it computes, as text for the report."""
     how = "gradients in the forward sweep" if why is None else f"recompute in the backward ({why})"
     return f"{planned.engine.name}: {'forward only' if is_forward_only(why) else how}"
 
 
+def products_text(planned: Plan, head: Problem, memory: int) -> str:
+    """What the products of a head's gradients are where float8 was asked for, as text for the report."""
+    if planned.algorithm == "float8":
+        return f"dH and dW by float8 products ({float8_plan.ERROR})"
+    why = "no GPU with kernels for float8 products" if not head.float8 else float8_plan.why_exact(head, memory)
+    return f"dH and dW exact ({why or 'its windows hold too much'})"
+
+
 def is_forward_only(why: Refusal | None) -> bool:
-    """Whether no gradient is taken at all, given why none is taken in the forward sweep."""
+    """Whether no gradient is computed at all, given why none is computed in the forward sweep."""
     return why is not None and why.reason is NotInForward.NO_GRADIENT
 
 
 def price_of_token_program(call: Node, memory: int) -> Callable[[Refusal | None], Price]:
-    """The same for the call of a row program; ``why`` its gradients are not computed in the forward sweep."""
+    """The price of a token program's call. ``why``: the reason that its gradients are not computed in the forward
+    sweep.
+    """
     arguments: Any = call.args[0]
     tensors: list[Any] = [fake(t) for t in arguments]
     program, heads = str(call.args[1]), head_inputs(read(str(call.args[1])))
@@ -100,7 +123,7 @@ def price_of_token_program(call: Node, memory: int) -> Callable[[Refusal | None]
 
 
 def price_outside(site: Site, memory: int) -> Price:
-    """What a loss that the caller takes of returned logits will take, if it takes one."""
+    """The price of a loss that the caller may take of returned logits."""
     head = site.head
     vocab, hidden = (int(size) for size in head.weight.val.shape)
     h, w = (any(fake(node).requires_grad for node in nodes_of([x])) for x in (head.hidden, head.weight))
@@ -116,9 +139,9 @@ def price_outside(site: Site, memory: int) -> Price:
 
 
 def sizes_of(prices: Sequence[Price], tokens: int, token_bytes: int) -> Callable[[int], tuple[int, int]]:
-    """N -> bytes of a head's logits, and of the workspace that is held in their place.
+    """N -> bytes of a head's logits, and of the workspace that replaces them.
 
-    What computes several heads together is shared by their tokens; what is computed one after another is held apart.
+    Heads that are computed together share their workspace by tokens; calls that run one after another add up.
     """
 
     def sizes(n: int) -> tuple[int, int]:

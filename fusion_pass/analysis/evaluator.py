@@ -1,6 +1,6 @@
-"""The value of one node from the values of its inputs: through its ATen trace, by the rules, or token by token.
+"""Evaluates one node from the values of its inputs: through its ATen trace, by the rules, or token by token.
 
-What cannot be read is an `Escape`.
+Raises `Escape` for a node that no rule reads.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ def evaluate(node: Node, program: GraphModule, values: dict[Node, Any]) -> Any:
 def check_writes(program: GraphModule) -> None:
     """Raise Escape unless every write in a trace is read by the name of its result.
 
-    So it is where the node is one step in place, and where what is written was made by the node itself and has no
-    other name.
+    It is where the node is one step in place, and where the node itself made the memory that it writes to.
     """
     result = program.graph.output_node().args[0]
     for op in program.graph.nodes:
@@ -92,14 +91,14 @@ def check_writes(program: GraphModule) -> None:
 
 
 def shares(op: Node) -> bool:
-    """Whether the result of a traced op may be memory that another name has, a write to that name aside."""
+    """Whether the result of a traced op may share memory with another name, other than one that the op writes to."""
     schema = getattr(op.target, "_schema", None)
     views = [r for r in schema.returns if r.alias_info is not None] if schema is not None else ()
     return schema is None or any(not view.alias_info.is_write for view in views)
 
 
 def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What an op makes of followed values: by its rule, or, if it has none that says so, token by token."""
+    """The value of an op on followed values: by its rule, or token by token where no rule gives one."""
     mutable = is_mutable(op.target)
     target = pure_overload(op.target) if mutable else op.target
     if target is None:
@@ -107,7 +106,7 @@ def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> 
     if not isinstance(target, OpOverload):  # Python's own, on sizes
         raise Escape(Untraced.NOT_PYTORCH, name=name_of(op))
     single = [x for x in tree_leaves((args, kwargs)) if isinstance(x, TokenValue) and x.val.ndim == 0]
-    if single:  # it is small, and stays a result of the row program; the program's own ops take it from there
+    if single:  # it is small: the token program returns it, and the graph's own ops read it
         raise Escape(Untraced.SINGLE_NUMBER, name=name_of(op))
     context, refused = replace(context, op=target), None
     if target in RULES and not any(isinstance(x, TokenValue) for x in tree_leaves((args, kwargs))):
@@ -161,6 +160,8 @@ def trace_value(node: Node, values: dict[Node, Any], traces: Callable[[Node], Gr
         return detached(replace(value, val=fake(node)))  # z.data: traced alone it is a constant
     if isinstance(node.target, HigherOrderOperator):
         # traced alone it may look like nothing: a gradient hook is the identity on values
+        if name_of(node) == "autograd_function_apply":
+            raise Escape(Untraced.AUTOGRAD_FUNCTION)
         raise Escape(Untraced.HIGHER_ORDER, name=name_of(node))
     if name_of(node) == "setitem":
         return columns_set(node, values.get(node.args[0]))  # type: ignore[arg-type]
@@ -168,6 +169,6 @@ def trace_value(node: Node, values: dict[Node, Any], traces: Callable[[Node], Gr
         raise Escape(Untraced.NO_TENSOR, name=name_of(node))
     try:
         program = traces(node)
-    except Exception as error:  # a node that cannot be traced alone is a use we cannot read
+    except Exception as error:  # no rule reads a node that cannot be traced alone
         raise Escape(Untraced.NOT_TRACED, name=name_of(node), kind=type(error).__name__, error=error) from error
     return evaluate(node, program, values)

@@ -1,8 +1,7 @@
-"""The abstract interpreter: walks a Dynamo graph and says what each tensor is, relative to the logits of a head.
+"""The abstract interpreter: walks a Dynamo graph and says what each tensor is relative to the logits of a head.
 
-The result is a list of `Site`s, one per projection that a loss could hang on: its terminals (where one number a
-row remains), its outputs (where logits leave the graph), and its escapes (uses no rule can read, each with a
-sentence).
+The result is a list of `Site`s, one for each projection that a loss may depend on: its terminals (one number a row
+remains), its outputs (logits leave the graph), and its escapes (uses that no rule reads, each with a sentence).
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ def interpret(
 
 
 def note_returned(source: Node, value: Any, sites: dict[Projection, Site]) -> None:
-    """Note what the graph returns: logits leave it; small results of theirs do so anyway."""
+    """Note the followed values that the graph returns: logits become outputs of their site."""
     for followed in all_followed(value):
         sites[logits_of(followed).head].outputs.append(source)
     for part in token_values_of(value):
@@ -110,7 +109,7 @@ def note_returned(source: Node, value: Any, sites: dict[Projection, Site]) -> No
 
 
 def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
-    """Whether a node is the length of a row dimension of followed logits, which after a mask only the data know."""
+    """Whether a node is the length of a row dimension of followed logits, which only the data tell after a mask."""
     value = values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
     if node.target is not torch.ops.aten.sym_size.int:
         return False
@@ -122,7 +121,7 @@ def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
 
 
 def written_logits(node: Node, values: Mapping[Node, Any]) -> Node | None:
-    """The name of followed logits that a node writes to; None where it writes to nothing. Raises Escape."""
+    """The followed logits that a node writes to; None where it writes to none. Raises Escape."""
     does = effects(node)
     if not does.sure and values.keys().isdisjoint(node.all_input_nodes):
         return None  # a projection of what cannot be run: whether its operands are plain tensors is asked later
@@ -134,7 +133,7 @@ def written_logits(node: Node, values: Mapping[Node, Any]) -> Node | None:
 
 
 class Overwriting(NamedTuple):
-    """What is known where a node writes to followed logits."""
+    """The state of the walk where a node writes to followed logits."""
 
     values: dict[Node, Any]
     sharing: Mapping[int | None, Sequence[Node]]  # the nodes that have a value, by their memory
@@ -143,9 +142,9 @@ class Overwriting(NamedTuple):
 
 
 def note_overwritten(node: Node, target: Node | None, overwriting: Overwriting) -> None:
-    """After an in-place step on followed logits: the name that was written to means the new value from here on.
+    """An in-place step on followed logits: from here on the name that was written to has the new value.
 
-    Pure as long as no other live name shares the memory; otherwise the site escapes.
+    Exact as long as no other live name shares the memory; otherwise the site escapes.
     """
     values, sites = overwriting.values, overwriting.sites
     if target is None or not isinstance(values[node], (TokenValue, *LOGITS_LIKE)):
@@ -168,14 +167,14 @@ def note_overwritten(node: Node, target: Node | None, overwriting: Overwriting) 
 
 
 def heads_of(values: Any) -> set[Projection]:
-    """The heads that values, or results that hang on them, belong to."""
+    """The heads that values belong to, or that results are computed from."""
     leaves = [v.logits if isinstance(v, Terminal) else v for v in tree_leaves(values, is_leaf=is_value)]
     heads = {head for v in leaves for part in token_values_of(v) for head in part.heads}
     return heads.union(logits_of(v).head for v in leaves if isinstance(v, LOGITS_LIKE))
 
 
 def note_value(node: Node, value: Any, heads: Iterable[Projection], sites: dict[Projection, Site]) -> None:
-    """Note what a node is at the sites of the heads it belongs to."""
+    """Record the value of a node at the sites of its heads."""
     if isinstance(value, Terminal):
         sites[value.logits.head].terminals.append((node, value))
         for head in set(heads) - {value.logits.head}:

@@ -1,7 +1,7 @@
-"""Heads that have no loss in the graph: projections whose logits it returns, and which are worth deferring.
+"""Heads without a loss in the graph: projections whose logits the graph returns, large enough to be deferred.
 
-A projection is told from an inner layer of a network by its sizes. Whether its logits can be deferred is for `legality`
-to say.
+The sizes of a projection tell it from an inner layer of a network. `legality` decides whether its logits can be
+deferred.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SURE_VOCAB = 30_000  # ... except from here on
 
 
 def looks_like_a_head(node: Node) -> bool:
-    """Whether a projection, by its sizes, is worth deferring although the graph has no loss on it."""
+    """Whether a projection without a loss has the sizes of a head, so that deferring its logits pays."""
     hidden, result = next((fake(n) for n in node.all_input_nodes), None), fake(node)
     if not isinstance(hidden, Tensor) or not isinstance(result, Tensor) or hidden.ndim < 2:
         return False
@@ -29,12 +29,14 @@ def looks_like_a_head(node: Node) -> bool:
 
 
 def has_sizes_of_a_head(vocab: int, depth: int) -> bool:
-    """Whether a weight [V, D] is that of a head, by its sizes, and not of an inner layer."""
+    """Whether a weight [V, D] has the sizes of a head and not of an inner layer."""
     return vocab >= LEAST_VOCAB and (vocab >= LEAST_RATIO * depth or vocab >= SURE_VOCAB)
 
 
 def last_products(graph: Graph, passes: Callable[[Node], bool] = lambda node: True) -> list[Node]:
-    """The products from which an output of the graph is reached past no other and past nodes that ``passes`` says."""
+    """The products that reach an output of the graph through no other product, and only through nodes that ``passes``
+    accepts.
+    """
     products: list[Node] = []
     seen: set[Node] = set()
     stack = [graph.output_node()]
@@ -51,5 +53,5 @@ def last_products(graph: Graph, passes: Callable[[Node], bool] = lambda node: Tr
 
 
 def heads_without_loss(graph: Graph) -> set[Node]:
-    """Projections from which an output of the graph is reached without passing another one."""
+    """Projections that reach an output of the graph through no other projection."""
     return set(filter(looks_like_a_head, last_products(graph)))

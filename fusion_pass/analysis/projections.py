@@ -1,4 +1,4 @@
-"""Which products to look at: those that an op which can end a head is computed from. By names and edges alone."""
+"""Candidate projections: the products that a loss or a reduction is computed from. Only names and edges are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fusedhead.graph.op_names import HEAD_ENDS, PROJECTIONS
 
 
 def above_losses(graph: Graph, products: Collection[str] = PROJECTIONS) -> list[Node]:
-    """The nodes that losses are computed from, up to the first product on every way, the nearest first."""
+    """The nodes between losses and the first product on every path, with the products, the nearest first."""
     above: dict[Node, None] = {}
     stack = [node for node in graph.nodes if node.op.startswith("call_") and name_of(node) in HEAD_ENDS]
     while stack:
@@ -24,5 +24,5 @@ def above_losses(graph: Graph, products: Collection[str] = PROJECTIONS) -> list[
 
 
 def candidates(graph: Graph) -> set[Node]:
-    """The projections from which a loss is reached without passing another projection."""
+    """The projections that reach a loss through no other projection."""
     return {node for node in above_losses(graph) if name_of(node) in PROJECTIONS}

@@ -1,4 +1,4 @@
-"""Why a node cannot be read, before or beside its rules."""
+"""Reasons why the analysis cannot read a node, beside those of its rules."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ class Untraced(Reason):
     NOT_PYTORCH = "{name} is no op of PyTorch"
     SINGLE_NUMBER = "{name} is taken of a single number that comes from the logits"
     HIGHER_ORDER = "{name} takes the logits, and what it does with them is not read"
+    AUTOGRAD_FUNCTION = (
+        "an autograd.Function with a backward of its own takes the logits; a loss of logits in shards that is written "
+        "so is what fusedhead.linear_cross_entropy(..., group=) computes without them"
+    )
     NO_TENSOR = "{name} of the logits is no tensor"
     HOLDS_A_CONSTANT = "{name} holds a constant tensor"
     NOT_TRACED = "{name} cannot be traced alone ({kind}: {error})"
@@ -32,7 +36,7 @@ class Untraced(Reason):
 
 
 class NotInForward(Reason):
-    """Why the gradients of a head are not taken in its forward sweep."""
+    """Why the gradients of a head are not computed in its forward sweep."""
 
     NO_GRADIENT = "no gradient is needed"
     CHECKPOINTED = "inside a checkpointed region"

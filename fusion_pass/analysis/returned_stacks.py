@@ -1,7 +1,7 @@
 """Stacked heads whose logits a graph only returns: ``return torch.stack([head(h) for head in heads], dim=1)``.
 
-Models with codebooks leave the loss to their caller. Which nodes stack heads, in all spellings, is for `stacked_heads`
-to say.
+Models with codebooks leave the loss to their caller. `stacked_heads` finds the nodes that stack heads, in all
+spellings.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def stacks_above_outputs(graph: Graph, traces: Traces) -> Iterator[ReturnedStack
 
 
 def only_returned(head: StackedProjection, node: Node) -> ReturnedStack | None:
-    """A stack with the nodes between it and the outputs; None where it is read for anything else."""
+    """A stack with the nodes between it and the outputs; None where something else reads it."""
     if not all(has_sizes_of_a_head(*part.head.weight.val.shape) for part in head.parts):
         return None
     stack, ahead = ReturnedStack(head, [node], []), [node]

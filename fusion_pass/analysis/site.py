@@ -1,4 +1,6 @@
-"""What an interpretation finds: a `Site` for each projection, a `Region` for each token program, in one `Reading`."""
+"""The results of an interpretation: a `Site` for each projection and a `Region` for each token program, in one
+`Reading`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from fusedhead.ir.tokenwise import TokenValue, token_values_of
 
 @dataclass(eq=False)
 class Site:
-    """One projection and everything the graph does with its product."""
+    """One projection and all uses of its product."""
 
     head: Projection
     terminals: list[tuple[Node, Terminal]] = field(default_factory=list)
@@ -37,7 +39,7 @@ UNREMARKABLE_OPS = frozenset(
 
 @dataclass(eq=False)
 class Region:
-    """Token values of heads that meet, and what the graph needs of them."""
+    """The token values of heads that meet, and the results that the graph reads."""
 
     heads: set[Projection]
     inside: list[Node] = field(default_factory=list)  # nodes that the call replaces
@@ -45,7 +47,7 @@ class Region:
 
     @property
     def outputs(self) -> list[TokenValue]:
-        """The values that leave the row program, each once."""
+        """The values that leave the token program, each once."""
         values = {id(p.expr): p for _, value in self.results for p in token_values_of(value)}
         return list(values.values())
 
@@ -64,7 +66,7 @@ def ops_of(expr: Any) -> list[str]:
 
 @dataclass(eq=False)
 class Reading:
-    """What an interpretation of a graph found."""
+    """The result of an interpretation of a graph."""
 
     sites: list[Site]
     values: dict[Node, Any]
@@ -74,7 +76,7 @@ class Reading:
 
 
 class Decision(NamedTuple):
-    """What is done with a site."""
+    """Whether a site is fused, and why not."""
 
     site: Site
     reason: Refusal | None  # why it stays as it is; None where it is fused
@@ -82,17 +84,17 @@ class Decision(NamedTuple):
 
 
 def head_nodes(site: Site) -> set[Node]:
-    """The head's projection, what was followed from it, and what makes its weight."""
+    """The nodes of a site's projection, of everything followed from it, and of its weight."""
     return {site.head.node, *site.followed, *making(weights_of(site))}
 
 
 def weights_of(site: Site) -> list[Node]:
-    """The nodes that a head's weight is, or that it is a view of."""
+    """The nodes of a head's weight: the weight and the nodes that it is a view of."""
     return nodes_of([site.head.weight])
 
 
 def weight_can_be_remade(site: Site) -> bool:
-    """Whether the weight can be made of the graph's inputs again, outside of the graph."""
+    """Whether the weight can be recomputed from the graph's inputs outside of the graph."""
     return all(made_of_inputs(weight) is not None for weight in weights_of(site))
 
 

@@ -1,8 +1,8 @@
-"""The line and the module of a program that a node comes from, as a user would look for them.
+"""The source line and the module of a node, as a user would look for them.
 
 A projection is often made by a helper that every linear layer passes through, or by the forward of a layer's own class.
-Heads and layers then have one line, and the caller's line tells them apart. All of it is read from what Dynamo records
-of a node (``stack_trace``, ``nn_module_stack``).
+Heads and layers then have the same line, and the caller's line tells them apart. Dynamo records both (``stack_trace``,
+``nn_module_stack``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from fusedhead.graph.nodes import SOURCE_INTERNALS, name_of
 from fusedhead.graph.op_names import PROJECTIONS
 
-FORWARD = ("forward", "__call__")  # no helpers: what a module does is its own
+FORWARD = ("forward", "__call__")  # a module's call is no helper
 
 
 class Frame(NamedTuple):
@@ -30,7 +30,7 @@ class Frame(NamedTuple):
 
 
 def frames(node: Node) -> list[Frame]:
-    """The program's frames that made a node, the outermost first."""
+    """The frames of the program that made a node, the outermost first."""
     return parsed(node.meta.get("stack_trace") or "")
 
 
@@ -40,7 +40,7 @@ def parsed(trace: str) -> list[Frame]:
 
 
 def modules(node: Node) -> list[tuple[str, str, Any]]:
-    """(key, path, class) of the modules that were running, the outermost first; a path is "heads.2"."""
+    """(key, path, class) of the modules that made a node, the outermost first; a path is "heads.2"."""
     stack = node.meta.get("nn_module_stack") or {}
     return [(key, module_spelling(str(entry[0])), entry[1]) for key, entry in stack.items()]
 
@@ -58,14 +58,14 @@ def module_path(node: Node) -> str:
 
 
 def products_of(graph: Graph) -> list[Node]:
-    """The products of a graph, among which a head's line is told."""
+    """The products of a graph, whose lines a head's line is compared with."""
     return [node for node in graph.nodes if name_of(node) in PROJECTIONS]
 
 
 def place(node: Node, products: Sequence[Node] | None = None) -> str:
-    """ "model.py:30 (lm_head)": the line that a head is told from other layers by, and its module.
+    """ "model.py:30 (lm_head)": the line that distinguishes a head from other layers, and its module.
 
-    ``products``: those of its graph, for who asks for many places.
+    ``products``: those of its graph, given where many places are asked for.
     """
     frame, path = caller(node, products_of(node.graph) if products is None else products), module_path(node)
     line = str(frame) if frame is not None else node.name
@@ -73,7 +73,7 @@ def place(node: Node, products: Sequence[Node] | None = None) -> str:
 
 
 def caller(node: Node, products: Sequence[Node]) -> Frame | None:
-    """The innermost frame that is no helper of several layers', nor the forward of a class of linear layers."""
+    """The innermost frame that is neither a helper of several layers nor the forward of a class of linear layers."""
     trace = frames(node)
     if not trace:
         return None
@@ -87,7 +87,9 @@ def caller(node: Node, products: Sequence[Node]) -> Frame | None:
 
 
 def is_layer_frame(node: Node, layers: Sequence[Node]) -> bool:
-    """Whether the innermost module is a program's own kind of linear layer: it makes one product, of its own weight."""
+    """Whether the innermost module is a linear layer of the program's own: it computes one product, with its own
+    weight.
+    """
     stack = modules(node)
     if not stack or str(getattr(stack[-1][2], "__module__", stack[-1][2])).startswith("torch."):
         return False
@@ -99,7 +101,7 @@ def is_layer_frame(node: Node, layers: Sequence[Node]) -> bool:
 
 
 def parameter(node: Node) -> str:
-    """The path of the graph input that a weight is a view, or a cast, of."""
+    """The path of the graph input that a weight is a view or a cast of."""
     while node.op.startswith("call_") and node.all_input_nodes:
         node = node.all_input_nodes[0]
     source = getattr(node, "_dynamo_source", None)
@@ -108,7 +110,7 @@ def parameter(node: Node) -> str:
 
 
 def is_a_helper(trace: Sequence[Frame], at: int, layers: Sequence[Node]) -> bool:
-    """Whether another product passes the same line, called from somewhere else."""
+    """Whether another product has the same line and another caller."""
     for other in layers:
         theirs = frames(other)
         if any(frame == trace[at] and theirs[:i] != trace[:at] for i, frame in enumerate(theirs)):

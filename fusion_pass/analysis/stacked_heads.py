@@ -1,4 +1,5 @@
-"""Several heads whose logits are one tensor, under one loss: codebooks of audio models, heads that look ahead.
+"""Stacked heads: several heads whose logits are one tensor under one loss (codebooks of audio models, multi-token
+prediction).
 
 | spelling                                                        | the parts                                   |
 |-----------------------------------------------------------------|---------------------------------------------|
@@ -7,7 +8,7 @@
 | ``F.linear(h, w).view(N, C, K)``, w [C K, D], classes second    | the products with ``w[k::K]``               |
 | ``torch.einsum("btd,kvd->btkv", h, w)``, ``torch.bmm(h, w)``    | the products with ``w[k]``                  |
 
-Which of them pay, and what is asked of them, is for others to say.
+`legality` decides which of them are fused.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import HIDDEN, Logits, Projection, RowStep, StackedProjection, piece_of, rows_of_hidden
 
 aten = torch.ops.aten
-# Nodes that may be a stack of heads; along tokens, concatenated heads are a stack whose numbers are then tokens too.
+# Nodes that may stack heads. Heads that are concatenated along the tokens are a stack too: its index is a token
+# dimension.
 STACKS = CONCATENATES | {"stack", "view", "reshape", "unflatten", "einsum", "bmm", "matmul"}
 MOST_HEADS = 64  # each is a sweep
 
 
 def reading_with_stacks(body: Body, starts: Collection[Node]) -> Reading | None:
-    """The reading of a graph with stacks that are all followed to their losses; None if it has none."""
+    """The reading of a graph in which all stacks are followed to their losses; None if the graph has no stack."""
     graph, facts, traces = body.graph, body.facts, body.traces
     stacks = {}
     for node in nodes_under_losses(graph):
@@ -68,13 +70,13 @@ def reading_with_stacks(body: Body, starts: Collection[Node]) -> Reading | None:
 
 
 def nodes_under_losses(graph: Graph) -> list[Node]:
-    """The nodes between a graph's losses and its products, with the products, in order."""
+    """The nodes between a graph's losses and its products, including the products, in order."""
     seen = set(above_losses(graph, {*PROJECTIONS, "bmm"}))
     return [node for node in graph.nodes if node in seen]
 
 
 def stack_at(node: Node, traces: Traces, *, classes_first: bool = False) -> Logits | None:
-    """The logits of a node that stacks several heads'; ``classes_first``: as pieces whose numbers are its last."""
+    """The logits of a node that stacks several heads. ``classes_first``: the head's index is the last dimension."""
     if not isinstance(fake(node), Tensor):
         return None
     try:
@@ -114,7 +116,7 @@ def product_logits(node: Node, traces: Traces) -> Logits:
 
 
 def stack_of_products(node: Node, traces: Traces) -> tuple[list[Logits], int] | None:
-    """Products that are stacked, or joined along another dimension than the classes."""
+    """The stack of products that are stacked, or concatenated along another dimension than the classes."""
     joined = joined_parts(node)
     if joined is None or len(set(joined[0])) != len(joined[0]):
         return None
@@ -122,7 +124,7 @@ def stack_of_products(node: Node, traces: Traces) -> tuple[list[Logits], int] | 
 
 
 def stack_of_slices(node: Node, traces: Traces, *, classes_first: bool = False) -> tuple[list[Logits], int] | None:
-    """A product whose classes are viewed as K times V, or as V times K."""
+    """The stack of a product whose classes are viewed as K times V, or as V times K."""
     source = node.args[0] if node.args else None
     if name_of(node) not in ("view", "reshape", "unflatten") or not isinstance(source, Node):
         return None
@@ -166,7 +168,7 @@ def every_kth(whole: Logits, first: int, step: int, val: Tensor, rows: RowStep) 
 
 
 def stack_of_weights(node: Node) -> tuple[list[Logits], int] | None:
-    """One product with K weights: ``einsum`` or ``bmm`` with a weight of three dimensions."""
+    """The stack of one product with K weights: ``einsum`` or ``bmm`` with a weight of three dimensions."""
     terms = letters_of(node)
     if terms is None:
         return None
@@ -204,7 +206,7 @@ def stack_of_weights(node: Node) -> tuple[list[Logits], int] | None:
 
 
 def is_parameter(node: Node) -> bool:
-    """Whether a node is a view of a parameter."""
+    """Whether a node is a parameter or a view of one."""
     while node.op != "placeholder" and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return isinstance(fake(node), torch.nn.Parameter)

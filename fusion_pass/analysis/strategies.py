@@ -3,10 +3,10 @@
 | what a graph has                                                  | the alternative                   |
 |-------------------------------------------------------------------|-----------------------------------|
 | logits of several heads, stacked under one loss                   | the stack, as one head of parts   |
-| a projection without a loss, whose logits a token program reads   | that one is a head too: a teacher |
+| a projection without a loss, whose logits a token program reads   | it is a head too: a teacher       |
 | logits computed for a token program, and again for statistics     | the token program alone           |
 
-An alternative is taken only where it serves everything that the plain interpretation does.
+An alternative is chosen only where it serves every use that the plain interpretation serves.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from fusedhead.ir.tokenwise import inputs_of, token_values_of
 
 
 def find_projections(body: Body) -> None:
-    """Find the projections whose logits are followed: those under a loss, and those that the graph only returns."""
+    """Find the projections to follow: those under a loss, and those whose logits the graph only returns."""
     if body.is_top and body.options.logits == "deferred":
         body.returned = heads_without_loss(body.graph)
     body.starts = candidates(body.graph) | body.returned
 
 
 def run(body: Body) -> None:
-    """Choose the reading of a body."""
+    """Set the reading of a body."""
     body.reading = choose(body)
 
 
@@ -55,13 +55,13 @@ def choose(body: Body) -> Reading:
 
 
 def serves_all_of(reading: Reading, heads: Iterable[Node]) -> bool:
-    """Whether an interpretation reads these projections to the end of every use."""
+    """Whether an interpretation reads every use of these projections."""
     heads = set(heads)
     return not any(site.escapes for site in reading.sites if site.head.node in heads)
 
 
 def with_teacher_heads(body: Body, plain: Reading) -> Reading | None:
-    """The interpretation that follows projections without a loss whose logits a token program reads: teachers."""
+    """The interpretation that also follows teachers: projections without a loss whose logits a token program reads."""
     teachers = teacher_heads(plain)
     if not teachers:
         return None
@@ -95,10 +95,10 @@ def teacher_heads(reading: Reading) -> set[Node]:
 
 
 def tokenwise_only(body: Body, plain: Reading) -> Reading | None:
-    """The interpretation that computes logits for one token program alone, where that serves all that reads them.
+    """The interpretation in which one token program computes everything that is read of some logits.
 
-    A cross-entropy beside a divergence or a top-k would be a sweep of its own: one product forward and two or three
-    for its gradients, where a token program has the logits of a window at hand.
+    A cross-entropy beside a divergence or a top-k would take a sweep of its own, one product forward and two or three
+    for its gradients. A token program has the logits of a window already.
     """
     repeated = heads_computed_twice(plain)
     if not repeated:
@@ -114,7 +114,9 @@ def tokenwise_only(body: Body, plain: Reading) -> Reading | None:
 
 
 def heads_computed_twice(reading: Reading) -> set[Node]:
-    """Projections whose logits are computed for a token program and again: for statistics, or as other logits of it."""
+    """Projections whose logits are computed for a token program and a second time: for statistics, or as other logits
+    of the program.
+    """
     repeated: set[Node] = set()
     with_statistics = {site.head for site in reading.sites if site.terminals}
     for region in regions(reading):

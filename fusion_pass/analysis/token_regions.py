@@ -1,7 +1,7 @@
-"""Which nodes of a graph a row program takes the place of: what belongs to it, and what it returns.
+"""Token regions: the nodes of a graph that a token program replaces, and the results that it returns.
 
-A `Region` holds every node whose logits-wide value no statistic gives, of one head or of several that meet. Its
-results are the small values that the rest of the graph reads.
+A `Region` holds every node that is as wide as the logits and that no statistic gives, of one head or of several that
+meet. Its results are the small values that the rest of the graph reads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fusedhead.ir.tokenwise import TokenValue, inputs_of, token_values_of
 
 
 def differentiated(values: Iterable[TokenValue]) -> set[int]:
-    """Identities of the logits and outside tensors that a gradient reaches: not through ``detach`` alone."""
+    """The logits and outside tensors that a gradient reaches, by identity. A path through ``detach`` carries none."""
     numbers = (value for value in values if value.val.is_floating_point())
     heads, outside = inputs_of(numbers, lambda call: call.op is not torch.ops.aten.detach.default)
     return {*(id(head.logits) for head in heads), *map(id, outside)}
@@ -36,7 +36,7 @@ def run(body: Body) -> None:
 
 
 def regions(reading: Reading) -> list[Region]:
-    """Every region of a graph, heads that meet in one value together; found once for a reading."""
+    """Every region of a graph. Heads that meet in one value share a region. Computed once for a reading."""
     if reading.regions is None:
         reading.regions = found_regions(reading)
     return reading.regions
@@ -60,9 +60,9 @@ def found_regions(reading: Reading) -> list[Region]:
 
 
 def dead_nodes(reading: Reading) -> set[Node]:
-    """Nodes whose value nobody reads.
+    """Dead nodes, whose value nobody reads.
 
-    Returned by a program, they would give their operands zero gradients where eager code gives None.
+    Returning them would give their operands zero gradients where eager code gives None.
     """
     unread: set[Node] = set()
     for node in reversed(reading.tokenwise):
@@ -72,9 +72,9 @@ def dead_nodes(reading: Reading) -> set[Node]:
 
 
 def erase_unused(reading: Reading, heads: set[Projection]) -> None:
-    """Remove what is computed from one of these heads, token by token, and read by nobody, in place or not.
+    """Erase the dead nodes that are computed token by token from one of these heads.
 
-    A write to a small result is read through that result's name.
+    A write to a small result counts as read where that result is read.
     """
 
     def may_go(node: Node, value: Any) -> bool:
@@ -90,18 +90,18 @@ def erase_unused(reading: Reading, heads: set[Projection]) -> None:
 def select_results(region: Region, reading: Reading, dead: set[Node]) -> None:
     """Split a region: ops as wide as the vocabulary go into the program; ops on its small results stay in the graph.
 
-    ``dead`` nodes go without being a result.
+    ``dead`` nodes are removed and are no result.
     """
     values = reading.tokenwise
 
     def too_wide_to_return(node: Node) -> bool:
-        """Whether a node's value cannot be handed out: as wide as the logits, or a tuple."""
+        """Whether a node's value cannot be returned: it is as wide as the logits, or a tuple."""
         value = values.get(node)
         return isinstance(value, (list, tuple)) or (isinstance(value, TokenValue) and not value.small)
 
     interior: set[Node] = set()
     for node in reversed(region.inside):
-        # a total is no part of a row program: what reads it reads a tensor from outside
+        # a total over tokens is no part of a token program, whose nodes read it as a tensor from outside
         read_inside = any(user in interior for user in node.users)
         if too_wide_to_return(node) or (isinstance(values[node], TokenValue) and read_inside):
             interior.add(node)
@@ -119,20 +119,20 @@ def select_results(region: Region, reading: Reading, dead: set[Node]) -> None:
 
 
 def operands_from_outside(values: Iterable[TokenValue]) -> list[Node]:
-    """The graph's nodes that row programs of these values read, besides hidden states and weights."""
+    """The graph's nodes that token programs of these values read besides hidden states and weights."""
     heads, outside = inputs_of(values)
     vectors = [v for head in heads for v in (*head.logits.cols, *(r.value for r in head.logits.rows))]
     return nodes_of([*(x.value for x in outside), *vectors])
 
 
 def program_operands(values: Iterable[TokenValue]) -> list[Node]:
-    """The graph's nodes that calls for row programs of these values are made of."""
+    """The graph's nodes that are operands of the calls of these token programs."""
     heads, outside = inputs_of(values)
     return nodes_of(x.value for x in outside) + [node for head in heads for node in sources_of(head.logits)]
 
 
 def by_tokens(outputs: Iterable[TokenValue]) -> list[list[TokenValue]]:
-    """Values with as many tokens together: one call walks over the tokens once."""
+    """Values grouped by their number of tokens, since one call walks over the tokens once."""
     groups: list[tuple[Any, list[TokenValue]]] = []
     for out in outputs:
         tokens = math.prod(s for s, is_tail in zip(out.val.shape, out.tail) if not is_tail)

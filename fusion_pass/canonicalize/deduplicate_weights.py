@@ -1,8 +1,8 @@
-"""Weights that a loop makes anew for every piece, ``F.linear(x, w.to(x.dtype))``, as one node that all pieces read.
+"""Common subexpressions of weights: ``F.linear(x, w.to(x.dtype))`` in a loop casts once, and all pieces read one node.
 
-Heads share a sweep, and one gradient of the weight, where they share the node. Nodes that make a weight of the graph's
-inputs (`weight_recipes`) by the same calls give the same numbers where nothing is written to in between, no mode is
-another, and none of them leaves the graph: a second name of its memory would be seen.
+Heads that share the node share a sweep and one gradient of the weight. Nodes that make a weight of the graph's inputs
+(`weight_recipes`) by the same calls give the same numbers where nothing is written in between, their modes are equal,
+and none of them leaves the graph: the caller would see a second name of its memory.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.op_names import PROJECTIONS
 from fusedhead.graph.weight_recipes import made_of_inputs
 
-WEIGHT_AT = {"linear": 1, "matmul": 1, "mm": 1, "addmm": 2}  # the place of a product's second factor
+WEIGHT_AT = {"linear": 1, "matmul": 1, "mm": 1, "addmm": 2}  # the position of a product's second factor
 
 
 def run(body: Body) -> None:
-    """Let products read the first of the nodes that make the same weight."""
+    """Let products read the first of the nodes that compute the same weight."""
     graph, facts = body.graph, body.facts
     weights = [source for node in graph.nodes if name_of(node) in PROJECTIONS for source in weights_at(node)]
     weights = [node for node in dict.fromkeys(weights) if node.op.startswith("call_") and may_repeat(node)]
@@ -45,7 +45,7 @@ def run(body: Body) -> None:
 
 
 def weights_at(product: Node) -> list[Node]:
-    """The operands of a product that may be a weight: not the hidden states, where their place is known."""
+    """The operands of a product that may be a weight: not the hidden states where their position is known."""
     at = WEIGHT_AT.get(name_of(product))
     if at is None:
         return product.all_input_nodes
@@ -53,14 +53,14 @@ def weights_at(product: Node) -> list[Node]:
 
 
 def may_repeat(node: Node) -> bool:
-    """Whether a node reads something that another node like it reads too."""
+    """Whether another node of the same kind reads an operand of a node."""
     return any(
         user is not node and user.target == node.target for source in node.all_input_nodes for user in source.users
     ) or any(may_repeat(source) for source in node.all_input_nodes if source.op.startswith("call_"))
 
 
 def call_of(node: Node) -> Hashable:
-    """What a node calls with which arguments, None where that cannot be told."""
+    """A key of a node's target and arguments; None where they cannot be compared."""
     leaves, spec = tree_flatten((node.args, node.kwargs))
     key = node.op, node.target, str(spec), tuple((type(leaf), leaf) for leaf in leaves)
     try:
@@ -71,7 +71,7 @@ def call_of(node: Node) -> Hashable:
 
 
 def is_written_between(begin: Node, end: Node) -> bool:
-    """Whether what a node reads is written to between it and another."""
+    """Whether an operand of a node is written between it and another node."""
     memory = {at for at in (storage(fake(source)) for source in begin.all_input_nodes) if at is not None}
     node = begin.next
     while node is not end:

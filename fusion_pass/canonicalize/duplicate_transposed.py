@@ -1,11 +1,10 @@
 """Contrastive losses (CLIP): one logits matrix is used row-wise and, transposed, column-wise. Each use gets a product.
 
-zᵀ is a head too, with hidden states and weight in each other's place: (h wᵀ)ᵀ = w hᵀ. Its product carries the scales
-and casts that z has on the way:
+zᵀ is a head too, with hidden states and weight swapped: (h wᵀ)ᵀ = w hᵀ. Its product gets the scales and casts of z:
 
     z = scale * (h @ w.t());  CE(z.t(), y)     ->     CE(scale * (w @ h.t()), y)
 
-The pass is speculative: it pays only where no logits are left to be built once the graph has been fused.
+The pass is speculative: it pays only where no logits are built once the graph has been fused.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ TRANSPOSE_INVARIANT = SCALES | {"float", "to", "contiguous"}
 
 
 def run(body: Body) -> None:
-    """Give transposed uses of logits products of their own."""
+    """Give each transposed use of logits a product of its own."""
     transposed = [node for node in body.graph.nodes if transposes(node) and reaches_a_loss(node)]
     facts = body.facts
     for node in transposed:
@@ -92,7 +91,7 @@ def reaches_a_loss(node: Node) -> bool:
 
 
 def product_and_scales(node: Node) -> list[Node]:
-    """The product that a transpose reads and the steps between them, in order; nothing where it reads another node."""
+    """The product that a transpose reads and the steps between them, in order; empty where it reads no product."""
     chain: list[Node] = []
     source = node.all_input_nodes[0]
     while scales(source):
@@ -107,7 +106,7 @@ def product_and_scales(node: Node) -> list[Node]:
 
 
 def transposed_product(graph: Graph, node: Node, chain: list[Node], grad: bool) -> Node:
-    """Put the transposed product, with the steps of ``chain``, in the place of ``node``; returns the product."""
+    """Replace ``node`` by the transposed product with the steps of ``chain``; returns the product."""
     product = chain[0]
     first, second = product.args
     emit = Emit(graph)
@@ -121,7 +120,7 @@ def transposed_product(graph: Graph, node: Node, chain: list[Node], grad: bool) 
             args, kwargs = map_arg((step.args, step.kwargs), lambda n: copies.get(n, n))
             copies[step] = graph.create_node(step.op, step.target, args, kwargs)
     with emit.mode or nullcontext(), torch.set_grad_enabled(grad):
-        for step, copy in copies.items():  # what autocast did to a value it does to its transpose
+        for step, copy in copies.items():  # autocast gives a value and its transpose the same dtype
             copy.meta = {**step.meta, "example_value": fake(step).t().contiguous()}
     replace_node(node, copies[chain[-1]])
     return copies[product]

@@ -1,18 +1,18 @@
-"""Targets that a program builds out of labels, ``zeros_like(z).scatter(1, y, 1)``, as what they say of a sum.
+"""Dense targets built from labels, ``zeros_like(z).scatter(1, y, 1)``: a sum over one becomes sums and picks.
 
 With t = a everywhere and b at the label y of a row, both numbers:
 
     Σ_v t_v x_v  =  a Σ_v x_v + (b - a) x_y
 
-The right side is made of statistics, and neither t [N, V] nor the product exists. Read are ``zeros_like``,
-``full_like`` and their kin, ``fill_``, ``scatter`` in both forms, ``one_hot``, and what affine code makes of them.
+The right side reads statistics only, so that neither t [N, V] nor the product is built. The pass reads ``zeros_like``,
+``full_like`` and the like, ``fill_``, ``scatter`` in both forms, ``one_hot``, and affine functions of them.
 
-Rewritten is where a and b have one sign and ``|b| > |a| > 0``. Both sides are then infinite or NaN alike: no infinity
-meets another sign that does not meet it on the left. Nor do digits cancel: both terms of the right side have the sign
-that the label's x has on the left. With b = 0 the label's x, -1e30 under a mask, would be added and taken off again.
-With a = 0 (a label alone) it is not known of an infinite sum whether the label's x is all that is infinite in it, and 0
-times another would be NaN. Such targets are left, and computed token by token. The graph is edited only where nothing
-else reads t.
+The pass rewrites where a and b have one sign and ``|b| > |a| > 0``. Both sides are then infinite or NaN alike: no
+infinity meets one of the other sign that does not meet it on the left. No digits cancel either: both terms of the right
+side have the sign that the label's x has on the left. With b = 0 the label's x, -1e30 under a mask, would be added and
+taken off again. With a = 0 (a label alone) an infinite sum does not tell whether the label's x alone is infinite in it,
+and 0 times another infinity would be NaN. Such targets stay and are computed token by token. The graph is edited only
+where nothing else reads t.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def is_real_number(x: Any) -> bool:
 
 
 def target_of(node: Any, reader: Node) -> Target | None:
-    """What a node is at ``reader``, as a target."""
+    """The target that a node is when ``reader`` runs."""
     if not isinstance(node, Node) or not isinstance(fake(node), Tensor) or not node.op.startswith("call_"):
         return None
     name = name_of(node)
@@ -89,7 +89,7 @@ def target_of(node: Any, reader: Node) -> Target | None:
 
 
 def combined(node: Node, name: str, args: tuple) -> Target | None:
-    """What affine code makes of targets."""
+    """The target that an affine op makes of targets."""
     target = target_of(args[0], node) if args else None
     other = args[1] if len(args) > 1 else None
     if name in KEEPS_NUMBERS:
@@ -130,7 +130,7 @@ def scattered(base: Target, node: Node) -> Target | None:
 
 
 def filled(node: Any, reader: Node) -> Target | None:
-    """A tensor that is filled with a number, and the writes to it before ``reader``, all of which must be read."""
+    """A tensor filled with a number, after the writes to it before ``reader``, all of which must be read."""
     while isinstance(node, Node) and name_of(node) in ("fill_", "scatter_"):
         node = node.args[0]
     if not isinstance(node, Node):
@@ -161,7 +161,7 @@ def filled(node: Any, reader: Node) -> Target | None:
 
 
 def expand_sum(graph: Graph, total: Node, recorded: bool) -> None:
-    """Make a sum over the classes of a product with a target out of sums and picks of the other factor."""
+    """Replace a sum over the classes of a product with a target by sums and picks of the other factor."""
     product = total.args[0] if total.args else None
     dims: Any = total.args[1] if len(total.args) > 1 else total.kwargs.get("dim")
     keep = total.kwargs.get("keepdim", total.args[2] if len(total.args) > 2 else False)

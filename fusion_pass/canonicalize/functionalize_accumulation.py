@@ -1,7 +1,7 @@
-"""Sums that a loop writes into one scalar, ``total += loss``, become sums that write nothing: ``total = total + loss``.
+"""Accumulation into a scalar, ``total += loss``, becomes an op that writes nothing: ``total = total + loss``.
 
 Exact where no other name sees the memory that is written, and nothing reads the old value afterwards. The nodes between
-the losses of a loop are then free of writes, so that one sweep can compute all of the losses.
+the losses of a loop then write nothing, so that one sweep can compute all of the losses.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ METHODS = {"add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div"}
 
 
 def out_of_place(node: Node) -> Any:
-    """What computes the same without writing, or None for any other node."""
+    """The op that computes the same without writing; None for any other node."""
     if node.op == "call_function":
         return FUNCTIONS.get(node.target)  # type: ignore[arg-type]
     return METHODS.get(str(node.target)) if node.op == "call_method" else None
 
 
 def run(body: Body) -> None:
-    """Replace writes into scalars that nothing else sees."""
+    """Replace writes into scalars whose memory has no other reader."""
     writes = [node for node in body.graph.nodes if out_of_place(node) is not None]
     if not writes:
         return

@@ -1,7 +1,7 @@
 """Checkpoints that hold a head alone, with the loss outside, become the head's own nodes.
 
 A fused head recomputes as well and never stores the logits, so that a checkpoint around it saves nothing. The pass is
-speculative: where the head is then not fused, the driver takes the graph as it was.
+speculative: where the head is not fused afterwards, the driver starts again without it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fusedhead.graph.nodes import name_of
 from fusedhead.graph.op_names import CASTS, CHECKPOINTS, PROJECTIONS, REMADE_FREELY
 
 SELECTIVE = "context_fn"  # an argument of a checkpoint that chooses what is kept
-OPERAND_OPS = REMADE_FREELY | CASTS | {"contiguous"}  # what may be done to hidden states and weight first
+OPERAND_OPS = REMADE_FREELY | CASTS | {"contiguous"}  # ops on hidden states and weight that a head may begin with
 
 
 def run(body: Body) -> None:
-    """Inline the checkpoints between a loss of the graph and its heads that hold a head alone."""
+    """Inline each checkpoint that holds a head alone and lies between the head and a loss of the graph."""
     graph = body.graph
     calls = [node for node in graph.nodes if name_of(node) in CHECKPOINTS and node.op == "call_function"]
     if not calls:
@@ -35,7 +35,7 @@ def run(body: Body) -> None:
 
 
 def holds_a_head_alone(graph: Graph) -> bool:
-    """Whether a region is a product of its operands and what is made of that, with nothing else to compute again."""
+    """Whether a region is a product of its operands and functions of it, so that nothing else is recomputed."""
     logits: set[Node] = set()
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):

@@ -1,9 +1,9 @@
 """Regions that are compiled once and called from several places (``torch.compiler.nested_compile_region``).
 
-A region that holds head and loss whole is rewritten where it is, once for all its calls. Where the way from a loss
-to its projection crosses a region's boundary, the call is replaced by the region's own nodes on its operands, which
-is what calling it means; so it is where a region is a handful of nodes, so that its calls can share a sweep. The
-copies get fake values of their own: which names share memory is read off those.
+A region that holds both head and loss is rewritten in place, once for all its calls. A call is replaced by the region's
+nodes on its operands in two cases: the path from a loss to its projection crosses the region's boundary, or the region
+is a handful of nodes, whose calls can then share a sweep. The copies get fake values of their own, since those tell
+which names share memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fusedhead.analysis.body import Body, Finding
 from fusedhead.analysis.interpreter import interpret
 from fusedhead.analysis.projections import candidates
 from fusedhead.analysis.reasons import Untraced
-from fusedhead.compat import enable_python_dispatcher, enter_autocast, exit_autocast, maybe_get_fake_mode, tree_leaves
+from fusedhead.compat import enter_autocast, exit_autocast, maybe_get_fake_mode, tree_leaves
 from fusedhead.graph.edit import counting_edits
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import callee, fake, name_of, where
@@ -31,11 +31,11 @@ from fusedhead.graph.op_names import HEAD_ENDS, PROJECTIONS
 from fusedhead.graph.reasons import refuse
 from fusedhead.graph.tracing import Traces
 
-HANDFUL = 40  # nodes; a layer of a model has more, and is worth compiling once
+HANDFUL = 40  # nodes; a layer of a model has more, and compiling it once pays
 
 
 class Differs(Exception):
-    """A region's nodes have other results on a call's operands than the region says."""
+    """The region's nodes have other results on a call's operands than the region itself."""
 
 
 def is_call(node: Node) -> bool:
@@ -64,19 +64,19 @@ def returned_by(region: GraphModule) -> list[Any]:
 
 @dataclass(frozen=True)
 class CallFrame:
-    """The calls that a walk is inside of."""
+    """The stack of calls that a walk is inside of."""
 
     call: Node
     outer: CallFrame | None
 
 
 def crossed(graph: Graph) -> set[Node]:
-    """The calls through whose boundary a loss of the graph, or of a region, reaches a projection."""
+    """The calls whose boundary lies between a projection and a loss of the graph or of a region."""
     crossings: set[Node] = set()
     answers: dict[tuple[Node, CallFrame | None], bool] = {}
 
     def reaches(node: Any, frame: CallFrame | None) -> bool:
-        """Whether a projection is met on the way up from a node, without passing another."""
+        """Whether a node depends on a projection."""
         if not isinstance(node, Node):
             return False
         if (node, frame) not in answers:
@@ -120,17 +120,18 @@ def worth_sharing(region: GraphModule) -> bool:
 
 
 def run(body: Body) -> None:
-    """Replace calls of regions by their nodes where a head needs it, in a graph and in the graphs that it runs."""
+    """Inline calls of regions where a head needs it, in a graph and in the graphs that it runs."""
     body.findings += inline_regions(body.module, body.records_gradients, body.edited)
 
 
 def inline_regions(
     gm: GraphModule, grad: bool, count: Callable[[Node], None], seen: set[GraphModule] | None = None
 ) -> list[Finding]:
-    """`run`, of a module; ``grad``: whether gradients are recorded where it begins. Returns what is not inlined.
+    """Inline the calls in a module. ``grad``: whether gradients are recorded where it begins. Returns the calls that
+    stay.
 
-    ``count`` is told of edits of inner graphs, which come first. They have calls replaced only where a boundary is
-    crossed: they are run from several places themselves.
+    ``count`` is told of edits of inner graphs, which come first. Inner graphs run from several places, so that a call
+    in them is inlined only where a head crosses its boundary.
     """
     outermost, seen = seen is None, {gm} if seen is None else seen
     facts, findings = GraphFacts(gm.graph, grad), list[Finding]()
@@ -144,7 +145,7 @@ def inline_regions(
 
 
 def inline_calls(gm: GraphModule, grad: bool, sharing: bool) -> list[Finding]:
-    """The same for the calls of one graph; ``sharing``: those too whose heads may share a sweep."""
+    """Inline the calls of one graph. ``sharing``: also the calls whose heads may share a sweep."""
     findings: list[Finding] = []
     not_inlined: set[Node] = set()
     pays = cache(worth_sharing)  # a region has one answer for all its calls
@@ -162,7 +163,7 @@ def inline_calls(gm: GraphModule, grad: bool, sharing: bool) -> list[Finding]:
 
 
 def inline_call(gm: GraphModule, call: Node, grad: bool) -> bool:
-    """Put a region's nodes in the place of a call; False, and nothing done, if that is not the same.
+    """Replace a call by the region's nodes. Returns False and changes nothing if the results would differ.
 
     ``grad``: whether gradients are recorded where the graph begins.
     """
@@ -171,7 +172,7 @@ def inline_call(gm: GraphModule, call: Node, grad: bool) -> bool:
     try:
         with graph.inserting_before(call):
             results = copy_into(region, call, copies, GraphFacts(graph, grad).grad_mode(call))
-    except Exception:  # a node that does not run on these operands: the call stays
+    except Exception:  # a node does not run on these operands, so that the call stays
         for node in reversed(copies):
             graph.erase_node(node)
         return False
@@ -186,9 +187,9 @@ def inline_call(gm: GraphModule, call: Node, grad: bool) -> bool:
 
 
 def copy_into(region: GraphModule, call: Node, copies: list[Node], recorded: bool) -> list[Any]:
-    """The results of a region's nodes, copied to where the graph is being written; ``copies`` takes the copies."""
+    """Copy a region's nodes to the insertion point and return their results; ``copies`` collects the copies."""
     env: dict[Node, Any] = {}
-    live: dict[Node, Any] = {}  # results that are no fake values: what leaves an autocast region needs what entered it
+    live: dict[Node, Any] = {}  # no fake values: leaving an autocast region takes what entering it returned
     entered: dict[Node, Any] = {}
     if any(name_of(user) != "getitem" for user in call.users):
         raise Differs("a call's results are not taken one by one")
@@ -220,7 +221,7 @@ def copy_into(region: GraphModule, call: Node, copies: list[Node], recorded: boo
 
 
 def own_module(region: GraphModule, call: Node, node: Node) -> Node | None:
-    """A region's use of a module of its own, now the graph's; None for any other node."""
+    """The graph's node for a region's own submodule; None for a node that reads none."""
     if node.op != "get_attr":
         return None
     gm = call.graph.owning_module
@@ -233,10 +234,10 @@ def own_module(region: GraphModule, call: Node, node: Node) -> Node | None:
 
 
 def value_on_operands(node: Node, expected: Any, live: dict[Node, Any]) -> Any:
-    """The value of a copied node on its own operands. Raises Differs if it is none that the region had."""
+    """The value of a copied node on its own operands. Raises Differs if the region's value is another."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: live[n] if n in live else fake(n))
     modes = (maybe_get_fake_mode(fake(n)) for n in node.graph.nodes if isinstance(fake(n), Tensor))
-    with next((m for m in modes if m is not None), None) or nullcontext(), enable_python_dispatcher():
+    with next((m for m in modes if m is not None), None) or nullcontext():
         value = callee(node)(*args, **kwargs)
     if expected is not None and not all(map(equal_but_for_sizes, *map(tree_leaves, (value, expected)))):
         raise Differs(f"{node.name} differs from what the region has")
@@ -244,7 +245,7 @@ def value_on_operands(node: Node, expected: Any, live: dict[Node, Any]) -> Any:
 
 
 def equal_but_for_sizes(a: Any, b: Any) -> bool:
-    """Whether two values differ in nothing but sizes that are symbols: another call may have others."""
+    """Whether two values are equal up to symbolic sizes, which differ from call to call."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b)
     sizes_known = (isinstance(x, int) and isinstance(y, int) for x, y in zip(a.shape, b.shape))

@@ -7,7 +7,7 @@
 | products of one tensor with several weights, by class       | the product with the joined weights             |
 | the same elementwise op of several                          | that op of what is joined                       |
 
-Only where nothing else reads the chunks or writes to them.
+The pass acts only where nothing else reads the chunks or writes to them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 
 from fusedhead.analysis.body import Body
 from fusedhead.analysis.projections import above_losses
-from fusedhead.compat import enable_python_dispatcher, maybe_get_fake_mode
+from fusedhead.compat import maybe_get_fake_mode
 from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import callee, every_dimension, fake, name_of
 from fusedhead.graph.op_names import (
@@ -37,9 +37,9 @@ from fusedhead.graph.op_names import (
     joined_parts,
 )
 
-# A view of the same memory: a cast would be a copy of what was there then.
+# Views of the same memory. A cast is not one: it copies what was there then.
 SAME_MEMORY = VIEWS | {"size"}
-# Element by element, of one tensor and numbers: one op of the joined tensor does the same.
+# Elementwise ops of one tensor and numbers, which commute with a join.
 CHUNKWISE = SCALES | CASTS | COPIES | {"tanh", "sigmoid"}
 
 
@@ -48,7 +48,7 @@ class NotMergeable(Exception):
 
 
 def run(body: Body) -> None:
-    """Merge the chunks of joined logits, the join that is nearest to a loss first."""
+    """Merge the chunks of joined logits. The join nearest to a loss comes first."""
     for node in above_losses(body.graph):
         parts = joined_parts(node)
         if parts is None:
@@ -68,7 +68,7 @@ def run(body: Body) -> None:
 
 
 class ChunkMerge:
-    """What takes the place of one join: the nodes made for it, and those that it makes needless."""
+    """The replacement of one join: the new nodes, and the nodes that become dead."""
 
     def __init__(self, node: Node, facts: GraphFacts) -> None:
         self.node, self.facts = node, facts
@@ -89,11 +89,11 @@ class ChunkMerge:
         """The fake value of a call, in the grad mode of the join."""
         mode = maybe_get_fake_mode(fake(self.node))
         assert mode is not None
-        with mode, enable_python_dispatcher(), torch.set_grad_enabled(self.facts.grad_mode(self.node)):
+        with mode, torch.set_grad_enabled(self.facts.grad_mode(self.node)):
             return run(*map_arg(args, fake), **map_arg(kwargs, fake))
 
     def merge(self, parts: Sequence[Node], dim: int) -> Node:
-        """One node that is the join of ``parts``. Raises NotMergeable."""
+        """A node equal to the join of ``parts``. Raises NotMergeable."""
         if len({*parts}) != len(parts):
             raise NotMergeable
         source = self.source_of_slices(parts, dim)
@@ -116,7 +116,7 @@ class ChunkMerge:
         return self.emit(first.target, (whole, *first.args[1:]), dict(first.kwargs), value, first.op)
 
     def as_fresh_tensor(self, whole: Node) -> Node:
-        """A tensor of its own memory, as a join is: nothing else may see what is written to it."""
+        """A copy with memory of its own, as a join has, so that writes to it stay unseen elsewhere."""
         if whole in self.created:
             return whole
         value = self.evaluated(torch.clone, whole)
@@ -179,14 +179,14 @@ class ChunkMerge:
         return self.emit(parts[0].target, args, {}, value, parts[0].op)
 
     def joined(self, parts: Sequence[Node], dim: int) -> Node:
-        """The join of operands: the tensor that they are slices of, or a copy."""
+        """The join of operands: the tensor that they are slices of, or a ``cat``."""
         products = self.products
         source = self.source_of_slices(parts, dim) if len({*parts}) == len(parts) else None
         self.products = products
         return source or self.emit(self.join, (list(parts), dim), {}, self.evaluated(self.join, list(parts), dim))
 
     def is_exact(self) -> bool:
-        """Whether nothing between the chunks and their join changes what they are."""
+        """Whether nothing between the chunks and their join changes their values."""
         facts, node = self.facts, self.node
         modes = {(facts.grad_mode(n), facts.autocast(n)) for n in (node, *self.replaced)}
         if len(modes) > 1:
@@ -206,7 +206,7 @@ class ChunkMerge:
 
 
 def are_one_tensor(nodes: Sequence[Node]) -> bool:
-    """Whether nodes are one tensor, be it viewed anew for each of them."""
+    """Whether nodes are one tensor, or equal views of one."""
 
     def key(x: Any) -> Any:
         if isinstance(x, Node) and is_call_of(x, SAME_MEMORY):
@@ -217,7 +217,7 @@ def are_one_tensor(nodes: Sequence[Node]) -> bool:
 
 
 def covers(entries: Sequence[Any], size: Any, join: Callable[..., Any]) -> bool:
-    """Whether indices along one dimension take all of it, in order."""
+    """Whether indices along one dimension cover it in order."""
     if not isinstance(size, int):
         return False
     if join is torch.stack:

@@ -8,8 +8,13 @@ from fusedhead.graph.reasons import Reason
 class InShards(Reason):
     """A head of a tensor-parallel program stays as it is."""
 
-    KEPT = "its weight {shape} is placed as {placed} on {ranks}: {why}"
-    NOT_ASKED = "heads in shards are fused where fusedhead.shards is set"
+    KEPT = "its weight {shape} is placed as {placed} on {ranks} ranks: {why}"
+    KEPT_ALONG = "its weight {shape} is placed as {placed} on the {ranks} ranks of mesh dimension {name!r}: {why}"
+    NOT_ASKED = "fusedhead.shards is off"
+    OTHER_RANKS = (
+        "not every rank of its process group has compiled the same head to be fused: one has fusedhead.shards off or "
+        "other options, or computes something else of it"
+    )
     NO_LOSS = "no loss over its classes is taken of it in this graph, and logits in shards are not deferred"
     SPELLING = "a product written as {name} is not read in shards"
     MIXED = "its operands are not all DTensors"

@@ -1,8 +1,8 @@
-"""Reads of stacked logits by number become the heads' own: ``torch.stack([head(h) for head in heads], 1)[:, k]``.
+"""Reads of stacked logits by index become reads of one head: ``torch.stack([head(h) for head in heads], 1)[:, k]``.
 
-Models with codebooks (MusicGen) stack their heads' logits, return the stack, and compute a loss for each. A read of the
-stack by number is the product of one head, and reads it directly. A stack that is returned besides is computed outside
-of the differentiated graph (`graph.recipes`).
+Models with codebooks (MusicGen) stack their heads' logits, return the stack, and compute a loss for each. An indexed
+read of the stack is the product of one head, and reads it directly. A stack that is returned besides is computed
+outside of the differentiated graph (`graph.recipes`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Index = tuple[Any, ...]  # an integer or a slice for every dimension
 
 @dataclass(eq=False)
 class StackRead:
-    """What ``node`` reads from a stack: ``part``, indexed by one index after the other."""
+    """A read of a stack by ``node``: ``part``, indexed by one index after the other."""
 
     node: Node
     part: Node
@@ -37,7 +37,7 @@ class StackRead:
 
 @dataclass(eq=False)
 class StackUse:
-    """What a graph does with one stack of projections: reads by number, and outputs."""
+    """The uses of one stack of projections: indexed reads, and outputs."""
 
     node: Node
     parts: tuple[Node, ...]
@@ -47,7 +47,7 @@ class StackUse:
 
 
 def stacked_projections(node: Node) -> tuple[tuple[Node, ...], int] | None:
-    """The projections that a node stacks, and the dimension they are numbered in."""
+    """The projections that a node stacks, and the stacked dimension."""
     joined = joined_parts(node) if node.op == "call_function" and name_of(node) == "stack" else None
     if joined is None or not all(name_of(part) in PROJECTIONS for part in joined[0]):
         return None
@@ -55,13 +55,13 @@ def stacked_projections(node: Node) -> tuple[tuple[Node, ...], int] | None:
 
 
 def use_of(node: Node) -> StackUse | None:
-    """What the graph does with a stack of projections; None if that is more than to read by number and to return."""
+    """The uses of a stack of projections; None if there are others than indexed reads and outputs."""
     stacked = stacked_projections(node)
     if stacked is None:
         return None
     parts, dim = stacked
     use = StackUse(node, parts, [], [node], [])
-    # The stack and what is still numbered like it: in which dimension, and how the parts were indexed until then.
+    # The stack and its views that are still indexed by head: the dimension, and the indices taken of the parts so far.
     numbered: dict[Node, tuple[int, tuple[Index, ...]]] = {node: (dim, ())}
     for user in nodes_after(node):
         sources = [source for source in user.all_input_nodes if source in use.arranged]
@@ -95,7 +95,7 @@ def nodes_after(node: Node) -> Iterable[Node]:
 
 
 def index_of(node: Node) -> Index | None:
-    """The index of a ``getitem``; None for another node, and for an index of more than integers and slices."""
+    """The index of a ``getitem``; None for another node, and for an index that holds tensors."""
     if name_of(node) != "getitem" or len(node.all_input_nodes) != 1:
         return None
     entries = every_dimension(node.args[1], fake(node.all_input_nodes[0]).ndim)
@@ -103,7 +103,7 @@ def index_of(node: Node) -> Index | None:
 
 
 def is_exact(use: StackUse, facts: GraphFacts) -> bool:
-    """Whether every part may be read from its own head, and the outputs be computed when the graph has run."""
+    """Whether reading each part from its own head is exact, and so is computing the outputs after the graph."""
     nodes = [*use.parts, *use.arranged, *(read.node for read in use.reads)]
     if facts.write_after(min(use.parts), nodes) is not None:  # type: ignore[type-var]
         return False
@@ -121,7 +121,7 @@ def is_exact(use: StackUse, facts: GraphFacts) -> bool:
 
 
 def run(body: Body) -> None:
-    """Take the graph's stacks of heads apart."""
+    """Replace the indexed reads of the graph's stacks."""
     graph, facts = body.graph, body.facts
     uses = [use for node in graph.nodes if (use := use_of(node)) is not None and use.reads]
     heads = candidates(graph) if uses else set()
@@ -144,12 +144,12 @@ def run(body: Body) -> None:
 
 
 def sizes(use: StackUse) -> dict[Node, tuple[Any, ...]]:
-    """The sizes [V, D] that belong to each head."""
+    """The sizes [V, D] of each head."""
     return {part: tuple(fake(n).shape[-1] for n in (part, *part.all_input_nodes)) for part in use.parts}
 
 
 def read_parts(use: StackUse, facts: GraphFacts) -> None:
-    """Let the reads by number read the parts themselves."""
+    """Let the indexed reads read the parts."""
     graph = use.node.graph
     for read in use.reads:
         source = read.part

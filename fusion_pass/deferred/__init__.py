@@ -1,4 +1,4 @@
-"""Logits that a compiled graph returns without building them: a tensor that knows what it would be made of.
+"""Deferred logits: a tensor that a compiled graph returns instead of logits, with the sources to compute them from.
 
 | a graph returns logits, another takes them | `graph_outputs`, `graph_inputs`                      |
 | the tensor, and what it knows              | `tensor`, `state`, `call_program`, `optimizer_steps` |
@@ -8,12 +8,10 @@
 | what the call amounts to, read as a graph  | `to_fx`, `lower`, `lower_tokenwise`, `results`       |
 | numbers that are known already             | `shared_statistics`, `row_picks`                     |
 
-The pass's rules read calls here as they read a Dynamo graph. No rule and no kernel may know this package.
+The pass's rules read calls here as they read a Dynamo graph.
 
-The contract
-------------
-A deferred tensor stands for the tensor that eager code would have made at the same call. Fixed at that moment, whatever
-happens until it is read:
+The contract ------------ A deferred tensor represents the tensor that eager code would have computed at the same call.
+These are fixed at the call, whatever happens until it is read:
 
 | what                    | how it is kept                                                                           |
 |-------------------------|------------------------------------------------------------------------------------------|
@@ -26,11 +24,11 @@ happens until it is read:
 |                         | modes, hooks on saved tensors, and function transforms that are active at the read       |
 | errors                  | a call that eager code refuses is refused at the call, with eager code's error           |
 
-Operands of later steps that may be written to are copied. A call is made op by op, on the numbers, where what
-surrounds it gives ops a meaning (`surroundings`): a transform of ``torch.func``, a mode of stand-ins, a region of
-checkpointing that the logits came from outside of. So too where an inference tensor would be saved for a gradient.
+Operands of later steps that may be written to are copied. A call runs op by op on the numbers where its surroundings
+give single ops a meaning (`surroundings`): a transform of ``torch.func``, a mode of stand-ins, a checkpointed region
+that the logits came from outside of. It also does where an inference tensor would be saved for a gradient.
 
-What may differ from eager code, and never silently:
+Differences from eager code, none of them silent:
 
 * ``StaleLogits``: numbers are needed, or a loss, after an operand was written to, freed, or stepped by an optimizer
   that wrote it. The message names the operand and the remedy. Nothing else raises it, but for a parameter that was

@@ -1,8 +1,8 @@
-"""Writes to part of deferred logits, ``z[:, k] += c`` and ``z[mask] = c``, as other deferred logits in their place.
+"""Writes to a part of deferred logits, ``z[:, k] += c`` and ``z[mask] = c``, become new deferred logits.
 
-Python runs an augmented assignment in three calls: it reads the part, writes to it, and assigns it to itself. The
-write makes both the part and the whole stand for new values; the assignment is then none. Only where nothing else is
-made of the whole and waits to be read; anything else is computed, as any write. This file rebinds nothing itself.
+Python runs an augmented assignment in three calls: it reads the part, writes to it, and assigns it to itself. The write
+rebinds both the part and the whole to new values, and the assignment does nothing. This applies only where no other
+deferred tensor depends on the whole; any other write is computed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Call = tuple[Callable[..., Any], tuple]  # a function and its arguments
 
 
 def part_of(part: Any) -> tuple[DeferredLogits, Any] | None:
-    """The whole and the index, where deferred logits are ``whole[index]`` along one dimension, and not computed."""
+    """(whole, index) where deferred logits are ``whole[index]`` along one dimension and not computed yet."""
     if not isinstance(part, DeferredLogits) or part._plain is not None:
         return None
     recorded = part._known.recorded
@@ -38,7 +38,7 @@ def part_of(part: Any) -> tuple[DeferredLogits, Any] | None:
 
 
 def chosen(index: Any, ndim: int) -> tuple[int, Any] | None:
-    """The one dimension along which an index is not whole, with its integer or slice."""
+    """The one dimension that an index restricts, with its integer or slice."""
     if any(isinstance(entry, Tensor) for entry in (index if isinstance(index, tuple) else (index,))):
         return None
     parts = every_dimension(index, ndim)
@@ -47,7 +47,7 @@ def chosen(index: Any, ndim: int) -> tuple[int, Any] | None:
 
 
 def update(name: str, whole: DeferredLogits, index: Any, operands: tuple, kwargs: dict[str, Any]) -> Call | None:
-    """What the whole becomes by a write to its part: a function and what it is given after the whole."""
+    """The value of the whole after a write to its part: a function and its arguments after the whole."""
     if name not in UPDATES or len(operands) != 1 or kwargs or not isinstance(operands[0], (int, float, Tensor)):
         return None
     (operand,), (function, neutral, sign) = operands, UPDATES[name]
@@ -62,7 +62,7 @@ def update(name: str, whole: DeferredLogits, index: Any, operands: tuple, kwargs
 
 
 def assignment(whole: DeferredLogits, index: Any, number: Any) -> Call | None:
-    """What the whole becomes by ``whole[index] = number``, for classes, for tokens, or a class of some tokens."""
+    """The value of the whole after ``whole[index] = number``: of classes, of tokens, or of a class of some tokens."""
     if not isinstance(number, (int, float)) or isinstance(number, bool):
         return None
     entries = index if isinstance(index, tuple) else (index,)

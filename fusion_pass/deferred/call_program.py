@@ -1,9 +1,8 @@
-"""What was done to deferred logits, as data: a straight-line program over leaf tensors.
+"""Call programs: the calls that lead to deferred logits, as a straight-line program over leaf tensors.
 
-The leaves are the sources of the logits (hidden states, weight ...) and the tensors that later calls brought
-along. Programs are hashable, so what was once learnt about a program is found again by looking it up: the same
-calls on tensors of the same kind are learnt once. Numbers of tokens enter a key by which of them are equal, not by
-their values.
+The leaves are the sources of the logits (hidden states, weight ...) and the other operands of later calls. Programs are
+hashable keys of a cache: equal calls on tensors of the same kind are analysed once. A key holds which numbers of tokens
+are equal, not their values.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 
 
 class Unreadable(Exception):
-    """A call with an argument that cannot be written into a program."""
+    """Raised for an argument that a program cannot hold."""
 
 
 class Leaf(NamedTuple):
@@ -50,7 +49,7 @@ class Mode(NamedTuple):
 
     @property
     def read(self) -> Mode:
-        """The mode in which a call is read, on stand-ins: a rule has nothing to know of inference mode."""
+        """The mode in which a call is read on stand-ins. Rules do not depend on inference mode."""
         return self._replace(inference=False)
 
 
@@ -73,7 +72,7 @@ class CallStep(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CallProgram:
-    """Steps in order, and which result is meant. Compared by identity: whoever learns one keeps it."""
+    """Steps in order, and the result. Compared by identity."""
 
     steps: tuple[CallStep, ...]
     result: Leaf | Made
@@ -99,7 +98,7 @@ class CallProgram:
 
 
 class Const(NamedTuple):
-    """A number, word or torch constant. The type is part of it: 1, 1.0 and True are different arguments."""
+    """A number, string or torch constant with its type: 1, 1.0 and True are different arguments."""
 
     kind: type
     value: Any
@@ -136,7 +135,7 @@ def encode(value: Any, tensor: Callable[[Tensor], Hashable]) -> Any:
 
 
 def decode(code: Any, resolve: Callable[[Leaf | Made], Any]) -> Any:
-    """What `encode` was given, with every reference replaced by ``resolve(it)``."""
+    """The inverse of `encode`, with every reference replaced by ``resolve(it)``."""
     if isinstance(code, Const):
         return code.value
     if isinstance(code, Container):
@@ -161,7 +160,7 @@ def relocated(code: Any, leaves: Sequence[Leaf | Made], steps: Sequence[int]) ->
 
 
 def joined(programs: Sequence[tuple[CallProgram, Sequence[Leaf]]]) -> tuple[list[CallStep], list[Made]]:
-    """Programs put one after another, equal steps once.
+    """Programs concatenated, with equal steps merged.
 
     Each comes with the places of its leaves among the joint leaves. Returns the steps and each program's result.
     """

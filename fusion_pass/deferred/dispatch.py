@@ -1,7 +1,7 @@
-"""What happens to a call on deferred logits: recorded, answered by a fused op, or made on the plain tensor.
+"""Dispatch of a call on deferred logits: it is recorded, answered by a fused op, or computed on the plain tensor.
 
-Steps that a loss takes are recorded. Anything else is read (`deferred.reading`): an answer from row statistics is
-computed by the fused ops, and what no rule can read is computed from the plain tensor, as is every write.
+Steps on the way to a loss are recorded. Other calls are read (`deferred.lower`): those that row statistics answer run
+the fused ops, and calls that no rule reads run on the plain tensor, as writes do.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode: Mode) -> bool:
-    """Whether a call is made op by op on numbers, since something that surrounds it depends on which ops run.
+    """Whether a call must run op by op on the numbers, since its surroundings depend on the ops that run.
 
     A region of checkpointing that the logits came from is none: each pass over it makes logits of its own.
     """
@@ -106,7 +106,7 @@ def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode
 
 
 def refuse_late(inputs: Any) -> None:
-    """Raise RuntimeError where the gradient of ``inputs`` is asked for and nothing will compute it any more."""
+    """Raise RuntimeError where the gradient of ``inputs`` is wanted and nothing computes it any more."""
     late: list[bool] = []
     mapped(lambda t: late.append(t.requires_grad and t._known.family.passed_by), inputs)
     if any(late):
@@ -130,12 +130,12 @@ def later(request: Request, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def copy_operands(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Operands of a call that is made later, copied: they may be written to before."""
+    """Copies of the operands of a deferred call, which may be written before it runs."""
     return tuple(t if isinstance(t, DeferredLogits) else t.clone() for t in tensors)
 
 
 def alike(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A call to which only shape, dtype and device of deferred logits matter."""
+    """A call that reads only the shape, dtype and device of deferred logits."""
     if func.__name__ in op_tables.RESHAPED_AS and not isinstance(args[0], DeferredLogits):
         return op_tables.RESHAPED_AS[func.__name__](*args)
     known = args[0]._known.layout
@@ -194,10 +194,10 @@ def mapped(function: Callable[[DeferredLogits], Any], value: Any) -> Any:
 
 
 def write_deferred(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A call that may write to deferred logits: first, everything made of the same logits has to exist.
+    """A call that may write to deferred logits. Everything made of the same logits is computed first.
 
-    Not so where nothing else shares the memory, and the numbers written have a call of their own: ``p -= q``. Nor where
-    a part of the tensor is written to, and is all that was made of it: ``z[:, k] += c``.
+    Exceptions: nothing else shares the memory and an out-of-place call gives the new values (``p -= q``); or the write
+    is to a part of the tensor that is its only dependent (``z[:, k] += c``).
     """
     if to_a_part(func.__name__, args, kwargs):
         return None if func is Tensor.__setitem__ else args[0]
@@ -219,7 +219,8 @@ def write_deferred(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
                 sharing.append((alive, grad_fn_of(alive)))
     result = compute(func, args, kwargs)
     for tensor, before in sharing:
-        if grad_fn_of(tensor) != before:
+        after = grad_fn_of(tensor)
+        if after is not None and after != before:  # what is None raises where it is used, as in eager code
             follow(tensor)
     return result
 
@@ -234,7 +235,7 @@ def grad_fn_of(tensor: DeferredLogits) -> Any:
 
 
 def to_a_part(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Let deferred logits stand for what a write to a part makes of them: whether that was done."""
+    """Rebind deferred logits to their value after a write to a part; returns whether that was possible."""
     if name == "__setitem__" and isinstance(args[0], DeferredLogits):
         whole, index, value = args
         part = None
@@ -259,7 +260,7 @@ def to_a_part(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def alone(tensor: DeferredLogits, besides: Any = None) -> bool:
-    """Whether the memory of a tensor that was not computed yet would be its own, and nothing waits to read it.
+    """Whether a tensor that is not computed yet would own its memory, and no deferred tensor depends on it.
 
     ``besides``: what is made of it and known.
     """
@@ -276,7 +277,7 @@ def alone(tensor: DeferredLogits, besides: Any = None) -> bool:
 
 
 def rebind(tensor: DeferredLogits, result: DeferredLogits) -> bool:
-    """Let ``tensor`` stand for ``result`` from here on, if it is a tensor of the same form."""
+    """Rebind ``tensor`` to ``result`` if it is a tensor of the same form."""
     known, before = result._known, tensor._known
     if result._plain is not None or known.layout._replace(grad=before.layout.grad) != before.layout:
         return False

@@ -1,4 +1,4 @@
-"""Deferred logits that enter another compiled graph: the graph takes what they are made of instead.
+"""Deferred logits as inputs of another compiled graph: the graph takes their sources instead.
 
 A loss that is compiled on its own then holds the projection and the loss, and is fused like any other. Compilers
 that do not know deferred logits see a traceable tensor subclass (`DeferredLogits.__tensor_flatten__`), which
@@ -91,7 +91,7 @@ def of_known_sizes(inner: Tensor, real: Tensor, exact: frozenset[int]) -> Tensor
 def replace_placeholder(
     gm: GraphModule, node: Node, real: Sequence[Tensor], start: Node, exact: frozenset[int]
 ) -> None:
-    """Placeholders for what one deferred tensor is made of, and its program before ``start``."""
+    """Replace a placeholder by placeholders for the sources of a deferred tensor, and its program before ``start``."""
     value = fake(node)
     names, (program, *_) = value.__tensor_flatten__()
     leaves = []
@@ -105,11 +105,10 @@ def replace_placeholder(
             leaves.append(leaf)
     mode = maybe_get_fake_mode(fake(leaves[0]))
     assert mode is not None
-    draft_graph = Draft(gm.graph, leaves, [], mode.shape_env, mode)
-    device = value.device.type
+    draft_graph = Draft(gm.graph, leaves, [], mode.shape_env, mode, value.device.type)
     with gm.graph.inserting_before(start):
         for step in program.steps:
-            draft_graph.made.append(append_step(draft_graph, step, device, Mode.now(device)))
+            draft_graph.made.append(append_step(draft_graph, step, Mode.now(draft_graph.device)))
         result = draft_graph.node(program.result)
     for later in gm.graph.nodes:
         if later.meta.get("example_value") is value:  # `float()` of float32 logits returned its argument

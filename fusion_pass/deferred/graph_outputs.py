@@ -1,7 +1,7 @@
-"""Handing out deferred logits: what a compiled graph's wrapper does with the sources of logits it returns.
+"""Deferred logits as outputs: the wrapper of a compiled graph makes them of the sources that the graph returns.
 
-A compiled graph that returns logits returns hidden states instead, and its caller gets a `DeferredLogits` made of
-them. This file makes the first one; all later ones are made of it.
+A compiled graph that returns logits returns hidden states instead, and its caller gets a `DeferredLogits` made of them.
+Calls on it make further ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["DeferredLogits", "StaleLogits", "deferring", "on_plain_inputs", "pla
 
 
 def hand_out(origin: Origin, sources: Sequence[Any]) -> Tensor:
-    """The tensor that stands for a recipe's result on these sources (tensors, and numbers for sizes)."""
+    """The deferred tensor of a recipe on these sources (tensors, and numbers for sizes)."""
     recipe = origin.recipe
     mode = Mode(has_gradient(recipe, sources), None, torch.is_inference_mode_enabled())
     tensor_sources = [s for s in sources if isinstance(s, Tensor)]

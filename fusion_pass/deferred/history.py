@@ -1,7 +1,7 @@
-"""The history of deferred logits, as autograd sees it: the calls that lead to them, and what writes make of it.
+"""The autograd history of deferred logits: nodes for the calls that lead to them, and for writes.
 
-Autograd asks the tensor in C++, past everything that stands for it, so each has nodes of its own there. Their backward
-makes the recorded call again, on what was saved. This file decides nothing.
+Autograd reads the history of a tensor in C++, where Python cannot intervene, so that each deferred tensor has its own
+nodes. Their backward runs the recorded call again on the saved tensors.
 """
 
 from __future__ import annotations

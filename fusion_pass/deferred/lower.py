@@ -1,9 +1,9 @@
-"""What a call on deferred logits amounts to: an answer from row statistics, or nothing that a rule can read.
+"""Lowers a call on deferred logits: to row statistics, or to nothing where no rule reads it.
 
-The program of the logits and the call are written into a small graph, as Dynamo would have recorded them, and read
-by the same interpreter and rules as compiled graphs: what the compiler understands, eager code gets too. A reading
-is made on fake tensors whose numbers of tokens are symbols, and says for which of them it holds. This file runs
-nothing on real tensors.
+The program of the logits and the call are written into a small graph, as Dynamo would have recorded them, and read by
+the same interpreter and rules as compiled graphs: what the compiler understands, eager code gets too. A reading is made
+on fake tensors with symbolic numbers of tokens, and comes with the guard under which it holds. Nothing here runs on
+real tensors.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def read_call(
     chain: Sequence[Made],
     memory: int,
 ) -> tuple[Guard, Outcome]:
-    """What the last of ``steps`` amounts to, and for which sizes that holds.
+    """The outcome of the last of ``steps``, and the guard on sizes under which it holds.
 
     ``sources`` are the deferred logits among its arguments; ``chain`` is the first of them, what that was made of,
     and so on. Raises DependsOnSizes where ``exact`` is given and no symbolic sizes can be read.
@@ -96,7 +96,7 @@ def stacks_of(graph: Graph, traces: Traces) -> dict[Node, Logits]:
 
 
 def heads(graph: Graph) -> set[Node]:
-    """The projections, but for those that make the weight of another one: an adapter that is merged."""
+    """The projections, except those that compute the weight of another one (a merged adapter)."""
     products = {node for node in graph.nodes if node.op.startswith("call_") and name_of(node) in PROJECTIONS}
     above: set[Node] = set()
     stack = [source for node in products for source in node.all_input_nodes]
@@ -141,7 +141,7 @@ def stack_of(site: Site, reading: Reading) -> list[Node]:
 
 
 def many_of(draft_graph: Draft) -> Callable[[list], Any] | None:
-    """What makes the container of the last step's results; None where there is one."""
+    """The function that builds the container of the last step's results; None for a single result."""
     last = draft_graph.made[-1]
     if not isinstance(last, list):
         return None
@@ -155,7 +155,7 @@ def origin(node: Node) -> Node:
 
 
 def key(logits: Logits) -> Hashable:
-    """The sweep that serves these logits, whether or not gradients pass."""
+    """The key of the sweep that serves these logits, with or without gradients."""
     return sweep_key(logits)[:-1]
 
 
@@ -168,7 +168,7 @@ def sweep_of(value: Any) -> Hashable:
 
 
 def relation(value: Any, before: Any) -> Relation | None:
-    """What ``value`` is to the one it was made of."""
+    """The relation of ``value`` to the value that it was made of."""
     if not is_followed(value) or not is_followed(before):
         return None
     dims = logits_of(before).class_dim, logits_of(value).class_dim
@@ -181,7 +181,7 @@ ROW_SELECTIONS = frozenset({"slice", "select", "narrow", "index_select", "squeez
 
 
 def picks_rows(old: Logits, new: Logits) -> bool:
-    """Whether ``new`` is rows of ``old``, picked along dimensions that are not the vocabulary's."""
+    """Whether ``new`` is a selection of rows of ``old``, along dimensions other than the vocabulary."""
     added = new.row_steps[len(old.row_steps) :]
     kept = new.row_steps[: len(old.row_steps)] == old.row_steps
     picked = all(s.op._schema.name.removeprefix("aten::") in ROW_SELECTIONS for s in added)
@@ -203,7 +203,7 @@ def answer(
     sweep: SharedSweep,
     stacked: Sequence[Node] = (),
 ) -> Outcome:
-    """Rewrite the graph of a call into what is run; ``stacked``: nodes of stacks that the site's head is a part of."""
+    """Rewrite the graph of a call into the answer. ``stacked``: nodes of the stack that holds the head."""
     graph, many = draft_graph.graph, many_of(draft_graph)
     body = Body(graph, Options(logits="eager", min_logits=0), grad=torch.is_grad_enabled())
     body.facts.keep(min(site.head.products))  # type: ignore[type-var]

@@ -1,7 +1,7 @@
-"""Calls on deferred logits that no statistic answers: computed token by token, by a row program, or put off.
+"""Lowers calls on deferred logits that no statistic answers: to a token program, or puts them off.
 
-What is as wide as the logits is put off, since a later call usually makes a few numbers of it; those are computed by
-a row program over everything that led to them. This file reads and rewrites a call's graph; it runs nothing.
+A result as wide as the logits is put off, since a later call usually reduces it to a few numbers. These are computed by
+a token program over everything that leads to them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BUDGETS: dict[int, str | int] = {0: "auto", -1: "min"}
 def token_by_token(
     made: Draft, results: Sequence[Node], reading: Reading, memory: int, many: Callable[[list], Any] | None
 ) -> TokenByToken | Wide | None:
-    """What a call amounts to that is no statistic of the rows, or None. ``made`` is rewritten."""
+    """The outcome of a call that is no statistic of the rows, or None. ``made`` is rewritten."""
     values = [reading.tokenwise.get(node, reading.values.get(node)) for node in results]
     if all(map(is_wide, values)):
         if any(escape.node not in results for site in reading.sites for escape in site.escapes):

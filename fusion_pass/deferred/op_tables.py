@@ -1,11 +1,11 @@
-"""Torch functions by what a call of them on deferred logits needs, by name: tables, and questions to them.
+"""Tables of torch functions by what a call on deferred logits needs.
 
 | `METADATA`, `ALONE`, `ALIKE` | a tensor's looks: answered without computing anything                       |
 | `LAZY`                       | recorded as it is: a step that rules follow                                 |
 | `PUT_OFF`                    | recorded if a rule reads its result as rows that are computed apart         |
 | `may_write_argument`         | the logits have to exist first, unless the memory is theirs alone (`FRESH`) |
 
-What is in none of them is read, or made at once. This file reads nothing and records nothing.
+A function in none of them is read, or computed at once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How often optimizers have written what a tensor's memory holds, where its version does not say.
+"""Counts the optimizer steps that wrote a tensor's memory without changing its version.
 
-Fused optimizers write weights without a trace: neither version nor address of a parameter changes. Every
+Fused optimizers write weights and change neither version nor address of a parameter. Every
 `torch.optim.Optimizer`, also one of another package, calls a hook before and after its step:
 
 | who steps                     | what counts as written                                                     |
@@ -10,7 +10,7 @@ Fused optimizers write weights without a trace: neither version nor address of a
 | any other, with a gradient    | what it steps                                                              |
 | any other, without a gradient | what has other sums of rows and columns after the step than before         |
 
-What other code writes through ``.data`` leaves no trace at all.
+Writes of other code through ``.data`` are not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Steps(NamedTuple):
-    """Steps on a tensor's memory, counted from the first time that somebody asked for them."""
+    """Steps on a tensor's memory, counted from the first query on."""
 
     certain: int = 0
     # the number of those others that wrote, on a device: read only where it decides

@@ -1,6 +1,6 @@
-"""One call on deferred logits: looked up, learnt and answered.
+"""A query: one call on deferred logits, looked up or analysed, and answered.
 
-What was learnt about a call is kept by its form, so that the next batch finds it again, whatever its size.
+The outcome is cached by the call's form, so that the next batch finds it, whatever its size.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from fusedhead.deferred.shared_statistics import ancestry, furthest_source, know
 from fusedhead.deferred.state import Knowledge, Origin, RecordedCall, Recording, State, check_fresh, state
 from fusedhead.deferred.surroundings import out_of_sight, trial
 from fusedhead.deferred.tensor import DeferredLogits
+from fusedhead.graph.aliases import storage
 from fusedhead.graph.reasons import refuse
 from fusedhead.graph.run_counts import Run
 from fusedhead.kernels.contract import STATS
@@ -56,7 +57,7 @@ class NotRecorded(Exception):
 
 
 class Request:
-    """One call on deferred logits, on the way to its answer."""
+    """One call on deferred logits and its answer."""
 
     def __init__(self, recorded: RecordedCall) -> None:
         self.recorded = recorded
@@ -96,7 +97,7 @@ class Request:
         return [*steps, step], results
 
     def outcome(self) -> Outcome:
-        """Look up what the call amounts to, or learn it."""
+        """The outcome of the call, cached or analysed."""
         with self.origin.lock:
             variants = self.variants(self.exact)
             for guard, outcome in variants:
@@ -156,7 +157,7 @@ class Request:
         return True
 
     def pays(self, outcome: Outcome) -> bool:
-        """Whether the logits are enough for a row program, if it takes one."""
+        """Whether there are enough logits for a token program, if the answer is one."""
         held = outcome.held if isinstance(outcome, (TokenByToken, Wide)) else None
         return held is None or held.of(self.leaves) >= self.origin.rows_from
 
@@ -165,7 +166,10 @@ class Request:
             check_fresh(subject._known)
         with modes(self.recorded.mode._replace(autocast=None), self.leaves[0].device.type):
             if isinstance(outcome, Swept):
-                results = outcome.tail.forward(*self.leaves, *self.statistics(outcome))
+                statistics = self.statistics(outcome)
+                results = outcome.tail.forward(*self.leaves, *statistics)
+                if outcome.sharing.shareable:
+                    results = unshared(results, statistics)
             else:
                 results = outcome.run.forward(*self.leaves)
         if any(isinstance(result, Tensor) and result.requires_grad for result in results):
@@ -177,7 +181,7 @@ class Request:
         return results[0] if outcome.many is None else outcome.many(results)
 
     def count(self, outcome: Answer) -> None:
-        """Tell the heads that the answer is of. Of heads that were returned in one tensor it may take some."""
+        """Count the answer at its heads. Of heads that were returned in one tensor it may use some only."""
         runs: dict[Run, None] = {}
         for subject in self.subjects:
             recipe = subject._known.origin.recipe  # type: ignore[union-attr]
@@ -194,7 +198,7 @@ class Request:
             run.answered.add()
 
     def statistics(self, outcome: Swept) -> list[Tensor]:
-        """The statistics that ``outcome`` asks for, from earlier sweeps or from a new one."""
+        """The statistics that ``outcome`` needs, from earlier sweeps or from a new one."""
         sharing, subject = outcome.sharing, self.subjects[0]
         grad = Recording.of(self.recorded.mode.grad and not sharing.detached, self.recorded.mode)
         # whether there is one already depends on what was asked before: nothing that counts what runs may see it
@@ -225,12 +229,12 @@ class Request:
 
 
 def same(leaf: Tensor, then: State, other: Tensor, at: State) -> bool:
-    """Whether two leaves are one tensor at one time, as autograd sees it too."""
+    """Whether two leaves are one tensor at one time with one autograd history."""
     return then.is_of(at) and leaf.requires_grad == other.requires_grad
 
 
 def sweep_whole(tensor: DeferredLogits, name: str, class_dim: int) -> None:
-    """One sweep over logits whose pieces are asked for one after another."""
+    """One sweep over logits whose pieces are queried one after another."""
     args, none = encode((tensor, class_dim), lambda _: Leaf(0)), encode({}, lambda _: Leaf(0))
     mode = Mode.now(tensor.device.type)
     request = Request(RecordedCall(torch.logsumexp, args, none, (tensor,), mode))
@@ -238,3 +242,9 @@ def sweep_whole(tensor: DeferredLogits, name: str, class_dim: int) -> None:
     if isinstance(outcome, Swept) and name in outcome.sharing.shareable:
         grad = Recording.of(mode.grad and not outcome.sharing.detached, mode)
         request.sweep(replace(outcome, asks=(*outcome.asks, name)), grad)
+
+
+def unshared(results: Sequence[Any], statistics: Sequence[Tensor]) -> list[Any]:
+    """The results in memory of their own: a write to one must not reach statistics that later answers are made of."""
+    kept = {storage(statistic) for statistic in statistics}
+    return [x.clone() if isinstance(x, Tensor) and storage(x) in kept else x for x in results]

@@ -1,6 +1,6 @@
-"""Deferred logits for the result of a call that is not made yet: its layout, its program, and what it is made of.
+"""Records a call: deferred logits for its result, with layout, program and sources.
 
-Both are kept by the call's form, so that the next batch finds them. This file reads nothing and answers nothing.
+Layout and program are cached by the call's form, so that the next batch finds them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What reading a call on deferred logits has found: an answer in the form it is run in, or that there is none."""
+"""The outcomes of reading a call on deferred logits: an answer ready to run, or none."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Swept:
 
 
 class Relation(NamedTuple):
-    """What deferred logits are, relative to those that they were made of, where statistics can be carried over."""
+    """The relation of deferred logits to those that they were made of, where statistics can be carried over."""
 
     same: bool  # the same rows through the same transform; else rows picked from them
     dims: tuple[int, int]  # where the vocabulary is, before and after
 
 
 class Sharing(NamedTuple):
-    """What a sweep's statistics are good for besides the call that asked for them."""
+    """Which statistics of a sweep other calls may reuse."""
 
     shareable: frozenset[str]  # statistics that do not depend on this call's own operands; empty: share none
     likely: frozenset[str]  # statistics worth having at once, since another call will probably ask for them
@@ -62,7 +62,7 @@ class Size:
 
 @dataclass(frozen=True, eq=False)
 class TokenByToken:
-    """The answers are one graph of the leaves, which runs a row program."""
+    """The answers are one graph of the leaves, which runs a token program."""
 
     run: GraphModule
     many: Callable[[list], Any] | None
@@ -71,9 +71,9 @@ class TokenByToken:
 
 @dataclass(frozen=True, eq=False)
 class Wide:
-    """The result is as wide as logits, and its rows are computed apart: worth recording, not computing.
+    """The result is as wide as logits with independent rows: it is recorded and not computed.
 
-    ``held``: the logits that a row program on it would not build; None where statistics may serve.
+    ``held``: the logits that a token program on it would not build; None where statistics may serve.
     """
 
     held: Size | None
@@ -92,7 +92,7 @@ Outcome = Answer | Wide | Unread
 
 @dataclass(frozen=True, eq=False)
 class Guard:
-    """For which sizes of the leaves a reading holds."""
+    """The sizes of the leaves for which a reading holds."""
 
     places: tuple[tuple[int, int], ...]  # (leaf, dimension) of each argument of the test
     test: Callable[..., bool]
@@ -108,4 +108,4 @@ ALWAYS = Guard((), lambda: True)
 
 
 class DependsOnSizes(Exception):
-    """Nothing can be said about symbolic sizes; these sizes alone have to be read."""
+    """Raised where a reading depends on the sizes: these sizes must be read on their own."""

@@ -1,8 +1,7 @@
-"""Rows picked by numbers in the program text: ``z[i]``, ``z[:, 3:7]``, ``z.split(128, 1)``, ``for row in z``.
+"""Row picks by constants of the program: ``z[i]``, ``z[:, 3:7]``, ``z.split(128, 1)``, ``for row in z``.
 
-The numbers differ from call to call and mean nothing to a reading, so they are taken out of the program: each pick
-is read as ``index_select`` with a tensor of row numbers, which all calls of one form then share. This file only
-says which rows; it runs nothing on logits.
+The constants differ from call to call and do not affect a reading. They are therefore removed from the program: each
+pick becomes an ``index_select`` with a tensor of row numbers, and all calls of one form share a reading.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Row statistics of deferred logits that an earlier sweep has found: carried over to views, and to pieces of rows.
+"""Shared statistics: row statistics of an earlier sweep serve views and row selections of the same logits.
 
-A statistic belongs to the furthest tensor back that has the same rows through the same transform; a tensor whose
-rows were picked from another's picks from its statistics too. This file starts no sweep itself.
+A statistic is stored at the furthest ancestor with the same rows and transform. A selection of rows selects from the
+statistics of its source.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def of_kind(value: Tensor, recorded: Recording, asked: Recording) -> Tensor:
 def known_statistic(
     tensor: DeferredLogits, name: str, grad: Recording, relations: Relations, sweep_whole: SweepWhole
 ) -> Tensor | None:
-    """A statistic [N] of these logits that some sweep has found already, or None."""
+    """A statistic [N] of these logits that an earlier sweep has computed, or None."""
     tensor, relations = furthest_source(tensor, relations)
     knowledge = tensor._known
     for recorded in SERVED_BY[grad]:

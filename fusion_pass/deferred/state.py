@@ -170,7 +170,7 @@ class Family:
     built_for: str = ""  # why the logits were built without being asked for
     # FSDP2's hooks, which gather weights: to be run before any gradient of what is made here is computed
     gathering: list[Callable[[Tensor], Any]] = field(default_factory=list)
-    passed_by: bool = False  # whether a result was made of their sources through which a gradient flows, past them
+    passed_by: bool = False  # True once a fused loss was taken: its gradient goes to h and W directly
 
     def returned_in(self, region: object) -> bool:
         return self.checkpoint is not None and self.checkpoint() is region

@@ -1,4 +1,4 @@
-"""Deferred logits: the tensor that stands for logits that were not computed, and may never be.
+"""`DeferredLogits`: the tensor that represents logits that are not computed.
 
 It answers questions about shape and type, keeps the calls that lead to it, and becomes the ordinary tensor when
 asked to. What is done with a call on it is decided elsewhere (`deferred.dispatch`), and set as its `handler`.
@@ -28,7 +28,7 @@ from fusedhead.deferred.call_program import CallProgram, Leaf, Mode, encode, mod
 from fusedhead.deferred.frames import skip_own_frames
 from fusedhead.deferred.op_tables import ALONE, METADATA
 from fusedhead.deferred.state import Family, Knowledge, RecordedCall, TensorLayout, check_fresh
-from fusedhead.deferred.surroundings import out_of_sight
+from fusedhead.deferred.surroundings import above_autograd, out_of_sight
 from fusedhead.deferred.wrappers import before_leaves, sink_of
 from fusedhead.graph.run_counts import Run, built
 
@@ -143,14 +143,16 @@ def numbers(tensor: DeferredLogits) -> Tensor:
     """The values, without a gradient. For ``__torch_dispatch__`` alone, where autograd is switched off."""
     if tensor._known.origin is None:
         with torch.no_grad():
-            return tensor._known.program(*tensor._known.leaves)
-    with torch.overrides.enable_reentrant_dispatch():  # what exists from here on has a history
+            found = tensor._known.program(*tensor._known.leaves)
+            # of calls made in inference mode: a compiler has views of it taken as of an ordinary tensor
+            return found.clone() if found.is_inference() and not tensor.is_inference() else found
+    with above_autograd():
         return plain(tensor).detach()
 
 
 def reshaped(func: Any, args: tuple, kwargs: dict[str, Any]) -> DeferredLogits:
     """A write below Python to the shape or memory of deferred logits (``z.set_()``), made to what they stand for."""
-    with torch.overrides.enable_reentrant_dispatch():
+    with above_autograd():
         target = plain(args[0])
     rest, kwargs = tree_map_only(DeferredLogits, numbers, (args[1:], kwargs))
     func(target, *rest, **kwargs)
@@ -173,7 +175,7 @@ def inside_compiler(program: CallProgram, leaves: tuple[Tensor, ...], layout: Te
     return DeferredLogits(Knowledge(None, program, leaves, (), recorded, None, Family(), layout))
 
 
-# Dynamo compiles what runs under a compiled function: not this package, which handles tensors it cannot trace
+# Tell Dynamo to skip this package's frames.
 if not missing:
     skip_own_frames(traced="functional")
 
@@ -240,7 +242,7 @@ def plain(tensor: DeferredLogits) -> Tensor:
         check_fresh(knowledge)
         for operand in knowledge.recorded.tensors:
             as_plain(operand)  # before the lock is taken: another head's logits have their own
-    with knowledge.family.lock, out_of_sight():
+    with knowledge.family.lock, above_autograd(), out_of_sight():  # what exists from here on has a history
         if is_adopted(tensor):
             adopt(tensor)
         elif tensor._plain is None:

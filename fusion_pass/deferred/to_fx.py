@@ -1,4 +1,4 @@
-"""Writing the program of deferred logits into an fx graph, as Dynamo would have recorded it.
+"""Writes the program of deferred logits into an fx graph, as Dynamo would have recorded it.
 
 Leaves become placeholders with fake values, whose numbers of tokens are symbols unless they are to be exact.
 """
@@ -31,6 +31,7 @@ class Draft:
     made: list[Any]
     shape_env: ShapeEnv | None
     mode: FakeTensorMode
+    device: str  # type of the device of the leaves
     symbols: dict[str, tuple[int, int]] = field(default_factory=dict)  # where a symbolic size is found
 
     def node(self, ref: Leaf | Made) -> Any:
@@ -66,10 +67,10 @@ def fake_leaf(tensor: Tensor, at: int, draft: Draft, exact: frozenset[int], grad
     return leaf.requires_grad_() if grad and tensor.requires_grad else leaf
 
 
-def append_call(draft: Draft, op: str, target: Any, args: tuple, kwargs: dict, mode: Mode, device: str) -> Node:
+def append_call(draft: Draft, op: str, target: Any, args: tuple, kwargs: dict, mode: Mode) -> Node:
     node = draft.graph.create_node(op, target, args, kwargs)
     fakes = torch.fx.node.map_arg((args, kwargs), fake)
-    with modes(mode.read, device), draft.mode, enable_python_dispatcher():  # as Dynamo does: no size is pinned
+    with modes(mode.read, draft.device), draft.mode, enable_python_dispatcher():  # as Dynamo does: no size is pinned
         node.meta["example_value"] = callee(node)(*fakes[0], **fakes[1])
     return node
 
@@ -87,26 +88,26 @@ def dynamo_spelling(func: Callable[..., Any]) -> tuple[str, Any, tuple]:
     return "call_function", func, ()
 
 
-def append_step(draft: Draft, step: CallStep, device: str, mode: Mode) -> Any:
+def append_step(draft: Draft, step: CallStep, mode: Mode) -> Any:
     """Append a step: its node, or the list of nodes of its parts."""
     args, kwargs = decode(step.args, draft.node), decode(step.kwargs, draft.node)
     if isinstance(step.func, GraphModule):
-        return inline_program(draft, step.func, args, step.mode, device)
+        return inline_program(draft, step.func, args, step.mode)
     op, target, more = dynamo_spelling(step.func)
     args = (*args[:1], *more, *args[1:]) if more else tuple(args)
-    node = append_call(draft, op, target, args, kwargs, step.mode, device)
+    node = append_call(draft, op, target, args, kwargs, step.mode)
     value = fake(node)
     cut = mode.grad and not step.mode.grad
     if isinstance(value, Tensor):
-        return append_call(draft, "call_method", "detach", (node,), {}, step.mode, device) if cut else node
+        return append_call(draft, "call_method", "detach", (node,), {}, step.mode) if cut else node
     if not isinstance(value, (tuple, list)) or not all(isinstance(v, Tensor) for v in value):
         return node
-    parts = [append_call(draft, "call_function", operator.getitem, (node, i), {}, step.mode, device)
+    parts = [append_call(draft, "call_function", operator.getitem, (node, i), {}, step.mode)
              for i in range(len(value))]  # fmt: skip
-    return [append_call(draft, "call_method", "detach", (p,), {}, step.mode, device) for p in parts] if cut else parts
+    return [append_call(draft, "call_method", "detach", (p,), {}, step.mode) for p in parts] if cut else parts
 
 
-def inline_program(draft: Draft, program: GraphModule, args: Sequence[Any], mode: Mode, device: str) -> Node:
+def inline_program(draft: Draft, program: GraphModule, args: Sequence[Any], mode: Mode) -> Node:
     """The nodes that make the returned logits."""
     operands, env = iter(args), {}
     for node in program.graph.nodes:
@@ -116,19 +117,19 @@ def inline_program(draft: Draft, program: GraphModule, args: Sequence[Any], mode
             return env[node.args[0]]
         else:
             a, k = torch.fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-            env[node] = append_call(draft, node.op, node.target, a, k, mode, device)
+            env[node] = append_call(draft, node.op, node.target, a, k, mode)
     raise AssertionError("a graph has an output")
 
 
 def draft(steps: Sequence[CallStep], leaves: Sequence[Tensor], exact: frozenset[int] | None, mode: Mode) -> Draft:
     """The graph of a program, with fake values; ``exact`` None makes all sizes constants."""
     env = None if exact is None else ShapeEnv()
-    result = Draft(Graph(), [], [], env, FakeTensorMode(shape_env=env, allow_non_fake_inputs=False))
+    fake_mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=False)
+    result = Draft(Graph(), [], [], env, fake_mode, leaves[0].device.type)
     for at, tensor in enumerate(leaves):
         node = result.graph.placeholder(f"leaf{at}")
         node.meta["example_value"] = fake_leaf(tensor, at, result, exact or frozenset(), mode.grad)
         result.leaves.append(node)
-    device = leaves[0].device.type
     for step in steps:
-        result.made.append(append_step(result, step, device, mode))
+        result.made.append(append_step(result, step, mode))
     return result

@@ -20,11 +20,10 @@ from torch import Tensor
 
 import fusedhead.lowering.ops  # noqa: F401  registers torch.ops.fusedhead
 from fusedhead.functional.vocab_parallel import (
-    ShardStats,
-    first_class,
-    merge_shards,
-    no_columns,
-    replicated_hidden,
+    bounds,
+    reduction_of,
+    refuse_with_all,
+    span,
     statistics_dtype,
     wrong_shard,
 )
@@ -60,6 +59,16 @@ class Operands(NamedTuple):
     transform: str
 
 
+class Statistics(NamedTuple):
+    """What the loss reads of a row, all float32 (float64 for a float64 head)."""
+
+    lse: Tensor  # [N]
+    lse_low: Tensor  # [N], constant to autograd
+    picked: Tensor  # [N, 1]
+    sum: Tensor | None = None  # [N]
+    spread: Tensor | None = None  # [N], constant to autograd
+
+
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -86,27 +95,35 @@ def linear_cross_entropy(
     With ``group``, linear_weight and bias are this rank's rows of a [V, D] weight in the order of the ranks; uneven and
     empty shards are fine. Everything else is whole and equal on all ranks, and so is the result. The gradient of input
     is summed over the ranks once, in ``reduce_dtype`` (None: in its own). ``vocab_size`` says that the rows are what
-    DTensor's Shard(0) gives this rank of so many classes, which saves one collective of three.
+    DTensor's Shard(0) gives this rank of so many classes.
 
     Raises ValueError for what does not fit together, LabelOutOfRange (an IndexError and a RuntimeError) for a label
     outside [0, V) that is not ``ignore_index`` (on a GPU an assertion there), ShardMismatch on every rank where the
     ranks disagree.
     """
-    wrong = problem(input, linear_weight, target, bias, reduction, label_smoothing, softcap, memory)
+    wrong = wrong_setting(reduction, label_smoothing, softcap, memory)
+    wrong = wrong or wrong_operand(input, linear_weight, target, bias)
     if wrong and group is None:
         raise ValueError(wrong)
     budget = int(WORKSPACE.get(memory, memory))
     result_dtype = torch.float32 if torch.is_autocast_enabled(input.device.type) else input.dtype
     h, w, bias = in_dtype_of_products(input.reshape(-1, input.shape[-1]), linear_weight, bias)
-    first, classes = 0, w.shape[0]
+    first: Any = 0
+    classes: Any = w.shape[0]
+    own: Tensor | None = None
     if group is not None:
         wrong = wrong or wrong_shard(w.shape[0], group, vocab_size)
-        first, classes = first_class(w.shape[0], group, vocab_size, h.device)
+        settings = (reduction, ignore_index, label_smoothing, z_loss, softcap, weight is None, bias is None)
         if wrong:
-            refuse_with_all(wrong, h, group)
+            refuse_with_all(wrong, h, w.shape[0], group)
+        own = span(h, w.shape[0], group, (vocab_size, str(reduce_dtype), *settings))
+        first, classes = own[0], own[1]
+        if vocab_size is not None:
+            first, classes = bounds(vocab_size, dist.get_world_size(group), dist.get_rank(group))[0], vocab_size
     labels = target.reshape(-1)
     counts = labels != ignore_index
-    require_labels_in_range(labels, counts, classes)
+    if group is None:  # else on all ranks alike, where the statistics are merged
+        require_labels_in_range(labels, counts, classes)
     wide = statistics_dtype(h.dtype)
     label_weight = counts.to(wide)
     if weight is not None:
@@ -117,10 +134,8 @@ def linear_cross_entropy(
     if weight is not None and group is not None:
         shard_weight = weight[first + torch.arange(w.shape[0], device=weight.device)]
     head = head_operands(h, w, torch.where(counts, labels, 0), bias, shard_weight, softcap)
-    if group is not None:
-        settings = (reduction, ignore_index, label_smoothing, z_loss, softcap, weight is None, bias is None)
-        facts = (tuple(input.shape), str(h.dtype), vocab_size, str(reduce_dtype), *settings)
-        value = reduced(of_all_ranks(head, first, facts, loss, budget, group, reduce_dtype), loss)
+    if group is not None and own is not None:
+        value = reduced(of_all_ranks(head, own, loss, budget, group, reduction_of(reduce_dtype)), loss)
     elif reduction != "none" and torch.is_grad_enabled() and any(x.requires_grad for x in (h, w, head.cols)):
         value = with_gradients(head, loss, budget)
     else:
@@ -129,17 +144,8 @@ def linear_cross_entropy(
     return value.reshape(target.shape) if reduction == "none" else value
 
 
-def problem(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    reduction: str,
-    label_smoothing: float,
-    softcap: float | None,
-    memory: str | int,
-) -> str:
-    """What does not fit together, as a sentence; "" where everything does."""
+def wrong_setting(reduction: str, label_smoothing: float, softcap: float | None, memory: str | int) -> str:
+    """The sentence about a setting that is out of its range; "" where all are inside."""
     if reduction not in REDUCTIONS:
         return f"{reduction!r} is not a valid value for reduction; expected one of {', '.join(map(repr, REDUCTIONS))}"
     if not 0.0 <= label_smoothing <= 1.0:
@@ -148,6 +154,11 @@ def problem(
         return f"softcap must be a positive number or None. Got: {softcap}"
     if memory not in WORKSPACE and not (type(memory) is int and memory > 0):
         return f'memory must be "auto", "min" or a positive number of MiB. Got: {memory!r}'
+    return ""
+
+
+def wrong_operand(input: Tensor, linear_weight: Tensor, target: Tensor, bias: Tensor | None) -> str:
+    """The sentence about operands that do not fit together; "" where they do."""
     if target.dtype != torch.int64:
         remedy = "for class probabilities, compile F.cross_entropy of the logits with the backend"
         return f"target must hold class indices, torch.int64. Got: {target.dtype}; {remedy}"
@@ -200,7 +211,7 @@ def head_operands(
     return Operands(h, w, cell[:, None], cols, rows, u, " ".join(steps))
 
 
-READ = ("lse", "lse_low", "picked", "sum", "spread")  # of a head, in the order of `ShardStats`
+READ = ("lse", "lse_low", "picked", "sum", "spread")  # of a head, in the order of `Statistics`
 
 
 def asked(loss: Loss) -> str:
@@ -208,52 +219,26 @@ def asked(loss: Loss) -> str:
     return "lse,picked,lse_low" + (",sum,spread" if loss.smoothing else "")
 
 
-def swept_stats(head: Operands, loss: Loss, memory: int) -> ShardStats:
+def swept_stats(head: Operands, loss: Loss, memory: int) -> Statistics:
     """Row statistics in one sweep; their gradient takes another."""
-    results = torch.ops.fusedhead.head_stats(*head, asked(loss), memory)
-    lse, low, picked, total, spread = (results[STATS.index(name)] for name in READ)
-    if not loss.smoothing:
-        return ShardStats(lse, low, picked)
-    return ShardStats(lse, low, picked, total, spread)
+    return named(torch.ops.fusedhead.head_stats(*head, asked(loss), memory), loss)
 
 
 def of_all_ranks(
-    head: Operands,
-    first: Any,
-    facts: Any,
-    loss: Loss,
-    memory: int,
-    group: dist.ProcessGroup,
-    reduce_dtype: torch.dtype | None,
-) -> ShardStats:
-    """The statistics of the whole vocabulary from this rank's columns, the first of which is class ``first``."""
-    h, shard = replicated_hidden(head.h, group, reduce_dtype), head.w.shape[0]
-    label = head.y[:, 0]
-    in_shard = (label >= first) & (label < first + shard)
-    if shard == 0:
-        stats = no_columns(h, 1, statistics_dtype(h.dtype))
-    else:
-        cell = torch.where(in_shard, label - first, 0)[:, None]
-        stats = swept_stats(head._replace(h=h, y=cell), loss, memory)
-        stats = stats._replace(picked=torch.where(in_shard[:, None], stats.picked, 0))
-    if loss.smoothing:
-        own = head.u.sum() if head.u.numel() else stats.lse.new_full((), float(shard))
-        stats = stats._replace(weight=own)
-    else:
-        stats = stats._replace(sum=None, spread=None, weight=None)
-    return merge_shards(stats, group, facts)
+    head: Operands, own: Tensor, loss: Loss, memory: int, group: dist.ProcessGroup, reduce: str
+) -> Statistics:
+    """The statistics of the whole vocabulary from this rank's columns; ``own`` is the `span` that they have of it."""
+    place = (0, 0, group.group_name, reduce, False, own)
+    return named(torch.ops.fusedhead.shard_stats(*head, asked(loss), memory, *place), loss)
 
 
-def refuse_with_all(wrong: str, h: Tensor, group: dist.ProcessGroup) -> None:
-    """Raise ValueError here, and let the other ranks, which may find nothing wrong, raise too instead of waiting."""
-    with torch.no_grad():
-        try:
-            merge_shards(no_columns(h, 1, statistics_dtype(h.dtype)), group, (wrong, dist.get_rank(group)))
-        finally:
-            raise ValueError(wrong)
+def named(results: Any, loss: Loss) -> Statistics:
+    """What the loss reads of an op's results."""
+    lse, low, picked, total, spread = (results[STATS.index(name)] for name in READ)
+    return Statistics(lse, low, picked, total, spread) if loss.smoothing else Statistics(lse, low, picked)
 
 
-def reduced(stats: ShardStats, loss: Loss) -> Tensor:
+def reduced(stats: Statistics, loss: Loss) -> Tensor:
     """The loss of these statistics, in their dtype; differences lose the digits that both sides share first."""
     lse = stats.lse + 0 * stats.lse.detach()  # NaN where a logit is +inf, as in a log_softmax
     rows = ((1 - loss.smoothing) * loss.label_weight) * ((lse - stats.picked[:, 0]) + stats.lse_low)
@@ -295,4 +280,4 @@ def with_gradients(head: Operands, loss: Loss, memory: int) -> Tensor:
     lse, low, picked, total, spread = (out[LOSS_OUTPUTS.index(name)].detach() for name in READ)
     # -0.0: it hands the upstream gradient to the op, which has all gradients up to this factor
     tie = out[LOSS_OUTPUTS.index("tie")]
-    return reduced(ShardStats(lse, low, picked, total, spread), loss) + tie
+    return reduced(Statistics(lse, low, picked, total, spread), loss) + tie

@@ -1,1 +1,1 @@
-"""What every layer asks of an fx graph: nodes, tracing, memory, effects, grad modes, motion. Heads are unknown."""
+"""Services on fx graphs for every layer: nodes, tracing, memory, effects, grad modes, motion. Heads are unknown."""

@@ -1,4 +1,4 @@
-"""Which names share memory: the storages that the fake values of a graph's nodes have.
+"""Aliasing: the storages of the fake values of a graph's nodes tell which nodes share memory.
 
 Dynamo ran every node once on fake tensors, in order, so that a view has the storage of what it views, and inputs
 that overlap have one.
@@ -17,7 +17,7 @@ import fusedhead.lowering.shards  # noqa: F401  registers torch.ops.fusedhead.wh
 from fusedhead.compat import FakeTensor, tree_leaves
 from fusedhead.graph.nodes import fake
 
-# values that give no access to memory
+# types of values that hold no memory
 NUMBERS = (
     int, float, complex, str, bytes, slice, range, type(None), type(...), torch.SymInt, torch.SymFloat, torch.SymBool,
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, GraphModule,
@@ -25,7 +25,7 @@ NUMBERS = (
 
 
 def storage(value: Any) -> int | None:
-    """An identity shared by all views of one tensor."""
+    """A key that all views of one tensor share."""
     if isinstance(value, torch.UntypedStorage):
         return value._cdata
     if not isinstance(value, Tensor):
@@ -37,7 +37,7 @@ def storage(value: Any) -> int | None:
 
 
 def value_of(node: Node) -> Any:
-    """The value of a node as far as Dynamo recorded it; of an attribute, the attribute."""
+    """The value that Dynamo recorded for a node; for a ``get_attr``, the attribute."""
     value = fake(node)
     if value is None and node.op == "get_attr" and node.graph.owning_module is not None:
         value = node.graph.owning_module
@@ -47,7 +47,7 @@ def value_of(node: Node) -> Any:
 
 
 def plain_parts(value: Any) -> Iterator[Any]:
-    """The leaves of a value; a tensor that is made of others gives those."""
+    """The leaves of a value; a tensor subclass gives its inner tensors."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor) and hasattr(type(leaf), "__tensor_flatten__") and storage(leaf) is None:
             for name in leaf.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
@@ -57,10 +57,10 @@ def plain_parts(value: Any) -> Iterator[Any]:
 
 
 def storages(node: Node) -> set[int]:
-    """The storages that a node's value gives access to.
+    """The storages that a node's value can reach.
 
-    A value that nobody knows (a handle, or what a node without a recorded value returns) gives access to all that
-    the node was given.
+    An unknown value (a handle, or the result of a node without a recorded value) can reach all memory of the node's
+    arguments.
     """
     if node.target is torch.ops.fusedhead.whole_vocab.default:
         return storages(node.args[0])  # type: ignore[arg-type]  # it stands for a shard and its like on other ranks

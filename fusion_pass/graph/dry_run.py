@@ -1,9 +1,11 @@
-"""Runs one node on stand-ins of its inputs, to see which of them it writes to and whether it draws random numbers.
+"""Dry runs: runs one node on stand-ins of its inputs to see which inputs it writes and whether it draws random numbers.
 
-The stand-ins are fake tensors of the same sizes, strides, dtype and device, in a fake mode of their own: neither the
-graph's fake values nor its symbolic sizes notice. Witnesses are the schemas of all ops that are dispatched (an argument
-marked ``(a!)`` is written), the version counters of the stand-ins, and whether each still has its own memory. A
-node that cannot be run so has no answer, and the caller expects the worst.
+The stand-ins have the same sizes, strides and dtype, and lie on the device "meta", whose kernels are those that fake
+tensors run, at a tenth of the cost. What asks for a device, draws random numbers, makes tensors of its own or has no
+such kernel, and user code, runs on fake tensors of the same device, in a fake mode of their own. Either way the graph's
+fake values and symbolic sizes do not change. A write shows in the schemas of the dispatched ops (an argument marked
+``(a!)`` is written), in the version counters of the stand-ins, and in a stand-in whose memory was swapped. Where a node
+cannot be run this way there is no answer, and the caller assumes the worst.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ from fusedhead.graph.nodes import callee, hint, inputs
 from fusedhead.graph.saved_tensor_hooks import unhooked
 from fusedhead.graph.tracing import call_key
 
+META = torch.device("meta")
 RANDOM = torch.Tag.nondeterministic_seeded
-UNKNOWN_LENGTH = 8  # what stands for a size that only the data decide
-# Ops that write to arguments which their schemas do not mark: to these, unless the flag is false.
+UNKNOWN_LENGTH = 8  # the number used for a data-dependent size
+# Ops that write to arguments which their schemas do not mark: op -> (the arguments, the flag that turns the write on).
 RUNNING_STATISTICS = ("running_mean", "running_var")
 UNMARKED: Mapping[str, tuple[tuple[str, ...], str]] = {
     "aten::native_batch_norm": (RUNNING_STATISTICS, "training"),
@@ -51,27 +54,27 @@ UNMARKED: Mapping[str, tuple[tuple[str, ...], str]] = {
 
 
 class Seen(NamedTuple):
-    """What a run showed."""
+    """The result of a dry run."""
 
     written: frozenset[int]  # the places, among ``read.inputs(node)``, of what was written
-    elsewhere: bool = False  # whether memory was written that the node was not given
+    elsewhere: bool = False  # whether the node wrote to memory that is not its argument's
     draws: bool = False  # whether random numbers were drawn
-    backward: bool = False  # whether a backward of somebody's own hangs on the results
+    backward: bool = False  # whether a result has a backward of user code
 
 
 class Unlike(Exception):
-    """A value for which there is no stand-in."""
+    """Raised for a value that has no stand-in, or not of the kind that is tried."""
 
 
 def changed_arguments(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """The arguments of a call that are written, by the op's schema and by what is known of it besides."""
+    """The arguments that a call writes to, by the op's schema and by the table of unmarked writes."""
     schema = op._schema
     unmarked, flag = UNMARKED.get(schema.name, ((), ""))
     arguments = {a.name: args[i] if i < len(args) else kwargs.get(a.name) for i, a in enumerate(schema.arguments)}
     if flag and arguments.get(flag) is False:
         unmarked = ()
     marked = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    # an op that is called as if it wrote, and does not say where: a name may accuse, and never acquits
+    # an op with a name of an in-place one and no marked argument: a name may show a write, and never its absence
     silent = not marked and schema.name.endswith("_") and not schema.name.endswith("__")
     for name in arguments if silent else (*(a.name for a in marked), *unmarked):
         if arguments[name] is not None:
@@ -79,12 +82,13 @@ def changed_arguments(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 class WriteWatch(TorchDispatchMode):
-    """Notes the storages that the ops which run write to, and those that they make."""
+    """Records the storages that the running ops write to, and those that they allocate."""
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, on_meta: bool) -> None:
         super().__init__()
+        self.on_meta = on_meta  # whether nothing may run on tensors of another device
         self.written: set[int] = set()
         self.made: set[int] = set()
         self.draws = False
@@ -92,6 +96,8 @@ class WriteWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.on_meta and not stays_on_meta(func, args, kwargs):
+            raise Unlike
         if isinstance(func, OpOverload):
             self.draws |= RANDOM in func.tags
             for argument in changed_arguments(func, args, kwargs):
@@ -103,6 +109,13 @@ class WriteWatch(TorchDispatchMode):
         return result
 
 
+def stays_on_meta(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call computes nothing: all its tensors are on "meta", its result too, and it draws no numbers."""
+    devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    elsewhere = kwargs.get("device") is not None
+    return devices == {META.type} and not elsewhere and isinstance(func, OpOverload) and RANDOM not in func.tags
+
+
 def storages_of(value: Any) -> set[int]:
     return {at for at in map(storage, tree_leaves(value)) if at is not None}
 
@@ -111,7 +124,7 @@ SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def concrete_number(value: Any) -> Any:
-    """The number of this compilation for one that may be symbolic."""
+    """The hint of a number that may be symbolic."""
     if isinstance(value, (torch.SymFloat, torch.SymBool)):
         return value.node.hint if value.node.has_hint() else type(value.node.pytype)(1)
     value_known = hint(value) if isinstance(value, torch.SymInt) else value
@@ -122,7 +135,7 @@ def concrete_number(value: Any) -> Any:
 
 
 def likeness(value: Any) -> Hashable:
-    """What a stand-in for a value is made of. Raises Unlike."""
+    """The key that a stand-in for a value is built from. Raises Unlike."""
     if isinstance(value, Tensor):
         plain = type(value) in (FakeTensor, Tensor, torch.nn.Parameter) or isinstance(value, torch.nn.Parameter)
         if not plain or value.layout != torch.strided or value.is_quantized:
@@ -146,10 +159,17 @@ def wants(value: Tensor) -> bool:
         return True
 
 
-def stand_in(like: Any) -> Any:
-    """A fake value that is made like another, outside of any graph."""
+def device_of(likes: Any) -> torch.device | None:
+    """The device of the first tensor among the keys of some values."""
+    found = (like[6] if like[0] is Tensor else device_of(like[1]) for like in likes if like[0] in (Tensor, list, tuple))
+    return next((device for device in found if device is not None), None)
+
+
+def stand_in(like: Any, on: torch.device | None) -> Any:
+    """A value like another, outside of any graph; ``on``: a device in place of its own."""
     if like[0] is Tensor:
         _, sizes, strides, offset, held, dtype, device, gradient = like
+        device = on or device
         least = 1 + sum((n - 1) * s for n, s in zip(sizes, strides)) if 0 not in sizes else 0
         if offset or held > least:
             base = torch.empty(max(held, offset + least), dtype=dtype, device=device)
@@ -159,40 +179,45 @@ def stand_in(like: Any) -> Any:
         tensor = tensor.requires_grad_() if gradient else tensor
         return tensor.clone() if gradient and torch.is_grad_enabled() else tensor  # an inner tensor may be written
     if like[0] in (list, tuple):
-        return like[0](map(stand_in, like[1]))
+        return like[0](stand_in(each, on) for each in like[1])
     return like[1]
 
 
 def of_torch(target: Any) -> bool:
-    """Whether a function is PyTorch's or Python's own, not somebody's."""
+    """Whether a function belongs to PyTorch or Python and not to user code."""
     owner = getattr(target, "__self__", None)
     of = owner if isinstance(owner, type) else target
     module = getattr(of, "__module__", None) or type(of).__module__
     return module.partition(".")[0] in ("torch", "operator", "_operator", "builtins", "math")
 
 
+def fake_mode() -> FakeTensorMode:
+    """A separate fake mode."""
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
 @contextmanager
-def own_fake_mode(theirs: bool) -> Iterator[FakeTensorMode]:
-    """A fake mode of its own: nothing that is active where the pass runs sees what is computed in it."""
+def isolated(theirs: bool) -> Iterator[None]:
+    """Inside, none of the modes that are active where the pass runs is active."""
     with ExitStack() as stack:
         stack.enter_context(disable_current_modes())
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(theirs))  # a function of theirs may bring a backward of its own
+        stack.enter_context(torch.set_grad_enabled(theirs))  # a function of user code may have a backward of its own
         if theirs:
             stack.enter_context(unhooked())
-        yield FakeTensorMode(shape_env=ShapeEnv())
+        yield
 
 
-# What calls of PyTorch's own functions do, by function, constants and kinds of tensors: true for good.
+# Results for PyTorch's own functions, by function, constants and kinds of tensors. They never change.
 FACTS: dict[Hashable, Seen | None] = {}
 MOST_FACTS = 4096
 
 
 def dry_run(node: Node) -> Seen | None:
-    """What running a node shows, or None where it cannot be run."""
+    """The result of running a node; None where it cannot be run."""
     try:
         likes = tuple(likeness(value_of(source)) for source in inputs(node))
-    except Exception:  # somebody's tensor class may raise what it likes
+    except Exception:  # a tensor class of user code may raise anything
         return None
     theirs = node.op == "call_function" and not of_torch(node.target)
     key = None if theirs else kind_of(node, likes)
@@ -207,7 +232,7 @@ def dry_run(node: Node) -> Seen | None:
 
 
 def kind_of(node: Node, likes: Hashable) -> Hashable:
-    """What all there is to know of a call depends on; None where it has constants that are objects of somebody's."""
+    """The key of a call that determines its effects; None where a constant is an object of user code."""
     try:
         call: Any = call_key(node)
         plain = all(not isinstance(x[0], type) or issubclass(x[0], NUMBERS) for x in call[3:])
@@ -217,29 +242,31 @@ def kind_of(node: Node, likes: Hashable) -> Hashable:
 
 
 def run(node: Node, likes: Sequence[Any], theirs: bool) -> Seen | None:
-    if "functorch" in (getattr(node.target, "__module__", None) or ""):  # means nothing without what surrounds it
+    if "functorch" in (getattr(node.target, "__module__", None) or ""):  # depends on the nodes around it
         return None
-    try:
-        with own_fake_mode(theirs) as mode:
-            return watched(callee(node), node, likes, mode, theirs)
-    except Exception:
-        return None
+    for on in (META, None) if not theirs else (None,):
+        try:
+            with isolated(theirs):
+                return watched(callee(node), node, likes, on, theirs)
+        except Exception:
+            continue
+    return None
 
 
 def watched(
-    function: Callable[..., Any], node: Node, likes: Sequence[Any], mode: FakeTensorMode, theirs: bool
+    function: Callable[..., Any], node: Node, likes: Sequence[Any], on: torch.device | None, theirs: bool
 ) -> Seen | None:
     sources = inputs(node)
-    with mode:
-        values = [stand_in(like) for like in likes]
+    with fake_mode() if on is None else nullcontext():
+        values = [stand_in(like, on) for like in likes]
         tensors = [[leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in values]
         memory, versions = list(map(storages_of, tensors)), [[tensor._version for tensor in group] for group in tensors]
-        device = next((tensor.device.type for group in tensors for tensor in group), "cpu")
+        device = (device_of(likes) or torch.device("cpu")).type
         stand_ins = map_arg((node.args, node.kwargs), dict(zip(sources, values)).__getitem__)
-        # a symbol would be asked for its value, and guarded
+        # comparing a symbol would add a guard
         args, kwargs = tree_map_only(SYMBOLIC, concrete_number, stand_ins)
         cast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with cast, WriteWatch() as seen:
+        with cast, WriteWatch(on is not None) as seen:
             result = function(*args, **kwargs)
     if seen.unread:
         return None
@@ -251,7 +278,7 @@ def watched(
 
 
 def has_own_backward(values: Any) -> bool:
-    """Whether what leads to some tensors has a backward that is written in Python."""
+    """Whether the autograd graph of some tensors contains a backward written in Python."""
     stack: list[Any] = [x.grad_fn for x in tree_leaves(values) if isinstance(x, Tensor) and x.grad_fn is not None]
     seen = set(stack)
     while stack:

@@ -1,7 +1,7 @@
-"""What Dynamo recorded of distributed tensors: on which mesh a node's value lies, and how it is placed there.
+"""DTensors in a Dynamo graph: the mesh of a node's value and its placements.
 
-A `DTensor` is a global tensor of which every rank holds a part. This file reads fake values; it knows no heads. All
-that it uses of torch.distributed is public, and looked up in what a program has imported: without it nothing is one.
+A `DTensor` is a global tensor of which every rank holds a part. This file reads fake values. It uses public names of
+torch.distributed and looks them up in the modules that the program has imported: without them no value is a DTensor.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch.fx import Node
 
 from fusedhead.graph.nodes import fake
 
-KEPT_SHARDS = (
-    "fusedhead_kept"  # in the meta of a product of DTensors: why it stays as it is, a sentence about its shards
-)
+# in the meta of nodes
+KEPT_SHARDS = "fusedhead_kept"  # of a product of DTensors: the reason why it stays, about its shards
+PRODUCT = "fusedhead_product"  # of a product: the name of the one of DTensors that it stands for
+SWEPT = "fusedhead_swept"  # of a sweep in shards: (process group, product of DTensors, what all ranks must compute)
 
 
 class Axis(NamedTuple):
-    """The dimension of a mesh that a tensor lies in shards on."""
+    """A mesh dimension that a tensor is sharded over."""
 
     mesh: Any
     dim: int
@@ -30,10 +31,11 @@ class Axis(NamedTuple):
     rank: int
     group: str  # the name of the process group
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str | None:
+        """The name of the mesh dimension, if the mesh has names."""
         names = self.mesh.mesh_dim_names
-        words = f"the {self.ranks} ranks of mesh dimension {names[self.dim]!r}" if names else f"{self.ranks} ranks"
-        return words
+        return names[self.dim] if names else None
 
 
 def public(name: str) -> Any:
@@ -50,18 +52,18 @@ def axis_of(mesh: Any, dim: int) -> Axis:
 
 
 def piece(size: int, axis: Axis) -> tuple[int, int]:
-    """What Shard gives to this rank of so many: [first, last), ceil(size / ranks) each, the last ranks fewer."""
+    """This rank's part [first, last) of a sharded dimension: ceil(size / ranks) each, fewer for the last ranks."""
     each = -(-size // axis.ranks)
     return min(axis.rank * each, size), min((axis.rank + 1) * each, size)
 
 
 def shard_dim(placement: Any, ndim: int) -> int | None:
-    """The dimension of a tensor that a placement cuts in consecutive pieces, None for any other placement."""
+    """The tensor dimension that a placement cuts into consecutive pieces; None for any other placement."""
     return placement.dim % ndim if type(placement) is public("Shard") else None
 
 
 def replicated(value: Any, but: int | None = None) -> bool:
-    """Whether every rank has the whole of a DTensor, the mesh dimension ``but`` aside."""
+    """Whether a DTensor is replicated over every mesh dimension except ``but``."""
     sizes = [value.device_mesh.size(dim) for dim in range(value.device_mesh.ndim)]
     whole = [type(p) is public("Replicate") or size == 1 for p, size in zip(value.placements, sizes)]
     return all(same or dim == but for dim, same in enumerate(whole))
@@ -75,8 +77,16 @@ def from_local() -> Callable[..., Any]:
     return public("DTensor").from_local  # type: ignore[no-any-return]
 
 
+def replicated_local(node: Node) -> Node | None:
+    """The tensor that a DTensor was made of without looking at other ranks, where every rank has the whole of it."""
+    if node.target != from_local() or node.kwargs.get("run_check") or not {"run_check"}.issuperset(node.kwargs):
+        return None
+    whole = len(node.args) == 3 and is_dtensor(fake(node)) and replicated(fake(node))
+    return node.args[0] if whole and isinstance(node.args[0], Node) else None
+
+
 def layout(value: Any, turned: bool = False) -> str:
-    """ "Shard(0)" or "Replicate, Shard(0)": how a DTensor is placed, in words; ``turned``: of its transpose."""
+    """ "Shard(0)" or "Replicate, Shard(0)": the placements of a DTensor as text. ``turned``: those of its transpose."""
 
     def word(placement: Any) -> str:
         dim = shard_dim(placement, value.ndim)
@@ -88,7 +98,7 @@ def layout(value: Any, turned: bool = False) -> str:
 
 
 def mesh_node(graph: Any, mesh: Any) -> Node | None:
-    """A node of a graph that holds a mesh: an argument of another call, or an input."""
+    """A node of a graph whose value is a given mesh: an argument of a call, or an input."""
     for node in graph.nodes:
         if node.op == "placeholder" and not isinstance(fake(node), Tensor) and same_mesh(fake(node), mesh):
             return node
@@ -96,7 +106,7 @@ def mesh_node(graph: Any, mesh: Any) -> Node | None:
 
 
 def same_mesh(a: Any, b: Any) -> bool:
-    """Whether two meshes are one; a graph's own may stand for the one that a tensor has (``real_obj``)."""
+    """Whether two meshes are the same. The mesh in a graph may be a wrapper of the tensor's (``real_obj``)."""
     a, b = getattr(a, "real_obj", a), getattr(b, "real_obj", b)
     return a is b or (type(a) is type(b) and bool(a == b))
 

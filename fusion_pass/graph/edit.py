@@ -1,4 +1,4 @@
-"""Editing a graph: erase what nobody reads, put one node in the place of another, copy a module, count edits."""
+"""Edits of a graph: erase dead nodes, replace a node by another, copy a module, count edits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusedhead.compat import make_graph_module, use_lazy_graph_module
 
 
 def erase(nodes: Iterable[Node], removable: Callable[[Node], bool]) -> None:
-    """Erase nodes without users, and such inputs of theirs as thereby lose their last one and are removable."""
+    """Erase nodes without users, and then the removable inputs that have lost their last user."""
     stack = list(nodes)
     while stack:
         node = stack.pop()
@@ -23,13 +23,13 @@ def erase(nodes: Iterable[Node], removable: Callable[[Node], bool]) -> None:
 
 
 def replace_node(node: Node, by: Node) -> None:
-    """Let all readers of a node read another one, and erase it."""
+    """Replace all uses of a node by another node, and erase it."""
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
 
 
 def any_still_computed(nodes: Iterable[Node]) -> bool:
-    """Whether any of some nodes is still in its graph and read."""
+    """Whether any of some nodes is still in its graph and has users."""
     return any(not node._erased and node.users for node in nodes)
 
 
@@ -39,7 +39,7 @@ EDIT_HOOKS = ("_create_node_hooks", "_erase_node_hooks")
 
 @contextmanager
 def counting_edits(graph: Graph, count: Callable[[Node], None]) -> Iterator[bool]:
-    """Inside, ``count`` is called for every node that is made or erased; yields False where that cannot be told."""
+    """Context in which ``count`` is called for every node created or erased; yields False where torch cannot tell."""
     hooks = [getattr(graph.owning_module, name, None) for name in EDIT_HOOKS]
     lists = [hook for hook in hooks if isinstance(hook, list)]
     for each in lists:
@@ -52,9 +52,9 @@ def counting_edits(graph: Graph, count: Callable[[Node], None]) -> Iterator[bool
 
 
 def copy_module(gm: GraphModule) -> GraphModule:
-    """The module with graphs of its own (parameters and fake values are shared, not copied).
+    """A copy of a module with its own graphs. Parameters and fake values are shared.
 
-    Its Python code is generated when it is first run, not for every edit.
+    The copy generates its Python code on the first run, not on every edit.
     """
     graph = Graph(tracer_cls=gm.graph._tracer_cls)
     values: dict[Any, Any] = {}

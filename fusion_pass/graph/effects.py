@@ -1,4 +1,4 @@
-"""What the nodes of a Dynamo graph write to, and whether they draw random numbers.
+"""Effects of the nodes of a Dynamo graph: the memory that they write to, and whether they draw random numbers.
 
 | a node                                                                     | is asked                              |
 |----------------------------------------------------------------------------|---------------------------------------|
@@ -8,7 +8,7 @@
 | what cannot be run so, a module, an unknown higher-order op                | nothing: it writes to all it is given |
 | somebody's function that cannot be run so                                  | nothing: it writes to anything        |
 
-That a node writes to nothing is shown, and never concluded from a name. Answers are kept as long as the graph lives.
+A node counts as pure only where this is shown, never because of its name. Answers are cached for the life of the graph.
 """
 
 from __future__ import annotations
@@ -47,45 +47,47 @@ def effects(node: Node) -> Effects:
 
 
 def ask(node: Node) -> Effects:
-    """`effects`, of a node that was not asked before."""
+    """Compute `effects` for a node that is not cached."""
     if isinstance(node.target, HigherOrderOperator):
         return effects_of_call(node, effects)
     if isinstance(node.target, OpOverload) and says_all(node.target):
         changed = changed_arguments(node.target, node.args, node.kwargs)
         nodes = dict.fromkeys(x for argument in changed for x in tree_leaves(argument) if isinstance(x, Node))
         return Effects(tuple(nodes))
-    if node.target is torch.autograd.grad:  # it cannot be run on stand-ins; what it runs is the backward of others
+    if node.target is torch.autograd.grad:  # it cannot be run on stand-ins: it runs other functions' backward
         special = (each for each in ahead_of(node) if isinstance(each.target, HigherOrderOperator) or is_theirs(each))
         return Effects(tuple(dict.fromkeys(x for each in special for x in effects(each).backward)))
     theirs = is_theirs(node)
     if not theirs and not any(map(storages, node.all_input_nodes)):
-        return NO_EFFECTS  # not run either: it may be one that switches a mode
+        return NO_EFFECTS  # not run: it may switch a mode
     seen = None if node.op == "call_module" else dry_run(node)
     if seen is None:
         return Effects(arguments_with_memory(node), arguments_with_memory(node) if theirs else (), theirs, sure=False)
-    # some kernels leave their outputs alone where there are no numbers: what is called ``out`` is written all the same
+    # a kernel on fake tensors may not touch its outputs, so ``out`` always counts as written
     outputs = {x for x in tree_leaves(node.kwargs.get("out")) if isinstance(x, Node)}
     target = tuple(source for i, source in enumerate(inputs(node)) if i in seen.written or source in outputs)
     return Effects(target, arguments_with_memory(node) if seen.backward else (), seen.elsewhere)
 
 
 def is_theirs(node: Node) -> bool:
-    """Whether a node runs what is neither PyTorch's nor Python's own."""
+    """Whether a node runs user code: a function of neither PyTorch nor Python."""
     return node.op == "call_module" or (node.op == "call_function" and not of_torch(node.target))
 
 
 def reaches_far(node: Node) -> bool:
-    """Whether a node may write to memory that it is not given, for all that is known without asking it."""
+    """Whether a node may write to memory of no argument, as far as is known without a dry run."""
     return is_theirs(node) or any(reaches_far(each) for body in bodies_of(node) for each in body.graph.nodes)
 
 
 def says_all(op: OpOverload) -> bool:
-    """Whether an op's schema is all there is to know: not where it is made of others and claims to write to nothing."""
+    """Whether an op's schema suffices. It does not for a composite op whose schema marks no write."""
     return op._schema.is_mutable or not op.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
 
 
 def written(node: Node) -> tuple[Node, ...]:
-    """The nodes whose memory a node writes to: arguments of its, or, where it may write to anything, all before it."""
+    """The nodes whose memory a node writes to: some of its arguments, or every earlier node where it may write
+    anywhere.
+    """
     does = effects(node)
     return tuple(earlier(node)) if does.anything else does.written
 
@@ -97,12 +99,12 @@ def writes(node: Node) -> bool:
 
 
 def ahead_of(node: Node) -> Iterator[Node]:
-    """The nodes of a graph before one."""
+    """The nodes of a graph before a node."""
     return takewhile(lambda other: other is not node, node.graph.nodes)
 
 
 def earlier(node: Node) -> Iterator[Node]:
-    """The nodes before one that have memory."""
+    """The nodes before a node that have memory."""
     return filter(storages, ahead_of(node))
 
 
@@ -112,12 +114,12 @@ def memory_written(node: Node) -> set[int]:
 
 
 def memory_written_in_backward(node: Node) -> set[int]:
-    """The memory that a node's backward may write to, whenever it is run."""
+    """The memory that a node's backward may write to, at any later time."""
     return set().union(*map(storages, effects(node).backward))
 
 
 def may_write(node: Node, at: Collection[int]) -> bool:
-    """Whether a node writes to one of some storages; asked only where it could."""
+    """Whether a node writes to one of some storages. The node is run only where it could."""
     if not node.op.startswith("call_"):
         return False
     given_it = any(not storages(source).isdisjoint(at) for source in node.all_input_nodes)
@@ -125,7 +127,7 @@ def may_write(node: Node, at: Collection[int]) -> bool:
 
 
 def draws(node: Node) -> bool:
-    """Whether a node draws random numbers, or cannot be run to find out."""
+    """Whether a node draws random numbers, or cannot be run to find out whether it does."""
     if isinstance(node.target, HigherOrderOperator):
         inside = (each for body in bodies_of(node) for each in body.graph.nodes if each.op.startswith("call_"))
         return runs_bodies(node) is None or any(map(draws, inside))

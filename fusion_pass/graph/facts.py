@@ -1,9 +1,8 @@
-"""What the passes ask of a whole graph: grad modes, autocast regions, which nodes write to which memory, and the order.
+"""Facts of a whole graph: grad modes, autocast regions, the memory that nodes write to, and the order of nodes.
 
-`GraphFacts` is made once for a graph and handed from pass to pass. Nothing is computed before it is asked for. Grad
-modes, autocast regions and `writers` are live: they answer for nodes that were made or moved since, by the order that
-the graph has now (``a < b``: a runs before b). `position` and the questions for a first write are of the graph as it
-was at the last `refresh`.
+`GraphFacts` is made once for a graph, computes lazily and is passed from pass to pass. Grad modes, autocast regions and
+`writers` are live: they cover nodes that were created or moved since, by the graph's current order (``a < b``: a runs
+before b). `position`, `write_between` and `write_after` describe the graph at the last `refresh`.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class Write(NamedTuple):
 class GraphFacts:
     """The facts of one graph.
 
-    ``grad``: whether gradients are recorded where the graph begins; None: as it is here. ``calls``: the nodes of other
-    graphs that run this one, so that what they write later is written after it.
+    ``grad``: whether gradients are recorded where the graph begins; None: the current mode. ``calls``: the nodes of
+    other graphs that run this one; what runs after them can write to its tensors.
     """
 
     def __init__(self, graph: Graph, grad: bool | None = None, calls: Collection[Node] = ()) -> None:
@@ -44,16 +43,16 @@ class GraphFacts:
         self.kept = False
 
     def refresh(self) -> None:
-        """Forget what was found, after the graph was edited; not once the facts are kept."""
+        """Drop all cached facts after the graph was edited. Does nothing after `keep`."""
         if not self.kept:
             for fact in ("grad_mode", "autocast", "live", "position", "index"):
                 self.__dict__.pop(fact, None)
 
     def keep(self, since: Node) -> None:
-        """Fix the facts before the graph is rewritten: `position` and writes stay those of the graph as it is now.
+        """Freeze the facts before the rewrite: `position` and writes keep describing the graph as it is now.
 
-        Nodes from ``since`` on are asked what they write at once, before they are edited. The graph before, of a
-        model's layers, is asked only where the memory in question is given to a node.
+        The writes of nodes from ``since`` on are computed now, before these are edited. Earlier nodes, a model's
+        layers, are asked later and only where they take the memory in question.
         """
         self.refresh()
         self.index.ask(since)
@@ -72,7 +71,7 @@ class GraphFacts:
 
     @cached_property
     def autocast(self) -> Callable[[Node], Regions]:
-        """The autocast regions that a node stands in."""
+        """The autocast regions around a node."""
         ends = [
             node
             for target in (enter_autocast, exit_autocast)
@@ -92,12 +91,12 @@ class GraphFacts:
         return LiveWrites(self.graph)
 
     def writers(self, begin: Node, end: Node) -> Iterator[Node]:
-        """The nodes that write, from ``begin`` on and before ``end``, in the order that the graph has now."""
+        """The nodes that write in [begin, end), in the graph's current order."""
         return self.live.writers(begin, end)
 
     @cached_property
     def position(self) -> dict[Node, int]:
-        """The place of each node that the graph had at the last `refresh`."""
+        """The index of each node at the last `refresh`."""
         return {node: place for place, node in enumerate(self.graph.nodes)}
 
     @cached_property
@@ -105,11 +104,11 @@ class GraphFacts:
         return WriteIndex(self.position, self.live)
 
     def write_between(self, begin: Node, end: Node, read: Iterable[Node]) -> Write | None:
-        """The first write in [begin, end) to memory that a tensor in ``read`` has."""
+        """The first write in [begin, end) to memory of a tensor in ``read``."""
         return self.index.first(self.position[begin], self.position[end], read)
 
     def write_after(self, begin: Node, read: Iterable[Node]) -> Write | None:
-        """The first write from ``begin`` on, or after a call of this graph, to memory that a tensor in ``read`` has."""
+        """The first write from ``begin`` on, or after a call of this graph, to memory of a tensor in ``read``."""
         write = self.index.first(self.position[begin], math.inf, read)
         if write is not None:
             return write
@@ -123,14 +122,16 @@ def before(a: Node, b: Node) -> bool:
 
 
 class LiveWrites:
-    """The nodes of a graph that write, asked from the end on; they may be erased since, but neither made nor moved."""
+    """The writing nodes of a graph, computed from the end backwards. Nodes may be erased afterwards, not created or
+    moved.
+    """
 
     def __init__(self, graph: Graph) -> None:
-        self.unasked = list(graph.nodes)  # the beginning of the graph, which nobody has asked about yet
-        self.known: list[Node] = []  # what writes in the rest of it, in order
+        self.unasked = list(graph.nodes)  # the beginning of the graph, not computed yet
+        self.known: list[Node] = []  # the writing nodes of the rest, in order
 
     def ask(self, begin: Node) -> None:
-        """Find out what writes from ``begin`` on."""
+        """Compute the writing nodes from ``begin`` on."""
         writers = []
         while self.unasked and (self.unasked[-1]._erased or not before(self.unasked[-1], begin)):
             node = self.unasked.pop()
@@ -139,7 +140,7 @@ class LiveWrites:
         self.known[:0] = reversed(writers)
 
     def writers(self, begin: Node, end: Node) -> Iterator[Node]:
-        """The nodes that write, from ``begin`` on and before ``end``."""
+        """The nodes that write in [begin, end)."""
         self.ask(begin)
         for node in self.known[bisect_left(self.known, begin) :]:  # type: ignore[type-var]
             if not before(node, end):
@@ -149,15 +150,15 @@ class LiveWrites:
 
 
 class WriteIndex:
-    """The writes of a graph as it was, by memory and by the places of its nodes."""
+    """The writes of a graph at one time, by memory and by the index of its nodes."""
 
     def __init__(self, position: dict[Node, int], live: LiveWrites) -> None:
         self.position, self.live = position, live
         self.since = len(position)  # from here on all writes are in ``written``
         self.written: dict[int, list[Node]] = {}  # memory -> the nodes that write there, in order
-        self.readers: dict[int, list[Node]] = {}  # memory -> the nodes that are given it, in order
-        self.far: list[Node] = []  # nodes that may write to memory that they are not given
-        self.own_backward: set[Node] = set()  # nodes that may have a backward of somebody's own
+        self.readers: dict[int, list[Node]] = {}  # memory -> the nodes that take it as an argument, in order
+        self.far: list[Node] = []  # nodes that may write to memory of no argument
+        self.own_backward: set[Node] = set()  # nodes that may have a backward of user code
         memories = {node: storages(node) for node in position}
         for node in position:
             if node.op.startswith("call_"):
@@ -169,7 +170,7 @@ class WriteIndex:
                     self.own_backward.add(node)
 
     def ask(self, since: Node) -> None:
-        """Find out what is written from ``since`` on; once."""
+        """Compute the writes from ``since`` on, once."""
         self.since = self.position[since]
         self.live.ask(since)
         for node in self.live.known:
@@ -191,7 +192,7 @@ class WriteIndex:
     def first(self, begin: int, end: float, read: Iterable[Node]) -> Write | None:
         """The first write in [begin, end) to memory of a tensor in ``read``, with the last such tensor.
 
-        Where there is no end, a backward that may write to it counts too, wherever its forward is.
+        Without an end, a backward that may write to it counts too, wherever its forward is.
         """
         if self.since == len(self.position):
             self.ask(next(node for node, place in self.position.items() if place == begin))
@@ -209,7 +210,7 @@ class WriteIndex:
         return Write(writer, tensors[-1])
 
     def with_own_backward(self, memories: set[int]) -> Iterator[Node]:
-        """The nodes that are given some memory, and that may have a backward of somebody's own."""
+        """The nodes that take some memory as an argument and may have a backward of user code."""
         if self.own_backward:
             for at in memories:
                 yield from (node for node in self.readers.get(at, ()) if node in self.own_backward)

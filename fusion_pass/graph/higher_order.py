@@ -1,7 +1,6 @@
-"""Higher-order ops: which graphs they run, on what, and what those graphs write to.
+"""Higher-order ops: the graphs that they run, the operands of those, and the memory that those write to.
 
-An op in the table does nothing to its operands but run its bodies on them. Any other writes to all it is given, for
-all that is known.
+An op in the table only runs its bodies on its operands. Any other op is assumed to write to all of its arguments.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ class Effects(NamedTuple):
     """What a node does besides returning a value."""
 
     written: tuple[Node, ...] = ()  # the arguments that it writes to
-    backward: tuple[Node, ...] = ()  # ... and those that its backward may write to, whenever that is run
-    anything: bool = False  # whether it may write to any memory there is
-    sure: bool = True  # False where nothing was found out, and the worst is expected
+    backward: tuple[Node, ...] = ()  # the arguments that its backward may write to
+    anything: bool = False  # whether it may write to any memory
+    sure: bool = True  # False where nothing is known and the worst is assumed
 
 
 Of = Callable[[Node], Effects]  # the effects of a node of any graph
-BodyOperands = Callable[[Node], Iterable[Any]]  # what the bodies of a call are run on, one for each placeholder
+BodyOperands = Callable[[Node], Iterable[Any]]  # the operands of a call's bodies, one for each placeholder
 
 
 def rest(start: int) -> BodyOperands:
-    """All arguments from one on."""
+    """All arguments from ``start`` on."""
     return lambda call: call.args[start:]
 
 
@@ -40,11 +39,11 @@ def lists(*places: int) -> BodyOperands:
 
 
 def mixed(call: Node) -> Iterable[Any]:
-    """Not one for each placeholder: a body that writes, writes to all of them."""
+    """Operands that do not match placeholders one by one: a body that writes is assumed to write to all of them."""
     return ()
 
 
-# by the names under which torch registers them
+# keys are torch's names of the ops
 OPERANDS: Mapping[str, BodyOperands] = {
     "associative_scan": mixed,
     "autograd_function_apply": rest(2),
@@ -75,14 +74,14 @@ def arguments_with_memory(node: Node) -> tuple[Node, ...]:
 
 
 def runs_bodies(node: Node) -> BodyOperands | None:
-    """What the bodies of a call are run on; None for an op of which that is not known."""
+    """The operands of a call's bodies; None for an op that is not in the table."""
     name = getattr(node.target, "_name", None)
     operands = OPERANDS.get(str(name))
     return operands if operands and getattr(torch.ops.higher_order, str(name), None) is node.target else None
 
 
 def bodies_of(call: Node) -> list[GraphModule]:
-    """The graphs that a node is given to run."""
+    """The graphs among a node's arguments."""
     if not isinstance(call.target, HigherOrderOperator):
         return []
     values = (value_of(x) for x in call.all_input_nodes if x.op == "get_attr")
@@ -114,14 +113,13 @@ def effects_of_call(call: Node, of: Of) -> Effects:
             continue
         for place in places:
             changed = [x for x in tree_leaves(arguments[place]) if isinstance(x, Node) and storages(x)]
-            written.update(
-                dict.fromkeys(changed or arguments_with_memory(call))
-            )  # what has no memory is not what the body writes to
+            # an operand without memory cannot be the one that is written
+            written.update(dict.fromkeys(changed or arguments_with_memory(call)))
     return Effects(tuple(written), backward, anything)
 
 
 def changed_placeholders(graph: Graph, effects: Iterable[Effects]) -> set[int] | None:
-    """The placeholders of a body, by number, whose memory its nodes write to; None where that cannot be told."""
+    """The indices of the placeholders whose memory a body writes to; None where this is not known."""
     memories = list(map(storages, graph.find_nodes(op="placeholder")))
     held = set().union(*map(storages, graph.find_nodes(op="get_attr")))
     changed: set[int] = set()
@@ -137,7 +135,7 @@ def changed_placeholders(graph: Graph, effects: Iterable[Effects]) -> set[int] |
 
 
 def gradients_of(forward: GraphModule, backward: GraphModule) -> int:
-    """How many placeholders of a backward, the first ones, are gradients: memory of nobody else. 0: not known."""
+    """The number of leading placeholders of a backward that are gradients, with memory of their own. 0: not known."""
     results = forward.graph.output_node().args[0]
     if not isinstance(results, (list, tuple)) or len(results) != 2:
         return 0

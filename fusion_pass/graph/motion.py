@@ -1,7 +1,7 @@
 """Code motion: hoists operands of a loss above the head call, or sinks uses of a result below a later node.
 
-A node may move unless something on the way changes its numbers or its gradient: a write to memory, another draw of
-random numbers, another grad mode, another autocast.
+A node may move unless something between changes its numbers or its gradient: a write to its memory, a draw of random
+numbers, a change of the grad mode or of autocast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fusedhead.graph.reasons import Reason, Refusal, refuse
 
 
 def random(op: Node) -> bool:
-    """Whether an ATen node draws random numbers: computed a second time, it is another number."""
+    """Whether an ATen node draws random numbers, so that a second run gives other numbers."""
     return RANDOM in getattr(op.target, "tags", ())
 
 
@@ -35,7 +35,7 @@ def overwritten_between(nodes: Sequence[Node], begin: Node, end: Node, facts: Gr
 
 
 def dependencies_after(nodes: Iterable[Node], anchor: Node, most: int | None = None) -> set[Node]:
-    """``nodes`` and what they are computed from, as far as it is run after ``anchor``; no more than ``most`` + 1."""
+    """``nodes`` and their dependencies that run after ``anchor``; at most ``most`` + 1 of them."""
     dependencies: set[Node] = set()
     stack = list(nodes)
     while stack and (most is None or len(dependencies) <= most):
@@ -54,7 +54,7 @@ class Immovable(Reason):
 
 
 def hoist(nodes: Sequence[Node], anchor: Node, facts: GraphFacts) -> Refusal | None:
-    """Move ``nodes`` and what they are computed from before ``anchor``; else say what forbids it."""
+    """Move ``nodes`` and their dependencies before ``anchor``, or return the reason that forbids it."""
     moved = sorted(dependencies_after(nodes, anchor))  # type: ignore[type-var]
     if not moved:
         return None
@@ -78,9 +78,9 @@ def hoist(nodes: Sequence[Node], anchor: Node, facts: GraphFacts) -> Refusal | N
 def hoist_before(
     nodes: Sequence[Node], anchor: Node, fixed: Collection[Node], facts: GraphFacts, most: int | None = None
 ) -> bool:
-    """Whether ``nodes`` are computed before ``anchor``, or now were moved there.
+    """Move ``nodes`` before ``anchor`` where they are not there already; returns whether they are there now.
 
-    Not where that would move one of ``fixed``, what is made of the anchor itself, or more than ``most`` nodes.
+    Refuses to move a node in ``fixed``, a node that depends on the anchor, or more than ``most`` nodes.
     """
     moved = dependencies_after(nodes, anchor, most)
     from_anchor = anchor in nodes or any(anchor in node.all_input_nodes for node in moved)
@@ -90,9 +90,9 @@ def hoist_before(
 
 
 def sink_after(nodes: Sequence[Node], anchor: Node, fixed: Collection[Node], facts: GraphFacts, most: int) -> bool:
-    """Whether all that is computed from ``nodes`` runs after ``anchor``, or now was moved there.
+    """Move all users of ``nodes`` after ``anchor``; returns whether they are there now.
 
-    Not where that would move one of ``fixed``, or more than ``most`` nodes.
+    Refuses to move a node in ``fixed``, or more than ``most`` nodes.
     """
     users: set[Node] = set()
     stack = [user for node in nodes for user in node.users]

@@ -1,4 +1,4 @@
-"""What a node of a Dynamo graph is: its fake value, the op that it calls, its line in the program, its sizes."""
+"""Accessors of a node of a Dynamo graph: its fake value, the op that it calls, its source line, its sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 aten = torch.ops.aten
-# The parts of a Dynamo source that no user has written.
+# Parts of a Dynamo source that Dynamo has added.
 SOURCE_INTERNALS = frozenset({"self", "L", "G", "_modules", "_parameters", "_buffers", "_orig_mod"})
 
 
@@ -20,7 +20,7 @@ def fake(node: Node) -> Any:
 
 
 def inputs(node: Node) -> list[Node]:
-    """The nodes among a node's arguments, in order of appearance, once each."""
+    """The nodes among a node's arguments, each once, in order of appearance."""
     return list(dict.fromkeys(node.all_input_nodes))
 
 
@@ -34,7 +34,7 @@ def callee(node: Node) -> Callable[..., Any]:
 
 
 def every_dimension(index: Any, ndim: int) -> list[Any]:
-    """The entries of an index, with ``...`` and what is left out written as full slices."""
+    """The entries of an index, one for each dimension: ``...`` and missing entries become full slices."""
     entries = list(index) if isinstance(index, tuple) else [index]
     at = next((i for i, entry in enumerate(entries) if entry is Ellipsis), None)
     if at is not None:
@@ -43,31 +43,31 @@ def every_dimension(index: Any, ndim: int) -> list[Any]:
 
 
 def hint(size: Any) -> int | None:
-    """The number of this compilation, for a size that may be symbolic; None where only the data decide."""
+    """The hint of a size that may be symbolic; None for a data-dependent size."""
     if isinstance(size, torch.SymInt):
         node: Any = size.node
         return int(node.hint) if node.has_hint() else None
     return int(size)
 
 
-# The ops that stand for the attribute of a tensor in graphs of newer torch, where older ones hold a `getattr`.
+# Ops that newer torch puts in the place of ``getattr`` on a tensor.
 ATTRIBUTES: dict[Any, str] = {aten.numpy_T: "T", aten.mT: "mT", aten.matrix_H: "H", aten.mH: "mH"}
 
 
 def most(size: Any) -> float:
-    """The largest number that a size may be: of a symbol the end of its range, infinite where only the data decide."""
+    """The largest value of a size: for a symbol the end of its range, infinite for a data-dependent size."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     try:
         return int(size.node.shape_env.bound_sympy(size.node.expr).upper)
-    except Exception:  # unbounded, or not told
+    except Exception:  # unbounded or unknown
         return math.inf
 
 
 def name_of(node: Node) -> str:
-    """The bare name of the op a node calls, whatever its spelling; that of the attribute for ``x.T``.
+    """The name of the op that a node calls, the same for all spellings; for ``x.T`` the name of the attribute.
 
-    "" where a node calls no function: inputs of a graph, or of a body in it, may be called after any op.
+    "" for a node that calls no function: the inputs of a graph or body may have the name of any op.
     """
     if node.op == "call_method":
         return str(node.target)
@@ -80,7 +80,7 @@ def name_of(node: Node) -> str:
 
 
 def where(node: Node) -> str:
-    """ "file.py:123" of the user's line that made a node, or its name where no line is known."""
+    """The user's line that made a node, as "file.py:123", or the node's name where no line is known."""
     trace_lines = node.meta.get("stack_trace", "").strip().splitlines()
     for line in reversed(trace_lines):
         if line.strip().startswith("File "):

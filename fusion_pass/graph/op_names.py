@@ -1,7 +1,7 @@
-"""The spellings of ops in a Dynamo graph, by what the op does: every set of names in the package is made of these.
+"""The spellings of ops in a Dynamo graph by role. Every set of op names in the package is built from these.
 
-A name is what `nodes.name_of` gives: of a function, a method, an operator or an ATen overload. A pass that reads one
-spelling of an op then reads all of them. A name never shows that a node is pure: `effects` does.
+A name is what `nodes.name_of` returns for a function, a method, an operator or an ATen overload, so that a pass reads
+all spellings of an op. A name does not show that a node is pure: `effects` does.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch.fx import Node
 
 from fusedhead.graph.nodes import fake, name_of
 
-# Products of hidden states with a weight. Only nodes of these names are traced in search of a head.
+# Products of hidden states with a weight. Only these are candidates for a head.
 PROJECTIONS = frozenset({"linear", "matmul", "mm", "addmm", "einsum"})
 
 CLASS_LOSSES = frozenset({"cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd"})
-# What can end a head: only projections that reach one of them are looked at.
+# Losses and reductions that can end a head. Only projections that reach one of them are followed.
 HEAD_ENDS = CLASS_LOSSES | {"log_softmax", "_log_softmax", "logsumexp", "kl_div"}
 
-# Element by element, of one tensor and numbers.
+# Elementwise ops of one tensor and numbers.
 ADDS = frozenset({"add", "__add__", "__radd__"})
 SUBTRACTS = frozenset({"sub", "subtract"})
 MULTIPLIES = frozenset({"mul", "multiply"})
@@ -34,7 +34,7 @@ COPIES = frozenset({"contiguous", "clone"})
 
 TRANSPOSES = frozenset({"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute"})
 RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten"})
-# Tensors of the same memory, and sizes: an operand of a replaced node that is one of these may go with it.
+# Views and sizes. An operand of a replaced node that is one of these is erased with it.
 VIEWS = frozenset({"t", "transpose", "T", "mT", "H", "mH", "real", "view", "reshape", "permute"})
 REMADE_FREELY = VIEWS | {"size", "to", "float"}
 
@@ -42,7 +42,7 @@ CONCATENATES = frozenset({"cat", "concat", "concatenate"})
 JOINS: Mapping[str, Callable[..., Any]] = {**dict.fromkeys(CONCATENATES, torch.cat), "stack": torch.stack}
 SPLITS = frozenset({"split", "chunk", "unbind", "tensor_split"})
 
-# What may lie between stacked logits and an output: the same numbers in another arrangement or dtype.
+# Ops that may lie between stacked logits and an output: they change the arrangement or the dtype only.
 ARRANGES = RESHAPES | COPIES | {"getitem", "transpose", "permute", "float", "to"}
 
 CHECKPOINTS = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
@@ -54,7 +54,7 @@ def is_call_of(node: Node, names: frozenset[str] | Mapping[str, Any]) -> bool:
 
 
 def joined_parts(node: Node) -> tuple[list[Node], int] | None:
-    """The tensors that a ``cat`` or ``stack`` joins and the dimension of its result; None where it is another node."""
+    """The tensors that a ``cat`` or ``stack`` joins, and the dimension of the result; None for another node."""
     if not is_call_of(node, JOINS) or not isinstance(fake(node), Tensor) or "out" in node.kwargs:
         return None
     parts = node.args[0] if node.args else node.kwargs.get("tensors")
@@ -66,6 +66,6 @@ def joined_parts(node: Node) -> tuple[list[Node], int] | None:
 
 
 def equation_terms(equation: str) -> tuple[list[str], str]:
-    """The letters of each operand of an ``einsum``, and those of its result ("" where the equation does not say)."""
+    """The letters of each operand of an ``einsum`` and of its result ("" where the equation has none)."""
     operands, _, result = equation.replace(" ", "").partition("->")
     return operands.split(","), result

@@ -1,4 +1,4 @@
-"""Reasons: why an op on logits is not read, or a head stays as it is.
+"""Reasons why no rule reads an op on logits, or why a head is not fused.
 
 A reason has an id, and a sentence with the names of its fields in braces. Each layer has a table of its own, a subclass
 of `Reason`, and ``python -m fusedhead.rules --sentences`` lists all of them. Code compares reasons, never sentences.
@@ -21,12 +21,12 @@ class Reason(Enum):
 
     @property
     def id(self) -> str:
-        """A name that stays when the sentence is reworded: "unread/cast"."""
+        """A stable name that does not depend on the sentence: "unread/cast"."""
         return f"{type(self).__name__}/{self.name}".lower().replace("_", "-")
 
     @property
     def template(self) -> str:
-        """The sentence with … for what a program fills in."""
+        """The sentence with … for each field."""
         return re.sub(r"\{[^}]*\}", "…", self.value)
 
 
@@ -43,7 +43,7 @@ class Refusal:
         return self.reason.id
 
     def placed(self) -> Refusal:
-        """The same, whose sentence says where the node is."""
+        """The same refusal with the source line of its node in the sentence."""
         return self if self.node is None else replace(self, sentence=f"{self.sentence} (at {where(self.node)})")
 
     def __str__(self) -> str:
@@ -55,14 +55,14 @@ def refuse(reason: Reason, node: Node | None = None, **fields: Any) -> Refusal:
 
 
 class Escape(Exception):
-    """A use of the logits that no rule can read."""
+    """Raised by a rule for a use of the logits that it cannot read."""
 
     def __init__(self, reason: Reason, **fields: Any) -> None:
         self.refusal = refuse(reason, **fields)
         super().__init__(self.refusal.sentence)
 
     def at(self, node: Node) -> Refusal:
-        """The refusal, at a node of the graph."""
+        """The refusal at a node of the graph."""
         return replace(self.refusal, node=node)
 
 

@@ -1,7 +1,7 @@
-"""A part of a graph that is run outside of the compiled graph, and the outputs that it takes the place of.
+"""Recipes: parts of a graph that run outside of the compiled graph and make some of its outputs.
 
 A `Recipe` is the part of the graph between the hidden states and a returned node, with its inputs. The compiled graph
-returns those inputs instead (`redirect`), and a function around it makes the output of them, at once or when asked.
+returns those inputs instead (`redirect`), and a wrapper around it makes the output, at once or on demand.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from fusedhead.graph.op_names import REMADE_FREELY
 from fusedhead.graph.run_counts import Run
 from fusedhead.graph.weight_recipes import is_cast
 
-LEAST_TOKENS = 64  # fewer are not worth deferring when no gradient is recorded: generation
+LEAST_TOKENS = 64  # fewer are not deferred when no gradient is recorded, as in generation
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How one returned tensor is computed from tensors that are cheap to return."""
+    """The computation of one returned tensor from tensors that are cheap to return."""
 
-    slot: int  # its place among the graph's outputs
+    slot: int  # its index among the graph's outputs
     program: GraphModule  # the nodes from the projection to the output
     sources: tuple[Node, ...]  # the program's inputs: graph inputs, or nodes that the graph returns in addition
     device: str
     class_dim: int  # the vocabulary's dimension
-    exact: frozenset[int]  # sizes that belong to the head, not to a batch
-    names: tuple[str, ...]  # of those sources that are tensors, as a user knows them
-    # the sources that a gradient reaches through it; none where the program makes it without gradients, which the
-    # mode that the compiled graph is called in does not say
+    exact: frozenset[int]  # sizes of the head, not of a batch
+    names: tuple[str, ...]  # users' names of the sources that are tensors
+    # the sources that a gradient reaches through it; none where the program makes it without gradients. The mode that
+    # the compiled graph is called in does not tell.
     graded: tuple[int, ...]
-    least: int = 0  # fewer logits are computed at once, where their number was not known when the graph was compiled
-    runs: tuple[Run, ...] = ()  # of the heads whose logits it computes, to be told what becomes of them
-    # of several heads: the sources (of those that are tensors) that each one's weight is made of
+    least: int = 0  # fewer logits are computed at once; used where their number was not known at compile time
+    runs: tuple[Run, ...] = ()  # counters of the heads whose logits it computes
+    # of several heads: the tensor sources that each head's weight is made of
     weights: tuple[frozenset[int], ...] = ()
 
 
-Finish = Callable[[Recipe, Sequence[Any]], Any]  # what a returned tensor is made by, of the recipe's sources
-Wrap = Callable[[Callable[..., Any], Finish], Callable[..., Any]]  # gives a compiled graph its outputs back
+Finish = Callable[[Recipe, Sequence[Any]], Any]  # makes a returned tensor of the recipe's sources
+Wrap = Callable[[Callable[..., Any], Finish], Callable[..., Any]]  # restores the outputs of a compiled graph
 
 
 def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[list[Node], list[Node]]:
-    """The nodes among ``followed`` that make ``outputs`` out of heads' operands, in order, and the inputs they need.
+    """The nodes among ``followed`` that make ``outputs`` out of heads' operands, in order, and their inputs.
 
-    Whatever writes to memory that they share belongs to them: run in order, they leave what the program left.
+    Nodes that write to the memory of these belong to them: run in order, they leave the same values as the program.
     """
     inside: set[Node] = set()
     sources: list[Node] = []
@@ -76,12 +76,12 @@ def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[lis
 
 
 def is_view_of_inputs(node: Node) -> bool:
-    """Whether a node is a view of graph inputs, made again at no cost."""
+    """Whether a node is a view of graph inputs, which is recomputed at no cost."""
     return node.op.startswith("call_") and name_of(node) in REMADE_FREELY and rooted_in_inputs(node)
 
 
 def rooted_in_inputs(node: Node) -> bool:
-    """Whether a chain of views starts at graph inputs only (a transposed or cast weight)."""
+    """Whether a node is made of graph inputs by views and casts only (a transposed or cast weight)."""
     if node.op == "placeholder":
         return True
     return (
@@ -112,8 +112,8 @@ def recipe_of(
 ) -> Recipe:
     """The recipe of ``output``, which ``nodes`` make of ``sources``; ``heads``: the projections and their [V, D].
 
-    Autocast is off when it runs; where it acted in the graph, the recorded dtypes bring explicit casts. What was made
-    where no gradient is recorded, and the rest was not, is detached.
+    A recipe runs without autocast: where autocast acted in the graph, the recorded dtypes become explicit casts. A
+    value made under ``no_grad`` in a graph that records gradients is detached.
     """
     grad_mode = GraphFacts(output.graph).grad_mode
     graph = Graph()
@@ -140,16 +140,16 @@ def wants_gradient(source: Node) -> bool:
 
 
 def has_gradient(recipe: Recipe, sources: Sequence[Any]) -> bool:
-    """Whether the result has a gradient: not where a compiler has made the sources without.
+    """Whether the result has a gradient.
 
-    Inputs say for themselves whether they have one: not every Dynamo guards on it, as where a head is frozen later.
+    This is read from the inputs at run time, since not every Dynamo guards on it when a head is frozen later.
     """
     made = [at for at in recipe.graded if recipe.sources[at].op != "placeholder"]
     return any(sources[at].requires_grad for at in recipe.graded) and all(sources[at].requires_grad for at in made)
 
 
 def compute_now(recipe: Recipe, sources: Sequence[Any]) -> Tensor:
-    """The returned tensor itself, computed in eager mode."""
+    """Compute the returned tensor in eager mode."""
     with torch.set_grad_enabled(has_gradient(recipe, sources)), torch.autocast(recipe.device, enabled=False):
         return recipe.program(*sources)
 
@@ -157,7 +157,7 @@ def compute_now(recipe: Recipe, sources: Sequence[Any]) -> Tensor:
 def redirect(graph: Graph, recipes: Sequence[Recipe]) -> Wrap:
     """Make the graph return the recipes' sources instead of their tensors.
 
-    Returns a function that wraps the compiled graph into a callable with the original outputs.
+    Returns a function that wraps the compiled graph and restores the original outputs.
     """
     output = graph.output_node()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -194,12 +194,12 @@ def redirect(graph: Graph, recipes: Sequence[Recipe]) -> Wrap:
 
 
 def unwrapped(compiled: Callable[..., Any], finish: Finish) -> Callable[..., Any]:
-    """What is put around a compiled graph of which no output was redirected."""
+    """The wrap of a compiled graph without redirected outputs: none."""
     return compiled
 
 
 def computed_at_once(wrap: Wrap) -> Wrap:
-    """A wrap by which returned logits are computed right behind the graph whatever the caller asks."""
+    """A wrap that always computes returned logits right after the graph."""
     return lambda compiled, finish: wrap(compiled, compute_now)
 
 

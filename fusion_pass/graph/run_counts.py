@@ -1,8 +1,8 @@
-"""What happened when compiled graphs were run: counts that reports are read from at the end.
+"""Run-time counts of compiled graphs, which the report reads at the end.
 
-A graph counts its calls by the sizes that were symbols when it was compiled. A head counts the logits that were handed
-out deferred, how often they were answered for, and by what use they had to be built. Counting must cost a step nothing
-that shows: it is one operation of the interpreter, which needs no lock, survives a fork, and loses nothing to threads.
+A graph counts its calls by the values of its symbolic sizes. A head counts the logits returned deferred, the answers
+given for them, and the uses that had them built. A count is one operation of the interpreter: it costs a step nothing
+measurable, needs no lock, survives a fork, and loses nothing to threads.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 log = logging.getLogger("fusedhead")
-MOST_USES = 64  # that are told apart
+MOST_USES = 64  # distinct keys counted
 MOST_SIZES = 4096
 ELSEWHERE = "elsewhere"
 UNNAMED = "a backward, or another graph"
-LIBRARIES = ("fusedhead", "torch")  # whose frames are no program's
+LIBRARIES = ("fusedhead", "torch")  # packages whose frames belong to no program
 
 
 class Tally:
-    """A count that threads may add to at once: ``tally.add()``."""
+    """A counter that threads may increment at once: ``tally.add()``."""
 
     def __init__(self) -> None:
         steps = itertools.count()
         self.add: Callable[[], int] = steps.__next__
         self.looking = threading.Lock()
-        self.looks = 0  # looking takes a step too
+        self.looks = 0  # reading advances the counter too
         self.start = 0
 
     @property
@@ -50,7 +50,7 @@ class Tally:
 
 
 class Tallies:
-    """Counts by key, of which only so many are told apart."""
+    """Counts by key, for a limited number of keys."""
 
     def __init__(self, rest: Any, most: int) -> None:
         self.rest, self.most = rest, most
@@ -71,9 +71,9 @@ class Tallies:
 
 
 class Use(NamedTuple):
-    """What asked for logits that were deferred."""
+    """A use that had deferred logits built."""
 
-    name: str  # of the function, "setitem", or why none was needed
+    name: str  # name of the function, "setitem", or the reason where there is none
     where: str  # "train.py:12" of the program's line, "" where no line of it is running (a backward on another thread)
 
     def __str__(self) -> str:
@@ -88,7 +88,7 @@ class GraphRun:
         self.watched = False  # whether calls are counted
 
     def counted(self, compiled: Callable[..., Any], sizes: Sequence[int]) -> Callable[..., Any]:
-        """``compiled``, counting its calls; ``sizes`` are the places of the inputs that are sizes."""
+        """Wrap ``compiled`` to count its calls. ``sizes``: the indices of the inputs that are sizes."""
         places, calls, self.watched = tuple(sizes), self.calls, True
 
         def with_its_sizes(*inputs: Any) -> Any:
@@ -108,19 +108,19 @@ class GraphRun:
 
 @dataclass(eq=False)
 class Run:
-    """What became of one head's logits."""
+    """Counts of one head's logits."""
 
     graph: GraphRun = field(default_factory=GraphRun)
-    deferred: Tally = field(default_factory=Tally)  # handed out without being computed
-    answered: Tally = field(default_factory=Tally)  # losses and statistics of them that were computed without them
-    passed: Tally = field(default_factory=Tally)  # handed to another compiled graph, which has a report of its own
-    # deferred and then computed, by `Use`; and never deferred, by the reason
+    deferred: Tally = field(default_factory=Tally)  # returned without being computed
+    answered: Tally = field(default_factory=Tally)  # losses and statistics computed without building them
+    passed: Tally = field(default_factory=Tally)  # passed to another compiled graph, which has its own report
+    # deferred and later built, by `Use`; and never deferred, by reason
     built: Tallies = field(default_factory=lambda: Tallies(Use(ELSEWHERE, ""), MOST_USES))
     at_once: Tallies = field(default_factory=lambda: Tallies(ELSEWHERE, MOST_USES))
 
     @staticmethod
     def of(runs: Sequence[Run]) -> Run:
-        """The counts of several together, as they are now."""
+        """The current counts of several heads, added up."""
         both = Run()
         for run in runs:
             for name in ("deferred", "answered", "passed"):
@@ -135,7 +135,7 @@ class Run:
 
 
 def built(runs: Sequence[Run]) -> None:
-    """Tell the heads of logits that are being built what for; the log hears of every use once."""
+    """Count that logits are built for a use; each use is logged once."""
     if not runs:
         return
     use = asked_for()
@@ -146,7 +146,7 @@ def built(runs: Sequence[Run]) -> None:
 
 
 def asked_for() -> Use:
-    """The use that is going on: the function that was called on deferred logits, and the program's line."""
+    """The current use: the function that was called on deferred logits, and the program's line."""
     name = ""
     for frame in _caller_frames():
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
@@ -160,7 +160,7 @@ def asked_for() -> Use:
 
 
 def spoken(name: str, args: Any) -> str:
-    """A function's name without the underscores of an operator; ``__get__`` is an attribute's."""
+    """The display name of a function: an operator without underscores, for ``__get__`` the attribute."""
     if name == "__get__":
         return "an attribute"
     plain = name.removeprefix("aten::").partition(".")[0]

@@ -1,4 +1,4 @@
-"""Sizes of tensors, which may be symbols: what is known of them when a program is compiled, without adding a guard."""
+"""Sizes of tensors, which may be symbols: comparisons at compile time that add no guard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 
 def static(size: Any) -> int | None:
-    """The value of a size that is known at compile time."""
+    """The value of a size known at compile time."""
     return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else int(size)
 
 

@@ -1,4 +1,4 @@
-"""Reading one node of a Dynamo graph as ATen ops: every spelling of an op becomes the same few overloads.
+"""Traces one node of a Dynamo graph into ATen ops, so that all spellings of an op become the same few overloads.
 
 The node is traced alone, on its fake inputs, with ``make_fx(pre_dispatch=True)``: methods, operators, positional
 arguments, ``.T`` and einops collapse to about thirty overloads, and `cross_entropy` stays one op. The graph that holds
@@ -23,7 +23,7 @@ from fusedhead.graph.nodes import callee, fake, inputs
 def trace(node: Node) -> GraphModule:
     """The node as a graph of ATen ops, with one placeholder per entry of ``inputs(node)``.
 
-    Autocast is off while tracing: where it acts, the recorded dtype of the node says so, not the ops.
+    Autocast is off while tracing: its effect shows in the recorded dtype of the node, not in the ops.
     Raises whatever the node's own function raises on the fake values.
     """
     leaves, spec = tree_flatten((node.args, node.kwargs))
@@ -43,7 +43,7 @@ def trace(node: Node) -> GraphModule:
 
 
 def call_key(node: Node) -> Hashable:
-    """What a node does, whatever it does it to: its function and its constants. Raises TypeError: not known."""
+    """A key of a node's function and constants, without its operands. Raises TypeError where there is none."""
     sources = inputs(node)
     leaves, spec = tree_flatten((node.args, node.kwargs))
 
@@ -60,7 +60,7 @@ def call_key(node: Node) -> Hashable:
 
 
 def trace_key(node: Node) -> Hashable:
-    """What a node's trace depends on: its function, its constants, and what tensors it is given. None: not known."""
+    """A key of what determines a node's trace: function, constants, kinds of operands; None where there is none."""
     try:
         key = call_key(node), *map(tensor_key, map(fake, inputs(node)))
         hash(key)
@@ -70,7 +70,7 @@ def trace_key(node: Node) -> Hashable:
 
 
 def tensor_key(value: Any) -> Hashable:
-    """What tells fake tensors apart, but for their place in memory. Raises TypeError where it is not known."""
+    """A key of a fake tensor's properties except its address. Raises TypeError where there is none."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         raise TypeError
     sizes = *value.shape, *value.stride()
@@ -80,7 +80,7 @@ def tensor_key(value: Any) -> Hashable:
 
 
 class Traces:
-    """The traces of one graph's nodes. Nodes that do the same to tensors of the same kind, as in loops, share one."""
+    """A cache of traces. Nodes that do the same to tensors of the same kind, as in loops, share a trace."""
 
     def __init__(self) -> None:
         self.known: dict[Hashable, GraphModule] = {}

@@ -1,13 +1,13 @@
-"""Weights that a graph makes of its inputs: sliced, scaled, cast, normalised, merged with an adapter.
+"""Weights that a graph computes from its inputs: sliced, scaled, cast, normalised, merged with an adapter.
 
-Logits that a graph returns are made outside of it, and a weight of this kind is then made again there, with its
-gradients: returned in addition, it would cost a tensor [V, D] and the backward of all that leads to it, whether or not
-anybody uses the logits. That gives the same numbers where its nodes
+Returned logits are computed outside of the graph, and such a weight is recomputed there with its gradients. To return
+the weight too would cost a tensor [V, D] and the backward of its computation, even where nobody uses the logits.
+Recomputing is exact where the nodes
 
-* are pure: they write to nothing, draw nothing, and nothing writes to what they make,
+* are pure: they write nothing, draw no random numbers, and nothing writes to their results,
 * start at inputs of the graph,
-* give the recorded dtypes and shapes where they are run without autocast (products with their operands cast),
-* and are few, of small results: they are run for every answer.
+* give the recorded dtypes and shapes when run without autocast (products with their operands cast),
+* and are few, with small results, since they run for every answer.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fusedhead.compat import HigherOrderOperator, enable_python_dispatcher, maybe_get_fake_mode, tree_leaves
+from fusedhead.compat import HigherOrderOperator, maybe_get_fake_mode, tree_leaves
 from fusedhead.graph.aliases import storages
 from fusedhead.graph.effects import draws, may_write, writes
 from fusedhead.graph.nodes import callee, fake, hint, name_of
 from fusedhead.graph.op_names import PROJECTIONS
 
 MOST_NODES = 64
-MOST_ENTRIES = 16  # of all results together, for each entry of the weight
+MOST_ENTRIES = 16  # elements of all results together, over the elements of the weight
 
 
 def making(weights: Iterable[Node]) -> set[Node]:
-    """The nodes that make those of ``weights`` that can be made again."""
+    """The nodes that compute the recomputable ones of ``weights``."""
     return set().union(*(makers for makers in map(made_of_inputs, weights) if makers))
 
 
 def made_of_inputs(weight: Node) -> set[Node] | None:
-    """The nodes that make a weight of the graph's inputs, none for an input; None where it cannot be made again."""
+    """The nodes that compute a weight from the graph's inputs (none for an input); None if it cannot be recomputed."""
     makers: set[Node] = set()
     stack = [weight]
     while stack:
@@ -63,7 +63,7 @@ def entries_of(node: Node) -> int:
 
 
 def written_in_graph(nodes: set[Node]) -> bool:
-    """Whether anything in the graph writes to what the nodes make."""
+    """Whether anything in the graph writes to the results of the nodes."""
     written = set().union(*map(storages, nodes))
     inputs = {source for node in nodes for source in node.all_input_nodes if source.op == "placeholder"}
     written = written.difference(*map(storages, inputs))
@@ -71,7 +71,7 @@ def written_in_graph(nodes: set[Node]) -> bool:
 
 
 def same_again(node: Node) -> bool:
-    """Whether a node, run again without autocast, gives the tensors that the graph has: pure, of the same dtypes."""
+    """Whether a node run again without autocast gives the same tensors: it is pure, and the dtypes are equal."""
     if writes(node) or draws(node):
         return False
     recorded = tree_leaves(fake(node))
@@ -79,7 +79,7 @@ def same_again(node: Node) -> bool:
     device = next((x.device.type for x in recorded if isinstance(x, Tensor)), "cpu")
     try:
         fakes = mode or nullcontext()
-        with fakes, enable_python_dispatcher(), torch.no_grad(), torch.autocast(device, enabled=False):
+        with fakes, torch.no_grad(), torch.autocast(device, enabled=False):
             args, kwargs = map_arg((node.args, node.kwargs), lambda source: cast_operand(node, source))
             results = tree_leaves(callee(node)(*args, **kwargs))
     except Exception:
@@ -91,13 +91,13 @@ def same_again(node: Node) -> bool:
 
 
 def cast_operand(node: Node, source: Node) -> Any:
-    """The fake value of what a node reads, as autocast hands it to a product."""
+    """The fake value of an operand, cast as autocast casts it for a product."""
     value = fake(source)
     return value.to(fake(node).dtype) if is_cast(node, source) else value
 
 
 def is_cast(node: Node, source: Node) -> bool:
-    """Whether autocast casts what a product reads."""
+    """Whether autocast casts an operand of a product."""
     value, result = fake(source), fake(node)
     return (
         name_of(node) in PROJECTIONS

@@ -1,1 +1,1 @@
-"""Inductor's settings, and passes on the graphs that it is about to compile."""
+"""Inductor's settings, and this package's passes on Inductor's graphs."""

@@ -1,7 +1,7 @@
-"""Calling heads below autograd: a pass over graphs that Inductor is about to compile.
+"""A pass on Inductor's graphs: calls heads below autograd.
 
-Their gradients have been traced, so that no call in them is differentiated again. An op with an autograd formula asks
-for it at every call all the same, in Python, which costs the host as much as all of its checks.
+The gradients in these graphs have been traced, so that no call is differentiated again. An op with an autograd formula
+still runs its setup in Python at every call, which costs the host as much as all of its checks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fusedhead.lowering.ops import SCHEMAS
 
 
 def call_below_autograd(graph: Graph) -> None:
-    """Each call of a head's op becomes one of the same op without an autograd formula."""
+    """Replace each call of a head's op by the variant without an autograd formula."""
     ops = torch.ops.fusedhead
     for name in SCHEMAS:
         for node in graph.find_nodes(op="call_function", target=getattr(ops, name).default):

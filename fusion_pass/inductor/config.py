@@ -1,4 +1,6 @@
-"""Inductor as the backend calls it: its settings, this package in the keys of its caches, our passes on its graphs."""
+"""Inductor as the backend calls it: its settings, this package's key in its caches, this package's passes on its
+graphs.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,9 @@ POST_GRAD: tuple[tuple[str, Callable[[Graph], None]], ...] = (
 class KeyedBySource(CustomGraphPass):
     """A pass whose key in the compile caches is this package's sources.
 
-    AOTAutograd's key knows the rewritten graph, not the Python behind its ops: without this, upgrading the
-    package would keep serving compiled graphs with the old backward (pytorch#144344). Passes the user had
-    configured are run, and keyed, as before; ``own`` comes last.
+    AOTAutograd's key covers the rewritten graph and not the Python behind its ops. Without this pass, an upgrade of the
+    package would keep serving compiled graphs with the old backward (pytorch#144344). Passes that the user has
+    configured still run and are still part of the key; ``own`` comes last.
     """
 
     def __init__(self, users: Any, own: Callable[[Graph], None] | None = None) -> None:
@@ -43,7 +45,7 @@ class KeyedBySource(CustomGraphPass):
 
 
 class Inductor(InductorWrapper):
-    """Inductor as ``torch.compile`` calls it, and still Inductor while `enable` changes what the base class does."""
+    """Inductor as ``torch.compile`` calls it. It stays Inductor while `enable` patches the base class."""
 
     __call__ = InductorWrapper.__call__
 
@@ -67,12 +69,14 @@ def own_passes(graph: Graph) -> None:
 
 
 def cuda_graphs(config: dict[str, Any]) -> bool:
-    """Whether graphs compiled with these settings are recorded, Inductor's own settings where they say nothing."""
+    """Whether graphs compiled with these settings use CUDA graphs. Inductor's configuration decides where they do not
+    say.
+    """
     from torch._inductor import config as inductor_config
 
     return bool(config.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
 
 
 def overwrites(compiler: Any) -> bool:
-    """Whether the memory of a compiled graph's outputs is used again by its next run."""
+    """Whether the next run of a compiled graph overwrites the memory of its outputs."""
     return cuda_graphs(getattr(compiler, "config", {}))

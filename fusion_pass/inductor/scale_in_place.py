@@ -1,9 +1,9 @@
-"""Scaling saved gradients in place: a pass over Inductor's backward graph.
+"""A pass on Inductor's backward graph: scales saved gradients in place.
 
 `head_loss` saves dH and dW of a unit upstream gradient for the backward, which multiplies them by the upstream
-gradient. Out of place that is a second dW and a pass over both. A saved tensor that AOTAutograd calls *donated* (no
-input, no output, nobody else's view) dies in this graph, so the product may take its place, and a kernel that reads
-the factor on the device costs nothing where it is 1. Whatever is not provably donated stays out of place.
+gradient. Out of place this takes a second dW and a pass over both. A saved tensor that AOTAutograd calls *donated* (no
+input, no output, no other view) dies in this graph, so that the product may overwrite it. The kernel reads the factor
+on the device and returns at once where it is 1. A tensor that is not provably donated is scaled out of place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fusedhead.compat import TracingContext
 
 
 def donated_inputs(graph: Graph) -> set[Node]:
-    """The placeholders of a backward graph whose memory is this graph's to overwrite."""
+    """The placeholders of a backward graph whose memory the graph may overwrite."""
     context = TracingContext.try_get()
     indices = getattr(context.fw_metadata, "bw_donated_idxs", None) if context is not None else None
     saved = [node for node in graph.nodes if node.op == "placeholder"]
@@ -24,7 +24,7 @@ def donated_inputs(graph: Graph) -> set[Node]:
 
 
 def scale_in_place(graph: Graph) -> None:
-    """Turn ``scale(x, g)`` of donated x without another user into x itself, and one ``scale_(xs, g)`` for each g."""
+    """Replace ``scale(x, g)`` of donated x without another user by x, and add one ``scale_(xs, g)`` for each g."""
     products = graph.find_nodes(op="call_function", target=torch.ops.fusedhead.scale.default)
     if not products:
         return

@@ -13,7 +13,7 @@ _lightning: Any = import_module("lightning.pytorch" if find_spec("lightning") el
 
 
 class FusedHeadCallback(_lightning.Callback):
-    """Hands the numbers to every logger of the trainer after a batch that has changed one."""
+    """Logs the numbers to every logger of the trainer after a batch that has changed one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The numbers: heads fused and left, net bytes of a step, and how often deferred logits were answered for and built."""
+"""The numbers: heads fused and left, net bytes of a step, and how often deferred logits were answered and built."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ METRIC_PREFIX = "fusedhead/"
 
 
 class Watch:
-    """Hears of every graph that is compiled from now on, until `stop`."""
+    """Observes every graph that is compiled from now on, until `stop`."""
 
     def __init__(self) -> None:
         self.summary = Summary()
@@ -19,10 +19,10 @@ class Watch:
         self.logged: dict[str, float] = {}
 
     def metrics(self) -> dict[str, float]:
-        """The numbers so far, as every logger takes them.
+        """The numbers so far, as a flat dictionary for loggers.
 
-        ``bytes_saved`` is what a step holds less for logits than under Inductor: an estimate, net of what is held
-        instead, of the compiled graph that saves most. It is negative where more is held.
+        ``bytes_saved`` is an estimate of the bytes that a step saves compared with Inductor, net of the workspace, for
+        the compiled graph that saves most. It is negative where a step takes more.
         """
         overview = self.summary.overview()
         runs = [head.run for head in overview.heads]
@@ -36,9 +36,10 @@ class Watch:
         }
 
     def news(self) -> dict[str, float]:
-        """The numbers, if heads, bytes or built logits are others than the last time; else {}. For every step.
+        """The numbers if heads, bytes or built logits have changed since the last call, else {}. To be called every
+        step.
 
-        What is answered changes every step, and is no news by itself.
+        The number of answers changes every step and does not count as a change.
         """
         found = self.metrics()
         judged = {name: value for name, value in found.items() if not name.endswith("answered")}

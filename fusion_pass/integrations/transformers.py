@@ -10,10 +10,11 @@ from fusedhead.integrations.metrics import Watch
 
 
 class FusedHeadCallback(TrainerCallback):
-    """Logs through ``trainer.log``, which reaches all that ``report_to`` names, after a step that has changed a number.
+    """Logs through ``trainer.log``, which reaches every logger in ``report_to``, after a step that has changed a
+    number.
 
-    Without a trainer (``callbacks=[FusedHeadCallback()]``, when there is none yet) the numbers are put into the next
-    logs that the trainer makes: its progress bar shows them, and what was asked before this callback does not.
+    Without a trainer (``callbacks=[FusedHeadCallback()]``, when none exists yet) the numbers are added to the trainer's
+    next logs: its progress bar shows them, and callbacks that run before this one do not see them.
     """
 
     def __init__(self, trainer: Any = None) -> None:

@@ -1,1 +1,1 @@
-"""What the pass knows of tensors: logits and what is made of them, terminals, and the builder of new nodes."""
+"""The intermediate representation: logits and values made of them, terminals, and the builder of new nodes."""

@@ -1,4 +1,4 @@
-"""Putting new nodes into a Dynamo graph, each with the fake value that everything downstream relies on.
+"""The builder: inserts new nodes into a Dynamo graph, each with the fake value that later passes and AOTAutograd read.
 
 Only `OpOverload`s are inserted: a Python function or a node without ``example_value`` would keep the graph out of
 AOTAutograd's cache.
@@ -25,7 +25,7 @@ REPLACED = "fusedhead_replaced_by"  # in a node's meta, while the graph is being
 
 
 class Emit:
-    """Appends ATen calls before an anchor node. Calls shared by several uses are emitted once per anchor."""
+    """Appends ATen calls before an anchor node. A call with several uses is emitted once per anchor."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -34,7 +34,7 @@ class Emit:
         self.grad = True
         self.known: dict[Expr, Node] = {}
         self.made: list[Node] = []
-        # the mode of Dynamo's own fake values: by now the tracing context already names AOTAutograd's
+        # the mode of Dynamo's fake values; the tracing context names AOTAutograd's by now
         tensors = (fake(node) for node in graph.nodes if isinstance(fake(node), Tensor))
         self.mode = next((m for m in map(maybe_get_fake_mode, tensors) if m is not None), None)
 
@@ -50,7 +50,7 @@ class Emit:
             self.known = {}
 
     def __call__(self, op: Any, *args: Any, **kwargs: Any) -> Node:
-        """One call, its fake value computed on the arguments' fake values."""
+        """Append one call. Its fake value is computed on the arguments' fake values."""
         assert self.anchor is not None
         assert self.trace_of is not None
         assert not any(isinstance(x, torch.SymInt) for x in tree_leaves((args, kwargs))), "a size without a node"
@@ -84,7 +84,7 @@ class Emit:
         return self.known[ref]
 
     def replaced(self, old: Node, by: Node) -> None:
-        """From now on, expressions that name ``old`` mean ``by``: one head's result may be another's operand."""
+        """Make expressions that name ``old`` mean ``by`` from now on: one head's result may be another's operand."""
         old.meta[REPLACED] = by
 
     def sizes(self, node: Node) -> list[Any]:
@@ -93,7 +93,7 @@ class Emit:
         return [self(aten.sym_size.int, node, d) if size is None else size for d, size in enumerate(known)]
 
     def flat(self, node: Node) -> Node:
-        """A tensor of rows as a vector."""
+        """A tensor with one number a row, flattened to a vector."""
         return node if fake(node).ndim == 1 else self(aten.reshape.default, node, [-1])
 
     def last(self, node: Node, dim: int) -> Node:
@@ -106,6 +106,6 @@ class Emit:
 
 
 def named(node: Node, name: str) -> Node:
-    """A node under a name that a reader of the rewritten graph understands."""
+    """The node, renamed for readers of the rewritten graph."""
     node._rename(name)
     return node

@@ -1,15 +1,15 @@
-"""Expressions: calls of operators that are to be emitted, over values that exist.
+"""Expressions: calls to be emitted, over values of the graph.
 
 | leaf           | what it is                                                    | where it may stand   |
 |----------------|---------------------------------------------------------------|----------------------|
 | fx `Node`      | a value of the graph                                          | in the graph         |
-| `Plain`        | the same, or an expression, with its fake value               | in the graph         |
-| `ProgramResult`| what a token program returns                                  | in the graph         |
+| `Plain`        | a node or an expression, with its fake value                  | in the graph         |
+| `ProgramResult`| a result of a token program                                   | in the graph         |
 | `HeadInput`    | the logits [N, V] of a head                                   | in a token program   |
 | `TokenInput`   | a tensor that a token program reads                           | in a token program   |
 | constant       | a number, a dtype, a size ...                                 | in both              |
 
-Expressions compare by identity, so that a shared one is emitted once; `structure_key` compares what they say.
+Expressions compare by identity, so that a shared one is emitted once; `structure_key` compares by structure.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Expr:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def mapped(self, of: Callable[[Any], Any]) -> tuple[tuple, dict[str, Any]]:
-        """The arguments with ``of`` each of their expressions and leaves."""
+        """The arguments with ``of`` applied to each expression and leaf."""
         return tuple(map_each(self.args, of)), {name: map_nested(value, of) for name, value in self.kwargs.items()}
 
 
@@ -53,16 +53,16 @@ def map_each(values: Iterable[Any], of: Callable[[Any], Any]) -> list[Any]:
 
 
 def map_nested(value: Any, of: Callable[[Any], Any]) -> Any:
-    """``of`` a value, or of what a list or tuple holds."""
+    """``of`` applied to a value, or to the elements of a list or tuple."""
     if isinstance(value, list):
         return map_each(value, of)
     return tuple(map_each(value, of)) if isinstance(value, tuple) else of(value)
 
 
 def walk(*roots: Any, into: Callable[[Expr], bool] = lambda expr: True) -> Iterator[Any]:
-    """Every expression, leaf and constant that ``roots`` are made of, each object once, in order of appearance.
+    """Every expression, leaf and constant in ``roots``, each object once, in order of appearance.
 
-    ``into``: whether to go on to what an expression reads.
+    ``into``: whether to walk into an expression's arguments.
     """
     seen: set[int] = set()
     stack = list(reversed(roots))
@@ -81,12 +81,12 @@ def walk(*roots: Any, into: Callable[[Expr], bool] = lambda expr: True) -> Itera
 
 
 def nodes_of(refs: Iterable[Any]) -> list[Node]:
-    """The graph's own nodes that values are made of, the last one first."""
+    """The graph nodes that values are made of, the last one first."""
     return [x for x in walk(*refs) if isinstance(x, Node)][::-1]
 
 
 def structure_key(ref: Any) -> Any:
-    """A key that expressions of the same nodes and calls share."""
+    """A key that is equal for expressions with the same nodes and calls."""
     if isinstance(ref, Plain):
         return structure_key(ref.ref)
     if isinstance(ref, Expr):

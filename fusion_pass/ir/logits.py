@@ -1,7 +1,7 @@
-"""What a tensor in the graph is, relative to the logits of a head: the domain of the abstract interpreter.
+"""The domain of the abstract interpreter: a tensor of the graph, relative to the logits of a head.
 
-`Logits`, and `LogProbs`, `Probs` and `ProbTimes` of them, say by which steps a value came from a projection, so that
-the steps can be replayed on the hidden states (rows) or compiled into the head (columns). Any other value is `Plain`.
+`Logits`, and `LogProbs`, `Probs` and `ProbTimes` of them, list the steps from a projection to a value. Row steps are
+replayed on the hidden states, column steps are compiled into the head. Any other value is `Plain`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fusedhead.kernels.transform.transform import Step
 
 
 class Hidden:
-    """Stands in a row step's arguments for the length of the class dimension, D when replayed on h."""
+    """A placeholder in a row step's arguments for the length of the class dimension: D when replayed on h."""
 
     def __repr__(self) -> str:
         return "D"
@@ -29,16 +29,16 @@ HIDDEN = Hidden()
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """z = hidden @ weight.T: where the logits of one head begin."""
+    """z = hidden @ weight.T: the start of one head's logits."""
 
     node: Node
     hidden: Plain  # [..., D]
     weight: Plain  # [V, D]; its ref may be a transposing Expr
-    dtype: torch.dtype  # of the projection's result; operands are cast to it when they differ (autocast)
+    dtype: torch.dtype  # dtype of the result; operands of another dtype are cast to it (autocast)
 
     @property
     def products(self) -> tuple[Node, ...]:
-        """The nodes that multiply."""
+        """The nodes of the product."""
         return (self.node,)
 
     @property
@@ -48,20 +48,20 @@ class Projection:
 
 @dataclass(frozen=True, eq=False)
 class RowStep:
-    """An op that moves or picks rows: it commutes with the projection, so it is replayed on h."""
+    """An op that moves or picks rows. It commutes with the projection, so that it can be replayed on h."""
 
     op: Any
     args: tuple  # after the tensor; HIDDEN stands for the length of the class dimension
-    keeps_order: bool = False  # the flattened order of the rows is the same before and after
+    keeps_order: bool = False  # whether the flattened order of the rows stays
 
 
 @dataclass(frozen=True, eq=False)
 class RowVector:
-    """A factor or term with one number a token, as it was when `after` row steps had been taken."""
+    """A factor or term with one number a token, at the time when `after` row steps had been taken."""
 
-    value: Plain  # broadcasts to the logits of that moment, length 1 along the class dimension
+    value: Plain  # broadcasts to the logits of that time; length 1 along the class dimension
     after: int
-    shape_of: Any  # fake logits of that moment
+    shape_of: Any  # fake logits of that time
     class_dim: int
 
 
@@ -80,16 +80,16 @@ class Logits:
     steps: tuple[Step, ...] = ()
     cols: tuple[Plain, ...] = ()
     rows: tuple[RowVector, ...] = ()
-    vocab: tuple[int, int] | None = None  # first and one past the last row of W that is left
-    detached: tuple[int, int] | None = None  # len(cols), len(rows) when last detached: no gradient to those, h, W
+    vocab: tuple[int, int] | None = None  # [first, last) rows of W that are left
+    detached: tuple[int, int] | None = None  # len(cols), len(rows) when last detached: those, h and W get no gradient
 
     @property
     def has_no_gradient(self) -> bool:
-        """Whether no gradient flows to anything: detached, and no vector came in since."""
+        """Whether no gradient flows: detached, and no vector was added since."""
         return self.detached == (len(self.cols), len(self.rows))
 
     def step(self, val: Tensor, *steps: Step, **changes: Any) -> Logits:
-        """These logits after column ``steps``; a result in a low precision is rounded there."""
+        """These logits after column ``steps``, rounded where the result has a low precision."""
         if val.dtype in (torch.bfloat16, torch.float16):
             steps = (*steps, Step("round", str(val.dtype).removeprefix("torch.")))
         return replace(self, val=val, steps=self.steps + steps, **changes)
@@ -115,9 +115,9 @@ class Probs:
 
 @dataclass(frozen=True, eq=False)
 class ProbTimes:
-    """factor · p · x^power element by element, x the log-probabilities or the logits: what moments of log p sum up.
+    """factor · p · x^power elementwise, x the log-probabilities or the logits: the terms of the moments of log p.
 
-    Without ``weighted`` there is no p in it, yet.
+    Without ``weighted`` the factor p is still missing.
     """
 
     of: Logits
@@ -135,7 +135,7 @@ Value = Plain | Logits | LogProbs | Probs | ProbTimes
 
 @dataclass(frozen=True, eq=False)
 class StackedProjection(Projection):
-    """Logits of several heads in one tensor, numbered by its dimension ``dim``: where they begin, once they are one.
+    """The logits of several heads in one tensor, indexed by its dimension ``dim``: the start of stacked logits.
 
     ``hidden`` is the stack of their hidden states, for the shapes of their rows; ``weight`` is that of the first.
     """
@@ -153,7 +153,7 @@ class StackedProjection(Projection):
 
 
 def piece_of(cols: tuple[Plain, ...], begin: int, end: int) -> tuple[Plain, ...]:
-    """Vectors along the vocabulary, from one class to another."""
+    """A slice of vectors along the vocabulary."""
     return tuple(Plain(Expr(torch.ops.aten.slice.Tensor, (c.ref, 0, begin, end)), c.val[begin:end]) for c in cols)
 
 
@@ -168,14 +168,14 @@ def sources_of(logits: Logits) -> list[Node]:
 
 
 def from_the_first(index: Any, size: Any) -> Expr:
-    """An index as numbers that count from the first entry: -1 is the last of ``size``. Past the end it stays there."""
+    """A non-negative index: -1 becomes the last of ``size``. An index past the end stays as it is."""
     return Expr(torch.ops.aten.where.self, (
         Expr(torch.ops.aten.lt.Scalar, (index, 0)), Expr(torch.ops.aten.add.Tensor, (index, size)), index,
     ))  # fmt: skip
 
 
 def rows_of_hidden(logits: Logits) -> Any:
-    """The hidden states with the logits' row steps taken: a node, or a `Expr`, that has the logits' rows."""
+    """The hidden states after the logits' row steps: a node or an `Expr` with the logits' rows."""
     ref: Any = logits.head.hidden.ref
     width = logits.head.weight.val.shape[1]
     for step in logits.row_steps:
@@ -185,7 +185,7 @@ def rows_of_hidden(logits: Logits) -> Any:
 
 
 def detached(value: Any) -> Any:
-    """A followed value through which no gradient flows; anything else as it is."""
+    """A followed value without gradient; any other value unchanged."""
     if isinstance(value, Logits):
         return replace(value, detached=(len(value.cols), len(value.rows)))
     if isinstance(value, (LogProbs, Probs, ProbTimes)):
@@ -205,7 +205,7 @@ def same_logits(a: Logits, b: Logits) -> bool:
 
 
 def row_identity(logits: Logits) -> tuple[Any, ...]:
-    """What decides which rows and columns a sweep sees, and in which order; the steps aside."""
+    """A key of the rows and columns that a sweep reads and their order, without the column steps."""
     steps = list(logits.row_steps)
     while steps and steps[-1].keeps_order:
         steps.pop()

@@ -1,9 +1,9 @@
-"""Differences between a row's lse and its logits, with the digits that both share taken off first, as eager code does.
+"""Differences between a row's lse and its logits, computed without cancelling digits, as in eager code.
 
-A log_softmax subtracts the row's maximum before it rounds; lse and z_y, each rounded alone, lose what is below their
-own last digit: 1e-3 where all logits are near 1e4. So the lse comes as the sum of two numbers and Σ u (lse - z) as a
-number of its own. Both are constants to autograd: gradients flow through lse, z_y and Σ u z, of which the loss is the
-same linear function as without them.
+A log_softmax subtracts the row's maximum before it rounds. lse and z_y, each rounded alone, lose all digits below their
+own last one: 1e-3 where all logits are near 1e4. The lse is therefore a sum of two numbers, and Σ u (lse - z) a
+statistic of its own. Both are constants to autograd: gradients flow through lse, z_y and Σ u z, of which the loss stays
+the same linear function.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from fusedhead.ir.builder import Emit, named
 from fusedhead.ir.terminal import Statistics
 
 aten = torch.ops.aten
-DIFFERENCE = frozenset({"picked", "lse_low"})  # what `lse_less_picked` reads besides lse
-SPREAD = frozenset({"sum", "spread"})  # what `spread` reads besides lse
+DIFFERENCE = frozenset({"picked", "lse_low"})  # statistics that `lse_less_picked` reads besides lse
+SPREAD = frozenset({"sum", "spread"})  # statistics that `spread` reads besides lse
 
 
 def normaliser(emit: Emit, stats: Statistics) -> Node:
-    """The lse that a log_softmax subtracts: NaN where a logit is +inf, and `logsumexp` therefore +inf.
+    """The lse that a log_softmax subtracts: NaN where a logit is +inf, for which `logsumexp` is +inf.
 
-    ``lse + 0 lse``, which leaves every other number as it is. Its slope must be 1 and read no statistic, or the loss
-    would not be linear in them any more; hence the detached zero.
+    Computed as ``lse + 0 lse``, which changes no other number. The zero is detached: the slope must be 1 and read no
+    statistic, or the loss would not be linear in the statistics.
     """
     return named(emit(aten.add.Tensor, stats.lse, emit(aten.detach.default, stats.lse), alpha=0), "normaliser")
 
@@ -46,7 +46,7 @@ def picked_less_lse(emit: Emit, stats: Statistics) -> Node:
 def spread(emit: Emit, stats: Statistics, weight: Any) -> Node:
     """Σ_v u_v (lse - z) [N]: the gradient of lse · ``weight`` - sum, where ``weight`` is Σ u, and the value of spread.
 
-    What is added to the first to make the second is finite, so that a row keeps its NaN or infinity.
+    The correction between the two is finite, so that a row keeps its NaN or infinity.
     """
     rounded = emit(aten.sub.Tensor, emit(aten.mul.Tensor, stats.lse, weight), stats.sum)
     lost = emit(aten.sub.Tensor, stats.spread, emit(aten.detach.default, rounded))

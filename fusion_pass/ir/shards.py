@@ -1,4 +1,4 @@
-"""Which heads lie in shards: those whose weight is what stands for the rows of all ranks (``whole_vocab``)."""
+"""Sharded heads: those whose weight is a ``whole_vocab`` call, which stands for the rows of all ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fusedhead.ir.logits import Projection
 
 
 def whole_vocab_of(ref: Plain) -> Node | None:
-    """What stands for the rows of all ranks, if a weight or a bias is that of a shard."""
+    """The ``whole_vocab`` call of a sharded weight or bias; None for one that is not sharded."""
     found = nodes_of([ref])
     return found[0] if len(found) == 1 and found[0].target is torch.ops.fusedhead.whole_vocab.default else None
 

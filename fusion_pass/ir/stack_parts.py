@@ -1,6 +1,6 @@
-"""One head of a `StackedProjection`: its logits with what was done to all of them once they were stacked.
+"""One head of a `StackedProjection`: its logits with the steps that were applied to the stack.
 
-A head that is picked by its number, ``z[:, k]``, is swept alone.
+A head that is picked by its index, ``z[:, k]``, is swept alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 def stacked_part(logits: Logits, part: Logits) -> Logits:
-    """One head's logits, with what is done to all of them once they are stacked."""
+    """One head's logits with the steps that were applied to the stack."""
     shifted = [s.with_column_offset(len(part.cols)) for s in logits.steps]
     first = part.vocab[0] if part.vocab else 0
     vocab = (first + logits.vocab[0], first + logits.vocab[1]) if logits.vocab else part.vocab
@@ -29,9 +29,9 @@ def stacked_part(logits: Logits, part: Logits) -> Logits:
 
 
 def picked_part(logits: Logits, val: Tensor, dim: int, number: Any) -> Logits | None:
-    """Head ``number`` of stacked logits, picked from dimension ``dim``; None if that does not number the heads.
+    """Head ``number`` of stacked logits, picked from dimension ``dim``; None if that is not the dimension of the heads.
 
-    Between the stack and the pick, other dimensions may have been cut, and views taken that lead back.
+    Between the stack and the pick, other dimensions may be sliced, and views taken that are undone.
     """
     head = logits.head
     if not isinstance(head, StackedProjection) or logits.rows or dim != head.dim or not isinstance(number, int):
@@ -45,6 +45,6 @@ def picked_part(logits: Logits, val: Tensor, dim: int, number: Any) -> Logits | 
         moves.append(RowStep(step.op, (at - (at > dim), *bounds)))
     back = len(whole.shape) == logits.val.ndim and all(map(same_size, whole.shape, logits.val.shape))
     if logits.class_dim != whole.ndim - 1 or not back or not all(step.keeps_order for step in steps):
-        return None  # steps that keep the order, and lead back to the shape before them, are none
+        return None  # views that keep the order and restore the shape cancel
     found = stacked_part(replace(logits, val=val), head.parts[number % len(head.parts)])
     return replace(found, val=val, row_steps=(*found.row_steps, *moves))

@@ -1,7 +1,7 @@
-"""A terminal: the place in the graph where the logits end and a few numbers a row remain.
+"""A terminal: the node at which the logits end and a few numbers a row remain.
 
-A rule returns a `Terminal`; the rewriter asks it for its labels, runs the head once, and lets it build its result out
-of row statistics, as ordinary ATen calls on [N] vectors.
+A rule returns a `Terminal`. The rewriter takes its labels, emits the head's sweep, and lets it build the result from
+row statistics with ordinary ATen calls on [N] vectors.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fusedhead.ir.logits import Logits
 
 
 class Kind(Enum):
-    """What a terminal is; its value stands in `Terminal.computes`."""
+    """The kind of a terminal. Its value is shown in `Terminal.computes`."""
 
     LOSS = "loss"
     GATHER = "gather"  # entries of the logits or of their log-probabilities
-    INDEX = "index"  # the same, by an index that counts the rows
+    INDEX = "index"  # entries, by an index that counts the rows
     LSE = "logsumexp"
     ENTROPY = "entropy"
     SUM = "sum"
@@ -46,23 +46,23 @@ class Statistics:
     max: Node | None = None  # [N] float32
     argmax: Node | None = None  # [N] int64
     variance: Node | None = None  # [N] float32, of log p under p
-    lse_low: Node | None = None  # [N] float32, what rounding took off lse
+    lse_low: Node | None = None  # [N] float32, the rounding error of lse
     spread: Node | None = None  # [N] float32, Σ_v u_v (lse - z), a constant: `differences` gives it its gradient
 
 
 @dataclass(frozen=True, eq=False)
 class Terminal:
-    """Where the logits end: what of the statistics a result is made of, and how. N tokens, K labels a row."""
+    """A result of the logits, and how it is computed from statistics. N tokens, K labels a row."""
 
     logits: Logits
     val: Any  # fake result
     kind: Kind
-    computes: str  # for the report alone, e.g. "cross_entropy(mean, ignore_index=-100)"
+    computes: str  # for the report only, e.g. "cross_entropy(mean, ignore_index=-100)"
     want: frozenset[str]  # statistics of kernels.contract.STATS besides lse
     result: Callable[[Emit, Statistics], Node]
     labels: Labels | None = None
     label_count: int = 0  # K
     label_key: Any = None  # terminals with equal keys pick the same entries
-    label_sources: tuple[Plain, ...] = ()  # what the labels are made of
+    label_sources: tuple[Plain, ...] = ()  # the values that the labels are computed from
     weights: Plain | None = None  # [V] weights of the statistic `sum`, None for ones
     sources: tuple[Plain, ...] = ()  # other operands that the result reads

@@ -1,8 +1,8 @@
-"""Values that are computed from logits one token at a time, by whatever ops: what a token program is made of.
+"""Token values: values computed from logits one token at a time, of which token programs are made.
 
-Where no rule can say what an op makes of the logits in terms of row statistics, it may still be known to treat every
-token apart. Such a value is a `TokenValue`: an expression over heads (`HeadInput`) and tensors from outside
-(`TokenInput`), in the program's own ATen ops, with the tokens flattened into dimension 0.
+Where row statistics do not give the result of an op, the op may still be known to treat every token separately. Its
+result is a `TokenValue`: an expression over heads (`HeadInput`) and other tensors (`TokenInput`), in the program's own
+ATen ops, with the tokens flattened into dimension 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class HeadInput:
 
 @dataclass(frozen=True, eq=False)
 class TokenInput:
-    """A tensor from outside. ``value`` is [N, ...] where ``by_rows``, else it broadcasts to the tail as it is."""
+    """A tensor not made of logits. ``value`` is [N, ...] where ``by_rows``, else it broadcasts to the tail."""
 
     value: Plain
     by_rows: bool
@@ -35,7 +35,7 @@ class TokenInput:
 
 @dataclass(frozen=True, eq=False)
 class TokenValue:
-    """A tensor in the program whose rows are computed apart.
+    """A tensor of the program whose rows are computed separately.
 
     ``expr`` is [N, *tail]; ``val`` the fake tensor in the program's own shape, of which the dimensions marked in
     ``tail`` are the tail, in order, and the others are tokens, in order.
@@ -52,7 +52,7 @@ class TokenValue:
 
     @property
     def small(self) -> bool:
-        """Whether a row is a few numbers: a result to hand out, where logits are not."""
+        """Whether a row is a few numbers, so that a program can return it. Logits are not."""
         vocab = min(head.weight.val.shape[0] for head in self.heads)
         entries = 1
         for size in self.tail_sizes:
@@ -62,20 +62,20 @@ class TokenValue:
 
 @dataclass(frozen=True, eq=False)
 class MaskedRows(TokenValue):
-    """The tokens that a mask picks, as all tokens with zeros where it does not hold: only their sum is the same."""
+    """The tokens that a mask picks, as all tokens with zeros outside the mask. Only their sum is the same."""
 
     mask: Plain  # bool, over the first dimensions
 
 
 @dataclass(frozen=True, eq=False)
 class ProgramResult:
-    """A row program's result in an expression of the graph, in the shape of ``value.val``."""
+    """A token program's result in an expression of the graph, in the shape of ``value.val``."""
 
     value: TokenValue
 
 
 def token_values_of(*values: Any) -> Iterator[TokenValue]:
-    """The token values that values are, or that their expressions read."""
+    """The token values among values and in their expressions."""
     for x in walk(*values):
         if isinstance(x, TokenValue):
             yield x
@@ -86,9 +86,9 @@ def token_values_of(*values: Any) -> Iterator[TokenValue]:
 def inputs_of(
     values: Iterable[TokenValue], into: Callable[[Expr], bool] = lambda expr: True
 ) -> tuple[list[HeadInput], list[TokenInput]]:
-    """The logits and the outside tensors that token values are computed from, each once, in order of appearance.
+    """The logits and other tensors that token values are computed from, each once, in order of appearance.
 
-    ``into``: whether to go on to what an expression reads.
+    ``into``: whether to walk into an expression's arguments.
     """
     found = list(walk(*(value.expr for value in values), into=into))
     heads: dict[Logits, HeadInput] = {}
@@ -99,7 +99,7 @@ def inputs_of(
 
 
 def without_gradient(value: Any) -> Any:
-    """A followed value through which no gradient flows; anything else as it is."""
+    """A followed value without gradient; any other value unchanged."""
     if isinstance(value, TokenValue):
         return replace(value, expr=Expr(torch.ops.aten.detach.default, (value.expr,)))
     return detached(value)

@@ -1,1 +1,1 @@
-"""Whether a head may be fused, and whether it pays: refusals, each a sentence."""
+"""Decisions: whether a head may be fused and whether it pays. A refusal has a sentence."""

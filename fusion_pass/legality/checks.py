@@ -1,7 +1,7 @@
-"""What makes a readable site unsafe to rewrite: writes to its operands, functorch, tensor subclasses.
+"""Checks that make a readable site unsafe to rewrite: writes to its operands, functorch, tensor subclasses.
 
-Each check returns a refusal or None. The rewrite reads h, W and the labels at another place of the graph than
-the program did; nothing may change them in between.
+Each check returns a refusal or None. The rewrite reads h, W and the labels at another place of the graph than the
+program, so that nothing may change them in between.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Heads that meet in one token program are fused together or stay together."""
+"""Joint decisions: heads that meet in one token program are fused together or stay together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fusedhead.legality.reasons import Illegal
 
 
 def run(body: Body) -> None:
-    """Give the heads of a token program one decision: the first reason that one of them has."""
+    """Give the heads of a token program one decision: the first reason that one of them has to stay."""
     if not body.regions:
         return
     reasons = {site.head: reason for site, reason, _ in body.decisions}
@@ -33,7 +33,7 @@ def run(body: Body) -> None:
 
 
 def illegal_region(region: Region, facts: GraphFacts) -> Refusal | None:
-    """Why a token program must not take the place of its nodes; None if it may."""
+    """Why a token program must not replace its nodes; None if it may."""
     operands = nodes_of(x for head in region.heads for x in (head.hidden, head.weight))
     end = max((node for node, _ in region.results), key=facts.position.__getitem__)
     first = min((head.node for head in region.heads), key=facts.position.__getitem__)

@@ -1,6 +1,6 @@
-"""Which sites of a reading may be rewritten, and why the others stay as they are.
+"""Legality: which sites of a reading may be rewritten, and why the others stay.
 
-A site that is not proved equal to what the program computes stays, with a sentence.
+A site whose rewrite is not proved equal to the program stays, with a sentence.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from fusedhead.legality import shards
 from fusedhead.legality.checks import functorch, subclass, written_after, written_between
 from fusedhead.legality.reasons import Illegal, Unprofitable
 
-RUN_AS_THEY_ARE = CHECKPOINTS | {"invoke_subgraph"}  # higher-order ops that do nothing but run their graph
+RUN_AS_THEY_ARE = CHECKPOINTS | {"invoke_subgraph"}  # higher-order ops that only run their graph
 
 
 def run(body: Body) -> None:
-    """Decide on the sites worth a record: those with a loss, and those whose logits are returned and deferred."""
+    """Decide on the sites with a loss, and on those whose logits are returned and deferred."""
     if not body.reading.sites:
         return
     body.facts.keep(min(product for site in body.reading.sites for product in site.head.products))  # type: ignore
@@ -47,7 +47,7 @@ def run(body: Body) -> None:
 
 
 def higher_order(owner: str) -> Refusal | None:
-    """Why no head of a graph that a higher-order op runs is fused."""
+    """Why no head in the graph of a higher-order op is fused; None if heads may be."""
     if owner == "" or owner in RUN_AS_THEY_ARE:
         return None
     if owner == "autograd_function_apply":
@@ -56,7 +56,7 @@ def higher_order(owner: str) -> Refusal | None:
 
 
 def may_be_deferred(site: Site, body: Body) -> bool:
-    """Whether logits that the graph only returns may be made when it has run."""
+    """Whether logits that the graph only returns may be computed after it."""
     if not site.outputs or site.escapes or sharded(site.head) or not weight_can_be_remade(site):
         return False
     return not illegal(site, body, defers=True)
@@ -77,7 +77,7 @@ def why_not_deferred(site: Site, body: Body) -> Refusal:
 
 
 def illegal(site: Site, body: Body, defers: bool | None = None) -> Refusal | None:
-    """Why a site must stay as it is, or None. ``defers``: whether its logits could be deferred, as the body says."""
+    """Why a site must stay, or None. ``defers``: whether its logits could be deferred."""
     if KEPT_SHARDS in site.head.node.meta:
         return site.head.node.meta[KEPT_SHARDS]  # type: ignore[no-any-return]
     operands = nodes_of(site.head.operands)
@@ -102,7 +102,7 @@ def on_several_devices(nodes: Iterable[Node]) -> Refusal | None:
 
 
 def must_materialise(site: Site, body: Body, defers: bool) -> Refusal | None:
-    """Why logits that a site returns must be made where they are, or None."""
+    """Why logits that a site returns must be computed inside the graph, or None."""
     if any(aliased_write(site, output) for output in site.outputs):
         return refuse(Illegal.ALIASED_WRITE)
     if site.outputs and not body.is_top:
@@ -115,7 +115,7 @@ def must_materialise(site: Site, body: Body, defers: bool) -> Refusal | None:
 
 
 def mutated_operand(site: Site, facts: GraphFacts, vectors: list[Node], labels: list[Node]) -> Refusal | None:
-    """What is written before a fused head, its backward or its returned logits would read it."""
+    """A refusal if an operand is written before a fused head, its backward or its returned logits read it."""
     operands = nodes_of(site.head.operands)
     indices = nodes_of([a for _, t in site.terminals for step in t.logits.row_steps for a in step.args])
     read = [*operands, *vectors, *indices]
@@ -127,7 +127,7 @@ def mutated_operand(site: Site, facts: GraphFacts, vectors: list[Node], labels: 
         if reason:
             return reason
     for output in site.outputs:
-        # The sources are read when the graph has run.
+        # Recipes read the sources after the graph.
         makers, sources = program_of([output], head_nodes(site))
         reason = written_after(facts, makers[0], sources)
         if reason:
@@ -135,7 +135,7 @@ def mutated_operand(site: Site, facts: GraphFacts, vectors: list[Node], labels: 
         from_logits = {site.head.node, *site.followed}.intersection(makers)
         if fake(output).requires_grad and len(set(map(facts.grad_mode, from_logits))) > 1:
             return refuse(Illegal.MIXED_GRAD_MODES)
-    # The backward reads again what eager code may not need: of two factors, where only one wants a gradient, one.
+    # The backward reads both factors again, while eager code needs only one where one factor wants a gradient.
     trains = any(isinstance(fake(node), torch.Tensor) and fake(node).requires_grad for node in read)
     reason = written_after(facts, begin, read) if site.outputs or trains else None
     if trains and terminals and not reason:
@@ -144,7 +144,7 @@ def mutated_operand(site: Site, facts: GraphFacts, vectors: list[Node], labels: 
 
 
 def aliased_write(site: Site, output: Node) -> bool:
-    """Whether memory that a returned tensor is made of is written by a node that is no part of its making."""
+    """Whether a node outside of a recipe writes to memory that the recipe reads."""
     makers = program_of([output], head_nodes(site))[0]
     memories = set().union(*map(storages, makers))
     others_followed = set(site.followed).difference(makers)

@@ -1,7 +1,7 @@
 """Reports projections under a loss that the interpreter never reached: in a transform or a region, or of another form.
 
-A product that no rule reads (in float64, of two batches) is worth a word where a loss over classes is taken of its
-entries; elsewhere, in attention or a router, it is no head.
+A product that no rule reads (in float64, of two batches) is reported where a loss over classes reads its entries.
+Without such a loss, as in attention or a router, it is no head.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fusedhead.graph.reasons import refuse
 from fusedhead.legality.checks import functorch
 from fusedhead.legality.reasons import Illegal
 
-# What leaves logits logits, or makes them log-probabilities.
+# Ops that keep logits logits or make them log-probabilities.
 CARRIES_LOGITS = (
     RESHAPES | CASTS | COPIES | SCALES | {"transpose", "permute", "movedim", "squeeze", "unsqueeze", "t", "getitem"}
     | {"log_softmax"}
@@ -28,7 +28,7 @@ CARRIES_LOGITS = (
 
 
 def run(body: Body) -> None:
-    """Note every projection with a loss that the reading does not have."""
+    """Report every projection under a loss that the reading does not contain."""
     graph, reading = body.graph, body.reading
     read = {node for site in reading.sites for node in (site.head.node, *site.head.products)}
     missed = candidates(graph) - read
@@ -47,9 +47,9 @@ def run(body: Body) -> None:
 
 
 def loss_operands(graph: Graph) -> Iterator[tuple[Node, str]]:
-    """The nodes that losses over classes are taken of, up to where their numbers are made.
+    """The nodes that losses over classes read, up to the nodes that compute their numbers.
 
-    With each the region it is in: the name of the higher-order op whose result the loss is taken of, or "".
+    Each comes with its region: the name of the higher-order op whose result the loss reads, or "".
     """
     for loss in graph.nodes:
         if loss.op == "call_function" and name_of(loss) in CLASS_LOSSES:
@@ -70,7 +70,7 @@ def is_region(node: object) -> bool:
 
 
 def result_inside(item: Node) -> object:
-    """The node of a region's body that becomes the result that ``item`` reads, or None."""
+    """The node in a region's body that computes the result that ``item`` reads, or None."""
     region, number = item.args
     body = region.args[0] if isinstance(region, Node) and region.args else None
     module = getattr(item.graph.owning_module, str(body.target), None) if isinstance(body, Node) else None

@@ -1,9 +1,9 @@
-"""Reports products that might be heads and that nothing else in the report speaks of.
+"""Reports products that might be heads and that the report does not list yet.
 
-A product with a weight from which an output of the graph is reached without passing another product, and which is
-large enough for the gate, may be a head: its loss may lie outside the graph. Where it is not deferred the report says
-why. What lies between an inner layer of a network and an output (a residual stream, an activation, a normalisation)
-tells most layers apart; the rest is told by its sizes and a sentence.
+A product with a weight may be a head whose loss lies outside of the graph if it reaches an output through no other
+product and is large enough for the gate. Where it is not deferred the report says why. A residual stream, an activation
+or a normalisation on the way to the output shows an inner layer; of other products the sizes decide, and the report
+says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fusedhead.legality.legality import why_not_deferred
 from fusedhead.legality.profitability import least_logits
 from fusedhead.legality.reasons import Unprofitable
 
-# what features of a network go through, and logits do not
+# ops on the features of a network, which are not applied to logits
 FEATURES = frozenset(
     {"layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "relu", "relu_", "gelu", "silu", "elu",
      "leaky_relu", "mish", "hardswish", "dropout", "scaled_dot_product_attention", "embedding", "conv1d", "conv2d",
@@ -32,12 +32,12 @@ COMBINES = SCALES - NEGATES | {"add_", "iadd", "mul_", "imul"}
 
 
 def output_products(graph: Graph) -> list[Node]:
-    """The products that lead to an output of the graph past no other product, and as logits do."""
+    """The products that reach an output of the graph through no other product and no op on features."""
     return last_products(graph, lambda node: not of_features(node))
 
 
 def of_features(node: Node) -> bool:
-    """Whether a node makes features of features: a normalisation, an activation, a sum with a residual stream."""
+    """Whether a node is an op on features: a normalisation, an activation, a sum with a residual stream."""
     if name_of(node) in FEATURES:
         return True
     sources = [fake(source) for source in node.all_input_nodes]
@@ -47,7 +47,7 @@ def of_features(node: Node) -> bool:
 
 
 def with_a_weight(node: Node) -> bool:
-    """Whether a product is one of tokens and a matrix of classes, whose logits are one number a token and class."""
+    """Whether a product multiplies tokens with a matrix of classes: one logit a token and class."""
     logits, operands = fake(node), [fake(source) for source in node.all_input_nodes[:2]]
     if not isinstance(logits, Tensor) or len(operands) < 2 or not all(isinstance(x, Tensor) for x in operands):
         return False
@@ -55,7 +55,7 @@ def with_a_weight(node: Node) -> bool:
 
 
 def is_large(node: Node, min_logits: str | int) -> bool:
-    """Whether the gate lets a product pass; what looks like an inner layer has to pass the automatic one as well."""
+    """Whether a product passes the gate. One with the sizes of an inner layer must pass the automatic gate too."""
     least = least_logits(fake(node).device.type, min_logits)
     if not looks_like_a_head(node):
         least = max(least, least_logits(fake(node).device.type, "auto"))
@@ -63,7 +63,7 @@ def is_large(node: Node, min_logits: str | int) -> bool:
 
 
 def run(body: Body) -> None:
-    """Note each product that no finding and no decision speaks of."""
+    """Report each product without a finding or a decision."""
     if not body.reports_products:
         return
     sites = {node: site for site in body.reading.sites for node in (site.head.node, *site.head.products)}

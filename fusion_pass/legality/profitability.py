@@ -1,7 +1,7 @@
-"""Heads too small to be worth fusing: they stay as they are, and the report says so.
+"""Profitability: heads that are too small to pay stay, and the report says so.
 
-Fused, a small head costs time: its windows are launched, or walked, one by one, where Inductor has a kernel. What it
-saves, memory for [N, V], is then small as well. Where that turns:
+Fusing a small head costs time: its windows are launched one by one, where Inductor has one kernel. The memory that it
+saves, [N, V], is then small too. The break-even point:
 
 | device | step time of a float32 head, fused over Inductor's, by logits                                       | from |
 |--------|-----------------------------------------------------------------------------------------------------|------|
@@ -10,9 +10,9 @@ saves, memory for [N, V], is then small as well. Where that turns:
 
 (one thread, D from 64 to 768, V from 128 to 50257, forward and backward.)
 
-A size that is a symbol is another one in every call. A head that may be large is fused, and its op is told from how
-many logits on: below, it builds them whole, in as few calls of torch as the plain program takes (`whole`). No
-guard is added for it.
+A symbolic size differs from call to call. A head that may be large is fused, and its op is told the break-even number
+of logits: a smaller call builds them whole, in as few calls of torch as the plain program (`whole`). This adds no
+guard.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from fusedhead.lowering.token_ops import logits_bytes
 
 LEAST_LOGITS = {"cuda": 1 << 22}  # logits, by device
 LEAST_ELSEWHERE = 1 << 20
-MAY_HOLD = {"cuda": 1.5}  # of the bytes of the logits, elsewhere as much as they
+MAY_HOLD = {"cuda": 1.5}  # times the bytes of the logits; 1 elsewhere
 MOST_TOKENS = 1 << 24
-WINDOWS = {"cuda": 2}  # of a row program, that its logits have to fill
+WINDOWS = {"cuda": 2}  # windows of a token program that its logits must fill
 
 
 def least_logits(device_type: str, min_logits: str | int) -> int:
-    """From how many logits on a head is fused; ``min_logits`` is the option of that name."""
+    """The smallest number of logits of a fused head; ``min_logits`` is the option of that name."""
     return LEAST_LOGITS.get(device_type, LEAST_ELSEWHERE) if isinstance(min_logits, str) else min_logits
 
 
 def run(body: Body) -> None:
-    """Keep the heads that are too small; heads that meet in a token program only where all of them are."""
+    """Refuse the heads that are too small; heads that meet in a token program only where all of them are."""
     if not body.decisions:
         return
     too_small = gate(body.reading.sites, body.options.min_logits, body.excluded)
@@ -73,7 +73,7 @@ def run(body: Body) -> None:
 
 
 def find_grown_heads(body: Body) -> None:
-    """Find the fused heads that would hold more than their logits; the driver then runs the passes without them."""
+    """Find the fused heads whose workspace exceeds their logits. The driver then runs the passes without them."""
     for decision in body.fused():
         site = decision.site
         reason = grown(site, body)
@@ -82,13 +82,13 @@ def find_grown_heads(body: Body) -> None:
 
 
 def grown(site: Site, body: Body) -> Refusal | None:
-    """Why a head that is fused is to be left after all: its windows would hold more than its logits take.
+    """Why a fused head must be left after all: its windows would hold more bytes than its logits.
 
-    On CUDA some growth is paid for: at (2048, 4096, 32000) a step holds 157 MiB for the 125 of the logits and takes
-    0.96 of Inductor's time. What the user has set counts logits alone, and where tokens are a symbol each call decides.
+    On CUDA some growth pays: at (2048, 4096, 32000) a step holds 157 MiB instead of 125 MiB of logits and takes 0.96 of
+    Inductor's time. A limit set by the user counts logits only, and with a symbolic number of tokens each call decides.
     """
     built = bool(site.outputs) and not body.defers
-    if sharded(site.head):  # what a rank of uneven shards holds is no ground for a decision of all ranks
+    if sharded(site.head):  # uneven shards differ in size, and all ranks must decide alike
         return None
     if body.options.min_logits != "auto" or built or body.least[site.head]:
         return None
@@ -104,9 +104,9 @@ def gate(
 ) -> Callable[[Site], Refusal | None]:
     """A function that says why a site is too small, or None.
 
-    Heads of one graph that share a weight count together: a loop over pieces of the tokens is one head. Of heads that
-    are stacked each counts alone: it is swept alone. A symbol counts with the largest value that it may have.
-    ``excluded``: what `grown` said of products, by their names.
+    Heads of one graph that share a weight count together: a loop over pieces of the tokens is one head. Stacked heads
+    count separately, since each is swept alone. A symbol counts with its largest value. ``excluded``: the refusals of
+    `grown`, by the products' names.
     """
     count: Counter[tuple[Node, ...]] = Counter()
     for site in sites:
@@ -124,9 +124,9 @@ def gate(
 
 
 def too_small_for_a_token_program(projections: Iterable[Node], memory: int) -> Refusal | None:
-    """Why the logits of heads that a token program computes are too few for it, or None.
+    """Why the logits of some heads are too few for a token program, or None.
 
-    A token program saves memory and costs time: where its gradients are not known up to a factor, it multiplies again
+    A token program saves memory and costs time: unless its gradients are known up to a factor, it multiplies again
     where Inductor reads logits again. Below its window, on CUDA twice that, there is little to save.
     """
     logits = [fake(node) for node in projections]
@@ -138,9 +138,9 @@ def too_small_for_a_token_program(projections: Iterable[Node], memory: int) -> R
 
 
 def pays_from(h: Tensor, w: Tensor, min_logits: str | int, memory: int) -> int:
-    """From how many logits on a call on ``h`` [N, D] and ``w`` [V, D] is to be fused, N a symbol.
+    """The smallest number of logits for which a call on ``h`` [N, D] and ``w`` [V, D] is fused, N a symbol.
 
-    What both parts of the gate say of each N: of so many logits on, and none whose windows hold more than they take.
+    Combines both parts of the gate for each N: the number of logits, and windows that hold no more than the logits.
     """
     device = w.device.type
     least = least_logits(device, min_logits)
@@ -166,9 +166,9 @@ def pays_from(h: Tensor, w: Tensor, min_logits: str | int, memory: int) -> int:
 
 
 def limits(sites: Iterable[Site], min_logits: str | int, memory: int) -> Callable[[Site], int]:
-    """A function that says of how many logits on a site is large; 0 where the gate has seen how many they are.
+    """A function that gives the smallest number of logits of a fused call; 0 where the gate knows the number.
 
-    Sites on one weight share the limit, as they do in `gate`.
+    Sites on one weight share the limit, as in `gate`.
     """
     sharing = Counter(weight(site) for site in sites)
 
@@ -181,9 +181,9 @@ def limits(sites: Iterable[Site], min_logits: str | int, memory: int) -> Callabl
 
 
 def limit_calls(body: Body) -> None:
-    """Tell the ops of heads whose number of tokens is a symbol below how many logits they are to build them whole.
+    """Set ``whole_below`` of each op whose number of tokens is a symbol: smaller calls build their logits whole.
 
-    Calls on one weight share the limit. Where a gradient takes a second op, those below it keep their product.
+    Calls on one weight share the limit. Where the gradient takes a second op, smaller calls keep their product for it.
     """
     if not body.emitted:
         return
@@ -207,7 +207,7 @@ def limit_calls(body: Body) -> None:
 
 
 def keeps_product(call: Node) -> bool:
-    """Whether a ``head_stats`` call is differentiated, and not by multiplying again."""
+    """Whether a ``head_stats`` call is differentiated and keeps its product for the backward."""
     h, w = fake(call.args[0]), fake(call.args[1])  # type: ignore[arg-type]
     engine = engine_for(h.dtype, h.device.type).for_few_logits
     return (
@@ -226,12 +226,12 @@ def records_gradient(node: Node) -> bool:
 
 
 def is_counted(tokens: Any) -> bool:
-    """Whether a number of tokens is a symbol that the caller's tensors give."""
+    """Whether a number of tokens is a symbol that the caller's tensors determine."""
     return isinstance(tokens, torch.SymInt) and not free_unbacked_symbols(tokens)
 
 
 def limit_token_programs(body: Body) -> None:
-    """Tell ``head_rows`` calls that are differentiated below how many bytes of logits they are to keep the products.
+    """Set ``keep_below`` of each differentiated ``head_rows`` call: smaller calls keep their products for the backward.
 
     Calls on one weight share the limit.
     """
@@ -253,7 +253,7 @@ def limit_token_programs(body: Body) -> None:
 
 
 def rows_from(device_type: str, memory: int) -> int:
-    """Bytes of logits from which on a row program pays."""
+    """The smallest number of bytes of logits for which a token program pays."""
     return WINDOWS.get(device_type, 1) * window_bytes(device_type, memory)
 
 

@@ -1,4 +1,4 @@
-"""Why heads that can be read stay as they are."""
+"""Reasons why heads that the analysis can read stay."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fusedhead.graph.reasons import Reason
 
 
 class Illegal(Reason):
-    """The rewritten program might not be the program."""
+    """The rewritten program might differ from the program."""
 
     WRITTEN_BEFORE_LOSS = "{name} at {place} changes {tensor} in place before the loss"
     WRITTEN = "{name} at {place} changes {tensor} in place"
@@ -34,14 +34,17 @@ class Illegal(Reason):
     SHARDS_RETURNED = (
         "its logits are returned, and logits in shards are not deferred: a read by some ranks alone would wait"
     )
-    SHARDS_STATISTIC = "{names} of its rows cannot be merged over the ranks"
     SHARDS_OF_A_PART = "its loss is taken of a part of the classes"
     SHARDS_PICKED_ROWS = "its rows are picked by a tensor, which may pick others on another rank"
+    SHARDS_OWN_VECTOR = (
+        "{name} meets logits that the program gathered: each rank may have one of its own, and the ranks that hold the "
+        "other classes would need it"
+    )
     SHARDS_OF_A_VECTOR = "a vector along the classes that wants a gradient does not lie in shards as the weight does"
 
 
 class Unprofitable(Reason):
-    """The rewritten program would be the same, and no better."""
+    """The rewritten program would be equal and no better."""
 
     FEW_LOGITS = (
         "its {logits:,.0f} logits are too few for fusing to pay (fewer than fusedhead.min_logits, {least:,}; with 0 it "

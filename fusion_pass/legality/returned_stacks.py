@@ -1,4 +1,4 @@
-"""Which of the stacks that a graph only returns are deferred: those that may be computed when the graph has run."""
+"""Decides which of the stacks that a graph only returns are deferred: those that may be computed after the graph."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fusedhead.legality.profitability import gate
 
 
 def run(body: Body) -> None:
-    """Find the stacks to be deferred, and decide on each of their heads."""
+    """Find the stacks to defer, and decide on each of their heads."""
     with_loss: set[Node] | None = None
     for stack in returned_stacks(body):
         if with_loss is None:
@@ -40,13 +40,13 @@ def run(body: Body) -> None:
 
 
 def site_of(part: Logits) -> Site:
-    """One head of a stack, whose weight may be rows of a larger one."""
+    """The site of one head of a stack. Its weight may be a slice of a larger one."""
     weight = replace(part.head.weight, val=part.head.weight.val[: part.val.shape[-1]])
     return Site(replace(part.head, weight=weight), outputs=[part.head.node])
 
 
 def is_movable(stack: ReturnedStack, facts: GraphFacts) -> bool:
-    """Whether the stack may be computed when the graph has run."""
+    """Whether the stack may be computed after the graph."""
     makers, sources = program_of_stack(stack)
     stack_nodes = {*stack.arranged, *stack.head.products}
     recorded = {facts.grad_mode(node) for node in stack_nodes}

@@ -1,7 +1,7 @@
-"""Weights that are whole only while their module runs: FSDP gathers them before its forward and frees them after it.
+"""FSDP: weights that are whole only while their module runs, gathered before its forward and freed after it.
 
-What is computed in the graph sees them whole, and autograd's saved tensors are gathered again before the backward.
-What would read them later, like deferred logits, finds them freed:
+Computation inside the graph reads them whole, and autograd's saved tensors are gathered again before the backward.
+Deferred logits read them later, when they are freed:
 
 | who owns the weight | what deferred logits are made of                                                              |
 |---------------------|-----------------------------------------------------------------------------------------------|
@@ -26,15 +26,15 @@ from fusedhead.analysis.body import Body
 from fusedhead.graph.reasons import refuse
 from fusedhead.legality.reasons import Illegal
 
-FREED = "fusedhead_freed"  # of an input of a graph that was not made by Dynamo, in its meta: its owner frees it
-DEEPSPEED = "ds_id"  # what ZeRO-3 calls a parameter by; it empties parameters where they lie
+FREED = "fusedhead_freed"  # key in the meta of a graph input whose owner frees it, for a graph Dynamo did not make
+DEEPSPEED = "ds_id"  # attribute of a parameter under ZeRO-3, which empties parameters in place
 # what frees a gathered weight: a module of torch, a class, its method
 FREES = ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam", "free_unsharded_param")
-MANAGED = "_is_fsdp_managed_module"  # what FSDP (1 and 2) sets on modules, for Dynamo
+MANAGED = "_is_fsdp_managed_module"  # attribute that FSDP (1 and 2) sets on modules, for Dynamo
 
 
 def run(body: Body) -> None:
-    """Keep heads whose logits are only returned where their weight may be freed before the logits are asked for."""
+    """Refuse heads whose logits are only returned where their weight may be freed before the logits are read."""
     if not body.defers:
         body.decisions = [
             decision._replace(reason=decision.reason or refuse(Illegal.GATHERED_WEIGHT))
@@ -45,7 +45,7 @@ def run(body: Body) -> None:
 
 
 def frees_weights(graph: Graph) -> bool:
-    """Whether an input of the graph is a weight that its owner frees when the module has run, and is not copied."""
+    """Whether an input of the graph is a weight that its owner frees after the module and that is not copied."""
     return any(
         node.op == "placeholder" and (node.meta.get(FREED) or of_fsdp1(node) or of_deepspeed(node))
         for node in graph.nodes
@@ -53,7 +53,9 @@ def frees_weights(graph: Graph) -> bool:
 
 
 def of_fsdp1(node: Node) -> bool:
-    """Dynamo marks what it reads from a module that FSDP (1 or 2) manages; FSDP1's are views of a flat parameter."""
+    """Whether FSDP1 owns an input. Dynamo marks inputs of modules under FSDP (1 or 2); FSDP1's are views of a flat
+    parameter.
+    """
     source: Any = getattr(node, "_dynamo_source", None)
     found = getattr(source, "guard_source", None)
     if found is None or not found.is_fsdp_module():
@@ -71,14 +73,14 @@ def example(node: Node) -> Any:
 
 
 def given_back_by(module: nn.Module, weight: Tensor) -> bool:
-    """The same of a module's weight, outside any graph: whether its owner frees it when the module has run."""
+    """Whether a module's weight, outside of any graph, is freed after the module."""
     return hasattr(weight, DEEPSPEED) or (getattr(module, MANAGED, False) and not fsdp2_in_use())
 
 
 def fsdp2_in_use() -> bool:
-    """Whether this process has given a module to `fully_shard` of torch.distributed.fsdp: it makes a class for it."""
+    """Whether this process has called `fully_shard` of torch.distributed.fsdp, which makes a class for each module."""
     cls = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    # torch's own class below it, of modules that are replicated, is no module's until it is given one
+    # torch's own subclass, for replicated modules, counts only once a module has it
     return cls is not None and any(map(is_of_modules, cls.__subclasses__()))
 
 
@@ -87,5 +89,5 @@ def is_of_modules(cls: type) -> bool:
 
 
 def worth_a_copy(sources: Sequence[Any], shape: Sequence[int]) -> bool:
-    """Whether logits of a shape are at least as large as what they are made of, so that it may be copied for them."""
+    """Whether logits of a shape are at least as large as their sources, so that the sources may be copied for them."""
     return sum(x.numel() for x in sources if isinstance(x, Tensor)) <= math.prod(shape)

@@ -1,12 +1,14 @@
-"""What keeps a head whose vocabulary lies in shards on several ranks as the program has it.
+"""Checks of a head whose vocabulary is sharded over ranks: the reasons why it stays.
 
-A head is fused in shards where every number that its sweep gives can be merged over the ranks, and where its rows are
-the same on all of them. This file reads a site; it must not know how a sweep is made.
+Every statistic of a sweep can be merged over the ranks. A head is fused in shards where its rows are the same on all of
+them. This file reads a site; it must not know how a sweep is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+
+from torch.fx import Node
 
 from fusedhead.analysis.site import Site
 from fusedhead.graph.nodes import fake
@@ -15,11 +17,10 @@ from fusedhead.ir.expr import nodes_of
 from fusedhead.ir.logits import Logits, Projection
 from fusedhead.ir.shards import sharded, whole_vocab_of
 from fusedhead.legality.reasons import Illegal
-from fusedhead.lowering.shards import MERGED
 
 
 def unserved(site: Site, by_tokens: Collection[Projection]) -> Refusal | None:
-    """Why a head in shards is not fused, or None. ``by_tokens``: heads that a token program reads."""
+    """Why a sharded head is not fused, or None. ``by_tokens``: heads that a token program reads."""
     if not sharded(site.head):
         return None
     if whole_vocab_of(site.head.weight) is None or len(site.head.products) > 1:
@@ -28,9 +29,9 @@ def unserved(site: Site, by_tokens: Collection[Projection]) -> Refusal | None:
         return refuse(Illegal.SHARDS_BY_TOKENS)
     if site.outputs:
         return refuse(Illegal.SHARDS_RETURNED)
-    unmerged = {name for _, terminal in site.terminals for name in terminal.want}.difference(MERGED)
-    if unmerged:
-        return refuse(Illegal.SHARDS_STATISTIC, names=", ".join(sorted(unmerged)))
+    weights = [weights for _, terminal in site.terminals for weights in nodes_of([terminal.weights])]
+    if weights and gathered(site.head):
+        return refuse(Illegal.SHARDS_OWN_VECTOR, name=weights[0].name)
     return next(filter(None, (of_logits(terminal.logits) for _, terminal in site.terminals)), None)
 
 
@@ -39,7 +40,22 @@ def of_logits(logits: Logits) -> Refusal | None:
         return refuse(Illegal.SHARDS_OF_A_PART)
     if nodes_of([step.args for step in logits.row_steps]):
         return refuse(Illegal.SHARDS_PICKED_ROWS)
+    vector = own_vector(logits)
+    if vector is not None:
+        return refuse(Illegal.SHARDS_OWN_VECTOR, name=vector.name)
     for col in logits.cols:
         if whole_vocab_of(col) is None and any(getattr(fake(node), "requires_grad", False) for node in nodes_of([col])):
             return refuse(Illegal.SHARDS_OF_A_VECTOR)
     return None
+
+
+def gathered(head: Projection) -> bool:
+    """Whether the program takes plain logits of all classes, which every rank may then treat in its own way."""
+    whole = whole_vocab_of(head.weight)
+    return whole is not None and bool(whole.args[5])
+
+
+def own_vector(logits: Logits) -> Node | None:
+    """A vector that meets plain logits of all classes and is no part of the head: each rank may have one of its own."""
+    vectors = [*(col for col in logits.cols if whole_vocab_of(col) is None), *(row.value for row in logits.rows)]
+    return next(iter(nodes_of(vectors)), None) if gathered(logits.head) else None

@@ -1,1 +1,1 @@
-"""What became of each head, for people. No pass reads it."""
+"""Reports: what the pass did with each head, for people and programs."""

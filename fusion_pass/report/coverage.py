@@ -1,7 +1,7 @@
-"""What the pass reads and what it leaves, as a table for people and as the list of its sentences, out of the code.
+"""The table of what the pass reads and leaves, and the list of its sentences, generated from the code.
 
-The ops of a row are those of a module's rules, and the words beside them stand in that module; rows about passes stand
-here. Sentences are those of every `Reason`. ``python -m fusedhead.rules`` prints both.
+The ops of a row are those of a module's rules, and its text stands in that module; rows about passes stand here. The
+sentences are those of every `Reason`. ``python -m fusedhead.rules`` prints both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fusedhead.rules import RULES, elementwise, gather, indexing, losses, pointw
 from fusedhead.rules.table import COVERAGE, TOKEN_RULES, CoverageRow
 from fusedhead.rules.tokenwise import dispatch as tokenwise
 
-# Parts of a program that no rule of an op is about.
+# Parts of a program without a rule of an op.
 PASSES = (
     CoverageRow(
         "several pieces, several heads",
@@ -50,7 +50,7 @@ PASSES = (
 
 
 class CoveragePart(NamedTuple):
-    """A row of the table: the words, and the module whose rules have the ops."""
+    """A row of the table: its text, and the module whose rules have the ops."""
 
     row: CoverageRow
     module: ModuleType | None = None
@@ -64,7 +64,7 @@ SENTENCES = ("<!-- python -m fusedhead.rules --sentences -->", "<!-- end of sent
 
 
 def overloads(part: CoveragePart) -> list[Any]:
-    """The ATen overloads that a part is about: those of its module's rules, and of its tables of overloads."""
+    """The ATen overloads of a part: those of its module's rules and tables."""
     module = part.module
     if module is None:
         return []
@@ -74,7 +74,7 @@ def overloads(part: CoveragePart) -> list[Any]:
 
 
 def ops(part: CoveragePart) -> list[str]:
-    """Their names as users write them, each once."""
+    """The names of a part's ops as users write them, each once."""
     names = (target._schema.name.removeprefix("aten::") for target in overloads(part))
     return list(dict.fromkeys(name for name in names if not name.startswith(("_", "special_"))))
 
@@ -92,18 +92,18 @@ def table() -> str:
 
 
 def sentences() -> list[str]:
-    """The sentences of every `Reason` in the package, sorted, with … for what a program fills in."""
+    """The sentences of every `Reason` in the package, sorted, with … for each field."""
     return sorted({reason.template for table in tables() for reason in table})
 
 
 def renewed(document: str) -> str:
-    """The document with the table, and the list of sentences, between their markers."""
+    """The document with the table and the list of sentences between their markers."""
     listed = "\n".join(f"* {sentence}" for sentence in sentences())
     return between_markers(between_markers(document, MARKERS, table()), SENTENCES, listed)
 
 
 def between_markers(document: str, markers: tuple[str, str], text: str) -> str:
-    """The document with ``text`` between two markers of it. Raises ValueError where it lacks one."""
+    """The document with ``text`` between two of its markers. Raises ValueError where it lacks one."""
     begin, end = markers
     before, found, rest = document.partition(begin)
     _, closed, after = rest.partition(end)

@@ -1,6 +1,6 @@
-"""What a fused head is worth, from its sizes alone: memory, FLOP and memory traffic, with the formulas.
+"""Estimates of a fused head from its sizes: memory, FLOP and memory traffic, with the formulas.
 
-These are estimates for a page that people read, not measurements; nothing is decided by them.
+They are shown in the report's page. They are no measurements, and no decision reads them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from fusedhead.report.report import HeadRecord
 
-# bytes a second a device reads and writes, where the device does not say: order of magnitude
+# bytes a second that a device reads and writes, an order of magnitude for devices that do not tell
 BANDWIDTH = {"cuda": 2.0e12, "cpu": 2.0e10}
 
 
@@ -35,7 +35,7 @@ class Estimate:
 
 
 def worth(head: HeadRecord) -> Estimate:
-    """For one head and one step at the compiled size.
+    """The estimate of one head for one step at the compiled size.
 
     Inductor holds the logits [N, V] and puts their gradient in their place. Beside the matrix products, it reads
     them for their statistics, and reads them and writes the gradient. A forward-only step writes and reads them.
@@ -58,10 +58,10 @@ def itemsize(head: HeadRecord) -> int:
 
 
 def bandwidth(device: str) -> float:
-    """Bytes a second of the device's memory, from its clock and bus where it tells them."""
+    """Bytes a second of the device's memory, from its clock and bus width where known."""
     if device == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties()
         clock, bus = getattr(properties, "memory_clock_rate", 0), getattr(properties, "memory_bus_width", 0)
         if clock and bus:
-            return 2.0 * clock * 1e3 * bus / 8  # kHz and bits, two transfers a clock
+            return 2.0 * clock * 1e3 * bus / 8  # kHz and bits; two transfers a clock
     return BANDWIDTH.get(device, BANDWIDTH["cpu"])

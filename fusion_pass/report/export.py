@@ -1,6 +1,6 @@
 """The report as plain data, for programs: ``report.to_dict()`` and ``fusedhead run --report out.json``.
 
-Every number is in bytes, FLOP or seconds. The names stay; others may be added.
+Every number is in bytes, FLOP or seconds. The names are stable; others may be added.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEAD_FIELDS = (
 
 
 def head_data(head: HeadRecord) -> dict[str, Any]:
-    """One head: what was decided, in the record's own names, and under "counts" what became of it since."""
+    """One head: the record's fields, and its run-time counts under "counts"."""
     run, (calls, small) = head.run, head.calls()
     counts = {
         "calls": calls,
@@ -38,12 +38,12 @@ def head_data(head: HeadRecord) -> dict[str, Any]:
 
 
 def plain_data(value: Any) -> Any:
-    """A size may be a symbol of torch's: its text then."""
+    """A size as a number, or the text of a symbol."""
     return value if value is None or type(value) in (str, int, float, bool) else str(value)
 
 
 def data(overview: Overview) -> dict[str, Any]:
-    """The whole report: ``bytes_saved`` is of one step, net (`terminal.saved_in_a_step`)."""
+    """The whole report: ``bytes_saved`` is net and of one step (`terminal.saved_in_a_step`)."""
     heads: Sequence[HeadRecord] = left_first(overview.heads)
     return {
         "fusedhead": __version__,
@@ -62,5 +62,5 @@ def data(overview: Overview) -> dict[str, Any]:
 
 
 def now() -> str:
-    """The moment, in UTC, as ISO 8601."""
+    """The current time in UTC, as ISO 8601."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""A graph's text before and after the pass, side by side, as rows of HTML. This file knows no heads."""
+"""A side-by-side diff of a graph's text before and after the pass, as rows of HTML."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ AROUND = 4  # unchanged lines shown on each side of a change
 
 
 def side_by_side(before: str, after: str) -> str:
-    """Both texts, long equal stretches folded away."""
+    """The rows of both texts, with long equal stretches folded."""
     a, b = before.splitlines(), after.splitlines()
     rows: list[str] = []
     for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():

@@ -1,9 +1,9 @@
-"""The page that ``fusedhead run --report out.html`` writes: one HTML file with nothing outside it; and the same table
-for a notebook.
+"""The page that ``fusedhead run --report out.html`` writes, one self-contained HTML file, and the table for a notebook.
 
-First the totals, then a table of all heads, the left ones first, with a filter and a link to each head's card; then the
-cards (what was left, why and on which line; what was fused, and how), all bars to one scale; then every graph that
-holds a head, before and after. The layout is ``page.html.jinja`` and ``page.css``; this file gathers what they show.
+The totals come first, then a table of all heads, the left ones first, with a filter and a link to each head's card.
+Cards follow (what was left, why and on which line; what was fused, and how), with all bars to one scale, then every
+graph that holds a head, before and after. The layout is in ``page.html.jinja`` and ``page.css``; this file collects the
+data.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def file_text(name: str) -> str:
 
 
 class _Files(BaseLoader):
-    """Templates beside this file, also where the package lies in an archive."""
+    """Templates beside this file, which also works where the package is in an archive."""
 
     def get_source(self, environment: Environment, template: str) -> tuple[str, str | None, Any]:
         try:
@@ -54,7 +54,7 @@ def environment() -> Environment:
 
 
 class Card(NamedTuple):
-    """One head as the page shows it."""
+    """The data of one head's card."""
 
     number: int
     head: HeadRecord
@@ -118,7 +118,7 @@ def summary_note(summary: Summary, overview: Overview) -> str:
 
 
 def scale(shown: Sequence[Card]) -> float:
-    """Percent of a card's width for a byte: one scale for all bars of the page."""
+    """Percent of a card's width a byte, one scale for all bars of the page."""
     most = max((max(card.worth.bytes_unfused, card.worth.bytes_left) for card in shown), default=0)
     return 100 / most if most else 0.0
 
@@ -150,7 +150,7 @@ def sentence(text: str) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: 1.5 GiB."""
+    """A number of bytes as text: 1.5 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"

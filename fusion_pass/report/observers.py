@@ -1,7 +1,7 @@
-"""Who is told about every compiled graph: a list of callables, each given the graph's `Report`.
+"""Observers: callables that get the `Report` of every compiled graph.
 
-`explain` asks for one compilation; an observer hears of all of them, from any thread. An error of an observer breaks
-no compilation.
+`explain` reports on one compilation; an observer gets all of them, from any thread. An error of an observer does not
+break a compilation.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from fusedhead.report.report import Report
 log = logging.getLogger("fusedhead")
 
 Observer = Callable[[Report], None]
-observers: tuple[Observer, ...] = ()  # replaced as a whole, so that a reader needs no lock
-readers: tuple[Observer, ...] = ()  # those of them that want the graphs' texts, which take longer than the pass
+observers: tuple[Observer, ...] = ()  # replaced as a whole, so that reading needs no lock
+readers: tuple[Observer, ...] = ()  # those that read the graphs' texts, which take longer to print than the pass
 changing = threading.Lock()
 
 
 def add(observer: Observer, texts: bool = True) -> Callable[[], None]:
-    """Tell ``observer`` about every graph from now on, with their ``texts``.
+    """Call ``observer`` with the report of every graph from now on. ``texts``: with the graphs' texts.
 
-    Returns the function that takes it off again.
+    Returns the function that removes it.
     """
     global observers, readers
     with changing:
@@ -40,7 +40,7 @@ def add(observer: Observer, texts: bool = True) -> Callable[[], None]:
 
 
 def notify(report: Report) -> None:
-    """Hand ``report`` to every observer. What an observer raises is logged, not raised."""
+    """Call every observer with ``report``. Errors of observers are logged and not raised."""
     for observer in observers:
         try:
             observer(report)

@@ -1,8 +1,8 @@
-"""The rate of matrix products on some chips, for floors of time. Nothing is decided by it.
+"""Rates of matrix products on some chips, for lower bounds of time. No decision reads them.
 
-A row that was measured has the rate of bare products of a head's sizes in ``benchmarks/results``. Of a chip that nobody
-here has measured it is what its maker states for dense products, times the share of its own that the measured H100
-reached; the text of an estimate says which of the two it is.
+A measured row has the rate of bare products of a head's sizes in ``benchmarks/results``. A row that was not measured
+has the maker's rate for dense products, times the fraction that the measured H100 reached. The text of an estimate says
+which of the two it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 TERA = 1e12
-REACHED = 0.72  # of the 989 TFLOP/s that are stated for the H100 SXM
+REACHED = 0.72  # of the 989 TFLOP/s stated for the H100 SXM
 
 
 class Chip(NamedTuple):
@@ -44,7 +44,7 @@ CHIPS = {
 
 
 def chip_named(name: str | None) -> Chip:
-    """The chip of that name; for None this machine's GPU, if it is known, or an H100. Raises ValueError."""
+    """The chip of a name; for None this machine's GPU if it is in the table, else an H100. Raises ValueError."""
     if name is not None:
         if name.lower() not in CHIPS:
             raise ValueError(f"fusedhead: unknown chip {name!r}; the known ones are {', '.join(CHIPS)}")

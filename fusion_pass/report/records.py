@@ -1,4 +1,4 @@
-"""What the report says of each head: its sizes, what it computes, what computes it, at which price."""
+"""Builds the report's record of each head: sizes, loss, engine and price."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fusedhead.report.report import HeadRecord
 
 
 def records_of(body: Body) -> list[HeadRecord]:
-    """The records of a graph: what the passes found and left, then what was decided on."""
+    """The records of a graph: findings first, then decisions."""
     stacked = [record_of_decision(decision, body) for decision in body.returned_heads]
     found = [record_of_finding(finding) for finding in body.findings]
     return [*stacked, *found, *(record_of_decision(decision, body) for decision in body.decisions)]
 
 
 def record_of_finding(finding: Finding) -> HeadRecord:
-    """The record of a product that no site was rewritten for."""
+    """The record of a product that was not rewritten."""
     product, reason = finding.node, str(finding.reason or "")
     logits, hidden = fake(product), next((fake(n) for n in product.all_input_nodes), None)
     if not isinstance(logits, Tensor) or not isinstance(hidden, Tensor):  # the call of a region that holds it
@@ -43,7 +43,7 @@ def record_of_finding(finding: Finding) -> HeadRecord:
 
 
 def record_of_decision(decision: Decision, body: Body) -> HeadRecord:
-    """The record of a site that is fused or stays."""
+    """The record of a site, fused or left."""
     site, reason = decision.site, str(decision.reason or "")
     head, region = site.head, body.regions.get(site.head)
     vocab, hidden = head.weight.val.shape
@@ -80,14 +80,14 @@ def record_of_decision(decision: Decision, body: Body) -> HeadRecord:
 
 
 def symbols(graph: Graph) -> dict[Any, int]:
-    """The places of the graph's inputs that are sizes, by their symbols."""
+    """The indices of the graph's inputs that are sizes, by their symbols."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     sizes = [(at, fake(node)) for at, node in enumerate(inputs) if isinstance(fake(node), torch.SymInt)]
     return {size.node.expr: at for at, size in sizes}
 
 
 def counting(graph: Graph, tokens: torch.SymInt) -> Callable[[tuple[int, ...]], int] | None:
-    """The number of tokens as a function of a call's sizes, in the order of `symbols`; None where they do not tell."""
+    """The number of tokens as a function of a call's sizes, in the order of `symbols`; None if it needs others."""
     expression, known = tokens.node.expr, list(symbols(graph))
     if not expression.free_symbols <= set(known):
         return None

@@ -1,4 +1,4 @@
-"""What the pass did to a graph, for people and for tests: one record a head, the graph before and after."""
+"""The report of a graph: one record a head, and the graph before and after the pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusedhead.report.terminal import Overview, columns, rich_text, saved_in_a_s
 
 
 class NotRun(Reason):
-    """Why a head that was fused has done nothing."""
+    """Why a fused head has computed nothing."""
 
     NEVER_RUN = "its graph was compiled and never run"
     FAILED = "its graph failed to compile ({error}); what ran instead ran eagerly"
@@ -23,10 +23,10 @@ class NotRun(Reason):
 
 @dataclass
 class HeadRecord:
-    """One projection onto a vocabulary that some loss, or log-probability, hangs on, or that the graph returns.
+    """One projection onto a vocabulary that a loss or a log-probability depends on, or that the graph returns.
 
-    What was decided when the graph was compiled, and, in ``run``, what became of it since. All that people are told, in
-    tables, logs, traces and pages, is read from these fields.
+    The fields hold the decision at compile time, and ``run`` the counts since. Tables, logs, traces and pages read only
+    these fields.
     """
 
     fused: bool
@@ -36,30 +36,30 @@ class HeadRecord:
     tokens: int | str  # N, or the name of its symbol
     hidden_size: int
     vocab_size: int
-    logits: str  # what was decided about them: "never built" | "built" | "deferred"
-    engine: str  # what computes it and when its gradients are taken; empty when it is not fused
-    bytes_logits: int = 0  # what the [N, V] logits take: Inductor holds them, or their gradient, at the peak
-    workspace_bytes: int = 0  # what is held at the peak in their place where they are not built
+    logits: str  # the decision about them: "never built" | "built" | "deferred"
+    engine: str  # the engine and when it computes gradients; empty when not fused
+    bytes_logits: int = 0  # bytes of the [N, V] logits: Inductor holds them, or their gradient, at the peak
+    workspace_bytes: int = 0  # bytes held at the peak instead of them
     flop: int = 0  # of the matrix products of a step
     forward_only: bool = False  # whether no gradient is taken
     dtype: str = ""  # of the logits
     device: str = ""
     module: str = ""  # "lm_head", "heads.2"
     source: str = ""  # the lines of the program that made the projection, as in a traceback
-    likely: bool = True  # whether it is taken for a head: `fusedhead.strict` asks of those only that they be fused
-    least: int = 0  # calls of fewer logits build them, as Inductor would; 0 where their number is not a call's
+    likely: bool = True  # whether it is taken for a head: `fusedhead.strict` raises only for these
+    least: int = 0  # calls of fewer logits build them, as Inductor would; 0 where their number is fixed
     run: Run = field(default_factory=Run, repr=False)
     sizes: Callable[[int], tuple[int, int]] | None = field(default=None, repr=False)  # N -> both numbers of bytes
     tokens_of: Callable[[tuple[int, ...]], int] | None = field(default=None, repr=False)  # a call's sizes -> N
 
     @property
     def materialised(self) -> bool:
-        """Whether the [N, V] logits have existed in the largest call, or will."""
+        """Whether the largest call builds the [N, V] logits."""
         calls, small = self.calls()
         return not self.fused or self.logits == "built" or bool(self.run.built.total) or 0 < calls == small
 
     def calls(self) -> tuple[int, int]:
-        """The calls of the graph, and how many of them were too small for the logits not to be built."""
+        """The calls of the graph, and the number of small ones that built their logits."""
         calls = self.run.graph.calls.items()
         small = 0
         if self.least and self.tokens_of is not None and self.logits != "deferred":
@@ -77,16 +77,16 @@ class HeadRecord:
 
     @property
     def bytes_held(self) -> int:
-        """What is held for the logits at the peak of a step: they themselves, or the windows."""
+        """Bytes held at the peak of a step: the logits, or the windows."""
         return self.bytes_logits if self.materialised else self.workspace_bytes
 
     @property
     def bytes_saved(self) -> int:
-        """What Inductor would hold for the logits at the peak of a step, less what is held; it may be negative."""
+        """The bytes that Inductor holds for the logits at the peak of a step, minus those held. May be negative."""
         return self.bytes_logits - self.bytes_held if self.fused else 0
 
     def seen(self) -> HeadRecord:
-        """The record with the sizes of the largest call that was made, where tokens are a symbol."""
+        """The record with the sizes of the largest call so far, where the number of tokens is a symbol."""
         counts = [self.tokens_of(key) for key, _ in self.run.graph.calls.items() if key] if self.tokens_of else []
         if not counts or self.sizes is None:
             return self
@@ -97,14 +97,14 @@ class HeadRecord:
         return replace(self, bytes_logits=bytes_logits, workspace_bytes=workspace, flop=flop, tokens=tokens)
 
     def ended(self) -> HeadRecord:
-        """The record when the program has ended: a graph that never ran has fused nothing."""
+        """The record at the end of the program: a graph that never ran has fused nothing."""
         if not self.fused or not self.run.graph.watched or self.run.graph.calls.total:
             return self
         reason = str(refuse(NotRun.NEVER_RUN))
         return replace(self, fused=False, reason=reason, logits="built", engine="")
 
     def told(self) -> str:
-        """What became of the logits, in a few words."""
+        """The outcome of the logits in a few words."""
         run, (calls, small) = self.run, self.calls()
         if small:
             return f"built in {small} of {plural(calls, 'call')}"
@@ -116,7 +116,7 @@ class HeadRecord:
         return f"built {times(built)} of {deferred}" if built else "deferred, never built"
 
     def remarks(self) -> list[str]:
-        """What else there is to say: why it was left, how often it was answered for, and what had it built."""
+        """Further remarks: why it was left, how often deferred logits were answered, and which uses had them built."""
         run = self.run
         notes = [f"because {self.reason}"] if self.reason else []
         if self.fused and self.calls()[1]:
@@ -149,7 +149,7 @@ class PassRecord(NamedTuple):
 
 @dataclass(repr=False)
 class Report:
-    """Everything the pass has to say about one compiled function (one or several graphs).
+    """The report of one compiled function (one or several graphs).
 
     ``print(report)`` shows a table, a notebook shows the same in HTML, `to_dict` has all of it as plain data.
     """
@@ -159,7 +159,7 @@ class Report:
     after: str = ""
     graphs: int = 0
     milliseconds: float = 0.0  # spent in the pass
-    errors: list[str] = field(default_factory=list)  # what made the pass step back, or a compilation fail, if anything
+    errors: list[str] = field(default_factory=list)  # errors that made the pass give up a graph, or a compilation fail
     run: GraphRun = field(default_factory=GraphRun, repr=False)  # of a single graph
     passes: list[PassRecord] = field(default_factory=list, repr=False)  # of the pipeline, in order
     shows_passes: bool = False  # whether the text ends with their table
@@ -174,7 +174,7 @@ class Report:
         self.passes += other.passes
 
     def failed(self, error: BaseException) -> None:
-        """The graph could not be compiled: whoever goes on, goes on without it."""
+        """The report of a graph that could not be compiled."""
         line = next(iter(str(error).strip().splitlines()), "")
         what = f"{type(error).__name__}: {line}" if line else type(error).__name__
         for head in self.heads:
@@ -183,7 +183,7 @@ class Report:
                 head.reason = str(refuse(NotRun.FAILED, error=what))
 
     def overview(self) -> Overview:
-        """What people are told, in every form."""
+        """The overview that every form of the report shows."""
         seen = [head.seen() for head in self.heads]
         by_graph: dict[int, list[HeadRecord]] = {}
         for head in seen:
@@ -193,7 +193,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data (`fusedhead.report.export`), which ``json.dumps`` takes."""
-        from fusedhead.report.export import data  # it stands above this file
+        from fusedhead.report.export import data  # imported here, since it imports this file
 
         return data(self.overview())
 
@@ -216,7 +216,7 @@ class Report:
 
 
 def pass_table(passes: Sequence[PassRecord]) -> list[str]:
-    """The passes as lines ``pass | edits | ms``, each once, in the order in which they first ran."""
+    """The passes as lines ``pass | edits | ms``, each pass once, in the order of the first run."""
     edits, milliseconds = Counter[str](), dict[str, float]()
     for name, count, spent in passes:
         edits[name] += count

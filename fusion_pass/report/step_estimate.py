@@ -1,4 +1,4 @@
-"""What `fusedhead.estimate` returns, and its text. This file computes nothing."""
+"""The result of `fusedhead.estimate` and its text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusedhead.report.terminal import counted, head_name, size_text
 
 @dataclass(frozen=True)
 class HeadEstimate:
-    """One head. Bytes are held for its logits at the peak of a step, beside its operands and their gradients."""
+    """One head. Bytes are those held for its logits at the peak of a step, beside its operands and their gradients."""
 
     head: HeadRecord
     bytes_eager: int
@@ -20,12 +20,12 @@ class HeadEstimate:
     bytes_fusedhead: int
     bytes_gradients: int  # of its operands, which exist when the step ends
     flop: int  # of its matrix products under fusedhead
-    milliseconds: float | None  # those at the chip's rate; None where the chip has none for the dtype
+    milliseconds: float | None  # the FLOP at the chip's rate; None where the chip has no rate for the dtype
 
 
 @dataclass
 class StepEstimate:
-    """What `estimate` returns: the heads of one step, and what of the program could not be followed."""
+    """The result of `estimate`: the heads of one step, and the point up to which the program was followed."""
 
     chip: Chip
     heads: list[HeadEstimate] = field(default_factory=list)
@@ -40,7 +40,7 @@ class StepEstimate:
 
 
 def estimate_table(step: StepEstimate) -> Iterator[str]:
-    """Lines of 80 columns: one a head, its place and what it computes below."""
+    """Lines of 80 columns: one a head, with its place and loss below."""
     graphs = counted(step.graphs, "graph")
     yield f"fusedhead: an estimate for {step.chip.name}: {counted(len(step.heads), 'head')} in {graphs}"
     yield "  MiB held for logits at the peak of a step, beside operands and their gradients"

@@ -1,8 +1,7 @@
-"""What fusedhead did in a whole program: the reports of all its graphs, folded to one line a head.
+"""The summary of a whole program: the reports of all its graphs, folded to one line a head.
 
-A head is compiled many times in a program: for training and for evaluation, for other shapes, by every
-thread. The same line with the same outcome is one line here. This file knows reports and nothing of
-compiling.
+A program compiles a head many times: for training and for evaluation, for other shapes, in every thread. Records with
+the same source line and outcome are folded into one.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Summary:
         self.keep_graphs = keep_graphs
         self.guard = threading.Lock()
         self.reports: list[Report] = []
-        self.notes: list[str] = []  # what else there is to say of the program, a sentence each
+        self.notes: list[str] = []  # further sentences about the program
 
     def add(self, report: Report) -> None:
         if not (self.keep_graphs and report.heads):
@@ -61,7 +60,7 @@ class Summary:
         return sum(report.milliseconds for report in self.reports) / 1e3
 
     def publish(self) -> None:
-        """Tell the log and the structured trace what the end of the program has made of the report."""
+        """Write the final report to the log and the structured trace."""
         for head in self.heads():
             log.info("%s", head)
         compat.trace_artifact("fusedhead_summary", lambda: str(self))
@@ -78,7 +77,7 @@ class Summary:
 
 
 def fold(heads: list[HeadRecord]) -> HeadRecord:
-    """The records of one head: all token counts, the sizes of the largest, each engine once, all runs together."""
+    """Fold the records of one head: all token counts, the largest sizes, each engine once, the sum of all runs."""
     largest = max(heads, key=lambda head: head.bytes_logits)
     return dataclasses.replace(
         largest,

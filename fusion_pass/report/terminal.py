@@ -1,4 +1,4 @@
-"""The report in a terminal: what was left first, one line a head by the path of its module, readable at 80 columns.
+"""The report in a terminal: one line a head, named by the path of its module, the left ones first, at 80 columns.
 
     fusedhead: 1 head fused, 1 left, in 2 graphs (0.3 s in the pass)
       1,353.8 MiB less held for logits at the peak of a step (an estimate from the sizes)
@@ -12,8 +12,7 @@
              logits deferred, never built; torch windows: gradients in the forward sweep; ...
              train.py:12 (lm_head): cross_entropy(mean, ignore_index=-100)
 
-Where `rich` is installed `show` uses its colours on a terminal; the text is the same. This file must not know how heads
-are found or compiled.
+Where `rich` is installed `show` adds colours on a terminal; the text is the same.
 """
 
 from __future__ import annotations
@@ -30,56 +29,58 @@ if TYPE_CHECKING:
 
 STATE, NAME, SIZES, COUNT, SAVED = 5, 16, 22, 8, 13  # widths of the columns
 INDENT = "  " + " " * STATE + "  "
-SHORTEST = 8  # that a name is cut to
-NAMED_PLACES = 3  # of heads that are told of together
+SHORTEST = 8  # a name's width
+NAMED_PLACES = 3  # of heads with one account
 IN_COLUMNS = ("answered ", "handed to ")
 NARROWEST, WIDEST = 60, 120
 NOTHING = "no projection with a loss in this graph"
 
 
 class TextLine(NamedTuple):
-    """One line of the text and what it is: "title", "note", "header", "left", "fused", "reason" or "detail"."""
+    """One line of the text and its kind: "title", "note", "header", "left", "fused", "reason" or "detail"."""
 
     kind: str
     text: str
 
 
 class Overview(NamedTuple):
-    """What there is to be told: the folded heads of some graphs."""
+    """The content of a report: the folded heads of some graphs."""
 
     heads: Sequence[HeadRecord]
     graphs: int
     seconds: float  # in the pass
     saved: int  # bytes, of all heads of one step (`saved_in_a_step`)
     errors: Sequence[str] = ()
-    empty: str = NOTHING  # what is said where there is no head
-    notes: Sequence[str] = ()  # what else there is to say, a sentence each
+    empty: str = NOTHING  # the sentence where there is no head
+    notes: Sequence[str] = ()  # further sentences
 
 
 def saved_in_a_step(graphs: Sequence[Sequence[HeadRecord]]) -> int:
-    """Bytes that a step holds less than under Inductor: of the graph that saves most.
+    """The bytes that a step saves compared with Inductor, for the graph that saves most.
 
-    Graphs are alternatives (training and evaluation, other shapes) as often as parts of one step, so that their sum
-    would promise too much.
+    Graphs may be alternatives (training and evaluation, other shapes) or parts of one step, so that their sum could be
+    too large.
     """
     sums = [sum(head.bytes_saved for head in heads) for heads in graphs if any(head.fused for head in heads)]
     return max(sums, default=0)
 
 
 def left_first(heads: Sequence[HeadRecord]) -> list[HeadRecord]:
-    """Left ones first, the most bytes of logits first; then the fused ones by their modules' paths."""
+    """Heads in the order of the table: left ones by decreasing bytes of logits, then fused ones by their modules'
+    paths.
+    """
     return sorted(
         heads, key=lambda head: (head.fused, 0 if head.fused else -head.bytes_logits, natural(head_name(head)))
     )
 
 
 def natural(text: str) -> list[tuple[int, str]]:
-    """A key that puts heads.9 before heads.10."""
+    """A sort key that puts heads.9 before heads.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in text.replace("[", ".").split(".")]
 
 
 def head_name(head: HeadRecord) -> str:
-    """The path of the module, or the place where there is no module."""
+    """The path of the head's module, or its source line where there is no module."""
     return head.module or head.where
 
 
@@ -108,14 +109,14 @@ def lines(overview: Overview) -> Iterator[TextLine]:
 
 
 def account(head: HeadRecord) -> tuple[str, ...]:
-    """What is said below a head's line; heads that follow one another and have the same are told of together."""
+    """The text below a head's line. Consecutive heads with the same text share it."""
     how = f"logits {head.told()}; {head.how}" if head.fused else ""
     remarks = [text for text in head.remarks() if not text.startswith(IN_COLUMNS)]
     return (str(head.fused), head.computes, how, *remarks)
 
 
 def group(heads: Sequence[HeadRecord]) -> Iterator[TextLine]:
-    """The lines of heads with one `account`: theirs, then why or how, then where they are and what they compute."""
+    """The lines of heads with one `account`: a line each, then the reason or the engine, then places and losses."""
     _, computes, how, *remarks = account(heads[0])
     kind = "fused" if heads[0].fused else "left"
     for head in heads:
@@ -130,7 +131,7 @@ def group(heads: Sequence[HeadRecord]) -> Iterator[TextLine]:
 
 
 def saved_line(saved: int) -> str:
-    """The one number of bytes: of a step, net of what is held instead."""
+    """The sentence with the net bytes saved a step."""
     more = "less" if round(saved / 2**20, 1) >= 0 else "more"
     return f"{size_text(abs(saved))} {more} held for logits at the peak of a step (an estimate from the sizes)"
 
@@ -146,7 +147,7 @@ def row(head: HeadRecord) -> str:
 
 
 def text_cells(state: str, name: str, sizes: str, answered: str, built: str, saved: str) -> str:
-    """One line of the table. A name that is too long keeps its end; sizes that are too long push the rest."""
+    """One line of the table. A long name is cut at its start; long sizes shift the other columns."""
     if len(sizes) + len(name) > NAME + SIZES:
         room = max(SHORTEST, NAME + SIZES - len(sizes))
         name = name if len(name) <= room else "…" + name[1 - room :]
@@ -155,12 +156,12 @@ def text_cells(state: str, name: str, sizes: str, answered: str, built: str, sav
 
 
 def text(overview: Overview, width: int | None = None) -> str:
-    """All lines; sentences are wrapped at ``width``, and not where it is None."""
+    """All lines. Sentences are wrapped at ``width``; None wraps nothing."""
     return "\n".join(shaped for line in lines(overview) for shaped in shape(line, width))
 
 
 def shape(line: TextLine, width: int | None) -> list[str]:
-    """The line with its indentation, wrapped."""
+    """A line, indented and wrapped."""
     if line.kind == "title":
         return [line.text]
     indent = INDENT if line.kind in ("reason", "detail") else "  "
@@ -173,7 +174,7 @@ def shape(line: TextLine, width: int | None) -> list[str]:
 
 
 def columns(file: TextIO) -> int | None:
-    """The width of the terminal that a file is; None for what is no terminal."""
+    """The width of a file's terminal; None where it is no terminal."""
     try:
         return max(NARROWEST, min(WIDEST, os.get_terminal_size(file.fileno()).columns)) if file.isatty() else None
     except (OSError, ValueError, AttributeError):
@@ -187,7 +188,7 @@ STYLES = {
 
 
 def rich_text(overview: Overview, width: int | None = None) -> Any:
-    """The same as a `rich.text.Text`. Raises ImportError where rich is not installed."""
+    """The text as a `rich.text.Text`. Raises ImportError where rich is not installed."""
     from rich.text import Text
 
     parts = [(shaped + "\n", STYLES[line.kind]) for line in lines(overview) for shaped in shape(line, width)]
@@ -214,5 +215,5 @@ def counted(count: int, noun: str) -> str:
 
 
 def size_text(count: float) -> str:
-    """Bytes in MiB, which compare."""
+    """A number of bytes in MiB, so that heads compare."""
     return f"{count / 2**20:,.1f} MiB"

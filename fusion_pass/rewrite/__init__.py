@@ -1,1 +1,1 @@
-"""From a site that is to be fused to the ops that compute it."""
+"""The rewrite: replaces fused sites by op calls."""

@@ -1,10 +1,10 @@
-"""Taking the gradients of a head in the forward sweep, where the loss is linear in the head's statistics.
+"""Gradients in the forward sweep, for a loss that is linear in the head's statistics.
 
-``head_stats`` allows any per-row upstream gradient, at the price of building every window of logits twice.
-When the graph reduces the statistics to one scalar with coefficients that do not depend on them (mean,
-sum / num_items, mask / mask.sum(), class weights ...), the upstream gradient of the statistics is that
-scalar's own, times numbers known before the sweep: then ``head_loss`` computes the gradients in the same sweep,
-and ``head_rows_loss`` does in the place of ``head_rows`` for the results of a row program.
+``head_stats`` allows any per-row upstream gradient, but builds every window of logits twice. When the graph reduces the
+statistics to one scalar with coefficients that do not depend on them (mean, sum / num_items, mask / mask.sum(), class
+weights ...), the upstream gradient of the statistics is the scalar's, times numbers known before the sweep. Then
+``head_loss`` computes the gradients in the same sweep, and ``head_rows_loss`` replaces ``head_rows`` for the results of
+a token program.
 
 `loss_tail` finds the nodes between the statistics and the scalar, `tail_gradient` proves that they are linear. The
 tail itself stays in the graph, so the loss keeps the program's own treatment of NaN, ignored labels and rounding.
@@ -46,14 +46,14 @@ from fusedhead.rewrite.loss_tail import (
 from fusedhead.rewrite.tail_gradient import coefficients, dependent, needed, shape_only
 
 aten = torch.ops.aten
-TRIES = 4  # scalars looked at before giving up: the total loss, and what it was before weights or terms joined
+TRIES = 4  # scalars tried: the total loss, and its values before weights or terms were added
 TIE = LOSS_OUTPUTS.index("tie")
-# outputs without a gradient: of `head_stats` -> of `head_loss`
+# outputs without a gradient: `head_stats` -> `head_loss`
 CONSTANT = {STATS.index(name): LOSS_OUTPUTS.index(name) for name in COMPANIONS}
 
 
 def run(body: Body) -> None:
-    """Take the gradients of the emitted calls in the forward sweep where their loss is linear; note what they cost."""
+    """Compute gradients of the emitted calls in the forward sweep where their loss is linear; record the price."""
     budget = body.options.budget
     for emitted in sorted(body.emitted, key=lambda emitted: emitted.token_by_token):
         if emitted.token_by_token:
@@ -61,20 +61,31 @@ def run(body: Body) -> None:
                 price = price_of_token_program(call, budget)  # reads the call, which an upgrade replaces
                 emitted.prices.append(price(body.recomputes or upgrade_rows(call, body.facts)))
         else:
-            price = price_of_statistics(emitted.calls[0], budget)
+            price = price_of_statistics(emitted.calls[0], budget, body.options.gradients == "float8")
             emitted.prices.append(price(body.recomputes or upgrade(*emitted.calls, facts=body.facts)))
+    if body.options.gradients == "float8":
+        allow_float8(body)
+
+
+def allow_float8(body: Body) -> None:
+    """Let the planner choose float8 products for the gradients that are computed in the forward sweep."""
+    for call in body.graph.find_nodes(op="call_function", target=torch.ops.fusedhead.head_loss.default):
+        call.kwargs = {"float8": True}
+        body.edited(call)
 
 
 class CallFamily(NamedTuple):
-    """What tells the two pairs of ops apart."""
+    """The differences between the two pairs of ops."""
 
-    squares: Callable[[Sequence[Node], Sequence[Node]], list[Node]]  # of statistics that are statistics themselves
-    sized: Callable[[Node], Sequence[Node]]  # a call's tensors, the hidden states first: their sizes are known
+    squares: Callable[[Sequence[Node], Sequence[Node]], list[Node]]  # functions of statistics that are statistics too
+    sized: Callable[[Node], Sequence[Node]]  # a call's tensors, hidden states first, whose sizes are known
     replace: Callable[[Emit, Node, dict[Node, Node], Sequence[Node]], Sequence[Node]]  # -> what ties the loss to it
 
 
 def upgrade_rows(call: Node, facts: GraphFacts) -> Refusal | None:
-    """Turn a ``head_rows`` call into ``head_rows_loss`` where the tail allows it: None when done, else why not."""
+    """Replace a ``head_rows`` call by ``head_rows_loss`` where the tail is linear. Returns None when done, else the
+    reason.
+    """
     tensors: Any = call.args[0]
     if not any(map(differentiable, tensors)) or not any(map(differentiable, call.users)):
         return refuse(NotInForward.NO_GRADIENT)
@@ -84,9 +95,9 @@ def upgrade_rows(call: Node, facts: GraphFacts) -> Refusal | None:
 
 
 def upgrade(*calls: Node, facts: GraphFacts) -> Refusal | None:
-    """Turn ``head_stats`` calls whose results meet into ``head_loss`` where the tail allows it.
+    """Replace ``head_stats`` calls whose results meet by ``head_loss`` where the tail is linear.
 
-    Returns None when done, else why the gradients are recomputed instead.
+    Returns None when done, else the reason why the gradients are recomputed.
     """
     for call in calls:
         if not any(needs_of(call)) or not any(map(differentiable, call.users)):
@@ -123,7 +134,7 @@ def needs_of(call: Node) -> list[bool]:
 def try_tail(
     calls: Sequence[Node], statistics: Sequence[Node], tail: Sequence[Node], family: CallFamily, facts: GraphFacts
 ) -> Refusal | None:
-    """`upgrade` with one tail: None when done."""
+    """`upgrade` with one tail. Returns None when done."""
     impure = next((node for call in calls if (node := writes_into(call, tail[-1], facts)) is not None), None)
     if impure is not None:
         return refuse(NotInForward.WRITES_LOSS, node=impure, name=name_of(impure))
@@ -166,7 +177,7 @@ class TailGradient(NamedTuple):
 def replace_with_losses(
     calls: Sequence[Node], gradient: TailGradient, anchor: Node, scalar: Node, family: CallFamily
 ) -> Refusal | None:
-    """Put the op that takes coefficients in the place of each call: None when done."""
+    """Replace each call by the op that takes coefficients. Returns None when done."""
     statistics, squares, outside, program = gradient
     emit = Emit(anchor.graph)
     sized = family.sized(calls[0])
@@ -206,7 +217,7 @@ def tie_to(scalar: Node, ties: Sequence[Node], emit: Emit) -> None:
 
 
 def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares: Sequence[Node]) -> list[Node]:
-    """One ``head_loss`` in the place of a ``head_stats``; ``coefficients`` of its results, which become constants."""
+    """Replace a ``head_stats`` by ``head_loss``. ``coefficients``: of its results, which become constants."""
     tensors: Any = call.args[:6]
     transform, stats, memory = call.args[6:]
     by_index = {name_index(s): r for s, r in coefficients.items()}
@@ -232,11 +243,11 @@ def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares
 
 
 def replace_rows(emit: Emit, call: Node, coefficients: dict[Node, Node], squares: Sequence[Node]) -> list[Node]:
-    """One ``head_rows_loss`` in the place of a ``head_rows``; ``coefficients`` of its results, which lead back."""
+    """Replace a ``head_rows`` by ``head_rows_loss``. ``coefficients``: of its results."""
     tensors: Any
     tensors, program, memory = call.args
     by_index = {name_index(s): r for s, r in coefficients.items()}
-    absent = emit(aten.new_empty.default, tensors[0], [], dtype=torch.float32)  # of no dimension, as no result is
+    absent = emit(aten.new_empty.default, tensors[0], [], dtype=torch.float32)  # 0-d, as no result is
     c = [by_index.get(i, absent) for i in range(len(fake(call)))]
     op = torch.ops.fusedhead.head_rows_loss.default
     loss = named(emit(op, tensors, c, program, memory, [differentiable(t) for t in tensors]), "head_rows")
@@ -257,13 +268,13 @@ ROWS_CALLS = CallFamily(no_squares, lambda call: call.args[0], replace_rows)  # 
 
 
 class UnknownSize(Escape):
-    """The coefficients need a symbolic size that nothing known before the sweep has."""
+    """The coefficients need a symbolic size that no tensor before the sweep has."""
 
 
 def shaped_like(emit: Emit, node: Node, env: dict[Node, Any], sized: Sequence[Node]) -> Any:
-    """A shape-only op on a statistic, before the statistic exists: its sizes are those of h [N, D], y [N, K] ...
+    """A shape-only op on a statistic that does not exist yet: the sizes are taken from h [N, D], y [N, K] ...
 
-    Where h is made of the rows of several groups, a statistic may have the sizes of one of them.
+    Where h holds the rows of several groups, a statistic may have the sizes of one of them.
     """
     h = sized[0]
     pieces = h.args[0] if h.target is aten.cat.default else ()

@@ -1,6 +1,6 @@
-"""Which nodes stand between a head's statistics and a scalar: the *tail*, read from the graph.
+"""The loss tail: the nodes of the graph between a head's statistics and a scalar.
 
-The tail is the subgraph between the statistics and one scalar through which all of its gradient flows. It may be
+The tail is the subgraph between the statistics and one scalar through which all of its gradient flows. It can be
 differentiated alone.
 """
 
@@ -30,10 +30,11 @@ def differentiable(node: Node) -> bool:
 
 
 def tails(statistics: Sequence[Node]) -> Iterator[list[Node]]:
-    """Tails to try: the differentiable nodes from the statistics to a scalar they all meet in, longest first.
+    """Tails to try, the longest first: the differentiable nodes from the statistics to a scalar in which all of them
+    meet.
 
-    The longest is the best: the further down the scalar, the likelier its upstream gradient is exactly 1. A scalar
-    ends one if all that was reached before it leads to it and nowhere else, which one look along the nodes tells.
+    The longest is the best: the later the scalar, the likelier its upstream gradient is exactly 1. A scalar ends a tail
+    if every node reached before it leads to it and nowhere else. One walk over the nodes finds out.
     """
     reached = reached_from(statistics)
     at = {node: i for i, node in enumerate(reached)}
@@ -43,7 +44,7 @@ def tails(statistics: Sequence[Node]) -> Iterator[list[Node]]:
         if furthest <= i:
             ends.append(i)
         use = last_use(node, at)
-        if use < 0:  # a dead end: what comes after it is not all that the statistics lead to
+        if use < 0:  # a dead end: later scalars do not depend on all that the statistics lead to
             break
         furthest = max(furthest, use)
     for end in reversed(ends):
@@ -71,7 +72,7 @@ def reached_from(statistics: Sequence[Node]) -> list[Node]:
 
 
 def last_use(node: Node, at: dict[Node, int]) -> float:
-    """The place in a tail of the last node through which gradients reach ``node``: -1 for none, inf for another."""
+    """The index of the last node of a tail through which gradients reach ``node``: -1: none, inf: one outside."""
     last: float = -1
     for user in node.users:
         if user in at:
@@ -84,7 +85,7 @@ def last_use(node: Node, at: dict[Node, int]) -> float:
 def gradient_transparent(tail: Sequence[Node], statistics: Sequence[Node]) -> dict[Node, Node]:
     """Scalar ``x + other`` nodes of a tail, with x: d(x + other)/dx = 1, so that the node shares the gradient of x.
 
-    A loop over pieces of the tokens adds up its losses by one such node for each piece that is left.
+    A loop over pieces of the tokens adds its losses with one such node a piece.
     """
     inside, shares = {*statistics, *tail}, {}
     for node in tail:
@@ -98,7 +99,7 @@ def gradient_transparent(tail: Sequence[Node], statistics: Sequence[Node]) -> di
 
 
 def squares_of_lse(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Node]:
-    """The nodes of the tail that are lse², element by element (a z-loss): statistics of their own to `head_loss`."""
+    """The nodes of the tail that are lse² elementwise (a z-loss), which are statistics of `head_loss`."""
     same = {node for node in statistics if name_index(node) == 0}
     squares = []
     for node in tail:
@@ -113,7 +114,7 @@ def squares_of_lse(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Nod
 
 
 def depends_on(nodes: Sequence[Node], call: Node) -> Node | None:
-    """The first of ``nodes`` that is computed from the call's results."""
+    """The first of ``nodes`` that depends on the call's results."""
     independent: set[Node] = set()
     for node in nodes:
         stack = [node]
@@ -128,7 +129,7 @@ def depends_on(nodes: Sequence[Node], call: Node) -> Node | None:
 
 
 def computed_from(start: Node) -> set[Node]:
-    """``start`` and every node that reads it, directly or not."""
+    """``start`` and every node that depends on it."""
     reached, stack = {start}, [start]
     while stack:
         fresh = [user for user in stack.pop().users if user not in reached]
@@ -140,7 +141,7 @@ def computed_from(start: Node) -> set[Node]:
 def writes_into(call: Node, scalar: Node, facts: GraphFacts) -> Node | None:
     """A node that writes to something between the head and the scalar.
 
-    By names, not by memory: the fake values of old nodes do not know yet that they are views of new ones.
+    Nodes are compared and not memory: the fake values of old nodes are not views of those of new nodes.
     """
     writers = list(facts.writers(call, call.graph.output_node()))
     if not writers:
@@ -158,6 +159,6 @@ def first_use(statistics: Sequence[Node]) -> Node:
 
 
 def name_index(statistic: Node) -> int:
-    """Which output of ``head_stats`` a getitem reads; lse, picked, sum have the same place in ``head_loss``."""
+    """The output of ``head_stats`` that a getitem reads; lse, picked and sum have the same index in ``head_loss``."""
     assert STATS[: len(LINEAR_STATS)] == LOSS_OUTPUTS[: len(LINEAR_STATS)] == LINEAR_STATS
     return int(statistic.args[1])  # type: ignore[arg-type]

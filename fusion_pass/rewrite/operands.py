@@ -1,4 +1,4 @@
-"""What a head's op reads: h, w, y, cols, rows and u, emitted from what is known of the logits.
+"""The operands of a head's op: h, w, y, cols, rows and u, emitted from the steps of the logits.
 
 Row steps are replayed on the hidden states, and on the vectors along the tokens.
 """
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 def replay(emit: Emit, start: Node, steps: Sequence[RowStep], width: Any) -> Node:
-    """Row steps on a tensor that has length ``width`` where the logits have their classes."""
+    """Apply row steps to a tensor that has length ``width`` in the class dimension."""
     node = start
     for step in steps:
         args = [[width if s is HIDDEN else s for s in a] if isinstance(a, list) else a for a in step.args]
@@ -41,7 +41,7 @@ def flat(emit: Emit, node: Node, width: int) -> Node:
 
 
 def row_vector(emit: Emit, hidden: Node, logits: Logits, vector: RowVector) -> Node:
-    """A row vector in float32, brought through the remaining row steps to [N]."""
+    """A row vector in float32, taken through the remaining row steps to [N]."""
     before = replay(emit, hidden, logits.row_steps[: vector.after], logits.head.weight.val.shape[1])
     sizes = emit.sizes(before)
     sizes[vector.class_dim] = 1
@@ -54,7 +54,7 @@ def row_vector(emit: Emit, hidden: Node, logits: Logits, vector: RowVector) -> N
 
 
 def joined_operands(emit: Emit, batch: Batch) -> tuple[list[Node], list[Any]]:
-    """`emit_operands` of several groups, one after the other, and how many rows each has."""
+    """The concatenated operands of several groups (`emit_operands`), and the number of rows of each."""
     each = [emit_operands(emit, group.logits, group.labels, group.weights) for group in batch]
     counts = [emit.sizes(h)[0] for h, *_ in each]
     if len(batch) == 1:
@@ -69,7 +69,7 @@ def emit_operands(
 ) -> list[Node]:
     """The six tensors of an op call: h [N, D], w [V, D], y [N, K], cols [C, V], rows [R, N] and u, [V] or empty.
 
-    ``labels`` emit the columns of y; ``weights`` are u.
+    ``labels`` emit the columns of y; ``weights`` becomes u.
     """
     head = logits.head
     detached_cols, detached_rows = logits.detached or (0, 0)

@@ -1,8 +1,8 @@
-"""Logits that the graph returns: the graph returns h instead, and the logits are computed from it outside.
+"""Returned logits: the graph returns h instead, and the logits are computed from it outside of the graph.
 
-A differentiable output of a compiled graph gets a gradient whether or not anyone uses it: AOTAutograd fills an
-[N, V] tensor of zeros and multiplies it through the head twice. Computed outside the differentiated graph, in
-eager mode, logits that nobody uses cost no backward, and used ones are exactly what the program would have got.
+A differentiable output of a compiled graph gets a gradient whether or not anyone uses it: AOTAutograd fills an [N, V]
+tensor of zeros and multiplies it through the head twice. Outside of the differentiated graph, in eager mode, unused
+logits cost no backward, and used ones equal the program's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fusedhead.ir.logits import logits_of
 
 
 def note_lines(body: Body) -> None:
-    """Note the line of each head, by which it is told from other products: while all of them are in the graph."""
+    """Note the source line of each head while all products are in the graph, among which the line identifies it."""
     if body.decisions:
         products = products_of(body.graph)
         body.lines |= {site.head: place(site.head.node, products) for site, *_ in body.decisions}
@@ -48,13 +48,13 @@ def run(body: Body) -> None:
 
 
 def recipe(site: Site, slot: int, output: Node, class_dim: int) -> Recipe:
-    """The recipe of a followed node that the graph returns in ``slot``."""
+    """The recipe of a followed node that the graph returns as output ``slot``."""
     nodes, sources = program_of([output], head_nodes(site))
     sizes: dict[Node, Sequence[Any]] = {
         product: tuple(fake(node).shape[-1] for node in (product, *product.all_input_nodes[:1]))  # [V, D]
         for product in site.head.products
     }
-    for weight in weights_of(site):  # sizes of what it is made of belong to the head too
+    for weight in weights_of(site):  # sizes of the weight's sources are sizes of the head too
         for node in made_of_inputs(weight) or ():
             sizes[node] = [n for source in node.all_input_nodes for n in getattr(fake(source), "shape", ())]
     return recipe_of(nodes, sources, sizes, slot, output, class_dim)

@@ -1,7 +1,7 @@
-"""Stacks of heads that a graph only returns are taken out of it: it returns what they are made of.
+"""Returned stacks: a stack of heads that the graph only returns leaves the graph, which returns its sources instead.
 
-The stack is computed outside of the differentiated graph (`graph.recipes`) and handed out deferred: a loss of
-``z[:, k]`` is then one of that head alone.
+The stack is computed outside of the differentiated graph (`graph.recipes`) and returned deferred: a loss on ``z[:, k]``
+is then a loss on one head.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fusedhead.ir.logits import Projection
 
 
 def run(body: Body) -> None:
-    """Redirect the outputs of the stacks that are deferred."""
+    """Redirect the outputs of deferred stacks."""
     slots: Any = body.graph.output_node().args[0]
     recipes, replaced = [], []
     for stack in body.returned_stacks:
         makers, sources = program_of_stack(stack)
         sizes = {node: [n for x in (node, *node.all_input_nodes) for n in sizes_of_a_head(x)] for node in makers}
         node = stack.head.node
-        sizes[node] = [*sizes[node], len(stack.head.parts)]  # a head's number is none of a token
+        sizes[node] = [*sizes[node], len(stack.head.parts)]  # the index of a head is no token index
         heads = {part.head.node: part.head for part in stack.head.parts}
         runs = tuple(body.runs[product] for product in heads)
         weights = tuple(tensors_of(head, sources) for head in heads.values())
@@ -45,7 +45,7 @@ def run(body: Body) -> None:
 
 
 def tensors_of(head: Projection, sources: list[Node]) -> frozenset[int]:
-    """Which of a recipe's sources, of those that are tensors, a head's weight is made of."""
+    """The indices, among a recipe's tensor sources, of those that a head's weight is made of."""
     weight = nodes_of([head.weight])
     makers = {*weight, *(source for node in making(weight) for source in node.all_input_nodes)}
     tensors = [source for source in sources if isinstance(fake(source), torch.Tensor)]
@@ -53,7 +53,7 @@ def tensors_of(head: Projection, sources: list[Node]) -> frozenset[int]:
 
 
 def sizes_of_a_head(node: Node) -> tuple[Any, ...]:
-    """The sizes of a tensor that belong to heads: those of a weight, and the last of anything else."""
+    """The sizes of a tensor that are sizes of a head: all of a weight's, the last of any other tensor's."""
     value = fake(node)
     if not isinstance(value, torch.Tensor):
         return ()

@@ -1,19 +1,19 @@
-"""The sweep of a head whose vocabulary lies in shards: this rank's rows, and what the ranks have to agree on.
+"""The sweep of a head with a sharded vocabulary: this rank's rows, and the facts that all ranks must agree on.
 
-The operands come as those of the whole head. The weight and the vectors along the classes that stand for the rows of
-all ranks become this rank's, others are cut; labels stay those of the whole vocabulary, and the op shifts them. This
-file emits the call and decides nothing.
+The operands arrive as those of the whole head. The weight and vectors that stand for the rows of all ranks become this
+rank's part, and other vectors along the classes are sliced. Labels stay those of the whole vocabulary: the op shifts
+them.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from fusedhead.graph.dtensors import PRODUCT, SWEPT
 from fusedhead.graph.nodes import fake
 from fusedhead.ir.builder import Emit, named
 from fusedhead.ir.logits import Logits
@@ -30,10 +30,10 @@ def in_shards(batch: Batch) -> bool:
 
 
 def sweep_call(emit: Emit, batch: Batch, operands: Sequence[Node], text: str, memory: int) -> Node:
-    """The ``shard_stats`` call in the place of a ``head_stats`` on ``operands``: h, w, y, cols, rows, u."""
+    """The ``shard_stats`` call that replaces a ``head_stats`` on ``operands``: h, w, y, cols, rows, u."""
     whole = whole_vocab_of(batch[0].logits.head.weight)
     assert whole is not None
-    _, start, vocab, group, reduce = whole.args
+    _, start, vocab, group, reduce, own_labels = whole.args
     h, w, y, cols, rows, u = operands
     w = own_rows(emit, w, whole)
     count = fake(w).shape[0]
@@ -46,14 +46,17 @@ def sweep_call(emit: Emit, batch: Batch, operands: Sequence[Node], text: str, me
     if fake(u).numel():
         u = own_rows(emit, u, whole)
     want = ",".join(batch[0].want)
-    facts = [facts_of(group.logits) for group in batch]
-    mark = zlib.crc32(repr((facts, text, want, vocab, fake(h).shape[1], fake(y).shape[1])).encode()) % 8388593
     op = torch.ops.fusedhead.shard_stats.default
-    return named(emit(op, h, w, y, cols, rows, u, text, want, memory, start, vocab, group, mark, reduce), "head")
+    place = (start, vocab, group, "wide" if reduce else "", own_labels)
+    call = named(emit(op, h, w, y, cols, rows, u, text, want, memory, *place), "head")
+    steps = [facts_of(group.logits) for group in batch]
+    sizes = [fake(h).shape[1], fake(h).dtype, fake(y).shape[1], fake(cols).shape[0], fake(rows).shape[0]]
+    call.meta[SWEPT] = (group, whole.meta[PRODUCT], repr((steps, text, want, vocab, *sizes, *place[3:])))
+    return call
 
 
 def own_rows(emit: Emit, node: Node, whole: Node) -> Node:
-    """A tensor along the classes, this rank's part of it."""
+    """This rank's part of a tensor along the classes."""
     made = from_own(emit, node)
     if made is not None:
         return made
@@ -62,7 +65,7 @@ def own_rows(emit: Emit, node: Node, whole: Node) -> Node:
 
 
 def from_own(emit: Emit, node: Node) -> Node | None:
-    """The same made of what this rank has, where a node is made of what stands for the rows of all ranks."""
+    """The node recomputed from this rank's part, where it is made of a tensor that stands for the rows of all ranks."""
     if node.target is WHOLE:
         return node.args[0]  # type: ignore[return-value]
     if node.target not in SAME_PLACE or (node.target is aten.reshape.default and fake(node.args[0]).ndim != 1):  # type: ignore[arg-type]
@@ -72,5 +75,5 @@ def from_own(emit: Emit, node: Node) -> Node | None:
 
 
 def facts_of(logits: Logits) -> list[str]:
-    """What is done to the rows, in words that are the same on all ranks where it is the same."""
+    """A text of the steps on the rows, equal on two ranks where the steps are equal."""
     return [f"{step.op} {step.args}" for step in logits.row_steps]

@@ -1,7 +1,7 @@
-"""Statistics of a `StackedProjection`: one sweep a head, put together in the order in which the program has the rows.
+"""Statistics of a `StackedProjection`: one sweep a head, gathered in the program's order of rows.
 
-The moves that a program makes of stacked rows are replayed on their numbers, which say where each row came from.
-Labels go that way back to their heads, and statistics come forth.
+The program's row steps are replayed on row indices, which then tell the origin of each row. Labels are scattered to
+their heads by these indices, and statistics are gathered.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 def numbers_of_rows(emit: Emit, logits: Logits) -> tuple[list[Any], Node | None]:
-    """The stacked rows' shape, and where each row of the program is among them; None if they are in order."""
+    """The shape of the stacked rows, and the index of each row of the program among them; None if they are in order."""
     head = logits.head
     stack = emit.ref(head.hidden)
     sizes = emit.sizes(stack)[:-1]
@@ -41,7 +41,7 @@ def numbers_of_rows(emit: Emit, logits: Logits) -> tuple[list[Any], Node | None]
 
 
 def stacked_statistics(emit: Emit, group: SweepGroup, memory: int) -> tuple[dict[str, Node], list[Node]]:
-    """The statistics of a group of terminals on stacked heads, and the calls that make them."""
+    """The statistics of a group of terminals on stacked heads, and the calls that compute them."""
     logits = group.logits
     head = logits.head
     assert isinstance(head, StackedProjection)
@@ -69,19 +69,19 @@ def stacked_statistics(emit: Emit, group: SweepGroup, memory: int) -> tuple[dict
         for name in group.want:
             statistics[name].append(named(emit(operator.getitem, call, STATS.index(name)), name))
     rows = [size for d, size in enumerate(sizes) if d != head.dim]
-    for name, stats in statistics.items():  # when all sweeps have run: what is linear in one is so in all of them
+    for name, stats in statistics.items():  # after all sweeps: a loss that is linear in one is linear in all of them
         shape = [*rows, width] if name == "picked" else rows
         statistics[name] = [emit(aten.reshape.default, stat, shape) for stat in stats]
     return {name: in_order(emit, stats, head.dim, place, name == "picked") for name, stats in statistics.items()}, calls
 
 
 def emitted_labels(labels: Node, emit: Emit) -> Node:
-    """Labels that are emitted already."""
+    """Labels that have been emitted already."""
     return labels
 
 
 def in_order(emit: Emit, stats: list[Node], dim: int, place: Node | None, picked: bool) -> Node:
-    """The heads' statistics as one, [M] or [M, K], in the program's order."""
+    """The concatenated statistics of the heads, [M] or [M, K], in the program's order of rows."""
     joined = emit(aten.stack.default, stats, dim)
     flat = emit(aten.reshape.default, joined, [-1, fake(stats[0]).shape[-1]] if picked else [-1])
     return flat if place is None else emit(aten.index_select.default, flat, 0, place)

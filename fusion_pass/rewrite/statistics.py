@@ -1,8 +1,9 @@
-"""Replacing a site: the row steps are replayed on h, the head runs once, each terminal is rebuilt from statistics.
+"""Replaces a site: the row steps are replayed on h, one sweep computes the statistics, each terminal is rebuilt from
+them.
 
-Terminals that read the same rows through the same transform share one ``head_stats`` call. Nothing here proves
-anything: a site arrives readable and safe. The old nodes are erased one by one, never by a general dead code
-elimination, which is not sound on a graph that still mutates.
+Terminals that read the same rows through the same transform share one ``head_stats`` call. Legality has been decided
+before. The old nodes are erased one by one and never by general dead code elimination, which is not sound on a graph
+that still mutates.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ aten = torch.ops.aten
 
 
 def picked_range(group: SweepGroup, terminal: Terminal) -> tuple[int, int]:
-    """Which of the group's K picked entries are this terminal's."""
+    """The columns of the group's K picked entries that belong to a terminal."""
     begin = 0
     for key, count in group.picks:
         if key == terminal.label_key:
@@ -48,7 +49,7 @@ def picked_range(group: SweepGroup, terminal: Terminal) -> tuple[int, int]:
 def rebuild_terminal(
     emit: Emit, group: SweepGroup, statistics: dict[str, Node], reader: tuple[Node, Terminal], grad: bool
 ) -> None:
-    """Replace one terminal by its result from the statistics."""
+    """Replace one terminal by its result, computed from the statistics."""
     node, terminal = reader
     logits = terminal.logits
 
@@ -66,7 +67,7 @@ def rebuild_terminal(
                 picked = emit(aten.slice.Tensor, picked, 1, begin, end)
         total = statistics["sum"] if "sum" in terminal.want else None
         result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes, **other_statistics))
-        if not grad:  # it may be a statistic that others differentiate
+        if not grad:  # it may be a statistic that another terminal differentiates
             result = emit(aten.detach.default, result)
         replacement = emit.cast(result, terminal.val.dtype)
         node.replace_all_uses_with(replacement)
@@ -74,14 +75,14 @@ def rebuild_terminal(
 
 
 def run(body: Body) -> None:
-    """Rewrite the sites that are fused with ``head_stats`` calls."""
+    """Replace fused sites by ``head_stats`` calls."""
     erase_unused(body.reading, {site.head for site, *_ in body.fused()})
     sites = [site for site, *_ in body.fused()]
     body.emitted += emit_sweeps(sites, body.facts, body.options.budget)
 
 
 def emit_sweeps(sites: Sequence[Site], facts: GraphFacts, memory: int) -> list[Emitted]:
-    """Rewrite sites with ``head_stats`` calls: those of each batch of sweeps, with the heads that they serve."""
+    """Emit the ``head_stats`` calls of each batch of sweeps, and return them with the heads that they serve."""
     if not sites:
         return []
     batched, emit = [], Emit(facts.graph)
@@ -95,11 +96,11 @@ def emit_sweeps(sites: Sequence[Site], facts: GraphFacts, memory: int) -> list[E
     computed = [node.name for node in old if not node._erased]
     assert not computed, f"{', '.join(computed)} would still be computed"  # the caller then keeps the original graph
     used = [([call for call in calls if not call._erased], heads) for calls, heads in batched]
-    return [Emitted(calls, heads, False) for calls, heads in used if calls]  # unused statistics take their sweep along
+    return [Emitted(calls, heads, False) for calls, heads in used if calls]  # unused sweeps are erased
 
 
 def count_elsewhere(body: Body) -> None:
-    """Read numbers of rows that the graph reads off logits off what is as long and stays."""
+    """Replace row counts that are read from logits by reads of a tensor of equal length that stays in the graph."""
     sizes = [size for site, *_ in body.fused() for size in site.sizes]
     emit = Emit(body.graph) if sizes else None
     for node, rows in sizes:
@@ -111,7 +112,7 @@ def count_elsewhere(body: Body) -> None:
 
 
 def split_rows(emit: Emit, whole: dict[str, Node], counts: Sequence[Any]) -> dict[str, list[Node]]:
-    """Statistics by the groups whose rows they are of; ``counts`` rows each, ints or nodes."""
+    """Split statistics by groups of rows. ``counts``: the rows of each group, ints or nodes."""
     if len(counts) == 1:
         return {name: [stat] for name, stat in whole.items()}
     ends = [counts[0]]
@@ -123,7 +124,7 @@ def split_rows(emit: Emit, whole: dict[str, Node], counts: Sequence[Any]) -> dic
 
 
 def sweeps_of(emit: Emit, batch: Batch, facts: GraphFacts, memory: int) -> list[Node]:
-    """The ``head_stats`` call of a batch, or those of stacked heads, with the terminals rebuilt from their results."""
+    """Emit the ``head_stats`` call of a batch, or those of stacked heads, and rebuild the terminals."""
     anchor = batch[0].anchor(facts.position)
     with emit.before(anchor, anchor, grad=facts.grad_mode(anchor)):
         if isinstance(batch[0].logits.head, StackedProjection):
@@ -139,7 +140,7 @@ def sweeps_of(emit: Emit, batch: Batch, facts: GraphFacts, memory: int) -> list[
 
 
 def statistics_of(emit: Emit, batch: Batch, memory: int) -> tuple[dict[str, list[Node]], list[Node]]:
-    """The statistics of each group of a batch, and the call that makes them."""
+    """The statistics of each group of a batch, and the call that computes them."""
     first = batch[0]
     tensors, counts = joined_operands(emit, batch)
     chain = next(iter(roundings_of(first.terminals)), None)

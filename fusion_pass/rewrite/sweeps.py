@@ -1,8 +1,8 @@
-"""Which terminals one sweep over the vocabulary serves.
+"""Sweeps: which terminals one pass over the vocabulary serves.
 
-A `SweepGroup` is terminals that read the same rows through the same transform. A `Batch` is groups that differ in their
-rows alone: a loop over rows, or over pieces of the tokens, is one sweep over all of them, and one gradient of the
-weight. Nothing here edits a node; what a batch needs early is moved before it, where that changes nothing.
+The terminals of a `SweepGroup` read the same rows through the same transform. The groups of a `Batch` differ only in
+their rows: a loop over rows, or over pieces of the tokens, becomes one sweep and one gradient of the weight. Nodes that
+a batch needs early are moved before it where that changes nothing; no other node is edited.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fusedhead.ir.terminal import Kind, Labels, Terminal
 from fusedhead.kernels.contract import DECISIONS, STATS
 from fusedhead.kernels.transform.transform import Transform
 
-MOST_HOISTED = 24  # nodes that are moved for the sake of one group
+MOST_HOISTED = 24  # nodes moved for one group
 
 
 @dataclass(eq=False)
 class SweepGroup:
-    """Terminals that one sweep over the vocabulary serves, what they weigh its sum by, what they round it to."""
+    """Terminals that one sweep over the vocabulary serves, with the weights of its sum and its rounding."""
 
     terminals: list[tuple[Node, Terminal]]
     weightings: set[int] = field(default_factory=set)
@@ -44,17 +44,17 @@ class SweepGroup:
 
     @property
     def labels(self) -> list[Labels]:
-        """What emits the distinct labels of the terminals, in order."""
+        """Emitters of the terminals' distinct labels, in order."""
         return list({t.label_key: t.labels for _, t in self.terminals if t.labels is not None}.values())
 
     @property
     def weights(self) -> Plain | None:
-        """What the sum over classes is weighted by, [V]."""
+        """The weights of the sum over classes, [V]."""
         return next((t.weights for _, t in self.terminals if t.weights is not None), None)
 
     @property
     def picks(self) -> list[tuple[Any, int]]:
-        """The distinct labels of the terminals, in order: a key and how many a row."""
+        """The distinct labels of the terminals, in order: (key, labels a row)."""
         return list({t.label_key: t.label_count for _, t in self.terminals if t.labels is not None}.items())
 
     def anchor(self, position: dict[Node, int]) -> Node:
@@ -73,20 +73,20 @@ def sweep_key(logits: Logits) -> tuple:
 
 
 def weightings_of(terminals: Sequence[tuple[Node, Terminal]]) -> set[int]:
-    """The distinct weightings of the statistic `sum` among terminals that ask for it."""
+    """The distinct weights of the statistic `sum` among terminals that read it."""
     return {id(t.weights) if t.weights is not None else 0 for _, t in terminals if "sum" in t.want}
 
 
 def roundings_of(terminals: Sequence[tuple[Node, Terminal]]) -> set[tuple]:
-    """The distinct chains, with their rounding, that decisions (max, argmax) are taken on."""
+    """The distinct chains, with their rounding, on which max and argmax are computed."""
     return {t.logits.steps for _, t in terminals if DECISIONS & t.want}
 
 
 def groups(site: Site, replaced: set[Node], facts: GraphFacts) -> list[SweepGroup]:
     """Partition a site's terminals into sweeps.
 
-    Two terminals share one if their keys agree, their labels exist before the first of them is used or can be made
-    there, they do not weigh the sum over classes differently, and no gradient is wanted of a sweep that starts under
+    Two terminals share a sweep if their keys are equal, their labels exist or can be computed before the first use of
+    either, their weights of the sum over classes are equal, and no gradient is wanted of a sweep that starts under
     no_grad.
     """
     position = facts.position
@@ -97,7 +97,7 @@ def groups(site: Site, replaced: set[Node], facts: GraphFacts) -> list[SweepGrou
         candidates = by_key.setdefault(sweep_key(terminal.logits), [])
         weights, roundings = weightings_of([(node, terminal)]), roundings_of([(node, terminal)])
         for group in candidates:
-            first = group.terminals[0][0]  # terminals come in the order of the graph
+            first = group.terminals[0][0]  # terminals are in the graph's order
             if facts.grad_mode(node) and not facts.grad_mode(first):
                 continue
             by_weights, by_roundings = group.weightings | weights, group.roundings | roundings
@@ -121,7 +121,7 @@ Batch = list[SweepGroup]
 
 
 def key_apart_from_rows(group: SweepGroup, facts: GraphFacts) -> tuple:
-    """Groups with equal keys differ in their rows alone."""
+    """A key that is equal for groups that differ only in their rows."""
     logits, head = group.logits, group.logits.head
     if isinstance(head, StackedProjection):
         return (id(group),)
@@ -172,13 +172,13 @@ def batches(sites: Collection[Site], facts: GraphFacts) -> list[Batch]:
 
 
 def moved_up(group: SweepGroup, batch: Batch, replaced: set[Node], facts: GraphFacts) -> bool:
-    """Whether what a group reads is, or now was made to be, there before the first sweep of a batch."""
+    """Move the operands of a group before the first sweep of a batch; returns whether they are there now."""
     anchor, reader = batch[0].anchor(facts.position), group.anchor(facts.position)
     return made_before(anchor, reader, sweep_operands(group), replaced, facts)
 
 
 def made_before(anchor: Node, reader: Node, read: Sequence[Node], replaced: set[Node], facts: GraphFacts) -> bool:
-    """Whether what ``reader`` reads is, or now was made to be, there before ``anchor``."""
+    """Move the operands of ``reader`` before ``anchor``; returns whether they are there now."""
     if facts.write_between(anchor, reader, read) is not None:
         return False
     return hoist_before(read, anchor, replaced, facts, MOST_HOISTED)

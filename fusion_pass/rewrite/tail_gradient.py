@@ -1,7 +1,7 @@
 """The gradient of a tail as a graph, and the proof that the tail is linear.
 
-No rule per op is needed: ``make_fx`` traces the gradient of the tail, and the tail is linear exactly when that trace
-does not read the statistics. What the trace computes then *is* the coefficients.
+No rule per op is needed: ``make_fx`` traces the gradient of the tail, and the tail is linear exactly when the trace
+does not read the statistics. The trace then computes the coefficients.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def coefficients(
 ) -> GraphModule | Refusal:
     """∂ scalar / ∂ (statistics, squares) as a graph of ``outside`` alone; a refusal if the tail is not linear.
 
-    ``transparent``: nodes whose gradient is that of another one in the tail.
+    ``transparent``: nodes of the tail whose gradient equals that of another node.
     """
     free = [*statistics, *squares]
 
@@ -72,7 +72,7 @@ def coefficients(
 
 
 def dependent(graph: Graph, statistics: int) -> set[Node]:
-    """The nodes whose numbers, not only shapes, are computed from the first ``statistics`` placeholders."""
+    """The nodes whose numbers, and not only shapes, depend on the first ``statistics`` placeholders."""
     reached = set([n for n in graph.nodes if n.op == "placeholder"][:statistics])
     for node in graph.nodes:
         if not shape_only(node) and any(source in reached for source in node.all_input_nodes):
@@ -81,7 +81,7 @@ def dependent(graph: Graph, statistics: int) -> set[Node]:
 
 
 def needed(graph: Graph, reads: set[Node]) -> list[Node]:
-    """The calls that the graph's outputs need, in order, where a shape needs nothing of the statistics."""
+    """The calls that the graph's outputs depend on, in order. The shape of a statistic is no dependency on it."""
     stack, calls = list(graph.output_node().all_input_nodes), set()
     while stack:
         node = stack.pop()
@@ -96,5 +96,5 @@ SHAPE_ONLY = frozenset({"sym_size", "zeros_like", "ones_like", "empty_like", "ne
 
 
 def shape_only(node: Node) -> bool:
-    """A use of a tensor that reads its shape, not its numbers."""
+    """Whether a use of a tensor reads its shape and not its numbers."""
     return name_of(node) in SHAPE_ONLY

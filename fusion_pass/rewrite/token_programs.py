@@ -1,4 +1,4 @@
-"""From a `Region` to ``head_rows`` calls: the program's text, its operands, and its results in the program's shapes."""
+"""Token programs: a `Region` becomes ``head_rows`` calls, with the program's text, operands and result shapes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from fusedhead.kernels.transform.transform import Transform
 from fusedhead.rewrite.operands import emit_operands, replay
 
 aten = torch.ops.aten
-MOST_SUNK = 64  # nodes behind a call: sums of losses and their logging
+MOST_SUNK = 64  # nodes after a call: sums of losses and their logging
 
 
 def program(values: Sequence[TokenValue], seeds: Sequence[HeadInput], outside: Sequence[TokenInput]) -> RowProgram:
-    """The row program of ``values``. Its inputs are h, w, cols, rows of every seed, then the outside tensors.
+    """The token program of ``values``. Its inputs are h, w, cols, rows of every head, then the other tensors.
 
-    Raises Unspeakable for a constant it has no form for.
+    Raises Unspeakable for a constant that has no text form.
     """
     lines: list[Line] = []
     refs: dict[Any, Ref] = {}
@@ -83,10 +83,10 @@ def run(body: Body) -> None:
 
 
 def emit_region(region: Region, fixed: Collection[Node], facts: GraphFacts, memory: int) -> list[Node]:
-    """Replace a region's results by those of ``head_rows`` calls, which are returned. ``fixed`` nodes stay in place.
+    """Replace a region's results by those of ``head_rows`` calls, and return the calls. ``fixed`` nodes are not moved.
 
-    One call serves all results if every operand can be computed before the first of them, or if what is made of them
-    can wait for the last; else each has its own.
+    One call serves all results if every operand can be computed before the first result, or if all uses of the results
+    can run after the last. Otherwise each result has its own call.
     """
     emit = Emit(facts.graph)
     anchor = meeting_place(region, fixed, facts)
@@ -105,9 +105,10 @@ def emit_region(region: Region, fixed: Collection[Node], facts: GraphFacts, memo
 
 
 def meeting_place(region: Region, fixed: Collection[Node], facts: GraphFacts) -> Node | None:
-    """The node before which one call can serve all results of a region, once others were moved; None if there is none.
+    """The node before which one call can serve all results of a region, after moving other nodes; None if there is
+    none.
 
-    A loss of a student, say, whose teacher is run after it: the teacher is run before it, or the loss waits.
+    Example: a student's loss whose teacher runs later. Either the teacher is moved up, or the loss is moved down.
     """
     results = sorted(node for node, _ in region.results)  # type: ignore[type-var]
     first, last = results[0], results[-1]
@@ -122,7 +123,7 @@ def meeting_place(region: Region, fixed: Collection[Node], facts: GraphFacts) ->
 
 
 def emit_results(emit: Emit, results: list[tuple[Node, Any]], anchor: Node, facts: GraphFacts, memory: int) -> None:
-    """Calls that serve some results, before ``anchor``, and what takes the place of each."""
+    """Emit calls for some results before ``anchor``; returns them and the replacement of each result."""
     outputs = list({id(p.expr): p for _, value in results for p in token_values_of(value)}.values())
     nodes: dict[int, Node] = {}
     with emit.before(anchor, anchor, grad=facts.grad_mode(anchor)):
@@ -140,9 +141,10 @@ def emit_results(emit: Emit, results: list[tuple[Node, Any]], anchor: Node, fact
 
 
 def emit_call(emit: Emit, outputs: list[TokenValue], memory: int) -> dict[int, Node]:
-    """One ``head_rows`` call and the nodes of its results, by the identity of their expressions.
+    """Emit one ``head_rows`` call; returns it and the nodes of its results, by the identity of their expressions.
 
-    An operand that no gradient reaches is detached: it would cost a product, and get zeros where eager code has none.
+    An operand that no gradient reaches is detached. Otherwise it would cost a product and get zeros where eager gives
+    None.
     """
     seeds, outside = inputs_of(outputs)
     reached = differentiated(outputs)
@@ -179,7 +181,7 @@ def result_node(emit: Emit, value: Any, nodes: dict[int, Node], seeds: Sequence[
 
 
 def shaped(emit: Emit, value: TokenValue, node: Node, seeds: Sequence[HeadInput]) -> Node:
-    """A result [N, *tail] in the program's own dimensions."""
+    """A result [N, *tail] in the program's own shape."""
     rows = [d for d, is_tail in enumerate(value.tail) if not is_tail]
     order = [*rows, *(d for d, is_tail in enumerate(value.tail) if is_tail)]
     sizes_known = [static(value.val.shape[d]) for d in order]

@@ -1,4 +1,4 @@
-"""One entry of every row, read by counting the rows: ``z[arange(N), y]``, ``z[range(N), y]`` and
+"""One entry of every row, by an index that counts the rows: ``z[arange(N), y]``, ``z[range(N), y]`` and
 ``z[arange(B)[:, None], arange(T), y]``.
 
 That is ``gather`` where each index but the last counts its own dimension from 0 and nothing writes to it. A negative

@@ -1,4 +1,4 @@
-"""Ops that act on the logits element by element: they become steps of the head's `Transform`.
+"""Elementwise ops on the logits, which become steps of the head's `Transform`.
 
 A step's operand is a constant, one number a class (a column vector), or one number a token (a row vector);
 anything with both extents is not a step. Casts are no steps: every engine computes in float32, and `Logits.step`

@@ -1,7 +1,7 @@
-"""Numbers that a program reads out of every row: entries, of the logits or of their log-probabilities, and logsumexp.
+"""Entries of every row, of the logits or of their log-probabilities, and logsumexp.
 
-With z the logits of a row and y one of its labels: z_y, and log p_y = z_y - lse, where lse = log Σ exp z. What is then
-made of them is ordinary code on a few numbers a row.
+With z the logits of a row and y one of its labels: z_y, and log p_y = z_y - lse, where lse = log Σ exp z. Their uses
+are ordinary code on a few numbers a row.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Ops that pick rows of the logits, or cut them into pieces; a piece of the vocabulary is fewer rows of W.
+"""Ops that select rows of the logits or split them; a slice of the vocabulary is a slice of the rows of W.
 
-Picked rows are picked from the hidden states instead, as views are replayed on them (`rows`). A rule must refuse
-whatever steps along the vocabulary.
+Row selections are replayed on the hidden states, like views. A rule must refuse an op that acts along the vocabulary.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Losses of class labels, rebuilt from row statistics.
+"""Losses over class labels, rebuilt from row statistics.
 
 With z the logits of a row, y its label, lse = log Σ exp z:
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
@@ -55,9 +55,19 @@ def rows_shape(logits: Logits) -> list[Any]:
     return [size for d, size in enumerate(logits.val.shape) if d != logits.class_dim]
 
 
-def class_labels(name: str, logits: Logits, target: Any, weight: Any, ignore_index: Any, smoothing: float) -> Plain:
-    """The target, if it and what is beside it are what a loss of class labels takes. Raises Escape."""
-    target = plain_tensor(target, "the target")
+class ClassLoss(NamedTuple):
+    """The operands and settings of a loss over class labels, as ``F.cross_entropy`` takes them."""
+
+    target: Any
+    weight: Any
+    reduction: int
+    ignore_index: Any
+    smoothing: float = 0.0
+
+
+def class_labels(name: str, logits: Logits, criterion: ClassLoss) -> Plain:
+    """The target, if it and the settings are those of a loss over class labels. Raises Escape."""
+    target = plain_tensor(criterion.target, "the target")
     if target.val.dtype.is_floating_point:
         raise Escape(NoRule.SOFT_TARGETS)
     if target.val.dtype not in (torch.int64, torch.uint8):
@@ -67,9 +77,9 @@ def class_labels(name: str, logits: Logits, target: Any, weight: Any, ignore_ind
         raise Escape(NoRule.CLASS_DIM, op=name, dim=expected_dim, class_dim=logits.class_dim)
     if not same_shape(target.val.shape, rows_shape(logits)):
         raise Escape(NoRule.LABEL_SHAPE, shape=tuple(target.val.shape))
-    if not isinstance(ignore_index, int) or not isinstance(smoothing, float):
+    if not isinstance(criterion.ignore_index, int) or not isinstance(criterion.smoothing, float):
         raise Escape(NoRule.UNKNOWN_CONSTANT)
-    if weight is not None and plain_tensor(weight, "the class weight").val.requires_grad:
+    if criterion.weight is not None and plain_tensor(criterion.weight, "the class weight").val.requires_grad:
         raise Escape(NoRule.TRAINED_CLASS_WEIGHTS)
     return target
 
@@ -78,11 +88,7 @@ def nll_terminal(
     context: Context,
     name: str,
     logits: Logits,
-    target: Any,
-    weight: Any,
-    reduction: int,
-    ignore_index: Any,
-    smoothing: float = 0.0,
+    criterion: ClassLoss,
     factor: float = 1.0,
     terms: Sequence[Plain] | None = None,
 ) -> Terminal:
@@ -90,7 +96,8 @@ def nll_terminal(
 
     ``terms``: of the rows, to be added to the logits; they are taken as log-probabilities then, -(z_y + t).
     """
-    target = class_labels(name, logits, target, weight, ignore_index, smoothing)
+    _, weight, reduction, ignore_index, smoothing = criterion
+    target = class_labels(name, logits, criterion)
     size = vocab_size(logits)
     emitted: dict[Graph, tuple[Node, Node]] = {}
 
@@ -170,8 +177,8 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Terminal:
     logits = needs_logits(value, "cross_entropy")
-    smoothing = float(label_smoothing)
-    return nll_terminal(context, "cross_entropy", logits, target, weight, reduction, ignore_index, smoothing)
+    criterion = ClassLoss(target, weight, reduction, ignore_index, float(label_smoothing))
+    return nll_terminal(context, "cross_entropy", logits, criterion)
 
 
 @rule(aten.nll_loss_nd.default, aten.nll_loss.default, aten.nll_loss2d.default)
@@ -183,11 +190,12 @@ def nll_loss(
     reduction: int = 1,
     ignore_index: Any = -100,
 ) -> Terminal:
+    criterion = ClassLoss(target, weight, reduction, ignore_index)
     if isinstance(value, Logits):  # z - logsumexp(z), perhaps
         of, terms = without_row_terms(value)
-        return nll_terminal(context, "nll_loss", of, target, weight, reduction, ignore_index, terms=terms)
+        return nll_terminal(context, "nll_loss", of, criterion, terms=terms)
     if not isinstance(value, LogProbs):
         raise Escape(NoRule.NLL_OF_OTHER)
     of = replace(value.of, val=value.val)
     name = "log_softmax + nll_loss"
-    return nll_terminal(context, name, of, target, weight, reduction, ignore_index, factor=value.factor)
+    return nll_terminal(context, name, of, criterion, factor=value.factor)

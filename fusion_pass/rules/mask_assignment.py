@@ -1,8 +1,8 @@
-"""Reading ``z[mask] = number`` and ``z[mask, y[mask]] = number``: tokens that get one number, or one in one class.
+"""Reading ``z[mask] = number`` and ``z[mask, y[mask]] = number``: masked tokens get one number, in all classes or in
+one.
 
-The first is a ``where``; the second picks a class a token, as `scatter` does, with the number that is there already
-where the mask does not hold. Both treat tokens apart. That other names of the same memory do not see the write is for
-the interpreter to check.
+The first is a ``where``. The second writes a class of each token, as `scatter` does, and writes the old number outside
+of the mask. Both treat tokens separately. The interpreter checks that no other name of the memory sees the write.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Functions of the logits element by element, as code that is generated from the op: any of them is one step.
+"""Elementwise functions of the logits: code is generated from the op and becomes one step.
 
 What no code is generated for (`fusedhead.generate` says why), or wants a gradient of its second operand, is computed
-token by token like any other op. Functions that jump (floor, sign, comparisons) are left to that too: a logit just
-beside the jump falls on one side or the other as the program rounds it.
+token by token like any other op. So are functions that jump (floor, sign, comparisons), since the program's rounding
+decides on which side of a jump a logit is.
 """
 
 from __future__ import annotations

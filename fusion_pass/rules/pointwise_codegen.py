@@ -1,7 +1,7 @@
 """The code of a pointwise op and of its derivative, generated from torch's own decompositions.
 
 The op is traced with its gradient, as autograd defines it (at corners and ties too), and decomposed into ``prims``;
-what `kernels.pointwise` has no word for is an `Escape`.
+an op outside of the language of `kernels.pointwise` is an `Escape`.
 """
 
 from __future__ import annotations

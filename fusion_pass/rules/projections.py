@@ -1,7 +1,7 @@
-"""Where logits begin: every op that multiplies hidden states by a two-dimensional weight.
+"""Projections: every op that multiplies hidden states by a two-dimensional weight starts logits.
 
 Each rule names the hidden states, the weight as [V, D] (a transposing view where the program holds it as
-[D, V]) and an optional bias. Whether the product is a head is decided later, by what the graph asks of it.
+[D, V]) and an optional bias. Whether the product is a head depends on its uses and is decided later.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from fusedhead.compat import enter_autocast
+from fusedhead.graph.op_names import equation_terms
 from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Logits, Projection, RowStep
@@ -100,8 +101,7 @@ def addmm(context: Context, bias: Plain, hidden: Plain, weight: Plain, *, beta: 
 @rule(aten.einsum.default)
 def einsum(context: Context, equation: str, operands: list[Plain], path: object = None) -> Logits:
     """``...d,vd->...v`` in any letters, with the operands and the weight's dimensions in either order."""
-    left, _, out = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
+    terms, out = equation_terms(equation)
     if len(terms) != 2 or not out or len(operands) != 2:
         raise Escape(NoRule.EINSUM_NO_PROJECTION, equation=equation)
     for (hidden, h), (weight, w) in (zip(operands, terms), zip(operands[::-1], terms[::-1])):

@@ -59,7 +59,8 @@ class NoRule(Reason):
     PROJECTION_DTYPE = "the projection is computed in {dtype}; heads are fused in float32, bfloat16 and float16"
     WEIGHT_SYMBOLIC = (
         "the weight's shape is not a compile-time constant: with dynamic=True a weight that is an argument has "
-        "symbolic sizes (make it a parameter of a module, or call torch._dynamo.mark_static on it)"
+        "symbolic sizes, and a size that is made constant here would be an error where mark_dynamic was called on it "
+        "(make it a parameter of a module, or call torch._dynamo.mark_static on it)"
     )
     NO_CLASSES = "the weight has no rows: there are no classes"
     OPERAND_DTYPES = "the operands of the projection ({dtypes}) are not of its dtype, {dtype}"

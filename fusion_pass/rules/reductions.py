@@ -1,4 +1,4 @@
-"""Side results of a head: sums over the classes, moments of log p in their spellings, the decisions argmax and max.
+"""Reductions over the classes: sums, moments of log p in all spellings, and the decisions argmax and max.
 
 With p = softmax(z):  Σ p log p = -H,  Σ p z = lse - H,  Σ p (log p)² = variance + H². Decisions are taken on the
 logits as the program rounds them, the first index on ties, as eager code would: elsewhere a lower rounding is only an

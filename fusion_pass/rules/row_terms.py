@@ -1,4 +1,4 @@
-"""Terms of one number a row, ``z - logsumexp(z)``: what is read from single entries needs no sweep of its own for them.
+"""Row terms, one number a row, as in ``z - logsumexp(z)``. Reading entries needs no extra sweep for them.
 
 Entries of z + t are those of z, plus t.
 """

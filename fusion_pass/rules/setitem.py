@@ -1,7 +1,7 @@
-"""Reading ``z[..., columns] = number``: an in-place statement that says the same for every token.
+"""``z[..., columns] = number``: an in-place statement that is the same for every token.
 
-It becomes a `masked_fill` of the logits, for which there is a rule; that other names of the same memory do not see
-it is for the interpreter to check. What is set for some tokens only is read elsewhere (`rows_set`), and nothing else.
+It becomes a `masked_fill` of the logits, for which there is a rule. The interpreter checks that no other name of the
+memory sees the write. `mask_assignment` reads assignments to some tokens.
 """
 
 from __future__ import annotations

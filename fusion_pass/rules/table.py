@@ -5,9 +5,9 @@
 | `RULES`       | ``@rule(...)``       | what the result is of the logits, or that they end there (a `Terminal`)   |
 | `TOKEN_RULES` | ``@token_rule(...)`` | its form on [N, ...], one token at a time                                 |
 
-A rule is a function ``(context, *args, **kwargs)`` of what the op got, with a value of the pass for each tensor. It
-raises `Escape` with a sentence where it cannot say, and returns None to let the next rule try. A rule claims something
-about one op, and is tested alone, by property.
+A rule is a function ``(context, *args, **kwargs)`` of the op's arguments, with a value of the pass for each tensor. It
+raises `Escape` with a sentence where it cannot read the op, and returns None to let the next rule try. A rule makes a
+claim about one op and has a property test of its own.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The command line, and the switches that put fusedhead in the place of Inductor."""
+"""The command line, and the switches that replace Inductor by fusedhead."""

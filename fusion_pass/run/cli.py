@@ -27,7 +27,7 @@ class Command(NamedTuple):
     module: str
     help: str
     epilog: str = ""
-    runs_a_program: str = ""  # the usage of one whose last arguments are a program's, which may look like ours
+    runs_a_program: str = ""  # the usage where a program follows with arguments of its own, which may look like ours
 
 
 PROGRAM = "(script.py | -m module) [arguments of the program ...]"
@@ -55,11 +55,11 @@ COMMANDS = {
     "tune": Command("fusedhead.tune", "time the kernels' tiles on this machine's GPU and keep the fastest"),
     "rules": Command("fusedhead.rules.__main__", "print what is fused and what is left to Inductor"),
 }
-BROKEN_PIPE = 141  # as a shell says of a process that SIGPIPE ended
+BROKEN_PIPE = 141  # the exit code that a shell gives a process ended by SIGPIPE
 
 
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The command's parser, and those of its subcommands."""
+    """The parser of the command, and those of its subcommands."""
     top = argparse.ArgumentParser(
         prog="fusedhead",
         description="A torch.compile backend that never builds the logits. `fusedhead COMMAND --help` has more.",
@@ -83,7 +83,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 
 def split(command: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own arguments, and the program with its own, which may look like ours."""
+    """Split our arguments from the program and its arguments, which may look like ours."""
     takes_value = {flag for action in command._actions if action.nargs is None for flag in action.option_strings}
     rest = list(arguments)
     own: list[str] = []
@@ -97,7 +97,7 @@ def split(command: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[l
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says and return the exit code; without a command, show the help."""
+    """Run the command line and return the exit code. Without a command, show the help."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     top, made = parsers()
     if not words:
@@ -125,6 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def close_output() -> None:
-    """Let nothing more be written to a pipe that nobody reads, at exit either."""
+    """Redirect stdout where its pipe has been closed, so that the flush at exit does not fail either."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())

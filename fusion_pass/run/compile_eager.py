@@ -1,11 +1,10 @@
 """Compile the models of programs that never call ``torch.compile``: ``fusedhead run --compile-eager``.
 
-A model is what an optimizer trains. When one is made, every module that holds at least half of its parameters
-is watched; the outermost of them that the program *calls* while gradients are recorded is compiled in place.
-(The outermost that exists need not be called: Lightning calls methods of it, DataParallel calls copies.)
-Calls without gradients, evaluation and generation, stay eager: their shapes change too often.
-
-Nothing of a program that compiles anything itself is touched, and whatever cannot be compiled runs as before.
+An optimizer's parameters identify the model. When an optimizer is made, every module that holds at least half of its
+parameters is watched, and the outermost of them that the program *calls* while gradients are recorded is compiled in
+place. (The outermost module need not be called: Lightning calls methods of it, DataParallel calls copies.) Calls
+without gradients, evaluation and generation, stay eager, because their shapes change too often. A program that compiles
+anything itself is left alone, and a module that cannot be compiled runs as before.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from fusedhead.backend import fusedhead
 
 log = logging.getLogger("fusedhead")
 
-# They call what they wrap, or copies of it, which is better compiled alone.
+# Wrappers: they call a module inside, or copies of it, which is better compiled alone.
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -32,7 +31,7 @@ def watch_optimizers(strict: bool = False) -> Callable[[], None]:
     """Watch every optimizer made from now on. Returns the function that stops it; what is compiled stays
     compiled.
 
-    Until then ``torch._dynamo.config.suppress_errors`` is on, so that what does not compile runs eagerly,
+    Until then ``torch._dynamo.config.suppress_errors`` is on, so that a module that does not compile runs eagerly,
     unless ``strict``.
     """
     original = torch.optim.Optimizer.__init__
@@ -89,19 +88,21 @@ def models(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
 
 
 def is_a_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch's own, an embedding that holds most of a model: Dynamo skips its frames."""
+    """Whether a module is one of torch's layers, such as an embedding that holds most of a model. Dynamo skips its
+    frames.
+    """
     return type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
 
 
 def untouched(module: nn.Module) -> bool:
-    """Whether the program compiles nothing in, or around, this module."""
+    """Whether the program itself compiles nothing inside or around this module."""
     from torch._dynamo.eval_frame import OptimizedModule
 
     return not any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in module.modules())
 
 
 class Attention:
-    """Stands in a module's in-place compiled call until the module is called while gradients are recorded."""
+    """A placeholder for a module's compiled call until the module is called while gradients are recorded."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -119,12 +120,12 @@ class Attention:
         return module(*args, **kwargs)
 
 
-_attended: dict[str, None] = {}  # the names of the models that were watched, in order
-_compiled: list[str] = []  # of those that were compiled
+_attended: dict[str, None] = {}  # names of the watched models, in order
+_compiled: list[str] = []  # names of the compiled ones
 
 
 def unreached() -> str:
-    """Why no model of the program was compiled, in a sentence; "" where one was, or none was found."""
+    """The sentence why no model of the program was compiled; "" where one was, or none was found."""
     if _compiled or not _attended:
         return ""
     return (
@@ -140,14 +141,14 @@ def attend(module: nn.Module) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Stop attending a module and everything inside it."""
+    """Stop watching a module and everything inside it."""
     for inner in module.modules():
         if isinstance(inner._compiled_call_impl, Attention):
             inner._compiled_call_impl = None
 
 
 def compile_in_place(module: nn.Module) -> None:
-    """As ``module.compile(backend="fusedhead")``, for calls that record gradients."""
+    """Compile a module as ``module.compile(backend="fusedhead")`` does, for calls that record gradients."""
     compiled = torch.compile(module._call_impl, backend=fusedhead)
     _compiled.append(type(module).__qualname__)
     log.info("fusedhead: %s is compiled", type(module).__qualname__)

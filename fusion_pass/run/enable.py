@@ -1,9 +1,8 @@
-"""``fusedhead.enable()``: whatever this process would give to Inductor goes through fusedhead first.
+"""``fusedhead.enable()``: every graph that this process gives to Inductor goes through fusedhead first.
 
-For programs that name no backend, or say "inductor", or cannot say anything else. Every change that is made
-to other people's code is one row of `EDITS`: where, why, and a function that makes it and returns the
-function that undoes it. `changes` lists what is in force. Nothing is imported for it: edits of packages that
-are not imported yet wait for their import.
+For programs that name no backend, or "inductor", or cannot name another. Every patch of other packages is a row of
+`EDITS`: where, why, and a function that makes it and returns the function that undoes it. `changes` lists the patches
+in force. No package is imported for a patch: those of packages that are not imported yet wait for the import.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ Undo = Callable[[], None]
 
 
 def through_fusedhead(module: ModuleType) -> Undo:
-    """Send what ``torch.compile`` gives to Inductor through the pass, and then to Inductor with the same
+    """Send the graphs that ``torch.compile`` gives to Inductor through the pass, then to Inductor with the same
     settings.
 
-    ``torch.compile`` makes one object of this class a call, whether Inductor was named or is the default, and
-    calls it for every graph. Functions decorated before the edit and not yet run are therefore reached too.
+    ``torch.compile`` makes an object of this class, whether Inductor was named or is the default, and calls it for
+    every graph. The patch therefore reaches functions that were decorated before it and have not run yet.
     """
     cls = torch._TorchCompileInductorWrapper
     original = cls.__call__
 
     def compile_for_inductor(self: Any, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
-        # ahead-of-time Inductor and the backend's own are left alone, and all are once `disable` was called
+        # ahead-of-time Inductor and the backend's own calls are left alone, and so is everything after `disable`
         if type(self) is not cls or not in_force or unusable():
             return original(self, model_, inputs_, **kwargs)
         inductor = copy.copy(self)
@@ -63,14 +62,14 @@ def through_fusedhead(module: ModuleType) -> Undo:
 
 
 def by_name(module: ModuleType) -> Undo:
-    """The same for those who look the backend up by its name: ``torch._dynamo.optimize("inductor")``."""
+    """Patch the look-up of the backend by name: ``torch._dynamo.optimize("inductor")``."""
     backends = torch._dynamo.backends.registry._COMPILER_FNS
     original = backends["inductor"]
 
     def inductor(gm: Any, example_inputs: Any, **kwargs: Any) -> Any:
         return original(gm, example_inputs, **kwargs) if kwargs else compile_with(gm, example_inputs)
 
-    vars(inductor).update(vars(original))  # older registries keep what they know of a backend on the function
+    vars(inductor).update(vars(original))  # older registries keep a backend's attributes on the function
     backends["inductor"] = inductor
 
     def undo() -> None:
@@ -84,7 +83,7 @@ def accelerate_accepts_the_name(module: ModuleType) -> Undo:
     """``DynamoBackend("FUSEDHEAD")``: accelerate checks the names of backends against an enumeration."""
     enumeration = module.DynamoBackend
     before = vars(enumeration).get("_missing_")
-    inherited = enumeration._missing_  # what other packages have put there is still asked
+    inherited = enumeration._missing_  # an earlier patch by another package is still called
 
     member = str.__new__(enumeration, "FUSEDHEAD")
     member._name_ = member._value_ = "FUSEDHEAD"
@@ -104,7 +103,9 @@ def accelerate_accepts_the_name(module: ModuleType) -> Undo:
 
 
 class Method(str):
-    """A logger's method among those that Dynamo skips. Torch 2.11 sorts them and writes them as JSON, so it is text."""
+    """A logger's method among those that Dynamo skips. It is text, since torch 2.11 sorts these and writes them as
+    JSON.
+    """
 
     method: Callable[..., Any]
 
@@ -126,7 +127,7 @@ class Method(str):
 def transformers_warns_without_a_break(module: ModuleType) -> Undo:
     """Trace past ``logger.warning_once``, which otherwise ends the graph between the head and the loss.
 
-    The warning is not printed when the first to reach it is a compiled graph.
+    The warning is not printed when a compiled graph reaches it first.
     """
     ignored = torch._dynamo.config.ignore_logger_methods
     methods = [getattr(logging.Logger, name, None) for name in ("warning_once", "info_once")]
@@ -136,7 +137,7 @@ def transformers_warns_without_a_break(module: ModuleType) -> Undo:
 
 
 def heads_in_eager_mode(module: ModuleType) -> Undo:
-    """Let projections that nobody compiles hand out deferred logits, which a loss after them is fused with."""
+    """Let projections in eager mode return deferred logits, so that a loss on them is fused."""
     undo, forget = everywhere(), watch_tables()
 
     def undo_both() -> None:
@@ -155,7 +156,7 @@ def torchtune_ties_heads(module: ModuleType) -> Undo:
 
 
 def replace_attribute(owner: Any, name: str, value: Any) -> Undo:
-    """Set an attribute; undoing leaves alone what somebody else has put there since."""
+    """Set an attribute. Undoing keeps a value that another package has set since."""
     original = vars(owner)[name]
     setattr(owner, name, value)
 
@@ -168,10 +169,10 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Undo:
 
 @dataclass(frozen=True)
 class Edit:
-    """One change to code that is not ours."""
+    """One patch of another package."""
 
-    where: str  # the name that is changed
-    module: str  # the module whose import makes the change possible
+    where: str  # the patched name
+    module: str  # the module that must be imported before
     why: str
     make: Callable[[ModuleType], Undo]
 
@@ -218,7 +219,7 @@ EDITS = (
 
 @dataclass
 class Change:
-    """What became of an edit: ``state`` is "made", "waiting for the import of ..." or "failed: ..."."""
+    """The state of an edit: ``state`` is "made", "waiting for the import of ..." or "failed: ..."."""
 
     where: str
     why: str
@@ -236,10 +237,10 @@ def enable(**options: Unpack[OptionValues]) -> None:
     """Put fusedhead in front of Inductor in this process, for every thread, until `disable`.
 
     ``options`` are those of the backend without their prefix (`OptionValues`) and become the defaults of every
-    compilation. Called again, it replaces the options and changes nothing else. Functions that are compiled already
-    stay as they are; ``torch.compiler.reset()`` forgets them.
+    compilation. A second call replaces the options only. Functions that are compiled already stay;
+    ``torch.compiler.reset()`` forgets them.
 
-    Raises ValueError for an unknown option or a bad value, and then changes nothing.
+    Raises ValueError for an unknown option or a bad value and then patches nothing.
     """
     with _guard:
         set_process_wide(options)
@@ -256,11 +257,11 @@ def start_edit(edit: Edit) -> None:
     def make(module: ModuleType) -> None:
         with _guard:
             if in_force.get(edit.where, (None,))[0] is not change:
-                return  # disabled while the module was being imported
+                return  # `disable` was called during the import
             try:
                 undo.append(edit.make(module))
                 change.state = "made"
-            except Exception as error:  # another version of the package: what it does not have is not needed
+            except Exception as error:  # this version of the package lacks the name and does not need the patch
                 change.state = f"failed: {type(error).__name__}: {error}"
                 log.warning("fusedhead: %s could not be changed (%s: %s)", edit.where, type(error).__name__, error)
 
@@ -269,7 +270,7 @@ def start_edit(edit: Edit) -> None:
 
 
 def disable() -> None:
-    """Undo everything that `enable` did, its options included. Does nothing when it was not called."""
+    """Undo `enable`, including its options. Does nothing if it was not called."""
     with _guard:
         set_process_wide({})
         for _, undo in reversed(in_force.values()):
@@ -279,6 +280,6 @@ def disable() -> None:
 
 
 def changes() -> list[Change]:
-    """What `enable` has changed in other packages, and what it will change when they are imported."""
+    """The patches that `enable` has made in other packages, and those that wait for an import."""
     with _guard:
         return [copy.copy(change) for change, _ in in_force.values()]

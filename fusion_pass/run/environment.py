@@ -1,7 +1,7 @@
-"""``fusedhead env``: what a report of a fault needs, and nothing that a person would not publish.
+"""``fusedhead env``: the facts that a bug report needs, all of them fit to be published.
 
-Versions, the chip and the engine that serves it, options and where each was set, verdicts of self-checks, files that
-are kept, changes in force, names of torch that are missing. No other variable of the environment is shown.
+Versions, the chip and its engine, options and where each was set, verdicts of self-checks, cached files, patches in
+force, missing names of torch. No other environment variable is shown.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Se
 
 
 def process_environment() -> dict[str, dict[str, str]]:
-    """The sections, in the order of the text. What cannot be found out says why instead."""
+    """The sections, in the order of the text. An entry that cannot be found out says why."""
     sections: dict[str, Callable[[], dict[str, str]]] = {
         "versions": versions,
         "device": device,
@@ -60,7 +60,7 @@ def process_environment() -> dict[str, dict[str, str]]:
 def tried(find: Callable[[], dict[str, str]]) -> dict[str, str]:
     try:
         return find()
-    except Exception as error:  # a broken driver is what somebody wants to report
+    except Exception as error:  # a broken driver may be the bug to report
         return {"failed": f"{type(error).__name__}: {error}"}
 
 
@@ -95,7 +95,7 @@ def device() -> dict[str, str]:
 
 
 def settings() -> dict[str, str]:
-    """Every option, and where its value comes from."""
+    """Every option with its value and the origin of it."""
     values, _ = options.split_options(None)
     return {name: f"{value!r} ({install_origin(name)})" for name, value in asdict(values).items()}
 
@@ -114,7 +114,7 @@ def variables() -> dict[str, str]:
 
 
 def verdicts() -> dict[str, str]:
-    """What is kept of the self-checks of kernels on this machine's GPUs."""
+    """The cached verdicts of the kernels' self-checks on this machine's GPUs."""
     kept = read_json(self_check.kept_in(), "delete it")
     return {name: json.dumps(verdict) for name, verdict in kept.items()} or {"none": "no kernel had to be checked here"}
 
@@ -139,7 +139,7 @@ def inductor_cache() -> str:
 
 
 def options_in_force() -> dict[str, str]:
-    """The edits of other packages in this process, or those that `enable` would make here."""
+    """The patches of other packages in this process, or those that `enable` would make here."""
     made, note = changes(), ""
     if not made:
         enable()

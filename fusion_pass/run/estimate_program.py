@@ -1,4 +1,4 @@
-"""``fusedhead estimate train.py``: a whole program on fake tensors, until it ends or asks for a number."""
+"""``fusedhead estimate train.py``: runs a whole program on fake tensors until it ends or reads a number."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Se
     except SystemExit as stop:
         stopped = "" if stop.code in (None, 0) else f"the program ended with {stop.code!r}"
     except BaseException as error:
-        code = 0 if estimator.graphs else 1  # after a graph this is where the program asks for a number
+        code = 0 if estimator.graphs else 1  # a program that reads a number after a graph ends here
         stopped = f"{program_line(error, found)}: {type(error).__name__}: {first_line(error)}"
     print(estimator.result(stopped))
     if not estimator.graphs:
@@ -56,7 +56,7 @@ def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Se
 
 @contextmanager
 def in_place_of_compilers(estimator: Estimator) -> Iterator[None]:
-    """``torch.compile`` with the estimator for its backend, whatever was named; backward passes are watched."""
+    """``torch.compile`` with the estimator as its backend, whichever was named. Backward passes are watched."""
     compile_, backward, grad = torch.compile, torch.autograd.backward, torch.autograd.grad
 
     def compiled(model: Any = None, **given: Any) -> Any:
@@ -81,7 +81,7 @@ def in_place_of_compilers(estimator: Estimator) -> Iterator[None]:
 
 
 def program_line(error: BaseException, found: launcher.Program | None) -> str:
-    """The program's last line that the error came through."""
+    """The innermost line of the program in the error's traceback."""
     place, trace = "", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename

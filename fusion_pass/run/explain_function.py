@@ -1,4 +1,4 @@
-"""``fusedhead explain MODULE:FUNCTION``: `fusedhead.explain` without writing a program for it."""
+"""``fusedhead explain MODULE:FUNCTION``: `fusedhead.explain` from the command line."""
 
 from __future__ import annotations
 

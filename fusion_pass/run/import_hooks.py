@@ -1,8 +1,8 @@
-"""Do something once a module has been imported, without importing it: `after_import`.
+"""Import hooks: `after_import` runs an action once a module has been imported, without importing it.
 
-What is imported already is handled at once; for the rest a finder stands first in ``sys.meta_path`` while
-somebody waits, lets the other finders find the module, and runs the action when its code has run. It must not
-know what the actions do, and an action that raises must not make the import fail.
+For an imported module the action runs at once. For others a finder is first in ``sys.meta_path`` as long as an action
+waits: it lets the other finders find the module and runs the action after the module's code. An action that raises does
+not make the import fail.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _guard = threading.RLock()
 
 
 class Waiting(MetaPathFinder):
-    """The finder. It finds nothing itself."""
+    """The finder, which finds no module itself."""
 
     def __init__(self) -> None:
         self.actions: dict[str, list[Action]] = {}
@@ -41,7 +41,7 @@ class Waiting(MetaPathFinder):
         return None
 
     def attend(self, spec: ModuleSpec) -> None:
-        """Run the actions after the loader has run the module. The loader stays the one it was."""
+        """Make the loader run the actions after the module. The module keeps its own loader."""
         loader: Any = spec.loader
         execute = getattr(loader, "exec_module", None)
         if execute is None:
@@ -54,7 +54,7 @@ class Waiting(MetaPathFinder):
 
         try:
             loader.exec_module = exec_module
-        except AttributeError:  # a loader with no place for attributes: then the module is left as it is
+        except AttributeError:  # a loader without attributes cannot be patched
             log.debug("fusedhead: cannot attend the import of %s", spec.name)
 
     def imported(self, module: ModuleType, name: str) -> None:
@@ -84,7 +84,7 @@ def act(action: Action, module: ModuleType, name: str) -> None:
 def after_import(name: str, action: Action) -> Callable[[], None]:
     """Run ``action(module)`` now if the module ``name`` is imported, else right after it has been.
 
-    Returns the function that stops waiting; once the action has run it does nothing.
+    Returns the function that cancels the action. After the action has run it does nothing.
     """
     with _guard:
         module = sys.modules.get(name)

@@ -1,9 +1,8 @@
 """Run another program in this process as ``python`` would: a script, a folder or archive, or ``-m module``.
 
-What a program can see of how it was started is as under ``python``: ``sys.argv``, ``sys.path[0]``, a module
-``__main__`` of its own that stays for its threads and exit handlers, with ``__file__`` and ``__spec__`` as
-Python sets them (pickle and multiprocessing look there), its exit code, and a traceback that starts in its
-own first line. This file knows nothing of torch.
+The program sees the same start as under ``python``: ``sys.argv``, ``sys.path[0]``, a module ``__main__`` of its own
+that stays for its threads and exit handlers, ``__file__`` and ``__spec__`` as Python sets them (pickle and
+multiprocessing read them), its exit code, and a traceback that starts in its own first line.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from typing import Any
 
 
 class CannotRun(Exception):
-    """The program cannot be found or is no program; the text is what ``python`` would say."""
+    """The program cannot be found or is no program. The text is that of ``python``."""
 
 
 @dataclass
 class Program:
-    """Something to run: its code, and what ``__main__``, ``sys.argv`` and ``sys.path`` have to be for it."""
+    """A program to run: its code, and its ``__main__``, ``sys.argv[0]`` and ``sys.path[0]``."""
 
     code: CodeType
     name: str  # its sys.argv[0]
     file: str
-    path: str | None  # its sys.path[0]; None where that is in place already
+    path: str | None  # its sys.path[0]; None where it is set already
     loader: Any
     spec: ModuleSpec | None = None  # None for a script, as under python
     package: str | None = None
 
 
 def script(path: str) -> Program:
-    """``python path``. Raises CannotRun, or SyntaxError from the program's text."""
+    """The program of ``python path``. Raises CannotRun, or SyntaxError from the program's text."""
     file = os.path.abspath(path)
     if os.path.isdir(path) or (os.path.isfile(path) and not is_text(path)):
         return folder(path, file)
@@ -59,7 +58,7 @@ def is_text(path: str) -> bool:
 
 
 def folder(path: str, absolute: str) -> Program:
-    """``python folder`` or ``python archive.zip``: the ``__main__`` module inside."""
+    """The program of ``python folder`` or ``python archive.zip``: the ``__main__`` module inside."""
     spec = PathFinder.find_spec("__main__", [absolute])
     if spec is None or spec.loader is None:
         raise CannotRun(f"can't find '__main__' module in {absolute!r}")
@@ -67,7 +66,7 @@ def folder(path: str, absolute: str) -> Program:
 
 
 def module(name: str) -> Program:
-    """``python -m name``; a package is run through its ``__main__`` module."""
+    """The program of ``python -m name``; for a package its ``__main__`` module."""
     put_first(os.getcwd())  # before the module is looked for
     try:
         spec = importlib.util.find_spec(name)
@@ -92,7 +91,7 @@ def code_of(spec: ModuleSpec) -> CodeType:
 
 
 def put_first(path: str) -> None:
-    """Put ``path`` where ``sys.path`` has what Python put there for the program that started us."""
+    """Replace the entry of ``sys.path`` that Python made for our own command by ``path``."""
     if getattr(sys.flags, "safe_path", False):
         return  # python -P puts nothing there
     if sys.path and same_folder(sys.path[0], started_from()):
@@ -101,7 +100,7 @@ def put_first(path: str) -> None:
 
 
 def started_from() -> str:
-    """What Python put first for us: the console script's folder, or the current one under ``-m``."""
+    """The entry that Python made for our own command: the console script's folder, or the current one under ``-m``."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return os.getcwd() if spec is not None else os.path.dirname(os.path.realpath(sys.argv[0]))
 
@@ -111,7 +110,7 @@ def same_folder(one: str, other: str) -> bool:
 
 
 def run(program: Program, arguments: Sequence[str]) -> None:
-    """Run it in a ``__main__`` of its own. Raises what it raises, SystemExit included."""
+    """Run the program in a ``__main__`` of its own. Raises all that it raises, including SystemExit."""
     main = ModuleType("__main__")
     vars(main).update(
         __file__=program.file,
@@ -120,8 +119,9 @@ def run(program: Program, arguments: Sequence[str]) -> None:
         __loader__=program.loader,
         __package__=program.package,
         __cached__=program.spec.cached if program.spec else None,
-        __annotations__={},
     )
+    if "__annotations__" in vars(sys.modules["__main__"]):  # Python 3.14 makes them when they are asked for
+        vars(main)["__annotations__"] = {}
     if program.path is not None:
         put_first(program.path)
     sys.modules["__main__"] = main
@@ -130,7 +130,7 @@ def run(program: Program, arguments: Sequence[str]) -> None:
 
 
 def own_traceback(error: BaseException, program: Program | None) -> None:
-    """Drop the frames above the program's first one, as if Python had started it."""
+    """Drop the frames above the program's first one, so that the traceback looks as under ``python``."""
     trace = error.__traceback__
     while trace is not None and (program is None or trace.tb_frame.f_code is not program.code):
         trace = trace.tb_next

@@ -1,8 +1,8 @@
-"""``fusedhead run``: an unchanged program with fusedhead in place of Inductor, and what came of it at the end.
+"""``fusedhead run``: runs an unchanged program with fusedhead instead of Inductor, and prints a report at the end.
 
-The program need not know: whatever it compiles goes through the pass; its output, exit code and exceptions are its own,
-and what fusedhead did is printed to stderr after it has ended. Under a launcher every process does the same and the
-first of them prints: ``torchrun --nproc-per-node 8 -m fusedhead run train.py``.
+Everything that the program compiles goes through the pass. Its output, exit code and exceptions stay the same, and the
+report is printed to stderr after it has ended. Under a launcher every process does the same, and the first of them
+prints: ``torchrun --nproc-per-node 8 -m fusedhead run train.py``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(given: argparse.Namespace) -> dict[str, Any]:
-    """The backend's options that were given; the others keep their defaults."""
+    """The backend's options on the command line; others keep their defaults."""
     flags = {name: True for name in ("strict", "debug") if getattr(given, name)}
     named = {name: getattr(given, name) for name in ("memory", "logits", "min_logits")}
     values = {name: value for name, value in named.items() if value is not None}
@@ -50,7 +50,7 @@ def options_of(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def first_of_the_launch() -> bool:
-    """Whether this process is the one of a distributed program that speaks."""
+    """Whether this process is the one of a distributed program that prints."""
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
@@ -85,7 +85,7 @@ def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Se
         raise
     except BaseException as error:
         launcher.own_traceback(error, found)
-        sys.excepthook(type(error), error, error.__traceback__)  # which the program may have replaced
+        sys.excepthook(type(error), error, error.__traceback__)  # the program may have replaced it
         return 1
     finally:
         if speaks and found is not None and not answered:
@@ -94,7 +94,7 @@ def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Se
 
 
 def of_a_library(stop: SystemExit) -> bool:
-    """Whether a library ended the program, as argparse does after ``--help`` and errors: it has run nothing yet."""
+    """Whether a library ended the program before it ran, as argparse does after ``--help`` and errors."""
     trace = stop.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -104,7 +104,7 @@ def of_a_library(stop: SystemExit) -> bool:
 
 
 def show_own_frames(found: launcher.Program | None) -> None:
-    """Have Python, which prints the traceback of an interrupt and ends by the signal, print the program's frames."""
+    """Make Python, which prints an interrupt's traceback and ends by the signal, print the program's frames only."""
     hook = sys.excepthook
 
     def shown(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -115,8 +115,8 @@ def show_own_frames(found: launcher.Program | None) -> None:
 
 
 def tell(summary: Summary, given: argparse.Namespace, command_line: Sequence[str]) -> None:
-    """Print the summary to stderr and write the report. The program's outcome stays what it is."""
-    with contextlib.suppress(OSError, ValueError):  # a pipe that nobody reads, or a stream that the program has closed
+    """Print the summary to stderr and write the report. An error here does not change the program's outcome."""
+    with contextlib.suppress(OSError, ValueError):  # a closed pipe, or a stream that the program has closed
         sys.stdout.flush()
     if given.compile_eager and (note := compile_eager.unreached()):
         summary.notes.append(note)

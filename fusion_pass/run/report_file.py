@@ -1,4 +1,4 @@
-"""The file of ``--report``: a page (.html) or data (.json). Its path is looked at before the program starts."""
+"""The file of ``--report``: a page (.html) or data (.json). Its path is checked before the program starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = (".html", ".json")
 
 
 def path_problem(path: str) -> str:
-    """Why a report cannot be written there, with the remedy, or ""."""
+    """Why a report cannot be written to a path, with the remedy, or ""."""
     file = Path(path)
     folder = file.parent
     if file.suffix.lower() not in KINDS:
@@ -29,7 +29,7 @@ def path_problem(path: str) -> str:
 
 
 def write(summary: Summary, path: str, command: str) -> None:
-    """Write it; ``command`` is what was run. Raises OSError."""
+    """Write the report. ``command``: the command that was run. Raises OSError."""
     if Path(path).suffix.lower() == ".json":
         text = json.dumps({"command": command, **data(summary.overview())}, indent=1) + "\n"
     else:

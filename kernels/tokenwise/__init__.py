@@ -1,1 +1,1 @@
-"""Row programs: what no statistic serves, computed in windows of tokens."""
+"""Token programs: values that no statistic gives, computed in windows of tokens."""

@@ -1,4 +1,4 @@
-"""Which windows of a row program run compiled, and the graphs that they run: traced once, kept, compiled by Inductor.
+"""Compiled windows of token programs: the graphs are traced once, cached, and compiled by Inductor.
 
 A window's function is traced for the shapes that it is first called with, gradients included, on the thread that asks.
 Threads that need the same graph wait for one of them.

@@ -1,11 +1,11 @@
-"""Runs a row program in windows of tokens, and its gradient: the engine for what no statistic serves.
+"""The engine of token programs: runs a program and its gradient in windows of tokens.
 
     results = program(h, w, ...)                       one sweep, 2 N V D FLOP a head
     dz = vjp of the program on one window of z          then dh = dz w, dw += dzᵀ h: 6 N V D FLOP a head
     both in one sweep, for gradients of the results that are known before it: 6 N V D FLOP a head in all
 
-What never reaches memory: anything [N, V]; a window holds what the program's own ops hold for its tokens. Results are
-rounded as the program rounds them; dw is summed in float32, over few windows in its own dtype.
+No [N, V] tensor reaches memory: a window holds the values of the program's own ops for its tokens. Results are rounded
+as in the program. dw is summed in float32, over few windows in its own dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PRODUCT_BYTES = 256 << 20  # of one block of dzᵀ h before it is added to dw
 
 
 def row_inputs(program: RowProgram) -> frozenset[int]:
-    """The inputs of which a window reads only its rows."""
+    """The inputs of which a window reads only its own rows."""
     refs = (a for line in program.lines for a in (*line.args, *(v for _, v in line.kwargs)))
     flat = (e for a in refs for e in ((a,) if isinstance(a, Ref) or not isinstance(a, tuple) else a))
     return frozenset(e.at for e in flat if isinstance(e, Ref) and e.kind == "r")

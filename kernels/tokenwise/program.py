@@ -1,4 +1,4 @@
-"""Row programs: what a user's program does between logits and its results, one token at a time, as text.
+"""Token programs as text: the program's ops between logits and results, one token at a time.
 
 Where no statistic serves (a divergence between two heads, soft targets, top-k, any chain of pointwise ops) the
 program's own ATen calls are kept, in a form that runs on any window of tokens: dimension 0 counts tokens, and
@@ -12,8 +12,7 @@ several), because a compiler may put it into a comment:
     v3 = sum.dim_IntList(v2, [1]);
     return v3
 
-``t3`` is input 3 whole, ``r3`` its rows of the window, ``v3`` the result of line 3. This file holds the form and
-its meaning; it must not know of windows, gradients or graphs.
+``t3`` is input 3 whole, ``r3`` its rows of the window, ``v3`` the result of line 3.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class RowProgram(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The form that `read` reads back exactly."""
+        """The text that `read` reads back exactly."""
         out = []
         for i, (op, args, kwargs) in enumerate(self.lines):
             given = [argument_text(a) for a in args] + [f"{k}={argument_text(a)}" for k, a in kwargs]
@@ -72,11 +71,11 @@ class RowProgram(NamedTuple):
 
 
 class Unspeakable(ValueError):
-    """A value that a row program has no form for."""
+    """A value that has no text form."""
 
 
 def argument_text(value: Any) -> str:
-    """An argument as text. Raises Unspeakable for what is not a number, a dtype, a string, a list of them."""
+    """An argument as text. Raises Unspeakable for anything but a number, a dtype, a string, or a list of them."""
     if isinstance(value, Ref):
         return value.text
     if isinstance(value, (list, tuple)):
@@ -114,7 +113,7 @@ def _value(node: ast.expr) -> Any:
 
 @lru_cache(maxsize=256)
 def read(text: str) -> RowProgram:
-    """Read a program's text. Raises Unspeakable naming the part that is none."""
+    """Read a program's text. Raises Unspeakable naming the part that is not valid."""
     *calls, last = ast.parse(f"def program(): {text}").body[0].body  # type: ignore[attr-defined]
     lines = []
     for statement in calls:

@@ -1,10 +1,9 @@
-"""What the sweeps of the torch engine share: how z is cut into cache-sized blocks, and arithmetic on labels.
+"""Shared parts of the torch engine's sweeps: cutting z into cache-sized blocks, and arithmetic on labels.
 
-A sweep walks over windows of tokens and, inside each, over blocks of vocabulary that the matrix products of
-the gradients read. Where a whole window is kept in a narrow dtype, a block is filled strip by strip, so that only a
-strip's logits exist in float32. Labels are kept apart from the blocks: their logits are row products in
-float64, their cells are blanked, and their share of every result is added with full precision. Nothing here
-may know about gradients.
+A sweep walks over windows of tokens and, inside each, over blocks of vocabulary that the matrix products of the
+gradients read. Where a whole window is kept in a narrow dtype, a block is filled strip by strip, so that only a strip's
+logits exist in float32. Labels are computed separately from the blocks: their logits are row products in float64, their
+cells in a block are blanked, and their share of every result is added with full precision.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, stat_dtype
-from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.transform.transform import apply
 
 EXP2_FACTOR = math.log2(math.e)  # exp x = exp2(x log2 e): torch's exp2 is three times faster than its exp on a CPU
@@ -180,10 +178,9 @@ def sampled_level(head: Head, i: slice, work: torch.dtype) -> Tensor:
     return torch.where(level.isfinite(), level, 0)
 
 
-def row_maximum(head: Head, i: slice, columns: int) -> Tensor:
-    """The largest z of each row, by a sweep of its own: [m], 0 where it is not finite."""
+def row_maximum(head: Head, i: slice, columns: int, work: torch.dtype) -> Tensor:
+    """The largest z of each row, by a sweep of its own: [m], 0 where it is not finite. ``work``: of the product."""
     wide = stat_dtype(head.h.dtype)
-    work = product_dtype(head.h.dtype, head.h.device.type)
     most = head.h.new_full((i.stop - i.start,), -torch.inf, dtype=wide)
     h = head.h[i].to(work)
     for v in cuts(head.w.shape[0], columns):

@@ -1,4 +1,4 @@
-"""Any gradient of any head: dz written out block by block in float32, then its matrix products.
+"""The general gradient: dz is written out block by block in float32, then multiplied.
 
 For the upstream gradients and transforms that `softmax_gradients` does not serve: the entropy,
 weighted sums of transformed logits, gradients of row vectors and of multipliers. FLOP 6 NDV, the lse being

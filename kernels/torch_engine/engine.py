@@ -1,6 +1,6 @@
-"""The engine in torch ops: a head computed window by window on any device torch runs on.
+"""The torch engine: computes a head window by window, on every device that torch runs on.
 
-The three functions of `contract`, each a choice among the sweeps that do the work:
+The three functions of `contract`. Each chooses among the sweeps:
 
     softmax_gradients   lse and picked, and gradients a row scale away from exp z    the usual losses
     dlogits             gradients with dz written out block by block                entropy, row vectors
@@ -19,7 +19,7 @@ from fusedhead.kernels.contract import NO_NEEDS, Head, HeadGrads, Needs, RowGrad
 from fusedhead.kernels.torch_engine import dlogits as torch_dlogits
 from fusedhead.kernels.torch_engine import softmax_gradients
 from fusedhead.kernels.torch_engine import statistics as torch_statistics
-from fusedhead.kernels.torch_engine.blocks import row_dtype, two_sum_error
+from fusedhead.kernels.torch_engine.blocks import row_dtype
 from fusedhead.kernels.torch_engine.weighted_sums import spread_from_sums, weighted_sums
 
 
@@ -33,8 +33,8 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
         picked = torch_statistics.picked_logits(head, windows.tokens) if swept else None
         stats = RowStats(head.h.new_empty(0, dtype=wide), picked)
     elif swept <= {"lse", "picked"}:
-        lse, picked, _ = softmax_gradients.single_pass(head, RowGrads(), NO_NEEDS, windows)
-        stats = two_numbers(lse, wide)._replace(picked=picked if "picked" in want else None)
+        _, stats, _ = softmax_gradients.single_pass(head, RowGrads(), NO_NEEDS, windows)
+        stats = stats if "picked" in want else stats._replace(picked=None)
     else:
         stats = torch_statistics.sweep_statistics(head, swept, windows)
     if want & {"sum", "spread"} and scale is not None:
@@ -42,12 +42,6 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
         spread = spread_from_sums(head, one_number(stats, total.dtype), total) if "spread" in want else None
         stats = stats._replace(sum=total.to(wide) if "sum" in want else None, spread=spread)
     return stats
-
-
-def two_numbers(lse: Tensor, wide: torch.dtype) -> RowStats:
-    """A fine lse [N] as the sum of two numbers of the statistics' dtype."""
-    high = lse.to(wide)
-    return RowStats(high, lse_low=two_sum_error(high, lse, torch.zeros_like(lse)).to(wide))
 
 
 def one_number(stats: RowStats, fine: torch.dtype) -> Tensor:
@@ -93,10 +87,9 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
         return stats, torch_dlogits.backward(head, coefficients, stats, needs, windows)
     whole_rows = windows.vocab >= len(head.w) or not (needs.w or needs.cols)
     needs_now = needs if whole_rows else NO_NEEDS
-    lse, picked, grads = softmax_gradients.single_pass(head, coefficients, needs_now, windows)
+    lse, stats, grads = softmax_gradients.single_pass(head, coefficients, needs_now, windows)
     if not whole_rows:
         grads = softmax_gradients.known_lse(head, coefficients, lse, needs, windows)
-    stats = two_numbers(lse, wide)._replace(picked=picked)
     if coefficients.sum is not None and scale is not None:
         total = weighted_sums(head, scale)
         stats = stats._replace(sum=total.to(wide), spread=spread_from_sums(head, lse, total))

@@ -1,4 +1,4 @@
-"""Blocks of E = exp(z - level): the quantity from which a softmax's statistics and gradients are made.
+"""Blocks of E = exp(z - level), from which a softmax's statistics and gradients are computed.
 
 With a finite level for each row, chosen before z is known, probabilities are p = E exp(level - lse). The factor belongs
 to a row, so it can be applied to [N, D] operands and no pass over z is needed once its sum is known. What goes into the
@@ -100,8 +100,12 @@ def usual_level(head: Head, i: slice, labelled: Tensor, aim: float | None = None
 
 
 def below_maximum(head: Head, i: slice, columns: int, aim: float | None, exact: bool) -> Level:
-    """The largest logit of each row, by a sweep in blocks of ``columns``; with ``aim`` where its E is that large."""
-    most = row_maximum(head, i, columns)
+    """The largest logit of each row, by a sweep in blocks of ``columns``; with ``aim`` where its E is that large.
+
+    It is of the logits that `fill` computes: a maximum of products in bfloat16 is off by 64 where z is 1e4.
+    """
+    work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
+    most = row_maximum(head, i, columns, wide if exact else work)
     return level_at(head, most if aim is None else most - math.log(aim), exact)
 
 
@@ -186,8 +190,13 @@ def fill(
 
 
 def label_terms(head: Head, i: slice) -> tuple[Tensor, Tensor]:
-    """Transformed logits of the labels of window i and the transform's slope there: both [m, K], fine."""
+    """Transformed logits of the labels of window i and the transform's slope there: both [m, K], fine.
+
+    The logits are numbers of the statistics' dtype, as the ones handed out: a likely label's loss, lse - z, would
+    otherwise be what rounding takes off z, and less than 0 half of the time.
+    """
     raw = label_logits(head, i)
     cols, rows = label_vectors(head, i)
     z, tape = apply_and_record(head.transform, raw, cols, rows, False, False)
-    return z, pull_back(head.transform, torch.ones_like(z), tape, cols, rows, None, None)
+    rounded = z.to(stat_dtype(head.h.dtype)).to(z.dtype)
+    return rounded, pull_back(head.transform, torch.ones_like(z), tape, cols, rows, None, None)

@@ -1,4 +1,4 @@
-"""In which dtype the torch engine multiplies, and in which it keeps a window of exponentials for a later product.
+"""The dtypes in which the torch engine multiplies and keeps a window of exponentials for a later product.
 
 | head     | device multiplies it     | products | kept                                                          |
 |----------|--------------------------|----------|---------------------------------------------------------------|
@@ -7,8 +7,8 @@
 | bfloat16 | no: a CPU without AVX-512| float32  | bfloat16                                                      |
 | float16  | never: exp z leaves it   | float32  | float16 where a bound of the slope tells how to fit it in     |
 
-A window kept as wide as its products would hold twice the bytes where these are widened, and half as many tokens would
-take twice as many windows.
+A kept window as wide as widened products would take twice the bytes, so that half as many tokens fit and twice as many
+windows are needed.
 """
 
 from __future__ import annotations

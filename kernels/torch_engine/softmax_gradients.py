@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, Windows, stat_dtype
+from fusedhead.kernels.contract import Head, HeadGrads, Needs, RowGrads, RowStats, Windows, stat_dtype
 from fusedhead.kernels.torch_engine.blocks import (
     block_columns,
     cuts,
@@ -27,6 +27,7 @@ from fusedhead.kernels.torch_engine.blocks import (
     row_dtype,
     sampled_level,
     strip_columns,
+    two_sum_error,
     widened_columns,
 )
 from fusedhead.kernels.torch_engine.exponentials import (
@@ -38,6 +39,7 @@ from fusedhead.kernels.torch_engine.exponentials import (
     level_at,
     usual_level,
 )
+from fusedhead.kernels.torch_engine.far_rows import Factors, SweptRows, far, sweep_far_rows
 from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype, kept_range, product_dtype
 
@@ -72,36 +74,47 @@ def _totals(parts: list[Tensor], z: Tensor, level: Level, first: Tensor) -> tupl
     return rest + of_labels, rest[:, None] + (of_labels[:, None] - e)
 
 
-def _factors(
-    g: Tensor, g_picked: Tensor, total: Tensor, others: Tensor, first: Tensor, slope: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """s [m] and t [m, K] of a window from the gradients g [m] of lse and g_picked [m, K].
+def _factors(c: RowGrads, head: Head) -> Factors:
+    """What makes s [m] and t [m, K] of the tokens of a window out of the gradients ``c``.
 
     s is NaN where the total is not finite: as through a log_softmax, a row with an infinite logit has no gradient.
     """
-    whole = g[:, None] * first
-    t = (g_picked + whole - whole * (others / total[:, None])) * slope
-    s = g / total + 0 * total
-    return (s if scale is None else s * scale), t
+    g_lse, g_picked = _prepared(head, c)
+    scale = head.transform.plain_scale
+
+    def factors(
+        i: slice, lse: Tensor, total: Tensor, others: Tensor, first: Tensor, slope: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        g = g_lse[i] if c.square is None else g_lse[i] + 2 * c.square[i] * lse
+        whole = g[:, None] * first
+        t = (g_picked[i] + whole - whole * (others / total[:, None])) * slope
+        s = g / total + 0 * total
+        return (s if scale is None else s * scale), t
+
+    return factors
 
 
-def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[Tensor, Tensor, HeadGrads]:
-    """lse [N] (fine), picked [N, K] and the gradients of Σ c · statistics (+ Σ c.square lse²).
+def single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tuple[Tensor, RowStats, HeadGrads]:
+    """lse [N] (fine), it and picked as statistics, and the gradients of Σ c · statistics (+ Σ c.square lse²).
 
     FLOP 6 NDV; memory: E' of one window (windows.tokens x V) where w wants a gradient, else one block. A window that is
     kept narrower than it is multiplied (`kept_dtype`) is widened strip by strip.
     """
-    lse = head.h.new_empty(len(head.h), dtype=row_dtype(head.h.device.type))
+    wide = stat_dtype(head.h.dtype)
     z, slope = label_terms(head, slice(0, len(head.h)))
+    lse, low = head.h.new_zeros((2, len(head.h)), dtype=row_dtype(head.h.device.type))
+    rows = SweptRows(lse, low, z)
     sink = Sink(head, c, needs, windows)
-    _sweep(head, c, needs, windows, lse, z, slope, sink)
-    return lse, z.to(stat_dtype(head.h.dtype)), sink.finish()  # the window of E' is gone by now
+    _sweep(head, c, needs, windows, rows, slope, sink)
+    high = lse.to(wide)
+    low = (two_sum_error(high, lse, torch.zeros_like(lse)) + low).to(wide)
+    return lse, RowStats(high, z.to(wide), lse_low=low), sink.finish()  # the window of E' is gone by now
 
 
 def _sweep(
-    head: Head, c: RowGrads, needs: Needs, windows: Windows, lse: Tensor, labelled: Tensor, slopes: Tensor, sink: Sink
+    head: Head, c: RowGrads, needs: Needs, windows: Windows, rows: SweptRows, slopes: Tensor, sink: Sink
 ) -> None:
-    """The sweep of `single_pass`, which fills ``lse`` and ``sink``; the other two are `label_terms` of all tokens."""
+    """The sweep of `single_pass`, which fills ``rows`` and ``sink``; ``slopes`` and rows.picked are `label_terms`."""
     n, vocab, wide = len(head.h), len(head.w), stat_dtype(head.h.dtype)
     work = product_dtype(head.h.dtype, head.h.device.type)
     tokens = min(windows.tokens, n)
@@ -115,12 +128,11 @@ def _sweep(
     strip = strip_columns(tokens, columns, wide.itemsize) if keep else columns
     spare = head.h.new_empty(0 if kept == wide else tokens * strip, dtype=wide)
     least, aim, most = kept_range(kept, head.transform)
-    c_lse, c_picked = _prepared(head, c)
-    scale = head.transform.plain_scale
+    factors = _factors(c, head)
     for i in cuts(n, tokens):
         h = head.h[i].to(work)
         m = len(h)
-        z, slope = labelled[i], slopes[i]
+        z, slope = rows.picked[i], slopes[i]
         first, cells = first_of_equal(head.y[i]), label_cells(head, i)
         on_cpu = head.h.device.type == "cpu"
         level = usual_level(head, i, z, aim) if on_cpu else below_maximum(head, i, strip, aim, False)
@@ -141,9 +153,13 @@ def _sweep(
             if certain or bool(((total > least) & (total < most)).all()):
                 break
             level, certain = below_maximum(head, i, strip, aim, True), True
-        lse[i] = at = level.natural + total.log()
-        g = c_lse[i] if c.square is None else c_lse[i] + 2 * c.square[i] * at
-        s, t = (x.to(wide) for x in _factors(g, c_picked[i], total, others, first, slope, scale))
+            if far(level.natural):
+                break
+        if on_cpu and certain and far(level.natural):
+            sweep_far_rows(head, i, factors, needs, strip, rows, sink)
+            continue
+        rows.lse[i] = at = level.natural + total.log()
+        s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
         sink.hidden(i, product, s, t)
         if keep:
             hs = (h * s[:, None]).to(work)
@@ -183,11 +199,15 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
     tokens = min(windows.tokens, n)
     columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
     block, spare = block_buffers(head, tokens, columns)
-    g_lse, g_picked = _prepared(head, upstream)
+    factors, (g_lse, picked) = _factors(upstream, head), _prepared(head, upstream)
+    far_rows = SweptRows(torch.empty_like(g_lse), torch.empty_like(g_lse), torch.empty_like(picked))  # found again
     sink = Sink(head, upstream, needs, windows)
     scale = head.transform.plain_scale
     for i in cuts(n, tokens):
         h, at, on_cpu = head.h[i].to(work), lse[i].to(fine), head.h.device.type == "cpu"
+        if on_cpu and far(at.masked_fill(at.isinf(), 0)):
+            sweep_far_rows(head, i, factors, needs, columns, far_rows, sink)
+            continue
         m, cells = len(h), label_cells(head, i)
         z, slope = label_terms(head, i)
         level = level_at(head, at, False)
@@ -209,7 +229,7 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
             sink.block(i, v, e, hs, early)
         first = first_of_equal(head.y[i])
         total, others = _totals(parts, z, level, first)
-        s, t = (x.to(wide) for x in _factors(g, g_picked[i], total, others, first, slope, scale))
+        s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
         sink.hidden(i, product, s, t)
         sink.labels(i, t)
     return sink.finish()

@@ -1,4 +1,4 @@
-"""The gradient of the weight while a sweep adds to it: the sum over windows of tokens, in a chosen precision.
+"""The gradient of the weight during a sweep: the sum over windows of tokens, in a chosen precision.
 
 dw = Σ_windows Eᵀ (s h) + Σ_labels t h: the first term comes out of matrix products block by block, the
 second is kept out of them and added in float32, so that a probability near 1 costs no precision. If the sum

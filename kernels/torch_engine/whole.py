@@ -1,9 +1,9 @@
-"""A head small enough to be built whole, in the calls of torch that the plain program would make.
+"""Whole logits: a small head in the calls of torch that the plain program would make.
 
 The three functions of `contract` for logits too few for windows to pay: one product z = h wᵀ [N, V], its softmax, and
-the gradients' two products, in about as many calls as eager code takes. What a call costs the host, not the memory, is
-the price of such a head. Other statistics than lse, picked and sums, and gradients of any per-row upstream come from
-the window engine's own sweeps over a single block.
+the gradients' two products, in about as many calls as eager code takes. The host's time a call decides the cost of such
+a head, not the memory. Other statistics than lse, picked and sums, and gradients of any per-row upstream come from the
+window engine's own sweeps over a single block.
 
     head_loss            z, E = exp(z - max z), dz in the place of E, dh, dw       3 products
     head_stats           z, E                                                     1 product

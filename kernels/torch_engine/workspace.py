@@ -1,7 +1,6 @@
-"""How many bytes the torch engine holds besides its operands and results: the model that the planner asks.
+"""The workspace model of the torch engine: the bytes that it holds besides operands and results, for the planner.
 
-An upper bound, one term for each kind of buffer; a test compares it with the allocations that it watches. It
-must not decide anything.
+It is an upper bound with one term for each kind of buffer. A test compares it with real allocations.
 """
 
 from __future__ import annotations

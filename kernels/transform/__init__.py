@@ -1,1 +1,1 @@
-"""What a program does to the logits element by element: the chain, its derivative, generated functions."""
+"""Elementwise transforms of the logits: the chain, its derivative, generated functions."""

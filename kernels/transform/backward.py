@@ -1,9 +1,8 @@
 """The derivative of a `Transform`, in place on one window of the logits.
 
-`apply_and_record` applies the chain and keeps what its derivative needs (the tape); `pull_back` turns the gradient
-with respect to the transformed window into the gradient with respect to h @ w.T, and adds what belongs to
-the column and row vectors. Both reuse the buffers they are given: the number of windows held at once is
-`windows_held`, which the planner counts against the memory budget.
+`apply_and_record` applies the chain and saves the windows that its derivative reads (the tape). `pull_back` turns the
+gradient of the transformed window into the gradient of h @ w.T and adds the gradients of the column and row vectors.
+Both reuse their buffers: `windows_held` windows are alive at once, which the planner counts against the budget.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ Tape = list[Tensor]
 
 
 def windows_held(transform: Transform, need_cols: bool, need_rows: bool) -> int:
-    """How many windows `apply_and_record` leaves alive, the transformed one included."""
+    """The number of windows that `apply_and_record` leaves alive, including the transformed one."""
     return 1 + sum(bool(step.keeps(need_cols, need_rows)) for step in transform.steps)
 
 
 def windows_passing(transform: Transform) -> int:
-    """How many windows a step holds at most while it is taken, or taken back, besides those on the tape."""
+    """The most windows that one step holds, forward or backward, besides those on the tape."""
     codes = [code for function in transform.functions for code in function.codes]
     return max((pointwise.most_alive(code) for code in codes), default=0)
 
@@ -40,7 +39,7 @@ def apply_and_record(
         before = z
         z = step.kind.apply(before, x, None if keeps == "input" else before)
         if keeps == "input":
-            tape.append(before)  # later steps overwrite z: it has memory of its own
+            tape.append(before)  # a copy, since later steps overwrite z
             z = z.clone() if z.data_ptr() == before.data_ptr() or not z.is_contiguous() else z
         elif keeps == "output":
             tape.append(z)
@@ -57,7 +56,7 @@ def pull_back(
     dcols: Tensor | None,
     drows: Tensor | None,
 ) -> Tensor:
-    """The gradient with respect to the raw window, in the buffer of ``dz`` [m, v]. The tape is used up.
+    """The gradient of the raw window, in the buffer of ``dz`` [m, v]. Consumes the tape.
 
     ``dcols`` [C, v] and ``drows`` [R, m] are added to; None for those not needed.
     """

@@ -1,7 +1,7 @@
-"""Where a program adds a head's bias before it rounds: ``addmm`` and ``linear`` of a low precision round z + b once.
+"""Bias rounding: ``addmm`` and ``linear`` of a low precision add the bias before they round z + b once.
 
-In a chain that is ``addcol:k round:t`` at its beginning, t being the dtype of the product. Whoever rounds the bare
-product to t first, and the sum again, makes other logits of it.
+In a chain this is ``addcol:k round:t`` at the beginning, t being the dtype of the product. Rounding the bare product
+first and the sum again would give other logits.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ TWO_BYTES = (torch.bfloat16, torch.float16)
 
 
 def rounded_bias(transform: Transform, dtype: torch.dtype) -> int | None:
-    """Which column vector is the bias of a product of ``dtype`` that is rounded with it; None where there is none.
+    """The index of the column vector that is rounded together with a product of ``dtype``; None where there is none.
 
-    The chain of what is left to do after such a product is ``transform.steps[2:]``.
+    After such a product the remaining chain is ``transform.steps[2:]``.
     """
     if dtype not in TWO_BYTES or len(transform.steps) < 2:
         return None

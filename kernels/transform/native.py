@@ -1,8 +1,8 @@
-"""Functions of the logits that torch computes in one call, forward and backward, on a CPU.
+"""Native functions: functions of the logits that torch computes on a CPU in one call, forward and backward.
 
 The code of a `pointwise.Function` is one call an instruction: a gelu and its derivative are 17, a relu's are
 selections, which branch element by element. Where the function names an op of the table, that op's own kernel runs
-instead: the values are those of eager code. Whatever is not in the table runs its code.
+instead, with eager code's values. Other functions run their code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fusedhead.kernels.transform.pointwise import Function, run
 aten = torch.ops.aten
 
 
-# Behind the name of an op: it has no slope on its bounds. Releases of torch differ there.
+# Suffix of an op's name: no slope on its bounds. Releases of torch differ in this.
 OPEN = "_open"
 
 
@@ -34,7 +34,7 @@ def _within(g: Tensor, z: Tensor, least: float | None, most: float | None = None
 
 
 def _within_or_on(g: Tensor, z: Tensor, least: float | None, most: float | None = None) -> Tensor:
-    """g between the bounds and on them, where a hardtanh has no slope: its bounds are the numbers next to these."""
+    """g between the bounds and on them. A hardtanh has no slope on its bounds: they are the next numbers."""
     low, high = (z.new_tensor(end if at is None else at) for at, end in ((least, -torch.inf), (most, torch.inf)))
     low, high = low.nextafter(low - torch.inf), high.nextafter(high + torch.inf)
     return aten.hardtanh_backward(g, z, low.item(), high.item())
@@ -72,7 +72,7 @@ NATIVE: Mapping[str, Native] = {
 
 
 def names(op: str) -> Iterator[str]:
-    """The entries of the table that may be an op of torch: they differ in the gradient at its corners."""
+    """The entries of the table that an op may be. They differ in the gradient at its corners."""
     return (name for name in (op, op + OPEN) if name in NATIVE)
 
 

@@ -1,12 +1,12 @@
-"""What a program does to the logits element by element, as data: the `Transform` of a head.
+"""The `Transform` of a head: the program's elementwise steps on the logits, as data.
 
 A transform is a short chain of steps applied in order to z = h @ w.T. It travels through op schemas as text,
 for example ``"addcol:0 mul:0.0333 tanh mul:30.0"``. Everything is computed in float32 whatever the program's
 dtype (closer to the truth); a ``round`` step keeps the place where the program rounds, and only decisions
 (max, argmax) honour it.
 
-`STEPS` holds what each kind of step is in torch ops: its value, its derivative, what that derivative depends on. All
-other files of the torch side ask it; a new kind is one entry here. (Triton's side unrolls the chain at compile time in
+`STEPS` defines each kind of step in torch ops: its value, its derivative, and the dependencies of the derivative. The
+torch side reads only this table, so that a new kind is one entry. (Triton's side unrolls the chain at compile time in
 `triton_engine.device.transform`.)
 
 | step          | z becomes                     | derivative            |
@@ -43,19 +43,19 @@ class StepKind(NamedTuple):
 
     apply: Callable[[Tensor, Any, Tensor | None], Tensor]  # (z, x, out) -> z after the step; out None: a fresh tensor
     pull: Callable[[Tensor, Any, Tensor | None], Tensor]  # (g, x, kept) -> g times the derivative, in the place of g
-    read: Callable[[str], float | int | str] | None = None  # the value out of its text; None: the step has none
+    read: Callable[[str], float | int | str] | None = None  # parses the value; None: the step has none
     axis: str = ""  # "c": the value names a vector along the vocabulary, "r": one along the tokens
     keeps: str = ""  # what the derivative reads: "input" or "output" of the step, "" where it does not depend on z
     vector: str = ""  # the derivative with respect to the vector: "one", "input", "" for none
-    varies: bool = False  # whether the derivative has to be multiplied in class by class (see `Transform`)
+    varies: bool = False  # whether the derivative differs from class to class
     scale: Callable[[Any], float] | None = None  # c of the value, where the step is z · c
     steepest: Callable[[Any], float | None] = lambda value: 1.0  # a bound of |derivative|, None where there is none
     masks: bool = False  # whether it sets columns to -inf
-    decides: bool = False  # whether max and argmax alone see it
+    decides: bool = False  # whether only max and argmax read it
 
 
 class Generated(NamedTuple):
-    """The operand of a step ``fn``: its function, and the vectors that this may read."""
+    """The operand of a step ``fn``: its function, and the vectors that the function may read."""
 
     function: pointwise.Function
     cols: Tensor
@@ -153,7 +153,7 @@ class Step(NamedTuple):
             yield from pointwise.vectors(str(self.value))
 
     def operand(self, cols: Tensor, rows: Tensor) -> Any:
-        """What the step takes besides z, to go with a window: a number, a vector, a dtype, a `Generated`; or None.
+        """The step's operand besides z, for a window: a number, a vector, a dtype, a `Generated`; or None.
 
         cols [C, v] and rows [R, n] are the slices that belong to the window.
         """
@@ -171,7 +171,7 @@ class Step(NamedTuple):
         return kind.keeps or ("input" if of_vector else "")
 
     def with_column_offset(self, columns: int) -> Step:
-        """The same step where its column vectors stand behind ``columns`` others."""
+        """The step with the index of its column vector raised by ``columns``."""
         if self.op == "fn":
             return self._replace(value=pointwise.shifted(str(self.value), columns))
         return self._replace(value=int(self.value) + columns) if self.kind.axis == "c" else self
@@ -187,7 +187,7 @@ class Transform(NamedTuple):
 
     @property
     def smooth(self) -> Transform:
-        """The chain without its rounding steps: what every statistic but max and argmax sees."""
+        """The chain without its rounding steps, which only max and argmax read."""
         return Transform(tuple(s for s in self.steps if not s.kind.decides))
 
     @property
@@ -207,7 +207,7 @@ class Transform(NamedTuple):
 
     @property
     def plain_scale(self) -> float | None:
-        """c where the transform is z · c up to rounding steps, None where it is more than that."""
+        """c where the transform is z · c up to rounding steps, else None."""
         scale = 1.0
         for step in self.steps:
             factor = step.kind.scale
@@ -218,7 +218,7 @@ class Transform(NamedTuple):
 
     @property
     def steepest(self) -> float | None:
-        """A bound of |∂z/∂(h wᵀ)| for any z and any vectors, None where the chain's text gives none."""
+        """A bound of |∂z/∂(h wᵀ)| for all z and vectors; None where the chain has none."""
         bound = 1.0
         for step in self.steps:
             most = step.kind.steepest(step.value)

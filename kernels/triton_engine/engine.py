@@ -39,6 +39,7 @@ from fusedhead.kernels.contract import (
     with_companions,
 )
 from fusedhead.kernels.triton_engine import single_pass
+from fusedhead.kernels.triton_engine.float8 import single_pass as float8_pass
 from fusedhead.kernels.triton_engine.launch.launch import on_device
 from fusedhead.kernels.triton_engine.launch.sweep import multiplied_by_cublas, sweep
 from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
@@ -143,6 +144,8 @@ def _two_sweeps(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> tupl
 def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
     """Statistics and gradients in one sweep where that is possible (`single_pass`), else in two."""
     head = ready_head(head)
+    if windows.tail_rows:
+        return float8_pass.one_float8_pass(head, coefficients, windows)
     if single_pass.can_single_pass(head, coefficients, needs, windows):
         return single_pass.one_pass(head, coefficients, needs, windows)
     return _two_sweeps(head, coefficients, needs, windows)

@@ -1,4 +1,4 @@
-"""dz again, block by block of the vocabulary, where exponentials were not kept: what it adds to every gradient.
+"""Recompute: dz block by block of the vocabulary, where exponentials were not kept, and its share of every gradient.
 
     dz = dlogits(block)        dw[v] += dzᵀ h        dh += dz w        and sums for the vectors of the transform
 

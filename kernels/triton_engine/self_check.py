@@ -1,9 +1,9 @@
-"""What a self-check runs in its child process: small heads by the kernels in question and by code that is trusted.
+"""The child process of a self-check: runs small heads by the kernels in question and by trusted code.
 
-Both are measured against float64 on the same operands: pairs beside the plain sweeps, the Triton engine beside eager
-code. The kernels serve where they err no more than what is trusted does, and give the same statistics each time they
-are asked. Heads are chosen so that every path of a sweep is taken: several tiles a program, tiles and steps over D that
-are not whole, several labels, rows whose exponentials overflow and are swept again.
+Both are compared with float64 on the same operands: pairs beside the plain sweeps, the Triton engine beside eager code.
+The kernels pass if their error is no larger than that of the trusted code and repeated calls give equal statistics. The
+heads cover every path of a sweep: several tiles a program, partial tiles and steps over D, several labels, rows whose
+exponentials overflow and are swept again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a window of the Triton engine is made of: how a head is cut, and operands as kernels read them."""
+"""Windows of the Triton engine: cutting a head, and operands in the form that kernels read."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@
 | single pass  | 3        | one window of exponentials, tokens x V | the loss is linear in the statistics    |
 | frozen       | 2        | one block (Triton: one window)         | the same, and w wants no gradient       |
 | recompute    | 4 (or 3) | one block                              | any upstream; too small a budget        |
+| float8       | 3        | two of exponentials in float8          | the same for `plan.float8`, where asked |
 | whole        | 3 (or 1) | all logits                             | fewer logits than `whole_below`         |
 
 A product is 2 N V D FLOP; recompute is 3 products where the lse is known from the forward. On the CPU a
@@ -57,7 +58,7 @@ def _products(algorithm: str, problem: Problem) -> int:
     needs = problem.needs
     gradients = needs.h + (needs.w or needs.cols)
     forward_too = problem.linear and any(needs)
-    known = {"statistics": 1, "frozen": 2, "single pass": 1 + gradients, "whole": 1 + gradients}
+    known = {"statistics": 1, "frozen": 2, "single pass": 1 + gradients, "whole": 1 + gradients, "float8": 3}
     return known.get(algorithm, forward_too + 1 + gradients)
 
 
@@ -65,6 +66,7 @@ WHY = {
     "statistics": "one sweep, no gradient is asked for here",
     "frozen": "w wants no gradient, so no logits are kept",
     "single pass": "gradients come out of the forward sweep",
+    "float8": "gradients come out of the forward sweep, their products in float8",
     "recompute": "logits are rebuilt for the gradients",
     "whole": "its logits are few, and built whole",
 }

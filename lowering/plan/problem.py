@@ -1,4 +1,4 @@
-"""The words of the planner: the sizes and kinds of one head to compute, and one way to compute it."""
+"""The types of the planner: `Problem`, one head to compute, and `Candidate`, one way to compute it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from fusedhead.kernels.contract import OPERAND_NEEDS, Needs, Windows
 from fusedhead.kernels.transform.transform import Transform
 
-AUTO, LEAST_MEMORY = 0, -1  # values of the option `memory` that are no budget in MiB
+AUTO, LEAST_MEMORY = 0, -1  # values of the option `memory` other than a budget in MiB
 MIB = 1 << 20
 NO_TRANSFORM = Transform()
 
 
 class Problem(NamedTuple):
-    """One head to compute, as far as a plan depends on it."""
+    """The properties of a head that a plan depends on."""
 
     tokens: int  # N
     vocab: int  # V
@@ -23,12 +23,14 @@ class Problem(NamedTuple):
     dtype: torch.dtype  # of h and w
     device_type: str
     products: torch.dtype  # of the torch engine's matrix products (`product_dtypes`)
-    needs: Needs = OPERAND_NEEDS  # operands that want a gradient from this call; none for the statistics alone
+    needs: Needs = OPERAND_NEEDS  # operands that want a gradient from this call; none for statistics only
     linear: bool = True  # whether coefficients are known before the sweep
     row_scale: bool = True  # whether gradients are a row scale away from exponentials
     explicit: bool = False  # whether a sweep writes out dz or all logits (`writes_logits`)
     transform: Transform = NO_TRANSFORM
     labels: int = 1  # K
+    sums: bool = False  # whether Σ u z takes part in the loss
+    float8: bool = False  # whether products of gradients may be float8, and the kernels for it serve
 
     @property
     def narrow(self) -> bool:
@@ -37,7 +39,7 @@ class Problem(NamedTuple):
 
     @property
     def one_pass(self) -> bool:
-        """Whether gradients can come out of the sweep that finds the statistics."""
+        """Whether the sweep for the statistics can compute the gradients too."""
         return self.linear and self.row_scale
 
 
@@ -50,6 +52,6 @@ class Candidate(NamedTuple):
 
 
 def writes_logits(want: frozenset[str], transform: Transform) -> bool:
-    """Whether the torch engine reads statistics off written logits: all but those of one softmax and plain sums."""
+    """Whether the torch engine writes out logits for statistics: for all but those of one softmax and plain sums."""
     short = {"lse", "lse_low", "picked"} | ({"sum", "spread"} if transform.plain_scale is not None else set())
     return not want <= short

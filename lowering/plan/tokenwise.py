@@ -1,4 +1,4 @@
-"""In which windows a row program runs: a pure function of sizes and a budget.
+"""The windows of a token program: a pure function of sizes and a budget.
 
 | window                                   | holds for each of its logits                         | auto, least    |
 |------------------------------------------|------------------------------------------------------|----------------|
@@ -19,17 +19,17 @@ from fusedhead.lowering.plan.problem import AUTO, LEAST_MEMORY, MIB
 
 BUDGET = {"cuda": {AUTO: 2048 * MIB, LEAST_MEMORY: 256 * MIB}}
 BUDGET_ELSEWHERE = {AUTO: 128 * MIB, LEAST_MEMORY: 32 * MIB}
-EXACT_TOKEN_SUMS = 3  # up to this many windows, sums of dw in a narrow dtype err no more than eager code does
+EXACT_TOKEN_SUMS = 3  # up to this many windows, dw summed in a narrow dtype errs no more than in eager code
 MOST_LIVE = 12
-MULTIPLE = {"cuda": 64}  # of tokens, in a window that matrix products are to like
+MULTIPLE = {"cuda": 64}  # tokens of a window are a multiple of this, for fast matrix products
 MULTIPLE_ELSEWHERE = 16
 BETWEEN = {"cuda": 4}  # bytes of float32 values that a compiled program keeps between its reductions
 BETWEEN_ELSEWHERE = 12
-COMPILE_FROM = 1 << 22  # logits that repay a compilation where the calls themselves are not slow to launch
+COMPILE_FROM = 1 << 22  # logits for which compiling pays on a device with cheap launches
 
 
 def window_bytes(device_type: str, memory: int) -> int:
-    """What a window may hold. ``memory`` is 0 for auto, -1 for the least, else MiB."""
+    """The bytes that a window may hold. ``memory`` is 0 for auto, -1 for the least, else MiB."""
     return memory * MIB if memory > 0 else BUDGET.get(device_type, BUDGET_ELSEWHERE)[memory]
 
 
@@ -41,9 +41,10 @@ class RowPlan(NamedTuple):
 
 
 def row_plan(
-    N: int, V: int, dtype: torch.dtype, device_type: str, *, heads: int, calls: int, memory: int = AUTO
+    shape: tuple[int, int], dtype: torch.dtype, device_type: str, *, heads: int, calls: int, memory: int = AUTO
 ) -> RowPlan:
-    """The windows of a program of so many ``calls`` on ``heads`` heads; V is the largest vocabulary."""
+    """The windows of a program with ``calls`` calls on ``heads`` heads; ``shape`` [N, V] of the largest logits."""
+    N, V = shape
     budget = window_bytes(device_type, memory)
     compiled = device_type == "cuda" or N * V >= COMPILE_FROM
     if compiled:

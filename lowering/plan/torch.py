@@ -1,4 +1,4 @@
-"""What the torch engine may be asked to do for one head, the preferred first, and how many bytes each way holds."""
+"""The torch engine's candidates for one head, the preferred first, with the bytes that each holds."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fusedhead.lowering.plan.problem import AUTO, LEAST_MEMORY, Candidate, Probl
 
 
 class Limits(NamedTuple):
-    """What suits the torch engine; tokens counts rows of z in a window."""
+    """Limits of the torch engine's windows; tokens are rows of z in a window."""
 
-    tokens: int  # more than this gains no speed
-    fewest_tokens: int  # fewer make a single pass slower than to recompute
+    tokens: int  # larger windows are no faster
+    fewest_tokens: int  # smaller windows make a single pass slower than recomputing
     share: int  # auto takes at least this many windows, to hold less than a quarter of the logits
-    block_tokens: int  # where no row of z has to be complete: 512 cost float32 3-5 %
+    block_tokens: int  # where no row of z must be complete: 512 cost float32 3-5 %
     least_tokens: int  # of a block under "min"
     least_vocab: int
-    exact_sums: int  # up to this many windows, sums of dw in a narrow dtype err less than eager code does
+    exact_sums: int  # up to this many windows, dw summed in a narrow dtype errs less than in eager code
 
 
 # exact_sums: the error of dw against float64 was below eager's up to 8 windows and 1.1 times it at 32
@@ -48,7 +48,7 @@ def _candidate(problem: Problem, algorithm: str, tokens: int, vocab: int) -> Can
 
 
 def _halvings(largest: int, smallest: int) -> list[int]:
-    """largest, largest / 2, ... down to smallest, multiples of 8 where they can be."""
+    """largest, largest / 2, ... down to smallest, as multiples of 8 where possible."""
     out = [max(1, largest)]
     while out[-1] // 2 >= smallest:
         out.append(max(smallest, out[-1] // 2 // 8 * 8 or 1))
@@ -56,10 +56,10 @@ def _halvings(largest: int, smallest: int) -> list[int]:
 
 
 def _blocks(problem: Problem, memory: int) -> list[tuple[int, int]]:
-    """(tokens, columns) of blocks where no row has to be complete, the largest first."""
+    """(tokens, columns) of blocks whose rows need not be complete, the largest first."""
     n, v, needs, narrow = problem.tokens, problem.vocab, problem.needs, problem.narrow
-    in_place = -(-n // LIMITS.exact_sums) if narrow and needs.w else 1  # tokens that spare a float32 dw
-    tallest = LIMITS.block_tokens // (2 if narrow else 1)  # narrow logits gain nothing, their float32 block is more
+    in_place = -(-n // LIMITS.exact_sums) if narrow and needs.w else 1  # tokens for which no float32 dw is needed
+    tallest = LIMITS.block_tokens // (2 if narrow else 1)  # narrow logits gain nothing: their float32 block is larger
     heights = _halvings(tallest, 16) if memory != LEAST_MEMORY else [LIMITS.least_tokens]
     heights = [max(tokens, in_place) for tokens in heights] + [at for at in heights if at < in_place]
     if memory == LEAST_MEMORY:
@@ -75,7 +75,7 @@ def _blocks(problem: Problem, memory: int) -> list[tuple[int, int]]:
 def _preferred(problem: Problem, memory: int, budget: int | None) -> list[Candidate]:
     n, v, needs = problem.tokens, problem.vocab, problem.needs
     blocks = _blocks(problem, memory)
-    # auto keeps no window that is wider than the logits
+    # auto keeps no window larger than the logits
     kept = kept_dtype(problem.dtype, problem.products, problem.transform)
     tried = [("recompute", *block) for block in blocks]
     if not any(needs):
@@ -90,15 +90,15 @@ def _preferred(problem: Problem, memory: int, budget: int | None) -> list[Candid
 
 
 def torch_candidates(problem: Problem, memory: int, budget: int | None) -> tuple[list[Candidate], int | None]:
-    """Ways to compute this head, the preferred first, and the bytes that they should fit in, None for any.
+    """Candidates for this head, the preferred first, and the bytes that they should fit in, None for any.
 
-    ``memory`` is the option, ``budget`` what it allows in bytes (None: what suits the device).
+    ``memory`` is the option, ``budget`` its limit in bytes (None: the device's default).
     """
     ways = _preferred(problem, memory, budget)
     if memory == LEAST_MEMORY:
         return [min(ways, key=lambda way: way.workspace_bytes)], budget
     logits = problem.tokens * problem.vocab * problem.dtype.itemsize
-    if memory == AUTO and budget is None and ways[0].workspace_bytes > logits:  # lower windows of that kind may help
+    if memory == AUTO and budget is None and ways[0].workspace_bytes > logits:  # windows of fewer tokens may help
         lower = _preferred(problem, memory, logits)
         algorithm = ways[0].algorithm
         ways = [way for way in lower if way.workspace_bytes <= logits and way.algorithm == algorithm] or ways
@@ -106,7 +106,7 @@ def torch_candidates(problem: Problem, memory: int, budget: int | None) -> tuple
 
 
 def whole_candidates(problem: Problem, memory: int, budget: int | None) -> tuple[list[Candidate], int | None]:
-    """All logits at once, and their gradient in their place, whatever the budget."""
+    """The candidate that builds all logits at once and overwrites them by their gradient. It ignores the budget."""
     n, v, d, dtype, _, products, needs, *_ = problem
     held = whole_bytes(n, v, d, dtype, products, problem.transform, needs)
     return [Candidate("whole", Windows(max(1, n), max(1, v), dtype), held)], None

@@ -1,14 +1,15 @@
-"""What the Triton engine may be asked to do for one head, the fastest first, and how many bytes each way holds.
+"""The Triton engine's candidates for one head, the fastest first, with the bytes that each holds.
 
 | algorithm   | held besides operands and results                                                          |
 |-------------|--------------------------------------------------------------------------------------------|
 | statistics  | partial rows, in float32 a window of logits [tokens, V] too                                |
 | single pass | a window of exponentials [tokens, V], E w of its rows in float32, float32 sums of dw        |
 | frozen      | the same without dw                                                                        |
+| float8      | `plan.float8`                                                                              |
 | recompute   | a block of dz [tokens, vocab], half of dh of its rows in float32, float32 sums of dw        |
 
-Where one pass would do but has no room, recompute keeps the exponentials of its first block, so the wider a block is
-the less is computed twice: windows are then as low as sums of dw allow.
+Where a single pass would do but does not fit, recompute keeps the exponentials of its first block. Wide, short windows
+are preferred: a wider kept block means fewer recomputed columns.
 
 Rules behind the order, measured on an H100 (benchmarks/NOTES.md): windows are equal and of whole token blocks, or all
 but the last up to a fifth taller, where E w then fills whole waves of cuBLAS's tiles (1 % of a step at D = 4096, 4 % at
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 import torch
 
 from fusedhead.kernels.contract import Windows
+from fusedhead.lowering.plan.float8 import float8_candidates, why_exact
 from fusedhead.lowering.plan.problem import LEAST_MEMORY, MIB, Candidate, Problem
 
 WAVE = 132 * 256 * 128  # numbers that cuBLAS's tiles on all multiprocessors of an H100 compute at once
@@ -123,6 +125,8 @@ def triton_candidates(problem: Problem, memory: int, budget: int | None) -> tupl
     if memory == LEAST_MEMORY:
         budget = min(LEAST_BYTES, ways[0].workspace_bytes)
         ways = _preferred(problem, budget)
+    if problem.float8 and not why_exact(problem, memory):
+        ways = float8_candidates(problem, budget or ways[0].workspace_bytes * 3 // 2) + ways
     return ways, budget
 
 

@@ -35,7 +35,7 @@ def test_smoothed_labels_that_are_built(target: str) -> None:
 
     (head,) = right(loss).report.heads
     assert head.fused
-    assert ("gather" in head.computes) == (target not in LABEL_ALONE)  # statistics, no row program
+    assert ("gather" in head.computes) == (target not in LABEL_ALONE)  # statistics, no token program
 
 
 def read_twice(z: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def test_token_counts_of_a_region_may_be_symbols() -> None:
     right(program, hidden(6, D), labels(6), fused=2, dynamic=True, options=AOT)
 
 
-def test_a_region_of_layers_is_none_of_its_business() -> None:
+def test_a_region_of_layers_stays_a_region() -> None:
     @once
     def layer(h: Tensor, a: Tensor) -> Tensor:
         return torch.tanh(h @ a)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fusedhead.report.coverage import between_markers
-from tests.compat.support import MARKERS, TESTED, rows, table
+from tests.compat.support import MARKERS, TESTED, pythons, rows, table
 
 ROOT = Path(__file__).parents[2]
 README, PYPROJECT, REQUIREMENTS = (
@@ -33,8 +33,8 @@ def test_the_table_of_the_readme_is_the_file_s() -> None:
 
 
 def test_every_row_says_what_tested_means() -> None:
-    assert {row.tested for row in rows()} <= set(TESTED)
-    assert all(all(row) for row in rows())
+    assert {row.tested for row in (*rows(), *pythons())} <= set(TESTED)
+    assert all(all(row) for row in (*rows(), *pythons()))
 
 
 def test_the_newest_and_the_oldest_torch_are_in_the_table() -> None:
@@ -45,6 +45,11 @@ def test_the_newest_and_the_oldest_torch_are_in_the_table() -> None:
 
 def test_the_torch_that_runs_this_is_in_the_table() -> None:
     assert torch.__version__.partition("+")[0] in {row.torch for row in rows()}
+
+
+def test_every_python_that_is_allowed_is_in_the_table() -> None:
+    listed = sorted(python for row in pythons() for python in row.python.split(", "))
+    assert listed == sorted(re.findall(r"Python :: (3\.\d+)", PYPROJECT))
 
 
 def test_every_source_is_in_the_syntax_of_the_oldest_python() -> None:

@@ -14,6 +14,7 @@ import os
 import pickle
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,10 @@ from tests.eager_stack import backend
 
 B, T = 11, 6  # enough tokens for logits without gradients to be deferred
 POOL = 10
-TRACE = os.environ.get("FUSEDHEAD_MACHINE_TRACE")  # print the steps: for a program that ends the process
+# what is told of each step, as it begins; the variable: print it, for a program that ends the process
+watchers: list[Callable[[str], None]] = []
+if os.environ.get("FUSEDHEAD_MACHINE_TRACE"):
+    watchers.append(lambda step: print(step, file=sys.stderr, flush=True))
 
 
 class Net(nn.Module):
@@ -80,6 +84,11 @@ class Pair:
     other: Tensor
     made_of: frozenset[int] = frozenset()  # forwards that it comes from
     coarse: bool = False  # whether some of it was computed in half precision
+
+
+# errors of eager code at what need not be one: a checkpoint that finds a parameter frozen since, and a write to a view
+# that an autograd function has made
+EAGER_ALONE = ("during the original forward and recomputation", "This view was created inside a custom Function")
 
 
 class Difference(AssertionError):
@@ -215,7 +224,7 @@ STATISTICS: dict[str, Callable[[Side, Tensor], Any]] = {
     "vmap": lambda s, z: torch.func.vmap(lambda t: z.logsumexp(-1) * t)(torch.ones(2)),
     "vmap over it": lambda s, z: torch.func.vmap(lambda row: row.logsumexp(-1))(z),
     "its gradient": lambda s, z: torch.autograd.grad(z.logsumexp(-1).mean(), z, retain_graph=True)[0].sum(-1),
-    "what it is": lambda s, z: str((z.is_contiguous(), z.stride(), z.storage_offset(), z._version, z._is_view())),
+    "what it is": lambda s, z: str((z.is_contiguous(), z.stride(), z.storage_offset(), z._version)),
 }  # fmt: skip
 
 # two of one shape
@@ -295,10 +304,11 @@ MODES: dict[str, Callable[..., Any]] = {
 COMPILES = ("compiled loss", "loss compiled by another", "through a graph break")
 UNCOMPILED = ("counted", "selective checkpoint")
 
+# eps: a gradient that is nothing but rounding must not become a step of its own
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
-    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
-    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-4, foreach=True),
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-4, fused=True),
 }
 
 
@@ -340,6 +350,17 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [t for v in value for t in tensors_of(v)] if isinstance(value, (list, tuple)) else []
 
 
+def close_frames(error: BaseException) -> None:
+    """End what an error has left suspended: `checkpoint` of torch 2.11 is a generator that keeps its hooks and modes.
+
+    They would hold for whatever runs next, until the traceback goes, and then be taken off from under those of others.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__
+
+
 def written_since(tensor: Tensor, version: int, value: Tensor | None) -> bool:
     return tensor._version != version or (value is not None and not torch.equal(tensor, value))
 
@@ -364,6 +385,8 @@ class World:
         self.forwards: list[list[tuple[Tensor, int, Tensor | None]]] = []  # operands, their versions and values
         self.steps: list[str] = []
         self.deferred = self.waiting = self.stale = 0
+        self.unseen: set[int] = set()  # forwards whose weight was written to in a way that leaves no trace
+        self.coarse_gradients = self.coarse_weights = False  # whether some were computed in half precision
 
     def written(self, pairs: Sequence[Pair]) -> bool:
         """Whether something that the pairs are made of was written since."""
@@ -373,15 +396,16 @@ class World:
     def forward(self, mode: str) -> None:
         mode = "" if mode in UNCOMPILED else mode
         self.say(f"forward in {mode!r}")
-        before = len(self.pairs)
+        before = list(self.pairs)
         self.both(lambda s: s.forward(s.tokens), [], mode, runs_forward=True)
-        if len(self.pairs) == before:
+        new = [pair for pair in self.pairs if pair not in before]
+        if not new:
             return
         model = self.sides[0].model
-        hidden = [pair.real for pair in self.pairs[before:] if pair.real.shape[-1] == D]
+        hidden = [pair.real for pair in new if pair.real.shape[-1] == D]
         made_of = [model.lm_head.weight, *([model.lm_head.bias] if model.lm_head.bias is not None else []), *hidden]
         self.forwards.append([(t, 0 if t.is_inference() else t._version, t.detach().clone()) for t in made_of])
-        for pair in self.pairs[before:]:
+        for pair in new:
             pair.made_of |= {len(self.forwards) - 1}
 
     def act(self, kind: str, name: str, picks: Sequence[int], mode: str) -> None:
@@ -398,6 +422,10 @@ class World:
 
     def change(self, name: str) -> None:
         self.say(name)
+        self.coarse_gradients &= name != "gradients cleared"
+        self.coarse_weights |= self.coarse_gradients and name.endswith(" steps")
+        if name == "weight written through .data":  # no version says so: eager code's gradients mix both weights
+            self.unseen |= set(range(len(self.forwards)))
         if name == "weight replaced":  # what was made of the old memory stays as it is; versions are counted on
             weight = self.sides[0].model.lm_head.weight
             self.forwards = [
@@ -416,7 +444,7 @@ class World:
             self.both(lambda s, t: t.mul_(2), [pair], "")
 
     def backward(self, pick: int) -> None:
-        able = [pair for pair in self.pairs if pair.real.requires_grad]
+        able = [pair for pair in self.pairs if pair.real.requires_grad and not pair.made_of & self.unseen]
         if not able:
             return
         pair = able[pick % len(able)]
@@ -428,6 +456,7 @@ class World:
             for side in self.sides:  # part of it may have arrived
                 side.model.zero_grad()
             return
+        self.coarse_gradients |= pair.coarse
         self.gradients(pair.coarse)
 
     # how it is compared
@@ -442,7 +471,7 @@ class World:
             self.forget(chosen)
             return
         expected, found = (value for _, value in outcomes)
-        coarse = mode == "autocast" or any(pair.coarse for pair in chosen)
+        coarse = mode == "autocast" or self.coarse_weights or any(pair.coarse for pair in chosen)
         reals, others = tensors_of(expected), tensors_of(found)
         self.check(len(reals) == len(others), f"{len(others)} results for {len(reals)}")
         if not reals:
@@ -466,6 +495,7 @@ class World:
         try:
             return True, run()
         except Exception as error:
+            close_frames(error)
             return False, error
 
     def errors(self, outcomes: Sequence[tuple[bool, Any]], chosen: Sequence[Pair], backward: bool = False) -> bool:
@@ -485,6 +515,8 @@ class World:
             if "modified by an inplace operation" in str(error) or isinstance(error, StaleLogits):
                 self.check(self.changed(), f"{error} though nothing was written")
                 return True
+        if fine_too and any(sentence in str(expected) for sentence in EAGER_ALONE):
+            return True
         if fine or fine_too or not isinstance(found, type(expected)):
             said = "no error" if fine else f"{type(expected).__name__}: {expected}"
             mine = "no error" if fine_too else f"{type(found).__name__}: {found}"
@@ -493,7 +525,7 @@ class World:
         return True
 
     def changed(self) -> bool:
-        return any("written" in step or "steps" in step or "write" in step or "filled" in step for step in self.steps)
+        return any(word in step for step in self.steps for word in ("writ", "steps", "filled", "copied into"))
 
     def forget(self, chosen: Sequence[Pair]) -> None:
         self.pairs = [pair for pair in self.pairs if pair not in chosen]
@@ -527,7 +559,7 @@ class World:
             self.check((real.grad is None) == (other.grad is None), f"one {name} has a gradient, the other has none")
             if real.grad is not None:
                 size = float(real.grad.abs().max()) or 1.0
-                coarse = coarse or any(pair.coarse for pair in self.pairs)
+                coarse = coarse or self.coarse_gradients or any(pair.coarse for pair in self.pairs)
                 limit = (0.1 if coarse else 2e-3) * size + 1e-6
                 error = float((real.grad - other.grad).abs().max())
                 fine = error <= limit or not real.grad.isfinite().all()
@@ -559,8 +591,8 @@ class World:
 
     def say(self, step: str) -> None:
         self.steps.append(step)
-        if TRACE:
-            print(step, file=sys.stderr, flush=True)
+        for watcher in watchers:
+            watcher(step)
 
     def __str__(self) -> str:
         return "\n".join([f"form {self.sides[0].model.form!r}", *self.steps])

@@ -1,12 +1,16 @@
 """Random programs over deferred logits, step by step beside eager code, written and made small by hypothesis.
 
-python -m tests.deferred.state_machine --minutes 60 --seed 1
+    python -m tests.deferred.state_machine --minutes 60 --seed 1
+
+In several processes, each on record and a fresh one after a failure: ``python -m tests.in_parts``.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -30,13 +34,21 @@ from tests.deferred.machine import (
     STEPS,
     Difference,
     World,
+    compiled,
+    loss_compiled_by,
     room_for_variants,
+    step_with_a_break,
+    watchers,
 )
+from tests.run_record import RunRecord
 
 PICK = st.integers(0, 9)
 # half of what is done is done in no particular mode
 MODE = st.one_of(st.just(""), st.sampled_from(sorted(MODES)))
+SEEDS = 100_000  # of one part, more than any run takes
+AGAIN = 3  # exit status: a failure may have left anything behind, the rest belongs in a fresh process
 counts: Counter[str] = Counter()
+record = RunRecord("", 0)
 
 
 class DeferredLogitsMachine(RuleBasedStateMachine):
@@ -44,6 +56,7 @@ class DeferredLogitsMachine(RuleBasedStateMachine):
 
     @initialize(form=st.sampled_from(FORMS), mode=MODE)
     def begin(self, form: str, mode: str) -> None:
+        record.watch()
         self.world = World(form)
         self.world.forward(mode)
 
@@ -95,29 +108,63 @@ def run(examples: int, steps: int, seed: int) -> None:
         run_state_machine_as_test(seeded(seed)(DeferredLogitsMachine), settings=how)
 
 
+def forget_all() -> None:
+    """Nothing compiled, no model, no mode of a program that failed."""
+    torch.compiler.reset()
+    for each in (compiled, loss_compiled_by, step_with_a_break):
+        each.cache_clear()
+    while torch._C._len_torch_dispatch_stack():
+        torch._C._pop_torch_dispatch_stack()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=1)
+    parser.add_argument("--minutes", type=float, help="1, or on record until a signal")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=12, help="most steps of a program")
     parser.add_argument("--stop", action="store_true", help="at the first difference")
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th seed from the i-th on")
+    parser.add_argument("--record", default="", help="a file: a line of JSON for each seed, those in it are skipped")
+    parser.add_argument("--limit", type=float, default=60, help="seconds that a program on record may take")
     given = parser.parse_args()
+    global record
+    record = RunRecord(given.record, given.limit)
+    watchers.append(record.note)
+    stopped: list[bool] = []  # by a signal: end after the seed at hand
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     torch.set_num_threads(1)
-    until, seed, found = time.monotonic() + 60 * given.minutes, given.seed, 0
-    while time.monotonic() < until:
+    minutes = given.minutes or (math.inf if given.record else 1.0)
+    until, found, done = time.monotonic() + 60 * minutes, 0, 0
+    first, step = map(int, given.part.split("/"))
+    for seed in range(given.seed + first, given.seed + first + SEEDS * step, step):
+        if stopped or time.monotonic() > until:
+            break
+        if f"seed {seed}" in record.seen:
+            continue
+        before = counts.copy()
+        record.begin(f"seed {seed}")
+        failures = []
         try:
             run(50, given.steps, seed)
         except Exception as error:
-            found += 1
             for each in getattr(error, "exceptions", [error]):
-                print(f"--- seed {seed}: {type(each).__name__}: {each}", flush=True)
+                failures.append(f"{type(each).__name__}: {each}")
                 if not isinstance(each, Difference):
-                    traceback.print_exception(each)
-            if given.stop:
-                return 1
-        seed += 1
-        print(f"seed {seed - 1}: {dict(counts)}, differences {found}", flush=True)
-        torch._dynamo.reset() if seed % 40 == 0 else None
+                    failures[-1] += "\n" + "".join(traceback.format_exception(each))
+                print(f"--- seed {seed}: {failures[-1]}", flush=True)
+        found += bool(failures)
+        more = {name: counts[name] - before[name] for name in counts}
+        detail = {"detail": "\n".join(failures)} if failures else {}
+        record.end(f"seed {seed}", "differs" if failures else "alike", **more, **detail)
+        print(f"seed {seed}: {dict(counts)}, differences {found}", flush=True)
+        if failures and given.record:
+            return AGAIN
+        done += 1
+        if failures and given.stop:
+            break
+        if failures or done % 40 == 0:
+            forget_all()
+    print("stopped" if stopped else "to its end")
     return bool(found)
 
 

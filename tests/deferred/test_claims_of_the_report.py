@@ -22,7 +22,7 @@ from fusedhead.deferred.tensor import DeferredLogits
 from fusedhead.report.summary import Summary
 from tests.eager_stack import backend
 
-PROGRAMS = int(os.environ.get("FUSEDHEAD_CLAIMS", "16"))
+PROGRAMS = int(os.environ.get("FUSEDHEAD_CLAIMS", "10"))
 N, D, V = 24, 8, 1024
 
 USES: dict[str, Callable[[Tensor, Tensor], Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,11 @@ from tests.deferred.heads import (
     compare,
     deferring,
 )  # fmt: skip
+from tests.deferred.machine import STATISTICS
 
 X = torch.arange(B * T).reshape(B, T)
+MANY = X.repeat(6, 1)  # tokens enough for logits without gradients to be deferred
+SIDE = SimpleNamespace(labels=MANY)  # what statistics of the machine read besides logits
 
 
 def a_temperature_in_place(z: Tensor) -> Tensor:
@@ -117,3 +121,41 @@ class Reversed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return -grad
+
+
+ASKED = ("logsumexp", "entropy", "losses", "mean")
+WRITES = {"filled": lambda x: x.fill_(77), "through detach": lambda x: x.detach().mul_(2)}
+
+
+def whole(z: Tensor) -> Tensor:
+    return z
+
+
+def shifted(z: Tensor) -> Tensor:
+    return z[:, :-1]
+
+
+@pytest.mark.parametrize(
+    ("first", "mode", "part"),
+    [
+        ("logsumexp", torch.enable_grad, whole),
+        ("logsumexp", torch.enable_grad, shifted),
+        ("logsumexp", torch.inference_mode, whole),
+        ("entropy", torch.no_grad, whole),
+    ],
+)
+def test_a_write_to_an_answer_reaches_no_later_answer(first, mode, part):
+    """Statistics are kept for the calls that follow: what is handed out is a copy."""
+    model = Model()
+    run = deferring(model)
+    with mode():
+        for write in WRITES.values():
+            z, real = run(MANY), model(MANY)
+            for each in (z, real):
+                answer = STATISTICS[first](SIDE, part(each))
+                with torch.no_grad():
+                    write(answer)
+            for name in ASKED:
+                for of in (part, whole):
+                    got, expected = (STATISTICS[name](SIDE, of(x)) for x in (z, real))
+                    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -7,9 +7,10 @@ import os
 import pytest
 
 from tests.deferred.machine import MODES, STEPS, World, room_for_variants
+from tests.deferred.replay import replay
 from tests.deferred.state_machine import run
 
-PROGRAMS = int(os.environ.get("FUSEDHEAD_MACHINE_PROGRAMS", "40"))
+PROGRAMS = int(os.environ.get("FUSEDHEAD_MACHINE_PROGRAMS", "24"))
 pytestmark = pytest.mark.filterwarnings("ignore")  # eager code warns as well, of what random programs do
 
 
@@ -46,6 +47,26 @@ def test_found_by_random_programs(program: list[str]) -> None:
             else:
                 world.act("step" if name in STEPS else "statistic", name, [0], mode)
         world.end()
+
+
+FOUND = {
+    "a kept statistic is written to": "logsumexp of [0] in ''; write to 1; entropy of [0] in ''",
+    "the history is lost below a mode": "gradient of a function of [0] in 'counted'; backward of 0",
+    "and in a region": "vmap over it of [0] in 'selective checkpoint'; the numbers of [0] in ''; backward of 2",
+    "parts of what is written to": "chunks of [0] in ''; a class written of [0] in ''; backward of 0",
+    "a view made in inference mode": "one of [0] in 'inference_mode'; copied into of [0, 0] in ''",
+}
+COMPILED = ("compiled loss", "loss compiled by another", "through a graph break")
+
+
+@pytest.mark.parametrize("program", FOUND.values(), ids=list(FOUND))
+def test_a_program_that_differed_does_so_no_more(program: str) -> None:
+    replay(["form 'plain'", "forward in ''", *program.split(";")])
+
+
+@pytest.mark.parametrize("step", COMPILED)
+def test_logits_made_in_inference_mode_are_compiled_outside_of_it(step: str) -> None:
+    replay(["form 'plain'", "forward in 'inference_mode'", f"{step} of [0] in ''"])
 
 
 @pytest.mark.parametrize("frozen", ["head frozen", "trunk frozen"])

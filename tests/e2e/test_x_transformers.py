@@ -1,4 +1,4 @@
-"""x-transformers: its cross-entropy masks the target out of the logits, which takes a row program."""
+"""x-transformers: its cross-entropy masks the target out of the logits, which takes a token program."""
 
 from __future__ import annotations
 

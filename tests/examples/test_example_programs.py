@@ -6,9 +6,6 @@ user does. What they print last is the report, and it must say what their docstr
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import torch
 
 from fusedhead import backend
 from tests.eager_stack import as_it_is
+from tests.functional.ranks import on_ranks
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -35,24 +33,18 @@ SMALL = {
 
 
 SMALL_EVALUATION = "--vocab 4096 --width 32 --batch 4 --length 64 --steps 8"
-TWO_PROCESSES = "--nproc-per-node 2 --master-port 29571 -m tests.examples.fsdp2_small --vocab 300 --length 16 --steps 3"
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_an_example_learns_on_fused_heads(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    losses = import_module(name).main([*SMALL[name].split(), "--device", "cpu"])
+def test_an_example_learns_on_fused_heads_what_eager_code_learns(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small, module = [*SMALL[name].split(), "--device", "cpu"], import_module(name)
+    losses = module.main(small)
     said = capsys.readouterr().out
     assert losses[-1] < losses[0]
     assert ", 0 left" in said
     assert "0 heads fused" not in said
     assert "never built" in said
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_an_example_gives_the_losses_of_eager_code(name: str) -> None:
-    small = [*SMALL[name].split(), "--device", "cpu"]
-    module = import_module(name)
-    torch.testing.assert_close(module.main(small), module.main([*small, "--backend", "eager"]), rtol=2e-4, atol=0)
+    torch.testing.assert_close(losses, module.main([*small, "--backend", "eager"]), rtol=2e-4, atol=0)
 
 
 def test_the_evaluation_learns_and_counts_as_eager_code_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,13 +59,12 @@ def test_the_evaluation_learns_and_counts_as_eager_code_does(capsys: pytest.Capt
 
 
 def test_fsdp2_on_two_processes_learns_on_a_fused_head_what_plain_code_learns() -> None:
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "examples")))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "torch.distributed.run", *TWO_PROCESSES.split()]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
-    losses = run.stdout.splitlines()[0].split()[1:]
-    assert [float(loss) for loss in losses] == pytest.approx(plain_losses(300, 16, 3), abs=2e-4)
-    assert "1 head fused, 0 left" in run.stdout
+    """`make e2e` runs it under torchrun."""
+    (losses, said), (others, nothing) = on_ranks("tests.examples.fsdp2_small:train", 2)
+    assert losses == others == pytest.approx(plain_losses(300, 16, 3), abs=2e-4)
+    assert "1 head fused, 0 left" in said
+    assert said.startswith("loss ")
+    assert not nothing
 
 
 def plain_losses(vocab: int, length: int, steps: int) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,23 +18,31 @@ V = 96
 SPLITS = {"even": None, "uneven": (5, 50, 7, 34), "an empty shard": (60, 0, 30, 6)}
 
 
+SENT = {  # what is counted, by the names of this torch: how it is called here, and the argument that goes in
+    "all_reduce": ("all_reduce", 0),
+    "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor": ("all_gather", 1),
+}
+
+
 class Collectives:
-    """How often ``dist.all_reduce`` was called, and how many bytes went in."""
+    """Which collectives were called, and how many bytes of this rank's went in."""
 
     def __init__(self) -> None:
-        self.calls: list[int] = []
+        self.calls: list[tuple[str, int]] = []
 
     def __enter__(self) -> Collectives:
-        self.real = dist.all_reduce
-        dist.all_reduce = self.counted
+        self.real = {name: getattr(dist, name) for name in SENT}
+        for name, (called, at) in SENT.items():
+            setattr(dist, name, partial(self.counted, self.real[name], called, at))
         return self
 
-    def counted(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append(x.numel() * x.element_size())
-        return self.real(x, *args, **kwargs)
+    def counted(self, real: Any, called: str, at: int, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append((called, args[at].numel() * args[at].element_size()))
+        return real(*args, **kwargs)
 
     def __exit__(self, *_: Any) -> None:
-        dist.all_reduce = self.real
+        for name, real in self.real.items():
+            setattr(dist, name, real)
 
 
 def span(split: tuple[int, ...] | None) -> tuple[int, int]:

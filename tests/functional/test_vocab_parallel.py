@@ -49,13 +49,13 @@ def test_shards_give_the_numbers_of_one_process(ranks: int, split: str, form: in
 @pytest.mark.parametrize("ranks", RANKS)
 def test_a_head_takes_two_collectives_forward_and_one_backward(ranks: int) -> None:
     for result in every_form(ranks):
-        forward, backward = result["even/0"][4:6]
-        assert forward == [4 * (N + 2), 4 * 2 * N]  # the maximum with two fingerprints; the sum and the label's logit
-        assert backward == [4 * N * D]
-        forward, _ = result["uneven/0"][4:6]
-        assert len(forward) == 3  # and how many classes each rank has
+        for split in SPLITS:
+            forward, backward = result[f"{split}/0"][4:6]
+            # how many classes each rank has, and a mark; then lse in two numbers and the label's logit, with 3 more
+            assert forward == [("all_gather", 16), ("all_gather", 4 * (3 * N + 3))]
+            assert backward == [("all_reduce", 4 * N * D)]
         forward, _ = result["even/3"][4:6]
-        assert forward == [4 * (N + 2), 4 * 5 * N]  # label smoothing
+        assert forward[1:] == [("all_gather", 4 * (5 * N + 3))]  # label smoothing
 
 
 def test_it_is_deterministic() -> None:
@@ -69,7 +69,7 @@ def test_gradients_of_two_bytes_are_summed_in_float32() -> None:
     exact = outcome(plainly, operands, torch.float64)
     narrow = outcome(plainly, operands, torch.bfloat16)
     ours = joined([result["bfloat16"] for result in every_form(4)])
-    assert every_form(4)[0]["bfloat16"][5] == [4 * N * D]
+    assert every_form(4)[0]["bfloat16"][5] == [("all_reduce", 4 * N * D)]
     for got, plain, truth in zip(ours[1:], narrow[1:], exact[1:]):
         assert (got - truth).abs().max() <= 1.5 * (plain - truth).abs().max()
 

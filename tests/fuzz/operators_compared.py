@@ -7,6 +7,7 @@ what is nearly nothing is so allowed what its own rounding does, and no other.
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def compare(case: Case) -> Verdict:
             alone = attempt(case, torch.compile(case.model, backend="eager"), fresh(case))
             if isinstance(alone, Exception) and type(alone) is type(got):
                 return Verdict("skipped", f"{got!r}"[:300], report)
-            return Verdict("raises", f"{got!r}"[:600], report)
+            return Verdict("raises", "".join(traceback.format_exception(got))[-3000:], report)
         found = differ(got, eager, [])
         if found:
             near = [attempt(case, case.model, fresh(case, seed)) for seed in range(1, DISTURBED + 1)]

@@ -1,4 +1,4 @@
-"""Half a minute of random programs, and the programs that once came out wrong.
+"""Some seconds of random programs, and the programs that once came out wrong.
 
 ``python -m tests.fuzz --seconds 3600 --seed K`` looks further. FUSEDHEAD_FUZZ_SECONDS sets how long the test looks,
 FUSEDHEAD_FUZZ_SEED where it begins.
@@ -15,7 +15,7 @@ from tests.fuzz.grammar import draw
 from tests.fuzz.minimise import minimise
 from tests.fuzz.program import Block, Case, as_test, program, source
 
-SECONDS = float(os.environ.get("FUSEDHEAD_FUZZ_SECONDS", "30"))
+SECONDS = float(os.environ.get("FUSEDHEAD_FUZZ_SECONDS", "12"))
 SEED = int(os.environ.get("FUSEDHEAD_FUZZ_SEED", "0"))
 WORKERS = 2  # the seconds are divided between as many tests, so that two processes share them
 

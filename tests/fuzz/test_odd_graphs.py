@@ -18,7 +18,7 @@ from fusedhead.legality.missed_heads import CARRIES_LOGITS
 from fusedhead.options import Options
 from tests.fuzz.odd_graphs import drawn
 
-GRAPHS = int(os.environ.get("FUSEDHEAD_ODD_GRAPHS", "150"))
+GRAPHS = int(os.environ.get("FUSEDHEAD_ODD_GRAPHS", "100"))
 NAMED = GRAPHS // 5
 # seeds of graphs that once made the pass step back
 FOUND = ("y:1367", "y:1871", "y:3421", "y:1212", "y:2384", "z:1019", "k:5490", "k:6339")

@@ -14,7 +14,7 @@ import torch
 from tests.fuzz.several_heads import draw, inputs, program
 from tests.programs.claims import compiled
 
-PROGRAMS = int(os.environ.get("FUSEDHEAD_SEVERAL_HEADS", "40"))
+PROGRAMS = int(os.environ.get("FUSEDHEAD_SEVERAL_HEADS", "24"))
 
 
 @pytest.mark.parametrize("seed", [f"heads:{i}" for i in range(PROGRAMS)])

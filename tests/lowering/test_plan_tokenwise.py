@@ -1,4 +1,4 @@
-"""The windows of row programs: within the budget, whole on a GPU whatever the batch, never empty."""
+"""The windows of token programs: within the budget, whole on a GPU whatever the batch, never empty."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BF16, F32 = torch.bfloat16, torch.float32
     [("cuda", BF16, 0, 1024), ("cuda", BF16, -1, 128), ("cuda", F32, 0, 640), ("cpu", F32, 0, 16), ("cpu", F32, 16, 3)],
 )
 def test_what_is_chosen_for_two_heads(device: str, dtype: torch.dtype, memory: int, tokens: int) -> None:
-    assert row_plan(4096, 128_256, dtype, device, heads=2, calls=10, memory=memory).tokens == tokens
+    assert row_plan((4096, 128_256), dtype, device, heads=2, calls=10, memory=memory).tokens == tokens
 
 
 @given(
@@ -27,15 +27,15 @@ def test_what_is_chosen_for_two_heads(device: str, dtype: torch.dtype, memory: i
     st.integers(1, 4), st.integers(2, 60), st.integers(1, 4096),
 )  # fmt: skip
 def test_a_window_fits_its_budget_or_is_one_token(n, v, dtype, device, heads, calls, memory) -> None:  # type: ignore[no-untyped-def]
-    chosen = row_plan(n, v, dtype, device, heads=heads, calls=calls, memory=memory)
+    chosen = row_plan((n, v), dtype, device, heads=heads, calls=calls, memory=memory)
     assert chosen.tokens >= 1
     assert chosen.tokens == 1 or chosen.tokens * v * heads * dtype.itemsize <= memory * MIB
 
 
 def test_few_windows_sum_in_the_narrow_dtype() -> None:
-    assert row_plan(3072, 128_256, BF16, "cuda", heads=2, calls=9).narrow_sums
-    assert not row_plan(4096, 128_256, BF16, "cuda", heads=2, calls=9).narrow_sums
-    assert row_plan(10**6, 128_256, F32, "cuda", heads=2, calls=9).narrow_sums
+    assert row_plan((3072, 128_256), BF16, "cuda", heads=2, calls=9).narrow_sums
+    assert not row_plan((4096, 128_256), BF16, "cuda", heads=2, calls=9).narrow_sums
+    assert row_plan((10**6, 128_256), F32, "cuda", heads=2, calls=9).narrow_sums
 
 
 @given(st.integers(0, 500), st.integers(1, 100), st.booleans())
@@ -53,6 +53,6 @@ def test_what_is_left_over_is_compiled_when_it_comes_again() -> None:
 
 
 def test_few_logits_on_a_cpu_are_not_worth_a_compilation() -> None:
-    assert not row_plan(64, 50_257, F32, "cpu", heads=1, calls=9).compiled
-    assert row_plan(1024, 50_257, F32, "cpu", heads=1, calls=9).compiled
-    assert row_plan(64, 50_257, F32, "cuda", heads=1, calls=9).compiled
+    assert not row_plan((64, 50_257), F32, "cpu", heads=1, calls=9).compiled
+    assert row_plan((1024, 50_257), F32, "cpu", heads=1, calls=9).compiled
+    assert row_plan((64, 50_257), F32, "cuda", heads=1, calls=9).compiled

@@ -1,4 +1,4 @@
-"""Row programs: text that reads back, results and gradients that no window changes, memory that stays in its budget."""
+"""Token programs: text that reads back, results and gradients that no window changes, memory within its budget."""
 
 from __future__ import annotations
 

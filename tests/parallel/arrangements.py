@@ -5,17 +5,16 @@ Every program trains the same small model for two steps and is compared with one
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -26,136 +25,66 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from fusedhead.backend import compile_graph
-from fusedhead.options import split_options
+from tests.parallel.models import Model, Setting, data, everything, smoothed, total, train
 
-V, D, BATCH, TIME = 96, 16, 4, 6
-STEPS = 2
+V = 96
 
 
-class Model(nn.Module):
-    """A language model with its loss inside."""
+class Program(NamedTuple):
+    """What is trained, on ranks as on one process."""
 
-    def __init__(self, vocab: int = V, bias: bool = False, loss: Callable[..., Tensor] = F.cross_entropy) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.lin, self.norm = nn.Embedding(vocab, D), nn.Linear(D, D), nn.LayerNorm(D)
-        self.head, self.loss = nn.Linear(D, vocab, bias=bias), loss
+    vocab: int = V
+    ignored: float = 0.0
+    below: int | None = None  # labels are of the first classes
+    micro: int = 1
+    dtype: torch.dtype | None = None  # the setting's
+    model: tuple[tuple[str, Any], ...] = ()
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        h = self.embed(x)
-        z = self.head(self.norm(h + torch.tanh(self.lin(h))))
-        return self.loss(z.flatten(0, 1), y.flatten())
+    def made(self, setting: Setting, kind: type[Model] = Model) -> Model:
+        made = kind(setting.depth, self.vocab * setting.scale, **dict(self.model))
+        return made.to(device=setting.device, dtype=self.dtype or setting.dtype)
 
-
-class Sequential(nn.Module):
-    """One whose tokens lie in shards before the head (SequenceParallel)."""
-
-    def __init__(self, vocab: int = V, loss: Callable[..., Tensor] = F.cross_entropy) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.norm = nn.Embedding(vocab, D), nn.LayerNorm(D)
-        self.head, self.loss = nn.Linear(D, vocab, bias=False), loss
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.loss(self.head(self.norm(self.embed(x))).flatten(0, 1), y.flatten())
+    def batch(self, setting: Setting) -> tuple[Tensor, Tensor]:
+        below = self.below * setting.scale if self.below else None
+        return data(setting, self.vocab * setting.scale, self.ignored, below)
 
 
-def data(vocab: int, ignored: float) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(7)
-    x, y = (torch.randint(0, vocab, (BATCH, TIME), generator=g) for _ in range(2))
-    return x, torch.where(torch.rand(y.shape, generator=g) < ignored, -100, y)
+def program(vocab: int = V, ignored: float = 0.0, below: int | None = None, micro: int = 1, **model: Any) -> Program:
+    return Program(vocab, ignored, below, micro, model=tuple(model.items()))
 
 
-def whole(x: Any) -> Tensor:
-    x = x.detach()
-    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
-
-
-def compiled(model: nn.Module, records: list[Any]) -> Callable[..., Any]:
-    own, _ = split_options({"fusedhead.min_logits": 1, "fusedhead.shards": True})
-
-    def backend(gm: Any, inputs: Any) -> Any:
-        return compile_graph(gm, inputs, own, aot_eager, lambda report: records.extend(report.heads))
-
-    torch._dynamo.reset()
-    return torch.compile(model, backend=backend)  # type: ignore[no-any-return]
-
-
-def collectives(profile: Any) -> dict[str, int]:
-    """How often each collective was called."""
-    return dict(Counter(e.name.removeprefix("c10d::") for e in profile.events() if e.name.startswith("c10d::")))
-
-
-def counted(run: Callable[[], Any], count: bool) -> tuple[Any, dict[str, int]]:
-    if not count:  # compiling under a profiler takes long
-        return run(), {}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        result = run()
-    return result, collectives(profile)
-
-
-def train(
-    model: nn.Module,
-    vocab: int = V,
-    ignored: float = 0.0,
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    eager: bool = False,
-) -> dict[str, Any]:
-    """Losses, first gradients, parameters after two steps, the report, and the collectives of the second step."""
-    records: list[Any] = []
-    step = model if eager else compiled(model, records)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, foreach=False)
-    (x, y), losses, gradients = data(vocab, ignored), [], {}
-    forward: dict[str, int] = {}
-    backward: dict[str, int] = {}
-    for at in range(STEPS):
-        with around():
-            loss, forward = counted(partial(step, x, y), at > 0 and not eager)
-            _, backward = counted(loss.backward, at > 0 and not eager)
-        if at == 0:
-            gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(whole(loss))
-    return {
-        "losses": torch.stack(losses),
-        "gradients": gradients,
-        "parameters": {name: whole(p) for name, p in model.named_parameters()},
-        "heads": [(head.fused, head.reason, head.vocab_size, head.tokens) for head in records],
-        "forward": forward,
-        "backward": backward,
-    }
-
-
-def reference(kind: type[nn.Module], dtype: torch.dtype, vocab: int = V, ignored: float = 0.0, **model: Any) -> Any:
+def reference(setting: Setting, of: Program, dtype: torch.dtype) -> dict[str, Any]:
     """The same by one process in eager mode."""
-    return train(kind(vocab=vocab, **model).to(dtype), vocab, ignored, eager=True)
+    setting = setting._replace(dtype=dtype)
+    return train(of._replace(dtype=dtype).made(setting), setting, of.batch(setting), eager=True, micro=of.micro)
 
 
-def tp_mesh() -> Any:
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+def tp_mesh(setting: Setting) -> Any:
+    return init_device_mesh(setting.device, (dist.get_world_size(),), mesh_dim_names=("tp",))
 
 
 def colwise(
-    vocab: int = V, ignored: float = 0.0, output: Any = None, local: bool = False, parallel: bool = True, **model: Any
+    setting: Setting, of: Program, output: Any = None, local: bool = False, parallel: bool = True, **options: Any
 ) -> dict[str, Any]:
     """ColwiseParallel, its logits in shards or gathered, as DTensors or local, the loss under loss_parallel or not."""
-    made = Model(vocab, **model)
+    made, mesh = of.made(setting), tp_mesh(setting)
     style = ColwiseParallel(output_layouts=output or Shard(-1), use_local_output=local)
-    parallelize_module(made, tp_mesh(), {"head": style})
-    return train(made, vocab, ignored, loss_parallel if parallel else nullcontext)
+    parallelize_module(made, mesh, {"head": style} | ({"second": style} if made.second is not None else {}))
+    x, y = of.batch(setting)
+    if not local and not parallel:  # DTensors meet DTensors alone
+        y = DTensor.from_local(y, mesh, [Replicate()], run_check=False)
+    return train(made, setting, (x, y), loss_parallel if parallel else nullcontext, micro=of.micro, **options)
 
 
-def sequence_parallel(vocab: int = V) -> dict[str, Any]:
-    made = Sequential(vocab)
+def sequence_parallel(setting: Setting, of: Program) -> dict[str, Any]:
+    made = of.made(setting)
     plan = {
         "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "norm": SequenceParallel(),
         "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
     }
-    parallelize_module(made, tp_mesh(), plan)
-    return train(made, vocab, around=loss_parallel)
+    parallelize_module(made, tp_mesh(setting), plan)
+    return train(made, setting, of.batch(setting), loss_parallel)
 
 
 class ByHand(Model):
@@ -165,80 +94,126 @@ class ByHand(Model):
         self.mesh, self.end = mesh, end
         self.head.weight = nn.Parameter(distribute_tensor(self.head.weight.detach(), mesh, [placement]))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        h = self.embed(x)
-        h = self.norm(h + torch.tanh(self.lin(h)))
+    def of_hidden(self, h: Tensor, y: Tensor) -> Tensor:
         z = DTensor.from_local(h, self.mesh, [Replicate()]) @ self.head.weight.t()
         z = z.full_tensor() if self.end == "full_tensor" else z.redistribute(self.mesh, [Replicate()]).to_local()
         return self.loss(z.flatten(0, 1), y.flatten())
 
 
-def by_hand(placement: Any, end: str = "to_local", vocab: int = V) -> dict[str, Any]:
-    made = ByHand(vocab)
-    made.place(tp_mesh(), placement, end)
-    return train(made, vocab)
+def by_hand(setting: Setting, of: Program, placement: Any, end: str = "to_local") -> dict[str, Any]:
+    made = of.made(setting, ByHand)
+    made.place(tp_mesh(setting), placement, end)  # type: ignore[attr-defined]
+    return train(made, setting, of.batch(setting))
 
 
-def fsdp(shape: tuple[int, int], vocab: int = V) -> dict[str, Any]:
-    """FSDP2 over one dimension of a mesh, tensor parallelism over the other; all data on every rank."""
+def fsdp(setting: Setting, of: Program, shards: int) -> dict[str, Any]:
+    """FSDP2 over one dimension of a mesh, tensor parallelism over ``shards`` ranks (0: all); all data on every rank."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
-    made = Model(vocab)
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh(setting.device, (ranks // (shards or ranks), shards or ranks), mesh_dim_names=("dp", "tp"))
+    made = of.made(setting)
     parallelize_module(made, mesh["tp"], {"head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)})
     fully_shard(made, mesh=mesh["dp"])
-    return train(made, vocab, around=loss_parallel)
+    return train(made, setting, of.batch(setting), loss_parallel)
 
 
-def smoothed(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z.float() / 2, y, label_smoothing=0.1)
+class Arrangement(NamedTuple):
+    """What the ranks run, what is trained, the collectives of the last step, and how the sentence begins if it is left.
+
+    None: those of the program itself, which are not looked at.
+    """
+
+    run: Callable[..., dict[str, Any]]
+    of: Program
+    forward: dict[str, int] | None
+    backward: dict[str, int] | None
+    left: str = ""
 
 
-def total(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z, y, reduction="sum") / 7
-
-
-def everything(z: Tensor, y: Tensor) -> Tensor:
-    """lse and its square, the label's logit, the sum, the entropy, and where the maximum is."""
-    log_p = F.log_softmax(z, -1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    right = (z.argmax(-1) == y).float().mean()
-    loss = F.cross_entropy(z, y, label_smoothing=0.1)
-    return loss + 1e-2 * (z.logsumexp(-1) ** 2).mean() + 0.1 * entropy.mean() + right
-
-
+ONE, TWO = {"_allgather_base_": 1}, {"_allgather_base_": 2}
+SUM = {"allreduce_": 1}
 LOCAL = {"output": Replicate(), "local": True, "parallel": False}
-# name: (what the ranks run, what one process runs: the model, and how)
-ARRANGEMENTS: dict[str, tuple[Callable[[], Any], type[nn.Module], dict[str, Any]]] = {
-    "colwise, loss_parallel": (colwise, Model, {}),
-    "bias": (partial(colwise, bias=True), Model, {"bias": True}),
-    "ignore_index": (partial(colwise, ignored=0.3), Model, {"ignored": 0.3}),
-    "V not divisible": (partial(colwise, vocab=97), Model, {"vocab": 97}),
-    "sum": (partial(colwise, loss=total), Model, {"loss": total}),
-    "gathered, local": (partial(colwise, **LOCAL), Model, {}),
-    "gathered, bias, V not divisible": (
-        partial(colwise, vocab=97, bias=True, **LOCAL), Model, {"vocab": 97, "bias": True},
+gathered = partial(colwise, **LOCAL)
+ARRANGEMENTS: dict[str, Arrangement] = {
+    "colwise, loss_parallel": Arrangement(colwise, program(), ONE, SUM),
+    "bias": Arrangement(colwise, program(bias=True), ONE, SUM),
+    "ignore_index": Arrangement(colwise, program(ignored=0.3), ONE, SUM),
+    "V not divisible": Arrangement(colwise, program(97), ONE, SUM),
+    "an empty shard": Arrangement(colwise, program(9), ONE, SUM),  # of four ranks
+    "labels all elsewhere": Arrangement(colwise, program(below=20), ONE, SUM),
+    "sum": Arrangement(colwise, program(loss=total), ONE, SUM),
+    "gradient accumulation": Arrangement(colwise, program(micro=2), ONE, SUM),
+    # the region is computed again, its sweep too: the backward reads its lse
+    "activation checkpointing": Arrangement(colwise, program(checkpointed=True), ONE, ONE | SUM),
+    "gathered, local, checkpointed": Arrangement(gathered, program(checkpointed=True), TWO, TWO | SUM),
+    "two heads, V not divisible": Arrangement(
+        colwise, program(97, second=35), {"_allgather_base_": 2}, {"allreduce_": 2}
     ),
-    "label smoothing, a temperature": (partial(colwise, loss=smoothed, **LOCAL), Model, {"loss": smoothed}),
-    "every statistic": (partial(colwise, loss=everything, **LOCAL), Model, {"loss": everything}),
-    "sequence parallel": (sequence_parallel, Sequential, {}),
-    "by hand, Shard(0), to_local": (partial(by_hand, Shard(0)), Model, {}),
-    "by hand, Shard(0), full_tensor": (partial(by_hand, Shard(0), "full_tensor"), Model, {}),
-    "by hand, Replicate": (partial(by_hand, Replicate()), Model, {}),
-    "by hand, Shard(1)": (partial(by_hand, Shard(1)), Model, {}),
-    "FSDP2 x TP, (1, 2)": (partial(fsdp, (1, 2)), Model, {}),
-    "FSDP2 x TP, (2, 1)": (partial(fsdp, (2, 1)), Model, {}),
-}  # fmt: skip
+    "gathered, a DTensor": Arrangement(partial(colwise, output=Replicate(), parallel=False), program(), ONE, SUM),
+    "gathered, local": Arrangement(gathered, program(), TWO, SUM),
+    "gathered, bias, V not divisible": Arrangement(gathered, program(97, bias=True), TWO, SUM),
+    "label smoothing, a temperature": Arrangement(gathered, program(loss=smoothed), ONE, SUM),
+    "every statistic": Arrangement(gathered, program(loss=everything), TWO, SUM),
+    "sequence parallel": Arrangement(
+        sequence_parallel,
+        program(blocks=False),
+        # the embedding's own scatter forward and gather backward, and those of the hidden states
+        {"_allgather_base_": 2, "reduce_scatter_tensor_coalesced_": 1, "allgather_into_tensor_coalesced_": 1},
+        {"_reduce_scatter_base_": 1, "allgather_into_tensor_coalesced_": 1},
+    ),
+    "by hand, Shard(0), to_local": Arrangement(partial(by_hand, placement=Shard(0)), program(), TWO, SUM),
+    "by hand, Shard(0), full_tensor": Arrangement(
+        partial(by_hand, placement=Shard(0), end="full_tensor"), program(), TWO, SUM
+    ),
+    "by hand, Replicate": Arrangement(partial(by_hand, placement=Replicate()), program(), {}, {}),
+    "by hand, Shard(1)": Arrangement(
+        partial(by_hand, placement=Shard(1)), program(), None, None, "its weight [96, 16] is placed as Shard(1) on the"
+    ),
+    "FSDP2 x TP, all ranks": Arrangement(partial(fsdp, shards=0), program(), ONE, SUM),
+    "FSDP2 x TP, half of the ranks": Arrangement(partial(fsdp, shards=2), program(), None, None),
+    "FSDP2 x TP, one rank": Arrangement(partial(fsdp, shards=1), program(), None, None),
+}
+SAMPLE = (  # of `make test`
+    "V not divisible", "labels all elsewhere", "gathered, bias, V not divisible", "sequence parallel",
+    "two heads, V not divisible", "gathered, local, checkpointed",
+)  # fmt: skip
+THROUGH_INDUCTOR = (
+    "V not divisible", "two heads, V not divisible", "gathered, local", "sequence parallel", "every statistic",
+    "activation checkpointing", "FSDP2 x TP, half of the ranks",
+)  # fmt: skip
+
+
+def outcomes(names: Any, setting: Setting) -> dict[str, Any]:
+    """Run on each rank. What raises is returned as text."""
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            found[name] = ARRANGEMENTS[name].run(setting, ARRANGEMENTS[name].of)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
+    return found
 
 
 def every_arrangement() -> dict[str, Any]:
-    """Run on each rank. What raises is returned as text."""
-    found: dict[str, Any] = {}
-    for name, (run, _, _) in ARRANGEMENTS.items():
-        try:
-            found[name] = run()
-        except Exception as error:
-            import traceback
+    return outcomes(ARRANGEMENTS, Setting())
 
-            found[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
-    return found
+
+def sample() -> dict[str, Any]:
+    return outcomes(SAMPLE, Setting())
+
+
+def named() -> dict[str, Any]:
+    """Those that a developer asks for by the variable NAMES, separated by bars."""
+    return outcomes(os.environ["NAMES"].split("|"), Setting(inductor="INDUCTOR" in os.environ))
+
+
+def in_two_bytes() -> dict[str, Any]:
+    return outcomes(("colwise, loss_parallel", "gathered, bias, V not divisible", "sequence parallel"), BF16)
+
+
+BF16 = Setting(dtype=torch.bfloat16)
+
+
+def through_inductor() -> dict[str, Any]:
+    return outcomes(THROUGH_INDUCTOR, Setting(inductor=True))

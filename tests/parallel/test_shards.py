@@ -1,4 +1,4 @@
-"""Tensor-parallel heads on two ranks: equal to one process, fused, in so many collectives, or left with a sentence."""
+"""Tensor-parallel heads on ranks: equal to one process, fused, in so many collectives, or left with a sentence."""
 
 from __future__ import annotations
 
@@ -6,68 +6,52 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 
 from tests.functional.ranks import on_ranks
-from tests.parallel.arrangements import ARRANGEMENTS, reference
-
-LEFT = {  # what is not fused, and how the sentence begins
-    "by hand, Shard(1)": "its weight [96, 16] is placed as Shard(1) on the 2 ranks of mesh dimension 'tp': each rank",
-}
+from tests.parallel.arrangements import ARRANGEMENTS, BF16, THROUGH_INDUCTOR
+from tests.parallel.compared import check
+from tests.parallel.models import Setting
 
 
 @cache
-def results() -> list[Any]:
-    return on_ranks("tests.parallel.arrangements:every_arrangement", 2, timeout=300)  # they compile
+def launched(function: str, ranks: int) -> list[Any] | str:
+    """What the ranks return, or what they said when they failed, once."""
+    try:
+        return on_ranks(f"tests.parallel.arrangements:{function}", ranks, timeout=900)  # they compile
+    except AssertionError as error:
+        return str(error)
 
 
-def of(name: str) -> list[dict[str, Any]]:
-    found = [result[name] for result in results()]
-    for each in found:
-        assert isinstance(each, dict), each
+def results(function: str, ranks: int) -> list[Any]:
+    found = launched(function, ranks)
+    assert isinstance(found, list), found
     return found
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", ARRANGEMENTS)
-def test_it_gives_the_numbers_of_one_process(name: str) -> None:
-    _, kind, how = ARRANGEMENTS[name]
-    eager, exact = (reference(kind, dtype, **how) for dtype in (torch.float32, torch.float64))
-    for ours in of(name):
-        pairs = [(ours["losses"], eager["losses"], exact["losses"])]
-        for part in ("gradients", "parameters"):
-            assert ours[part].keys() == eager[part].keys()
-            pairs += [(ours[part][k], eager[part][k], exact[part][k]) for k in exact[part]]
-        for got, plain, truth in pairs:
-            least = 4 * torch.finfo(torch.float32).eps * truth.abs().max()
-            assert (got - truth).abs().max() <= max(1.5 * (plain - truth).abs().max(), least)
+def test_it_gives_the_numbers_of_one_process_in_so_many_collectives_or_is_left(name: str, ranks: int) -> None:
+    for ours in results("every_arrangement", ranks):
+        check(name, Setting(), ours[name])
 
 
-@pytest.mark.parametrize("name", ARRANGEMENTS)
-def test_it_is_fused_or_left_with_a_sentence_about_the_shard(name: str) -> None:
-    for ours in of(name):
-        (head,) = ours["heads"]
-        fused, reason, vocab, tokens = head
-        assert fused == (name not in LEFT), reason
-        assert (vocab, tokens) == (ARRANGEMENTS[name][2].get("vocab", 96), 24)
-        assert reason.startswith(LEFT.get(name, ""))
+@pytest.mark.parametrize("name", THROUGH_INDUCTOR)
+def test_the_same_through_inductor(name: str) -> None:
+    for ours in results("through_inductor", 2):
+        check(name, Setting(inductor=True), ours[name])
 
 
-def test_a_head_takes_two_collectives_forward_and_one_backward() -> None:
-    quiet = {"by hand, Replicate", "FSDP2 x TP, (2, 1)", *LEFT}
-    for name in ARRANGEMENTS.keys() - quiet - {"sequence parallel"}:
-        for ours in of(name):
-            assert (name, ours["forward"], ours["backward"]) == (name, {"allreduce_": 2}, {"allreduce_": 1})
-    for ours in of("by hand, Replicate"):
-        assert not ours["forward"]
-        assert not ours["backward"]
-    for ours in of("FSDP2 x TP, (2, 1)"):  # FSDP's own: every rank has all classes
-        assert (ours["forward"], ours["backward"]) == ({"_allgather_base_": 1}, {"_reduce_scatter_base_": 1})
+@pytest.mark.parametrize("name", ["colwise, loss_parallel", "gathered, bias, V not divisible", "sequence parallel"])
+def test_in_two_bytes_it_errs_as_one_process_does(name: str) -> None:
+    for ours in results("in_two_bytes", 2):
+        check(name, BF16, ours[name])
 
 
-def test_under_sequence_parallelism_the_gradient_of_the_hidden_states_is_reduce_scattered() -> None:
-    for ours in of("sequence parallel"):
-        # the embedding's own scatter forward and gather backward, and those of the hidden states
-        assert ours["forward"].pop("allreduce_") == 2
-        assert ours["forward"].pop("_allgather_base_") == 1
-        assert ours["backward"].pop("_reduce_scatter_base_") == 1
-        assert "allreduce_" not in ours["backward"]
+def test_it_is_deterministic_and_equal_on_all_ranks() -> None:
+    first, *others = results("every_arrangement", 2)
+    again = on_ranks("tests.parallel.arrangements:sample", 2, timeout=300)[0]
+    for name in again:
+        for other in [*(o[name] for o in others), again[name]]:
+            assert (first[name]["losses"] == other["losses"]).all()
+            for part in ("gradients", "parameters"):
+                assert all((x == other[part][k]).all() for k, x in first[name][part].items())

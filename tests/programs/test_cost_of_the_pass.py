@@ -61,6 +61,7 @@ def counted(layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         for name, modules in {
             "ask": (effects,),
             "run": (dry_run,),
+            "fake_mode": (dry_run,),
             "trace": (tracing,),
             "make_fx": (tracing, tail_gradient),
         }.items():
@@ -112,6 +113,14 @@ def test_what_a_call_of_pytorch_does_is_found_out_once_in_a_process(monkeypatch:
     first, second = counted(1, monkeypatch), counted(1, monkeypatch)
     assert first["ask"] == second["ask"]
     assert first["run"] > second["run"] == 0
+
+
+def test_no_call_of_a_plain_model_is_tried_on_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take ten times as long as tensors on "meta": the most of what a process's first pass took longer."""
+    monkeypatch.setattr(dry_run, "FACTS", {})
+    found = counted(1, monkeypatch)
+    assert found["run"] > 0
+    assert found["fake_mode"] == 0
 
 
 def rows_of_one_product(h: Tensor, w: Tensor, y: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import GraphModule
 
 from fusedhead.deferred.graph_outputs import DeferredLogits
 from tests.eager_stack import Rewritten
@@ -87,6 +89,29 @@ def test_a_divergence_that_leaves_the_graph_at_a_boolean_mask_is_explained() -> 
 
     run = right(loss)
     assert any("as wide as they are" in head.reason and "mask" in head.reason for head in run.report.heads)
+
+
+def test_a_backend_may_not_make_a_size_constant_that_was_marked_dynamic() -> None:
+    """Why a head of a symbolic vocabulary is left: no graph and no public function tells which sizes were marked."""
+    sizes: list[list[int]] = []
+
+    def constant(gm: GraphModule, inputs: object) -> Callable[..., Any]:
+        values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+        sizes.append([int(size) for value in values if getattr(value, "requires_grad", False) for size in value.shape])
+        return gm.forward  # type: ignore[no-any-return]
+
+    def loss(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, w), y)
+
+    step = torch.compile(loss, backend=constant, dynamic=True)
+    h, w, wider = torch.randn(N, D), torch.randn(V, D, requires_grad=True), torch.randn(2 * V, D, requires_grad=True)
+    for weight in (w, wider):  # what would be done: guards, and another graph for another vocabulary
+        torch.testing.assert_close(step(h, weight, Y), loss(h, weight, Y))
+    assert sizes == [[V, D], [2 * V, D]]
+    torch.compiler.reset()
+    torch._dynamo.mark_dynamic(w, 0)
+    with pytest.raises(Exception, match=r"You marked .* as dynamic but your code specialized it"):
+        step(h, w, Y)
 
 
 def test_a_weight_argument_of_symbolic_sizes_is_explained_and_mark_static_helps() -> None:

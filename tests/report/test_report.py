@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import fusedhead
-from fusedhead.graph.run_counts import Run, Tally
 from fusedhead.report.report import HeadRecord, Report
 from fusedhead.report.summary import Summary
 from tests.eager_stack import Rewritten, backend
@@ -123,122 +121,3 @@ def test_explain_counts_what_its_run_did() -> None:
 
     (head, *_) = fusedhead.explain(looks)(*operands()[:2]).heads
     assert head.told() == "built once of 1" or "handed to another compiled function once" in head.remarks()
-
-
-MADE = {
-    "sliced": lambda h, w: h @ w[:2000].T,
-    "scaled": lambda h, w: F.linear(h, w * 0.5),
-    "cast": lambda h, w: F.linear(h, w.bfloat16().float()),
-    "normalised": lambda h, w: F.linear(h, F.normalize(w, dim=-1)),
-    "merged": lambda h, w: F.linear(h, w + w[:, :2] @ w[:2]),
-    "singular values": lambda h, w: torch.linalg.svdvals(h @ w.T),
-    "deviations": lambda h, w: (h @ w.T).std(0),
-    "stacked": lambda h, w: torch.stack([h @ w.T, h @ w.exp().T], 1),
-    "joined": lambda h, w: torch.cat([h @ w.T, h @ w.exp().T], 1),
-    "two returned": lambda h, w: (F.linear(h, w), F.linear(h.sin(), w)),
-}
-
-
-@pytest.mark.parametrize("form", MADE)
-def test_every_product_that_could_be_a_head_has_a_line(form: str) -> None:
-    rewritten = Rewritten(MADE[form])
-    h, w, _ = operands()
-    rewritten(h, w)
-    heads = 2 if form in ("stacked", "joined", "two returned") else 1
-    assert len(rewritten.report.heads) == heads
-    assert all(head.fused or head.reason for head in rewritten.report.heads)
-
-
-@pytest.mark.parametrize(("tokens", "hidden", "vocab"), [(2048, 64, 800), (1024, 512, 1500)])
-def test_a_head_of_few_classes_has_a_line_that_does_not_stop_a_strict_program(
-    tokens: int, hidden: int, vocab: int
-) -> None:
-    rewritten = Rewritten(logits, {"fusedhead.min_logits": "auto", "fusedhead.strict": True})
-    rewritten(torch.randn(tokens, hidden), torch.randn(vocab, hidden))
-    (head,) = rewritten.report.heads
-    assert not head.fused
-    assert "may be an inner layer" in head.reason
-
-
-def test_inner_layers_have_none() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down, self.norm = nn.Linear(64, 256), nn.Linear(256, 64), nn.LayerNorm(64)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.down(F.gelu(self.up(self.norm(x))))
-
-    body = nn.Sequential(*(Block() for _ in range(3)), nn.LayerNorm(64))
-    rewritten = Rewritten(body, {"fusedhead.min_logits": "auto"})
-    rewritten(torch.randn(32_768, 64))
-    assert rewritten.report.heads == []
-
-
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    return x @ weight.t()
-
-
-class Layer(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return project(x, self.weight)
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = Layer(D, D)
-        self.heads = nn.ModuleList(Layer(D, V) for _ in range(3))
-        self.lm_head = nn.Linear(D, V)
-        self.free = nn.Parameter(torch.randn(V, D))
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        x = self.layer(x)
-        loss = F.cross_entropy(self.lm_head(x), y)  # line 1
-        loss = loss + F.cross_entropy(self.heads[2](x), y)  # line 2
-        return loss + F.cross_entropy(project(x, self.free), y)  # line 3
-
-
-def test_a_head_is_named_by_its_callers_line_and_its_module() -> None:
-    rewritten = Rewritten(Model())
-    rewritten(torch.randn(N, D), torch.randint(0, V, (N,)))
-    first = Model.forward.__code__.co_firstlineno
-    where = {head.where for head in rewritten.report.heads}
-    assert where == {
-        f"test_report.py:{first + 2} (lm_head)",
-        f"test_report.py:{first + 3} (heads.2)",
-        f"test_report.py:{first + 4}",
-    }
-    assert {head.module for head in rewritten.report.heads} == {"lm_head", "heads.2", ""}
-
-
-def test_counts_lose_nothing_to_threads() -> None:
-    tally = Tally()
-
-    def count() -> None:
-        for _ in range(5000):
-            tally.add()
-            assert tally.value >= 0
-
-    threads = [threading.Thread(target=count) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert tally.value == 20_000
-    assert tally.value == 20_000
-
-
-def test_runs_of_one_head_are_added_up() -> None:
-    runs = [Run(), Run()]
-    for run in runs:
-        run.answered.add()
-        run.built.add("a use")
-    both = Run.of(runs)
-    assert (both.answered.value, both.built.total) == (2, 2)
-    both.answered.add()
-    assert (both.answered.value, runs[0].answered.value) == (3, 1)

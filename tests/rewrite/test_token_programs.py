@@ -252,7 +252,7 @@ def test_a_transposed_weight_gets_its_gradient_in_one_layout() -> None:
 
 def test_few_logits_are_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDHEAD_MIN_LOGITS", "auto")
-    many = 1 << 17  # 2 x 5 tokens: more logits than a head needs, fewer than a row program does
+    many = 1 << 17  # 2 x 5 tokens: more logits than a head needs, fewer than a token program does
     inputs = hidden(), weight(many, D), hidden().detach(), weight(many, D).requires_grad_(False)
     left(distillation, *inputs, because="computed token by token, and they are too few for that to pay")
 

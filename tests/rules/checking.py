@@ -86,7 +86,7 @@ def in_shape(value: TokenValue, world: World) -> Tensor:
 
 
 def expressed(value: Any, world: World) -> Any:
-    """The number of an expression of the graph that reads results of a row program."""
+    """The number of an expression of the graph that reads results of a token program."""
     if isinstance(value, ProgramResult):
         return in_shape(value.value, world)
     if isinstance(value, Plain):

@@ -28,7 +28,7 @@ from fusedhead.rules.table import TOKEN_RULES, Context
 from fusedhead.rules.tokenwise import dispatch as tokenwise
 
 aten = torch.ops.aten
-EXAMPLES = int(os.environ.get("FUSEDHEAD_RULE_EXAMPLES", "3"))  # logits a spelling
+EXAMPLES = int(os.environ.get("FUSEDHEAD_RULE_EXAMPLES", "2"))  # logits a spelling
 
 
 def name(overload: Any) -> str:

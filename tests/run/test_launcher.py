@@ -18,7 +18,8 @@ import os, pickle, sys, threading, atexit
 class Own: pass
 names = ("__name__", "__file__", "__package__", "__doc__", "__cached__")
 print({name: globals()[name] for name in names}, __spec__ and (__spec__.name, __spec__.origin))
-print(type(__loader__).__name__, __builtins__.__name__, __annotations__)
+count: int = 1
+print(type(__loader__).__name__, __builtins__.__name__, sys.modules["__main__"].__annotations__)
 print(sys.argv, sys.path[0], sys.modules["__main__"].Own is Own, pickle.loads(pickle.dumps(Own)) is Own)
 from beside import value
 print(value)

@@ -1,8 +1,8 @@
-"""Reading an op token by token: its form on [N, ...] by the rules of `TOKEN_RULES`, or by the ops that it is made of.
+"""Reads an op token by token: its form on [N, ...] by the rules of `TOKEN_RULES`, or by its decomposition.
 
-An op qualifies if its result for a token depends on that token's operands only. One that torch tags as pointwise does,
-without a rule. A composite op is taken apart. Every rule gives the same numbers as the op itself, because it is the op
-itself, on fewer rows.
+An op qualifies if its result for a token depends on that token's operands only. Ops that torch tags as pointwise do and
+need no rule. Composite ops are decomposed. A rule gives the op's own numbers, because it runs the op itself on fewer
+rows.
 """
 
 from __future__ import annotations

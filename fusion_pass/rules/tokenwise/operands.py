@@ -1,4 +1,4 @@
-"""How the operands of an op line up on [N, ...]: which dimensions are tokens, and what a tensor from outside is there.
+"""Lines up the operands of an op on [N, ...]: which dimensions are tokens, and the form of other tensors.
 
 Raises `Escape` where tokens and classes are combined with each other, or an operand is repeated over tokens.
 """

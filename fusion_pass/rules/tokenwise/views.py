@@ -1,7 +1,7 @@
-"""Ops that say how dimensions are laid out: the same, on [N, ...].
+"""Views and other ops on the layout of dimensions, on [N, ...].
 
-Tokens may be regrouped among themselves and the rest among itself; what merges the two, or puts tokens into another
-order, escapes.
+Tokens may be regrouped among themselves, and so may the other dimensions. An op that merges the two or reorders tokens
+escapes.
 """
 
 from __future__ import annotations

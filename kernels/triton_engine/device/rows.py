@@ -1,5 +1,4 @@
-"""What kernels share about one row of logits: log-sum-exp in base 2, labels inside a tile, an order on
-floats.
+"""Shared functions on a row of logits: log-sum-exp in base 2, labels inside a tile, an order on floats.
 
 Sums of exponentials are kept relative to a base-2 reference ``ref2``: total = Σ_v 2^(z·L - ref2) with L the float32
 nearest to log2 e, one fused multiply-add and one ex2 an element. `log_sum` turns (ref2, total) into the natural lse

@@ -1,4 +1,4 @@
-"""The vectors of a head's Transform inside a kernel: reading what belongs to a tile, and asking for it early.
+"""The vectors of a head's Transform inside a kernel: loading the entries of a tile, and prefetching them.
 
 A column vector that is first touched in the epilogue makes all warps wait for memory, once for each column part: asking
 for its lines before the product costs one instruction a thread and no register.

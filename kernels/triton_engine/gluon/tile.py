@@ -1,4 +1,4 @@
-"""What epilogues of `ring` share: parts of a tile, labels inside one, and the way of a part to memory.
+"""Shared parts of the epilogues of `ring`: parts of a tile, labels inside a part, and its store to memory.
 
 The counterpart of `device.rows` and `device.product.column_part`, whose tiles Triton lays out by itself; here a tile
 lies over the threads as wgmma leaves it, and nothing below moves a value to another thread.

@@ -1,9 +1,9 @@
-"""Launches a kernel again without asking Triton again what cannot have changed.
+"""Repeated launches of a kernel, without Triton's look-up of facts that cannot have changed.
 
-Triton looks at every argument of every launch to find the compiled kernel. What a kernel is compiled for is the values
-bound in `Launch`, the dtypes of the pointers, which its owner keeps the same, and whether pointers are aligned to 16
-bytes, which is looked at here. The first launch, and every launch with a pointer that is not aligned, goes through
-Triton; so does everything in Triton's interpreter.
+Triton inspects every argument of every launch to find the compiled kernel. A kernel is compiled for the values bound in
+`Launch`, the dtypes of the pointers, which its owner keeps the same, and the alignment of pointers to 16 bytes, which
+is checked here. The first launch, every launch with an unaligned pointer, and every launch in Triton's interpreter go
+through Triton.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What Triton's launcher passes to its C function, recorded once: a later launch is that one call.
+"""Recorded launches: the arguments that Triton's launcher passes to its C function, so that a later launch is one call.
 
-On its way from Triton's ``kernel[grid](...)`` to C a launch passes through Python that finds out again what is fixed
-once a kernel is compiled, and encodes each tensor descriptor anew. All of it depends on the kernel, the grid and where
-descriptors point to. A launcher whose way to C is not understood is not recorded.
+Between ``kernel[grid](...)`` and C a launch runs Python that recomputes values fixed at compile time and encodes each
+tensor descriptor again. The results depend only on the kernel, the grid and the addresses of the descriptors. A
+launcher of unknown form is not recorded.
 """
 
 from __future__ import annotations

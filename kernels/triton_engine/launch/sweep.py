@@ -1,9 +1,9 @@
-"""From a Head (or a slice of one) to the arguments of a sweep: tile, schedule, and what kernels share.
+"""The arguments of a sweep for a Head (or a slice of one): tile, schedule, and arguments that kernels share.
 
-`Sweep` is one kernel's view of one window of a head, all but the addresses. Windows that look the same share one, and
-with it the launches that are bound to it (`launch.launch`), so that a step costs the host little more than its
-launches. The function that launches a kernel stands below it in the kernel's own file; none of them synchronises, tunes
-or depends on values, so that every launch can be captured in a CUDA graph.
+`Sweep` describes one window of a head for one kernel, without addresses. Equal windows share one cached `Sweep` with
+its bound launches (`launch.launch`), so that the host's cost of a step is about that of the launches. The function that
+launches a kernel is below the kernel in its file. None of them synchronises, tunes or depends on values, so that every
+launch can be captured in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ PAIRS = (
     Row((9,), "stream", 2, 1024, 0, Tile(128, 256, 64, 11, 8, 3, True, 2)),  # fewer tiles: wider ones fill the chip
     Row((9,), "stream", 2, 0, 0, Tile(128, 192, 64, 22, 4, 4, False, 3, 2, True)),
     Row((9,), "exp", 2, 0, 3072, Tile(128, 192, 64, 22, 4, 4, False, 3, 2, True)),
+    Row((9,), "exp8", 2, 0, 0, Tile(128, 192, 64, 22, 4, 4, False, 3, 2, True)),
     Row((9,), "dlogits", 2, 0, 2560, Tile(128, 192, 64, 22, 4, 4, False, 3, 2, True)),
 )
 PAIRED_FROM = 65  # tokens

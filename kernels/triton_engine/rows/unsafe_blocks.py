@@ -1,4 +1,4 @@
-"""Which token blocks have exponentials that left the safe range, to be redone with a better reference.
+"""Marks the token blocks whose exponentials left the safe range and must be redone with a better reference.
 
     flags[b] = 1 where a row's total Σ_v E[i, v] of block b is 0, inf, NaN or beyond 1e±18
 

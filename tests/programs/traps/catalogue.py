@@ -54,7 +54,7 @@ FORMS: dict[str, list[str]] = {
     "a backward inside the loop over chunks": ["test_a_backward_inside_the_program_is_left_to_dynamo"],
     "function transforms": [
         "test_a_head_inside_a_function_transform_is_left_alone", "test_a_head_under_vmap_is_left_alone",
-        "test_a_function_transform_that_ended_before_the_head_is_none_of_its_business",
+        "test_a_function_transform_that_ended_before_the_head_does_not_matter",
     ],
     "quantised, eight-bit, distributed and subclass weights": [
         "test_a_weight_that_is_a_tensor_subclass_is_left_alone", "test_a_distributed_weight_is_left_alone",

@@ -1,0 +1,65 @@
+"""The sweep of the float8 single pass: where its results lie, and its launch."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head
+from fusedhead.kernels.triton_engine.launch.launch import Launch
+from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
+
+PART = 64  # columns that a kernel stores at once, and a multiple of which rows of E8 have
+BLOCK = 128  # tokens of a kernel's tile, and a multiple of which rows of E8T have
+TILE = 192  # columns of a kernel's tile: of a byte of `hot`
+
+
+def padded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+class Tail(NamedTuple):
+    """A window of exponentials in float8. Columns of ``rows`` and tokens of ``columns`` have an order of their own."""
+
+    rows: Tensor  # [M', V'] e4m3: M and V padded to `BLOCK` and `PART`
+    columns: Tensor  # [V', >= M'] e4m3: the same transposed, from the window's first token on
+    hot: Tensor  # [M, tiles] uint8: bit j where part j of a row's tile may hold an entry that was left out
+
+
+@lru_cache(maxsize=KEPT)
+def _launch(s: Sweep, only: bool, ld: int, ldt: int) -> Launch:
+    from fusedhead.kernels.triton_engine.gluon.float8_exponentials import (
+        float8_exp_pair_kernel,  # of the versions of Triton that `tiles` names
+    )
+
+    return s.launch(float8_exp_pair_kernel, ONLY=only, ld=ld, ldt=ldt, tiles=-(-s.vocab // TILE))
+
+
+def float8_exponentials(
+    s: Sweep,
+    head: Head,
+    tail: Tail,
+    ref2: Tensor,
+    picked: Tensor,
+    part: Tensor,
+    label_map: Tensor | None,
+    flags: Tensor | None = None,
+) -> None:
+    """tail <- exponentials relative to ref2 [N]; part [1, size] <- totals; picked [N, K] at the labels."""
+    h_tiles, w_tiles = s.operands(head.h, head.w, None)
+    _launch(s, flags is not None, tail.rows.stride(0), tail.columns.stride(0)).run(
+        h=h_tiles,
+        w=w_tiles,
+        E8=tail.rows.view(torch.uint8),
+        E8T=tail.columns.view(torch.uint8),
+        hot=tail.hot,
+        y=head.y,
+        label_map=label_map,
+        flags=flags,
+        ref2=ref2,
+        picked=picked,
+        part=part,
+    )

@@ -1,0 +1,186 @@
+"""Statistics and gradients in one sweep, both gradient products in float8.
+
+Per window of tokens: x = exp(z - level) in e4m3 (`gluon.float8_exponentials`), then with one number a row
+
+    dh = s ⊙ (E8 w8) + Σ listed value · w        dw = E8ᵀ (s ⊙ h)8 + Σ listed value · h        s = coefficient / total
+
+so that z is computed once, in bfloat16, and the two other products cost about half. The list has what float8 must not
+round: entries above `THRESHOLD` of the level, and the labels. The lse comes from float32 sums of unrounded numbers.
+A token block whose list is too long, or whose exponentials left the safe range, is swept again with its own lse as
+level, on the device's decision: it then has at most 1 / `THRESHOLD` entries a row.
+
+In memory: e4m3 E of a window, its transpose of several windows, w8 (within dw where one of them holds all tokens).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedhead.kernels.contract import Head, HeadGrads, RowGrads, RowStats, Windows
+from fusedhead.kernels.triton_engine.device.product import readable_by_tma, reads_rows
+from fusedhead.kernels.triton_engine.float8.class_gradients import PIECE, class_gradients
+from fusedhead.kernels.triton_engine.float8.exponentials import BLOCK, PART, TILE, Tail, float8_exponentials, padded
+from fusedhead.kernels.triton_engine.float8.level import row_levels
+from fusedhead.kernels.triton_engine.float8.list_entries import count_entries, fill_entries
+from fusedhead.kernels.triton_engine.float8.products import float8_product
+from fusedhead.kernels.triton_engine.float8.quantize import largest, transposed_float8
+from fusedhead.kernels.triton_engine.float8.row_gradients import row_gradients
+from fusedhead.kernels.triton_engine.launch.launch import on_device
+from fusedhead.kernels.triton_engine.launch.sweep import Sweep, sweep
+from fusedhead.kernels.triton_engine.launch.tiles import device_of
+from fusedhead.kernels.triton_engine.rows.finalize import finalize
+from fusedhead.kernels.triton_engine.rows.label_map import map_labels
+from fusedhead.kernels.triton_engine.rows.merge import merge_reference
+from fusedhead.kernels.triton_engine.rows.reference_level import reference
+from fusedhead.kernels.triton_engine.rows.unsafe_blocks import mark_unsafe
+from fusedhead.kernels.triton_engine.sweeps.statistics import stream
+from fusedhead.kernels.triton_engine.windows import first_rows, full_cuts, ready_rows, rows_of, slice_head, slice_rows
+
+THRESHOLD = 2.0**-6  # of the softmax, judged by the level: what is larger is listed
+LARGEST = 448.0  # of e4m3
+SATURATES = 432.0  # the least number that rounds to it
+FLOAT8 = torch.float8_e4m3fn
+SHIFT = math.log2(SATURATES / THRESHOLD)  # of the level, so that what is above the threshold saturates
+ENTRIES = 64  # of the list a row, on average over a token block: 1 / THRESHOLD
+DW_ROWS = 64 << 20  # bytes of a product that is added to dw
+
+
+def reads(head: Head) -> bool:
+    """Whether the kernels read these matrices as they lie. All else that a float8 pass asks for is `plan.float8`'s."""
+    return (
+        head.h.stride(1) == 1
+        and reads_rows(head.w.stride())
+        and readable_by_tma(head.h, head.w, device_of(head.h.device)[0])
+    )
+
+
+def one_float8_pass(head: Head, coefficients: RowGrads, windows: Windows) -> tuple[RowStats, HeadGrads]:
+    """Statistics, dh and dw of a plain bfloat16 head with at most one label a row; ``windows.tail_rows`` is above 0."""
+    coefficients = ready_rows(coefficients)
+    (n, hidden), vocab = head.h.shape, head.w.shape[0]
+    new = head.h.new_empty
+    lse, lse_low, picked = (new(shape, dtype=torch.float32) for shape in (n, n, head.y.shape))
+    tie = new((), dtype=torch.float32)
+    with on_device(head.h):
+        dh, dw = new((n, hidden)), new((vocab, hidden))
+        level2 = row_levels(head)
+        taller = full_cuts(n, windows.tokens)
+        w8, w8_scale = _float8_weight(head.w, dw if len(taller) == 1 else None)
+        one = torch.ones_like(w8_scale)
+        for outer in taller:
+            part, levels = slice_head(head, outer, slice(0, vocab)), rows_of(level2, outer)
+            count = outer.stop - outer.start
+            columns = new((padded(vocab, PART), padded(count, BLOCK)), dtype=FLOAT8)
+            scales = new(count, dtype=torch.float32)
+            listed = _Listed.new(part, count)
+            inner = full_cuts(count, windows.tail_rows)
+            rows8 = new((padded(inner[0].stop, BLOCK), padded(vocab, PART)), dtype=FLOAT8)
+            product = new((inner[0].stop, hidden), dtype=torch.float32)
+            for i in inner:
+                at = slice(outer.start + i.start, outer.start + i.stop)
+                some, c, m = slice_head(part, i, slice(0, vocab)), slice_rows(coefficients, at), i.stop - i.start
+                tail = Tail(rows8, columns[:, i.start :], new((m, -(-vocab // TILE)), dtype=torch.uint8))
+                s = sweep("exp8", some)
+                totals = new((1, s.schedule.size), dtype=torch.float32)
+                ref2, row_picked, row_lse = new(m, dtype=torch.float32), rows_of(picked, at), rows_of(lse, at)
+                counts = _swept(s, some, tail, ref2, levels[i], row_picked, totals)
+                scale = finalize(
+                    s, some, rows8.view(torch.bfloat16), ref2, row_picked, row_picked, totals, c._replace(picked=None),
+                    row_lse, rows_of(lse_low, at), None, None, None, None, 1.0, tie,
+                )  # fmt: skip
+                scales[i] = scale
+                ends = _list(tail, some, scale, c, counts, listed, i.start)
+                float8_product(rows8[:m], w8, one, first_rows(product, m))
+                row_gradients(
+                    s, some, tail, product, scale * w8_scale, ref2, row_picked, totals, scale, row_lse, c, counts,
+                    ends, *listed, rows_of(dh, at), i.start,
+                )  # fmt: skip
+            del rows8, product, tail
+            _add_to_weight(part.h, columns[:vocab], scales, dw, outer.start == 0)
+            del columns
+            class_gradients(*listed, part.h, dw)
+    return RowStats(lse, picked, lse_low=lse_low, tie=tie), HeadGrads(dh, dw, None, None)
+
+
+class _Listed(NamedTuple):
+    """The entries of several windows, each in room of its own: `ENTRIES` a row and the labels."""
+
+    classes: Tensor  # [capacity] int32, V where there is no entry
+    values: Tensor  # [capacity] float32: of dz
+    tokens: Tensor  # [capacity] int32
+
+    @classmethod
+    def new(cls, head: Head, rows: int) -> _Listed:
+        room = padded(_room(padded(rows, BLOCK)), PIECE)
+        classes = head.h.new_full((room,), head.w.shape[0], dtype=torch.int32)
+        return cls(classes, torch.empty_like(classes, dtype=torch.float32), torch.empty_like(classes))
+
+
+def _room(rows: int) -> int:
+    return (ENTRIES + 1) * rows
+
+
+def _list(tail: Tail, head: Head, scale: Tensor, c: RowGrads, counts: Tensor, listed: _Listed, first: int) -> Tensor:
+    """ends [M] of the rows' entries, which are listed; counts of rows that have no gradient, or only NaN, become 0."""
+    none = scale == 0 if c.picked is None else (scale == 0) & (c.picked[:, 0] == 0)
+    counts.masked_fill_(none | scale.isnan(), 0)
+    ends = counts.cumsum(0, dtype=torch.int32).add_(_room(first))
+    fill_entries(tail, head.y, counts, ends, listed.classes)
+    return ends
+
+
+def _float8_weight(w: Tensor, dw: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(w8 [D, V'] with classes in the order of E8, its scale [] float32); inside ``dw`` where that is given."""
+    vocab, hidden = w.shape
+    shape = hidden, padded(vocab, PART)
+    if dw is None or shape[0] * shape[1] > dw.numel() * dw.itemsize:
+        w8 = w.new_empty(shape, dtype=FLOAT8)
+    else:
+        w8 = dw.view(-1).view(FLOAT8)[: shape[0] * shape[1]].view(shape)
+    top = largest(w)
+    transposed_float8(w, top, w8)
+    return w8, top / LARGEST
+
+
+def _swept(s: Sweep, head: Head, tail: Tail, ref2: Tensor, level2: Tensor, picked: Tensor, totals: Tensor) -> Tensor:
+    """tail, ref2, picked and totals of a window; returns [M] int32, how many entries of each row are to be listed."""
+    redo = s.beside("stream")
+    labels = map_labels(s, head.y, check=True) if s.labels else None
+    if s.labels:
+        reference(redo, head, ref2)
+        torch.maximum(level2, ref2, out=ref2).sub_(SHIFT)
+    else:
+        torch.sub(level2, SHIFT, out=ref2)
+    float8_exponentials(s, head, tail, ref2, picked, totals, labels)
+    flags = mark_unsafe(s, totals)
+    counts = torch.empty_like(ref2, dtype=torch.int32)
+    count_entries(tail, head.y, counts)
+    blocks = torch.nn.functional.pad(counts, (0, -s.n % s.tile.BM)).view(-1, s.tile.BM)
+    flags |= blocks.sum(1) > _room(s.tile.BM)
+    rows, _ = stream(redo, head, frozenset({"lse"}), None, flags)
+    merge_reference(redo, rows, ref2, -SHIFT, flags)
+    float8_exponentials(s, head, tail, ref2, picked, totals, labels, flags)
+    count_entries(tail, head.y, counts, flags, s.tile.BM)
+    return counts
+
+
+def _add_to_weight(h: Tensor, columns: Tensor, scales: Tensor, dw: Tensor, first: bool) -> None:
+    """dw [V, D] <- (or += unless ``first``) E8ᵀ (scales ⊙ h)8, tokens of both in the order of E8T."""
+    hidden = h.shape[1]
+    top = largest(h, scales)
+    h8 = h.new_empty((hidden, columns.shape[1]), dtype=FLOAT8)
+    transposed_float8(h, top, h8, scales, tokens=True)
+    scale = top / LARGEST
+    if first:
+        float8_product(columns, h8, scale, dw)
+        return
+    step = max(BLOCK, DW_ROWS // (2 * hidden))
+    for at in range(0, len(dw), step):
+        rows = slice(at, min(at + step, len(dw)))
+        more = torch.empty_like(dw[rows])
+        float8_product(columns[rows], h8, scale, more)
+        dw[rows] += more

@@ -1,0 +1,124 @@
+"""``torchrun --nproc-per-node N -m tests.parallel.device [--backend nccl] [--out FOLDER] [--names "a|b"] [--small]``
+
+The arrangements of this folder on the devices of one host, in bfloat16 and float32, against one process in eager mode:
+a short table, and FOLDER/parallel_matrix.json. Our error must not be above 1.5 times eager's own in the same dtype, or
+a few units of float32. Exit status 1 where one is, where a head that must be fused is not, or where the collectives
+differ from those that are expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.parallel.arrangements import ARRANGEMENTS, outcomes
+from tests.parallel.compared import errors
+from tests.parallel.models import Setting
+
+NCCL = {"allreduce_", "_allgather_base_", "_reduce_scatter_base_"}
+HEADS_OF_FSDP = "FSDP2"  # whose own collectives differ by torch
+
+
+def outcome(name: str, setting: Setting) -> dict[str, Any]:
+    """A row of the table, equal on all ranks but for the errors."""
+    arrangement, started = ARRANGEMENTS[name], time.perf_counter()
+    ours = outcomes([name], setting)[name]
+    row: dict[str, Any] = {
+        "name": name,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "inductor": setting.inductor,
+    }
+    if isinstance(ours, str):
+        return row | {"ok": False, "why": ours}
+    found = errors(name, setting, ours)
+    row["errors"] = found
+    what, error, allowed = max(found, key=lambda each: each[1] / max(each[2], 1e-30))
+    wrong = [] if error <= allowed else [f"{what}: {error:.3g} > {allowed:.3g}"]
+    for fused, reason, _, _ in ours["heads"]:
+        if fused != (not arrangement.left):
+            wrong.append(reason or "fused")
+    counts = {part: {k: n for k, n in ours[part].items() if k in NCCL} for part in ("forward", "backward")}
+    if arrangement.forward is not None and setting.count and not name.startswith(HEADS_OF_FSDP):
+        for part in counts:
+            expected = {k: n for k, n in getattr(arrangement, part).items() if k in NCCL}
+            if counts[part] != expected:
+                wrong.append(f"{part}: {counts[part]} instead of {expected}")
+    worst = {"worst": what, "error": error, "allowed": allowed, "heads": ours["heads"], "collectives": counts}
+    return row | worst | {"ok": not wrong, "why": "; ".join(wrong), "seconds": time.perf_counter() - started}
+
+
+def settings(device: str, small: bool) -> list[Setting]:
+    sizes = {"device": device} if small else {"device": device, "depth": 256, "batch": 8, "time": 128, "scale": 64}
+    base = Setting(**sizes)  # type: ignore[arg-type]
+    return [
+        base._replace(dtype=torch.bfloat16),
+        base,
+        base._replace(dtype=torch.bfloat16, inductor=True, count=False),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", default="nccl" if torch.cuda.is_available() else "gloo")
+    parser.add_argument("--out", default=os.environ.get("OUT", "."))
+    parser.add_argument("--names", default="")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--seconds", type=float, default=95.0, help="no arrangement is begun after so many")
+    given = parser.parse_args()
+    rank, device, started = int(os.environ["RANK"]), "cpu", time.monotonic()
+    if given.backend == "nccl":
+        device = "cuda"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(given.backend, timeout=timedelta(seconds=120))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    rows, skipped = [], 0
+    for setting in settings(device, given.small):
+        names = given.names.split("|") if given.names else ARRANGEMENTS
+        for name in names:
+            late = torch.tensor(float(time.monotonic() - started > given.seconds), device=device)
+            dist.all_reduce(late)  # alike on all ranks
+            if late.item():
+                skipped += 1
+                continue
+            row = outcome(name, setting)
+            good = torch.tensor(float(row["ok"]), device=device)
+            dist.all_reduce(good, op=dist.ReduceOp.MIN)
+            row["ok_on_all_ranks"] = bool(good.item())
+            rows.append(row)
+            if rank == 0 or not row["ok"]:
+                figures = f"{row['error']:.2e} <= {row['allowed']:.2e}" if "error" in row else ""
+                how = "Inductor" if setting.inductor else "aot_eager"
+                said = "" if row["ok"] else f"  rank {rank}: {row['why'][:1500]}"
+                print(
+                    f"{name:34} {row['dtype']:9} {how:9} {'ok' if row['ok'] else 'FAIL':4} {figures}{said}", flush=True
+                )
+    if rank == 0:
+        told = {
+            "torch": torch.__version__,
+            "ranks": dist.get_world_size(),
+            "backend": given.backend,
+            "skipped": skipped,
+        }
+        Path(given.out, "parallel_matrix.json").write_text(json.dumps(told | {"rows": rows}, indent=1))
+        failed = sum(not row["ok_on_all_ranks"] for row in rows)
+        print(
+            f"{len(rows)} programs, {failed} failed, {skipped} not begun, {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
+    bad = any(not row["ok_on_all_ranks"] for row in rows)
+    dist.barrier()
+    dist.destroy_process_group()
+    return int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
