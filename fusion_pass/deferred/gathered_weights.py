@@ -24,13 +24,12 @@ import threading
 import weakref
 from collections.abc import Sequence
 from functools import wraps
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusedhead.compat import graph_task
+from fusedhead.compat import graph_task, lookup
 from fusedhead.deferred.reasons import BuiltAtOnce
 from fusedhead.deferred.state import Knowledge, State
 from fusedhead.deferred.surroundings import out_of_sight
@@ -44,30 +43,37 @@ PURGE = 64  # memories with an entry, before those that nobody waits for are dro
 
 _guard = threading.Lock()
 _waiting: dict[int, Any] = {}  # what is made of one memory, by its storage: a weakref.WeakSet of `Knowledge`
-_wrapped: list[Any] = []  # torch's class, when its method is ours
+_seeing: list[bool] = []  # whether torch's method tells us, once that was tried
 
 
 def sees_frees() -> bool:
     """Whether it is seen when FSDP2 frees a weight, from now on."""
-    if _wrapped:
-        return True
-    with _guard:
-        if not _wrapped:
-            module, name, method = FREES
-            cls = getattr(import_module(module), name, None)
-            original = getattr(cls, method, None)
-            if original is None:
-                log.warning("fusedhead: this torch has no %s.%s.%s: weights under FSDP2 are copied", *FREES)
-                return False
+    if not _seeing:
+        with _guard:
+            if not _seeing:
+                _seeing.append(wrap_free())
+    return _seeing[0]
 
-            @wraps(original)
-            def free(self: Any, *args: Any, **kwargs: Any) -> Any:
-                if _waiting:
-                    before_free([*self.all_gather_outputs, *getattr(self, "_unsharded_inner_tensors", ())])
-                return original(self, *args, **kwargs)
 
-            setattr(cls, method, free)
-            _wrapped.append(cls)
+def wrap_free() -> bool:
+    """Have the method of torch that frees a weight tell us first; False where this torch has none that we know."""
+    module, name, method = FREES
+    try:
+        cls = lookup(module, name)
+        original = getattr(cls, method)
+        if "all_gather_outputs" not in cls.__annotations__:
+            raise AttributeError("all_gather_outputs")
+    except Exception as error:
+        log.warning("fusedhead: weights under FSDP2 are copied, since this torch has no %s.%s.%s (%s)", *FREES, error)
+        return False
+
+    @wraps(original)
+    def free(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _waiting:
+            before_free([*self.all_gather_outputs, *getattr(self, "_unsharded_inner_tensors", ())])
+        return original(self, *args, **kwargs)
+
+    setattr(cls, method, free)
     return True
 
 
