@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 # Packages that ask for versions of others, or for a torch, that do not fit the rest: installed beside it, without
 # what they ask for (the extra "e2e" brings the rest of that), and seen by the tests in tests/e2e/apart only.
 # torchvision 0.28 is made for torch 2.13, 0.29 for 2.14; a new torch has to do with the newest there is.
-APART := "litgpt>=0.5.13" timm "torchtune>=0.6.1" "torchao==0.11.0" \
+APART := "litgpt>=0.5.13" timm "torchtune>=0.6.1" "torchao==0.11.0" "torchtitan==0.3.*" "spmd_types==0.2.3" \
 	"torchvision<0.$(shell expr $(word 2,$(subst ., ,$(TORCH))) + 16)"
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(sort $(shell find fusion_pass lowering kernels -name "*.py"))

@@ -22,15 +22,14 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import wraps
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusedhead.compat import graph_task
+from fusedhead.compat import graph_task, lookup
 from fusedhead.deferred.reasons import BuiltAtOnce
 from fusedhead.deferred.state import Knowledge, State
 from fusedhead.deferred.surroundings import out_of_sight
@@ -44,30 +43,37 @@ PURGE = 64  # memories with an entry, before those that nobody waits for are dro
 
 _guard = threading.Lock()
 _waiting: dict[int, Any] = {}  # what is made of one memory, by its storage: a weakref.WeakSet of `Knowledge`
-_wrapped: list[Any] = []  # torch's class, when its method is ours
+_seeing: list[bool] = []  # whether torch's method tells us, once that was tried
 
 
 def sees_frees() -> bool:
     """Whether it is seen when FSDP2 frees a weight, from now on."""
-    if _wrapped:
-        return True
-    with _guard:
-        if not _wrapped:
-            module, name, method = FREES
-            cls = getattr(import_module(module), name, None)
-            original = getattr(cls, method, None)
-            if original is None:
-                log.warning("fusedhead: this torch has no %s.%s.%s: weights under FSDP2 are copied", *FREES)
-                return False
+    if not _seeing:
+        with _guard:
+            if not _seeing:
+                _seeing.append(wrap_free())
+    return _seeing[0]
 
-            @wraps(original)
-            def free(self: Any, *args: Any, **kwargs: Any) -> Any:
-                if _waiting:
-                    before_free([*self.all_gather_outputs, *getattr(self, "_unsharded_inner_tensors", ())])
-                return original(self, *args, **kwargs)
 
-            setattr(cls, method, free)
-            _wrapped.append(cls)
+def wrap_free() -> bool:
+    """Have the method of torch that frees a weight tell us first; False where this torch has none that we know."""
+    module, name, method = FREES
+    try:
+        cls = lookup(module, name)
+        original = getattr(cls, method)
+        if "all_gather_outputs" not in cls.__annotations__:
+            raise AttributeError("all_gather_outputs")
+    except Exception as error:
+        log.warning("fusedhead: weights under FSDP2 are copied, since this torch has no %s.%s.%s (%s)", *FREES, error)
+        return False
+
+    @wraps(original)
+    def free(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _waiting:
+            before_free([*self.all_gather_outputs, *getattr(self, "_unsharded_inner_tensors", ())])
+        return original(self, *args, **kwargs)
+
+    setattr(cls, method, free)
     return True
 
 
@@ -90,45 +96,50 @@ def memory_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+Waiting = tuple[Knowledge, "list[tuple[Tensor, State]]"]  # logits, and their leaves in the memory in question
+
+
 def before_free(gathered: Sequence[Tensor]) -> None:
     """Let what waits for memory that is freed next have what it needs. Never fails FSDP2's own work."""
     for memory in map(memory_of, gathered):
         with _guard:
-            waiting = list(_waiting.pop(memory, ()))
-        copy: list[Tensor] = []
-        for knowledge in waiting:
-            mine = [(leaf, at) for leaf, at in zip(knowledge.leaves, knowledge.states) if memory_of(leaf) == memory]
-            try:
-                if mine and next(unbuilt(knowledge), None) is not None:
-                    keep(knowledge, mine, copy)
-            except Exception:
-                log.warning("fusedhead: a weight that deferred logits are made of is freed", exc_info=True)
-            for leaf, at in mine:
+            found = list(_waiting.pop(memory, ()))
+        waiting = [(knowledge, leaves_in(knowledge, memory)) for knowledge in found]
+        try:
+            provide([entry for entry in waiting if entry[1] and unbuilt(entry[0])])
+        except Exception:
+            log.warning("fusedhead: a weight that deferred logits are made of is freed", exc_info=True)
+        for _, leaves in waiting:
+            for leaf, at in leaves:
                 if memory_of(leaf) == memory:
                     at.address = NO_ADDRESS
 
 
-def unbuilt(knowledge: Knowledge) -> Iterator[Tensor]:
+def leaves_in(knowledge: Knowledge, memory: int) -> list[tuple[Tensor, State]]:
+    return [(leaf, at) for leaf, at in zip(knowledge.leaves, knowledge.states) if memory_of(leaf) == memory]
+
+
+def unbuilt(knowledge: Knowledge) -> list[Any]:
     """What is made of logits, themselves included, that has no numbers yet."""
-    for reference in knowledge.family.members:
-        member: Any = reference()
-        if member is not None and member._plain is None:
-            yield member
+    members: list[Any] = [reference() for reference in knowledge.family.members]
+    return [member for member in members if member is not None and member._plain is None]
 
 
-def keep(knowledge: Knowledge, mine: Sequence[tuple[Tensor, State]], copy: list[Tensor]) -> None:
-    """Give logits their own copy of a weight, one for all (``copy``), or build them."""
-    if graph_task() == -1 and not all(leaf.numel() <= math.prod(knowledge.layout.shape) for leaf, _ in mine):
-        knowledge.family.built_for = str(refuse(BuiltAtOnce.LARGE_COPY))
-        for member in unbuilt(knowledge):
-            plain(member)  # type: ignore[arg-type]
+def provide(waiting: Sequence[Waiting]) -> None:
+    """Give logits a copy of a weight, one for all of them, or build them."""
+    if not waiting:
+        return
+    size = max(leaf.numel() for _, leaves in waiting for leaf, _ in leaves)
+    if graph_task() == -1 and size > sum(math.prod(knowledge.layout.shape) for knowledge, _ in waiting):
+        for knowledge, _ in waiting:
+            knowledge.family.built_for = str(refuse(BuiltAtOnce.LARGE_COPY))
+            for member in unbuilt(knowledge):
+                plain(member)
         return
     with out_of_sight(), torch.no_grad():
-        for leaf, at in mine:
-            if not copy:
-                # the same bytes, so that every leaf finds its own part of them
-                copy.append(torch.empty(0, dtype=torch.uint8, device=leaf.device).set_(leaf.untyped_storage().clone()))
-            whole = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
-            whole.set_(copy[0].untyped_storage(), leaf.storage_offset(), leaf.shape, leaf.stride())
-            leaf.data = whole
-            at.source, at.address = leaf, leaf.data_ptr()
+        copy = waiting[0][1][0][0].untyped_storage().clone()
+        for _, leaves in waiting:
+            for leaf, at in leaves:
+                whole = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
+                leaf.data = whole.set_(copy, leaf.storage_offset(), leaf.shape, leaf.stride())
+                at.source, at.address = leaf, leaf.data_ptr()

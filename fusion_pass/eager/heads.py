@@ -36,6 +36,8 @@ from fusedhead.report.report import Report
 
 log = logging.getLogger("fusedhead")
 HEAD_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # nobody names a layer by them
+# by what torch's wrappers call the module inside: torch.compile, FSDP1, activation checkpointing
+NAMES_OF_WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 MOST_BUILT = 2  # more often than answered, before a kind of call is computed at once: a first look is none
 
 
@@ -179,8 +181,13 @@ def path_of(module: nn.Module) -> str:
     for outer in reversed(modules):
         for name, inner in outer.named_modules():
             if inner is module:
-                return name.replace("_orig_mod.", "")
+                return without_wrappers(name)
     return ""
+
+
+def without_wrappers(name: str) -> str:
+    """A module's name as its model's author writes it."""
+    return ".".join(part for part in name.split(".") if part not in NAMES_OF_WRAPPED)
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -199,7 +206,7 @@ def register_layers(found: Iterable[tuple[str, nn.Linear]]) -> None:
     """Let layers defer, by their names."""
     with _guard:
         for name, inner in found:
-            HEADS.setdefault(inner, EagerHead(name))
+            HEADS.setdefault(inner, EagerHead(without_wrappers(name)))
 
 
 _installed: list[Any] = []  # torch's forward and ours, while ours is in its place

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fusedhead.analysis.lone_heads import has_sizes_of_a_head
@@ -71,6 +72,39 @@ def scope(module: nn.Module) -> EagerProducts | None:
     if any(type(mode) is EagerProducts for mode in function_modes()):
         return None
     return EagerProducts(partial(serve_product, module))
+
+
+_tables: set[tuple[int, int]] = set()  # the sizes of embeddings that were made and may be multiplied by
+
+
+def watch_tables() -> Callable[[], None]:
+    """Note which embeddings are made from now on. Returns the function that ends it."""
+
+    def note(module: nn.Module, name: str, parameter: Any) -> None:
+        if isinstance(module, nn.Embedding) and parameter is not None and parameter.ndim == 2:
+            sizes = tuple(map(int, parameter.shape))
+            if has_sizes_of_a_head(*sizes):
+                _tables.add(sizes)  # type: ignore[arg-type]
+
+    handle = register_module_parameter_registration_hook(note)
+
+    def end() -> None:
+        handle.remove()
+        _tables.clear()
+
+    return end
+
+
+def unseen(heads: Iterable[tuple[Any, Any]]) -> str:
+    """What there is to say of embeddings of whose sizes [V, D] no head was met, or ""."""
+    left = _tables.difference(heads)
+    if not left:
+        return ""
+    vocab, depth = max(left, key=lambda sizes: sizes[0] * sizes[1])
+    return (
+        f"an embedding of {vocab:,} x {depth:,} was made, and no head of these sizes was met. If the model multiplies "
+        "by it in code that nothing compiles, as F.linear(h, embedding.weight), fusedhead.defer(model) fuses the loss"
+    )
 
 
 def serve_product(module: nn.Module, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -37,6 +37,16 @@ def forward_with(project: EagerProjection) -> Callable[[nn.Linear, Tensor], Tens
     return wraps(original)(forward)
 
 
+def tied_forward_with(project: EagerProjection, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The forward of a layer that is given its weight, by which eager calls are made by ``project``."""
+
+    @wraps(original)
+    def forward(self: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        return original(self, x, weight) if torch.compiler.is_compiling() else project(self, x, weight, None)
+
+    return forward
+
+
 def returning(code: object) -> int:
     """The last line of a function's text."""
     return max(line for *_, line in code.co_lines() if line is not None)  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ in force. No package is imported for a patch: those of packages that are not imp
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import threading
 from collections.abc import Callable
@@ -20,7 +21,9 @@ from typing_extensions import Unpack
 
 from fusedhead.backend import compile_graph, compile_with
 from fusedhead.compat import unusable
-from fusedhead.eager.heads import everywhere
+from fusedhead.eager.heads import everywhere, project_eagerly
+from fusedhead.eager.tied_heads import watch_tables
+from fusedhead.functional.eager_linear import tied_forward_with
 from fusedhead.inductor.config import Inductor, keyed
 from fusedhead.options import OptionValues, set_process_wide, split_options
 from fusedhead.run.import_hooks import after_import
@@ -135,7 +138,21 @@ def transformers_warns_without_a_break(module: ModuleType) -> Undo:
 
 def heads_in_eager_mode(module: ModuleType) -> Undo:
     """Let projections in eager mode return deferred logits, so that a loss on them is fused."""
-    return everywhere()
+    undo, forget = everywhere(), watch_tables()
+
+    def undo_both() -> None:
+        undo()
+        forget()
+
+    return undo_both
+
+
+def torchtune_ties_heads(module: ModuleType) -> Undo:
+    """The same for torchtune's heads that are tied to an embedding: a layer of its own, given the weight."""
+    original = module.Linear.forward
+    if list(inspect.signature(original).parameters) != ["self", "x", "weight"]:
+        raise RuntimeError("torchtune.modules.tied_linear.Linear.forward takes other arguments")
+    return replace_attribute(module.Linear, "forward", tied_forward_with(project_eagerly, original))
 
 
 def replace_attribute(owner: Any, name: str, value: Any) -> Undo:
@@ -190,6 +207,12 @@ EDITS = (
         "torch",
         "heads that are not compiled hand out deferred logits, and a loss of them is fused",
         heads_in_eager_mode,
+    ),
+    Edit(
+        "torchtune.modules.tied_linear.Linear.forward",
+        "torchtune.modules.tied_linear",
+        "so do torchtune's heads that are tied to an embedding",
+        torchtune_ties_heads,
     ),
 )
 

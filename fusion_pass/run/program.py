@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fusedhead.eager.tied_heads import unseen
 from fusedhead.report import observers
 from fusedhead.report.summary import Summary
 from fusedhead.report.terminal import show
@@ -118,6 +119,8 @@ def tell(summary: Summary, given: argparse.Namespace, command_line: Sequence[str
     with contextlib.suppress(OSError, ValueError):  # a closed pipe, or a stream that the program has closed
         sys.stdout.flush()
     if given.compile_eager and (note := compile_eager.unreached()):
+        summary.notes.append(note)
+    if note := unseen((head.vocab_size, head.hidden_size) for head in summary.heads()):
         summary.notes.append(note)
     summary.publish()
     if not given.quiet:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fusedhead.deferred import gathered_weights
 from fusedhead.legality.reasons import Illegal
 from tests.distributed.arrangements import D, V
 from tests.distributed.gathered_weights import FSDP1, PROGRAMS
@@ -40,6 +41,24 @@ def test_a_weight_is_copied_where_it_is_freed_before_it_is_read_and_nowhere_else
         assert rank["read_in_the_next_step, kept"]["copied"] == [WEIGHT]
         assert rank["evaluated_and_collected, kept"]["copied"] == [WEIGHT]  # one for both batches
         assert rank["two_forwards, resharded"]["copied"] == [WEIGHT, WEIGHT]
+
+
+def test_weights_are_copied_at_once_where_torch_frees_them_unseen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rank in results("unseen"):
+        for found in rank.values():
+            assert found["copied"] == []
+            for ours, eager in zip(found["ours"], found["eager"], strict=True):
+                torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+    for missing in (
+        ("torch.nowhere", "FSDPParam", "free"),
+        ("torch.nn", "Linear", "free"),
+        ("torch.nn", "Linear", "forward"),
+    ):
+        monkeypatch.setattr(gathered_weights, "FREES", missing)
+        assert not gathered_weights.wrap_free()
+    assert "weights under FSDP2 are copied, since this torch has no torch.nowhere.FSDPParam.free" in caplog.text
 
 
 @pytest.mark.parametrize("logits", ["dropped", "held"])

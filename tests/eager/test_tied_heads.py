@@ -7,6 +7,7 @@ import inspect
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from fusedhead.deferred.tensor import DeferredLogits
 from fusedhead.eager import tied_heads
 from fusedhead.report import observers
 from fusedhead.report.summary import Summary
+from fusedhead.run.enable import torchtune_ties_heads
 from tests.eager.test_heads import D, V, batch, same
 from tests.eager_stack import backend
 
@@ -269,3 +271,57 @@ def test_a_model_with_layers_that_are_heads_runs_under_no_mode() -> None:
     model = Untied()
     fusedhead.defer(model)
     assert model not in tied_heads.MODELS
+
+
+def test_an_embedding_of_whose_sizes_no_head_was_met_is_told_of() -> None:
+    Tied()
+    assert tied_heads.unseen([]) == ""  # made before anybody looked
+    end = tied_heads.watch_tables()
+    try:
+        model = Tied()
+        nn.Embedding(512, D)
+        said = tied_heads.unseen([])
+        assert said.startswith(f"an embedding of 1,024 x {D} was made, and no head of these sizes was met")
+        assert "fusedhead.defer(model)" in said
+        assert tied_heads.unseen([(V, D)]) == ""
+        assert type(model.embed.weight) is nn.Parameter
+    finally:
+        end()
+    assert tied_heads.unseen([]) == ""
+    Tied()
+    assert tied_heads.unseen([]) == ""
+
+
+class GivenAWeight(nn.Module):
+    """torchtune's layer of a head that is tied to an embedding."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+
+def test_a_layer_that_is_given_an_embeddings_weight_as_torchtunes(summary: Summary) -> None:
+    package = ModuleType("torchtune.modules.tied_linear")
+    vars(package)["Linear"] = GivenAWeight
+    original, (x, y) = GivenAWeight.forward, batch()
+    fusedhead.enable()
+    undo = torchtune_ties_heads(package)
+    try:
+        embedding, layer = nn.Embedding(V, D), GivenAWeight()
+        logits = layer(embedding(x), embedding.weight)
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        graphs: list[str] = []
+
+        def texts(gm: Any, inputs: Any) -> Any:
+            graphs.append(" ".join(f"{n.op} {n.target}" for n in gm.graph.nodes if n.op != "placeholder"))
+            return gm.forward
+
+        torch.compile(layer, backend=texts, fullgraph=True)(torch.randn(4, 32, D), embedding.weight)
+        assert graphs == [f"call_function {F.linear} output output"]
+    finally:
+        undo()
+        fusedhead.disable()
+    assert GivenAWeight.forward is original
+    torch.testing.assert_close(
+        loss, F.cross_entropy(F.linear(embedding(x), embedding.weight).flatten(0, 1), y.flatten())
+    )
+    assert summary.heads()[0].run.answered.value == 1

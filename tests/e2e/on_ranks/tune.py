@@ -9,6 +9,10 @@ import sys
 from functools import partial
 
 import torch
+
+import tests.e2e.apart.conftest  # noqa: F401  torchvision, which torchtune imports, beside a CPU build of torch
+
+# isort: split
 from torchtune.models.llama3 import llama3
 from torchtune.models.qwen2 import qwen2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
