@@ -144,7 +144,7 @@ def spanning_kernel(
 
 @lru_cache(maxsize=KEPT)
 def _launches(device: torch.device, count: int, vocab: int, hidden: int, sh0: int) -> tuple[Launch, Launch]:
-    width = min(triton.next_power_of_2(hidden), 128)
+    width = min(triton.next_power_of_2(hidden), 256)
     grid = triton.cdiv(count, PIECE), triton.cdiv(hidden, width), 1
     bound = {"V": vocab, "D": hidden, "count": count, "sh0": sh0, "PIECE": PIECE, "TOGETHER": TOGETHER, "BD": width}
     return (
