@@ -97,10 +97,22 @@ def test_a_broken_row_stays_alone():
     h, w, y = operands()
     with torch.no_grad():
         h[7] = float("nan")
-    loss, dh, _ = gradients(torch.compile(loss_of, backend="fusedhead", options=FLOAT8), h, w, y)
+    loss, dh, dw = gradients(torch.compile(loss_of, backend="fusedhead", options=FLOAT8), h, w, y)
     assert loss.isnan()
+    assert dw.isnan().all()  # as eager's: every class has that row in its sum
     assert dh[7].isnan().all()
     assert dh[8:].isfinite().all()
+
+
+def test_an_infinite_weight_reaches_its_column_of_dh_alone():
+    h, w, y = operands()
+    with torch.no_grad():
+        h[:, 3] = h[:, 3].abs() + 0.1
+        w[31999, 3] = float("-inf")  # a class that no token can have
+        y[y == 31999] = 0
+    _, dh, _ = gradients(torch.compile(loss_of, backend="fusedhead", options=FLOAT8), h, w, y)
+    assert dh[y >= 0, 3].isnan().all()
+    assert dh[:, :3].isfinite().all()
 
 
 def test_no_step_waits_for_the_device():
