@@ -1,6 +1,7 @@
 """Whether kernels that may not work everywhere work here: tried once in a process of its own, kept on disk.
 
     serves("pairs", device)      the paired sweeps (`ring`), whose language changes with Triton
+    serves("float8", device)     the sweep and the products of gradients in float8
     serves("triton", device)     the whole Triton engine, on a chip that no test has run on
 
 A kernel whose language or chip is new may fail to compile, give other numbers, hang, or leave the GPU unusable for its
@@ -33,7 +34,11 @@ from fusedhead.kernels.user_cache import cache_file, read_json, write_json
 
 log = logging.getLogger("fusedhead")
 LIMIT = 300  # seconds after which a check has hung
-PATIENCE = {"pairs": 20, "triton": LIMIT}  # seconds that a program waits: plain sweeps are little slower than pairs
+PATIENCE = {
+    "pairs": 20,
+    "float8": 20,
+    "triton": LIMIT,
+}  # seconds that a program waits: plain sweeps are little slower than pairs
 FIRST_LINE = "ready"  # the child's first line: what fails after it is the kernels' failure
 CHILD = (
     "import sys; sys.path[:] = {path!r}; "
@@ -41,6 +46,7 @@ CHILD = (
 )
 FALLBACK = {
     "pairs": "the plain sweeps serve in place of the paired ones",
+    "float8": "exact products serve in place of float8 ones",
     "triton": "the torch engine serves in place of the Triton engine",
 }
 
