@@ -61,6 +61,7 @@ class Case(NamedTuple):
     needs: Needs = OPERANDS
     transposed: bool = False  # w [V, D] lies along the vocabulary
     precision: str = "ieee"  # of float32 products
+    float8: bool = False  # products of gradients, where the chip has kernels for them
 
 
 CASES = {
@@ -69,6 +70,8 @@ CASES = {
     "plain, D 2048": Case(MIDDLE),
     "plain, D 1024, V 151936": Case(QWEN3),
     "plain, D 768": Case((16384, 768, 50304)),
+    "float8, D 768": Case((16384, 768, 50257), float8=True),
+    "float8, D 4096": Case(LLAMA3, float8=True),
     "plain, 64 tokens": Case((64, 4096, 128256)),
     "plain, w along V": Case(MIDDLE, transposed=True),
     "float16": Case(LLAMA3, dtype=torch.float16),
@@ -131,7 +134,7 @@ def launch_all(case: Case) -> None:
     def windows(needs: Needs, **more: Any) -> Any:
         linear = more.pop("linear", True)
         sizes = (n, v, d, case.dtype, "cuda", case.dtype)
-        problem = Problem(*sizes, needs, linear, transform=head.transform, labels=case.labels)
+        problem = Problem(*sizes, needs, linear, transform=head.transform, labels=case.labels, float8=case.float8)
         return plan(problem, **more).windows
 
     total = row if case.total else None

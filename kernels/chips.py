@@ -36,7 +36,9 @@ def float8_serves(device: torch.device | None) -> bool:
     if not torch.cuda.is_available() or torch.version.hip is not None or not hasattr(torch, "_scaled_mm"):
         return False
     at = torch.device("cuda", torch.cuda.current_device()) if device is None or device.index is None else device
-    return torch.cuda.get_device_capability(at)[0] in TESTED and self_check.serves("pairs", at)
+    return torch.cuda.get_device_capability(at)[0] in TESTED and all(
+        self_check.serves(name, at) for name in ("pairs", "float8")
+    )
 
 
 def start_checks() -> None:

@@ -1,6 +1,7 @@
 """Self-checks: kernels that may not work everywhere are tried once in a child process, and the verdict is saved.
 
     serves("pairs", device)      the paired sweeps (`ring`), whose language changes with Triton
+    serves("float8", device)     the sweep and the products of gradients in float8
     serves("triton", device)     the whole Triton engine, on a chip that no test has run on
 
 A kernel on a new chip or in a new language may fail to compile, give wrong numbers, hang, or leave the GPU unusable for
@@ -32,7 +33,8 @@ from fusedhead.kernels.user_cache import cache_file, read_json, write_json
 
 log = logging.getLogger("fusedhead")
 LIMIT = 300  # seconds after which a check counts as hung
-PATIENCE = {"pairs": 20, "triton": LIMIT}  # seconds that a program waits: plain sweeps are almost as fast
+# seconds that a program waits: plain sweeps are almost as fast as pairs
+PATIENCE = {"pairs": 20, "float8": 20, "triton": LIMIT}
 FIRST_LINE = "ready"  # the child's first line; a failure after it is the kernels'
 CHILD = (
     "import sys; sys.path[:] = {path!r}; "
@@ -40,6 +42,7 @@ CHILD = (
 )
 FALLBACK = {
     "pairs": "the plain sweeps serve in place of the paired ones",
+    "float8": "exact products serve in place of float8 ones",
     "triton": "the torch engine serves in place of the Triton engine",
 }
 

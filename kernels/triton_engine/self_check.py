@@ -26,6 +26,7 @@ PLAIN_HEADS = (  # N, V, D, K, transform, dtype
     (1400, 12007, 200, 1, "", torch.bfloat16),
     (1400, 6016, 1024, 3, "", torch.float16),
 )
+FLOAT8_HEAD = (1400, 12007, 256, 1, "", torch.bfloat16)
 CAPPED = (300, 9001, 512, 1, CAP, torch.bfloat16)
 REPEATS = 5
 LOUD = 80.0  # a row times this has exponentials that overflow
@@ -42,6 +43,7 @@ class Trial(NamedTuple):
 
 CLAIMS = {
     "pairs": Trial(PLAIN_HEADS, 1.1, 1e-6),
+    "float8": Trial((FLOAT8_HEAD,), 1.5, 2e-3),  # beside exact products: roundings of 3 bits
     "triton": Trial((*PLAIN_HEADS, CAPPED), 1.5, 1e-5),  # beside eager code, of other roundings
 }
 
@@ -98,6 +100,16 @@ def one_pass_and_sweeps(engine: ModuleType, head: Head, upstream: RowGrads) -> I
     yield Found(got.lse, got.picked, grads.h, grads.w)
 
 
+def by_float8(head: Head, upstream: RowGrads) -> Iterator[Found]:
+    """The pass with float8 products, as often as `one_pass_and_sweeps` gives results; all tokens in one window."""
+    from fusedhead.kernels.triton_engine.float8.single_pass import one_float8_pass
+
+    n = len(head.h)
+    got, grads = one_float8_pass(head, upstream, Windows(n, len(head.w), head.h.dtype, n))
+    found = Found(got.lse, got.picked, grads.h, grads.w)
+    yield from (found, found)
+
+
 def by_eager(head: Head, upstream: RowGrads) -> Iterator[Found]:
     """As eager code computes it in the operands' dtype, twice, as `one_pass_and_sweeps` does."""
     h, w = head.h.detach().requires_grad_(), head.w.detach().requires_grad_()
@@ -150,6 +162,8 @@ def asked_and_trusted(claim: str, device: torch.device) -> tuple[Check, Check]:
 
     if claim == "pairs":
         return with_pairs(True), with_pairs(False)
+    if claim == "float8":  # whose sweep is one of pairs
+        return by_float8, with_pairs(True)
     self_check.decide("pairs", device, False)
     return (lambda *head: one_pass_and_sweeps(triton_engine, *head)), by_eager
 

@@ -10,15 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedhead
+from fusedhead.kernels import self_check
+from fusedhead.kernels.chips import TESTED
 from fusedhead.lowering.engines import engine_for
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # Inductor's own
     pytest.mark.skipif(
-        not torch.cuda.is_available() or not engine_for(torch.bfloat16, "cuda").float8_serves(None),
-        reason="this GPU has no kernels for float8 products of gradients",
+        torch.cuda.get_device_capability()[0] not in TESTED, reason="float8 gradients have kernels for Hopper alone"
     ),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _served():
+    """These tests say themselves whether the kernels serve."""
+    for name in ("pairs", "float8"):
+        self_check.decide(name, torch.device("cuda", torch.cuda.current_device()), True)
+    assert engine_for(torch.bfloat16, "cuda").float8_serves(None)
+
+
 N, D, V = 2304, 256, 32100
 FLOAT8 = {"fusedhead.gradients": "float8", "fusedhead.strict": True}
 
@@ -97,10 +108,22 @@ def test_a_broken_row_stays_alone():
     h, w, y = operands()
     with torch.no_grad():
         h[7] = float("nan")
-    loss, dh, _ = gradients(torch.compile(loss_of, backend="fusedhead", options=FLOAT8), h, w, y)
+    loss, dh, dw = gradients(torch.compile(loss_of, backend="fusedhead", options=FLOAT8), h, w, y)
     assert loss.isnan()
+    assert dw.isnan().all()  # as eager's: every class has that row in its sum
     assert dh[7].isnan().all()
     assert dh[8:].isfinite().all()
+
+
+def test_an_infinite_weight_reaches_its_column_of_dh_alone():
+    h, w, y = operands()
+    with torch.no_grad():
+        h[:, 3] = h[:, 3].abs() + 0.1
+        w[31999, 3] = float("-inf")  # a class that no token can have
+        y[y == 31999] = 0
+    _, dh, _ = gradients(torch.compile(loss_of, backend="fusedhead", options=FLOAT8), h, w, y)
+    assert dh[y >= 0, 3].isnan().all()
+    assert dh[:, :3].isfinite().all()
 
 
 def test_no_step_waits_for_the_device():

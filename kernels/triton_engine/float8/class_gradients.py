@@ -40,6 +40,15 @@ def _leave(dw, sums, v, acc, before, after, piece, col, inside, D):
         _add_row(dw, v, col, inside, D, acc)
 
 
+@triton.jit
+def _entries(classes, order, values, tokens, at, V, count):
+    """Classes of the entries ``at`` and of those behind them, their values and tokens."""
+    v = tl.load(classes + at, mask=at < count, other=V)
+    following = tl.load(classes + at + 1, mask=at + 1 < count, other=V)
+    source = tl.load(order + at, mask=at < count, other=0)
+    return v, following, tl.load(values + source, mask=v < V, other=0.0), tl.load(tokens + source, mask=v < V, other=0)
+
+
 @triton.jit(do_not_specialize=("V", "D", "count"))
 def piece_kernel(
     classes,  # [count] int32, sorted; V where there is no entry
@@ -67,31 +76,38 @@ def piece_kernel(
         carried = V  # the class of the run that the entries so far end with, and its sum
         carry = tl.zeros((BD,), tl.float32)
         each = tl.arange(0, TOGETHER)
-        for group in range(0, PIECE, TOGETHER):
-            at = start + group + each
-            v = tl.load(classes + at)
-            following = tl.load(classes + at + 1, mask=at + 1 < count, other=V)
-            source = tl.load(order + at)
-            value = tl.load(values + source, mask=v < V, other=0.0)
-            token = tl.load(tokens + source, mask=v < V, other=0)
+        v, following, value, token = _entries(classes, order, values, tokens, start + each, V, count)
+        for group in range(0, tl.minimum(PIECE, count - start), TOGETHER):  # unrolled it would take all registers
+            # where the next entries lie is asked for before these are added up
+            next_at = start + group + TOGETHER + each
+            next_v, next_following, next_value, next_token = _entries(classes, order, values, tokens, next_at, V, count)
             here = (v < V)[:, None] & inside[None, :]
             rows = tl.load(h + token.to(tl.int64)[:, None] * sh0 + col[None, :], mask=here, other=0.0)
             # an entry at which a run ends is to be added to a row that nobody else writes here
             end = (v != following) & (each < TOGETHER - 1) & (v < V)
             to = dw + v.to(tl.int64)[:, None] * D + col[None, :]
             alone = (end & (v != before))[:, None] & inside[None, :]
-            old = tl.load(to, mask=alone, other=0.0).to(tl.float32)
+            old = tl.load(to, mask=alone, other=0.0)
             same = tl.where(tl.trans(tl.expand_dims(v, 0)) == tl.expand_dims(v, 0), value[None, :], 0.0)
-            out = tl.dot(same, rows.to(tl.float32), input_precision="tf32x3")  # rows of two bytes are exact in it
+            if h.dtype.element_ty == tl.bfloat16:  # three terms hold a float32
+                high = same.to(tl.bfloat16)
+                rest = same - high.to(tl.float32)
+                low = rest.to(tl.bfloat16)
+                out = tl.dot(high, rows)
+                out = tl.dot(low, rows, out)
+                out = tl.dot((rest - low.to(tl.float32)).to(tl.bfloat16), rows, out)
+            else:
+                out = tl.dot(same, rows.to(tl.float32), input_precision="ieee")
             first = tl.min(v, 0)
             if (carried < V) & (carried != first):
                 _leave(dw, sums, carried, carry, before, after, piece, col, inside, D)
             out += tl.where((v == carried)[:, None], carry[None, :], 0.0)
-            tl.store(to, (old + out).to(dw.dtype.element_ty), mask=alone)
+            tl.store(to, (old.to(tl.float32) + out).to(dw.dtype.element_ty), mask=alone)
             into = sums + (2 * piece).to(tl.int64) * D + col[None, :] + 0 * v[:, None]
             tl.store(into, out, mask=(end & (v == before))[:, None] & inside[None, :])
             carry = tl.sum(tl.where((each == TOGETHER - 1)[:, None], out, 0.0), 0)
             carried = tl.max(v, 0)
+            v, following, value, token = next_v, next_following, next_value, next_token
         if carried < V:
             _leave(dw, sums, carried, carry, before, after, piece, col, inside, D)
 
@@ -132,7 +148,7 @@ def _launches(device: torch.device, count: int, vocab: int, hidden: int, sh0: in
     grid = triton.cdiv(count, PIECE), triton.cdiv(hidden, width), 1
     bound = {"V": vocab, "D": hidden, "count": count, "sh0": sh0, "PIECE": PIECE, "TOGETHER": TOGETHER, "BD": width}
     return (
-        Launch(piece_kernel, grid, bound | {"num_warps": 4}),
+        Launch(piece_kernel, grid, bound | {"num_warps": 4, "num_stages": 1}),
         Launch(spanning_kernel, grid, bound | {"num_warps": 4}),
     )
 

@@ -64,9 +64,9 @@ def list_kernel(
     label_bit = 0
     if LABELS > 0:
         label = tl.load(y + row.to(tl.int64) * sy0).to(tl.int32)
-        place = label // 64 * 64 + place_of(label % 64)
-        label_word = place // 4
-        label_bit = place % 4
+        label_place = label // 64 * 64 + place_of(label % 64)
+        label_word = label_place // 4
+        label_bit = label_place % 4
     count = 0
     at = 0
     if FILL:
@@ -104,16 +104,13 @@ def list_kernel(
             tl.store(classes + at, label)
 
 
-TILES = 32
-
-
 @lru_cache(maxsize=KEPT)
 def _launch(
     device: torch.device, n: int, tiles: int, ld: int, sy0: int, labels: int, fill: bool, only: bool, block: int
 ) -> Launch:
     bound = {
         "N": n, "tiles": tiles, "ld": ld, "sy0": sy0, "LABELS": labels, "FILL": fill, "ONLY": only, "BM": block,
-        "TILES": TILES, "WORDS": TILE // 4, "WIDTH": 64, "num_warps": 2,
+        "TILES": 16 if fill else 32, "WORDS": TILE // 4, "WIDTH": 64, "num_warps": 2,
     }  # fmt: skip
     return Launch(list_kernel, (n, 1, 1), bound)
 

@@ -123,7 +123,7 @@ def row_gradient_kernel(
 @lru_cache(maxsize=KEPT)
 def _launch(s: Sweep, ld: int, given: tuple[bool, bool, bool]) -> Launch:
     width = triton.next_power_of_2(s.hidden)
-    warps = 8 if width > 4096 else 4 if width > 1024 else 2
+    warps = 8 if width > 2048 else 4
     has_lse, has_picked, has_square = given
     picked = has_picked and s.labels > 0
     own = {"HAS_LSE": has_lse, "HAS_PICKED": picked, "HAS_SQUARE": has_square, "WIDTH": width}

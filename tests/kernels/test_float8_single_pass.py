@@ -1,0 +1,81 @@
+"""The float8 single pass against float64, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is published for Linux only")
+if torch.cuda.is_available():
+    pytest.skip("kernels are compiled here, not interpreted: tests/gpu", allow_module_level=True)
+
+from float8_heads import made, mean_loss, passed, sweep_on_cpu, true  # noqa: F401
+
+from fusedhead.kernels.contract import Head, RowGrads
+from fusedhead.kernels.triton_engine.float8 import single_pass
+from tests.kernels.interpreted import error
+
+# numpy speaks up where a GPU stays silent (log2 0, inf - inf)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*"),
+    pytest.mark.usefixtures("sweep_on_cpu"),
+]
+
+
+def eager_errors(head: Head, c: RowGrads) -> tuple[float, float]:
+    """Errors of dh and dw of eager PyTorch in bfloat16, whose products are otherwise exact."""
+    _, dh, dw = true(head, c)
+    h, w = head.h.bfloat16(), head.w.bfloat16()
+    dz = (h.float() @ w.float().t()).bfloat16().float().softmax(1) * c.lse[:, None]
+    dz = dz.scatter_add(1, head.y, c.picked).bfloat16().double()
+    return error((dz @ w.double()).bfloat16(), dh), error((dz.t() @ h.double()).bfloat16(), dw)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(256, 128), (128, 128)])
+def test_gradients_err_less_than_those_of_eager_bfloat16(tokens, rows):
+    head = made(140, 300, 32, 5.0)
+    c = mean_loss(head)
+    stats, grads = passed(head, c, tokens, rows)
+    lse, dh, dw = true(head, c)
+    at_h, at_w = eager_errors(head, c)
+    assert error(stats.lse, lse) < 2e-7
+    assert error(grads.h, dh) < 0.5 * at_h
+    assert error(grads.w, dw) < 0.5 * at_w
+    again = passed(head, c, tokens, rows)[1]
+    assert torch.equal(grads.h, again.h)
+    assert torch.equal(grads.w, again.w)
+
+
+def test_rows_whose_level_is_far_off_are_swept_again(monkeypatch):
+    head = made(150, 300, 32, 6.0)
+    c = mean_loss(head)
+    swept = []
+    sweep = single_pass.float8_exponentials
+
+    def counted(*args, **kwargs):
+        flags = args[7] if len(args) > 7 else None
+        if flags is not None:
+            swept.append(int(flags.sum()))
+        sweep(*args, **kwargs)
+
+    monkeypatch.setattr(single_pass, "float8_exponentials", counted)
+    monkeypatch.setattr(single_pass, "row_levels", lambda head: torch.full((len(head.h),), -60.0))
+    head.y[:] = head.w.mul(head.h[:1]).sum(1).argmin()  # an unlikely label, so that nothing raises the level
+    _, grads = passed(head, c)
+    assert sum(swept) > 0
+    _, dh, dw = true(head, c)
+    assert error(grads.h, dh) < 4e-3
+    assert error(grads.w, dw) < 4e-3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_broken_row_stays_alone(bad):
+    head = made(60, 300, 32, 4.0)
+    head.h[5, 3] = bad
+    c = mean_loss(head)
+    stats, grads = passed(head, c)
+    _, dh, _ = true(head, c)
+    others = torch.arange(60) != 5
+    assert stats.lse[others].isfinite().all()
+    assert grads.h[5].isnan().all()
+    assert error(grads.h[others], dh[others]) < 4e-3
