@@ -157,7 +157,7 @@ ARRANGEMENTS: dict[str, Arrangement] = {
     "gathered, a DTensor": Arrangement(partial(colwise, output=Replicate(), parallel=False), program(), ONE, SUM),
     "gathered, local": Arrangement(gathered, program(), TWO, SUM),
     "gathered, bias, V not divisible": Arrangement(gathered, program(97, bias=True), TWO, SUM),
-    "label smoothing, a temperature": Arrangement(gathered, program(loss=smoothed), ONE, SUM),
+    "label smoothing, a temperature": Arrangement(gathered, program(loss=smoothed), TWO, SUM),
     "every statistic": Arrangement(gathered, program(loss=everything), TWO, SUM),
     "sequence parallel": Arrangement(
         sequence_parallel,

@@ -37,7 +37,7 @@ def test_a_form_gives_the_numbers_of_one_process_and_is_fused_or_explained(
         first[part]["head.weight"] = torch.cat([each[part]["head.weight"] for each in (first, second)])
     close(first, reference(Setting(), program(VOCAB), torch.float32))
     ((fused, reason, vocab, tokens),) = first["heads"]
-    assert (vocab, tokens) == (VOCAB // 2, 24)
+    assert (vocab, tokens) == (VOCAB // 2, Setting().batch * Setting().time)
     assert fused == (name not in LEFT)
     assert reason.startswith(LEFT.get(name, ""))
 
