@@ -4,9 +4,9 @@ The ops are functional, with positional tensors and fixed arity: an absent tenso
 operands, asks the planner and calls one engine. Importing this file registers the ops.
 
     head_stats           one sweep: the statistics, in the order of `contract.STATS`
-    head_stats_backward  one sweep: gradients for a per-row upstream: dh, dw, dcols, drows head_loss            one
-    sweep: both, for a scalar loss that is linear in the statistics; and a zero, `tie`,
-                         that is added to the loss, so that its upstream gradient is d(loss)
+    head_stats_backward  one sweep: gradients for a per-row upstream: dh, dw, dcols, drows
+    head_loss            one sweep: both, for a scalar loss that is linear in the statistics; and a zero, `tie`, that is
+                         added to the loss, so that its upstream gradient is d(loss)
 
 With ``float8`` the products of the gradients of `head_loss` may be float8 where the planner finds that they serve.
 

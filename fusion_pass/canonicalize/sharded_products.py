@@ -98,7 +98,8 @@ def planned(product: Node, with_loss: set[Node]) -> ShardedProduct:
 
 def is_gathered(node: Node, vocab: int) -> bool:
     """Whether a node makes plain tensors of logits that were DTensors."""
-    return name_of(node) in ("to_local", "full_tensor") and vocab in getattr(fake(node), "shape", ())
+    sizes = [size for size in getattr(fake(node), "shape", ()) if isinstance(size, int)]  # a symbol would be guarded
+    return name_of(node) in ("to_local", "full_tensor") and vocab in sizes
 
 
 def vocab_axis(value: Any, vocab_dim: int) -> Axis | None:

@@ -24,11 +24,12 @@ def bytes_a_token(name: str, ranks: int) -> float:
 @pytest.mark.parametrize("ranks", [2, 4, 8, 1024])
 def test_a_rank_sends_these_bytes_a_token(ranks: int) -> None:
     share, d = (ranks - 1) / ranks, CASE.hidden
-    # a maximum of 4 bytes, a sum of 8, and dH: of 4 bytes a number, or 2
-    assert bytes_a_token("group=", ranks) == pytest.approx(2 * share * (4 + 8 + 4 * d))
-    assert bytes_a_token("group=, dH in its dtype", ranks) == pytest.approx(2 * share * (4 + 8 + 2 * d))
+    # three numbers of 4 bytes of every rank, 16 bytes a call, and dH: of 4 bytes a number, or 2
+    merge = share * ranks * (12 + 16 / CASE.tokens)
+    assert bytes_a_token("group=", ranks) == pytest.approx(merge + 2 * share * 4 * d)
+    assert bytes_a_token("group=, dH in its dtype", ranks) == pytest.approx(merge + 2 * share * 2 * d)
     # h gathered in two bytes, dH scattered in four: each is sent once and not twice
-    assert bytes_a_token("sequence parallel", ranks) == pytest.approx(share * (2 * d + 2 * (4 + 8) + 4 * d))
+    assert bytes_a_token("sequence parallel", ranks) == pytest.approx(share * (2 * d + 12 * ranks + 4 * d))
     assert bytes_a_token("loss_parallel", ranks) == pytest.approx(2 * share * (3 * 4 + 2 * d))
     assert bytes_a_token("loss_parallel, sequence parallel", ranks) == pytest.approx(share * (2 * 3 * 4 + 4 * d))
     assert bytes_a_token("logits gathered", ranks) == pytest.approx(share * (2 * CASE.vocab + 2 * 2 * d))
@@ -117,9 +118,9 @@ def test_tensor_parallelism_of_the_head_sends_less_than_sharded_weights_up_to_ab
     """2 D (N classes' worth: gather, gather, scatter) against 6 N D and the statistics."""
     tokens = cost_model.break_even("sequence parallel", "fully sharded", CASE, 8, NODE)
     assert tokens == pytest.approx(6 * CASE.hidden * CASE.vocab / (6 * CASE.hidden + 12 * 8))
-    assert tokens == pytest.approx(CASE.vocab, rel=0.001)
+    assert tokens == pytest.approx(CASE.vocab, rel=0.005)
     replicated = cost_model.break_even("group=", "data parallel", CASE, 8, NODE)
-    assert replicated == pytest.approx(CASE.vocab / 2, rel=0.001)
+    assert replicated == pytest.approx(CASE.vocab / 2, rel=0.005)
 
 
 def test_the_table_has_a_line_for_every_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:

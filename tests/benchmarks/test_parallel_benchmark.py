@@ -152,3 +152,9 @@ def test_a_contender_that_fails_is_a_row_with_its_reason(tmp_path: Path, monkeyp
     first, second = parallel.main(words)
     assert (first.note, first.ms) == ("ValueError: no such head", None)
     assert second.ms
+
+
+def test_a_gather_of_one_rank_is_a_copy_of_what_goes_in() -> None:
+    out, x = torch.zeros(2), torch.tensor([1.0, 2.0])
+    ranks.without_wire(lambda: dist.all_gather_into_tensor(out, x))()
+    assert out.tolist() == x.tolist() == [1, 2]

@@ -15,10 +15,16 @@ from fusedhead.legality import agreement
 Rank = Callable[[Callable[[str, bool], bool]], Any]
 
 
-@pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+STORES = {
+    "HashStore": dist.HashStore,
+    "TCPStore": lambda: dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False),  # torchrun's
+}
+
+
+@pytest.fixture(params=STORES)
+def ranks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
     """Runs functions as the ranks of a group; each is given `agreement.agreed` of its rank."""
-    store, at = dist.HashStore(), threading.local()
+    store, at = dist.PrefixStore("fusedhead/tp", STORES[request.param]()), threading.local()
     monkeypatch.setattr(agreement, "minds", {})
     monkeypatch.setattr(agreement, "store_of", lambda group: store)
     monkeypatch.setattr(agreement, "group_of", lambda group: group)

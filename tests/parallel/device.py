@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.parallel.arrangements import ARRANGEMENTS, outcomes
+from tests.parallel.arrangements import ARRANGEMENTS, THROUGH_INDUCTOR, outcomes
 from tests.parallel.compared import errors
 from tests.parallel.models import Setting
 
@@ -56,13 +57,14 @@ def outcome(name: str, setting: Setting) -> dict[str, Any]:
     return row | worst | {"ok": not wrong, "why": "; ".join(wrong), "seconds": time.perf_counter() - started}
 
 
-def settings(device: str, small: bool) -> list[Setting]:
+def programs(device: str, small: bool) -> list[tuple[Setting, Iterable[str]]]:
+    """What is run, the most important first."""
     sizes = {"device": device} if small else {"device": device, "depth": 256, "batch": 8, "time": 128, "scale": 64}
     base = Setting(**sizes)  # type: ignore[arg-type]
     return [
-        base._replace(dtype=torch.bfloat16),
-        base,
-        base._replace(dtype=torch.bfloat16, inductor=True, count=False),
+        (base._replace(dtype=torch.bfloat16), ARRANGEMENTS),
+        (base._replace(dtype=torch.bfloat16, inductor=True, count=False), THROUGH_INDUCTOR),
+        (base, ARRANGEMENTS),
     ]
 
 
@@ -81,8 +83,8 @@ def main() -> int:
     dist.init_process_group(given.backend, timeout=timedelta(seconds=120))
     torch.backends.cuda.matmul.allow_tf32 = False
     rows, skipped = [], 0
-    for setting in settings(device, given.small):
-        names = given.names.split("|") if given.names else ARRANGEMENTS
+    for setting, chosen in programs(device, given.small):
+        names = given.names.split("|") if given.names else chosen
         for name in names:
             late = torch.tensor(float(time.monotonic() - started > given.seconds), device=device)
             dist.all_reduce(late)  # alike on all ranks

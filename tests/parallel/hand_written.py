@@ -129,9 +129,10 @@ def transformers_plan() -> dict[str, Any]:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         alone = LlamaForCausalLM(config)
-        alone.save_pretrained(folder)
-        mesh = tp_mesh(Setting())
-        made = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh)
+        alone.save_pretrained(folder)  # which rank 0 does
+        folders = [folder]
+        dist.broadcast_object_list(folders)
+        made = LlamaForCausalLM.from_pretrained(folders[0], tp_plan="auto", device_mesh=tp_mesh(Setting()))
         dist.barrier()
     x, y = program().batch(Setting())
 
