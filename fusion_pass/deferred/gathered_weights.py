@@ -96,7 +96,7 @@ def memory_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-Waiting = tuple[Knowledge, "list[tuple[Tensor, State]]"]  # logits, and their leaves in the memory in question
+WaitingLogits = tuple[Knowledge, "list[tuple[Tensor, State]]"]  # logits, and their leaves in the memory in question
 
 
 def before_free(gathered: Sequence[Tensor]) -> None:
@@ -125,7 +125,7 @@ def unbuilt(knowledge: Knowledge) -> list[Any]:
     return [member for member in members if member is not None and member._plain is None]
 
 
-def provide(waiting: Sequence[Waiting]) -> None:
+def provide(waiting: Sequence[WaitingLogits]) -> None:
     """Give logits a copy of a weight, one for all of them, or build them."""
     if not waiting:
         return
