@@ -56,7 +56,7 @@ FOUND = {
     "parts of what is written to": "chunks of [0] in ''; a class written of [0] in ''; backward of 0",
     "a view made in inference mode": "one of [0] in 'inference_mode'; copied into of [0, 0] in ''",
 }
-COMPILED = ("compiled loss", "loss compiled by another", "through a graph break")
+COMPILED = ("compiled loss", "through a graph break")  # by this backend: torch 2.11 and another raise
 
 
 @pytest.mark.parametrize("program", FOUND.values(), ids=list(FOUND))
