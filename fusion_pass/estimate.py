@@ -166,7 +166,7 @@ def estimate(
         options, _ = split_options(passed.pop("options", None))
         estimator = Estimator(chip_named(chip), options)
         stopped = ""
-        with apart(), fake_mode() as mode, fake_modules(modules_of([target, args, kwargs]), mode):
+        with apart(), estimate_fake_mode() as mode, fake_modules(modules_of([target, args, kwargs]), mode):
             fakes, named = tree_map(lambda x: faked(x, mode), (args, kwargs))
             try:
                 out = torch.compile(target, backend=estimator, **passed)(*fakes, **named)
@@ -188,7 +188,7 @@ def apart() -> AbstractContextManager[Any]:
     return config.patch({name: value for name, value in wanted.items() if hasattr(config, name)})
 
 
-def fake_mode() -> AbstractContextManager[Any]:
+def estimate_fake_mode() -> AbstractContextManager[Any]:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 

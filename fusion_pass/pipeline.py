@@ -201,7 +201,7 @@ def left_by_ranks(attempt: Attempt) -> dict[str, Refusal]:
         heads = [(product, facts) for of, product, facts in swept if of == group]
         wanted = attempt.options.shards
         if not agreement.agreed(group, "; ".join(facts for _, facts in heads), wanted):
-            why = refuse(InShards.OTHER_RANKS if wanted else InShards.NOT_ASKED)
+            why = refuse(InShards.OTHER_RANKS) if wanted else refuse(InShards.NOT_ASKED)
             left |= {product: why for product, _ in heads}
     return left
 

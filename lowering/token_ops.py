@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.tokenwise import engine as tokenwise_engine
-from fusedhead.kernels.tokenwise.compilation import above_autograd
+from fusedhead.kernels.tokenwise.compilation import above_autograd_keys
 from fusedhead.kernels.tokenwise.program import read, run
 from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE, scaled, upstream_scale
 from fusedhead.lowering.ops import without_autocast
@@ -78,7 +78,7 @@ def _rows_fake(tensors: list[Tensor], program: str, memory: int, keep_below: int
     # above autograd, where composite ops decompose as at run time: below it, the fake result of nll_loss has no
     # dimension for a symbolic size, for any reduction
     with without_autocast(tensors[0].device), torch.no_grad():
-        results = above_autograd(lambda: run(read(program), tensors), otherwise=lambda function: function())
+        results = above_autograd_keys(lambda: run(read(program), tensors), otherwise=lambda function: function())
         results = [torch.empty_like(r, memory_format=torch.contiguous_format) for r in results]
     return results + _kept(tensors, program, keep_below)
 

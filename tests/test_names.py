@@ -18,6 +18,7 @@ SHARED = {  # a name that several files define, and why
     "FusedHeadCallback": "the callback of a trainer, in the module that is named after the trainer",
     "head_stats": "the protocol of an engine (lowering/engines.py)",
     "head_stats_backward": "the same protocol",
+    "other_columns_serve": "the same protocol",
     "head_loss": "the same protocol",
 }
 FILES = [file for folder in SOURCES for file in sorted((ROOT / folder).rglob("*.py"))]

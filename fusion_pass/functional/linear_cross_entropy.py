@@ -60,7 +60,7 @@ class Operands(NamedTuple):
     transform: str
 
 
-class Statistics(NamedTuple):
+class LossStatistics(NamedTuple):
     """What the loss reads of a row, all float32 (float64 for a float64 head)."""
 
     lse: Tensor  # [N]
@@ -216,7 +216,7 @@ def head_operands(
     return Operands(h, w, cell[:, None], cols, rows, u, " ".join(steps))
 
 
-READ = ("lse", "lse_low", "picked", "sum", "spread")  # of a head, in the order of `Statistics`
+READ = ("lse", "lse_low", "picked", "sum", "spread")  # of a head, in the order of `LossStatistics`
 
 
 def asked(loss: Loss) -> str:
@@ -224,26 +224,26 @@ def asked(loss: Loss) -> str:
     return "lse,picked,lse_low" + (",sum,spread" if loss.smoothing else "")
 
 
-def swept_stats(head: Operands, loss: Loss, memory: int) -> Statistics:
+def swept_stats(head: Operands, loss: Loss, memory: int) -> LossStatistics:
     """Row statistics in one sweep; their gradient takes another."""
-    return named(torch.ops.fusedhead.head_stats(*head, asked(loss), memory), loss)
+    return loss_statistics(torch.ops.fusedhead.head_stats(*head, asked(loss), memory), loss)
 
 
 def of_all_ranks(
     head: Operands, own: Tensor, loss: Loss, memory: int, group: dist.ProcessGroup, reduce: str
-) -> Statistics:
+) -> LossStatistics:
     """The statistics of the whole vocabulary from this rank's columns; ``own`` is the `span` that they have of it."""
     place = (0, 0, group.group_name, reduce, False, own)
-    return named(torch.ops.fusedhead.shard_stats(*head, asked(loss), memory, *place), loss)
+    return loss_statistics(torch.ops.fusedhead.shard_stats(*head, asked(loss), memory, *place), loss)
 
 
-def named(results: Any, loss: Loss) -> Statistics:
+def loss_statistics(results: Any, loss: Loss) -> LossStatistics:
     """What the loss reads of an op's results."""
     lse, low, picked, total, spread = (results[STATS.index(name)] for name in READ)
-    return Statistics(lse, low, picked, total, spread) if loss.smoothing else Statistics(lse, low, picked)
+    return LossStatistics(lse, low, picked, total, spread) if loss.smoothing else LossStatistics(lse, low, picked)
 
 
-def reduced(stats: Statistics, loss: Loss) -> Tensor:
+def reduced(stats: LossStatistics, loss: Loss) -> Tensor:
     """The loss of these statistics, in their dtype; differences lose the digits that both sides share first."""
     lse = stats.lse + 0 * stats.lse.detach()  # NaN where a logit is +inf, as in a log_softmax
     rows = ((1 - loss.smoothing) * loss.label_weight) * ((lse - stats.picked[:, 0]) + stats.lse_low)
@@ -289,4 +289,4 @@ def with_gradients(head: Operands, loss: Loss, memory: int, place: tuple[Any, ..
     lse, low, picked, total, spread = (out[LOSS_OUTPUTS.index(name)].detach() for name in READ)
     # -0.0: it hands the upstream gradient to the op, which has all gradients up to this factor
     tie = out[LOSS_OUTPUTS.index("tie")]
-    return reduced(Statistics(lse, low, picked, total, spread), loss) + tie
+    return reduced(LossStatistics(lse, low, picked, total, spread), loss) + tie

@@ -159,9 +159,11 @@ def wants(value: Tensor) -> bool:
         return True
 
 
-def device_of(likes: Any) -> torch.device | None:
+def dry_run_device(likes: Any) -> torch.device | None:
     """The device of the first tensor among the keys of some values."""
-    found = (like[6] if like[0] is Tensor else device_of(like[1]) for like in likes if like[0] in (Tensor, list, tuple))
+    found = (
+        like[6] if like[0] is Tensor else dry_run_device(like[1]) for like in likes if like[0] in (Tensor, list, tuple)
+    )
     return next((device for device in found if device is not None), None)
 
 
@@ -261,7 +263,7 @@ def watched(
         values = [stand_in(like, on) for like in likes]
         tensors = [[leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in values]
         memory, versions = list(map(storages_of, tensors)), [[tensor._version for tensor in group] for group in tensors]
-        device = (device_of(likes) or torch.device("cpu")).type
+        device = (dry_run_device(likes) or torch.device("cpu")).type
         stand_ins = map_arg((node.args, node.kwargs), dict(zip(sources, values)).__getitem__)
         # comparing a symbol would add a guard
         args, kwargs = tree_map_only(SYMBOLIC, concrete_number, stand_ins)

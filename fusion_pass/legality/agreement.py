@@ -24,7 +24,7 @@ WAIT = 300.0  # seconds, for ranks that may still compile what comes before
 PAUSE = 0.02
 YES, NO = "fused", "left"
 minds: dict[tuple[str, int], tuple[bool, int]] = {}  # whether this process last wanted a head, how often it changed
-changing = Lock()
+agreement_lock = Lock()
 
 
 def store_of(group: str) -> Any:
@@ -50,13 +50,13 @@ def agreed(group: str, heads: str, wanted: bool) -> bool:
         return said(store, key, YES) == YES
     store.set(f"waits/{rank}", key)
     deadline = time.monotonic() + WAIT
-    while not store.check([key]) and time.monotonic() < deadline and not apart(store, key, rank, ranks):
+    while not store.check([key]) and time.monotonic() < deadline and not ranks_apart(store, key, rank, ranks):
         time.sleep(PAUSE)
     store.set(f"waits/{rank}", "")
     return said(store, key, NO) == YES
 
 
-def apart(store: Any, key: str, rank: int, ranks: int) -> bool:
+def ranks_apart(store: Any, key: str, rank: int, ranks: int) -> bool:
     """Whether another rank waits for an answer on another head: neither would come to the other's.
 
     It is told so too, since it may look when this rank waits no more.
@@ -71,7 +71,7 @@ def apart(store: Any, key: str, rank: int, ranks: int) -> bool:
 
 def key_of(group: str, heads: int, wanted: bool) -> str:
     """Under which key it is said: another one whenever this process has changed its mind about a head."""
-    with changing:
+    with agreement_lock:
         before, changes = minds.get((group, heads), (wanted, 0))
         minds[group, heads] = wanted, changes + (before != wanted)
         return f"{heads:08x}/{minds[group, heads][1]}"

@@ -30,7 +30,7 @@ def unserved(site: Site, by_tokens: Collection[Projection]) -> Refusal | None:
     if site.outputs:
         return refuse(Illegal.SHARDS_RETURNED)
     weights = [weights for _, terminal in site.terminals for weights in nodes_of([terminal.weights])]
-    if weights and gathered(site.head):
+    if weights and gathered_head(site.head):
         return refuse(Illegal.SHARDS_OWN_VECTOR, name=weights[0].name)
     return next(filter(None, (of_logits(terminal.logits) for _, terminal in site.terminals)), None)
 
@@ -49,7 +49,7 @@ def of_logits(logits: Logits) -> Refusal | None:
     return None
 
 
-def gathered(head: Projection) -> bool:
+def gathered_head(head: Projection) -> bool:
     """Whether the program takes plain logits of all classes, which every rank may then treat in its own way."""
     whole = whole_vocab_of(head.weight)
     return whole is not None and bool(whole.args[5])
@@ -58,4 +58,4 @@ def gathered(head: Projection) -> bool:
 def own_vector(logits: Logits) -> Node | None:
     """A vector that meets plain logits of all classes and is no part of the head: each rank may have one of its own."""
     vectors = [*(col for col in logits.cols if whole_vocab_of(col) is None), *(row.value for row in logits.rows)]
-    return next(iter(nodes_of(vectors)), None) if gathered(logits.head) else None
+    return next(iter(nodes_of(vectors)), None) if gathered_head(logits.head) else None

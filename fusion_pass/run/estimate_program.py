@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from fusedhead.estimate import Estimator, fake_mode
+from fusedhead.estimate import Estimator, estimate_fake_mode
 from fusedhead.options import split_options
 from fusedhead.report.rates import CHIPS, chip_named
 from fusedhead.run import compile_eager, launcher
@@ -34,7 +34,7 @@ def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Se
     found, stopped, code = None, "", 0
     try:
         found = launcher.module(name) if given.module else launcher.script(name)
-        with in_place_of_compilers(estimator), fake_mode():
+        with in_place_of_compilers(estimator), estimate_fake_mode():
             if given.compile_eager:
                 compile_eager.watch_optimizers()
             launcher.run(found, words)

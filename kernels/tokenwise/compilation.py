@@ -33,7 +33,9 @@ def on_a_thread(function: Callable[[], Any]) -> Any:
         return thread.submit(function).result()
 
 
-def above_autograd(function: Callable[[], Any], otherwise: Callable[[Callable[[], Any]], Any] = on_a_thread) -> Any:
+def above_autograd_keys(
+    function: Callable[[], Any], otherwise: Callable[[Callable[[], Any]], Any] = on_a_thread
+) -> Any:
     """A function's result with autograd's dispatch keys, which are excluded in an op's body: a vjp is traced with them.
 
     ``otherwise``: what runs it on a torch that has other names for what sets them.
@@ -82,7 +84,7 @@ def traced(function: RowFunction, examples: list[Tensor], compiled: bool) -> Row
         with torch.autograd.set_multithreading_enabled(False):
             return make_fx(lambda *flat: function(list(flat)))(*examples)
 
-    graph = above_autograd(trace)
+    graph = above_autograd_keys(trace)
     compiled_function = import_module("torch._inductor").compile(graph, examples) if compiled else graph
     return lambda examples: compiled_function(*examples)
 

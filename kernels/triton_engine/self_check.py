@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,7 +105,8 @@ def by_float8(head: Head, upstream: RowGrads) -> Iterator[Found]:
     from fusedhead.kernels.triton_engine.float8.single_pass import one_float8_pass
 
     n = len(head.h)
-    got, grads = one_float8_pass(head, upstream, Windows(n, len(head.w), head.h.dtype, n))
+    results: tuple[Any, Any] = one_float8_pass(head, upstream, Windows(n, len(head.w), head.h.dtype, n))
+    got, grads = results
     found = Found(got.lse, got.picked, grads.h, grads.w)
     yield from (found, found)
 

@@ -22,16 +22,20 @@ import torch
 from fusedhead.kernels.contract import Windows
 from fusedhead.lowering.plan.problem import LEAST_MEMORY, MIB, Candidate, Problem
 
-BLOCK, PART = 128, 64  # tokens and classes that windows are padded to
-MULTIPLE = 16  # of D: what a float8 product takes
-LEAST_TOKENS = 1024  # fewer do not repay the list and w in float8
-LEAST_VOCAB = 8192  # fewer classes do neither, and roundings of a flat softmax average out over many
+BLOCK_TOKENS, PART_TOKENS = 128, 64  # tokens and classes that windows are padded to
+FLOAT8_MULTIPLE = 16  # of D: what a float8 product takes
+LEAST_FLOAT8_TOKENS = 1024  # fewer do not repay the list and w in float8
+LEAST_FLOAT8_VOCAB = 8192  # fewer classes do neither, and roundings of a flat softmax average out over many
 HEIGHTS = (5632, 4096, 3072, 2816, 2048, 1536, 1024)  # of the windows of dh
-MULTIPROCESSORS, TILE = 132, 128  # of an H100 or H200; of a float8 product
-FLOAT8_FLOPS, BANDWIDTH, WINDOW = 1.2e12, 3.5e9, 0.1  # of such a product a ms, bytes a ms, ms that a window costs
+MULTIPROCESSORS, PLANNED_TILE = 132, 128  # of an H100 or H200; of a float8 product
+FLOAT8_FLOPS, MEMORY_BANDWIDTH, WINDOW = (
+    1.2e12,
+    3.5e9,
+    0.1,
+)  # of such a product a ms, bytes a ms, ms that a window costs
 LISTED_BYTES = 1560  # of a token: 65 entries of 12 bytes, and as much where they are sorted
-FEWEST = 2048  # tokens that one product of dw sums, where it does not sum all
-PRODUCT_BYTES = 64 * MIB  # of what is added to dw at once
+FEWEST_ROWS = 2048  # tokens that one product of dw sums, where it does not sum all
+FLOAT8_PRODUCT_BYTES = 64 * MIB  # of what is added to dw at once
 ERROR = "each product of the tail's sums errs by at most 13 %: both factors are rounded to 3 bits"
 MOST_SUMS = 3  # products that are added up in dw's own dtype, as `plan.triton.EXACT_SUMS`
 EXACT: tuple[tuple[str, Callable[[Problem], bool]], ...] = (
@@ -42,9 +46,15 @@ EXACT: tuple[tuple[str, Callable[[Problem], bool]], ...] = (
     ("its logits are not h wᵀ alone", lambda p: bool(p.transform.smooth.steps)),
     ("the sum over the logits takes part in its loss", lambda p: p.sums),
     ("a token has several labels", lambda p: p.labels > 1),
-    (f"its hidden size is no multiple of {MULTIPLE}", lambda p: p.hidden % MULTIPLE != 0),
-    (f"it has fewer than {LEAST_TOKENS} tokens, for which float8 does not pay", lambda p: p.tokens < LEAST_TOKENS),
-    (f"it has fewer than {LEAST_VOCAB} classes, for which float8 does not pay", lambda p: p.vocab < LEAST_VOCAB),
+    (f"its hidden size is no multiple of {FLOAT8_MULTIPLE}", lambda p: p.hidden % FLOAT8_MULTIPLE != 0),
+    (
+        f"it has fewer than {LEAST_FLOAT8_TOKENS} tokens, for which float8 does not pay",
+        lambda p: p.tokens < LEAST_FLOAT8_TOKENS,
+    ),
+    (
+        f"it has fewer than {LEAST_FLOAT8_VOCAB} classes, for which float8 does not pay",
+        lambda p: p.vocab < LEAST_FLOAT8_VOCAB,
+    ),
 )
 
 
@@ -60,19 +70,19 @@ def _padded(count: int, multiple: int) -> int:
 
 
 def _candidate(problem: Problem, tokens: int, rows: int) -> Candidate:
-    n, v, d = problem.tokens, _padded(problem.vocab, PART), problem.hidden
-    tokens, rows = min(tokens, _padded(n, BLOCK)), min(rows, tokens)
+    n, v, d = problem.tokens, _padded(problem.vocab, PART_TOKENS), problem.hidden
+    tokens, rows = min(tokens, _padded(n, BLOCK_TOKENS)), min(rows, tokens)
     alone = tokens >= n
     held = MIB + n * 192 + tokens * (v + LISTED_BYTES) + rows * (v + 4 * d) + (0 if alone else v * d)
-    after = MIB + n * 192 + tokens * (v + LISTED_BYTES + d) + (0 if alone else v * d + PRODUCT_BYTES)
+    after = MIB + n * 192 + tokens * (v + LISTED_BYTES + d) + (0 if alone else v * d + FLOAT8_PRODUCT_BYTES)
     windows = Windows(tokens, problem.vocab, problem.dtype, rows)
     return Candidate("float8", windows, max(held, after))
 
 
 def _ways(problem: Problem) -> Iterator[Candidate]:
     for count in range(1, MOST_SUMS + 1):
-        tokens = _padded(-(-problem.tokens // count), BLOCK)
-        if count > 1 and tokens < FEWEST:
+        tokens = _padded(-(-problem.tokens // count), BLOCK_TOKENS)
+        if count > 1 and tokens < FEWEST_ROWS:
             return
         for rows in HEIGHTS:
             if rows <= tokens or rows == HEIGHTS[-1]:
@@ -82,10 +92,10 @@ def _ways(problem: Problem) -> Iterator[Candidate]:
 def _milliseconds(problem: Problem, way: Candidate) -> float:
     """What differs between the ways, on an H200."""
     n, v, d, rows = problem.tokens, problem.vocab, problem.hidden, way.windows.tail_rows
-    tiles = -(-rows // TILE) * -(-d // TILE)
+    tiles = -(-rows // PLANNED_TILE) * -(-d // PLANNED_TILE)
     idle = -(-tiles // MULTIPROCESSORS) * MULTIPROCESSORS / tiles
     adds = -(-n // way.windows.tokens) - 1
-    return 2 * n * v * d / FLOAT8_FLOPS * idle + adds * 6 * v * d / BANDWIDTH + -(-n // rows) * WINDOW
+    return 2 * n * v * d / FLOAT8_FLOPS * idle + adds * 6 * v * d / MEMORY_BANDWIDTH + -(-n // rows) * WINDOW
 
 
 def float8_candidates(problem: Problem, most: int) -> list[Candidate]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head
-from fusedhead.kernels.triton_engine.float8.exponentials import BLOCK, PART, TILE, Tail, padded
+from fusedhead.kernels.triton_engine.float8.exponentials import FLOAT8_BLOCK, FLOAT8_PART, FLOAT8_TILE, Tail, padded
 from fusedhead.kernels.triton_engine.launch.sweep import Sweep
 
 L = torch.tensor(1.4426950408889634, dtype=torch.float32).item()
@@ -17,13 +17,13 @@ L = torch.tensor(1.4426950408889634, dtype=torch.float32).item()
 
 def classes_in_order(count: int) -> Tensor:
     """The class at each place of a row of E8, [V']: 16 (v // 2 % 4) + 2 (v // 8) + v % 2 in each 64."""
-    v = torch.arange(padded(count, PART)).view(-1, 8, 4, 2)
+    v = torch.arange(padded(count, FLOAT8_PART)).view(-1, 8, 4, 2)
     return v.permute(0, 2, 1, 3).reshape(-1)
 
 
 def tokens_in_order(count: int) -> Tensor:
     """The token at each place of a row of E8T, [M']."""
-    t = torch.arange(padded(count, BLOCK)).view(-1, 2, 4, 2, 8)
+    t = torch.arange(padded(count, FLOAT8_BLOCK)).view(-1, 2, 4, 2, 8)
     return t.permute(0, 2, 4, 1, 3).reshape(-1)
 
 
@@ -41,10 +41,10 @@ def float8_exponentials(
     z = head.h.float() @ head.w.float().t()
     e = (z.double() * L - ref2.double()[:, None]).float().exp2()
     x = torch.where(e < 432, e, -1e-30)  # -0 once it is rounded
-    whole = z.new_zeros((padded(n, BLOCK), padded(vocab, PART)))
+    whole = z.new_zeros((padded(n, FLOAT8_BLOCK), padded(vocab, FLOAT8_PART)))
     whole[:n, :vocab] = x
     x8 = whole.to(torch.float8_e4m3fn)
-    sums = torch.nn.functional.pad(e, (0, -vocab % TILE)).view(n, -1, 3, PART).sum(3)
+    sums = torch.nn.functional.pad(e, (0, -vocab % FLOAT8_TILE)).view(n, -1, 3, FLOAT8_PART).sum(3)
     bits = (~(sums < 432)).int() @ torch.tensor([1, 2, 4], dtype=torch.int32)
     everywhere = torch.ones(len(whole), dtype=torch.bool)  # rows past the end too, in whole token blocks
     if flags is not None:

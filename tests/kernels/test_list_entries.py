@@ -11,7 +11,7 @@ if torch.cuda.is_available():
 
 import float8_sweep
 
-from fusedhead.kernels.triton_engine.float8.exponentials import BLOCK, PART, TILE, Tail, padded
+from fusedhead.kernels.triton_engine.float8.exponentials import FLOAT8_BLOCK, FLOAT8_PART, FLOAT8_TILE, Tail, padded
 from fusedhead.kernels.triton_engine.float8.list_entries import count_entries, fill_entries
 
 # numpy speaks up where a GPU stays silent
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 def made(n: int, vocab: int, labels: int) -> tuple[Tail, torch.Tensor, list[list[int]]]:
     """A tail with marks, labels, and the marked classes of each row in the order of E8, its label left out."""
     draw = torch.Generator().manual_seed(n)
-    shape = padded(n, BLOCK), padded(vocab, PART)
+    shape = padded(n, FLOAT8_BLOCK), padded(vocab, FLOAT8_PART)
     values = torch.rand(shape, generator=draw) * 400
     marked = torch.rand(shape, generator=draw) < 0.02
     marked[:, vocab:], values[:, vocab:] = False, 0
@@ -30,7 +30,7 @@ def made(n: int, vocab: int, labels: int) -> tuple[Tail, torch.Tensor, list[list
     order = float8_sweep.classes_in_order(vocab)
     rows = torch.where(marked, -1e-30, values).to(torch.float8_e4m3fn).view(torch.uint8)[:, order]
     y = torch.randint(0, vocab, (n, labels), generator=draw)
-    parts = torch.nn.functional.pad(marked[:n], (0, -marked.shape[1] % TILE)).view(n, -1, 3, PART).any(3)
+    parts = torch.nn.functional.pad(marked[:n], (0, -marked.shape[1] % FLOAT8_TILE)).view(n, -1, 3, FLOAT8_PART).any(3)
     parts |= torch.rand(parts.shape, generator=draw) < 0.1  # a part may only seem to hold one
     hot = (parts.int() @ torch.tensor([1, 2, 4], dtype=torch.int32)).to(torch.uint8)
     own = [set(row.tolist()) for row in y]

@@ -12,9 +12,9 @@ from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 
-PART = 64  # columns that a kernel stores at once, and a multiple of which rows of E8 have
-BLOCK = 128  # tokens of a kernel's tile, and a multiple of which rows of E8T have
-TILE = 192  # columns of a kernel's tile: of a byte of `hot`
+FLOAT8_PART = 64  # columns that a kernel stores at once, and a multiple of which rows of E8 have
+FLOAT8_BLOCK = 128  # tokens of a kernel's tile, and a multiple of which rows of E8T have
+FLOAT8_TILE = 192  # columns of a kernel's tile: of a byte of `hot`
 
 
 def padded(count: int, multiple: int) -> int:
@@ -24,7 +24,7 @@ def padded(count: int, multiple: int) -> int:
 class Tail(NamedTuple):
     """A window of exponentials in float8. Columns of ``rows`` and tokens of ``columns`` have an order of their own."""
 
-    rows: Tensor  # [M', V'] e4m3: M and V padded to `BLOCK` and `PART`
+    rows: Tensor  # [M', V'] e4m3: M and V padded to `FLOAT8_BLOCK` and `FLOAT8_PART`
     columns: Tensor  # [V', >= M'] e4m3: the same transposed, from the window's first token on
     hot: Tensor  # [M, tiles] uint8: bit j where part j of a row's tile may hold an entry that was left out
 
@@ -35,7 +35,7 @@ def _launch(s: Sweep, only: bool, ld: int, ldt: int) -> Launch:
         float8_exp_pair_kernel,  # of the versions of Triton that `tiles` names
     )
 
-    return s.launch(float8_exp_pair_kernel, ONLY=only, ld=ld, ldt=ldt, tiles=-(-s.vocab // TILE))
+    return s.launch(float8_exp_pair_kernel, ONLY=only, ld=ld, ldt=ldt, tiles=-(-s.vocab // FLOAT8_TILE))
 
 
 def float8_exponentials(

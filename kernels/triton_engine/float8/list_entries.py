@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedhead.kernels.triton_engine.float8.exponentials import BLOCK, TILE, Tail
+from fusedhead.kernels.triton_engine.float8.exponentials import FLOAT8_BLOCK, FLOAT8_TILE, Tail
 from fusedhead.kernels.triton_engine.float8.quantize import class_at, place_of
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT
@@ -110,12 +110,14 @@ def _launch(
 ) -> Launch:
     bound = {
         "N": n, "tiles": tiles, "ld": ld, "sy0": sy0, "LABELS": labels, "FILL": fill, "ONLY": only, "BM": block,
-        "TILES": 16 if fill else 32, "WORDS": TILE // 4, "WIDTH": 64, "num_warps": 2,
+        "TILES": 16 if fill else 32, "WORDS": FLOAT8_TILE // 4, "WIDTH": 64, "num_warps": 2,
     }  # fmt: skip
     return Launch(list_kernel, (n, 1, 1), bound)
 
 
-def count_entries(tail: Tail, y: Tensor, counts: Tensor, flags: Tensor | None = None, block: int = BLOCK) -> None:
+def count_entries(
+    tail: Tail, y: Tensor, counts: Tensor, flags: Tensor | None = None, block: int = FLOAT8_BLOCK
+) -> None:
     """counts [M] int32 <- entries of each row, its label among them; of the token blocks that ``flags`` marks alone."""
     (n, tiles), (_, labels) = tail.hot.shape, y.shape
     ld, only = tail.rows.stride(0), flags is not None
@@ -126,7 +128,7 @@ def count_entries(tail: Tail, y: Tensor, counts: Tensor, flags: Tensor | None = 
 def fill_entries(tail: Tail, y: Tensor, counts: Tensor, ends: Tensor, classes: Tensor) -> None:
     """classes [capacity] int32 <- the entries of row i at ends[i] - counts[i], the label last."""
     (n, tiles), (_, labels) = tail.hot.shape, y.shape
-    launch = _launch(y.device, n, tiles, tail.rows.stride(0), y.stride(0), labels, True, False, BLOCK)
+    launch = _launch(y.device, n, tiles, tail.rows.stride(0), y.stride(0), labels, True, False, FLOAT8_BLOCK)
     launch.run(
         E8=tail.rows.view(torch.int32), hot=tail.hot, y=y if labels else None, counts=counts, ends=ends, classes=classes
     )

@@ -24,7 +24,7 @@ from fusedhead.kernels.triton_engine.launch.sweep import KEPT
 from fusedhead.kernels.triton_engine.launch.tiles import device_of
 
 ROWS, COLUMNS = 128, 64  # of the tile that one program transposes
-PROGRAMS_PER_MULTIPROCESSOR = 8
+QUANTIZE_PROGRAMS = 8
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def transpose_kernel(
 @lru_cache(maxsize=KEPT)
 def _largest_launch(device: torch.device, shape: tuple[int, int], stride: int, weighted: bool) -> Launch:
     rows, columns = 8, 512
-    programs = min(triton.cdiv(shape[0], rows), device_of(device)[1] * PROGRAMS_PER_MULTIPROCESSOR)
+    programs = min(triton.cdiv(shape[0], rows), device_of(device)[1] * QUANTIZE_PROGRAMS)
     bound = {"R": shape[0], "D": shape[1], "sx0": stride, "WEIGHTED": weighted, "BR": rows, "BD": columns}
     return Launch(largest_kernel, (programs, 1, 1), bound | {"num_warps": 8})
 

@@ -23,7 +23,14 @@ from torch import Tensor
 from fusedhead.kernels.contract import Head, HeadGrads, RowGrads, RowStats, Windows
 from fusedhead.kernels.triton_engine.device.product import readable_by_tma, reads_rows
 from fusedhead.kernels.triton_engine.float8.class_gradients import PIECE, class_gradients
-from fusedhead.kernels.triton_engine.float8.exponentials import BLOCK, PART, TILE, Tail, float8_exponentials, padded
+from fusedhead.kernels.triton_engine.float8.exponentials import (
+    FLOAT8_BLOCK,
+    FLOAT8_PART,
+    FLOAT8_TILE,
+    Tail,
+    float8_exponentials,
+    padded,
+)
 from fusedhead.kernels.triton_engine.float8.level import row_levels
 from fusedhead.kernels.triton_engine.float8.list_entries import count_entries, fill_entries
 from fusedhead.kernels.triton_engine.float8.products import float8_product
@@ -41,7 +48,7 @@ from fusedhead.kernels.triton_engine.sweeps.statistics import stream
 from fusedhead.kernels.triton_engine.windows import first_rows, full_cuts, ready_rows, rows_of, slice_head, slice_rows
 
 THRESHOLD = 2.0**-6  # of the softmax, judged by the level: what is larger is listed
-LARGEST = 448.0  # of e4m3
+LARGEST_SCALE = 448.0  # of e4m3
 SATURATES = 432.0  # the least number that rounds to it
 FLOAT8 = torch.float8_e4m3fn
 SHIFT = math.log2(SATURATES / THRESHOLD)  # of the level, so that what is above the threshold saturates
@@ -74,16 +81,16 @@ def one_float8_pass(head: Head, coefficients: RowGrads, windows: Windows) -> tup
         for outer in taller:
             part, levels = slice_head(head, outer, slice(0, vocab)), rows_of(level2, outer)
             count = outer.stop - outer.start
-            columns = new((padded(vocab, PART), padded(count, BLOCK)), dtype=FLOAT8)
+            columns = new((padded(vocab, FLOAT8_PART), padded(count, FLOAT8_BLOCK)), dtype=FLOAT8)
             scales = new(count, dtype=torch.float32)
             listed = _Listed.new(part, count)
             inner = full_cuts(count, windows.tail_rows)
-            rows8 = new((padded(inner[0].stop, BLOCK), padded(vocab, PART)), dtype=FLOAT8)
+            rows8 = new((padded(inner[0].stop, FLOAT8_BLOCK), padded(vocab, FLOAT8_PART)), dtype=FLOAT8)
             product = new((inner[0].stop, hidden), dtype=torch.float32)
             for i in inner:
                 at = slice(outer.start + i.start, outer.start + i.stop)
                 some, c, m = slice_head(part, i, slice(0, vocab)), slice_rows(coefficients, at), i.stop - i.start
-                tail = Tail(rows8, columns[:, i.start :], new((m, -(-vocab // TILE)), dtype=torch.uint8))
+                tail = Tail(rows8, columns[:, i.start :], new((m, -(-vocab // FLOAT8_TILE)), dtype=torch.uint8))
                 s = sweep("exp8", some)
                 totals = new((1, s.schedule.size), dtype=torch.float32)
                 ref2, row_picked, row_lse = new(m, dtype=torch.float32), rows_of(picked, at), rows_of(lse, at)
@@ -115,7 +122,7 @@ class _Listed(NamedTuple):
 
     @classmethod
     def new(cls, head: Head, rows: int) -> _Listed:
-        room = padded(_room(padded(rows, BLOCK)), PIECE)
+        room = padded(_room(padded(rows, FLOAT8_BLOCK)), PIECE)
         classes = head.h.new_full((room,), head.w.shape[0], dtype=torch.int32)
         return cls(classes, torch.empty_like(classes, dtype=torch.float32), torch.empty_like(classes))
 
@@ -136,14 +143,14 @@ def _list(tail: Tail, head: Head, scale: Tensor, c: RowGrads, counts: Tensor, li
 def _float8_weight(w: Tensor, dw: Tensor | None) -> tuple[Tensor, Tensor]:
     """(w8 [D, V'] with classes in the order of E8, its scale [] float32); inside ``dw`` where that is given."""
     vocab, hidden = w.shape
-    shape = hidden, padded(vocab, PART)
+    shape = hidden, padded(vocab, FLOAT8_PART)
     if dw is None or shape[0] * shape[1] > dw.numel() * dw.itemsize:
         w8 = w.new_empty(shape, dtype=FLOAT8)
     else:
         w8 = dw.view(-1).view(FLOAT8)[: shape[0] * shape[1]].view(shape)
     top = largest(w)
     transposed_float8(w, top, w8)
-    return w8, top / LARGEST
+    return w8, top / LARGEST_SCALE
 
 
 def _swept(s: Sweep, head: Head, tail: Tail, ref2: Tensor, level2: Tensor, picked: Tensor, totals: Tensor) -> Tensor:
@@ -174,11 +181,11 @@ def _add_to_weight(h: Tensor, columns: Tensor, scales: Tensor, dw: Tensor, first
     top = largest(h, scales)
     h8 = h.new_empty((hidden, columns.shape[1]), dtype=FLOAT8)
     transposed_float8(h, top, h8, scales, tokens=True)
-    scale = top / LARGEST
+    scale = top / LARGEST_SCALE
     if first:
         float8_product(columns, h8, scale, dw)
         return
-    step = max(BLOCK, DW_ROWS // (2 * hidden))
+    step = max(FLOAT8_BLOCK, DW_ROWS // (2 * hidden))
     for at in range(0, len(dw), step):
         rows = slice(at, min(at + step, len(dw)))
         more = torch.empty_like(dw[rows])

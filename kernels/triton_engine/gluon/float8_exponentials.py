@@ -93,7 +93,7 @@ and.b32 bytes, bytes, rest;
 or.b32 $0, bytes, marks;
 }"""
 ROUND = gl.constexpr(_ROUND)
-SATURATES = gl.constexpr(432.0)  # the least number that rounds to 448, the largest of e4m3
+SATURATED = gl.constexpr(432.0)  # the least number that rounds to 448, the largest of e4m3
 
 
 @gluon.jit
@@ -146,7 +146,7 @@ def _part(
     if start < sizes.V:  # where it always is, too: a part on its own needs fewer registers
         _store_rows(x8, args.E8, args.ld, place.block, start, BM)
         _store_columns(x8, args.E8T, args.ldt, place.block, start, place.label_bits >> 8, BM)
-    return sums, gl.where(sums < SATURATES, 0, 1 << J)  # a sum of rounded numbers is no less than each of them
+    return sums, gl.where(sums < SATURATED, 0, 1 << J)  # a sum of rounded numbers is no less than each of them
 
 
 @gluon.jit
