@@ -93,11 +93,15 @@ def one_gpu_in_two_sweeps(s: Shard) -> Step:
 
 
 def by_group(s: Shard) -> Step:
-    return of_function(s, s.y, group=s.group, vocab_size=s.case.vocab)
+    return of_function(s, s.y, group=s.group)
 
 
 def by_group_narrow(s: Shard) -> Step:
-    return of_function(s, s.y, group=s.group, vocab_size=s.case.vocab, reduce_dtype=None)
+    return of_function(s, s.y, group=s.group, reduce_dtype=None)
+
+
+def by_even_shards(s: Shard) -> Step:
+    return of_function(s, s.y, group=s.group, vocab_size=s.case.vocab)
 
 
 @contextmanager
@@ -131,10 +135,7 @@ def halves(s: Shard, overlap: bool) -> Step:
         with large_reductions_in_the_background(works) if overlap else nullcontext():
             for h, y in zip(parts, labels):
                 loss = (
-                    fusedhead.linear_cross_entropy(
-                        h, w, y, reduction="sum", group=s.group, vocab_size=s.case.vocab, reduce_dtype=None
-                    )
-                    / counted
+                    fusedhead.linear_cross_entropy(h, w, y, reduction="sum", group=s.group, reduce_dtype=None) / counted
                 )
                 mine, of_w = torch.autograd.grad(loss, (h, w))
                 total, dw = total + loss.detach(), of_w if dw is None else dw.add_(of_w)
@@ -204,6 +205,9 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "group=": Contender(
         by_group, "group=", "linear_cross_entropy(..., group=), dH summed in float32", unsent=True, apart=True
+    ),
+    "group=, vocab_size": Contender(
+        by_even_shards, "group=, vocab_size", "the same with vocab_size=V: three products", unsent=True, apart=True
     ),
     "group=, dH in its dtype": Contender(
         by_group_narrow, "group=, dH in its dtype", "the same with reduce_dtype=None"

@@ -96,7 +96,7 @@ def linear_cross_entropy(
     With ``group``, linear_weight and bias are this rank's rows of a [V, D] weight in the order of the ranks; uneven and
     empty shards are fine. Everything else is whole and equal on all ranks, and so is the result. The gradient of input
     is summed over the ranks once, in ``reduce_dtype`` (None: in its own). ``vocab_size`` says that the rows are what
-    DTensor's Shard(0) gives this rank of so many classes.
+    DTensor's Shard(0) gives this rank of so many classes; a scalar loss and its gradients then take one sweep.
 
     Raises ValueError for what does not fit together, LabelOutOfRange (an IndexError and a RuntimeError) for a label
     outside [0, V) that is not ``ignore_index`` (on a GPU an assertion there), ShardMismatch on every rank where the
