@@ -31,9 +31,9 @@ def eager_errors(head: Head, c: RowGrads) -> tuple[float, float]:
     return error((dz @ w.double()).bfloat16(), dh), error((dz.t() @ h.double()).bfloat16(), dw)
 
 
-@pytest.mark.parametrize(("tokens", "rows"), [(256, 128), (128, 128)])
+@pytest.mark.parametrize(("tokens", "rows"), [(256, 128)])
 def test_gradients_err_less_than_those_of_eager_bfloat16(tokens, rows):
-    head = made(140, 300, 32, 5.0)
+    head = made(132, 200, 16, 5.0)
     c = mean_loss(head)
     stats, grads = passed(head, c, tokens, rows)
     lse, dh, dw = true(head, c)
@@ -47,7 +47,7 @@ def test_gradients_err_less_than_those_of_eager_bfloat16(tokens, rows):
 
 
 def test_rows_whose_level_is_far_off_are_swept_again(monkeypatch):
-    head = made(150, 300, 32, 6.0)
+    head = made(40, 200, 16, 6.0)
     c = mean_loss(head)
     swept = []
     sweep = single_pass.float8_exponentials
@@ -70,12 +70,12 @@ def test_rows_whose_level_is_far_off_are_swept_again(monkeypatch):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_broken_row_stays_alone(bad):
-    head = made(60, 300, 32, 4.0)
+    head = made(24, 200, 16, 4.0)
     head.h[5, 3] = bad
     c = mean_loss(head)
     stats, grads = passed(head, c)
     _, dh, _ = true(head, c)
-    others = torch.arange(60) != 5
+    others = torch.arange(24) != 5
     assert stats.lse[others].isfinite().all()
     assert grads.h[5].isnan().all()
     assert error(grads.h[others], dh[others]) < 4e-3
