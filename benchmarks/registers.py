@@ -70,7 +70,7 @@ CASES = {
     "plain, D 2048": Case(MIDDLE),
     "plain, D 1024, V 151936": Case(QWEN3),
     "plain, D 768": Case((16384, 768, 50304)),
-    "float8, D 768": Case((16384, 768, 50257), float8=True),
+    "float8, D 2304": Case(GEMMA2, float8=True),
     "float8, D 4096": Case(LLAMA3, float8=True),
     "plain, 64 tokens": Case((64, 4096, 128256)),
     "plain, w along V": Case(MIDDLE, transposed=True),

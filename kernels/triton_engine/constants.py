@@ -18,3 +18,4 @@ SIGN_BIT = tl.constexpr(-2147483648)  # the bits of -0.0
 SAFE_TOTAL = tl.constexpr(1e18)  # a row's sum of exponentials between this and its inverse has lost nothing
 TWO_LOG2E = tl.constexpr(2.8853900817779268)  # exp 2x = 2^(x · this)
 LARGEST_FLOAT8 = tl.constexpr(448.0)  # of e4m3
+MARKED_TAIL = tl.constexpr(-1e-30)  # -0 once it is rounded to e4m3

@@ -25,6 +25,7 @@ from fusedhead.lowering.plan.problem import LEAST_MEMORY, MIB, Candidate, Proble
 BLOCK_TOKENS, PART_TOKENS = 128, 64  # tokens and classes that windows are padded to
 FLOAT8_MULTIPLE = 16  # of D: what a float8 product takes
 LEAST_FLOAT8_TOKENS = 1024  # fewer do not repay the list and w in float8
+LEAST_HIDDEN = 2048  # with less the sweep's epilogue, which stores twice, outlasts the products that it hides behind
 LEAST_FLOAT8_VOCAB = 8192  # fewer classes do neither, and roundings of a flat softmax average out over many
 HEIGHTS = (5632, 4096, 3072, 2816, 2048, 1536, 1024)  # of the windows of dh
 MULTIPROCESSORS, PLANNED_TILE = 132, 128  # of an H100 or H200; of a float8 product
@@ -46,6 +47,7 @@ EXACT: tuple[tuple[str, Callable[[Problem], bool]], ...] = (
     ("its logits are not h wᵀ alone", lambda p: bool(p.transform.smooth.steps)),
     ("the sum over the logits takes part in its loss", lambda p: p.sums),
     ("a token has several labels", lambda p: p.labels > 1),
+    (f"its hidden size is below {LEAST_HIDDEN}, where float8 does not pay", lambda p: p.hidden < LEAST_HIDDEN),
     (f"its hidden size is no multiple of {FLOAT8_MULTIPLE}", lambda p: p.hidden % FLOAT8_MULTIPLE != 0),
     (
         f"it has fewer than {LEAST_FLOAT8_TOKENS} tokens, for which float8 does not pay",

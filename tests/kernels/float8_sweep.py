@@ -32,6 +32,7 @@ def float8_exponentials(
     head: Head,
     tail: Tail,
     ref2: Tensor,
+    gain: Tensor,
     picked: Tensor,
     part: Tensor,
     label_map: Tensor | None,
@@ -40,12 +41,15 @@ def float8_exponentials(
     (n, vocab), block = (len(head.h), len(head.w)), s.tile.BM
     z = head.h.float() @ head.w.float().t()
     e = (z.double() * L - ref2.double()[:, None]).float().exp2()
-    x = torch.where(e < 432, e, -1e-30)  # -0 once it is rounded
+    x = e * gain[:, None]
+    x = torch.where(x <= 448, x, -1e-30)
     whole = z.new_zeros((padded(n, FLOAT8_BLOCK), padded(vocab, FLOAT8_PART)))
     whole[:n, :vocab] = x
     x8 = whole.to(torch.float8_e4m3fn)
-    sums = torch.nn.functional.pad(e, (0, -vocab % FLOAT8_TILE)).view(n, -1, 3, FLOAT8_PART).sum(3)
-    bits = (~(sums < 432)).int() @ torch.tensor([1, 2, 4], dtype=torch.int32)
+    sums = (
+        torch.nn.functional.pad(e, (0, -vocab % FLOAT8_TILE)).view(n, -1, 3, FLOAT8_PART).sum(3) * gain[:, None, None]
+    )
+    bits = (~(sums <= 448)).int() @ torch.tensor([1, 2, 4], dtype=torch.int32)
     everywhere = torch.ones(len(whole), dtype=torch.bool)  # rows past the end too, in whole token blocks
     if flags is not None:
         marked = (flags != 0).repeat_interleave(block)[: len(whole)]

@@ -22,6 +22,7 @@ NOT_SERVED = (
     {"sums": True},
     {"labels": 2},
     {"hidden": 4100},
+    {"hidden": 1024},
     {"tokens": 100},
     {"vocab": 1000},
 )
@@ -51,7 +52,7 @@ def test_the_least_memory_and_a_plan_that_was_not_asked_stay_exact():
 
 
 @pytest.mark.parametrize("tokens", [1024, 1500, 8192, 32768, 100_000])
-@pytest.mark.parametrize("hidden", [768, 4096])
+@pytest.mark.parametrize("hidden", [2304, 4096])
 def test_windows_cover_the_tokens_within_the_budget(tokens, hidden):
     for budget in (0, 2048 * MIB):
         for way in float8_candidates(PLAIN._replace(tokens=tokens, hidden=hidden), budget):

@@ -19,8 +19,8 @@ from torch import Tensor
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT
 
-PIECE = 128  # entries that one program adds up
-TOGETHER = 16  # entries whose rows of h are read at once, and added up by class in one small product
+PIECE = 256  # entries that one program adds up
+TOGETHER = 8  # entries whose rows of h are read at once
 
 
 @triton.jit
@@ -31,22 +31,14 @@ def _add_row(dw, v, col, inside, D, acc):
 
 
 @triton.jit
-def _leave(dw, sums, v, acc, before, after, piece, col, inside, D):
+def _leave(dw, sums, v, acc, before, after, first_run, last_run, piece, col, inside, D):
     """The sum of a run: into its row, or where it begins in the piece before (or ends behind) into the sums."""
-    if (v == before) | (v == after):
-        which = tl.where(v == before, 0, 1)
+    continued = first_run & (v == before)
+    if continued | (last_run & (v == after)):
+        which = tl.where(continued, 0, 1)
         tl.store(sums + (2 * piece + which).to(tl.int64) * D + col, acc, mask=inside)
     else:
         _add_row(dw, v, col, inside, D, acc)
-
-
-@triton.jit
-def _entries(classes, order, values, tokens, at, V, count):
-    """Classes of the entries ``at`` and of those behind them, their values and tokens."""
-    v = tl.load(classes + at, mask=at < count, other=V)
-    following = tl.load(classes + at + 1, mask=at + 1 < count, other=V)
-    source = tl.load(order + at, mask=at < count, other=0)
-    return v, following, tl.load(values + source, mask=v < V, other=0.0), tl.load(tokens + source, mask=v < V, other=0)
 
 
 @triton.jit(do_not_specialize=("V", "D", "count"))
@@ -70,46 +62,37 @@ def piece_kernel(
     start = piece * PIECE
     col = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = col < D
-    if tl.load(classes + start) < V:
+    current = tl.load(classes + start)
+    if current < V:
         before = tl.load(classes + start - 1, mask=start > 0, other=-1)
         after = tl.load(classes + start + PIECE, mask=start + PIECE < count, other=-1)
-        carried = V  # the class of the run that the entries so far end with, and its sum
-        carry = tl.zeros((BD,), tl.float32)
+        acc = tl.zeros((BD,), tl.float32)
+        first_run = True
         each = tl.arange(0, TOGETHER)
-        v, following, value, token = _entries(classes, order, values, tokens, start + each, V, count)
-        for group in range(0, tl.minimum(PIECE, count - start), TOGETHER):  # unrolled it would take all registers
-            # where the next entries lie is asked for before these are added up
-            next_at = start + group + TOGETHER + each
-            next_v, next_following, next_value, next_token = _entries(classes, order, values, tokens, next_at, V, count)
-            here = (v < V)[:, None] & inside[None, :]
-            rows = tl.load(h + token.to(tl.int64)[:, None] * sh0 + col[None, :], mask=here, other=0.0)
-            # an entry at which a run ends is to be added to a row that nobody else writes here
-            end = (v != following) & (each < TOGETHER - 1) & (v < V)
-            to = dw + v.to(tl.int64)[:, None] * D + col[None, :]
-            alone = (end & (v != before))[:, None] & inside[None, :]
-            old = tl.load(to, mask=alone, other=0.0)
-            same = tl.where(tl.trans(tl.expand_dims(v, 0)) == tl.expand_dims(v, 0), value[None, :], 0.0)
-            if h.dtype.element_ty == tl.bfloat16:  # three terms hold a float32
-                high = same.to(tl.bfloat16)
-                rest = same - high.to(tl.float32)
-                low = rest.to(tl.bfloat16)
-                out = tl.dot(high, rows)
-                out = tl.dot(low, rows, out)
-                out = tl.dot((rest - low.to(tl.float32)).to(tl.bfloat16), rows, out)
+        for group in range(0, PIECE, TOGETHER):
+            at = start + group + each
+            v = tl.load(classes + at, mask=at < count, other=V)
+            source = tl.load(order + at, mask=at < count, other=0)
+            value = tl.load(values + source, mask=v < V, other=0.0)
+            token = tl.load(tokens + source, mask=v < V, other=0)
+            rows = tl.load(
+                h + token.to(tl.int64)[:, None] * sh0 + col[None, :], mask=(v < V)[:, None] & inside[None, :], other=0.0
+            )
+            rows = rows.to(tl.float32) * value[:, None]
+            if tl.min(v, 0) == current and tl.max(v, 0) == current:
+                acc += tl.sum(rows, 0)
             else:
-                out = tl.dot(same, rows.to(tl.float32), input_precision="ieee")
-            first = tl.min(v, 0)
-            if (carried < V) & (carried != first):
-                _leave(dw, sums, carried, carry, before, after, piece, col, inside, D)
-            out += tl.where((v == carried)[:, None], carry[None, :], 0.0)
-            tl.store(to, (old.to(tl.float32) + out).to(dw.dtype.element_ty), mask=alone)
-            into = sums + (2 * piece).to(tl.int64) * D + col[None, :] + 0 * v[:, None]
-            tl.store(into, out, mask=(end & (v == before))[:, None] & inside[None, :])
-            carry = tl.sum(tl.where((each == TOGETHER - 1)[:, None], out, 0.0), 0)
-            carried = tl.max(v, 0)
-            v, following, value, token = next_v, next_following, next_value, next_token
-        if carried < V:
-            _leave(dw, sums, carried, carry, before, after, piece, col, inside, D)
+                for k in tl.static_range(TOGETHER):
+                    here = tl.sum(tl.where(each == k, v, 0), 0)
+                    if here != current:
+                        if current < V:
+                            _leave(dw, sums, current, acc, before, after, first_run, False, piece, col, inside, D)
+                        acc = tl.zeros((BD,), tl.float32)
+                        first_run = False
+                        current = here
+                    acc += tl.sum(tl.where((each == k)[:, None], rows, 0.0), 0)
+        if current < V:
+            _leave(dw, sums, current, acc, before, after, first_run, True, piece, col, inside, D)
 
 
 @triton.jit(do_not_specialize=("V", "D", "count"))
@@ -144,11 +127,11 @@ def spanning_kernel(
 
 @lru_cache(maxsize=KEPT)
 def _launches(device: torch.device, count: int, vocab: int, hidden: int, sh0: int) -> tuple[Launch, Launch]:
-    width = min(triton.next_power_of_2(hidden), 256)
+    width = min(triton.next_power_of_2(hidden), 512)
     grid = triton.cdiv(count, PIECE), triton.cdiv(hidden, width), 1
     bound = {"V": vocab, "D": hidden, "count": count, "sh0": sh0, "PIECE": PIECE, "TOGETHER": TOGETHER, "BD": width}
     return (
-        Launch(piece_kernel, grid, bound | {"num_warps": 4, "num_stages": 1}),
+        Launch(piece_kernel, grid, bound | {"num_warps": 4}),
         Launch(spanning_kernel, grid, bound | {"num_warps": 4}),
     )
 

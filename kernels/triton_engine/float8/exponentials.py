@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head
@@ -43,23 +42,25 @@ def float8_exponentials(
     head: Head,
     tail: Tail,
     ref2: Tensor,
+    gain: Tensor,
     picked: Tensor,
     part: Tensor,
     label_map: Tensor | None,
     flags: Tensor | None = None,
 ) -> None:
-    """tail <- exponentials relative to ref2 [N]; part [1, size] <- totals; picked [N, K] at the labels."""
+    """tail <- exponentials times gain [N]; part [1, size] <- totals; picked [N, K] at the labels."""
     h_tiles, w_tiles = s.operands(head.h, head.w, None)
     _launch(s, flags is not None, tail.rows.stride(0), tail.columns.stride(0)).run(
         h=h_tiles,
         w=w_tiles,
-        E8=tail.rows.view(torch.uint8),
-        E8T=tail.columns.view(torch.uint8),
+        E8=tail.rows,
+        E8T=tail.columns,
         hot=tail.hot,
         y=head.y,
         label_map=label_map,
         flags=flags,
         ref2=ref2,
+        gain=gain,
         picked=picked,
         part=part,
     )

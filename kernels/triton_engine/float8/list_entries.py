@@ -1,11 +1,11 @@
-"""Which entries of a window the float8 tail left out: read off the marks, all of a row at once.
+"""Which entries of a window the float8 tail left out: read off the marks, a row after the other.
 
     counts[i] = how many classes of row i are marked in E8, its label apart, and one more for the label
     classes[ends[i] - counts[i] : ends[i]] = these classes, the label last
 
-in: E8 [M, ld] (`gluon.float8_exponentials`) as words of four bytes, hot [M, tiles] uint8, y [M, K] with K <= 1. Bytes:
-those of ``hot``, and 192 for each tile that may hold a mark. A mark is the one byte whose highest bit is set. The order
-is that of E8, so it is the same in every run. A row whose count was set to 0 since lists nothing.
+in: E8 [M, ld] (`gluon.float8_exponentials`) as bytes, hot [M, tiles] uint8, y [M, K] with K <= 1. Bytes: those of
+``hot``, and 192 for each tile that may hold a mark. One warp a row; the order is that of E8, so it is the same in every
+run. A row whose count was set to 0 since lists nothing.
 """
 
 from __future__ import annotations
@@ -17,118 +17,97 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedhead.kernels.triton_engine.float8.exponentials import FLOAT8_BLOCK, FLOAT8_TILE, Tail
-from fusedhead.kernels.triton_engine.float8.quantize import class_at, place_of
+from fusedhead.kernels.triton_engine.float8.exponentials import FLOAT8_TILE, Tail
+from fusedhead.kernels.triton_engine.float8.quantize import class_at
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT
 
-MARKS = tl.constexpr(-2139062144)  # 0x80808080: the signs of four bytes
+MARK = tl.constexpr(0x80)  # the byte of -0
+NONE_LEFT = tl.constexpr(2147483647)
 
 
-@triton.jit
-def _bits(marks):
-    """How many of the four highest bits of bytes are set."""
-    ones = (marks >> 7) & 0x01010101
-    return (ones + (ones >> 8) + (ones >> 16) + (ones >> 24)) & 7
-
-
-@triton.jit(do_not_specialize=("N", "tiles", "sy0"))
+@triton.jit(do_not_specialize=("N", "V", "tiles", "sy0"))
 def list_kernel(
-    E8,  # [., ld / 4] int32
+    E8,  # [., ld] bytes
     hot,  # [N, tiles] uint8
     y,  # [N, K] int64 when LABELS
-    flags,  # [token blocks] int32 when ONLY
     ends,  # [N] int32 when FILL: entries of all rows up to this one
     counts,  # [N] int32: out unless FILL
     classes,  # [.] int32: out when FILL
     N,
+    V,
     tiles,
     ld,
     sy0,
     LABELS: tl.constexpr,
     FILL: tl.constexpr,
-    ONLY: tl.constexpr,
-    BM: tl.constexpr,  # tokens that a flag stands for
-    TILES: tl.constexpr,  # that are looked at together
-    WORDS: tl.constexpr,  # of a tile
-    WIDTH: tl.constexpr,  # WORDS, up to a power of two
+    CHUNK: tl.constexpr,  # bytes of hot that are looked at together
+    BN: tl.constexpr,
+    WIDTH: tl.constexpr,  # BN, up to a power of two
 ):
     """One program a row."""
     row = tl.program_id(0)
-    live = 1
-    if ONLY:
-        live = tl.load(flags + row // BM)
-    base = E8 + row.to(tl.int64) * (ld // 4)
+    base = E8 + row.to(tl.int64) * ld
     label = -1
-    label_word = -1
-    label_bit = 0
     if LABELS > 0:
         label = tl.load(y + row.to(tl.int64) * sy0).to(tl.int32)
-        label_place = label // 64 * 64 + place_of(label % 64)
-        label_word = label_place // 4
-        label_bit = label_place % 4
     count = 0
     at = 0
     if FILL:
         count = tl.load(counts + row)
         at = tl.load(ends + row) - count
-        live = (count > LABELS).to(tl.int32)  # more than a label
-    if live != 0:
-        q = tl.arange(0, WIDTH)
-        for first in range(0, tiles, TILES):
-            tile = first + tl.arange(0, TILES)
-            bits = tl.load(hot + row.to(tl.int64) * tiles + tile, mask=tile < tiles, other=0).to(tl.int32)
-            if tl.max(bits, 0) != 0:
-                word = tile[:, None] * WORDS + q[None, :]
-                there = (bits != 0)[:, None] & (q < WORDS)[None, :] & (word * 4 < ld)
-                marks = tl.load(base + word, mask=there, other=0) & MARKS
-                marks = tl.where(word == label_word, marks & ~(128 << (8 * label_bit)), marks)
-                each = _bits(marks)
-                found = tl.sum(tl.sum(each, 1), 0)
+    if (FILL == 0) | (count > LABELS):  # more than a label
+        for first in range(0, tiles, CHUNK):
+            tile = first + tl.arange(0, CHUNK)
+            bits = tl.load(hot + row.to(tl.int64) * tiles + tile, mask=tile < tiles, other=0)
+            left = tl.where(bits != 0, tile, NONE_LEFT)
+            nearest = tl.min(left, 0)
+            while nearest < NONE_LEFT:
+                q = tl.arange(0, WIDTH)
+                place = nearest * BN + q
+                byte = tl.load(base + place, mask=(q < BN) & (place < ld), other=0)
+                found = place // 64 * 64 + class_at(place % 64)
+                marked = (byte == MARK) & (found != label)
+                marks = marked.to(tl.int32)
                 if FILL:
-                    if found != 0:
-                        flat = tl.reshape(each, (TILES * WIDTH,))
-                        before = tl.reshape(tl.cumsum(flat, 0) - flat, (TILES, WIDTH)) + at
-                        for b in tl.static_range(4):
-                            marked = ((marks >> (8 * b + 7)) & 1) != 0
-                            place = word * 4 + b
-                            tl.store(classes + before, place // 64 * 64 + class_at(place % 64), mask=marked)
-                            before += marked.to(tl.int32)
-                        at += found
+                    tl.store(classes + at + tl.cumsum(marks, 0) - 1, found, mask=marked)
+                    at += tl.sum(marks, 0)
                 else:
-                    count += found
-        if FILL == 0:
-            tl.store(counts + row, count + LABELS)
-    if FILL:  # noqa: SIM102 (a test at compile time)
+                    count += tl.sum(marks, 0)
+                left = tl.where(left == nearest, NONE_LEFT, left)
+                nearest = tl.min(left, 0)
+    if FILL:
         if (LABELS > 0) & (count > 0):
             tl.store(classes + at, label)
+    else:
+        tl.store(counts + row, count + LABELS)
+
+
+CHUNK = 256
 
 
 @lru_cache(maxsize=KEPT)
-def _launch(
-    device: torch.device, n: int, tiles: int, ld: int, sy0: int, labels: int, fill: bool, only: bool, block: int
-) -> Launch:
+def _launch(n: int, vocab: int, tiles: int, ld: int, sy0: int, labels: int, fill: bool) -> Launch:
     bound = {
-        "N": n, "tiles": tiles, "ld": ld, "sy0": sy0, "LABELS": labels, "FILL": fill, "ONLY": only, "BM": block,
-        "TILES": 16 if fill else 32, "WORDS": FLOAT8_TILE // 4, "WIDTH": 64, "num_warps": 2,
+        "N": n, "V": vocab, "tiles": tiles, "ld": ld, "sy0": sy0, "LABELS": labels, "FILL": fill,
+        "CHUNK": CHUNK, "BN": FLOAT8_TILE, "WIDTH": 256, "num_warps": 1,
     }  # fmt: skip
     return Launch(list_kernel, (n, 1, 1), bound)
 
 
-def count_entries(
-    tail: Tail, y: Tensor, counts: Tensor, flags: Tensor | None = None, block: int = FLOAT8_BLOCK
-) -> None:
-    """counts [M] int32 <- entries of each row, its label among them; of the token blocks that ``flags`` marks alone."""
+def count_entries(tail: Tail, y: Tensor, vocab: int) -> Tensor:
+    """[M] int32: entries of each row, its label among them."""
     (n, tiles), (_, labels) = tail.hot.shape, y.shape
-    ld, only = tail.rows.stride(0), flags is not None
-    launch = _launch(y.device, n, tiles, ld, y.stride(0), labels, False, only, block)
-    launch.run(E8=tail.rows.view(torch.int32), hot=tail.hot, y=y if labels else None, flags=flags, counts=counts)
+    counts = tail.hot.new_empty(n, dtype=torch.int32)
+    launch = _launch(n, vocab, tiles, tail.rows.stride(0), y.stride(0), labels, False)
+    launch.run(E8=tail.rows.view(torch.uint8), hot=tail.hot, y=y if labels else None, counts=counts)
+    return counts
 
 
-def fill_entries(tail: Tail, y: Tensor, counts: Tensor, ends: Tensor, classes: Tensor) -> None:
+def fill_entries(tail: Tail, y: Tensor, vocab: int, counts: Tensor, ends: Tensor, classes: Tensor) -> None:
     """classes [capacity] int32 <- the entries of row i at ends[i] - counts[i], the label last."""
     (n, tiles), (_, labels) = tail.hot.shape, y.shape
-    launch = _launch(y.device, n, tiles, tail.rows.stride(0), y.stride(0), labels, True, False, FLOAT8_BLOCK)
+    launch = _launch(n, vocab, tiles, tail.rows.stride(0), y.stride(0), labels, True)
     launch.run(
-        E8=tail.rows.view(torch.int32), hot=tail.hot, y=y if labels else None, counts=counts, ends=ends, classes=classes
+        E8=tail.rows.view(torch.uint8), hot=tail.hot, y=y if labels else None, counts=counts, ends=ends, classes=classes
     )

@@ -4,7 +4,7 @@
     value_j = s 2^(z·L - ref2)                                  z = h_i · w[class_j] in float32
     value of the label = s (own - rounded + c_picked total / a)    own = 2^(picked·L - ref2), rounded: what E8 has of it
 
-with s = a / total of `rows.finalize` and tail_i = s · scale of the product. The label's terms cancel without a
+with s = a / total of `rows.finalize` and tail_i = s / gain · scale of the product. The label's terms cancel without a
 rounding where p -> 1, as there. in: product [M, D] float32, h, w, the list (`float8.list_entries`). out: dh [M, D], and
 values and tokens of the list for dw (`float8.class_gradients`). Bytes: 8MD, and 2D an entry: a row of w is read once
 for z and for the sum.
@@ -36,6 +36,7 @@ def row_gradient_kernel(
     y,  # [N, K] int64 when LABELS
     E8,  # [., ld] e4m3, read when LABELS
     ref2,  # [N] float32
+    gain,  # [N] float32
     picked,  # [N, K] float32
     part,  # [size] float32: totals
     scale,  # [N] float32
@@ -93,7 +94,7 @@ def row_gradient_kernel(
                 label = tl.load(y + at * sy0).to(tl.int32)
                 own = tl.exp2(tl.fma(tl.load(picked + row), LOG2E, -r))
                 stored = tl.load(E8 + at * ld + label // 64 * 64 + place_of(label % 64)).to(tl.float32)
-                entry = own - stored
+                entry = own - stored / tl.load(gain + row)
                 if HAS_PICKED:
                     block = row // BM
                     start, distance, slots = partial_offset(block, 0, P, N, V, GROUP, BM, BN)
@@ -123,7 +124,7 @@ def row_gradient_kernel(
 @lru_cache(maxsize=KEPT)
 def _launch(s: Sweep, ld: int, given: tuple[bool, bool, bool]) -> Launch:
     width = triton.next_power_of_2(s.hidden)
-    warps = 8 if width > 2048 else 4
+    warps = 8 if width > 4096 else 4 if width > 1024 else 2
     has_lse, has_picked, has_square = given
     picked = has_picked and s.labels > 0
     own = {"HAS_LSE": has_lse, "HAS_PICKED": picked, "HAS_SQUARE": has_square, "WIDTH": width}
@@ -138,6 +139,7 @@ def row_gradients(
     product: Tensor,
     tail: Tensor,
     ref2: Tensor,
+    gain: Tensor,
     picked: Tensor,
     part: Tensor,
     scale: Tensor,
@@ -162,6 +164,7 @@ def row_gradients(
         y=head.y if labels else None,
         E8=window.rows if labels else None,
         ref2=ref2,
+        gain=gain,
         picked=picked if labels else None,
         part=part,
         scale=scale,

@@ -2,19 +2,19 @@
 
 Per window of tokens: x = exp(z - level) in e4m3 (`gluon.float8_exponentials`), then with one number a row
 
-    dh = s ⊙ (E8 w8) + Σ listed value · w        dw = E8ᵀ (s ⊙ h)8 + Σ listed value · h        s = coefficient / total
+    dh = r ⊙ (E8 w8) + Σ listed value · w        dw = E8ᵀ (r ⊙ h)8 + Σ listed value · h        r = s / gain
 
 so that z is computed once, in bfloat16, and the two other products cost about half. The list has what float8 must not
-round: entries above `THRESHOLD` of the level, and the labels. The lse comes from float32 sums of unrounded numbers.
-A token block whose list is too long, or whose exponentials left the safe range, is swept again with its own lse as
-level, on the device's decision: it then has at most 1 / `THRESHOLD` entries a row.
+round: entries above `THRESHOLD` of the level, and the labels. The lse comes from float32 sums of unrounded exponentials
+with the reference that `triton_engine.single_pass` has. A token block whose list is too long, or whose exponentials
+left the safe range, is swept again with its own lse as level, on the device's decision: it then has less than
+1 / `THRESHOLD` entries a row.
 
 In memory: e4m3 E of a window, its transpose of several windows, w8 (within dw where one of them holds all tokens).
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -48,10 +48,9 @@ from fusedhead.kernels.triton_engine.sweeps.statistics import stream
 from fusedhead.kernels.triton_engine.windows import first_rows, full_cuts, ready_rows, rows_of, slice_head, slice_rows
 
 THRESHOLD = 2.0**-6  # of the softmax, judged by the level: what is larger is listed
-LARGEST_SCALE = 448.0  # of e4m3
-SATURATES = 432.0  # the least number that rounds to it
+LARGEST_E4M3 = 448.0  # of e4m3
 FLOAT8 = torch.float8_e4m3fn
-SHIFT = math.log2(SATURATES / THRESHOLD)  # of the level, so that what is above the threshold saturates
+TOP_GAIN = LARGEST_E4M3 / THRESHOLD
 ENTRIES = 64  # of the list a row, on average over a token block: 1 / THRESHOLD
 DW_ROWS = 64 << 20  # bytes of a product that is added to dw
 
@@ -82,7 +81,7 @@ def one_float8_pass(head: Head, coefficients: RowGrads, windows: Windows) -> tup
             part, levels = slice_head(head, outer, slice(0, vocab)), rows_of(level2, outer)
             count = outer.stop - outer.start
             columns = new((padded(vocab, FLOAT8_PART), padded(count, FLOAT8_BLOCK)), dtype=FLOAT8)
-            scales = new(count, dtype=torch.float32)
+            r = new(count, dtype=torch.float32)
             listed = _Listed.new(part, count)
             inner = full_cuts(count, windows.tail_rows)
             rows8 = new((padded(inner[0].stop, FLOAT8_BLOCK), padded(vocab, FLOAT8_PART)), dtype=FLOAT8)
@@ -94,20 +93,21 @@ def one_float8_pass(head: Head, coefficients: RowGrads, windows: Windows) -> tup
                 s = sweep("exp8", some)
                 totals = new((1, s.schedule.size), dtype=torch.float32)
                 ref2, row_picked, row_lse = new(m, dtype=torch.float32), rows_of(picked, at), rows_of(lse, at)
-                counts = _swept(s, some, tail, ref2, levels[i], row_picked, totals)
+                gain, counts = _swept(s, some, tail, ref2, levels[i], row_picked, totals)
+                apart = ref2.clone()  # the scale is written over it, and the list reads the reference afterwards
                 scale = finalize(
-                    s, some, rows8.view(torch.bfloat16), ref2, row_picked, row_picked, totals, c._replace(picked=None),
+                    s, some, rows8.view(torch.bfloat16), apart, row_picked, row_picked, totals, c._replace(picked=None),
                     row_lse, rows_of(lse_low, at), None, None, None, None, 1.0, tie,
                 )  # fmt: skip
-                scales[i] = scale
+                row_r = torch.div(scale, gain, out=r[i])
                 ends = _list(tail, some, scale, c, counts, listed, i.start)
                 float8_product(rows8[:m], w8, one, first_rows(product, m))
                 row_gradients(
-                    s, some, tail, product, scale * w8_scale, ref2, row_picked, totals, scale, row_lse, c, counts,
+                    s, some, tail, product, row_r * w8_scale, ref2, gain, row_picked, totals, scale, row_lse, c, counts,
                     ends, *listed, rows_of(dh, at), i.start,
                 )  # fmt: skip
             del rows8, product, tail
-            _add_to_weight(part.h, columns[:vocab], scales, dw, outer.start == 0)
+            _add_to_weight(part.h, columns[:vocab], r, dw, outer.start == 0)
             del columns
             class_gradients(*listed, part.h, dw)
     return RowStats(lse, picked, lse_low=lse_low, tie=tie), HeadGrads(dh, dw, None, None)
@@ -136,7 +136,7 @@ def _list(tail: Tail, head: Head, scale: Tensor, c: RowGrads, counts: Tensor, li
     none = scale == 0 if c.picked is None else (scale == 0) & (c.picked[:, 0] == 0)
     counts.masked_fill_(none | scale.isnan(), 0)
     ends = counts.cumsum(0, dtype=torch.int32).add_(_room(first))
-    fill_entries(tail, head.y, counts, ends, listed.classes)
+    fill_entries(tail, head.y, head.w.shape[0], counts, ends, listed.classes)
     return ends
 
 
@@ -150,38 +150,38 @@ def _float8_weight(w: Tensor, dw: Tensor | None) -> tuple[Tensor, Tensor]:
         w8 = dw.view(-1).view(FLOAT8)[: shape[0] * shape[1]].view(shape)
     top = largest(w)
     transposed_float8(w, top, w8)
-    return w8, top / LARGEST_SCALE
+    return w8, top / LARGEST_E4M3
 
 
-def _swept(s: Sweep, head: Head, tail: Tail, ref2: Tensor, level2: Tensor, picked: Tensor, totals: Tensor) -> Tensor:
-    """tail, ref2, picked and totals of a window; returns [M] int32, how many entries of each row are to be listed."""
+def _swept(
+    s: Sweep, head: Head, tail: Tail, ref2: Tensor, level2: Tensor, picked: Tensor, totals: Tensor
+) -> tuple[Tensor, Tensor]:
+    """tail, picked and totals of a window; returns (gain [M] float32, entries [M] int32 of each row)."""
     redo = s.beside("stream")
     labels = map_labels(s, head.y, check=True) if s.labels else None
-    if s.labels:
-        reference(redo, head, ref2)
-        torch.maximum(level2, ref2, out=ref2).sub_(SHIFT)
-    else:
-        torch.sub(level2, SHIFT, out=ref2)
-    float8_exponentials(s, head, tail, ref2, picked, totals, labels)
+    reference(redo, head, ref2)
+    level2 = torch.maximum(level2, ref2) if s.labels else level2
+    gain = (ref2 - level2).exp2_().mul_(TOP_GAIN)
+    float8_exponentials(s, head, tail, ref2, gain, picked, totals, labels)
     flags = mark_unsafe(s, totals)
-    counts = torch.empty_like(ref2, dtype=torch.int32)
-    count_entries(tail, head.y, counts)
+    counts = count_entries(tail, head.y, s.vocab)
     blocks = torch.nn.functional.pad(counts, (0, -s.n % s.tile.BM)).view(-1, s.tile.BM)
     flags |= blocks.sum(1) > _room(s.tile.BM)
     rows, _ = stream(redo, head, frozenset({"lse"}), None, flags)
-    merge_reference(redo, rows, ref2, -SHIFT, flags)
-    float8_exponentials(s, head, tail, ref2, picked, totals, labels, flags)
-    count_entries(tail, head.y, counts, flags, s.tile.BM)
-    return counts
+    merge_reference(redo, rows, ref2, 0.0, flags)
+    marked = flags.view(-1, 1).expand(-1, s.tile.BM).reshape(-1)[: s.n]
+    gain.masked_fill_(marked != 0, TOP_GAIN)
+    float8_exponentials(s, head, tail, ref2, gain, picked, totals, labels, flags)
+    return gain, count_entries(tail, head.y, s.vocab)
 
 
-def _add_to_weight(h: Tensor, columns: Tensor, scales: Tensor, dw: Tensor, first: bool) -> None:
-    """dw [V, D] <- (or += unless ``first``) E8ᵀ (scales ⊙ h)8, tokens of both in the order of E8T."""
+def _add_to_weight(h: Tensor, columns: Tensor, r: Tensor, dw: Tensor, first: bool) -> None:
+    """dw [V, D] <- (or += unless ``first``) E8ᵀ (r ⊙ h)8, tokens of both in the order of E8T."""
     hidden = h.shape[1]
-    top = largest(h, scales)
+    top = largest(h, r)
     h8 = h.new_empty((hidden, columns.shape[1]), dtype=FLOAT8)
-    transposed_float8(h, top, h8, scales, tokens=True)
-    scale = top / LARGEST_SCALE
+    transposed_float8(h, top, h8, r, tokens=True)
+    scale = top / LARGEST_E4M3
     if first:
         float8_product(columns, h8, scale, dw)
         return
