@@ -226,7 +226,7 @@ _PARTS: dict[str, tuple[Implementation, Implementation, tuple[Implementation, Im
     "head_loss": (_head_loss, fakes.fake_head_loss, autograd.HEAD_LOSS),
 }
 for _name, (_implementation, _fake, (_setup, _backward)) in _PARTS.items():
-    _implementation = ranges.ranged(_name, SCHEMAS[_name], _implementation)
+    _implementation = ranges.ranged(_name, ranges.operands_named(SCHEMAS[_name]), _implementation)
     torch.library.define(f"fusedhead::{_name}", SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"fusedhead::{_name}", "default", _implementation)
     torch.library.register_fake(f"fusedhead::{_name}", _fake)

@@ -46,16 +46,28 @@ def profiling() -> bool:
     return getattr(profiler, "_is_profiler_enabled", False)
 
 
-def ranged(op: str, schema: str, implementation: AnyFunction) -> AnyFunction:
-    """Wrap the implementation of an op, which then has a name where names are recorded, with the sizes of h and w."""
+# The arguments of an op -> its hidden states [N, D] and its weight [V, D].
+FindOperands = Callable[[tuple[Any, ...]], tuple[torch.Tensor, torch.Tensor]]
+
+
+def operands_named(schema: str) -> FindOperands:
+    """The arguments h and w of a schema."""
     arguments, _, _ = schema.partition("->")
     names = [argument.partition("=")[0].split()[-1] for argument in arguments.strip(" ()").split(",")]
     at_h, at_w = names.index("h"), names.index("w")
+    return lambda args: (args[at_h], args[at_w])
+
+
+def ranged(op: str, operands: FindOperands, implementation: AnyFunction) -> AnyFunction:
+    """Wrap the implementation of an op, which then has a name where names are recorded, with the sizes of h and w."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not (profiling() or recording(args[at_h])):
+        if not profiling() and not history_enabled():
             return implementation(*args, **kwargs)
-        name = range_name(op, args[at_h].shape[0], *args[at_w].shape)
+        h, w = operands(args)
+        if not (profiling() or recording(h)):
+            return implementation(*args, **kwargs)
+        name = range_name(op, h.shape[0], *w.shape)
         with torch.profiler.record_function(name):
             return frame(name)(implementation, args, kwargs)
 

@@ -32,7 +32,7 @@ from fusedhead.kernels.contract import (
     RowGrads,
     stat_dtype,
 )
-from fusedhead.lowering import fakes, ops, shards
+from fusedhead.lowering import fakes, ops, ranges, shards
 from fusedhead.lowering.autograd import HEAD_LOSS, HEAD_OPERANDS, split_at
 from fusedhead.lowering.checks import head_of, parse_stats
 from fusedhead.lowering.engines import engine_for
@@ -146,6 +146,7 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple:
 
 
 torch.library.define("fusedhead::shard_loss", SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-torch.library.impl("fusedhead::shard_loss", "default", _shard_loss)
+_ranged = ranges.ranged("shard_loss", ranges.operands_named(SCHEMA), _shard_loss)
+torch.library.impl("fusedhead::shard_loss", "default", _ranged)
 torch.library.register_fake("fusedhead::shard_loss", _fake)
 torch.library.register_autograd("fusedhead::shard_loss", _backward, setup_context=HEAD_LOSS[0])

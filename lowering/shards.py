@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedhead.kernels.contract import DIFFERENTIABLE_STATS, SAVED_STATS, STATS, stat_dtype, with_companions
-from fusedhead.lowering import fakes, ops, shard_autograd
+from fusedhead.lowering import fakes, ops, ranges, shard_autograd
 from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE
 from fusedhead.lowering.checks import LabelOutOfRange, parse_stats
 from fusedhead.lowering.shard_merge import SHARD_MISMATCH, Part, ShardMismatch, gathered, gathered_parts, merged
@@ -253,6 +253,7 @@ def _never(ctx: Any, d: Tensor) -> NoReturn:
     raise AssertionError("whole_vocab stands for a weight while a graph is read, and is never run")
 
 
+_HEADS = ("shard_stats", "shard_stats_backward")  # those that compute one
 _PARTS: dict[str, Any] = {
     "shard_stats": (_shard_stats, _stats_fake, shard_autograd.SHARD_STATS),
     "shard_stats_backward": (_shard_stats_backward, _backward_fake, DIFFERENTIATED_ONCE),
@@ -260,6 +261,8 @@ _PARTS: dict[str, Any] = {
     "whole_vocab": (_whole_vocab, _whole_fake, (_setup_nothing, _never)),
 }
 for _name, (_implementation, _fake, _gradient) in _PARTS.items():
+    if _name in _HEADS:
+        _implementation = ranges.ranged(_name, ranges.operands_named(SHARD_SCHEMAS[_name]), _implementation)
     torch.library.define(f"fusedhead::{_name}", SHARD_SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"fusedhead::{_name}", "default", _implementation)
     torch.library.register_fake(f"fusedhead::{_name}", _fake)

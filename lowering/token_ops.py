@@ -23,6 +23,7 @@ from torch import Tensor
 from fusedhead.kernels.tokenwise import engine as tokenwise_engine
 from fusedhead.kernels.tokenwise.compilation import above_autograd_keys
 from fusedhead.kernels.tokenwise.program import read, run
+from fusedhead.lowering import ranges
 from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE, scaled, upstream_scale
 from fusedhead.lowering.ops import without_autocast
 from fusedhead.lowering.plan.tokenwise import RowPlan, row_plan
@@ -34,6 +35,18 @@ TOKEN_SCHEMAS = {
     "Tensor[]? products=None) -> Tensor[]",
     "head_rows_loss": "(Tensor[] tensors, Tensor[] coefficients, str program, int memory, bool[] needs) -> Tensor[]",
 }
+
+
+def _first_head(schema: str) -> ranges.FindOperands:
+    """The operands of the first head of a program, from the arguments of an op."""
+    names = [argument.split()[1] for argument in schema.partition(" ->")[0].strip("()").split(", ")]
+    at_tensors, at_program = names.index("tensors"), names.index("program")
+
+    def operands(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        h, w = tokenwise_engine.head_inputs(read(args[at_program]))[0]
+        return args[at_tensors][h], args[at_tensors][w]
+
+    return operands
 
 
 def windows_of(tensors: Sequence[Tensor], program: str, memory: int, tokens: int) -> RowPlan:
@@ -179,6 +192,7 @@ for _name, _run, _fake, _autograd in (
     ("head_rows_backward", _rows_backward, _rows_backward_fake, DIFFERENTIATED_ONCE),
     ("head_rows_loss", _rows_loss, _rows_loss_fake, (_setup_loss, _backward_loss)),
 ):
+    _run = ranges.ranged(_name, _first_head(TOKEN_SCHEMAS[_name]), _run)
     torch.library.define(f"fusedhead::{_name}", TOKEN_SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"fusedhead::{_name}", "default", _run)
     torch.library.register_fake(f"fusedhead::{_name}", _fake)

@@ -267,8 +267,8 @@ def test_kept_products_spare_the_second_one_of_every_head_and_change_nothing(
     limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, counts, seen = [], [], []
-    product = tokenwise_engine.product
-    monkeypatch.setattr(tokenwise_engine, "product", lambda *given: seen.append(0) or product(*given))
+    product = tokenwise_engine.head_product
+    monkeypatch.setattr(tokenwise_engine, "head_product", lambda *given: seen.append(0) or product(*given))
     for below in (0, limit * 2 * 4 * V):
         torch.manual_seed(0)
         tensors = inputs()
@@ -281,3 +281,12 @@ def test_kept_products_spare_the_second_one_of_every_head_and_change_nothing(
     for a, b in zip(*found):
         torch.testing.assert_close(a, b)
     assert counts == [2, 2]  # of the backward sweep alone, where nothing is kept; else of the forward sweep alone
+
+
+def test_the_profiler_shows_a_range_with_the_sizes_of_the_first_head() -> None:
+    tensors = inputs()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = torch.ops.fusedhead.head_rows(tensors, DIVERGENCE, 0, 0)[0]
+        out.sum().backward()
+    names = {event.key.split(" ")[0] for event in profile.key_averages() if f" N={N} " in event.key}
+    assert names == {"fusedhead::head_rows", "fusedhead::head_rows_backward"}
