@@ -6,6 +6,7 @@ It must not know what is tested.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import tempfile
@@ -51,6 +52,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = group(item.nodeid)
         if name is not None:
             item.add_marker(pytest.mark.xdist_group(name))
+
+
+@pytest.fixture(autouse=True)
+def the_package_s_log_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that reads the log hears it, whatever a test before it has done to the logger."""
+    log = logging.getLogger("fusedhead")
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "disabled", False)
 
 
 def pytest_collection_finish() -> None:

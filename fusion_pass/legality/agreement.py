@@ -64,7 +64,8 @@ def ranks_apart(store: Any, key: str, rank: int, ranks: int) -> bool:
     for other in range(ranks):
         if other != rank and store.check([f"waits/{other}"]):
             waits = store.get(f"waits/{other}").decode()
-            if waits and waits != key and said(store, waits, NO) == NO:
+            # another rank goes on when this head has been answered, so that is looked at behind what it waits for
+            if waits and waits != key and not store.check([key]) and said(store, waits, NO) == NO:
                 return True
     return False
 

@@ -55,6 +55,7 @@ def on_ranks(function: str, ranks: int, timeout: int = TIMEOUT) -> list[Any]:
 def rank_main(function: str, ranks: int, rank: int, folder: str, timeout: int) -> None:
     store = dist.FileStore(os.path.join(folder, "store"), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout // 5))
+    torch.set_num_threads(1)  # a fork leaves torch's pool of threads to whoever asks first, and two may
     module, name = function.split(":")
     found = getattr(import_module(module), name)()
     torch.save(found, os.path.join(folder, f"{rank}.pt"))

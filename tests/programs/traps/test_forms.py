@@ -88,7 +88,7 @@ def test_a_gradient_only_consumer_of_the_logits_is_left_alone() -> None:
         z = F.linear(h, w)
         return LargestLogit.apply(F.cross_entropy(z, y), z)
 
-    left(program, hidden(6, D), weight(), labels(6), because="autograd_function_apply")
+    left(program, hidden(6, D), weight(), labels(6), because="autograd.Function with a backward of its own")
 
 
 @LEAF
