@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.capabilities import gathered_along_classes, hook_op
+from tests.capabilities import gathered_along_classes
 from tests.programs.claims import B, D, T, V, compiled, hidden, labels, left, right, unseen, weight
 
 # Dynamo looks at .grad of what crosses a graph break
@@ -98,7 +98,7 @@ def test_a_hook_on_the_logits_is_left_alone() -> None:
         z.register_hook(lambda g: g * 2)
         return F.cross_entropy(z, y)
 
-    left(program, hidden(6, D), weight(), labels(6), because=f"{hook_op()} takes the logits")
+    left(program, hidden(6, D), weight(), labels(6), because="takes the logits")
 
 
 @LEAF
