@@ -217,6 +217,7 @@ for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
         try:
+            torch.set_num_threads(1)  # a fork leaves torch's pool of threads to whoever asks first, and two may
             child(*given)
         except BaseException:
             import traceback

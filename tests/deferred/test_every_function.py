@@ -120,6 +120,7 @@ def difference(at: int, name: str, call: Call, forwards: Any, x: Tensor, say: Ca
 
 
 def run_from(first: int, calls: list[tuple[str, Call]], forwards: Any, x: Tensor, pipe: Any) -> None:
+    torch.set_num_threads(1)  # a fork leaves torch's pool of threads to whoever asks first, and two may
     for at in range(first, len(calls)):
         pipe.send((at, difference(at, *calls[at], forwards, x, pipe.send)))
 
