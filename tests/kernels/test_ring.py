@@ -11,17 +11,14 @@ import torch
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 gluon = pytest.importorskip("triton.experimental.gluon", reason="pairs are written in Gluon")
 
-import float8_sweep  # noqa: E402
 from gluon_on_cpu import Descriptor, on_cpu, run  # noqa: E402
 
 from fusedhead.kernels.contract import Head  # noqa: E402
 from fusedhead.kernels.transform.transform import parse  # noqa: E402
 from fusedhead.kernels.triton_engine.device import rows, schedule  # noqa: E402
-from fusedhead.kernels.triton_engine.float8.exponentials import Tail, padded  # noqa: E402
 from fusedhead.kernels.triton_engine.gluon import (  # noqa: E402
     dlogits,
     exponentials,
-    float8_exponentials,
     ring,
     statistics,
     tile,
@@ -32,7 +29,7 @@ from fusedhead.kernels.triton_engine.rows.label_map import map_labels  # noqa: E
 from fusedhead.kernels.triton_engine.rows.merge import merge_statistics  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # rows past the end
-MODULES = (ring, tile, exponentials, float8_exponentials, statistics, dlogits, rows, schedule)
+MODULES = (ring, tile, exponentials, statistics, dlogits, rows, schedule)
 L2E = 1.4426950408889634
 SHAPES = (  # tokens, vocabulary, hidden, token blocks side by side, stages, labels
     (200, 500, 200, 1, 4, 1),  # a tile and a token block that are not whole, a step over D too
@@ -73,43 +70,6 @@ def test_exponentials_their_sums_and_the_labels_logits(n, v, d, group, stages, k
     assert torch.allclose(picked, z.gather(1, head.y), atol=1e-5)
     padding = s.schedule.blocks * 128 - n  # rows past the end count as logits of zero relative to nothing
     assert part.sum().item() == pytest.approx(e.double().sum().item() + padding * v, rel=1e-5)
-
-
-@pytest.mark.parametrize(("n", "v", "d", "group", "stages", "k"), SHAPES)
-@pytest.mark.parametrize("marked", [False, True])
-def test_exponentials_in_float8_by_rows_and_by_columns(n, v, d, group, stages, k, marked):
-    head = made(n, v, d, k)
-    head.h[5] = float("nan")  # is marked everywhere, and stays in its row
-    s, bound, programs = swept("exp8", head, group, stages)
-    ref2 = torch.linspace(-9, 2, n)
-    labels = map_labels(s, head.y) if k else head.y
-    flags = torch.arange(s.schedule.blocks, dtype=torch.int32) % 2
-    tails, sums, logits = [], [], []
-    for _ in range(2):
-        by_rows = torch.full((padded(n, 128), padded(v, 64)), 1.0).to(torch.float8_e4m3fn)
-        by_columns = torch.full((padded(v, 64), padded(n, 128) + 128), 1.0).to(torch.float8_e4m3fn)
-        tails.append(Tail(by_rows, by_columns, torch.zeros(n, -(-v // 192), dtype=torch.uint8)))
-        logits.append(torch.zeros(n, k))
-        sums.append(torch.zeros(1, s.schedule.size))
-    tail = tails[0]
-    own = {"ld": tail.rows.stride(0), "ldt": tail.columns.stride(0), "tiles": tail.hot.shape[1], "ONLY": marked}
-    with on_cpu(*MODULES):
-        bytes_of = (x.view(torch.uint8) for x in tail)
-        of = (Descriptor(head.h), Descriptor(head.w), *bytes_of)
-        rest = (head.y, labels, flags, ref2, logits[0], sums[0])
-        run(float8_exponentials.float8_exp_pair_kernel, programs, (*of, *rest), bound | own)
-    float8_sweep.float8_exponentials(
-        s, head, tails[1], ref2, logits[1], sums[1], labels if k else None, flags if marked else None
-    )
-    for name, a, b in zip(Tail._fields[:2], *tails):
-        a, b = a.float(), b.float()
-        assert torch.equal(a.signbit(), b.signbit()), name
-        assert torch.allclose(a, b, rtol=2**-3, atol=2**-9), name  # a logit's last bit may tip a rounding
-        assert (a != b).float().mean() < 1e-3, name
-    assert torch.equal(tails[0].hot, tails[1].hot)
-    assert torch.allclose(logits[0], logits[1], atol=1e-5, equal_nan=True)
-    total = sums[1].nansum(dtype=torch.float64).item()  # rows past the end count nothing
-    assert sums[0].nansum(dtype=torch.float64).item() == pytest.approx(total, rel=1e-5)
 
 
 def test_only_marked_token_blocks_are_done_again():
