@@ -7,25 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusedhead.deferred.graph_outputs import DeferredLogits
 from tests.eager_stack import Rewritten
-
-B, T, D, V = 4, 16, 16, 1024
-MASK_CLASS = V - 1
-X0 = torch.randint(0, V - 1, (B, T), generator=torch.Generator().manual_seed(1))
-XT = torch.where(torch.rand(B, T, generator=torch.Generator().manual_seed(2)) < 0.5, MASK_CLASS, X0)
-
-
-class Model(nn.Module):
-    def __init__(self, after: Callable[[Tensor], Tensor] = lambda z: z) -> None:
-        super().__init__()
-        self.mix, self.head, self.after = nn.Linear(D, D), nn.Linear(D, V), after
-        self.offset = nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.head(torch.tanh(self.mix(x))))
+from tests.rules.diffusion import MASK_CLASS, X0, XT, B, D, Model, T, V, gradients
 
 
 def loss(z: Tensor) -> Tensor:
@@ -111,10 +97,6 @@ def subs(z: Tensor) -> Tensor:
     z[unmasked] = -1000000.0
     z[unmasked, XT[unmasked]] = 0
     return -(torch.gather(z, -1, X0[:, :, None]).squeeze(-1) * 0.7).sum() / X0.numel()
-
-
-def gradients(model: nn.Module, value: Tensor) -> list[Tensor | None]:
-    return [value.detach(), *torch.autograd.grad(value, list(model.parameters()), allow_unused=True)]
 
 
 @pytest.mark.parametrize("after", FUSED + OTHERS)
