@@ -23,11 +23,11 @@ from collections.abc import Callable, Iterable
 from math import ceil, log2
 from typing import NamedTuple
 
+from benchmarks.arrangements import ARRANGEMENTS, MERGES, Arrangement, Collective
 from benchmarks.shapes import Case, parse
 from fusedhead.report.rates import chip_named
 
 RANKS = tuple(2**k for k in range(11))  # 1 ... 1,024
-WIDE = 4  # bytes of a float32
 SHAPES = "8192x8192x128256,16384x4096x256000"
 
 
@@ -47,21 +47,6 @@ class Network(NamedTuple):
         return self.inside if ranks <= self.node else self.between
 
 
-class Collective(NamedTuple):
-    kind: str  # a key of SCHEDULES
-    nbytes: float  # of the whole tensor: what an all_gather gives, what a reduce_scatter takes
-    backward: bool = False
-
-
-class Arrangement(NamedTuple):
-    """One way to share the work of a head's step among ranks: a rank has 1/w of the classes, or of the tokens."""
-
-    products: int  # of 2 N D V / w operations on a rank
-    vocab: bool  # whether classes are shared; else tokens
-    collectives: Callable[[Case, int], tuple[Collective, ...]]  # by the number of ranks
-    about: str
-
-
 # kind: (steps, times that the whole tensor's bytes are sent by a rank), by the number of ranks
 Schedule = Callable[[int], tuple[float, float]]
 SCHEDULES: dict[str, tuple[Schedule, ...]] = {
@@ -72,101 +57,6 @@ SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     "all_gather": (lambda w: (w - 1, (w - 1) / w),),
     "reduce_scatter": (lambda w: (w - 1, (w - 1) / w),),
 }
-
-
-# How the row statistics of a cross-entropy can be merged, float32: the maximum of [N] lse and then the sum of [2, N]
-# exponentials and labels' logits; or what every rank has, lse in two numbers and labels' logits, handed to all of them.
-MERGES: dict[str, Callable[[Case, int], tuple[Collective, ...]]] = {
-    "two all-reduces": lambda c, w: (
-        Collective("all_reduce", WIDE * c.tokens), Collective("all_reduce", 2 * WIDE * c.tokens),
-    ),
-    "one all-gather": lambda c, w: (Collective("all_gather", 3 * WIDE * c.tokens * w),),
-}  # fmt: skip
-MERGE = "one all-gather"  # what the package does
-
-
-def statistics(case: Case, ranks: int) -> tuple[Collective, ...]:
-    return MERGES[MERGE](case, ranks)
-
-
-def of_a_group(case: Case, ranks: int) -> tuple[Collective, ...]:
-    """The same where ranks first say how many classes they have, and what they were asked for, in 16 bytes each."""
-    return Collective("all_gather", 16 * ranks), *statistics(case, ranks)
-
-
-def of_even_shards(case: Case, ranks: int) -> tuple[Collective, ...]:
-    """The same where the windows' lse are gathered first; all windows as one collective."""
-    said, *merge = of_a_group(case, ranks)
-    return said, Collective("all_gather", WIDE * case.tokens * ranks), *merge
-
-
-def three_reductions(case: Case, ranks: int) -> tuple[Collective, ...]:
-    """What ``loss_parallel()`` sends: maximum, sum of exponentials and labels' log-probabilities, [N] float32 each."""
-    return (Collective("all_reduce", WIDE * case.tokens),) * 3
-
-
-def hidden(case: Case, itemsize: int | None = None) -> int:
-    """Bytes of [N, D]."""
-    return case.tokens * case.hidden * (itemsize or case.torch_dtype.itemsize)
-
-
-def weight(case: Case) -> int:
-    """Bytes of [V, D]."""
-    return case.vocab * case.hidden * case.torch_dtype.itemsize
-
-
-ARRANGEMENTS: dict[str, Arrangement] = {
-    "group=": Arrangement(
-        4, True, lambda c, w: (*of_a_group(c, w), Collective("all_reduce", hidden(c, WIDE), True)),
-        "hidden states whole on every rank, dH summed in float32",
-    ),
-    "group=, vocab_size": Arrangement(
-        3, True, lambda c, w: (*of_even_shards(c, w), Collective("all_reduce", hidden(c, WIDE))),
-        "the same where the shards are even: the lse of a window of tokens is gathered before its gradient products",
-    ),
-    "group=, dH in its dtype": Arrangement(
-        4, True, lambda c, w: (*of_a_group(c, w), Collective("all_reduce", hidden(c), True)),
-        "the same, dH summed in its own dtype",
-    ),
-    "sequence parallel": Arrangement(
-        4, True,
-        lambda c, w: (
-            Collective("all_gather", hidden(c)), *statistics(c, w), Collective("reduce_scatter", hidden(c, WIDE), True),
-        ),
-        "tokens of the hidden states shared by the ranks, gathered before the head; dH scattered in float32",
-    ),
-    "loss_parallel": Arrangement(
-        3, True, lambda c, w: (*three_reductions(c, w), Collective("all_reduce", hidden(c), True)),
-        "torch's loss_parallel(): [N, V/w] logits exist on each rank",
-    ),
-    "loss_parallel, sequence parallel": Arrangement(
-        3, True,
-        lambda c, w: (
-            Collective("all_gather", hidden(c)), *three_reductions(c, w), Collective("reduce_scatter", hidden(c), True),
-        ),
-        "the same with tokens shared",
-    ),
-    "logits gathered": Arrangement(
-        3, True,
-        lambda c, w: (
-            Collective("all_gather", c.tokens * c.vocab * c.torch_dtype.itemsize),
-            Collective("all_reduce", hidden(c), True),
-        ),
-        "ColwiseParallel with output Replicate where nothing is fused: [N, V] logits on every rank",
-    ),
-    "data parallel": Arrangement(
-        3, False, lambda c, w: (Collective("all_reduce", weight(c), True),),
-        "DDP: every rank has all classes and 1/w of the tokens; dW summed in its own dtype",
-    ),
-    "fully sharded": Arrangement(
-        3, False,
-        lambda c, w: (
-            Collective("all_gather", weight(c)), Collective("all_gather", weight(c), True),
-            Collective("reduce_scatter", weight(c), True),
-        ),
-        "FSDP2, resharded after the forward: all classes gathered twice, dW scattered",
-    ),
-}  # fmt: skip
 
 
 def sent(collective: Collective, ranks: int) -> float:

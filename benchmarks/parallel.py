@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks import cost_model, data, errors, machine, measure, ranks, shapes, tasks
+from benchmarks import arrangements, cost_model, data, errors, machine, measure, ranks, shapes, tasks
 from benchmarks.head import reason
 from benchmarks.parallel_heads import CONTENDERS, ONE, Contender, Shard, shard_of
 from benchmarks.parallel_report import Row, markdown, table
@@ -158,7 +158,7 @@ def fill(run: Run, case: shapes.Case, rows: list[Row], times: dict[str, list[flo
         arrangement = CONTENDERS[row.contender].arrangement
         if arrangement is None:
             continue
-        model = cost_model.ARRANGEMENTS[arrangement]
+        model = arrangements.ARRANGEMENTS[arrangement]
         sent = model.collectives(case, row.ranks)
         row.bytes_a_token = sum(cost_model.sent(each, row.ranks) for each in sent) / case.tokens
         row.model_wire_ms = 1e3 * cost_model.wire(sent, row.ranks, run.network.link(row.ranks)) if row.wire else 0.0
@@ -181,7 +181,7 @@ def measured_link(run: Run) -> None:
             {
                 "bytes": nbytes,
                 "us": 1e6 * spent,
-                "model_us": 1e6 * cost_model.seconds(cost_model.Collective(kind, nbytes), count, link),
+                "model_us": 1e6 * cost_model.seconds(arrangements.Collective(kind, nbytes), count, link),
             }
             for nbytes, spent in each
         ]
@@ -253,7 +253,7 @@ def predictions(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for case in shapes.parse(run.given.shapes):
         chip = cost_model.given_chip(run.given, case.dtype)
-        for name in cost_model.ARRANGEMENTS:
+        for name in arrangements.ARRANGEMENTS:
             each = {w: cost_model.predict(case, name, w, chip, run.network) for w in cost_model.RANKS}
             found.setdefault(case.text, {})[name] = {w: one._asdict() for w, one in each.items()}
     return found

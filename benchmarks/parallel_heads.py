@@ -55,7 +55,7 @@ Make = Callable[[Shard], Step]
 
 class Contender(NamedTuple):
     make: Make
-    arrangement: str | None  # of `cost_model.ARRANGEMENTS`; None where nothing is sent
+    arrangement: str | None  # of `arrangements.ARRANGEMENTS`; None where nothing is sent
     about: str
     compiled: bool = False
     unsent: bool = False  # whether it runs where nothing is sent, on one of so many ranks

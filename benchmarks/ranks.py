@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.cost_model import SCHEDULES, Collective, Link
+from benchmarks.arrangements import Collective
+from benchmarks.cost_model import SCHEDULES, Link
 from benchmarks.measure import Step, turn
 
 TIMEOUT = timedelta(seconds=180)  # one rank may compile longer than another

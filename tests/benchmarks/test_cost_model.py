@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import cost_model
-from benchmarks.cost_model import ARRANGEMENTS, RANKS, Chip, Collective, Link, Network
+from benchmarks.arrangements import ARRANGEMENTS, MERGES, Collective
+from benchmarks.cost_model import RANKS, Chip, Link, Network
 from benchmarks.shapes import Case
 
 CASE = Case(8192, 4096, 128000)
@@ -97,7 +98,7 @@ def test_without_a_wire_efficiency_is_that_of_the_products(name: str) -> None:
 
 
 def test_a_merge_by_one_gather_sends_more_and_waits_less_where_ranks_are_few() -> None:
-    two, one = (lambda w, name=name: cost_model.MERGES[name](CASE, w) for name in ("two all-reduces", "one all-gather"))
+    two, one = (lambda w, name=name: MERGES[name](CASE, w) for name in ("two all-reduces", "one all-gather"))
     for ranks in (2, 8, 64):
         assert sum(cost_model.sent(each, ranks) for each in one(ranks)) == 12 * CASE.tokens * (ranks - 1)
         assert sum(cost_model.sent(each, ranks) for each in two(ranks)) == pytest.approx(

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import cost_model, parallel, parallel_report, ranks
+from benchmarks import arrangements, cost_model, parallel, parallel_report, ranks
 from benchmarks.parallel_heads import CONTENDERS, ONE
 from benchmarks.parallel_report import Row
 from benchmarks.shapes import parse
@@ -54,7 +54,7 @@ def test_what_is_timed_is_right(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["group=", "group=, vocab_size", "group=, dH in its dtype"])
 def test_the_cost_model_s_collectives_are_those_that_the_function_calls(name: str) -> None:
-    modelled = cost_model.ARRANGEMENTS[name].collectives(CASE, 2)
+    modelled = arrangements.ARRANGEMENTS[name].collectives(CASE, 2)
     called = [(kind, nbytes) for kind, nbytes in rows()[name].collectives]
     if name == "group=, vocab_size":  # on a CPU the lse of a window is float64
         called[1] = (called[1][0], called[1][1] // 2)
@@ -67,7 +67,7 @@ def test_the_cost_model_s_collectives_are_those_that_the_function_calls(name: st
 @pytest.mark.parametrize("sequence", [False, True])
 def test_the_cost_model_s_collectives_of_loss_parallel_are_torch_s(sequence: bool) -> None:
     name = "loss_parallel, sequence parallel" if sequence else "loss_parallel"
-    modelled = cost_model.ARRANGEMENTS[name].collectives(CASE, 2)
+    modelled = arrangements.ARRANGEMENTS[name].collectives(CASE, 2)
     for rank in launched():
         called = rank["loss_parallel"][sequence]
         assert [ranks.KINDS[kind] for kind, _ in called] == [one.kind for one in modelled]
