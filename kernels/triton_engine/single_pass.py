@@ -136,9 +136,9 @@ def one_pass(
             row_total = None if total is None else rows_of(total, i)
             row_spread = None if spread is None else rows_of(spread, i)
             sums = (row_total, row_spread, weight)
-            if other_columns is not None:  # the lse of the columns here; the scale goes over a copy of the reference
-                apart = (reference2.clone(), row_picked, slope, totals)
-                finalize(s, part, exps, *apart, RowGrads(), row_lse, row_low, None, None, None, None, gain, tie)
+            if other_columns is not None:  # the lse of the columns here
+                unread, none = torch.empty_like(reference2), (None, None, None, None)
+                finalize(s, part, exps, *rows, RowGrads(), row_lse, row_low, *none, gain, tie, scale=unread)
                 other_lse = (other_columns(i, row_lse) * LOG2E.value).contiguous()
                 row_lse, row_low = torch.empty_like(row_lse), torch.empty_like(row_low)
             scale = finalize(s, part, exps, *rows, c, row_lse, row_low, *sums, sh, gain, tie, other_lse)

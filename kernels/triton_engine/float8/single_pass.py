@@ -94,10 +94,9 @@ def one_float8_pass(head: Head, coefficients: RowGrads, windows: Windows) -> tup
                 totals = new((1, s.schedule.size), dtype=torch.float32)
                 ref2, row_picked, row_lse = new(m, dtype=torch.float32), rows_of(picked, at), rows_of(lse, at)
                 gain, counts = _swept(s, some, tail, ref2, levels[i], row_picked, totals)
-                apart = ref2.clone()  # the scale is written over it, and the list reads the reference afterwards
                 scale = finalize(
-                    s, some, rows8.view(torch.bfloat16), apart, row_picked, row_picked, totals, c._replace(picked=None),
-                    row_lse, rows_of(lse_low, at), None, None, None, None, 1.0, tie,
+                    s, some, rows8.view(torch.bfloat16), ref2, row_picked, row_picked, totals, c._replace(picked=None),
+                    row_lse, rows_of(lse_low, at), None, None, None, None, 1.0, tie, scale=torch.empty_like(ref2),
                 )  # fmt: skip
                 row_r = torch.div(scale, gain, out=r[i])
                 ends = _list(tail, some, scale, c, counts, listed, i.start)

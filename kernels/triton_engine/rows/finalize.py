@@ -50,7 +50,7 @@ def finalize_kernel(
     weight,  # [] float32 when SUM and HAS_U: Σ u
     sum_out,  # [N] float32, out when SUM
     spread_out,  # [N] float32, out when SUM
-    scale,  # [N] float32, out: s · (row part of dT/dz); the memory of ref2
+    scale,  # [N] float32, out: s · (row part of dT/dz); may be the memory of ref2
     sh,  # [N, D] dtype of h, out when NEED_W
     tie,  # [] float32, out: -0.0
     N,
@@ -169,7 +169,7 @@ def finalize_kernel(
     index = row + tl.zeros((1,), tl.int32)
     vectors = Vectors(rows, 0, 0, rows, stride_rows, N)
     s = s * tl.sum(row_slope(vectors, index, STEPS), 0)
-    tl.debug_barrier()  # every warp has read the reference, which lies where the scale is written
+    tl.debug_barrier()  # every warp has read the reference, which may lie where the scale is written
     tl.store(scale + row, s)
     if NEED_W:
         for d in range(0, D, INNER):
@@ -217,16 +217,18 @@ def finalize(
     gain: float,
     tie: Tensor,
     others: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Row results, the target entries, and tie [] <- -0.0; returns scale [N] float32 with dz = scale ⊙ window.
 
-    The scale is written over ``ref2``: each program reads the reference of its row before, and nobody reads it after.
+    The scale is written over ``ref2`` unless ``scale`` [N] float32 is given, for callers that read the reference after.
 
     ``total`` and ``spread`` [N] <- Σ u z and Σ u (lse - z); ``weight`` [] is Σ u where there is u.
     ``others`` [N] float32: the base-2 lse of columns that are not in the window.
     """
     c_lse, c_picked, c_square = coefficients.lse, coefficients.picked, coefficients.square
     given = (c_lse is not None, c_picked is not None, c_square is not None, others is not None)
+    scale = ref2 if scale is None else scale
     launch = _launch(s, given, total is not None, sh is not None, window.stride(0), gain)
     launch.run(
         part=part,
@@ -246,8 +248,8 @@ def finalize(
         weight=weight,
         sum_out=total,
         spread_out=spread,
-        scale=ref2,
+        scale=scale,
         sh=sh,
         tie=tie,
     )
-    return ref2
+    return scale
