@@ -2,7 +2,7 @@
 
 While a profiler runs, each op opens a range, ``fusedhead::head_loss lm_head N=8192 D=4096 V=128256``. While the memory
 history is recorded, the op is called through a frame of that name, which appears in the stack of each allocation.
-Otherwise an op only reads two flags on a GPU, one elsewhere. An op does not know its module: `remember` registers the
+Otherwise an op only reads two flags. An op does not know its module: `remember` registers the
 modules by the weight's sizes when a graph is compiled.
 """
 
@@ -36,9 +36,9 @@ def never() -> bool:
 history_enabled: Callable[[], bool] = getattr(torch._C, "_cuda_isHistoryEnabled", never)
 
 
-def recording(operand: torch.Tensor) -> bool:
-    """Whether the memory history of the operand's device is recorded. Reading it raises where CUDA has no driver."""
-    return operand.is_cuda and history_enabled()
+def recording() -> bool:
+    """Whether memory history is recorded. Reading that raises where CUDA has no driver, so CUDA is asked for first."""
+    return torch.cuda.is_initialized() and history_enabled()
 
 
 def profiling() -> bool:
@@ -62,9 +62,9 @@ def ranged(op: str, operands: FindOperands, implementation: AnyFunction) -> AnyF
     """Wrap the implementation of an op, which then has a name where names are recorded, with the sizes of h and w."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        h, w = operands(args)
-        if not (profiling() or recording(h)):
+        if not (profiling() or recording()):
             return implementation(*args, **kwargs)
+        h, w = operands(args)
         name = range_name(op, h.shape[0], *w.shape)
         with torch.profiler.record_function(name):
             return frame(name)(implementation, args, kwargs)
