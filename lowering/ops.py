@@ -16,7 +16,7 @@ With ``keep`` such a call keeps the product h wᵀ for its backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ _UPSTREAM = ", ".join(f"Tensor g_{name}" for name in DIFFERENTIABLE_STATS)
 _SAVED = ", ".join(f"Tensor {name}" for name in SAVED_STATS)
 _LOSS = ", ".join(f"Tensor {name}" for name in LOSS_OUTPUTS)
 _COEFFICIENTS = ", ".join(f"Tensor c_{name}" for name in (*LINEAR_STATS, "square"))
+LOSS_STATS = (*LINEAR_STATS, *COMPANIONS)  # what `head_loss` gives
 SCHEMAS = {
     "head_stats": f"({_HEAD}, str transform, str stats, int memory{_WHOLE}, bool keep=False)"
     f" -> ({_STATS}, Tensor product)",
@@ -171,6 +172,38 @@ def _saved_stats(head: Head, stats: dict[str, Tensor]) -> RowStats:
     return RowStats(lse, **others)
 
 
+def _coefficients(given: Sequence[Tensor], want: frozenset[str], h: Tensor) -> RowGrads:
+    """The coefficients of the linear statistics and of the squared lse, as engines take them; empty ones are absent.
+
+    A sum that is wanted without a coefficient gets zeros: engines compute it beside one.
+    """
+    c_lse, c_picked, c_sum, c_square = map(_none_if_empty, given)
+    if want & {"sum", "spread"} and c_sum is None:
+        c_sum = h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype))
+    return RowGrads(c_lse, c_picked, c_sum, square=c_square)
+
+
+def _loss_problem(head: Head, needs: Needs, c: RowGrads, float8: bool = False) -> Problem:
+    """A loss that is linear in the statistics, as the planner sees it."""
+    preferred = engine_for(head.h.dtype, head.h.device.type)
+    row_scale = preferred.row_scale_serves(head, c, needs)
+    return _problem(
+        head, needs, linear=True, row_scale=row_scale, explicit=not row_scale, sums=c.sum is not None,
+        float8=float8 and preferred.float8_serves(head),
+    )  # fmt: skip
+
+
+def _loss_outputs(
+    h: Tensor, want: frozenset[str], stats: Mapping[str, Tensor | None], grads: Sequence[Tensor], tie: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The results of `head_loss` in the order of its schema: statistics by name, gradients, and the tie."""
+    given = with_companions(want | {"lse"})
+    results = {name: _empty_if_absent(stats.get(name) if name in given else None, h) for name in LOSS_STATS}
+    results |= zip(("dh", "dw", "dcols", "drows"), grads)
+    results["tie"] = h.new_full((), -0.0, dtype=stat_dtype(h.dtype)) if tie is None else tie
+    return tuple(results[name] for name in LOSS_OUTPUTS)
+
+
 def _head_loss(
     h: Tensor,
     w: Tensor,
@@ -193,30 +226,15 @@ def _head_loss(
     float8: bool = False,
 ) -> tuple[Tensor, ...]:
     head, want = head_of((h, w, y, cols, rows, u), transform), parse_stats(stats)
-    possible = (*LINEAR_STATS, *COMPANIONS)
-    if not want.issubset(possible):
-        names = f"{', '.join(possible[:-1])} and {possible[-1]}"
+    if not want.issubset(LOSS_STATS):
+        names = f"{', '.join(LOSS_STATS[:-1])} and {LOSS_STATS[-1]}"
         raise ValueError(f"head_loss gives {names}; {stats!r} asks for more")
     needs = Needs(need_h, need_w, need_cols, need_rows)
-    c = RowGrads(
-        _none_if_empty(c_lse), _none_if_empty(c_picked), _none_if_empty(c_sum), square=_none_if_empty(c_square)
-    )
-    if want & {"sum", "spread"} and c.sum is None:
-        c = c._replace(sum=h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype)))
-    preferred = engine_for(h.dtype, h.device.type)
-    row_scale = preferred.row_scale_serves(head, c, needs)
-    problem = _problem(
-        head, needs, linear=True, row_scale=row_scale, explicit=not row_scale, sums=c.sum is not None,
-        float8=float8 and preferred.float8_serves(head),
-    )  # fmt: skip
-    engine, windows = _chosen(problem, memory, whole_below)
+    c = _coefficients((c_lse, c_picked, c_sum, c_square), want, h)
+    engine, windows = _chosen(_loss_problem(head, needs, c, float8), memory, whole_below)
     with without_autocast(head.h.device):
         got, grads = engine.head_loss(head, c, needs, windows)
-    given = with_companions(want | {"lse"})
-    results = {name: _empty_if_absent(getattr(got, name) if name in given else None, h) for name in possible}
-    results |= zip(("dh", "dw", "dcols", "drows"), _gradients(grads, head))
-    results["tie"] = h.new_full((), -0.0, dtype=stat_dtype(h.dtype)) if got.tie is None else got.tie
-    return tuple(results[name] for name in LOSS_OUTPUTS)
+    return _loss_outputs(h, want, got._asdict(), _gradients(grads, head), got.tie)
 
 
 Implementation = Callable[..., Any]

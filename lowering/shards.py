@@ -66,6 +66,11 @@ def in_shard(y: Tensor, first: Any, classes: int) -> tuple[Tensor, Tensor]:
     return here, torch.where(here, y - first, 0)
 
 
+def class_weight(h: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    """[], the sum of the class weights u of this rank's columns; their number where there are none."""
+    return u.sum() if u.numel() else h.new_full((), float(w.shape[0]), dtype=stat_dtype(h.dtype))
+
+
 def wrong_label(y: Tensor, vocab: Any) -> Tensor:
     """[2] int32: whether a label is no class of any rank, and one that is not."""
     if not y.numel():
@@ -138,7 +143,7 @@ def _shard_stats(
         labels = gathered(y, of).movedim(0, 1).reshape(len(y), -1)
     head = (h, w, cols, rows, u)
     own = _swept(head, labels, needed, transform, memory, at)
-    weight = u.sum() if u.numel() else h.new_full((), float(w.shape[0]), dtype=stat_dtype(h.dtype))
+    weight = class_weight(h, w, u)
     parts, flags = gathered_parts(Part(weight, **own), wrong_label(y, classes), of)
     require_labels(flags, classes)
     total = merged(parts)

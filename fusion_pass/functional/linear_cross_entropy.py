@@ -118,8 +118,9 @@ def linear_cross_entropy(
         if wrong:
             refuse_with_all(wrong, h, w.shape[0], group)
         own = span(h, w.shape[0], group, (vocab_size, str(reduce_dtype), *settings))
-        first, classes = own[0], own[1]
-        if vocab_size is not None:
+        if vocab_size is None:
+            first, classes = own[0], own[1]
+        else:
             first, classes = bounds(vocab_size, dist.get_world_size(group), dist.get_rank(group))[0], vocab_size
     labels = target.reshape(-1)
     counts = labels != ignore_index
