@@ -57,7 +57,7 @@ FORMS: dict[str, list[str]] = {
         "test_a_function_transform_that_ended_before_the_head_does_not_matter",
     ],
     "quantised, eight-bit, distributed and subclass weights": [
-        "test_a_weight_that_is_a_tensor_subclass_is_left_alone", "test_a_distributed_weight_is_left_alone",
+        "test_a_weight_that_is_a_tensor_subclass_is_left_alone", "test_a_distributed_weight_is_right_fused_or_not",
         "test_a_projection_that_is_an_op_of_its_own_is_not_seen", "test_a_weight_stored_in_eight_bits_is_right",
         "test_a_sparse_or_complex_weight_is_not_seen", "test_a_product_in_another_dtype_is_left_alone",
     ],
@@ -240,7 +240,7 @@ TRAPS: dict[str, list[str]] = {
         "test_a_replaced_forward_is_what_is_called",
     ],
     "weights that are no plain tensors": [
-        "test_a_weight_that_is_a_tensor_subclass_is_left_alone", "test_a_distributed_weight_is_left_alone",
+        "test_a_weight_that_is_a_tensor_subclass_is_left_alone", "test_a_distributed_weight_is_right_fused_or_not",
     ],
     "frozen parts": ["test_frozen_parts_want_no_gradient", "test_inference_mode_is_right"],
     "shapes of a bias": [
@@ -320,7 +320,7 @@ LEFT: dict[str, list[str]] = {
     ],
     "inside `torch.func` transforms": ["test_a_head_inside_a_function_transform_is_left_with_a_sentence"],
     "DTensor and other tensor subclasses": [
-        "test_a_distributed_weight_is_left_alone", "test_a_weight_that_is_a_tensor_subclass_is_left_alone",
+        "test_a_distributed_weight_is_right_fused_or_not", "test_a_weight_that_is_a_tensor_subclass_is_left_alone",
     ],
     "where hidden states, weight or labels are written between the projection and the loss": [
         "test_a_hidden_state_changed_after_the_projection_is_not_read_again",
