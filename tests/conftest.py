@@ -60,6 +60,7 @@ def the_package_s_log_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     log = logging.getLogger("fusedhead")
     monkeypatch.setattr(log, "propagate", True)
     monkeypatch.setattr(log, "disabled", False)
+    log.setLevel(logging.WARNING)  # the fuzzers' runners set CRITICAL, for their whole process
 
 
 def pytest_collection_finish() -> None:
