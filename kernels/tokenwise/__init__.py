@@ -1,1 +1,1 @@
-"""Token programs: values that no statistic gives, computed in windows of tokens."""
+"""Token programs: functions of the logits that no row statistic expresses, computed in windows of tokens."""

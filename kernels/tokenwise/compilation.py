@@ -1,7 +1,7 @@
-"""Compiled windows of token programs: the graphs are traced once, cached, and compiled by Inductor.
+"""Compilation of token programs: a window's function is traced once per shape, cached, and compiled by Inductor.
 
-A window's function is traced for the shapes that it is first called with, gradients included, on the thread that asks.
-Threads that need the same graph wait for one of them.
+The trace includes the gradients and runs on the calling thread. Threads that need the same graph at the same time wait
+for the first of them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fusedhead.kernels.torch_engine.blocks import cuts
 
 RowFunction = Callable[..., Any]
 _MADE: dict[tuple, RowFunction] = {}
-_SEEN: set[tuple] = set()  # sizes of what whole windows leave over, by what runs on it
+_SEEN: set[tuple] = set()  # (function, size) of the last, partial windows that were met before
 _MAKING = threading.Lock()
-PIECES = 8  # of what is left over and not compiled
-MOST_MADE = 256  # programs and window shapes remembered
+PIECES = 8  # a partial window that is not compiled runs in pieces of 1 / PIECES of a whole one
+MOST_MADE = 256  # entries of _MADE and of _SEEN, which are emptied when full
 
 
 def on_a_thread(function: Callable[[], Any]) -> Any:
-    """A function's result on a thread of its own, where no dispatch key is excluded."""
+    """The function's result, computed on a new thread, where no dispatch key is excluded."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(function).result()
 
@@ -36,9 +36,9 @@ def on_a_thread(function: Callable[[], Any]) -> Any:
 def above_autograd_keys(
     function: Callable[[], Any], otherwise: Callable[[Callable[[], Any]], Any] = on_a_thread
 ) -> Any:
-    """A function's result with autograd's dispatch keys, which are excluded in an op's body: a vjp is traced with them.
+    """The function's result, computed with autograd's dispatch keys, which an op's body excludes and a vjp needs.
 
-    ``otherwise``: what runs it on a torch that has other names for what sets them.
+    ``otherwise`` runs the function on a torch whose private names for these keys differ.
     """
     try:
         keys = autograd_keys()
@@ -49,7 +49,7 @@ def above_autograd_keys(
 
 
 def autograd_keys() -> AbstractContextManager[object]:
-    """Autograd's dispatch keys again. Raises AttributeError where torch has other names for what sets them."""
+    """A context that includes autograd's dispatch keys again. Raises AttributeError where torch lacks private names."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     nothing = torch._C.DispatchKeySet.from_raw_repr(0)
     with torch._C._ForceDispatchKeyGuard(include, nothing), torch._C._AutoDispatchBelowAutograd():
@@ -62,7 +62,7 @@ def _signature(tensors: Sequence[Tensor]) -> tuple:
 
 
 def made_once(key: tuple, function: RowFunction, examples: list[Tensor], compiled: bool) -> RowFunction:
-    """`traced`, once per key and shapes; threads that ask at the same time wait."""
+    """The traced function for this key and these shapes, cached after the first call. Concurrent callers wait."""
     key = (*key, compiled, _signature(examples))
     compiled_function = _MADE.get(key)
     if compiled_function is None:
@@ -76,11 +76,11 @@ def made_once(key: tuple, function: RowFunction, examples: list[Tensor], compile
 
 
 def traced(function: RowFunction, examples: list[Tensor], compiled: bool) -> RowFunction:
-    """``function`` as a graph of ATen calls, differentiation included, compiled by Inductor where asked."""
-    examples = [t.detach() for t in examples]  # examples: what made them, and their .grad, are nobody's business
+    """``function`` as a graph of ATen calls, its differentiation included; with ``compiled`` through Inductor."""
+    examples = [t.detach() for t in examples]  # so that the trace sees neither their history nor their .grad
 
     def trace() -> Any:
-        # on this thread: the dispatch modes of whoever called the op are not entered on a device's own
+        # autograd must run on this thread: the caller's dispatch modes are not active on a device's autograd thread
         with torch.autograd.set_multithreading_enabled(False):
             return make_fx(lambda *flat: function(list(flat)))(*examples)
 
@@ -90,11 +90,11 @@ def traced(function: RowFunction, examples: list[Tensor], compiled: bool) -> Row
 
 
 def windows(n: int, tokens: int, key: tuple, compiled: bool) -> Iterator[tuple[slice, bool]]:
-    """Windows of at most ``tokens`` rows, and whether each runs compiled.
+    """Windows of at most ``tokens`` rows out of ``n``, and whether each runs compiled.
 
-    Where asked whole windows do; what is left over does from the second time on that as much is left, so that batches
-    of ever changing size are not compiled for ever. Until then it goes in small pieces, since calls that are not
-    compiled hold more.
+    With ``compiled`` whole windows run compiled. The last, partial window runs compiled from the second time that its
+    size occurs: batches whose size changes at every step would otherwise be compiled at every step. The first time it
+    runs uncompiled in pieces, because uncompiled calls hold more memory per row.
     """
     whole = n // tokens * tokens if compiled else 0
     for i in cuts(whole, tokens):

@@ -1,11 +1,13 @@
 """The engine of token programs: runs a program and its gradient in windows of tokens.
 
-    results = program(h, w, ...)                       one sweep, 2 N V D FLOP a head
-    dz = vjp of the program on one window of z          then dh = dz w, dw += dzᵀ h: 6 N V D FLOP a head
-    both in one sweep, for gradients of the results that are known before it: 6 N V D FLOP a head in all
+    forward     results = program(z, ...),  z = h wᵀ                         2 N V D FLOP a head
+    backward    dz = vjp of the program,  dh = dz w,  dw += dzᵀ h            6 N V D, or 4 N V D where z was kept
+    both        in one sweep, where the results' gradients are known first   6 N V D
 
-No [N, V] tensor reaches memory: a window holds the values of the program's own ops for its tokens. Results are rounded
-as in the program. dw is summed in float32, over few windows in its own dtype.
+Inputs: h [N, D], w [V, D] of one floating dtype, and the program's other inputs. Outputs: the program's results
+[N, ...], dh and dw in the dtypes of h and w. Never in memory: a tensor [N, V], unless the caller asks to keep z. One
+window holds the values of the program's ops for its tokens. Results are rounded as in the program. dw is summed in
+float32, or in its own dtype with ``narrow_sums``.
 """
 
 from __future__ import annotations
@@ -23,23 +25,23 @@ from fusedhead.kernels.torch_engine.blocks import cuts
 from fusedhead.kernels.transform.bias_rounding import rounded_bias
 from fusedhead.kernels.transform.transform import parse
 
-PRODUCT_BYTES = 256 << 20  # of one block of dzᵀ h before it is added to dw
+PRODUCT_BYTES = 256 << 20  # the largest temporary dzᵀ h that is added to dw on a CPU
 
 
 def row_inputs(program: RowProgram) -> frozenset[int]:
-    """The inputs of which a window reads only its own rows."""
+    """The indices of the inputs that are cut into windows: a window reads only its own rows of them."""
     refs = (a for line in program.lines for a in (*line.args, *(v for _, v in line.kwargs)))
     flat = (e for a in refs for e in ((a,) if isinstance(a, Ref) or not isinstance(a, tuple) else a))
     return frozenset(e.at for e in flat if isinstance(e, Ref) and e.kind == "r")
 
 
 def head_inputs(program: RowProgram) -> list[tuple[int, int]]:
-    """The inputs (h, w) of every head, in order."""
+    """The indices (h, w) among the inputs, for every head in order."""
     return [(line.args[0].at, line.args[1].at) for line in program.heads]
 
 
 def biases(program: RowProgram, tensors: Sequence[Tensor]) -> list[tuple[int, int] | None]:
-    """Of every head in order, the input and row of the bias that its product holds; None where it holds none."""
+    """(input, row of it) of the bias that each head's product includes, in order; None for a product without bias."""
     computed: list[tuple[int, int] | None] = []
     for h, _, cols, _, transform, _ in (line.args for line in program.heads):
         bias = rounded_bias(parse(transform), tensors[h.at].dtype)
@@ -48,7 +50,7 @@ def biases(program: RowProgram, tensors: Sequence[Tensor]) -> list[tuple[int, in
 
 
 def _forward(program: RowProgram, kept: bool) -> RowFunction:
-    """(inputs..., and with ``kept`` products...) -> the program's results."""
+    """A function of (inputs..., and with ``kept`` also products...) that returns the program's results."""
     count = len(program.heads) if kept else 0
 
     def results(inputs: list[Tensor]) -> list[Tensor]:
@@ -66,9 +68,10 @@ def _vjp(
     heads: tuple[bool, ...],
     keep: bool,
 ) -> RowFunction:
-    """(inputs..., products..., upstream...) -> gradients of the inputs ``wanted`` and of the products of ``heads``.
+    """A function of (inputs..., products..., upstream...) that returns gradients.
 
-    With ``keep`` the program's results stand before them.
+    These are the gradients of the inputs ``wanted`` and of the products whose flag in ``heads`` is set. With ``keep``
+    the program's results come before them.
     """
     count = len(program.heads)
 
@@ -106,8 +109,8 @@ def head_rows(
 ) -> list[Tensor]:
     """The program's results, each [N, ...].
 
-    ``tokens`` rows of logits are held at once; with ``compile_whole`` whole windows run compiled. ``products`` [N, V]
-    of the heads in order are filled where there are such.
+    A window has ``tokens`` rows; with ``compile_whole`` whole windows run compiled. ``products``, one [N, V] per head
+    in order, are filled with h wᵀ for a later `head_rows_backward`.
     """
     rows = row_inputs(program)
     n = tensors[head_inputs(program)[0][0]].shape[0]
@@ -143,8 +146,8 @@ def head_rows_backward(
 ) -> list[Tensor | None]:
     """The gradients of the inputs that need one, in their dtypes; None for the others.
 
-    What is summed over windows is summed in float32, or in its own dtype with ``narrow_sums``. ``products`` are those
-    that `head_rows` has filled.
+    Sums over windows are kept in float32 (float64 for float64), or in the input's dtype with ``narrow_sums``.
+    ``products`` are the ones that `head_rows` filled; without them h wᵀ is computed again.
     """
     return _swept(program, upstream, tensors, needs, tokens, compile_whole, narrow_sums, False, products)[1]
 
@@ -158,7 +161,10 @@ def head_rows_loss(
     compile_whole: bool = False,
     narrow_sums: bool = False,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """`head_rows`, and `head_rows_backward` for the gradients ``coefficients`` of its results, in one sweep."""
+    """Results as of `head_rows` and gradients as of `head_rows_backward` in one sweep.
+
+    ``coefficients`` are the gradients of the results, which have to be known beforehand.
+    """
     if not tensors[head_inputs(program)[0][0]].shape[0]:
         nothing = head_rows(program, tensors, tokens)
         return nothing, head_rows_backward(program, coefficients, tensors, needs, tokens)
@@ -176,7 +182,7 @@ def _swept(
     keep: bool,
     known: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The results where they are kept, and the gradients."""
+    """(the results, [] unless ``keep``; the gradients), one window of tokens after the other."""
     rows, heads, added = row_inputs(program), head_inputs(program), biases(program, tensors)
     parts = {at for pair in heads for at in pair}
     n = tensors[heads[0][0]].shape[0]

@@ -1,10 +1,10 @@
-"""Token programs as text: the program's ops between logits and results, one token at a time.
+"""The text of a token program: the ATen calls between logits and results.
 
-Where no statistic serves (a divergence between two heads, soft targets, top-k, any chain of pointwise ops) the
-program's own ATen calls are kept, in a form that runs on any window of tokens: dimension 0 counts tokens, and
-every call treats tokens apart. The text travels through an op's schema, so that a compiled graph carries it
-with no state elsewhere; it is Python's syntax and is read without being executed. It stands in one line (here in
-several), because a compiler may put it into a comment:
+A token program serves what no row statistic expresses: a divergence between two heads, soft targets, top-k, a chain of
+pointwise ops. It keeps the user's own ATen calls in a form that runs on any window of tokens: dimension 0 counts the
+tokens, and no call mixes tokens. The text is an argument of the fused op, so that a compiled graph needs no state
+elsewhere. Its syntax is Python's, and it is parsed, never executed. It is one line (shown here as several), because a
+compiler may copy it into a comment:
 
     v0 = head(r0, t1, t2, r3, '', bfloat16);       r0 [N, D] hidden, t1 [V, D], t2 [C, V], r3 [N, R] vectors
     v1 = log_softmax.int(v0, 1, float32);
@@ -12,7 +12,7 @@ several), because a compiler may put it into a comment:
     v3 = sum.dim_IntList(v2, [1]);
     return v3
 
-``t3`` is input 3 whole, ``r3`` its rows of the window, ``v3`` the result of line 3.
+``t3`` is all of input 3, ``r3`` the window's rows of it, ``v3`` the result of line 3.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ HEAD, ITEM = "head", "item"
 class Ref(NamedTuple):
     """An operand of a line."""
 
-    kind: str  # "v" the result of a line, "t" an input whole, "r" an input's rows
-    at: int  # the line's or the input's number
+    kind: str  # "v": the result of a line; "t": all of an input; "r": the window's rows of an input
+    at: int  # the number of the line or of the input
 
     @property
     def text(self) -> str:
@@ -45,7 +45,7 @@ class Ref(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One call. ``op`` is "head", "item" (of a call with several results) or an ATen overload "mul.Tensor"."""
+    """One call. ``op`` is "head", "item" (one result of a call that has several) or an ATen overload ("mul.Tensor")."""
 
     op: str
     args: tuple
@@ -54,11 +54,11 @@ class Line(NamedTuple):
 
 class RowProgram(NamedTuple):
     lines: tuple[Line, ...]
-    results: tuple[int, ...]  # the lines whose results leave the program
+    results: tuple[int, ...]  # the lines whose results the program returns
 
     @property
     def text(self) -> str:
-        """The text that `read` reads back exactly."""
+        """The program as text, which `read` parses back to an equal program."""
         out = []
         for i, (op, args, kwargs) in enumerate(self.lines):
             given = [argument_text(a) for a in args] + [f"{k}={argument_text(a)}" for k, a in kwargs]
@@ -71,11 +71,14 @@ class RowProgram(NamedTuple):
 
 
 class Unspeakable(ValueError):
-    """A value that has no text form."""
+    """Raised for a value that cannot be written as text, or for text that is not a program."""
 
 
 def argument_text(value: Any) -> str:
-    """An argument as text. Raises Unspeakable for anything but a number, a dtype, a string, or a list of them."""
+    """An argument as text.
+
+    Raises Unspeakable for anything but an operand, a number, a dtype, a string, None, or a list of these.
+    """
     if isinstance(value, Ref):
         return value.text
     if isinstance(value, (list, tuple)):
@@ -113,7 +116,7 @@ def _value(node: ast.expr) -> Any:
 
 @lru_cache(maxsize=256)
 def read(text: str) -> RowProgram:
-    """Read a program's text. Raises Unspeakable naming the part that is not valid."""
+    """Parse the text of a program. Raises Unspeakable with the part that is not valid."""
     *calls, last = ast.parse(f"def program(): {text}").body[0].body  # type: ignore[attr-defined]
     lines = []
     for statement in calls:
@@ -129,20 +132,20 @@ def read(text: str) -> RowProgram:
 
 
 def overload(name: str) -> Any:
-    """The ATen overload of a line."""
+    """The ATen overload of a name such as "mul.Tensor"."""
     packet, _, which = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet), which)
 
 
 def head_product(head: Line, tensors: Sequence[Tensor]) -> Tensor:
-    """h wᵀ of one head, [n, V] in its dtype; its bias is in it where the program rounds the sum of both once."""
+    """h wᵀ of one head, [n, V] in the dtype of h. It includes the bias where the program rounds h wᵀ + b only once."""
     h, w, cols, _, transform, _ = (operand(a, (), tensors) for a in head.args)
     bias = rounded_bias(parse(transform), h.dtype)
     return h @ w.t() if bias is None else torch.addmm(cols[bias].to(h.dtype), h, w.t())
 
 
 def head_logits(z: Tensor, cols: Tensor, rows: Tensor, transform: str, dtype: torch.dtype) -> Tensor:
-    """The logits of a head as the program has them, [n, V] of ``dtype``, from its `head_product` z."""
+    """The logits of a head, [n, V] of ``dtype``, from z, its `head_product`: the transform applied in float32."""
     chain = parse(transform)
     if rounded_bias(chain, z.dtype) is not None:
         chain = Transform(chain.steps[2:])
@@ -153,7 +156,11 @@ def head_logits(z: Tensor, cols: Tensor, rows: Tensor, transform: str, dtype: to
 
 
 def operand(x: Any, values: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
-    """An argument of a line. (A closure that calls itself would keep a window alive until the next collection.)"""
+    """The value of an argument of a line.
+
+    A function of the module and no closure: a closure that calls itself is a reference cycle, which would keep a
+    window's tensors alive until the next garbage collection.
+    """
     if isinstance(x, Ref):
         return values[x.at] if x.kind == "v" else tensors[x.at]
     return tuple(operand(e, values, tensors) for e in x) if isinstance(x, tuple) else x
@@ -161,7 +168,7 @@ def operand(x: Any, values: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
 
 @lru_cache(maxsize=256)
 def last_uses_by_line(program: RowProgram) -> dict[int, list[int]]:
-    """Which results are used for the last time by each line; those that leave the program are not among them."""
+    """For each line, the earlier results that it is the last to use. Results that the program returns are left out."""
     last: dict[int, int] = {}
     for at, line in enumerate(program.lines):
         stack: list[Any] = [*line.args, *(v for _, v in line.kwargs)]
@@ -179,9 +186,9 @@ def last_uses_by_line(program: RowProgram) -> dict[int, list[int]]:
 
 
 def run(program: RowProgram, tensors: Sequence[Tensor], products: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """The program's results for the tokens that the row inputs hold.
+    """The program's results for the tokens of the row inputs.
 
-    ``products`` are the `head_product` of each of its heads in order, where they are known already.
+    ``products``, one `head_product` per head in order, are used instead of computing them.
     """
     values: list[Any] = []
     given = iter(products or ())

@@ -1,8 +1,8 @@
 """The derivative of a `Transform`, in place on one window of the logits.
 
-`apply_and_record` applies the chain and saves the windows that its derivative reads (the tape). `pull_back` turns the
-gradient of the transformed window into the gradient of h @ w.T and adds the gradients of the column and row vectors.
-Both reuse their buffers: `windows_held` windows are alive at once, which the planner counts against the budget.
+`apply_and_record` applies the steps and saves on a tape the windows that their derivatives read. `pull_back` turns the
+gradient of the transformed window into the gradient of h @ w.T and adds up the gradients of the column and row vectors.
+Both work in place; `windows_held` and `windows_passing` tell the planner how many windows are alive at once.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Tape = list[Tensor]
 
 
 def windows_held(transform: Transform, need_cols: bool, need_rows: bool) -> int:
-    """The number of windows that `apply_and_record` leaves alive, including the transformed one."""
+    """How many windows are alive after `apply_and_record`: the tape's and the transformed one."""
     return 1 + sum(bool(step.keeps(need_cols, need_rows)) for step in transform.steps)
 
 
 def windows_passing(transform: Transform) -> int:
-    """The most windows that one step holds, forward or backward, besides those on the tape."""
+    """The largest number of temporary windows that one step needs, forward or backward, besides the tape."""
     codes = [code for function in transform.functions for code in function.codes]
     return max((pointwise.most_alive(code) for code in codes), default=0)
 
@@ -29,9 +29,10 @@ def windows_passing(transform: Transform) -> int:
 def apply_and_record(
     transform: Transform, z: Tensor, cols: Tensor, rows: Tensor, need_cols: bool, need_rows: bool
 ) -> tuple[Tensor, Tape]:
-    """Transform the window z [m, v] and keep the tape. ``z`` is overwritten.
+    """(the transformed window [m, v], its tape). ``z`` [m, v] is overwritten.
 
-    cols [C, v] and rows [R, m] are the slices that belong to this window, in the dtype of z.
+    cols [C, v] and rows [R, m] are the slices of this window, in the dtype of z. ``need_cols`` and ``need_rows``:
+    whether the gradients of these vectors will be asked for, which decides what the tape holds.
     """
     tape: Tape = []
     for step in transform.smooth.steps:
@@ -39,7 +40,7 @@ def apply_and_record(
         before = z
         z = step.kind.apply(before, x, None if keeps == "input" else before)
         if keeps == "input":
-            tape.append(before)  # a copy, since later steps overwrite z
+            tape.append(before)  # then z must be another buffer, because later steps overwrite z
             z = z.clone() if z.data_ptr() == before.data_ptr() or not z.is_contiguous() else z
         elif keeps == "output":
             tape.append(z)
@@ -56,9 +57,9 @@ def pull_back(
     dcols: Tensor | None,
     drows: Tensor | None,
 ) -> Tensor:
-    """The gradient of the raw window, in the buffer of ``dz`` [m, v]. Consumes the tape.
+    """The gradient of the raw logits h @ w.T, in the buffer of ``dz`` [m, v]. The tape is used up.
 
-    ``dcols`` [C, v] and ``drows`` [R, m] are added to; None for those not needed.
+    ``dcols`` [C, v] and ``drows`` [R, m] are added to; None where they are not needed.
     """
     for step in reversed(transform.smooth.steps):
         kind = step.kind

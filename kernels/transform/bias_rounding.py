@@ -1,6 +1,6 @@
-"""Bias rounding: ``addmm`` and ``linear`` of a low precision add the bias before they round z + b once.
+"""Bias rounding: in bfloat16 and float16, ``addmm`` and ``linear`` add the bias in float32 and round z + b once.
 
-In a chain this is ``addcol:k round:t`` at the beginning, t being the dtype of the product. Rounding the bare product
+A transform writes this as its first two steps ``addcol:k round:t``, where t is the dtype of the product. Rounding h wᵀ
 first and the sum again would give other logits.
 """
 
@@ -14,9 +14,9 @@ TWO_BYTES = (torch.bfloat16, torch.float16)
 
 
 def rounded_bias(transform: Transform, dtype: torch.dtype) -> int | None:
-    """The index of the column vector that is rounded together with a product of ``dtype``; None where there is none.
+    """The index of the column vector that is added before a product of ``dtype`` is rounded, or None.
 
-    After such a product the remaining chain is ``transform.steps[2:]``.
+    Where it is not None, the steps after the product are ``transform.steps[2:]``.
     """
     if dtype not in TWO_BYTES or len(transform.steps) < 2:
         return None

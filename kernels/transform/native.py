@@ -1,8 +1,8 @@
-"""Native functions: functions of the logits that torch computes on a CPU in one call, forward and backward.
+"""Native functions: pointwise functions of the logits that torch has a CPU kernel for, forward and backward.
 
-The code of a `pointwise.Function` is one call an instruction: a gelu and its derivative are 17, a relu's are
-selections, which branch element by element. Where the function names an op of the table, that op's own kernel runs
-instead, with eager code's values. Other functions run their code.
+The generated code of a `pointwise.Function` runs one torch call per instruction (17 for gelu and its derivative). Where
+the function names an op of `NATIVE`, torch's own kernel runs instead on a CPU: one pass over the window, and the same
+values as eager code. All other functions run their code.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from fusedhead.kernels.transform.pointwise import Function, run
 aten = torch.ops.aten
 
 
-# Suffix of an op's name: no slope on its bounds. Releases of torch differ in this.
+# Suffix of a clamp whose derivative is 0 exactly on its bounds; without it, 1. Releases of torch differ in this.
 OPEN = "_open"
 
 
 class Native(NamedTuple):
-    value: Callable[..., Tensor]  # of z and the constants
-    gradient: Callable[..., Tensor]  # of g, z and the constants
+    value: Callable[..., Tensor]  # (z, constants...) -> the function
+    gradient: Callable[..., Tensor]  # (g, z, constants...) -> g times the derivative
 
 
 def _within(g: Tensor, z: Tensor, least: float | None, most: float | None = None) -> Tensor:
-    """g between the bounds, none on them, as a hardtanh."""
+    """g where least < z < most, else 0: hardtanh's derivative, which is 0 on the bounds."""
     ends = -torch.inf if least is None else least, torch.inf if most is None else most
     return aten.hardtanh_backward(g, z, *ends)
 
 
 def _within_or_on(g: Tensor, z: Tensor, least: float | None, most: float | None = None) -> Tensor:
-    """g between the bounds and on them. A hardtanh has no slope on its bounds: they are the next numbers."""
+    """g where least <= z <= most, else 0: hardtanh's derivative with each bound moved out to the next float."""
     low, high = (z.new_tensor(end if at is None else at) for at, end in ((least, -torch.inf), (most, torch.inf)))
     low, high = low.nextafter(low - torch.inf), high.nextafter(high + torch.inf)
     return aten.hardtanh_backward(g, z, low.item(), high.item())
@@ -72,19 +72,19 @@ NATIVE: Mapping[str, Native] = {
 
 
 def names(op: str) -> Iterator[str]:
-    """The entries of the table that an op may be. They differ in the gradient at its corners."""
+    """The entries of `NATIVE` that ``op`` may stand for. They differ in the derivative on the bounds."""
     return (name for name in (op, op + OPEN) if name in NATIVE)
 
 
 def value(function: Function, z: Tensor, cols: Tensor, rows: Tensor) -> Tensor:
-    """The function of z [n, v], out of place; cols [C, v], rows [R, n]."""
+    """The function of z [n, v], as a new tensor; cols [C, v] and rows [R, n] are the vectors that it may read."""
     if function.op is not None and z.device.type == "cpu":
         return NATIVE[function.op.op].value(z, *function.op.args)
     return run(function.value, z, cols, rows)
 
 
 def gradient(function: Function, g: Tensor, z: Tensor, cols: Tensor, rows: Tensor) -> Tensor:
-    """The gradient with respect to z for a gradient g [n, v] of the function, out of place."""
+    """g [n, v] times the function's derivative at z [n, v], as a new tensor."""
     if function.op is not None and z.device.type == "cpu":
         return NATIVE[function.op.op].gradient(g, z, *function.op.args)
     return run(function.gradient, z, cols, rows, g)

@@ -1,16 +1,15 @@
-"""A pointwise function of the logits and its derivative, as straight-line code that a step of a `Transform` carries.
+"""A pointwise function of the logits and its derivative, as straight-line code inside a step of a `Transform`.
 
-The code is generated from the program's own op (`fusedhead.rules.pointwise`) and travels as text, two codes around
-a bar: the function of z, and the gradient with respect to z for a gradient g of the result. Behind a second bar may
-stand the op that it is, with its constants: an engine may have a kernel for that (`native`).
+The code is generated from the user's op (`fusedhead.rules.pointwise`). Its text has two or three parts between bars:
+the function of z; g times its derivative, for a gradient g of the result; and, where an engine may have a kernel of its
+own for it (`native`), the op's name with its constants.
 
     neg(z);exp(#0);add(1.0,#1);div(1.0,#2);#3|...;mul(g,#7);#8                        a sigmoid
     ...;#4|...;#10|gelu(none)
 
-Instructions are numbered from 0 and stand between semicolons; the last entry is the result. An operand is ``z``,
-``g``, ``#i`` (the result of instruction i), ``c2`` or ``r0`` (the vector along the vocabulary, along the tokens), or a
-number. The ops are those of `OPS`, torch's ``prims`` by name. This file knows the language and its meaning in torch
-ops; it must not know windows, engines or graphs.
+Instructions are numbered from 0 and separated by semicolons; the last entry names the result. An operand is ``z``,
+``g``, ``#i`` (the result of instruction i), ``c2`` (column vector 2, along the vocabulary), ``r0`` (row vector 0, along
+the tokens), or a number. The ops are those of `OPS`, named as torch's ``prims``.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Instruction(NamedTuple):
 
 class Op(NamedTuple):
     op: str
-    args: tuple[str | float | None, ...]  # constants alone
+    args: tuple[str | float | None, ...]  # its constants; z is implied
 
     @property
     def text(self) -> str:
@@ -61,9 +60,9 @@ class Code(NamedTuple):
 
 
 class Function(NamedTuple):
-    value: Code  # of z
-    gradient: Code  # of z and g
-    op: Op | None = None  # of `native`, which computes both
+    value: Code  # reads z
+    gradient: Code  # reads z and g
+    op: Op | None = None  # the entry of `native.NATIVE` that computes both, if there is one
 
     @property
     def codes(self) -> tuple[Code, Code]:
@@ -103,7 +102,7 @@ def _op(text: str) -> Op:
 
 @lru_cache(maxsize=256)
 def parse_function(text: str) -> Function:
-    """Read a function's text. Raises ValueError naming what is none of the language."""
+    """Parse a function's text. Raises ValueError with the part that is not valid."""
     value, bar, rest = text.partition("|")
     gradient, _, op = rest.partition("|")
     if not bar:
@@ -112,18 +111,18 @@ def parse_function(text: str) -> Function:
 
 
 def vectors(text: str) -> Iterator[tuple[str, int]]:
-    """("c" or "r", index) of each vector that a function reads."""
+    """("c" or "r", index) of each column or row vector that the function reads."""
     return ((word[0], int(word[1:])) for word in dict.fromkeys(re.findall(rf"(?<![\w.#]){VECTOR.pattern}", text)))
 
 
 def shifted(text: str, columns: int) -> str:
-    """The same function where its column vectors stand behind ``columns`` others."""
+    """The same function with ``columns`` added to the index of every column vector."""
     return re.sub(r"(?<![\w.#])c(\d+)", lambda found: f"c{int(found[1]) + columns}", text)
 
 
 @lru_cache(maxsize=256)
 def last_uses(code: Code) -> Mapping[int, tuple[int, ...]]:
-    """Which results are read for the last time by each instruction."""
+    """For each instruction, the earlier results that it is the last to read."""
     last = {
         int(arg[1:]): at
         for at, (_, args) in enumerate(code.instructions)
@@ -138,7 +137,7 @@ def last_uses(code: Code) -> Mapping[int, tuple[int, ...]]:
 
 
 def most_alive(code: Code) -> int:
-    """The largest number of results that `run` holds at once."""
+    """The largest number of results that `run` holds at the same time."""
     alive = most = 0
     for at in range(len(code.instructions)):
         alive += 1
@@ -148,12 +147,12 @@ def most_alive(code: Code) -> int:
 
 
 def run(code: Code, z: Tensor, cols: Tensor, rows: Tensor, g: Tensor | None = None) -> Tensor:
-    """The result of a code: z and g [n, v], which are left as they are, cols [C, v], rows [R, n], all of one dtype.
+    """The result [n, v] of a code, for z and g [n, v], cols [C, v], rows [R, n], all of one dtype and left unchanged.
 
-    Results are written over what is not read any more, where nothing is differentiated.
+    Unless an input requires grad, a result may be written over an earlier one that is no longer read.
     """
     values: list[Any] = []
-    spent: list[Tensor] = []  # of the shape and dtype of z
+    spent: list[Tensor] = []  # results of the shape and dtype of z that may be overwritten
     reuse = not any(x is not None and x.requires_grad for x in (z, cols, rows, g))
 
     def read(arg: str | float) -> Any:

@@ -1,13 +1,13 @@
-"""The `Transform` of a head: the program's elementwise steps on the logits, as data.
+"""The `Transform` of a head: the user's elementwise ops between the projection and the softmax, as data.
 
-A transform is a short chain of steps applied in order to z = h @ w.T. It travels through op schemas as text,
-for example ``"addcol:0 mul:0.0333 tanh mul:30.0"``. Everything is computed in float32 whatever the program's
-dtype (closer to the truth); a ``round`` step keeps the place where the program rounds, and only decisions
-(max, argmax) honour it.
+A transform is a short chain of steps, applied in order to z = h @ w.T. As an argument of the fused ops it is text, for
+example ``"addcol:0 mul:0.0333 tanh mul:30.0"``. Engines compute it in float32 whatever the program's dtype, which is
+closer to the exact result. A ``round`` step marks where the program rounds; only max and argmax, which must decide as
+eager code does, apply it.
 
-`STEPS` defines each kind of step in torch ops: its value, its derivative, and the dependencies of the derivative. The
-torch side reads only this table, so that a new kind is one entry. (Triton's side unrolls the chain at compile time in
-`triton_engine.device.transform`.)
+`STEPS` defines each kind of step in torch ops: its value, its derivative, and what the derivative reads. The torch side
+reads only this table, so that a new kind is one entry. Triton's side unrolls the steps at compile time
+(`triton_engine.device.transform`).
 
 | step          | z becomes                     | derivative            |
 |---------------|-------------------------------|-----------------------|
@@ -41,28 +41,28 @@ from fusedhead.kernels.transform import native, pointwise
 class StepKind(NamedTuple):
     """One kind of step in torch ops. ``x`` is the step's operand (`Step.operand`), z and g are windows [n, v]."""
 
-    apply: Callable[[Tensor, Any, Tensor | None], Tensor]  # (z, x, out) -> z after the step; out None: a fresh tensor
-    pull: Callable[[Tensor, Any, Tensor | None], Tensor]  # (g, x, kept) -> g times the derivative, in the place of g
-    read: Callable[[str], float | int | str] | None = None  # parses the value; None: the step has none
-    axis: str = ""  # "c": the value names a vector along the vocabulary, "r": one along the tokens
-    keeps: str = ""  # what the derivative reads: "input" or "output" of the step, "" where it does not depend on z
-    vector: str = ""  # the derivative with respect to the vector: "one", "input", "" for none
-    varies: bool = False  # whether the derivative differs from class to class
-    scale: Callable[[Any], float] | None = None  # c of the value, where the step is z · c
-    steepest: Callable[[Any], float | None] = lambda value: 1.0  # a bound of |derivative|, None where there is none
-    masks: bool = False  # whether it sets columns to -inf
-    decides: bool = False  # whether only max and argmax read it
+    apply: Callable[[Tensor, Any, Tensor | None], Tensor]  # (z, x, out) -> z after the step; out None: a new tensor
+    pull: Callable[[Tensor, Any, Tensor | None], Tensor]  # (g, x, kept) -> g times the derivative, in place of g
+    read: Callable[[str], float | int | str] | None = None  # parses the step's value; None: the step has no value
+    axis: str = ""  # "c": the value is the index of a column vector (along V), "r": of a row vector (along N)
+    keeps: str = ""  # what the derivative reads: the step's "input", its "output", or "" if it does not depend on z
+    vector: str = ""  # the derivative with respect to the vector: "one", the "input", or "" for no gradient
+    varies: bool = False  # True if the derivative differs from class to class
+    scale: Callable[[Any], float] | None = None  # value -> c, for a step that is z · c
+    steepest: Callable[[Any], float | None] = lambda value: 1.0  # value -> a bound of |derivative|, None: no bound
+    masks: bool = False  # True if the step sets columns to -inf
+    decides: bool = False  # True if only max and argmax apply the step
 
 
 class Generated(NamedTuple):
-    """The operand of a step ``fn``: its function, and the vectors that the function may read."""
+    """The operand of a step ``fn``: a generated function and the vectors that it may read."""
 
     function: pointwise.Function
     cols: Tensor
     rows: Tensor
 
     def value(self, z: Tensor) -> Tensor:
-        """The function of z, which may be z itself or a view of it."""
+        """The function of z. The result may be z itself or a view of it."""
         return native.value(self.function, z, self.cols, self.rows)
 
     def gradient(self, g: Tensor, z: Tensor | None) -> Tensor:
@@ -118,7 +118,7 @@ STEPS: Mapping[str, StepKind] = {
         lambda g, x, kept: g.masked_fill_(x.isnan().logical_not_(), 0),
         int, "c", varies=True,
     ),
-    # its derivative varies too, but exponentials of -inf are zero by themselves (labels there: `single_pass`)
+    # its derivative varies as well, but exp(-inf) is 0 without it; masked labels are handled in `single_pass`
     "dropcol": StepKind(_drop, lambda g, x, kept: g.masked_fill_(x != 0, 0), int, "c", masks=True),
     "addrow": StepKind(_add, _one, int, "r", vector="one"),
     "mulrow": StepKind(_multiply, _times, int, "r", vector="input", steepest=_no_bound),
@@ -138,7 +138,7 @@ STEPS: Mapping[str, StepKind] = {
 
 class Step(NamedTuple):
     op: str
-    value: float | int | str = 0  # the constant, the index of the vector, the dtype's name, or the code
+    value: float | int | str = 0  # a constant, the index of a vector, a dtype's name, or the text of a function
 
     @property
     def kind(self) -> StepKind:
@@ -146,16 +146,16 @@ class Step(NamedTuple):
 
     @property
     def vectors(self) -> Iterator[tuple[str, int]]:
-        """("c" or "r", index) of each vector along the vocabulary or the tokens that the step reads."""
+        """("c" or "r", index) of each column or row vector that the step reads."""
         if self.kind.axis:
             yield self.kind.axis, int(self.value)
         elif self.op == "fn":
             yield from pointwise.vectors(str(self.value))
 
     def operand(self, cols: Tensor, rows: Tensor) -> Any:
-        """The step's operand besides z, for a window: a number, a vector, a dtype, a `Generated`; or None.
+        """What the step reads besides z in one window: a number, a vector, a dtype or a `Generated`.
 
-        cols [C, v] and rows [R, n] are the slices that belong to the window.
+        cols [C, v] and rows [R, n] are the window's slices.
         """
         axis = self.kind.axis
         if axis:
@@ -165,13 +165,13 @@ class Step(NamedTuple):
         return getattr(torch, self.value) if isinstance(self.value, str) else self.value
 
     def keeps(self, need_cols: bool, need_rows: bool) -> str:
-        """Which window the gradients of this step read: "input", "output", or "" for none."""
+        """What the backward pass must keep of this step: its "input", its "output", or "" for nothing."""
         kind = self.kind
         of_vector = kind.vector == "input" and (need_cols if kind.axis == "c" else need_rows)
         return kind.keeps or ("input" if of_vector else "")
 
     def with_column_offset(self, columns: int) -> Step:
-        """The step with the index of its column vector raised by ``columns``."""
+        """The step with ``columns`` added to the index of its column vectors."""
         if self.op == "fn":
             return self._replace(value=pointwise.shifted(str(self.value), columns))
         return self._replace(value=int(self.value) + columns) if self.kind.axis == "c" else self
@@ -182,12 +182,12 @@ class Transform(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The form that `parse` reads back exactly (``repr`` of a float round-trips)."""
+        """The transform as text, which `parse` reads back exactly (``repr`` of a float round-trips)."""
         return " ".join(s.op if s.kind.read is None else f"{s.op}:{s.value!r}".replace("'", "") for s in self.steps)
 
     @property
     def smooth(self) -> Transform:
-        """The chain without its rounding steps, which only max and argmax read."""
+        """The chain without its rounding steps, which only max and argmax apply."""
         return Transform(tuple(s for s in self.steps if not s.kind.decides))
 
     @property
@@ -197,17 +197,17 @@ class Transform(NamedTuple):
 
     @property
     def factorises(self) -> bool:
-        """Whether the derivative is a number a token times a number a class, whatever z is."""
+        """True if the derivative at (token, class) is a(token) · b(class), whatever z is."""
         return not any(s.kind.keeps for s in self.steps)
 
     @property
     def varies_along_row(self) -> bool:
-        """Whether the derivative differs from class to class, so that it has to be multiplied in one by one."""
+        """True if the derivative differs from class to class, so that one factor a row cannot stand for it."""
         return any(s.kind.varies for s in self.steps)
 
     @property
     def plain_scale(self) -> float | None:
-        """c where the transform is z · c up to rounding steps, else None."""
+        """c if the transform is z · c, rounding steps aside; else None."""
         scale = 1.0
         for step in self.steps:
             factor = step.kind.scale
@@ -218,7 +218,7 @@ class Transform(NamedTuple):
 
     @property
     def steepest(self) -> float | None:
-        """A bound of |∂z/∂(h wᵀ)| for all z and vectors; None where the chain has none."""
+        """A bound of |∂z/∂(h wᵀ)| over all z and all vectors; None if there is no such bound."""
         bound = 1.0
         for step in self.steps:
             most = step.kind.steepest(step.value)
@@ -228,8 +228,9 @@ class Transform(NamedTuple):
         return bound
 
     def bias_slopes(self, count: int) -> list[float] | None:
-        """∂z/∂cols[k] over ∂z/∂(h wᵀ) for each of ``count`` column vectors, where it is a constant: biases among
-        constant factors.
+        """For each of ``count`` column vectors the constant ratio (∂z/∂cols[k]) / (∂z/∂(h wᵀ)).
+
+        None if a ratio is not constant: it is where column vectors are only added, among constant factors.
         """
         slopes, before = [0.0] * count, 1.0
         for step in self.steps:
@@ -245,9 +246,9 @@ class Transform(NamedTuple):
         return slopes
 
     def sum_terms(self, c: Tensor, u: Tensor, cols: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(r [N], f [V]) with d(Σ_i c_i Σ_v u_v z_iv)/d(h wᵀ) = r ⊗ f, where the transform `factorises`.
+        """(r [N], f [V]) with d(Σ_i c_i Σ_v u_v z_iv)/d(h wᵀ) = r ⊗ f. The transform must be one that `factorises`.
 
-        c [N], u [V], cols [C, V], rows [R, N].
+        c [N], u [V], cols [C, V], rows [R, N], all of one floating dtype.
         """
         if not self.steps:
             return c, u
@@ -258,17 +259,14 @@ class Transform(NamedTuple):
         return along_tokens[:, 0], along_classes
 
     def masked_columns(self, cols: Tensor) -> Tensor | None:
-        """[V] bool: the columns that steps set to -inf, through which nothing flows back; None without such a step."""
+        """[V] bool: the columns that a step sets to -inf, whose gradient is 0; None if there is no such step."""
         masks = [cols[int(s.value)] != 0 for s in self.steps if s.kind.masks]
         return torch.stack(masks).any(0) if masks else None
 
 
 @lru_cache(maxsize=256)
 def parse(text: str) -> Transform:
-    """Read a transform's text.
-
-    Raises ValueError naming the step that is not one of the table above.
-    """
+    """Parse a transform's text. Raises ValueError with the step that `STEPS` does not have."""
     steps = []
     for word in text.split():
         op, _, value = word.partition(":")
@@ -280,10 +278,9 @@ def parse(text: str) -> Transform:
 
 
 def apply(transform: Transform, z: Tensor, cols: Tensor, rows: Tensor, *, decide: bool = False) -> Tensor:
-    """The transformed logits, out of place.
+    """The transformed logits [n, v], as a new tensor.
 
-    z [n, v] floating; cols [C, v] and rows [R, n] are the slices that belong to this window. With ``decide``
-    the rounding steps take effect.
+    z [n, v] floating; cols [C, v] and rows [R, n] are the slices of this window. ``decide``: apply the rounding steps.
     """
     for step in transform.steps:
         if decide or not step.kind.decides:
