@@ -1,13 +1,14 @@
-"""The CUDA engine: the three functions of `contract` out of Triton sweeps and cuBLAS GEMMs.
+"""The Triton engine: the three functions of `contract`, made of Triton sweeps and cuBLAS GEMMs of 2NDV FLOP each.
 
-    head_stats            stream, merge                                                  1 GEMM
+    head_stats            stream, merge                                                    1 GEMM
     head_loss             per window of tokens: exponentials, then dw += Eᵀ sh, dh = E w   3 GEMMs
-                          (4 for the columns whose exponentials there is no room for)
-    head_stats_backward   per window: dlogits, then dw, dh                           4 GEMMs with the forward
+                          (4 for the columns whose exponentials the window has no room for)
+    head_stats_backward   per window: dlogits, then dw, dh                                 4 GEMMs with the forward
 
-float32, float16 and bfloat16. Nothing of size [N, V] exists beyond one window; the only other buffers above a few MiB
-are dh, dw, one float32 [window tokens, D] and, where asked, half of dw in float32. No step depends on a value (no host
-sync, CUDA graphs), sums have a fixed order (deterministic).
+Operands are float32, float16 or bfloat16. Never in memory: more of [N, V] than one window. The other buffers above a
+few MiB are dh, dw, one float32 [window tokens, D] and, where the plan asks for it, half of dw in float32. The host
+never waits for a value, so that CUDA graphs can capture every call. Sums have a fixed order, so that results are
+deterministic.
 
 Speed against bare cuBLAS GEMMs in bfloat16 on an H100 (benchmarks/results/gpu_times.txt, for head_stats
 gpu_windows.txt; clocks move these by 3 %):
@@ -61,7 +62,7 @@ from fusedhead.kernels.triton_engine.windows import (
 
 
 def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
-    """One sweep, in several launches where it is long. Keeps a window only where cuBLAS multiplies."""
+    """Row statistics in one sweep, in several launches if it is long. A window exists only if cuBLAS multiplies."""
     head = ready_head(head)
     n, vocab = len(head.h), len(head.w)
     with on_device(head.h):
@@ -71,7 +72,7 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
             return _of_no_row(head, want)._replace(picked=picked)
         buffer = None
         if multiplied_by_cublas(head):
-            cuts = list(even_cuts(n, windows.tokens * windows.vocab // vocab))  # whole rows in the room of a window
+            cuts = list(even_cuts(n, windows.tokens * windows.vocab // vocab))  # whole rows, in a window's memory
             buffer = new_window(head, cuts[0].stop, vocab)
         else:
             cuts = launches(head, want)
@@ -99,7 +100,7 @@ def _statistics(head: Head, want: frozenset[str], picked: Tensor | None, logits:
 
 
 def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
-    """Rebuilds dz window by window. dw needs no summing when a window holds all tokens."""
+    """The gradients from dz, which is computed again window by window."""
     head = ready_head(head)
     n, vocab = len(head.h), len(head.w)
     if not head.y.shape[1]:
@@ -114,7 +115,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     dw = WeightGradient(head.w, len(token_cuts), windows.accumulate) if needs.w else None
     with on_device(head.h):
         buffer = new_window(head, token_cuts[0].stop, vocab_cuts[0].stop)
-        # always float32: a vocabulary is many windows, and a narrow sum over them loses to eager code
+        # float32 over several windows of the vocabulary: sums of two bytes over them would be less exact than eager's
         accumulate = torch.float32 if len(vocab_cuts) > 1 else head.h.dtype
         for i in token_cuts:
             rebuild(
@@ -125,7 +126,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
                 LogitGrads._make(None if g is None else rows_of(g, i) for g in grads),
                 RowStats._make(None if x is None else x[i] for x in stats),
                 dw,
-                None if dh is None else NarrowSum(rows_of(dh, i), accumulate),  # nobody's once the call returns
+                None if dh is None else NarrowSum(rows_of(dh, i), accumulate),
                 dcols,
                 drows,
             )
@@ -149,7 +150,7 @@ def head_loss(
     windows: Windows,
     other_columns: OtherColumns | None = None,
 ) -> tuple[RowStats, HeadGrads]:
-    """Statistics and gradients in one sweep where that is possible (`single_pass`), else in two."""
+    """Statistics and gradients: in one sweep where `single_pass` or `float8` can, else in two."""
     head = ready_head(head)
     if other_columns is not None:
         return single_pass.one_pass(head, coefficients, needs, windows, other_columns)

@@ -1,9 +1,9 @@
-"""Sums in float32 of a result of two bytes, half of which lie in the result's own memory.
+"""Narrow sums: a result of two bytes is summed in float32, and half of the sums lie in the result's own memory.
 
-A float32 sum takes twice the memory of its result, and the result itself is half of that: sums of the first half of its
-rows lie there until the end, and only those of the other half are allocated. The last step rounds, packs the first half
-to the front (a doubling number of rows at a time, so that nothing is overwritten before it was read) and puts the other
-half behind it.
+Float32 sums need twice the memory of the result. The result's memory holds those of the first half of its rows, so that
+only those of the second half are allocated. At the end the first half is rounded into the front of the result, a
+doubling number of rows at a time so that no sum is overwritten before it is read; then the second half is rounded
+behind it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from fusedhead.kernels.triton_engine.windows import rows_of
 
-FIRST_SHARE = 64  # of the rows that are packed first, through a copy
+FIRST_SHARE = 64  # 1 / FIRST_SHARE of the rows are rounded first, through a copy
 
 
 class NarrowSum:
-    """Sums [rows, columns] that end as ``result`` [rows, columns], contiguous; in its own dtype they lie in it."""
+    """Sums that become ``result`` [rows, columns], contiguous.
+
+    ``accumulate`` is their dtype: float32, or the result's own, whose sums all lie in the result.
+    """
 
     def __init__(self, result: Tensor, accumulate: torch.dtype) -> None:
         self.result = result
@@ -27,8 +30,8 @@ class NarrowSum:
         if accumulate != result.dtype:
             rows, columns = result.shape
             ratio = accumulate.itemsize // result.dtype.itemsize
-            inside = rows // ratio  # rows of sums that the result has room for
-            if result.storage_offset() % ratio:  # where no sum can lie
+            inside = rows // ratio  # rows of sums that fit into the result's memory
+            if result.storage_offset() % ratio:  # not aligned for the wider dtype
                 inside = 0
             others = result.new_empty((rows - inside, columns), dtype=accumulate)
             self.parts = [(inside, others)]
@@ -37,20 +40,20 @@ class NarrowSum:
                 self.parts.insert(0, (0, own))
 
     def pieces(self, v: slice) -> Iterator[tuple[slice, Tensor]]:
-        """The rows ``v`` cut where the sums are: (rows counted from its start, their sums)."""
+        """The rows ``v`` in pieces that lie in one buffer each: (rows counted from v.start, the sums of these rows)."""
         for first, rows in self.parts:
             start, stop = max(v.start, first), min(v.stop, first + rows.shape[0])
             if start < stop:
                 yield slice(start - v.start, stop - v.start), rows_of(rows, slice(start - first, stop - first))
 
     def finish(self) -> Tensor:
-        """The result, rounded once."""
+        """The result, each sum rounded once."""
         *packed, (inside, others) = self.parts
         for _, own in packed:
             done = -(-inside // FIRST_SHARE)
             self.result[:done] = own[:done].clone()
             while done < inside:
-                more = min(2 * done, inside)  # rows up to 2 · done of the result end where row ``done`` of sums begins
+                more = min(2 * done, inside)  # 2 · done rows of the result end where row ``done`` of the sums begins
                 self.result[done:more] = own[done:more]
                 done = more
         if others is not self.result:

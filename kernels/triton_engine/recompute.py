@@ -1,8 +1,9 @@
-"""Recompute: dz block by block of the vocabulary, where exponentials were not kept, and its share of every gradient.
+"""Recompute: dz of one window of tokens from the saved lse, one block of the vocabulary after the other.
 
     dz = dlogits(block)        dw[v] += dzᵀ h        dh += dz w        and sums for the vectors of the transform
 
-of the tokens of one window, whose lse is known: 3 products of 2NDV FLOP, one block of dz in memory.
+Inputs: h [M, D], w [V, D], the row gradients and statistics [M]. Outputs: added to dw [V, D] and dh [M, D]. Never in
+memory: more of dz than one block. FLOP: 3 products of 2MDV.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ def rebuild(
     dcols: Tensor | None = None,
     drows: Tensor | None = None,
 ) -> None:
-    """Adds the gradients of the tokens i and the columns of ``blocks``; dh [m, D] is finished.
+    """Add the gradients of the tokens ``i`` and the columns in ``blocks``, and finish dh [m, D] of these tokens.
 
-    ``buffer`` has room for a block of dz, ``grads`` and ``rows`` are those of the tokens. dw and dh start with what is
-    first added to them: the first window, the first column.
+    ``buffer`` has room for a block of dz; ``grads`` and ``rows`` are the row gradients and statistics of the tokens.
+    The first window of tokens overwrites its rows of dw; a block that starts at column 0 overwrites dh.
     """
     want = frozenset(name for name in ("sum", "linear", "quadratic") if getattr(grads, name) is not None)
     for v in blocks:

@@ -1,9 +1,9 @@
-"""The child process of a self-check: runs small heads by the kernels in question and by trusted code.
+"""The child process of a self-check: it runs small heads with the kernels in question and with trusted code.
 
-Both are compared with float64 on the same operands: pairs beside the plain sweeps, the Triton engine beside eager code.
-The kernels pass if their error is no larger than that of the trusted code and repeated calls give equal statistics. The
-heads cover every path of a sweep: several tiles a program, partial tiles and steps over D, several labels, rows whose
-exponentials overflow and are swept again.
+Both are compared with float64 on the same operands. Pairs of warpgroups are held against the plain sweeps, the Triton
+engine against eager code. The kernels pass if their error is at most ``slack`` times the trusted one (plus ``floor``)
+and repeated calls give equal statistics. The heads cover every path of a sweep: several tiles a program, partial tiles,
+partial steps over D, several labels, and rows whose exponentials overflow and are swept again.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ PLAIN_HEADS = (  # N, V, D, K, transform, dtype
 FLOAT8_HEAD = (1400, 12007, 256, 1, "", torch.bfloat16)
 CAPPED = (300, 9001, 512, 1, CAP, torch.bfloat16)
 REPEATS = 5
-LOUD = 80.0  # a row times this has exponentials that overflow
-WHOLE_ROWS = 256  # of the float64 logits that exist at once
+LOUD = 80.0  # a row of h times LOUD has exponentials that overflow
+WHOLE_ROWS = 256  # rows of float64 logits that exist at once
 
 
 class Trial(NamedTuple):
-    """On which heads kernels are tried; they may err by slack times the trusted ones' error, and floor."""
+    """The heads that kernels are tried on, and the error allowed: slack · (the trusted code's error) + floor."""
 
     heads: tuple[tuple[int, int, int, int, str, torch.dtype], ...]
     slack: float
-    floor: float  # what float32 sums in another order, or of tensor cores, differ by
+    floor: float  # relative difference of float32 sums in another order, or by tensor cores
 
 
 CLAIMS = {
     "pairs": Trial(PLAIN_HEADS, 1.1, 1e-6),
-    "float8": Trial((FLOAT8_HEAD,), 1.5, 2e-3),  # beside exact products: roundings of 3 bits
-    "triton": Trial((*PLAIN_HEADS, CAPPED), 1.5, 1e-5),  # beside eager code, of other roundings
+    "float8": Trial((FLOAT8_HEAD,), 1.5, 2e-3),  # e4m3 rounds to 3 bits; the trusted products are bfloat16
+    "triton": Trial((*PLAIN_HEADS, CAPPED), 1.5, 1e-5),  # eager code rounds elsewhere
 }
 
 
 class Found(NamedTuple):
-    """lse [N], picked [N, K], dh [N, D], dw [V, D]"""
+    """Results of one run: lse [N], picked [N, K], dh [N, D], dw [V, D]."""
 
     lse: Tensor
     picked: Tensor
@@ -60,7 +60,7 @@ class Found(NamedTuple):
 def made(
     n: int, v: int, d: int, k: int, transform: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[Head, RowGrads]:
-    """A head with random operands, one loud row a token block, and upstream gradients a row."""
+    """A head with random operands, every 131st row of h times `LOUD`, and upstream gradients of lse and picked."""
     draw = torch.Generator(device).manual_seed(n + v)
     h = torch.randn(n, d, device=device, generator=draw)
     h[::131] *= LOUD
@@ -76,7 +76,7 @@ Check = Callable[[Head, RowGrads], Iterator[Found]]
 
 
 def truth(head: Head, upstream: RowGrads) -> Found:
-    """By definition and autograd in float64, some rows of logits at a time."""
+    """The results in float64, by definition and autograd, `WHOLE_ROWS` rows of logits at a time."""
     w = head.w.double().requires_grad_()
     dw, rows = torch.zeros_like(w), []
     for at in torch.arange(len(head.h), device=head.h.device).split(WHOLE_ROWS):
@@ -91,7 +91,7 @@ def truth(head: Head, upstream: RowGrads) -> Found:
 
 
 def one_pass_and_sweeps(engine: ModuleType, head: Head, upstream: RowGrads) -> Iterator[Found]:
-    """Statistics and gradients in one pass, and by a sweep for each."""
+    """The results of the single pass, then those of one sweep for the statistics and one for the gradients."""
     windows = Windows(len(head.h), len(head.w), head.h.dtype)
     got, grads = engine.head_loss(head, upstream, OPERAND_NEEDS, windows)
     yield Found(got.lse, got.picked, grads.h, grads.w)
@@ -101,7 +101,7 @@ def one_pass_and_sweeps(engine: ModuleType, head: Head, upstream: RowGrads) -> I
 
 
 def by_float8(head: Head, upstream: RowGrads) -> Iterator[Found]:
-    """The pass with float8 products, as often as `one_pass_and_sweeps` gives results; all tokens in one window."""
+    """The results of the float8 pass with all tokens in one window, twice, to pair with `one_pass_and_sweeps`."""
     from fusedhead.kernels.triton_engine.float8.single_pass import one_float8_pass
 
     n = len(head.h)
@@ -112,7 +112,7 @@ def by_float8(head: Head, upstream: RowGrads) -> Iterator[Found]:
 
 
 def by_eager(head: Head, upstream: RowGrads) -> Iterator[Found]:
-    """As eager code computes it in the operands' dtype, twice, as `one_pass_and_sweeps` does."""
+    """The results of eager code in the operands' dtype, twice, to pair with `one_pass_and_sweeps`."""
     h, w = head.h.detach().requires_grad_(), head.w.detach().requires_grad_()
     z = apply(head.transform, (h @ w.T).float(), head.cols, head.rows)
     lse, picked = z.logsumexp(1), z.gather(1, head.y)
@@ -122,13 +122,13 @@ def by_eager(head: Head, upstream: RowGrads) -> Iterator[Found]:
 
 
 def errors(measured: Found, exact: Found) -> list[float]:
-    """‖x - truth‖ / ‖truth‖ of each result; infinite where it is not finite."""
+    """‖x - truth‖ / ‖truth‖ of each result; inf where x is not finite."""
     norms = ((x.double() - t).norm() / t.norm() for x, t in zip(measured, exact))
     return [error if error < float("inf") else float("inf") for error in map(float, norms)]
 
 
 def difference(claim: Trial, asked: Check, trusted: Check, device: torch.device) -> str:
-    """Where the kernels in question fall behind the trusted ones, as a sentence, or ""."""
+    """A sentence that says where the kernels in question err more than the trusted ones; "" where they do not."""
     for given in claim.heads:
         head, upstream = made(*given, device)
         exact = truth(head, upstream)
@@ -147,7 +147,7 @@ def difference(claim: Trial, asked: Check, trusted: Check, device: torch.device)
 
 
 def asked_and_trusted(claim: str, device: torch.device) -> tuple[Check, Check]:
-    """How to run the kernels that ``claim`` names, and those that they are compared with."""
+    """(a run of the kernels that ``claim`` names, a run of the trusted ones)."""
     from fusedhead.kernels.triton_engine import engine as triton_engine
     from fusedhead.kernels.triton_engine.launch import sweep
 
@@ -163,14 +163,14 @@ def asked_and_trusted(claim: str, device: torch.device) -> tuple[Check, Check]:
 
     if claim == "pairs":
         return with_pairs(True), with_pairs(False)
-    if claim == "float8":  # whose sweep is one of pairs
+    if claim == "float8":  # its sweep runs in pairs of warpgroups as well
         return by_float8, with_pairs(True)
     self_check.decide("pairs", device, False)
     return (lambda *head: one_pass_and_sweeps(triton_engine, *head)), by_eager
 
 
 def device_named(index: int, uuid: str) -> torch.device:
-    """The parent's device, by its identity where that is told: what is visible may have been set since."""
+    """The parent's device, found by its uuid if that is known: CUDA_VISIBLE_DEVICES may differ in this process."""
     for at in (index, *range(torch.cuda.device_count())):
         if not uuid or str(getattr(torch.cuda.get_device_properties(at), "uuid", "")) == uuid:
             return torch.device("cuda", at)
@@ -178,11 +178,11 @@ def device_named(index: int, uuid: str) -> torch.device:
 
 
 def main(argument: str) -> None:
-    """Answer on standard output: "ready" once the trusted kernels have run, then the verdict as JSON, which is kept."""
+    """Print "ready" once the trusted kernels have run, then the verdict as JSON, which the cache on disk gets too."""
     request = json.loads(argument)
     device = device_named(request["index"], request["uuid"])
     torch.cuda.set_device(device)
-    for at in range(torch.cuda.device_count()):  # a check asks for no other
+    for at in range(torch.cuda.device_count()):  # so that this process starts no self-check of its own
         self_check.decide("triton", torch.device("cuda", at), True)
     claim = CLAIMS[request["claim"]]
     asked, trusted = asked_and_trusted(request["claim"], device)
@@ -194,5 +194,5 @@ def main(argument: str) -> None:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     verdict = {"serves": not reason, "reason": reason}
-    self_check.keep_verdict(request["key"], verdict)  # here, since nobody may be waiting any longer
+    self_check.keep_verdict(request["key"], verdict)  # in this process: the parent may have stopped waiting
     print(json.dumps(verdict), flush=True)

@@ -1,14 +1,14 @@
-"""Statistics and gradients of a loss linear in the statistics, in one sweep of the Triton engine.
+"""The single pass: statistics and gradients of a loss that is linear in the statistics, in one sweep.
 
-Per window of tokens: E = exp(z - reference) into the window, then with s one number a row that `finalize` finds
-from the row sums
+Per window of tokens, E = exp(z - reference) is stored, and `finalize` computes one factor s a row from the row sums:
 
     dw += Eᵀ (s ⊙ h)        dh = s ⊙ (E w)
 
-so that z is computed once: 3 products of 2NDV FLOP. In memory: one window of E, dh (whose rows hold s ⊙ h until dw has
-used it), one float32 [window tokens, D], and half of dw in float32 where asked. Where the planner allows only a part of
-a row of E, the lse of the other columns comes from a sweep of its own and their dz is rebuilt block by block: up to one
-product more, and sums of dh in float32, half of which lie in dh.
+Inputs: h [N, D], w [V, D], y [N, K], coefficients [N]. Outputs: dh [N, D], dw [V, D] in the operands' dtypes,
+statistics [N] float32. z is computed once: 3 products of 2NDV FLOP. In memory: one window of E; dh, whose rows hold s ⊙
+h until dw has read it; one float32 [window tokens, D]; and half of dw in float32 where the plan asks for it. Where the
+plan keeps only some columns of E, a sweep of its own computes the lse of the other columns, and their dz is computed
+again block by block: at most one product more, and sums of dh in float32, half of which lie in dh.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from fusedhead.kernels.triton_engine.windows import (
     slice_rows,
 )
 
-PARTLY = (torch.bfloat16,)  # of which part of the exponentials may be kept: those that sweep once for all of them
-FEW = 16  # up to this many tokens, dz is rounded once (two sweeps): sums too short to average roundings out
+PARTLY = (torch.bfloat16,)  # dtypes of which only some columns of E may be kept
+FEW = 16  # up to so many tokens two sweeps run, which round dz once: sums this short do not average roundings out
 FLOAT16_SHIFT = 10  # float16 exponentials are scaled by 2^10: small ones keep digits, targets up to 2^4 fit
 
 
 def can_single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
-    """Whether gradients are a row scale away from exponentials, and the planner allows whole rows of them.
+    """True if dz is a row factor times E (and a rank-one term), and the window has room for the rows of E.
 
-    Of bfloat16 rows it may allow a part: the rest is swept for its lse, and rebuilt for the gradients.
+    The window must hold whole rows of E. In bfloat16, and without a coefficient of ``sum``, it may hold some columns.
     """
     part = head.h.dtype in PARTLY and c.sum is None
     return (
@@ -65,7 +65,10 @@ def can_single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> 
 
 
 def other_columns_serve(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
-    """Whether `one_pass` takes ``other_columns``: in other dtypes a row's scale would lose what their lse loses."""
+    """True if `one_pass` takes ``other_columns``: a bfloat16 head, its rows whole in the window, no mask, no float8.
+
+    In float32 the rounding of the other columns' lse would show in the row factors.
+    """
     whole = windows.vocab >= len(head.w) and not windows.tail_rows and head.transform.masked_columns(head.cols) is None
     return whole and head.h.dtype in PARTLY and can_single_pass(head, c, needs, windows)
 
@@ -73,10 +76,10 @@ def other_columns_serve(head: Head, c: RowGrads, needs: Needs, windows: Windows)
 def one_pass(
     head: Head, coefficients: RowGrads, needs: Needs, windows: Windows, other_columns: OtherColumns | None = None
 ) -> tuple[RowStats, HeadGrads]:
-    """Statistics and gradients, where `can_single_pass` says so.
+    """Statistics and gradients of a head that `can_single_pass` admits.
 
-    With ``other_columns`` (bfloat16 whose rows lie in the window whole) the statistics are those of the head's own
-    columns, and the coefficients are of the statistics of all.
+    ``other_columns`` gives the lse of the columns of other ranks (`other_columns_serve`): the statistics returned are
+    those of this head's columns, and the coefficients refer to the statistics over all columns.
     """
     coefficients = ready_rows(coefficients)
     (n, hidden), vocab, narrow = head.h.shape, head.w.shape[0], head.h.dtype
@@ -93,9 +96,9 @@ def one_pass(
     tokens = cuts[0].stop
     with on_device(head.h):
         if uncached_columns:
-            check_labels(head.y, vocab)  # else where they are mapped
+            check_labels(head.y, vocab)  # otherwise `map_labels` checks them
         masked = head.transform.masked_columns(head.cols)
-        if masked is not None and coefficients.picked is not None:  # no slope says that a label has no gradient there
+        if masked is not None and coefficients.picked is not None:  # a label in a masked column has no gradient
             coefficients = coefficients._replace(picked=coefficients.picked.masked_fill(masked[head.y], 0))
         dh = new((n, hidden)) if needs.h else None
         dw = WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
@@ -108,11 +111,11 @@ def one_pass(
             rank_one = (r, weighted_rows(f, head.w)) if dh is not None else None
         buffer = new_window(head, tokens, kept.stop)
         ref2 = new(tokens, dtype=torch.float32)
-        slope = torch.empty_like(picked[:tokens]) if head.transform.varies_along_row else picked  # not written then
+        slope = torch.empty_like(picked[:tokens]) if head.transform.varies_along_row else picked  # else not written
         scaled = new((tokens, hidden)) if dw is not None and dh is None else None
         separate_dh_buffer = (
             dh is not None and narrow != torch.float32 and not uncached_columns
-        )  # whether E w is rounded into dh at the end
+        )  # E w is summed in float32 and rounded into dh at the end
         product = new((tokens, hidden), dtype=torch.float32) if separate_dh_buffer else None
         gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
         for i in cuts:
@@ -120,7 +123,7 @@ def one_pass(
             m = part.h.shape[0]
             row_lse, row_low, row_picked = rows_of(lse, i), rows_of(lse_low, i), rows_of(picked, i)
             whole, other_lse = part, None
-            if uncached_columns:  # a label past the kept columns may lie in their last tile
+            if uncached_columns:  # the last tile of the kept columns may reach past them, to labels that lie elsewhere
                 whole = slice_head(head, i, slice(0, vocab))
                 part = part._replace(y=part.y.masked_fill(part.y >= kept.stop, -1))
                 other_lse = _lse_of_uncached_columns(head, i, kept.stop, row_picked)
@@ -130,19 +133,19 @@ def one_pass(
             s = sweep("exp", part, frozenset({"sum"}) if summed else frozenset(), logits=logits)
             totals = new((3 if summed else 1, s.schedule.size), dtype=torch.float32)
             _exponentials(s, part, whole, exps, reference2, row_picked, slope, totals, logits)
-            # dh's own rows hold s ⊙ h until dw has used it
+            # the rows of dh hold s ⊙ h until dw has read it
             sh = None if dw is None else row_dh if scaled is None else first_rows(scaled, m)
             rows = (reference2, row_picked, slope, totals)
             row_total = None if total is None else rows_of(total, i)
             row_spread = None if spread is None else rows_of(spread, i)
             sums = (row_total, row_spread, weight)
-            if other_columns is not None:  # the lse of the columns here
+            if other_columns is not None:  # first the lse of this head's columns
                 unread, none = torch.empty_like(reference2), (None, None, None, None)
                 finalize(s, part, exps, *rows, RowGrads(), row_lse, row_low, *none, gain, tie, scale=unread)
                 other_lse = (other_columns(i, row_lse) * LOG2E.value).contiguous()
                 row_lse, row_low = torch.empty_like(row_lse), torch.empty_like(row_low)
             scale = finalize(s, part, exps, *rows, c, row_lse, row_low, *sums, sh, gain, tie, other_lse)
-            if masked is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
+            if masked is not None:  # with all columns masked the softmax is NaN, and the mask's gradient is 0
                 for factor in (scale, sh):
                     if factor is not None:
                         factor.masked_fill_(masked.all(), 0)
@@ -164,7 +167,7 @@ def one_pass(
 
 
 def _lse_of_uncached_columns(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:
-    """Base-2 lse [m] of the columns from ``first`` on; their labels are picked."""
+    """Base-2 lse [m] float32 of the columns from ``first`` on; ``picked`` is filled for the labels among them."""
     part = slice_head(head, i, slice(first, len(head.w)))
     part = part._replace(y=part.y - first)
     out, lse_only, whole = picked.new_empty(len(part.h)), frozenset({"lse"}), slice(0, len(part.w))
@@ -188,7 +191,7 @@ def _add_uncached_columns(
     dw: WeightGradient | None,
     dh: Tensor | None,
 ) -> None:
-    """dh [m, D] of a window, and dw of the columns whose exponentials were not kept: their dz is rebuilt in blocks."""
+    """dh [m, D] of a window, and dw of the columns whose exponentials were not kept: their dz is computed again."""
     sums = None if dh is None else NarrowSum(dh, torch.float32)
     for at, to in () if sums is None else sums.pieces(slice(0, len(part.h))):
         gemm(buffer[at, : len(part.w)], part.w, to)
@@ -207,11 +210,12 @@ def _exponentials(
     totals: Tensor,
     logits: Tensor | None,
 ) -> None:
-    """window <- E with a reference that is safe for every row.
+    """window <- E, relative to a reference that is safe for every row.
 
-    bfloat16 and float32 start from the target logit and redo, on the device's own decision, the token blocks
-    where it was too far from the maximum. float16 has no such range, and logits that lie in the window are masked
-    after one sweep over them: these sweep twice, with the true lse as reference.
+    In bfloat16 and float32 the reference is the target logit. Token blocks where it turns out too far from the maximum
+    are swept again with their lse; flags on the device decide, so that the host never waits. float16 has too small a
+    range for this, and logits that already lie in the window can be swept only once before E overwrites them: both take
+    the lse from a sweep of its own and use it as reference.
     """
     redo = s.beside("stream")
     labels = map_labels(s, part.y, check=whole is part) if s.labels else None
@@ -221,7 +225,7 @@ def _exponentials(
         merge_reference(redo, rows, ref2, -float(FLOAT16_SHIFT) if window.dtype == torch.float16 else 0.0)
         exponentials(s, part, window, ref2, picked, slope, totals, labels)
         return
-    # the label may lie outside the part
+    # the reference reads the row of w of the label, which may lie outside the kept columns
     reference(redo if whole is part else sweep("stream", whole), whole, ref2)
     exponentials(s, part, window, ref2, picked, slope, totals, labels)
     flags = mark_unsafe(s, totals)

@@ -1,6 +1,8 @@
-"""dw [V, D] as a sum over windows of tokens, in its own dtype or in float32.
+"""The weight gradient dw [V, D], a sum over windows of tokens in the dtype of w or in float32.
 
-dw[v] += window[:, v]ᵀ x        window [M, V'] and x [M, D] in the dtype of w, 2 M V' D FLOP
+    dw[v] += window[:, v]ᵀ x        window [M, V'] and x [M, D] in the dtype of w
+
+FLOP 2MDV' a window. Bytes: window and x read once; the rows ``v`` of the sum written, and read where they are added to.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
 
 
 class WeightGradient:
-    """The sum while it grows: ``add`` once a window and slice of the vocabulary, then ``finish``."""
+    """The running sum: ``add`` once per window and slice of the vocabulary, then ``finish``."""
 
     def __init__(self, w: Tensor, windows: int, accumulate: torch.dtype) -> None:
         self.sums = NarrowSum(w.new_empty(w.shape), accumulate if windows > 1 else w.dtype)
@@ -26,7 +28,7 @@ class WeightGradient:
         self.started = True
 
     def add(self, window: Tensor, v: slice, x: Tensor, first: bool, alpha: float = 1.0) -> None:
-        """Add the columns ``v`` of the vocabulary; ``first`` where nothing was added to them before."""
+        """Add alpha · windowᵀ x to the rows ``v``; ``first``: nothing was added to these rows before."""
         for at, rows in self.sums.pieces(v):
             part = window if at.start == 0 and at.stop == window.shape[1] else window[:, at]
             gemm(part.t(), x, rows, add=self.started or not first, alpha=alpha)

@@ -1,4 +1,4 @@
-"""Windows of the Triton engine: cutting a head, and operands in the form that kernels read."""
+"""Windows of the Triton engine: how a head is sliced, and its operands in the form that kernels read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fusedhead.kernels.contract import Head, RowGrads
 from fusedhead.kernels.gemm import gemm
 from fusedhead.kernels.triton_engine.launch.sweep import multiplied_by_cublas
 
-ROW_ALIGNMENT = 64  # windows start at, and rows of a window are padded to, a multiple of this many elements
+ROW_ALIGNMENT = 64  # rows of a window are padded to a multiple of so many elements
 
 
 def even_cuts(total: int, size: int) -> Iterator[slice]:
-    """Equal windows of at most ``size``, on aligned boundaries when there is room for that."""
+    """Equal windows of at most ``size``; their length is a multiple of 128 where ``size`` allows it."""
     size = max(size, 1)
     count = max(-(-total // size), 1)
     even = max(min(-(-total // (128 * count)) * 128, size), 1)
@@ -23,14 +23,14 @@ def even_cuts(total: int, size: int) -> Iterator[slice]:
 
 
 def full_cuts(total: int, size: int) -> list[slice]:
-    """Windows of ``size``, and one of what is left."""
+    """Windows of ``size``, the last one shorter."""
     return [slice(at, min(at + size, total)) for at in range(0, total, max(size, 1))]
 
 
 def rows_of(x: Tensor, i: slice) -> Tensor:
-    """x[i]; x itself where these are all its rows, since a view costs the host as much as a launch's arguments.
+    """x[i]; x itself if ``i`` covers all rows, because making a view costs the host about as much as a launch.
 
-    (So does ``len`` of a tensor, which is Python: `shape` is not.)
+    ``x.shape[0]`` and not ``len(x)``, which is implemented in Python and costs as much again.
     """
     return x if i.start == 0 and i.stop == x.shape[0] else x[i]
 
@@ -40,7 +40,7 @@ def first_rows(x: Tensor, count: int) -> Tensor:
 
 
 def slice_head(head: Head, i: slice, v: slice) -> Head:
-    """The head of one window. Labels keep counting from the whole vocabulary's first column."""
+    """The head of one window. Its labels still count from the first column of the whole vocabulary."""
     if i.start == v.start == 0 and i.stop == head.h.shape[0] and v.stop == head.w.shape[0]:
         return head
     cols = head.cols[:, v] if head.cols.numel() else head.cols
@@ -66,9 +66,9 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def ready_head(head: Head) -> Head:
-    """float32 vectors with unit inner stride, as kernels read them; h and w are taken as they lie.
+    """The head with its vectors in float32 with unit inner stride, as kernels read them; h and w are left as they are.
 
-    Raises ValueError where operands lie on different devices: a launch would find that out only the first time.
+    Raises ValueError if operands are on different devices, which only the first launch of a kernel would notice.
     """
     device = head.h.device
     for name, x in (("w", head.w), ("labels", head.y), ("cols", head.cols), ("rows", head.rows), ("u", head.u)):
@@ -78,12 +78,12 @@ def ready_head(head: Head) -> Head:
 
 
 def new_window(head: Head, tokens: int, vocab: int) -> Tensor:
-    """Room for a window of logits, rows padded so that TMA and cuBLAS find them aligned."""
+    """An uninitialised window of logits, its rows padded so that they are aligned for TMA and cuBLAS."""
     return head.h.new_empty((tokens, -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT))
 
 
 def multiplied(head: Head, window: Tensor) -> Tensor | None:
-    """The window with h @ w.T in it, where cuBLAS is to multiply; a sweep then reads it and writes over it."""
+    """The window, filled with h @ w.T by cuBLAS for a sweep to read and overwrite; None if the sweep multiplies."""
     if not multiplied_by_cublas(head):
         return None
     gemm(head.h, head.w.t(), window[:, : len(head.w)])

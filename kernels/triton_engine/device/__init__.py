@@ -1,1 +1,1 @@
-"""Functions that kernels call, unrolled at compile time."""
+"""Device functions: the functions that kernels call, inlined at compile time."""

@@ -1,7 +1,7 @@
-"""Elementary functions of float32 values inside a kernel, to the precision that the head's dtype asks for.
+"""Elementary functions of float32 values inside a kernel, as precise as the head's dtype requires.
 
-PRECISE is for float32 heads: errors of a few units in the last place, near zeros of the function as well. Without it
-the device's approximations do, whose errors bfloat16 and float16 do not show.
+PRECISE, for float32 heads, gives errors of a few units in the last place, also near zeros of the function. Without it
+the hardware's approximations are used; their errors are far below the rounding of bfloat16 and float16.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from fusedhead.kernels.triton_engine.constants import LN2, LOG2E, TWO_LOG2E
 
 @triton.jit
 def tanh(x, PRECISE: tl.constexpr):
-    """tanh in float32 to 1e-7 absolute; with PRECISE to 3e-7 relative near zero as well."""
+    """tanh x with an absolute error of 1e-7; with PRECISE a relative error of 3e-7, near zero as well."""
     t = tl.exp2(tl.abs(x) * -TWO_LOG2E)
-    y = (1.0 - t) * (1.0 / (1.0 + t))  # the reciprocal that the derivative needs too
+    y = (1.0 - t) * (1.0 / (1.0 + t))  # the compiler shares this reciprocal with the derivative's
     y = tl.where(x < 0, -y, y)
     if PRECISE:
         s = x * x
@@ -33,7 +33,7 @@ def sigmoid(x):
 
 @triton.jit
 def exp(x, PRECISE: tl.constexpr):
-    """e^x; with PRECISE x log2 e is carried in two floats: its rounding costs |x| / 2 units of the result."""
+    """e^x. PRECISE carries x log2 e in two floats: rounded to one it costs |x| / 2 units in the result's last place."""
     p = x * LOG2E
     y = tl.exp2(p)
     if PRECISE:
@@ -52,7 +52,7 @@ def _log_ratio(s):
 
 @triton.jit
 def log(x, PRECISE: tl.constexpr):
-    """ln x; with PRECISE relative to its distance from 0 near x = 1 as well."""
+    """ln x; with PRECISE the relative error is small near x = 1, the zero of ln, as well."""
     y = tl.log2(x) * LN2
     if PRECISE:
         y = tl.where(tl.abs(x - 1.0) < 0.3, _log_ratio((x - 1.0) / (x + 1.0)), y)
@@ -61,13 +61,13 @@ def log(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def log1p(x, PRECISE: tl.constexpr):
-    """ln(1 + x), relative to its size near x = 0 as well."""
+    """ln(1 + x) with a small relative error, near x = 0 as well."""
     return tl.where(tl.abs(x) < 0.3, _log_ratio(x / (2.0 + x)), log(1.0 + x, PRECISE))
 
 
 @triton.jit
 def expm1(x, PRECISE: tl.constexpr):
-    """e^x - 1, relative to its size near x = 0 as well."""
+    """e^x - 1 with a small relative error, near x = 0 as well."""
     series = 0.008333333333333333 + x * (0.001388888888888889 + x * 0.0001984126984126984)
     series = x * (1.0 + x * (0.5 + x * (0.16666666666666666 + x * (0.041666666666666664 + x * series))))
     return tl.where(tl.abs(x) < 0.35, series, exp(x, PRECISE) - 1.0)

@@ -1,7 +1,7 @@
-"""The code of a pointwise function (`transform.pointwise`) inside a kernel: unrolled into straight-line code.
+"""A pointwise function (`transform.pointwise`) inside a kernel, unrolled at compile time into straight-line code.
 
-The text itself is the constexpr, and is taken apart while a kernel is compiled. It works on a float32 value ``z``, a
-tile or a vector, as `device.transform` does.
+The function's text is a constexpr that is parsed while the kernel is compiled. It applies to a float32 value ``z``, a
+tile or a vector, as in `device.transform`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from fusedhead.kernels.triton_engine.device.vectors import along_columns, along_
 
 @triton.constexpr_function
 def _code(text, which):
-    """One of a function's two codes."""
+    """The code of the function (which = 0) or of its gradient (1)."""
     return text.split("|")[which]
 
 
 @triton.constexpr_function
 def _count(code):
-    """The number of instructions; the entry after them is the result."""
+    """The number of instructions; the entry after the last names the result."""
     return code.count(";")
 
 
 @triton.constexpr_function
 def _word(code, i, j):
-    """Word j of entry i: the op, then its operands; "" past the last."""
+    """Word j of entry i: 0 is the op, the others its operands; "" past the last."""
     words = code.split(";")[i].replace("(", ",").rstrip(")").split(",")
     return words[j] if j < len(words) else ""
 
@@ -150,9 +150,9 @@ def _instruction(CODE: tl.constexpr, AT: tl.constexpr, values, z, g, vectors, co
 
 @triton.jit
 def pointwise(TEXT: tl.constexpr, WHICH: tl.constexpr, z, g, vectors, col, row, PRECISE: tl.constexpr):
-    """The function of z (WHICH = 0) or its gradient for the gradient g of its result (1), shaped as z."""
+    """The function of z (WHICH = 0), or g times its derivative (1); the result has the shape of z."""
     code: tl.constexpr = _code(TEXT, WHICH)
-    values = (z,)  # a tuple cannot begin empty: the result of instruction i is at i + 1
+    values = (z,)  # a tuple cannot start empty, so the result of instruction i is at index i + 1
     for i in tl.static_range(_count(code)):
         values = values + (_instruction(code, i, values, z, g, vectors, col, row, PRECISE),)  # type: ignore[assignment]  # noqa: RUF005
     return _operand(_word(code, _count(code), 0), values, z, g, vectors, col, row) + tl.zeros_like(z)

@@ -1,12 +1,11 @@
-"""One tile of raw logits, h @ w.T, inside a kernel: the only place where operands are loaded for the first
-GEMM.
+"""The product: one tile of raw logits h @ w.T inside a kernel, the only place that loads operands of the first GEMM.
 
     acc[BM, BN] = h[block·BM :, :] @ w[tile·BN :, :].T        float32, 2·BM·BN·D FLOP
 
-Operands come through TMA descriptors (made on the host, `launch.sweep`) where the strides allow it, else through
-pointers with any strides; w is read in place whichever of its dimensions is contiguous. Rows past the end give values
-that the caller has to ignore. With READY the logits have been computed (by cuBLAS: float32 without tensor cores) and
-are read from where the window will be written.
+Inputs: h [N, D], w [V, D] of one floating dtype. They are loaded through TMA descriptors, which the host makes
+(`launch.sweep`), or where TMA cannot read them through pointers with any strides; w is never copied, whichever of its
+dimensions is contiguous. Rows past the end hold values that the caller has to ignore. With READY cuBLAS has computed
+the logits, and the tile is read from the window that the kernel will write.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TMA_CHIPS = (0, 9, 10)  # the interpreter, Hopper, Blackwell's large chips; on 12 kernels through pointers spill less
+TMA_CHIPS = (0, 9, 10)  # the interpreter, Hopper, data-centre Blackwell; on 12, pointers spill fewer registers
 
 
 def tma_ready(x: Tensor) -> bool:
-    """Whether a matrix meets TMA's rules: aligned to 16 bytes, unit inner stride, outer of whole 16 bytes."""
+    """True if TMA can read the matrix: inner stride 1, and start and row stride multiples of 16 bytes."""
     return (
         x.stride(1) == 1
         and (x.stride(0) * x.element_size()) % 16 == 0
@@ -31,15 +30,15 @@ def tma_ready(x: Tensor) -> bool:
 
 
 def reads_rows(w_strides: tuple[int, ...]) -> bool:
-    """Whether w [V, D] is read along D by its descriptor (else its transpose, along V)."""
+    """True if w [V, D] is contiguous along D. Else the descriptor describes its transpose, contiguous along V."""
     return w_strides[1] == 1
 
 
 def readable_by_tma(h: Tensor, w: Tensor, major: int) -> bool:
-    """Whether this is a chip whose tiles come through TMA, which can read both matrices as they lie."""
+    """True if kernels load through TMA on this chip, and TMA can read both matrices without a copy."""
     by_rows = reads_rows(w.stride())
     if major not in TMA_CHIPS or (h.dtype == torch.float32 and not by_rows):
-        return False  # the tensor cores read float32 along the hidden size only
+        return False  # tensor cores take float32 operands only if both are contiguous along D
     return tma_ready(h) and tma_ready(w if by_rows else w.t())
 
 
@@ -85,7 +84,7 @@ def product(
         h_at = h + row[:, None] * sh0 + inner[None, :] * sh1
         w_at = w + col[None, :] * sw0 + inner[:, None] * sw1
         for k in range(0, tl.cdiv(D, BK)):
-            if EVEN_D:  # a bound that is a multiple of nothing known would split loads into single numbers
+            if EVEN_D:  # with a mask whose bound has no known divisor, Triton would load one element at a time
                 a = tl.load(h_at)
                 b = tl.load(w_at)
             else:
@@ -105,7 +104,7 @@ def _halves(x, BM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def column_part(x, J: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Part J of the 1, 2 or 4 equal column parts of a tile x [BM, BN], counted from the left."""
+    """Part J, from the left, of the 1, 2 or 4 equal column parts of a tile x [BM, BN]."""
     part = x
     if PARTS >= 2:
         left, right = _halves(x, BM, BN)

@@ -1,13 +1,13 @@
-"""The order in which resident programs visit the tiles of z, and where a program's partial results lie.
+"""The schedule: the order in which resident programs visit the tiles of z, and the layout of their partial results.
 
-P programs stay resident. Token blocks are taken in groups of ``group``; inside a group the token block varies
-fastest, and P is a multiple of ``group``. So one program keeps *one* token block for a whole group while the
-P programs together sweep a compact rectangle (group token blocks by P / group vocabulary tiles), which L2
-holds. Because the token block stays, running row statistics stay in registers: partial results are written
-once per (program, group), P / group ``slots`` a row, instead of once per tile. Token blocks left over after
-the full groups form the tail, whose group is smaller and whose slots are therefore more.
+P programs stay resident. They take token blocks in groups of ``group``; inside a group the token block varies fastest,
+and P is a multiple of ``group``. One program therefore keeps *one* token block for a whole group, while the P programs
+together sweep a compact rectangle (``group`` token blocks by P / group vocabulary tiles) whose operands fit in L2.
+Because the token block stays, running row statistics stay in registers: a program writes its partial results once per
+group and not once per tile, which makes P / group ``slots`` a row. The token blocks left after the full groups are the
+tail: its group is smaller, so it has more slots a row.
 
-`Schedule` is the host's view, `locate` a program's; they must agree.
+`Schedule` is the host's view and `locate` the device's; both must agree.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fusedhead.kernels.triton_engine.launch.tiles import Tile
 
 
 class Schedule(NamedTuple):
-    """How many programs to launch and how much room their partial results take."""
+    """How many programs to launch, and how much memory their partial results take."""
 
     programs: int
     group: int
     blocks: int  # token blocks of BM rows
-    size: int  # elements of one partial statistic: slots x rows, main part and tail
+    size: int  # elements of one partial statistic: slots x rows of the full groups, then of the tail
 
 
 def schedule(tokens: int, vocab: int, tile: Tile, multiprocessors: int) -> Schedule:
-    """The sweep over z [tokens, vocab] on a chip with this many multiprocessors. Both sizes at least 1."""
+    """The schedule over z [tokens, vocab], both at least 1, for ``multiprocessors`` resident programs."""
     blocks, tiles = -(-tokens // tile.BM), -(-vocab // tile.BN)
     group = min(tile.group, blocks, multiprocessors)
     slots = min(multiprocessors // group, tiles)
@@ -42,13 +42,13 @@ def schedule(tokens: int, vocab: int, tile: Tile, multiprocessors: int) -> Sched
 
 @triton.jit
 def step_counts(pid, P, N, V, GROUP, BM: tl.constexpr, BN: tl.constexpr):
-    """(steps of program ``pid`` in full groups, all its steps)."""
+    """(steps of program ``pid`` in the full groups, its steps in all)."""
     tiles = tl.cdiv(V, BN)
     blocks = tl.cdiv(N, BM)
     tail = blocks % GROUP
     main = (blocks - tail) * tiles
     tail_programs = tl.minimum(P // tl.maximum(tail, 1), tiles) * tail
-    # the programs that ran out of full groups first take the first tiles of the tail
+    # the programs that finish the full groups first take the first tiles of the tail
     q = (pid + P - main % P) % P
     main_steps = tl.cdiv(tl.maximum(main - pid, 0), P)
     tail_steps = tl.cdiv(tl.maximum(tail * tiles - q, 0), tl.maximum(tail_programs, 1))
@@ -57,7 +57,7 @@ def step_counts(pid, P, N, V, GROUP, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def locate(step, main_steps, pid, P, N, V, GROUP, BM: tl.constexpr, BN: tl.constexpr):
-    """(token block, vocabulary tile, slot, whether the program leaves this token block after the tile)."""
+    """(token block, vocabulary tile, slot, last): ``last`` if the program leaves the token block after this tile."""
     tiles = tl.cdiv(V, BN)
     blocks = tl.cdiv(N, BM)
     tail = blocks % GROUP
@@ -77,7 +77,7 @@ def locate(step, main_steps, pid, P, N, V, GROUP, BM: tl.constexpr, BN: tl.const
 
 @triton.jit
 def partial_offset(block, slot, P, N, V, GROUP, BM: tl.constexpr, BN: tl.constexpr):
-    """(offset of the partial results of ``block``'s first row at ``slot``, distance between slots, slots)."""
+    """(offset of the partial result of the first row of ``block`` at ``slot``, distance between slots, slots a row)."""
     tiles = tl.cdiv(V, BN)
     blocks = tl.cdiv(N, BM)
     tail = blocks % GROUP
@@ -92,7 +92,7 @@ def partial_offset(block, slot, P, N, V, GROUP, BM: tl.constexpr, BN: tl.constex
 
 @triton.jit
 def any_marked(flags, blocks, lane):
-    """Whether one of flags[:blocks] (0 or 1, int32) is set; ``lane``: 0 to 127, spread over threads as the caller's."""
+    """True if one of flags[:blocks] (int32, 0 or 1) is set. ``lane`` is arange(0, 128) in the caller's layout."""
     count = lane * 0
     for first in range(0, blocks, 128):
         index = first + lane

@@ -1,9 +1,8 @@
-"""The Transform of a head inside a kernel: the chain, its derivative and its vectors, unrolled at compile time.
+"""The `Transform` of a head inside a kernel: its steps and their derivatives, unrolled at compile time.
 
-A chain reaches a kernel as a flat constexpr tuple (`steps_of`), so that every chain becomes straight-line code
-in the epilogue and the empty chain costs nothing. All functions work on a float32 value ``z``: a tile [BM, BN]
-whose tokens are ``row`` [BM] and whose vocabulary columns are ``col`` [BN], or a vector whose i-th element
-belongs to row[i] and col[i]. ``vectors`` is a `Vectors`.
+The chain is a flat constexpr tuple (`steps_of`), so that it becomes straight-line code in the epilogue and an empty
+chain costs nothing. All functions apply to a float32 value ``z``: a tile [BM, BN] of the tokens ``row`` [BM] and the
+columns ``col`` [BN], or a vector whose i-th element belongs to row[i] and col[i]. ``vectors`` is a `Vectors`.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from fusedhead.kernels.triton_engine.device.vectors import along_columns, along_
 
 
 def steps_of(transform: Transform) -> tuple[float | int | str, ...]:
-    """The chain as one flat tuple op, value, op, value ..., which a kernel takes as a constexpr."""
+    """The chain as one flat tuple (op, value, op, value, ...), which a kernel takes as a constexpr."""
     return tuple(x for op, value in transform.steps for x in (str(op), value))
 
 
 @triton.jit
 def _stepped(z, vectors, col, row, STEPS: tl.constexpr, J: tl.constexpr, DECIDE: tl.constexpr, PRECISE: tl.constexpr):
-    """z after step J. Rounding steps do nothing unless DECIDE."""
+    """z after step J. Rounding steps apply only with DECIDE."""
     op: tl.constexpr = STEPS[2 * J]
     value: tl.constexpr = STEPS[2 * J + 1]
     if op == "mul":
@@ -60,7 +59,7 @@ def _stepped(z, vectors, col, row, STEPS: tl.constexpr, J: tl.constexpr, DECIDE:
 
 @triton.jit
 def transform(z, vectors, col, row, STEPS: tl.constexpr, COUNT: tl.constexpr, PRECISE: tl.constexpr):
-    """The first COUNT steps applied to z, everything in float32, without rounding steps."""
+    """z after the first COUNT steps, in float32 and without rounding steps."""
     for j in tl.static_range(COUNT):
         z = _stepped(z, vectors, col, row, STEPS, j, False, PRECISE)
     return z
@@ -68,7 +67,7 @@ def transform(z, vectors, col, row, STEPS: tl.constexpr, COUNT: tl.constexpr, PR
 
 @triton.jit
 def decided(z, vectors, col, row, STEPS: tl.constexpr, PRECISE: tl.constexpr):
-    """The whole chain with its rounding steps in force: the logits on which max and argmax are taken."""
+    """z after the whole chain, its rounding steps included: the logits of which max and argmax are taken."""
     for j in tl.static_range(len(STEPS) // 2):
         z = _stepped(z, vectors, col, row, STEPS, j, True, PRECISE)
     return z
@@ -86,11 +85,11 @@ def _pulled(
     ALONG_ROW: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """g times the derivative of step J; with ALONG_ROW only if that derivative differs along a row."""
+    """g times the derivative of step J. ALONG_ROW leaves out derivatives that are one number a row."""
     op: tl.constexpr = STEPS[2 * J]
     value: tl.constexpr = STEPS[2 * J + 1]
     if op == "tanh":
-        # 1 - tanh² without its cancellation: 4t / (1 + t)² with t = exp(-2|x|)
+        # 1 - tanh² x = 4t / (1 + t)² with t = exp(-2|x|), a form without cancellation
         t = tl.exp2(tl.abs(transform(z, vectors, col, row, STEPS, J, PRECISE)) * -TWO_LOG2E)
         r = 1.0 / (1.0 + t)
         g = g * (4.0 * t * (r * r))
@@ -117,9 +116,9 @@ def _pulled(
 
 @triton.jit
 def pulled_back(g, z, vectors, col, row, STEPS: tl.constexpr, KEEP: tl.constexpr, PRECISE: tl.constexpr):
-    """The gradient before step KEEP, given the gradient g after the last step. z is the raw logit h·w.
+    """The gradient before step KEEP, for the gradient g after the last step. z is the raw logit h·w.
 
-    Values between the steps are written out again for each step; the compiler merges the copies.
+    Each step computes its input from z again; the compiler removes the repetition.
     """
     for i in tl.static_range(len(STEPS) // 2 - KEEP):
         g = _pulled(g, z, vectors, col, row, STEPS, len(STEPS) // 2 - 1 - i, False, PRECISE)
@@ -128,7 +127,7 @@ def pulled_back(g, z, vectors, col, row, STEPS: tl.constexpr, KEEP: tl.constexpr
 
 @triton.jit
 def column_slope(z, vectors, col, row, STEPS: tl.constexpr, PRECISE: tl.constexpr):
-    """The part of dT/dz that differs along a row (`StepKind.varies`), shaped as z."""
+    """The factor of dT/dz that differs along a row (`StepKind.varies`), in the shape of z."""
     g = tl.zeros_like(z) + 1.0
     for j in tl.static_range(len(STEPS) // 2):
         g = _pulled(g, z, vectors, col, row, STEPS, j, True, PRECISE)
@@ -137,7 +136,7 @@ def column_slope(z, vectors, col, row, STEPS: tl.constexpr, PRECISE: tl.constexp
 
 @triton.jit
 def row_slope(vectors, row, STEPS: tl.constexpr):
-    """The part of dT/dz that is one number a row (constants and mulrow), shaped as row."""
+    """The factor of dT/dz that is one number a row (constants and mulrow), in the shape of row."""
     g = tl.zeros_like(row).to(tl.float32) + 1.0
     for j in tl.static_range(len(STEPS) // 2):
         g = _row_step(g, vectors, row, STEPS, j)

@@ -1,7 +1,7 @@
-"""The vectors of a head's Transform inside a kernel: loading the entries of a tile, and prefetching them.
+"""The vectors of a head's `Transform` inside a kernel: loads of a tile's entries, and prefetches of them.
 
-A column vector that is first touched in the epilogue makes all warps wait for memory, once for each column part: asking
-for its lines before the product costs one instruction a thread and no register.
+A column vector that is first read in the epilogue makes all warps wait for memory, once per column part. A prefetch
+before the product avoids that wait for one instruction a thread and no register.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 class Vectors(NamedTuple):
-    """The vectors along the vocabulary and along the tokens that a chain's steps name by index."""
+    """The column vectors (along V) and row vectors (along N) that the steps of a chain refer to by index."""
 
     cols: Any  # [C, V] float32
     stride_cols: Any
@@ -25,16 +25,16 @@ class Vectors(NamedTuple):
 
 @triton.jit
 def along_columns(z, vectors, index: tl.constexpr, col):
-    """cols[index][col] to go with z, zero past the vocabulary."""
+    """cols[index][col], broadcast against z; zero past the vocabulary."""
     values = tl.load(vectors.cols + index * vectors.stride_cols.to(tl.int64) + col, mask=col < vectors.V, other=0.0)
-    if len(z.shape) == 2:  # loaded flat: a two-dimensional load would drag the whole tile into its layout
+    if len(z.shape) == 2:  # loaded as a vector: a two-dimensional load would impose its layout on the whole tile
         values = values[None, :]
     return values
 
 
 @triton.jit
 def along_rows(z, vectors, index: tl.constexpr, row):
-    """rows[index][row] to go with z, zero past the last token."""
+    """rows[index][row], broadcast against z; zero past the last token."""
     values = tl.load(vectors.rows + index * vectors.stride_rows.to(tl.int64) + row, mask=row < vectors.N, other=0.0)
     if len(z.shape) == 2:
         values = values[:, None]
@@ -43,7 +43,7 @@ def along_rows(z, vectors, index: tl.constexpr, row):
 
 @triton.jit
 def prefetch(at, PREFETCH: tl.constexpr):
-    """Ask for the lines that hold the addresses ``at``; nothing unless PREFETCH."""
+    """Prefetch the cache lines of the addresses ``at``; nothing without PREFETCH."""
     if PREFETCH:
         tl.inline_asm_elementwise(
             "{ prefetch.global.L1 [$1]; mov.u32 $0, 0; }", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
@@ -61,7 +61,7 @@ def _prefetch(vectors, col, STEPS: tl.constexpr, J: tl.constexpr):
 
 @triton.jit
 def prefetch_columns(vectors, col, STEPS: tl.constexpr, PREFETCH: tl.constexpr):
-    """Ask for the entries at ``col`` [BN] of every column vector that the chain names; nothing unless PREFETCH."""
+    """Prefetch the entries at ``col`` [BN] of every column vector of the chain; nothing without PREFETCH."""
     if PREFETCH:
         for j in tl.static_range(len(STEPS) // 2):
             _prefetch(vectors, col, STEPS, j)

@@ -1,10 +1,12 @@
-"""The listed entries' part of dw in the float8 single pass: dw[class_j] += value_j h[token_j], in one order always.
+"""Class gradients: what the listed entries of the float8 single pass add to dw, in a fixed order.
 
-in: the list sorted by class (stable: by token within a class), h [S, D]. dw [V, D] is read and written where a class is
-listed. Bytes: 2D an entry, 4D a class. Pieces of `PIECE` entries are added up by a program each, whatever class they
-belong to, so that a class with thousands of entries waits for nobody. A class that lies in one piece alone is added to
-its row at once; of one that goes on in the next piece, each piece leaves its sum, and a second kernel adds these up in
-order. No atomics: the result is the same in every run.
+    dw[class_j] += value_j h[token_j]
+
+in: the list sorted by class (stably, hence by token within a class), h [S, D] bfloat16. out: dw [V, D] bfloat16, the
+rows of listed classes read and written. FLOP 2D an entry; bytes: 2D an entry and 4D a class. One program adds up each
+piece of `PIECE` entries, whatever their classes, so that a class with thousands of entries is spread over many
+programs. A class within one piece is added to its row of dw at once. For a class that spans pieces, each piece stores
+its sum, and a second kernel adds these sums in order. There are no atomics, so the result is the same in every run.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT
 
 PIECE = 256  # entries that one program adds up
-TOGETHER = 8  # entries whose rows of h are read at once
+TOGETHER = 8  # entries whose rows of h it reads at once
 
 
 @triton.jit
@@ -32,7 +34,7 @@ def _add_row(dw, v, col, inside, D, acc):
 
 @triton.jit
 def _leave(dw, sums, v, acc, before, after, first_run, last_run, piece, col, inside, D):
-    """The sum of a run: into its row, or where it begins in the piece before (or ends behind) into the sums."""
+    """Stores the sum of a run of one class: added to its row of dw, or in ``sums`` if the class spans pieces."""
     continued = first_run & (v == before)
     if continued | (last_run & (v == after)):
         which = tl.where(continued, 0, 1)
@@ -44,12 +46,12 @@ def _leave(dw, sums, v, acc, before, after, first_run, last_run, piece, col, ins
 @triton.jit(do_not_specialize=("V", "D", "count"))
 def piece_kernel(
     classes,  # [count] int32, sorted; V where there is no entry
-    order,  # [count] int64: where an entry's value and token lie
-    values,  # [.] float32
-    tokens,  # [.] int32
+    order,  # [count] int64: the index of an entry in values and tokens
+    values,  # [count] float32
+    tokens,  # [count] int32
     h,  # [S, D]
     dw,  # [V, D]
-    sums,  # [2 · pieces, D] float32: of the first run, where it goes on from before, and of the last
+    sums,  # [2 · pieces, D] float32: of a run that continues the piece before, of one that continues in the next
     V,
     D,
     count,
@@ -101,13 +103,13 @@ def spanning_kernel(
     PIECE: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
-    """Adds up a class that lies in several pieces, by the program of the piece in which it begins."""
+    """Adds up the sums of a class that spans pieces, in the program of the piece in which the class begins."""
     piece = tl.program_id(0)
     stop = (piece + 1) * PIECE
     v = tl.load(classes + stop - 1, mask=stop <= count, other=V)
     after = tl.load(classes + stop, mask=stop < count, other=-1)
     begins = tl.load(classes + piece * PIECE) != v
-    if begins == 0:  # the whole piece is one class: it begins here unless the piece before ends with it
+    if begins == 0:  # the piece holds one class only, which begins here unless the piece before ends with it
         begins = tl.load(classes + piece * PIECE - 1, mask=piece > 0, other=-1) != v
     if (v < V) & (v == after) & begins:
         col = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -137,9 +139,9 @@ def _launches(device: torch.device, count: int, vocab: int, hidden: int, sh0: in
 
 
 def class_gradients(classes: Tensor, values: Tensor, tokens: Tensor, h: Tensor, dw: Tensor) -> None:
-    """dw [V, D] += Σ_j value_j h[token_j] at class_j; classes [count] int32 in any order, V for no entry.
+    """dw[class_j] += value_j h[token_j] for all entries j; classes [count] int32 in any order, V for no entry.
 
-    count is a multiple of `PIECE`.
+    ``count`` is a multiple of `PIECE`.
     """
     vocab, hidden = dw.shape
     ordered, order = torch.sort(classes, stable=True)

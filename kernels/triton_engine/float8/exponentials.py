@@ -1,4 +1,4 @@
-"""The sweep of the float8 single pass: where its results lie, and its launch."""
+"""The layout of float8 exponentials in memory, and the launch of their sweep (`gluon.float8_exponentials`)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fusedhead.kernels.contract import Head
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 
-FLOAT8_PART = 64  # columns that a kernel stores at once, and a multiple of which rows of E8 have
-FLOAT8_BLOCK = 128  # tokens of a kernel's tile, and a multiple of which rows of E8T have
-FLOAT8_TILE = 192  # columns of a kernel's tile: of a byte of `hot`
+FLOAT8_PART = 64  # columns of a part that the kernel stores; rows of E8 are padded to a multiple
+FLOAT8_BLOCK = 128  # tokens of the kernel's tile; rows of E8T are padded to a multiple
+FLOAT8_TILE = 192  # columns of the kernel's tile; one byte of `hot` each
 
 
 def padded(count: int, multiple: int) -> int:
@@ -21,17 +21,17 @@ def padded(count: int, multiple: int) -> int:
 
 
 class Tail(NamedTuple):
-    """A window of exponentials in float8. Columns of ``rows`` and tokens of ``columns`` have an order of their own."""
+    """A window of float8 exponentials. `float8.quantize` gives the order of classes in E8 and of tokens in E8T."""
 
-    rows: Tensor  # [M', V'] e4m3: M and V padded to `FLOAT8_BLOCK` and `FLOAT8_PART`
-    columns: Tensor  # [V', >= M'] e4m3: the same transposed, from the window's first token on
-    hot: Tensor  # [M, tiles] uint8: bit j where part j of a row's tile may hold an entry that was left out
+    rows: Tensor  # E8 [M', V'] e4m3: M and V padded to multiples of `FLOAT8_BLOCK` and `FLOAT8_PART`
+    columns: Tensor  # E8T [V', >= M'] e4m3: the transpose, starting at the window's first token
+    hot: Tensor  # [M, tiles] uint8: bit j if part j of a row's tile may hold an entry that was left out
 
 
 @lru_cache(maxsize=KEPT)
 def _launch(s: Sweep, only: bool, ld: int, ldt: int) -> Launch:
     from fusedhead.kernels.triton_engine.gluon.float8_exponentials import (
-        float8_exp_pair_kernel,  # of the versions of Triton that `tiles` names
+        float8_exp_pair_kernel,  # only where Gluon runs
     )
 
     return s.launch(float8_exp_pair_kernel, ONLY=only, ld=ld, ldt=ldt, tiles=-(-s.vocab // FLOAT8_TILE))
@@ -48,7 +48,7 @@ def float8_exponentials(
     label_map: Tensor | None,
     flags: Tensor | None = None,
 ) -> None:
-    """tail <- exponentials times gain [N]; part [1, size] <- totals; picked [N, K] at the labels."""
+    """tail <- exponentials times gain [N]; part [1, size] <- totals; picked [N, K] <- logits at the labels."""
     h_tiles, w_tiles = s.operands(head.h, head.w, None)
     _launch(s, flags is not None, tail.rows.stride(0), tail.columns.stride(0)).run(
         h=h_tiles,

@@ -1,10 +1,12 @@
-"""How large a row's softmax is, known before its sweep: the log-sum-exp of a sample of classes.
+"""The level of a row: an estimate of its lse before the sweep, from a sample of S classes.
 
-    level2[i] = max(log2 Σ_{v in sample} 2^(z·L), label's logit)        in: h [N, D], w [V, D], y [N, K]
+    level2[i] = log2 Σ_{v in sample} 2^(z_iv·L)        the caller takes the maximum with the label's logit
 
-The sample is every V / `STRIDED`-th class and the labels of `LABELLED` tokens, each class once: what is likely is a
-label of some token. It is a lower bound of the lse, so exponentials relative to it are at most too large: then they are
-listed, not rounded (`gluon.float8_exponentials`). FLOP 2 N D · 1280.
+in: h [N, D], w [V, D] bfloat16, y [N, K] int64. out: level2 [N] float32, base 2. FLOP 2NDS; bytes: 2SD for the sampled
+rows of w, h as in `sweeps.statistics`. The sample is every (V / `STRIDED`)-th class and about `LABELLED` of the labels,
+each class once: a likely class is the label of some token. The level is a lower bound of the lse. Relative to it
+exponentials can only be too large, and those too large for e4m3 are listed and not rounded
+(`gluon.float8_exponentials`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ STRIDED, LABELLED = 256, 1024
 
 
 def sampled_classes(y: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """(classes [S] int64, cols [1, S] float32 that is 1 where a class is there already): S depends on shapes alone."""
+    """(classes [S] int64, cols [1, S] float32: 1 for a class that occurs before). S depends on shapes alone."""
     step = max(1, vocab // STRIDED)
     strided = torch.arange(0, vocab, step, device=y.device)
     flat = y.reshape(-1)
@@ -36,7 +38,7 @@ def sampled_classes(y: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
 
 
 def row_levels(head: Head) -> Tensor:
-    """level2 [N] float32, in base 2, before labels are taken into account."""
+    """level2 [N] float32, in base 2, without the maximum with the label's logit."""
     classes, repeated = sampled_classes(head.y, len(head.w))
     n = len(head.h)
     part = head._replace(w=head.w[classes], y=head.y[:, :0], cols=repeated, u=head.u[:0], transform=parse("dropcol:0"))

@@ -1,11 +1,12 @@
-"""Which entries of a window the float8 tail left out: read off the marks, a row after the other.
+"""The entries that float8 leaves out: their list, read from the marks in E8, row after row.
 
-    counts[i] = how many classes of row i are marked in E8, its label apart, and one more for the label
+    counts[i] = the number of marked classes of row i other than its label, plus 1 for the label
     classes[ends[i] - counts[i] : ends[i]] = these classes, the label last
 
-in: E8 [M, ld] (`gluon.float8_exponentials`) as bytes, hot [M, tiles] uint8, y [M, K] with K <= 1. Bytes: those of
-``hot``, and 192 for each tile that may hold a mark. One warp a row; the order is that of E8, so it is the same in every
-run. A row whose count was set to 0 since lists nothing.
+in: E8 [M, ld] (`gluon.float8_exponentials`) as bytes, hot [M, tiles] uint8, y [M, K] int64 with K <= 1. out: counts
+[M], then classes [capacity], both int32. Bytes: M · tiles of ``hot``, and 192 for each tile of a row that may hold a
+mark; no FLOP. One warp works on a row in the order of E8, so that the list is the same in every run. A row whose count
+the caller has set to 0 lists nothing.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ def list_kernel(
     sy0,
     LABELS: tl.constexpr,
     FILL: tl.constexpr,
-    CHUNK: tl.constexpr,  # bytes of hot that are looked at together
+    CHUNK: tl.constexpr,  # bytes of hot that are read at once
     BN: tl.constexpr,
-    WIDTH: tl.constexpr,  # BN, up to a power of two
+    WIDTH: tl.constexpr,  # BN, rounded up to a power of two
 ):
     """One program a row."""
     row = tl.program_id(0)
@@ -96,7 +97,7 @@ def _launch(n: int, vocab: int, tiles: int, ld: int, sy0: int, labels: int, fill
 
 
 def count_entries(tail: Tail, y: Tensor, vocab: int) -> Tensor:
-    """[M] int32: entries of each row, its label among them."""
+    """The number of entries of each row [M] int32, its label included."""
     (n, tiles), (_, labels) = tail.hot.shape, y.shape
     counts = tail.hot.new_empty(n, dtype=torch.int32)
     launch = _launch(n, vocab, tiles, tail.rows.stride(0), y.stride(0), labels, False)
@@ -105,7 +106,7 @@ def count_entries(tail: Tail, y: Tensor, vocab: int) -> Tensor:
 
 
 def fill_entries(tail: Tail, y: Tensor, vocab: int, counts: Tensor, ends: Tensor, classes: Tensor) -> None:
-    """classes [capacity] int32 <- the entries of row i at ends[i] - counts[i], the label last."""
+    """classes [capacity] int32 <- the entries of row i from ends[i] - counts[i] on, the label last."""
     (n, tiles), (_, labels) = tail.hot.shape, y.shape
     launch = _launch(n, vocab, tiles, tail.rows.stride(0), y.stride(0), labels, True)
     launch.run(

@@ -1,10 +1,11 @@
-"""Products of float8 matrices: cuBLAS through torch, with sums that lose nothing on the way.
+"""Float8 products: cuBLAS through torch, with float32 accumulation.
 
-    out [m, n] = scale · a [m, k] @ b [n, k].T        a, b e4m3, both contiguous along k; k and n multiples of 16
+    out[m, n] = scale · Σ_k a[m, k] b[n, k]
 
-Accumulation is the slow one: the tensor cores' own sums of float8 products keep 14 bits, and over a vocabulary that
-costs 5e-2 of dh. ``out`` is bfloat16 or float32. `torch._scaled_mm` is reached here alone; without tensor cores of that
-kind, as in the interpreter, the product is that of the same numbers in float32.
+in: a [m, k], b [n, k] e4m3, both contiguous along k, k and n multiples of 16; scale [] float32. out: [m, n] bfloat16 or
+float32. FLOP 2mnk; bytes: mk + nk read, 2mn or 4mn written. The fast accumulation of the tensor cores is off: it keeps
+14 bits, which over a vocabulary would cost dh 5e-2. `torch._scaled_mm` is called only here. On a CPU, for the
+interpreter, the same numbers are multiplied in float32.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""A matrix in float8, transposed, its rows in the order in which `gluon.float8_exponentials` stores what it meets.
+"""Quantize: w or h in float8, transposed, its rows in the order of the other operand of the product.
 
     out[d, q] = x[r, d] · weight_r · 448 / top        r the row at place q of its block, top = max |x weight|
 
-in: x [R, D] of two bytes, unit inner stride, weight [R] float32 or none. out: [D, ld] e4m3, ld >= R padded to blocks.
-Bytes: 3RD, and 2RD for `largest`. A float8 product on Hopper sums along the contiguous dimension of both operands, and
-gradients sum over classes (x = w) and over tokens (x = h): both are transposed once. The order along the sum is the
-other operand's: of classes in blocks of 64, of tokens in blocks of 128. What is not finite becomes NaN, as in a product
-of unrounded operands where it meets a number above zero, and does not scale the others.
+in: x [R, D] of two bytes, inner stride 1, weight [R] float32 or None. out: [D, ld] e4m3, ld >= R padded to blocks. FLOP
+2RD; bytes: 3RD, and 2RD for `largest`. A float8 product on Hopper sums along the contiguous dimension of both operands.
+The gradients sum over classes (x = w) and over tokens (x = h), so both are transposed once. Along the sum they follow
+the order in which `gluon.float8_exponentials` stores E8: classes in blocks of 64, tokens in blocks of 128. Entries that
+are not finite become NaN, which is what a product with unrounded operands gives for a factor above zero; they do not
+count for top.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT
 from fusedhead.kernels.triton_engine.launch.tiles import device_of
 
-ROWS, COLUMNS = 128, 64  # of the tile that one program transposes
-QUANTIZE_PROGRAMS = 8
+ROWS, COLUMNS = 128, 64  # the tile that one program transposes
+QUANTIZE_PROGRAMS = 8  # programs of `largest` per multiprocessor
 
 
 @triton.jit
 def token_at(q):
-    """The token of a block of 128 at place q of a row of E8T."""
+    """The token, counted from its block of 128, at place q of a row of E8T."""
     return 64 * ((q // 2) % 2) + 16 * (q // 32) + 8 * (q % 2) + (q // 4) % 8
 
 
@@ -41,7 +42,7 @@ def class_at(q):
 
 @triton.jit
 def place_of(v):
-    """The place in a row of E8 of a class counted from its block of 64: `class_at` backwards."""
+    """The place in a row of E8 of a class, counted from its block of 64: the inverse of `class_at`."""
     return 16 * ((v // 2) % 4) + 2 * (v // 8) + v % 2
 
 
@@ -57,7 +58,7 @@ def largest_kernel(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """out[program] = the largest finite |x · weight| of every programs-th block of rows."""
+    """out[p] = the largest finite |x · weight| in every P-th block of rows from p on, for program p of P; 2RD bytes."""
     most = tl.zeros((BR, BD), tl.float32)
     for first in range(tl.program_id(0) * BR, R, tl.num_programs(0) * BR):
         row = first + tl.arange(0, BR)
@@ -84,11 +85,11 @@ def transpose_kernel(
     sx0,
     ld,
     WEIGHTED: tl.constexpr,
-    TOKENS: tl.constexpr,  # rows are tokens, else classes
+    TOKENS: tl.constexpr,  # true: rows are tokens; false: classes
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program a block of rows and columns."""
+    """One program per block of BR rows and BD columns; 3RD bytes."""
     q = tl.arange(0, BR)
     if TOKENS:
         row = tl.program_id(0) * BR + token_at(q)
@@ -125,7 +126,7 @@ def _transpose_launch(
 
 
 def largest(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """[] float32: the largest finite |x_rd · weight_r|."""
+    """The largest finite |x_rd · weight_r|, [] float32."""
     launch = _largest_launch(x.device, x.shape, x.stride(0), weight is not None)  # type: ignore[arg-type]
     found = x.new_empty(launch.grid[0], dtype=torch.float32)
     launch.run(x=x, weight=weight, out=found)
@@ -133,6 +134,6 @@ def largest(x: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def transposed_float8(x: Tensor, top: Tensor, out: Tensor, weight: Tensor | None = None, tokens: bool = False) -> None:
-    """out [D, ld] <- x [R, D] · weight · 448 / top in e4m3, in the order of classes, or of tokens."""
+    """out [D, ld] <- x [R, D] · weight · 448 / top in e4m3, in the order of classes, or with ``tokens`` of tokens."""
     launch = _transpose_launch(x.device, x.shape, x.stride(0), out.stride(0), weight is not None, tokens)  # type: ignore[arg-type]
     launch.run(x=x, weight=weight, top=top, out=out)

@@ -1,13 +1,14 @@
-"""The last step of dh in the float8 single pass: a row scale, and the listed entries of the row exactly.
+"""Row gradients: the last step of dh in the float8 single pass, a row factor and the row's listed entries in float32.
 
-    dh[i] = tail_i · product[i] + Σ_j value_j w[class_j]
-    value_j = s 2^(z·L - ref2)                                  z = h_i · w[class_j] in float32
-    value of the label = s (own - rounded + c_picked total / a)    own = 2^(picked·L - ref2), rounded: what E8 has of it
+    dh[i] = tail_i · product[i] + Σ_j value_j w[class_j] value_j = s 2^(z·L - ref2)
+    z = h_i · w[class_j] in float32 value of the label = s (own - stored + c_picked total / a)     own = 2^(picked·L -
+    ref2), stored: its entry in E8 / gain
 
-with s = a / total of `rows.finalize` and tail_i = s / gain · scale of the product. The label's terms cancel without a
-rounding where p -> 1, as there. in: product [M, D] float32, h, w, the list (`float8.list_entries`). out: dh [M, D], and
-values and tokens of the list for dw (`float8.class_gradients`). Bytes: 8MD, and 2D an entry: a row of w is read once
-for z and for the sum.
+with s = a / total as in `rows.finalize`, and tail_i = s / gain · scale of the product. in: product [M, D] float32, h
+[M, D], w [V, D] bfloat16, the list (`float8.list_entries`), row vectors float32 (below). out: dh [M, D] bfloat16;
+values float32 and tokens int32 of the list, for dw (`float8.class_gradients`). Never in memory: dz, a gathered copy of
+w. FLOP MD, and 4D an entry; bytes: 8MD, and 2D an entry, whose row of w is read once for z and for the sum. As p -> 1
+the label's value keeps its digits, as in `rows.finalize`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def row_gradient_kernel(
     ends,  # [N] int32
     classes,  # [.] int32
     values,  # [.] float32, out
-    tokens,  # [.] int32, out: counted from ``first_token``
+    tokens,  # [.] int32, out: first_token + row
     out,  # [N, D]
     first_token,
     N,
@@ -67,7 +68,7 @@ def row_gradient_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,  # D, up to a power of two
+    WIDTH: tl.constexpr,  # D, rounded up to a power of two
 ):
     """One program a row."""
     row = tl.program_id(0)
@@ -83,7 +84,7 @@ def row_gradient_kernel(
     here = tl.load(classes + end - count, mask=count > 0, other=0)
     row_of_w = tl.load(w + here.to(tl.int64) * sw0 + col, mask=col < tl.where(count > 0, D, 0), other=0.0)
     for j in range(end - count, end):
-        # the next row of w is asked for before this one is used
+        # load the next row of w before this one is used
         more = end > j + 1
         here = tl.load(classes + j + 1, mask=more, other=0)
         next_row = tl.load(w + here.to(tl.int64) * sw0 + col, mask=col < tl.where(more, D, 0), other=0.0)
@@ -110,7 +111,7 @@ def row_gradient_kernel(
                         a += tl.load(c_lse + row)
                     if HAS_SQUARE:
                         a += 2.0 * tl.load(c_square + row) * tl.load(lse + row)
-                    # c / a is exactly -1 for a cross-entropy: own - total then cancels without a rounding
+                    # for a cross-entropy c / a is exactly -1, so that entry - total is rounded only once
                     value = tl.where(a == 0.0, c, s * (entry + c / a * total))
                 else:
                     value = s * entry
@@ -153,7 +154,7 @@ def row_gradients(
     out: Tensor,
     first_token: int,
 ) -> None:
-    """out [M, D] <- dh; values, tokens [capacity] <- of each listed entry; the window begins at ``first_token``."""
+    """out [M, D] <- dh; values, tokens [capacity] <- those of the listed entries; ``first_token`` is the window's."""
     labels = s.labels > 0
     given = c.lse is not None, c.picked is not None, c.square is not None
     _launch(s, window.rows.stride(0), given).run(

@@ -1,16 +1,17 @@
-"""Statistics and gradients in one sweep, both gradient products in float8.
+"""The float8 single pass: statistics and gradients in one sweep, with both gradient products in float8.
 
-Per window of tokens: x = exp(z - level) in e4m3 (`gluon.float8_exponentials`), then with one number a row
+Per window of tokens, x = exp(z - level) is stored in e4m3 (`gluon.float8_exponentials`), and one factor a row gives
 
     dh = r ⊙ (E8 w8) + Σ listed value · w        dw = E8ᵀ (r ⊙ h)8 + Σ listed value · h        r = s / gain
 
-so that z is computed once, in bfloat16, and the two other products cost about half. The list has what float8 must not
-round: entries above `THRESHOLD` of the level, and the labels. The lse comes from float32 sums of unrounded exponentials
-with the reference that `triton_engine.single_pass` has. A token block whose list is too long, or whose exponentials
-left the safe range, is swept again with its own lse as level, on the device's decision: it then has less than
-1 / `THRESHOLD` entries a row.
+Inputs: h [N, D], w [V, D] bfloat16, y [N, K] with K <= 1, coefficients [N] float32. Outputs: dh, dw bfloat16,
+statistics [N] float32. FLOP: one product of 2NDV in bfloat16 and two in float8, which cost about half each. The list
+holds what float8 must not round: the labels, and entries above `THRESHOLD` of the level. The lse comes from float32
+sums of unrounded exponentials, with the reference of `triton_engine.single_pass`. A token block whose list is too long,
+or whose exponentials left the safe range, is swept again with its lse as level; flags on the device decide. It then
+lists fewer than 1 / `THRESHOLD` entries a row, since probabilities sum to 1.
 
-In memory: e4m3 E of a window, its transpose of several windows, w8 (within dw where one of them holds all tokens).
+In memory: E8 of a window, E8T of several windows, and w8 (inside dw if E8T holds all tokens).
 """
 
 from __future__ import annotations
@@ -47,16 +48,16 @@ from fusedhead.kernels.triton_engine.rows.unsafe_blocks import mark_unsafe
 from fusedhead.kernels.triton_engine.sweeps.statistics import stream
 from fusedhead.kernels.triton_engine.windows import first_rows, full_cuts, ready_rows, rows_of, slice_head, slice_rows
 
-THRESHOLD = 2.0**-6  # of the softmax, judged by the level: what is larger is listed
-LARGEST_E4M3 = 448.0  # of e4m3
+THRESHOLD = 2.0**-6  # an entry above this fraction of exp(level) is listed
+LARGEST_E4M3 = 448.0  # the largest finite number of e4m3
 FLOAT8 = torch.float8_e4m3fn
 TOP_GAIN = LARGEST_E4M3 / THRESHOLD
-ENTRIES = 64  # of the list a row, on average over a token block: 1 / THRESHOLD
-DW_ROWS = 64 << 20  # bytes of a product that is added to dw
+ENTRIES = 64  # list entries a row, on average over a token block: 1 / THRESHOLD
+DW_ROWS = 64 << 20  # bytes of one temporary product that is added to dw
 
 
 def reads(head: Head) -> bool:
-    """Whether the kernels read these matrices as they lie. All else that a float8 pass asks for is `plan.float8`'s."""
+    """True if the kernels read h and w without a copy. `plan.float8` checks what else a float8 pass needs."""
     return (
         head.h.stride(1) == 1
         and reads_rows(head.w.stride())
@@ -65,7 +66,10 @@ def reads(head: Head) -> bool:
 
 
 def one_float8_pass(head: Head, coefficients: RowGrads, windows: Windows) -> tuple[RowStats, HeadGrads]:
-    """Statistics, dh and dw of a plain bfloat16 head with at most one label a row; ``windows.tail_rows`` is above 0."""
+    """Statistics, dh and dw of a bfloat16 head without a transform, with at most one label a row.
+
+    ``windows.tail_rows`` > 0 is the number of tokens of one E8; ``windows.tokens`` is that of one E8T.
+    """
     coefficients = ready_rows(coefficients)
     (n, hidden), vocab = head.h.shape, head.w.shape[0]
     new = head.h.new_empty
@@ -113,10 +117,10 @@ def one_float8_pass(head: Head, coefficients: RowGrads, windows: Windows) -> tup
 
 
 class _Listed(NamedTuple):
-    """The entries of several windows, each in room of its own: `ENTRIES` a row and the labels."""
+    """The list of several windows; each window has room for `ENTRIES` entries and one label a row."""
 
     classes: Tensor  # [capacity] int32, V where there is no entry
-    values: Tensor  # [capacity] float32: of dz
+    values: Tensor  # [capacity] float32: dz of the entry
     tokens: Tensor  # [capacity] int32
 
     @classmethod
@@ -131,7 +135,7 @@ def _room(rows: int) -> int:
 
 
 def _list(tail: Tail, head: Head, scale: Tensor, c: RowGrads, counts: Tensor, listed: _Listed, first: int) -> Tensor:
-    """ends [M] of the rows' entries, which are listed; counts of rows that have no gradient, or only NaN, become 0."""
+    """Fill the list; returns ends [M] of the rows' entries. Counts of rows with no gradient, or with NaN, become 0."""
     none = scale == 0 if c.picked is None else (scale == 0) & (c.picked[:, 0] == 0)
     counts.masked_fill_(none | scale.isnan(), 0)
     ends = counts.cumsum(0, dtype=torch.int32).add_(_room(first))
@@ -140,7 +144,7 @@ def _list(tail: Tail, head: Head, scale: Tensor, c: RowGrads, counts: Tensor, li
 
 
 def _float8_weight(w: Tensor, dw: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(w8 [D, V'] with classes in the order of E8, its scale [] float32); inside ``dw`` where that is given."""
+    """(w8 [D, V'] with its classes in the order of E8, its scale [] float32). w8 lies inside ``dw`` if it has room."""
     vocab, hidden = w.shape
     shape = hidden, padded(vocab, FLOAT8_PART)
     if dw is None or shape[0] * shape[1] > dw.numel() * dw.itemsize:
@@ -155,7 +159,7 @@ def _float8_weight(w: Tensor, dw: Tensor | None) -> tuple[Tensor, Tensor]:
 def _swept(
     s: Sweep, head: Head, tail: Tail, ref2: Tensor, level2: Tensor, picked: Tensor, totals: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """tail, picked and totals of a window; returns (gain [M] float32, entries [M] int32 of each row)."""
+    """Fill tail, picked and totals of a window; returns (gain [M] float32, entries of each row [M] int32)."""
     redo = s.beside("stream")
     labels = map_labels(s, head.y, check=True) if s.labels else None
     reference(redo, head, ref2)
@@ -175,7 +179,7 @@ def _swept(
 
 
 def _add_to_weight(h: Tensor, columns: Tensor, r: Tensor, dw: Tensor, first: bool) -> None:
-    """dw [V, D] <- (or += unless ``first``) E8ᵀ (r ⊙ h)8, tokens of both in the order of E8T."""
+    """dw [V, D] += E8ᵀ (r ⊙ h)8, or <- with ``first``; the tokens of both are in the order of E8T."""
     hidden = h.shape[1]
     top = largest(h, r)
     h8 = h.new_empty((hidden, columns.shape[1]), dtype=FLOAT8)

@@ -1,9 +1,10 @@
-"""The gradient of the logits of one window by two groups of warps in turn: what `sweeps.dlogits` does for plain ones.
+"""Dlogits by two warpgroups in turn: the gradient of one window's logits, as in `sweeps.dlogits`, without a transform.
 
     dz = g_lse p + Σ_k g_picked_k [v = y_k],   p = exp(z - lse)        z = h @ w.T
 
-in: h [M, D], w [V', D] (the window's slices), per-row upstream gradients and lse float32. out: dz [M, V'] in the dtype
-of h. Never reaches memory: z, p. FLOP 2MDV', bytes 2MV' written.
+in: h [M, D], w [V', D] of two bytes (the window's slices), y [M, K] int64, g_lse, lse [M], g_picked [M, K] float32.
+out: dz [M, V'] in the dtype of h. Never in memory: z, p. FLOP 2MDV'; bytes: 2MV' written, h and w as in
+`sweeps.statistics`.
 """
 
 # ruff: noqa: SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
@@ -34,10 +35,10 @@ from fusedhead.kernels.triton_engine.gluon.tile import (
 
 
 class Gradients(NamedTuple):
-    """What an epilogue reads and writes."""
+    """What the epilogue reads and writes."""
 
     dz: Any
-    stage: Any  # shared memory on the way to dz
+    stage: Any  # shared memory through which dz is stored
     labels: Any
     g_lse: Any
     g_picked: Any
@@ -47,13 +48,13 @@ class Gradients(NamedTuple):
 
 @gluon.jit
 def _with_label(d, at, more, FIRST: gl.constexpr):
-    """d with ``more`` [BM] added at column ``at`` [BM] of a tile, of which it is the part from FIRST on."""
+    """d with ``more`` [BM] added at the tile's column ``at`` [BM]; d is the part of the tile that starts at FIRST."""
     return gl.where(columns_of(FIRST, NARROW_TILE, NARROW)[None, :] == at[:, None], d + more[:, None], d)
 
 
 @gluon.jit
 def _label_gradient(g_picked, at, k, K, row):
-    """g_picked[row, k] [BM] where the label lies in the tile (``at``), 0 elsewhere."""
+    """g_picked[row, k] [BM] if the label lies in the tile (``at`` >= 0), else 0."""
     return gl.load(g_picked + row.to(gl.int64) * K + k, mask=at >= 0, other=0.0)
 
 
@@ -61,12 +62,12 @@ def _label_gradient(g_picked, at, k, K, row):
 def _part(
     z, norm, g, more, args, place, J: gl.constexpr, sizes, LABELS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr
 ):
-    """Stores part J of a tile of dz."""
+    """Stores column part J of a tile of dz."""
     dz, stage, labels, g_picked = args.dz, args.stage, args.labels, args.g_picked
     d = gl.zeros((BM, NARROW), gl.float32, layout=NARROW_TILE)
     if args.HAS_LSE:
         d = gl.exp2((z - norm[:, None]) * LOG2E) * g[:, None]
-    if LABELS == 1:  # without a branch, which would hold d and z in registers at once
+    if LABELS == 1:  # no branch: it would keep d and z in registers at the same time
         d = _with_label(d, place.label_columns, more, J * NARROW)
     elif LABELS == 2:
         if (place.label_bits >> J) & 1 != 0:
@@ -85,7 +86,7 @@ def _epilogue(
     row = token_rows(place.block, BM)
     there = row < sizes.N
     norm = gl.load(args.lse + row, mask=there, other=0.0)
-    norm = norm + 0.0 * norm  # NaN where it is infinite, as through a log_softmax
+    norm = norm + 0.0 * norm  # NaN if the lse is infinite, as log_softmax gives
     g = norm
     if args.HAS_LSE:
         g = gl.load(args.g_lse + row, mask=there, other=0.0)
@@ -115,7 +116,7 @@ def dlogits_pair_kernel(
     D,
     K,
     GROUP,
-    P,  # twice as many as programs, or one less
+    P,  # warpgroups: twice the number of programs, or one less
     sy0,
     sy1,
     LABELS: gl.constexpr,

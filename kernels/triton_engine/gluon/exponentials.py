@@ -1,9 +1,10 @@
-"""The exponentials of a window of tokens, by two groups of warps in turn: `sweeps.exponentials` for plain logits.
+"""Exponentials by two warpgroups in turn: E of a window of tokens, as in `sweeps.exponentials`, without a transform.
 
     E[i, v] = 2^(z·L - ref2_i)      total[i] = Σ_v 2^(z·L - ref2_i)      picked[i, k] = z[i, y_ik]       z = h @ w.T
 
-in: h [M, D], w [V, D], ref2 [M] float32. out: E [M, V] in the dtype of h, partial totals (`device.schedule`), picked.
-Never reaches memory: z, the float32 window. FLOP 2MDV, bytes 2MV written.
+in: h [M, D], w [V, D] of two bytes, ref2 [M] float32, y [M, K] int64. out: E [M, V] in the dtype of h, partial totals
+[size] float32 (`device.schedule`), picked [M, K] float32. Never in memory: z, a float32 window. FLOP 2MDV; bytes: 2MV
+written, h and w as in `sweeps.statistics`.
 """
 
 # ruff: noqa: RUF059, SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
@@ -36,10 +37,10 @@ from fusedhead.kernels.triton_engine.gluon.tile import (
 
 
 class Exponentials(NamedTuple):
-    """What an epilogue reads and writes."""
+    """What the epilogue reads and writes."""
 
     E: Any
-    stage: Any  # shared memory on the way to E
+    stage: Any  # shared memory through which E is stored
     labels: Any
     ref2: Any
     picked: Any
@@ -51,7 +52,7 @@ def _part(
     z, r, args, place, J: gl.constexpr, sizes,
     LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
-    """Stores part J of a tile of E; returns its row sums."""
+    """Stores column part J of a tile of E; returns its row sums."""
     E, stage, labels, picked = args.E, args.stage, args.labels, args.picked
     if LABELS > 0:
         if (place.label_bits >> J) & 1 != 0:
@@ -99,7 +100,7 @@ def exp_pair_kernel(
     D,
     K,
     GROUP,
-    P,  # twice as many as programs, or one less
+    P,  # warpgroups: twice the number of programs, or one less
     sy0,
     sy1,
     LABELS: gl.constexpr,

@@ -1,16 +1,17 @@
-"""The exponentials of a window of tokens in float8, twice: `gluon.exponentials` whose stored tile is e4m3.
+"""Float8 exponentials: the sweep of `gluon.exponentials`, which stores its tile twice, in e4m3.
 
     x[i, v] = 2^(z·L - ref2_i) gain_i        total[i] = Σ_v 2^(z·L - ref2_i)      picked[i, k] = z[i, y_ik]
-    E8[i, v] = E8T[v, i] = x where x <= 448, else -0         hot[i, tile] bit j: part j of row i may hold a -0
+    E8[i, v] = E8T[v, i] = x if x <= 448, else -0            hot[i, tile] bit j: part j of row i may hold a -0
 
-in: h [M, D], w [V, D], ref2, gain [M] float32. out: E8 [M, V] and E8T [V, M] e4m3, partial totals, picked, hot. A
-float8 product wants both operands contiguous along the sum, hence two copies: 2 bytes an element, as many as one
-bfloat16 window has. Entries too large for the tail are left out and marked by the sign of their zero, which no product
-sees: whoever reads the marks adds them exactly (`float8.list_entries`).
+in: h [M, D], w [V, D] bfloat16, ref2, gain [M] float32, y [M, K] int64. out: E8 [M, V] and E8T [V, M] e4m3 (padded),
+partial totals [size] and picked [M, K] float32, hot [M, tiles] uint8. Never in memory: z, unrounded exponentials. FLOP
+2MDV; bytes: 2MV written, as many as one bfloat16 window has. Two copies, because a float8 product needs both operands
+contiguous along its sum. An entry above 448 is left out and marked by a zero of negative sign, which changes no
+product; `float8.list_entries` reads the marks, and these entries are added exactly.
 
-The order along a sum is free as long as both operands of a product share it. So columns of E8 and tokens of E8T lie as
-a thread holds them (`float8.quantize` has the same order): a thread stores 16 and 4 bytes at once, straight from its
-registers. Totals are taken from unrounded float32 values: the lse does not know of float8.
+A sum may run in any order that both operands of the product share. So the columns of E8 and the tokens of E8T are
+stored in the order in which a thread holds them, 16 and 4 bytes at once (`float8.quantize` orders the other operands in
+the same way). Totals are sums of unrounded float32 values, so that float8 does not change the lse.
 """
 
 # ruff: noqa: RUF059, SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
@@ -39,7 +40,7 @@ from fusedhead.kernels.triton_engine.gluon.tile import (
     zero_sums,
 )
 
-# how threads hold a part [128, 64] once its columns lie in the order of E8: 16 of them in a row
+# layout of a part [128, 64] whose columns are in the order of E8: a thread holds 16 of them in a row
 _BY_ROWS = gl.DistributedLinearLayout(
     reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [8, 0], [64, 0]],
     lane_bases=[[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]],
@@ -47,7 +48,7 @@ _BY_ROWS = gl.DistributedLinearLayout(
     block_bases=[],
     shape=[128, 64],
 )
-# the same part as [64, 128], its tokens in the order of E8T: 4 of them in a row
+# layout of the transposed part [64, 128] whose tokens are in the order of E8T: a thread holds 4 of them in a row
 _BY_COLUMNS = gl.DistributedLinearLayout(
     reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0], [16, 0], [32, 0]],
     lane_bases=[[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]],
@@ -59,14 +60,14 @@ BY_ROWS, BY_COLUMNS = gl.constexpr(_BY_ROWS), gl.constexpr(_BY_COLUMNS)
 
 
 class Float8Exponentials(NamedTuple):
-    """What an epilogue reads and writes."""
+    """What the epilogue reads and writes."""
 
     E8: Any
     E8T: Any
     hot: Any
     ld: Any  # elements between rows of E8
     ldt: Any  # elements between rows of E8T
-    tiles: Any  # of the vocabulary: bytes between rows of hot
+    tiles: Any  # tiles of the vocabulary, the bytes between rows of hot
     labels: Any
     ref2: Any
     gain: Any
@@ -76,20 +77,20 @@ class Float8Exponentials(NamedTuple):
 
 @gluon.jit
 def _store_rows(x8, E8, ld, block, start, BM: gl.constexpr):
-    """E8[block, start :] <- x8 [BM, 64], columns in the order of threads."""
+    """E8[block, start :] <- x8 [BM, 64], its columns in the order in which a thread holds them."""
     x = gl.permute(gl.reshape(x8, (BM, 8, 4, 2)), (0, 2, 1, 3))
     x = gl.convert_layout(gl.reshape(x, (BM, NARROW)), BY_ROWS)
     row = gl.arange(0, BM, layout=gl.SliceLayout(1, BY_ROWS))
     col = gl.arange(0, NARROW, layout=gl.SliceLayout(0, BY_ROWS))
     at = (block * BM + row).to(
         gl.int64
-    ) * ld + start  # made anew for each tile: a loop over tiles has no registers for it
+    ) * ld + start  # computed for each tile, since the loop over tiles has no register to keep it in
     gl.store(E8 + (at[:, None] + col[None, :]), x)
 
 
 @gluon.jit
 def _store_columns(x8, E8T, ldt, block, start, BM: gl.constexpr):
-    """E8T[start :, block] <- x8 [BM, 64] transposed, tokens in the order of threads."""
+    """E8T[start :, block] <- x8 [BM, 64] transposed, its tokens in the order in which a thread holds them."""
     x = gl.permute(gl.reshape(x8, (2, 4, 2, 8, NARROW)), (4, 1, 3, 0, 2))
     x = gl.convert_layout(gl.reshape(x, (NARROW, BM)), BY_COLUMNS)
     col = gl.arange(0, NARROW, layout=gl.SliceLayout(1, BY_COLUMNS))
@@ -103,7 +104,7 @@ def _part(
     z, r, g, args, place, J: gl.constexpr, sizes,
     LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
-    """Stores part J of a tile twice; returns its row sums."""
+    """Stores column part J of a tile in E8 and in E8T; returns its row sums."""
     if LABELS > 0:
         if (place.label_bits >> J) & 1 != 0:
             store_labelled_part(
@@ -114,10 +115,10 @@ def _part(
     if not EVEN:
         if start + NARROW > sizes.V:
             e = gl.where((columns_of(start, NARROW_TILE, NARROW) < sizes.V)[None, :], e, 0.0)
-    sums = gl.sum(e, 1)  # before the stores: the registers of e are free then
+    sums = gl.sum(e, 1)  # before the stores, which then have the registers of e
     x = e * g[:, None]
     x8 = gl.where(x <= LARGEST_FLOAT8, x, MARKED_TAIL).to(gl.float8e4nv)  # a NaN is marked too
-    if start < sizes.V:  # where it always is, too: a part on its own needs fewer registers
+    if start < sizes.V:  # also where it is always true: the branch keeps parts apart, which saves registers
         _store_rows(x8, args.E8, args.ld, place.block, start, BM)
         _store_columns(x8, args.E8T, args.ldt, place.block, start, BM)
     return sums
@@ -125,7 +126,7 @@ def _part(
 
 @gluon.jit
 def _hot(sums, g, J: gl.constexpr):
-    """Bit J where a row's part may hold an entry that is too large: a rounded sum is no less than its terms."""
+    """Bit J if part J of a row may hold an entry above 448. Such an entry makes the part's sum exceed 448 as well."""
     return gl.where(sums * g <= LARGEST_FLOAT8, 0, 1 << J)
 
 
@@ -174,7 +175,7 @@ def float8_exp_pair_kernel(
     D,
     K,
     GROUP,
-    P,  # twice as many as programs, or one less
+    P,  # warpgroups: twice the number of programs, or one less
     sy0,
     sy1,
     tiles,

@@ -1,9 +1,9 @@
-"""Row statistics in one sweep by two groups of warps in turn: what `sweeps.statistics` computes for plain logits.
+"""Statistics by two warpgroups in turn: lse and picked in one sweep, as in `sweeps.statistics`, without a transform.
 
     per row: ref2 = max z·L, total = Σ 2^(z·L - ref2), picked[i, k] = z[i, y_ik]        z = h @ w.T
 
-in: h [N, D], w [V, D]. out: partial rows (`device.schedule`), picked. Never reaches memory: z, p. FLOP 2NDV, bytes as
-`sweeps.statistics`.
+in: h [N, D], w [V, D] of two bytes, y [N, K] int64. out: partial results part [2, size] float32 (`device.schedule`),
+picked [N, K] float32. Never in memory: z, p. FLOP 2NDV; bytes as in `sweeps.statistics`.
 """
 
 # ruff: noqa: RUF059, SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
@@ -31,13 +31,13 @@ from fusedhead.kernels.triton_engine.gluon.tile import columns_of, store_labelle
 
 @gluon.jit
 def _existing(z, start, V, LAYOUT: gl.constexpr, WIDTH: gl.constexpr):
-    """z with -inf in the columns past the vocabulary."""
+    """z, with -inf in the columns past V."""
     return gl.where((columns_of(start, LAYOUT, WIDTH) < V)[None, :], z, float("-inf"))
 
 
 @gluon.jit
 def _exponentials(z, base):
-    """Σ_v 2^(z·L - base) of the columns of an accumulator."""
+    """Σ_v 2^(z·L - base) over the columns of an accumulator."""
     return gl.sum(gl.exp2(gl.fma(z, LOG2E, -base[:, None])), 1)
 
 
@@ -93,7 +93,7 @@ def stream_pair_kernel(
     D,
     K,
     GROUP,
-    P,  # twice as many as programs, or one less
+    P,  # warpgroups: twice the number of programs, or one less
     size,
     sy0,
     sy1,

@@ -1,7 +1,7 @@
-"""Shared parts of the epilogues of `ring`: parts of a tile, labels inside a part, and its store to memory.
+"""Tile functions that the epilogues of `ring` share: column parts, labels inside a part, and its store to memory.
 
-The counterpart of `device.rows` and `device.product.column_part`, whose tiles Triton lays out by itself; here a tile
-lies over the threads as wgmma leaves it, and nothing below moves a value to another thread.
+They do what `device.rows` and `device.product.column_part` do for Triton's kernels. Here the layout is explicit: a tile
+stays distributed over the threads as wgmma leaves it, and no function below moves a value to another thread.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from fusedhead.kernels.triton_engine.gluon.ring import NARROW, NARROW_TILE, PER_ROW, WIDE, async_store, label_columns
 
-COLUMN_PARTS = gl.constexpr(3)  # column parts of a tile of 192
+COLUMN_PARTS = gl.constexpr(3)  # column parts of a tile of 192 columns
 
 
 @gluon.jit
 def narrow_parts(acc, BM: gl.constexpr):
-    """The two parts of 64 columns of the wide accumulator [BM, 128]."""
+    """The wide accumulator [BM, 128] as two parts of 64 columns."""
     split = gl.split(gl.permute(gl.reshape(acc, (BM, 2, WIDE // 2)), (0, 2, 1)))
     left = gl.convert_layout(split[0], NARROW_TILE, assert_trivial=True)
     return left, gl.convert_layout(split[1], NARROW_TILE, assert_trivial=True)
@@ -25,19 +25,19 @@ def narrow_parts(acc, BM: gl.constexpr):
 
 @gluon.jit
 def token_rows(block, BM: gl.constexpr):
-    """Token indices [BM] int32 of a block."""
+    """The token indices [BM] int32 of a block."""
     return block * BM + gl.arange(0, BM, layout=PER_ROW)
 
 
 @gluon.jit
 def zero_sums(BM: gl.constexpr):
-    """A state of one sum [BM] a row, at its start."""
+    """The initial state of an epilogue that keeps one sum a row: zeros [BM]."""
     return (gl.zeros((BM,), gl.float32, layout=PER_ROW),)
 
 
 @gluon.jit
 def columns_of(start, LAYOUT: gl.constexpr, WIDTH: gl.constexpr):
-    """Vocabulary columns [WIDTH] int32 of a part that begins at ``start``."""
+    """The column indices [WIDTH] int32 of a part that starts at ``start``."""
     return start + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
 
 
@@ -46,7 +46,7 @@ def store_labelled_part(
     z, labels, place, N, out, LABELS: gl.constexpr, FIRST: gl.constexpr, LAYOUT: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """out[row, k] = z[row, y[row, k]] for the labels that lie in the part z [BM, WIDTH] of a tile, from FIRST on."""
+    """out[row, k] = z[row, y[row, k]] for the labels in z [BM, WIDTH], the part of a tile that starts at FIRST."""
     if LABELS == 1:
         _store_label(z, place.label_columns, out, 1, 0, place.block, FIRST, LAYOUT, BM, WIDTH)
     else:
@@ -69,13 +69,13 @@ def _store_label(
 
 @gluon.jit
 def staging(to, BM: gl.constexpr):
-    """Shared memory for two parts on their way to ``to``."""
+    """Shared memory for two parts that are being stored to ``to``."""
     return gl.allocate_shared_memory(to.dtype, [2, BM, NARROW], to.layout)
 
 
 @gluon.jit
 def store_part(values, to, stage, place, J: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
-    """Part J of a group's tile [BM, 64] into memory, through the half of ``stage`` that the part before left."""
+    """Stores part J [BM, 64] of a warpgroup's tile, through the half of ``stage`` that the part before did not use."""
     tma.store_wait(1)
     half = stage.index((place.step * COLUMN_PARTS + J) & 1)
     half.store(values.to(to.dtype))

@@ -1,7 +1,6 @@
-"""TMA descriptors of matrices that lie alike, checked once.
+"""TMA descriptors, whose shape and strides are checked once for all matrices of one layout.
 
-What a descriptor is made of differs between Triton's own kernels and Gluon's, which say how a tile lies in shared
-memory.
+Gluon's descriptors hold one thing more than Triton's: the layout of a tile in shared memory.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def _described(paired: bool) -> tuple[Any, tuple[Any, ...]]:
-    """The class of a tile's TMA descriptors, and what it takes besides: how a tile lies in shared memory."""
+    """(descriptor class, its further arguments): Gluon's class takes the layout of a tile in shared memory."""
     if not paired:
         return TensorDescriptor, ()
-    from triton.experimental.gluon.language import NVMMASharedLayout  # where pairs serve only
+    from triton.experimental.gluon.language import NVMMASharedLayout  # imported only where pairs of warpgroups run
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as WithLayout
 
     return WithLayout, (NVMMASharedLayout(128, 16, rank=2),)
 
 
 class Tiles:
-    """TMA descriptors of matrices that lie alike: Triton checks the first, the others differ in their address."""
+    """The TMA descriptors of matrices of one layout: Triton checks the first, the others differ in their address."""
 
     __slots__ = ("described", "fields")
 
@@ -33,10 +32,10 @@ class Tiles:
     ) -> None:
         self.described, more = _described(paired)
         checked = self.described(base, list(shape), list(strides), block, *more)
-        self.fields = {**vars(checked), "base": None}  # no tensor is kept alive here
+        self.fields = {**vars(checked), "base": None}  # without the tensor, which would stay alive
 
     def at(self, base: Tensor) -> Any:
-        """The descriptor of a matrix that starts where ``base`` does, at a multiple of 16 bytes."""
+        """The descriptor of the matrix that starts at the address of ``base``, a multiple of 16 bytes."""
         made = self.described.__new__(self.described)
         vars(made).update(self.fields)
         made.base = base

@@ -1,9 +1,9 @@
-"""Repeated launches of a kernel, without Triton's look-up of facts that cannot have changed.
+"""Launches of a kernel that skip Triton's dispatch after the first time.
 
-Triton inspects every argument of every launch to find the compiled kernel. A kernel is compiled for the values bound in
-`Launch`, the dtypes of the pointers, which its owner keeps the same, and the alignment of pointers to 16 bytes, which
-is checked here. The first launch, every launch with an unaligned pointer, and every launch in Triton's interpreter go
-through Triton.
+Triton inspects every argument of every launch to find the compiled kernel. That kernel depends on the values bound in
+`Launch`, on the dtypes of the pointers, which the owner of a `Launch` never changes, and on whether pointers are
+aligned to 16 bytes, which is checked here. The first launch, a launch with an unaligned pointer, and all launches in
+Triton's interpreter go through Triton.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from triton.runtime import driver
 
 from fusedhead.kernels.triton_engine.launch.launcher import RecordedLaunch, hooked, recorded
 
-POINTER_ALIGNMENT = 16  # bytes: what Triton specialises a pointer on
-ENCODED = 64  # sets of descriptors that a launch remembers: the allocator hands out the same memory again
+POINTER_ALIGNMENT = 16  # bytes; Triton compiles one kernel for aligned and one for unaligned pointers
+ENCODED = 64  # encoded descriptors that a launch remembers, since the allocator returns the same addresses again
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Kernels launch on the current device: make it that of x."""
+    """A context in which kernels launch on the device of x: Triton launches on the current device."""
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
 
 
 class Placed(NamedTuple):
-    """A matrix that a kernel reads or writes through a descriptor, which is made when it is needed."""
+    """A matrix that a kernel accesses through a TMA descriptor, which is made only when a launch needs it."""
 
-    tiles: Any  # how it lies: ``tiles.at(base)`` is its descriptor. Compared by identity
+    tiles: Any  # its layout, compared by identity; ``tiles.at(base)`` makes the descriptor
     base: Tensor
 
     def data_ptr(self) -> int:
@@ -42,12 +42,12 @@ class Placed(NamedTuple):
 
 
 class Launch:
-    """One kernel on one grid of one device, with all arguments bound but the leading ones.
+    """One kernel on one grid of one device. All arguments but the leading ones are bound.
 
-    ``bound`` holds the values of the remaining parameters by name, and options (num_warps, ...). Leading arguments
-    are tensors and `Placed` matrices, then numbers, which must not be specialised by the kernel. It is run
-    with these by name. Names that the kernel does not have are left out. Pointers that its constants tell it not to
-    read are None, in every call: another tensor's address stands in for them.
+    ``bound`` maps the other parameters to their values; it also holds options (num_warps, ...), and names that the
+    kernel does not have are ignored. `run` takes the leading arguments by name: tensors and `Placed` matrices, then
+    numbers that the kernel does not specialise on. A pointer that the kernel's constants tell it not to read is None,
+    in every call: the address of another tensor is passed in its place.
     """
 
     __slots__ = (
@@ -61,14 +61,14 @@ class Launch:
         self.kernel, self.grid, self.leading = kernel, grid, tuple(names[:count])
         self.bound = tuple(bound[name] for name in names[count:])
         settings = {name: value for name, value in bound.items() if name.startswith("num_") or name == "maxnreg"}
-        self.options = {"enable_fp_fusion": True, **settings}  # said, since Triton's default changes with its version
-        self.placed: tuple[int, ...] = ()  # which of the leading arguments are placed
-        self.first = self.device = 0  # arguments up to the last placed one
+        self.options = {"enable_fp_fusion": True, **settings}  # explicit, since Triton's default differs by version
+        self.placed: tuple[int, ...] = ()  # the positions of the `Placed` arguments among the leading ones
+        self.first = self.device = 0  # ``first``: how many arguments there are up to the last `Placed` one
         self.tensors: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # picks the leading tensors, each of them once
-        self.order: Callable[[list[int]], tuple[int, ...]] | None = None  # puts addresses where they are passed
-        self.numbers: tuple[str, ...] = ()  # the leading numbers
-        self.encoded: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # the first arguments as C takes them
-        self.again: RecordedLaunch | Callable[..., None] | None = None  # what Triton compiled, for aligned pointers
+        self.order: Callable[[list[int]], tuple[int, ...]] | None = None  # their addresses in the order of parameters
+        self.numbers: tuple[str, ...] = ()  # the names of the leading numbers
+        self.encoded: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # the first ``first`` arguments in C's form
+        self.again: RecordedLaunch | Callable[..., None] | None = None  # the compiled kernel for aligned pointers
 
     def run(self, **arguments: Any) -> None:
         again = self.again
@@ -78,7 +78,7 @@ class Launch:
             if not gcd(*addresses) % POINTER_ALIGNMENT:
                 if self.order is not None:
                     addresses = [*self.order(addresses)]
-                # an address is passed on as it is; of a tensor the driver would be asked whether it is one of its own
+                # addresses and not tensors: for a tensor Triton asks the driver whether the pointer is a device's
                 numbers = [arguments[name] for name in self.numbers] if self.numbers else ()
                 stream = driver.active.get_current_stream(self.device)
                 if not isinstance(again, RecordedLaunch):
@@ -98,7 +98,7 @@ class Launch:
     def _encoded(
         self, tensors: Sequence[Any], addresses: Sequence[int], numbers: Sequence[Any], again: RecordedLaunch
     ) -> Any:
-        """The arguments up to the last that is placed, as C takes them."""
+        """The arguments up to the last `Placed` one, in the form that Triton's C launcher takes."""
         key = (*addresses[: self.first], *[tensors[at].tiles for at in self.placed])
         encoded = self.encoded.get(key)
         if encoded is None:
@@ -111,7 +111,7 @@ class Launch:
         return encoded
 
     def _through_triton(self, named: Mapping[str, Any]) -> None:
-        """A launch as any other, of which is remembered what Triton compiled, unless it interprets the kernel."""
+        """Launch through Triton, and remember the kernel that it compiled; the interpreter compiles none."""
         names = self._sources(named)
         leading = [named[name] for name in names]
         arguments = (*_described(leading), *self.bound)
@@ -126,7 +126,7 @@ class Launch:
             self.again = recorded(compiled, self.grid, arguments) or compiled[self.grid]
 
     def _remember(self, names: tuple[str, ...]) -> None:
-        """How the tensors of these names are found in a later call. Addresses of stand-ins are not asked for twice."""
+        """Remember how a later call finds the tensors of these names; one that stands in for others is read once."""
         once = tuple(dict.fromkeys(names))
         if once[: self.first] != names[: self.first]:
             once = names
@@ -134,7 +134,7 @@ class Launch:
         self.order = operator.itemgetter(*map(once.index, names)) if len(once) < len(names) else None
 
     def _sources(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-        """For each leading argument the name of what is passed: its own, or for an absent pointer another's."""
+        """For each leading argument the name of the value to pass: its own, or a tensor's for an absent pointer."""
         present = [name for name in self.leading if arguments.get(name) is not None]
         stand_in = next((name for name in present if isinstance(arguments[name], Tensor)), None)
         if stand_in is None and len(present) < len(self.leading):
@@ -143,7 +143,7 @@ class Launch:
 
 
 def _picking(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
-    """Picks the values of several names out of a mapping, as a tuple."""
+    """A function that takes a mapping and returns the values of these names as a tuple."""
     return operator.itemgetter(*names) if len(names) > 1 else lambda arguments: tuple(arguments[name] for name in names)
 
 

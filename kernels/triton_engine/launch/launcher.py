@@ -1,8 +1,8 @@
-"""Recorded launches: the arguments that Triton's launcher passes to its C function, so that a later launch is one call.
+"""Recorded launches: a later launch calls Triton's C function directly, with the arguments recorded from the first.
 
-Between ``kernel[grid](...)`` and C a launch runs Python that recomputes values fixed at compile time and encodes each
-tensor descriptor again. The results depend only on the kernel, the grid and the addresses of the descriptors. A
-launcher of unknown form is not recorded.
+Between ``kernel[grid](...)`` and that function Triton runs Python, which computes again what is fixed at compile time
+and encodes each tensor descriptor. The outcome depends only on the kernel, the grid and the descriptors' addresses. A
+launcher of a form that is not known here is not recorded.
 """
 
 from __future__ import annotations
@@ -15,29 +15,32 @@ from typing import Any, NamedTuple
 from triton import knobs
 
 Grid = tuple[int, int, int]
-STREAM = 0  # stands for a launch's own while the launcher is asked
+STREAM = 0  # the stream passed while recording; a launch passes its own
 
 
 class RecordedLaunch(NamedTuple):
-    """A C function's arguments: grid, stream, ``fixed``, then the kernel's, one by one or as one tuple."""
+    """The C function and its arguments: grid, stream, ``fixed``, then the kernel's, one by one or as one tuple."""
 
     call: Callable[..., object]
     grid: Grid
     fixed: tuple[Any, ...]
     as_tuple: bool
-    encode: Callable[[Sequence[Any]], Sequence[Any]]  # a kernel's arguments -> as C takes them
-    compiled: Any  # keeps the kernel loaded: newer Tritons unload one that nobody holds
+    encode: Callable[[Sequence[Any]], Sequence[Any]]  # a kernel's arguments -> the same in C's form
+    compiled: Any  # a reference that keeps the kernel loaded: newer versions of Triton unload an unreferenced one
 
 
 def hooked() -> bool:
-    """Whether somebody (a profiler) is told of launches, which then have to go through Triton."""
+    """True if a launch hook is set, say by a profiler: launches then go through Triton, which calls the hooks."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _on_top(launch: Any) -> tuple[Any, Callable[[Callable], Callable]]:
-    """The function below a launcher's ``launch``, and what puts that on top of another: it may encode descriptors."""
+    """(the C function, a wrapper): ``launch`` may be a Python closure over C that encodes descriptors.
+
+    ``wrapper(other)`` is that closure over ``other`` in place of C; where ``launch`` is C itself, it is ``other``.
+    """
     names = getattr(getattr(launch, "__code__", None), "co_freevars", ())
     if "launcher" not in names:
         return launch, lambda other: other
@@ -51,7 +54,7 @@ def _on_top(launch: Any) -> tuple[Any, Callable[[Callable], Callable]]:
 
 
 def recorded(compiled: Any, grid: Grid, args: Sequence[Any]) -> RecordedLaunch | None:
-    """How what Triton compiled is launched on ``grid`` with arguments like ``args``; None if that is not understood."""
+    """The recorded launch of a compiled kernel on ``grid`` with arguments like ``args``; None for an unknown form."""
     launcher: Any = getattr(compiled, "run", None)
     call, on_top = _on_top(getattr(launcher, "launch", None))
     if call is None or isinstance(call, types.FunctionType):
@@ -65,7 +68,7 @@ def recorded(compiled: Any, grid: Grid, args: Sequence[Any]) -> RecordedLaunch |
     before = passed[: -1 if as_tuple else max(0, len(passed) - len(args))]
     given = passed[-1] if as_tuple else passed[len(before) :]
     as_they_are = len(given) == len(args) and all(x is y for x, y in zip(given, args))
-    workspace = any(hasattr(x, "data_ptr") for x in before)  # of this launch alone
+    workspace = any(hasattr(x, "data_ptr") for x in before)  # memory that Triton allocates anew for each launch
     if before[:4] != (*grid, STREAM) or workspace or not as_they_are:
         return None
 

@@ -1,9 +1,8 @@
-"""The arguments of a sweep for a Head (or a slice of one): tile, schedule, and arguments that kernels share.
+"""`Sweep`: tile, schedule and shared kernel arguments of one persistent kernel over one window of a head.
 
-`Sweep` describes one window of a head for one kernel, without addresses. Equal windows share one cached `Sweep` with
-its bound launches (`launch.launch`), so that the host's cost of a step is about that of the launches. The function that
-launches a kernel is below the kernel in its file. None of them synchronises, tunes or depends on values, so that every
-launch can be captured in a CUDA graph.
+A `Sweep` holds no addresses. Equal windows share one cached `Sweep` and its bound launches (`launch.launch`), so that
+the host cost of a step is about that of the launches. The function that launches a kernel stands below the kernel in
+its file. No launch synchronises, tunes or depends on values, so that CUDA graphs can capture all of them.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from fusedhead.kernels.triton_engine.launch.tiles import AMD, PAIRED_FROM, Tile,
 from fusedhead.kernels.triton_engine.launch.tuned_tiles import tuned_tile
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-SLOTS = 16  # partial rows that a kernel reads at once
-KEPT = 512  # sweeps, and launches of each kind, that are remembered
-PLAIN = frozenset({"lse", "picked"})  # what pairs of groups of warps can be asked for
-PAIRED_REGISTERS = 168  # of a thread of their programs, on average: twelve warps share the 65,536
+SLOTS = 16  # partial results of a row that a kernel reads at once
+KEPT = 512  # size of the caches of sweeps and of launches
+PLAIN = frozenset({"lse", "picked"})  # the statistics that pairs of warpgroups (`gluon`) compute
+PAIRED_REGISTERS = 168  # average per thread of a paired program: 12 warps share the multiprocessor's 65,536
 
 
 def matmul_precision() -> str:
-    """ "tf32" or "ieee": how float32 products run, by torch's own setting for CUDA matmuls."""
+    """The precision of float32 products, "tf32" or "ieee", from torch's setting for CUDA matmuls."""
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
@@ -41,7 +40,7 @@ def matmul_precision() -> str:
 
 
 class WindowLayout(NamedTuple):
-    """What kernels are compiled and scheduled for, of one window of a head."""
+    """The facts about one window of a head on which compilation and schedule depend."""
 
     device: torch.device
     dtype: torch.dtype
@@ -57,19 +56,19 @@ class WindowLayout(NamedTuple):
     transform: Transform
     tma: bool
     precision: str
-    logits_strides: tuple[int, ...]  # of logits that are read, () where they are computed
+    logits_strides: tuple[int, ...]  # of logits that cuBLAS computed; () if the sweep multiplies
 
 
 def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str]) -> Tile:
-    """The tile with an epilogue that fits the registers: 4 column parts, 3 stages where it holds more values at once.
+    """The tile with an epilogue that fits into registers: 4 column parts and 3 stages where it holds more values.
 
-    Column vectors alone are another matter: read at one place, by all columns, they cost a twentieth of the sweep,
-    and a quarter where loads of the next tile overtake the epilogue.
+    A statistics sweep whose transform only adds or masks columns gets a tile in one part that is not flattened: reading
+    a column vector costs it 5 % of its time, and 25 % if loads of the next tile overlap the epilogue.
     """
     if kernel == "dlogits" or tile.BN < 256:
         more = transform.steps or (kernel == "exp" and want)
         return tile._replace(parts=4) if more and kernel != "stream" else tile
-    if kernel == "stream" and "variance" in want:  # holds yet another value: in half a tile nothing spills
+    if kernel == "stream" and "variance" in want:  # one more value a row: registers spill in a tile of 256 columns
         return tile._replace(BN=128, parts=2, stages=min(tile.stages, 3))
     if transform.varies_along_row or (kernel == "stream" and not want <= PLAIN):
         return tile._replace(parts=4, stages=min(tile.stages, 3))
@@ -79,13 +78,13 @@ def _suited(tile: Tile, kernel: str, transform: Transform, want: frozenset[str])
 
 
 class Sweep:
-    """One window as one persistent kernel sees it. Compared by identity: equal layouts give the same object."""
+    """One persistent kernel over one window. Compared by identity: equal layouts give the same cached object."""
 
     def __init__(self, kernel: str, layout: WindowLayout, want: frozenset[str], tile: Tile | None) -> None:
         (n, hidden), (vocab, _) = layout.h, layout.w
         smooth, self.ready = layout.transform.smooth, bool(layout.logits_strides)
         major, multiprocessors = device_of(layout.device)
-        self.prefetches = major > AMD  # in PTX: not by the interpreter
+        self.prefetches = major > AMD  # prefetches are PTX, which AMD and the interpreter do not run
         if tile is None:
             pairs = (
                 n >= PAIRED_FROM
@@ -105,20 +104,20 @@ class Sweep:
         self.labels = min(self.k, 2)
         self.layout, self.transform, self.steps = layout, smooth, steps_of(smooth)
         axes = {axis for step in smooth.steps for axis, _ in step.vectors}
-        self.has_u, self.has_cols, self.has_rows = layout.has_u, "c" in axes, "r" in axes  # what kernels read of them
+        self.has_u, self.has_cols, self.has_rows = layout.has_u, "c" in axes, "r" in axes  # which vectors kernels read
         self.tile = tile
         self.schedule: Schedule = schedule(n, vocab, tile, multiprocessors * tile.resident)
         self.by_rows = not layout.tma or reads_rows(layout.w_strides)
         self.h_tiles: Tiles | None = None
         self.w_tiles: Tiles | None = None
-        self.window_tiles: dict[int, Tiles] = {}  # by the distance between rows
+        self.window_tiles: dict[int, Tiles] = {}  # by the row stride of the window
 
     def beside(self, kernel: str) -> Sweep:
-        """The sweep of another kernel over the same window, in its own tile."""
+        """The sweep of another kernel over the same window, with that kernel's tile."""
         return _sweep(kernel, self.layout, frozenset(), None)
 
     def launch(self, kernel: Any, **own: Any) -> Launch:
-        """A launch of a sweeping kernel: ready logits take the place of h."""
+        """A launch of a persistent kernel. Logits that cuBLAS computed take the place of h."""
         place = dict(zip(("sh0", "sh1"), self.layout.logits_strides))
         programs = self.schedule.programs
         if self.tile.paired:
@@ -127,7 +126,7 @@ class Sweep:
         return Launch(kernel, (programs, 1, 1), self.arguments(**place, **own))
 
     def arguments(self, **own: Any) -> dict[str, Any]:
-        """Arguments that kernels of a sweep take, and one's own."""
+        """The arguments that all kernels of a sweep share, and ``own`` ones of a kernel."""
         layout, tile = self.layout, self.tile
         return {
             "N": self.n,
@@ -168,7 +167,7 @@ class Sweep:
         } | own
 
     def operands(self, h: Tensor, w: Tensor, window: Tensor | None) -> tuple[Any, Any]:
-        """h and w as `device.product` reads them: TMA descriptors, else the tensors themselves, or ready logits."""
+        """h and w as `device.product` reads them: through TMA descriptors, through pointers, or as computed logits."""
         if self.ready:
             return window, window
         if not self.layout.tma:
@@ -183,7 +182,7 @@ class Sweep:
         return Placed(self.h_tiles, h), Placed(self.w_tiles, w)
 
     def window(self, window: Tensor) -> Placed:
-        """The window [n, ld] as a kernel stores it: tiles clipped at the V columns that exist."""
+        """The window [n, ld] as a kernel stores it: through a descriptor that clips tiles at column V."""
         distance = window.stride(0)
         tiles = self.window_tiles.get(distance)
         if tiles is None:
@@ -198,14 +197,14 @@ _sweep = lru_cache(maxsize=KEPT)(Sweep)
 
 
 def forget() -> None:
-    """Choose tiles anew from here on: what they are chosen by has changed."""
+    """Forget all sweeps, so that tiles are chosen again: a verdict of a self-check or a tuned tile has changed."""
     _sweep.cache_clear()
 
 
 def multiplied_by_cublas(head: Head) -> bool:
-    """Whether logits are computed into the window before a sweep: where Triton's product is slow.
+    """True if cuBLAS computes the logits into the window before a sweep reads them: float32 without TF32.
 
-    float32 products without tensor cores take Triton 5 times as long as cuBLAS.
+    Without tensor cores, Triton's float32 product takes 5 times as long as cuBLAS's.
     """
     return head.h.dtype == torch.float32 and device_of(head.h.device)[0] > 0 and matmul_precision() == "ieee"
 
@@ -217,9 +216,9 @@ def sweep(
     tile: Tile | None = None,
     logits: Tensor | None = None,
 ) -> Sweep:
-    """The sweep of ``kernel`` ("stream", "exp", "dlogits") over z [N, V] of this (sliced) head; N, V >= 1.
+    """The sweep of ``kernel`` ("stream", "exp", "exp8" or "dlogits") over z [N, V] of a (sliced) head; N, V >= 1.
 
-    ``tile`` takes the place of the one in the table; ``logits`` [N, ld] holds h @ w.T where that was computed.
+    ``tile`` overrides the table's; ``logits`` [N, ld] holds h @ w.T if cuBLAS computed it.
     """
     h, w, y, cols, rows, u, transform = head
     major, _ = device_of(h.device)

@@ -1,8 +1,8 @@
-"""Which tile each kernel uses: a checked-in table, so that nothing is tuned at run time.
+"""The tile of each kernel: a table in the source, so that nothing is tuned at run time.
 
-A row is chosen by device capability, dtype, number of tokens and hidden size, first match wins. Tuning inside
-a step would synchronise, break CUDA graph capture and make two runs differ. Timings behind the rows were
-taken with ``benchmarks/gpu_tiles.py`` on an H100; what a machine tuned for itself goes before (`tuned_tiles`).
+The first row that matches capability, dtype, number of tokens and hidden size gives the tile. Tuning inside a step
+would synchronise, break the capture of CUDA graphs and make two runs differ. The rows were timed with
+``benchmarks/gpu_tiles.py`` on an H100; tiles that `fusedhead.tune` found on this machine come first (`tuned_tiles`).
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import triton
 
 from fusedhead.kernels import self_check
 
-INTERPRETED = 6  # programs "resident" when Triton's interpreter runs on the CPU
+INTERPRETED = 6  # multiprocessors that the interpreter on a CPU is taken to have
 
 
 class Tile(NamedTuple):
-    """One program's work: BM tokens by BN vocabulary columns, in steps of BK along the hidden size."""
+    """The work of one program at a time: BM tokens by BN vocabulary columns, in steps of BK along the hidden size."""
 
     BM: int
     BN: int
     BK: int
-    group: int  # token blocks that the resident programs work on side by side (L2 reuse)
+    group: int  # token blocks that resident programs work on side by side, for reuse in L2 (`device.schedule`)
     warps: int
     stages: int  # depth of the load pipeline
-    flatten: bool = True  # whether loads of the next tile may start during this tile's epilogue
-    parts: int = 1  # the epilogue stores the tile in this many column parts: 1, 2 or 4
-    resident: int = 1  # programs that one multiprocessor has registers and shared memory for
-    paired: bool = False  # whether these are two groups of warps of one program, in turn (`ring`)
+    flatten: bool = True  # loads of the next tile may start during this tile's epilogue
+    parts: int = 1  # column parts in which the epilogue handles the tile: 1, 2 or 4; 3 if paired
+    resident: int = 1  # programs that run on one multiprocessor at the same time
+    paired: bool = False  # two warpgroups of one program take tiles in turn (`gluon.ring`)
 
 
 class Row(NamedTuple):
@@ -42,12 +42,12 @@ class Row(NamedTuple):
     tile: Tile
 
 
-# Operands that TMA can read. The kernels of one sweep share BM: token blocks marked by one are redone by another.
+# Operands that TMA reads. The kernels over one window share BM: one marks token blocks, another sweeps these again.
 TABLE = (
     Row((0,), "", 0, 0, 0, Tile(16, 32, 16, 2, 1, 1, False, 2)),
     Row((9,), "", 2, 64, 0, Tile(64, 256, 64, 1, 4, 3, False, 2)),
     Row((10,), "", 2, 64, 0, Tile(64, 128, 64, 1, 4, 3, False, 1)),
-    Row((10,), "", 2, 0, 0, Tile(128, 128, 64, 22, 8, 3, False, 1)),  # whole: Triton 3.6 and 3.9 fail on parts there
+    Row((10,), "", 2, 0, 0, Tile(128, 128, 64, 22, 8, 3, False, 1)),  # 1 part: Triton 3.6 and 3.9 fail on more there
     Row((9,), "exp", 2, 0, 896, Tile(128, 256, 64, 22, 8, 4, True, 4)),
     Row((9,), "exp", 2, 0, 2048, Tile(128, 256, 64, 22, 8, 3, True, 4)),
     Row((9,), "exp", 2, 0, 4096, Tile(128, 256, 64, 11, 8, 3, False, 2)),
@@ -56,7 +56,7 @@ TABLE = (
     Row((9,), "", 2, 0, 0, Tile(128, 256, 64, 11, 8, 3, True, 2)),
     Row((9, 10), "", 4, 0, 0, Tile(128, 128, 32, 12, 8, 3, False, 2)),
 )
-# The same, of plain logits. With longer rows of w the tiles above store as fast: there are fewer epilogues to hide.
+# Logits without a transform. At larger hidden sizes the tiles above are as fast, since epilogues are rarer there.
 PAIRS = (
     Row((9,), "stream", 2, 0, 1536, Tile(128, 192, 64, 22, 4, 4, False, 3, 2, True)),
     Row((9,), "stream", 2, 1024, 0, Tile(128, 256, 64, 11, 8, 3, True, 2)),  # fewer tiles: wider ones fill the chip
@@ -65,27 +65,27 @@ PAIRS = (
     Row((9,), "exp8", 2, 0, 0, Tile(128, 192, 64, 22, 4, 4, False, 3, 2, True)),
     Row((9,), "dlogits", 2, 0, 2560, Tile(128, 192, 64, 22, 4, 4, False, 3, 2, True)),
 )
-PAIRED_FROM = 65  # tokens
-PAIRED_CHIPS = (9,)  # major capabilities with wgmma, which pairs are written in
-AMD = 1  # in place of an AMD chip's capability, which counts differently: operands come through pointers
-# Operands read through pointers: older chips, strides that TMA does not take
+PAIRED_FROM = 65  # the least number of tokens for pairs
+PAIRED_CHIPS = (9,)  # major capabilities with wgmma, the instruction that pairs use
+AMD = 1  # stands for the capability of an AMD chip, which is numbered otherwise and reads through pointers
+# Operands that are read through pointers: older chips, or strides that TMA does not take.
 POINTERS = (
     Row((0,), "", 0, 0, 0, Tile(16, 32, 16, 2, 1, 1, False, 2)),
     Row((8, 9, 10, 12), "", 2, 0, 0, Tile(128, 128, 32, 12, 8, 3, False, 2)),
     Row((), "", 2, 0, 0, Tile(64, 128, 32, 8, 4, 2, False)),
     Row((), "", 4, 0, 0, Tile(64, 64, 32, 8, 4, 2, False)),
 )
-# logits that cuBLAS computed: tiles are read, not multiplied, and enough programs are resident to hide the reads
+# Logits that cuBLAS computed: tiles are read, not multiplied, and four programs a multiprocessor hide the latency.
 READY_TILE = Tile(32, 256, 16, 8, 4, 1, False, 1, 4)
 
 
 def pairs_serve(device: torch.device) -> bool:
-    """Whether this chip runs pairs, and this Triton compiles them to what the plain sweeps compute there."""
+    """True if pairs of warpgroups run on this chip and a self-check found them as exact as the plain sweeps."""
     return device.type == "cuda" and device_of(device)[0] in PAIRED_CHIPS and self_check.serves("pairs", device)
 
 
 def version() -> tuple[int, int]:
-    """Triton's major and minor number."""
+    """Triton's version as (major, minor)."""
     major, minor, *_ = triton.__version__.split(".")
     return int(major), int(minor)
 
@@ -97,7 +97,7 @@ def _device(index: int) -> tuple[int, int]:
 
 
 def device_of(device: torch.device) -> tuple[int, int]:
-    """(major compute capability, multiprocessors); (0, INTERPRETED) for the CPU."""
+    """(major compute capability, multiprocessors); (0, INTERPRETED) for a CPU, `AMD` in place of AMD's capability."""
     if device.type != "cuda":
         return 0, INTERPRETED
     return _device(torch.cuda.current_device() if device.index is None else device.index)
@@ -106,9 +106,9 @@ def device_of(device: torch.device) -> tuple[int, int]:
 def tile_for(
     kernel: str, tokens: int, hidden: int, itemsize: int, major: int, tma: bool, ready: bool, pairs: bool = False
 ) -> Tile:
-    """The tile of ``kernel`` ("stream", "exp" or "dlogits") for operands [tokens, hidden] of this itemsize.
+    """The tile of ``kernel`` ("stream", "exp", "exp8" or "dlogits") for operands [tokens, hidden] of this itemsize.
 
-    ``tma``: whether TMA reads them; ``ready``: whether logits are read instead; ``pairs``: whether pairs take them.
+    ``tma``: TMA reads the operands; ``ready``: cuBLAS computed the logits; ``pairs``: pairs of warpgroups may run.
     """
     if ready and major:
         return READY_TILE

@@ -1,7 +1,7 @@
-"""Tiles that were timed on this machine, kept on disk: what `python -m fusedhead.tune` found for its GPU.
+"""Tuned tiles: the tiles that `python -m fusedhead.tune` timed on this machine, in a JSON file.
 
-They go before the checked-in table (`tiles`). One file for all devices and versions of Triton, JSON; where it is
-missing or damaged the table decides. It is read once a process.
+They take precedence over the table in the source (`tiles`). One file serves all devices and versions of Triton. If it
+is missing or damaged the table decides. A process reads it once.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fusedhead.kernels.user_cache import cache_file, read_json, write_json
 log = logging.getLogger("fusedhead")
 KERNELS = ("stream", "exp", "dlogits")
 REMEDY = "delete it or run `python -m fusedhead.tune` again"
-TILE_ROWS = 128  # BM of every tile here: token blocks that one kernel marks are done again by another
+TILE_ROWS = 128  # BM of every tile in the file: one kernel marks token blocks, and another sweeps these again
 
 
 class Tuned(NamedTuple):
-    """One tile, for hidden sizes up to this one; of several for a kernel the fastest comes first."""
+    """One tile and the largest hidden size that it is for. Among the tiles for one size the fastest comes first."""
 
     kernel: str
     itemsize: int  # bytes of an operand's element
@@ -33,12 +33,12 @@ class Tuned(NamedTuple):
 
 
 def tiles_file() -> Path:
-    """The file: $FUSEDHEAD_TILES, else fusedhead/tiles.json in the user's cache."""
+    """The path of the file: $FUSEDHEAD_TILES, else fusedhead/tiles.json in the user's cache folder."""
     return cache_file("tiles.json", "FUSEDHEAD_TILES")
 
 
 def device_key(device: torch.device) -> str:
-    """What the tiles of a device are kept under: its name and Triton's version."""
+    """The key of a device's tiles in the file: the device's name and Triton's version."""
     return f"{torch.cuda.get_device_name(device)}, Triton {'.'.join(map(str, version()))}"
 
 
@@ -61,7 +61,7 @@ def known(path: Path, name: str) -> tuple[Tuned, ...]:
 
 
 def keep_tiles(name: str, rows: list[Tuned]) -> Path:
-    """Put the device's tiles in place of those that the file has of it."""
+    """Replace the tiles of the device ``name`` in the file; returns the file's path."""
     path = tiles_file()
     write_json(path, _read(path) | {name: rows})
     known.cache_clear()
@@ -71,7 +71,7 @@ def keep_tiles(name: str, rows: list[Tuned]) -> Path:
 def tuned_tile(
     kernel: str, device: torch.device, tokens: int, hidden: int, itemsize: int, tma: bool, pairs: bool
 ) -> Tile | None:
-    """The tile that was found for this kernel, None where none was; ``pairs``: whether pairs take the logits."""
+    """The tuned tile of this kernel, or None; ``pairs``: pairs of warpgroups may run, so their tiles count too."""
     if device.type != "cuda" or tokens < PAIRED_FROM:
         return None
     fit = [

@@ -1,7 +1,7 @@
-"""Timing the sweeping kernels over candidate tiles, for a device that the checked-in table does not know.
+"""Tuning: times the persistent kernels with candidate tiles, for a device that the table in `tiles` does not know.
 
-Never inside a step: it synchronises, takes minutes and could choose otherwise the next time. `fusedhead.tune` calls it
-for this machine, `benchmarks/gpu_tiles.py` to fill the table.
+It never runs inside a step, because it synchronises, takes minutes, and may choose another tile the next time.
+`fusedhead.tune` calls it for this machine, `benchmarks/gpu_tiles.py` to fill the table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WAYS = {  # (stages, flatten, parts) worth trying with 128x256x64 tiles
 def tiles_to_time(
     kernel: str, tokens: int, groups: tuple[int, ...], tma: bool = True, paired: bool = True
 ) -> list[Tile]:
-    """Tiles worth timing, pairs among them if ``paired``; through pointers, without TMA, they are another few."""
+    """The candidate tiles, with those of pairs of warpgroups if ``paired``. Without TMA they are fewer and smaller."""
     if not tma:
         ways = itertools.product(groups, ((128, 32, 3), (128, 32, 4), (128, 64, 3), (64, 64, 4), (256, 32, 3)))
         return [Tile(128, bn, bk, g, 8, stages, False, 2) for g, (bn, bk, stages) in ways]
@@ -39,7 +39,7 @@ def tiles_to_time(
         small = ((256, 64, 3), (256, 64, 4), (128, 128, 4), (128, 64, 6))
         return [Tile(64, bn, bk, 1, 4, s, f, 2) for (bn, bk, s), f in itertools.product(small, (True, False))]
     alone = [Tile(128, 256, 64, g, 8, *way) for g, way in itertools.product(groups, WAYS[kernel])]
-    stages = (4, 5) if kernel == "stream" else (4,)  # what is stored takes room
+    stages = (4, 5) if kernel == "stream" else (4,)  # the others need shared memory for the tiles that they store
     pairs = itertools.product(groups, stages) if paired else ()
     return alone + [Tile(128, 192, 64, g, 4, s, False, 3, 2, True) for g, s in pairs]
 
@@ -55,7 +55,7 @@ def make_head(
 
 
 def step_of(kernel: str, head: Head, tile: Tile) -> Callable[[], object]:
-    """One launch of the kernel with this tile, its buffers made beforehand."""
+    """A function that launches the kernel once with this tile; its buffers are allocated beforehand."""
     n, v = len(head.h), len(head.w)
     s = sweep(kernel, head, tile=tile)
     new = head.h.new_empty
@@ -73,7 +73,7 @@ def step_of(kernel: str, head: Head, tile: Tile) -> Callable[[], object]:
 
 
 def timed(step: Callable[[], object]) -> float:
-    """Median milliseconds of a step."""
+    """The median time of a step in milliseconds."""
     from triton.testing import do_bench
 
     return float(do_bench(step, warmup=10, rep=40, return_mode="median"))
@@ -86,11 +86,11 @@ def fastest(
     clock: Callable[[Callable[[], object]], float] = timed,
     refused: Callable[[Tile, Exception], object] = lambda tile, problem: None,
 ) -> list[tuple[float, Tile]]:
-    """(milliseconds, tile) of those that the device has room for, fastest first; ``refused`` is told of the others."""
+    """(milliseconds, tile) of the tiles that run on the device, fastest first; ``refused`` is told of the others."""
     found = []
     for tile in tiles:
         try:
             found.append((clock(step_of(kernel, head, tile)), tile))
-        except Exception as problem:  # more shared memory or registers than there are: each is an error of its own
+        except Exception as problem:  # too much shared memory, too many registers: each raises an error of its own
             refused(tile, problem)
     return sorted(found)

@@ -1,1 +1,1 @@
-"""Kernels over rows and labels, without a product."""
+"""Row kernels: work on rows and labels that needs no GEMM."""

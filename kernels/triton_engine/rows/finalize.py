@@ -1,15 +1,16 @@
 """Finalize: the work on each row between the GEMMs of the single pass, without a pass over the window.
 
-A row's partial totals are summed (and what makes Σ u (lse - z) of them), and exponentials turned into a gradient by
-one number a row:
+It sums a row's partial results, and turns the exponentials E of the row into its gradient by one factor s:
 
     lse = ref + ln total      a = c_lse + 2 c_square lse      s = a / total      dz = s ⊙ E
-    E[i, y] <- c(z_y) (2^(z_y·L - ref2) + c_picked total / a)     the target entry, from float32: no
-                                         digit is lost when p -> 1, as a later subtraction would
-    sh[i] = s_i h_i in the dtype of h, for dw = Eᵀ sh
+    E[i, y] <- c(z_y) (2^(z_y·L - ref2) + c_picked total / a)     the target entry, in float32: as p -> 1 it
+                                                                  keeps the digits that p - 1 would lose
+    sh[i] = s_i h_i in the dtype of h, for dw = Eᵀ sh             `scale_rows` applies s to dh
 
-E's target entry is rounded to its dtype; s absorbs that rounding (one factor a row, below E's own precision), so that
-the largest entry of a row is exact; `scale_rows` applies s to dh. Bytes: N · slots · 4, and 4ND for sh.
+in: part [1 or 3, size] float32, E [N, ld], h [N, D], y [N, K], row vectors float32 (below). out: lse and the other row
+results [N] float32, the target entries of E, scale [N] float32, sh [N, D]. The target entry is rounded to E's dtype.
+With one label a row s absorbs that rounding: the target's gradient, the largest of the row, is exact, and the others
+move by less than E's precision. FLOP: ND for sh. Bytes: N · slots · 4 (12 with SUM), and 4ND for sh of two bytes.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def finalize_kernel(
     c_lse,  # [N] float32 when HAS_LSE
     c_picked,  # [N, K] float32 when HAS_PICKED, contiguous
     c_square,  # [N] float32 when HAS_SQUARE
-    others,  # [N] float32 when OTHERS: base-2 lse of the columns that the window does not hold
+    others,  # [N] float32 when OTHERS: base-2 lse of the columns that are not in the window
     lse,  # [N] float32, out
-    lse_low,  # [N] float32, out: what rounding took off lse
+    lse_low,  # [N] float32, out: the rounding error of lse (`device.rows.rounded_off`)
     weight,  # [] float32 when SUM and HAS_U: Σ u
     sum_out,  # [N] float32, out when SUM
     spread_out,  # [N] float32, out when SUM
@@ -76,8 +77,8 @@ def finalize_kernel(
     HAS_U: tl.constexpr,
     SUM: tl.constexpr,
     NEED_W: tl.constexpr,
-    GAIN: tl.constexpr,  # sh = GAIN s h, a power of two undone by the GEMM's alpha (float16 only)
-    LIMIT: tl.constexpr,  # largest |c_picked total / a| that E's dtype holds with room to spare
+    GAIN: tl.constexpr,  # sh = GAIN s h: a power of two for float16, which alpha of the GEMM for dw takes out again
+    LIMIT: tl.constexpr,  # the largest |c_picked total / a| that is stored in E's dtype
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -87,7 +88,7 @@ def finalize_kernel(
     """One program a row."""
     row = tl.program_id(0)
     if row == 0:
-        tl.store(tie, tl.full((), SIGN_BIT, tl.int32).to(tl.float32, bitcast=True))  # the literal is +0.0 to Triton
+        tl.store(tie, tl.full((), SIGN_BIT, tl.int32).to(tl.float32, bitcast=True))  # Triton reads -0.0 as +0.0
     block = row // BM
     start, distance, slots = partial_offset(block, 0, P, N, V, GROUP, BM, BN)
     totals = tl.zeros((SLOTS,), tl.float32)
@@ -114,7 +115,7 @@ def finalize_kernel(
     if OTHERS:
         o = tl.load(others + row)
         d = o - r
-        # 2^100 against at most 1e18: what the window holds is nothing then, and the lse is that of the others
+        # beyond 2^100 the window's total, at most 1e18, is lost in rounding, and the lse is that of the others
         far = d > 100.0
         total += tl.where(d == d, tl.exp2(tl.where(far, 100.0, d)), d)
         lse_row = tl.where(far, log_sum(o, 1.0), log_sum(r, total))
@@ -128,15 +129,15 @@ def finalize_kernel(
         a += tl.load(c_lse + row)
     if HAS_SQUARE:
         a += 2.0 * tl.load(c_square + row) * lse_row
-    # NaN where an infinite logit made the total infinite, as through a log_softmax
+    # NaN if an infinite logit made the total infinite, as log_softmax gives
     s = a / total + 0.0 * total + 0.0 * beyond
     E_row = E + row.to(tl.int64) * ld
     if HAS_PICKED:
         most = 0.0
         for k in range(K):
             most = tl.maximum(most, tl.abs(tl.load(c_picked + row.to(tl.int64) * K + k)))
-        # a target that outweighs the softmax beyond E's range (a = 0 is the extreme): the exponentials give
-        # way
+        # where |c_picked| outweighs |a| so far that the target entry leaves E's range (a = 0 is the extreme), s is
+        # raised and the row's exponentials are scaled down by ``keep``
         least = most / LIMIT
         keep = tl.where(tl.abs(s) < least, s / least, 1.0)
         s = tl.where(tl.abs(s) < least, least, s)
@@ -155,7 +156,7 @@ def finalize_kernel(
                 coefficient += tl.where(same, tl.load(c_picked + row.to(tl.int64) * K + other), 0.0)
             z = tl.load(picked + row.to(tl.int64) * K + k)
             own = keep * tl.exp2(tl.fma(z, LOG2E, -r))
-            # c_picked / a is exactly -1 for a cross-entropy: own - total then cancels without a rounding
+            # for a cross-entropy c_picked / a is exactly -1, so that own - total is rounded only once
             share = tl.where(keep < 1.0, coefficient / s, coefficient / a * total)
             entry = own + tl.where(coefficient == 0.0, 0.0, share)
             if VARYING:
@@ -169,7 +170,7 @@ def finalize_kernel(
     index = row + tl.zeros((1,), tl.int32)
     vectors = Vectors(rows, 0, 0, rows, stride_rows, N)
     s = s * tl.sum(row_slope(vectors, index, STEPS), 0)
-    tl.debug_barrier()  # every warp has read the reference, which may lie where the scale is written
+    tl.debug_barrier()  # every warp has read ref2, whose memory the scale may overwrite
     tl.store(scale + row, s)
     if NEED_W:
         for d in range(0, D, INNER):
@@ -219,11 +220,10 @@ def finalize(
     others: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Row results, the target entries, and tie [] <- -0.0; returns scale [N] float32 with dz = scale ⊙ window.
+    """Fill in row results and target entries, tie [] <- -0.0; returns scale [N] float32 with dz = scale ⊙ window.
 
-    The scale is written over ``ref2`` unless ``scale`` [N] float32 is given, for callers that read the reference after.
-
-    ``total`` and ``spread`` [N] <- Σ u z and Σ u (lse - z); ``weight`` [] is Σ u where there is u.
+    The scale overwrites ``ref2``, unless ``scale`` [N] float32 is given by a caller that still reads the reference.
+    ``total`` and ``spread`` [N] <- Σ u z and Σ u (lse - z); ``weight`` [] is Σ u, None for u of ones.
     ``others`` [N] float32: the base-2 lse of columns that are not in the window.
     """
     c_lse, c_picked, c_square = coefficients.lse, coefficients.picked, coefficients.square

@@ -1,10 +1,11 @@
-"""Where the labels are: checks their range, and tells a sweep which parts of its tiles hold one.
+"""The label map: which column parts of which tiles hold a label. It also checks the range of labels.
 
-    map[b, t] = bits: bit j set when a label of token block b lies in column part j of vocabulary tile t
+    map[b, t]: bit j is set if a label of token block b lies in column part j of vocabulary tile t
 
-in: y [N, K] int64. out: map [token blocks, tiles] int32. Bytes: 8NK a tile chunk read, 4 · blocks · tiles written. Most
-tiles of a large vocabulary hold no label, and a sweep learns it from one scalar instead of a comparison per logit or a
-reduction per tile. A label outside [0, vocabulary) fails a device assertion, as in eager code.
+in: y [N, K] int64. out: map [token blocks, tiles] int32. Bytes: 8NK read per 64 tiles, 4 · blocks · tiles written; no
+FLOP. Most tiles of a large vocabulary hold no label. From the map a sweep learns this by one scalar load, without a
+comparison per logit or a reduction per tile. A label outside [0, vocabulary) fails a device assertion, as in eager
+code.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _assert_a_column(label, there, V):
 
 @triton.jit(do_not_specialize=("N", "V", "K", "sy0", "sy1"), debug=True)
 def check_labels_kernel(y, N, V, K, sy0, sy1, ROWS: tl.constexpr):
-    """Asserts 0 <= y < V for every label. One program per ROWS tokens, a loop over labels."""
+    """Asserts 0 <= y < V for all labels y [N, K] int64. One program per ROWS tokens; 8NK bytes read."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for k in range(K):
         label = tl.load(y + row * sy0 + k * sy1, mask=row < N, other=-1)
@@ -40,7 +41,7 @@ def check_labels_kernel(y, N, V, K, sy0, sy1, ROWS: tl.constexpr):
 def map_labels_kernel(
     y,  # [N, K] int64
     label_map,  # [token blocks, tiles] int32
-    first_col,  # vocabulary column of the window's first
+    first_col,  # the vocabulary's column at which the window starts
     N,
     V,
     tiles,
@@ -53,7 +54,7 @@ def map_labels_kernel(
     TILES: tl.constexpr,  # tiles that one program maps
     CHECK: tl.constexpr,
 ):
-    """Program (b, c): token block b, TILES tiles from c · TILES on. With CHECK asserts 0 <= y < V as well."""
+    """Program (b, c) maps token block b and TILES tiles from c · TILES on. CHECK also asserts 0 <= y < V."""
     block = tl.program_id(0)
     row = block.to(tl.int64) * BM + tl.arange(0, BM)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
@@ -71,7 +72,7 @@ def map_labels_kernel(
 
 @triton.jit
 def labelled_parts(label_map, block, tile, V, LABELS: tl.constexpr, BN: tl.constexpr):
-    """The bits of a tile: which of its column parts hold a label. 0 where the sweep asks for none."""
+    """The bits of one tile: which of its column parts hold a label. 0 if the sweep reads no labels."""
     bits = 0
     if LABELS > 0:
         bits = tl.load(label_map + block.to(tl.int64) * tl.cdiv(V, BN) + tile)
@@ -86,7 +87,7 @@ def _check_launch(device: torch.device, shape: tuple[int, int], strides: tuple[i
 
 
 def check_labels(y: Tensor, vocab: int) -> None:
-    """Device assertion that every label names a column."""
+    """Assert on the device that every label is a column of the vocabulary."""
     if y.numel():
         _check_launch(y.device, y.shape, y.stride(), vocab).run(y=y)  # type: ignore[arg-type]
 
@@ -99,10 +100,10 @@ def _map_launch(s: Sweep, check: bool) -> Launch:
 
 
 def map_labels(s: Sweep, y: Tensor, first_col: int = 0, check: bool = False) -> Tensor:
-    """[token blocks, tiles] int32: which parts of which tiles hold a label, counted from ``first_col``.
+    """The label map [token blocks, tiles] int32 of a window that starts at column ``first_col``.
 
-    ``check``: also what `check_labels` asserts, of a window that holds the whole vocabulary.
+    ``check``: also assert what `check_labels` does, for a window that holds the whole vocabulary.
     """
-    label_map = y.new_empty((s.schedule.blocks, -(-s.vocab // s.tile.BN)), dtype=torch.int32)  # `cdiv` is slow Python
+    label_map = y.new_empty((s.schedule.blocks, -(-s.vocab // s.tile.BN)), dtype=torch.int32)  # `cdiv` costs more
     _map_launch(s, check).run(y=y, label_map=label_map, first_col=first_col)
     return label_map

@@ -1,11 +1,12 @@
-"""Folds the partial rows of a sweep into row statistics.
+"""Merge: folds the partial results of a sweep into row statistics.
 
     ref2 = max ref2_s,  total = Σ_s total_s 2^(ref2_s - ref2),  lse = ref2 / L + ln total
     entropy = ln total - ln 2 · moment / total,  variance = (ln 2)² (square / total - (moment / total)²)
     Σ u (lse - z) = Σ u ln total - Σ u (z·L - ref2) / L,  max and argmax by the largest key, then the smallest column
 
-in: part [up to 7, size] float32, part_top [2, size] int32 (`device.schedule` places them). out: [N] vectors. Partial
-rows of programs merge exactly as those of tensor-parallel ranks would. Bytes: N · slots · 8 to 24.
+in: part [2 to 7, size] float32, part_top [2, size] int32, laid out by `device.schedule`. out: vectors [N]. FLOP: a few
+per partial result. Bytes: N · slots · 8 read for the lse, up to 36 for everything, and 4 or 8 written per row and
+statistic.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def merge_kernel(
     flags,  # [token blocks] int32, read when ONLY
     ref2_out,  # [N] float32 base-2 lse + SHIFT, when REF
     lse_out,  # [N] float32, unless REF
-    lse_low_out,  # [N] float32, unless REF: what rounding took off lse
+    lse_low_out,  # [N] float32, unless REF: the rounding error of lse
     entropy_out,  # [N] float32
     variance_out,  # [N] float32
     sum_out,  # [N] float32
@@ -58,6 +59,7 @@ def merge_kernel(
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
+    """One program per ROWS rows of one token block. ONLY skips the token blocks that ``flags`` does not mark."""
     row0 = tl.program_id(0) * ROWS
     block = row0 // BM
     live = 1
@@ -114,7 +116,7 @@ def merge_kernel(
                 top = tl.maximum(best, top)
         if REF:
             reference = ref2 + tl.log2(total) + SHIFT
-            if FINITE:  # a row of no finite lse shows it in the total of its exponentials
+            if FINITE:  # a row without a finite lse still shows it in the total of its exponentials
                 reference = finite_or_zero(reference)
             tl.store(ref2_out + row, reference, mask=row < N)
         else:
@@ -149,7 +151,7 @@ def _launch(s: Sweep, chosen: frozenset[tuple[str, Any]]) -> Launch:
 
 
 def merge_statistics(s: Sweep, part: Tensor, part_top: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
-    """lse and lse_low, and what is wanted of sum, spread, entropy, variance, max and argmax, each [N], by name."""
+    """Statistics [N] by name: lse, lse_low, and those of sum, spread, entropy, variance, max, argmax in ``want``."""
     summed = [name for name in ("sum", "spread", "entropy", "variance") if name in want]
     got = {name: part.new_empty(s.n) for name in ("lse", "lse_low", *summed)}
     top = bool(want & {"max", "argmax"})
@@ -166,6 +168,6 @@ def merge_statistics(s: Sweep, part: Tensor, part_top: Tensor, want: frozenset[s
 def merge_reference(
     s: Sweep, part: Tensor, ref2: Tensor, shift: float = 0.0, flags: Tensor | None = None, finite: bool = True
 ) -> None:
-    """ref2 [N] <- base-2 lse + shift, for the token blocks that ``flags`` marks (None: all); 0 where not finite."""
+    """ref2 [N] <- base-2 lse + shift in the token blocks that ``flags`` marks (None: all); ``finite``: inf, NaN: 0."""
     chosen = frozenset({("REF", True), ("FINITE", finite), ("SHIFT", shift), ("ONLY", flags is not None)})
     _launch(s, chosen).run(part=part, flags=flags, ref2_out=ref2)

@@ -1,10 +1,11 @@
-"""A reference for the exponentials of each row before any logit is known: the row's own target logit.
+"""The reference of each row's exponentials, known before the sweep: the logit of the row's own target.
 
-    ref2[i] = T(h_i · w_{y_i0}) · L        one dot product a row, no gathered copy of w
+    ref2[i] = T(h_i · w_{y_i0}) · L        one dot product a row
 
-in: h [N, D], w [V, D] (any strides), y [N, K] (column 0 of w when K = 0). out: [N] float32, base 2. Bytes:
-2·N·D elements read. A trained head keeps its target within a few tens of the maximum, so exp(z - ref) fits
-bfloat16's and float32's range; rows where it does not are found and redone (`unsafe_blocks`).
+in: h [N, D], w [V, D] (any strides), y [N, K] int64 (class 0 if K = 0). out: ref2 [N] float32, base 2. Never in memory:
+a gathered copy of w. FLOP 2ND; bytes: 2ND elements read. In a trained head the target's logit is within a few tens of
+the maximum, so that exp(z - ref) is in the range of bfloat16 and float32. Rows where it is not are swept again
+(`unsafe_blocks`).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def reference_kernel(
     col = tl.zeros((ROWS,), tl.int64)
     if LABELS > 0:
         col = tl.load(y + row.to(tl.int64) * sy0, mask=there, other=0)
-        col = tl.minimum(tl.maximum(col, 0), V - 1)  # labels out of range are reported elsewhere
+        col = tl.minimum(tl.maximum(col, 0), V - 1)  # `label_map` reports labels out of range
     inner = tl.arange(0, INNER)
     acc = tl.zeros((ROWS, INNER), tl.float32)
     for k in range(0, D, INNER):
@@ -63,10 +64,10 @@ def reference_kernel(
         acc += a.to(tl.float32) * b.to(tl.float32)
     vectors = Vectors(cols, stride_cols, V, rows, stride_rows, N)
     z = transform(tl.sum(acc, 1), vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
-    tl.store(ref2 + row, finite_or_zero(z * LOG2E), mask=there)  # a masked target is none to refer to
+    tl.store(ref2 + row, finite_or_zero(z * LOG2E), mask=there)  # 0 for a masked target, whose logit is -inf
 
 
-ROWS_EACH = 4  # of a program
+ROWS_EACH = 4  # rows of one program
 
 
 @lru_cache(maxsize=KEPT)
@@ -76,6 +77,6 @@ def _launch(s: Sweep) -> Launch:
 
 
 def reference(s: Sweep, head: Head, ref2: Tensor) -> None:
-    """ref2 [N] <- the target logit of each row in base 2 (column 0 where there are no labels)."""
+    """ref2 [N] <- the logit of each row's first label in base 2; of class 0 if there are no labels."""
     cols, rows = head.cols if s.has_cols else None, head.rows if s.has_rows else None
     _launch(s).run(h=head.h, w=head.w, y=head.y, cols=cols, rows=rows, ref2=ref2)

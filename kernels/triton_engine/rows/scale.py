@@ -1,10 +1,9 @@
-"""x ← g x and y ← g y in place, for free where g is 1.
+"""Scale in place: x ← g x and y ← g y, without moving a byte if g is 1.
 
-    x [M], y [M'] of one floating dtype, contiguous · g [] on the same device · 2 bytes moved a byte of both, or none
-
-The gradients of a loss with respect to h and W are known up to the gradient of the loss itself, which is 1 in most
-programs and is known on the device only. Every program of the grid reads g and leaves at once where the rounded product
-would be x again.
+in and out: x [M], y [M'] of one floating dtype, contiguous; g [] on the same device. FLOP M + M'. Bytes: each element
+of x and y read and written once, or none. A loss gives the gradients of h and w up to the gradient of the loss itself.
+That is 1 in most programs, but only the device knows. Every program of the grid reads g first and returns at once if |g
+- 1| is too small to change a rounded product.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def _scale(x_ptr, g, size, BLOCK: tl.constexpr):
 @triton.jit
 def scale_in_place_kernel(x_ptr, y_ptr, g_ptr, x_size, y_size, unmoved, BLOCK: tl.constexpr):
     g = tl.load(g_ptr).to(tl.float32)
-    if not (tl.abs(g - 1.0) <= unmoved):  # so that a NaN moves on
+    if not (tl.abs(g - 1.0) <= unmoved):  # true for NaN as well, which must reach x and y
         _scale(x_ptr, g, x_size, BLOCK)
         _scale(y_ptr, g, y_size, BLOCK)
 
@@ -51,7 +50,7 @@ def _launch(device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: tuple[
 
 
 def scale_pair_in_place(x: Tensor, y: Tensor | None, g: Tensor, unmoved: float) -> None:
-    """``x *= g; y *= g`` rounded once from float32, g 0-d; nothing where |g - 1| <= unmoved. No host sync."""
+    """``x *= g; y *= g`` in float32, rounded once; g is 0-d. Nothing if |g - 1| <= unmoved. No host sync."""
     sizes = x.numel(), 0 if y is None else y.numel()
     if any(sizes):
         with on_device(x):

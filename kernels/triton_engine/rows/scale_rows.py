@@ -1,8 +1,9 @@
-"""The last step of dh in the single pass: one number a row, and a rank-one term.
+"""Scale rows: the last step of dh in the single pass, one factor a row and a rank-one term.
 
-    out [N, D] = scale [N] ⊙ product [N, D] + r [N] ⊗ b [D]
+    out[i, d] = scale[i] product[i, d] + r[i] b[d]
 
-from the float32 product E w with one rounding to the dtype of h. Bytes: 6ND for a narrow h.
+in: product = E w [N, D] float32, or out itself; scale, r [N], b [D] float32. out: [N, D] in the dtype of h, rounded
+once. FLOP ND, 3ND with the rank-one term. Bytes: 6ND for h of two bytes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _scale_launch(device: torch.device, dtype: torch.dtype, n: int, hidden: int,
 
 
 def scale_rows(product: Tensor, scale: Tensor, out: Tensor, rank_one: tuple[Tensor, Tensor] | None) -> None:
-    """out [N, D] <- scale ⊙ product + r ⊗ b; product [N, D] float32 (or out itself), both contiguous."""
+    """out [N, D] <- scale ⊙ product + r ⊗ b, (r, b) = ``rank_one`` if given; product [N, D] float32, or out itself."""
     r, b = rank_one or (None, None)
     n, hidden = out.shape
     wide = product.dtype != out.dtype

@@ -1,9 +1,10 @@
-"""Marks the token blocks whose exponentials left the safe range and must be redone with a better reference.
+"""Unsafe blocks: the token blocks whose exponentials left the safe range and are swept again with a better reference.
 
-    flags[b] = 1 where a row's total Σ_v E[i, v] of block b is 0, inf, NaN or beyond 1e±18
+    flags[b] = 1 if the total Σ_v E[i, v] of a row i of block b is not between 1e-18 and 1e18 (0, inf, NaN)
 
-in: the sweep's partial totals (`device.schedule` places them). out: [token blocks] int32, which later kernels read on
-the device. Bytes: N · slots · 4.
+in: the sweep's partial totals [size] float32, laid out by `device.schedule`. out: flags [token blocks] int32, which
+later kernels read on the device, so that the host need not wait. Bytes: N · slots · 4; FLOP: one addition per partial
+total.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep
 
 @triton.jit(do_not_specialize=("N", "V", "P", "GROUP"))
 def check_kernel(
-    part,  # [., size] float32: totals first
+    part,  # [1 or 3, size] float32, the totals first
     flags,  # [token blocks] int32
     N,
     V,
@@ -33,7 +34,7 @@ def check_kernel(
     BN: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """flags[block] = 1 when a row's total is not safely inside its dtype: 0, inf, NaN or beyond 1e±18."""
+    """One program a token block."""
     block = tl.program_id(0)
     start, distance, slots = partial_offset(block, 0, P, N, V, GROUP, BM, BN)
     lane = tl.arange(0, BM)
@@ -53,7 +54,7 @@ def _launch(s: Sweep) -> Launch:
 
 
 def mark_unsafe(s: Sweep, part: Tensor) -> Tensor:
-    """flags [token blocks] int32: 1 where a row's total says that its exponentials left the safe range."""
+    """flags [token blocks] int32: 1 if the total of a row shows that its exponentials left the safe range."""
     flags = part.new_empty(s.schedule.blocks, dtype=torch.int32)
     _launch(s).run(part=part, flags=flags)
     return flags

@@ -1,13 +1,13 @@
-"""The gradient of the raw logits of one window, rebuilt from the saved lse: one persistent sweep.
+"""Dlogits: the gradient of the raw logits of one window, computed from the saved lse in one persistent sweep.
 
     dz_T = p (g_lse - g_entropy d + g_variance d²) + Σ_k g_picked_k [v = y_k] + g_sum u_v
     p = exp(z - lse - lse_low), d = log p + entropy; g_lse, g_entropy, g_variance: constant, linear, quadratic of
     `contract.LogitGrads`
     dz   = dz_T pulled back through the transform
 
-in: h [M, D], w [V', D] (the window's slices), per-row gradients, lse, entropy. out: dz [M, V'] in the dtype of h, and
-per tile the sums that belong to the column and row vectors of the transform. Never reaches memory: z, p, anything of
-the window in float32. FLOP 2MDV', bytes 2MV' written.
+in: h [M, D], w [V', D] (the window's slices), y [M, K] int64, row gradients, lse, entropy [M] float32. out: dz [M, V']
+in the dtype of h; with NEED_COLS, NEED_ROWS partial gradients of the transform's vectors, float32. Never in memory: z,
+p, a float32 window. FLOP 2MDV'; bytes: 2MV' written (4MV' in float32), h and w as in `sweeps.statistics`.
 """
 
 # ruff: noqa: SIM102 (a test at compile time stays a statement of its own: `and` would build both sides)
@@ -45,7 +45,7 @@ def _store_vector_parts(
     STEPS: tl.constexpr, J: tl.constexpr, NEED_COLS: tl.constexpr, NEED_ROWS: tl.constexpr,
     PRECISE: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """This tile's share of the gradient of the vector that step J names: Σ over rows or columns of g or g·z."""
+    """This tile's share of the gradient of the vector of step J: Σ over rows or columns of g or g·z."""
     op: tl.constexpr = STEPS[2 * J]
     V = vectors.V
     N = vectors.N
@@ -82,9 +82,9 @@ def _epilogue(
     part_cols,
     part_rows,
     block,
-    part,  # index of this column part among all of them
-    here,  # whether the part holds a label
-    first_col,  # vocabulary column of the window's first
+    part,  # the index of this column part in the window
+    here,  # not 0 if the part holds a label
+    first_col,  # the vocabulary's column at which the window starts
     sy0,
     sy1,
     K,
@@ -113,8 +113,8 @@ def _epilogue(
     dz = tl.zeros((BM, WIDTH), tl.float32)
     if HAS_LSE or HAS_ENTROPY:
         norm = tl.load(lse + row, mask=there, other=0.0)
-        logp = z - (norm + 0.0 * norm)[:, None]  # NaN where it is infinite, as through a log_softmax
-        if PRECISE:  # what bfloat16 and float16 round off is far more
+        logp = z - (norm + 0.0 * norm)[:, None]  # NaN if the lse is infinite, as log_softmax gives
+        if PRECISE:  # bfloat16 and float16 round off far more than lse_low
             logp -= tl.load(lse_low + row, mask=there, other=0.0)[:, None]
         p = tl.exp2(logp * LOG2E)
         if HAS_LSE:
@@ -171,8 +171,8 @@ def dlogits_kernel(
     lse,  # [M] float32
     lse_low,  # [M] float32, read when PRECISE
     entropy,  # [M] float32 when HAS_ENTROPY
-    part_cols,  # [steps, token blocks, V'] float32 when NEED_COLS
-    part_rows,  # [steps, rows_size, M] float32 when NEED_ROWS
+    part_cols,  # [steps, token blocks, V'] float32, out when NEED_COLS
+    part_rows,  # [steps, rows_size, M] float32, out when NEED_ROWS
     first_col,
     N,
     V,
@@ -236,7 +236,7 @@ def dlogits_kernel(
 def _launch(s: Sweep, given: tuple[bool, ...], need_cols: bool, need_rows: bool) -> Launch:
     has_lse, has_entropy, has_variance, has_picked, has_sum = given
     if s.tile.paired:
-        from fusedhead.kernels.triton_engine.gluon.dlogits import dlogits_pair_kernel  # where pairs serve only
+        from fusedhead.kernels.triton_engine.gluon.dlogits import dlogits_pair_kernel  # only where Gluon runs
 
         return s.launch(dlogits_pair_kernel, LABELS=s.labels if has_picked else 0, HAS_LSE=has_lse)
     return s.launch(
@@ -253,7 +253,7 @@ def _launch(s: Sweep, given: tuple[bool, ...], need_cols: bool, need_rows: bool)
 
 
 def _column_parts(s: Sweep) -> int:
-    """How many column parts the window's tiles are stored in."""
+    """The number of column parts of all tiles of the window."""
     return -(-s.vocab // s.tile.BN) * s.tile.parts
 
 
@@ -273,7 +273,7 @@ def dlogits(
     part_cols = lse.new_empty((steps, s.schedule.blocks, s.vocab)) if need_cols else None
     part_rows = lse.new_empty((steps, _column_parts(s), s.n)) if need_rows else None
     g_lse, g_entropy, g_variance, g_picked, g_sum = grads
-    if h.dtype == torch.float32:  # read there only
+    if h.dtype == torch.float32:  # the kernel reads it with PRECISE alone
         low = torch.zeros_like(lse) if stats.lse_low is None else stats.lse_low
     h_tiles, w_tiles = s.operands(h, w, window)
     _launch(s, tuple(g is not None for g in grads), need_cols, need_rows).run(

@@ -1,17 +1,18 @@
-"""The first GEMM of the single pass: one persistent sweep that stores the exponentials of a window of tokens.
+"""Exponentials: the first GEMM of the single pass, one persistent sweep that stores E of a window of tokens.
 
-    E[i, v] = 2^(z·L - ref2_i) · c(z)        z = T(h @ w.T), c the part of dT/dz varying along a row, or 1
-    total[i] = Σ_v 2^(z·L - ref2_i)          from float32, before E is rounded
-    Σ_v u_v z, Σ_v u_v (z·L - ref2_i)        where asked
+    E[i, v] = 2^(z·L - ref2_i) · c(z)        z = T(h @ w.T), c the factor of dT/dz that varies along a row, or 1
+    total[i] = Σ_v 2^(z·L - ref2_i)          of float32 values, before E is rounded
+    Σ_v u_v z, Σ_v u_v (z·L - ref2_i)        with SUM
     picked[i, k] = z[i, y_ik], slope[i, k] = c at that entry, both float32
 
-in: h [M, D], w [V, D], ref2 [M] float32. out: E [M, V] in the dtype of h (padded rows), partial totals,
-picked. Never reaches memory: z, p, the float32 window. FLOP 2MDV, bytes 2MV written. Keeping the exponentials
-instead of the logits means that no elementwise pass over [M, V] follows: dH = s ⊙ (E w) and dw = Eᵀ (s ⊙ h)
-are plain GEMMs with s = coefficient / total a row (the scaled exponentials of Dao-AILab/quack, with one
-reference a row).
+in: h [M, D], w [V, D] of one floating dtype, ref2 [M] float32, y [M, K] int64, the transform's vectors and u float32.
+out: E [M, V] in the dtype of h (padded rows), partial totals part [1 or 3, size] float32, picked and slope [M, K].
+Never in memory: z, p, a float32 window. FLOP 2MDV; bytes: 2MV written (4MV in float32), h and w as in
+`sweeps.statistics`. Since exponentials are stored and not logits, no elementwise pass over [M, V] follows: dh = s ⊙ (E
+w) and dw = Eᵀ (s ⊙ h) are plain GEMMs, with s = coefficient / total a row (the scaled exponentials of Dao-AILab/quack,
+with one reference a row).
 
-With ONLY the sweep redoes the token blocks that ``flags`` marks and returns at once when there are none.
+With ONLY the sweep covers only the token blocks that ``flags`` marks, and returns at once if there are none.
 """
 
 # ruff: noqa: SIM102 (a test at compile time stays a statement of its own: `and` would build both sides)
@@ -46,8 +47,8 @@ def _epilogue(
     picked,
     slope,
     block,
-    start,  # first column of this part
-    here,  # whether the part holds a label
+    start,  # the first column of this part
+    here,  # not 0 if the part holds a label
     sy0,
     sy1,
     K,
@@ -62,7 +63,7 @@ def _epilogue(
     BM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Stores one part of a tile of E; returns its row sums (of the exponentials, of u z, of u (z·L - ref2))."""
+    """Stores one column part of a tile of E; returns its row sums of the exponentials, of u z and of u (z·L - ref2)."""
     V = vectors.V
     N = vectors.N
     row = block * BM + tl.arange(0, BM)
@@ -145,7 +146,7 @@ def exp_kernel(
     FLATTEN: tl.constexpr,
     PARTS: tl.constexpr,  # 1, 2 or 4 column parts, stored one after the other
 ):
-    LATE: tl.constexpr = VARYING or SUM  # epilogues that need the registers which would hold ref2 during the product
+    LATE: tl.constexpr = VARYING or SUM  # load ref2 after the product: these epilogues need its registers
     pid = tl.program_id(0)
     P = tl.num_programs(0)
     vectors = Vectors(cols, stride_cols, V, rows, stride_rows, N)
@@ -192,7 +193,7 @@ def exp_kernel(
                 if SUM:
                     tl.store(part + size + to, weighted)
                     tl.store(part + 2 * size + to, relative)
-        # selects, not a branch: a branch with results stops the compiler from flattening the loop
+        # selects and not a branch: Triton does not flatten a loop that holds a branch with results
         total = tl.where(last, 0.0, total)
         weighted = tl.where(last, 0.0, weighted)
         relative = tl.where(last, 0.0, relative)
@@ -202,7 +203,7 @@ def exp_kernel(
 def _launch(s: Sweep, total: bool, only: bool) -> Launch:
     if s.tile.paired:
         from fusedhead.kernels.triton_engine.gluon.exponentials import (
-            exp_pair_kernel,  # of the versions of Triton that `tiles` names
+            exp_pair_kernel,  # only where Gluon runs
         )
 
         return s.launch(exp_pair_kernel, ONLY=only)
@@ -222,7 +223,7 @@ def exponentials(
     label_map: Tensor | None,
     flags: Tensor | None = None,
 ) -> None:
-    """window [N, ld] <- E; part [1 or 3, size] <- totals (and both sums); picked, slope [N, K] at the labels."""
+    """window [N, ld] <- E; part [1 or 3, size] <- totals (and both sums); picked, slope [N, K] <- values at labels."""
     h, w, y, cols, rows, u, _ = head
     launch = _launch(s, part.shape[0] == 3, flags is not None)
     h_tiles, w_tiles = s.operands(h, w, window)

@@ -1,16 +1,15 @@
-"""One persistent sweep over z = T(h @ w.T) that keeps row statistics and never stores a logit.
+"""Statistics: one persistent sweep over z = T(h @ w.T) that accumulates row statistics and stores no logit.
 
     per row: ref2 = max z·L, total = Σ 2^(z·L - ref2),
              moment, square = Σ 2^(z·L - ref2)(z·L - ref2)^k for k = 1, 2; Σ u z, Σ u (z·L - ref2), Σ u, max and argmax
-    in:  h [N, D], w [V, D], labels, vectors of the transform
-    out: partial rows (`device.schedule`), picked
 
-Never reaches memory: z, p. FLOP 2NDV. Bytes: h once per group of vocabulary tiles and w once per group of
-token blocks, out of L2 for the rest; N · slots · 8 bytes of partial results. The shape follows the online
-softmax (Milakov and Gimelshein, 2018). `merge` folds the partial results.
+in: h [N, D], w [V, D] of one floating dtype, y [N, K] int64, the transform's vectors and u float32. out: partial
+results part [2 to 7, size] float32 and part_top [2, size] int32 (`device.schedule`), which `rows.merge` folds; picked
+[N, K] float32. Never in memory: z, p. FLOP 2NDV. Bytes: w once per group of token blocks, h once per group and step of
+the schedule at most, further reads from L2; N · slots · 8 to 36 of partial results. The recurrence is the online
+softmax (Milakov and Gimelshein, 2018).
 
-With ONLY the sweep touches only the token blocks that ``flags`` marks and returns at once when there are
-none.
+With ONLY the sweep covers only the token blocks that ``flags`` marks, and returns at once if there are none.
 """
 
 # ruff: noqa: SIM102 (a test at compile time stays a statement of its own: `and` would build both sides)
@@ -41,8 +40,8 @@ from fusedhead.kernels.triton_engine.launch.sweep import KEPT, Sweep, sweep
 from fusedhead.kernels.triton_engine.rows.label_map import labelled_parts, map_labels
 from fusedhead.kernels.triton_engine.windows import full_cuts
 
-PART_ROWS = (("variance", 7), ("spread", 6), ("sum", 4), ("entropy", 3))  # how many rows of ``part`` a statistic reads
-LAUNCH_FLOP = 29 * 10**11  # 4 ms of an H100, beside which the start and the end of a launch do not show
+PART_ROWS = (("variance", 7), ("spread", 6), ("sum", 4), ("entropy", 3))  # rows of ``part`` that a statistic needs
+LAUNCH_FLOP = 29 * 10**11  # 4 ms on an H100, against which the start and end of a launch are negligible
 UNSPECIALISED = ("N", "V", "D", "K", "GROUP", "size", "sy0", "sy1", "stride_cols", "stride_rows")
 
 
@@ -94,7 +93,7 @@ def stream_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLATTEN: tl.constexpr,
-    PARTS: tl.constexpr,  # 1, 2 or 4 column parts, taken one after the other
+    PARTS: tl.constexpr,  # 1, 2 or 4 column parts, handled one after the other
 ):
     pid = tl.program_id(0)
     P = tl.num_programs(0)
@@ -180,7 +179,7 @@ def stream_kernel(
                 if TOP:
                     tl.store(part_top + to, top)
                     tl.store(part_top + size + to, where)
-        # selects, not a branch: a branch with results stops the compiler from flattening the loop
+        # selects and not a branch: Triton does not flatten a loop that holds a branch with results
         ref2 = tl.where(last, float("-inf"), ref2)
         total = tl.where(last, 0.0, total)
         moment = tl.where(last, 0.0, moment)
@@ -193,10 +192,10 @@ def stream_kernel(
 
 
 def launches(head: Head, want: frozenset[str]) -> list[slice]:
-    """The tokens of each launch of a sweep that multiplies this head: whole groups of token blocks.
+    """The tokens of each launch of a sweep over this head: whole groups of token blocks.
 
-    Nothing keeps resident programs in step. Over a long sweep they drift apart, until L2 holds less of what they read,
-    so a launch ends with the group in which it has done `LAUNCH_FLOP`.
+    Resident programs are not synchronised. In a long sweep they drift apart, and L2 then holds less of what they read.
+    So a launch ends with the group in which it reaches `LAUNCH_FLOP`.
     """
     (n, hidden), vocab = head.h.shape, head.w.shape[0]
     if 2 * n * vocab * hidden <= LAUNCH_FLOP:
@@ -209,7 +208,7 @@ def launches(head: Head, want: frozenset[str]) -> list[slice]:
 @lru_cache(maxsize=KEPT)
 def _launch(s: Sweep, want: frozenset[str], labels: int, only: bool) -> Launch:
     if s.tile.paired:
-        from fusedhead.kernels.triton_engine.gluon.statistics import stream_pair_kernel  # where pairs serve only
+        from fusedhead.kernels.triton_engine.gluon.statistics import stream_pair_kernel  # only where Gluon runs
 
         return s.launch(stream_pair_kernel, LABELS=labels, ONLY=only)
     top = bool(want & {"max", "argmax"})
@@ -236,7 +235,7 @@ def stream(
     flags: Tensor | None = None,
     logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Partial rows ([up to 7, size] float32, [2, size] int32) of a sweep; ``picked`` [N, K] float32 is filled."""
+    """The partial results ([2 to 7, size] float32, [2, size] int32) of a sweep; ``picked`` [N, K] float32 is filled."""
     h, w, y, cols, rows, u, _ = head
     count = next((rows for name, rows in PART_ROWS if name in want), 2)
     part = h.new_empty((count, s.schedule.size), dtype=torch.float32)
