@@ -17,7 +17,7 @@ MARKERS = ("<!-- python -m tests.compat -->", "<!-- end of support -->")
 TESTED = {
     "run": "the tests named have passed on such a machine",
     "compiled": "the kernels compile for the chip, on a machine that has none",
-    "self-checked": "compiled, never run by us: on the chip small heads are compared with the torch engine before use",
+    "self-checked": "compiled, never run by us: on the chip small heads are compared with eager code before use",
     "checked": "syntax and standard library are that Python's, by ruff and mypy, on a machine that lacks it",
 }
 
