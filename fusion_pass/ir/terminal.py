@@ -6,7 +6,7 @@ row statistics with ordinary ATen calls on [N] vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -42,12 +42,7 @@ class Statistics:
     picked: Node | None  # [N, K] float32
     sum: Node | None  # [N] float32
     row_sizes: Callable[[], list[Any]]  # emits the rows' shape before it was flattened to N: ints and nodes
-    entropy: Node | None = None  # [N] float32
-    max: Node | None = None  # [N] float32
-    argmax: Node | None = None  # [N] int64
-    variance: Node | None = None  # [N] float32, of log p under p
-    lse_low: Node | None = None  # [N] float32, the rounding error of lse
-    spread: Node | None = None  # [N] float32, Σ_v u_v (lse - z), a constant: `differences` gives it its gradient
+    others: Mapping[str, Node]  # [N] each: what else the terminal wants, by its name in `contract.STATISTICS`
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,14 +59,14 @@ def rebuild_terminal(
         return emit.sizes(emit.last(shaped, logits.class_dim))[:-1]
 
     with emit.before(node, node, grad=grad):
-        other_statistics = {name: statistics[name] for name in terminal.want if name not in ("picked", "sum")}
+        others = {name: statistics[name] for name in terminal.want if name not in ("picked", "sum")}
         picked = statistics["picked"] if terminal.labels is not None else None
         if picked is not None:
             begin, end = picked_range(group, terminal)
             if (begin, end) != (0, fake(picked).shape[1]):
                 picked = emit(aten.slice.Tensor, picked, 1, begin, end)
         total = statistics["sum"] if "sum" in terminal.want else None
-        result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes, **other_statistics))
+        result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes, others))
         if not grad:  # it may be a statistic that another terminal differentiates
             result = emit(aten.detach.default, result)
         replacement = emit.cast(result, terminal.val.dtype)

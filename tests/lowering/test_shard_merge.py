@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fusedhead.kernels.contract import STATS
 from fusedhead.lowering.shard_merge import Part, merged, own_upstream
 
 N, NAMES = 5, ("lse", "picked", "sum", "entropy", "max", "argmax", "variance")
@@ -27,6 +29,10 @@ def statistics(z: Tensor, first: int = 0) -> dict[str, Tensor]:
     variance = (p * logp**2).sum(1) - entropy**2
     return {"lse": z.logsumexp(1), "sum": z.sum(1), "entropy": entropy, "max": top, "argmax": at + first,
             "variance": variance}  # fmt: skip
+
+
+def test_every_statistic_has_a_part_of_a_rank() -> None:
+    assert set(STATS) | {"weight"} == {field.name for field in fields(Part)}, "say in `merged` how ranks merge it"
 
 
 def cut(z: Tensor, sizes: list[int], y: Tensor) -> tuple[Part, list[dict[str, Tensor]]]:

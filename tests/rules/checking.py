@@ -56,8 +56,9 @@ def result_of(terminal: Terminal, world: World) -> Tensor:
             for name in stats._fields
             if name in (*terminal.want, "lse")
         }
-        given = {"picked": None, "sum": None, **nodes}
-        return computed(terminal.result(emit, Statistics(row_sizes=lambda: list(head.sizes), **given)), world)
+        lse, picked, total = nodes.pop("lse"), nodes.pop("picked", None), nodes.pop("sum", None)
+        given = Statistics(lse, picked, total, lambda: list(head.sizes), nodes)
+        return computed(terminal.result(emit, given), world)
 
 
 def token_by_token(expr: Any, world: World) -> Any:
