@@ -1,19 +1,19 @@
-"""Tensor-parallel heads as plain ones: a product of DTensors over a sharded vocabulary, read on its whole logits.
+"""Localize shards: rewrite a tensor-parallel head, a product of DTensors, on plain tensors of the whole vocabulary.
 
     h = from_local(x, mesh, [Replicate()])                    x_plain = h.to_local()
     z = linear(h, w)            # w: Shard(0), z: Shard(-1)    z = linear(x_plain, whole_vocab(w.to_local()))
     loss = cross_entropy(z.redistribute(...).flatten(0, 1))    loss = cross_entropy(z.flatten(0, 1))
 
-A DTensor is a global tensor, and an op on it means what it means on the whole: so what is made of the logits is
-written on plain tensors, and `redistribute`, `to_local` and `full_tensor` become the identities that they are, with the
-gather of [N, V] that they ask for. ``whole_vocab`` stands for the weight of all ranks and is never run: the rules read
-a head of the global vocabulary, every decision is taken on global sizes, and the sweep that is then made runs on this
-rank's rows (`rewrite.shard_sweeps`). Where a head is not fused after all the driver starts again without this pass: the
-program's own DTensors stay, with the reason as a sentence about the shard.
+A DTensor is a global tensor, and an op on it is defined on the whole. So the ops on the logits are written on plain
+tensors of global size, where `redistribute`, `to_local` and `full_tensor` are identities; a gather of [N, V] that they
+ask for disappears with them. ``whole_vocab`` stands for the weight of all ranks and never runs: rules and decisions see
+the global vocabulary, and the sweep that replaces the head runs on this rank's rows (`rewrite.shard_sweeps`). If a head
+is not fused in the end, the driver starts again without this pass for it: the program's own DTensors stay, and the
+reason is reported.
 
-Hidden states that the program gathers from shards of the tokens (`SequenceParallel`) are gathered by
-``gather_tokens``, whose gradient is reduce-scattered; others keep their DTensor, and the sweep sums their gradient.
-`sharded_products` says which products can be read so. This file must not know how a head is fused.
+Hidden states whose tokens are sharded (`SequenceParallel`) are gathered by ``gather_tokens``, whose backward is a
+reduce-scatter. Other hidden states keep their DTensor and are read by ``to_local``; the sweep sums their gradient.
+`sharded_products` decides which products can be rewritten.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ aten = torch.ops.aten
 
 
 def run(body: Body) -> None:
-    """Write tensor-parallel heads on plain tensors, but for those that an earlier attempt has left."""
+    """Rewrite tensor-parallel heads on plain tensors, except those that an earlier attempt excluded."""
     graph = body.graph
     products = [node for node in graph.nodes if name_of(node) in PROJECTIONS and is_dtensor(fake(node))]
     if not products:
@@ -74,7 +74,7 @@ def run(body: Body) -> None:
 
 
 def find_left(body: Body) -> None:
-    """Find the heads that were written on plain tensors and are not fused: the passes then run without them."""
+    """Find rewritten heads that are not fused, for the driver to run the passes again without them."""
     for site, reason, _ in body.decisions:
         if reason and PRODUCT in site.head.node.meta:
             body.grown[site.head.node.meta[PRODUCT]] = reason
@@ -89,14 +89,14 @@ def find_left(body: Body) -> None:
 
 
 class Writer:
-    """Writes one product, and what is made of it, on plain tensors."""
+    """Rewrites one product, and the ops on its result, on plain tensors."""
 
     def __init__(self, graph: Graph, modes: Mapping[Node, bool], shards: ShardedProduct) -> None:
         self.graph, self.modes, self.shards = graph, modes, shards
-        self.plain: dict[Node, Any] = {}  # what stands for the value of a node of DTensors
+        self.plain: dict[Node, Any] = {}  # from a node of DTensors to the node of plain tensors that replaces it
 
     def put(self, like: Node, op: str, target: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> Node:
-        """A node before ``like``, with its line, its grad mode, and its fake value."""
+        """A new node before ``like``, with its stack trace, computed in its grad mode, and with a fake value."""
         with self.graph.inserting_before(like):
             node = self.graph.create_node(op, target, args, kwargs or {})
         node.meta.update({k: v for k, v in like.meta.items() if k not in ("example_value", KEPT_SHARDS)})
@@ -146,7 +146,7 @@ class Writer:
         return made
 
     def whole(self, local: Node) -> Node:
-        """What stands for the rows of all ranks."""
+        """A node that stands for the rows of all ranks, given those of this rank."""
         axis = self.shards.axis
         if axis is None:
             return local
@@ -169,14 +169,14 @@ class Writer:
         return self.typed(self.put(node, node.op, node.target, args, kwargs), node)
 
     def typed(self, made: Node, like: Node) -> Node:
-        """The recorded dtype of a node is that of the node that it stands for: autocast was on there, perhaps."""
+        """Give a new node the dtype recorded for the node that it replaces, which may have run under autocast."""
         value = fake(made)
         if isinstance(value, Tensor) and isinstance(fake(like), Tensor) and value.dtype != fake(like).dtype:
             made.meta["example_value"] = value.to(fake(like).dtype)
         return made
 
     def as_dtensor(self, source: Node) -> Node:
-        """A DTensor of a plain result that every rank has whole."""
+        """A replicated DTensor of a plain result, for a user that stays as it is."""
         mesh, node = fake(source).device_mesh, mesh_of(source)
         with self.graph.inserting_before(source):
             if node is None:
@@ -184,5 +184,5 @@ class Writer:
             else:
                 args = (self.plain[source], node, dtensors.on_every_rank(mesh))
                 made = self.graph.call_function(dtensors.from_local(), args, {"run_check": False})
-        made.meta.update(source.meta)  # the value that Dynamo recorded: the same DTensor
+        made.meta.update(source.meta)  # with the DTensor that Dynamo recorded, which is the same value
         return made
