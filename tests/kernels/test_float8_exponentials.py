@@ -10,12 +10,12 @@ gluon = pytest.importorskip("triton.experimental.gluon", reason="pairs are writt
 
 import float8_sweep  # noqa: E402
 from gluon_on_cpu import Descriptor, on_cpu, run  # noqa: E402
-from test_ring import SHAPES, made, swept  # noqa: E402
 
 from fusedhead.kernels.triton_engine.device import rows, schedule  # noqa: E402
 from fusedhead.kernels.triton_engine.float8.exponentials import Tail, padded  # noqa: E402
 from fusedhead.kernels.triton_engine.gluon import float8_exponentials, ring, tile  # noqa: E402
 from fusedhead.kernels.triton_engine.rows.label_map import map_labels  # noqa: E402
+from tests.kernels.pairs import SHAPES, made, swept  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # rows past the end
 MODULES = (ring, tile, float8_exponentials, rows, schedule)

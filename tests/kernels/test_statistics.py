@@ -8,16 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedhead.kernels.contract import DIFFERENTIABLE_STATS, STATISTICS, STATS, RowGrads, RowStats
-from fusedhead.kernels.torch_engine import blocks, exponentials
 from tests.lowering.heads import ALL, OPS, RAGGED, Operands, distance, leaves, operands, truth
-
-TRANSFORMS = (
-    "",
-    "mul:0.5",
-    "addcol:0",
-    "mul:0.0333 tanh mul:30.0",
-    "mulrow:0 addcol:0 sigmoid mulcol:1 addrow:0 add:0.25",
-)
 
 
 @pytest.mark.parametrize("sizes", RAGGED)
@@ -30,38 +21,6 @@ def test_every_statistic_is_the_definition(sizes, labels):
             torch.testing.assert_close(got, getattr(truth(o), name), msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("memory", [0, -1])
-def test_every_gradient_is_the_definitions(transform, memory):
-    o = operands(131, 1507, 23, 3)
-    o.y[:, 1] = o.y[:, 0]  # the same column twice in a row
-    ours, true = leaves(o), leaves(o)
-    wanted = [ours.h, ours.w, ours.cols, ours.rows]
-    results, definition = OPS.head_stats(*ours, transform, ",".join(STATS), memory), truth(true, transform)
-    got = [results[STATS.index(name)] for name in DIFFERENTIABLE_STATS]
-    expected = [getattr(definition, name) for name in DIFFERENTIABLE_STATS]
-    upstream = [torch.randn_like(x) for x in expected]
-    ours_grad = torch.autograd.grad(got, wanted, upstream)
-    true_grad = torch.autograd.grad(
-        expected, [true.h, true.w, true.cols, true.rows], upstream, allow_unused=True, materialize_grads=True
-    )
-    for a, b in zip((*got, *ours_grad), (*expected, *true_grad)):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_a_gradient_of_the_softmax_alone_is_the_definitions(transform):
-    o = operands(131, 1507, 23, 1)
-    ours, true = leaves(o), leaves(o)
-    got = OPS.head_stats(*ours, transform, "lse,picked", 0)[:2]
-    expected = truth(true, transform)[:2]
-    upstream = [torch.randn_like(x) for x in expected]
-    a = torch.autograd.grad(got, [ours.h, ours.w], upstream)
-    b = torch.autograd.grad(expected, [true.h, true.w], upstream)
-    for x, y in zip((*got, *a), (*expected, *b)):
-        torch.testing.assert_close(x, y)
-
-
 @pytest.mark.parametrize("stats", [*ALL.split(","), "variance", "max,argmax", "picked,sum"])
 def test_only_what_is_asked_for_has_elements(stats):
     o = operands(7, 50, 8)
@@ -71,27 +30,6 @@ def test_only_what_is_asked_for_has_elements(stats):
     assert {name for name, x in got.items() if x.numel()} == asked
     for name in stats.split(","):
         torch.testing.assert_close(got[name], getattr(truth(o), name))
-
-
-@pytest.mark.parametrize("transform", ["", "mul:2.0", "addcol:0 tanh mul:300.0"])
-@pytest.mark.parametrize("stats", ["picked", "sum", "picked,sum"])
-def test_labels_and_sums_alone_have_the_definitions_gradients(stats, transform):
-    o = operands(70, 1507, 23, 2)
-    ours, true = leaves(o), leaves(o)
-    got = dict(zip(ALL.split(","), OPS.head_stats(*ours, transform, stats, 0)))
-    expected = truth(true, transform)
-    names = stats.split(",")
-    upstream = [torch.randn_like(got[name]) for name in names]
-    a = torch.autograd.grad([got[name] for name in names], [ours.h, ours.w, ours.cols], upstream)
-    b = torch.autograd.grad(
-        [getattr(expected, name) for name in names],
-        [true.h, true.w, true.cols],
-        upstream,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    for x, y in zip(a, b):
-        torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("stats", ["entropy", "variance"])
@@ -180,29 +118,3 @@ def test_more_than_two_to_the_31_logits():
         got = OPS.head_stats(h, w, y, torch.empty(0), torch.empty(0), torch.empty(0), "", "lse,picked", 0)
     shapes = {name: tuple(x.shape) for name, x in zip((*STATS, "product"), got)}
     assert shapes == {**dict.fromkeys(shapes, (0,)), "lse": (n,), "lse_low": (n,), "picked": (n, 1)}
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS[2:])
-def test_rows_taken_in_pieces_give_what_the_whole_block_gives(monkeypatch, transform, multiplied):
-    dtype, _ = multiplied
-    """Also where labels stand in some pieces only."""
-    o = operands(131, 1507, 23, 3, dtype=dtype)
-    o.y[:64] = o.y[:64] % 700
-    c, e = torch.rand(131), torch.empty(0)
-    found = []
-    for size in (blocks.PIECE_BYTES, 1 << 14):
-        monkeypatch.setattr(blocks, "PIECE_BYTES", size)
-        arguments = (*o, c, -c[:, None].expand(-1, 3).contiguous(), e, e, transform, "lse,picked", 0)
-        found.append(OPS.head_loss(*arguments, True, True, False, False))
-    for whole, pieces in zip(*found):
-        torch.testing.assert_close(pieces, whole)
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS[2:])
-def test_statistics_alone_take_no_derivative_of_the_logits(monkeypatch, transform):
-    o = operands(131, 1507, 23, 3)
-    slopes: list[torch.Size] = []
-    pull_back = exponentials.pull_back
-    monkeypatch.setattr(exponentials, "pull_back", lambda *args: slopes.append(args[1].shape) or pull_back(*args))
-    OPS.head_stats(*o, transform, "lse,picked", 0)
-    assert {shape[1] for shape in slopes} <= {3}  # those of the labels

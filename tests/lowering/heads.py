@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedhead.lowering.ops  # noqa: F401  registers torch.ops.fusedhead
+from benchmarks.measure import cpu_allocations, peak_of
 from fusedhead.kernels.contract import Head, RowStats
 from fusedhead.kernels.reference import row_stats
 from fusedhead.kernels.torch_engine import product_dtypes
@@ -101,3 +102,16 @@ def opcheck(op: Any, arguments: tuple[Any, ...]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
         torch.library.opcheck(op, arguments)
+
+
+FIXED = 64 << 10  # bytes of row vectors [N]: results and coefficients
+
+
+def watch(call):
+    """(result, bytes live at the peak, bytes of the largest allocation) of a call, what it returns included."""
+    result, allocated = cpu_allocations(call)
+    return result, peak_of(allocated), max(allocated, default=0)
+
+
+def size(tensors) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)

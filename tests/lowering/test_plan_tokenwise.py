@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedhead.kernels.tokenwise.compilation import windows
 from fusedhead.lowering.plan.problem import MIB
 from fusedhead.lowering.plan.tokenwise import row_plan
 
@@ -36,20 +35,6 @@ def test_few_windows_sum_in_the_narrow_dtype() -> None:
     assert row_plan((3072, 128_256), BF16, "cuda", heads=2, calls=9).narrow_sums
     assert not row_plan((4096, 128_256), BF16, "cuda", heads=2, calls=9).narrow_sums
     assert row_plan((10**6, 128_256), F32, "cuda", heads=2, calls=9).narrow_sums
-
-
-@given(st.integers(0, 500), st.integers(1, 100), st.booleans())
-def test_windows_cover_every_token_once(n: int, tokens: int, compiled: bool) -> None:
-    for _ in range(2):
-        found = [i for i, _ in windows(n, tokens, ("a test", n, tokens), compiled)]
-        assert [at for i in found for at in range(i.start, i.stop)] == list(range(n))
-        assert all(i.stop - i.start <= tokens for i in found)
-
-
-def test_what_is_left_over_is_compiled_when_it_comes_again() -> None:
-    first, second = (list(windows(20, 16, ("left over",), True)) for _ in range(2))
-    assert first == [(slice(0, 16), True), (slice(16, 18), False), (slice(18, 20), False)]
-    assert second == [(slice(0, 16), True), (slice(16, 20), True)]
 
 
 def test_few_logits_on_a_cpu_are_not_worth_a_compilation() -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,21 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.eager_stack import Rewritten
-from tests.programs.claims import B, D, T, V, hidden, labels, left, right, weight
-
-Program = Callable[..., object]
-
-
-def distillation(h: Tensor, w: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
-    with torch.no_grad():
-        teacher = F.linear(ht, wt)
-    student = F.log_softmax(F.linear(h, w) / 2, -1)
-    return F.kl_div(student, F.softmax(teacher / 2, -1), reduction="batchmean") * 4
-
-
-def reverse_kl(h: Tensor, w: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
-    student, teacher = F.linear(h, w), F.linear(ht, wt).detach()
-    return (student.softmax(-1) * (student.log_softmax(-1) - teacher.log_softmax(-1))).sum(-1).mean()
+from tests.programs.claims import B, D, T, V, hidden, labels, right, weight
+from tests.rewrite.divergences import Program, distillation, reverse_kl, top_k_accuracy
 
 
 def jensen_shannon(h: Tensor, w: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
@@ -121,12 +105,6 @@ def squared_confidence(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z, y.view(-1)) + (z.softmax(-1) ** 2).sum(-1).mean()
 
 
-def top_k_accuracy(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    z = F.linear(h, w).view(-1, V)
-    best = z.detach().topk(3, -1).indices
-    return F.cross_entropy(z, y.view(-1)), (best == y.view(-1, 1)).any(-1).float().mean()
-
-
 def odd_activation(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
     z = F.softplus(F.linear(h, w)) + 0.1 * F.linear(h, w).sin()
     return F.cross_entropy(z.view(-1, V), y.view(-1))
@@ -214,32 +192,6 @@ def test_a_class_past_the_end_is_an_error() -> None:
         right(program, hidden(), weight())
 
 
-def test_what_is_detached_wants_no_gradient() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        z = F.linear(h, w)
-        return F.cross_entropy(z, y), z.sin().detach().logsumexp(1)
-
-    right(program, hidden(6, D), weight(), labels(6))
-
-
-def test_what_nobody_reads_goes_with_the_logits() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        z = F.linear(h, w)
-        torch.log(torch.softmax(z, 1) + 1e-9)
-        return F.cross_entropy(z, y)
-
-    right(program, hidden(6, D), weight(), labels(6))
-
-
-def test_results_of_different_tokens_have_calls_of_their_own() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z = F.linear(h, w)
-        first = z[:, 0]
-        return F.cross_entropy(z.view(-1, V), y.view(-1)), z.topk(1, 2).indices, (first.sin() * first).sum(1)
-
-    right(program, hidden(), weight(), labels())
-
-
 def test_a_transposed_weight_gets_its_gradient_in_one_layout() -> None:
     def program(h: Tensor, wt: Tensor, q: Tensor) -> Tensor:
         return F.cross_entropy(h @ wt, q)
@@ -248,13 +200,6 @@ def test_a_transposed_weight_gets_its_gradient_in_one_layout() -> None:
     expected = torch.autograd.grad(program(*inputs), inputs[:2])
     got = torch.autograd.grad(torch.compile(program, backend="fusedhead")(*inputs), inputs[:2])
     torch.testing.assert_close(got, expected)
-
-
-def test_few_logits_are_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSEDHEAD_MIN_LOGITS", "auto")
-    many = 1 << 17  # 2 x 5 tokens: more logits than a head needs, fewer than a token program does
-    inputs = hidden(), weight(many, D), hidden().detach(), weight(many, D).requires_grad_(False)
-    left(distillation, *inputs, because="computed token by token, and they are too few for that to pay")
 
 
 def test_logits_beside_it_are_deferred() -> None:
@@ -302,82 +247,9 @@ def test_the_best_classes_of_a_low_precision_with_bias_are_eagers(dtype: torch.d
     torch.testing.assert_close(torch.autograd.grad(loss, b), torch.autograd.grad(expected, b))
 
 
-def test_what_mixes_tokens_is_left_alone() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(h, w).cumsum(0), y)
-
-    left(program, hidden(6, D), weight(), labels(6), because="aten.cumsum.default runs over tokens")
-
-
-def test_probabilities_that_are_returned_are_left_alone() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        z = F.linear(h, w)
-        return F.cross_entropy(z, y), z.softmax(-1) ** 2
-
-    left(program, hidden(6, D), weight(), labels(6), because="computed from all logits, is returned")
-
-
 def test_the_graph_carries_the_program_as_text() -> None:
     rewritten = Rewritten(distillation)
     rewritten(hidden(), weight(), hidden().detach(), weight().detach())
     text = next(line for line in rewritten.report.after.splitlines() if "fusedhead.head_rows" in line)
     assert "xlogy.Tensor" in text
     assert "log_softmax.int(v" in text
-
-
-def calls(program: Program, *inputs: Tensor, fused: int = 1) -> list[str]:
-    """The ops of the package that a rewritten program calls, after it came out right."""
-    right(program, *inputs, fused=fused)
-    rewritten = Rewritten(program)
-    rewritten(*inputs)
-    return re.findall(r"fusedhead\.(\w+)", rewritten.report.after)
-
-
-def distillation_beside_a_loss(h: Tensor, w: Tensor, ht: Tensor, wt: Tensor, y: Tensor) -> Tensor:
-    z = F.linear(h, w)
-    with torch.no_grad():
-        p = F.softmax(F.linear(ht, wt).float() / 2, -1)
-    kl = F.kl_div(F.log_softmax(z.float() / 2, -1), p, reduction="batchmean")
-    return 0.5 * F.cross_entropy(z.float().view(-1, V), y.view(-1)) + 2.0 * kl
-
-
-def test_a_row_program_whose_loss_is_linear_gets_its_gradients_in_the_forward() -> None:
-    teacher = hidden().detach(), weight().detach()
-    assert calls(distillation, hidden(), weight(), *teacher, fused=2) == ["head_rows_loss"]
-    assert calls(reverse_kl, hidden(), weight(), *teacher, fused=2) == ["head_rows_loss"]
-
-
-def test_a_cross_entropy_beside_a_row_program_is_part_of_it() -> None:
-    inputs = hidden(), weight(), hidden().detach(), weight().detach(), labels()
-    assert calls(distillation_beside_a_loss, *inputs, fused=2) == ["head_rows_loss"]
-    assert calls(top_k_accuracy, hidden(6, D), weight(), labels(6)) == ["head_rows_loss"]
-
-
-def test_a_loss_on_other_tokens_than_a_row_program_stays_a_sweep_of_its_own() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        z = F.linear(h, w)
-        return F.cross_entropy(z[:, :-1].reshape(-1, V), y[:, 1:].reshape(-1)), z.topk(1).indices
-
-    assert calls(program, hidden(), weight(), labels()) == ["head_loss", "head_rows"]
-
-
-def test_results_that_enter_their_own_gradient_are_computed_again() -> None:
-    def program(h: Tensor, w: Tensor, q: Tensor) -> Tensor:
-        return (F.linear(h, w).log_softmax(-1) * q).sum(-1).square().mean()
-
-    inputs = hidden(6, D), weight(), torch.rand(6, V)
-    assert calls(program, *inputs) == ["head_rows"]
-    rewritten = Rewritten(program)
-    rewritten(*inputs)
-    assert "again in the backward (it is not linear in the per-row results" in rewritten.report.heads[0].engine
-
-
-def test_no_gradient_is_taken_early_before_a_loss_scale_is_known() -> None:
-    def program(h: Tensor, w: Tensor, q: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(h, w), q)
-
-    half = torch.float16
-    inputs = hidden(6, D).detach().to(half).requires_grad_(), weight().detach().to(half), torch.rand(6, V, dtype=half)
-    rewritten = Rewritten(program)
-    rewritten(*inputs)
-    assert "would underflow" in rewritten.report.heads[0].engine

@@ -1,4 +1,4 @@
-"""What the torch engine allocates, watched by the profiler: never the logits, never more than the budget."""
+"""The workspace of the torch engine, measured by the profiler: never the logits, never more than the budget."""
 
 from __future__ import annotations
 
@@ -7,28 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import cpu_allocations, peak_of
 from fusedhead.kernels.contract import Needs
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.lowering.plan.plan import plan
 from fusedhead.lowering.plan.problem import MIB, Problem
 from fusedhead.rules.pointwise_codegen import function_of
-from tests.lowering.heads import OPS, Operands, leaves, none, operands
+from tests.lowering.heads import FIXED, OPS, Operands, leaves, none, operands, size, watch
 
 N, V, D = 512, 24_576, 32
 BUDGET = {torch.float32: 6, torch.bfloat16: 3, torch.float16: 3}  # MiB; the logits have 48 and 24
 GELU = function_of(torch.ops.aten.gelu.default, ("z",), (), 0).text
-FIXED = 64 << 10  # row vectors [N] of results and coefficients
-
-
-def watch(call):
-    """(result, bytes live at the peak, bytes of the largest allocation) of a call, what it returns included."""
-    result, allocated = cpu_allocations(call)
-    return result, peak_of(allocated), max(allocated, default=0)
-
-
-def size(tensors) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 
 @pytest.fixture
