@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.capabilities import gathered_along_classes
-from tests.programs.claims import B, D, T, V, compiled, hidden, labels, left, right, unseen, weight
+from tests.programs.claims import D, V, hidden, labels, left, right, unseen, weight
 
 # Dynamo looks at .grad of what crosses a graph break
 LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -38,21 +38,6 @@ def test_a_margin_on_the_target_logit_is_right() -> None:
     right(program, hidden(6, D), weight(), labels(6))
 
 
-def test_an_angular_margin_taken_in_place_without_gradients_is_left_alone() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        cosine = F.linear(F.normalize(h), F.normalize(w)) * 0.9
-        with torch.no_grad():
-            target = cosine[torch.arange(6), y].arccos_() + 0.5
-            cosine.arccos_()
-            cosine[torch.arange(6), y] = target
-            cosine.cos_()
-        return F.cross_entropy(cosine * 8, y)
-
-    left(
-        program, hidden(6, D), weight(), labels(6), because="changes the logits in place where no gradient is recorded"
-    )
-
-
 def test_a_contrastive_loss_in_both_directions_is_right() -> None:
     def program(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         z = scale.exp() * F.normalize(a) @ F.normalize(b).t()
@@ -68,47 +53,6 @@ def test_classes_in_the_dimension_of_the_tokens_are_left_alone() -> None:
         return F.cross_entropy(z, y) + F.cross_entropy(z.t(), y), z.cumsum(0)
 
     left(program, hidden(6, D), hidden(6, D), because="dimension 1 as the classes")
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo itself
-def test_a_gradient_only_consumer_of_the_logits_is_left_alone() -> None:
-    class LargestLogit(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, loss, z):  # type: ignore[no-untyped-def]
-            ctx.save_for_backward(z)
-            return loss.clone()
-
-        @staticmethod
-        def backward(ctx, g):  # type: ignore[no-untyped-def]
-            (z,) = ctx.saved_tensors
-            top, at = torch.max(z, -1, keepdim=True)
-            return g, torch.zeros_like(z).scatter(-1, at, top * 1e-2)
-
-    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        z = F.linear(h, w)
-        return LargestLogit.apply(F.cross_entropy(z, y), z)
-
-    left(program, hidden(6, D), weight(), labels(6), because="autograd.Function with a backward of its own")
-
-
-@LEAF
-def test_a_hook_on_the_logits_is_left_alone() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        z = F.linear(h, w)
-        z.register_hook(lambda g: g * 2)
-        return F.cross_entropy(z, y)
-
-    left(program, hidden(6, D), weight(), labels(6), because="takes the logits")
-
-
-@LEAF
-def test_logits_that_retain_their_gradient_are_left_alone() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        z = F.linear(h, w)
-        z.retain_grad()
-        return F.cross_entropy(z, y)
-
-    unseen(program, hidden(6, D), weight(), labels(6))
 
 
 def test_an_adapter_added_to_the_head_is_right() -> None:
@@ -141,64 +85,6 @@ def test_a_filter_on_the_logits_own_size_is_right() -> None:
         return -z.log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()
 
     right(program, hidden(6, D), weight(), labels(6))
-
-
-def test_a_backward_inside_the_program_is_left_to_dynamo() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        total = torch.zeros(())
-        for hc, yc in zip(h.detach().split(3), y.split(3)):
-            leaf = hc.requires_grad_()
-            loss = F.cross_entropy(F.linear(leaf, w.detach()), yc)
-            total = total + torch.autograd.grad(loss, leaf)[0].sum() + loss.detach()
-        return total
-
-    compiled(program, [hidden(6, D), weight(), labels(6)])
-
-
-def test_a_head_inside_a_function_transform_is_left_alone() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        def loss(w: Tensor, h: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(F.linear(h, w), y)
-
-        return torch.func.grad(loss)(w, h, y)
-
-    left(program, torch.randn(6, D), torch.randn(V, D), labels(6), because="torch.func")
-
-
-def test_a_head_under_vmap_is_left_alone() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        return torch.func.vmap(lambda h, y: F.cross_entropy(F.linear(h, w), y))(h, y)
-
-    left(program, torch.randn(B, T, D), torch.randn(V, D), labels(), because="inside a torch.func transform")
-
-
-def test_a_function_transform_that_ended_before_the_head_does_not_matter() -> None:
-    """Transformers makes attention masks with vmap."""
-
-    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        rows = torch.arange(6)
-        mask = torch.func.vmap(torch.func.vmap(lambda i, j: i >= j, (None, 0)), (0, None))(rows, rows)
-        return F.cross_entropy(F.linear(mask.float() @ h, w), y)
-
-    right(program, hidden(6, D), weight(), labels(6))
-
-
-def test_a_head_in_float64_is_left_alone() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(h, w), y)
-
-    h, w = torch.randn(6, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
-    left(program, h.requires_grad_(), w.requires_grad_(), labels(6), because="is computed in torch.float64")
-
-
-@LEAF
-def test_head_and_loss_in_different_graphs_are_left_alone() -> None:
-    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        z = F.linear(h, w)
-        torch._dynamo.graph_break()
-        return F.cross_entropy(z, y)
-
-    unseen(program, hidden(6, D), weight(), labels(6), options={"fusedhead.logits": "eager"})
 
 
 def test_a_plain_head_is_fused() -> None:
@@ -258,27 +144,6 @@ def one_rank() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-class AlreadyFused(torch.autograd.Function):
-    """A head that computes its gradients itself, as Liger's and others do."""
-
-    @staticmethod
-    def forward(ctx, h, w, y):  # type: ignore[no-untyped-def]
-        z = h @ w.t()
-        dz = z.softmax(-1) - F.one_hot(y, len(w))
-        ctx.save_for_backward(dz @ w, dz.t() @ h)
-        return F.cross_entropy(z, y, reduction="sum")
-
-    @staticmethod
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        dh, dw = ctx.saved_tensors
-        return g * dh, g * dw, None
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo itself
-def test_a_head_that_is_fused_already_is_left_alone() -> None:
-    left(AlreadyFused.apply, hidden(6, D), weight(), labels(6), because="the head is inside autograd_function_apply")
 
 
 def test_a_projection_that_is_an_op_of_its_own_is_not_seen() -> None:
