@@ -16,8 +16,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rules.checking import read
-from rules.spellings import PROJECTIONS, ROWWISE, SPELLINGS
+from rules.spellings import PROJECTIONS, SPELLINGS
 from rules.states import World, draw_state, numbers
+from rules.token_spellings import ROWWISE
 
 from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Expr, Plain
@@ -186,7 +187,7 @@ def test_of_the_two_rules_of_a_pick_the_one_for_tokens_is_tried_first(overload: 
 
 def test_every_op_that_is_read_token_by_token_has_a_property_test() -> None:
     missing = sorted(map(str, set(TOKEN_RULES) - set(ROWWISE) - SIZES))
-    assert not missing, f"ops without a line in tests/rules/spellings.py: {', '.join(missing)}"
+    assert not missing, f"ops without a line in tests/rules/token_spellings.py: {', '.join(missing)}"
 
 
 def test_every_rule_has_a_property_test() -> None:

@@ -6,7 +6,8 @@ import ast
 from pathlib import Path
 
 from fusedhead.report.coverage import PARTS
-from tests.programs.traps.catalogue import FORMS, LEFT, TRAPS
+from tests.programs.traps.catalogue import FORMS, TRAPS
+from tests.programs.traps.promises import LEFT
 
 TESTS = Path(__file__).parents[2]
 

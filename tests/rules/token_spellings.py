@@ -1,0 +1,100 @@
+"""Every spelling of the ops of token programs: the table that their property test runs.
+
+A key is an ATen overload, its programs are expressions as in `spellings`. A new rule of `rules/tokenwise` needs a line.
+"""
+
+from __future__ import annotations
+
+import torch
+
+aten = torch.ops.aten
+
+# ops that no rule of the table reads, token by token: programs from logits z to anything
+ROWWISE = {
+    aten.softmax.int: ["z.sinh().softmax({d})", "z.softmax({d}).softmax({d})"],
+    aten._softmax.default: ["torch.ops.aten._softmax.default(z.sinh(), {d}, False)"],
+    aten.log_softmax.int: ["z.sinh().log_softmax({d})", "F.log_softmax(z.sinh(), {d}, dtype=torch.float64)"],
+    aten._log_softmax.default: ["torch.ops.aten._log_softmax.default(z.sinh(), {d}, False)"],
+    aten.cumsum.default: ["z.cumsum({d})", "z.softmax({d}).cumsum({d})", "z.cumsum({k})"],
+    aten.logcumsumexp.default: ["z.logcumsumexp({d})"],
+    aten.argsort.default: ["z.argsort({d})", "z.sinh().argsort({d}, descending=True)"],
+    aten.sum.dim_IntList: [
+        "(z.softmax({d}) ** 2).sum({d})", "z.sinh().sum({d}, keepdim=True)", "z.sinh().sum(({d}, {r}))",
+        "z.sinh().sum(tuple(range({n})))", "z.sinh().sum(({d}, {r}), keepdim=True)", "z.sinh().sum({r})",
+        "z.sinh().sum({d}, dtype=torch.float64)",
+    ],
+    aten.mean.dim: ["z.sinh().mean({d})", "z.sinh().mean(({d}, {r}))", "z.sinh().mean({d}).mean()"],
+    aten.amax.default: ["z.amax({d})", "z - z.amax({d}, keepdim=True)", "z.amax()"],
+    aten.amin.default: ["z.sinh().amin({d})"],
+    aten.logsumexp.default: ["z.sinh().logsumexp({d})", "torch.logsumexp(z.sinh(), ({d},), keepdim=True)"],
+    aten.argmax.default: ["z.sinh().argmax({d})", "z.sinh().argmax({d}, keepdim=True)"],
+    aten.argmin.default: ["z.argmin({d})"],
+    aten.max.dim: ["z.sinh().max({d})", "torch.max(z.sinh(), {d}, keepdim=True)"],
+    aten.min.dim: ["z.min({d})", "z.min({d})[0]"],
+    aten.prod.dim_int: ["z.prod({d})"],
+    aten.any.dim: ["(z > 1).any({d})"],
+    aten.all.dim: ["(z > -1).all({d})", "(z > -1).all({r})"],
+    aten.var.correction: ["z.var({d})", "z.var({d}, unbiased=False)"],
+    aten.std.correction: ["(z * 2).std({d}, unbiased=False)"],
+    aten.linalg_vector_norm.default: ["torch.linalg.vector_norm(z, dim={d})", "F.normalize(z, dim={d})"],
+    aten.topk.default: ["z.topk(2, {d})", "z.topk(1, dim={d}, largest=False)[0]", "z.topk(2, {d})[1].sum({d})"],
+    aten.sort.default: ["z.sort({d})", "torch.sort(z, {d}, True)"],
+    aten.slice.Tensor: ["(z.sinh()[..., 1:] if {d} in (-1, {n} - 1) else z)", "z.sinh()[:1]"],
+    aten.sum.default: ["z.sinh().sum()", "(z.softmax({d}) - z).abs().sum() / {v}"],
+    aten.mean.default: ["z.sinh().mean()", "((z - col) ** 2).mean()"],
+    aten.any.default: ["(z > 1).any()", "torch.any(z.sinh() > 2)"],
+    aten.all.default: ["(z > -1).all()"],
+    aten.gather.default: ["z.sinh().gather({d}, idx)", "z.gather({d}, z.argmax({d}, keepdim=True))"],
+    aten.scatter.value: ["z.scatter({d}, idx, 3.0)", "torch.zeros_like(z).scatter({d}, idx, 1.0)"],
+    aten.scatter.src: ["z.scatter({d}, idx, idx.float())"],
+    aten.scatter_add.default: ["z.scatter_add({d}, idx, idx.float())"],
+    aten.to.dtype: ["z.sinh().to(torch.float64)", "(z > 0).float()", "z.sinh().to(torch.bfloat16)"],
+    aten._to_copy.default: ["torch.ops.aten._to_copy.default(z.sinh(), dtype=torch.float64)"],
+    aten.type_as.default: ["z.sinh().type_as(idx)"],
+    aten.clone.default: ["z.sinh().clone()"],
+    aten.contiguous.default: ["z.sinh().contiguous()"],
+    aten.alias.default: ["torch.ops.aten.alias.default(z.sinh())"],
+    aten.detach.default: ["z.sinh().detach()"],
+    aten.zeros_like.default: ["torch.zeros_like(z)", "torch.zeros_like(z, dtype=torch.int64)"],
+    aten.ones_like.default: ["torch.ones_like(z)"],
+    aten.full_like.default: ["torch.full_like(z, 0.5)"],
+    aten.fill.Scalar: ["torch.ops.aten.fill.Scalar(z, 0.5)"],
+    aten.unsqueeze.default: ["z.sinh().unsqueeze(0)", "z.sinh().unsqueeze(-1)", "z.sinh().unsqueeze({d})"],
+    aten.squeeze.default: ["z.sinh().squeeze()"],
+    aten.squeeze.dim: ["z.sinh().squeeze({k})", "z.sinh().sum({d}, keepdim=True).squeeze({d})"],
+    aten.squeeze.dims: ["z.sinh().squeeze((0, {d}))"],
+    aten.view.default: ["z.sinh().reshape(-1, {v})", "z.sinh().view({shape})"],
+    aten.reshape.default: ["z.sinh().reshape({shape})", "z.sinh().amax({d}, keepdim=True).reshape(-1)"],
+    aten._unsafe_view.default: ["torch.ops.aten._unsafe_view.default(z.sinh(), [-1, {v}])"],
+    aten.flatten.using_ints: ["z.movedim({d}, -1).sinh().flatten(0, -2)", "z.sinh().flatten(0, 1)"],
+    aten.permute.default: ["z.sinh().permute(*reversed(range({n})))", "z.sinh().permute([*range(1, {n}), 0])"],
+    aten.transpose.int: ["z.sinh().transpose({k}, {r})", "z.sinh().transpose({d}, 0)"],
+    aten.t.default: ["z.sinh().t()"],
+    aten.movedim.int: ["z.sinh().movedim({d}, 0)", "z.sinh().movedim(0, {k})"],
+    aten.expand.default: ["z.sinh().expand({s0}, *[-1] * ({n} - 1))", "z.sinh().sum({d}, keepdim=True).expand_as(z)"],
+    aten.cat.default: ["torch.cat([z.sinh(), z], {d})", "torch.cat([z, idx.float()], {d})", "torch.cat([z, z], {r})"],
+    aten.stack.default: ["torch.stack([z, z.sinh()])", "torch.stack([z.sinh(), col.expand_as(z)], {k}).logsumexp({k})"],
+    aten.select.int: ["z.sinh().select({d}, 0)", "z.sinh().select({r}, 0)"],
+    aten.index_select.default: ["z.sinh().index_select({d}, i)", "z.index_select({d}, i).softmax({d})"],
+    aten.index.Tensor: ["z.movedim({d}, -1).sinh()[..., [2, 0]]", "z.movedim({d}, -1)[..., [-1, 1]]"],
+    aten.cross_entropy_loss.default: [
+        "F.cross_entropy(z.sinh(), y)", "F.cross_entropy(z.sinh(), yi, ignore_index=-1, reduction='sum')",
+        "F.cross_entropy(z.sinh(), yi, cw, ignore_index=-1, label_smoothing=0.1)",
+        "F.cross_entropy(z.sinh(), y, reduction='none')", "F.cross_entropy(z, z.detach().softmax({d}))",
+        "F.cross_entropy(z, (col + 0 * z).softmax({d}), label_smoothing=0.2, reduction='sum')",
+    ],
+    aten.nll_loss_nd.default: [
+        "F.nll_loss((z.softmax({d}) + 0.1).log(), y)", "F.nll_loss(z.sinh(), yi, cw, ignore_index=-1)",
+        "F.nll_loss(z.sinh(), yi, ignore_index=-1, reduction='none')",
+    ],
+    aten.nll_loss.default: ["torch.ops.aten.nll_loss.default(z.sinh(), y, None, 1, -100)"],
+    # pointwise, by tag; operands of every extent
+    aten.mul.Tensor: ["z * z", "z.sinh() * col", "z.sinh() * row", "z.sinh() * s", "z * (row * col)"],
+    aten.where.self: ["torch.where(z > 0, z, col)", "torch.where(row > 0, z, z.sinh())"],
+    aten.clamp.default: ["z.clamp(-1, 1)", "F.softplus(z.clamp(min=0.1))"],
+    aten.xlogy.Tensor: [
+        "F.kl_div(z.log_softmax({d}), (row + col).softmax({d}), reduction='sum')",
+        "F.kl_div(z.log_softmax({d}), z.sinh().softmax({d}), reduction='batchmean')",
+    ],
+    aten.pow.Tensor_Scalar: ["z ** 2", "((1 - z.softmax({d})) ** 2 * z.log_softmax({d})).gather({d}, idx)"],
+}  # fmt: skip
