@@ -147,11 +147,8 @@ def fill(rows: list[Row], times: dict[str, list[float]]) -> None:
     floor = measure.median_ms(times.get(FLOOR, []))
     eager = next((row.error for row in rows if row.contender == "eager"), {})
     for row in rows:
-        mine = times.get(row.contender, [])
-        row.ms, row.rounds = measure.median_ms(mine), len(mine)
+        measure.put_times(row, times.get(row.contender, []))
         if row.ms:
-            row.best_ms = min(mine) * 1e3
-            row.spread = (max(mine) - min(mine)) * 1e3 / row.ms
             row.ratio = floor / row.ms if floor else None
         row.over_eager = errors.against(row.error, eager)
 

@@ -15,7 +15,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -136,6 +136,14 @@ def interleaved(
 
 def median_ms(times: list[float]) -> float | None:
     return statistics.median(times) * 1e3 if times else None
+
+
+def put_times(row: Any, seconds: list[float]) -> None:
+    """Put a contender's times of a step into its row: median, rounds, the fastest, and the spread over the median."""
+    row.ms, row.rounds = median_ms(seconds), len(seconds)
+    if row.ms:
+        row.best_ms = min(seconds) * 1e3
+        row.spread = (max(seconds) - min(seconds)) * 1e3 / row.ms
 
 
 def cpu_allocations(run: Callable[[], Result]) -> tuple[Result, list[int]]:

@@ -147,11 +147,8 @@ def fill(run: Run, case: shapes.Case, rows: list[Row], times: dict[str, list[flo
     """Times into the rows, what is relative to one GPU's head, and the cost model's figures beside them."""
     one = measure.median_ms(times.get(ONE, []))
     for row in rows:
-        mine = times.get(row.contender, [])
-        row.ms, row.rounds = measure.median_ms(mine), len(mine)
+        measure.put_times(row, times.get(row.contender, []))
         if row.ms:
-            row.best_ms = min(mine) * 1e3
-            row.spread = (max(mine) - min(mine)) * 1e3 / row.ms
             row.efficiency = one / row.ms if one else None
         row.unsent_ms = measure.median_ms(times.get(row.contender + UNSENT, []))
         row.alone_ms = measure.median_ms(times.get(row.contender + ALONE, []))

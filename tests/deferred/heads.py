@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +37,25 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.after(self.lm_head(torch.tanh(self.mix(self.embed(x)))))
+
+
+class WithLoss(Model):
+    def forward(self, x: Tensor, y: Tensor | None = None) -> dict[str, Any]:
+        z = super().forward(x)
+        loss = None if y is None else F.cross_entropy(z[:, :-1].reshape(-1, V), y[:, 1:].reshape(-1))
+        return {"loss": loss, "logits": z}
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, whose gradient has the other sign."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
 
 
 def tokens(rows: int = B, length: int = T) -> Tensor:

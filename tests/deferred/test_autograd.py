@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from tests.deferred.heads import (
     B,
     Model,
+    Reversed,
     T,
     V,
+    WithLoss,
     compare,
     deferring,
     gradients,
@@ -107,13 +109,6 @@ def test_without_gradients_recorded_in_a_forward_with_them(model: Model) -> None
 X = torch.arange(B * T).reshape(B, T)
 
 
-class WithLoss(Model):
-    def forward(self, x: Tensor, y: Tensor | None = None) -> dict[str, Any]:
-        z = super().forward(x)
-        loss = None if y is None else F.cross_entropy(z[:, :-1].reshape(-1, V), y[:, 1:].reshape(-1))
-        return {"loss": loss, "logits": z}
-
-
 def test_gradients_through_the_loss_in_the_graph_and_the_logits_outside() -> None:
     model, x = WithLoss(), tokens()
 
@@ -167,16 +162,6 @@ def test_autograd_walkers_find_the_parameters_behind_it(model: Model) -> None:
         stack.extend(following for following, _ in node.next_functions)
     assert {id(p) for p in leaves} == {id(p) for p in model.parameters()}
     assert is_deferred(z)
-
-
-class Reversed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return z.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return -grad
 
 
 def test_a_gradient_that_another_function_defines_counts(model: Model) -> None:

@@ -18,6 +18,7 @@ from tests.deferred.heads import (
     Operations,
     T,
     V,
+    WithLoss,
     compare,
     deferring,
     gradients,
@@ -112,13 +113,6 @@ def test_hidden_states_may_be_returned_too() -> None:
 
 
 X = torch.arange(B * T).reshape(B, T)
-
-
-class WithLoss(Model):
-    def forward(self, x: Tensor, y: Tensor | None = None) -> dict[str, Any]:
-        z = super().forward(x)
-        loss = None if y is None else F.cross_entropy(z[:, :-1].reshape(-1, V), y[:, 1:].reshape(-1))
-        return {"loss": loss, "logits": z}
 
 
 def test_logits_beside_the_loss_cost_nothing_until_they_are_read() -> None:

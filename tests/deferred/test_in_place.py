@@ -14,6 +14,7 @@ from tests.deferred.actions import STATISTICS
 from tests.deferred.heads import (
     B,
     Model,
+    Reversed,
     T,
     V,
     compare,
@@ -111,16 +112,6 @@ def test_an_operand_written_to_later_was_read_when_it_was_given(model: Model) ->
     temperature.zero_()
     torch.testing.assert_close(torch.logsumexp(z, -1), torch.logsumexp(real, -1))
     torch.testing.assert_close(z + 0, real)
-
-
-class Reversed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return z.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return -grad
 
 
 ASKED = ("logsumexp", "entropy", "losses", "mean")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 V, D = 1024, 16
 ORIGINAL = nn.Linear.forward
@@ -39,3 +42,21 @@ def same(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
     for got, eager, true in zip(ours, plain, exact, strict=True):
         least = 4 * torch.finfo(eager.dtype).eps * true.abs().max()
         assert (got - true).abs().max() <= torch.maximum(1.5 * (eager - true).abs().max(), least)
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Ops(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def under_a_mode(mode: Callable[[], Any]) -> Callable[[nn.Module, Tensor], Any]:
+    def run(model: nn.Module, x: Tensor) -> Any:
+        with mode():
+            return model(x)
+
+    return run

@@ -9,33 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedhead
 from fusedhead.deferred.tensor import DeferredLogits
 from fusedhead.report.summary import Summary
-from tests.eager.models import D, Model, batch
-
-
-class Functions(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class Ops(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-def under_a_mode(mode: Callable[[], Any]) -> Callable[[nn.Module, Tensor], Any]:
-    def run(model: nn.Module, x: Tensor) -> Any:
-        with mode():
-            return model(x)
-
-    return run
-
+from tests.eager.models import D, Functions, Model, Ops, batch, under_a_mode
 
 PLAIN: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "a function mode": under_a_mode(Functions),

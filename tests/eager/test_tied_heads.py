@@ -13,14 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedhead
 from fusedhead.eager import tied_heads
 from fusedhead.report.summary import Summary
 from fusedhead.run.enable import torchtune_ties_heads
-from tests.eager.models import D, V, batch, same, step
+from tests.eager.models import D, Functions, V, batch, same, step, under_a_mode
 from tests.eager_stack import backend
 
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -152,18 +151,8 @@ def test_a_model_that_is_compiled_whole_has_the_same_graph() -> None:
     assert seen[0] == seen[1]
 
 
-class Functions(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-def under_a_mode(model: nn.Module, x: Tensor) -> Any:
-    with Functions():
-        return model(x)
-
-
 PLAIN: dict[str, Callable[[nn.Module, Tensor], Any]] = {
-    "a function mode": under_a_mode,
+    "a function mode": under_a_mode(Functions),
     "vmap": lambda model, x: torch.func.vmap(model)(x),
     "checkpointing": lambda model, x: checkpoint(model, x, use_reentrant=False),
     "jit.trace": lambda model, x: torch.jit.trace(model, x)(x),

@@ -7,27 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
-from fusedhead.kernels.triton_engine.launch import tuned_tiles
 from fusedhead.kernels.triton_engine.launch.tiles import Tile
-from fusedhead.kernels.triton_engine.launch.tuned_tiles import Tuned, keep_tiles, tuned_tile
+from fusedhead.kernels.triton_engine.launch.tuned_tiles import Tuned, keep_tiles
+from tests.kernels.tuned_chip import GPU, chip, tile  # noqa: F401  a fixture for every test
 
-GPU = torch.device("cuda", 0)
 SMALL, LARGE = Tile(128, 128, 32, 8, 8, 3, False, 2), Tile(128, 256, 64, 22, 8, 3, True, 4)
 PAIR = Tile(128, 192, 64, 11, 4, 4, False, 3, 2, True)
-
-
-@pytest.fixture(autouse=True)
-def chip(monkeypatch, tmp_path):
-    """A file of its own, a GPU with a name."""
-    monkeypatch.setenv("FUSEDHEAD_TILES", str(tmp_path / "deep" / "tiles.json"))
-    monkeypatch.setattr(tuned_tiles, "device_key", lambda device: f"chip {device.index}")
-    tuned_tiles.known.cache_clear()
-    yield
-    tuned_tiles.known.cache_clear()
-
-
-def tile(kernel="exp", device=GPU, tokens=4096, hidden=1024, itemsize=2, tma=True, pairs=True):
-    return tuned_tile(kernel, device, tokens, hidden, itemsize, tma, pairs)
 
 
 def test_a_tile_serves_hidden_sizes_up_to_its_own_and_the_largest_all_beyond():

@@ -8,24 +8,9 @@ import torch
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 from fusedhead import tune
-from fusedhead.kernels.triton_engine.launch import tiles, tuned_tiles, tuning
-from fusedhead.kernels.triton_engine.launch.tuned_tiles import KERNELS, tuned_tile
-
-GPU = torch.device("cuda", 0)
-
-
-@pytest.fixture(autouse=True)
-def chip(monkeypatch, tmp_path):
-    """A file of its own, a GPU with a name."""
-    monkeypatch.setenv("FUSEDHEAD_TILES", str(tmp_path / "deep" / "tiles.json"))
-    monkeypatch.setattr(tuned_tiles, "device_key", lambda device: f"chip {device.index}")
-    tuned_tiles.known.cache_clear()
-    yield
-    tuned_tiles.known.cache_clear()
-
-
-def tile(kernel="exp", device=GPU, tokens=4096, hidden=1024, itemsize=2, tma=True, pairs=True):
-    return tuned_tile(kernel, device, tokens, hidden, itemsize, tma, pairs)
+from fusedhead.kernels.triton_engine.launch import tiles, tuning
+from fusedhead.kernels.triton_engine.launch.tuned_tiles import KERNELS
+from tests.kernels.tuned_chip import GPU, chip, tile  # noqa: F401  a fixture for every test
 
 
 def test_tuning_keeps_the_fastest_tile_of_each_kernel_and_the_fastest_that_is_no_pair(monkeypatch, capsys):
