@@ -3,39 +3,87 @@
 A `World` holds a pool of pairs of tensors, the real one and the deferred one. An action is a function of one side and
 of tensors of that side; the tables say what it is tried on. Compared are values, gradients, errors, and what a tensor
 says of itself. Numbers of deferred tensors are compared when an action reads them, and at the end: to compare is to
-read.
+read. It must not know hypothesis.
 """
 
 from __future__ import annotations
 
+import copy
+import io
 import os
+import pickle
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fusedhead.deferred.graph_outputs import StaleLogits
-from tests.deferred.actions import (
-    CHANGES,
-    COMPILES,
-    MEETINGS,
-    MODES,
-    OPTIMIZERS,
-    STATISTICS,
-    STEPS,
-    UNCOMPILED,
-)
-from tests.deferred.heads import D, V, is_deferred
-from tests.deferred.machine_models import B, Pair, Side, T, close_frames, compiled, numbers, tensors_of, written_since
+from fusedhead.deferred.graph_outputs import DeferredLogits, StaleLogits, plain
+from tests.deferred.heads import D, V, deferring, is_deferred
+from tests.eager_stack import backend
 
+B, T = 11, 6  # enough tokens for logits without gradients to be deferred
 POOL = 10
 # what is told of each step, as it begins; the variable: print it, for a program that ends the process
 watchers: list[Callable[[str], None]] = []
 if os.environ.get("FUSEDHEAD_MACHINE_TRACE"):
     watchers.append(lambda step: print(step, file=sys.stderr, flush=True))
+
+
+class Net(nn.Module):
+    """[B, T] tokens to logits in one of some forms, with a learned scale that a caller may use."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.embed = nn.Embedding(V, D)
+        self.mix = nn.Linear(D, D)
+        self.lm_head = nn.Linear(D, V, bias=form == "bias")
+        if form == "tied":
+            self.lm_head.weight = self.embed.weight
+        self.scale = nn.Parameter(torch.ones(()))
+        self.shift = nn.Parameter(torch.zeros(V))
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.tanh(self.mix(self.embed(x)))
+        z = self.lm_head(h)
+        if self.form == "capped":
+            return 5 * torch.tanh(z / 5)
+        if self.form == "two":
+            with torch.no_grad():
+                half = z / 2
+            return z, half
+        return (h, z) if self.form == "with hidden states" else z
+
+
+FORMS = ("plain", "bias", "tied", "capped", "two", "with hidden states")
+
+
+@dataclass(eq=False)
+class Side:
+    """One of the two programs."""
+
+    model: Net
+    forward: Callable[[Tensor], Any]
+    tokens: Tensor
+    labels: Tensor
+    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Pair:
+    real: Tensor
+    other: Tensor
+    made_of: frozenset[int] = frozenset()  # forwards that it comes from
+    coarse: bool = False  # whether some of it was computed in half precision
 
 
 # errors of eager code at what need not be one: a checkpoint that finds a parameter frozen since, and a write to a view
@@ -45,6 +93,276 @@ EAGER_ALONE = ("during the original forward and recomputation", "This view was c
 
 class Difference(AssertionError):
     """What a deferred tensor did that the tensor it stands for does not."""
+
+
+@cache
+def compiled(form: str) -> tuple[Net, Net, dict[str, Tensor], Any]:
+    """The models of a form, what they start from, and the second one compiled: once a process."""
+    torch.manual_seed(0)
+    real = Net(form)
+    other = copy.deepcopy(real)
+    return real, other, {k: v.clone() for k, v in real.state_dict().items()}, deferring(other)
+
+
+def cross_entropy(z: Tensor, y: Tensor, **how: Any) -> Tensor:
+    return F.cross_entropy(z.reshape(-1, z.shape[-1]), y.reshape(-1)[: z.numel() // z.shape[-1]], **how)
+
+
+def entropy(z: Tensor) -> Tensor:
+    return torch.distributions.Categorical(logits=z).entropy()
+
+
+@cache
+def loss_compiled_by(compiler: str) -> Callable[[Tensor, Tensor], Tensor]:
+    by = backend(lambda report: None) if compiler == "pass" else compiler
+    return torch.compile(cross_entropy, backend=by)
+
+
+@cache
+def step_with_a_break() -> Callable[[Tensor], Tensor]:
+    def step(z: Tensor) -> Tensor:
+        z = z / 0.7
+        torch._dynamo.graph_break()
+        return z - z.logsumexp(-1, keepdim=True)
+
+    return torch.compile(step, backend=backend(lambda report: None))
+
+
+def pickled(z: Tensor) -> Tensor:
+    stored = io.BytesIO()
+    torch.save(z, stored)
+    stored.seek(0)
+    return torch.load(stored) + pickle.loads(pickle.dumps(z))
+
+
+class Sub(Tensor):
+    pass
+
+
+def hooked(z: Tensor) -> Tensor:
+    z.register_hook(lambda grad: grad * 0.5)
+    return z
+
+
+def kept(z: Tensor) -> Tensor:
+    z.retain_grad()
+    return z
+
+
+# [.., V] to the like
+STEPS: dict[str, Callable[[Side, Tensor], Any]] = {
+    "flattened": lambda s, z: z.reshape(-1, z.shape[-1]),
+    "viewed": lambda s, z: z.view(-1, z.shape[-1]),
+    "shifted": lambda s, z: z[:-1],
+    "one": lambda s, z: z[0],
+    "tokens": lambda s, z: z[..., 1:, :] if z.ndim > 1 else z,
+    "masked": lambda s, z: z[(s.tokens if z.ndim == 3 else s.tokens.flatten())[: z.shape[0]] % 2 == 0],
+    "transposed": lambda s, z: z.transpose(0, 1) if z.ndim > 2 else z,
+    "chunks": lambda s, z: z.chunk(2, 0),
+    "split": lambda s, z: z.split(3, 0),
+    "temperature": lambda s, z: z / 0.7,
+    "scaled": lambda s, z: z * s.model.scale,
+    "shifted by class": lambda s, z: z + s.model.shift,
+    "masked classes": lambda s, z: z.masked_fill(torch.arange(z.shape[-1]) > 1000, -30.0),
+    "float": lambda s, z: z.float(),
+    "bfloat16": lambda s, z: z.bfloat16(),
+    "clone": lambda s, z: z.clone(),
+    "contiguous": lambda s, z: z.contiguous(),
+    "detach": lambda s, z: z.detach(),
+    "data": lambda s, z: z.data,
+    "log_softmax": lambda s, z: z.log_softmax(-1),
+    "softmax": lambda s, z: z.softmax(-1),
+    "tanh": lambda s, z: z.tanh(),
+    "exp": lambda s, z: (z * 0.1).exp(),
+    "unsqueezed": lambda s, z: z.unsqueeze(0).squeeze(0),
+    "hooked": lambda s, z: hooked(z),
+    "its gradient kept": lambda s, z: kept(z),
+    "a leaf of it": lambda s, z: z.detach().requires_grad_(),
+    "copied": lambda s, z: copy.deepcopy(z),
+    "copied, detached": lambda s, z: copy.deepcopy(z.detach()),
+    "copied, shallow": lambda s, z: copy.copy(z),
+    "pickled": lambda s, z: pickled(z.detach()),
+    "a parameter": lambda s, z: nn.Parameter(z.detach().clone()),
+    "of a subclass": lambda s, z: z.as_subclass(Sub).as_subclass(Tensor),
+    "another class and back": lambda s, z: torch.as_tensor(z.detach().numpy()),
+    "through a graph break": lambda s, z: step_with_a_break()(z),
+    "written": lambda s, z: z.mul_(0.5),
+    "a class written": lambda s, z: z.index_fill_(-1, torch.tensor([3]), -2.0),
+    "filled": lambda s, z: z.masked_fill_(torch.arange(z.shape[-1]) == 7, 0.5),
+    "a copy written": lambda s, z: z.clone().div_(0.7),
+    "the gradient switched": lambda s, z: z.requires_grad_(),
+    "the numbers": lambda s, z: (z * 0.3).sin(),
+    "rolled": lambda s, z: z.roll(1, 0),
+    "summed in order": lambda s, z: z.cumsum(-1) * 0.01,
+    "stacked": lambda s, z: torch.stack([z, z * 2])[1],
+}  # fmt: skip
+
+# [.., V] to a few numbers
+STATISTICS: dict[str, Callable[[Side, Tensor], Any]] = {
+    "cross_entropy": lambda s, z: cross_entropy(z, s.labels),
+    "sum of losses": lambda s, z: cross_entropy(z, s.labels, reduction="sum", ignore_index=5),
+    "losses": lambda s, z: cross_entropy(z, s.labels, reduction="none"),
+    "smoothed": lambda s, z: cross_entropy(z, s.labels, label_smoothing=0.1),
+    "weighted": lambda s, z: cross_entropy(z, s.labels, weight=torch.linspace(0.5, 1.5, z.shape[-1], dtype=z.dtype)),
+    "a label too large": lambda s, z: cross_entropy(z, s.labels + 2000),
+    "log-probabilities": lambda s, z: z.log_softmax(-1).reshape(-1, z.shape[-1])[:5].gather(-1, s.labels[0, :5, None]),
+    "nll_loss": lambda s, z: F.nll_loss(z.reshape(-1, z.shape[-1]).log_softmax(-1)[:4], s.labels[0, :4]),
+    "logsumexp": lambda s, z: z.logsumexp(-1),
+    "z-loss": lambda s, z: z.logsumexp(-1).pow(2).mean(),
+    "entropy": lambda s, z: entropy(z),
+    "argmax": lambda s, z: z.argmax(-1),
+    "largest": lambda s, z: z.max(-1).values,
+    "topk": lambda s, z: z.topk(3, -1).values,
+    "mean": lambda s, z: z.mean(),
+    "squares": lambda s, z: z.pow(2).mean(-1),
+    "variance": lambda s, z: z.var(-1),
+    "an item": lambda s, z: z.reshape(-1)[5].item(),
+    "a list": lambda s, z: z.reshape(-1, z.shape[-1])[0].tolist(),
+    "compiled loss": lambda s, z: loss_compiled_by("pass")(z, s.labels),
+    "loss compiled by another": lambda s, z: loss_compiled_by("aot_eager")(z, s.labels),
+    "gradient of a function": lambda s, z: torch.func.grad(lambda t: t.logsumexp(-1).mean())(z).pow(2).sum(),
+    "vmap": lambda s, z: torch.func.vmap(lambda t: z.logsumexp(-1) * t)(torch.ones(2)),
+    "vmap over it": lambda s, z: torch.func.vmap(lambda row: row.logsumexp(-1))(z),
+    "its gradient": lambda s, z: torch.autograd.grad(z.logsumexp(-1).mean(), z, retain_graph=True)[0].sum(-1),
+    "what it is": lambda s, z: str((z.is_contiguous(), z.stride(), z.storage_offset(), z._version)),
+}  # fmt: skip
+
+# two of one shape
+MEETINGS: dict[str, Callable[[Side, Tensor, Tensor], Any]] = {
+    "KL": lambda s, z, w: F.kl_div(z.log_softmax(-1), w.log_softmax(-1), log_target=True, reduction="batchmean"),
+    "KL to probabilities": lambda s, z, w: F.kl_div(z.log_softmax(-1), w.softmax(-1), reduction="sum"),
+    "ratio": lambda s, z, w: (z.log_softmax(-1)[..., 3] - w.log_softmax(-1)[..., 3]).exp().mean(),
+    "difference": lambda s, z, w: z - w,
+    "distance": lambda s, z, w: F.mse_loss(z, w),
+    "mixture": lambda s, z, w: torch.logaddexp(z.log_softmax(-1), w.log_softmax(-1)).logsumexp(-1),
+    "together": lambda s, z, w: torch.cat([z, w]),
+    "copied into": lambda s, z, w: z.copy_(w),
+    "losses together": lambda s, z, w: cross_entropy(z, s.labels) + cross_entropy(w, s.labels),
+}
+
+
+def in_a_thread(run: Callable[..., Any], *tensors: Tensor) -> Any:
+    found: list[Any] = []
+
+    def work() -> None:
+        try:
+            found.append((True, run(*tensors)))
+        except Exception as error:
+            found.append((False, error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    fine, value = found[0]
+    if not fine:
+        raise value
+    return value
+
+
+def within(*modes: Callable[[], Any]) -> Callable[..., Any]:
+    def run_in(run: Callable[..., Any], *tensors: Tensor) -> Any:
+        if len(modes) == 1:
+            with modes[0]():
+                return run(*tensors)
+        with modes[0](), modes[1]():
+            return run(*tensors)
+
+    return run_in
+
+
+def counting(*_: Any, **__: Any) -> Any:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    return FlopCounterMode(display=False)
+
+
+def save_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> bool:
+    return op in (torch.ops.aten.mm.default, torch.ops.aten.exp.default, torch.ops.aten.sin.default)
+
+
+def selective() -> Any:
+    return create_selective_checkpoint_contexts(save_products)
+
+
+# ways to run a function of tensors
+MODES: dict[str, Callable[..., Any]] = {
+    "": lambda run, *t: run(*t),
+    "no_grad": within(torch.no_grad),
+    "enable_grad": within(torch.enable_grad),
+    "enable_grad in no_grad": within(torch.no_grad, torch.enable_grad),
+    "inference_mode": within(torch.inference_mode),
+    "autocast": within(lambda: torch.autocast("cpu", torch.bfloat16)),
+    "checkpoint": lambda run, *t: checkpoint(run, *t, use_reentrant=False),
+    "reentrant checkpoint": lambda run, *t: checkpoint(run, *t, use_reentrant=True),
+    "selective checkpoint": lambda run, *t: checkpoint(run, *t, use_reentrant=False, context_fn=selective),
+    "save_on_cpu": within(torch.autograd.graph.save_on_cpu),
+    "counted": within(counting),
+    "thread": in_a_thread,
+}  # fmt: skip
+
+# a function that is first called under a dispatch mode is never compiled again
+COMPILES = ("compiled loss", "loss compiled by another", "through a graph break")
+UNCOMPILED = ("counted", "selective checkpoint")
+
+# eps: a gradient that is nothing but rounding must not become a step of its own
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-4, foreach=True),
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-4, fused=True),
+}
+
+
+@torch.no_grad()
+def replaced(side: Side) -> None:
+    side.model.lm_head.weight.data = side.model.lm_head.weight * 0.9
+
+
+def written(name: str, side: Side) -> None:
+    target = {"weight": side.model.lm_head.weight, "trunk": side.model.mix.weight, "scale": side.model.scale}[name]
+    with torch.no_grad():
+        target.mul_(0.9)
+
+
+CHANGES: dict[str, Callable[[Side], Any]] = {
+    "head frozen": lambda s: s.model.lm_head.requires_grad_(False) and None,
+    "head unfrozen": lambda s: s.model.lm_head.requires_grad_(True) and None,
+    "trunk frozen": lambda s: s.model.mix.requires_grad_(False) and None,
+    "all unfrozen": lambda s: s.model.requires_grad_(True) and None,
+    "weight written": lambda s: written("weight", s),
+    "weight replaced": lambda s: replaced(s),
+    "weight written through .data": lambda s: s.model.lm_head.weight.data.mul_(0.9) is None,
+    "trunk written": lambda s: written("trunk", s),
+    "scale written": lambda s: written("scale", s),
+    "labels written": lambda s: s.labels.add_(1).remainder_(V) is None,
+    "tokens written": lambda s: s.tokens.add_(1).remainder_(V) is None,
+    "gradients cleared": lambda s: s.model.zero_grad(),
+    **{f"{name} steps": lambda s, name=name: s.optimizers[name].step() and None for name in OPTIMIZERS},
+}
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    return plain(tensor).detach().clone() if isinstance(tensor, DeferredLogits) else tensor.detach().clone()
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in tensors_of(v)] if isinstance(value, (list, tuple)) else []
+
+
+def close_frames(error: BaseException) -> None:
+    """End what an error has left suspended: `checkpoint` of torch 2.11 is a generator that keeps its hooks and modes.
+
+    They would hold for whatever runs next, until the traceback goes, and then be taken off from under those of others.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__
+
+
+def written_since(tensor: Tensor, version: int, value: Tensor | None) -> bool:
+    return tensor._version != version or (value is not None and not torch.equal(tensor, value))
 
 
 class World:

@@ -16,9 +16,7 @@ from collections.abc import Iterable
 
 os.environ.setdefault("FUSEDHEAD_MIN_LOGITS", "0")
 
-from tests.deferred.actions import CHANGES, MEETINGS, STATISTICS, STEPS
-from tests.deferred.heads import V
-from tests.deferred.machine import World, room_for_variants
+from tests.deferred.machine import CHANGES, MEETINGS, STATISTICS, STEPS, V, World, room_for_variants
 
 ACT = re.compile(r"(?P<name>.+) of (?P<at>\[[\d, ]+\]) in (?P<mode>'.*')")
 TABLES = {"step": STEPS, "statistic": STATISTICS, "meeting": MEETINGS}

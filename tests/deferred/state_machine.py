@@ -25,9 +25,21 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from tests.deferred.actions import CHANGES, MEETINGS, MODES, STATISTICS, STEPS, loss_compiled_by, step_with_a_break
-from tests.deferred.machine import Difference, World, room_for_variants, watchers
-from tests.deferred.machine_models import FORMS, compiled
+from tests.deferred.machine import (
+    CHANGES,
+    FORMS,
+    MEETINGS,
+    MODES,
+    STATISTICS,
+    STEPS,
+    Difference,
+    World,
+    compiled,
+    loss_compiled_by,
+    room_for_variants,
+    step_with_a_break,
+    watchers,
+)
 from tests.run_record import RunRecord
 
 PICK = st.integers(0, 9)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.deferred.actions import STATISTICS
 from tests.deferred.heads import (
     B,
     Model,
@@ -20,6 +19,7 @@ from tests.deferred.heads import (
     compare,
     deferring,
 )  # fmt: skip
+from tests.deferred.machine import STATISTICS
 
 X = torch.arange(B * T).reshape(B, T)
 MANY = X.repeat(6, 1)  # tokens enough for logits without gradients to be deferred

@@ -6,8 +6,7 @@ import os
 
 import pytest
 
-from tests.deferred.actions import MODES, STEPS
-from tests.deferred.machine import World, room_for_variants
+from tests.deferred.machine import MODES, STEPS, World, room_for_variants
 from tests.deferred.replay import replay
 from tests.deferred.state_machine import run
 
