@@ -138,14 +138,6 @@ def median_ms(times: list[float]) -> float | None:
     return statistics.median(times) * 1e3 if times else None
 
 
-def put_times(row: Any, seconds: list[float]) -> None:
-    """Put a contender's times of a step into its row: median, rounds, the fastest, and the spread over the median."""
-    row.ms, row.rounds = median_ms(seconds), len(seconds)
-    if row.ms:
-        row.best_ms = min(seconds) * 1e3
-        row.spread = (max(seconds) - min(seconds)) * 1e3 / row.ms
-
-
 def cpu_allocations(run: Callable[[], Result]) -> tuple[Result, list[int]]:
     """What ``run`` returns, and the bytes of every allocation (and, negative, release) by torch's CPU allocator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
@@ -187,3 +179,11 @@ def resident_bytes(device: torch.device) -> int:
         return 0
     wait(device)
     return torch.cuda.memory_allocated(device)
+
+
+def put_times(row: Any, seconds: list[float]) -> None:
+    """Put a contender's times of a step into its row: median, rounds, the fastest, and the spread over the median."""
+    row.ms, row.rounds = median_ms(seconds), len(seconds)
+    if row.ms:
+        row.best_ms = min(seconds) * 1e3
+        row.spread = (max(seconds) - min(seconds)) * 1e3 / row.ms

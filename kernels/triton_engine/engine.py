@@ -115,7 +115,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     dw = WeightGradient(head.w, len(token_cuts), windows.accumulate) if needs.w else None
     with on_device(head.h):
         buffer = new_window(head, token_cuts[0].stop, vocab_cuts[0].stop)
-        # float32 over several windows of the vocabulary: sums of two bytes over them would be less exact than eager's
+        # always float32: a vocabulary is many windows, and a narrow sum over them loses to eager code
         accumulate = torch.float32 if len(vocab_cuts) > 1 else head.h.dtype
         for i in token_cuts:
             rebuild(
@@ -126,7 +126,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
                 LogitGrads._make(None if g is None else rows_of(g, i) for g in grads),
                 RowStats._make(None if x is None else x[i] for x in stats),
                 dw,
-                None if dh is None else NarrowSum(rows_of(dh, i), accumulate),
+                None if dh is None else NarrowSum(rows_of(dh, i), accumulate),  # nobody's once the call returns
                 dcols,
                 drows,
             )

@@ -98,7 +98,7 @@ def one_pass(
         if uncached_columns:
             check_labels(head.y, vocab)  # otherwise `map_labels` checks them
         masked = head.transform.masked_columns(head.cols)
-        if masked is not None and coefficients.picked is not None:  # a label in a masked column has no gradient
+        if masked is not None and coefficients.picked is not None:  # no slope says that a label has no gradient there
             coefficients = coefficients._replace(picked=coefficients.picked.masked_fill(masked[head.y], 0))
         dh = new((n, hidden)) if needs.h else None
         dw = WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
@@ -111,11 +111,11 @@ def one_pass(
             rank_one = (r, weighted_rows(f, head.w)) if dh is not None else None
         buffer = new_window(head, tokens, kept.stop)
         ref2 = new(tokens, dtype=torch.float32)
-        slope = torch.empty_like(picked[:tokens]) if head.transform.varies_along_row else picked  # else not written
+        slope = torch.empty_like(picked[:tokens]) if head.transform.varies_along_row else picked  # not written then
         scaled = new((tokens, hidden)) if dw is not None and dh is None else None
         separate_dh_buffer = (
             dh is not None and narrow != torch.float32 and not uncached_columns
-        )  # E w is summed in float32 and rounded into dh at the end
+        )  # whether E w is rounded into dh at the end
         product = new((tokens, hidden), dtype=torch.float32) if separate_dh_buffer else None
         gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
         for i in cuts:
@@ -133,19 +133,19 @@ def one_pass(
             s = sweep("exp", part, frozenset({"sum"}) if summed else frozenset(), logits=logits)
             totals = new((3 if summed else 1, s.schedule.size), dtype=torch.float32)
             _exponentials(s, part, whole, exps, reference2, row_picked, slope, totals, logits)
-            # the rows of dh hold s ⊙ h until dw has read it
+            # dh's own rows hold s ⊙ h until dw has used it
             sh = None if dw is None else row_dh if scaled is None else first_rows(scaled, m)
             rows = (reference2, row_picked, slope, totals)
             row_total = None if total is None else rows_of(total, i)
             row_spread = None if spread is None else rows_of(spread, i)
             sums = (row_total, row_spread, weight)
-            if other_columns is not None:  # first the lse of this head's columns
+            if other_columns is not None:  # the lse of the columns here
                 unread, none = torch.empty_like(reference2), (None, None, None, None)
                 finalize(s, part, exps, *rows, RowGrads(), row_lse, row_low, *none, gain, tie, scale=unread)
                 other_lse = (other_columns(i, row_lse) * LOG2E.value).contiguous()
                 row_lse, row_low = torch.empty_like(row_lse), torch.empty_like(row_low)
             scale = finalize(s, part, exps, *rows, c, row_lse, row_low, *sums, sh, gain, tie, other_lse)
-            if masked is not None:  # with all columns masked the softmax is NaN, and the mask's gradient is 0
+            if masked is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
                 for factor in (scale, sh):
                     if factor is not None:
                         factor.masked_fill_(masked.all(), 0)
@@ -167,7 +167,7 @@ def one_pass(
 
 
 def _lse_of_uncached_columns(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:
-    """Base-2 lse [m] float32 of the columns from ``first`` on; ``picked`` is filled for the labels among them."""
+    """Base-2 lse [m] of the columns from ``first`` on; their labels are picked."""
     part = slice_head(head, i, slice(first, len(head.w)))
     part = part._replace(y=part.y - first)
     out, lse_only, whole = picked.new_empty(len(part.h)), frozenset({"lse"}), slice(0, len(part.w))

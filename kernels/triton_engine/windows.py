@@ -11,11 +11,11 @@ from fusedhead.kernels.contract import Head, RowGrads
 from fusedhead.kernels.gemm import gemm
 from fusedhead.kernels.triton_engine.launch.sweep import multiplied_by_cublas
 
-ROW_ALIGNMENT = 64  # rows of a window are padded to a multiple of so many elements
+ROW_ALIGNMENT = 64  # windows start at, and rows of a window are padded to, a multiple of this many elements
 
 
 def even_cuts(total: int, size: int) -> Iterator[slice]:
-    """Equal windows of at most ``size``; their length is a multiple of 128 where ``size`` allows it."""
+    """Equal windows of at most ``size``, on aligned boundaries when there is room for that."""
     size = max(size, 1)
     count = max(-(-total // size), 1)
     even = max(min(-(-total // (128 * count)) * 128, size), 1)
