@@ -22,14 +22,12 @@ THROUGH_PROGRAMS = {  # by folder
     "canonicalize": "functionalize_subscripts",
     "deferred": "assignments call_program history record results shared_statistics state to_fx",
     "graph": "higher_order recipes",
-    "ir": "logits tokenwise",
-    "kernels/torch_engine": "gradient_sink",
-    "kernels/triton_engine/device": "vectors",
+    "ir": "logits",
     "kernels/triton_engine/gluon": "tile",
     "legality": "missed_heads",
     "lowering": "shards",
-    "report": "coverage records step_estimate",
-    "rewrite": "loss_tail operands shard_sweeps stacked_sweeps sweeps tail_gradient",
+    "report": "coverage records",
+    "rewrite": "operands shard_sweeps stacked_sweeps sweeps tail_gradient",
     "rules/tokenwise": "dispatch operands",
 }
 
