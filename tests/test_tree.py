@@ -20,7 +20,7 @@ LINES = 40  # of code: statements, without docstrings, imports and comments
 THROUGH_PROGRAMS = {  # by folder
     "analysis": "body cost evaluator interpreter site strategies",
     "canonicalize": "functionalize_subscripts",
-    "deferred": "assignments call_program history record results shared_statistics state to_fx",
+    "deferred": "call_program history record results shared_statistics state to_fx",
     "graph": "higher_order recipes",
     "ir": "logits",
     "kernels/triton_engine/gluon": "tile",
