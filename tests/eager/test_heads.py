@@ -29,7 +29,7 @@ def test_a_loss_of_an_eager_head_has_the_numbers_of_eager_code(bias: bool, summa
     same(step(model, x[:3], y[:3]), small[1], small[0])
     (head,) = summary.heads()
     assert (head.fused, head.module, head.logits) == (True, "lm_head", "deferred")
-    assert "test_heads.py" in head.where
+    assert "models.py" in head.where
     assert (head.run.answered.value, head.run.built.total) == (2, 0)
     assert "never built" in str(head)
 
