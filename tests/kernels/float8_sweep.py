@@ -1,6 +1,6 @@
 """The sweep of the float8 single pass in torch's own ops, for Triton's interpreter: what the pair of warps computes.
 
-Takes the place of `float8.exponentials.float8_exponentials` (`tests/kernels/test_float8.py` compares the two).
+Takes the place of `float8.exponentials.float8_exponentials`; `test_float8_exponentials.py` compares the two.
 """
 
 from __future__ import annotations
