@@ -1,4 +1,4 @@
-"""Triton's interpreter without work that has no result: kernels take a third of the time, and their numbers are the same.
+"""Triton's interpreter without work that has no result: a third of the time, the same numbers.
 
 * What `triton.language` defines is replaced when a kernel is launched, and again for each call of a device function,
   which finds nothing left to replace. Here a call replaces only what a module defines that the launch has not met.
@@ -17,7 +17,15 @@ from inspect import getmembers, ismodule
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
-NAMES = ("_patch_lang", "_patch_builtin", "_patch_attr", "_LangPatchScope", "_get_np_dtype", "interpreter_builder", "tl")
+NAMES = [
+    "_patch_lang",
+    "_patch_builtin",
+    "_patch_attr",
+    "_LangPatchScope",
+    "_get_np_dtype",
+    "interpreter_builder",
+    "tl",
+]
 
 
 def quicken() -> None:
