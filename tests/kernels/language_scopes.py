@@ -71,28 +71,24 @@ def _patching(builtins_of: Any, patch_attr: Any) -> Any:
 
 
 def _once_a_launch(patch_lang: Any, tl: ModuleType) -> Any:
-    running: list[set[str]] = []  # the modules that are patched, while a kernel runs
+    patched: set[str] = set()  # the modules, while a kernel runs
+    scopes: list[Any] = []  # what put them back; Triton leaves those of device functions as they are
     nothing = SimpleNamespace(restore=lambda: None)
 
     @cache
     def met(fn: FunctionType) -> frozenset[str]:
         return frozenset(x.__name__ for x in fn.__globals__.values() if ismodule(x) and x in (tl, tl.core))
 
+    def restore() -> None:
+        patched.clear()
+        while scopes:
+            scopes.pop().restore()
+
     def patch(fn: FunctionType) -> Any:
-        if running:
-            if not met(fn) <= running[0]:
-                running[0] |= met(fn)
-                patch_lang(fn)  # a device function's, which nobody restores
-            return nothing
-        scope = patch_lang(fn)
-        restore = scope.restore
-
-        def restore_and_forget() -> None:
-            running.clear()
-            restore()
-
-        scope.restore = restore_and_forget
-        running.append(set(met(fn)))
-        return scope
+        runs = bool(scopes)
+        if not runs or not met(fn) <= patched:
+            patched.update(met(fn))
+            scopes.append(patch_lang(fn))
+        return nothing if runs else SimpleNamespace(restore=restore)
 
     return patch
