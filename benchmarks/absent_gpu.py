@@ -3,17 +3,19 @@
 Triton compiles for a chip by its name alone, ptxas included. What has to be there is the launch: which arguments are
 aligned or equal to one, which tile and which constants a kernel is asked for. So the engine itself runs, on tensors
 without storage (device "meta"), through `launch.launch` and Triton's own look at the arguments, and every launch ends
-where the compiled kernel would be handed to the driver. Nothing is computed. Triton has to be imported without
-TRITON_INTERPRET. This file must not know which heads are compiled, nor what for.
+where the compiled kernel would be handed to the driver. Nothing is computed. The first IR that Triton makes of a kernel
+decides all that follows, with the options and the assembler: a kernel whose IR is on record is not compiled again.
+Triton has to be imported without TRITON_INTERPRET. This file must not know which heads are compiled, nor what for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from unittest.mock import patch
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import compile as _compile
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -78,7 +81,22 @@ class Compiled(NamedTuple):
     registers: int  # a thread
     spilled: int  # bytes a thread: its stack, which holds what found no register
     shared: int  # bytes a program, tiles in flight included
-    ptx: str  # AMD's: its assembly; without line numbers, so that it differs only where the code does
+    digest: str  # of its PTX, AMD's of its assembly, without line numbers: it differs only where the code does
+    ir: str  # the digest of its first IR, of the options it is compiled with and of the version of ptxas
+    ptx: str = ""  # or assembly; empty where the kernel is on record
+
+
+class OnRecord(Exception):
+    """Ends a compilation, and then stands where Triton keeps the compiled kernel."""
+
+    def __init__(self, kernel: Compiled) -> None:
+        self.kernel = kernel
+
+
+def digest(text: str) -> str:
+    """Of PTX or of IR, without its comments and locations."""
+    text = re.sub(r"^#loc.*\n| loc\([^()]*\)", "", text, flags=re.MULTILINE)
+    return hashlib.sha256(re.sub(r"//.*", "", text).encode()).hexdigest()[:12]
 
 
 class _Driver:
@@ -117,11 +135,41 @@ def _asking(question: str) -> list[ModuleType]:
     return [x for name, x in sys.modules.items() if name.startswith("fusedhead.kernels.") and hasattr(x, question)]
 
 
+def _look_at_ir(known: Mapping[str, Compiled]) -> Callable[..., tuple[str, str] | None]:
+    """Triton's hook into the stages of a compilation; it asks it for a part of the key of its cache too."""
+
+    def hook(*given: Any) -> tuple[str, str] | None:
+        if not given:
+            return "ir", "ir"
+        compiler, stages, options, *_ = given
+        first = next(iter(stages))
+        lower = stages[first]
+
+        def look(module: Any, metadata: dict[str, Any]) -> Any:
+            metadata["ir"] = digest(f"{module}{options.hash()}{compiler.hash()}")
+            if metadata["ir"] in known:
+                raise OnRecord(known[metadata["ir"]])
+            return lower(module, metadata)
+
+        stages[first] = look
+        return None
+
+    return hook
+
+
+def _compile_unless_on_record(*given: Any, **options: Any) -> Any:
+    try:
+        return _compile(*given, **options)
+    except OnRecord as found:
+        return found
+
+
 @contextmanager
-def absent_gpu(chip: Chip = H100) -> Iterator[list[Compiled]]:
+def absent_gpu(chip: Chip = H100, known: Mapping[str, Compiled] | None = None) -> Iterator[list[Compiled]]:
     """Inside, a launch on tensors of device "meta" compiles its kernel and adds it to the list, once.
 
-    A kernel that does not compile raises what Triton raises. Modules of the engine have to be imported before.
+    ``known``: what is on record, by the digest of the first IR. A kernel that does not compile raises what Triton
+    raises. Modules of the engine have to be imported before.
     """
     seen: set[int] = set()
     listed: list[Compiled] = []
@@ -130,19 +178,26 @@ def absent_gpu(chip: Chip = H100) -> Iterator[list[Compiled]]:
     def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         done = run(kernel, *args, grid=grid, warmup=True, **options)
         done = done.result() if hasattr(done, "result") else done
-        if id(done) not in seen:
-            seen.add(id(done))
-            constants = {p.name: x for p, x in zip(kernel.params, args) if p.is_constexpr}
-            usage = _usage(done.asm)
-            shared = done.metadata.shared + usage.get("SHARED", 0)
-            spilled = usage["STACK"] + usage.get("LOCAL", 0)
-            text = done.asm.get("ptx") or done.asm["amdgcn"]
-            listed.append(Compiled(kernel.fn.__name__, constants, usage["REG"], spilled, shared, text))
+        if id(done) in seen:
+            return
+        seen.add(id(done))
+        constants = {p.name: x for p, x in zip(kernel.params, args) if p.is_constexpr}
+        if isinstance(done, OnRecord):
+            listed.append(done.kernel._replace(constants=constants))
+            return
+        usage = _usage(done.asm)
+        shared = done.metadata.shared + usage.get("SHARED", 0)
+        spilled = usage["STACK"] + usage.get("LOCAL", 0)
+        text = done.asm.get("ptx") or done.asm["amdgcn"]
+        taken = (usage["REG"], spilled, shared, digest(text))
+        listed.append(Compiled(kernel.fn.__name__, constants, *taken, done.metadata.ir, text))
 
     with ExitStack() as stack:
         for owner, name, stand_in in (
             (JITFunction, "run", compile_only),
             (driver, "_active", _Driver(chip)),
+            (triton.compiler, "compile", _compile_unless_on_record),
+            (triton.knobs.runtime, "add_stages_inspection_hook", _look_at_ir(known or {})),
             (triton.knobs.compilation, "disable_line_info", True),
             *((x, "device_of", chip.answer) for x in _asking("device_of")),
             *((x, "pairs_serve", chip.serves_pairs) for x in _asking("pairs_serve")),

@@ -1,22 +1,27 @@
 """Registers, spills and shared memory of the engine's kernels on each generation of GPUs, found without one.
 
     TRITON_INTERPRET=0 python -m benchmarks.registers [--cases "mask|cap"] [--chips A100,B200] [--out DIR] [--ptx DIR]
+    TRITON_INTERPRET=0 python -m benchmarks.registers --known DIR  # what is on record there is not compiled again
 
 Every kernel that a head of a case launches is compiled by `absent_gpu` with the tile, the constants and the alignments
 of that launch. A spill in a kernel that sweeps the logits costs time at once; registers near 255 say that the next
 value will spill. Prints a table of cases by kernels and writes it (``H100_triton_3.6.md``) and all numbers with the
 version of Triton (``H100_triton_3.6.json``) into --out. A kernel's digest is that of its PTX without line numbers:
-equal digests before and after a change mean that it compiles to the same code. ``--ptx`` keeps the PTX itself. It must
-not know how a kernel is launched.
+equal digests before and after a change mean that it compiles to the same code. ``--ptx`` keeps the PTX itself. ``ir``
+is the digest of the first IR that Triton makes of the kernel, of the options and of the assembler's version: with the
+same Triton, equal ones mean the same binary, so that ``--known DIR`` takes the numbers of a kernel whose ``ir`` is on
+record from there (seconds for minutes), but for ``--again N`` of them, drawn at random. It must not know how a kernel
+is launched.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
+import random
 import re
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -118,6 +123,7 @@ CASES = {
         needs=VECTORS,
     ),
 }
+RESULTS = Path(__file__).parent / "results" / "registers"
 SWEEPS = ("stream", "stream again", "exp", "exp again", "dlogits")
 
 
@@ -151,11 +157,11 @@ def launch_all(case: Case) -> None:
     scale_pair_in_place(h, w, row[0], 0.0)
 
 
-def compiled(name: str, chip: Chip = H100) -> list[Compiled]:
+def compiled(name: str, chip: Chip = H100, known: Mapping[str, Compiled] | None = None) -> list[Compiled]:
     """All kernels that the case launches. Tiles and alignments decide, so one window says what all of them do."""
     case = CASES[name]
     torch.backends.cuda.matmul.fp32_precision = case.precision
-    with absent_gpu(chip) as listed:
+    with absent_gpu(chip, known) as listed:
         launch_all(case)
     return listed
 
@@ -163,11 +169,6 @@ def compiled(name: str, chip: Chip = H100) -> list[Compiled]:
 def title(found: Compiled) -> str:
     again = " again" if found.constants.get("ONLY") else ""
     return found.kernel.removesuffix("_kernel") + again
-
-
-def digest(ptx: str) -> str:
-    code = re.sub(r"//.*", "", ptx)
-    return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -187,21 +188,40 @@ def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
 def about(found: Compiled) -> dict[str, Any]:
     tile = {name: found.constants[name] for name in ("BM", "BN", "BK", "PARTS", "FLATTEN") if name in found.constants}
     numbers = {"registers": found.registers, "spilled": found.spilled, "shared": found.shared}
-    return {"kernel": title(found), **numbers, "tile": tile, "digest": digest(found.ptx)}
+    return {"kernel": title(found), **numbers, "tile": tile, "digest": found.digest, "ir": found.ir}
 
 
-def measure(chip: Chip, names: list[str], jobs: int, ptx: Path | None) -> dict[str, list[dict[str, Any]]]:
+def on_record(chip: Chip, folder: Path) -> dict[str, Compiled]:
+    """The kernels that this version of Triton has compiled for the chip, by the digest of their first IR."""
+    file = folder / f"{stem(chip)}.json"
+    cases = json.loads(file.read_text())["cases"] if file.exists() else {}
+    known = {}
+    for of in (of for kernels in cases.values() for of in kernels if "ir" in of):
+        name = of["kernel"].removesuffix(" again") + "_kernel"
+        taken = (of[key] for key in ("registers", "spilled", "shared", "digest", "ir"))
+        known[of["ir"]] = Compiled(name, {}, *taken)
+    return known
+
+
+def measure(
+    chip: Chip, names: list[str], jobs: int, ptx: Path | None, known: Mapping[str, Compiled] | None = None
+) -> dict[str, list[dict[str, Any]]]:
     """All kernels of these cases as they compile for a chip; their PTX goes into ``ptx``, where that is a folder."""
     results: dict[str, list[dict[str, Any]]] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         several = map if jobs == 1 else pool.map  # a pool starts its processes when it is asked
-        listed = several(partial(compiled, chip=chip), names)
+        listed = several(partial(compiled, chip=chip, known=known), names)
         for name, kernels in zip(names, tqdm(listed, total=len(names), unit="case", desc=chip.name)):
             results[name] = [about(found) for found in kernels]
             for at, found in enumerate(kernels if ptx else ()):
                 ptx.mkdir(parents=True, exist_ok=True)  # type: ignore[union-attr]
                 (ptx / f"{chip.name}, {name}, {at} {title(found)}.ptx").write_text(found.ptx)  # type: ignore[operator]
     return results
+
+
+def stem(chip: Chip) -> str:
+    """Of the chip's files."""
+    return f"{chip.name.replace(' ', '_')}_triton_{'.'.join(versions()['triton'].split('.')[:2])}"
 
 
 def record(chip: Chip, results: dict[str, list[dict[str, Any]]], folder: Path) -> None:
@@ -218,7 +238,7 @@ def record(chip: Chip, results: dict[str, list[dict[str, Any]]], folder: Path) -
     ]
     print("\n".join(lines))
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{chip.name.replace(' ', '_')}_triton_{'.'.join(said['triton'].split('.')[:2])}"
+    name = stem(chip)
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
     rows = ((case, ",\n  ".join(map(json.dumps, kernels))) for case, kernels in results.items())
     cases = ",\n".join(f" {json.dumps(case)}: [\n  {row}\n ]" for case, row in rows)  # a line a kernel
@@ -230,12 +250,17 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="a regular expression that their names contain")
     parser.add_argument("--chips", type=lambda text: text.split(","), default=["H100"], help=f"of {', '.join(CHIPS)}")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "registers")
+    parser.add_argument("--known", type=Path, help="a folder; compile only what is not on record there")
+    parser.add_argument("--again", type=int, default=0, help="so many of those on record, for each chip")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--ptx", type=Path, help="a folder for every kernel's PTX")
     options = parser.parse_args()
     names = [name for name in CASES if re.search(options.cases, name)]
     for chip in options.chips:
-        record(CHIPS[chip], measure(CHIPS[chip], names, options.jobs, options.ptx), options.out)
+        known = on_record(CHIPS[chip], options.known) if options.known else {}
+        for ir in random.sample(sorted(known), min(options.again, len(known))):
+            del known[ir]
+        record(CHIPS[chip], measure(CHIPS[chip], names, options.jobs, options.ptx, known), options.out)
 
 
 if __name__ == "__main__":

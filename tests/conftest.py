@@ -30,6 +30,7 @@ from tests.order import group, place  # noqa: E402
 # Read when triton is imported, so set before: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+ACCELERATED = torch.accelerator.is_available()
 # Tests are about small heads, which would be left to Inductor.
 os.environ.setdefault("FUSEDHEAD_MIN_LOGITS", "0")
 
@@ -43,6 +44,24 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="fusedhead-tests-", ignore_cleanup_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
         config.add_cleanup(folder.cleanup)
+
+
+def leave_compilations_untraced() -> None:
+    """pytest listens to every logger that does not propagate, torch's trace among them.
+
+    With a listener each compilation prints its graphs, guards and tensors for it, which no test reads. The trace that
+    TORCH_TRACE asks for is written as ever.
+    """
+    trace = logging.getLogger("torch.__trace")
+
+    def add(handler: logging.Handler) -> None:
+        if not type(handler).__module__.startswith("_pytest."):
+            logging.Logger.addHandler(trace, handler)
+
+    trace.addHandler = add
+
+
+leave_compilations_untraced()
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups
@@ -82,11 +101,16 @@ def leave_guards_untimed() -> None:
         guards.profile_guard_manager = lambda *_: 0.0
 
 
+def seeded() -> None:
+    """What `torch.manual_seed` does, which for each kind of device that is not there keeps the stack of every call."""
+    (torch.manual_seed if ACCELERATED else torch.default_generator.manual_seed)(0)
+
+
 @pytest.fixture(autouse=True)
 def fresh_torch() -> Iterator[None]:
     """The same random numbers for every test, in any order, and nothing compiled by the test before."""
     leave_guards_untimed()
-    torch.manual_seed(0)
+    seeded()
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

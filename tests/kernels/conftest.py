@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+from tests.kernels.language_scopes import quicken
 from tests.lowering.conftest import any_cpu, multiplied
 
 __all__ = ["any_cpu", "multiplied"]
+
+if find_spec("triton"):
+    quicken()
