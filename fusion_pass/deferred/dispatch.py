@@ -16,7 +16,7 @@ from fusedhead.compat import disable_torch_function_subclass, tree_map_only
 from fusedhead.deferred import op_tables
 from fusedhead.deferred.assignments import assignment, part_of, same_index, update
 from fusedhead.deferred.call_program import Leaf, Mode, Unreadable, encode
-from fusedhead.deferred.history import Rebound, follow, linked, refuse_history
+from fusedhead.deferred.history import Rebound, follow, invalidate_history, linked
 from fusedhead.deferred.query import NotRecorded, Request
 from fusedhead.deferred.record import pick, record
 from fusedhead.deferred.results import Unread, Wide
@@ -221,7 +221,7 @@ def write_deferred(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
     for tensor, before in sharing:
         after = grad_fn_of(tensor)
         if isinstance(after, RuntimeError):  # it raises where Python uses it, as in eager code
-            refuse_history(tensor, after)
+            invalidate_history(tensor, after)
         elif after != before:
             follow(tensor)
     return result

@@ -91,7 +91,7 @@ class Followed(torch.autograd.Function):
         return None, grad
 
 
-class Refused(torch.autograd.Function):
+class Invalidation(torch.autograd.Function):
     """A history that is an error: of a view that torch refuses to differentiate, since what it is of was written to."""
 
     @staticmethod
@@ -105,12 +105,12 @@ class Refused(torch.autograd.Function):
         raise RuntimeError(ctx.error)
 
 
-def refuse_history(tensor: DeferredLogits, error: RuntimeError) -> None:
+def invalidate_history(tensor: DeferredLogits, error: RuntimeError) -> None:
     """Make a backward through ``tensor`` raise: C++ takes it and does not ask what it stands for, which would raise."""
     if tensor._own is None or is_adopted(tensor):
         return
     with out_of_sight(), modes(Mode(True, None), tensor.device.type):
-        Refused.apply(tensor, error)
+        Invalidation.apply(tensor, error)
     settle(tensor)
 
 
