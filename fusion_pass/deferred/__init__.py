@@ -42,6 +42,12 @@ Differences from eager code, none of them silent:
   numbers out works: ``numpy``, ``data_ptr``, ``__dlpack__``, ``from_dlpack``, copies, pickles, ``torch.save``, queues.
 * a write through ``.data`` or by memory (numpy, a kernel) to an operand leaves no version. On the CPU it is noticed
   where it reaches one of 32 entries spread over the operand; elsewhere, and else, the numbers are the new ones.
+* a part of logits that were written to (``a, b = z.chunk(2); z.mul_(2)``), used by C++ before Python (an autograd
+  function, ``torch.func``, reentrant checkpointing): eager code refuses the use; here a backward raises its error.
+
+One difference is silent. A backward through a checkpointed forward computes the trunk once more, of the weights that
+it finds. Where these were written to since, eager code's gradient of the head is of the hidden states of the second
+pass; that of deferred logits is of the first pass, whose numbers the loss has.
 
 Settings of arithmetic (precision of products, determinism, threads) are those of the read.
 """

@@ -78,9 +78,12 @@ class CallProgram:
     result: Leaf | Made
     serial: int = field(default_factory=itertools.count().__next__)
 
-    def __call__(self, *leaves: Tensor) -> Any:
-        """The result on given leaves, each step in its own modes."""
-        device = leaves[0].device.type
+    def __call__(self, *leaves: Tensor, traced: bool = False) -> Any:
+        """The result on given leaves, each step in its own modes.
+
+        While a compiler traces, inference mode stays as it is: no tensor made in another is known to the compiler.
+        """
+        device, inference = leaves[0].device.type, torch.is_inference_mode_enabled()
         made: list[Any] = []
 
         def value(ref: Leaf | Made) -> Any:
@@ -89,7 +92,7 @@ class CallProgram:
             return made[ref.step] if ref.part is None else made[ref.step][ref.part]
 
         for step in self.steps:
-            with modes(step.mode, device):
+            with modes(step.mode._replace(inference=inference) if traced else step.mode, device):
                 made.append(step.func(*decode(step.args, value), **decode(step.kwargs, value)))
         return value(self.result)
 

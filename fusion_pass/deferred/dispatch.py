@@ -16,7 +16,7 @@ from fusedhead.compat import disable_torch_function_subclass, tree_map_only
 from fusedhead.deferred import op_tables
 from fusedhead.deferred.assignments import assignment, part_of, same_index, update
 from fusedhead.deferred.call_program import Leaf, Mode, Unreadable, encode
-from fusedhead.deferred.history import Rebound, follow, linked
+from fusedhead.deferred.history import Rebound, follow, invalidate_history, linked
 from fusedhead.deferred.query import NotRecorded, Request
 from fusedhead.deferred.record import pick, record
 from fusedhead.deferred.results import Unread, Wide
@@ -220,18 +220,20 @@ def write_deferred(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
     result = compute(func, args, kwargs)
     for tensor, before in sharing:
         after = grad_fn_of(tensor)
-        if after is not None and after != before:  # what is None raises where it is used, as in eager code
+        if isinstance(after, RuntimeError):  # it raises where Python uses it, as in eager code
+            invalidate_history(tensor, after)
+        elif after != before:
             follow(tensor)
     return result
 
 
 def grad_fn_of(tensor: DeferredLogits) -> Any:
-    """What tells a tensor's history from that before a write; None where asking is an error, as using it will be."""
+    """What tells a tensor's history from that before a write; the error where asking is one, as using it will be."""
     try:
         operands = plain(tensor)
         return operands.requires_grad, operands.grad_fn
-    except RuntimeError:
-        return None
+    except RuntimeError as error:
+        return error
 
 
 def to_a_part(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -91,6 +91,29 @@ class Followed(torch.autograd.Function):
         return None, grad
 
 
+class Invalidation(torch.autograd.Function):
+    """A history that is an error: of a view that torch refuses to differentiate, since what it is of was written to."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DeferredLogits, error: RuntimeError) -> Any:
+        ctx.mark_dirty(tensor)
+        ctx.error = str(error)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple:
+        raise RuntimeError(ctx.error)
+
+
+def invalidate_history(tensor: DeferredLogits, error: RuntimeError) -> None:
+    """Make a backward through ``tensor`` raise: C++ takes it and does not ask what it stands for, which would raise."""
+    if tensor._own is None or is_adopted(tensor):
+        return
+    with out_of_sight(), modes(Mode(True, None), tensor.device.type):
+        Invalidation.apply(tensor, error)
+    settle(tensor)
+
+
 def follow(tensor: DeferredLogits) -> None:
     """After a write to the plain tensor, or to its history."""
     numbers = tensor._plain

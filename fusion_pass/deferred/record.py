@@ -89,7 +89,8 @@ def programs_of(request: Request, layouts: Sequence[Any], many: Any) -> tuple[Ca
 
 
 def index(rows: range, device: torch.device) -> Tensor:
-    return torch.arange(rows.start, rows.stop, rows.step, device=device)
+    with torch.inference_mode(False):  # they are saved for gradients of what is picked
+        return torch.arange(rows.start, rows.stop, rows.step, device=device)
 
 
 def picking(before: CallProgram, leaves: int, chosen: Sequence[Pick], mode: Mode) -> CallProgram:

@@ -21,6 +21,7 @@ from fusedhead.deferred.optimizer_steps import NO_STEPS, Steps, steps
 from fusedhead.deferred.reasons import Stale
 from fusedhead.deferred.results import Guard, Outcome
 from fusedhead.deferred.surroundings import checkpoint, out_of_sight, trial
+from fusedhead.graph.aliases import storage
 from fusedhead.graph.reasons import refuse
 from fusedhead.graph.recipes import Recipe
 
@@ -50,7 +51,7 @@ class TensorLayout(NamedTuple):
     grad: bool  # whether a gradient flows through it
     offset: int = 0  # where it begins in its memory
     inference: bool = False  # whether it is an inference tensor
-    # a view made without gradients of what has one: it says so too, has no history, and gets a gradient of its own
+    # a view made without gradients of what has one: it says so too, has no history, and its gradient reaches nothing
     marked: bool = False
 
     @staticmethod
@@ -113,9 +114,11 @@ class RecordedCall:
         Their sizes are numbers: code that takes the address of such a tensor gets an error. Where sizes are symbols it
         is told that the tensor is empty, and gets a null pointer.
         """
+        # inference mode: stand-ins do not see what a call of others (``reshape``) does there
+        as_they_are = not self.mode.inference
         with trial(), FakeTensorMode() as fakes:
-            like = [of_the_form(t) for t in self.tensors]
-            with modes(self.mode, self.tensors[0].device.type), fakes:
+            like = [of_the_form(t, as_they_are and t.is_inference()) for t in self.tensors]
+            with modes(self.mode.read, self.tensors[0].device.type), fakes:
                 return like, self.on(like)
 
     def layouts(self) -> tuple[list[TensorLayout], Any]:
@@ -130,9 +133,16 @@ class RecordedCall:
         results = [result] if many is None else list(result)
         layouts = list(map(TensorLayout.of, results))
         if not self.mode.grad:
-            known = MARKED and self.func not in DETACHING and any(t.requires_grad for t in self.tensors)
+            known = MARKED and self.func not in DETACHING and self.tensors[0].requires_grad
             layouts = [la._replace(grad=False, marked=known and r._is_view()) for la, r in zip(layouts, results)]
+        if self.mode.inference:
+            layouts = [la._replace(inference=self.infers(like, r)) for la, r in zip(layouts, results)]
         return layouts, many
+
+    def infers(self, like: Sequence[Tensor], result: Tensor) -> bool:
+        """Whether a result of a call in inference mode is an inference tensor: one in memory of its own is."""
+        shared = (t for t, x in zip(self.tensors, like) if storage(x) == storage(result))
+        return next((t.is_inference() for t in shared), True)
 
 
 def _views_are_marked() -> bool:
@@ -144,9 +154,9 @@ MARKED = _views_are_marked()
 DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
-def of_the_form(tensor: Tensor) -> Tensor:
+def of_the_form(tensor: Tensor, inference: bool) -> Tensor:
     """An empty tensor of the same form, in memory of the same form: made under a FakeTensorMode it takes none."""
-    shape, stride, dtype, grad, offset, inference, _ = TensorLayout.of(tensor)
+    shape, stride, dtype, grad, offset, _, _ = TensorLayout.of(tensor)
     with torch.inference_mode(inference):
         meta = torch.empty_strided(shape, stride, dtype=dtype, device=tensor.device)
         if offset:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
@@ -27,8 +28,8 @@ from fusedhead.compat import (
 from fusedhead.deferred.call_program import CallProgram, Leaf, Mode, encode, modes
 from fusedhead.deferred.frames import skip_own_frames
 from fusedhead.deferred.op_tables import ALONE, METADATA
-from fusedhead.deferred.state import Family, Knowledge, RecordedCall, TensorLayout, check_fresh
-from fusedhead.deferred.surroundings import above_autograd, out_of_sight
+from fusedhead.deferred.state import Family, Knowledge, RecordedCall, StaleLogits, TensorLayout, check_fresh
+from fusedhead.deferred.surroundings import above_autograd, checkpoint, out_of_sight
 from fusedhead.deferred.wrappers import before_leaves, sink_of
 from fusedhead.graph.run_counts import Run, built
 
@@ -69,10 +70,12 @@ class DeferredLogits(Tensor):
         kwargs = kwargs or {}
         if func in METADATA:
             first = args[0] if args else next(iter(kwargs.values()))
-            if func is Tensor._is_view and compiling():
-                return False  # for compilers it has no base either
-            subject = as_plain(first) if isinstance(first, DeferredLogits) and first._plain is not None else first
-            if func is Tensor.storage_offset and subject is first and not compiling():
+            traced = func in OF_MEMORY and compiling()
+            if func is Tensor._is_view and traced:
+                return False  # for compilers it has no base, and begins where its memory does
+            exists = isinstance(first, DeferredLogits) and first._plain is not None and not traced
+            subject = as_plain(first) if exists else first
+            if func is Tensor.storage_offset and subject is first and not traced:
                 return first._known.layout.offset
             with disable_torch_function_subclass():
                 return func(*args, **kwargs) if subject is first else func(subject, *args[1:], **kwargs)
@@ -99,9 +102,12 @@ class DeferredLogits(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """For compilers: the tensors it is made of, and what is constant."""
-        if self._plain is not None:
-            return ["_leaf0"], (SPENT, self._plain.dtype, (self._plain.requires_grad,))
-        knowledge = self._known
+        exist_first(self)
+        knowledge, numbers = self._known, self._plain
+        if knowledge.program is SPENT:
+            numbers = knowledge.leaves[0]
+        if numbers is not None:
+            return ["_numbers"], (SPENT, numbers.dtype, (numbers.requires_grad,))
         # Dynamo guards the names that it is given, on tensors that may be stale; what AOTAutograd compiles takes the
         # tensors by the names that it was given, to compute with them
         computes = sys._getframe(1).f_globals.get("__name__", "").startswith("torch._functorch.")
@@ -111,10 +117,10 @@ class DeferredLogits(Tensor):
 
     def __getattr__(self, name: str) -> Tensor:
         """The tensors that ``__tensor_flatten__`` names. Raises StaleLogits for ``_fresh0`` and so on."""
+        if name == "_numbers":
+            return self._known.leaves[0] if self._plain is None else self._plain
         if not name.startswith(("_leaf", "_fresh")):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        if self._plain is not None:
-            return self._plain
         if name.startswith("_fresh") and self._known.origin is not None and not compiling():
             check_fresh(self._known)
         return self._known.leaves[int(name.lstrip("_leafrsh"))]
@@ -134,6 +140,20 @@ class DeferredLogits(Tensor):
         return inside_compiler(program, tuple(inner.values()), TensorLayout(shape, stride, dtype, False))
 
 
+def exist_first(tensor: DeferredLogits) -> None:
+    """Compute logits before anything is compiled for them, where what they are made of would not do.
+
+    That is in a checkpointed region that has them from outside, whose second pass must find them as the first did,
+    whoever reads them in between; and where they require a gradient that reaches nothing. The call says what is stale.
+    """
+    if tensor._plain is not None or tensor._known.origin is None:
+        return
+    region, known = checkpoint(), tensor._known
+    if (known.layout.marked and torch.is_grad_enabled()) or (region and not known.family.returned_in(region)):
+        with suppress(StaleLogits):
+            plain(tensor)
+
+
 def compiling() -> bool:
     """Whether a compiler looks at tensors here, or traces with them."""
     return TracingContext.try_get() is not None
@@ -143,9 +163,7 @@ def numbers(tensor: DeferredLogits) -> Tensor:
     """The values, without a gradient. For ``__torch_dispatch__`` alone, where autograd is switched off."""
     if tensor._known.origin is None:
         with torch.no_grad():
-            found = tensor._known.program(*tensor._known.leaves)
-            # of calls made in inference mode: a compiler has views of it taken as of an ordinary tensor
-            return found.clone() if found.is_inference() and not tensor.is_inference() else found
+            return tensor._known.program(*tensor._known.leaves, traced=True)
     with above_autograd():
         return plain(tensor).detach()
 
@@ -164,6 +182,7 @@ def reshaped(func: Any, args: tuple, kwargs: dict[str, Any]) -> DeferredLogits:
 # a queue between processes takes tensors by their class: these as the ordinary ones, whose memory it shares
 ForkingPickler.register(DeferredLogits, lambda tensor: reduce_tensor(plain(tensor)))
 
+OF_MEMORY = (Tensor._is_view, Tensor.storage_offset)
 SPENT = CallProgram((), Leaf(0))  # of a tensor that exists
 
 
@@ -188,7 +207,9 @@ class Adopted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: DeferredLogits) -> Tensor:
         ctx.set_materialize_grads(False)
-        return made_by_call(tensor._known).clone() if tensor._plain is None else tensor._plain.detach()
+        numbers = made_by_call(tensor._known) if tensor._plain is None else tensor._plain
+        # in the memory that it shares; of a view autograd has to know whose, for a write to either is an error then
+        return numbers.view_as(numbers) if numbers._is_view() else numbers.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:

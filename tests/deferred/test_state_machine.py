@@ -55,8 +55,17 @@ FOUND = {
     "and in a region": "vmap over it of [0] in 'selective checkpoint'; the numbers of [0] in ''; backward of 2",
     "parts of what is written to": "chunks of [0] in ''; a class written of [0] in ''; backward of 0",
     "a view made in inference mode": "one of [0] in 'inference_mode'; copied into of [0, 0] in ''",
+    "... by a call of others": "flattened of [0] in 'inference_mode'; through a graph break of [1] in ''",
+    "rows picked in inference mode": "split of [0] in 'inference_mode'; through a graph break of [1] in ''",
+    "a read part, compiled": "chunks of [0] in ''; a list of [2] in ''; through a graph break of [2] in ''",
+    "... by another": "chunks of [0] in ''; a list of [2] in ''; loss compiled by another of [2] in ''; backward of 3",
+    "compiled in a region, then read": "compiled loss of [0] in 'checkpoint'; its gradient of [0] in ''; backward of 1",
+    "a graph break in a region": "through a graph break of [0] in 'checkpoint'; KL of [0, 0] in ''; backward of 1",
+    "parts that a function returned": "chunks of [0] in 'reentrant checkpoint'; a class written of [0] in ''",
+    "strides of what it returned": "tokens of [0] in 'reentrant checkpoint'; a leaf of it of [1] in ''",
+    "a function of a written part": "chunks of [0] in ''; a class written of [0] in ''; vmap over it of [1] in ''",
 }
-COMPILED = ("compiled loss", "through a graph break")  # by this backend: torch 2.11 and another raise
+COMPILED = ("compiled loss", "loss compiled by another", "through a graph break")
 
 
 @pytest.mark.parametrize("program", FOUND.values(), ids=list(FOUND))
