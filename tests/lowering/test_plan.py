@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fusedhead.kernels import chips
-from fusedhead.kernels.contract import Needs, Windows
+from fusedhead.kernels.contract import Needs, Windows, even_size
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.lowering import engines
 from fusedhead.lowering.engines import engine_for
@@ -98,8 +102,8 @@ def chosen_on(monkeypatch, hip, majors, agrees: bool) -> str:
         (GPT2, BF16, "cuda", {"memory": -1}, "single pass", Windows(1664, 50304, FP32)),
         ((512, *LLAMA[1:]), BF16, "cuda", {"memory": -1}, "single pass", Windows(512, 128256, BF16)),
         (LLAMA, BF16, "cuda", {"memory": -1}, "recompute", Windows(2816, 43008, BF16)),
-        (LLAMA, BF16, "cuda", {"memory": -1, "linear": False}, "recompute", Windows(8192, 12032, BF16)),
-        (LLAMA, BF16, "cuda", {"linear": False}, "recompute", Windows(8192, 16384, BF16)),
+        (LLAMA, BF16, "cuda", {"memory": -1, "linear": False}, "recompute", Windows(8192, 11776, BF16)),
+        (LLAMA, BF16, "cuda", {"linear": False}, "recompute", Windows(8192, 16128, BF16)),
         (LLAMA, BF16, "cuda", {"needs": HIDDEN}, "frozen", Windows(2048, 128256, BF16)),
         ((1024, 32000, 512), FP32, "cpu", {}, "single pass", Windows(208, 32000, FP32)),
         ((2048, 50304, 768), FP32, "cpu", {}, "single pass", Windows(416, 50304, FP32)),
@@ -187,6 +191,38 @@ def test_a_nearly_full_device_lowers_what_auto_takes():
     free = 512 * MIB
     chosen = plan(*LLAMA, BF16, "cuda", free_bytes=free)
     assert chosen.predicted_bytes <= free // 2 < plan(*LLAMA, BF16, "cuda").predicted_bytes
+
+
+MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "head.json").read_text())
+TASKS = {"train": {}, "frozen": {"needs": HIDDEN}, "per-token": {"linear": False}}
+ROWS = [
+    (row["case"], row["task"], row["contender"], row["extra_mib"])
+    for row in MEASURED["rows"]
+    if row["contender"].startswith("fusedhead") and row["task"] in TASKS and row["data"] == "trained"
+    and row["case"].split(":")[0] in MEASURED["runs"][0]["command"]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "task", "contender", "mebibytes"), ROWS)
+def test_the_predicted_bytes_are_those_measured_on_a_gpu(case, task, contender, mebibytes):
+    n, d, v = map(int, case.split(":")[0].split("x"))
+    memory = -1 if contender.endswith("min") else 0
+    assert plan(n, v, d, BF16, "cuda", memory=memory, **TASKS[task]).predicted_bytes / MIB == pytest.approx(
+        mebibytes, rel=0.1
+    )
+
+
+@given(
+    tokens=st.integers(1, 1 << 17),
+    vocab=st.integers(1, 1 << 18),
+    hidden=st.sampled_from((64, 768, 2304)),
+    dtype=st.sampled_from((BF16, FP16, FP32)),
+    memory=st.sampled_from((0, -1, 64, 400)),
+)
+def test_blocks_of_equal_size_are_planned_as_they_are_computed(tokens, vocab, hidden, dtype, memory):
+    chosen = plan(tokens, vocab, hidden, dtype, "cuda", memory=memory, linear=False)
+    assert chosen.windows.tokens == even_size(tokens, chosen.windows.tokens)
+    assert chosen.windows.vocab == even_size(vocab, chosen.windows.vocab)
 
 
 def test_windows_are_positive_and_within_the_head():
