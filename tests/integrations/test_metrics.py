@@ -73,12 +73,13 @@ def test_a_watch_that_was_stopped_can_start_again_and_its_copy_begins_anew(watch
     watch.stop()
     watch.stop()
     compiled()
-    assert watch.metrics()["fusedhead/heads_fused"] == 1
+    assert len(watch.summary.reports) == 1
     watch.start()
     watch.start()
     compiled()
-    assert watch.metrics()["fusedhead/heads_fused"] == 2
-    for copied in (copy.deepcopy(watch), pickle.loads(pickle.dumps(watch))):
+    assert len(watch.summary.reports) == 2
+    for copied_by in (copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))):
+        copied = copied_by(watch)
         assert copied.metrics()["fusedhead/heads_fused"] == 0
         compiled()
         assert copied.metrics()["fusedhead/heads_fused"] == 1
