@@ -2,8 +2,9 @@
 beside it.
 
 The pass is the time from the backend's entry to Inductor's, and Inductor is stopped right there, so nothing
-else is measured. Recompilations are counted over growing batches, with the same stop. ``--full`` also times
-one whole training step from an empty cache, both ways.
+else is measured; how many functions are called in it does not depend on what else the machine does.
+Recompilations are counted over growing batches, with the same stop. ``--full`` also times one whole training
+step from an empty cache, both ways.
 """
 
 from __future__ import annotations
@@ -105,6 +106,27 @@ def pass_milliseconds(model: nn.Module, tokens: Tensor, backend: str) -> tuple[f
     return (backend_at - began) * 1e3, (inductor_at - backend_at) * 1e3
 
 
+def pass_calls(model: nn.Module, tokens: Tensor) -> int:
+    """The functions, of Python and C, that one compilation calls in the pass: no other load of a machine changes it."""
+    count = [0]
+    compile_graph = lookup_backend("fusedhead")
+
+    def counted(frame: Any, event: str, argument: Any) -> None:
+        count[0] += event in ("call", "c_call")
+
+    def entered(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        sys.setprofile(counted)
+        return compile_graph(graph, inputs)
+
+    torch.compiler.reset()
+    with stopped_inductor(lambda: sys.setprofile(None)):
+        try:
+            torch.compile(model, backend=entered)(tokens)
+        finally:
+            sys.setprofile(None)
+    return count[0]
+
+
 def compilations(model: nn.Module, batches: list[Tensor], backend: str) -> int:
     """How often Inductor is reached while the batch grows."""
     count = [0]
@@ -151,7 +173,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = Model(given.layers, given.width, given.vocab).to(given.device)
     batches = [torch.randint(given.vocab, (b, 65), device=given.device) for b in (2, 3, 4, 6)]
     result: dict[str, Any] = machine.origin(torch.device(given.device), "benchmarks.compile_time", words)
-    print(f"{'backend':12}{'dynamo ms':>12}{'pass ms':>10}{'first':>8}{'graphs':>8}" + "  full s" * given.full)
+    titles = f"{'backend':12}{'dynamo ms':>12}{'pass ms':>10}{'first':>8}{'graphs':>8}{'calls':>9}"
+    print(titles + "  full s" * given.full)
     for backend in BACKENDS:
         runs = [
             pass_milliseconds(model, batches[0], backend)
@@ -163,12 +186,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "first_pass_ms": runs[0][1],
             "graphs": compilations(model, batches, backend),
         }
+        if backend == "fusedhead":
+            numbers["calls"] = pass_calls(model, batches[0])
         if given.full:
             numbers["full_seconds"] = first_step_seconds(model, batches[0], backend)
         result[backend] = numbers
         print(
             f"{backend:12}{numbers['dynamo_ms']:12.1f}{numbers['pass_ms']:10.1f}"
-            f"{numbers['first_pass_ms']:8.1f}{numbers['graphs']:8}"
+            f"{numbers['first_pass_ms']:8.1f}{numbers['graphs']:8}{numbers.get('calls', ''):9}"
             + (f"{numbers['full_seconds']:8.1f}" if given.full else "")
         )
     if given.json:

@@ -220,6 +220,9 @@ class HeadGrads(NamedTuple):
     rows: Tensor | None  # [R, N] float32
 
 
+WINDOW_STEP = 128  # tokens or columns that equal windows are cut to
+
+
 class Windows(NamedTuple):
     """The windows of a sweep. An engine may round to its tiles, but never above the planner's sizes."""
 
@@ -227,3 +230,13 @@ class Windows(NamedTuple):
     vocab: int  # columns of z held at once
     accumulate: torch.dtype  # dtype in which dW (token windows) or dH (vocabulary windows) is accumulated
     tail_rows: int = 0  # rows of the softmax's tail held at once in float8, where gradient products take it; else 0
+
+
+def even_size(total: int, size: int) -> int:
+    """The rows of each of as many equal windows as windows of ``size`` would be: of whole tiles where ``size`` allows.
+
+    The planner and the engines ask here, so that what a plan says is held is what is held.
+    """
+    size = max(size, 1)
+    count = max(-(-total // size), 1)
+    return max(min(-(-total // (WINDOW_STEP * count)) * WINDOW_STEP, size), 1)

@@ -51,7 +51,7 @@ def interpret(
     sharing: dict[int | None, list[Node]] = {}
     for node in facts.graph.nodes:
         sources = [values[s] for s in node.all_input_nodes if s in values]
-        heads = heads_of(sources)
+        heads = heads_of(sources) if sources else set()
         if node.op == "output":
             for source in node.all_input_nodes:
                 note_returned(source, values.get(source), sites)

@@ -13,7 +13,7 @@ from fusedhead.graph.op_names import HEAD_ENDS, PROJECTIONS
 def above_losses(graph: Graph, products: Collection[str] = PROJECTIONS) -> list[Node]:
     """The nodes between losses and the first product on every path, with the products, the nearest first."""
     above: dict[Node, None] = {}
-    stack = [node for node in graph.nodes if node.op.startswith("call_") and name_of(node) in HEAD_ENDS]
+    stack = [node for node in graph.nodes if name_of(node) in HEAD_ENDS]
     while stack:
         for source in stack.pop().all_input_nodes:
             if source not in above and source.op.startswith("call_"):

@@ -39,6 +39,7 @@ SUBSCRIPT_OPS: dict[str, tuple[tuple[str, float], str]] = {
     "mul": (SCALED, ""), "imul": (SCALED, ""), "mul_": (SCALED, ""),
 }  # fmt: skip
 WRITES = frozenset({"iadd", "isub", "imul", "add_", "sub_", "mul_"})
+ENDS = WRITES | {"setitem"}
 
 
 @dataclass(eq=False)
@@ -57,7 +58,7 @@ class Update:
 def run(body: Body) -> None:
     """Replace updates of a part by writes to the whole."""
     graph, facts = body.graph, body.facts
-    if not any(name_of(node) in WRITES or name_of(node) == "setitem" for node in graph.nodes):
+    if not any(name_of(node) in ENDS for node in graph.nodes):
         return
     for node in list(graph.nodes):
         update = None if node._erased else update_at(node)

@@ -76,7 +76,10 @@ def is_theirs(node: Node) -> bool:
 
 def reaches_far(node: Node) -> bool:
     """Whether a node may write to memory of no argument, as far as is known without a dry run."""
-    return is_theirs(node) or any(reaches_far(each) for body in bodies_of(node) for each in body.graph.nodes)
+    if is_theirs(node):
+        return True
+    runs_graphs = isinstance(node.target, HigherOrderOperator)
+    return runs_graphs and any(reaches_far(each) for body in bodies_of(node) for each in body.graph.nodes)
 
 
 def says_all(op: OpOverload) -> bool:

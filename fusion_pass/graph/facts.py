@@ -164,9 +164,10 @@ class WriteIndex:
             if node.op.startswith("call_"):
                 for at in set().union(*map(memories.__getitem__, node.all_input_nodes)):
                     self.readers.setdefault(at, []).append(node)
-                if reaches_far(node):
+                far = reaches_far(node)
+                if far:
                     self.far.append(node)
-                if isinstance(node.target, HigherOrderOperator) or reaches_far(node):
+                if far or isinstance(node.target, HigherOrderOperator):
                     self.own_backward.add(node)
 
     def ask(self, since: Node) -> None:

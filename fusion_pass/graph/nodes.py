@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 aten = torch.ops.aten
+BUILTIN_NAMES: dict[Any, str] = {}  # of functions of modules in C, which live as long as the process
+LASTING = (ModuleType, type, type(None))  # owners of a function in C that is not bound to a value
 # Parts of a Dynamo source that Dynamo has added.
 SOURCE_INTERNALS = frozenset({"self", "L", "G", "_modules", "_parameters", "_buffers", "_orig_mod"})
 
@@ -73,6 +76,14 @@ def name_of(node: Node) -> str:
         return str(node.target)
     if node.op != "call_function":
         return ""
+    target: Any = node.target
+    if target.__class__ is BuiltinFunctionType and target is not getattr:
+        try:
+            return BUILTIN_NAMES[target]
+        except KeyError:
+            if isinstance(target.__self__, LASTING):
+                BUILTIN_NAMES[target] = target.__name__
+            return str(target.__name__)
     packet: Any = getattr(node.target, "_overloadpacket", node.target)
     if packet is getattr and isinstance(node.args[1], str):
         return node.args[1]

@@ -19,9 +19,13 @@ from fusedhead.graph.nodes import fake
 
 def symbolic(graph: Graph) -> bool:
     """Whether a value in a graph is a symbol, or has a size that is one."""
-    values = [x for node in graph.nodes for x in tree_leaves(fake(node))]
-    sizes = (size for x in values if isinstance(x, Tensor) for size in x.shape)
-    return any(isinstance(x, torch.SymInt) for x in (*values, *sizes))
+    for node in graph.nodes:
+        value = fake(node)
+        for each in (value,) if isinstance(value, Tensor) else tree_leaves(value):
+            for size in each.shape if isinstance(each, Tensor) else (each,):
+                if type(size) is torch.SymInt:
+                    return True
+    return False
 
 
 def python_dispatch(graph: Graph) -> AbstractContextManager[object]:

@@ -19,6 +19,9 @@ class FusedHeadCallback(_lightning.Callback):
         super().__init__()
         self.watch = Watch()
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.watch.start()
+
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *rest: Any
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fusedhead.report import observers
@@ -11,12 +12,30 @@ METRIC_PREFIX = "fusedhead/"
 
 
 class Watch:
-    """Observes every graph that is compiled from now on, until `stop`."""
+    """Observes every graph that is compiled from now on, until `stop`; again after `start`.
+
+    A copy, and one that is sent to another process, begins anew.
+    """
 
     def __init__(self) -> None:
         self.summary = Summary()
-        self.stop = observers.add(self.summary.add, texts=False)
         self.logged: dict[str, float] = {}
+        self.remove: Callable[[], None] | None = None
+        self.start()
+
+    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
+        return Watch, ()
+
+    def start(self) -> None:
+        """Observe. Does nothing where it does already."""
+        if self.remove is None:
+            self.remove = observers.add(self.summary.add, texts=False)
+
+    def stop(self) -> None:
+        """Observe no further graphs. The numbers of those that were seen still change."""
+        if self.remove is not None:
+            self.remove()
+            self.remove = None
 
     def metrics(self) -> dict[str, float]:
         """The numbers so far, as a flat dictionary for loggers.

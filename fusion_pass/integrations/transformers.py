@@ -21,9 +21,14 @@ class FusedHeadCallback(TrainerCallback):
         self.trainer = trainer
         self.watch = Watch()
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.start()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer is not None and state.is_world_process_zero and (news := self.watch.news()):
+            asked = control.should_log  # the trainer takes any log for its own of this step, whose loss is due yet
             self.trainer.log(news)
+            control.should_log = asked
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.trainer is None and logs is not None:

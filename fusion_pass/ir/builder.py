@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from fusedhead.compat import maybe_get_fake_mode, tree_leaves
+from fusedhead.compat import maybe_get_fake_mode
 from fusedhead.graph.nodes import fake
 from fusedhead.graph.sizes import static
 from fusedhead.ir.expr import Expr, Plain
@@ -53,7 +53,8 @@ class Emit:
         """Append one call. Its fake value is computed on the arguments' fake values."""
         assert self.anchor is not None
         assert self.trace_of is not None
-        assert not any(isinstance(x, torch.SymInt) for x in tree_leaves((args, kwargs))), "a size without a node"
+        entries = (x if isinstance(x, (list, tuple)) else (x,) for x in (*args, *kwargs.values()))
+        assert not any(type(x) is torch.SymInt for entry in entries for x in entry), "a size without a node"
         with self.graph.inserting_before(self.anchor):
             node = self.graph.call_function(op, args, kwargs)
         self.made.append(node)
@@ -62,7 +63,7 @@ class Emit:
         device = tensors[0].device.type if tensors else "cpu"
         with (
             torch.set_grad_enabled(self.grad),
-            torch.autocast(device, enabled=False),
+            torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext(),
             self.mode or nullcontext(),
         ):
             node.meta["example_value"] = op(*values, **keywords)

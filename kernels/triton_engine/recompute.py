@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, LogitGrads, RowStats
@@ -19,6 +20,20 @@ from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
 from fusedhead.kernels.triton_engine.sweeps.dlogits import dlogits
 from fusedhead.kernels.triton_engine.weight_gradient import WeightGradient
 from fusedhead.kernels.triton_engine.windows import first_rows, multiplied, rows_of, slice_head
+
+
+def with_low(grads: LogitGrads, rows: RowStats) -> tuple[LogitGrads, RowStats]:
+    """What a sweep is given that takes exp(z - lse) for p: exp(-lse_low) is a factor of the row's gradient.
+
+    Only sweeps of float32 subtract lse_low from every logit. It is up to half a unit of the lse: from 2^15 on more than
+    a narrow dz rounds off.
+    """
+    if rows.lse_low is None or grads.constant is grads.linear is grads.quadratic is None:
+        return grads, rows
+    fade = torch.exp(-rows.lse_low)
+    constant, linear, quadratic = (None if g is None else g * fade for g in grads[:3])
+    entropy = None if rows.entropy is None else rows.entropy - rows.lse_low  # d = (z - lse) + entropy
+    return grads._replace(constant=constant, linear=linear, quadratic=quadratic), rows._replace(entropy=entropy)
 
 
 def rebuild(
@@ -38,6 +53,8 @@ def rebuild(
     ``buffer`` has room for a block of dz; ``grads`` and ``rows`` are the row gradients and statistics of the tokens.
     The first window of tokens overwrites its rows of dw; a block that starts at column 0 overwrites dh.
     """
+    if head.h.dtype != torch.float32:
+        grads, rows = with_low(grads, rows)
     want = frozenset(name for name in ("sum", "linear", "quadratic") if getattr(grads, name) is not None)
     for v in blocks:
         part = slice_head(head, i, v)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, RowGrads
+from fusedhead.kernels.contract import Head, RowGrads, even_size
 from fusedhead.kernels.gemm import gemm
 from fusedhead.kernels.triton_engine.launch.sweep import multiplied_by_cublas
 
@@ -15,10 +15,8 @@ ROW_ALIGNMENT = 64  # windows start at, and rows of a window are padded to, a mu
 
 
 def even_cuts(total: int, size: int) -> Iterator[slice]:
-    """Equal windows of at most ``size``, on aligned boundaries when there is room for that."""
-    size = max(size, 1)
-    count = max(-(-total // size), 1)
-    even = max(min(-(-total // (128 * count)) * 128, size), 1)
+    """Equal windows of at most ``size`` (`even_size`)."""
+    even = even_size(total, size)
     return (slice(at, min(at + even, total)) for at in range(0, total, even))
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fusedhead.kernels.contract import Windows
+from fusedhead.kernels.contract import Windows, even_size
 from fusedhead.lowering.plan.float8 import float8_candidates, why_exact
 from fusedhead.lowering.plan.problem import LEAST_MEMORY, MIB, Candidate, Problem
 
@@ -43,9 +43,16 @@ RECOMPUTE_BYTES = 480 * MIB  # that auto gives to dz and float32 dh
 LEAST_BYTES = 256 * MIB  # what "min" may hold
 
 
+def _keeps(problem: Problem) -> bool:
+    """Whether the exponentials of the first block of a recompute are kept: it is as large as it may be then."""
+    return problem.one_pass and problem.dtype == torch.bfloat16
+
+
 def _candidate(problem: Problem, algorithm: str, tokens: int, vocab: int) -> Candidate:
     n, v, d, dtype, needs = problem.tokens, problem.vocab, problem.hidden, problem.dtype, problem.needs
     tokens, vocab = max(1, min(tokens, n)), max(1, min(vocab, v))
+    if algorithm == "recompute" and not _keeps(problem):
+        tokens, vocab = even_size(n, tokens), even_size(v, vocab)
     several = -(-n // tokens) > EXACT_SUMS
     wide_sums = several and problem.narrow and needs.w
     windows = Windows(tokens, vocab, torch.float32 if wide_sums else dtype)
@@ -91,6 +98,7 @@ def _recomputes(problem: Problem, most: int, keep: bool) -> list[Candidate]:
     """Blocks of dz that fill ``most`` bytes, tall ones first (dw is not added up then) unless a block is kept."""
     few = -(-problem.tokens // EXACT_SUMS)
     few = -(-few // TOKEN_BLOCK) * TOKEN_BLOCK
+    step = TILE if keep else TOKEN_BLOCK  # blocks of equal size are cut to token blocks anyway (`even_size`)
     heights = [max(few, AUTO_TOKENS if keep else MOST_WINDOW_TOKENS)]
     while heights[-1] > 16:
         heights.append(max(16, heights[-1] // 2))
@@ -98,7 +106,7 @@ def _recomputes(problem: Problem, most: int, keep: bool) -> list[Candidate]:
     for tokens in (min(at, max(problem.tokens, 1)) for at in heights):
         held = _candidate(problem, "recompute", tokens, 1).workspace_bytes - 64 * tokens * problem.dtype.itemsize
         room = min(max(most - held, 0), DZ_BYTES) if most else DZ_BYTES
-        columns = room // (max(tokens, 1) * problem.dtype.itemsize) // TILE * TILE
+        columns = room // (max(tokens, 1) * problem.dtype.itemsize) // step * step
         ways += [_candidate(problem, "recompute", tokens, at) for at in (columns, TOKEN_BLOCK) if at]
     return ways
 
@@ -141,8 +149,7 @@ def _preferred(problem: Problem, budget: int) -> list[Candidate]:
         ]
         return found if budget else _first(found, DZ_BYTES, 16)
     frozen = not (needs.w or needs.cols)
-    keep = one_pass and problem.dtype == torch.bfloat16
-    recompute = _recomputes(problem, budget or RECOMPUTE_BYTES, keep)
+    recompute = _recomputes(problem, budget or RECOMPUTE_BYTES, _keeps(problem))
     if one_pass and frozen:
         found = [
             _candidate(problem, "frozen", at, problem.vocab)

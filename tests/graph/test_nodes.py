@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from fusedhead.graph.nodes import every_dimension, fake, hint, most, name_of, where
+from fusedhead.graph.nodes import BUILTIN_NAMES, every_dimension, fake, hint, most, name_of, where
 from tests.graph.dynamo import dynamo_graph, node_called
 
 SPELLINGS: dict[str, list[Callable[[Tensor], Tensor]]] = {
@@ -24,6 +25,14 @@ SPELLINGS: dict[str, list[Callable[[Tensor], Tensor]]] = {
 def test_every_spelling_of_an_op_has_its_name(name: str, spelling: Callable[[Tensor], Tensor]) -> None:
     gm = dynamo_graph(lambda x: spelling(x) + 1, torch.ones(3, 3))
     assert name in {name_of(node) for node in gm.graph.nodes}
+
+
+def test_the_name_of_a_function_that_is_bound_to_a_value_is_not_remembered() -> None:
+    graph = torch.fx.Graph()
+    assert name_of(graph.call_function([].append, (1,))) == "append"
+    assert name_of(graph.call_function(operator.add, (1, 2))) == "add"
+    assert operator.add in BUILTIN_NAMES
+    assert not [known for known in BUILTIN_NAMES if isinstance(known.__self__, list)]
 
 
 def test_an_input_has_no_name_although_it_may_be_called_like_an_op() -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from fusedhead.kernels.contract import Windows
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusedhead.kernels.contract import Windows, even_size
 from fusedhead.lowering.plan.problem import MIB
 from tests.lowering.problems import (
     BF16,
+    FP16,
     FP32,
     GEMMA,
     GPT2,
@@ -32,8 +38,8 @@ from tests.lowering.problems import (
         (GPT2, BF16, "cuda", {"memory": -1}, "single pass", Windows(1664, 50304, FP32)),
         ((512, *LLAMA[1:]), BF16, "cuda", {"memory": -1}, "single pass", Windows(512, 128256, BF16)),
         (LLAMA, BF16, "cuda", {"memory": -1}, "recompute", Windows(2816, 43008, BF16)),
-        (LLAMA, BF16, "cuda", {"memory": -1, "linear": False}, "recompute", Windows(8192, 12032, BF16)),
-        (LLAMA, BF16, "cuda", {"linear": False}, "recompute", Windows(8192, 16384, BF16)),
+        (LLAMA, BF16, "cuda", {"memory": -1, "linear": False}, "recompute", Windows(8192, 11776, BF16)),
+        (LLAMA, BF16, "cuda", {"linear": False}, "recompute", Windows(8192, 16128, BF16)),
         (LLAMA, BF16, "cuda", {"needs": HIDDEN}, "frozen", Windows(2048, 128256, BF16)),
     ],
 )
@@ -64,3 +70,35 @@ def test_a_nearly_full_device_lowers_what_auto_takes():
     free = 512 * MIB
     chosen = planned(*LLAMA, BF16, "cuda", free_bytes=free)
     assert chosen.predicted_bytes <= free // 2 < planned(*LLAMA, BF16, "cuda").predicted_bytes
+
+
+MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "head.json").read_text())
+TASKS = {"train": {}, "frozen": {"needs": HIDDEN}, "per-token": {"linear": False}}
+ROWS = [
+    (row["case"], row["task"], row["contender"], row["extra_mib"])
+    for row in MEASURED["rows"]
+    if row["contender"].startswith("fusedhead") and row["task"] in TASKS and row["data"] == "trained"
+    and row["case"].split(":")[0] in MEASURED["runs"][0]["command"]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "task", "contender", "mebibytes"), ROWS)
+def test_the_predicted_bytes_are_those_measured_on_a_gpu(case, task, contender, mebibytes):
+    n, d, v = map(int, case.split(":")[0].split("x"))
+    memory = -1 if contender.endswith("min") else 0
+    assert planned(n, v, d, BF16, "cuda", memory=memory, **TASKS[task]).predicted_bytes / MIB == pytest.approx(
+        mebibytes, rel=0.1
+    )
+
+
+@given(
+    tokens=st.integers(1, 1 << 17),
+    vocab=st.integers(1, 1 << 18),
+    hidden=st.sampled_from((64, 768, 2304)),
+    dtype=st.sampled_from((BF16, FP16, FP32)),
+    memory=st.sampled_from((0, -1, 64, 400)),
+)
+def test_blocks_of_equal_size_are_planned_as_they_are_computed(tokens, vocab, hidden, dtype, memory):
+    chosen = planned(tokens, vocab, hidden, dtype, "cuda", memory=memory, linear=False)
+    assert chosen.windows.tokens == even_size(tokens, chosen.windows.tokens)
+    assert chosen.windows.vocab == even_size(vocab, chosen.windows.vocab)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 import sys
 import types
 from collections.abc import Iterator
@@ -66,6 +68,24 @@ def test_a_watch_hears_of_a_compilation_and_asks_for_no_texts(watch: Watch) -> N
     assert not [reader for reader in observers.readers if getattr(reader, "__self__", None) is watch]
 
 
+def test_a_watch_that_was_stopped_can_start_again_and_its_copy_begins_anew(watch: Watch) -> None:
+    compiled()
+    watch.stop()
+    watch.stop()
+    compiled()
+    assert len(watch.summary.reports) == 1
+    watch.start()
+    watch.start()
+    compiled()
+    assert len(watch.summary.reports) == 2
+    for copied_by in (copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))):
+        copied = copied_by(watch)
+        assert copied.metrics()["fusedhead/heads_fused"] == 0
+        compiled()
+        assert copied.metrics()["fusedhead/heads_fused"] == 1
+        copied.stop()
+
+
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch):
     """A stand-in for a framework's module, with a class that callbacks inherit from."""
@@ -85,11 +105,11 @@ def test_transformers_trainer_logs_after_the_step_that_compiled(module) -> None:
     logged: list[dict[str, float]] = []
     callbacks = importlib.import_module("fusedhead.integrations.transformers")
     callback = callbacks.FusedHeadCallback(SimpleNamespace(log=logged.append))
-    state = SimpleNamespace(is_world_process_zero=True)
-    callback.on_step_end(None, state, None)
+    state, control = SimpleNamespace(is_world_process_zero=True), SimpleNamespace(should_log=True)
+    callback.on_step_end(None, state, control)
     compiled()
     for _ in range(3):
-        callback.on_step_end(None, state, None)
+        callback.on_step_end(None, state, control)
     callback.on_train_end(None, state, None)
     assert [logs["fusedhead/heads_fused"] for logs in logged] == [1]
     alone = callbacks.FusedHeadCallback()
