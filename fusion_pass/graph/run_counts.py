@@ -26,12 +26,12 @@ LIBRARIES = ("fusedhead", "torch")  # packages whose frames belong to no program
 class Tally:
     """A counter that threads may increment at once: ``tally.add()``."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: int = 0) -> None:
         steps = itertools.count()
         self.add: Callable[[], int] = steps.__next__
         self.looking = threading.Lock()
         self.looks = 0  # reading advances the counter too
-        self.start = 0
+        self.start = start
 
     @property
     def value(self) -> int:
@@ -44,6 +44,10 @@ class Tally:
         """Undo one ``add``."""
         with self.looking:
             self.start -= 1
+
+    def __reduce__(self) -> tuple[Callable[[int], Tally], tuple[int]]:
+        """A copy, or what is pickled, begins with the count of that moment."""
+        return Tally, (self.value,)
 
     def __repr__(self) -> str:
         return f"Tally({self.value})"

@@ -52,6 +52,10 @@ class HeadRecord:
     sizes: Callable[[int], tuple[int, int]] | None = field(default=None, repr=False)  # N -> both numbers of bytes
     tokens_of: Callable[[tuple[int, ...]], int] | None = field(default=None, repr=False)  # a call's sizes -> N
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied: the record as seen so far, without the graph's own functions."""
+        return vars(self.seen()) | {"sizes": None, "tokens_of": None}
+
     @property
     def materialised(self) -> bool:
         """Whether the largest call builds the [N, V] logits."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 from fusedhead.graph.run_counts import Run, Tally
@@ -33,3 +35,13 @@ def test_runs_of_one_head_are_added_up() -> None:
     assert (both.answered.value, both.built.total) == (2, 2)
     both.answered.add()
     assert (both.answered.value, runs[0].answered.value) == (3, 1)
+
+
+def test_a_copy_and_what_is_pickled_begin_with_the_count_of_that_moment() -> None:
+    tally = Tally()
+    tally.add()
+    tally.add()
+    for other in (copy.copy(tally), copy.deepcopy(tally), pickle.loads(pickle.dumps(tally))):
+        assert other.value == 2
+        other.add()
+        assert (other.value, tally.value) == (3, 2)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -50,6 +53,18 @@ def test_deferred_logits_that_are_built_are_built_in_the_report_with_the_use_and
     (remark,) = (text for text in head.remarks() if text.startswith("built"))  # what was written is answered
     assert remark.startswith("built once for ")
     assert " at test_report.py:" in remark
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_report_can_be_copied_pickled_and_taken_apart(dynamic: bool) -> None:
+    rewritten = Rewritten(logits, dynamic=dynamic)
+    h, w, y = operands()
+    F.cross_entropy(rewritten(h, w), y).backward()
+    report = rewritten.report
+    for other in (copy.copy(report), copy.deepcopy(report), pickle.loads(pickle.dumps(report))):
+        assert str(other) == str(report)
+        assert other.to_dict() == report.to_dict()
+    assert asdict(report)["heads"][0]["where"] == report.heads[0].where
 
 
 def test_losses_outside_are_counted_and_the_logits_stay_unbuilt() -> None:

@@ -29,10 +29,9 @@ from tests.sweep_transformers.verdict import Verdict, judge
 def sources() -> str:
     """A hash of everything that a verdict depends on besides the installed packages."""
     digest = hashlib.sha256()
-    package, here = Path(fusedhead.__file__).parent, Path(__file__).parent
-    for folder in (package, package / "rules", package / "lowering", package / "kernels", here):
-        for file in sorted(folder.glob("*.py")):
-            digest.update(file.name.encode() + file.read_bytes())
+    for folder in (Path(fusedhead.__file__).parent, Path(__file__).parent):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
