@@ -46,8 +46,11 @@ def modules(node: Node) -> list[tuple[str, str, Any]]:
 
 
 def module_spelling(source: str) -> str:
-    """ "L['self'].heads.2" or "L['self']._modules['lm_head']" as a user would write it from the outermost module."""
-    parts = re.findall(r"\w+", re.sub(r"^[LG]\['?\w+'?\]", "", source))
+    """ "L['self'].heads.2" or "L['self']._modules['lm_head']" as a user would write it from the outermost module.
+
+    A wrapper of a method has the module as the first of its ``*args``.
+    """
+    parts = re.findall(r"\w+", re.sub(r"^(?:L\['args'\]\[0\]|[LG]\['?\w+'?\])", "", source))
     return ".".join(part for part in parts if part not in SOURCE_INTERNALS)
 
 

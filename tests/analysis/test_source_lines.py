@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,4 +51,15 @@ def test_a_head_is_named_by_its_callers_line_and_its_module() -> None:
         f"test_source_lines.py:{first + 3} (heads.2)",
         f"test_source_lines.py:{first + 4}",
     }
+    assert {head.module for head in rewritten.report.heads} == {"lm_head", "heads.2", ""}
+
+
+def test_a_wrapper_of_a_method_leaves_the_modules_their_names() -> None:
+    model = Model()
+
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:  # as accelerate wraps forward
+        return Model.forward(*args, **kwargs)
+
+    rewritten = Rewritten(wrapped)
+    rewritten(model, torch.randn(N, D), torch.randint(0, V, (N,)))
     assert {head.module for head in rewritten.report.heads} == {"lm_head", "heads.2", ""}
