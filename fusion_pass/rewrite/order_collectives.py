@@ -14,12 +14,14 @@ import operator
 import torch
 from torch.fx import Node
 
-import fusedhead.lowering.token_shards  # noqa: F401  registers torch.ops.fusedhead.shard_stats and gather_tokens
+import fusedhead.lowering.hidden_sum
+import fusedhead.lowering.token_shards  # noqa: F401  both register torch.ops.fusedhead
 from fusedhead.analysis.body import Body
 from fusedhead.graph.nodes import fake
 from fusedhead.ir.builder import Emit, named
 
-COLLECTIVE = frozenset({torch.ops.fusedhead.shard_stats.default, torch.ops.fusedhead.gather_tokens.default})
+ops = torch.ops.fusedhead
+COLLECTIVE = frozenset({ops.shard_stats.default, ops.gather_tokens.default, ops.hidden_sum.default})
 
 
 def run(body: Body) -> None:

@@ -18,6 +18,7 @@ from fusedhead.graph.nodes import fake
 from fusedhead.ir.builder import Emit, named
 from fusedhead.ir.logits import Logits
 from fusedhead.ir.shards import whole_vocab_of
+from fusedhead.rewrite import recipients
 from fusedhead.rewrite.sweeps import Batch
 
 aten = torch.ops.aten
@@ -48,7 +49,8 @@ def sweep_call(emit: Emit, batch: Batch, operands: Sequence[Node], text: str, me
     want = ",".join(batch[0].want)
     op = torch.ops.fusedhead.shard_stats.default
     place = (start, vocab, group, "wide" if reduce else "", own_labels)
-    call = named(emit(op, h, w, y, cols, rows, u, text, want, memory, *place), "head")
+    takes = {} if reduce else recipients.scattered(emit, h)
+    call = named(emit(op, h, w, y, cols, rows, u, text, want, memory, *place, **takes), "head")
     steps = [facts_of(group.logits) for group in batch]
     sizes = [fake(h).shape[1], fake(h).dtype, fake(y).shape[1], fake(cols).shape[0], fake(rows).shape[0]]
     call.meta[SWEPT] = (group, whole.meta[PRODUCT], repr((steps, text, want, vocab, *sizes, *place[3:])))

@@ -59,12 +59,14 @@ def test_a_head_takes_two_collectives_forward_and_one_backward(ranks: int) -> No
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_even_shards_gather_the_lse_of_a_window_before_its_products_and_sum_once(ranks: int) -> None:
+def test_even_shards_gather_a_window_before_its_products_and_sum_once(ranks: int) -> None:
     for result in every_form(ranks):
         forward, backward = result["even/0"][4:6]
-        sent = [("all_gather", 16), ("all_gather", 8 * N), ("all_gather", 4 * (3 * N + 3)), ("all_reduce", 4 * N * D)]
-        assert forward == sent
+        window, dh = ("all_gather", 4 * (3 * N + 3)), ("all_reduce", 4 * N * D)
+        assert forward == [("all_gather", 16), window, dh]
         assert backward == []
+        forward, _ = result["even/3"][4:6]  # label smoothing: sums over the classes follow
+        assert forward == [("all_gather", 16), window, ("all_gather", 4 * (2 * N + 3)), dh]
 
 
 def test_it_is_deterministic() -> None:

@@ -41,7 +41,7 @@ class Program(NamedTuple):
     model: tuple[tuple[str, Any], ...] = ()
 
     def made(self, setting: Setting, kind: type[Model] = Model) -> Model:
-        made = kind(setting.depth, self.vocab * setting.scale, **dict(self.model))
+        made = kind(setting.depth, self.vocab * setting.scale, seed=setting.seed, **dict(self.model))
         return made.to(device=setting.device, dtype=self.dtype or setting.dtype)
 
     def batch(self, setting: Setting) -> tuple[Tensor, Tensor]:
@@ -212,11 +212,14 @@ def named() -> dict[str, Any]:
     return outcomes(os.environ["NAMES"].split("|"), Setting(inductor="INDUCTOR" in os.environ))
 
 
+BF16 = [Setting(dtype=torch.bfloat16, count=False, seed=seed) for seed in range(10)]
+IN_TWO_BYTES = ("colwise, loss_parallel", "gathered, bias, V not divisible", "sequence parallel")
+
+
 def in_two_bytes() -> dict[str, Any]:
-    return outcomes(("colwise, loss_parallel", "gathered, bias, V not divisible", "sequence parallel"), BF16)
-
-
-BF16 = Setting(dtype=torch.bfloat16)
+    """Of each arrangement what it gives for several seeds."""
+    found = [outcomes(IN_TWO_BYTES, setting) for setting in BF16]
+    return {name: [each[name] for each in found] for name in IN_TWO_BYTES}
 
 
 def through_inductor() -> dict[str, Any]:
