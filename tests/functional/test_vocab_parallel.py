@@ -65,8 +65,8 @@ def test_even_shards_gather_a_window_before_its_products_and_sum_once(ranks: int
         window, dh = ("all_gather", 4 * (3 * N + 3)), ("all_reduce", 4 * N * D)
         assert forward == [("all_gather", 16), window, dh]
         assert backward == []
-        forward, _ = result["even/3"][4:6]  # label smoothing: sums over the classes follow
-        assert forward == [("all_gather", 16), window, ("all_gather", 4 * (2 * N + 3)), dh]
+        forward, _ = result["even/3"][4:6]  # label smoothing with a bias: two sweeps
+        assert forward == [("all_gather", 16), ("all_gather", 4 * (5 * N + 3)), dh]
 
 
 def test_it_is_deterministic() -> None:
