@@ -80,8 +80,9 @@ class RowGrads(NamedTuple):
     variance: Tensor | None = None  # [N] float32; not allowed in head_loss
 
 
-# Of tokens i, given lse, lse_low and picked [m] of the columns that a head holds: the lse [m] of the columns that it
-# does not hold. An engine asks once a window of tokens, between its sweep and its gradient products.
+# Of tokens i, given lse, lse_low, picked and, where a sum has a coefficient, sum and spread of the columns that a head
+# holds: the lse [m] of the columns that it does not hold. An engine asks once a window of tokens, between its sweep and
+# its gradient products.
 OtherColumns = Callable[[slice, RowStats], Tensor]
 
 

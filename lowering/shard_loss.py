@@ -3,10 +3,10 @@
     shard_loss   one sweep of this rank's columns: the statistics of all columns, and gradients up to one scalar, as
                  `head_loss` gives them; dh is summed over the ranks, or with ``reduce`` "" left to a ``recipient``
 
-The factor of a row is c / Σ_v exp(z_v - level) over all columns. So the ranks gather the lse and the labels' logits of
-a window of tokens when it is swept, and its two products follow: what `shard_merge` sends at the end of a sweep without
-gradients, in as many pieces as there are windows. Sums over the classes follow at the end. All ranks plan for the
-largest shard, ceil(V / R) columns, so that all gather for the same windows.
+The factor of a row is c / Σ_v exp(z_v - level) over all columns. So the ranks gather the statistics of a window of
+tokens when it is swept, and its two products follow: what `shard_merge` sends at the end of a sweep without gradients,
+in as many pieces as there are windows. All ranks plan for the largest shard, ceil(V / R) columns, so that all gather
+for the same windows.
 
 Where the engine takes no such lse (row gradients, masks, another dtype), or a rank holds no column, the statistics are
 gathered after a sweep of their own, and the gradients take a second one: four products.
@@ -15,7 +15,6 @@ gathered after a sweep of their own, and the gradients take a second one: four p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +82,8 @@ class MergedWindows:
     def other_columns(self, tokens: slice, own: RowStats) -> Tensor:
         """The lse of the columns of all other ranks."""
         assert own.picked is not None
-        part = Part(self.weight, own.lse, own.lse_low, torch.where(self.here[tokens], own.picked, 0))
+        picked = torch.where(self.here[tokens], own.picked, 0)
+        part = Part(self.weight, own.lse, own.lse_low, picked, own.sum, own.spread)
         parts, flags = gathered_parts(part, self.flag, self.group)
         if not self.windows:
             shards.require_labels(flags, self.vocab)
@@ -95,14 +95,12 @@ class MergedWindows:
         of_all[self.rank] = -torch.inf
         return of_all.logsumexp(0)
 
-    def total(self, own: RowStats) -> dict[str, Tensor]:
-        """The statistics of all columns; one more gather where there are sums over the classes."""
-        columns = ([getattr(part, name) for part in self.windows] for name in ("lse", "lse_low", "picked"))
-        parts = Part(self.windows[0].weight, *(torch.cat(each, 1) for each in columns))
-        if own.sum is not None:
-            sums, _ = gathered_parts(Part(self.weight, sum=own.sum, spread=own.spread), self.flag, self.group)
-            parts = replace(parts, sum=sums.sum, spread=sums.spread)
-        return merged(parts)
+    def total(self) -> dict[str, Tensor]:
+        """The statistics of all columns."""
+        first = self.windows[0]
+        names = [name for name in ("lse", "lse_low", "picked", "sum", "spread") if getattr(first, name) is not None]
+        columns = {name: torch.cat([getattr(part, name) for part in self.windows], 1) for name in names}
+        return merged(Part(first.weight, **columns))
 
 
 def _shard_loss(*args: Any) -> tuple[Tensor, ...]:
@@ -150,7 +148,7 @@ def _one_sweep(
     windows = windows._replace(dh=shards.part_dtype(h.dtype, settings.reduce))
     with ops.without_autocast(h.device):
         got, found = engine.head_loss(head, c, needs, windows, merge.other_columns)
-    total = merge.total(got)
+    total = merge.total()
     total["picked"] = total["picked"][:, own].contiguous()
     dh, dw, dcols, drows = ops._gradients(found, head)
     if needs.h and settings.reduce:  # row vectors take two sweeps: drows is empty

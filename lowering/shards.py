@@ -38,6 +38,7 @@ from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE
 from fusedhead.lowering.checks import LabelOutOfRange, parse_stats
 from fusedhead.lowering.shard_merge import SHARD_MISMATCH, Part, ShardMismatch, gathered, gathered_parts, merged
 
+CELLS = 64
 _HEAD = "Tensor h, Tensor w, Tensor y, Tensor cols, Tensor rows, Tensor u"
 _NEEDS = "bool need_h, bool need_w, bool need_cols, bool need_rows"
 _PLACE = "int first, int vocab, str group, str reduce"
@@ -63,9 +64,13 @@ def group_of(name: str) -> Any:
 
 
 def in_shard(y: Tensor, first: Any, classes: int) -> tuple[Tensor, Tensor]:
-    """(which labels [N, K] are of this shard, their place in it, 0 for those of others)."""
+    """(which labels [N, K] are of this shard, their place in it; for those of others one of its first `CELLS`).
+
+    An engine computes a label's entry by itself and adds it to dw. One place for all would be a long sum in float32.
+    """
     here = (y >= first) & (y < first + classes)
-    return here, torch.where(here, y - first, 0)
+    others = torch.arange(len(y), device=y.device) % max(1, min(classes, CELLS))
+    return here, torch.where(here, y - first, others[:, None])
 
 
 def labels_of_all(y: Tensor, group: dist.ProcessGroup) -> Tensor:

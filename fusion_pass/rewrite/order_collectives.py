@@ -15,13 +15,14 @@ import torch
 from torch.fx import Node
 
 import fusedhead.lowering.hidden_sum
-import fusedhead.lowering.token_shards  # noqa: F401  both register torch.ops.fusedhead
+import fusedhead.lowering.shard_loss
+import fusedhead.lowering.token_shards  # noqa: F401  all register torch.ops.fusedhead
 from fusedhead.analysis.body import Body
 from fusedhead.graph.nodes import fake
 from fusedhead.ir.builder import Emit, named
 
-ops = torch.ops.fusedhead
-COLLECTIVE = frozenset({ops.shard_stats.default, ops.gather_tokens.default, ops.hidden_sum.default})
+WITH_COLLECTIVES = ("shard_stats", "shard_loss", "gather_tokens", "hidden_sum")
+COLLECTIVE = frozenset(getattr(torch.ops.fusedhead, name).default for name in WITH_COLLECTIVES)
 
 
 def run(body: Body) -> None:

@@ -29,29 +29,34 @@ SUM = torch.ops.fusedhead.hidden_sum.default
 SAME_NUMBERS = frozenset({aten.to.dtype, aten.detach.default})  # a gradient passes as it is
 
 
-def scattered(emit: Emit, h: Node) -> dict[str, Node]:
+def to_scatter(emit: Emit, h: Node) -> dict[str, Node]:
     """The argument of a sweep whose hidden states were gathered; none where they are not made of a gather alone."""
     if not differentiable(h):
         return {}
-    made = followed(emit, h, {})
+    made = remade(emit, h, {})
     return {} if made is None else {"recipient": made}
 
 
-def followed(emit: Emit, node: Node, known: dict[Node, Node | None]) -> Node | None:
+def to_sum(emit: Emit, h: Node, group: Any) -> dict[str, Node]:
+    """The argument of a sweep whose hidden states every rank has whole."""
+    return {"recipient": named(emit(operator.getitem, emit(SUM, h, -1, 1, group), 0), "recipient")}
+
+
+def remade(emit: Emit, node: Node, known: dict[Node, Node | None]) -> Node | None:
     """A node made again from recipients, None where it is made of other numbers too."""
     if node not in known:
-        known[node] = made_again(emit, node, known)
+        known[node] = remake(emit, node, known)
     return known[node]
 
 
-def made_again(emit: Emit, node: Node, known: dict[Node, Node | None]) -> Node | None:
+def remake(emit: Emit, node: Node, known: dict[Node, Node | None]) -> Node | None:
     if node.target is operator.getitem and node.args[0].target is GATHER:  # type: ignore[union-attr]
         gather: Any = node.args[0]
         return named(emit(operator.getitem, emit(SUM, *gather.args[:4]), 0), "recipient")
     numbers = [source for source in node.all_input_nodes if carries_numbers(source)]
     if not isinstance(node.target, torch._ops.OpOverload) or not numbers:
         return None
-    again = {source: followed(emit, source, known) for source in numbers}
+    again = {source: remade(emit, source, known) for source in numbers}
     if any(made is None for made in again.values()):
         return None
     if node.target in SAME_NUMBERS:

@@ -137,11 +137,11 @@ def one_pass(
             row_spread = None if spread is None else rows_of(spread, i)
             sums = (row_total, row_spread, weight)
             if other_columns is not None:  # the lse of the columns here
-                unread, none = torch.empty_like(reference2), (None, None, None, None)
-                finalize(s, part, exps, *rows, RowGrads(), row_lse, row_low, *none, gain, tie, scale=unread)
-                own = RowStats(row_lse, row_picked, lse_low=row_low)
+                unread = torch.empty_like(reference2)
+                finalize(s, part, exps, *rows, RowGrads(), row_lse, row_low, *sums, None, gain, tie, scale=unread)
+                own = RowStats(row_lse, row_picked, row_total, lse_low=row_low, spread=row_spread)
                 other_lse = (other_columns(i, own) * LOG2E.value).to(torch.float32).contiguous()
-                row_lse, row_low = torch.empty_like(row_lse), torch.empty_like(row_low)
+                row_lse, row_low, sums = torch.empty_like(row_lse), torch.empty_like(row_low), (None, None, None)
             scale = finalize(s, part, exps, *rows, c, row_lse, row_low, *sums, sh, gain, tie, other_lse)
             if masked is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
                 for factor in (scale, sh):

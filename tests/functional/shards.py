@@ -81,6 +81,17 @@ def every_form() -> dict[str, Any]:
     return found
 
 
+def few_classes() -> Any:
+    """A head of 9 classes, of which four ranks hold 3, 3, 3 and none."""
+    operands = given(3)
+    first, last = bounds(9, dist.get_world_size(), dist.get_rank())
+    h, y = operands["input"].detach().requires_grad_(), operands["target"] % 9
+    w = operands["linear_weight"].detach()[first:last].requires_grad_()
+    loss = fusedhead.linear_cross_entropy(h, w, y, group=dist.group.WORLD, vocab_size=9)
+    loss.backward()
+    return [loss.detach(), h.grad, w.grad]
+
+
 def compiled() -> Any:
     """The same under torch.compile: the collectives are part of one graph."""
     operands = given(3)

@@ -69,6 +69,21 @@ def test_even_shards_gather_a_window_before_its_products_and_sum_once(ranks: int
         assert forward == [("all_gather", 16), ("all_gather", 4 * (5 * N + 3)), dh]
 
 
+def test_a_rank_that_vocab_size_leaves_without_classes_takes_part() -> None:
+    operands = given(3)
+    h, w = (
+        operands[name].detach()[: (None, 9)[at]].requires_grad_() for at, name in enumerate(("input", "linear_weight"))
+    )
+    loss = torch.nn.functional.cross_entropy(h @ w.t(), operands["target"] % 9)
+    loss.backward()
+    results = on_ranks("tests.functional.shards:few_classes", 4)
+    for got, dh, _ in results:
+        torch.testing.assert_close(got, loss.detach())
+        torch.testing.assert_close(dh, h.grad)
+    assert [len(dw) for _, _, dw in results] == [3, 3, 3, 0]
+    torch.testing.assert_close(torch.cat([dw for _, _, dw in results]), w.grad)
+
+
 def test_it_is_deterministic() -> None:
     for result in every_form(2):
         for a, b in zip(result["even/0"][:4], result["twice"][:4]):

@@ -9,6 +9,8 @@ import torch
 from tests.parallel.arrangements import ARRANGEMENTS, reference
 from tests.parallel.models import Setting
 
+NO_CLASS = "one of the 4 ranks holds none of the 9 classes"  # where V is 9
+
 
 def errors(name: str, setting: Setting, ours: dict[str, Any]) -> list[tuple[str, float, float]]:
     """(what, our error, the error allowed) of every tensor: 1.5 times torch's own in the same dtype, or a few units.
@@ -58,12 +60,16 @@ def check(name: str, setting: Setting, ours: Any) -> None:
     assert isinstance(ours, dict), ours
     for what, error, allowed in errors(name, setting, ours):
         assert error <= allowed, (what, error, allowed)
-    arrangement, tokens = ARRANGEMENTS[name], setting.batch * setting.time // ARRANGEMENTS[name].of.micro
+    arrangement, of = ARRANGEMENTS[name], ARRANGEMENTS[name].of
+    tokens = setting.batch * setting.time * of.rows // of.micro
     sizes = [arrangement.of.vocab, dict(arrangement.of.model).get("second")]
     assert len(ours["heads"]) == len([size for size in sizes if size])
     for (fused, reason, vocab, count), size in zip(ours["heads"], sizes):
         assert fused == (not arrangement.left), reason
         assert reason.startswith(arrangement.left)
         assert (vocab, count) == (size * setting.scale, tokens)
+    for engine in () if arrangement.left else ours["engines"]:
+        again = arrangement.again or (NO_CLASS if NO_CLASS in engine else "")
+        assert (again if again else "gradients in the forward sweep") in engine, engine
     if arrangement.forward is not None and setting.count:
         assert (ours["forward"], ours["backward"]) == (arrangement.forward, arrangement.backward)

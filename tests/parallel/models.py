@@ -150,6 +150,7 @@ def train(
         "gradients": gradients,
         "parameters": {name: whole(p) for name, p in model.named_parameters()},
         "heads": [(head.fused, head.reason, head.vocab_size, head.tokens) for head in records],
+        "engines": [head.engine for head in records],
         "forward": forward,
         "backward": backward,
     }

@@ -9,7 +9,7 @@ import torch
 
 from tests.functional.ranks import on_ranks
 
-FUSED = {"labels of its own"}
+FUSED = {"labels of its own", "labels and a scale of its own"}
 LEFT = {
     "rows of its own": "not every rank of its process group",
     "a number of its own": "meets logits that the program gathered",
