@@ -118,6 +118,9 @@ def mistakes() -> dict[str, str]:
         "reduction": lambda: fusedhead.linear_cross_entropy(h, w, y, reduction="sum" if rank else "mean", **of),
         "smoothing": lambda: fusedhead.linear_cross_entropy(h, w, y, z_loss=0.1 * rank, **of),
         "vocab_size": lambda: fusedhead.linear_cross_entropy(h, w[rank:], y, vocab_size=V, **of),
+        "a group of half as many ranks": lambda: fusedhead.linear_cross_entropy(h, w, y, vocab_size=2 * V, **of),
+        "memory": lambda: fusedhead.linear_cross_entropy(h, w, y, vocab_size=V, memory=rank + 1, **of),
+        "gradients": lambda: fusedhead.linear_cross_entropy(h.clone().requires_grad_(rank == 0), w, y, **of),
         "label": lambda: fusedhead.linear_cross_entropy(h, w, y + V, **of),
     }
     for name, call in calls.items():

@@ -113,13 +113,15 @@ def test_compiled_the_collectives_are_in_the_graph() -> None:
 
 def test_ranks_that_do_not_fit_together_all_raise() -> None:
     first, second = on_ranks("tests.functional.shards:mistakes", 2)
-    for name in ("reduction", "smoothing"):
+    for name in ("reduction", "smoothing", "memory", "gradients"):
         assert first[name].startswith("ShardMismatch: the ranks of the group do not hold shards of one head")
         assert first[name] == second[name]
     sentences = {"hidden size": "input must be [..., D]", "vocab_size": "rank 1 of 2 must hold 48 of the 96"}
     for name, sentence in sentences.items():
         assert first[name].startswith("ShardMismatch")
         assert second[name].startswith("ValueError: " + sentence)
-    for found in (first, second):
+    for rank, found in enumerate((first, second)):
+        expected = f"ValueError: rank {rank} of 2 must hold 96 of the 192 rows that vocab_size names. Got: 48"
+        assert found["a group of half as many ranks"].startswith(expected)
         assert found["label"].startswith("LabelOutOfRange: label ")
     assert issubclass(fusedhead.LabelOutOfRange, IndexError)
