@@ -26,7 +26,6 @@ from fusedhead.rewrite.loss_tail import differentiable
 aten = torch.ops.aten
 GATHER = torch.ops.fusedhead.gather_tokens.default
 SUM = torch.ops.fusedhead.hidden_sum.default
-SAME_NUMBERS = frozenset({aten.to.dtype, aten.detach.default})  # a gradient passes as it is
 
 
 def to_scatter(emit: Emit, h: Node) -> dict[str, Node]:
@@ -59,7 +58,7 @@ def remake(emit: Emit, node: Node, known: dict[Node, Node | None]) -> Node | Non
     again = {source: remade(emit, source, known) for source in numbers}
     if any(made is None for made in again.values()):
         return None
-    if node.target in SAME_NUMBERS:
+    if node.target is aten.to.dtype:  # a recipient keeps its dtype
         return again[numbers[0]]
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: again.get(n, n))
     return emit(node.target, *args, **kwargs)

@@ -91,6 +91,7 @@ def outcomes() -> dict[str, Any]:
         "a number of its own": both(OwnTemperature, 91),
         "a loss on one rank": both(OneRankTakesALoss, 90),
         "another option": both(Model, 95, shards=rank == 0),
+        "another budget": both(Model, 89, memory="min" if rank else "auto"),
         "off": colwise(Setting(), program(94), **LOCAL, shards=False),
         "on again": colwise(Setting(), program(94), **LOCAL),
         "a wrong label": wrong_label(),

@@ -15,6 +15,7 @@ LEFT = {
     "a number of its own": "meets logits that the program gathered",
     "a loss on one rank": "",
     "another option": "",
+    "another budget": "not every rank of its process group",
 }
 
 

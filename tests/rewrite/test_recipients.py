@@ -51,7 +51,8 @@ def gathered(group: str) -> tuple[Graph, Node, Node]:
 def test_a_recipient_goes_through_the_row_steps_but_for_casts(group: str) -> None:
     graph, whole, rows = gathered(group)
     flat = of(graph, aten.reshape.default, of(graph, aten.to.dtype, whole, torch.float16), [-1, 4])
-    h = of(graph, aten.cat.default, [of(graph, aten.index_select.default, flat, 0, rows), flat])
+    frozen = of(graph, aten.detach.default, flat)
+    h = of(graph, aten.cat.default, [of(graph, aten.index_select.default, flat, 0, rows), flat, frozen])
     graph.output(h)
     emit = Emit(graph)
     with emit.before(graph.output_node(), h, grad=True):
@@ -59,6 +60,8 @@ def test_a_recipient_goes_through_the_row_steps_but_for_casts(group: str) -> Non
     value = made.meta["example_value"]
     assert (value.shape, value.dtype) == (h.meta["example_value"].shape, torch.float32)
     assert [node.target for node in graph.nodes].count(OPS.hidden_sum.default) == 1
+    assert [node.target for node in graph.nodes].count(aten.detach.default) == 2
+    assert [node.target for node in graph.nodes].count(aten.to.dtype) == 1
 
 
 def test_rows_that_are_not_of_the_gather_alone_get_none(group: str) -> None:
