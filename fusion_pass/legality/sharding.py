@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from fusedhead.analysis.body import Body
-from fusedhead.graph.reasons import refuse
+from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.legality.reasons import Illegal
 
 FREED = "fusedhead_freed"  # key in the meta of an input of a graph Dynamo did not make: why its owner frees it, or None
@@ -38,15 +38,14 @@ def run(body: Body) -> None:
     """Refuse heads whose logits are only returned where their weight may be freed before the logits are read."""
     if not body.defers:
         body.decisions = [
-            decision._replace(reason=decision.reason or refuse(why_freed(body.graph)))
-            if decision.deferred_only
-            else decision
+            decision._replace(reason=decision.reason or why_freed(body.graph)) if decision.deferred_only else decision
             for decision in body.decisions
         ]
 
 
-def why_freed(graph: Graph) -> Illegal:
-    return next((node.meta[FREED] for node in graph.nodes if node.meta.get(FREED)), Illegal.GATHERED_WEIGHT)
+def why_freed(graph: Graph) -> Refusal:
+    flat = any(node.meta.get(FREED) is Illegal.FLAT_WEIGHT for node in graph.nodes)
+    return refuse(Illegal.FLAT_WEIGHT) if flat else refuse(Illegal.GATHERED_WEIGHT)
 
 
 def frees_weights(graph: Graph) -> bool:
