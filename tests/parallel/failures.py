@@ -55,26 +55,30 @@ def before_it_compiles() -> Any:
     return "no error", 0.0, []
 
 
-def misfits() -> dict[str, tuple[str, float]]:
-    """What each rank reads of heads whose shards do not fit together, each in a process group of its own."""
-    rank = dist.get_rank()
-    found: dict[str, tuple[str, float]] = {}
-    for name, depth, classes in (("hidden size", 16 + 8 * rank, 48), ("a group of half as many ranks", 16, 24)):
-        mesh = DeviceMesh.from_group(dist.new_group([0, 1], timeout=timedelta(seconds=20)), "cpu")
-        make = torch.Generator().manual_seed(3)
-        h = torch.randn(24, depth, generator=make).requires_grad_()
-        w = torch.randn(classes, depth, generator=make).requires_grad_()
-        y = torch.arange(24) * 4  # up to 92, of 96 classes
+def other_hidden_size() -> dict[str, tuple[str, float]]:
+    return misfit("hidden size", 16 + 8 * dist.get_rank(), 48)
 
-        def loss(h: Tensor, w: Tensor, y: Tensor, mesh: Any = mesh) -> Tensor:
-            hidden = DTensor.from_local(h, mesh, [Replicate()], run_check=False)
-            z = hidden @ DTensor.from_local(w, mesh, [Shard(0)], run_check=False).t()
-            return F.cross_entropy(z.redistribute(mesh, [Replicate()]).to_local(), y)
 
-        started = time.monotonic()
-        try:
-            compiled(loss, Setting(), [])(h, w, y).backward()
-            found[name] = ("no error", 0.0)
-        except Exception as error:
-            found[name] = (f"{type(error).__name__}: {error}", time.monotonic() - started)
-    return found
+def smaller_group() -> dict[str, tuple[str, float]]:
+    return misfit("a group of half as many ranks", 16, 24)
+
+
+def misfit(name: str, depth: int, classes: int) -> dict[str, tuple[str, float]]:
+    """What each rank reads of a head whose shards do not fit together."""
+    mesh = DeviceMesh.from_group(dist.new_group([0, 1], timeout=timedelta(seconds=20)), "cpu")
+    make = torch.Generator().manual_seed(3)
+    h = torch.randn(24, depth, generator=make).requires_grad_()
+    w = torch.randn(classes, depth, generator=make).requires_grad_()
+    y = torch.arange(24) * 4  # up to 92, of 96 classes
+
+    def loss(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        hidden = DTensor.from_local(h, mesh, [Replicate()], run_check=False)
+        z = hidden @ DTensor.from_local(w, mesh, [Shard(0)], run_check=False).t()
+        return F.cross_entropy(z.redistribute(mesh, [Replicate()]).to_local(), y)
+
+    started = time.monotonic()
+    try:
+        compiled(loss, Setting(), [])(h, w, y).backward()
+    except Exception as error:
+        return {name: (f"{type(error).__name__}: {error}", time.monotonic() - started)}
+    return {name: ("no error", 0.0)}
