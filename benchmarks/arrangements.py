@@ -48,12 +48,6 @@ def of_a_group(case: Case, ranks: int) -> tuple[Collective, ...]:
     return Collective("all_gather", 16 * ranks), *statistics(case, ranks)
 
 
-def of_even_shards(case: Case, ranks: int) -> tuple[Collective, ...]:
-    """The same where the windows' lse are gathered first; all windows as one collective."""
-    said, *merge = of_a_group(case, ranks)
-    return said, Collective("all_gather", WIDE * case.tokens * ranks), *merge
-
-
 def three_reductions(case: Case, ranks: int) -> tuple[Collective, ...]:
     """What ``loss_parallel()`` sends: maximum, sum of exponentials and labels' log-probabilities, [N] float32 each."""
     return (Collective("all_reduce", WIDE * case.tokens),) * 3
@@ -75,15 +69,15 @@ ARRANGEMENTS: dict[str, Arrangement] = {
         "hidden states whole on every rank, dH summed in float32",
     ),
     "group=, vocab_size": Arrangement(
-        3, True, lambda c, w: (*of_even_shards(c, w), Collective("all_reduce", hidden(c, WIDE))),
-        "the same where the shards are even: the lse of a window of tokens is gathered before its gradient products",
+        3, True, lambda c, w: (*of_a_group(c, w), Collective("all_reduce", hidden(c, WIDE))),
+        "the same where the shards are even: a window of tokens is gathered before its gradient products",
     ),
     "group=, dH in its dtype": Arrangement(
         4, True, lambda c, w: (*of_a_group(c, w), Collective("all_reduce", hidden(c), True)),
         "the same, dH summed in its own dtype",
     ),
     "sequence parallel": Arrangement(
-        4, True,
+        3, True,
         lambda c, w: (
             Collective("all_gather", hidden(c)), *statistics(c, w), Collective("reduce_scatter", hidden(c, WIDE), True),
         ),

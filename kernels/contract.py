@@ -80,9 +80,10 @@ class RowGrads(NamedTuple):
     variance: Tensor | None = None  # [N] float32; not allowed in head_loss
 
 
-# Of tokens i, given the lse [m] of the columns that a head holds: the lse [m] of the columns that it does not hold.
-# An engine asks once a window of tokens, between its sweep and its gradient products.
-OtherColumns = Callable[[slice, Tensor], Tensor]
+# Of tokens i, given lse, lse_low, picked and, where a sum has a coefficient, sum and spread of the columns that a head
+# holds: the lse [m] of the columns that it does not hold. An engine asks once a window of tokens, between its sweep and
+# its gradient products.
+OtherColumns = Callable[[slice, RowStats], Tensor]
 
 
 class WholeLogits(NamedTuple):
@@ -214,7 +215,7 @@ OPERAND_NEEDS = Needs(True, True, False, False)  # h and w
 class HeadGrads(NamedTuple):
     """Gradients of the operands, None where not needed."""
 
-    h: Tensor | None  # [N, D] dtype of h
+    h: Tensor | None  # [N, D] dtype of h, or the one that `Windows.dh` asks for
     w: Tensor | None  # [V, D] dtype of w, contiguous
     cols: Tensor | None  # [C, V] float32
     rows: Tensor | None  # [R, N] float32
@@ -230,6 +231,10 @@ class Windows(NamedTuple):
     vocab: int  # columns of z held at once
     accumulate: torch.dtype  # dtype in which dW (token windows) or dH (vocabulary windows) is accumulated
     tail_rows: int = 0  # rows of the softmax's tail held at once in float8, where gradient products take it; else 0
+    dh: torch.dtype | None = None  # dtype of dH, where it is a part of a sum that is rounded later; None: that of h
+
+    def dh_dtype(self, head: Head) -> torch.dtype:
+        return self.dh or head.h.dtype
 
 
 def even_size(total: int, size: int) -> int:

@@ -141,6 +141,7 @@ class BackwardSettings(NamedTuple):
     need_rows: bool
     whole_below: int = 0
     product: Tensor | None = None
+    dh: torch.dtype | None = None  # `Windows.dh`, for callers of the implementation
 
     @property
     def needs(self) -> Needs:
@@ -158,6 +159,7 @@ def _head_stats_backward(*args: Any) -> tuple[Tensor, ...]:
     row_scale = engine_for(head.h.dtype, head.h.device.type).row_scale_serves(head, upstream, needs)
     problem = _problem(head, needs, linear=False, row_scale=row_scale, explicit=not row_scale)
     engine, windows = _chosen(problem, settings.memory, settings.whole_below)
+    windows = windows._replace(dh=settings.dh)
     kept = product[: head.h.shape[0]] if product is not None and engine.keeps_product else None
     with without_autocast(head.h.device):
         return _gradients(engine.head_stats_backward(head, upstream, saved, needs, windows, kept), head)

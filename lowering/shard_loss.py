@@ -1,11 +1,12 @@
 """The op of a loss that is linear in the statistics of a head in shards: three products where the shards are even.
 
     shard_loss   one sweep of this rank's columns: the statistics of all columns, and gradients up to one scalar, as
-                 `head_loss` gives them; dh is summed over the ranks
+                 `head_loss` gives them; dh is summed over the ranks, or with ``reduce`` "" left to a ``recipient``
 
-The factor of a row is c / Σ_v exp(z_v - level) over all columns. So the ranks gather the lse of a window of tokens when
-it is swept, and its two products follow: 4 bytes a token and rank once, and what `shard_merge` sends once at the end.
-All ranks plan for the largest shard, ceil(V / R) columns, so that all gather for the same windows.
+The factor of a row is c / Σ_v exp(z_v - level) over all columns. So the ranks gather the statistics of a window of
+tokens when it is swept, and its two products follow: what `shard_merge` sends at the end of a sweep without gradients,
+in as many pieces as there are windows. All ranks plan for the largest shard, ceil(V / R) columns, so that all gather
+for the same windows.
 
 Where the engine takes no such lse (row gradients, masks, another dtype), or a rank holds no column, the statistics are
 gathered after a sweep of their own, and the gradients take a second one: four products.
@@ -13,8 +14,8 @@ gathered after a sweep of their own, and the gradients take a second one: four p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,73 +24,153 @@ from torch import Tensor
 from fusedhead.kernels.contract import (
     DIFFERENTIABLE_STATS,
     LINEAR_STATS,
+    LOSS_OUTPUTS,
     SAVED_STATS,
     STATS,
+    Head,
     Needs,
-    OtherColumns,
+    RowGrads,
+    RowStats,
+    Windows,
     stat_dtype,
 )
+from fusedhead.kernels.torch_engine.blocks import row_dtype
 from fusedhead.lowering import fakes, ops, ranges, shards
 from fusedhead.lowering.autograd import HEAD_LOSS, HEAD_OPERANDS, split_at
 from fusedhead.lowering.checks import head_of, parse_stats
-from fusedhead.lowering.shard_merge import Part, gathered, gathered_parts, merged, own_upstream
+from fusedhead.lowering.engines import Engine
+from fusedhead.lowering.shard_merge import Part, gathered_parts, merged, own_upstream
 
 COEFFICIENTS = len(LINEAR_STATS) + 1
-LOSS_INPUTS = 21
 _OPERANDS = ops.SCHEMAS["head_loss"].split(ops._WHOLE)[0]
-SCHEMA = f"{_OPERANDS}, int first, int vocab, str group, str reduce) -> ({ops._LOSS})"
+_ENDS = "bool own_labels=False, Tensor? after=None, Tensor? recipient=None"
+SCHEMA = f"{_OPERANDS}, int first, int vocab, str group, str reduce, {_ENDS}) -> ({ops._LOSS}, Tensor token)"
+LOSS_INPUTS = 24
 
 
-def _other_columns(group: dist.ProcessGroup) -> OtherColumns:
-    """The lse of the columns of all other ranks, from a gather."""
-    rank = dist.get_rank(group)
+class Settings(NamedTuple):
+    """The arguments of `shard_loss` that follow its tensors, by their names in the schema."""
 
-    def other_columns(tokens: slice, lse: Tensor) -> Tensor:
-        of_all = gathered(lse, group)
-        of_all[rank] = -torch.inf
+    transform: str
+    stats: str
+    memory: int
+    need_h: bool
+    need_w: bool
+    need_cols: bool
+    need_rows: bool
+    first: int
+    vocab: int
+    group: str
+    reduce: str
+    own_labels: bool = False
+    after: Tensor | None = None
+    recipient: Tensor | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(self.need_h, self.need_w, self.need_cols, self.need_rows)
+
+
+class MergedWindows:
+    """Gathers the statistics of one window of tokens after the other, for an engine that asks between its products."""
+
+    def __init__(self, group: dist.ProcessGroup, weight: Tensor, here: Tensor, flag: Tensor, vocab: int) -> None:
+        self.group, self.weight, self.flag, self.vocab = group, weight, flag, vocab
+        self.here = here  # [N, K], which labels are of this rank's columns
+        self.rank, self.windows = dist.get_rank(group), list[Part]()
+
+    def other_columns(self, tokens: slice, own: RowStats) -> Tensor:
+        """The lse of the columns of all other ranks."""
+        assert own.picked is not None
+        picked = torch.where(self.here[tokens], own.picked, 0)
+        part = Part(self.weight, own.lse, own.lse_low, picked, own.sum, own.spread)
+        parts, flags = gathered_parts(part, self.flag, self.group)
+        if not self.windows:
+            shards.require_labels(flags, self.vocab)
+        self.windows.append(parts)
+        assert parts.lse is not None
+        assert parts.lse_low is not None
+        fine = row_dtype(own.lse.device.type)
+        of_all = parts.lse.to(fine) + parts.lse_low.to(fine)
+        of_all[self.rank] = -torch.inf
         return of_all.logsumexp(0)
 
-    return other_columns
+    def total(self) -> dict[str, Tensor]:
+        """The statistics of all columns."""
+        first = self.windows[0]
+        names = [name for name in ("lse", "lse_low", "picked", "sum", "spread") if getattr(first, name) is not None]
+        columns = {name: torch.cat([getattr(part, name) for part in self.windows], 1) for name in names}
+        return merged(Part(first.weight, **columns))
 
 
 def _shard_loss(*args: Any) -> tuple[Tensor, ...]:
     operands, coefficients, rest = split_at(args, HEAD_OPERANDS, COEFFICIENTS)
-    transform, stats, memory, *needed, first, vocab, name, reduce = rest
-    h, w, y, _, _, u = operands
-    group, needs, want = shards.group_of(name), Needs(*needed), parse_stats(stats) | {"lse"}
-    here, cell = shards.in_shard(y, first, w.shape[0])
-    head = head_of((*operands[:2], cell, *operands[3:]), transform)
+    settings = Settings(*rest)
+    h, want = operands[0], parse_stats(settings.stats) | {"lse"}
     c = ops._coefficients(coefficients, want, h)
-    if c.picked is not None:  # a label of another rank's has no gradient here
-        c = c._replace(picked=torch.where(here, c.picked, 0))
-    each = -(-vocab // dist.get_world_size(group))
-    engine, windows = ops._chosen(ops._loss_problem(head, needs, c)._replace(vocab=each), memory, 0)
-    even = each * (dist.get_world_size(group) - 1) < vocab  # every rank holds a column
-    if not (even and any(needs) and engine.other_columns_serve(head, c, needs, windows)):
-        return _two_sweeps(operands, coefficients, rest, want)
+    ranks = dist.get_world_size(shards.group_of(settings.group))
+    each = -(-settings.vocab // ranks)
+    if each * (ranks - 1) < settings.vocab and any(settings.needs) and len(h):  # every rank holds a column
+        largest = _largest_shard(operands, settings, each)
+        labels = largest.y.shape[1] * (ranks if settings.own_labels else 1)
+        problem = ops._loss_problem(largest, settings.needs, c)._replace(labels=labels)
+        engine, windows = ops._chosen(problem, settings.memory, 0)
+        if engine.other_columns_serve(largest, c, settings.needs, windows):
+            return _one_sweep(operands, c, settings, engine, windows)
+    return _two_sweeps(operands, coefficients, settings, want)
+
+
+def _largest_shard(operands: Sequence[Tensor], settings: Settings, each: int) -> Head:
+    """A head of the sizes of the largest shard: what all ranks decide by. Its numbers are not read."""
+    h, w, y, cols, rows, u = operands
+    w, cols = w[:1].expand(each, -1), cols[:, :1].expand(-1, each)
+    return head_of((h, w, torch.zeros_like(y), cols, rows, u[:1].expand(each) if len(u) else u), settings.transform)
+
+
+def _one_sweep(
+    operands: Sequence[Tensor], c: RowGrads, settings: Settings, engine: Engine, windows: Windows
+) -> tuple[Tensor, ...]:
+    h, w, y, cols, rows, u = operands
+    group, needs, k = shards.group_of(settings.group), settings.needs, y.shape[1]
+    own, labels = slice(0, k), y
+    if settings.own_labels and k:
+        labels, rank = shards.labels_of_all(y, group), dist.get_rank(group)
+        own = slice(rank * k, (rank + 1) * k)
+    here, cell = shards.in_shard(labels, settings.first, w.shape[0])
+    if c.picked is not None:  # the logits of other ranks' columns, and for other ranks' labels, have no gradient here
+        picked = torch.zeros_like(cell, dtype=c.picked.dtype)
+        picked[:, own] = torch.where(here[:, own], c.picked, 0)
+        c = c._replace(picked=picked)
+    head = head_of((h, w, cell, cols, rows, u), settings.transform)
+    merge = MergedWindows(
+        group, shards.class_weight(h, w, u), here, shards.wrong_label(y, settings.vocab), settings.vocab
+    )
+    windows = windows._replace(dh=shards.part_dtype(h.dtype, settings.reduce))
     with ops.without_autocast(h.device):
-        got, found = engine.head_loss(head, c, needs, windows, _other_columns(group))
-    assert got.picked is not None
-    picked = torch.where(here, got.picked, 0)
-    part = Part(shards.class_weight(h, w, u), got.lse, got.lse_low, picked, got.sum, got.spread)
-    parts, flags = gathered_parts(part, shards.wrong_label(y, vocab), group)
-    shards.require_labels(flags, vocab)
+        got, found = engine.head_loss(head, c, needs, windows, merge.other_columns)
+    total = merge.total()
+    total["picked"] = total["picked"][:, own].contiguous()
     dh, dw, dcols, drows = ops._gradients(found, head)
-    if needs.h and reduce:  # row vectors take two sweeps: drows is empty
-        dh = shards._summed(dh, name, reduce)
-    return ops._loss_outputs(h, want, merged(parts), (dh, dw, dcols, drows), got.tie)
+    if needs.h and settings.reduce:  # row vectors take two sweeps: drows is empty
+        dh = shards._summed(dh, h.dtype, settings.group, settings.reduce)
+    return _outputs(h, settings, total, (dh, dw, dcols, drows), got.tie)
+
+
+def _outputs(
+    h: Tensor, settings: Settings, total: Mapping[str, Tensor | None], grads: Sequence[Tensor], tie: Tensor | None
+) -> tuple[Tensor, ...]:
+    want = parse_stats(settings.stats) | {"lse"}
+    return *ops._loss_outputs(h, want, total, grads, tie), h.new_zeros(1, dtype=stat_dtype(h.dtype))
 
 
 def _two_sweeps(
-    operands: Sequence[Tensor], coefficients: Sequence[Tensor], rest: Sequence[Any], want: frozenset[str]
+    operands: Sequence[Tensor], coefficients: Sequence[Tensor], settings: Settings, want: frozenset[str]
 ) -> tuple[Tensor, ...]:
     """A sweep for the statistics, their merge, and a sweep for the gradients."""
-    h = operands[0]
-    transform, _, memory, *needs, first, vocab, name, reduce = rest
-    place: Any = (first, vocab, name, reduce)
-    tensors: Any = operands
-    how: Any = (transform, ",".join(sorted(want)), memory)
-    swept = shards._shard_stats(*(*tensors, *how, *place, False))
+    h, tensors, needs = operands[0], list[Any](operands), settings.needs
+    place: Any = (settings.first, settings.vocab, settings.group, settings.reduce)
+    how: Any = (settings.transform, ",".join(sorted(want)), settings.memory)
+    swept = shards._shard_stats(*(*tensors, *how, *place, settings.own_labels))
     whole, own, _ = split_at(swept, len(STATS), len(SAVED_STATS))
     total = dict(zip(STATS, whole))
     c = ops._coefficients(coefficients, frozenset(), h)
@@ -104,17 +185,38 @@ def _two_sweeps(
     grads: list[Tensor] = [absent] * 4
     if any(needs):
         upward = [absent if g is None else g for g in upstream.values()]
-        *grads, _ = shards._shard_stats_backward(*upward, *operands, *own, transform, memory, *needs, *place)
-    return ops._loss_outputs(h, want, total, grads, None)
+        swept = shards._shard_stats_backward(
+            *upward, *operands, *own, settings.transform, settings.memory, *needs, *place
+        )
+        grads = list(swept[:4])
+    return _outputs(h, settings, total, grads, None)
+
+
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    h, settings = args[0], Settings(*args[HEAD_OPERANDS + COEFFICIENTS :])
+    results = list(fakes.fake_head_loss(*args))
+    wide = stat_dtype(h.dtype)
+    if settings.need_h and not settings.reduce:
+        results[LOSS_OUTPUTS.index("dh")] = h.new_empty(h.shape, dtype=wide)
+    return *results, h.new_empty(1, dtype=wide)
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    HEAD_LOSS[0](ctx, inputs, output)
+    *_, after, recipient = inputs
+    ctx.has_after, ctx.has_recipient, ctx.dtype = after is not None, recipient is not None, inputs[0].dtype
 
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> tuple:
-    grads = HEAD_LOSS[1](ctx, *upstream)
-    return *grads, *(None,) * (LOSS_INPUTS - len(grads))
+    dh, *grads = HEAD_LOSS[1](ctx, *upstream)
+    unrounded = dh if ctx.has_recipient else None
+    dh = None if dh is None or ctx.has_recipient else dh.to(ctx.dtype)
+    rest = (None,) * (LOSS_INPUTS - 3 - len(grads))
+    return dh, *grads, *rest, upstream[-1] if ctx.has_after else None, unrounded
 
 
 torch.library.define("fusedhead::shard_loss", SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _ranged = ranges.ranged("shard_loss", ranges.operands_named(SCHEMA), _shard_loss)
 torch.library.impl("fusedhead::shard_loss", "default", _ranged)
-torch.library.register_fake("fusedhead::shard_loss", fakes.fake_head_loss)
-torch.library.register_autograd("fusedhead::shard_loss", _backward, setup_context=HEAD_LOSS[0])
+torch.library.register_fake("fusedhead::shard_loss", _fake)
+torch.library.register_autograd("fusedhead::shard_loss", _backward, setup_context=_setup)

@@ -14,10 +14,12 @@ op after another are issued in one order on all ranks where each is given the ``
 through the token's gradient, backward: a compiler could order independent calls by the sizes of this rank's shard.
 
 ``reduce`` says how dh is summed: "wide" in float32, "own" in its dtype as stock torch does, in a dtype of that name, ""
-not at all, for `gather_tokens` to sum. With ``own_labels`` each rank may have labels of its own, whose logits are then
-picked on all ranks, and one more collective sends them. Without, labels are equal on all ranks; where they are not,
-every rank adds what it has of its own, as torch's ``loss_parallel`` does. A label that is no class raises on every rank
-alike. This file knows no graphs.
+not at all, for `gather_tokens` to sum. But for "own" each rank's part comes out of its sweep in float32 and is rounded
+once, after the sum; with "" it keeps that dtype on the way to a ``recipient`` (`hidden_sum`).
+
+With ``own_labels`` each rank may have labels of its own, whose logits are then picked on all ranks, and one more
+collective sends them. Without, labels are equal on all ranks; where they are not, every rank adds what it has of its
+own, as torch's ``loss_parallel`` does. A label that is no class raises on every rank alike. This file knows no graphs.
 """
 
 from __future__ import annotations
@@ -36,14 +38,15 @@ from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE
 from fusedhead.lowering.checks import LabelOutOfRange, parse_stats
 from fusedhead.lowering.shard_merge import SHARD_MISMATCH, Part, ShardMismatch, gathered, gathered_parts, merged
 
+CELLS = 64
 _HEAD = "Tensor h, Tensor w, Tensor y, Tensor cols, Tensor rows, Tensor u"
 _NEEDS = "bool need_h, bool need_w, bool need_cols, bool need_rows"
 _PLACE = "int first, int vocab, str group, str reduce"
 _ORDER = "Tensor? span=None, Tensor? after=None"
 _OWN = ", ".join(f"Tensor own_{name}" for name in SAVED_STATS)
 SHARD_SCHEMAS = {
-    "shard_stats": f"({_HEAD}, str transform, str stats, int memory, {_PLACE}, bool own_labels, {_ORDER}) -> "
-    f"({', '.join(f'Tensor {name}' for name in STATS)}, {_OWN}, Tensor token)",
+    "shard_stats": f"({_HEAD}, str transform, str stats, int memory, {_PLACE}, bool own_labels, {_ORDER}, "
+    f"Tensor? recipient=None) -> ({', '.join(f'Tensor {name}' for name in STATS)}, {_OWN}, Tensor token)",
     "shard_stats_backward": f"({', '.join(f'Tensor g_{name}' for name in DIFFERENTIABLE_STATS)}, {_HEAD}, {_OWN}, "
     f"str transform, int memory, {_NEEDS}, {_PLACE}, {_ORDER}) -> "
     "(Tensor dh, Tensor dw, Tensor dcols, Tensor drows, Tensor token)",
@@ -61,9 +64,18 @@ def group_of(name: str) -> Any:
 
 
 def in_shard(y: Tensor, first: Any, classes: int) -> tuple[Tensor, Tensor]:
-    """(which labels [N, K] are of this shard, their place in it, 0 for those of others)."""
+    """(which labels [N, K] are of this shard, their place in it; for those of others one of its first `CELLS`).
+
+    An engine computes a label's entry by itself and adds it to dw. One place for all would be a long sum in float32.
+    """
     here = (y >= first) & (y < first + classes)
-    return here, torch.where(here, y - first, 0)
+    others = torch.arange(len(y), device=y.device) % max(1, min(classes, CELLS))
+    return here, torch.where(here, y - first, others[:, None])
+
+
+def labels_of_all(y: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[N, R K], the labels [N, K] of all ranks."""
+    return gathered(y, group).movedim(0, 1).reshape(len(y), -1)
 
 
 def class_weight(h: Tensor, w: Tensor, u: Tensor) -> Tensor:
@@ -133,14 +145,15 @@ def _shard_stats(
     own_labels: bool,
     span: Tensor | None = None,
     after: Tensor | None = None,
+    recipient: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     of, want = group_of(group), parse_stats(stats)
     at, classes = (first, vocab) if span is None else (span[0], span[1])
     needed = with_companions(want | {"lse"} if "spread" in want else want)
     needed |= {"max", "argmax"} if want & {"max", "argmax"} else set()
     rank, labels = dist.get_rank(of), y
-    if own_labels and "picked" in want:  # [N, R K], the labels of all ranks
-        labels = gathered(y, of).movedim(0, 1).reshape(len(y), -1)
+    if own_labels and "picked" in want:
+        labels = labels_of_all(y, of)
     head = (h, w, cols, rows, u)
     own = _swept(head, labels, needed, transform, memory, at)
     weight = class_weight(h, w, u)
@@ -156,12 +169,17 @@ def _shard_stats(
     return *results, *saved, h.new_zeros(1, dtype=weight.dtype)
 
 
-def _summed(x: Tensor, group: str, reduce: str) -> Tensor:
-    """x summed over the ranks, as ``reduce`` says; x itself is written to where it can."""
-    dtypes = {"wide": stat_dtype(x.dtype), "own": x.dtype}
-    total = x.to(dtypes[reduce] if reduce in dtypes else getattr(torch, reduce)).contiguous()
+def part_dtype(dtype: torch.dtype, reduce: str) -> torch.dtype:
+    """The dtype of a rank's part of a gradient of this dtype, before it is summed."""
+    return dtype if reduce == "own" else stat_dtype(dtype)
+
+
+def _summed(part: Tensor, dtype: torch.dtype, group: str, reduce: str) -> Tensor:
+    """A rank's part summed over the ranks, as ``reduce`` says, in ``dtype``; the part is written to where it can."""
+    named = {"wide": stat_dtype(dtype), "own": dtype}
+    total = part.to(named[reduce] if reduce in named else getattr(torch, reduce)).contiguous()
     dist.all_reduce(total, group=group_of(group))
-    return total.to(x.dtype)
+    return total.to(dtype)
 
 
 class ShardBackwardSettings(NamedTuple):
@@ -194,21 +212,36 @@ def _gradients(
     grads: dict[str, Tensor], operands: Sequence[Tensor], own: Any, settings: ShardBackwardSettings
 ) -> tuple[Tensor, ...]:
     (h, w, y, cols, rows, u), needs, span = operands, settings.needs, settings.span
+    dtype = part_dtype(h.dtype, settings.reduce)
     if w.shape[0] == 0:
         found = [torch.zeros_like(x) if need else x.new_empty(0) for x, need in zip((h, w, cols, rows), needs)]
+        found[0] = found[0].to(dtype)
     else:
         here, cell = in_shard(y, settings.first if span is None else span[0], w.shape[0])
         if grads["picked"].numel():
             grads["picked"] = torch.where(here, grads["picked"], 0)
         found = list(
             ops._head_stats_backward(
-                *grads.values(), h, w, cell, cols, rows, u, *own, settings.transform, settings.memory, *needs
+                *grads.values(),
+                h,
+                w,
+                cell,
+                cols,
+                rows,
+                u,
+                *own,
+                settings.transform,
+                settings.memory,
+                *needs,
+                0,
+                None,
+                dtype,
             )
         )
     if settings.need_h and settings.reduce:
-        found[0] = _summed(found[0], settings.group, settings.reduce)
+        found[0] = _summed(found[0], h.dtype, settings.group, settings.reduce)
     if settings.need_rows:
-        found[3] = _summed(found[3], settings.group, "wide")
+        found[3] = _summed(found[3], rows.dtype, settings.group, "wide")
     return *found, h.new_zeros(1, dtype=stat_dtype(h.dtype))
 
 
@@ -238,7 +271,11 @@ def _stats_fake(h: Any, w: Any, y: Any, cols: Any, rows: Any, u: Any, transform:
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     _, (h, w, _, cols, rows, _), _, rest = shard_autograd.split_backward(args)
-    grads = [x.new_empty(x.shape if need else 0) for x, need in zip((h, w, cols, rows), rest[2:6])]
+    settings = ShardBackwardSettings(*rest)
+    dh_dtype = part_dtype(h.dtype, "") if settings.need_h and not settings.reduce else h.dtype
+    dtypes = [dh_dtype, w.dtype, cols.dtype, rows.dtype]
+    operands = zip((h, w, cols, rows), settings.needs, dtypes)
+    grads = [x.new_empty(x.shape if need else 0, dtype=dtype) for x, need, dtype in operands]
     return *grads, h.new_empty(1, dtype=stat_dtype(h.dtype))
 
 

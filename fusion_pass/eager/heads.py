@@ -29,6 +29,7 @@ from fusedhead.functional.eager_linear import forward_with
 from fusedhead.graph.recipes import LEAST_TOKENS
 from fusedhead.graph.run_counts import LIBRARIES, Run
 from fusedhead.legality.profitability import least_logits
+from fusedhead.legality.reasons import Illegal
 from fusedhead.legality.sharding import given_back_by
 from fusedhead.options import split_options
 from fusedhead.report import observers
@@ -138,7 +139,7 @@ def as_it_is(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
 
 
 @torch.compiler.disable
-def compiled(head: EagerHead, module: nn.Module, operands: LinearOperands, own: Any, freed: bool) -> Calls:
+def compiled(head: EagerHead, module: nn.Module, operands: LinearOperands, own: Any, freed: Illegal | None) -> Calls:
     """The pass on a call's graph. Whatever goes wrong leaves such calls as they are."""
     told: list[Report] = []
 

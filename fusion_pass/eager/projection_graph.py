@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from fusedhead.compat import ConstantSource, FakeTensorMode, ShapeEnv, enable_python_dispatcher
+from fusedhead.legality.reasons import Illegal
 from fusedhead.legality.sharding import FREED
 
 STATIC_SIZES = (0, 1)  # a size that is 1 once is another graph
@@ -51,12 +52,12 @@ def fake_of(mode: Any, operand: Tensor, symbolic: Sequence[int]) -> Tensor:
 
 
 def graph_of(
-    operands: Sequence[Tensor | None], path: str, kind: type, trace: str, freed: bool = False
+    operands: Sequence[Tensor | None], path: str, kind: type, trace: str, freed: Illegal | None = None
 ) -> tuple[GraphModule, ShapeEnv]:
     """The graph of ``F.linear(*operands)`` in the modes that are on, and what knows its symbols.
 
     Its inputs are `arguments`. ``path`` and ``kind`` are the module's; ``trace`` names the program's lines as a
-    traceback does. ``freed``: somebody frees the weight when the module has run.
+    traceback does. ``freed``: why somebody frees the weight when the module has run.
     """
     graph, shapes = Graph(), ShapeEnv(duck_shape=False)
     mode = FakeTensorMode(shape_env=shapes)

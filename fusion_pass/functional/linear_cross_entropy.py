@@ -117,7 +117,10 @@ def linear_cross_entropy(
         settings = (reduction, ignore_index, label_smoothing, z_loss, softcap, weight is None, bias is None)
         if wrong:
             refuse_with_all(wrong, h, w.shape[0], group)
-        own = span(h, w.shape[0], group, (vocab_size, str(reduce_dtype), *settings))
+        # what decides which collectives follow: all ranks sum dh or none does, and one sweep has windows for all alike
+        learnt = torch.is_grad_enabled() and h.requires_grad
+        in_one_sweep = None if vocab_size is None else (torch.is_grad_enabled() and w.requires_grad, budget)
+        own = span(h, w.shape[0], group, (vocab_size, str(reduce_dtype), learnt, in_one_sweep, *settings))
         if vocab_size is None:
             first, classes = own[0], own[1]
         else:

@@ -4,9 +4,9 @@ A head in shards waits for the other ranks where the program's own ops, which it
 elsewhere or not at all. So it is fused only where every rank of the group has compiled the same: the rank that comes
 last says yes for all in the group's key-value store. A rank says no for all where it does not want the head, where
 another rank waits for an answer on another head at the same time, or where it has waited too long for a rank that
-compiles nothing of the kind. Whoever says it first has said it, since a key of the store is set once. A rank that
-compiles the same head again finds what was said. No collective is used: a rank that is not there costs time, nothing
-more. This file knows no graphs; what is compared is text that is equal on all ranks where the heads are.
+compiles nothing of the kind, or is gone. Whoever says it first has said it, since a key of the store is set once. A
+rank that compiles the same head again finds what was said. No collective is used: a rank that is not there costs time,
+nothing more. This file knows no graphs; what is compared is text that is equal on all ranks where the heads are.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import zlib
 from threading import Lock
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from fusedhead.lowering.shards import group_of
@@ -49,11 +50,20 @@ def agreed(group: str, heads: str, wanted: bool) -> bool:
     if store.add(f"{key}/ranks/{rank}", 1) == 1 and store.add(f"{key}/ranks", 1) == ranks:
         return said(store, key, YES) == YES
     store.set(f"waits/{rank}", key)
-    deadline = time.monotonic() + WAIT
+    deadline = time.monotonic() + patience(of)
     while not store.check([key]) and time.monotonic() < deadline and not ranks_apart(store, key, rank, ranks):
         time.sleep(PAUSE)
     store.set(f"waits/{rank}", "")
     return said(store, key, NO) == YES
+
+
+def patience(group: Any) -> float:
+    """Seconds to wait for other ranks: half of what a collective of the group waits for one that is gone, or `WAIT`."""
+    try:
+        options = group._get_backend(torch.device(group._device_types[0])).options
+        return min(WAIT, options._timeout.total_seconds() / 2)
+    except (AttributeError, IndexError, RuntimeError):  # a torch, or a backend, that does not say
+        return WAIT
 
 
 def ranks_apart(store: Any, key: str, rank: int, ranks: int) -> bool:

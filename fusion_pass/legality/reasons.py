@@ -29,6 +29,11 @@ class Illegal(Reason):
         "its weight is whole only while its module runs (FullyShardedDataParallel, ZeRO-3), so the returned logits are "
         "computed at once; with the loss in the same compiled module, or under fully_shard (FSDP2), they would not be"
     )
+    FLAT_WEIGHT = (
+        "its weight is a piece of a flat parameter (FullyShardedDataParallel with use_orig_params=False), and "
+        "torch.compile leaves such modules to eager code; with use_orig_params=True a loss in the same compiled module "
+        "is fused"
+    )
     SHARDS_STACKED = "logits of several heads in one tensor are not read in shards"
     SHARDS_BY_TOKENS = "what is made of its logits is computed token by token of whole rows, which no rank has"
     SHARDS_RETURNED = (

@@ -23,25 +23,29 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from fusedhead.analysis.body import Body
-from fusedhead.graph.reasons import refuse
+from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.legality.reasons import Illegal
 
-FREED = "fusedhead_freed"  # key in the meta of a graph input whose owner frees it, for a graph Dynamo did not make
+FREED = "fusedhead_freed"  # key in the meta of an input of a graph Dynamo did not make: why its owner frees it, or None
 DEEPSPEED = "ds_id"  # attribute of a parameter under ZeRO-3, which empties parameters in place
 # what frees a gathered weight: a module of torch, a class, its method
 FREES = ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam", "free_unsharded_param")
 MANAGED = "_is_fsdp_managed_module"  # attribute that FSDP (1 and 2) sets on modules, for Dynamo
+UNFLATTENED = "_fsdp_use_orig_params"  # another one: whether Dynamo traces them
 
 
 def run(body: Body) -> None:
     """Refuse heads whose logits are only returned where their weight may be freed before the logits are read."""
     if not body.defers:
         body.decisions = [
-            decision._replace(reason=decision.reason or refuse(Illegal.GATHERED_WEIGHT))
-            if decision.deferred_only
-            else decision
+            decision._replace(reason=decision.reason or why_freed(body.graph)) if decision.deferred_only else decision
             for decision in body.decisions
         ]
+
+
+def why_freed(graph: Graph) -> Refusal:
+    flat = any(node.meta.get(FREED) is Illegal.FLAT_WEIGHT for node in graph.nodes)
+    return refuse(Illegal.FLAT_WEIGHT) if flat else refuse(Illegal.GATHERED_WEIGHT)
 
 
 def frees_weights(graph: Graph) -> bool:
@@ -72,9 +76,13 @@ def example(node: Node) -> Any:
     return getattr(node.meta.get("grapharg"), "example", None)
 
 
-def given_back_by(module: nn.Module, weight: Tensor) -> bool:
-    """Whether a module's weight, outside of any graph, is freed after the module."""
-    return hasattr(weight, DEEPSPEED) or (getattr(module, MANAGED, False) and not fsdp2_in_use())
+def given_back_by(module: nn.Module, weight: Tensor) -> Illegal | None:
+    """Why a module's weight, outside of any graph, is freed after the module; None where it is not."""
+    if hasattr(weight, DEEPSPEED):
+        return Illegal.GATHERED_WEIGHT
+    if not getattr(module, MANAGED, False) or fsdp2_in_use():
+        return None
+    return Illegal.GATHERED_WEIGHT if getattr(module, UNFLATTENED, True) else Illegal.FLAT_WEIGHT
 
 
 def fsdp2_in_use() -> bool:

@@ -33,12 +33,14 @@ from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.reasons import Escape, Refusal, refuse
 from fusedhead.ir.builder import Emit, named
 from fusedhead.kernels.contract import COMPANIONS, LINEAR_STATS, LOSS_OUTPUTS, STATS
+from fusedhead.rewrite import shard_sweeps
 from fusedhead.rewrite.loss_tail import (
     depends_on,
     differentiable,
     first_use,
     gradient_transparent,
     name_index,
+    needs_of,
     squares_of_lse,
     tails,
     writes_into,
@@ -46,6 +48,7 @@ from fusedhead.rewrite.loss_tail import (
 from fusedhead.rewrite.tail_gradient import coefficients, dependent, needed, shape_only
 
 aten = torch.ops.aten
+SHARDS = torch.ops.fusedhead.shard_stats.default
 TRIES = 4  # scalars tried: the total loss, and its values before weights or terms were added
 TIE = LOSS_OUTPUTS.index("tie")
 # outputs without a gradient: `head_stats` -> `head_loss`
@@ -102,8 +105,9 @@ def upgrade(*calls: Node, facts: GraphFacts) -> Refusal | None:
     for call in calls:
         if not any(needs_of(call)) or not any(map(differentiable, call.users)):
             return refuse(NotInForward.NO_GRADIENT)
-        if call.target is torch.ops.fusedhead.shard_stats.default:
-            return refuse(NotInForward.IN_SHARDS)
+        why = shard_sweeps.not_in_one_sweep(call) if call.target is SHARDS else None
+        if why is not None:
+            return why
         if fake(call.args[0]).dtype == torch.float16:  # type: ignore[arg-type]
             return refuse(NotInForward.FLOAT16)
         others = sorted(STATS.index(name) for name in str(call.args[7]).split(",") if name not in LINEAR_STATS)
@@ -123,12 +127,6 @@ def first_tail(
         if not reason:
             break
     return reason
-
-
-def needs_of(call: Node) -> list[bool]:
-    """Which of h, w, cols, rows want a gradient."""
-    h, w, _, cols, rows, _ = call.args[:6]
-    return [differentiable(n) for n in (h, w, cols, rows)]  # type: ignore[arg-type]
 
 
 def try_tail(
@@ -217,15 +215,20 @@ def tie_to(scalar: Node, ties: Sequence[Node], emit: Emit) -> None:
 
 
 def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares: Sequence[Node]) -> list[Node]:
-    """Replace a ``head_stats`` by ``head_loss``. ``coefficients``: of its results, which become constants."""
+    """Replace a ``head_stats`` by ``head_loss``, or a ``shard_stats`` by ``shard_loss``.
+
+    ``coefficients``: of its results, which become constants.
+    """
     tensors: Any = call.args[:6]
-    transform, stats, memory = call.args[6:]
     by_index = {name_index(s): r for s, r in coefficients.items()}
     empty = named(emit(aten.new_empty.default, tensors[0], [0], dtype=torch.float32), "no_coefficients")
     c = [by_index.get(i, empty) for i in range(len(LINEAR_STATS))]
     total = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), squares) if squares else empty
-    op = torch.ops.fusedhead.head_loss.default
-    loss = emit(op, *tensors, *c, total, transform, stats, memory, *needs_of(call))
+    if call.target is SHARDS:
+        loss = shard_sweeps.loss_call(emit, call, [*c, total])
+    else:
+        op = torch.ops.fusedhead.head_loss.default
+        loss = emit(op, *tensors, *c, total, *call.args[6:9], *needs_of(call))
     read = {s: emit(aten.detach.default, emit(operator.getitem, loss, name_index(s))) for s in coefficients}
     tie = emit(operator.getitem, loss, TIE)
     for statistic, node in read.items():

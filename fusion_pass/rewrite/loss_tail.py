@@ -29,6 +29,12 @@ def differentiable(node: Node) -> bool:
     return any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
+def needs_of(call: Node) -> list[bool]:
+    """Which of h, w, cols, rows of a sweep want a gradient."""
+    h, w, _, cols, rows, _ = call.args[:6]
+    return [differentiable(n) for n in (h, w, cols, rows)]  # type: ignore[arg-type]
+
+
 def tails(statistics: Sequence[Node]) -> Iterator[list[Node]]:
     """Tails to try, the longest first: the differentiable nodes from the statistics to a scalar in which all of them
     meet.

@@ -14,12 +14,15 @@ import operator
 import torch
 from torch.fx import Node
 
-import fusedhead.lowering.token_shards  # noqa: F401  registers torch.ops.fusedhead.shard_stats and gather_tokens
+import fusedhead.lowering.hidden_sum
+import fusedhead.lowering.shard_loss
+import fusedhead.lowering.token_shards  # noqa: F401  all register torch.ops.fusedhead
 from fusedhead.analysis.body import Body
 from fusedhead.graph.nodes import fake
 from fusedhead.ir.builder import Emit, named
 
-COLLECTIVE = frozenset({torch.ops.fusedhead.shard_stats.default, torch.ops.fusedhead.gather_tokens.default})
+WITH_COLLECTIVES = ("shard_stats", "shard_loss", "gather_tokens", "hidden_sum")
+COLLECTIVE = frozenset(getattr(torch.ops.fusedhead, name).default for name in WITH_COLLECTIVES)
 
 
 def run(body: Body) -> None:

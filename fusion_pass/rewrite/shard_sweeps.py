@@ -11,13 +11,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.fx import Node
 
+import fusedhead.lowering.shard_loss  # noqa: F401  registers torch.ops.fusedhead
+from fusedhead.analysis.reasons import NotInForward
 from fusedhead.graph.dtensors import PRODUCT, SWEPT
 from fusedhead.graph.nodes import fake
+from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.ir.builder import Emit, named
 from fusedhead.ir.logits import Logits
 from fusedhead.ir.shards import whole_vocab_of
+from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
+from fusedhead.lowering.engines import engine_for
+from fusedhead.lowering.shards import group_of
+from fusedhead.rewrite import recipients
+from fusedhead.rewrite.loss_tail import needs_of
 from fusedhead.rewrite.sweeps import Batch
 
 aten = torch.ops.aten
@@ -48,11 +57,43 @@ def sweep_call(emit: Emit, batch: Batch, operands: Sequence[Node], text: str, me
     want = ",".join(batch[0].want)
     op = torch.ops.fusedhead.shard_stats.default
     place = (start, vocab, group, "wide" if reduce else "", own_labels)
-    call = named(emit(op, h, w, y, cols, rows, u, text, want, memory, *place), "head")
+    takes = {} if reduce else recipients.to_scatter(emit, h)
+    call = named(emit(op, h, w, y, cols, rows, u, text, want, memory, *place, **takes), "head")
     steps = [facts_of(group.logits) for group in batch]
     sizes = [fake(h).shape[1], fake(h).dtype, fake(y).shape[1], fake(cols).shape[0], fake(rows).shape[0]]
     call.meta[SWEPT] = (group, whole.meta[PRODUCT], repr((steps, text, want, vocab, *sizes, *place[3:])))
     return call
+
+
+def not_in_one_sweep(call: Node) -> Refusal | None:
+    """Why the gradients of a ``shard_stats`` are not computed in its sweep, by what all ranks know alike; or None."""
+    vocab: Any = call.args[10]
+    ranks = dist.get_world_size(group_of(str(call.args[11])))
+    if -(-vocab // ranks) * (ranks - 1) >= vocab:
+        return refuse(NotInForward.NO_CLASS, ranks=ranks, vocab=vocab)
+    return refuse(NotInForward.SHARDS_OF_ROWS) if needs_of(call)[3] else None
+
+
+def loss_call(emit: Emit, call: Node, coefficients: Sequence[Node]) -> Node:
+    """The ``shard_loss`` call that replaces a ``shard_stats``: what is summed over the ranks waits for the backward.
+
+    There the upstream gradient is known, which differs by rank where each has a loss of gathered logits.
+    """
+    h, needs = call.args[0], needs_of(call)
+    text, want, memory, first, vocab, group, reduce, own_labels = call.args[6:14]
+    takes = dict(call.kwargs)
+    if reduce and needs[0]:
+        takes |= recipients.to_sum(emit, h, group)  # type: ignore[arg-type]
+    op = torch.ops.fusedhead.shard_loss.default
+    loss = emit(
+        op, *call.args[:6], *coefficients, text, want, memory, *needs, first, vocab, group, "", own_labels, **takes
+    )
+    of, product, facts = call.meta[SWEPT]
+    value = fake(h)  # type: ignore[arg-type]
+    engine = engine_for(value.dtype, value.device.type).name
+    planned = (needs, memory, engine, product_dtype(value.dtype, value.device.type))  # all ranks in equal windows
+    loss.meta[SWEPT] = (of, product, f"{facts} {planned}")
+    return loss
 
 
 def own_rows(emit: Emit, node: Node, whole: Node) -> Node:

@@ -74,7 +74,7 @@ def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, wind
     tokens = min(windows.tokens, n)
     columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
     buffers = block_buffers(head, tokens, columns)
-    dh = torch.empty(head.h.shape, dtype=head.h.dtype, device=head.h.device) if needs.h else None
+    dh = head.h.new_empty(head.h.shape, dtype=windows.dh_dtype(head)) if needs.h else None
     dw = BlockWeightGradient(head, windows.accumulate) if needs.w else None
     dcols = torch.zeros_like(head.cols, dtype=wide) if needs.cols else None
     drows = torch.zeros_like(head.rows, dtype=wide) if needs.rows else None

@@ -91,6 +91,17 @@ def other_columns_serve(head: Head, coefficients: RowGrads, needs: Needs, window
     return whole_rows and unmasked and softmax_gradients.supports(head, coefficients, needs)
 
 
+def with_sums(head: Head, total: Tensor, other_columns: OtherColumns) -> OtherColumns:
+    """``other_columns``, told the sums [N] too."""
+
+    def asked(i: slice, own: RowStats) -> Tensor:
+        some = total[i]
+        spread = spread_from_sums(head, one_number(own, some.dtype), some)
+        return other_columns(i, own._replace(sum=some.to(spread.dtype), spread=spread))
+
+    return asked
+
+
 def head_loss(
     head: Head,
     coefficients: RowGrads,
@@ -110,10 +121,11 @@ def head_loss(
         return stats, torch_dlogits.backward(head, coefficients, stats, needs, windows)
     whole_rows = windows.vocab >= len(head.w) or not (needs.w or needs.cols)
     needs_now = needs if whole_rows else NO_NEEDS
-    lse, stats, grads = softmax_gradients.single_pass(head, coefficients, needs_now, windows, other_columns)
+    total = weighted_sums(head, scale) if coefficients.sum is not None and scale is not None else None
+    asked = other_columns if other_columns is None or total is None else with_sums(head, total, other_columns)
+    lse, stats, grads = softmax_gradients.single_pass(head, coefficients, needs_now, windows, asked)
     if not whole_rows:
         grads = softmax_gradients.known_lse(head, coefficients, lse, needs, windows)
-    if coefficients.sum is not None and scale is not None:
-        total = weighted_sums(head, scale)
+    if total is not None:
         stats = stats._replace(sum=total.to(wide), spread=spread_from_sums(head, lse, total))
     return stats, grads

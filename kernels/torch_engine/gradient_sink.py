@@ -22,7 +22,7 @@ class Sink:
         self.head, self.needs, self.wide = head, needs, stat_dtype(head.h.dtype)
         self.g_sum = None if upstream.sum is None else upstream.sum.to(self.wide)
         scale = head.transform.plain_scale
-        self.dh = torch.empty(head.h.shape, dtype=head.h.dtype, device=head.h.device) if needs.h else None
+        self.dh = head.h.new_empty(head.h.shape, dtype=windows.dh_dtype(head)) if needs.h else None
         self.dw = BlockWeightGradient(head, windows.accumulate) if needs.w else None
         self.dcols = head.h.new_zeros(len(head.w), dtype=self.wide) if needs.cols else None
         self.uw: Tensor | None = None

@@ -130,9 +130,15 @@ def single_pass(
     rows = SweptRows(lse, low, z)
     sink = Sink(head, c, needs, windows)
     _sweep(head, c, needs, windows, rows, slope, sink, other_columns)
+    return lse, _own_statistics(rows, slice(None), wide), sink.finish()  # the window of E' is gone by now
+
+
+def _own_statistics(rows: SweptRows, i: slice, wide: torch.dtype) -> RowStats:
+    """The lse of swept tokens as the sum of two numbers, and their labels' logits."""
+    lse = rows.lse[i]
     high = lse.to(wide)
-    low = (two_sum_error(high, lse, torch.zeros_like(lse)) + low).to(wide)
-    return lse, RowStats(high, z.to(wide), lse_low=low), sink.finish()  # the window of E' is gone by now
+    low = (two_sum_error(high, lse, torch.zeros_like(lse)) + rows.low[i]).to(wide)
+    return RowStats(high, rows.picked[i].to(wide), lse_low=low)
 
 
 def _sweep(
@@ -192,12 +198,12 @@ def _sweep(
                 sweep_far_rows(
                     head, i, _factors(RowGrads(), head), NO_NEEDS, strip, rows, Sink(head, c, NO_NEEDS, windows)
                 )
-                beyond[i] = other_columns(i, rows.lse[i])
+                beyond[i] = other_columns(i, _own_statistics(rows, i, wide))
             sweep_far_rows(head, i, factors, needs, strip, rows, sink)
             continue
         rows.lse[i] = at = level.natural + total.log()
         if beyond is not None and other_columns is not None:
-            beyond[i] = other_columns(i, at)
+            beyond[i] = other_columns(i, _own_statistics(rows, i, wide))
         s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
         sink.hidden(i, product, s, t)
         if keep:

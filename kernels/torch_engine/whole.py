@@ -108,7 +108,7 @@ def head_stats_backward(
     z, tape = apply_and_record(head.transform, z, cols, rows, needs.cols, needs.rows)
     grads = logit_grads(upstream, stats)
     dz = torch_dlogits.dlogits_of_block(head, grads, stats, slice(None), slice(0, len(head.w)), z)
-    return head_gradients(head, dz, tape, cols, rows, needs)
+    return head_gradients(head, dz, tape, cols, rows, needs, windows)
 
 
 def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> tuple[RowStats, HeadGrads]:
@@ -131,25 +131,32 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
     if c.sum is not None:
         g = c.sum.to(wide)[:, None]
         dz.addcmul_(g, head.u.to(wide)[None]) if head.u.numel() else dz.add_(g)
-    return stats, head_gradients(head, dz, of.tape, cols, rows, needs)
+    return stats, head_gradients(head, dz, of.tape, cols, rows, needs, windows)
 
 
-def head_gradients(head: Head, dz: Tensor, tape: Tape, cols: Tensor, rows: Tensor, needs: Needs) -> HeadGrads:
+def head_gradients(
+    head: Head, dz: Tensor, tape: Tape, cols: Tensor, rows: Tensor, needs: Needs, windows: Windows
+) -> HeadGrads:
     """What the gradient of the transformed logits [N, V], which is lost, makes of the operands."""
     dcols = torch.zeros_like(head.cols, dtype=dz.dtype) if needs.cols else None
     drows = torch.zeros_like(head.rows, dtype=dz.dtype) if needs.rows else None
     dz = pull_back(head.transform, dz, tape, cols, rows, dcols, drows)
     return HeadGrads(
-        *operand_gradients(head, dz, needs),
+        *operand_gradients(head, dz, needs, windows),
         None if dcols is None else dcols.to(head.cols.dtype),
         None if drows is None else drows.to(head.rows.dtype),
     )
 
 
-def operand_gradients(head: Head, dz: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
-    """dh = dz w and dw = dzᵀ h in the operands' dtype, where needed. ``dz`` is rounded as eager code rounds it."""
+def operand_gradients(head: Head, dz: Tensor, needs: Needs, windows: Windows) -> tuple[Tensor | None, Tensor | None]:
+    """dh = dz w and dw = dzᵀ h in the operands' dtype, where needed. ``dz`` is rounded as eager code rounds it.
+
+    A dh of another dtype is multiplied in that, so that it is rounded nowhere.
+    """
     work = product_dtype(head.h.dtype, head.h.device.type)
     dz = dz.to(work)
-    dh = torch.mm(dz, head.w.to(work)).to(head.h.dtype) if needs.h else None
+    to = windows.dh_dtype(head)
+    in_dtype = work if to == head.h.dtype else to
+    dh = torch.mm(dz.to(in_dtype), head.w.to(in_dtype)).to(to) if needs.h else None
     dw = torch.mm(dz.t(), head.h.to(work)).to(head.w.dtype) if needs.w else None
     return dh, dw

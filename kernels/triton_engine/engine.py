@@ -107,7 +107,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
         upstream = upstream._replace(picked=None)
     grads = logit_grads(ready_rows(upstream), stats)
     token_cuts, vocab_cuts = list(even_cuts(n, windows.tokens)), list(even_cuts(vocab, windows.vocab))
-    dh = head.h.new_empty(head.h.shape) if needs.h else None
+    dh = head.h.new_empty(head.h.shape, dtype=windows.dh_dtype(head)) if needs.h else None
     dcols = torch.zeros_like(head.cols) if needs.cols else None
     drows = torch.zeros_like(head.rows) if needs.rows else None
     if n == 0:
@@ -116,7 +116,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     with on_device(head.h):
         buffer = new_window(head, token_cuts[0].stop, vocab_cuts[0].stop)
         # always float32: a vocabulary is many windows, and a narrow sum over them loses to eager code
-        accumulate = torch.float32 if len(vocab_cuts) > 1 else head.h.dtype
+        accumulate = torch.float32 if len(vocab_cuts) > 1 else windows.dh_dtype(head)
         for i in token_cuts:
             rebuild(
                 head,

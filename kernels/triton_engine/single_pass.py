@@ -100,7 +100,7 @@ def one_pass(
         masked = head.transform.masked_columns(head.cols)
         if masked is not None and coefficients.picked is not None:  # no slope says that a label has no gradient there
             coefficients = coefficients._replace(picked=coefficients.picked.masked_fill(masked[head.y], 0))
-        dh = new((n, hidden)) if needs.h else None
+        dh = new((n, hidden), dtype=windows.dh_dtype(head)) if needs.h else None
         dw = WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
         rank_one = None
         if coefficients.sum is not None:
@@ -114,7 +114,7 @@ def one_pass(
         slope = torch.empty_like(picked[:tokens]) if head.transform.varies_along_row else picked  # not written then
         scaled = new((tokens, hidden)) if dw is not None and dh is None else None
         separate_dh_buffer = (
-            dh is not None and narrow != torch.float32 and not uncached_columns
+            dh is not None and dh.dtype != torch.float32 and not uncached_columns
         )  # whether E w is rounded into dh at the end
         product = new((tokens, hidden), dtype=torch.float32) if separate_dh_buffer else None
         gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
@@ -134,16 +134,17 @@ def one_pass(
             totals = new((3 if summed else 1, s.schedule.size), dtype=torch.float32)
             _exponentials(s, part, whole, exps, reference2, row_picked, slope, totals, logits)
             # dh's own rows hold s ⊙ h until dw has used it
-            sh = None if dw is None else row_dh if scaled is None else first_rows(scaled, m)
+            sh = None if dw is None else _as_hidden(row_dh, narrow) if scaled is None else first_rows(scaled, m)
             rows = (reference2, row_picked, slope, totals)
             row_total = None if total is None else rows_of(total, i)
             row_spread = None if spread is None else rows_of(spread, i)
             sums = (row_total, row_spread, weight)
             if other_columns is not None:  # the lse of the columns here
-                unread, none = torch.empty_like(reference2), (None, None, None, None)
-                finalize(s, part, exps, *rows, RowGrads(), row_lse, row_low, *none, gain, tie, scale=unread)
-                other_lse = (other_columns(i, row_lse) * LOG2E.value).contiguous()
-                row_lse, row_low = torch.empty_like(row_lse), torch.empty_like(row_low)
+                unread = torch.empty_like(reference2)
+                finalize(s, part, exps, *rows, RowGrads(), row_lse, row_low, *sums, None, gain, tie, scale=unread)
+                own = RowStats(row_lse, row_picked, row_total, lse_low=row_low, spread=row_spread)
+                other_lse = (other_columns(i, own) * LOG2E.value).to(torch.float32).contiguous()
+                row_lse, row_low, sums = torch.empty_like(row_lse), torch.empty_like(row_low), (None, None, None)
             scale = finalize(s, part, exps, *rows, c, row_lse, row_low, *sums, sh, gain, tie, other_lse)
             if masked is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
                 for factor in (scale, sh):
@@ -164,6 +165,13 @@ def one_pass(
         del buffer, exps, window
         grads = HeadGrads(dh, None if dw is None else dw.finish(), None, None)
     return RowStats(lse, picked, total, lse_low=lse_low, spread=spread, tie=tie), grads
+
+
+def _as_hidden(rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The memory of dh [m, D] as rows of h's dtype, which is no wider."""
+    if rows is None or rows.dtype == dtype:
+        return rows
+    return rows.view(-1)[: rows.numel() * dtype.itemsize // rows.element_size()].view(dtype).view(rows.shape)
 
 
 def _lse_of_uncached_columns(head: Head, i: slice, first: int, picked: Tensor) -> Tensor:

@@ -28,8 +28,7 @@ def test_a_rank_sends_these_bytes_a_token(ranks: int) -> None:
     # three numbers of 4 bytes of every rank, 16 bytes a call, and dH: of 4 bytes a number, or 2
     merge = share * ranks * (12 + 16 / CASE.tokens)
     assert bytes_a_token("group=", ranks) == pytest.approx(merge + 2 * share * 4 * d)
-    even = merge + share * ranks * 4  # a number of 4 bytes more, for three products in place of four
-    assert bytes_a_token("group=, vocab_size", ranks) == pytest.approx(even + 2 * share * 4 * d)
+    assert bytes_a_token("group=, vocab_size", ranks) == pytest.approx(merge + 2 * share * 4 * d)
     assert bytes_a_token("group=, dH in its dtype", ranks) == pytest.approx(merge + 2 * share * 2 * d)
     # h gathered in two bytes, dH scattered in four: each is sent once and not twice
     assert bytes_a_token("sequence parallel", ranks) == pytest.approx(share * (2 * d + 12 * ranks + 4 * d))

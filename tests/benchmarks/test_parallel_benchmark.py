@@ -56,10 +56,7 @@ def test_what_is_timed_is_right(name: str) -> None:
 def test_the_cost_model_s_collectives_are_those_that_the_function_calls(name: str) -> None:
     modelled = arrangements.ARRANGEMENTS[name].collectives(CASE, 2)
     called = [(kind, nbytes) for kind, nbytes in rows()[name].collectives]
-    if name == "group=, vocab_size":  # on a CPU the lse of a window is float64
-        called[1] = (called[1][0], called[1][1] // 2)
-    marks, merge = 2 * MARKS, 2 if name == "group=, vocab_size" else 1  # of both ranks, in the merge
-    assert [(kind, nbytes - marks * (at == merge)) for at, (kind, nbytes) in enumerate(called)] == [
+    assert [(kind, nbytes - 2 * MARKS * (at == 1)) for at, (kind, nbytes) in enumerate(called)] == [
         (one.kind, one.nbytes) for one in modelled
     ]
 

@@ -78,8 +78,9 @@ def test_a_head_under_fsdp1_is_fused_with_its_loss_or_left_with_the_reason(name:
         for ours, plain in zip(*found["losses"], strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
         (head,) = found["heads"]
-        within = FSDP1[name][0] == "both"
-        assert (head["fused"], head["reason"]) == (within, "" if within else Illegal.GATHERED_WEIGHT.template)
+        within, flat = FSDP1[name][0] == "both", "flat" in name
+        why = Illegal.FLAT_WEIGHT if flat else Illegal.GATHERED_WEIGHT
+        assert (head["fused"], head["reason"]) == (within and not flat, "" if within and not flat else why.template)
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp, resharded", "ddp", "ddp, static_graph"])

@@ -107,8 +107,13 @@ def train(model: Any, parameters: Any, step: Step, x: Tensor, y: Tensor, micro: 
     return losses
 
 
-def fsdp(model: Model, units: Any = (), root: Any = None, rest: Any = None, policy: Any = None) -> Model:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def fsdp(
+    model: Model, units: Any = (), root: Any = None, rest: Any = None, policy: Any = None, copies: int = 0
+) -> Model:
+    """``copies``: of the model, each of which is sharded over as many ranks (HSDP)."""
+    ranks = dist.get_world_size()
+    sizes, names = ((copies, ranks // copies), ("replicate", "shard")) if copies else ((ranks,), ("shard",))
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
     more = {"mp_policy": policy} if policy is not None else {}
     for unit in units:
         fully_shard([getattr(model, n) for n in unit] if isinstance(unit, tuple) else getattr(model, unit), mesh=mesh,
@@ -139,6 +144,7 @@ class Arrangement(NamedTuple):
     micro: int = 1
     built: int = 0  # the logits that have to exist
     narrow: bool = False  # compared with the same arrangement without us
+    ranks: int = 2
 
 
 def norm_and_head(model: Model, policy: Any = None) -> Model:
@@ -181,6 +187,13 @@ ARRANGEMENTS: dict[str, Arrangement] = {
     ),
     "fsdp eager norm and head": Arrangement("logits", lambda m: eager(norm_and_head(m)), outside),
     "fsdp eager norm and head, accumulated": Arrangement("logits", lambda m: eager(norm_and_head(m)), outside, micro=2),
+    "hsdp inside": Arrangement("both", lambda m: compiled(fsdp(m, ["block"], copies=2)), inside, ranks=4),
+    "hsdp outside, resharded": Arrangement(
+        "logits", lambda m: compiled(fsdp(m, root=True, copies=2)), outside, ranks=4
+    ),
+    "hsdp eager norm and head, accumulated": Arrangement(
+        "logits", lambda m: eager(fsdp(m, ["block", ("norm", "head")], copies=2)), outside, micro=2, ranks=4
+    ),
     "fsdp bf16": Arrangement("logits", lambda m: eager(norm_and_head(m, BF16)), outside, narrow=True),
 }
 
@@ -233,7 +246,7 @@ def one(name: str) -> dict[str, Any]:
 
 
 def every_arrangement() -> dict[str, Any]:
-    return {name: one(name) for name in ARRANGEMENTS}
+    return {name: one(name) for name, how in ARRANGEMENTS.items() if how.ranks == dist.get_world_size()}
 
 
 def weight_as_an_argument() -> list[Tensor]:

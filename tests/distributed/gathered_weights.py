@@ -221,6 +221,8 @@ FSDP1: dict[str, tuple[str, Callable[[Model], Any], Any]] = {
     "compiled before, loss outside": ("logits", lambda m: fsdp1(compiled(m), False), outside),
     "eager, by hand": ("logits", lambda m: fusedhead.defer(fsdp1(m, False)), outside),
     "eager, flat, everywhere": ("logits", lambda m: everywhere(fsdp1(m, True)), outside),
+    "compiled, flat, loss inside": ("both", lambda m: everywhere(compiled(fsdp1(m, True))), inside),
+    "compiled before, flat, loss inside": ("both", lambda m: everywhere(fsdp1(compiled(m), True)), inside),
 }
 
 

@@ -16,13 +16,13 @@ RANKS = 2
 
 
 @cache
-def results() -> list[dict[str, Any]]:
-    return on_ranks("tests.distributed.arrangements:every_arrangement", RANKS)
+def results(ranks: int) -> list[dict[str, Any]]:
+    return on_ranks("tests.distributed.arrangements:every_arrangement", ranks)
 
 
 @pytest.mark.parametrize("name", ARRANGEMENTS)
 def test_an_arrangement_has_the_numbers_of_one_process(name: str) -> None:
-    for rank in results():
+    for rank in results(ARRANGEMENTS[name].ranks):
         found = rank[name]
         if ARRANGEMENTS[name].narrow:  # what one number is off by is a matter of luck
             whole = {key: torch.cat([x.double().flatten() for x in found[key]]) for key in ("ours", "plain", "exact")}
@@ -36,7 +36,7 @@ def test_an_arrangement_has_the_numbers_of_one_process(name: str) -> None:
 @pytest.mark.parametrize("name", ARRANGEMENTS)
 def test_its_logits_are_built_only_where_numbers_are_asked_for(name: str) -> None:
     how = ARRANGEMENTS[name]
-    for rank in results():
+    for rank in results(ARRANGEMENTS[name].ranks):
         (head,) = rank[name]["heads"]
         assert (head["fused"], head["logits"], head["built"], head["at once"]) == (True, "deferred", how.built, 0)
         assert head["deferred"] >= STEPS * how.micro

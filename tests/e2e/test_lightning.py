@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,3 +54,9 @@ def test_a_lightning_module(tmp_path: Path) -> None:
         return Trained(module.seen, before, weights(module))
 
     check(program, heads=1)
+
+
+def test_its_strategy_for_fsdp1_is_not_for_processors() -> None:
+    """What the table of frameworks says of it: Lightning refuses before anything is compiled."""
+    with pytest.raises(ValueError, match="requires a GPU accelerator"):
+        lightning.Trainer(accelerator="cpu", devices=2, strategy="fsdp")

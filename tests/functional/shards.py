@@ -81,6 +81,17 @@ def every_form() -> dict[str, Any]:
     return found
 
 
+def few_classes() -> Any:
+    """A head of 9 classes, of which four ranks hold 3, 3, 3 and none."""
+    operands = given(3)
+    first, last = bounds(9, dist.get_world_size(), dist.get_rank())
+    h, y = operands["input"].detach().requires_grad_(), operands["target"] % 9
+    w = operands["linear_weight"].detach()[first:last].requires_grad_()
+    loss = fusedhead.linear_cross_entropy(h, w, y, group=dist.group.WORLD, vocab_size=9)
+    loss.backward()
+    return [loss.detach(), h.grad, w.grad]
+
+
 def compiled() -> Any:
     """The same under torch.compile: the collectives are part of one graph."""
     operands = given(3)
@@ -107,6 +118,9 @@ def mistakes() -> dict[str, str]:
         "reduction": lambda: fusedhead.linear_cross_entropy(h, w, y, reduction="sum" if rank else "mean", **of),
         "smoothing": lambda: fusedhead.linear_cross_entropy(h, w, y, z_loss=0.1 * rank, **of),
         "vocab_size": lambda: fusedhead.linear_cross_entropy(h, w[rank:], y, vocab_size=V, **of),
+        "a group of half as many ranks": lambda: fusedhead.linear_cross_entropy(h, w, y, vocab_size=2 * V, **of),
+        "memory": lambda: fusedhead.linear_cross_entropy(h, w, y, vocab_size=V, memory=rank + 1, **of),
+        "gradients": lambda: fusedhead.linear_cross_entropy(h.clone().requires_grad_(rank == 0), w, y, **of),
         "label": lambda: fusedhead.linear_cross_entropy(h, w, y + V, **of),
     }
     for name, call in calls.items():

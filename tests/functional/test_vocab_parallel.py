@@ -59,12 +59,29 @@ def test_a_head_takes_two_collectives_forward_and_one_backward(ranks: int) -> No
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_even_shards_gather_the_lse_of_a_window_before_its_products_and_sum_once(ranks: int) -> None:
+def test_even_shards_gather_a_window_before_its_products_and_sum_once(ranks: int) -> None:
     for result in every_form(ranks):
         forward, backward = result["even/0"][4:6]
-        sent = [("all_gather", 16), ("all_gather", 8 * N), ("all_gather", 4 * (3 * N + 3)), ("all_reduce", 4 * N * D)]
-        assert forward == sent
+        window, dh = ("all_gather", 4 * (3 * N + 3)), ("all_reduce", 4 * N * D)
+        assert forward == [("all_gather", 16), window, dh]
         assert backward == []
+        forward, _ = result["even/3"][4:6]  # label smoothing with a bias: two sweeps
+        assert forward == [("all_gather", 16), ("all_gather", 4 * (5 * N + 3)), dh]
+
+
+def test_a_rank_that_vocab_size_leaves_without_classes_takes_part() -> None:
+    operands = given(3)
+    h, w = (
+        operands[name].detach()[: (None, 9)[at]].requires_grad_() for at, name in enumerate(("input", "linear_weight"))
+    )
+    loss = torch.nn.functional.cross_entropy(h @ w.t(), operands["target"] % 9)
+    loss.backward()
+    results = on_ranks("tests.functional.shards:few_classes", 4)
+    for got, dh, _ in results:
+        torch.testing.assert_close(got, loss.detach())
+        torch.testing.assert_close(dh, h.grad)
+    assert [len(dw) for _, _, dw in results] == [3, 3, 3, 0]
+    torch.testing.assert_close(torch.cat([dw for _, _, dw in results]), w.grad)
 
 
 def test_it_is_deterministic() -> None:
@@ -96,13 +113,15 @@ def test_compiled_the_collectives_are_in_the_graph() -> None:
 
 def test_ranks_that_do_not_fit_together_all_raise() -> None:
     first, second = on_ranks("tests.functional.shards:mistakes", 2)
-    for name in ("reduction", "smoothing"):
+    for name in ("reduction", "smoothing", "memory", "gradients"):
         assert first[name].startswith("ShardMismatch: the ranks of the group do not hold shards of one head")
         assert first[name] == second[name]
     sentences = {"hidden size": "input must be [..., D]", "vocab_size": "rank 1 of 2 must hold 48 of the 96"}
     for name, sentence in sentences.items():
         assert first[name].startswith("ShardMismatch")
         assert second[name].startswith("ValueError: " + sentence)
-    for found in (first, second):
+    for rank, found in enumerate((first, second)):
+        expected = f"ValueError: rank {rank} of 2 must hold 96 of the 192 rows that vocab_size names. Got: 48"
+        assert found["a group of half as many ranks"].startswith(expected)
         assert found["label"].startswith("LabelOutOfRange: label ")
     assert issubclass(fusedhead.LabelOutOfRange, IndexError)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.contract import Head, Needs, RowGrads, Windows
+from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats, Windows
 from fusedhead.kernels.torch_engine import engine
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.lowering import shard_loss
@@ -47,7 +47,7 @@ def test_a_row_takes_the_softmax_of_all_columns(offset: float, dtype: torch.dtyp
     elsewhere = (head.h.to(WIDE) @ others.to(WIDE).t()).logsumexp(1)
     asked: list[slice] = []
 
-    def other_columns(tokens: slice, lse: Tensor) -> Tensor:
+    def other_columns(tokens: slice, own: RowStats) -> Tensor:
         asked.append(tokens)
         return elsewhere[tokens]
 
@@ -85,9 +85,9 @@ def test_rows_far_from_zero_ask_once(level: float) -> None:
     head = head._replace(w=torch.cat((torch.full((HERE, 1), level), head.w[:, 1:]), 1))
     asked: list[int] = []
 
-    def other_columns(tokens: slice, lse: Tensor) -> Tensor:
+    def other_columns(tokens: slice, own: RowStats) -> Tensor:
         asked.append(tokens.start)
-        return lse  # as many columns as here, of the same logits
+        return own.lse.to(WIDE) + own.lse_low.to(WIDE)  # as many columns as here, of the same logits
 
     c, needs, windows = RowGrads(torch.ones(N)), Needs(True, True, False, False), Windows(16, HERE, torch.float32)
     _, alone = engine.head_loss(head, c, needs, windows)
@@ -100,6 +100,7 @@ def test_rows_far_from_zero_ask_once(level: float) -> None:
 def test_the_op_has_the_arguments_of_a_loss_and_a_place() -> None:
     loss, shard = (getattr(torch.ops.fusedhead, name).default._schema for name in ("head_loss", "shard_loss"))
     names = [argument.name for argument in shard.arguments]
-    assert names[:-4] == [argument.name for argument in loss.arguments][: len(names) - 4]
-    assert names[-4:] == ["first", "vocab", "group", "reduce"]
+    place = ["first", "vocab", "group", "reduce", "own_labels", "after", "recipient"]
+    assert names[: -len(place)] == [argument.name for argument in loss.arguments][: len(names) - len(place)]
+    assert names[-len(place) :] == place
     assert len(names) == shard_loss.LOSS_INPUTS

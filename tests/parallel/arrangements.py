@@ -37,30 +37,38 @@ class Program(NamedTuple):
     ignored: float = 0.0
     below: int | None = None  # labels are of the first classes
     micro: int = 1
+    rows: int = 1  # times the setting's
     dtype: torch.dtype | None = None  # the setting's
     model: tuple[tuple[str, Any], ...] = ()
 
     def made(self, setting: Setting, kind: type[Model] = Model) -> Model:
-        made = kind(setting.depth, self.vocab * setting.scale, **dict(self.model))
+        made = kind(setting.depth, self.vocab * setting.scale, seed=setting.seed, **dict(self.model))
         return made.to(device=setting.device, dtype=self.dtype or setting.dtype)
 
     def batch(self, setting: Setting) -> tuple[Tensor, Tensor]:
         below = self.below * setting.scale if self.below else None
+        setting = setting._replace(batch=setting.batch * self.rows)
         return data(setting, self.vocab * setting.scale, self.ignored, below)
 
 
-def program(vocab: int = V, ignored: float = 0.0, below: int | None = None, micro: int = 1, **model: Any) -> Program:
-    return Program(vocab, ignored, below, micro, model=tuple(model.items()))
+def program(vocab: int = V, **how: Any) -> Program:
+    """A program of so many classes; ``how``: fields of `Program`, and arguments of the model."""
+    own = {name: how.pop(name) for name in ("ignored", "below", "micro", "rows") if name in how}
+    return Program(vocab, **own, model=tuple(how.items()))
 
 
 def reference(setting: Setting, of: Program, dtype: torch.dtype, inductor: bool = False) -> dict[str, Any]:
     """The same by one process in eager mode, or through Inductor alone."""
-    setting = setting._replace(dtype=dtype)
+    setting, threads = setting._replace(dtype=dtype), torch.get_num_threads()
     made = of._replace(dtype=dtype).made(setting)
     if inductor:
         torch._dynamo.reset()
         made.compile(backend="inductor")
-    return train(made, setting, of.batch(setting), eager=True, micro=of.micro)
+    torch.set_num_threads(1)  # as each rank has: with more, sums over tokens are shorter
+    try:
+        return train(made, setting, of.batch(setting), eager=True, micro=of.micro)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def tp_mesh(setting: Setting) -> Any:
@@ -125,7 +133,7 @@ def fsdp(setting: Setting, of: Program, shards: int) -> dict[str, Any]:
 class Arrangement(NamedTuple):
     """What the ranks run, what is trained, the collectives of the last step, and how the sentence begins if it is left.
 
-    None: those of the program itself, which are not looked at.
+    None: those of the program itself, which are not looked at. ``again``: why the gradients take a second sweep.
     """
 
     run: Callable[..., dict[str, Any]]
@@ -133,10 +141,12 @@ class Arrangement(NamedTuple):
     forward: dict[str, int] | None
     backward: dict[str, int] | None
     left: str = ""
+    again: str = ""
 
 
 ONE, TWO = {"_allgather_base_": 1}, {"_allgather_base_": 2}
 SUM = {"allreduce_": 1}
+REGION = "inside a checkpointed region"
 LOCAL = {"output": Replicate(), "local": True, "parallel": False}
 gathered = partial(colwise, **LOCAL)
 ARRANGEMENTS: dict[str, Arrangement] = {
@@ -149,8 +159,15 @@ ARRANGEMENTS: dict[str, Arrangement] = {
     "sum": Arrangement(colwise, program(loss=total), ONE, SUM),
     "gradient accumulation": Arrangement(colwise, program(micro=2), ONE, SUM),
     # the region is computed again, its sweep too: the backward reads its lse
-    "activation checkpointing": Arrangement(colwise, program(checkpointed=True), ONE, ONE | SUM),
-    "gathered, local, checkpointed": Arrangement(gathered, program(checkpointed=True), TWO, TWO | SUM),
+    "activation checkpointing": Arrangement(colwise, program(checkpointed=True), ONE, ONE | SUM, again=REGION),
+    "gathered, local, checkpointed": Arrangement(gathered, program(checkpointed=True), TWO, TWO | SUM, again=REGION),
+    # each window of 192 of the 640 tokens is gathered before its products
+    "several windows": Arrangement(colwise, program(97, rows=20, ignored=0.2), {"_allgather_base_": 4}, SUM),
+    "several windows, gathered": Arrangement(
+        gathered, program(97, rows=20, loss=smoothed), {"_allgather_base_": 5}, SUM
+    ),
+    # a block of 512 columns is all of the last of two shards, and not of the first
+    "least memory, V not divisible": Arrangement(partial(colwise, memory="min"), program(1025), ONE, SUM),
     "two heads, V not divisible": Arrangement(
         colwise, program(97, second=35), {"_allgather_base_": 2}, {"allreduce_": 2}
     ),
@@ -158,7 +175,7 @@ ARRANGEMENTS: dict[str, Arrangement] = {
     "gathered, local": Arrangement(gathered, program(), TWO, SUM),
     "gathered, bias, V not divisible": Arrangement(gathered, program(97, bias=True), TWO, SUM),
     "label smoothing, a temperature": Arrangement(gathered, program(loss=smoothed), TWO, SUM),
-    "every statistic": Arrangement(gathered, program(loss=everything), TWO, SUM),
+    "every statistic": Arrangement(gathered, program(loss=everything), TWO, SUM, again="argmax, entropy is asked for"),
     "sequence parallel": Arrangement(
         sequence_parallel,
         program(blocks=False),
@@ -212,11 +229,14 @@ def named() -> dict[str, Any]:
     return outcomes(os.environ["NAMES"].split("|"), Setting(inductor="INDUCTOR" in os.environ))
 
 
+BF16 = [Setting(dtype=torch.bfloat16, count=False, seed=seed) for seed in range(10)]
+IN_TWO_BYTES = ("colwise, loss_parallel", "gathered, bias, V not divisible", "sequence parallel")
+
+
 def in_two_bytes() -> dict[str, Any]:
-    return outcomes(("colwise, loss_parallel", "gathered, bias, V not divisible", "sequence parallel"), BF16)
-
-
-BF16 = Setting(dtype=torch.bfloat16)
+    """Of each arrangement what it gives for several seeds."""
+    found = [outcomes(IN_TWO_BYTES, setting) for setting in BF16]
+    return {name: [each[name] for each in found] for name in IN_TWO_BYTES}
 
 
 def through_inductor() -> dict[str, Any]:

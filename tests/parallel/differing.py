@@ -44,6 +44,14 @@ class OwnTemperature(Model):
         return self.loss(z / by[:, None], y.flatten())
 
 
+class OwnScale(Model):
+    """Every rank weights the square of its loss by a number of its own."""
+
+    def of_hidden(self, h: Tensor, y: Tensor) -> Tensor:
+        loss = self.loss(self.head(h).flatten(0, 1), y.flatten())
+        return loss * loss * (0.5 + dist.get_rank())
+
+
 def both(kind: type[Model], vocab: int = V, labels: int = 0, **options: Any) -> tuple[Any, Any]:
     """(ours, torch's own): the same program on these ranks, compiled and in eager mode.
 
@@ -78,10 +86,12 @@ def outcomes() -> dict[str, Any]:
     rank = dist.get_rank()
     found: dict[str, Any] = {
         "labels of its own": both(Model, labels=5),
+        "labels and a scale of its own": both(OwnScale, 93, labels=5),
         "rows of its own": both(OwnRows, 92),
         "a number of its own": both(OwnTemperature, 91),
         "a loss on one rank": both(OneRankTakesALoss, 90),
         "another option": both(Model, 95, shards=rank == 0),
+        "another budget": both(Model, 89, memory="min" if rank else "auto"),
         "off": colwise(Setting(), program(94), **LOCAL, shards=False),
         "on again": colwise(Setting(), program(94), **LOCAL),
         "a wrong label": wrong_label(),

@@ -35,6 +35,7 @@ class Setting(NamedTuple):
     time: int = 8  # equal shards for two and for four ranks: torch flattens no uneven ones
     scale: int = 1  # of every vocabulary
     count: bool = True  # whether the collectives of the last step are counted
+    seed: int = 0
 
 
 class Model(nn.Module):
@@ -49,9 +50,10 @@ class Model(nn.Module):
         checkpointed: bool = False,
         blocks: bool = True,
         second: int = 0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self.embed, self.norm = nn.Embedding(vocab, depth), nn.LayerNorm(depth)
         self.lin = nn.Linear(depth, depth) if blocks else None
         self.head, self.loss = nn.Linear(depth, vocab, bias=bias), loss
@@ -74,7 +76,7 @@ class Model(nn.Module):
 
 def data(setting: Setting, vocab: int, ignored: float, below: int | None = None) -> tuple[Tensor, Tensor]:
     """Tokens and labels, the latter ``below`` a class where that is given."""
-    g = torch.Generator().manual_seed(7)
+    g = torch.Generator().manual_seed(7 + setting.seed)
     shape = (setting.batch, setting.time)
     x, y = torch.randint(0, vocab, shape, generator=g), torch.randint(0, below or vocab, shape, generator=g)
     y = torch.where(torch.rand(shape, generator=g) < ignored, -100, y)
@@ -148,6 +150,7 @@ def train(
         "gradients": gradients,
         "parameters": {name: whole(p) for name, p in model.named_parameters()},
         "heads": [(head.fused, head.reason, head.vocab_size, head.tokens) for head in records],
+        "engines": [head.engine for head in records],
         "forward": forward,
         "backward": backward,
     }

@@ -9,12 +9,13 @@ import torch
 
 from tests.functional.ranks import on_ranks
 
-FUSED = {"labels of its own"}
+FUSED = {"labels of its own", "labels and a scale of its own"}
 LEFT = {
     "rows of its own": "not every rank of its process group",
     "a number of its own": "meets logits that the program gathered",
     "a loss on one rank": "",
     "another option": "",
+    "another budget": "not every rank of its process group",
 }
 
 

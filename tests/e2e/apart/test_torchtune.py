@@ -20,7 +20,7 @@ def small() -> Any:
 
 @pytest.mark.parametrize("backend", [None, "fusedhead"])
 def test_a_recipes_loss(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head runs eagerly, in chunks, between compiled layers and the compiled loss."""
+    """The head runs eagerly, in chunks, between compiled layers and the compiled loss: its logits are never built."""
 
     def program(compiled: bool) -> Trained:
         from fusedhead import changes
@@ -43,7 +43,11 @@ def test_a_recipes_loss(backend: str | None, monkeypatch: pytest.MonkeyPatch) ->
             logged[f"loss {step}"] = float(value)
         return Trained(logged, before, weights(model))
 
-    check(program, heads=0)
+    fused = check(program, heads=2)  # the line of the model that hands out deferred logits, and the loss of them
+    assert {head.computes for head in fused.heads if head.logits != "deferred"} == {
+        "cross_entropy(sum, ignore_index=-100)"
+    }
+    assert sum(head.run.built.total for head in fused.heads) == 0
 
 
 def test_distillation() -> None:
