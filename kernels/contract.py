@@ -227,3 +227,4 @@ class Windows(NamedTuple):
     vocab: int  # columns of z held at once
     accumulate: torch.dtype  # dtype in which dW (token windows) or dH (vocabulary windows) is accumulated
     tail_rows: int = 0  # rows of the softmax's tail held at once in float8, where gradient products take it; else 0
+    threads: int = 0  # of the C++ kernel, where it computes windows on a CPU; 0 where torch ops do
