@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head, Needs, Windows, stat_dtype
 from fusedhead.kernels.torch_engine.blocks import Cells, block_columns, cuts, strip_columns, widened_columns
-from fusedhead.kernels.torch_engine.exponentials import Level, fill
+from fusedhead.kernels.torch_engine.exponentials import Level, fill, usual_level
 from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype, product_dtype
 
@@ -18,7 +18,6 @@ class KnownScale(NamedTuple):
     """What lets a window hand over its blocks to the gradients at once: row scales that are known beforehand."""
 
     s: Tensor  # [m] in the statistics' dtype
-    hs: Tensor  # [m, D]: s h in the dtype of the products
     sink: Sink
 
 
@@ -30,18 +29,24 @@ class Window(Protocol):
         """Columns that other sweeps over the same window hold at once."""
         ...
 
+    def usual_level(self, i: slice, labelled: Tensor, aim: float | None) -> Level:
+        """`exponentials.usual_level` of the tokens i."""
+        ...
+
     def exponentials(
         self, i: slice, h: Tensor, level: Level, cells: Cells, known: KnownScale | None = None
-    ) -> tuple[list[Tensor], Tensor]:
-        """Fill the window of the tokens i: parts [m] of the row sums of E, and E' w [m, D] where h wants a gradient.
+    ) -> list[Tensor]:
+        """Fill the window of the tokens i and sum E' w: parts [m] of the row sums of E.
 
         h [m, D] is in the dtype of the products. Blocks go to the gradients of w and of the column vectors at once
         where the row scales are ``known``.
         """
         ...
 
-    def weight_gradient(self, i: slice, known: KnownScale) -> None:
-        """The same for the blocks of a window that was kept."""
+    def gradients(self, i: slice, h: Tensor, s: Tensor, t: Tensor, sink: Sink) -> None:
+        """What E' w, the blocks of a kept window and the labels add to the gradients, for row scales s [m] and label
+        terms t [m, K].
+        """
         ...
 
 
@@ -67,27 +72,36 @@ class BlockWindow:
     def _block(self, m: int, v: slice) -> Tensor:
         return self.flat[m * v.start if self.keep else 0 :][: m * (v.stop - v.start)].view(m, v.stop - v.start)
 
+    def usual_level(self, i: slice, labelled: Tensor, aim: float | None) -> Level:
+        return usual_level(self.head, i, labelled, aim)
+
     def exponentials(
         self, i: slice, h: Tensor, level: Level, cells: Cells, known: KnownScale | None = None
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> list[Tensor]:
         head, parts = self.head, []
-        product = h.new_zeros((len(h), h.shape[1] if self.needs.h else 0), dtype=self.wide)
+        self.product = h.new_zeros((len(h), h.shape[1] if self.needs.h else 0), dtype=self.wide)
         wanted = self.keep or self.needs.h or known is not None
+        scaled = known is not None and (self.needs.w or self.needs.cols)
+        hs = (h * known.s[:, None]).to(self.work) if scaled and known is not None else h
         for v in self.blocks:
             e, w = self._block(len(h), v), head.w[v].to(self.work)
             into = e if self.kept == self.work else self.spare[: e.numel()].view(e.shape)
             parts += fill(head, i, v, h, w, level, cells, into, self.spare, wanted)
             if self.needs.h:
-                accumulate_product(product, into, w)
+                accumulate_product(self.product, into, w)
             if known is not None:
-                known.sink.block(i, v, into, known.hs, known.s)
+                known.sink.block(i, v, into, hs, known.s)
             elif into is not e:
                 e.copy_(into)
-        return parts, product
+        return parts
 
-    def weight_gradient(self, i: slice, known: KnownScale) -> None:
-        for v in self.blocks:
-            e = self._block(i.stop - i.start, v)
-            if self.kept != self.work:
-                e = self.spare[: e.numel()].view(e.shape).copy_(e)
-            known.sink.block(i, v, e, known.hs, known.s)
+    def gradients(self, i: slice, h: Tensor, s: Tensor, t: Tensor, sink: Sink) -> None:
+        sink.hidden(i, self.product, s, t)
+        if self.keep:
+            hs = (h * s[:, None]).to(self.work)
+            for v in self.blocks:
+                e = self._block(len(h), v)
+                if self.kept != self.work:
+                    e = self.spare[: e.numel()].view(e.shape).copy_(e)
+                sink.block(i, v, e, hs, s)
+        sink.labels(i, t)

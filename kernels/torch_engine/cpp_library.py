@@ -43,10 +43,18 @@ def _load() -> ctypes.CDLL | None:
     try:
         if platform.machine() not in MACHINES or vector_bits() < LEAST_BITS:
             return None
-        return compiled(resources.files(__package__).joinpath("window.cpp").read_text())
+        return compiled(source())
     except Exception as error:  # of a compiler, of many kinds
         log.info("heads on this CPU are computed by torch ops: their C++ kernel cannot be compiled (%s)", error)
         return None
+
+
+def source() -> str:
+    """The kernel's C++: `window.cpp` with the file that it includes in its place, which the compiler's cache reads."""
+    folder = resources.files(__package__)
+    return folder.joinpath("window.cpp").read_text().replace(
+        '#include "tiles.h"', folder.joinpath("tiles.h").read_text()
+    )
 
 
 def vector_bits() -> int:

@@ -8,31 +8,59 @@ faster.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, Needs, Windows
 from fusedhead.kernels.torch_engine.block_window import KnownScale
-from fusedhead.kernels.torch_engine.blocks import EXP2_FACTOR, Cells, block_columns
+from fusedhead.kernels.torch_engine.blocks import EXP2_FACTOR, SAMPLED_COLUMNS, Cells, block_columns
 from fusedhead.kernels.torch_engine.cpp_library import library
-from fusedhead.kernels.torch_engine.exponentials import Level
+from fusedhead.kernels.torch_engine.exponentials import Level, above, level_at
+from fusedhead.kernels.torch_engine.gradient_sink import Sink
 
 LANES = 32  # tokens and hidden sizes are filled up to a multiple of this
 ALIASED, GAP = 256, 16  # rows of tokens a multiple of the first apart share few places of a cache: a gap between them
 PANEL = 112  # classes that pass through a core's cache at once
-TOKENS = ("h", "w", "hs", "shift", "labelled", "classes", "e", "dh", "dw", "total", "packed_h", "packed_hs", "sums")
-SIZES = ("tokens", "hidden", "vocab", "labels", "lanes", "padded_hidden", "w_row", "w_column", "items", "panel")
+ROW_THREADS = 4  # as many at most leave what is done once a token to one of them
+INPUTS = ("h", "w", "y", "labelled", "classes", "shift", "s", "t", "g", "uw")
+RESULTS = ("picked", "level", "e", "dh", "dw", "total", "packed_h", "packed_hs", "sums", "own")
+SIZES = ("tokens", "hidden", "vocab", "labels", "cells", "lanes", "padded_hidden", "w_row", "w_column", "items", "panel")
 
 
 class Arguments(ctypes.Structure):
     """The kernel's `Window`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*TOKENS, "own")),
-        *((name, ctypes.c_int64) for name in (*SIZES, "threads", "fresh")),
+        *((name, ctypes.c_void_p) for name in (*INPUTS, *RESULTS)),
+        *((name, ctypes.c_int64) for name in (*SIZES, "threads", "row_threads", "samples", "fresh")),
         ("factor", ctypes.c_double),
     )
+
+
+def call(function: str, head: Head, i: slice, threads: int, tensors: dict[str, Tensor | None], **others: Any) -> None:
+    """Call one of the kernel's functions for the tokens i. What has no elements is not there."""
+    kernel, (vocab, hidden), m = library(), head.w.shape, i.stop - i.start
+    assert kernel is not None, "the planner asks for this kernel where it is compiled"
+    given = {"h": head.h[i].contiguous(), "w": head.w, "y": head.y[i].contiguous(), **tensors}
+    scale = 1.0 if head.transform.plain_scale is None else head.transform.plain_scale
+    arguments = Arguments(
+        **{name: x.data_ptr() if x is not None and x.numel() else None for name, x in given.items()},
+        tokens=m, hidden=hidden, vocab=vocab, labels=head.y.shape[1], lanes=lanes_of(m),
+        padded_hidden=padded(hidden), w_row=head.w.stride(0), w_column=head.w.stride(1),
+        items=items_of(threads, vocab), panel=PANEL, threads=threads,
+        row_threads=1 if threads <= ROW_THREADS else threads, samples=SAMPLED_COLUMNS, factor=EXP2_FACTOR * scale,
+        **others,
+    )  # fmt: skip
+    getattr(kernel, function)(ctypes.byref(arguments))
+
+
+def cpp_label_logits(head: Head, i: slice, threads: int) -> Tensor:
+    """`blocks.label_logits` by the C++ kernel."""
+    picked = head.h.new_empty((i.stop - i.start, head.y.shape[1]), dtype=torch.float64)
+    call("label_logits", head, i, threads, {"picked": picked})
+    return picked
 
 
 def padded(count: int) -> int:
@@ -52,11 +80,11 @@ def items_of(threads: int, vocab: int) -> int:
 
 
 def cpp_workspace(tokens: int, vocab: int, hidden: int, needs: Needs, threads: int, keep: bool) -> int:
-    """Bytes of a `CppWindow`, and of s h and E w of its tokens."""
+    """Bytes of a `CppWindow`."""
     lanes, wide, items = lanes_of(tokens), padded(hidden), items_of(threads, vocab)
     numbers = wide * lanes + threads * PANEL * (wide + lanes) + (vocab * lanes if keep else 0)
     numbers += items * tokens * wide * needs.h + 2 * (items + 1) * lanes
-    numbers += tokens * hidden * (needs.h + needs.w) + tokens * wide * needs.w
+    numbers += tokens * wide * needs.w
     return numbers * torch.float32.itemsize
 
 
@@ -64,48 +92,49 @@ class CppWindow:
     """A `Window` by the C++ kernel, for a head with a plain scale. ``keep``: whether the window is kept whole."""
 
     def __init__(self, head: Head, needs: Needs, windows: Windows, keep: bool) -> None:
-        self.head, self.needs, self.threads = head, needs, windows.threads
+        self.head, self.threads = head, windows.threads
         tokens, (vocab, hidden) = min(windows.tokens, len(head.h)), head.w.shape
-        lanes, wide, self.items = lanes_of(tokens), padded(hidden), items_of(windows.threads, vocab)
+        lanes, wide, items = lanes_of(tokens), padded(hidden), items_of(windows.threads, vocab)
         new = head.h.new_empty
         self.strip = block_columns(tokens, vocab, torch.float32.itemsize)
-        self.e = new(vocab * lanes if keep else 0)
-        self.packed_h = new(wide * lanes)
-        self.packed_hs = new(tokens * wide if needs.w else 0)
-        self.sums = new(self.items * tokens * wide if needs.h else 0)
-        self.own = new(self.threads * PANEL * (wide + lanes))
-        self.total = new((self.items + 1) * lanes, dtype=torch.float64)
+        self.buffers = {
+            "e": new(vocab * lanes if keep else 0),
+            "packed_h": new(wide * lanes),
+            "packed_hs": new(tokens * wide if needs.w else 0),
+            "sums": new(items * tokens * wide if needs.h else 0),
+            "own": new(self.threads * PANEL * (wide + lanes)),
+            "total": new((items + 1) * lanes, dtype=torch.float64),
+        }
 
-    def _arguments(self, m: int, given: dict[str, Tensor], known: KnownScale | None, i: slice) -> Arguments:
-        """The kernel's arguments for m tokens; ``given`` tensors must live until it returns."""
-        head, w = self.head, self.head.w
-        dw = None if known is None else known.sink.dw
-        if known is not None and dw is not None:
-            given = given | {"hs": known.hs, "dw": dw.sum}
-        buffers = {name: getattr(self, name) for name in ("e", "packed_h", "packed_hs", "sums", "own", "total")}
-        pointers = {name: x.data_ptr() if x.numel() else None for name, x in (buffers | given).items()}
-        scale = 1.0 if head.transform.plain_scale is None else head.transform.plain_scale
-        return Arguments(
-            **pointers,
-            tokens=m, hidden=w.shape[1], vocab=w.shape[0], lanes=lanes_of(m), padded_hidden=padded(w.shape[1]),
-            labels=given["classes"].numel() if "classes" in given else 0,
-            w_row=w.stride(0), w_column=w.stride(1), items=self.items, panel=PANEL, threads=self.threads,
-            fresh=dw is not None and i.start == 0 and not dw.started, factor=EXP2_FACTOR * scale,
-        )  # fmt: skip
+    def _call(self, function: str, i: slice, sink: Sink | None, tensors: dict[str, Tensor | None]) -> None:
+        dw = None if sink is None else sink.dw
+        if dw is not None:
+            tensors = tensors | {"dw": dw.sum}
+        fresh = dw is not None and i.start == 0 and not dw.started
+        call(function, self.head, i, self.threads, self.buffers | tensors, fresh=fresh, cells=self._cells(tensors))
+
+    @staticmethod
+    def _cells(tensors: dict[str, Tensor | None]) -> int:
+        classes = tensors.get("classes")
+        return 0 if classes is None else classes.numel()
+
+    def usual_level(self, i: slice, labelled: Tensor, aim: float | None) -> Level:
+        level = self.head.h.new_empty(i.stop - i.start)
+        self._call("sampled_level", i, None, {"level": level})
+        return level_at(self.head, above(torch.where(level.isfinite(), level, 0), labelled), False)
 
     def exponentials(
         self, i: slice, h: Tensor, level: Level, cells: Cells, known: KnownScale | None = None
-    ) -> tuple[list[Tensor], Tensor]:
-        h, product = h.contiguous(), h.new_empty((len(h), h.shape[1] if self.needs.h else 0))
-        given = {"h": h, "w": self.head.w, "shift": level.shift[:, 0].contiguous(), "dh": product}
-        given |= {"labelled": cells.tokens, "classes": cells.columns}
-        kernel = library()
-        assert kernel is not None
-        kernel.sweep(ctypes.byref(self._arguments(len(h), given, known, i)))
-        return [self.total[: len(h)]], product
+    ) -> list[Tensor]:
+        given: dict[str, Tensor | None] = {"shift": level.shift[:, 0].contiguous()}
+        given |= {"labelled": cells.tokens, "classes": cells.columns, "s": None if known is None else known.s}
+        self._call("sweep", i, None if known is None else known.sink, given)
+        return [self.buffers["total"][: i.stop - i.start]]
 
-    def weight_gradient(self, i: slice, known: KnownScale) -> None:
-        kernel = library()
-        assert kernel is not None
-        if known.sink.dw is not None:
-            kernel.add_weight_gradient(ctypes.byref(self._arguments(i.stop - i.start, {}, known, i)))
+    def gradients(self, i: slice, h: Tensor, s: Tensor, t: Tensor, sink: Sink) -> None:
+        given: dict[str, Tensor | None] = {"s": s.contiguous(), "t": t.contiguous()}
+        if sink.dh is not None:
+            given["dh"] = sink.dh[i]
+        if sink.g_sum is not None and sink.uw is not None:
+            given |= {"g": sink.g_sum[i].contiguous(), "uw": sink.uw}
+        self._call("gradients", i, sink, given)

@@ -38,7 +38,7 @@ from fusedhead.kernels.torch_engine.blocks import (
     sampled_level,
     two_sum_error,
 )
-from fusedhead.kernels.torch_engine.cpp_window import CppWindow
+from fusedhead.kernels.torch_engine.cpp_window import CppWindow, cpp_label_logits
 from fusedhead.kernels.torch_engine.exponentials import Level, below_maximum, label_terms, level_at, usual_level
 from fusedhead.kernels.torch_engine.far_rows import Factors, SweptRows, far, sweep_far_rows
 from fusedhead.kernels.torch_engine.gradient_sink import Sink
@@ -51,6 +51,11 @@ NEAR = 40.0  # a level this far from the lse at most: exp of the distance stays 
 def window_of(head: Head, needs: Needs, windows: Windows, keep: bool) -> Window:
     """The buffers and products of a sweep's windows, by the C++ kernel where the planner says so."""
     return (CppWindow if windows.threads else BlockWindow)(head, needs, windows, keep)
+
+
+def _label_terms(head: Head, i: slice, windows: Windows) -> tuple[Tensor, Tensor]:
+    """`label_terms` of the tokens i."""
+    return label_terms(head, i, cpp_label_logits(head, i, windows.threads) if windows.threads else None)
 
 
 def supports(head: Head, upstream: RowGrads, needs: Needs) -> bool:
@@ -120,7 +125,7 @@ def single_pass(
     FLOP 6 NDV; memory: E' of one window (windows.tokens x V) where w wants a gradient, else one block.
     """
     wide = stat_dtype(head.h.dtype)
-    z, slope = label_terms(head, slice(0, len(head.h)))
+    z, slope = _label_terms(head, slice(0, len(head.h)), windows)
     lse, low = head.h.new_zeros((2, len(head.h)), dtype=row_dtype(head.h.device.type))
     rows = SweptRows(lse, low, z)
     sink = Sink(head, c, needs, windows)
@@ -153,10 +158,10 @@ def _sweep(
         z, slope = rows.picked[i], slopes[i]
         first, cells = first_of_equal(head.y[i]), label_cells(head, i)
         on_cpu = head.h.device.type == "cpu"
-        level = usual_level(head, i, z, aim) if on_cpu else below_maximum(head, i, window.strip, aim, False)
+        level = window.usual_level(i, z, aim) if on_cpu else below_maximum(head, i, window.strip, aim, False)
         certain = not on_cpu
         while True:
-            parts, product = window.exponentials(i, h, level, cells)
+            parts = window.exponentials(i, h, level, cells)
             total, others = _totals(parts, z, level, first)
             if certain or bool(((total > least) & (total < most)).all()):
                 break
@@ -175,10 +180,7 @@ def _sweep(
         if beyond is not None and other_columns is not None:
             beyond[i] = other_columns(i, at)
         s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
-        sink.hidden(i, product, s, t)
-        if keep:
-            window.weight_gradient(i, KnownScale(s, (h * s[:, None]).to(work), sink))
-            sink.labels(i, t)
+        window.gradients(i, h, s, t, sink)
 
 
 def labels_alone(head: Head, upstream: RowGrads, needs: Needs, windows: Windows) -> HeadGrads:
@@ -215,19 +217,17 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
         if on_cpu and far(at.masked_fill(at.isinf(), 0)):
             sweep_far_rows(head, i, factors, needs, window.strip, far_rows, sink)
             continue
-        cells, (z, slope) = label_cells(head, i), label_terms(head, i)
+        cells, (z, slope) = label_cells(head, i), _label_terms(head, i, windows)
         level = level_at(head, at, False)
         if work != wide:
-            near = usual_level(head, i, z) if on_cpu else level_at(head, sampled_level(head, i, work), False)
+            near = window.usual_level(i, z, None) if on_cpu else level_at(head, sampled_level(head, i, work), False)
             level = level_at(head, torch.where((near.natural - at).abs() < NEAR, near.natural, at), near.exact)
         g = g_lse[i] if upstream.square is None else g_lse[i] + 2 * upstream.square[i] * at
         early = g * torch.exp(level.natural - at) * (1.0 if scale is None else scale)
         early = early.to(wide)
-        hs = (h * early[:, None]).to(work) if needs.w or needs.cols else h
-        parts, product = window.exponentials(i, h, level, cells, KnownScale(early, hs, sink))
+        parts = window.exponentials(i, h, level, cells, KnownScale(early, sink))
         first = first_of_equal(head.y[i])
         total, others = _totals(parts, z, level, first)
         s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
-        sink.hidden(i, product, s, t)
-        sink.labels(i, t)
+        window.gradients(i, h, s, t, sink)
     return sink.finish()

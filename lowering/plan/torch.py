@@ -63,7 +63,7 @@ def _cpp_candidates(problem: Problem, budget: int | None) -> list[Candidate]:
     algorithm = "frozen" if algorithm == "single pass" and not keep else algorithm
     largest = max(n // LIMITS.share, LIMITS.fewest_tokens * 3) if keep and not budget else LIMITS.cpp_tokens
     largest = min(largest, LIMITS.cpp_tokens)
-    room = budget or n * v * problem.dtype.itemsize // (2 if keep else 4)
+    room = budget or n * v * problem.dtype.itemsize // 2
     sizes = [max(LANES, tokens // LANES * LANES) for tokens in _halvings(largest, LIMITS.fewest_tokens)]
     ways = []
     for tokens in sizes:
