@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, Needs, Windows, stat_dtype

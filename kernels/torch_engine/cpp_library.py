@@ -52,8 +52,8 @@ def _load() -> ctypes.CDLL | None:
 def source() -> str:
     """The kernel's C++: `window.cpp` with the file that it includes in its place, which the compiler's cache reads."""
     folder = resources.files(__package__)
-    return folder.joinpath("window.cpp").read_text().replace(
-        '#include "tiles.h"', folder.joinpath("tiles.h").read_text()
+    return (
+        folder.joinpath("window.cpp").read_text().replace('#include "tiles.h"', folder.joinpath("tiles.h").read_text())
     )
 
 

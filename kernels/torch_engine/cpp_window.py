@@ -26,7 +26,7 @@ PANEL = 112  # classes that pass through a core's cache at once
 ROW_THREADS = 4  # as many at most leave what is done once a token to one of them
 INPUTS = ("h", "w", "y", "labelled", "classes", "shift", "s", "t", "g", "uw")
 RESULTS = ("picked", "level", "e", "dh", "dw", "total", "packed_h", "packed_hs", "sums", "own")
-SIZES = ("tokens", "hidden", "vocab", "labels", "cells", "lanes", "padded_hidden", "w_row", "w_column", "items", "panel")
+SIZES = ("tokens", "hidden", "vocab", "labels", "cells", "lanes", "padded_hidden", "w_row", "w_column", "items")
 
 
 class Arguments(ctypes.Structure):
@@ -34,7 +34,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (*INPUTS, *RESULTS)),
-        *((name, ctypes.c_int64) for name in (*SIZES, "threads", "row_threads", "samples", "fresh")),
+        *((name, ctypes.c_int64) for name in (*SIZES, "panel", "threads", "row_threads", "samples", "fresh")),
         ("factor", ctypes.c_double),
     )
 
@@ -97,13 +97,14 @@ class CppWindow:
         lanes, wide, items = lanes_of(tokens), padded(hidden), items_of(windows.threads, vocab)
         new = head.h.new_empty
         self.strip = block_columns(tokens, vocab, torch.float32.itemsize)
-        self.buffers = {
+        self.total = new((items + 1) * lanes, dtype=torch.float64)
+        self.buffers: dict[str, Tensor | None] = {
             "e": new(vocab * lanes if keep else 0),
             "packed_h": new(wide * lanes),
             "packed_hs": new(tokens * wide if needs.w else 0),
             "sums": new(items * tokens * wide if needs.h else 0),
             "own": new(self.threads * PANEL * (wide + lanes)),
-            "total": new((items + 1) * lanes, dtype=torch.float64),
+            "total": self.total,
         }
 
     def _call(self, function: str, i: slice, sink: Sink | None, tensors: dict[str, Tensor | None]) -> None:
@@ -129,7 +130,7 @@ class CppWindow:
         given: dict[str, Tensor | None] = {"shift": level.shift[:, 0].contiguous()}
         given |= {"labelled": cells.tokens, "classes": cells.columns, "s": None if known is None else known.s}
         self._call("sweep", i, None if known is None else known.sink, given)
-        return [self.buffers["total"][: i.stop - i.start]]
+        return [self.total[: i.stop - i.start]]
 
     def gradients(self, i: slice, h: Tensor, s: Tensor, t: Tensor, sink: Sink) -> None:
         given: dict[str, Tensor | None] = {"s": s.contiguous(), "t": t.contiguous()}

@@ -39,7 +39,7 @@ from fusedhead.kernels.torch_engine.blocks import (
     two_sum_error,
 )
 from fusedhead.kernels.torch_engine.cpp_window import CppWindow, cpp_label_logits
-from fusedhead.kernels.torch_engine.exponentials import Level, below_maximum, label_terms, level_at, usual_level
+from fusedhead.kernels.torch_engine.exponentials import Level, below_maximum, label_terms, level_at
 from fusedhead.kernels.torch_engine.far_rows import Factors, SweptRows, far, sweep_far_rows
 from fusedhead.kernels.torch_engine.gradient_sink import Sink
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype, kept_range, product_dtype
