@@ -43,13 +43,13 @@ def _load() -> ctypes.CDLL | None:
     try:
         if platform.machine() not in MACHINES or vector_bits() < LEAST_BITS:
             return None
-        return compiled(source())
+        return compiled_library(kernel_source())
     except Exception as error:  # of a compiler, of many kinds
         log.info("heads on this CPU are computed by torch ops: their C++ kernel cannot be compiled (%s)", error)
         return None
 
 
-def source() -> str:
+def kernel_source() -> str:
     """The kernel's C++: `window.cpp` with the file that it includes in its place, which the compiler's cache reads."""
     folder = resources.files(__package__)
     return (
@@ -65,7 +65,7 @@ def vector_bits() -> int:
     return int(isa.bit_width()) if isa else 0
 
 
-def compiled(source: str) -> ctypes.CDLL:
+def compiled_library(source: str) -> ctypes.CDLL:
     """A C++ source as a library, with torch's headers and flags."""
     from torch._inductor.codecache import CppCodeCache
 

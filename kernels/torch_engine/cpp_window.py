@@ -24,22 +24,24 @@ LANES = 32  # tokens and hidden sizes are filled up to a multiple of this
 ALIASED, GAP = 256, 16  # rows of tokens a multiple of the first apart share few places of a cache: a gap between them
 PANEL = 112  # classes that pass through a core's cache at once
 ROW_THREADS = 4  # as many at most leave what is done once a token to one of them
-INPUTS = ("h", "w", "y", "labelled", "classes", "shift", "s", "t", "g", "uw")
-RESULTS = ("picked", "level", "e", "dh", "dw", "total", "packed_h", "packed_hs", "sums", "own")
-SIZES = ("tokens", "hidden", "vocab", "labels", "cells", "lanes", "padded_hidden", "w_row", "w_column", "items")
+READ_POINTERS = ("h", "w", "y", "labelled", "classes", "shift", "s", "t", "g", "uw")
+WRITTEN_POINTERS = ("picked", "level", "e", "dh", "dw", "total", "packed_h", "packed_hs", "sums", "own")
+COUNTS = ("tokens", "hidden", "vocab", "labels", "cells", "lanes", "padded_hidden", "w_row", "w_column", "items")
 
 
 class Arguments(ctypes.Structure):
     """The kernel's `Window`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*INPUTS, *RESULTS)),
-        *((name, ctypes.c_int64) for name in (*SIZES, "panel", "threads", "row_threads", "samples", "fresh")),
+        *((name, ctypes.c_void_p) for name in (*READ_POINTERS, *WRITTEN_POINTERS)),
+        *((name, ctypes.c_int64) for name in (*COUNTS, "panel", "threads", "row_threads", "samples", "fresh")),
         ("factor", ctypes.c_double),
     )
 
 
-def call(function: str, head: Head, i: slice, threads: int, tensors: dict[str, Tensor | None], **others: Any) -> None:
+def call_kernel(
+    function: str, head: Head, i: slice, threads: int, tensors: dict[str, Tensor | None], **others: Any
+) -> None:
     """Call one of the kernel's functions for the tokens i. What has no elements is not there."""
     kernel, (vocab, hidden), m = library(), head.w.shape, i.stop - i.start
     assert kernel is not None, "the planner asks for this kernel where it is compiled"
@@ -48,7 +50,7 @@ def call(function: str, head: Head, i: slice, threads: int, tensors: dict[str, T
     arguments = Arguments(
         **{name: x.data_ptr() if x is not None and x.numel() else None for name, x in given.items()},
         tokens=m, hidden=hidden, vocab=vocab, labels=head.y.shape[1], lanes=lanes_of(m),
-        padded_hidden=padded(hidden), w_row=head.w.stride(0), w_column=head.w.stride(1),
+        padded_hidden=whole_vectors(hidden), w_row=head.w.stride(0), w_column=head.w.stride(1),
         items=items_of(threads, vocab), panel=PANEL, threads=threads,
         row_threads=1 if threads <= ROW_THREADS else threads, samples=SAMPLED_COLUMNS, factor=EXP2_FACTOR * scale,
         **others,
@@ -59,18 +61,18 @@ def call(function: str, head: Head, i: slice, threads: int, tensors: dict[str, T
 def cpp_label_logits(head: Head, i: slice, threads: int) -> Tensor:
     """`blocks.label_logits` by the C++ kernel."""
     picked = head.h.new_empty((i.stop - i.start, head.y.shape[1]), dtype=torch.float64)
-    call("label_logits", head, i, threads, {"picked": picked})
+    call_kernel("label_logits", head, i, threads, {"picked": picked})
     return picked
 
 
-def padded(count: int) -> int:
+def whole_vectors(count: int) -> int:
     """The next multiple of `LANES`."""
     return -(-count // LANES) * LANES
 
 
 def lanes_of(tokens: int) -> int:
     """Numbers from one row of tokens to the next."""
-    count = padded(tokens)
+    count = whole_vectors(tokens)
     return count if count % ALIASED else count + GAP
 
 
@@ -81,7 +83,7 @@ def items_of(threads: int, vocab: int) -> int:
 
 def cpp_workspace(tokens: int, vocab: int, hidden: int, needs: Needs, threads: int, keep: bool) -> int:
     """Bytes of a `CppWindow`."""
-    lanes, wide, items = lanes_of(tokens), padded(hidden), items_of(threads, vocab)
+    lanes, wide, items = lanes_of(tokens), whole_vectors(hidden), items_of(threads, vocab)
     numbers = wide * lanes + threads * PANEL * (wide + lanes) + (vocab * lanes if keep else 0)
     numbers += items * tokens * wide * needs.h + 2 * (items + 1) * lanes
     numbers += tokens * wide * needs.w
@@ -94,7 +96,7 @@ class CppWindow:
     def __init__(self, head: Head, needs: Needs, windows: Windows, keep: bool) -> None:
         self.head, self.threads = head, windows.threads
         tokens, (vocab, hidden) = min(windows.tokens, len(head.h)), head.w.shape
-        lanes, wide, items = lanes_of(tokens), padded(hidden), items_of(windows.threads, vocab)
+        lanes, wide, items = lanes_of(tokens), whole_vectors(hidden), items_of(windows.threads, vocab)
         new = head.h.new_empty
         self.strip = block_columns(tokens, vocab, torch.float32.itemsize)
         self.total = new((items + 1) * lanes, dtype=torch.float64)
@@ -112,7 +114,9 @@ class CppWindow:
         if dw is not None:
             tensors = tensors | {"dw": dw.sum}
         fresh = dw is not None and i.start == 0 and not dw.started
-        call(function, self.head, i, self.threads, self.buffers | tensors, fresh=fresh, cells=self._cells(tensors))
+        call_kernel(
+            function, self.head, i, self.threads, self.buffers | tensors, fresh=fresh, cells=self._cells(tensors)
+        )
 
     @staticmethod
     def _cells(tensors: dict[str, Tensor | None]) -> int:

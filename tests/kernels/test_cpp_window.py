@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.measure import cpu_allocations, peak_of
 from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats, Windows
-from fusedhead.kernels.torch_engine import cpp_library, engine
-from fusedhead.kernels.torch_engine.cpp_window import PANEL, cpp_workspace, items_of, lanes_of
+from fusedhead.kernels.torch_engine import cpp_library, engine, softmax_gradients
+from fusedhead.kernels.torch_engine.cpp_window import PANEL, CppWindow, cpp_workspace, items_of, lanes_of
 from fusedhead.kernels.torch_engine.workspace import rows_workspace
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.lowering.plan.plan import plan
 from fusedhead.lowering.plan.problem import Problem
+from tests.lowering.heads import OPS, none, operands
 
 BOTH, HIDDEN = Needs(True, True, False, False), Needs(True, False, False, False)
 WEIGHT, NOTHING = Needs(False, True, False, False), Needs(False, False, False, False)
@@ -179,7 +179,7 @@ def test_without_a_compiler_torch_ops_compute_the_head(monkeypatch):
     def fails(source: str) -> None:
         raise OSError("no compiler")
 
-    monkeypatch.setattr(cpp_library, "compiled", fails)
+    monkeypatch.setattr(cpp_library, "compiled_library", fails)
     cpp_library._load.cache_clear()
     try:
         assert cpp_library.library() is None
@@ -189,24 +189,23 @@ def test_without_a_compiler_torch_ops_compute_the_head(monkeypatch):
         cpp_library._load.cache_clear()
 
 
-def test_a_step_of_a_compiled_program_runs_it(monkeypatch):
+def test_a_large_head_s_op_runs_it(monkeypatch):
     monkeypatch.setattr(cpp_library, "LEAST_FLOP", 0)
-    called = []
-    real = engine.softmax_gradients.CppWindow
-    monkeypatch.setattr(engine.softmax_gradients, "CppWindow", lambda *a: called.append(a) or real(*a))
+    windows = []
+
+    def watched(head: Head, needs: Needs, chosen: Windows, keep: bool) -> CppWindow:
+        windows.append(chosen)
+        return CppWindow(head, needs, chosen, keep)
+
+    monkeypatch.setattr(softmax_gradients, "CppWindow", watched)
     torch.manual_seed(0)
-    h, w, y = (
-        torch.randn(64, 32, requires_grad=True),
-        torch.randn(900, 32, requires_grad=True),
-        torch.randint(900, (64,)),
-    )
-    compiled = torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y), backend="fusedhead", dynamic=False)
-    loss = compiled(h, w, y)
-    grads = torch.autograd.grad(loss, (h, w))
-    assert len(called) == 1
-    expected = F.cross_entropy(F.linear(h, w), y)
-    for a, b in zip((loss, *grads), (expected, *torch.autograd.grad(expected, (h, w)))):
-        torch.testing.assert_close(a, b)
+    n = 1024
+    o = operands(n, 4000, 32, dtype=torch.float32, u=False)
+    c, e = torch.full((n,), 1 / n), none(o.h)
+    got = OPS.head_loss(*o, c, -c[:, None], e, e, "", "lse,picked", 0, True, True, False, False)
+    assert [each.threads for each in windows] == [torch.get_num_threads()]
+    true = eager(Head(*o, parse("")), RowGrads(c, -c[:, None]), torch.float64)
+    assert float(off((got[0], got[1], *got[3:5]), (*true[:2], *true[3:])).max()) < 1e-6
 
 
 def test_rows_of_tokens_do_not_share_few_places_of_a_cache():

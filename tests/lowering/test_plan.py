@@ -9,6 +9,7 @@ import torch
 
 from fusedhead.kernels import chips
 from fusedhead.kernels.contract import Needs, Windows
+from fusedhead.kernels.torch_engine import cpp_library
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.lowering import engines
 from fusedhead.lowering.engines import engine_for
@@ -25,6 +26,14 @@ LLAMA, GEMMA, QWEN, GPT2 = (8192, 128256, 4096), (8192, 256000, 2304), (8192, 15
 WIDENED = {"products": FP32}
 SQUARE = parse("fn:mul(z,z);#0|mul(2.0,z);mul(g,#0);#1")
 SIZES = ((1, 32000, 512), (7, 507, 123), (1024, 32000, 512), (2048, 50304, 768), LLAMA, (1 << 20, 1 << 18, 8192))
+
+
+@pytest.fixture(autouse=True, params=[0, 2], ids=["torch ops", "C++ kernel"])
+def kernel_threads(request, monkeypatch) -> int:
+    """A CPU without a compiler, and one whose C++ kernel has two threads."""
+    monkeypatch.setattr(cpp_library, "library", lambda: object() if request.param else None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    return request.param
 
 
 def plan(n: int, v: int, d: int, dtype: torch.dtype, device: str, **options) -> Plan:
@@ -121,8 +130,11 @@ def chosen_on(monkeypatch, hip, majors, agrees: bool) -> str:
         ((1024, 32000, 512), FP32, "cpu", {"row_scale": False}, "recompute", Windows(1024, 2048, FP32)),
     ],
 )
-def test_the_plan_of(sizes, dtype, device, options, algorithm, windows):
+def test_the_plan_of(sizes, dtype, device, options, algorithm, windows, kernel_threads):
     chosen = plan(*sizes, dtype, device, **options)
+    if chosen.windows.threads:
+        assert (dtype, device, kernel_threads) == (FP32, "cpu", chosen.windows.threads)
+        return
     assert (chosen.algorithm, chosen.windows) == (algorithm, windows)
 
 
