@@ -9,8 +9,9 @@
 | float8       | 3        | two of exponentials in float8          | the same for `plan.float8`, where asked |
 | whole        | 3 (or 1) | all logits                             | fewer logits than `whole_below`         |
 
-A product is 2 N V D FLOP; recompute is 3 products where the lse is known from the forward. On the CPU a
-block is cut to the caches by the engine. `plan.torch` and `plan.triton` hold each engine's candidates.
+A product is 2 N V D FLOP; recompute is 3 products where the lse is known from the forward. On the CPU a block is cut to
+the caches by the engine; a large float32 head with one plain softmax takes windows of the C++ kernel there, in each of
+the first four algorithms (`Windows.threads`). `plan.torch` and `plan.triton` hold each engine's candidates.
 """
 
 from __future__ import annotations
