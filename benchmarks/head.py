@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import contenders, data, errors, machine, measure, precompile, report, shapes, tasks
+from benchmarks.neighbours import neighbours
 from benchmarks.report import FLOOR, Row
 from benchmarks.shapes import Case
 
@@ -118,14 +119,15 @@ def group(
     if steps and FLOOR not in run.given.without:
         steps = {FLOOR: tasks.floor_step(task, batch), **steps}
         rows.insert(0, Row(case.text, kind, task.name, FLOOR, note=f"{task.gemms} products of 2NDV"))
-    times = measure.interleaved(
-        steps,
-        run.device,
-        run.given.rounds,
-        run.given.seconds,
-        run.deadline,
-        lambda name: bar.set_postfix_str(f"{case.text} {kind} {task.name}: timing {name}"),
-    )
+    with neighbours(run.given.neighbours):
+        times = measure.interleaved(
+            steps,
+            run.device,
+            run.given.rounds,
+            run.given.seconds,
+            run.deadline,
+            lambda name: bar.set_postfix_str(f"{case.text} {kind} {task.name}: timing {name}"),
+        )
     fill(rows, times)
     for row in rows:
         if row.ms and not run.late():
@@ -150,6 +152,7 @@ def fill(rows: list[Row], times: dict[str, list[float]]) -> None:
         measure.put_times(row, times.get(row.contender, []))
         if row.ms:
             row.ratio = floor / row.ms if floor else None
+            row.over_inductor = measure.median_ratio(mine, times.get("inductor", []))
         row.over_eager = errors.against(row.error, eager)
 
 
@@ -166,6 +169,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=lambda s: s.split(","), default=list(data.SETS), help="random,trained,model")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds at most")
     parser.add_argument("--seconds", type=float, default=2.0, help="timing budget of one row")
+    parser.add_argument(
+        "--neighbours", type=int, default=0, help="other processes that multiply matrices meanwhile, a thread each"
+    )
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for the whole run")
     parser.add_argument("--out", default="benchmarks/results/latest", help="folder of head.json, head.md, head.png")
     parser.add_argument("--append", action="store_true", help="keep the rows that --out has already")

@@ -47,4 +47,5 @@ def origin(device: torch.device, module: str, arguments: list[str] | None = None
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": device_name(device),
         "versions": versions(),
+        "load": f"{os.getloadavg()[0]:.0f}",  # runnable threads of the machine, this program's not yet among them
     }

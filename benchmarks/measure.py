@@ -138,6 +138,12 @@ def median_ms(times: list[float]) -> float | None:
     return statistics.median(times) * 1e3 if times else None
 
 
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float | None:
+    """The median over the rounds of a time and another's in the same round: what a machine's other work changes in
+    both is no part of it."""
+    return statistics.median(a / b for a, b in zip(times, others)) if times and others else None
+
+
 def cpu_allocations(run: Callable[[], Result]) -> tuple[Result, list[int]]:
     """What ``run`` returns, and the bytes of every allocation (and, negative, release) by torch's CPU allocator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:

@@ -31,6 +31,7 @@ class Row:
     rounds: int = 0
     spread: float | None = None  # (slowest - fastest round) / median
     ratio: float | None = None  # floor's ms / ms: 1 is the speed of the bare GEMMs
+    over_inductor: float | None = None  # median over rounds of its time over Inductor's in the same round
     extra_mib: float | None = None  # peak less inputs, dH and dW
     error: dict[str, float] = dataclasses.field(default_factory=dict)  # relative, by loss, dh, dw
     over_eager: dict[str, float] = dataclasses.field(default_factory=dict)  # error / eager's error
@@ -46,6 +47,7 @@ HEADINGS = (
     "ms",
     "device ms",
     "floor/ms",
+    "/inductor",
     "extra MiB",
     "loss",
     "dH",
@@ -68,6 +70,7 @@ def cells(row: Row) -> tuple[str, ...]:
         shown(row.ms, ".2f" if row.ms and row.ms < 100 else ".1f"),
         shown(row.device_ms, ".2f"),
         shown(row.ratio, ".2f"),
+        shown(row.over_inductor, ".2f"),
         shown(row.extra_mib, ".1f" if row.extra_mib and abs(row.extra_mib) < 10 else ".0f"),
         *(shown(row.error.get(name), ".1e") for name in ("loss", "dh", "dw")),
         *(shown(row.over_eager.get(name), ".2f") for name in ("loss", "dh", "dw")),
@@ -99,12 +102,14 @@ def markdown(results: dict[str, Any], rows: list[Row]) -> str:
     out = ["# The head, measured", ""]
     for run in results["runs"]:
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version != "-")
-        out += [f"{run['device']}, {run['date']}: `{run['command']}`  ", f"{versions}", ""]
+        load = f", load {run['load']} at its start" if "load" in run else ""
+        out += [f"{run['device']}, {run['date']}{load}: `{run['command']}`  ", f"{versions}", ""]
     out += [
         "ms is a step in a row of its own kind; device ms (of short steps) one that the host has enqueued ahead of",
         "time, behind products as in a model's layers, which leave the device hotter. floor/ms is the speed relative",
-        "to the bare products of the task; extra MiB is the peak of one step, less inputs, dH and dW; errors are",
-        "relative to float64, then over eager's in the same dtype.",
+        "to the bare products of the task; /inductor the median over the rounds of the time over Inductor's in the",
+        "same round; extra MiB is the peak of one step, less inputs, dH and dW; errors are relative to float64, then",
+        "over eager's in the same dtype.",
     ]
     for (case, task, data), members in groups(rows).items():
         out += ["", f"### {case} {task}, {data} data", ""]

@@ -232,6 +232,7 @@ class Windows(NamedTuple):
     accumulate: torch.dtype  # dtype in which dW (token windows) or dH (vocabulary windows) is accumulated
     tail_rows: int = 0  # rows of the softmax's tail held at once in float8, where gradient products take it; else 0
     dh: torch.dtype | None = None  # dtype of dH, where it is a part of a sum that is rounded later; None: that of h
+    threads: int = 0  # of the C++ kernel, where it computes windows on a CPU; 0 where torch ops do
 
     def dh_dtype(self, head: Head) -> torch.dtype:
         return self.dh or head.h.dtype

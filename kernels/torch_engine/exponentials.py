@@ -189,13 +189,15 @@ def fill(
     return totals
 
 
-def label_terms(head: Head, i: slice) -> tuple[Tensor, Tensor]:
+def label_terms(head: Head, i: slice, raw: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Transformed logits of the labels of window i and the transform's slope there: both [m, K], fine.
+
+    ``raw`` are the logits before it, where they are known.
 
     The logits are numbers of the statistics' dtype, as the ones handed out: a likely label's loss, lse - z, would
     otherwise be what rounding takes off z, and less than 0 half of the time.
     """
-    raw = label_logits(head, i)
+    raw = label_logits(head, i) if raw is None else raw
     cols, rows = label_vectors(head, i)
     z, tape = apply_and_record(head.transform, raw, cols, rows, False, False)
     rounded = z.to(stat_dtype(head.h.dtype)).to(z.dtype)

@@ -29,32 +29,33 @@ from fusedhead.kernels.contract import (
     Windows,
     stat_dtype,
 )
+from fusedhead.kernels.torch_engine.block_window import BlockWindow, KnownScale, Window
 from fusedhead.kernels.torch_engine.blocks import (
-    block_columns,
     cuts,
     first_of_equal,
     label_cells,
     row_dtype,
     sampled_level,
-    strip_columns,
     two_sum_error,
-    widened_columns,
 )
-from fusedhead.kernels.torch_engine.exponentials import (
-    Level,
-    below_maximum,
-    block_buffers,
-    fill,
-    label_terms,
-    level_at,
-    usual_level,
-)
+from fusedhead.kernels.torch_engine.cpp_window import CppWindow, cpp_label_logits
+from fusedhead.kernels.torch_engine.exponentials import Level, below_maximum, label_terms, level_at
 from fusedhead.kernels.torch_engine.far_rows import Factors, SweptRows, far, sweep_far_rows
-from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_product
+from fusedhead.kernels.torch_engine.gradient_sink import Sink
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype, kept_range, product_dtype
 
 LARGEST_SHARE = 600.0  # of e: float64 holds its power
 NEAR = 40.0  # a level this far from the lse at most: exp of the distance stays within `kept_range`
+
+
+def window_of(head: Head, needs: Needs, windows: Windows, keep: bool) -> Window:
+    """The buffers and products of a sweep's windows, by the C++ kernel where the planner says so."""
+    return (CppWindow if windows.threads else BlockWindow)(head, needs, windows, keep)
+
+
+def _label_terms(head: Head, i: slice, windows: Windows) -> tuple[Tensor, Tensor]:
+    """`label_terms` of the tokens i."""
+    return label_terms(head, i, cpp_label_logits(head, i, windows.threads) if windows.threads else None)
 
 
 def supports(head: Head, upstream: RowGrads, needs: Needs) -> bool:
@@ -121,11 +122,10 @@ def single_pass(
 
     With ``other_columns`` the statistics are those of the head's own columns, and c is of the statistics of all.
 
-    FLOP 6 NDV; memory: E' of one window (windows.tokens x V) where w wants a gradient, else one block. A window that is
-    kept narrower than it is multiplied (`kept_dtype`) is widened strip by strip.
+    FLOP 6 NDV; memory: E' of one window (windows.tokens x V) where w wants a gradient, else one block.
     """
     wide = stat_dtype(head.h.dtype)
-    z, slope = label_terms(head, slice(0, len(head.h)))
+    z, slope = _label_terms(head, slice(0, len(head.h)), windows)
     lse, low = head.h.new_zeros((2, len(head.h)), dtype=row_dtype(head.h.device.type))
     rows = SweptRows(lse, low, z)
     sink = Sink(head, c, needs, windows)
@@ -152,68 +152,41 @@ def _sweep(
     other_columns: OtherColumns | None = None,
 ) -> None:
     """The sweep of `single_pass`, which fills ``rows`` and ``sink``; ``slopes`` and rows.picked are `label_terms`."""
-    n, vocab, wide = len(head.h), len(head.w), stat_dtype(head.h.dtype)
-    work = product_dtype(head.h.dtype, head.h.device.type)
-    tokens = min(windows.tokens, n)
-    columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
-    keep = needs.w or needs.cols
+    n, wide, work = len(head.h), stat_dtype(head.h.dtype), product_dtype(head.h.dtype, head.h.device.type)
+    tokens, keep = min(windows.tokens, n), needs.w or needs.cols
+    window = window_of(head, needs, windows, keep)
     kept = kept_dtype(head.h.dtype, work, head.transform) if keep else work
-    if kept != work:
-        columns = widened_columns(tokens, columns, head.h.shape[1], wide.itemsize)
-    blocks = list(cuts(vocab, columns))
-    flat = head.h.new_empty(tokens * (vocab if keep else columns), dtype=kept)
-    strip = strip_columns(tokens, columns, wide.itemsize) if keep else columns
-    spare = head.h.new_empty(0 if kept == wide else tokens * strip, dtype=wide)
     least, aim, most = kept_range(kept, head.transform)
     beyond = None if other_columns is None else torch.empty_like(rows.lse)
     factors = _factors(c, head, beyond)
     for i in cuts(n, tokens):
         h = head.h[i].to(work)
-        m = len(h)
         z, slope = rows.picked[i], slopes[i]
         first, cells = first_of_equal(head.y[i]), label_cells(head, i)
         on_cpu = head.h.device.type == "cpu"
-        level = usual_level(head, i, z, aim) if on_cpu else below_maximum(head, i, strip, aim, False)
+        level = window.usual_level(i, z, aim) if on_cpu else below_maximum(head, i, window.strip, aim, False)
         certain = not on_cpu
         while True:
-            parts: list[Tensor] = []
-            product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
-            for v in blocks:
-                e = flat[m * v.start if keep else 0 :][: m * (v.stop - v.start)].view(m, v.stop - v.start)
-                w = head.w[v].to(work)
-                into = e if kept == work else spare[: e.numel()].view(e.shape)
-                parts += fill(head, i, v, h, w, level, cells, into, spare, keep or needs.h)
-                if needs.h:
-                    accumulate_product(product, into, w)
-                if into is not e:
-                    e.copy_(into)
+            parts = window.exponentials(i, h, level, cells)
             total, others = _totals(parts, z, level, first)
             if certain or bool(((total > least) & (total < most)).all()):
                 break
-            level, certain = below_maximum(head, i, strip, aim, True), True
+            level, certain = below_maximum(head, i, window.strip, aim, True), True
             if far(level.natural):
                 break
         if on_cpu and certain and far(level.natural):
             if beyond is not None and other_columns is not None:  # it asks for the lse first
                 sweep_far_rows(
-                    head, i, _factors(RowGrads(), head), NO_NEEDS, strip, rows, Sink(head, c, NO_NEEDS, windows)
+                    head, i, _factors(RowGrads(), head), NO_NEEDS, window.strip, rows, Sink(head, c, NO_NEEDS, windows)
                 )
                 beyond[i] = other_columns(i, _own_statistics(rows, i, wide))
-            sweep_far_rows(head, i, factors, needs, strip, rows, sink)
+            sweep_far_rows(head, i, factors, needs, window.strip, rows, sink)
             continue
         rows.lse[i] = at = level.natural + total.log()
         if beyond is not None and other_columns is not None:
             beyond[i] = other_columns(i, _own_statistics(rows, i, wide))
         s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
-        sink.hidden(i, product, s, t)
-        if keep:
-            hs = (h * s[:, None]).to(work)
-            for v in blocks:
-                e = flat[m * v.start :][: m * (v.stop - v.start)].view(m, v.stop - v.start)
-                if kept != work:
-                    e = spare[: e.numel()].view(e.shape).copy_(e)
-                sink.block(i, v, e, hs, s)
-            sink.labels(i, t)
+        window.gradients(i, h, s, t, sink)
 
 
 def labels_alone(head: Head, upstream: RowGrads, needs: Needs, windows: Windows) -> HeadGrads:
@@ -238,12 +211,9 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
     The row sums come out of the sweep again: what can wait for them (dh, labels) does not depend on how the lse was
     rounded, which matters where the lse is large.
     """
-    n, vocab = len(head.h), len(head.w)
-    wide, fine = stat_dtype(head.h.dtype), row_dtype(head.h.device.type)
+    n, wide, fine = len(head.h), stat_dtype(head.h.dtype), row_dtype(head.h.device.type)
     work = product_dtype(head.h.dtype, head.h.device.type)
-    tokens = min(windows.tokens, n)
-    columns = block_columns(tokens, min(windows.vocab, vocab), wide.itemsize)
-    block, spare = block_buffers(head, tokens, columns)
+    tokens, window = min(windows.tokens, n), window_of(head, needs, windows, keep=False)
     factors, (g_lse, picked) = _factors(upstream, head), _prepared(head, upstream)
     far_rows = SweptRows(torch.empty_like(g_lse), torch.empty_like(g_lse), torch.empty_like(picked))  # found again
     sink = Sink(head, upstream, needs, windows)
@@ -251,30 +221,19 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
     for i in cuts(n, tokens):
         h, at, on_cpu = head.h[i].to(work), lse[i].to(fine), head.h.device.type == "cpu"
         if on_cpu and far(at.masked_fill(at.isinf(), 0)):
-            sweep_far_rows(head, i, factors, needs, columns, far_rows, sink)
+            sweep_far_rows(head, i, factors, needs, window.strip, far_rows, sink)
             continue
-        m, cells = len(h), label_cells(head, i)
-        z, slope = label_terms(head, i)
+        cells, (z, slope) = label_cells(head, i), _label_terms(head, i, windows)
         level = level_at(head, at, False)
         if work != wide:
-            near = usual_level(head, i, z) if on_cpu else level_at(head, sampled_level(head, i, work), False)
+            near = window.usual_level(i, z, None) if on_cpu else level_at(head, sampled_level(head, i, work), False)
             level = level_at(head, torch.where((near.natural - at).abs() < NEAR, near.natural, at), near.exact)
         g = g_lse[i] if upstream.square is None else g_lse[i] + 2 * upstream.square[i] * at
         early = g * torch.exp(level.natural - at) * (1.0 if scale is None else scale)
         early = early.to(wide)
-        parts: list[Tensor] = []
-        hs = (h * early[:, None]).to(work) if needs.w or needs.cols else h
-        product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
-        for v in cuts(vocab, columns):
-            e = block[: m * (v.stop - v.start)].view(m, v.stop - v.start)
-            w = head.w[v].to(work)
-            parts += fill(head, i, v, h, w, level, cells, e, spare)
-            if needs.h:
-                accumulate_product(product, e, w)
-            sink.block(i, v, e, hs, early)
+        parts = window.exponentials(i, h, level, cells, KnownScale(early, sink))
         first = first_of_equal(head.y[i])
         total, others = _totals(parts, z, level, first)
         s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
-        sink.hidden(i, product, s, t)
-        sink.labels(i, t)
+        window.gradients(i, h, s, t, sink)
     return sink.finish()

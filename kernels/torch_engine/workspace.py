@@ -68,13 +68,27 @@ def workspace(
     weights = (columns if widened else wide_columns) * d * (wide.itemsize if widened or narrow else 0)
     weights += columns * d * work.itemsize if needs.w and accumulate != work else 0
     sums = v * d * wide.itemsize if needs.w and accumulate != dtype else 0
-    sample = tokens * min(SAMPLED_COLUMNS * 2, v) * wide.itemsize * 4 + min(SAMPLED_COLUMNS * 2, v) * d * wide.itemsize
-    vectors = (tokens * (k + 1) * 16 + n * k * 4) * row_dtype(device_type).itemsize
     late = n * k * 48 if needs.w and accumulate != wide else 0
-    gathers = 4 * min(GATHER_BYTES, n * max(1, k) * d * row_dtype(device_type).itemsize)
     plain = transform.plain_scale is not None
     columns_wise = v * wide.itemsize * 4 * (needs.cols or not plain or explicit)
-    return blocks + rows + weights + sums + sample + vectors + late + gathers + columns_wise
+    by_row = rows_workspace(n, v, d, k, tokens, wide, row_dtype(device_type))
+    return blocks + rows + weights + sums + late + columns_wise + by_row
+
+
+def rows_workspace(
+    n: int,
+    v: int,
+    d: int,
+    k: int,
+    tokens: int,
+    wide: torch.dtype = torch.float32,
+    fine: torch.dtype = torch.float64,
+) -> int:
+    """Bytes of the sampled level, row vectors and gathered rows of labels in windows of ``tokens``."""
+    sampled = min(SAMPLED_COLUMNS * 2, v)
+    sample = (tokens * 4 + d) * sampled * wide.itemsize
+    vectors = (tokens * (k + 1) * 16 + n * k * 4) * fine.itemsize
+    return sample + vectors + 4 * min(GATHER_BYTES, n * max(1, k) * d * fine.itemsize)
 
 
 def whole_bytes(

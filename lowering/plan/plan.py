@@ -9,8 +9,9 @@
 | float8       | 3        | two of exponentials in float8          | the same for `plan.float8`, where asked |
 | whole        | 3 (or 1) | all logits                             | fewer logits than `whole_below`         |
 
-A product is 2 N V D FLOP; recompute is 3 products where the lse is known from the forward. On the CPU a
-block is cut to the caches by the engine. `plan.torch` and `plan.triton` hold each engine's candidates.
+A product is 2 N V D FLOP; recompute is 3 products where the lse is known from the forward. On the CPU a block is cut to
+the caches by the engine; a large float32 head with one plain softmax takes windows of the C++ kernel there, in each of
+the first four algorithms (`Windows.threads`). `plan.torch` and `plan.triton` hold each engine's candidates.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from fusedhead.kernels.contract import Windows
+from fusedhead.kernels.torch_engine.cpp_library import threads_of_kernel
 from fusedhead.lowering.engines import Engine, engine_for
 from fusedhead.lowering.plan.problem import AUTO, LEAST_MEMORY, MIB, Problem
 
@@ -32,7 +34,6 @@ class Plan(NamedTuple):
     reason: str  # one sentence
 
 
-@lru_cache(maxsize=1024)  # a step asks for every head it computes
 def plan(problem: Problem, *, memory: int = AUTO, free_bytes: int | None = None, whole_below: int = 0) -> Plan:
     """How to compute one head.
 
@@ -40,6 +41,13 @@ def plan(problem: Problem, *, memory: int = AUTO, free_bytes: int | None = None,
     nearly full. Fewer logits than ``whole_below`` may be built whole, whatever the budget: Inductor would have built
     them (`legality.profitability`).
     """
+    flop = 2 * problem.tokens * problem.vocab * problem.hidden
+    threads = threads_of_kernel(problem.dtype, problem.device_type, flop)
+    return _planned(problem._replace(threads=threads), memory, free_bytes, whole_below)
+
+
+@lru_cache(maxsize=1024)  # a step asks for every head it computes
+def _planned(problem: Problem, memory: int, free_bytes: int | None, whole_below: int) -> Plan:
     engine, logits = engine_for(problem.dtype, problem.device_type), problem.tokens * problem.vocab
     if engine.for_few_logits is not None and logits < whole_below:
         engine = engine.for_few_logits

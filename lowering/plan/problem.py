@@ -31,6 +31,7 @@ class Problem(NamedTuple):
     labels: int = 1  # K
     sums: bool = False  # whether Σ u z takes part in the loss
     float8: bool = False  # whether products of gradients may be float8, and the kernels for it serve
+    threads: int = 0  # of the torch engine's C++ kernel on a CPU, 0 where there is none; `plan` finds out
 
     @property
     def narrow(self) -> bool:

@@ -8,8 +8,9 @@ import torch
 
 from fusedhead.kernels.contract import Windows
 from fusedhead.kernels.torch_engine.blocks import block_columns
+from fusedhead.kernels.torch_engine.cpp_window import LANES, cpp_workspace
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype
-from fusedhead.kernels.torch_engine.workspace import whole_bytes, workspace
+from fusedhead.kernels.torch_engine.workspace import rows_workspace, whole_bytes, workspace
 from fusedhead.lowering.plan.problem import AUTO, LEAST_MEMORY, Candidate, Problem
 
 
@@ -22,11 +23,12 @@ class Limits(NamedTuple):
     block_tokens: int  # where no row of z must be complete: 512 cost float32 3-5 %
     least_tokens: int  # of a block under "min"
     least_vocab: int
+    cpp_tokens: int  # of the C++ kernel's windows
     exact_sums: int  # up to this many windows, dw summed in a narrow dtype errs less than in eager code
 
 
 # exact_sums: the error of dw against float64 was below eager's up to 8 windows and 1.1 times it at 32
-LIMITS = Limits(512, 64, 5, 1024, 128, 512, 8)
+LIMITS = Limits(512, 64, 5, 1024, 128, 512, 512, 8)
 
 
 def _candidate(problem: Problem, algorithm: str, tokens: int, vocab: int) -> Candidate:
@@ -45,6 +47,31 @@ def _candidate(problem: Problem, algorithm: str, tokens: int, vocab: int) -> Can
         explicit=problem.explicit,
     )  # fmt: skip
     return Candidate(algorithm, windows, held)
+
+
+def _cpp_serves(problem: Problem) -> bool:
+    """Whether windows of the C++ kernel compute this head: one softmax of an h wᵀ times a constant."""
+    plain = problem.transform.plain_scale is not None and not (problem.needs.cols or problem.needs.rows)
+    return bool(problem.threads) and plain and problem.row_scale and not problem.explicit
+
+
+def _cpp_candidates(problem: Problem, budget: int | None) -> list[Candidate]:
+    """Windows of the C++ kernel: whole rows, and as many tokens as there is room for, in whole vectors."""
+    n, v, d, needs = problem.tokens, problem.vocab, problem.hidden, problem.needs
+    keep = problem.one_pass and needs.w
+    algorithm = "statistics" if not any(needs) else "recompute" if not problem.one_pass else "single pass"
+    algorithm = "frozen" if algorithm == "single pass" and not keep else algorithm
+    largest = max(n // LIMITS.share, LIMITS.fewest_tokens * 3) if keep and not budget else LIMITS.cpp_tokens
+    largest = min(largest, LIMITS.cpp_tokens)
+    room = budget or n * v * problem.dtype.itemsize // 2
+    sizes = [max(LANES, tokens // LANES * LANES) for tokens in _halvings(largest, LIMITS.fewest_tokens)]
+    ways = []
+    for tokens in sizes:
+        windows = Windows(max(1, min(tokens, n)), max(1, v), problem.dtype, threads=problem.threads)
+        rows = rows_workspace(n, v, d, problem.labels, windows.tokens)
+        held = rows + cpp_workspace(windows.tokens, v, d, needs, problem.threads, keep)
+        ways.append(Candidate(algorithm, windows, held))
+    return [way for way in ways if way.workspace_bytes <= room]
 
 
 def _halvings(largest: int, smallest: int) -> list[int]:
@@ -77,6 +104,7 @@ def _preferred(problem: Problem, memory: int, budget: int | None) -> list[Candid
     blocks = _blocks(problem, memory)
     # auto keeps no window larger than the logits
     kept = kept_dtype(problem.dtype, problem.products, problem.transform)
+    compiled = _cpp_candidates(problem, budget) if _cpp_serves(problem) and memory != LEAST_MEMORY else []
     tried = [("recompute", *block) for block in blocks]
     if not any(needs):
         tried = [("statistics", *block) for block in blocks]
@@ -86,7 +114,7 @@ def _preferred(problem: Problem, memory: int, budget: int | None) -> list[Candid
         largest = n if budget else max(-(-n // LIMITS.share) + 7 & ~7, LIMITS.fewest_tokens * 3)
         tokens = _halvings(min(largest, LIMITS.tokens, n), LIMITS.fewest_tokens)
         tried = [*(("single pass", at, v) for at in (tokens if budget else tokens[:1])), *tried]
-    return [_candidate(problem, *each) for each in tried]
+    return compiled + [_candidate(problem, *each) for each in tried]
 
 
 def torch_candidates(problem: Problem, memory: int, budget: int | None) -> tuple[list[Candidate], int | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fusedhead.kernels.torch_engine import cpp_library
 from tests.lowering.heads import MULTIPLIED, multiplies
 
 
@@ -24,3 +25,11 @@ def multiplied(request, monkeypatch) -> tuple[torch.dtype, torch.dtype]:
 def any_cpu(request, monkeypatch) -> None:
     """A CPU that multiplies bfloat16, and one that does not."""
     multiplies(monkeypatch, torch.bfloat16, request.param)
+
+
+@pytest.fixture(params=[0, 2], ids=["torch ops", "C++ kernel"])
+def kernel_threads(request, monkeypatch) -> int:
+    """A CPU without a compiler, and one whose C++ kernel has two threads."""
+    monkeypatch.setattr(cpp_library, "library", lambda: object() if request.param else None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    return request.param

@@ -24,6 +24,8 @@ from tests.lowering.problems import (
     planned,
 )
 
+pytestmark = pytest.mark.usefixtures("kernel_threads")
+
 
 @pytest.mark.parametrize(
     ("options", "products"),

@@ -40,6 +40,9 @@ from tests.lowering.problems import (
         ((1024, 32000, 512), FP32, "cpu", {"row_scale": False}, "recompute", Windows(1024, 2048, FP32)),
     ],
 )
-def test_a_head_on_a_cpu_is_planned_as(sizes, dtype, device, options, algorithm, windows):
+def test_a_head_on_a_cpu_is_planned_as(sizes, dtype, device, options, algorithm, windows, kernel_threads):
     chosen = planned(*sizes, dtype, device, **options)
+    if chosen.windows.threads:
+        assert (dtype, device, kernel_threads) == (FP32, "cpu", chosen.windows.threads)
+        return
     assert (chosen.algorithm, chosen.windows) == (algorithm, windows)
