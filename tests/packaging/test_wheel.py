@@ -82,7 +82,7 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel: zipfile.ZipFi
     wanted = {"fusedhead/py.typed"}
     for folder, package in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".jinja", ".css"):
+            if path.suffix in (".py", ".cpp", ".h", ".jinja", ".css"):
                 wanted.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == wanted
 
