@@ -152,7 +152,7 @@ def fill(rows: list[Row], times: dict[str, list[float]]) -> None:
         measure.put_times(row, times.get(row.contender, []))
         if row.ms:
             row.ratio = floor / row.ms if floor else None
-            row.over_inductor = measure.median_ratio(mine, times.get("inductor", []))
+            row.over_inductor = measure.median_ratio(times[row.contender], times.get("inductor", []))
         row.over_eager = errors.against(row.error, eager)
 
 
