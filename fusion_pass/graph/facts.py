@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 from fusedhead.compat import HigherOrderOperator, enter_autocast, exit_autocast, set_grad_enabled
 from fusedhead.graph.aliases import storages
 from fusedhead.graph.effects import memory_written, memory_written_in_backward, reaches_far, writes
+from fusedhead.graph.nodes import name_of
 
 Regions = tuple[Node, ...]  # the nodes that enter autocast regions, outermost first
 
@@ -45,7 +46,7 @@ class GraphFacts:
     def refresh(self) -> None:
         """Drop all cached facts after the graph was edited. Does nothing after `keep`."""
         if not self.kept:
-            for fact in ("grad_mode", "autocast", "live", "position", "index"):
+            for fact in ("grad_mode", "autocast", "live", "position", "index", "data_views"):
                 self.__dict__.pop(fact, None)
 
     def keep(self, since: Node) -> None:
@@ -85,6 +86,11 @@ class GraphFacts:
             else:
                 inside.append(tuple(region for region in inside[-1] if region is not node.args[0]))
         return lambda node: inside[bisect_right(ends, node) if ends else 0]  # type: ignore[type-var]
+
+    @cached_property
+    def data_views(self) -> list[Node]:
+        """The nodes ``x.data``: what is written through them changes x, and autograd does not see it."""
+        return [node for node in self.graph.nodes if name_of(node) == "_get_data_attr"]
 
     @cached_property
     def live(self) -> LiveWrites:

@@ -15,7 +15,8 @@ from torch.fx import Graph, Node
 from fusedhead.analysis.projections import candidates
 from fusedhead.analysis.site import Site
 from fusedhead.compat import FakeTensor
-from fusedhead.graph.facts import GraphFacts
+from fusedhead.graph.aliases import storages
+from fusedhead.graph.facts import GraphFacts, before
 from fusedhead.graph.nodes import fake, name_of, where
 from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.legality.reasons import Illegal
@@ -37,6 +38,22 @@ def written_after(facts: GraphFacts, begin: Node, read: Iterable[Node]) -> Refus
         return None
     name, place = name_of(write.writer), where(write.writer)
     return refuse(Illegal.WRITTEN, node=write.writer, name=name, place=place, tensor=write.tensor.name)
+
+
+def written_unseen(facts: GraphFacts, begin: Node, values: Iterable[Node]) -> Refusal | None:
+    """A refusal if memory of one of ``values`` is written through ``.data`` from ``begin`` on.
+
+    Autograd does not see such a write: the program's backward reads what it saved of ``values``, their new numbers. A
+    fused op has saved none of them. (Other writes to what is saved are errors.)
+    """
+    views = [view for view in facts.data_views if before(begin, view)]
+    reached = set[int]().union(*map(storages, values)) if views else set()
+    for view in views:
+        write = None if reached.isdisjoint(storages(view)) else facts.write_after(view, [view])
+        if write is not None:
+            name, place = name_of(write.writer), where(write.writer)
+            return refuse(Illegal.WRITTEN_UNSEEN, node=write.writer, name=name, place=place)
+    return None
 
 
 def functorch(graph: Graph) -> Refusal | None:

@@ -25,7 +25,7 @@ from fusedhead.graph.weight_recipes import made_of_inputs
 from fusedhead.ir.expr import nodes_of
 from fusedhead.ir.shards import sharded
 from fusedhead.legality import shards
-from fusedhead.legality.checks import functorch, subclass, written_after, written_between
+from fusedhead.legality.checks import functorch, subclass, written_after, written_between, written_unseen
 from fusedhead.legality.reasons import Illegal, Unprofitable
 
 RUN_AS_THEY_ARE = CHECKPOINTS | {"invoke_subgraph"}  # higher-order ops that only run their graph
@@ -92,6 +92,7 @@ def illegal(site: Site, body: Body, defers: bool | None = None) -> Refusal | Non
         or on_several_devices([*operands, *labels])
         or must_materialise(site, body, body.defers if defers is None else defers)
         or mutated_operand(site, body.facts, vectors, labels)
+        or mutated_value(site, body)
     )
 
 
@@ -112,6 +113,15 @@ def must_materialise(site: Site, body: Body, defers: bool) -> Refusal | None:
     if site.outputs and not body.facts.grad_mode(site.head.node) and (few or not defers):
         return refuse(Unprofitable.BUILT_ONCE)
     return None
+
+
+def mutated_value(site: Site, body: Body) -> Refusal | None:
+    """A refusal if a value that a fused op replaces, or a result of it, is written where autograd does not look."""
+    region = body.regions.get(site.head)
+    results = [*region.inside, *(node for node, _ in region.results)] if region else []
+    values = [*site.head.products, *site.followed, *(node for node, _ in site.terminals), *results]
+    begin = min(site.head.products, key=body.facts.position.__getitem__)
+    return written_unseen(body.facts, begin, values)
 
 
 def mutated_operand(site: Site, facts: GraphFacts, vectors: list[Node], labels: list[Node]) -> Refusal | None:

@@ -10,6 +10,10 @@ class Illegal(Reason):
 
     WRITTEN_BEFORE_LOSS = "{name} at {place} changes {tensor} in place before the loss"
     WRITTEN = "{name} at {place} changes {tensor} in place"
+    WRITTEN_UNSEEN = (
+        "{name} at {place} changes the logits, or what is made of them, through .data: autograd does not see it, and "
+        "the program's backward reads the new numbers"
+    )
     GRAPH_IN_TRANSFORM = "the graph is inside a torch.func transform ({name})"
     HEAD_IN_TRANSFORM = "the head is inside a torch.func transform"
     SUBCLASS = "{name} is a {kind}, not a plain tensor"
