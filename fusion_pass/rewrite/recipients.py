@@ -19,6 +19,7 @@ from torch.fx import Node
 
 import fusedhead.lowering.hidden_sum
 import fusedhead.lowering.token_shards  # noqa: F401  both register torch.ops.fusedhead
+from fusedhead.compat import OpOverload
 from fusedhead.graph.nodes import fake
 from fusedhead.ir.builder import Emit, named
 from fusedhead.rewrite.loss_tail import differentiable
@@ -53,7 +54,7 @@ def remake(emit: Emit, node: Node, known: dict[Node, Node | None]) -> Node | Non
         gather: Any = node.args[0]
         return named(emit(operator.getitem, emit(SUM, *gather.args[:4]), 0), "recipient")
     numbers = [source for source in node.all_input_nodes if carries_numbers(source)]
-    if not isinstance(node.target, torch._ops.OpOverload) or not numbers:
+    if not isinstance(node.target, OpOverload) or not numbers:
         return None
     again = {source: remade(emit, source, known) for source in numbers}
     if any(made is None for made in again.values()):

@@ -22,8 +22,18 @@ from fusedhead.kernels.contract import (
     logit_grads,
     stat_dtype,
 )
-from fusedhead.kernels.torch_engine.blocks import EXP2_FACTOR, block_columns, block_vectors, cuts, piece_rows
-from fusedhead.kernels.torch_engine.exponentials import block_buffers, window_products
+from fusedhead.kernels.torch_engine.blocks import (
+    EXP2_FACTOR,
+    block_columns,
+    block_vectors,
+    cuts,
+    exact_labels,
+    label_blanks,
+    label_cells,
+    piece_rows,
+    put_labels,
+)
+from fusedhead.kernels.torch_engine.exponentials import block_buffers, label_terms, window_products
 from fusedhead.kernels.torch_engine.gradient_sink import accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.torch_engine.weight_gradient import BlockWeightGradient
@@ -82,6 +92,7 @@ def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, wind
         h, logits_in = head.h[i].to(work), window_products(head, i)
         m = len(h)
         product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
+        cells, labelled = label_cells(head, i), label_terms(head, i)[0].to(wide) if exact_labels(head) else None
         for v in cuts(vocab, columns):
             size = m * (v.stop - v.start)
             w, raw = head.w[v].to(work), buffers.work[:size].view(m, -1)
@@ -92,6 +103,8 @@ def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, wind
                 z = torch.mm(h.to(wide), w.to(wide).t(), out=buffers.wide[:size].view(m, -1))
             cols, rows = block_vectors(head, i, v)
             z, tape = apply_and_record(head.transform, z, cols, rows, needs.cols, needs.rows)
+            if labelled is not None:
+                put_labels(z, label_blanks(cells, v), labelled)
             dz = dlogits_of_block(head, grads, stats, i, v, z)
             to_cols = None if dcols is None else dcols[:, v]
             to_rows = None if drows is None else drows[:, i]

@@ -267,6 +267,7 @@ ELSEWHERE = {
     "lowering/ranges.py": "without it no frame of a snapshot of memory has a head's name",
     "fusion_pass/inductor/config.py": "its settings are among compat.MEMBERS",
     "kernels/tokenwise/compilation.py": "autograd's keys on a thread of its own",
+    "kernels/torch_engine/cpp_library.py": "without them torch ops compute what the C++ kernel would",
     "kernels/triton_engine/float8/products.py": "without it `chips.float8_serves` says no: gradients stay as they are",
 }
 PROMISED = {"__version__", "__name__"}

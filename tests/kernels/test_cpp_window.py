@@ -22,6 +22,7 @@ BOTH, HIDDEN = Needs(True, True, False, False), Needs(True, False, False, False)
 WEIGHT, NOTHING = Needs(False, True, False, False), Needs(False, False, False, False)
 STATS = frozenset({"lse", "picked", "sum"})
 THREADS = 2
+DRAWS = 6
 
 
 @pytest.fixture(autouse=True)
@@ -78,18 +79,22 @@ def both_ways(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> list[t
 def test_a_head_of_any_size_errs_no_more_than_eager_code(
     n, v, d, k, seed, tokens, threads, scale, weighted, transposed, needs
 ):
-    torch.manual_seed(seed)
-    head = head_of(n, v, d, k, scale, weighted)
-    if transposed:
-        head = head._replace(w=head.w.t().contiguous().t())
-    c = RowGrads(torch.randn(n), torch.randn(n, k) if k else None, torch.randn(n))
-    true = eager(head, c, torch.float64)
-    allowed = off(eager(head, c, torch.float32), true) * 1.5 + 2.0**-21  # the luck of one draw
-    for got in both_ways(head, c, needs, Windows(tokens, v, torch.float32, threads=threads)):
-        asked = [at for at, x in enumerate(got) if x is not None and x.numel()]
-        found = off(tuple(got[at] for at in asked), tuple(true[at] for at in asked))
-        assert bool((found <= allowed[asked]).all()), (found, allowed[asked])
-        assert (got[3] is None, got[4] is None) == (not needs.h, not needs.w)
+    found, allowed = [], []
+    for draw in range(DRAWS):  # one draw's errors may be small by luck
+        torch.manual_seed(DRAWS * seed + draw)
+        head = head_of(n, v, d, k, scale, weighted)
+        if transposed:
+            head = head._replace(w=head.w.t().contiguous().t())
+        c = RowGrads(torch.randn(n), torch.randn(n, k) if k else None, torch.randn(n))
+        true = eager(head, c, torch.float64)
+        results = both_ways(head, c, needs, Windows(tokens, v, torch.float32, threads=threads))
+        asked = [at for at, x in enumerate(results[0]) if x is not None and x.numel()]
+        exact = tuple(true[at] for at in asked)
+        allowed.append(off(eager(head, c, torch.float32), true)[asked])
+        found.append(torch.stack([off(tuple(got[at] for at in asked), exact) for got in results]))
+        assert all((got[3] is None, got[4] is None) == (not needs.h, not needs.w) for got in results)
+    limit = 1.5 * torch.stack(allowed).square().mean(0).sqrt() + 2.0**-21
+    assert bool((torch.stack(found).square().mean(0).sqrt() <= limit).all()), (found, limit)
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e8, 1e12, 1e30])

@@ -10,7 +10,7 @@ if torch.cuda.is_available():
     pytest.skip("kernels are compiled here, not interpreted: benchmarks/gpu_check.py", allow_module_level=True)
 
 
-from fusedhead.kernels.contract import STATS, Needs, Windows
+from fusedhead.kernels.contract import STATS, Needs, RowStats, Windows
 from fusedhead.kernels.triton_engine import engine
 from fusedhead.kernels.triton_engine import windows as triton_operands
 from fusedhead.kernels.triton_engine.launch import sweep
@@ -70,9 +70,9 @@ def test_columns_that_lie_elsewhere_take_part_by_their_lse(transform: str, furth
     lse = truth(x, g)[0].lse
     beyond, asked = lse + further, []
 
-    def other_columns(tokens: slice, found: torch.Tensor) -> torch.Tensor:
+    def other_columns(tokens: slice, found: RowStats) -> torch.Tensor:
         asked.append(tokens)
-        assert error(found, lse[tokens]) < STEPS
+        assert error(found.lse, lse[tokens]) < STEPS
         return beyond[tokens].to(torch.float32)
 
     stats, grads = engine.head_loss(x, g, OPERANDS, Windows(16, 70, F32), other_columns)

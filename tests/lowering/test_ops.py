@@ -113,5 +113,6 @@ def test_the_source_hash_is_stable_and_covers_every_source_file():
     named = {name.removeprefix("fusedhead").lstrip("./") for name, _ in sources()}
     root = Path(__file__).parents[2]
     wanted = {f"{f.relative_to(root / 'fusion_pass')}" for f in (root / "fusion_pass").rglob("*.py")}
-    wanted |= {f"{f.relative_to(root)}" for folder in ("lowering", "kernels") for f in (root / folder).rglob("*.py")}
+    below = [f for folder in ("lowering", "kernels") for f in (root / folder).rglob("*")]
+    wanted |= {f"{f.relative_to(root)}" for f in below if f.suffix in (".py", ".cpp", ".h")}
     assert named == wanted
