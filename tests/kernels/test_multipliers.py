@@ -1,4 +1,4 @@
-"""Multipliers of the logits that want a gradient, as a learned temperature: errors over draws are no larger than eager's.
+"""Multipliers of the logits that want a gradient, as a learned temperature: errors are no larger than eager code's.
 
 The logits are of size 100, so that a label's probability is near 1 in many rows: what is left of 1 - p is the gradient.
 """
