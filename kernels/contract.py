@@ -180,6 +180,11 @@ class LogitGrads(NamedTuple):
         """Whether the softmax term is more than p times one number a row."""
         return self.linear is not None or self.quadratic is not None
 
+    @property
+    def soft(self) -> bool:
+        """Whether it has a softmax term."""
+        return self.constant is not None or self.varies
+
 
 def logit_grads(upstream: RowGrads, stats: RowStats) -> LogitGrads:
     """The gradient of the logits from the gradients of the statistics."""

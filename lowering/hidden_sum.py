@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import stat_dtype
 from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE
+from fusedhead.lowering.registration import register_op
 from fusedhead.lowering.shard_merge import collective
 from fusedhead.lowering.shards import group_of
 
@@ -77,8 +78,5 @@ _PARTS: dict[str, Any] = {
     "hidden_sum": (_hidden_sum, _hidden_sum, (_setup, _backward)),
     "sum_parts": (_sum_parts, _sum_fake, DIFFERENTIATED_ONCE),
 }
-for _name, (_implementation, _fake, (_begin, _end)) in _PARTS.items():
-    torch.library.define(f"fusedhead::{_name}", SUM_SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"fusedhead::{_name}", "default", _implementation)
-    torch.library.register_fake(f"fusedhead::{_name}", _fake)
-    torch.library.register_autograd(f"fusedhead::{_name}", _end, setup_context=_begin)
+for _name, _functions in _PARTS.items():
+    register_op(_name, SUM_SCHEMAS[_name], *_functions)

@@ -47,6 +47,7 @@ from fusedhead.lowering.checks import LabelOutOfRange, head_of, parse_stats
 from fusedhead.lowering.engines import Engine, engine_for
 from fusedhead.lowering.plan.plan import plan
 from fusedhead.lowering.plan.problem import Problem, writes_logits
+from fusedhead.lowering.registration import register_op
 
 __all__ = ["SCHEMAS", "LabelOutOfRange"]
 
@@ -245,15 +246,9 @@ _PARTS: dict[str, tuple[Implementation, Implementation, tuple[Implementation, Im
     "head_stats_backward": (_head_stats_backward, fakes.fake_head_stats_backward, autograd.DIFFERENTIATED_ONCE),
     "head_loss": (_head_loss, fakes.fake_head_loss, autograd.HEAD_LOSS),
 }
-for _name, (_implementation, _fake, (_setup, _backward)) in _PARTS.items():
+for _name, (_implementation, _fake, _derivative) in _PARTS.items():
     _implementation = ranges.ranged(_name, ranges.operands_named(SCHEMAS[_name]), _implementation)
-    torch.library.define(f"fusedhead::{_name}", SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"fusedhead::{_name}", "default", _implementation)
-    torch.library.register_fake(f"fusedhead::{_name}", _fake)
-    torch.library.register_autograd(f"fusedhead::{_name}", _backward, setup_context=_setup)
+    register_op(_name, SCHEMAS[_name], _implementation, _fake, _derivative)
     # the same without autograd, for graphs whose gradients are traced (`fusedhead.inductor.call_below_autograd`)
-    _traced = f"fusedhead::{_name}_traced"
-    torch.library.define(_traced, SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(_traced, "default", _implementation)
-    torch.library.impl(_traced, "Autograd", torch.library.fallthrough_kernel)
-    torch.library.register_fake(_traced, _fake)
+    register_op(f"{_name}_traced", SCHEMAS[_name], _implementation, _fake)
+    torch.library.impl(f"fusedhead::{_name}_traced", "Autograd", torch.library.fallthrough_kernel)

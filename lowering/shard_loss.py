@@ -39,6 +39,8 @@ from fusedhead.lowering import fakes, ops, ranges, shards
 from fusedhead.lowering.autograd import HEAD_LOSS, HEAD_OPERANDS, split_at
 from fusedhead.lowering.checks import head_of, parse_stats
 from fusedhead.lowering.engines import Engine
+from fusedhead.lowering.registration import register_op
+from fusedhead.lowering.shard_labels import in_shard, labels_of_all, require_labels, wrong_label
 from fusedhead.lowering.shard_merge import Part, gathered_parts, merged, own_upstream
 
 COEFFICIENTS = len(LINEAR_STATS) + 1
@@ -86,7 +88,7 @@ class MergedWindows:
         part = Part(self.weight, own.lse, own.lse_low, picked, own.sum, own.spread)
         parts, flags = gathered_parts(part, self.flag, self.group)
         if not self.windows:
-            shards.require_labels(flags, self.vocab)
+            require_labels(flags, self.vocab)
         self.windows.append(parts)
         assert parts.lse is not None
         assert parts.lse_low is not None
@@ -134,16 +136,16 @@ def _one_sweep(
     group, needs, k = shards.group_of(settings.group), settings.needs, y.shape[1]
     own, labels = slice(0, k), y
     if settings.own_labels and k:
-        labels, rank = shards.labels_of_all(y, group), dist.get_rank(group)
+        labels, rank = labels_of_all(y, group), dist.get_rank(group)
         own = slice(rank * k, (rank + 1) * k)
-    here, cell = shards.in_shard(labels, settings.first, w.shape[0])
+    here, cell = in_shard(labels, settings.first, w.shape[0])
     if c.picked is not None:  # the logits of other ranks' columns, and for other ranks' labels, have no gradient here
         picked = torch.zeros_like(cell, dtype=c.picked.dtype)
         picked[:, own] = torch.where(here[:, own], c.picked, 0)
         c = c._replace(picked=picked)
     head = head_of((h, w, cell, cols, rows, u), settings.transform)
     merge = MergedWindows(
-        group, shards.class_weight(h, w, u), here, shards.wrong_label(y, settings.vocab), settings.vocab
+        group, shards.class_weight(h, w, u), here, wrong_label(y, settings.vocab), settings.vocab
     )
     windows = windows._replace(dh=shards.part_dtype(h.dtype, settings.reduce))
     with ops.without_autocast(h.device):
@@ -215,8 +217,5 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple:
     return dh, *grads, *rest, upstream[-1] if ctx.has_after else None, unrounded
 
 
-torch.library.define("fusedhead::shard_loss", SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _ranged = ranges.ranged("shard_loss", ranges.operands_named(SCHEMA), _shard_loss)
-torch.library.impl("fusedhead::shard_loss", "default", _ranged)
-torch.library.register_fake("fusedhead::shard_loss", _fake)
-torch.library.register_autograd("fusedhead::shard_loss", _backward, setup_context=_setup)
+register_op("shard_loss", SCHEMA, _ranged, _fake, (_setup, _backward))

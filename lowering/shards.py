@@ -35,10 +35,11 @@ from torch import Tensor
 from fusedhead.kernels.contract import DIFFERENTIABLE_STATS, SAVED_STATS, STATS, stat_dtype, with_companions
 from fusedhead.lowering import fakes, ops, ranges, shard_autograd
 from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE
-from fusedhead.lowering.checks import LabelOutOfRange, parse_stats
+from fusedhead.lowering.checks import parse_stats
+from fusedhead.lowering.registration import register_op
+from fusedhead.lowering.shard_labels import in_shard, labels_of_all, require_labels, wrong_label
 from fusedhead.lowering.shard_merge import SHARD_MISMATCH, Part, ShardMismatch, gathered, gathered_parts, merged
 
-CELLS = 64
 _HEAD = "Tensor h, Tensor w, Tensor y, Tensor cols, Tensor rows, Tensor u"
 _NEEDS = "bool need_h, bool need_w, bool need_cols, bool need_rows"
 _PLACE = "int first, int vocab, str group, str reduce"
@@ -63,43 +64,9 @@ def group_of(name: str) -> Any:
     return resolve(name)
 
 
-def in_shard(y: Tensor, first: Any, classes: int) -> tuple[Tensor, Tensor]:
-    """(which labels [N, K] are of this shard, their place in it; for those of others one of its first `CELLS`).
-
-    An engine computes a label's entry by itself and adds it to dw. One place for all would be a long sum in float32.
-    """
-    here = (y >= first) & (y < first + classes)
-    others = torch.arange(len(y), device=y.device) % max(1, min(classes, CELLS))
-    return here, torch.where(here, y - first, others[:, None])
-
-
-def labels_of_all(y: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[N, R K], the labels [N, K] of all ranks."""
-    return gathered(y, group).movedim(0, 1).reshape(len(y), -1)
-
-
 def class_weight(h: Tensor, w: Tensor, u: Tensor) -> Tensor:
     """[], the sum of the class weights u of this rank's columns; their number where there are none."""
     return u.sum() if u.numel() else h.new_full((), float(w.shape[0]), dtype=stat_dtype(h.dtype))
-
-
-def wrong_label(y: Tensor, vocab: Any) -> Tensor:
-    """[2] int32: whether a label is no class of any rank, and one that is not."""
-    if not y.numel():
-        return y.new_zeros(2, dtype=torch.int32)
-    least, most = y.aminmax()
-    one = torch.where(least < 0, least, most).clamp(-(1 << 31), (1 << 31) - 1)
-    return torch.stack((((least < 0) | (most >= vocab)).to(one.dtype), one)).to(torch.int32)
-
-
-def require_labels(flags: Tensor, vocab: Any) -> None:
-    """Raise LabelOutOfRange on every rank where one has a label that is no class. ``flags`` [R, 2] of all ranks."""
-    if flags.is_cpu:
-        wrong = flags[flags[:, 0] != 0]
-        if len(wrong):
-            raise LabelOutOfRange(f"label {int(wrong[0, 1])} is out of range: labels must lie in [0, {int(vocab) - 1}]")
-    else:
-        torch.ops.aten._assert_async.msg((flags[:, 0] == 0).all(), "a label is out of range")
 
 
 def _no_columns(h: Tensor, labels: int) -> dict[str, Tensor]:
@@ -305,8 +272,4 @@ _PARTS: dict[str, Any] = {
 for _name, (_implementation, _fake, _gradient) in _PARTS.items():
     if _name in _HEADS:
         _implementation = ranges.ranged(_name, ranges.operands_named(SHARD_SCHEMAS[_name]), _implementation)
-    torch.library.define(f"fusedhead::{_name}", SHARD_SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"fusedhead::{_name}", "default", _implementation)
-    torch.library.register_fake(f"fusedhead::{_name}", _fake)
-    if _gradient is not None:
-        torch.library.register_autograd(f"fusedhead::{_name}", _gradient[1], setup_context=_gradient[0])
+    register_op(_name, SHARD_SCHEMAS[_name], _implementation, _fake, _gradient)

@@ -27,6 +27,7 @@ from fusedhead.lowering import ranges
 from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE, scaled, upstream_scale
 from fusedhead.lowering.ops import without_autocast
 from fusedhead.lowering.plan.tokenwise import RowPlan, row_plan
+from fusedhead.lowering.registration import register_op
 from fusedhead.lowering.retention import keeps, kept_rows
 
 TOKEN_SCHEMAS = {
@@ -193,7 +194,4 @@ for _name, _run, _fake, _autograd in (
     ("head_rows_loss", _rows_loss, _rows_loss_fake, (_setup_loss, _backward_loss)),
 ):
     _run = ranges.ranged(_name, _first_head(TOKEN_SCHEMAS[_name]), _run)
-    torch.library.define(f"fusedhead::{_name}", TOKEN_SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"fusedhead::{_name}", "default", _run)
-    torch.library.register_fake(f"fusedhead::{_name}", _fake)
-    torch.library.register_autograd(f"fusedhead::{_name}", _autograd[1], setup_context=_autograd[0])
+    register_op(_name, TOKEN_SCHEMAS[_name], _run, _fake, _autograd)

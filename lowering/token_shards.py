@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import stat_dtype
 from fusedhead.lowering.autograd import DIFFERENTIATED_ONCE
+from fusedhead.lowering.registration import register_op
 from fusedhead.lowering.shard_merge import collective
 from fusedhead.lowering.shards import group_of
 
@@ -69,8 +70,5 @@ _PARTS: dict[str, Any] = {
     "gather_tokens": (_gather_tokens, _gather_fake, (_setup_gather, _backward_gather)),
     "scatter_tokens": (_scatter_tokens, _scatter_fake, DIFFERENTIATED_ONCE),
 }
-for _name, (_implementation, _fake, (_setup, _backward)) in _PARTS.items():
-    torch.library.define(f"fusedhead::{_name}", _ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"fusedhead::{_name}", "default", _implementation)
-    torch.library.register_fake(f"fusedhead::{_name}", _fake)
-    torch.library.register_autograd(f"fusedhead::{_name}", _backward, setup_context=_setup)
+for _name, _functions in _PARTS.items():
+    register_op(_name, _ARGUMENTS, *_functions)

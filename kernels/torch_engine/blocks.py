@@ -164,15 +164,6 @@ def blank_labels(block: Tensor, blanks: Blanks, r: slice) -> None:
         block.scatter_(1, column, block.gather(1, column).masked_fill_(inside, 0))
 
 
-def exact_labels(head: Head) -> bool:
-    """Whether sweeps over z take the labels' logits as they are handed out, from products of their own.
-
-    Then 1 - p of a likely label is no difference of two roundings of its logit. Logits of two bytes are rounded more
-    than that by their products.
-    """
-    return head.h.dtype == stat_dtype(head.h.dtype) and head.y.shape[1] > 0
-
-
 def put_labels(block: Tensor, blanks: Blanks, values: Tensor) -> None:
     """Set the cells of the labels in a block [m, v] to ``values`` [m, K]."""
     cells, v = blanks.cells, blanks.v

@@ -22,18 +22,8 @@ from fusedhead.kernels.contract import (
     logit_grads,
     stat_dtype,
 )
-from fusedhead.kernels.torch_engine.blocks import (
-    EXP2_FACTOR,
-    block_columns,
-    block_vectors,
-    cuts,
-    exact_labels,
-    label_blanks,
-    label_cells,
-    piece_rows,
-    put_labels,
-)
-from fusedhead.kernels.torch_engine.exponentials import block_buffers, label_terms, window_products
+from fusedhead.kernels.torch_engine.blocks import EXP2_FACTOR, block_columns, block_vectors, cuts, piece_rows
+from fusedhead.kernels.torch_engine.exponentials import block_buffers, label_writer, window_products
 from fusedhead.kernels.torch_engine.gradient_sink import accumulate_product
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.torch_engine.weight_gradient import BlockWeightGradient
@@ -43,14 +33,13 @@ from fusedhead.kernels.transform.backward import apply_and_record, pull_back
 def dlogits_of_block(head: Head, grads: LogitGrads, stats: RowStats, i: slice, v: slice, z: Tensor) -> Tensor:
     """dz of the transformed block z [m, v], which becomes log p and is lost."""
     wide = z.dtype
-    soft = grads.constant is not None or grads.varies
-    if soft:
+    if grads.soft:
         z.sub_(stats.lse[i, None].to(wide))
         if stats.lse_low is not None:
             z.sub_(stats.lse_low[i, None].to(wide))
-    dz = (z * EXP2_FACTOR).exp2_() if soft else torch.zeros_like(z)
+    dz = (z * EXP2_FACTOR).exp2_() if grads.soft else torch.zeros_like(z)
     slope = head.h.new_zeros(len(z), dtype=wide)
-    if soft:
+    if grads.soft:
         slope = slope + 0 * stats.lse[i].to(wide)  # a row with an infinite logit has NaN throughout, as in log_softmax
     if grads.constant is not None:
         slope = slope + grads.constant[i].to(wide)
@@ -92,7 +81,7 @@ def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, wind
         h, logits_in = head.h[i].to(work), window_products(head, i)
         m = len(h)
         product = head.h.new_zeros((m, head.h.shape[1] if needs.h else 0), dtype=wide)
-        cells, labelled = label_cells(head, i), label_terms(head, i)[0].to(wide) if exact_labels(head) else None
+        write_labels = label_writer(head, i) if grads.soft else None
         for v in cuts(vocab, columns):
             size = m * (v.stop - v.start)
             w, raw = head.w[v].to(work), buffers.work[:size].view(m, -1)
@@ -103,8 +92,8 @@ def backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, wind
                 z = torch.mm(h.to(wide), w.to(wide).t(), out=buffers.wide[:size].view(m, -1))
             cols, rows = block_vectors(head, i, v)
             z, tape = apply_and_record(head.transform, z, cols, rows, needs.cols, needs.rows)
-            if labelled is not None:
-                put_labels(z, label_blanks(cells, v), labelled)
+            if write_labels is not None:
+                write_labels(z, v)
             dz = dlogits_of_block(head, grads, stats, i, v, z)
             to_cols = None if dcols is None else dcols[:, v]
             to_rows = None if drows is None else drows[:, i]

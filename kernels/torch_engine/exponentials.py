@@ -8,6 +8,7 @@ matrix products of the backward is E' = E ∂z/∂(h wᵀ). Labels are left out 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,9 +23,11 @@ from fusedhead.kernels.torch_engine.blocks import (
     block_vectors,
     cuts,
     label_blanks,
+    label_cells,
     label_logits,
     label_vectors,
     piece_rows,
+    put_labels,
     row_dtype,
     row_maximum,
     sampled_level,
@@ -202,3 +205,16 @@ def label_terms(head: Head, i: slice, raw: Tensor | None = None) -> tuple[Tensor
     z, tape = apply_and_record(head.transform, raw, cols, rows, False, False)
     rounded = z.to(stat_dtype(head.h.dtype)).to(z.dtype)
     return rounded, pull_back(head.transform, torch.ones_like(z), tape, cols, rows, None, None)
+
+
+def label_writer(head: Head, i: slice) -> Callable[[Tensor, slice], object]:
+    """A function of a block z [m, v] of window i and its columns v: it sets the labels' cells to the logits handed out.
+
+    Then 1 - p of a likely label is no difference of two roundings of its logit. It leaves logits of two bytes, whose
+    products round more than that, as they are.
+    """
+    wide = stat_dtype(head.h.dtype)
+    if head.h.dtype != wide or not head.y.shape[1]:
+        return lambda z, v: None
+    cells, logits = label_cells(head, i), label_terms(head, i)[0].to(wide)
+    return lambda z, v: put_labels(z, label_blanks(cells, v), logits)

@@ -18,16 +18,12 @@ from fusedhead.kernels.torch_engine.blocks import (
     block_columns,
     block_vectors,
     cuts,
-    exact_labels,
-    label_blanks,
-    label_cells,
     label_logits,
     label_vectors,
-    put_labels,
     row_dtype,
     two_sum_error,
 )
-from fusedhead.kernels.torch_engine.exponentials import block_buffers, label_terms, window_products
+from fusedhead.kernels.torch_engine.exponentials import block_buffers, label_writer, window_products
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.torch_engine.weighted_sums import spread_from_sums
 from fusedhead.kernels.transform.backward import apply_and_record
@@ -111,7 +107,7 @@ def sweep_statistics(head: Head, want: frozenset[str], windows: Windows) -> RowS
         if bias is not None:
             chain = Transform(chain.steps[2:])
         state: Partial | None = None
-        cells, labelled = label_cells(head, i), label_terms(head, i)[0].to(wide) if exact_labels(head) else None
+        write_labels = label_writer(head, i) if soft else None
         for v in cuts(vocab, columns):
             size = m * (v.stop - v.start)
             raw, w = (buffers.wide if h.dtype != work else buffers.work)[:size].view(m, -1), head.w[v].to(h.dtype)
@@ -130,9 +126,8 @@ def sweep_statistics(head: Head, want: frozenset[str], windows: Windows) -> RowS
                 new = _better(best, out["max"][i]) if v.start else torch.ones_like(at, dtype=torch.bool)
                 out["max"][i] = torch.where(new, best, out["max"][i])
                 argmax[i] = torch.where(new, at + v.start, argmax[i])
-            if soft:
-                if labelled is not None:
-                    put_labels(z, label_blanks(cells, v), labelled)
+            if write_labels is not None:
+                write_labels(z, v)
                 most = finite_maximum(z)
                 z.sub_(most[:, None])
             if summed:  # relative to the maximum: digits that all logits share are not lost in the sum

@@ -258,7 +258,8 @@ def test_a_torch_without_names_compiles_and_trains_as_inductor(
 
 # Private names outside of compat.py, each with what stands behind it there.
 ELSEWHERE = {
-    "lowering/shards.py": "aten._assert_async, for labels of a device, and what its ranks disagree about",
+    "lowering/shards.py": "aten._assert_async, for what the ranks of a device disagree about",
+    "lowering/shard_labels.py": "aten._assert_async, for labels of a device",
     "fusion_pass/functional/linear_cross_entropy.py": "aten._assert_async, for labels of a device nobody waits for",
     "fusion_pass/run/enable.py": "an edit that cannot be made is logged, listed by changes(), and the others stand",
     "fusion_pass/run/compile_eager.py": "a model that cannot be watched stays eager, and the log says so",
