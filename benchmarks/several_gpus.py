@@ -58,14 +58,14 @@ def commands(given: argparse.Namespace) -> dict[str, list[list[Command]]]:
         alone.append(Command(f"alone_{at}", run, 65, str(at % given.ranks)))
     steps = ["-m", "benchmarks.distributed_steps"]
     matrix = torchrun(given, port + 8, "-m", "tests.parallel.device", "--out", out)
-    gpt = torchrun(given, port + 9, *steps, "--limit", "90", "--json", f"{out}/gpt.json")
+    gpt = torchrun(given, port + 9, *steps, "--limit", "120", "--json", f"{out}/gpt.json")
     qwen3 = torchrun(given, port + 10, *steps, "--models", "qwen3", "--limit", "60", "--json", f"{out}/qwen3.json")
     killed = ["-m", "benchmarks.killed_rank", "--json", f"{out}/killed_rank.json"]
     return {
         "matrix": [[Command("matrix", matrix, 125)]],
         "killed": [[Command("killed", killed, 110)]],
         "heads": heads,
-        "gpt": [[Command("gpt", gpt, 130)]],
+        "gpt": [[Command("gpt", gpt, 160)]],
         "alone": [alone],
         "qwen3": [[Command("qwen3", qwen3, 80)]],
     }

@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     fusedhead.disable()
     text = Text("argparse.py", args.length)
     batch = torch.utils.data.default_collate([text[i] for i in range(4)])
-    print(fusedhead.explain(model(args.vocab))(**batch))
+    device = trainer.args.device
+    print(fusedhead.explain(model(args.vocab).to(device))(**{name: x.to(device) for name, x in batch.items()}))
     return trainer.state.log_history
 
 

@@ -66,10 +66,12 @@ def main(argv: list[str] | None = None) -> list[float]:
         enable_model_summary=False,
     )
     loader = DataLoader(windows, batch_size=8, drop_last=True)
+    device = trainer.strategy.root_device  # where it trains; Lightning takes the module back to the CPU afterwards
     trainer.fit(torch.compile(module, backend=args.backend), loader)
     print("loss", *(f"{loss:.4f}" for loss in module.losses))
     if args.backend == "fusedhead":
-        print(fusedhead.explain(Language(args.vocab))(windows[:8, :-1]))  # afresh: Lightning keeps the compiled forward
+        again = Language(args.vocab).to(device)  # afresh: Lightning keeps the compiled forward
+        print(fusedhead.explain(again)(windows[:8, :-1].to(device)))
     return module.losses
 
 
