@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fusedhead.compat import graph_task, lookup
 from fusedhead.deferred.reasons import BuiltAtOnce
-from fusedhead.deferred.state import Knowledge, State
+from fusedhead.deferred.state import DeferredState, Snapshot
 from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.deferred.tensor import plain
 from fusedhead.graph.reasons import refuse
@@ -42,7 +42,7 @@ NO_ADDRESS = 0  # the address of what has been freed: no tensor is there again
 PURGE = 64  # memories with an entry, before those that nobody waits for are dropped
 
 _guard = threading.Lock()
-_waiting: dict[int, Any] = {}  # what is made of one memory, by its storage: a weakref.WeakSet of `Knowledge`
+_waiting: dict[int, Any] = {}  # what is made of one memory, by its storage: a weakref.WeakSet of `DeferredState`
 _seeing: list[bool] = []  # whether torch's method tells us, once that was tried
 
 
@@ -82,21 +82,22 @@ def is_watched(operand: Tensor) -> bool:
     return type(operand) in (Tensor, nn.Parameter) and operand.layout is torch.strided
 
 
-def wait_for(knowledge: Knowledge) -> None:
+def wait_for(state: DeferredState) -> None:
     """Remember deferred logits until they are gone: a weight that they are made of may be freed."""
     with _guard:
         if len(_waiting) > PURGE:
             for memory in [memory for memory, waiting in _waiting.items() if not waiting]:
                 del _waiting[memory]
-        for leaf in knowledge.leaves:
-            _waiting.setdefault(memory_of(leaf), weakref.WeakSet()).add(knowledge)
+        for leaf in state.leaves:
+            _waiting.setdefault(memory_of(leaf), weakref.WeakSet()).add(state)
 
 
 def memory_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-WaitingLogits = tuple[Knowledge, "list[tuple[Tensor, State]]"]  # logits, and their leaves in the memory in question
+# deferred logits, and their leaves in the memory in question
+WaitingLogits = tuple[DeferredState, "list[tuple[Tensor, Snapshot]]"]
 
 
 def before_free(gathered: Sequence[Tensor]) -> None:
@@ -104,7 +105,7 @@ def before_free(gathered: Sequence[Tensor]) -> None:
     for memory in map(memory_of, gathered):
         with _guard:
             found = list(_waiting.pop(memory, ()))
-        waiting = [(knowledge, leaves_in(knowledge, memory)) for knowledge in found]
+        waiting = [(state, leaves_in(state, memory)) for state in found]
         try:
             provide([entry for entry in waiting if entry[1] and unbuilt(entry[0])])
         except Exception:
@@ -115,13 +116,13 @@ def before_free(gathered: Sequence[Tensor]) -> None:
                     at.address = NO_ADDRESS
 
 
-def leaves_in(knowledge: Knowledge, memory: int) -> list[tuple[Tensor, State]]:
-    return [(leaf, at) for leaf, at in zip(knowledge.leaves, knowledge.states) if memory_of(leaf) == memory]
+def leaves_in(state: DeferredState, memory: int) -> list[tuple[Tensor, Snapshot]]:
+    return [(leaf, at) for leaf, at in zip(state.leaves, state.snapshots) if memory_of(leaf) == memory]
 
 
-def unbuilt(knowledge: Knowledge) -> list[Any]:
+def unbuilt(state: DeferredState) -> list[Any]:
     """What is made of logits, themselves included, that has no numbers yet."""
-    members: list[Any] = [reference() for reference in knowledge.family.members]
+    members: list[Any] = [reference() for reference in state.shared.members]
     return [member for member in members if member is not None and member._plain is None]
 
 
@@ -130,10 +131,10 @@ def provide(waiting: Sequence[WaitingLogits]) -> None:
     if not waiting:
         return
     size = max(leaf.numel() for _, leaves in waiting for leaf, _ in leaves)
-    if graph_task() == -1 and size > sum(math.prod(knowledge.layout.shape) for knowledge, _ in waiting):
-        for knowledge, _ in waiting:
-            knowledge.family.built_for = str(refuse(BuiltAtOnce.LARGE_COPY))
-            for member in unbuilt(knowledge):
+    if graph_task() == -1 and size > sum(math.prod(state.layout.shape) for state, _ in waiting):
+        for state, _ in waiting:
+            state.shared.built_for = str(refuse(BuiltAtOnce.LARGE_COPY))
+            for member in unbuilt(state):
                 plain(member)
         return
     with out_of_sight(), torch.no_grad():

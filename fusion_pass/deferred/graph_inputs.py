@@ -31,8 +31,8 @@ def leaves_of(tensor: DeferredLogits) -> list[Any]:
     Raises StaleLogits, but not while a graph is compiled, where an error would be the compiler's: the graph is
     compiled for what the tensor was made of, and the call says that this has changed.
     """
-    if tensor._plain is None and tensor._known.origin is not None and not compiling():
-        check_fresh(tensor._known)
+    if tensor._plain is None and tensor._deferred.graph_output is not None and not compiling():
+        check_fresh(tensor._deferred)
     names, _ = tensor.__tensor_flatten__()
     return [getattr(tensor, name) for name in names]
 
@@ -47,8 +47,8 @@ def expand_inputs(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Ca
     start = next(node for node in gm.graph.nodes if node.op != "placeholder")
     for node, value in zip(placeholders, inputs):
         if isinstance(value, DeferredLogits):
-            origin = value._known.origin
-            replace_placeholder(gm, node, leaves_of(value), start, origin.exact if origin else frozenset())
+            graph_output = value._deferred.graph_output
+            replace_placeholder(gm, node, leaves_of(value), start, graph_output.exact if graph_output else frozenset())
     gm.graph.lint()
     gm.recompile()
 
@@ -61,14 +61,15 @@ def expand_inputs(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Ca
     def wrap(compiled: CompiledGraph) -> CompiledGraph:
         def with_leaves(*values: Any) -> Any:
             for value, is_deferred in zip(values, deferred):
-                knowledge = value._known if is_deferred and value._plain is None else None
-                made_by = None if knowledge is None else knowledge.origin
+                state = value._deferred if is_deferred and value._plain is None else None
+                made_by = None if state is None else state.graph_output
                 for run in made_by.recipe.runs if made_by is not None else ():
                     run.passed.add()
             results = compiled(*flat(values))
-            for family in {id(z._known.family): z._known.family for z in values if type(z) is DeferredLogits}.values():
-                for result in results if family.gathering else ():
-                    family.gather_before(result)
+            states = [z._deferred for z in values if type(z) is DeferredLogits]
+            for shared in {id(state.shared): state.shared for state in states}.values():
+                for result in results if shared.gathering else ():
+                    shared.gather_before(result)
             return results
 
         return with_leaves

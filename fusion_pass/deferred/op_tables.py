@@ -1,7 +1,7 @@
 """Tables of torch functions by what a call on deferred logits needs.
 
 | `METADATA`, `ALONE`, `ALIKE` | a tensor's looks: answered without computing anything                       |
-| `LAZY`                       | recorded as it is: a step that rules follow                                 |
+| `LAZY`                       | recorded as it is: a step that rules follow                                        |
 | `PUT_OFF`                    | recorded if a rule reads its result as rows that are computed apart         |
 | `may_write_argument`         | the logits have to exist first, unless the memory is theirs alone (`FRESH`) |
 
@@ -101,7 +101,7 @@ RESHAPED_AS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def takes_looks_only(func: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether of deferred logits among the arguments only shape, dtype and device matter."""
-    name, deferred = getattr(func, "__name__", ""), [isinstance(a, Tensor) and hasattr(a, "_known") for a in args]
+    name, deferred = getattr(func, "__name__", ""), [isinstance(a, Tensor) and hasattr(a, "_deferred") for a in args]
     if name in ALIKE:
         return deferred[:1] == [True]
     return name in RESHAPED_AS and deferred == [False, True] and isinstance(args[0], Tensor) and not kwargs

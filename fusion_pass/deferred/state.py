@@ -1,6 +1,6 @@
-"""What deferred logits know: where they come from, which calls lead to them, and whether that still holds.
+"""State of deferred logits: the graph output they come from, the calls that compute them, and whether these still hold.
 
-Plain data and its upkeep. The tensor that carries it is `deferred.tensor`'s, and this file does not know it.
+Plain data and its upkeep. `deferred.tensor` has the tensor that carries it.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class TensorLayout(NamedTuple):
 
 
 @dataclass(eq=False)
-class Origin:
-    """One returned tensor of one compiled graph, and what has been learnt about calls on it."""
+class GraphOutput:
+    """One returned tensor of one compiled graph, and a cache of how calls on it are answered."""
 
     recipe: Recipe
     memory: int
@@ -170,8 +170,8 @@ def weakly(value: object | None) -> weakref.ref | None:
 
 
 @dataclass(eq=False)
-class Family:
-    """Everything made of one returned tensor."""
+class SharedLogits:
+    """What all tensors share that are made of one returned tensor."""
 
     lock: threading.RLock = field(default_factory=threading.RLock)
     members: list[weakref.ref] = field(default_factory=list)
@@ -180,7 +180,7 @@ class Family:
     built_for: str = ""  # why the logits were built without being asked for
     # FSDP2's hooks, which gather weights: to be run before any gradient of what is made here is computed
     gathering: list[Callable[[Tensor], Any]] = field(default_factory=list)
-    passed_by: bool = False  # True once a fused loss was taken: its gradient goes to h and W directly
+    gradient_bypassed: bool = False  # True once a fused loss was taken: its gradient goes to h and W directly
 
     def returned_in(self, region: object) -> bool:
         return self.checkpoint is not None and self.checkpoint() is region
@@ -198,8 +198,8 @@ class Family:
 
 
 @dataclass(eq=False)
-class State:
-    """What changes when a tensor is written to or given other memory, and the tensor's name in an error."""
+class Snapshot:
+    """Snapshot of an operand, by which a later write or other memory is noticed, and its name for the error."""
 
     source: Tensor  # of which the leaf is an alias; the leaf itself where it has no other name
     version: int
@@ -208,36 +208,36 @@ class State:
     name: str
     sample: Tensor | None = None  # the bits of some entries, on the CPU: a write through ``.data`` leaves no version
 
-    def is_of(self, other: State) -> bool:
+    def is_of(self, other: Snapshot) -> bool:
         """Whether both are of one tensor, which has not changed in between."""
         same = self.source is other.source and self.version == other.version and self.address == other.address
         return same and self.steps.since(other.steps) is None
 
 
 @dataclass(eq=False)
-class Knowledge:
-    """What a `DeferredLogits` knows besides its shape."""
+class DeferredState:
+    """State of one `DeferredLogits`: the program that computes it, its operands, and the statistics known of it."""
 
-    origin: Origin | None  # None inside a compiler
+    graph_output: GraphOutput | None  # None inside a compiler
     program: CallProgram
     leaves: tuple[Tensor, ...]
-    states: tuple[State, ...]  # of the leaves, when they were taken in
+    snapshots: tuple[Snapshot, ...]  # of the leaves, when the call was recorded
     recorded: RecordedCall  # the call that makes it ...
     part: int | None  # ... or one of its results
-    family: Family
+    shared: SharedLogits
     layout: TensorLayout
     # statistics by name, [N], rows in order, by how they were recorded
     statistics: dict[Recording, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def state(tensor: Tensor, name: str = "an operand", source: Tensor | None = None) -> State:
+def snapshot(tensor: Tensor, name: str = "an operand", source: Tensor | None = None) -> Snapshot:
     source = tensor if source is None else source
     version = 0 if tensor.is_inference() else tensor._version
     computed = not source.is_leaf and source._base is None  # its memory is no parameter's
-    return State(source, version, tensor.data_ptr(), NO_STEPS if computed else steps(source), name)
+    return Snapshot(source, version, tensor.data_ptr(), NO_STEPS if computed else steps(source), name)
 
 
-def taken(tensor: Tensor, name: str, mode: Mode) -> tuple[Tensor, State]:
+def taken(tensor: Tensor, name: str, mode: Mode) -> tuple[Tensor, Snapshot]:
     """An operand as a leaf: another name of its memory, with the history that it has now under ``mode``.
 
     What becomes of the operand's ``requires_grad`` or history later does not reach it, as it does not reach what
@@ -248,9 +248,9 @@ def taken(tensor: Tensor, name: str, mode: Mode) -> tuple[Tensor, State]:
             leaf = torch.ops.aten.alias.default(tensor)
     else:
         leaf = tensor.detach()
-    taken_in = state(leaf, name, tensor)
-    taken_in.sample = sampled(leaf)
-    return leaf, taken_in
+    before = snapshot(leaf, name, tensor)
+    before.sample = sampled(leaf)
+    return leaf, before
 
 
 SAMPLED_ENTRIES = 32  # entries of an operand
@@ -265,17 +265,17 @@ def sampled(leaf: Tensor) -> Tensor | None:
         return leaf.detach().view(-1)[:: -(-leaf.numel() // SAMPLED_ENTRIES)].view(_BITS[leaf.itemsize]).clone()
 
 
-def differs(leaf: Tensor, before: State) -> bool:
+def differs(leaf: Tensor, before: Snapshot) -> bool:
     if before.sample is None:
         return False
     with out_of_sight():
         return not torch.equal(before.sample, sampled(leaf))  # type: ignore[arg-type]
 
 
-def check_fresh(knowledge: Knowledge) -> None:
+def check_fresh(state: DeferredState) -> None:
     """Raise StaleLogits if a leaf has changed since it was taken in."""
-    for leaf, before in zip(knowledge.leaves, knowledge.states):
-        now = state(leaf, before.name, before.source)
+    for leaf, before in zip(state.leaves, state.snapshots):
+        now = snapshot(leaf, before.name, before.source)
         freed = leaf.untyped_storage().nbytes() == 0 and leaf.numel() > 0
         moved, written = now.address != before.address, now.version != before.version
         stepped = not (freed or moved or written) and now.steps.written_since(before.steps)

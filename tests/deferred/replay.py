@@ -16,7 +16,10 @@ from collections.abc import Iterable
 
 os.environ.setdefault("FUSEDHEAD_MIN_LOGITS", "0")
 
-from tests.deferred.machine import CHANGES, MEETINGS, STATISTICS, STEPS, V, World, room_for_variants
+from tests.deferred.heads import V
+from tests.deferred.machine.changes import CHANGES
+from tests.deferred.machine.steps import MEETINGS, STATISTICS, STEPS
+from tests.deferred.machine.world import World, room_for_variants
 
 ACT = re.compile(r"(?P<name>.+) of (?P<at>\[[\d, ]+\]) in (?P<mode>'.*')")
 TABLES = {"step": STEPS, "statistic": STATISTICS, "meeting": MEETINGS}

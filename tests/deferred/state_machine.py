@@ -25,21 +25,12 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from tests.deferred.machine import (
-    CHANGES,
-    FORMS,
-    MEETINGS,
-    MODES,
-    STATISTICS,
-    STEPS,
-    Difference,
-    World,
-    compiled,
-    loss_compiled_by,
-    room_for_variants,
-    step_with_a_break,
-    watchers,
-)
+from tests.deferred.machine.changes import CHANGES
+from tests.deferred.machine.comparison import Difference, watchers
+from tests.deferred.machine.models import FORMS, compiled
+from tests.deferred.machine.modes import MODES
+from tests.deferred.machine.steps import MEETINGS, STATISTICS, STEPS, loss_compiled_by, step_with_a_break
+from tests.deferred.machine.world import World, room_for_variants
 from tests.run_record import RunRecord
 
 PICK = st.integers(0, 9)

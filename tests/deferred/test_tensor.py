@@ -189,7 +189,7 @@ def test_functions_that_know_no_subclass_get_numbers_and_gradients(model: Model)
 def test_it_keeps_hidden_states_alive_no_longer_than_itself(model: Model) -> None:
     z = deferring(model)(tokens())
     piece = z.view(-1, V)[3:].float()
-    leaf = weakref.ref(next(leaf for leaf in z._known.leaves if leaf.shape == (B, T, D)))
+    leaf = weakref.ref(next(leaf for leaf in z._deferred.leaves if leaf.shape == (B, T, D)))
     tensor = weakref.ref(piece)
     gc.disable()
     try:
