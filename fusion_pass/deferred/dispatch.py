@@ -243,16 +243,16 @@ def to_a_part(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
     if name == "__setitem__" and isinstance(args[0], DeferredLogits):
         whole, index, value = args
         part = None
-        known = part_of(value)
-        if known is not None and known[0] is whole and same_index(known[1], index, whole.ndim):
+        position = part_of(value)
+        if position is not None and position[0] is whole and same_index(position[1], index, whole.ndim):
             return True  # the part is in its place, and stands for what was written to it
-        becomes = None if known else assignment(whole, index, value)
+        becomes = None if position else assignment(whole, index, value)
     else:
         part = args[0] if args else None
-        found = part_of(part)
-        if found is None:
+        location = part_of(part)
+        if location is None:
             return False
-        whole, index = found
+        whole, index = location
         becomes = update(name, whole, index, args[1:], kwargs)
     if becomes is None or not alone(whole, part):
         return False

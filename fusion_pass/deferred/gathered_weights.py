@@ -104,8 +104,8 @@ def before_free(gathered: Sequence[Tensor]) -> None:
     """Let what waits for memory that is freed next have what it needs. Never fails FSDP2's own work."""
     for memory in map(memory_of, gathered):
         with _guard:
-            found = list(_waiting.pop(memory, ()))
-        waiting = [(state, leaves_in(state, memory)) for state in found]
+            states = list(_waiting.pop(memory, ()))
+        waiting = [(state, leaves_in(state, memory)) for state in states]
         try:
             provide([entry for entry in waiting if entry[1] and unbuilt(entry[0])])
         except Exception:

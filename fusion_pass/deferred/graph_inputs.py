@@ -109,7 +109,7 @@ def replace_placeholder(
     draft_graph = Draft(gm.graph, leaves, [], mode.shape_env, mode, value.device.type)
     with gm.graph.inserting_before(start):
         for step in program.steps:
-            draft_graph.made.append(append_step(draft_graph, step, Mode.now(draft_graph.device)))
+            draft_graph.results.append(append_step(draft_graph, step, Mode.now(draft_graph.device)))
         result = draft_graph.node(program.result)
     for later in gm.graph.nodes:
         if later.meta.get("example_value") is value:  # `float()` of float32 logits returned its argument

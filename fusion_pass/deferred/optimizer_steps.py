@@ -41,9 +41,9 @@ class Steps(NamedTuple):
 
     def written_since(self, before: Steps) -> bool:
         """Whether a step wrote after ``before``; waits for the device where only that can say."""
-        found = self.since(before)
-        if found != "perhaps":
-            return found == "certain"
+        certainty = self.since(before)
+        if certainty != "perhaps":
+            return certainty == "certain"
         earlier = 0 if before.perhaps is None else before.perhaps.item()
         return self.perhaps.item() != earlier
 
@@ -78,8 +78,8 @@ def _steps_begin(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     graded = {id(p) for p in parameters if closure or p.grad is not None}
-    others = [] if _is_torchs(type(optimizer)) else [p for p in parameters if id(p) not in graded]
-    _under_way.step = _Begun(optimizer, frozenset(graded), [(t, _sums(t)) for t in _known_among(others)])
+    ungraded = [] if _is_torchs(type(optimizer)) else [p for p in parameters if id(p) not in graded]
+    _under_way.step = _Begun(optimizer, frozenset(graded), [(t, _sums(t)) for t in _known_among(ungraded)])
 
 
 def _stepped(optimizer: Optimizer, *_: Any) -> None:
@@ -115,9 +115,9 @@ def _known_among(parameters: list[Tensor]) -> list[Tensor]:
     """The tensors that somebody asked for whose memory the parameters are."""
     ids = set(map(id, parameters))
     with _lock:
-        known = list(_steps.keys())
-    memory = {_memory(p) for p in parameters} if any(id(tensor) not in ids for tensor in known) else set()
-    return [tensor for tensor in known if id(tensor) in ids or _memory(tensor) in memory]
+        tensors = list(_steps.keys())
+    memory = {_memory(p) for p in parameters} if any(id(tensor) not in ids for tensor in tensors) else set()
+    return [tensor for tensor in tensors if id(tensor) in ids or _memory(tensor) in memory]
 
 
 def _sums(tensor: Tensor) -> list[Tensor]:

@@ -87,17 +87,17 @@ class Request:
         return tuple(self.place(leaf, at) for leaf, at in zip(state.leaves, state.snapshots))
 
     def place(self, tensor: Tensor, at: Snapshot | None = None) -> Leaf:
-        for i, (known, then) in enumerate(zip(self.leaves, self.snapshots)):
-            if known is tensor or (at is not None and same(known, then, tensor, at)):
+        for i, (leaf, then) in enumerate(zip(self.leaves, self.snapshots)):
+            if leaf is tensor or (at is not None and same(leaf, then, tensor, at)):
                 return Leaf(i)
         self.leaves.append(tensor)
         self.snapshots.append(snapshot(tensor) if at is None else at)
         return Leaf(len(self.leaves) - 1)
 
-    def steps(self, others: Sequence[DeferredState] = ()) -> tuple[list[CallStep], list[Made]]:
+    def steps(self, states: Sequence[DeferredState] = ()) -> tuple[list[CallStep], list[Made]]:
         """The call and all that leads to it, and where the subjects and ``others`` are among the steps."""
         programs = [ref for ref in self.refs if ref[0] is not None]
-        steps, results = joined([*programs, *((k.program, self.places(k)) for k in others)])
+        steps, results = joined([*programs, *((k.program, self.places(k)) for k in states)])
         places = iter(results)
         table = [ref[1] if ref[0] is None else next(places) for ref in self.refs]
         call = self.recorded

@@ -49,10 +49,10 @@ SERVED_BY = {
 }
 
 
-def of_kind(value: Tensor, recorded: Recording, asked: Recording) -> Tensor:
-    if asked is recorded:
+def of_kind(value: Tensor, recorded: Recording, wanted: Recording) -> Tensor:
+    if wanted is recorded:
         return value
-    return value.clone() if asked is Recording.INFERENCE else value.detach()
+    return value.clone() if wanted is Recording.INFERENCE else value.detach()
 
 
 def known_statistic(

@@ -100,7 +100,7 @@ class RecordedCall:
         kwargs = decode(self.kwargs, lambda leaf: tensors[leaf.at])  # type: ignore[union-attr]
         return self.func(*args, **kwargs)
 
-    def made(self, existing: Callable[[Tensor], Tensor]) -> Any:
+    def evaluate(self, existing: Callable[[Tensor], Tensor]) -> Any:
         """The result on tensors that exist, computed once, in the modes it was recorded under."""
         if self.result is None:
             tensors = list(map(existing, self.tensors))
@@ -133,8 +133,8 @@ class RecordedCall:
         results = [result] if many is None else list(result)
         layouts = list(map(TensorLayout.of, results))
         if not self.mode.grad:
-            known = MARKED and self.func not in DETACHING and self.tensors[0].requires_grad
-            layouts = [la._replace(grad=False, marked=known and r._is_view()) for la, r in zip(layouts, results)]
+            marks = MARKED and self.func not in DETACHING and self.tensors[0].requires_grad
+            layouts = [la._replace(grad=False, marked=marks and r._is_view()) for la, r in zip(layouts, results)]
         if self.mode.inference:
             layouts = [la._replace(inference=self.infers(like, r)) for la, r in zip(layouts, results)]
         return layouts, many

@@ -64,11 +64,11 @@ def above_autograd() -> Iterator[None]:
 @cache
 def _keys_of_a_new_thread() -> tuple[Any, Any]:
     """The dispatch keys included and excluded where nothing surrounds a call."""
-    found: list[tuple[Any, Any]] = []
-    thread = threading.Thread(target=lambda: found.append((included_dispatch_keys(), excluded_dispatch_keys())))
+    keys: list[tuple[Any, Any]] = []
+    thread = threading.Thread(target=lambda: keys.append((included_dispatch_keys(), excluded_dispatch_keys())))
     thread.start()
     thread.join()
-    return found[0]
+    return keys[0]
 
 
 @contextmanager

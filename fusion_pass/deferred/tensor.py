@@ -285,7 +285,7 @@ def run_recorded_call(state: DeferredState) -> Tensor:
     first = graph_output is not None and recorded.func is graph_output.recipe.program and recorded.result is None
     if first:
         count_built(graph_output.recipe.runs, state.shared.built_for)  # type: ignore[union-attr]
-    result = state.recorded.made(as_plain)
+    result = state.recorded.evaluate(as_plain)
     if first:
         state.shared.gather_before(result)
     return result if state.part is None else result[state.part]

@@ -111,7 +111,7 @@ def linear_cross_entropy(
     h, w, bias = in_dtype_of_products(input.reshape(-1, input.shape[-1]), linear_weight, bias)
     first: Any = 0
     classes: Any = w.shape[0]
-    own: Tensor | None = None
+    shard: Tensor | None = None
     if group is not None:
         wrong = wrong or wrong_shard(w.shape[0], group, vocab_size)
         settings = (reduction, ignore_index, label_smoothing, z_loss, softcap, weight is None, bias is None)
@@ -120,9 +120,9 @@ def linear_cross_entropy(
         # what decides which collectives follow: all ranks sum dh or none does, and one sweep has windows for all alike
         learnt = torch.is_grad_enabled() and h.requires_grad
         in_one_sweep = None if vocab_size is None else (torch.is_grad_enabled() and w.requires_grad, budget)
-        own = span(h, w.shape[0], group, (vocab_size, str(reduce_dtype), learnt, in_one_sweep, *settings))
+        shard = span(h, w.shape[0], group, (vocab_size, str(reduce_dtype), learnt, in_one_sweep, *settings))
         if vocab_size is None:
-            first, classes = own[0], own[1]
+            first, classes = shard[0], shard[1]
         else:
             first, classes = bounds(vocab_size, dist.get_world_size(group), dist.get_rank(group))[0], vocab_size
     labels = target.reshape(-1)
@@ -145,8 +145,8 @@ def linear_cross_entropy(
         place = (first, classes, group.group_name, reduction_of(reduce_dtype))
     if reduction != "none" and learns and (group is None or vocab_size is not None):
         value = with_gradients(head, loss, budget, place)
-    elif group is not None and own is not None:
-        value = reduced(of_all_ranks(head, own, loss, budget, group, reduction_of(reduce_dtype)), loss)
+    elif group is not None and shard is not None:
+        value = reduced(of_all_ranks(head, shard, loss, budget, group, reduction_of(reduce_dtype)), loss)
     else:
         value = reduced(swept_stats(head, loss, budget), loss)
     value = value.to(result_dtype)
@@ -234,10 +234,10 @@ def swept_stats(head: Operands, loss: Loss, memory: int) -> LossStatistics:
 
 
 def of_all_ranks(
-    head: Operands, own: Tensor, loss: Loss, memory: int, group: dist.ProcessGroup, reduce: str
+    head: Operands, shard: Tensor, loss: Loss, memory: int, group: dist.ProcessGroup, reduce: str
 ) -> LossStatistics:
     """The statistics of the whole vocabulary from this rank's columns; ``own`` is the `span` that they have of it."""
-    place = (0, 0, group.group_name, reduce, False, own)
+    place = (0, 0, group.group_name, reduce, False, shard)
     return loss_statistics(torch.ops.fusedhead.shard_stats(*head, asked(loss), memory, *place), loss)
 
 

@@ -46,11 +46,11 @@ class _Files(BaseLoader):
 
 @cache
 def environment() -> Environment:
-    made = Environment(
+    templates = Environment(
         loader=_Files(), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters.update(size=size, quantity=quantity, sentence=sentence, plural=plural)
-    return made
+    templates.filters.update(size=size, quantity=quantity, sentence=sentence, plural=plural)
+    return templates
 
 
 class Card(NamedTuple):

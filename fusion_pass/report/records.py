@@ -21,8 +21,8 @@ from fusedhead.report.report import HeadRecord
 def records_of(body: Body) -> list[HeadRecord]:
     """The records of a graph: findings first, then decisions."""
     stacked = [record_of_decision(decision, body) for decision in body.returned_heads]
-    found = [record_of_finding(finding) for finding in body.findings]
-    return [*stacked, *found, *(record_of_decision(decision, body) for decision in body.decisions)]
+    findings = [record_of_finding(finding) for finding in body.findings]
+    return [*stacked, *findings, *(record_of_decision(decision, body) for decision in body.decisions)]
 
 
 def record_of_finding(finding: Finding) -> HeadRecord:
@@ -88,7 +88,7 @@ def symbols(graph: Graph) -> dict[Any, int]:
 
 def counting(graph: Graph, tokens: torch.SymInt) -> Callable[[tuple[int, ...]], int] | None:
     """The number of tokens as a function of a call's sizes, in the order of `symbols`; None if it needs others."""
-    expression, known = tokens.node.expr, list(symbols(graph))
-    if not expression.free_symbols <= set(known):
+    expression, sizes = tokens.node.expr, list(symbols(graph))
+    if not expression.free_symbols <= set(sizes):
         return None
-    return lambda key: int(expression.subs(dict(zip(known, key))))
+    return lambda key: int(expression.subs(dict(zip(sizes, key))))

@@ -13,7 +13,7 @@ from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_produc
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype, product_dtype
 
 
-class KnownScale(NamedTuple):
+class RowScale(NamedTuple):
     """What lets a window hand over its blocks to the gradients at once: row scales that are known beforehand."""
 
     s: Tensor  # [m] in the statistics' dtype
@@ -33,12 +33,12 @@ class Window(Protocol):
         ...
 
     def exponentials(
-        self, i: slice, h: Tensor, level: Level, cells: Cells, known: KnownScale | None = None
+        self, i: slice, h: Tensor, level: Level, cells: Cells, row_scale: RowScale | None = None
     ) -> list[Tensor]:
         """Fill the window of the tokens i and sum E' w: parts [m] of the row sums of E.
 
         h [m, D] is in the dtype of the products. Blocks go to the gradients of w and of the column vectors at once
-        where the row scales are ``known``.
+        where ``row_scale`` gives the row scales beforehand.
         """
         ...
 
@@ -75,21 +75,21 @@ class BlockWindow:
         return usual_level(self.head, i, labelled, aim)
 
     def exponentials(
-        self, i: slice, h: Tensor, level: Level, cells: Cells, known: KnownScale | None = None
+        self, i: slice, h: Tensor, level: Level, cells: Cells, row_scale: RowScale | None = None
     ) -> list[Tensor]:
         head, parts = self.head, []
         self.product = h.new_zeros((len(h), h.shape[1] if self.needs.h else 0), dtype=self.wide)
-        wanted = self.keep or self.needs.h or known is not None
-        scaled = known is not None and (self.needs.w or self.needs.cols)
-        hs = (h * known.s[:, None]).to(self.work) if scaled and known is not None else h
+        wanted = self.keep or self.needs.h or row_scale is not None
+        scaled = row_scale is not None and (self.needs.w or self.needs.cols)
+        hs = (h * row_scale.s[:, None]).to(self.work) if scaled and row_scale is not None else h
         for v in self.blocks:
             e, w = self._block(len(h), v), head.w[v].to(self.work)
             into = e if self.kept == self.work else self.spare[: e.numel()].view(e.shape)
             parts += fill(head, i, v, h, w, level, cells, into, self.spare, wanted)
             if self.needs.h:
                 accumulate_product(self.product, into, w)
-            if known is not None:
-                known.sink.block(i, v, into, hs, known.s)
+            if row_scale is not None:
+                row_scale.sink.block(i, v, into, hs, row_scale.s)
             elif into is not e:
                 e.copy_(into)
         return parts

@@ -115,7 +115,7 @@ class Cells(NamedTuple):
     y: Tensor  # [m, K]
     tokens: Tensor  # [m·K] sorted by column, where the host can look
     columns: Tensor  # [m·K] the same
-    known: list[int] | None  # the columns once more, None on a device that would have to be waited for
+    column_list: list[int] | None  # the columns once more, None on a device that would have to be waited for
     zero: Tensor  # [] in the dtype of the logits
 
 
@@ -135,14 +135,14 @@ class Blanks(NamedTuple):
     v: slice
     tokens: Tensor  # [labels in the block] ascending, where the host can look
     columns: Tensor  # the same, counted from v.start
-    known: list[int]  # the tokens once more
+    token_list: list[int]  # the tokens once more
 
 
 def label_blanks(cells: Cells, v: slice) -> Blanks:
     """The labels' cells in the block of the columns v."""
-    if cells.known is None:
+    if cells.column_list is None:
         return Blanks(cells, v, cells.tokens, cells.columns, [])
-    some = slice(bisect_left(cells.known, v.start), bisect_left(cells.known, v.stop))
+    some = slice(bisect_left(cells.column_list, v.start), bisect_left(cells.column_list, v.stop))
     if some.start == some.stop:
         return Blanks(cells, v, cells.tokens[some], cells.columns[some], [])
     tokens, order = cells.tokens[some].sort()
@@ -152,8 +152,8 @@ def label_blanks(cells: Cells, v: slice) -> Blanks:
 def blank_labels(block: Tensor, blanks: Blanks, r: slice) -> None:
     """Zero, in the rows r [r, v] of a block, the cells of the labels."""
     cells, v = blanks.cells, blanks.v
-    if cells.known is not None:
-        some = slice(bisect_left(blanks.known, r.start), bisect_left(blanks.known, r.stop))
+    if cells.column_list is not None:
+        some = slice(bisect_left(blanks.token_list, r.start), bisect_left(blanks.token_list, r.stop))
         if some.start < some.stop:
             block.index_put_((blanks.tokens[some] - r.start, blanks.columns[some]), cells.zero)
         return
@@ -167,7 +167,7 @@ def blank_labels(block: Tensor, blanks: Blanks, r: slice) -> None:
 def put_labels(block: Tensor, blanks: Blanks, values: Tensor) -> None:
     """Set the cells of the labels in a block [m, v] to ``values`` [m, K]."""
     cells, v = blanks.cells, blanks.v
-    if cells.known is not None and not blanks.known:
+    if cells.column_list is not None and not blanks.token_list:
         return
     for k in range(cells.y.shape[1]):
         column = cells.y[:, k : k + 1] - v.start

@@ -67,8 +67,8 @@ def _by_row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
     elsewhere the answer would have to be waited for.)
     """
     masked = head.transform.masked_columns(head.cols) if head.h.device.type == "cpu" else None
-    left = masked is None or not bool(masked.all())
-    return left and softmax_gradients.supports(head, upstream, needs)
+    any_column = masked is None or not bool(masked.all())
+    return any_column and softmax_gradients.supports(head, upstream, needs)
 
 
 def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
@@ -94,10 +94,10 @@ def other_columns_serve(head: Head, coefficients: RowGrads, needs: Needs, window
 def with_sums(head: Head, total: Tensor, other_columns: OtherColumns) -> OtherColumns:
     """``other_columns``, told the sums [N] too."""
 
-    def asked(i: slice, own: RowStats) -> Tensor:
+    def asked(i: slice, stats: RowStats) -> Tensor:
         some = total[i]
-        spread = spread_from_sums(head, one_number(own, some.dtype), some)
-        return other_columns(i, own._replace(sum=some.to(spread.dtype), spread=spread))
+        spread = spread_from_sums(head, one_number(stats, some.dtype), some)
+        return other_columns(i, stats._replace(sum=some.to(spread.dtype), spread=spread))
 
     return asked
 

@@ -72,13 +72,13 @@ def _few_rows(head: Head, j: slice, factors: Factors, needs: Needs, columns: int
     e_labels = torch.exp(labelled - most[:, None]).to(fine) * first
     e = z.sub_(most[:, None]).exp_().scatter_(1, head.y[j], 0)
     rest, of_labels = e.sum(1, dtype=fine), e_labels.sum(1)
-    total, others = rest + of_labels, rest[:, None] + (of_labels[:, None] - e_labels)
+    total, without_label = rest + of_labels, rest[:, None] + (of_labels[:, None] - e_labels)
     log_total = total.log()
     swept.lse[j] = at = most.to(fine) + log_total
     swept.low[j] = two_sum_error(at, most.to(fine), log_total)
     if not (needs.h or needs.w or needs.cols):
         return
-    s, t = factors(j, at, total, others, first, label_terms(head, j)[1])
+    s, t = factors(j, at, total, without_label, first, label_terms(head, j)[1])
     e.div_(total[:, None])  # or the sum of what is multiplied by a large weight leaves the dtype
     s, t = (s * total).to(wide), t.to(wide)
     product = h.new_zeros((len(h), head.h.shape[1] if needs.h else 0))

@@ -29,7 +29,7 @@ from fusedhead.kernels.contract import (
     Windows,
     stat_dtype,
 )
-from fusedhead.kernels.torch_engine.block_window import BlockWindow, KnownScale, Window
+from fusedhead.kernels.torch_engine.block_window import BlockWindow, RowScale, Window
 from fusedhead.kernels.torch_engine.blocks import (
     cuts,
     first_of_equal,
@@ -96,17 +96,17 @@ def _factors(c: RowGrads, head: Head, beyond: Tensor | None = None) -> Factors:
     scale = head.transform.plain_scale
 
     def factors(
-        i: slice, lse: Tensor, total: Tensor, others: Tensor, first: Tensor, slope: Tensor
+        i: slice, lse: Tensor, total: Tensor, without_label: Tensor, first: Tensor, slope: Tensor
     ) -> tuple[Tensor, Tensor]:
         if beyond is not None:
             # e^600 against at most e^100: what the head holds is nothing then
             share = torch.exp((beyond[i] - lse).clamp(max=LARGEST_SHARE))
             more = torch.where(total > 0, total * share, (beyond[i] > -torch.inf).to(total.dtype))
-            total, others = total + more, others + more[:, None]
+            total, without_label = total + more, without_label + more[:, None]
             lse = torch.logaddexp(lse, beyond[i])
         g = g_lse[i] if c.square is None else g_lse[i] + 2 * c.square[i] * lse
         whole = g[:, None] * first
-        t = (g_picked[i] + whole - whole * (others / total[:, None])) * slope
+        t = (g_picked[i] + whole - whole * (without_label / total[:, None])) * slope
         s = g / total + 0 * total
         if beyond is not None:
             s = s.masked_fill(beyond[i] == torch.inf, torch.nan)
@@ -168,7 +168,7 @@ def _sweep(
         certain = not on_cpu
         while True:
             parts = window.exponentials(i, h, level, cells)
-            total, others = _totals(parts, z, level, first)
+            total, without_label = _totals(parts, z, level, first)
             if certain or bool(((total > least) & (total < most)).all()):
                 break
             level, certain = below_maximum(head, i, window.strip, aim, True), True
@@ -185,7 +185,7 @@ def _sweep(
         rows.lse[i] = at = level.natural + total.log()
         if beyond is not None and other_columns is not None:
             beyond[i] = other_columns(i, _own_statistics(rows, i, wide))
-        s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
+        s, t = (x.to(wide) for x in factors(i, at, total, without_label, first, slope))
         window.gradients(i, h, s, t, sink)
 
 
@@ -231,9 +231,9 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
         g = g_lse[i] if upstream.square is None else g_lse[i] + 2 * upstream.square[i] * at
         early = g * torch.exp(level.natural - at) * (1.0 if scale is None else scale)
         early = early.to(wide)
-        parts = window.exponentials(i, h, level, cells, KnownScale(early, sink))
+        parts = window.exponentials(i, h, level, cells, RowScale(early, sink))
         first = first_of_equal(head.y[i])
-        total, others = _totals(parts, z, level, first)
-        s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
+        total, without_label = _totals(parts, z, level, first)
+        s, t = (x.to(wide) for x in factors(i, at, total, without_label, first, slope))
         window.gradients(i, h, s, t, sink)
     return sink.finish()

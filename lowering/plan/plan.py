@@ -66,8 +66,8 @@ def _products(algorithm: str, problem: Problem) -> int:
     needs = problem.needs
     gradients = needs.h + (needs.w or needs.cols)
     forward_too = problem.linear and any(needs)
-    known = {"statistics": 1, "frozen": 2, "single pass": 1 + gradients, "whole": 1 + gradients, "float8": 3}
-    return known.get(algorithm, forward_too + 1 + gradients)
+    counts = {"statistics": 1, "frozen": 2, "single pass": 1 + gradients, "whole": 1 + gradients, "float8": 3}
+    return counts.get(algorithm, forward_too + 1 + gradients)
 
 
 WHY = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusedhead.kernels.contract import Head, Needs, RowGrads, Windows
-from fusedhead.kernels.torch_engine.block_window import BlockWindow, KnownScale
+from fusedhead.kernels.torch_engine.block_window import BlockWindow, RowScale
 from fusedhead.kernels.torch_engine.blocks import label_cells
 from fusedhead.kernels.torch_engine.exponentials import level_at
 from fusedhead.kernels.torch_engine.gradient_sink import Sink
@@ -29,7 +29,7 @@ def test_blocks_go_to_the_gradients_at_once_or_out_of_a_kept_window(monkeypatch,
     found = []
     for keep in (False, True):
         sink, window = Sink(head, RowGrads(), NEEDS, windows), BlockWindow(head, NEEDS, windows, keep)
-        parts = window.exponentials(i, h, level, cells, None if keep else KnownScale(s, sink))
+        parts = window.exponentials(i, h, level, cells, None if keep else RowScale(s, sink))
         window.gradients(i, h, s, t, sink)
         grads = sink.finish()
         assert grads.h is not None

@@ -152,8 +152,8 @@ def tail_index(context: Context, x: Any, indices: Any) -> TokenValue:
     x, used = from_logits(context, x), [(d, i) for d, i in enumerate(indices) if i is not None]
     if len(used) != 1 or not isinstance(used[0][1], Plain):
         raise Escape(NotByTokens.SEVERAL_INDICES)
-    (dim, which), here = used[0], x.val.device
-    numbers = which if which.val.device == here else Expr(aten.to.device, (which, here, torch.int64))
+    (dim, which), device = used[0], x.val.device
+    numbers = which if which.val.device == device else Expr(aten.to.device, (which, device, torch.int64))
     index = Plain(from_the_first(numbers, known_size(x.val.shape[dim], "an indexed dimension")), which.val)
     return tail_index_select(context, x, dim, index)
 
