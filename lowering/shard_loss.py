@@ -144,9 +144,7 @@ def _one_sweep(
         picked[:, columns] = torch.where(inside[:, columns], c.picked, 0)
         c = c._replace(picked=picked)
     head = head_of((h, w, cell, cols, rows, u), settings.transform)
-    merge = MergedWindows(
-        group, shards.class_weight(h, w, u), inside, wrong_label(y, settings.vocab), settings.vocab
-    )
+    merge = MergedWindows(group, shards.class_weight(h, w, u), inside, wrong_label(y, settings.vocab), settings.vocab)
     windows = windows._replace(dh=shards.part_dtype(h.dtype, settings.reduce))
     with ops.without_autocast(h.device):
         got, gradients = engine.head_loss(head, c, needs, windows, merge.other_columns)

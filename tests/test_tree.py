@@ -46,12 +46,12 @@ def lines_of_code(file: Path) -> int:
 
 def modules() -> dict[str, Path]:
     """The modules that have logic, as ``layer/.../name``, without the package's own folder."""
-    found = {}
+    files = {}
     for top in ("fusion_pass", "lowering", "kernels"):
         for file in sorted((ROOT / top).rglob("*.py")):
             if not file.name.startswith("__") and lines_of_code(file) > LINES:
-                found[str(file.relative_to(ROOT).with_suffix("")).removeprefix("fusion_pass/")] = file
-    return found
+                files[str(file.relative_to(ROOT).with_suffix("")).removeprefix("fusion_pass/")] = file
+    return files
 
 
 def has_a_test_file(module: str, file: Path) -> bool:

@@ -27,12 +27,12 @@ TABLES = {"step": STEPS, "statistic": STATISTICS, "meeting": MEETINGS}
 
 def play(world: World, line: str) -> None:
     """One step, as `World.say` has it."""
-    found = ACT.fullmatch(line)
-    if found:
+    match = ACT.fullmatch(line)
+    if match:
         wide = [pair for pair in world.pairs if pair.real.ndim and pair.real.shape[-1] == V]
-        picks = [wide.index(world.pairs[at]) for at in ast.literal_eval(found["at"])]
-        kind = next(kind for kind, table in TABLES.items() if found["name"] in table)
-        return world.act(kind, found["name"], picks, ast.literal_eval(found["mode"]))
+        picks = [wide.index(world.pairs[at]) for at in ast.literal_eval(match["at"])]
+        kind = next(kind for kind, table in TABLES.items() if match["name"] in table)
+        return world.act(kind, match["name"], picks, ast.literal_eval(match["mode"]))
     if line.startswith("forward in "):
         return world.forward(ast.literal_eval(line.removeprefix("forward in ")))
     if line in CHANGES:

@@ -69,12 +69,12 @@ def test_views_and_casts_are_followed_and_compute_nothing(model: Model) -> None:
         "log": lambda t: F.log_softmax(t, -1),
     }
     with Operations(1) as ran:
-        made = {name: step(z) for name, step in steps.items()}
+        result = {name: step(z) for name, step in steps.items()}
     assert ran.large == []
-    assert made["same"] is z
-    assert all(map(is_deferred, made.values()))
+    assert result["same"] is z
+    assert all(map(is_deferred, result.values()))
     for name, step in steps.items():
-        expected, got = step(real), made[name]
+        expected, got = step(real), result[name]
         assert (got.shape, got.dtype, got.requires_grad) == (expected.shape, expected.dtype, expected.requires_grad)
         assert got.stride() == expected.stride() or name == "mask"
         torch.testing.assert_close(got.clone() + 0, expected + 0)
@@ -112,8 +112,8 @@ def test_it_is_computed_once(model: Model) -> None:
 def test_a_plain_use_is_differentiable(model: Model) -> None:
     x = tokens()
     wanted = gradients(model, (model(x) ** 2).mean())
-    found = gradients(model, (deferring(model)(x) ** 2).mean())
-    torch.testing.assert_close(found, wanted)
+    actual = gradients(model, (deferring(model)(x) ** 2).mean())
+    torch.testing.assert_close(actual, wanted)
 
 
 def test_gradients_through_a_loss_and_through_the_logits_add_up(model: Model) -> None:
@@ -182,8 +182,8 @@ def test_functions_that_know_no_subclass_get_numbers_and_gradients(model: Model)
 
     x = tokens()
     wanted = gradients(model, Twice.apply(model(x)).pow(2).mean())
-    found = gradients(model, Twice.apply(deferring(model)(x)[:, :]).pow(2).mean())
-    torch.testing.assert_close(found, wanted)
+    actual = gradients(model, Twice.apply(deferring(model)(x)[:, :]).pow(2).mean())
+    torch.testing.assert_close(actual, wanted)
 
 
 def test_it_keeps_hidden_states_alive_no_longer_than_itself(model: Model) -> None:

@@ -31,6 +31,6 @@ def test_every_rule_is_in_the_table() -> None:
 
 
 def test_the_reasons_are_sentences() -> None:
-    found = sentences()
-    assert len(found) > 50
-    assert all(text == text.strip() and not text.endswith(".") for text in found)
+    result = sentences()
+    assert len(result) > 50
+    assert all(text == text.strip() and not text.endswith(".") for text in result)

@@ -108,13 +108,13 @@ def differences(eager: Trained, other: Trained) -> Mapping[str, tuple[float, flo
     """(distance to eager, scale) of every logged number and of every weight's movement."""
     assert eager.logged.keys() == other.logged.keys()
     assert eager.after.keys() == other.after.keys()
-    found = {f"logged {n}": (abs(other.logged[n] - x), max(abs(x), 1.0)) for n, x in eager.logged.items()}
+    results = {f"logged {n}": (abs(other.logged[n] - x), max(abs(x), 1.0)) for n, x in eager.logged.items()}
     for name in eager.after:
         if NO_GRADIENT.search(name):
             continue
         moved = eager.movement(name)
-        found[name] = (float((other.movement(name) - moved).norm()), float(moved.norm()))
-    return found
+        results[name] = (float((other.movement(name) - moved).norm()), float(moved.norm()))
+    return results
 
 
 def agree(eager: Trained, inductor: Trained, fused: Trained, slack: float = FLOAT32) -> None:

@@ -46,9 +46,9 @@ def test_a_script_is_made_of_the_models_own_text() -> None:
     fusedhead.defer(model)
     assert inspect.signature(model.forward) == signature
     assert "self.embed.weight" in inspect.getsource(Scripted.forward)
-    found = torch.jit.script(model)(h)
-    assert type(found) is Tensor
-    torch.testing.assert_close(found, expected)
+    actual = torch.jit.script(model)(h)
+    assert type(actual) is Tensor
+    torch.testing.assert_close(actual, expected)
 
 
 def test_threads_have_scopes_of_their_own(summary: Summary) -> None:

@@ -32,8 +32,8 @@ def code(program):
     """The code of forward and backward."""
     h, w = (torch.randn(n, D, dtype=torch.bfloat16, requires_grad=True) for n in (N, V))
     y = torch.randint(0, V, (N,))
-    _, found = run_fw_bw_and_get_code(lambda: torch.compile(program, backend="fusedhead")(h, w, y))
-    return found
+    _, result = run_fw_bw_and_get_code(lambda: torch.compile(program, backend="fusedhead")(h, w, y))
+    return result
 
 
 @pytest.mark.parametrize("program", [mean, smoothed, weighted_by_token, with_squares_of_lse])

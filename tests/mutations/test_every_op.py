@@ -77,7 +77,7 @@ def body(writes: bool) -> GraphModule:
 
 def calls_of(name: str, writes: bool) -> list[tuple[Node, Node]]:
     """Calls of a higher-order op with its arguments laid out in several ways, and the operand of each."""
-    found = []
+    results = []
     for layout in range(5):
         root = torch.nn.Module()
         root.add_module("body", body(writes))
@@ -87,8 +87,8 @@ def calls_of(name: str, writes: bool) -> list[tuple[Node, Node]]:
         call = graph.call_function(getattr(torch.ops.higher_order, name), args)
         graph.output(call)
         graph.owning_module = GraphModule(root, graph)
-        found.append((call, x))
-    return found
+        results.append((call, x))
+    return results
 
 
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")

@@ -147,9 +147,9 @@ def test_hooks_run_as_often_as_before(heads: list[HeadRecord]) -> None:
 
 
 def test_stopping_leaves_torch_as_it_was() -> None:
-    made, suppressed = torch.optim.Optimizer.__init__, torch._dynamo.config.suppress_errors
+    result, suppressed = torch.optim.Optimizer.__init__, torch._dynamo.config.suppress_errors
     stop = compile_eager.watch_optimizers()
-    assert torch.optim.Optimizer.__init__ is not made
+    assert torch.optim.Optimizer.__init__ is not result
     stop()
-    assert torch.optim.Optimizer.__init__ is made
+    assert torch.optim.Optimizer.__init__ is result
     assert torch._dynamo.config.suppress_errors == suppressed

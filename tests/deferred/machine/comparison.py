@@ -96,35 +96,35 @@ class Comparison:
 
     def errors(self, outcomes: Sequence[tuple[bool, Any]], chosen: Sequence[Pair], backward: bool = False) -> bool:
         """Whether there was an error; what it must not be is a difference."""
-        (fine, expected), (fine_too, found) = outcomes
+        (fine, expected), (fine_too, actual) = outcomes
         if fine_too and fine:
             return False
         if not fine_too:
-            if isinstance(found, StaleLogits) and self.written(chosen):
+            if isinstance(actual, StaleLogits) and self.written(chosen):
                 self.stale += 1
                 return True
-            if isinstance(found, RuntimeError) and "is asked for after a loss was taken" in str(found):
+            if isinstance(actual, RuntimeError) and "is asked for after a loss was taken" in str(actual):
                 # eager code may have a hook now: nothing that reaches it is compared
                 self.forget([p for p in self.pairs if any(p.made_of & pair.made_of for pair in chosen)])
                 return True
         # what a backward needs and finds written may be needed by one of the two formulas alone
         if backward and (not fine or not fine_too):
-            error = found if fine else expected
+            error = actual if fine else expected
             if "modified by an inplace operation" in str(error) or isinstance(error, StaleLogits):
                 self.check(self.changed(), f"{error} though nothing was written")
                 return True
         if fine_too and any(sentence in str(expected) for sentence in EAGER_ALONE):
             return True
         if fine_too and LATE in str(expected):
-            for tensor in tensors_of(found):
+            for tensor in tensors_of(actual):
                 if tensor.requires_grad and not tensor.is_leaf:
                     late = self.outcome(lambda t=tensor: t.float().sum().backward())
                     self.check(LATE in str(late[1]), f"no error in a backward, where eager code gives {expected}")
             return True
-        if fine or fine_too or not isinstance(found, type(expected)):
+        if fine or fine_too or not isinstance(actual, type(expected)):
             said = "no error" if fine else f"{type(expected).__name__}: {expected}"
-            mine = "no error" if fine_too else f"{type(found).__name__}: {found}"
-            error = None if fine_too else found
+            mine = "no error" if fine_too else f"{type(actual).__name__}: {actual}"
+            error = None if fine_too else actual
             raise Difference(f"{mine}, where eager code gives {said}\n{self}") from error
         return True
 
@@ -141,17 +141,17 @@ class Comparison:
                 (_, real), (_, other) = outcomes
                 self.check(real == other, f"{name} is {other}, not {real}")
 
-    def same_numbers(self, found: Any, expected: Any, coarse: bool) -> None:
+    def same_numbers(self, actual: Any, expected: Any, coarse: bool) -> None:
         limits = {"rtol": 5e-2, "atol": 5e-2} if coarse else {"rtol": 2e-4, "atol": 2e-5}
         integers = isinstance(expected, Tensor) and not expected.is_floating_point()
         if (coarse and integers) or isinstance(expected, str) or expected is None:
-            self.check(isinstance(expected, Tensor) or found == expected, f"{found}, not {expected}")
+            self.check(isinstance(expected, Tensor) or actual == expected, f"{actual}, not {expected}")
             return
         try:
             with torch.no_grad():
-                if isinstance(found, Tensor):
-                    found, expected = numbers(found), numbers(expected)
-                torch.testing.assert_close(found, expected, equal_nan=True, check_stride=False, **limits)
+                if isinstance(actual, Tensor):
+                    actual, expected = numbers(actual), numbers(expected)
+                torch.testing.assert_close(actual, expected, equal_nan=True, check_stride=False, **limits)
         except AssertionError as error:
             raise Difference(f"{error}\n{self}") from None
 
@@ -168,10 +168,10 @@ class Comparison:
                 self.check(bool(fine), f"the gradient of {name} is off by {error}")
         for pair in self.pairs:
             both = (pair.real, pair.other)
-            own = [self.outcome(lambda t=t: t.grad if t.retains_grad or t.is_leaf else None) for t in both]
-            if self.errors(own, [pair]):
+            outcomes = [self.outcome(lambda t=t: t.grad if t.retains_grad or t.is_leaf else None) for t in both]
+            if self.errors(outcomes, [pair]):
                 continue
-            real, other = (value for _, value in own)
+            real, other = (value for _, value in outcomes)
             self.check((real is None) == (other is None), "one tensor has a gradient of its own")
             if real is not None:
                 self.same_numbers(other, real, pair.coarse)

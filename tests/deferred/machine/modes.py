@@ -12,18 +12,18 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 
 def in_a_thread(run: Callable[..., Any], *tensors: Tensor) -> Any:
-    found: list[Any] = []
+    results: list[Any] = []
 
     def work() -> None:
         try:
-            found.append((True, run(*tensors)))
+            results.append((True, run(*tensors)))
         except Exception as error:
-            found.append((False, error))
+            results.append((False, error))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    fine, value = found[0]
+    fine, value = results[0]
     if not fine:
         raise value
     return value

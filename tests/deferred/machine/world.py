@@ -125,26 +125,26 @@ class World(Comparison):
         outcomes = []
         for side, tensors in zip(self.sides, ([p.real for p in chosen], [p.other for p in chosen])):
             run = (lambda _, side=side: action(side)) if runs_forward else (lambda *t, side=side: action(side, *t))
-            given = [side.tokens] if runs_forward else tensors
-            outcomes.append(self.outcome(lambda run=run, given=given: MODES[mode](run, *given)))
+            inputs = [side.tokens] if runs_forward else tensors
+            outcomes.append(self.outcome(lambda run=run, inputs=inputs: MODES[mode](run, *inputs)))
         if self.errors(outcomes, chosen):
             self.forget(chosen)
             return
-        expected, found = (value for _, value in outcomes)
+        expected, actual = (value for _, value in outcomes)
         coarse = mode == "autocast" or self.coarse_weights or any(pair.coarse for pair in chosen)
-        reals, others = tensors_of(expected), tensors_of(found)
-        self.check(len(reals) == len(others), f"{len(others)} results for {len(reals)}")
+        reals, deferred = tensors_of(expected), tensors_of(actual)
+        self.check(len(reals) == len(deferred), f"{len(deferred)} results for {len(reals)}")
         if not reals:
-            return self.same_numbers(found, expected, coarse)
+            return self.same_numbers(actual, expected, coarse)
         made_of = frozenset().union(*(pair.made_of for pair in chosen)) if chosen else frozenset()
-        for real, other in zip(reals, others):
-            known = next((pair for pair in self.pairs if pair.real is real), None)
-            if known is not None:
-                self.check(known.other is other, "eager code hands the same tensor back, this another")
-            pair = known or Pair(real, other, made_of, coarse or real.dtype in (torch.bfloat16, torch.float16))
+        for real, other in zip(reals, deferred):
+            before = next((pair for pair in self.pairs if pair.real is real), None)
+            if before is not None:
+                self.check(before.other is other, "eager code hands the same tensor back, this another")
+            pair = before or Pair(real, other, made_of, coarse or real.dtype in (torch.bfloat16, torch.float16))
             pair.coarse |= coarse
             self.looks(pair)
-            if known is None:
+            if before is None:
                 self.pairs.append(pair)
                 self.deferred += is_deferred(other)
             if not is_deferred(other):
