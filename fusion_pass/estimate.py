@@ -34,8 +34,8 @@ from fusedhead.legality.profitability import MAY_HOLD, Unprofitable, least_logit
 from fusedhead.live_bytes import LiveBytes, LiveSize
 from fusedhead.options import Options, split_options
 from fusedhead.report.estimates import itemsize
+from fusedhead.report.head_record import HeadRecord
 from fusedhead.report.rates import Chip, chip_named
-from fusedhead.report.report import HeadRecord
 from fusedhead.report.step_estimate import HeadEstimate, StepEstimate
 
 

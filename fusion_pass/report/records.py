@@ -15,7 +15,7 @@ from fusedhead.analysis.cost import sizes_of
 from fusedhead.analysis.site import Decision, tokens_of
 from fusedhead.analysis.source_lines import module_path
 from fusedhead.graph.nodes import fake, hint
-from fusedhead.report.report import HeadRecord
+from fusedhead.report.head_record import HeadRecord
 
 
 def records_of(body: Body) -> list[HeadRecord]:

@@ -12,7 +12,8 @@ import threading
 
 from fusedhead import compat
 from fusedhead.graph.run_counts import Run
-from fusedhead.report.report import HeadRecord, Report
+from fusedhead.report.head_record import HeadRecord
+from fusedhead.report.report import Report
 from fusedhead.report.terminal import Overview, saved_in_a_step, text
 
 log = logging.getLogger("fusedhead")

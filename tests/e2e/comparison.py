@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import fusedhead
 from benchmarks.measure import cpu_allocations, peak_of
 from fusedhead.report import observers
-from fusedhead.report.report import HeadRecord, Report
+from fusedhead.report.head_record import HeadRecord
+from fusedhead.report.report import Report
 
 FACTOR = 1.5
 FLOAT32 = 2e-3  # a float32 training of a few steps with Adam, whose step is a ratio of small numbers

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedhead.report import observers
-from fusedhead.report.report import HeadRecord, Report
+from fusedhead.report.head_record import HeadRecord
+from fusedhead.report.report import Report
 from fusedhead.run import compile_eager
 
 

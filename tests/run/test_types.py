@@ -24,7 +24,7 @@ SETTINGS = """\
 [mypy]
 follow_imports = skip
 [mypy-fusedhead,fusedhead.options,fusedhead.explain,fusedhead.estimate,fusedhead.run.enable,fusedhead.report.report,\
-fusedhead.report.step_estimate]
+fusedhead.report.head_record,fusedhead.report.step_estimate]
 follow_imports = silent
 """
 
