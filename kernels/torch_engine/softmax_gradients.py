@@ -60,7 +60,7 @@ def _label_terms(head: Head, i: slice, windows: Windows) -> tuple[Tensor, Tensor
 
 def supports(head: Head, upstream: RowGrads, needs: Needs) -> bool:
     """Whether dz is a row scale away from E'."""
-    if upstream.entropy is not None or upstream.variance is not None or needs.rows:
+    if upstream.nonlinear or needs.rows:
         return False
     plain = head.transform.plain_scale is not None
     biases = not needs.cols or head.transform.bias_slopes(len(head.cols)) is not None
