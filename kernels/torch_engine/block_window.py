@@ -14,7 +14,7 @@ from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype, product_dt
 
 
 class RowScale(NamedTuple):
-    """What lets a window hand over its blocks to the gradients at once: row scales that are known beforehand."""
+    """Row scales known before the sweep, with which each block goes to the gradients as soon as it is filled."""
 
     s: Tensor  # [m] in the statistics' dtype
     sink: Sink
@@ -25,7 +25,7 @@ class Window(Protocol):
 
     @property
     def strip(self) -> int:
-        """Columns that other sweeps over the same window hold at once."""
+        """The number of columns that other sweeps over the same window hold at a time."""
         ...
 
     def usual_level(self, i: slice, labelled: Tensor, aim: float | None) -> Level:
@@ -37,22 +37,23 @@ class Window(Protocol):
     ) -> list[Tensor]:
         """Fill the window of the tokens i and sum E' w: parts [m] of the row sums of E.
 
-        h [m, D] is in the dtype of the products. Blocks go to the gradients of w and of the column vectors at once
-        where ``row_scale`` gives the row scales beforehand.
+        h [m, D] is in the dtype of the products. With ``row_scale`` each block goes to the gradients of w and of the
+        column vectors as soon as it is filled.
         """
         ...
 
     def gradients(self, i: slice, h: Tensor, s: Tensor, t: Tensor, sink: Sink) -> None:
-        """What E' w, the blocks of a kept window and the labels add to the gradients, for row scales s [m] and label
-        terms t [m, K].
+        """Add the terms of E' w, of a kept window's blocks and of the labels to the gradients.
+
+        s [m] are the row scales and t [m, K] the label terms.
         """
         ...
 
 
 class BlockWindow:
-    """A `Window` by torch ops, ``keep`` whole or only block by block.
+    """A `Window` by torch ops, kept whole with ``keep`` and else only block by block.
 
-    One that is kept narrower than it is multiplied (`kept_dtype`) is widened strip by strip.
+    A window that is stored in fewer bytes than it is multiplied in (`kept_dtype`) is widened strip by strip.
     """
 
     def __init__(self, head: Head, needs: Needs, windows: Windows, keep: bool) -> None:

@@ -21,9 +21,9 @@ from fusedhead.kernels.torch_engine.exponentials import Level, above, level_at
 from fusedhead.kernels.torch_engine.gradient_sink import Sink
 
 LANES = 32  # tokens and hidden sizes are filled up to a multiple of this
-ALIASED, GAP = 256, 16  # rows of tokens a multiple of the first apart share few places of a cache: a gap between them
-PANEL = 112  # classes that pass through a core's cache at once
-ROW_THREADS = 4  # as many at most leave what is done once a token to one of them
+ALIASED, GAP = 256, 16  # rows a multiple of ALIASED apart fall into the same few cache lines: GAP numbers separate them
+PANEL = 112  # classes of one panel, which stays in a core's cache
+ROW_THREADS = 4  # up to this many threads, one thread does all the work that is done once a token
 READ_POINTERS = ("h", "w", "y", "labelled", "classes", "shift", "s", "t", "g", "uw")
 WRITTEN_POINTERS = ("picked", "level", "e", "dh", "dw", "total", "packed_h", "packed_hs", "sums", "own")
 COUNTS = ("tokens", "hidden", "vocab", "labels", "cells", "lanes", "padded_hidden", "w_row", "w_column", "items")
@@ -42,7 +42,7 @@ class Arguments(ctypes.Structure):
 def call_kernel(
     function: str, head: Head, i: slice, threads: int, tensors: dict[str, Tensor | None], **numbers: Any
 ) -> None:
-    """Call one of the kernel's functions for the tokens i. What has no elements is not there."""
+    """Call one of the kernel's functions for the tokens i. A tensor without elements is passed as a null pointer."""
     kernel, (vocab, hidden), m = library(), head.w.shape, i.stop - i.start
     assert kernel is not None, "the planner asks for this kernel where it is compiled"
     by_name = {"h": head.h[i].contiguous(), "w": head.w, "y": head.y[i].contiguous(), **tensors}
@@ -77,7 +77,7 @@ def lanes_of(tokens: int) -> int:
 
 
 def items_of(threads: int, vocab: int) -> int:
-    """Shares of the classes: some a thread, so that one that is put aside holds up little."""
+    """The number of shares of the classes: several a thread, so that a thread the system suspends delays little."""
     return max(1, min(-(-vocab // PANEL), max(threads, min(4 * threads, 16))))
 
 

@@ -55,16 +55,16 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
 
 
 def one_number(stats: RowStats, fine: torch.dtype) -> Tensor:
-    """The lse [N] as one fine number."""
+    """The lse [N] in `row_dtype`, with its rounding error added."""
     lse = stats.lse.to(fine)
     return lse if stats.lse_low is None else lse + stats.lse_low.to(fine)
 
 
 def _by_row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
-    """Whether gradients come from exponentials and a number a row.
+    """Whether gradients are exponentials times one number a row.
 
-    Not where masks leave no column: that number is NaN, which a mask stops on its way back. (Asked on the CPU only,
-    elsewhere the answer would have to be waited for.)
+    That number is NaN where masks leave no column, so this is False then; the general gradient applies the mask after
+    it. On a GPU the masks are not looked at, since the host would wait.
     """
     masked = head.transform.masked_columns(head.cols) if head.h.device.type == "cpu" else None
     any_column = masked is None or not bool(masked.all())
@@ -74,7 +74,7 @@ def _by_row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
 def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
     """One sweep over z for the gradients of any per-row upstream."""
     masked = head.transform.masked_columns(head.cols)
-    if masked is not None and upstream.picked is not None:  # a mask stops what arrives at a label there, NaN too
+    if masked is not None and upstream.picked is not None:  # a masked label has no gradient, not even NaN
         upstream = upstream._replace(picked=upstream.picked.masked_fill(masked[head.y], 0))
     if _by_row_scale(head, upstream, needs):
         if upstream.lse is None and upstream.square is None:
@@ -85,14 +85,14 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
 
 
 def other_columns_serve(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> bool:
-    """Whether `head_loss` takes ``other_columns``: it does so where one sweep gives statistics and gradients."""
+    """Whether `head_loss` takes ``other_columns``: only where one sweep gives statistics and gradients."""
     whole_rows = windows.vocab >= len(head.w) or not (needs.w or needs.cols)
     unmasked = head.transform.masked_columns(head.cols) is None
     return whole_rows and unmasked and softmax_gradients.supports(head, coefficients, needs)
 
 
 def with_sums(head: Head, total: Tensor, other_columns: OtherColumns) -> OtherColumns:
-    """``other_columns``, told the sums [N] too."""
+    """``other_columns`` with the sums [N] among the statistics that it is called with."""
 
     def asked(i: slice, stats: RowStats) -> Tensor:
         some = total[i]

@@ -34,15 +34,15 @@ Factors = Callable[[slice, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor
 
 
 class SweptRows(NamedTuple):
-    """What a sweep finds of all rows, fine: the lse as the sum of two numbers."""
+    """Results of a sweep for all rows, in `row_dtype`. The lse is the sum of two numbers."""
 
     lse: Tensor  # [N]
-    low: Tensor  # [N] what is lost of log Σ exp(z - max) where that is added to a maximum beyond 2^53
+    low: Tensor  # [N] the rounding error of max + log Σ exp(z - max), not zero for a maximum beyond 2^53
     picked: Tensor  # [N, K] logits of the labels
 
 
 def far(level: Tensor) -> bool:
-    """Whether one of some levels is too far from 0 to be subtracted. (The host waits for the answer.)"""
+    """Whether one of the levels is too far from 0 to be subtracted. The host waits for the answer."""
     return bool((level.abs() > FAR_FROM_ZERO).any())
 
 

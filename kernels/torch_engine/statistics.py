@@ -32,7 +32,7 @@ from fusedhead.kernels.transform.transform import Transform, apply
 
 
 class Partial(NamedTuple):
-    """A softmax over some columns: Σ exp(z - most) (z - most)^k for k = 0, 1, 2, [m] each, the last two where asked."""
+    """A softmax over some columns: Σ exp(z - most) (z - most)^k, [m] each, for k = 0 and, where asked for, 1 and 2."""
 
     most: Tensor  # the largest z, replaced by 0 where it is not finite
     total: Tensor

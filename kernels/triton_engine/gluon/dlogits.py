@@ -7,7 +7,7 @@ out: dz [M, V'] in the dtype of h. Never in memory: z, p. FLOP 2MDV'; bytes: 2MV
 `sweeps.statistics`.
 """
 
-# ruff: noqa: SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
+# ruff: noqa: SIM102 (Triton needs each compile-time test as a statement)
 from __future__ import annotations
 
 from typing import Any, NamedTuple

@@ -6,7 +6,7 @@ in: h [N, D], w [V, D] of two bytes, y [N, K] int64. out: partial results part [
 picked [N, K] float32. Never in memory: z, p. FLOP 2NDV; bytes as in `sweeps.statistics`.
 """
 
-# ruff: noqa: RUF059, SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
+# ruff: noqa: RUF059, SIM102 (Triton needs a name for each part, and each compile-time test as a statement)
 from __future__ import annotations
 
 from triton.experimental import gluon

@@ -115,7 +115,7 @@ def finalize_kernel(
     if OTHERS:
         o = tl.load(others + row)
         d = o - r
-        # beyond 2^100 the window's total, at most 1e18, is lost in rounding, and the lse is that of the others
+        # beyond 2^100 the window's total, at most 1e18, is lost in rounding: the lse is that of the other columns
         far = d > 100.0
         total += tl.where(d == d, tl.exp2(tl.where(far, 100.0, d)), d)
         lse_row = tl.where(far, log_sum(o, 1.0), log_sum(r, total))

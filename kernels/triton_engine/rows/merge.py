@@ -116,7 +116,7 @@ def merge_kernel(
                 top = tl.maximum(best, top)
         if REF:
             reference = ref2 + tl.log2(total) + SHIFT
-            if FINITE:  # a row without a finite lse still shows it in the total of its exponentials
+            if FINITE:  # the total of the row's exponentials shows later that its lse is not finite
                 reference = finite_or_zero(reference)
             tl.store(ref2_out + row, reference, mask=row < N)
         else:
