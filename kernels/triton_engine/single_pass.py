@@ -142,8 +142,8 @@ def one_pass(
             if other_columns is not None:  # first the lse of the head's own columns, for the merge with the others
                 unread = torch.empty_like(reference2)
                 finalize(s, part, exps, *rows, RowGrads(), row_lse, row_low, *sums, None, gain, tie, scale=unread)
-                own = RowStats(row_lse, row_picked, row_total, lse_low=row_low, spread=row_spread)
-                other_lse = (other_columns(i, own) * LOG2E.value).to(torch.float32).contiguous()
+                local = RowStats(row_lse, row_picked, row_total, lse_low=row_low, spread=row_spread)
+                other_lse = (other_columns(i, local) * LOG2E.value).to(torch.float32).contiguous()
                 row_lse, row_low, sums = torch.empty_like(row_lse), torch.empty_like(row_low), (None, None, None)
             scale = finalize(s, part, exps, *rows, c, row_lse, row_low, *sums, sh, gain, tie, other_lse)
             if masked is not None:  # with all columns masked the softmax is NaN, and the gradient is 0
