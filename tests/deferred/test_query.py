@@ -35,19 +35,6 @@ def test_loglikelihoods_and_greedy_matches_of_an_evaluation() -> None:
     assert ran.large == []
 
 
-def test_accuracy_beside_the_loss_needs_no_logits() -> None:
-    model, x = Model(), tokens()
-    z, expected = deferring(model)(x), model(x)
-    with Operations() as ran:
-        loss, guess = flattened(z), z.argmax(-1)
-        top = z.detach().max(-1)
-    assert torch.equal(guess, expected.argmax(-1))
-    assert torch.equal(top.indices, expected.max(-1).indices)
-    torch.testing.assert_close(top.values, expected.max(-1).values)
-    assert (ran.fused, ran.large) == (["head_loss", "head_stats", "head_stats"], [])
-    loss.backward()
-
-
 def test_ambient_autocast_means_what_it_means_in_eager_code() -> None:
     model, x = Model(), tokens()
     with torch.autocast("cpu", dtype=torch.bfloat16):
