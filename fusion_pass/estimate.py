@@ -166,7 +166,7 @@ def estimate(
         options, _ = split_options(passed.pop("options", None))
         estimator = Estimator(chip_named(chip), options)
         stopped = ""
-        with apart(), estimate_fake_mode() as mode, fake_modules(modules_of([target, args, kwargs]), mode):
+        with forget_sizes(), estimate_fake_mode() as mode, fake_modules(modules_of([target, args, kwargs]), mode):
             fakes, named = tree_map(lambda x: faked(x, mode), (args, kwargs))
             try:
                 out = torch.compile(target, backend=estimator, **passed)(*fakes, **named)
@@ -181,7 +181,7 @@ def estimate(
     return estimated
 
 
-def apart() -> AbstractContextManager[Any]:
+def forget_sizes() -> AbstractContextManager[Any]:
     """Context without Dynamo's memory of earlier sizes, so that each estimate is for its own sizes."""
     wanted = {"automatic_dynamic_shapes": False, "recompile_limit": 1 << 16, "cache_size_limit": 1 << 16}
     config = torch._dynamo.config

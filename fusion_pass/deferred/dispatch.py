@@ -50,7 +50,7 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         shape = torch.broadcast_shapes(*(t.shape for t in args))
         return tuple(t if t.shape == shape else t.expand(shape) for t in args)
     if op_tables.takes_looks_only(func, args, kwargs):
-        return alike(func, args, kwargs)
+        return call_on_layout(func, args, kwargs)
     arguments: list[Tensor] = []
 
     def local(tensor: Tensor) -> Leaf:
@@ -77,7 +77,7 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     wide = any(t.numel() > most and t.ndim > 1 for t in tensors if not isinstance(t, DeferredLogits))
     try:
         if op_tables.lazy(func) and not wide:
-            return later(Request(RecordedCall(func, *code, copy_operands(tensors), mode)), args, kwargs)
+            return record_unread(Request(RecordedCall(func, *code, copy_operands(tensors), mode)), args, kwargs)
         request = Request(RecordedCall(func, *code, tuple(tensors), mode))
         outcome = request.outcome()
         if isinstance(outcome, Unread) or not request.pays(outcome):
@@ -120,7 +120,7 @@ def refuse_late(inputs: Any) -> None:
         )
 
 
-def later(request: Request, args: tuple, kwargs: dict[str, Any]) -> Any:
+def record_unread(request: Request, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Deferred logits for the result of a call that is recorded unread."""
     first = args[0] if args else None
     if isinstance(first, DeferredLogits):
@@ -136,7 +136,7 @@ def copy_operands(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(t if isinstance(t, DeferredLogits) else t.clone() for t in tensors)
 
 
-def alike(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def call_on_layout(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """A call that reads only the shape, dtype and device of deferred logits."""
     if func.__name__ in op_tables.RESHAPED_AS and not isinstance(args[0], DeferredLogits):
         return op_tables.RESHAPED_AS[func.__name__](*args)
@@ -203,7 +203,8 @@ def write_deferred(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
     """
     if to_a_part(func.__name__, args, kwargs):
         return None if func is Tensor.__setitem__ else args[0]
-    if func.__name__ in op_tables.OUT_OF_PLACE and args and isinstance(args[0], DeferredLogits) and alone(args[0]):
+    in_place = func.__name__ in op_tables.OUT_OF_PLACE and args and isinstance(args[0], DeferredLogits)
+    if in_place and owns_its_memory(args[0]):
         tensor, before = args[0], with_grad_fn(args[0]._deferred)
         args, kwargs = mapped(lambda t: before if t is tensor else t, (args, kwargs))
         result = call(op_tables.OUT_OF_PLACE[func.__name__], args, kwargs)
@@ -254,7 +255,7 @@ def to_a_part(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
             return False
         whole, index = location
         becomes = update(name, whole, index, args[1:], kwargs)
-    if becomes is None or not alone(whole, part):
+    if becomes is None or not owns_its_memory(whole, part):
         return False
     function, operands = becomes
     result = function(with_grad_fn(whole._deferred), *operands)
@@ -263,7 +264,7 @@ def to_a_part(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
     return part is None or rebind(part, call(Tensor.__getitem__, (whole, index), {}))
 
 
-def alone(tensor: DeferredLogits, besides: Any = None) -> bool:
+def owns_its_memory(tensor: DeferredLogits, besides: Any = None) -> bool:
     """Whether a tensor that is not computed yet would own its memory, and no deferred tensor depends on it.
 
     ``besides``: what is made of it and known.

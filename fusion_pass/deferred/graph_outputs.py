@@ -20,7 +20,7 @@ from fusedhead.deferred.gathered_weights import is_watched, sees_frees, wait_for
 from fusedhead.deferred.history import with_grad_fn
 from fusedhead.deferred.query import LEARNT
 from fusedhead.deferred.reasons import BuiltAtOnce
-from fusedhead.deferred.state import DeferredState, GraphOutput, RecordedCall, SharedLogits, StaleLogits, taken
+from fusedhead.deferred.state import DeferredState, GraphOutput, RecordedCall, SharedLogits, StaleLogits, as_leaf
 from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.deferred.tensor import DeferredLogits, plain
 from fusedhead.graph.reasons import Refusal, refuse
@@ -36,7 +36,7 @@ def hand_out(graph_output: GraphOutput, sources: Sequence[Any]) -> Tensor:
     recipe = graph_output.recipe
     mode = Mode(has_gradient(recipe, sources), None, torch.is_inference_mode_enabled())
     tensor_sources = [s for s in sources if isinstance(s, Tensor)]
-    operands = [taken(tensor, name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
+    operands = [as_leaf(tensor, name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
     tensors, snapshots = tuple(leaf for leaf, _ in operands), tuple(snapshot for _, snapshot in operands)
     places = iter(range(len(tensors)))
     args, none = encode(tuple(sources), lambda _: Leaf(next(places))), encode({}, lambda _: Leaf(0))
@@ -60,7 +60,7 @@ def hand_out(graph_output: GraphOutput, sources: Sequence[Any]) -> Tensor:
     if sharded and not (sees_frees() and all(map(is_watched, tensor_sources))):
         if not worth_a_copy(tensor_sources, layout.shape):
             return at_once(recipe, sources, refuse(BuiltAtOnce.LARGE_COPY))
-        operands = [taken(copied(tensor, mode), name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
+        operands = [as_leaf(copied(tensor, mode), name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
         tensors, snapshots = tuple(leaf for leaf, _ in operands), tuple(snapshot for _, snapshot in operands)
         recorded = RecordedCall(recipe.program, args, none, tensors, mode)
     for run in recipe.runs:

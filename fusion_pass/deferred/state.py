@@ -237,7 +237,7 @@ def snapshot(tensor: Tensor, name: str = "an operand", source: Tensor | None = N
     return Snapshot(source, version, tensor.data_ptr(), NO_STEPS if computed else steps(source), name)
 
 
-def taken(tensor: Tensor, name: str, mode: Mode) -> tuple[Tensor, Snapshot]:
+def as_leaf(tensor: Tensor, name: str, mode: Mode) -> tuple[Tensor, Snapshot]:
     """An operand as a leaf: another name of its memory, with the history that it has now under ``mode``.
 
     What becomes of the operand's ``requires_grad`` or history later does not reach it, as it does not reach what

@@ -95,7 +95,7 @@ def watch_tables() -> Callable[[], None]:
     return end
 
 
-def unseen(heads: Iterable[tuple[Any, Any]]) -> str:
+def embedding_note(heads: Iterable[tuple[Any, Any]]) -> str:
     """What there is to say of embeddings of whose sizes [V, D] no head was met, or ""."""
     left = _tables.difference(heads)
     if not left:

@@ -223,14 +223,14 @@ def head_operands(
 READ = ("lse", "lse_low", "picked", "sum", "spread")  # of a head, in the order of `LossStatistics`
 
 
-def asked(loss: Loss) -> str:
+def stats_of_loss(loss: Loss) -> str:
     """The statistics that the loss reads, as the ops take them."""
     return "lse,picked,lse_low" + (",sum,spread" if loss.smoothing else "")
 
 
 def swept_stats(head: Operands, loss: Loss, memory: int) -> LossStatistics:
     """Row statistics in one sweep; their gradient takes another."""
-    return loss_statistics(torch.ops.fusedhead.head_stats(*head, asked(loss), memory), loss)
+    return loss_statistics(torch.ops.fusedhead.head_stats(*head, stats_of_loss(loss), memory), loss)
 
 
 def of_all_ranks(
@@ -238,7 +238,7 @@ def of_all_ranks(
 ) -> LossStatistics:
     """The statistics of the whole vocabulary from this rank's columns; ``own`` is the `span` that they have of it."""
     place = (0, 0, group.group_name, reduce, False, shard)
-    return loss_statistics(torch.ops.fusedhead.shard_stats(*head, asked(loss), memory, *place), loss)
+    return loss_statistics(torch.ops.fusedhead.shard_stats(*head, stats_of_loss(loss), memory, *place), loss)
 
 
 def loss_statistics(results: Any, loss: Loss) -> LossStatistics:
@@ -288,7 +288,7 @@ def with_gradients(head: Operands, loss: Loss, memory: int, place: tuple[Any, ..
     op = torch.ops.fusedhead.shard_loss if place else torch.ops.fusedhead.head_loss
     out = op(
         *head[:6], c_lse, -label[:, None], -smooth if loss.smoothing else none, c_square,
-        head.transform, asked(loss), memory, *needs, False, *place,
+        head.transform, stats_of_loss(loss), memory, *needs, False, *place,
     )  # fmt: skip
     lse, low, picked, total, spread = (out[LOSS_OUTPUTS.index(name)].detach() for name in READ)
     # -0.0: it hands the upstream gradient to the op, which has all gradients up to this factor

@@ -30,18 +30,18 @@ class KeyedBySource(CustomGraphPass):
 
     AOTAutograd's key covers the rewritten graph and not the Python behind its ops. Without this pass, an upgrade of the
     package would keep serving compiled graphs with the old backward (pytorch#144344). Passes that the user has
-    configured still run and are still part of the key; ``own`` comes last.
+    configured still run and are still part of the key; ``package_pass`` comes last.
     """
 
-    def __init__(self, users: Any, own: Callable[[Graph], None] | None = None) -> None:
+    def __init__(self, users: Any, package_pass: Callable[[Graph], None] | None = None) -> None:
         self.users = list(users) if isinstance(users, (list, tuple)) else [users] if users else []
-        self.own = own
+        self.package_pass = package_pass
 
     def __call__(self, graph: Graph) -> None:
         for users_pass in self.users:
             users_pass(graph)
-        if self.own is not None:
-            self.own(graph)
+        if self.package_pass is not None:
+            self.package_pass(graph)
 
     def uuid(self) -> Any:
         keys = [users_pass.uuid() if hasattr(users_pass, "uuid") else None for users_pass in self.users]

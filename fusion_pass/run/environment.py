@@ -54,10 +54,10 @@ def process_environment() -> dict[str, dict[str, str]]:
         "files": files,
         "changes": options_in_force,
     }
-    return {name: tried(find) for name, find in sections.items()}
+    return {name: or_failure(find) for name, find in sections.items()}
 
 
-def tried(find: Callable[[], dict[str, str]]) -> dict[str, str]:
+def or_failure(find: Callable[[], dict[str, str]]) -> dict[str, str]:
     try:
         return find()
     except Exception as error:  # a broken driver may be the bug to report

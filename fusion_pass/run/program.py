@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusedhead.eager.tied_heads import unseen
+from fusedhead.eager.tied_heads import embedding_note
 from fusedhead.report import observers
 from fusedhead.report.summary import Summary
 from fusedhead.report.terminal import show
@@ -120,7 +120,7 @@ def tell(summary: Summary, arguments: argparse.Namespace, command_line: Sequence
         sys.stdout.flush()
     if arguments.compile_eager and (note := compile_eager.unreached()):
         summary.notes.append(note)
-    if note := unseen((head.vocab_size, head.hidden_size) for head in summary.heads()):
+    if note := embedding_note((head.vocab_size, head.hidden_size) for head in summary.heads()):
         summary.notes.append(note)
     summary.publish()
     if not arguments.quiet:

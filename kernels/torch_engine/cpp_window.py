@@ -17,7 +17,7 @@ from fusedhead.kernels.contract import Head, Needs, Windows
 from fusedhead.kernels.torch_engine.block_window import RowScale
 from fusedhead.kernels.torch_engine.blocks import EXP2_FACTOR, SAMPLED_COLUMNS, Cells, block_columns
 from fusedhead.kernels.torch_engine.cpp_library import library
-from fusedhead.kernels.torch_engine.exponentials import Level, above, level_at
+from fusedhead.kernels.torch_engine.exponentials import Level, level_at, max_with_labels
 from fusedhead.kernels.torch_engine.gradient_sink import Sink
 
 LANES = 32  # tokens and hidden sizes are filled up to a multiple of this
@@ -126,7 +126,7 @@ class CppWindow:
     def usual_level(self, i: slice, labelled: Tensor, aim: float | None) -> Level:
         level = self.head.h.new_empty(i.stop - i.start)
         self._call("sampled_level", i, None, {"level": level})
-        return level_at(self.head, above(torch.where(level.isfinite(), level, 0), labelled), False)
+        return level_at(self.head, max_with_labels(torch.where(level.isfinite(), level, 0), labelled), False)
 
     def exponentials(
         self, i: slice, h: Tensor, level: Level, cells: Cells, row_scale: RowScale | None = None

@@ -94,12 +94,12 @@ def other_columns_serve(head: Head, coefficients: RowGrads, needs: Needs, window
 def with_sums(head: Head, total: Tensor, other_columns: OtherColumns) -> OtherColumns:
     """``other_columns`` with the sums [N] among the statistics that it is called with."""
 
-    def asked(i: slice, stats: RowStats) -> Tensor:
+    def other_lse(i: slice, stats: RowStats) -> Tensor:
         some = total[i]
         spread = spread_from_sums(head, one_number(stats, some.dtype), some)
         return other_columns(i, stats._replace(sum=some.to(spread.dtype), spread=spread))
 
-    return asked
+    return other_lse
 
 
 def head_loss(
@@ -122,8 +122,8 @@ def head_loss(
     whole_rows = windows.vocab >= len(head.w) or not (needs.w or needs.cols)
     needs_now = needs if whole_rows else NO_NEEDS
     total = weighted_sums(head, scale) if coefficients.sum is not None and scale is not None else None
-    asked = other_columns if other_columns is None or total is None else with_sums(head, total, other_columns)
-    lse, stats, grads = softmax_gradients.single_pass(head, coefficients, needs_now, windows, asked)
+    with_statistics = other_columns if other_columns is None or total is None else with_sums(head, total, other_columns)
+    lse, stats, grads = softmax_gradients.single_pass(head, coefficients, needs_now, windows, with_statistics)
     if not whole_rows:
         grads = softmax_gradients.known_lse(head, coefficients, lse, needs, windows)
     if total is not None:

@@ -94,12 +94,12 @@ def usual_level(head: Head, i: slice, labelled: Tensor, aim: float | None = None
     """
     if aim is not None:
         log_v = math.log(max(1, len(head.w)))
-        lse = above(sampled_level(head, i, product_dtype(head.h.dtype, head.h.device.type)) + log_v, labelled)
+        lse = max_with_labels(sampled_level(head, i, product_dtype(head.h.dtype, head.h.device.type)) + log_v, labelled)
         return level_at(head, lse - math.log(aim), True)
     work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
-    level = above(sampled_level(head, i, work), labelled)
+    level = max_with_labels(sampled_level(head, i, work), labelled)
     far = work != wide and level.numel() > 0 and bool(level.abs().amax() > FAR)
-    return level_at(head, above(sampled_level(head, i, wide), labelled) if far else level, far)
+    return level_at(head, max_with_labels(sampled_level(head, i, wide), labelled) if far else level, far)
 
 
 def below_maximum(head: Head, i: slice, columns: int, aim: float | None, exact: bool) -> Level:
@@ -112,7 +112,7 @@ def below_maximum(head: Head, i: slice, columns: int, aim: float | None, exact: 
     return level_at(head, most if aim is None else most - math.log(aim), exact)
 
 
-def above(level: Tensor, labelled: Tensor) -> Tensor:
+def max_with_labels(level: Tensor, labelled: Tensor) -> Tensor:
     """The larger of a level [m] and the finite logits of the labels."""
     if not labelled.shape[1]:
         return level

@@ -57,7 +57,7 @@ class Found(NamedTuple):
     dw: Tensor
 
 
-def made(
+def random_head(
     n: int, v: int, d: int, k: int, transform: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[Head, RowGrads]:
     """A head with random operands, every 131st row of h times `LOUD`, and upstream gradients of lse and picked."""
@@ -130,7 +130,7 @@ def errors(measured: Found, exact: Found) -> list[float]:
 def difference(claim: Trial, suspect: Check, trusted: Check, device: torch.device) -> str:
     """A sentence that says where the kernels in question err more than the trusted ones; "" where they do not."""
     for sizes in claim.heads:
-        head, upstream = made(*sizes, device)
+        head, upstream = random_head(*sizes, device)
         exact = truth(head, upstream)
         allowed = [errors(results, exact) for results in trusted(head, upstream)]
         first = list(suspect(head, upstream))
@@ -186,7 +186,7 @@ def main(argument: str) -> None:
         self_check.decide("triton", torch.device("cuda", at), True)
     claim = CLAIMS[request["claim"]]
     suspect, trusted = asked_and_trusted(request["claim"], device)
-    list(trusted(*made(*claim.heads[0], device)))
+    list(trusted(*random_head(*claim.heads[0], device)))
     torch.cuda.synchronize()
     print(self_check.FIRST_LINE, flush=True)
     try:

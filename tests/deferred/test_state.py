@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedhead.deferred.call_program import Leaf, Mode, encode
 from fusedhead.deferred.graph_outputs import StaleLogits
-from fusedhead.deferred.state import RecordedCall, Same, TensorLayout, differs, snapshot, taken
+from fusedhead.deferred.state import RecordedCall, Same, TensorLayout, as_leaf, differs, snapshot
 from tests.deferred.heads import T, V, deferring, is_deferred
 from tests.deferred.losses import LOSSES, ROWS
 from tests.eager_stack import backend
@@ -50,8 +50,8 @@ def test_a_snapshot_is_of_the_tensor_until_it_is_written_or_given_other_memory()
 
 def test_an_operand_keeps_the_history_that_it_had_and_the_memory_that_it_shares() -> None:
     w = torch.randn(3, 4, requires_grad=True)
-    leaf, before = taken(w, "the weight", Mode(True, None))
-    plain, _ = taken(w, "the weight", Mode(False, None))
+    leaf, before = as_leaf(w, "the weight", Mode(True, None))
+    plain, _ = as_leaf(w, "the weight", Mode(False, None))
     w.requires_grad_(False)
     assert (leaf.requires_grad, plain.requires_grad) == (True, False)
     assert leaf.data_ptr() == plain.data_ptr() == w.data_ptr()

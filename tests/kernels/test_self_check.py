@@ -13,7 +13,14 @@ import torch
 from fusedhead.kernels import self_check
 from fusedhead.kernels.torch_engine import engine as torch_engine
 from fusedhead.kernels.triton_engine import self_check as triton_self_check
-from fusedhead.kernels.triton_engine.self_check import Trial, by_eager, difference, made, one_pass_and_sweeps, truth
+from fusedhead.kernels.triton_engine.self_check import (
+    Trial,
+    by_eager,
+    difference,
+    one_pass_and_sweeps,
+    random_head,
+    truth,
+)
 
 GPU = torch.device("cuda", 0)
 ANSWER = "import json; print('ready'); print(json.dumps({'serves': %s, 'reason': '%s'}))"
@@ -214,7 +221,7 @@ def test_kernels_agree_with_themselves(monkeypatch):
 
 
 def test_the_truth_is_the_definition_and_its_derivative():
-    head, upstream = made(7, 30, 5, 2, "", BF16, torch.device("cpu"))
+    head, upstream = random_head(7, 30, 5, 2, "", BF16, torch.device("cpu"))
     result = truth(head, upstream)
     z = head.h.double() @ head.w.double().T
     dz = z.softmax(1) * upstream.lse[:, None]

@@ -24,7 +24,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.backend import run_pass
-from fusedhead.graph.effects import effects, written
+from fusedhead.graph.effects import effects, nodes_written
 from fusedhead.graph.nodes import callee
 from fusedhead.graph.recipes import compute_now
 from fusedhead.options import Options
@@ -250,7 +250,7 @@ def judged(result: Program, learning: bool) -> Verdict:
     if isinstance(before[0], type):
         raise NoProgram(f"raises {before[0].__name__} in eager code")
     with_values(result, learning)
-    seen = result.target in written(result.writer)
+    seen = result.target in nodes_written(result.writer)
     with torch.set_grad_enabled(learning):
         gm, report, wrap = run_pass(result.gm, Options(min_logits=0, logits="eager"), texts=False)
     got = run(wrap(gm, compute_now), result.inputs, learning)
