@@ -94,7 +94,7 @@ class Estimator:
         tokens = size_of(head).tokens
         logits = tokens * head.vocab_size
         operands = (tokens + head.vocab_size) * head.hidden_size * itemsize(head)
-        scattered = 0 if head.forward_only or "gather" not in head.computes else logits * torch.float32.itemsize
+        scattered = logits * torch.float32.itemsize if head.gathers and not head.forward_only else 0
         rate = self.chip.flop_per_second.get(head.dtype)
         return HeadEstimate(
             head,

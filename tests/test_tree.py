@@ -24,7 +24,6 @@ THROUGH_PROGRAMS = {  # by folder
     "ir": "logits",
     "kernels/triton_engine/gluon": "tile",
     "lowering": "shards",
-    "report": "records",
     "rewrite": "operands shard_sweeps stacked_sweeps sweeps tail_gradient",
     "rules/tokenwise": "dispatch operands",
 }

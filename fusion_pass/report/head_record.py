@@ -39,6 +39,7 @@ class HeadRecord:
     workspace_bytes: int = 0  # bytes held at the peak instead of them
     flop: int = 0  # of the matrix products of a step
     forward_only: bool = False  # whether no gradient is taken
+    gathers: bool = False  # whether entries are gathered, whose gradient Inductor scatters into [N, V]
     dtype: str = ""  # of the logits
     device: str = ""
     module: str = ""  # "lm_head", "heads.2"

@@ -15,6 +15,7 @@ from fusedhead.analysis.cost import sizes_of
 from fusedhead.analysis.site import Decision, tokens_of
 from fusedhead.analysis.source_lines import module_path
 from fusedhead.graph.nodes import fake, hint
+from fusedhead.ir.terminal import Kind
 from fusedhead.report.head_record import HeadRecord
 
 
@@ -68,6 +69,7 @@ def record_of_decision(decision: Decision, body: Body) -> HeadRecord:
         workspace_bytes=sizes(count)[1],
         flop=sum(price.plan(price.tokens)[1] for price in prices) or products * 2 * count * int(vocab) * int(hidden),
         forward_only=bool(prices) and all(price.forward_only for price in prices),
+        gathers=any(t.kind is Kind.GATHER for _, t in site.terminals) or (region is not None and region.gathers),
         dtype=str(head.dtype).removeprefix("torch."),
         device=head.weight.val.device.type,
         module=module_path(head.node),
