@@ -92,9 +92,9 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode: Mode) -> bool:
-    """Whether a call must run op by op on the numbers, since its surroundings depend on the ops that run.
+    """Whether a call must run op by op on the plain tensor, because its surroundings observe single ops.
 
-    A region of checkpointing that the logits came from is none: each pass over it makes logits of its own.
+    A checkpointed region does not count if it returned the logits, since each pass over it makes new ones.
     """
     region = checkpoint()
     if op_by_op() or (region is not None and not all(t._deferred.shared.returned_in(region) for t in subjects)):
@@ -102,7 +102,7 @@ def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode
     if mode.grad and any(t._deferred.layout.marked for t in subjects):
         return True
     operands = [leaf for t in subjects for leaf in (t, *t._deferred.leaves)]
-    # what was made in inference mode cannot be saved for a gradient: eager code says so where it would be
+    # autograd cannot save inference tensors: eager code raises its own error
     differentiated = mode.grad and any(t.requires_grad for t in (*tensors, *operands))
     return differentiated and any(t.is_inference() for t in (*tensors, *operands))
 
@@ -146,7 +146,7 @@ def call_on_layout(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
 
 
 def resolved(tensor: Tensor) -> Tensor:
-    """Deferred logits that exist by now, or whose gradient is another's business, as the plain tensor."""
+    """The plain tensor of deferred logits that are built already or that an autograd function returned."""
     if not isinstance(tensor, DeferredLogits) or is_unbuilt(tensor):
         return tensor
     return plain(tensor)
@@ -170,7 +170,7 @@ def masked(tensor: Any, which: Any) -> Tensor | None:
 
 
 def compute(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The call on plain tensors. A result that is one of them is handed back as the tensor it stands for."""
+    """Make the call on plain tensors. Where it returns one of them, return the deferred tensor that stands for it."""
     stands_for: dict[int, DeferredLogits] = {}
 
     def exist(tensor: DeferredLogits) -> Tensor:
@@ -231,7 +231,7 @@ def write_deferred(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
 
 
 def grad_fn_of(tensor: DeferredLogits) -> Any:
-    """What tells a tensor's history from that before a write; the error where asking is one, as using it will be."""
+    """``requires_grad`` and ``grad_fn``, to notice a write; the error where torch refuses to give them."""
     try:
         operands = plain(tensor)
         return operands.requires_grad, operands.grad_fn
@@ -246,7 +246,7 @@ def to_a_part(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
         part = None
         position = part_of(value)
         if position is not None and position[0] is whole and same_index(position[1], index, whole.ndim):
-            return True  # the part is in its place, and stands for what was written to it
+            return True  # the write to the part has rebound the whole already
         becomes = None if position else assignment(whole, index, value)
     else:
         part = args[0] if args else None
@@ -267,7 +267,7 @@ def to_a_part(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
 def owns_its_memory(tensor: DeferredLogits, besides: Any = None) -> bool:
     """Whether a tensor that is not computed yet would own its memory, and no deferred tensor depends on it.
 
-    ``besides``: what is made of it and known.
+    ``besides``: a dependent tensor that does not count.
     """
     if not is_unbuilt(tensor) or (tensor.requires_grad and not torch.is_grad_enabled()):
         return False

@@ -1,10 +1,10 @@
-"""Weights that FSDP2 frees while deferred logits are made of them: what stands for them from then on.
+"""Gathered weights: what replaces a weight that FSDP2 frees while deferred logits still need it.
 
-FSDP2 gathers a unit's weights before its forward, and gives their memory back after it, at the end of a backward, or
-when asked to (``reshard()``, ``state_dict()``). Deferred logits are made of the gathered memory itself for as long as
-it is there, which is free. What happens when it goes:
+FSDP2 gathers a unit's weights before its forward, and frees their memory after it, at the end of a backward, or on
+request (``reshard()``, ``state_dict()``). Deferred logits use the gathered memory itself as long as it is there, which
+costs nothing. When it is freed:
 
-| who still waits for it                                     | what stands for the weight                           |
+| who still needs it                                         | what replaces the weight                             |
 |------------------------------------------------------------|------------------------------------------------------|
 | nobody: the logits are gone, or exist                      | nothing                                              |
 | logits, and it is no larger than they are, or this is the  | one copy, taken then, for all that waits: a read     |
@@ -38,16 +38,16 @@ from fusedhead.graph.reasons import refuse
 from fusedhead.legality.sharding import FREES
 
 log = logging.getLogger("fusedhead")
-NO_ADDRESS = 0  # the address of what has been freed: no tensor is there again
-PURGE = 64  # memories with an entry, before those that nobody waits for are dropped
+NO_ADDRESS = 0  # the address of freed memory: no tensor has it
+PURGE = 64  # entries of `_waiting` before those that nobody needs are dropped
 
 _guard = threading.Lock()
 _waiting: dict[int, Any] = {}  # what is made of one memory, by its storage: a weakref.WeakSet of `DeferredState`
-_seeing: list[bool] = []  # whether torch's method tells us, once that was tried
+_seeing: list[bool] = []  # whether torch's method could be wrapped; empty before the first try
 
 
 def sees_frees() -> bool:
-    """Whether it is seen when FSDP2 frees a weight, from now on."""
+    """Whether this file notices when FSDP2 frees a weight. Wraps torch's method at the first call."""
     if not _seeing:
         with _guard:
             if not _seeing:
@@ -101,7 +101,7 @@ WaitingLogits = tuple[DeferredState, "list[tuple[Tensor, Snapshot]]"]
 
 
 def before_free(gathered: Sequence[Tensor]) -> None:
-    """Let what waits for memory that is freed next have what it needs. Never fails FSDP2's own work."""
+    """Copy a weight, or build its logits, before its memory is freed. An error here never stops FSDP2."""
     for memory in map(memory_of, gathered):
         with _guard:
             states = list(_waiting.pop(memory, ()))
@@ -121,7 +121,7 @@ def leaves_in(state: DeferredState, memory: int) -> list[tuple[Tensor, Snapshot]
 
 
 def unbuilt(state: DeferredState) -> list[Any]:
-    """What is made of logits, themselves included, that has no numbers yet."""
+    """The tensors made of these logits, and the logits themselves, that are not computed yet."""
     members: list[Any] = [reference() for reference in state.shared.members]
     return [member for member in members if member is not None and member._plain is None]
 

@@ -26,10 +26,10 @@ CompiledGraph = Callable[..., Any]
 
 
 def leaves_of(tensor: DeferredLogits) -> list[Any]:
-    """The tensors that stand for it as inputs of a graph.
+    """The tensors that replace a deferred tensor among the inputs of a graph.
 
-    Raises StaleLogits, but not while a graph is compiled, where an error would be the compiler's: the graph is
-    compiled for what the tensor was made of, and the call says that this has changed.
+    Raises StaleLogits, except while a graph is compiled: there it would look like an error of the compiler, and the
+    call of the compiled graph raises it anyway.
     """
     if tensor._plain is None and tensor._deferred.graph_output is not None and not compiling():
         check_fresh(tensor._deferred)
@@ -78,7 +78,7 @@ def expand_inputs(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Ca
 
 
 def of_known_sizes(inner: Tensor, real: Tensor, exact: frozenset[int]) -> Tensor:
-    """A fake tensor whose sizes in ``exact`` are no symbols: those of the head, where Dynamo takes all as dynamic."""
+    """A fake tensor whose sizes in ``exact``, those of the head, are numbers, also where Dynamo made all symbols."""
     sizes = [int(s) if n in exact else s for s, n in zip(inner.shape, real.shape)]
     strides = [s if static(s) is None else int(s) for s in inner.stride()]
     if all(type(s) is int for s in inner.shape) or not any(type(s) is int for s in sizes):

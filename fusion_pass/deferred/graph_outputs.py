@@ -72,7 +72,7 @@ def hand_out(graph_output: GraphOutput, sources: Sequence[Any]) -> Tensor:
 
 
 def copied(tensor: Tensor, mode: Mode) -> Tensor:
-    """Memory of its own for an operand that its owner may free unseen, with the operand's gradient edge."""
+    """A copy of an operand, with its gradient edge, for memory that may be freed without notice."""
     with out_of_sight(), torch.set_grad_enabled(mode.grad):
         return tensor.clone()
 
@@ -89,10 +89,10 @@ def keep_source(source: Any) -> Any:
 
 
 def on_plain_inputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """``compiled``, given plain tensors.
+    """``compiled``, called with plain tensors in place of deferred logits.
 
-    For one of several graphs that were cut out of one (DDP's buckets): it may get what another returned, and was
-    compiled for a plain tensor there.
+    For a graph that DDP cut out of a larger one: it may get the deferred logits of another part, and was compiled for
+    a plain tensor.
     """
 
     def with_plain_tensors(*inputs: Any) -> Any:
@@ -102,10 +102,10 @@ def on_plain_inputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def deferring(memory: int, overwrites: bool, min_logits: str | int = "auto") -> Callable[[Recipe, Sequence[Any]], Any]:
-    """What a wrapped graph does with the sources of returned logits.
+    """The function that makes deferred logits of the sources that a wrapped graph returns.
 
-    ``memory`` is the workspace budget of the fused ops. ``overwrites``: what the graph returns lies in memory that
-    its next run uses again (CUDA graphs), so hidden states are copied. ``min_logits``: the option of that name.
+    ``memory`` is the workspace budget of the fused ops. With ``overwrites`` the graph's next run overwrites what it
+    returned (CUDA graphs), so hidden states are copied. ``min_logits`` is the option of that name.
     """
     graph_outputs: dict[Recipe, GraphOutput] = {}
 

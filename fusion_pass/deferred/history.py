@@ -19,7 +19,7 @@ from fusedhead.deferred.tensor import DeferredLogits, accept_grad_fn, as_plain, 
 
 
 class AttachGradFn(torch.autograd.Function):
-    """Gives deferred logits a ``grad_fn``, for those who walk autograd's graph or use the tensor in C++."""
+    """Gives deferred logits a ``grad_fn``, for code that walks autograd's graph or uses the tensor in C++."""
 
     @staticmethod
     def forward(ctx: Any, state: DeferredState, *inputs: Tensor) -> Any:
@@ -52,7 +52,7 @@ def call_gradients(ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list
 
 
 def with_grad_fn(state: DeferredState) -> DeferredLogits:
-    """Deferred logits that autograd knows of."""
+    """Deferred logits with a ``grad_fn``, if they have a gradient."""
     if not state.layout.grad:
         return DeferredLogits(state)
     tensor = AttachGradFn.apply(state, *state.recorded.tensors)
@@ -61,7 +61,7 @@ def with_grad_fn(state: DeferredState) -> DeferredLogits:
 
 
 class RebindInPlace(torch.autograd.Function):
-    """Lets deferred logits stand for something else from here on, as a write to their memory does."""
+    """Rebinds deferred logits to another state, which is what a write in place does to a tensor."""
 
     @staticmethod
     def forward(ctx: Any, state: DeferredState, tensor: DeferredLogits, *inputs: Tensor) -> Any:
@@ -78,7 +78,7 @@ class RebindInPlace(torch.autograd.Function):
 
 
 class CopyHistory(torch.autograd.Function):
-    """Gives deferred logits the history of the plain tensor: C++ asks them, and not what they stand for."""
+    """Gives deferred logits the history of their plain tensor, since C++ reads the history of the deferred one."""
 
     @staticmethod
     def forward(ctx: Any, tensor: DeferredLogits, numbers: Tensor) -> Any:
@@ -92,7 +92,7 @@ class CopyHistory(torch.autograd.Function):
 
 
 class InvalidateHistory(torch.autograd.Function):
-    """A history that is an error: of a view that torch refuses to differentiate, since what it is of was written to."""
+    """Makes a backward raise: the history of a view that torch refuses to differentiate, since its base was written."""
 
     @staticmethod
     def forward(ctx: Any, tensor: DeferredLogits, error: RuntimeError) -> Any:
@@ -106,7 +106,7 @@ class InvalidateHistory(torch.autograd.Function):
 
 
 def invalidate_history(tensor: DeferredLogits, error: RuntimeError) -> None:
-    """Make a backward through ``tensor`` raise: C++ takes it and does not ask what it stands for, which would raise."""
+    """Make a backward through ``tensor`` raise: C++ would not notice that its plain tensor's history is invalid."""
     if tensor._accepted_grad_fn is None or is_function_result(tensor):
         return
     with out_of_sight(), modes(Mode(True, None), tensor.device.type):
@@ -115,7 +115,7 @@ def invalidate_history(tensor: DeferredLogits, error: RuntimeError) -> None:
 
 
 def update_history(tensor: DeferredLogits) -> None:
-    """After a write to the plain tensor, or to its history."""
+    """Copy the history of the plain tensor after a write to it, or to its history."""
     numbers = tensor._plain
     if numbers is None or numbers.is_inference() or is_function_result(tensor):
         return

@@ -30,7 +30,7 @@ BUDGETS: dict[int, str | int] = {0: "auto", -1: "min"}
 def token_by_token(
     draft: Draft, results: Sequence[Node], reading: Reading, memory: int, many: Callable[[list], Any] | None
 ) -> TokenByToken | Wide | None:
-    """The outcome of a call that is no statistic of the rows, or None. ``made`` is rewritten."""
+    """The outcome of a call that is no statistic of the rows, or None. ``draft`` is rewritten."""
     values = [reading.tokenwise.get(node, reading.values.get(node)) for node in results]
     if all(map(is_wide, values)):
         if any(escape.node not in results for site in reading.sites for escape in site.escapes):

@@ -30,7 +30,7 @@ class Steps(NamedTuple):
     """Steps on a tensor's memory, counted from the first query on."""
 
     certain: int = 0
-    # the number of those others that wrote, on a device: read only where it decides
+    # the number of fused steps that wrote, on the device: read only where the answer depends on it
     perhaps: Tensor | None = None
 
     def since(self, before: Steps) -> str | None:
@@ -50,8 +50,8 @@ class Steps(NamedTuple):
 
 NO_STEPS = Steps()
 _lock = threading.Lock()
-_steps = WeakTensorKeyDictionary()  # of the tensors that somebody asked for
-_hooked: list[Any] = []  # the handles of the hooks, once somebody has asked
+_steps = WeakTensorKeyDictionary()  # the steps on each tensor that `steps` was called for
+_hooked: list[Any] = []  # the handles of the hooks, empty before the first call of `steps`
 _under_way = threading.local()  # the step that is under way on this thread
 
 
@@ -65,7 +65,7 @@ def steps(tensor: Tensor) -> Steps:
 
 
 class _Begun(NamedTuple):
-    """What the hook before a step has seen."""
+    """The state that the hook before a step records for the hook after it."""
 
     optimizer: Optimizer
     graded: frozenset[int]  # ids of the parameters that have a gradient, or get one in the step's closure
@@ -112,7 +112,7 @@ def _count(tensor: Tensor, wrote: Tensor | None) -> None:
 
 
 def _known_among(parameters: list[Tensor]) -> list[Tensor]:
-    """The tensors that somebody asked for whose memory the parameters are."""
+    """The tensors in `_steps` that lie in the memory of the parameters."""
     ids = set(map(id, parameters))
     with _lock:
         tensors = list(_steps.keys())

@@ -61,7 +61,7 @@ RESORT = Unread(refuse(Unanswered.DEPENDS_ON_SIZES))
 
 
 class NotRecorded(Exception):
-    """The call cannot be made without the numbers, or not at all: making it will say."""
+    """Raised for a call that cannot be recorded: it needs the numbers, or fails. Making it on plain tensors decides."""
 
 
 class Request:
@@ -95,7 +95,7 @@ class Request:
         return Leaf(len(self.leaves) - 1)
 
     def steps(self, states: Sequence[DeferredState] = ()) -> tuple[list[CallStep], list[Made]]:
-        """The call and all that leads to it, and where the subjects and ``others`` are among the steps."""
+        """The steps that lead to the call, the call last, and the places of the subjects and ``states`` in them."""
         programs = [ref for ref in self.refs if ref[0] is not None]
         steps, results = joined([*programs, *((k.program, self.places(k)) for k in states)])
         places = iter(results)
@@ -124,7 +124,7 @@ class Request:
             return outcome
 
     def variants(self, exact: frozenset[int] | None) -> list[tuple[Guard, Outcome]]:
-        """What has been learnt about this call on tensors like these."""
+        """The cached readings of this call on tensors of this form."""
         outcomes, key = self.graph_output.outcomes, (self.what, shapes(self.leaves, exact))
         if key not in outcomes and len(outcomes) > LEARNT:
             outcomes.clear()
@@ -209,7 +209,7 @@ class Request:
         """The statistics that ``outcome`` needs, from earlier sweeps or from a new one."""
         sharing, subject = outcome.sharing, self.subjects[0]
         grad = Recording.of(self.recorded.mode.grad and not sharing.detached, self.recorded.mode)
-        # whether there is one already depends on what was asked before: nothing that counts what runs may see it
+        # a mode that counts ops must not see this sweep, since an earlier call may have made it unnecessary
         with subject._deferred.shared.lock, out_of_sight():
             have: dict[str, Any] = {}
             for name in outcome.asks:
@@ -253,6 +253,6 @@ def sweep_whole(tensor: DeferredLogits, name: str, class_dim: int) -> None:
 
 
 def unshared(results: Sequence[Any], statistics: Sequence[Tensor]) -> list[Any]:
-    """The results in memory of their own: a write to one must not reach statistics that later answers are made of."""
+    """Copies of results that share memory with cached statistics, so that a write to a result does not change these."""
     kept = {storage(statistic) for statistic in statistics}
     return [x.clone() if isinstance(x, Tensor) and storage(x) in kept else x for x in results]

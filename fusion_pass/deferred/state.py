@@ -43,7 +43,7 @@ class Recording(Enum):
 
 
 class TensorLayout(NamedTuple):
-    """What can be asked of a tensor without computing it."""
+    """The properties of a tensor that are known without computing it."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -51,7 +51,7 @@ class TensorLayout(NamedTuple):
     grad: bool  # whether a gradient flows through it
     offset: int = 0  # where it begins in its memory
     inference: bool = False  # whether it is an inference tensor
-    # a view made without gradients of what has one: it says so too, has no history, and its gradient reaches nothing
+    # a view taken under no_grad of a tensor that requires a gradient: it says that it requires one too, without history
     marked: bool = False
 
     @staticmethod
@@ -109,12 +109,12 @@ class RecordedCall:
         return self.result
 
     def on_stand_ins(self) -> tuple[list[Tensor], Any]:
-        """The call made on fake tensors of the forms of its own: these, and the result.
+        """The call made on fake tensors with the layouts of its own: these tensors, and the result.
 
-        Their sizes are numbers: code that takes the address of such a tensor gets an error. Where sizes are symbols it
-        is told that the tensor is empty, and gets a null pointer.
+        Their sizes are numbers, so that C++ code that takes the address of one raises. With symbols for sizes such code
+        finds the tensor empty and reads through a null pointer.
         """
-        # inference mode: stand-ins do not see what a call of others (``reshape``) does there
+        # in inference mode fake tensors do not see which ops a composite call (``reshape``) makes
         as_they_are = not self.mode.inference
         with trial(), FakeTensorMode() as fakes:
             like = [of_the_form(t, as_they_are and t.is_inference()) for t in self.tensors]
@@ -140,7 +140,7 @@ class RecordedCall:
         return layouts, many
 
     def infers(self, like: Sequence[Tensor], result: Tensor) -> bool:
-        """Whether a result of a call in inference mode is an inference tensor: one in memory of its own is."""
+        """Whether a result of a call in inference mode is an inference tensor: with new memory it always is."""
         shared = (t for t, x in zip(self.tensors, like) if storage(x) == storage(result))
         return next((t.is_inference() for t in shared), True)
 
@@ -155,7 +155,7 @@ DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[a
 
 
 def of_the_form(tensor: Tensor, inference: bool) -> Tensor:
-    """An empty tensor of the same form, in memory of the same form: made under a FakeTensorMode it takes none."""
+    """An empty tensor with the same layout. Under a FakeTensorMode it takes no memory."""
     shape, stride, dtype, grad, offset, _, _ = TensorLayout.of(tensor)
     with torch.inference_mode(inference):
         meta = torch.empty_strided(shape, stride, dtype=dtype, device=tensor.device)
@@ -175,10 +175,10 @@ class SharedLogits:
 
     lock: threading.RLock = field(default_factory=threading.RLock)
     members: list[weakref.ref] = field(default_factory=list)
-    # the region of checkpointing that the tensor was returned in
+    # the checkpointed region that returned the tensor
     checkpoint: weakref.ref | None = field(default_factory=lambda: weakly(checkpoint()))
     built_for: str = ""  # why the logits were built without being asked for
-    # FSDP2's hooks, which gather weights: to be run before any gradient of what is made here is computed
+    # FSDP2's hooks, which gather weights: they run before any gradient of a tensor made of the logits
     gathering: list[Callable[[Tensor], Any]] = field(default_factory=list)
     gradient_bypassed: bool = False  # True once a fused loss was taken: its gradient goes to h and W directly
 
@@ -238,10 +238,10 @@ def snapshot(tensor: Tensor, name: str = "an operand", source: Tensor | None = N
 
 
 def as_leaf(tensor: Tensor, name: str, mode: Mode) -> tuple[Tensor, Snapshot]:
-    """An operand as a leaf: another name of its memory, with the history that it has now under ``mode``.
+    """A leaf for an operand: an alias of its memory, with the history that the operand has now under ``mode``.
 
-    What becomes of the operand's ``requires_grad`` or history later does not reach it, as it does not reach what
-    autograd has recorded. Versions are counted together.
+    Later changes of the operand's ``requires_grad`` or history do not affect the leaf, as they do not affect what
+    autograd has recorded. Both share one version counter.
     """
     if mode.grad and tensor.requires_grad:
         with torch.enable_grad():
@@ -258,7 +258,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def sampled(leaf: Tensor) -> Tensor | None:
-    """Some entries' bits. None on other devices, where comparing them later would wait for the device."""
+    """The bits of some entries of an operand on the CPU. None on other devices, where reading them would wait."""
     if leaf.device.type != "cpu" or not leaf.is_contiguous() or not leaf.numel() or leaf.itemsize not in _BITS:
         return None
     with out_of_sight(), torch.no_grad():

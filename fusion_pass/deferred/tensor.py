@@ -141,10 +141,10 @@ class DeferredLogits(Tensor):
 
 
 def exist_first(tensor: DeferredLogits) -> None:
-    """Compute logits before anything is compiled for them, where what they are made of would not do.
+    """Compute logits before a function is compiled for them, in two cases where their sources cannot replace them.
 
-    That is in a checkpointed region that has them from outside, whose second pass must find them as the first did,
-    whoever reads them in between; and where they require a gradient that reaches nothing. The call says what is stale.
+    A checkpointed region that got them from outside must find them computed in both passes or in neither, and logits
+    marked as requiring a gradient that reaches nothing have no such sources. For stale logits the call raises.
     """
     if tensor._plain is not None or tensor._deferred.graph_output is None:
         return
@@ -155,12 +155,12 @@ def exist_first(tensor: DeferredLogits) -> None:
 
 
 def compiling() -> bool:
-    """Whether a compiler looks at tensors here, or traces with them."""
+    """Whether Dynamo or AOTAutograd is tracing."""
     return TracingContext.try_get() is not None
 
 
 def numbers(tensor: DeferredLogits) -> Tensor:
-    """The values, without a gradient. For ``__torch_dispatch__`` alone, where autograd is switched off."""
+    """The plain tensor without a gradient, for ``__torch_dispatch__``, which runs below autograd."""
     if tensor._deferred.graph_output is None:
         with torch.no_grad():
             return tensor._deferred.program(*tensor._deferred.leaves, traced=True)
@@ -169,7 +169,7 @@ def numbers(tensor: DeferredLogits) -> Tensor:
 
 
 def reshaped(func: Any, args: tuple, kwargs: dict[str, Any]) -> DeferredLogits:
-    """A write below Python to the shape or memory of deferred logits (``z.set_()``), made to what they stand for."""
+    """Apply a write to the shape or memory of deferred logits (``z.set_()``) to their plain tensor."""
     with above_autograd():
         target = plain(args[0])
     rest, kwargs = tree_map_only(DeferredLogits, numbers, (args[1:], kwargs))
@@ -179,7 +179,7 @@ def reshaped(func: Any, args: tuple, kwargs: dict[str, Any]) -> DeferredLogits:
     return args[0]
 
 
-# a queue between processes takes tensors by their class: these as the ordinary ones, whose memory it shares
+# multiprocessing queues pickle tensors by class: deferred logits are pickled as their plain tensor, sharing its memory
 ForkingPickler.register(DeferredLogits, lambda tensor: reduce_tensor(plain(tensor)))
 
 OF_MEMORY = (Tensor._is_view, Tensor.storage_offset)
@@ -187,7 +187,7 @@ MATERIALISED = CallProgram((), Leaf(0))  # the program of logits that are comput
 
 
 def inside_compiler(program: CallProgram, leaves: tuple[Tensor, ...], layout: TensorLayout) -> DeferredLogits:
-    """What a compiler gets in the place of deferred logits: the program, on its own tensors."""
+    """The deferred logits that a compiler traces with: the same program on the compiler's own tensors."""
     places = iter(range(len(leaves)))
     code, none = encode(leaves, lambda _: Leaf(next(places))), encode({}, lambda _: Leaf(0))
     recorded = RecordedCall(program, code, none, leaves, Mode(False, None))
@@ -208,7 +208,7 @@ class MaterialiseInForward(torch.autograd.Function):
     def forward(ctx: Any, tensor: DeferredLogits) -> Tensor:
         ctx.set_materialize_grads(False)
         numbers = run_recorded_call(tensor._deferred) if tensor._plain is None else tensor._plain
-        # in the memory that it shares; of a view autograd has to know whose, for a write to either is an error then
+        # the result shares the memory; for a view autograd has to know the base, so that a write to either raises
         return numbers.view_as(numbers) if numbers._is_view() else numbers.detach()
 
     @staticmethod
@@ -227,7 +227,7 @@ def accept_grad_fn(tensor: DeferredLogits) -> None:
 
 
 def is_function_result(tensor: DeferredLogits) -> bool:
-    """Whether an autograd function made the tensor, in its forward, and returned it: not DDP's, a copy of its input."""
+    """Whether an autograd function returned the tensor from its forward. DDP's, which only copies, does not count."""
     grad_fn = wrapper_grad_fn(tensor)
     if grad_fn is None or grad_fn is tensor._accepted_grad_fn:
         return False
@@ -240,7 +240,7 @@ def is_unbuilt(tensor: DeferredLogits) -> bool:
 
 
 def is_a_wrapped_copy(tensor: DeferredLogits, grad_fn: Any) -> bool:
-    """Whether DDP has returned a copy of deferred logits: it stands from here on for what they stand for."""
+    """Whether DDP has returned a copy of deferred logits, which then takes over the state of the original."""
     recorded, queue = tensor._deferred.recorded, sink_of(grad_fn)
     copied = recorded.tensors[0] if queue is not None and recorded.func is Tensor.clone else None
     if not isinstance(copied, DeferredLogits) or tensor._plain is not None or copied._plain is not None:

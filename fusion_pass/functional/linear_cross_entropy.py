@@ -236,7 +236,7 @@ def swept_stats(head: Operands, loss: Loss, memory: int) -> LossStatistics:
 def of_all_ranks(
     head: Operands, shard: Tensor, loss: Loss, memory: int, group: dist.ProcessGroup, reduce: str
 ) -> LossStatistics:
-    """The statistics of the whole vocabulary from this rank's columns; ``own`` is the `span` that they have of it."""
+    """The statistics of the whole vocabulary from this rank's columns; ``shard`` is the `span` of these columns."""
     place = (0, 0, group.group_name, reduce, False, shard)
     return loss_statistics(torch.ops.fusedhead.shard_stats(*head, stats_of_loss(loss), memory, *place), loss)
 
