@@ -1,4 +1,4 @@
-"""What a user may set: options of the backend, each with an environment variable.
+"""Options of the backend, each with an environment variable.
 
 ``torch.compile(model, backend="fusedhead", options={"fusedhead.debug": True})`` or ``FUSEDHEAD_DEBUG=1``. Options
 given with a compilation win over those given to ``fusedhead.enable``, and those over the environment. Everything
@@ -141,7 +141,7 @@ def set_process_wide(options: Mapping[str, Any]) -> None:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """What is said after an unknown name: the nearest valid one, and all of them."""
+    """The hint after an unknown name: the nearest valid one, and all of them."""
     close = get_close_matches(name, valid, n=1)
     listed = f"the valid ones are {', '.join(valid)}"
     return f", did you mean {close[0]!r}? T{listed[1:]}" if close else f"; {listed}"

@@ -1,4 +1,4 @@
-"""How gradients pass through a head in shards: what its op saves, and which op its backward calls.
+"""Autograd of a head in shards: the tensors that its op saves, and the op that its backward calls.
 
 The gradients of this rank's own statistics come from those of all by numbers [N] that it has, without a collective
 (`shard_merge.own_upstream`). The token's gradient orders the collectives of the backward: the op that came later is

@@ -74,7 +74,7 @@ def kept(product: Node, why: Refusal) -> Refusal:
 
 
 def planned(product: Node, with_loss: set[Node]) -> ShardedProduct:
-    """How a product is read on plain tensors. Raises Escape or Refused."""
+    """The plan of a product on plain tensors. Raises Escape or Refused."""
     if product not in with_loss:
         raise Escape(InShards.NO_LOSS)
     name = name_of(product)

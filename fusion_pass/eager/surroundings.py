@@ -1,4 +1,4 @@
-"""Whether an eager projection may put off what it computes: what is active around it, and who owns its weight.
+"""Surroundings of an eager projection: active modes and the owner of the weight decide whether it may be deferred.
 
 | what                                                                  | why it is then computed at once |
 |-----------------------------------------------------------------------|-----------------------------------------------|

@@ -96,7 +96,7 @@ def watch_tables() -> Callable[[], None]:
 
 
 def embedding_note(heads: Iterable[tuple[Any, Any]]) -> str:
-    """What there is to say of embeddings of whose sizes [V, D] no head was met, or ""."""
+    """A note on embeddings for whose sizes [V, D] no head was found, or ""."""
     left = _tables.difference(heads)
     if not left:
         return ""

@@ -37,7 +37,7 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Loss(NamedTuple):
-    """What the loss asks of a row, whatever its logits are."""
+    """The settings of the loss, independent of the logits."""
 
     counts: Tensor  # [N] bool, False where the label is ignored
     label_weight: Tensor  # [N] class weight of the label, 0 where it is ignored
@@ -61,7 +61,7 @@ class Operands(NamedTuple):
 
 
 class LossStatistics(NamedTuple):
-    """What the loss reads of a row, all float32 (float64 for a float64 head)."""
+    """The statistics of a row that the loss reads, all float32 (float64 for a float64 head)."""
 
     lse: Tensor  # [N]
     lse_low: Tensor  # [N], constant to autograd
@@ -242,7 +242,7 @@ def of_all_ranks(
 
 
 def loss_statistics(results: Any, loss: Loss) -> LossStatistics:
-    """What the loss reads of an op's results."""
+    """The statistics that the loss reads, out of an op's results."""
     lse, low, picked, total, spread = (results[STATS.index(name)] for name in READ)
     return LossStatistics(lse, low, picked, total, spread) if loss.smoothing else LossStatistics(lse, low, picked)
 

@@ -33,7 +33,7 @@ KNOWN: WeakKeyDictionary[Graph, dict[Node, Asked]] = WeakKeyDictionary()
 
 
 def effects(node: Node) -> Effects:
-    """What a node does besides returning a value."""
+    """The effects of a node besides its result: the memory that it writes."""
     if not node.op.startswith("call_"):
         return NO_EFFECTS
     answers = KNOWN.get(node.graph)

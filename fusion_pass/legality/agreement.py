@@ -74,7 +74,7 @@ def ranks_apart(store: Any, key: str, rank: int, ranks: int) -> bool:
     for other in range(ranks):
         if other != rank and store.check([f"waits/{other}"]):
             waits = store.get(f"waits/{other}").decode()
-            # another rank goes on when this head has been answered, so that is looked at behind what it waits for
+            # the answers to this head are read last: a rank that has them goes on
             if waits and waits != key and not store.check([key]) and first_answer(store, waits, NO) == NO:
                 return True
     return False
@@ -89,5 +89,5 @@ def key_of(group: str, heads: int, wanted: bool) -> str:
 
 
 def first_answer(store: Any, key: str, word: str) -> str:
-    """What was said first: ``word``, if nothing was."""
+    """The first answer that a rank has stored under the key: ``word``, if there is none yet."""
     return store.compare_set(key, "", word).decode()  # type: ignore[no-any-return]

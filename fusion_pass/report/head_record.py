@@ -51,7 +51,7 @@ class HeadRecord:
     tokens_of: Callable[[tuple[int, ...]], int] | None = field(default=None, repr=False)  # a call's sizes -> N
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled or copied: the record as seen so far, without the graph's own functions."""
+        """The state that is pickled or copied: the record as seen so far, without the graph's own functions."""
         return vars(self.seen()) | {"sizes": None, "tokens_of": None}
 
     @property

@@ -1,4 +1,4 @@
-"""What takes the gradient of hidden states in place of them, so that it is summed over ranks before it is rounded.
+"""Recipients: tensors that take the gradient in place of hidden states, so that it is rounded after its sum over ranks.
 
     whole, token = gather_tokens(x, 1, ranks, group)        recipient, token = hidden_sum(x, 1, ranks, group)
     h = reshape(whole, [-1, D])                             r = reshape(recipient, [-1, D])

@@ -112,7 +112,7 @@ def _recomputes(problem: Problem, most: int, keep: bool) -> list[Candidate]:
 
 
 def _auto_bytes(problem: Problem) -> int:
-    """What auto may hold in a single pass: half of the logits, a quarter where they are many."""
+    """Bytes that ``auto`` may hold in a single pass: half of the logits, a quarter where they are many."""
     return problem.tokens * problem.vocab * problem.dtype.itemsize // (4 if problem.tokens >= 32768 else 2)
 
 
