@@ -120,8 +120,8 @@ def _usage(asm: dict[str, Any]) -> dict[str, int]:
     """What the binary says that it takes: read with the cuobjdump that Triton brings, for AMD's in its text."""
     if "amdgcn" in asm:
         words = {"REG": "vgpr_count", "STACK": "private_segment_fixed_size"}
-        found = {name: re.search(rf"\.{word}:\s+(\d+)", asm["amdgcn"]) for name, word in words.items()}
-        return {name: int(number[1]) if number else 0 for name, number in found.items()}
+        matches = {name: re.search(rf"\.{word}:\s+(\d+)", asm["amdgcn"]) for name, word in words.items()}
+        return {name: int(number[1]) if number else 0 for name, number in matches.items()}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -135,20 +135,20 @@ def _asking(question: str) -> list[ModuleType]:
     return [x for name, x in sys.modules.items() if name.startswith("fusedhead.kernels.") and hasattr(x, question)]
 
 
-def _look_at_ir(known: Mapping[str, Compiled]) -> Callable[..., tuple[str, str] | None]:
+def _look_at_ir(record: Mapping[str, Compiled]) -> Callable[..., tuple[str, str] | None]:
     """Triton's hook into the stages of a compilation; it asks it for a part of the key of its cache too."""
 
-    def hook(*given: Any) -> tuple[str, str] | None:
-        if not given:
+    def hook(*arguments: Any) -> tuple[str, str] | None:
+        if not arguments:
             return "ir", "ir"
-        compiler, stages, options, *_ = given
+        compiler, stages, options, *_ = arguments
         first = next(iter(stages))
         lower = stages[first]
 
         def look(module: Any, metadata: dict[str, Any]) -> Any:
             metadata["ir"] = digest(f"{module}{options.hash()}{compiler.hash()}")
-            if metadata["ir"] in known:
-                raise OnRecord(known[metadata["ir"]])
+            if metadata["ir"] in record:
+                raise OnRecord(record[metadata["ir"]])
             return lower(module, metadata)
 
         stages[first] = look
@@ -157,9 +157,9 @@ def _look_at_ir(known: Mapping[str, Compiled]) -> Callable[..., tuple[str, str] 
     return hook
 
 
-def _compile_unless_on_record(*given: Any, **options: Any) -> Any:
+def _compile_unless_on_record(*arguments: Any, **options: Any) -> Any:
     try:
-        return _compile(*given, **options)
+        return _compile(*arguments, **options)
     except OnRecord as found:
         return found
 

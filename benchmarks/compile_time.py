@@ -168,36 +168,36 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--full", action="store_true", help="also whole first steps, from an empty cache")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     words = sys.argv[1:] if argv is None else argv
-    given = parser.parse_args(words)
+    arguments = parser.parse_args(words)
     torch.manual_seed(0)
-    model = Model(given.layers, given.width, given.vocab).to(given.device)
-    batches = [torch.randint(given.vocab, (b, 65), device=given.device) for b in (2, 3, 4, 6)]
-    result: dict[str, Any] = machine.origin(torch.device(given.device), "benchmarks.compile_time", words)
+    model = Model(arguments.layers, arguments.width, arguments.vocab).to(arguments.device)
+    batches = [torch.randint(arguments.vocab, (b, 65), device=arguments.device) for b in (2, 3, 4, 6)]
+    result: dict[str, Any] = machine.origin(torch.device(arguments.device), "benchmarks.compile_time", words)
     titles = f"{'backend':12}{'dynamo ms':>12}{'pass ms':>10}{'first':>8}{'graphs':>8}{'calls':>9}"
-    print(titles + "  full s" * given.full)
+    print(titles + "  full s" * arguments.full)
     for backend in BACKENDS:
         runs = [
             pass_milliseconds(model, batches[0], backend)
-            for _ in tqdm(range(given.repeat + 1), desc=backend, leave=False)
+            for _ in tqdm(range(arguments.repeat + 1), desc=backend, leave=False)
         ]
         numbers: dict[str, Any] = {
             "dynamo_ms": statistics.median(before for before, _ in runs[1:]),
-            "pass_ms": statistics.median(own for _, own in runs[1:]),
+            "pass_ms": statistics.median(milliseconds for _, milliseconds in runs[1:]),
             "first_pass_ms": runs[0][1],
             "graphs": compilations(model, batches, backend),
         }
         if backend == "fusedhead":
             numbers["calls"] = pass_calls(model, batches[0])
-        if given.full:
+        if arguments.full:
             numbers["full_seconds"] = first_step_seconds(model, batches[0], backend)
         result[backend] = numbers
         print(
             f"{backend:12}{numbers['dynamo_ms']:12.1f}{numbers['pass_ms']:10.1f}"
             f"{numbers['first_pass_ms']:8.1f}{numbers['graphs']:8}{numbers.get('calls', ''):9}"
-            + (f"{numbers['full_seconds']:8.1f}" if given.full else "")
+            + (f"{numbers['full_seconds']:8.1f}" if arguments.full else "")
         )
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1))
     return result
 
 

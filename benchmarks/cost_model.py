@@ -107,11 +107,11 @@ def predict(case: Case, name: str, ranks: int, chip: Chip, network: Network) -> 
     """One step of a head of ``case``, all of its tokens and classes, on so many ranks."""
     arrangement = ARRANGEMENTS[name]
     collectives = arrangement.collectives(case, ranks)
-    own = compute(case, arrangement, ranks, chip)
+    products = compute(case, arrangement, ranks, chip)
     least = compute(case, arrangement._replace(products=3), ranks, chip)
     spent = wire(collectives, ranks, network.link(ranks))
     bytes_a_token = sum(sent(collective, ranks) for collective in collectives) / case.tokens
-    return Prediction(bytes_a_token, own, spent, least / (own + spent))
+    return Prediction(bytes_a_token, products, spent, least / (products + spent))
 
 
 def break_even(name: str, over: str, case: Case, ranks: int, network: Network) -> float:
@@ -131,9 +131,9 @@ def table(case: Case, name: str, chip: Chip, network: Network, ranks: Iterable[i
     """Markdown: one arrangement at every number of ranks."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
     for w in ranks:
-        found = predict(case, name, w, chip, network)
-        own, spent, step = (f"{1e3 * x:.3f}" for x in (found.compute, found.wire, found.step))
-        lines.append(f"| {w} | {found.bytes_a_token:,.0f} | {own} | {spent} | {step} | {found.efficiency:.2f} |")
+        each = predict(case, name, w, chip, network)
+        products, wire, step = (f"{1e3 * x:.3f}" for x in (each.compute, each.wire, each.step))
+        lines.append(f"| {w} | {each.bytes_a_token:,.0f} | {products} | {wire} | {step} | {each.efficiency:.2f} |")
     return "\n".join(lines)
 
 
@@ -158,17 +158,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node", type=int, default=8, help="ranks of a node")
 
 
-def given_chip(given: argparse.Namespace, dtype: str = "bfloat16") -> Chip:
+def given_chip(options: argparse.Namespace, dtype: str = "bfloat16") -> Chip:
     """The chip of the arguments. Raises SystemExit where no rate is known of it."""
-    rate = given.tera * 1e12 if given.tera else chip_named(given.chip).flop_per_second.get(dtype)
+    rate = options.tera * 1e12 if options.tera else chip_named(options.chip).flop_per_second.get(dtype)
     if not rate:
-        raise SystemExit(f"no rate of {dtype} products is known of the chip {given.chip!r}: give --tera")
-    return Chip(rate, given.memory * 1e12)
+        raise SystemExit(f"no rate of {dtype} products is known of the chip {options.chip!r}: give --tera")
+    return Chip(rate, options.memory * 1e12)
 
 
-def given_network(given: argparse.Namespace) -> Network:
-    inside = Link(given.latency * 1e-6, given.bandwidth * 1e9)
-    return Network(inside, Link(given.between_latency * 1e-6, given.between_bandwidth * 1e9), given.node)
+def given_network(options: argparse.Namespace) -> Network:
+    inside = Link(options.latency * 1e-6, options.bandwidth * 1e9)
+    return Network(inside, Link(options.between_latency * 1e-6, options.between_bandwidth * 1e9), options.node)
 
 
 def main(words: list[str] | None = None) -> str:
@@ -176,18 +176,18 @@ def main(words: list[str] | None = None) -> str:
     parser.add_argument("--shapes", default=SHAPES, help="NxDxV,... tokens of the group, hidden, classes")
     parser.add_argument("--arrangements", type=lambda s: s.split(";"), default=list(ARRANGEMENTS), help="joined by ;")
     add_arguments(parser)
-    given = parser.parse_args(sys.argv[1:] if words is None else words)
-    if unknown := [name for name in given.arrangements if name not in ARRANGEMENTS]:
+    options = parser.parse_args(sys.argv[1:] if words is None else words)
+    if unknown := [name for name in options.arrangements if name not in ARRANGEMENTS]:
         parser.error(f"no arrangement is called {unknown[0]!r}; there are {'; '.join(ARRANGEMENTS)}")
-    network, parts = given_network(given), []
-    for case in parse(given.shapes):
-        chip = given_chip(given, case.dtype)
-        for name in given.arrangements:
+    network, parts = given_network(options), []
+    for case in parse(options.shapes):
+        chip = given_chip(options, case.dtype)
+        for name in options.arrangements:
             parts += [f"### {case.text}, {name}: {ARRANGEMENTS[name].about}", table(case, name, chip, network)]
-        most = break_even("sequence parallel", "fully sharded", case, given.node, network)
+        most = break_even("sequence parallel", "fully sharded", case, options.node, network)
         parts.append(merges(case, network))
         parts.append(
-            f"On {given.node} ranks the collectives of a sequence-parallel head take no longer than those of a fully "
+            f"On {options.node} ranks the collectives of a sequence-parallel head take no longer than those of a fully "
             f"sharded one up to {most:,.0f} tokens of the group."
         )
     text = "\n\n".join(parts)

@@ -67,8 +67,8 @@ def trained(case: Case, device: torch.device) -> Batch:
     h = PRIOR_SHARE * direction + 0.5 * torch.randn(n, d, generator=draw, device=device)
     for k in range(LIKELY):
         token = tokens[:, k]
-        own = w[token].float() - prior[token, None] / PRIOR_SHARE * direction  # r_k again
-        h += (height[:, k] - prior[token])[:, None] * own
+        residual = w[token].float() - prior[token, None] / PRIOR_SHARE * direction  # r_k again
+        h += (height[:, k] - prior[token])[:, None] * residual
     y = tokens[:, 0].clone()
     y[::17] = IGNORED
     return Batch(h.to(case.torch_dtype), w, y, torch.randn(n, generator=draw, device=device))

@@ -45,8 +45,8 @@ def tokens(sizes: Sizes) -> tuple[Tensor, Tensor]:
     at = torch.arange(sizes.length + 1, device=sizes.device)
     stride = torch.randint(1, 50, (sizes.batch, 1), device=sizes.device)
     start = torch.randint(0, 1000, (sizes.batch, 1), device=sizes.device)
-    found = (start + stride * at) % min(sizes.vocab, 5000)
-    return found[:, :-1].contiguous(), found[:, 1:].contiguous()
+    ids = (start + stride * at) % min(sizes.vocab, 5000)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

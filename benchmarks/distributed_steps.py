@@ -59,7 +59,7 @@ def train(make: Make, sizes: Sizes, backend: str, device: torch.device, warm_up:
     finally:
         remove()
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    found = {
+    record = {
         "losses": [round(x, 5) for x in (mean / dist.get_world_size()).tolist()],
         "ms": 1e3 * ranks.greatest(statistics.median(seconds[warm_up:]), device),
         "peak_bytes": int(ranks.greatest(float(peak), device)),
@@ -69,14 +69,14 @@ def train(make: Make, sizes: Sizes, backend: str, device: torch.device, warm_up:
     del model, step, optimizer, loss
     gc.collect()
     measure.release(device)
-    return found
+    return record
 
 
-def table(found: dict[str, dict[str, Any]], backends: list[str], count: int) -> str:
+def table(records: dict[str, dict[str, Any]], backends: list[str], count: int) -> str:
     """Markdown; ``count`` tokens a step of all ranks."""
     heads = ["", *(f"{name}: ms, GiB, tokens/s" for name in backends), "losses differ by"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for arrangement, arms in found.items():
+    for arrangement, arms in records.items():
         told = [arms.get(name, {"note": "not run: no time left"}) for name in backends]
         cells = [
             arm.get("note") or f"{arm['ms']:.1f}, {arm['peak_bytes'] / 2**30:.2f}, {1e3 * count / arm['ms']:,.0f}"
@@ -98,32 +98,32 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--limit", type=float, default=float("inf"), help="no arm begins after so many seconds")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/latest/distributed_steps.json"))
     words = sys.argv[1:] if words is None else words
-    given, began = parser.parse_args(words), time.monotonic()
-    device = ranks.device_of_this_rank(given.device)
-    sizes = Sizes(given.device, given.tiny, *((2, 64, 2048) if given.tiny else SHAPES[given.models]))
-    warm_up, steps = (1, 2) if given.tiny else (WARM_UP, STEPS)
+    arguments, began = parser.parse_args(words), time.monotonic()
+    device = ranks.device_of_this_rank(arguments.device)
+    sizes = Sizes(arguments.device, arguments.tiny, *((2, 64, 2048) if arguments.tiny else SHAPES[arguments.models]))
+    warm_up, steps = (1, 2) if arguments.tiny else (WARM_UP, STEPS)
     torch.set_float32_matmul_precision("high")
-    found: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
     with ranks.process_group(device):
         first, count = dist.get_rank() == 0, dist.get_world_size()
-        for name, make in MODELS[given.models].items():
-            for backend in given.backends if given.only in name else ():
-                if ranks.greatest(time.monotonic() - began, device) > given.limit:
+        for name, make in MODELS[arguments.models].items():
+            for backend in arguments.backends if arguments.only in name else ():
+                if ranks.greatest(time.monotonic() - began, device) > arguments.limit:
                     continue
                 try:
                     arm = train(make, sizes, backend, device, warm_up, steps)
                 except Exception as error:  # the ranks run the same program: all of them come here
                     arm = {"note": reason(error)}
-                found.setdefault(name, {})[backend] = arm
+                records.setdefault(name, {})[backend] = arm
                 if first:
                     print(f"{name}, {backend}: {arm.get('note') or arm['ms']}", file=sys.stderr, flush=True)
         if first:
             origin = machine.origin(device, "benchmarks.distributed_steps", words)
             sized = {**sizes._asdict(), "ranks": count}
-            given.json.parent.mkdir(parents=True, exist_ok=True)
-            given.json.write_text(json.dumps({"run": origin, "sizes": sized, "rows": found}, indent=1) + "\n")
-            print(table(found, given.backends, count * sizes.batch * sizes.length), flush=True)
-    return found
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps({"run": origin, "sizes": sized, "rows": records}, indent=1) + "\n")
+            print(table(records, arguments.backends, count * sizes.batch * sizes.length), flush=True)
+    return records
 
 
 if __name__ == "__main__":

@@ -28,24 +28,24 @@ HEADINGS = ("model", "contender", "batch x length", "step ms", "tokens/s", "peak
             "largest batch", "largest tokens", "note")  # fmt: skip
 
 
-def gpt(contender: str, given: argparse.Namespace, largest: bool) -> list[str]:
-    words = [str(ROOT / "examples" / "train_gpt.py"), "--backend", contender, "--model", given.gpt]
-    words += ["--batch", str(given.gpt_batch), "--length", str(given.gpt_length), "--steps", str(given.steps)]
-    words += ["--dtype", "bf16", "--device", given.device]
+def gpt(contender: str, options: argparse.Namespace, largest: bool) -> list[str]:
+    words = [str(ROOT / "examples" / "train_gpt.py"), "--backend", contender, "--model", options.gpt]
+    words += ["--batch", str(options.gpt_batch), "--length", str(options.gpt_length), "--steps", str(options.steps)]
+    words += ["--dtype", "bf16", "--device", options.device]
     return words + (["--find-largest-batch"] if largest else [])
 
 
-def qwen3(contender: str, given: argparse.Namespace, largest: bool) -> list[str]:
-    words = ["-m", "benchmarks.qwen3", "--contender", contender, "--size", given.qwen3]
+def qwen3(contender: str, options: argparse.Namespace, largest: bool) -> list[str]:
+    words = ["-m", "benchmarks.qwen3", "--contender", contender, "--size", options.qwen3]
     words += [
         "--batch",
-        str(given.batch),
+        str(options.batch),
         "--length",
-        str(given.length),
+        str(options.length),
         "--steps",
-        str(given.steps),
+        str(options.steps),
         "--device",
-        given.device,
+        options.device,
     ]
     return words + (["--capacity"] if largest else [])
 
@@ -130,26 +130,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--total", type=float, default=float("inf"), help="seconds for all of them")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "latest")
     words = sys.argv[1:] if argv is None else argv
-    given = parser.parse_args(words)
-    given.out.mkdir(parents=True, exist_ok=True)
+    options = parser.parse_args(words)
+    options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    origin = machine.origin(torch.device(given.device), "benchmarks.end_to_end", words)
+    origin = machine.origin(torch.device(options.device), "benchmarks.end_to_end", words)
     plan = [
         (model, contender, part)
-        for model in given.models
-        for part in given.parts
-        for contender in given.contenders or MODELS[model][1]
+        for model in options.models
+        for part in options.parts
+        for contender in options.contenders or MODELS[model][1]
     ]
     results, lines = [], []
     for model, contender, part in tqdm(plan, unit="run"):
-        command = MODELS[model][0](contender, given, part == "largest")
-        left = given.total - (time.monotonic() - began)
-        numbers = run(command, min(given.limit, left)) if left > 30 else {"note": "not run: no time left"}
-        sizes = f"{given.gpt_batch}x{given.gpt_length}" if model == "gpt" else f"{given.batch}x{given.length}"
+        command = MODELS[model][0](contender, options, part == "largest")
+        left = options.total - (time.monotonic() - began)
+        numbers = run(command, min(options.limit, left)) if left > 30 else {"note": "not run: no time left"}
+        sizes = f"{options.gpt_batch}x{options.gpt_length}" if model == "gpt" else f"{options.batch}x{options.length}"
         results.append({"model": model, "contender": contender, "part": part, "sizes": sizes, **numbers})
         lines.append(line(model, contender, sizes, numbers))
-        (given.out / "end_to_end.json").write_text(json.dumps({"run": origin, "rows": results}, indent=1))
-        (given.out / "end_to_end.md").write_text(table(lines) + "\n")
+        (options.out / "end_to_end.json").write_text(json.dumps({"run": origin, "rows": results}, indent=1))
+        (options.out / "end_to_end.md").write_text(table(lines) + "\n")
     print(table(lines))
 
 

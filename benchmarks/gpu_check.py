@@ -97,19 +97,19 @@ def ratios(c: Case, device: str) -> dict[str, float]:
         stats, grads = engine.head_loss(head, g, OPERANDS, windows)
     true, d_true = by_autograd(head, g, torch.float64)
     theirs, d_theirs = by_autograd(head, g, None)
-    found = {}
+    by_name = {}
     for name in DIFFERENTIABLE_STATS:
         ours, exact = getattr(stats, name), getattr(true, name)
         if ours is not None and exact.numel():
-            found[name] = (error(ours, exact), error(getattr(theirs, name), exact))
+            by_name[name] = (error(ours, exact), error(getattr(theirs, name), exact))
     for name, ours, exact, other in zip(("dh", "dw", "dcols", "drows"), grads, d_true, d_theirs):
         if ours is not None and exact.any():
-            found[name] = (error(ours, exact), error(other, exact))
-    slack = dict.fromkeys(found, SLACK)
+            by_name[name] = (error(ours, exact), error(other, exact))
+    slack = dict.fromkeys(by_name, SLACK)
     if c.grads == "stats" and c.dtype == F32:
         # p = exp(z - lse) carries the rounding of a float32 lse near 16
         slack |= dict.fromkeys(("dh", "dw", "dcols", "drows"), 1e-6)
-    return {name: max(ours - slack[name], 0) / max(other, 1e-30) for name, (ours, other) in found.items()}
+    return {name: max(ours - slack[name], 0) / max(other, 1e-30) for name, (ours, other) in by_name.items()}
 
 
 def errors_do_not_exceed_eager(device: str, cases: tuple[Case, ...] = CASES) -> Iterator[tuple[str, bool]]:

@@ -60,9 +60,9 @@ def sweep_tiles(options: argparse.Namespace, share: tuple[int, int] | None) -> N
             best: dict[Tile, float] = {}
             for ms, tile in fastest(kernel, head, tiles * options.rounds, clock, told):
                 best[tile] = min(ms, best.get(tile, ms))
-            found = sorted((ms, tile) for tile, ms in best.items())
+            times = sorted((ms, tile) for tile, ms in best.items())
             print(f"{kernel} {name} {n, d, v}: cuBLAS {bare:.3f} ms ({gflop / bare:.0f})", flush=True)
-            for ms, t in found[: options.top]:
+            for ms, t in times[: options.top]:
                 shape = f"{t.BM}x{t.BN}x{t.BK} group {t.group}, {t.stages} stages"
                 rest = "in pairs" if t.paired else f"flatten {t.flatten}, parts {t.parts}"
                 print(f"   {ms:.3f} ms ({gflop / ms:.0f}) {bare / ms:.3f}  {shape}, {rest}", flush=True)

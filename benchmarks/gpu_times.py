@@ -43,11 +43,11 @@ def medians(steps: dict[str, Callable[[], object]], rounds: int = 3) -> dict[str
     """Milliseconds of each step: the median over rounds that visit all steps in turn, so that all share clocks."""
     from triton.testing import do_bench
 
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    by_step: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            found[name].append(float(do_bench(step, warmup=20, rep=60, return_mode="median")))
-    return {name: sorted(times)[len(times) // 2] for name, times in found.items()}
+            by_step[name].append(float(do_bench(step, warmup=20, rep=60, return_mode="median")))
+    return {name: sorted(times)[len(times) // 2] for name, times in by_step.items()}
 
 
 def time_shape(name: str, n: int, d: int, v: int, windows: tuple[int, ...]) -> None:

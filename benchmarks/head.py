@@ -38,24 +38,24 @@ def reason(error: BaseException) -> str:
 class Run:
     """The options of one run and its clock."""
 
-    def __init__(self, given: argparse.Namespace) -> None:
-        self.given = given
-        self.device = torch.device(given.device)
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
         self.began = time.monotonic()
-        self.deadline = self.began + given.limit
+        self.deadline = self.began + options.limit
         self.rows: list[Row] = []
-        self.runs = [machine.origin(self.device, "benchmarks.head", given.words)]
+        self.runs = [machine.origin(self.device, "benchmarks.head", options.words)]
 
     def contenders_for(self, task: tasks.Task) -> list[contenders.Contender]:
-        if self.given.contenders:
-            chosen = [contenders.CONTENDERS[name] for name in self.given.contenders]
+        if self.options.contenders:
+            chosen = [contenders.CONTENDERS[name] for name in self.options.contenders]
         else:
             chosen = [c for c in contenders.CONTENDERS.values() if task.name in c.tasks]
-        without = (*self.given.without, "eager") if self.given.once else self.given.without
+        without = (*self.options.without, "eager") if self.options.once else self.options.without
         return [c for c in chosen if c.name not in without]
 
     def late(self) -> bool:
-        return time.monotonic() > self.began + TURN_SHARE * self.given.limit
+        return time.monotonic() > self.began + TURN_SHARE * self.options.limit
 
 
 def prepare(
@@ -73,7 +73,7 @@ def prepare(
     if truth is not None:
         row.error = errors.errors_of(task, results, truth)
     del results
-    if not run.given.once:
+    if not run.options.once:
         row.extra_mib = measure.extra_bytes(step, run.device, resident) / 2**20
     return step
 
@@ -114,17 +114,17 @@ def group(
         bar.update()
         tqdm.write(f"  {time.monotonic() - begin:6.1f} s  {name} prepared {row.note}", file=sys.stderr)
     measure.release(run.device)
-    if run.given.once:
+    if run.options.once:
         return rows
-    if steps and FLOOR not in run.given.without:
+    if steps and FLOOR not in run.options.without:
         steps = {FLOOR: tasks.floor_step(task, batch), **steps}
         rows.insert(0, Row(case.text, kind, task.name, FLOOR, note=f"{task.gemms} products of 2NDV"))
-    with neighbours(run.given.neighbours):
+    with neighbours(run.options.neighbours):
         times = measure.interleaved(
             steps,
             run.device,
-            run.given.rounds,
-            run.given.seconds,
+            run.options.rounds,
+            run.options.seconds,
             run.deadline,
             lambda name: bar.set_postfix_str(f"{case.text} {kind} {task.name}: timing {name}"),
         )
@@ -140,7 +140,7 @@ def alive(run: Run, rows: list[Row], name: str) -> None:
     try:
         measure.wait(run.device)
     except RuntimeError as error:
-        report.save(Path(run.given.out), run.runs, run.rows + rows)
+        report.save(Path(run.options.out), run.runs, run.rows + rows)
         raise SystemExit(f"{name} broke the device ({reason(error)}): go on with --append --without") from error
 
 
@@ -158,10 +158,10 @@ def fill(rows: list[Row], times: dict[str, list[float]]) -> None:
 
 def arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.head", description=__doc__)
-    known = ", ".join(contenders.CONTENDERS)
+    names = ", ".join(contenders.CONTENDERS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", help=f"NxDxV[:dtype],... or {', '.join(shapes.FAMILIES)} (default: the device's)")
-    parser.add_argument("--contenders", type=lambda s: s.split(","), help=f"of {known} (default: by task)")
+    parser.add_argument("--contenders", type=lambda s: s.split(","), help=f"of {names} (default: by task)")
     parser.add_argument(
         "--without", type=lambda s: s.split(","), default=[], help=f"leave out contenders, or {FLOOR!r}"
     )
@@ -178,41 +178,41 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-errors", action="store_true", help="skip the comparison with float64")
     parser.add_argument("--precompile", action="store_true", help="compile all cases side by side first")
     parser.add_argument("--once", action="store_true", help="only call everything once (what --precompile does)")
-    given = parser.parse_args(words)
-    given.words = words
-    unknown = [name for name in given.contenders or () if name not in contenders.CONTENDERS]
+    options = parser.parse_args(words)
+    options.words = words
+    unknown = [name for name in options.contenders or () if name not in contenders.CONTENDERS]
     if unknown:
-        parser.error(f"no contender is called {unknown[0]!r}; there are {known}")
-    return given
+        parser.error(f"no contender is called {unknown[0]!r}; there are {names}")
+    return options
 
 
 def main(words: list[str] | None = None) -> list[Row]:
-    given = arguments(sys.argv[1:] if words is None else words)
-    run = Run(given)
-    before = Path(given.out) / "head.json"
-    if given.append and before.exists():
+    options = arguments(sys.argv[1:] if words is None else words)
+    run = Run(options)
+    before = Path(options.out) / "head.json"
+    if options.append and before.exists():
         runs, run.rows = report.load(before)
         run.runs = runs + run.runs
-    cases = shapes.parse(given.shapes or run.device.type)
-    if given.precompile and len(cases) > 1:
-        precompile.side_by_side(given.words, cases, given.limit / 3)
-    chosen = [tasks.TASKS[name] for name in given.tasks]
-    count = len(cases) * len(given.data) * sum(len(run.contenders_for(task)) for task in chosen)
+    cases = shapes.parse(options.shapes or run.device.type)
+    if options.precompile and len(cases) > 1:
+        precompile.side_by_side(options.words, cases, options.limit / 3)
+    chosen = [tasks.TASKS[name] for name in options.tasks]
+    count = len(cases) * len(options.data) * sum(len(run.contenders_for(task)) for task in chosen)
     with tqdm(total=count, unit="row", disable=None) as bar:
         for case in cases:
             torch._dynamo.reset()
             programs: dict[tuple[str, str], tasks.Program] = {}
-            for kind in given.data:
+            for kind in options.data:
                 batch = data.ALL_SETS[kind](case, run.device)
                 truths: dict[bool, errors.Truth | None] = {False: None, True: None}
                 for task in chosen:
-                    if truths[task.per_token] is None and not (given.once or given.no_errors or run.late()):
+                    if truths[task.per_token] is None and not (options.once or options.no_errors or run.late()):
                         truths[task.per_token] = errors.truth_of(task, batch)
                     rows = group(run, case, kind, task, batch, truths[task.per_token], programs, bar)
                     run.rows = report.merged(run.rows + rows)
-                    if not given.once:
+                    if not options.once:
                         tqdm.write(f"\n{case.text}  {task.name} ({task.about})  {kind} data\n{report.table(rows)}")
-                    report.save(Path(given.out), run.runs, run.rows)
+                    report.save(Path(options.out), run.runs, run.rows)
     return run.rows
 
 

@@ -30,17 +30,17 @@ STEP = 3  # in which it happens
 ROOM = 100.0  # seconds beyond the timeout, for the error to come through
 
 
-def rank_main(given: argparse.Namespace) -> None:
+def rank_main(arguments: argparse.Namespace) -> None:
     """One of the two ranks."""
     rank = int(os.environ["RANK"])
-    device = device_of_this_rank(given.device)
+    device = device_of_this_rank(arguments.device)
     store = dist.FileStore(os.environ["RANKS_STORE"], 2)
-    limit = timedelta(seconds=given.timeout)
+    limit = timedelta(seconds=arguments.timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=limit)
-    sizes = Sizes(given.device, given.tiny, *((2, 64, 2048) if given.tiny else SHAPES["gpt"]))
+    sizes = Sizes(arguments.device, arguments.tiny, *((2, 64, 2048) if arguments.tiny else SHAPES["gpt"]))
     torch.manual_seed(0)
-    model, step = fsdp_inside(sizes, given.backend)
+    model, step = fsdp_inside(sizes, arguments.backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4)
     for at in range(1000):
         loss = step(*tokens(sizes))
@@ -53,7 +53,7 @@ def rank_main(given: argparse.Namespace) -> None:
         print(f"step {at}", flush=True)
 
 
-def watch(given: argparse.Namespace, words: list[str]) -> dict[str, Any]:
+def watch(arguments: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     """Start both ranks, and see how the one that is left ends."""
     with tempfile.TemporaryDirectory() as folder:
         ranks, logs = [], [Path(folder, f"{rank}.log") for rank in range(2)]
@@ -65,9 +65,9 @@ def watch(given: argparse.Namespace, words: list[str]) -> dict[str, Any]:
                 command = [sys.executable, "-m", "benchmarks.killed_rank", *words]
                 ranks.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
         try:
-            ranks[1].wait(given.start)
+            ranks[1].wait(arguments.start)
             died, hung = time.monotonic(), False
-            ranks[0].wait(given.timeout + ROOM)
+            ranks[0].wait(arguments.timeout + ROOM)
         except subprocess.TimeoutExpired:
             hung = True
         finally:
@@ -79,16 +79,16 @@ def watch(given: argparse.Namespace, words: list[str]) -> dict[str, Any]:
         "exits": [process.wait() for process in ranks],
         "hung": hung,
         "seconds_to_the_error": round(time.monotonic() - died, 1) if not hung else None,
-        "timeout": given.timeout,
+        "timeout": arguments.timeout,
         "steps": text.count("step "),
         "said": errors[:6],
         "tail": text[-1500:],
     }
 
 
-def ended_well(found: dict[str, Any]) -> bool:
+def ended_well(outcome: dict[str, Any]) -> bool:
     """Whether rank 0 made the steps before, and then ended by itself with an error."""
-    return not found["hung"] and found["exits"][0] != 0 and found["steps"] == STEP
+    return not outcome["hung"] and outcome["exits"][0] != 0 and outcome["steps"] == STEP
 
 
 def main(words: list[str] | None = None) -> int:
@@ -100,19 +100,19 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/latest/killed_rank.json"))
     words = sys.argv[1:] if words is None else words
-    given = parser.parse_args(words)
+    arguments = parser.parse_args(words)
     if "RANKS_STORE" in os.environ:
-        rank_main(given)
+        rank_main(arguments)
         return 0
-    found = watch(given, words)
-    origin = machine.origin(torch.device(given.device), "benchmarks.killed_rank", words)
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps({"run": origin, **found}, indent=1) + "\n")
-    how = "ended with an error" if ended_well(found) else "NOT AS IT SHOULD BE"
-    after = f"after {found['seconds_to_the_error']} s, exits {found['exits']}"
+    outcome = watch(arguments, words)
+    origin = machine.origin(torch.device(arguments.device), "benchmarks.killed_rank", words)
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps({"run": origin, **outcome}, indent=1) + "\n")
+    how = "ended with an error" if ended_well(outcome) else "NOT AS IT SHOULD BE"
+    after = f"after {outcome['seconds_to_the_error']} s, exits {outcome['exits']}"
     print(f"a rank is killed in step {STEP}: the other {how} {after}")
-    print("  " + (found["said"] or [found["tail"][-160:]])[0][:200])
-    return int(not ended_well(found))
+    print("  " + (outcome["said"] or [outcome["tail"][-160:]])[0][:200])
+    return int(not ended_well(outcome))
 
 
 if __name__ == "__main__":

@@ -16,15 +16,15 @@ PACKAGES = ("fusedhead", "torch", "triton", "liger-kernel", "cut-cross-entropy",
 
 def versions() -> dict[str, str]:
     """Version of Python, of CUDA and of each package that takes part; "-" where it is missing."""
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            by_package[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "-"
-    found["torch"] = torch.__version__
-    found["cuda"] = torch.version.cuda or "-"
-    return found
+            by_package[name] = "-"
+    by_package["torch"] = torch.__version__
+    by_package["cuda"] = torch.version.cuda or "-"
+    return by_package
 
 
 def device_name(device: torch.device) -> str:
@@ -41,9 +41,9 @@ def device_name(device: torch.device) -> str:
 
 def origin(device: torch.device, module: str, arguments: list[str] | None = None) -> dict[str, object]:
     """The header of a result file."""
-    given = sys.argv[1:] if arguments is None else arguments
+    words = sys.argv[1:] if arguments is None else arguments
     return {
-        "command": " ".join(["python", "-m", module, *given]),
+        "command": " ".join(["python", "-m", module, *words]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": device_name(device),
         "versions": versions(),

@@ -40,13 +40,13 @@ UNSENT, ALONE = "|without the wire", "|its collectives"  # behind a contender's 
 class Run:
     """The options of one run, its clock, and what it has found."""
 
-    def __init__(self, given: argparse.Namespace) -> None:
-        self.given, self.launched = given, ranks.launched()
-        self.device = ranks.device_of_this_rank(given.device)
-        self.deadline = time.monotonic() + given.limit
-        self.network = cost_model.given_network(given)
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.launched = options, ranks.launched()
+        self.device = ranks.device_of_this_rank(options.device)
+        self.deadline = time.monotonic() + options.limit
+        self.network = cost_model.given_network(options)
         self.rows: list[Row] = []
-        origin = machine.origin(self.device, "benchmarks.parallel", given.words)
+        origin = machine.origin(self.device, "benchmarks.parallel", options.words)
         if self.launched:
             count = os.environ.get("WORLD_SIZE", "2")
             origin["command"] = str(origin["command"]).replace("python", f"torchrun --nproc-per-node {count}", 1)
@@ -59,10 +59,10 @@ class Run:
         return self.agree(time.monotonic() - self.deadline) > 0
 
     def chosen(self) -> dict[str, Contender]:
-        found = {name: CONTENDERS[name] for name in self.given.contenders or CONTENDERS}
-        smoke = self.given.smoke and not self.given.contenders
-        here = {name: c for name, c in found.items() if self.launched or c.unsent}
-        return {name: c for name, c in here.items() if not (smoke and c.compiled)}
+        contenders = {name: CONTENDERS[name] for name in self.options.contenders or CONTENDERS}
+        smoke = self.options.smoke and not self.options.contenders
+        runnable = {name: c for name, c in contenders.items() if self.launched or c.unsent}
+        return {name: c for name, c in runnable.items() if not (smoke and c.compiled)}
 
     def say(self, text: str) -> None:
         if not self.launched or dist.get_rank() == 0:
@@ -71,7 +71,7 @@ class Run:
     def save(self) -> None:
         if self.launched and dist.get_rank():
             return
-        folder = Path(self.given.out)
+        folder = Path(self.options.out)
         folder.mkdir(parents=True, exist_ok=True)
         results = {**self.about, "rows": [dataclasses.asdict(row) for row in self.rows]}
         (folder / "parallel.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -79,7 +79,7 @@ class Run:
 
 
 def truth_of(run: Run, batch: data.Batch) -> errors.Truth | None:
-    return errors.truth_of(TRAIN, batch) if run.launched and not run.given.no_errors else None
+    return errors.truth_of(TRAIN, batch) if run.launched and not run.options.no_errors else None
 
 
 def errors_of(run: Run, s: Shard, truth: errors.Truth, results: tuple[torch.Tensor, ...]) -> dict[str, float]:
@@ -102,12 +102,12 @@ def prepared(run: Run, s: Shard, name: str, truth: errors.Truth | None, row: Row
         if truth is not None and contender.arrangement:
             row.error = errors_of(run, s, truth, results)
         del results
-        found = ranks.collectives_of(step, run.launched)
-        row.collectives = [[one.kind, one.nbytes] for one in found]
+        collectives = ranks.collectives_of(step, run.launched)
+        row.collectives = [[one.kind, one.nbytes] for one in collectives]
         row.extra_mib = run.agree(measure.extra_bytes(steps[name], run.device, resident) / 2**20)
-        if run.launched and found and contender.apart:
+        if run.launched and collectives and contender.apart:
             steps[name + UNSENT] = ranks.without_wire(step)
-            steps[name + ALONE] = ranks.alone(found, s.ranks, run.device)
+            steps[name + ALONE] = ranks.alone(collectives, s.ranks, run.device)
             steps[name + UNSENT]()
     except Exception as error:  # a contender's failure is a result, of all ranks
         problem = reason(error)
@@ -137,8 +137,8 @@ def group(run: Run, case: shapes.Case, batch: data.Batch, truth: errors.Truth | 
         steps.update(prepared(run, s, name, truth, row))
         run.say(f"  {time.monotonic() - begin:6.1f} s  {case.text} x {count}: {name} prepared {row.note}")
     measure.release(run.device)
-    given = run.given
-    times = measure.interleaved(steps, run.device, given.rounds, given.seconds, run.deadline, agree=run.agree)
+    options = run.options
+    times = measure.interleaved(steps, run.device, options.rounds, options.seconds, run.deadline, agree=run.agree)
     fill(run, case, rows, times)
     return rows
 
@@ -160,7 +160,7 @@ def fill(run: Run, case: shapes.Case, rows: list[Row], times: dict[str, list[flo
         row.bytes_a_token = sum(cost_model.sent(each, row.ranks) for each in sent) / case.tokens
         row.model_wire_ms = 1e3 * cost_model.wire(sent, row.ranks, run.network.link(row.ranks)) if row.wire else 0.0
         if run.device.type == "cuda":
-            chip = cost_model.given_chip(run.given, case.dtype)
+            chip = cost_model.given_chip(run.options, case.dtype)
             row.model_ms = row.model_wire_ms + 1e3 * cost_model.compute(case, model, row.ranks, chip)
 
 
@@ -170,7 +170,7 @@ def measured_link(run: Run) -> None:
     if count == 1:
         return
     sizes = ranks.SIZES[:3] if run.device.type == "cpu" else ranks.SIZES
-    times = ranks.times_of_collectives(count, run.device, sizes, 1 if run.given.smoke else ranks.ROUNDS)
+    times = ranks.times_of_collectives(count, run.device, sizes, 1 if run.options.smoke else ranks.ROUNDS)
     link = ranks.link_of(times, count)
     run.network = run.network._replace(inside=link, node=max(count, run.network.node))
     run.about["collectives"] = {
@@ -200,14 +200,14 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE}, 1 and 2 ranks, what is compiled left out")
     parser.add_argument("--out", default="benchmarks/results/latest", help="folder of parallel.json, parallel.md")
     cost_model.add_arguments(parser)
-    given = parser.parse_args(words)
-    given.words = words
-    if unknown := [name for name in given.contenders or () if name not in CONTENDERS]:
+    options = parser.parse_args(words)
+    options.words = words
+    if unknown := [name for name in options.contenders or () if name not in CONTENDERS]:
         parser.error(f"no contender is called {unknown[0]!r}; there are {'; '.join(CONTENDERS)}")
-    given.shapes = given.shapes or (SMOKE if given.smoke else cost_model.SHAPES)
-    given.ranks = given.ranks or ([1, 2] if given.smoke else [1, 2, 4, 8])
-    given.rounds = min(given.rounds, 3) if given.smoke else given.rounds
-    return given
+    options.shapes = options.shapes or (SMOKE if options.smoke else cost_model.SHAPES)
+    options.ranks = options.ranks or ([1, 2] if options.smoke else [1, 2, 4, 8])
+    options.rounds = min(options.rounds, 3) if options.smoke else options.rounds
+    return options
 
 
 def main(words: list[str] | None = None) -> list[Row]:
@@ -216,17 +216,17 @@ def main(words: list[str] | None = None) -> list[Row]:
     if run.launched:
         with in_group():
             measured_link(run)
-            for case in shapes.parse(run.given.shapes):
+            for case in shapes.parse(run.options.shapes):
                 measure_case(run, case, [dist.get_world_size()], None)
     else:
-        for case in shapes.parse(run.given.shapes):
-            measure_case(run, case, run.given.ranks, in_group)
+        for case in shapes.parse(run.options.shapes):
+            measure_case(run, case, run.options.ranks, in_group)
     return run.rows
 
 
 def measure_case(run: Run, case: shapes.Case, counts: list[int], in_group: Any) -> None:
     """One case at each number of ranks; without a group that exists each in one of its own."""
-    batch = data.SETS[run.given.data](case, run.device)
+    batch = data.SETS[run.options.data](case, run.device)
     truth = truth_of(run, batch)
     for count in counts:
         torch._dynamo.reset()
@@ -245,15 +245,15 @@ def measure_case(run: Run, case: shapes.Case, counts: list[int], in_group: Any) 
 
 def predictions(run: Run) -> dict[str, Any]:
     """The model's tables of this run's cases, by case and arrangement."""
-    if run.device.type != "cuda" and not run.given.tera:
+    if run.device.type != "cuda" and not run.options.tera:
         return {}
-    found: dict[str, Any] = {}
-    for case in shapes.parse(run.given.shapes):
-        chip = cost_model.given_chip(run.given, case.dtype)
+    by_contender: dict[str, Any] = {}
+    for case in shapes.parse(run.options.shapes):
+        chip = cost_model.given_chip(run.options, case.dtype)
         for name in arrangements.ARRANGEMENTS:
             each = {w: cost_model.predict(case, name, w, chip, run.network) for w in cost_model.RANKS}
-            found.setdefault(case.text, {})[name] = {w: one._asdict() for w, one in each.items()}
-    return found
+            by_contender.setdefault(case.text, {})[name] = {w: one._asdict() for w, one in each.items()}
+    return by_contender
 
 
 if __name__ == "__main__":

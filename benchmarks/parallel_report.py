@@ -87,10 +87,10 @@ def table(rows: list[Row]) -> str:
 
 def groups(rows: list[Row]) -> list[list[Row]]:
     """Rows of one case, number of ranks and wire, in the order they came."""
-    found: dict[Any, list[Row]] = {}
+    by_case: dict[Any, list[Row]] = {}
     for row in rows:
-        found.setdefault((row.case, row.ranks, row.wire), []).append(row)
-    return list(found.values())
+        by_case.setdefault((row.case, row.ranks, row.wire), []).append(row)
+    return list(by_case.values())
 
 
 ABOUT = """\
@@ -126,8 +126,8 @@ def markdown(results: dict[str, Any], rows: list[Row]) -> str:
         out += ["", f"### {case}, predicted to 1,024 ranks: ms a step, of it the wire; efficiency", ""]
         out += ["| arrangement | " + " | ".join(str(w) for w in SHOWN_RANKS) + " |", "|---" * 9 + "|"]
         for name, each in arrangements.items():
-            found = [each.get(w) or each[str(w)] for w in SHOWN_RANKS]
-            out += [f"| {name} | " + " | ".join(map(said, found)) + " |"]
+            columns = [each.get(w) or each[str(w)] for w in SHOWN_RANKS]
+            out += [f"| {name} | " + " | ".join(map(said, columns)) + " |"]
     return "\n".join(out) + "\n"
 
 
@@ -139,18 +139,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="later ones replace rows, links and predictions")
     parser.add_argument("--out", type=Path, required=True, help="folder for parallel.json and parallel.md")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     results: dict[str, Any] = {"runs": []}
     rows: dict[Any, Row] = {}
-    for path in given.files:
+    for path in arguments.files:
         read = json.loads(path.read_text())
         runs, prediction = results["runs"] + read["runs"], {**results.get("prediction", {}), **read["prediction"]}
         results = {**results, **read, "runs": runs, "prediction": prediction}
         rows.update({(row["case"], row["ranks"], row["wire"], row["contender"]): Row(**row) for row in read["rows"]})
     results["rows"] = [dataclasses.asdict(row) for row in rows.values()]
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "parallel.json").write_text(json.dumps(results, indent=1) + "\n")
-    (given.out / "parallel.md").write_text(markdown(results, list(rows.values())))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "parallel.json").write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.out / "parallel.md").write_text(markdown(results, list(rows.values())))
     for members in groups(list(rows.values())):
         print(f"\n{table(members)}")
 

@@ -79,7 +79,7 @@ def watch(shares: bool) -> None:
         TOKEN_RULES[overload] = tuple(each._replace(read=counted(each.read)) for each in rules)
 
     attempt, below = pipeline.Attempt.run, lower_tokenwise.run_passes
-    known, whole, sweep = query.known_statistic, query.sweep_whole, query.Request.sweep
+    lookup, whole, sweep = query.known_statistic, query.sweep_whole, query.Request.sweep
 
     def edited(record: PassRecord, body: Any) -> None:
         if record.edits:
@@ -94,11 +94,11 @@ def watch(shares: bool) -> None:
                 edited(record, None)
 
     def shared(*args: Any) -> Any:
-        found = known(*args) if shares else None
+        statistic = lookup(*args) if shares else None
         note("deferred", "a statistic is asked for")
-        if found is not None:
+        if statistic is not None:
             note("deferred", "a statistic of an earlier sweep is taken")
-        return found
+        return statistic
 
     def swept(*args: Any) -> Any:
         note("deferred", "one sweep for the pieces of logits")
@@ -165,8 +165,8 @@ def tests(arguments: list[str], tell: Callable[[Use], None]) -> None:
 
 
 def all_rules() -> list[str]:
-    found = [*RULES.values(), *(each.read for rules in TOKEN_RULES.values() for each in rules)]
-    return sorted({rule_name(rule) for rule in found})
+    functions = [*RULES.values(), *(each.read for rules in TOKEN_RULES.values() for each in rules)]
+    return sorted({rule_name(rule) for rule in functions})
 
 
 def table(files: Iterable[Path]) -> str:
@@ -197,26 +197,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-sharing", dest="shares", action="store_false", help="take no earlier statistics")
     parser.add_argument("--name", default="", help="what the table calls the run")
     parser.add_argument("--out", type=Path, help="a JSON file for the run, or a page for the table")
-    given = parser.parse_args(argv)
-    if given.what == "table":
-        text = table(map(Path, given.files))
-        given.out.write_text(text) if given.out else print(text, end="")
+    arguments = parser.parse_args(argv)
+    if arguments.what == "table":
+        text = table(map(Path, arguments.files))
+        arguments.out.write_text(text) if arguments.out else print(text, end="")
         return 0
-    if given.what == "sweep":
+    if arguments.what == "sweep":
         logging.disable(logging.CRITICAL)
-    watch(given.shares)
+    watch(arguments.shares)
     programs: list[Use] = []
 
     def tell(use: Use) -> None:
         programs.append(use)
-        if given.out:
-            run = {"what": given.name or given.what, "sweeps": sweeps, "programs": programs}
-            given.out.write_text(json.dumps(run) + "\n")
+        if arguments.out:
+            run = {"what": arguments.name or arguments.what, "sweeps": sweeps, "programs": programs}
+            arguments.out.write_text(json.dumps(run) + "\n")
 
-    if given.what == "sweep":
-        sweep(given.sample, given.limit, tell)
+    if arguments.what == "sweep":
+        sweep(arguments.sample, arguments.limit, tell)
     else:
-        tests(given.files, tell)
+        tests(arguments.files, tell)
     return 0
 
 

@@ -29,8 +29,8 @@ def along(rows: list[Row], axis: str) -> list[shapes.Case]:
     families: dict[tuple[int, ...], set[shapes.Case]] = {}
     for row in rows:
         case = shapes.parse(row.case)[0]
-        others = tuple(getattr(case, other) for other in AXES if other != axis)
-        families.setdefault(others, set()).add(case)
+        fixed = tuple(getattr(case, other) for other in AXES if other != axis)
+        families.setdefault(fixed, set()).add(case)
     largest = max(families.values(), key=len, default=set())
     return sorted(largest, key=lambda case: getattr(case, axis)) if len(largest) >= 3 else []
 
@@ -51,7 +51,7 @@ def draw(rows: list[Row], path: Path, device: str, task: str = "train") -> None:
     by_shape = [case for case in present if case not in curves] or present
     panels.insert(0, ("shape", by_shape))
     names = list(dict.fromkeys(row.contender for row in chosen))
-    found = {(shapes.parse(row.case)[0], row.contender): row for row in chosen}
+    by_contender = {(shapes.parse(row.case)[0], row.contender): row for row in chosen}
 
     widths = [max(2, len(by_shape) * 0.6), *([2.6] * (len(panels) - 1))]
     figure = Figure(figsize=(3 + 2.0 * sum(widths) ** 0.9, 7), layout="constrained")
@@ -66,7 +66,7 @@ def draw(rows: list[Row], path: Path, device: str, task: str = "train") -> None:
                 points = [
                     (place, value)
                     for place, case in zip(places, cases)
-                    if (row := found.get((case, name))) and (value := getattr(row, measure)) is not None
+                    if (row := by_contender.get((case, name))) and (value := getattr(row, measure)) is not None
                 ]
                 if measure == "ratio":
                     points = [(place, 1 / value) for place, value in points]

@@ -26,7 +26,7 @@ def side_by_side(words: list[str], cases: list[Case], seconds: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         children = []
         for number, case in enumerate(cases):
-            own = [
+            tasks = [
                 "--once",
                 "--shapes",
                 case.text,
@@ -35,7 +35,7 @@ def side_by_side(words: list[str], cases: list[Case], seconds: float) -> None:
                 "--out",
                 str(Path(folder, str(number))),
             ]
-            command = [sys.executable, "-m", "benchmarks.head", *words, *own]
+            command = [sys.executable, "-m", "benchmarks.head", *words, *tasks]
             children.append(
                 subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
             )

@@ -82,19 +82,19 @@ def model_of(size: str, device: torch.device) -> nn.Module:
 class Trainer:
     """The model, its optimizer and the text; `step` trains on one batch."""
 
-    def __init__(self, given: argparse.Namespace) -> None:
-        before, around = CONTENDERS[given.contender]
+    def __init__(self, options: argparse.Namespace) -> None:
+        before, around = CONTENDERS[options.contender]
         before()
-        self.given, self.device = given, torch.device(given.device)
-        self.model = model_of(given.size, self.device)
+        self.options, self.device = options, torch.device(options.device)
+        self.model = model_of(options.size, self.device)
         self.program = around(self.model)
         fused = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
-        self.tokens = text_tokens(min(50304, SIZES[given.size]["vocab_size"]))
+        self.tokens = text_tokens(min(50304, SIZES[options.size]["vocab_size"]))
 
     def ids(self, batch: int, seed: int) -> Tensor:
         """Windows of the text [batch, length] int64, the same ones for every contender."""
-        length = self.given.length
+        length = self.options.length
         draw = torch.Generator().manual_seed(seed)
         starts = torch.randint(len(self.tokens) - length, (batch,), generator=draw).tolist()
         return torch.stack([self.tokens[s : s + length] for s in starts]).long().to(self.device)
@@ -117,10 +117,10 @@ def text_tokens(vocab: int) -> Tensor:
 
 def speed(trainer: Trainer) -> dict[str, Any]:
     """Median step, tokens/s, peak memory after the warm-up, first and last loss."""
-    given, device = trainer.given, trainer.device
+    options, device = trainer.options, trainer.device
     seconds, losses = [], []
-    for number in range(given.steps + WARM_UP):
-        ids = trainer.ids(given.batch, number)
+    for number in range(options.steps + WARM_UP):
+        ids = trainer.ids(options.batch, number)
         if number == WARM_UP and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         wait(device)
@@ -133,7 +133,7 @@ def speed(trainer: Trainer) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {
         "step_ms": typical * 1e3,
-        "tokens_per_second": given.batch * given.length / typical,
+        "tokens_per_second": options.batch * options.length / typical,
         "peak_bytes": peak,
         "first_step_seconds": seconds[0],
         "losses": losses,
@@ -169,7 +169,7 @@ def capacity(trainer: Trainer) -> dict[str, Any]:
             print(f"batch {batch}: {peaks[batch] or 'does not fit'}", file=sys.stderr)
         return peaks[batch]
 
-    small = trainer.given.batch
+    small = trainer.options.batch
     large = small + max(1, small // 4)
     step(small)  # everything is compiled and the optimizer's state exists from here on
     one, two = peak(small), peak(large)
@@ -182,7 +182,7 @@ def capacity(trainer: Trainer) -> dict[str, Any]:
         batch -= stride
     while peak(batch + stride) is not None:
         batch += stride
-    return {"largest_batch": batch, "largest_tokens": batch * trainer.given.length, "peaks": peaks}
+    return {"largest_batch": batch, "largest_tokens": batch * trainer.options.length, "peaks": peaks}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -195,11 +195,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--capacity", action="store_true", help="look for the largest batch instead")
     parser.add_argument("--json", type=Path, help="file for the numbers")
-    given = parser.parse_args(argv)
-    trainer = Trainer(given)
-    numbers = capacity(trainer) if given.capacity else speed(trainer)
-    if given.json:
-        given.json.write_text(json.dumps(numbers, indent=1))
+    options = parser.parse_args(argv)
+    trainer = Trainer(options)
+    numbers = capacity(trainer) if options.capacity else speed(trainer)
+    if options.json:
+        options.json.write_text(json.dumps(numbers, indent=1))
     print(json.dumps(numbers))
 
 

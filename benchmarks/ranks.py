@@ -177,15 +177,15 @@ def times_of_collectives(
     ranks: int, device: torch.device, sizes: tuple[int, ...] = SIZES, rounds: int = ROUNDS
 ) -> dict[str, list[Any]]:
     """kind: [(bytes, seconds)], medians over rounds of the slowest rank."""
-    found: dict[str, list[Any]] = {}
+    by_size: dict[str, list[Any]] = {}
     for kind in dict.fromkeys(KINDS.values()):
         for nbytes in sizes:
             step = alone([Collective(kind, nbytes)], ranks, device)
             turn(step, device, 2)
             repeat = REPEATS if nbytes <= LONG else 3
             times = [greatest(turn(step, device, repeat), device) for _ in range(rounds)]
-            found.setdefault(kind, []).append((nbytes, statistics.median(times)))
-    return found
+            by_size.setdefault(kind, []).append((nbytes, statistics.median(times)))
+    return by_size
 
 
 def link_of(times: dict[str, list[Any]], ranks: int) -> Link:

@@ -95,16 +95,16 @@ def panel(rows: Sequence[dict], what: Panel, left: float) -> list[str]:
         lines.append(text(left - 8, y + 4, f"{tick:,}", anchor="end"))
     lines += [text(across(v), TOP + DEEP + 20, f"{v // 1024} K", anchor="middle") for v in sizes]
     for curve in what.curves:
-        found = points(rows, curve.contender, what.field)
-        lines.append(drawn(found, curve, across, down))
+        dots = points(rows, curve.contender, what.field)
+        lines.append(drawn(dots, curve, across, down))
     return lines
 
 
 def drawn(
-    found: Sequence[tuple[int, float]], curve: Curve, across: Callable[[float], float], down: Callable[[float], float]
+    at: Sequence[tuple[int, float]], curve: Curve, across: Callable[[float], float], down: Callable[[float], float]
 ) -> str:
-    line = " ".join(f"{across(v):.1f},{down(value):.1f}" for v, value in found)
-    dots = "".join(f'<circle cx="{across(v):.1f}" cy="{down(value):.1f}" r="3"/>' for v, value in found)
+    line = " ".join(f"{across(v):.1f},{down(value):.1f}" for v, value in at)
+    dots = "".join(f'<circle cx="{across(v):.1f}" cy="{down(value):.1f}" r="3"/>' for v, value in at)
     return f'<g class="{curve.css}"><polyline points="{line}"/>{dots}</g>'
 
 
@@ -119,9 +119,9 @@ def legend(y: float) -> list[str]:
 
 def picture() -> str:
     """The whole picture, as text."""
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    rows = found["rows"]
-    machine = found["runs"][-1]["device"].partition(",")[0]
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows = results["rows"]
+    machine = results["runs"][-1]["device"].partition(",")[0]
     said = f"V, vocabulary entries (N = {TOKENS:,} tokens, D = {HIDDEN:,}, bfloat16, {machine})"
     first, second = (panel(rows, what, LEFT + i * (PANEL + GAP)) for i, what in enumerate(PANELS))
     body = [*first, *second, text(WIDTH / 2, TOP + DEEP + 42, said, anchor="middle"), *legend(HEIGHT - 4)]

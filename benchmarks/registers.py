@@ -166,9 +166,9 @@ def compiled(name: str, chip: Chip = H100, known: Mapping[str, Compiled] | None 
     return listed
 
 
-def title(found: Compiled) -> str:
-    again = " again" if found.constants.get("ONLY") else ""
-    return found.kernel.removesuffix("_kernel") + again
+def title(kernel: Compiled) -> str:
+    again = " again" if kernel.constants.get("ONLY") else ""
+    return kernel.kernel.removesuffix("_kernel") + again
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -177,18 +177,18 @@ def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     for name, kernels in results.items():
         cells, named = [], [(k["kernel"].replace("_pair", ""), k) for k in kernels]
         for kernel in (*SWEEPS, None):
-            own = [k for title, k in named if title == kernel or (kernel is None and title not in SWEEPS)]
-            most = {key: max((k[key] for k in own), default=0) for key in ("registers", "spilled", "shared")}
+            chosen = [k for title, k in named if title == kernel or (kernel is None and title not in SWEEPS)]
+            most = {key: max((k[key] for k in chosen), default=0) for key in ("registers", "spilled", "shared")}
             spilled = f"**+{most['spilled']}**" if most["spilled"] else "+0"
-            cells.append(f"{most['registers']} {spilled}, {most['shared'] / 1024:.0f}" if own else "")
+            cells.append(f"{most['registers']} {spilled}, {most['shared'] / 1024:.0f}" if chosen else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
-def about(found: Compiled) -> dict[str, Any]:
-    tile = {name: found.constants[name] for name in ("BM", "BN", "BK", "PARTS", "FLATTEN") if name in found.constants}
-    numbers = {"registers": found.registers, "spilled": found.spilled, "shared": found.shared}
-    return {"kernel": title(found), **numbers, "tile": tile, "digest": found.digest, "ir": found.ir}
+def about(kernel: Compiled) -> dict[str, Any]:
+    tile = {name: kernel.constants[name] for name in ("BM", "BN", "BK", "PARTS", "FLATTEN") if name in kernel.constants}
+    numbers = {"registers": kernel.registers, "spilled": kernel.spilled, "shared": kernel.shared}
+    return {"kernel": title(kernel), **numbers, "tile": tile, "digest": kernel.digest, "ir": kernel.ir}
 
 
 def on_record(chip: Chip, folder: Path) -> dict[str, Compiled]:
@@ -212,10 +212,10 @@ def measure(
         several = map if jobs == 1 else pool.map  # a pool starts its processes when it is asked
         listed = several(partial(compiled, chip=chip, known=known), names)
         for name, kernels in zip(names, tqdm(listed, total=len(names), unit="case", desc=chip.name)):
-            results[name] = [about(found) for found in kernels]
-            for at, found in enumerate(kernels if ptx else ()):
+            results[name] = [about(kernel) for kernel in kernels]
+            for at, kernel in enumerate(kernels if ptx else ()):
                 ptx.mkdir(parents=True, exist_ok=True)  # type: ignore[union-attr]
-                (ptx / f"{chip.name}, {name}, {at} {title(found)}.ptx").write_text(found.ptx)  # type: ignore[operator]
+                (ptx / f"{chip.name}, {name}, {at} {title(kernel)}.ptx").write_text(kernel.ptx)  # type: ignore[operator]
     return results
 
 

@@ -80,10 +80,10 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def groups(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
     """Rows by (case, task, data), in the order they came."""
-    found: dict[tuple[str, str, str], list[Row]] = {}
+    by_case: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault((row.case, row.task, row.data), []).append(row)
-    return found
+        by_case.setdefault((row.case, row.task, row.data), []).append(row)
+    return by_case
 
 
 def table(rows: list[Row]) -> str:
@@ -160,15 +160,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for head.json, head.md, head.png")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     runs: list[dict[str, Any]] = []
     rows: list[Row] = []
-    for path in given.files:
+    for path in arguments.files:
         more_runs, more_rows = load(path)
         runs += more_runs
         rows += more_rows
     rows = merged(rows)
-    save(given.out, runs, rows)
+    save(arguments.out, runs, rows)
     for (case, task, data), members in groups(rows).items():
         print(f"\n{case}  {task}  {data}\n{table(members)}")
 

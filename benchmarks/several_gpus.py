@@ -40,26 +40,26 @@ class Command(NamedTuple):
     visible: str | None = None  # CUDA_VISIBLE_DEVICES
 
 
-def torchrun(given: argparse.Namespace, port: int, *words: str) -> list[str]:
-    where = ["--nproc-per-node", str(given.ranks), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+def torchrun(arguments: argparse.Namespace, port: int, *words: str) -> list[str]:
+    where = ["--nproc-per-node", str(arguments.ranks), "--master-addr", "127.0.0.1", "--master-port", str(port)]
     return ["-m", "torch.distributed.run", *where, *words]
 
 
-def commands(given: argparse.Namespace) -> dict[str, list[list[Command]]]:
+def commands(arguments: argparse.Namespace) -> dict[str, list[list[Command]]]:
     """By part: the groups of commands that run one after the other, each group side by side."""
-    out, port = str(given.out), 20000 + os.getpid() % 10000
+    out, port = str(arguments.out), 20000 + os.getpid() % 10000
     heads, alone = [], []
-    for at, shape in enumerate(given.shapes):
+    for at, shape in enumerate(arguments.shapes):
         words = ["-m", "benchmarks.parallel", "--shapes", shape]
         folder = f"{out}/heads_{at}"
-        run = torchrun(given, port + at, *words, "--rounds", "7", "--limit", "95", "--out", folder)
+        run = torchrun(arguments, port + at, *words, "--rounds", "7", "--limit", "95", "--out", folder)
         heads.append([Command(f"heads_{at}", run, 110)])
         run = [*words, "--rounds", "9", "--limit", "55", "--out", f"{out}/alone_{at}"]
-        alone.append(Command(f"alone_{at}", run, 65, str(at % given.ranks)))
+        alone.append(Command(f"alone_{at}", run, 65, str(at % arguments.ranks)))
     steps = ["-m", "benchmarks.distributed_steps"]
-    matrix = torchrun(given, port + 8, "-m", "tests.parallel.device", "--out", out)
-    gpt = torchrun(given, port + 9, *steps, "--limit", "120", "--json", f"{out}/gpt.json")
-    qwen3 = torchrun(given, port + 10, *steps, "--models", "qwen3", "--limit", "60", "--json", f"{out}/qwen3.json")
+    matrix = torchrun(arguments, port + 8, "-m", "tests.parallel.device", "--out", out)
+    gpt = torchrun(arguments, port + 9, *steps, "--limit", "120", "--json", f"{out}/gpt.json")
+    qwen3 = torchrun(arguments, port + 10, *steps, "--models", "qwen3", "--limit", "60", "--json", f"{out}/qwen3.json")
     killed = ["-m", "benchmarks.killed_rank", "--json", f"{out}/killed_rank.json"]
     return {
         "matrix": [[Command("matrix", matrix, 125)]],
@@ -71,11 +71,11 @@ def commands(given: argparse.Namespace) -> dict[str, list[list[Command]]]:
     }
 
 
-def groups(given: argparse.Namespace) -> list[list[Command]]:
+def groups(arguments: argparse.Namespace) -> list[list[Command]]:
     """The commands of the parts that are asked for; matrix and killed, which nobody times, are one group."""
-    of = commands(given)
-    untimed = [command for part in ("matrix", "killed") if part in given.parts for (command,) in of[part]]
-    timed = [group for part in of if part in given.parts and part not in ("matrix", "killed") for group in of[part]]
+    of = commands(arguments)
+    untimed = [command for part in ("matrix", "killed") if part in arguments.parts for (command,) in of[part]]
+    timed = [group for part in of if part in arguments.parts and part not in ("matrix", "killed") for group in of[part]]
     return [untimed, *timed] if untimed else timed
 
 
@@ -130,9 +130,9 @@ def shown(out: Path, names: list[str]) -> str:
         if log.exists() and not name.startswith(("heads", "alone")):
             text = [line for line in log.read_text(errors="replace").splitlines() if "arn" not in line]
             parts += [f"== {name}", *(line[:180] for line in text[-TAIL:])]
-    found = [str(file) for folder in ("alone_*", "heads_*") for file in sorted(out.glob(f"{folder}/parallel.json"))]
-    if found:
-        words = [sys.executable, "-m", "benchmarks.parallel_report", *found, "--out", str(out)]
+    files = [str(file) for folder in ("alone_*", "heads_*") for file in sorted(out.glob(f"{folder}/parallel.json"))]
+    if files:
+        words = [sys.executable, "-m", "benchmarks.parallel_report", *files, "--out", str(out)]
         merged = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         parts += ["== heads", merged.stdout + merged.stderr]
     return "\n".join(parts)
@@ -146,17 +146,17 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--shapes", type=lambda s: s.split(","), default=list(SHAPES), help="NxDxV,... of the heads")
     parser.add_argument("--total", type=float, default=580, help="seconds for everything")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "latest" / "several_gpus")
-    given = parser.parse_args(words)
-    if unknown := [part for part in given.parts if part not in names]:
+    arguments = parser.parse_args(words)
+    if unknown := [part for part in arguments.parts if part not in names]:
         parser.error(f"no part is called {unknown[0]!r}; there are {', '.join(names)}")
-    given.out = given.out.resolve()
-    given.out.mkdir(parents=True, exist_ok=True)
-    deadline, ran = time.monotonic() + given.total, []
-    for group in groups(given):
-        for line in run(group, given.out, deadline):
+    arguments.out = arguments.out.resolve()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    deadline, ran = time.monotonic() + arguments.total, []
+    for group in groups(arguments):
+        for line in run(group, arguments.out, deadline):
             print(line, flush=True)
         ran += [command.name for command in group]
-    print(shown(given.out, ran))
+    print(shown(arguments.out, ran))
 
 
 if __name__ == "__main__":

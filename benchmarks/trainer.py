@@ -68,24 +68,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--total", type=float, default=float("inf"), help="seconds for all of them")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "latest")
     words = sys.argv[1:] if argv is None else argv
-    given = parser.parse_args(words)
-    given.out.mkdir(parents=True, exist_ok=True)
+    arguments = parser.parse_args(words)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     origin, began = machine.origin(device, "benchmarks.trainer", words), time.monotonic()
-    sizes = ["--size", given.size, "--batch", str(given.batch), "--length", str(given.length)]
-    sizes += ["--steps", str(given.steps), "--warm-up", str(max(2, given.steps // 3))]
+    sizes = ["--size", arguments.size, "--batch", str(arguments.batch), "--length", str(arguments.length)]
+    sizes += ["--steps", str(arguments.steps), "--warm-up", str(max(2, arguments.steps // 3))]
     rows, lines = [], []
-    for contender in tqdm(given.contenders, unit="run"):
-        left = given.total - (time.monotonic() - began)
+    for contender in tqdm(arguments.contenders, unit="run"):
+        left = arguments.total - (time.monotonic() - began)
         late = {"note": "not run: no time left"}
-        command, limit = [*CONTENDERS[contender], *sizes], min(given.limit, left)
+        command, limit = [*CONTENDERS[contender], *sizes], min(arguments.limit, left)
         numbers = run(command, limit, keep_log=contender == "fusedhead") if left > 30 else late
         if "step_ms" in numbers and "log" in numbers:
             numbers["fused"] = summary(numbers.pop("log"))
         rows.append({"contender": contender, **numbers})
         lines.append(line(contender, numbers))
-        (given.out / "trainer.json").write_text(json.dumps({"run": origin, "rows": rows}, indent=1) + "\n")
-        (given.out / "trainer.md").write_text(table(lines) + "\n")
+        (arguments.out / "trainer.json").write_text(json.dumps({"run": origin, "rows": rows}, indent=1) + "\n")
+        (arguments.out / "trainer.md").write_text(table(lines) + "\n")
     print(table(lines))
 
 

@@ -79,22 +79,22 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--liger", action="store_true")
     parser.add_argument("--json", type=Path, help="file for the numbers")
-    given = parser.parse_args()
+    args = parser.parse_args()
 
     set_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model_of(given.size, device)
-    data = Text(text_tokens(min(50304, SIZES[given.size]["vocab_size"])), given.batch * given.steps, given.length)
-    clock = Clock(device, given.warm_up)
+    model = model_of(args.size, device)
+    data = Text(text_tokens(min(50304, SIZES[args.size]["vocab_size"])), args.batch * args.steps, args.length)
+    clock = Clock(device, args.warm_up)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            max_steps=given.steps,
-            per_device_train_batch_size=given.batch,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch,
             learning_rate=1e-4,
             bf16=True,
-            torch_compile=given.compile,
-            use_liger_kernel=given.liger,
+            torch_compile=args.compile,
+            use_liger_kernel=args.liger,
             optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
             logging_steps=5,
             save_strategy="no",
@@ -105,9 +105,9 @@ def main() -> None:
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[clock])
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    numbers = {**clock.numbers(given.batch * given.length), "losses": [float(loss) for loss in losses]}
-    if given.json:
-        given.json.write_text(json.dumps(numbers, indent=1))
+    numbers = {**clock.numbers(args.batch * args.length), "losses": [float(loss) for loss in losses]}
+    if args.json:
+        args.json.write_text(json.dumps(numbers, indent=1))
     print(json.dumps(numbers))
 
 

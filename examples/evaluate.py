@@ -90,14 +90,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     summary = Summary()
     observers.add(summary.add)
     compiled = torch.compile(model, backend=args.backend)
-    found = [evaluate(compiled, batches(args))]
+    scores = [evaluate(compiled, batches(args))]
     train(compiled, batches(args))
-    found.append(evaluate(compiled, batches(args)))
-    for when, numbers in zip(("before", "after"), found):
+    scores.append(evaluate(compiled, batches(args)))
+    for when, numbers in zip(("before", "after"), scores):
         print(f"{when:6}", ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
     if args.backend == "fusedhead":
         print(summary)
-    return found
+    return scores
 
 
 if __name__ == "__main__":

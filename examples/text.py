@@ -30,11 +30,11 @@ CHUNK = 64  # files encoded at a time
 def files() -> list[Path]:
     """The text files of the standard library, sorted by their path inside it."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
+    paths = []
     for folder, inside, names in os.walk(root):
         inside[:] = [name for name in inside if name not in SKIPPED]
-        found += [Path(folder, name) for name in names if name.endswith(SUFFIXES)]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+        paths += [Path(folder, name) for name in names if name.endswith(SUFFIXES)]
+    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
 def cache_directory() -> Path:

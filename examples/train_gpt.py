@@ -177,8 +177,8 @@ def largest_batch(args: argparse.Namespace, tokens: Tensor) -> tuple[int, dict[i
 
     def peak(batch: int) -> int | None:
         if batch not in peaks:
-            peaks[batch] = found = peak_of_a_few_steps(args, tokens, batch)
-            tqdm.write(f"batch {batch}: {'does not fit' if found is None else f'{found / 2**30:.2f} GiB'}")
+            peaks[batch] = peak_memory = peak_of_a_few_steps(args, tokens, batch)
+            tqdm.write(f"batch {batch}: {'does not fit' if peak_memory is None else f'{peak_memory / 2**30:.2f} GiB'}")
         return peaks[batch]
 
     batch = 2 * args.batch

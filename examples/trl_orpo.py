@@ -44,11 +44,11 @@ def preferences() -> Dataset:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    made = ByteLevelBPETokenizer()
+    bpe = ByteLevelBPETokenizer()
     special = ["<pad>", "<s>", "</s>"]
-    made.train_from_iterator(QUESTIONS, vocab_size=400, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(QUESTIONS, vocab_size=400, special_tokens=special, show_progress=False)
     return PreTrainedTokenizerFast(
-        tokenizer_object=made._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
+        tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
     )
 
 

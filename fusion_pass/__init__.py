@@ -15,7 +15,8 @@ from fusedhead.estimate import estimate
 from fusedhead.explain import explain
 from fusedhead.functional.linear_cross_entropy import linear_cross_entropy
 from fusedhead.lowering.ops import LabelOutOfRange
-from fusedhead.report.report import HeadRecord, Report
+from fusedhead.report.head_record import HeadRecord
+from fusedhead.report.report import Report
 from fusedhead.run.enable import changes, disable, enable
 from fusedhead.version import __version__
 

@@ -152,22 +152,22 @@ class _StandIn(type):
 
 def lookup(module: str, name: str) -> Any:
     """``name``, which may have dots, of a module. Raises ImportError or AttributeError."""
-    found: Any = torch.ops.aten if module == "torch.ops.aten" else import_module(module)
+    value: Any = torch.ops.aten if module == "torch.ops.aten" else import_module(module)
     for part in name.split("."):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def found_names() -> tuple[dict[str, Any], list[str]]:
     """The object for each of `NAMES`, and the full names of the missing ones, members included."""
     values: dict[str, Any] = {}
     gone: list[str] = []
-    for own, (module, name) in NAMES.items():
+    for key, (module, name) in NAMES.items():
         try:
-            values[own] = lookup(module, name)
+            values[key] = lookup(module, name)
         except Exception:  # a moved module may raise anything
             gone.append(f"{module}.{name}")
-            values[own] = _StandIn(f"{module}.{name}", (), {})
+            values[key] = _StandIn(f"{module}.{name}", (), {})
     for module, name in MEMBERS:
         try:
             lookup(module, name)
@@ -225,8 +225,8 @@ INFERENCE = frozenset({"_enter_inference_mode", "_exit_inference_mode"})
 def _unknown_mode(target: Any) -> bool:
     """An op of the dispatcher that takes a tensor (``aten::_no_grad_zero_``) does not count: it restores the mode."""
     name = getattr(target, "__name__", "")
-    known = (_values["set_grad_enabled"], _values["enter_autocast"], _values["exit_autocast"])
-    return bool(MODES.search(name)) and target not in known and name not in INFERENCE and not _takes_tensors(target)
+    toggles = (_values["set_grad_enabled"], _values["enter_autocast"], _values["exit_autocast"])
+    return bool(MODES.search(name)) and target not in toggles and name not in INFERENCE and not _takes_tensors(target)
 
 
 def _takes_tensors(target: Any) -> bool:

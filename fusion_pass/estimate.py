@@ -34,8 +34,8 @@ from fusedhead.legality.profitability import MAY_HOLD, Unprofitable, least_logit
 from fusedhead.live_bytes import LiveBytes, LiveSize
 from fusedhead.options import Options, split_options
 from fusedhead.report.estimates import itemsize
+from fusedhead.report.head_record import HeadRecord
 from fusedhead.report.rates import Chip, chip_named
-from fusedhead.report.report import HeadRecord
 from fusedhead.report.step_estimate import HeadEstimate, StepEstimate
 
 
@@ -94,7 +94,7 @@ class Estimator:
         tokens = size_of(head).tokens
         logits = tokens * head.vocab_size
         operands = (tokens + head.vocab_size) * head.hidden_size * itemsize(head)
-        scattered = 0 if head.forward_only or "gather" not in head.computes else logits * torch.float32.itemsize
+        scattered = logits * torch.float32.itemsize if head.gathers and not head.forward_only else 0
         rate = self.chip.flop_per_second.get(head.dtype)
         return HeadEstimate(
             head,
@@ -166,7 +166,7 @@ def estimate(
         options, _ = split_options(passed.pop("options", None))
         estimator = Estimator(chip_named(chip), options)
         stopped = ""
-        with apart(), estimate_fake_mode() as mode, fake_modules(modules_of([target, args, kwargs]), mode):
+        with forget_sizes(), estimate_fake_mode() as mode, fake_modules(modules_of([target, args, kwargs]), mode):
             fakes, named = tree_map(lambda x: faked(x, mode), (args, kwargs))
             try:
                 out = torch.compile(target, backend=estimator, **passed)(*fakes, **named)
@@ -181,7 +181,7 @@ def estimate(
     return estimated
 
 
-def apart() -> AbstractContextManager[Any]:
+def forget_sizes() -> AbstractContextManager[Any]:
     """Context without Dynamo's memory of earlier sizes, so that each estimate is for its own sizes."""
     wanted = {"automatic_dynamic_shapes": False, "recompile_limit": 1 << 16, "cache_size_limit": 1 << 16}
     config = torch._dynamo.config

@@ -13,15 +13,15 @@ from fusedhead.backend import compile_with
 from fusedhead.report.report import Report
 
 
-def misplaced(name: str, positional: tuple[Any, ...], given: dict[str, Any]) -> str:
+def misplaced(name: str, positional: tuple[Any, ...], keywords: dict[str, Any]) -> str:
     """The error of a call with ``fn``'s own arguments in the place of those of ``torch.compile``, or ""."""
-    known = inspect.signature(torch.compile).parameters.keys() - {"model", "backend"}
-    own = [key for key in given if key not in known]
-    if not positional and not own:
+    settings = inspect.signature(torch.compile).parameters.keys() - {"model", "backend"}
+    unexpected = [key for key in keywords if key not in settings]
+    if not positional and not unexpected:
         return ""
-    what = f"an unexpected argument {own[0]!r}" if own else f"{1 + len(positional)} positional arguments"
+    what = f"an unexpected argument {unexpected[0]!r}" if unexpected else f"{1 + len(positional)} positional arguments"
     return (
-        f"fusedhead.{name} takes a function and the settings of torch.compile ({', '.join(sorted(known))}), and got "
+        f"fusedhead.{name} takes a function and the settings of torch.compile ({', '.join(sorted(settings))}), and got "
         f"{what}. The function's own arguments go into a second pair of brackets: fusedhead.{name}(fn)(*args)"
     )
 

@@ -20,13 +20,13 @@ def faked(value: Any, mode: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     with torch.no_grad(), mode:
-        made = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cpu")
-    return made.requires_grad_(value.requires_grad) if value.requires_grad else made
+        stand_in = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cpu")
+    return stand_in.requires_grad_(value.requires_grad) if value.requires_grad else stand_in
 
 
 def modules_of(things: Any) -> list[nn.Module]:
     """The modules that a function or its arguments hold: itself, those in its closure, globals that it names."""
-    found: dict[int, nn.Module] = {}
+    modules: dict[int, nn.Module] = {}
     seen: set[int] = set()
 
     def visit(thing: Any) -> None:
@@ -34,7 +34,7 @@ def modules_of(things: Any) -> list[nn.Module]:
             return
         seen.add(id(thing))
         if isinstance(thing, nn.Module):
-            found[id(thing)] = thing
+            modules[id(thing)] = thing
         elif isinstance(thing, MethodType):
             visit(thing.__self__)
             visit(thing.__func__)
@@ -53,7 +53,7 @@ def modules_of(things: Any) -> list[nn.Module]:
             visit((thing.func, thing.args, getattr(thing, "keywords", {})))
 
     visit(things)
-    return list(found.values())
+    return list(modules.values())
 
 
 def cell_filled(cell: Any) -> bool:
@@ -66,7 +66,7 @@ def cell_filled(cell: Any) -> bool:
 @contextmanager
 def fake_modules(modules: list[nn.Module], mode: Any) -> Iterator[None]:
     """Context in which the modules have fake parameters and buffers. Tied ones stay tied."""
-    made: dict[int, Any] = {}
+    fakes: dict[int, Any] = {}
     places: list[tuple[dict[str, Any], str, Any]] = []
     for part in {id(part): part for module in modules for part in module.modules()}.values():
         for table in (part._parameters, part._buffers):
@@ -74,17 +74,17 @@ def fake_modules(modules: list[nn.Module], mode: Any) -> Iterator[None]:
                 if value is None:
                     continue
                 places.append((table, name, value))
-                if id(value) not in made:
+                if id(value) not in fakes:
                     fake = faked(value.detach(), mode)
-                    made[id(value)] = (
+                    fakes[id(value)] = (
                         nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
                     )
     try:
         for table, name, value in places:
-            table[name] = made[id(value)]
+            table[name] = fakes[id(value)]
         yield
     finally:
         for table, name, value in places:
             table[name] = value
-        made.clear()
+        fakes.clear()
         gc.collect()  # compiled code holds references to them

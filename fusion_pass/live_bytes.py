@@ -49,11 +49,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        made = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
-        if any(size.fits(value) for size in self.sizes for value in made):
-            given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-            for value in made:  # a view, or the result of a write in place, allocates nothing
-                if id(value.untyped_storage()) not in given:
+        results = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
+        if any(size.fits(value) for size in self.sizes for value in results):
+            operands = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            for value in results:  # a view, or the result of a write in place, allocates nothing
+                if id(value.untyped_storage()) not in operands:
                     self.see(value)
         return out
 

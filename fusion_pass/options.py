@@ -1,4 +1,4 @@
-"""What a user may set: options of the backend, each with an environment variable.
+"""Options of the backend, each with an environment variable.
 
 ``torch.compile(model, backend="fusedhead", options={"fusedhead.debug": True})`` or ``FUSEDHEAD_DEBUG=1``. Options
 given with a compilation win over those given to ``fusedhead.enable``, and those over the environment. Everything
@@ -141,7 +141,7 @@ def set_process_wide(options: Mapping[str, Any]) -> None:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """What is said after an unknown name: the nearest valid one, and all of them."""
+    """The hint after an unknown name: the nearest valid one, and all of them."""
     close = get_close_matches(name, valid, n=1)
     listed = f"the valid ones are {', '.join(valid)}"
     return f", did you mean {close[0]!r}? T{listed[1:]}" if close else f"; {listed}"
@@ -158,10 +158,10 @@ def inductors(name: str) -> bool:
 @cache
 def check_environment() -> tuple[str, ...]:
     """The variables ``FUSEDHEAD_*`` that nothing reads, each with a warning; looked for once a process."""
-    known = [*(ENVIRONMENT + name.upper() for name in READERS), *PLACES]
-    unknown = tuple(sorted(name for name in os.environ if name.startswith(ENVIRONMENT) and name not in known))
+    readable = [*(ENVIRONMENT + name.upper() for name in READERS), *PLACES]
+    unknown = tuple(sorted(name for name in os.environ if name.startswith(ENVIRONMENT) and name not in readable))
     for name in unknown:
-        log.warning("fusedhead: nothing reads the variable %s%s", name, nearest(name, known))
+        log.warning("fusedhead: nothing reads the variable %s%s", name, nearest(name, readable))
     return unknown
 
 
@@ -171,12 +171,12 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str,
     Raises ValueError for an unknown ``fusedhead.*`` name, listing the valid ones, or for a bad value.
     """
     check_environment()
-    own: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name in READERS:
         variable = ENVIRONMENT + name.upper()
         if os.environ.get(variable):
-            own[name] = read_option(name, os.environ[variable], variable)
-    own.update(process_wide)
+            values[name] = read_option(name, os.environ[variable], variable)
+    values.update(process_wide)
     rest: dict[str, Any] = {}
     for key, value in (options or {}).items():
         if not key.startswith(PREFIX):
@@ -186,6 +186,6 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str,
             continue
         name = key.removeprefix(PREFIX)
         if name not in READERS:
-            raise ValueError(f"fusedhead: unknown option {key!r}{nearest(key, [PREFIX + known for known in READERS])}")
-        own[name] = read_option(name, value, key)
-    return Options(**own), rest
+            raise ValueError(f"fusedhead: unknown option {key!r}{nearest(key, [PREFIX + name for name in READERS])}")
+        values[name] = read_option(name, value, key)
+    return Options(**values), rest

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None, clock: Clock | None = None) -> 
 
 
 def execute(
-    given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str], clock: Clock | None = None
+    arguments: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str], clock: Clock | None = None
 ) -> int:
     if not torch.cuda.is_available():
         print("fusedhead: no GPU here: there are no tiles to tune on a CPU", file=sys.stderr)
@@ -43,20 +43,20 @@ def execute(
     from fusedhead.kernels.triton_engine.launch.sweep import sweep
     from fusedhead.kernels.triton_engine.launch.tiles import pairs_serve
 
-    device, dtype, rows = torch.device("cuda", torch.cuda.current_device()), DTYPES[given.dtype], []
+    device, dtype, rows = torch.device("cuda", torch.cuda.current_device()), DTYPES[arguments.dtype], []
     print(tuned_tiles.device_key(device))
     pairs = pairs_serve(device)
-    for hidden in sorted(int(size) for size in given.hidden.split(",")):
-        head = tuning.make_head(given.tokens, hidden, given.vocab, "cuda", dtype)
+    for hidden in sorted(int(size) for size in arguments.hidden.split(",")):
+        head = tuning.make_head(arguments.tokens, hidden, arguments.vocab, "cuda", dtype)
         for kernel in tuned_tiles.KERNELS:
             tma = sweep(kernel, head).layout.tma
-            tiles = tuning.tiles_to_time(kernel, given.tokens, tuning.GROUPS, tma, pairs)
-            found = tuning.fastest(kernel, head, tiles, clock or tuning.timed)
-            if not found:
+            tiles = tuning.tiles_to_time(kernel, arguments.tokens, tuning.GROUPS, tma, pairs)
+            times = tuning.fastest(kernel, head, tiles, clock or tuning.timed)
+            if not times:
                 print(f"fusedhead: no tile of {kernel} fits this GPU at hidden size {hidden}", file=sys.stderr)
                 return 1
-            alone = next((item for item in found if not item[1].paired), found[0])
-            for ms, tile in dict.fromkeys((found[0], alone)):  # heads that no pair of warpgroups serves use the second
+            alone = next((item for item in times if not item[1].paired), times[0])
+            for ms, tile in dict.fromkeys((times[0], alone)):  # heads that no pair of warpgroups serves use the second
                 rows.append(tuned_tiles.Tuned(kernel, dtype.itemsize, tma, hidden, tile))
                 print(f"  {kernel}, hidden size {hidden}: {ms:.3f} ms with {tile}", flush=True)
     print(f"kept in {tuned_tiles.keep_tiles(tuned_tiles.device_key(device), rows)}")

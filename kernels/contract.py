@@ -79,6 +79,12 @@ class RowGrads(NamedTuple):
     square: Tensor | None = None  # [N] float32, of lse²; only in head_loss
     variance: Tensor | None = None  # [N] float32; not allowed in head_loss
 
+    @property
+    def nonlinear(self) -> bool:
+        """Whether a statistic has a gradient in which a loss is not linear (`Statistic.linear`)."""
+        names = (s.name for s in STATISTICS if s.differentiable and not s.linear)
+        return any(getattr(self, name) is not None for name in names)
+
 
 # Of tokens i, given lse, lse_low, picked and, where a sum has a coefficient, sum and spread of the columns that a head
 # holds: the lse [m] of the columns that it does not hold. An engine asks once a window of tokens, between its sweep and

@@ -16,19 +16,19 @@ log = logging.getLogger("fusedhead")
 
 def cache_file(name: str, variable: str) -> Path:
     """``name`` in the user's cache folder of fusedhead, or the path that the environment's ``variable`` gives."""
-    given = os.environ.get(variable)
-    if given:
-        return Path(given)
+    path = os.environ.get(variable)
+    if path:
+        return Path(path)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fusedhead" / name
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The content of the file; {} where it is missing or damaged. Damage is logged with the ``remedy``."""
     try:
-        found = json.loads(path.read_text())
-        if isinstance(found, dict):
-            return found
-        problem: Exception | str = f"it holds a {type(found).__name__}"
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            return content
+        problem: Exception | str = f"it holds a {type(content).__name__}"
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -113,8 +113,8 @@ def scaled(grads: Sequence[Tensor | None], scale: Tensor) -> list[Tensor | None]
 
     The gradients are constants to autograd, so that a second differentiation is refused explicitly.
     """
-    found = (None if d is None else torch.ops.fusedhead.scale.default(d, scale) for d in grads)
-    return [_Once.apply(d.requires_grad_()) if d is not None and torch.is_grad_enabled() else d for d in found]
+    products = (None if d is None else torch.ops.fusedhead.scale.default(d, scale) for d in grads)
+    return [_Once.apply(d.requires_grad_()) if d is not None and torch.is_grad_enabled() else d for d in products]
 
 
 def _empty(x: Tensor) -> bool:
@@ -131,11 +131,11 @@ def _backward_loss(ctx: Any, *upstream: Tensor | None) -> tuple:
     if not _empty(c_square):
         slope = 2 * c_square * lse
         c_lse = slope if _empty(c_lse) else c_lse + slope
-    given = dict(zip(LOSS_OUTPUTS, upstream))
-    arrived = zip((given[name] for name in LINEAR_STATS), (c_lse, c_picked, c_sum))
+    by_name = dict(zip(LOSS_OUTPUTS, upstream))
+    arrived = zip((by_name[name] for name in LINEAR_STATS), (c_lse, c_picked, c_sum))
     pairs = [(g, c) for g, c in arrived if g is not None and g.dim() == c.dim()]
     pairs = [(g, c) for g, c in pairs if _empty(g) or not _empty(c)]
-    scales = [given["tie"]] if given["tie"] is not None else []  # exactly
+    scales = [by_name["tie"]] if by_name["tie"] is not None else []  # exactly
     scales += [upstream_scale(pairs)] if pairs else []
     if not scales or not any(needs):
         return (None,) * 19

@@ -17,14 +17,14 @@ KEY_PACKAGES = ("fusedhead", "fusedhead.lowering", "fusedhead.kernels")
 
 def sources() -> list[tuple[str, Path]]:
     """(name inside the package, file) of every source file, sorted by name."""
-    found = {}
+    files = {}
     for package in KEY_PACKAGES:
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             for file in Path(folder).rglob("*"):
                 if file.suffix in SUFFIXES and file.is_file():
-                    found[f"{package}/{file.relative_to(folder).as_posix()}"] = file
-    return sorted(found.items())
+                    files[f"{package}/{file.relative_to(folder).as_posix()}"] = file
+    return sorted(files.items())
 
 
 @cache

@@ -71,9 +71,9 @@ def _checked(head: Signature) -> Transform:
         raise ValueError(f"labels are {dtypes[2]}; they must be torch.int64")
     for step in transform.steps:
         for kind, index in step.vectors:
-            given = cols if kind == "c" else rows
-            if index >= given[0]:
-                raise ValueError(f"the transform names vector {step.op}:{index} but only {given[0]} were given")
+            shape = cols if kind == "c" else rows
+            if index >= shape[0]:
+                raise ValueError(f"the transform names vector {step.op}:{index} but only {shape[0]} were given")
     return transform
 
 

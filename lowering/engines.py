@@ -25,7 +25,7 @@ TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Engine(Protocol):
-    """What computes heads of some dtypes on some devices. The last three functions are those of `kernels.contract`."""
+    """An engine computes heads of some dtypes on some devices. The last three functions are those of the contract."""
 
     @property
     def name(self) -> str:
@@ -34,7 +34,7 @@ class Engine(Protocol):
 
     @property
     def for_few_logits(self) -> Engine | None:
-        """What takes the place of this engine where logits are so few that all of them may be built."""
+        """The engine for heads of so few logits that all of them may be built."""
         ...
 
     @property

@@ -24,8 +24,8 @@ from fusedhead.lowering.checks import parse_stats
 from fusedhead.lowering.retention import kept_rows
 
 
-def _empty_if_absent(like: Tensor, given: bool, shape: tuple, dtype: torch.dtype) -> Tensor:
-    return like.new_empty(shape if given else (0,), dtype=dtype)
+def _empty_if_absent(like: Tensor, present: bool, shape: tuple, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(shape if present else (0,), dtype=dtype)
 
 
 def fake_head_stats(

@@ -49,9 +49,9 @@ def _sum_parts(
         dist.all_reduce(total, group=group_of(group))
         return total.to(dtype), _token(part)
     whole = part.movedim(dim, 0).contiguous()
-    own = whole.new_empty((whole.shape[0] // ranks, *whole.shape[1:]))
-    collective("reduce_scatter_single", "reduce_scatter_tensor")(own, whole, group=group_of(group))
-    return own.to(dtype).movedim(0, dim).contiguous(), _token(part)
+    share = whole.new_empty((whole.shape[0] // ranks, *whole.shape[1:]))
+    collective("reduce_scatter_single", "reduce_scatter_tensor")(share, whole, group=group_of(group))
+    return share.to(dtype).movedim(0, dim).contiguous(), _token(part)
 
 
 def _sum_fake(

@@ -117,15 +117,15 @@ def _head_stats(
     keep: bool = False,
 ) -> tuple[Tensor, ...]:
     head, want = head_of((h, w, y, cols, rows, u), transform), parse_stats(stats)
-    explicit, given = writes_logits(want, head.transform), with_companions(want)
+    explicit, names = writes_logits(want, head.transform), with_companions(want)
     problem = _problem(head, NO_NEEDS, linear=True, row_scale=True, explicit=explicit)
     engine, windows = _chosen(problem, memory, whole_below)
     product = fakes.kept_product(h, w, whole_below, keep)
     kept = product[: h.shape[0]] if keep and engine.keeps_product else None
     with without_autocast(head.h.device):
-        got = engine.head_stats(head, given - {"lse_low"}, windows, kept)  # it comes with any lse
+        got = engine.head_stats(head, names - {"lse_low"}, windows, kept)  # it comes with any lse
     results = (
-        _empty_if_absent(getattr(got, statistic.name) if statistic.name in given else None, h, statistic.dtype)
+        _empty_if_absent(getattr(got, statistic.name) if statistic.name in names else None, h, statistic.dtype)
         for statistic in STATISTICS
     )
     return (*results, product)
@@ -171,16 +171,16 @@ def _saved_stats(head: Head, stats: dict[str, Tensor]) -> RowStats:
     lse = stats["lse"]
     if not lse.numel():  # no statistic needed it, so that no gradient does
         lse = head.h.new_zeros(head.h.shape[0], dtype=lse.dtype)
-    others: dict[str, Any] = {name: _none_if_empty(x) for name, x in stats.items() if name != "lse"}
-    return RowStats(lse, **others)
+    optional: dict[str, Any] = {name: _none_if_empty(x) for name, x in stats.items() if name != "lse"}
+    return RowStats(lse, **optional)
 
 
-def _coefficients(given: Sequence[Tensor], want: frozenset[str], h: Tensor) -> RowGrads:
+def _coefficients(coefficients: Sequence[Tensor], want: frozenset[str], h: Tensor) -> RowGrads:
     """The coefficients of the linear statistics and of the squared lse, as engines take them; empty ones are absent.
 
     A sum that is wanted without a coefficient gets zeros: engines compute it beside one.
     """
-    c_lse, c_picked, c_sum, c_square = map(_none_if_empty, given)
+    c_lse, c_picked, c_sum, c_square = map(_none_if_empty, coefficients)
     if want & {"sum", "spread"} and c_sum is None:
         c_sum = h.new_zeros(h.shape[0], dtype=stat_dtype(h.dtype))
     return RowGrads(c_lse, c_picked, c_sum, square=c_square)
@@ -200,8 +200,8 @@ def _loss_outputs(
     h: Tensor, want: frozenset[str], stats: Mapping[str, Tensor | None], grads: Sequence[Tensor], tie: Tensor | None
 ) -> tuple[Tensor, ...]:
     """The results of `head_loss` in the order of its schema: statistics by name, gradients, and the tie."""
-    given = with_companions(want | {"lse"})
-    results = {name: _empty_if_absent(stats.get(name) if name in given else None, h) for name in LOSS_STATS}
+    names = with_companions(want | {"lse"})
+    results = {name: _empty_if_absent(stats.get(name) if name in names else None, h) for name in LOSS_STATS}
     results |= zip(("dh", "dw", "dcols", "drows"), grads)
     results["tie"] = h.new_full((), -0.0, dtype=stat_dtype(h.dtype)) if tie is None else tie
     return tuple(results[name] for name in LOSS_OUTPUTS)

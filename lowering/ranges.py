@@ -23,9 +23,9 @@ module_names: dict[tuple[int, int], tuple[str, ...]] = {}  # (vocab, hidden) -> 
 
 def remember(vocab: int, hidden: int, module: str) -> None:
     """Register that a head of a module has a weight of these sizes."""
-    known = module_names.get((vocab, hidden), ())
-    if module not in known:
-        module_names[vocab, hidden] = (*known, module)
+    names = module_names.get((vocab, hidden), ())
+    if module not in names:
+        module_names[vocab, hidden] = (*names, module)
 
 
 def never() -> bool:
@@ -73,9 +73,9 @@ def ranged(op: str, operands: FindOperands, implementation: AnyFunction) -> AnyF
 
 
 def range_name(op: str, tokens: int, vocab: int, hidden: int) -> str:
-    known = module_names.get((vocab, hidden), ())
-    more = ("...",) if len(known) > MOST_MODULES else ()
-    which = "|".join((*known[:MOST_MODULES], *more))
+    names = module_names.get((vocab, hidden), ())
+    more = ("...",) if len(names) > MOST_MODULES else ()
+    which = "|".join((*names[:MOST_MODULES], *more))
     return " ".join(filter(None, (f"fusedhead::{op}", which, f"N={tokens} D={hidden} V={vocab}")))
 
 

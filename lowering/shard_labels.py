@@ -22,9 +22,9 @@ def in_shard(y: Tensor, first: Any, classes: int) -> tuple[Tensor, Tensor]:
 
     An engine computes a label's entry by itself and adds it to dw. One place for all would be a long sum in float32.
     """
-    here = (y >= first) & (y < first + classes)
-    others = torch.arange(len(y), device=y.device) % max(1, min(classes, CELLS))
-    return here, torch.where(here, y - first, others[:, None])
+    inside = (y >= first) & (y < first + classes)
+    spare = torch.arange(len(y), device=y.device) % max(1, min(classes, CELLS))
+    return inside, torch.where(inside, y - first, spare[:, None])
 
 
 def labels_of_all(y: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -76,23 +76,23 @@ class Settings(NamedTuple):
 class MergedWindows:
     """Gathers the statistics of one window of tokens after the other, for an engine that asks between its products."""
 
-    def __init__(self, group: dist.ProcessGroup, weight: Tensor, here: Tensor, flag: Tensor, vocab: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, weight: Tensor, inside: Tensor, flag: Tensor, vocab: int) -> None:
         self.group, self.weight, self.flag, self.vocab = group, weight, flag, vocab
-        self.here = here  # [N, K], which labels are of this rank's columns
+        self.inside = inside  # [N, K], which labels are of this rank's columns
         self.rank, self.windows = dist.get_rank(group), list[Part]()
 
-    def other_columns(self, tokens: slice, own: RowStats) -> Tensor:
+    def other_columns(self, tokens: slice, local: RowStats) -> Tensor:
         """The lse of the columns of all other ranks."""
-        assert own.picked is not None
-        picked = torch.where(self.here[tokens], own.picked, 0)
-        part = Part(self.weight, own.lse, own.lse_low, picked, own.sum, own.spread)
+        assert local.picked is not None
+        picked = torch.where(self.inside[tokens], local.picked, 0)
+        part = Part(self.weight, local.lse, local.lse_low, picked, local.sum, local.spread)
         parts, flags = gathered_parts(part, self.flag, self.group)
         if not self.windows:
             require_labels(flags, self.vocab)
         self.windows.append(parts)
         assert parts.lse is not None
         assert parts.lse_low is not None
-        fine = row_dtype(own.lse.device.type)
+        fine = row_dtype(local.lse.device.type)
         of_all = parts.lse.to(fine) + parts.lse_low.to(fine)
         of_all[self.rank] = -torch.inf
         return of_all.logsumexp(0)
@@ -134,25 +134,23 @@ def _one_sweep(
 ) -> tuple[Tensor, ...]:
     h, w, y, cols, rows, u = operands
     group, needs, k = shards.group_of(settings.group), settings.needs, y.shape[1]
-    own, labels = slice(0, k), y
+    columns, labels = slice(0, k), y
     if settings.own_labels and k:
         labels, rank = labels_of_all(y, group), dist.get_rank(group)
-        own = slice(rank * k, (rank + 1) * k)
-    here, cell = in_shard(labels, settings.first, w.shape[0])
+        columns = slice(rank * k, (rank + 1) * k)
+    inside, cell = in_shard(labels, settings.first, w.shape[0])
     if c.picked is not None:  # the logits of other ranks' columns, and for other ranks' labels, have no gradient here
         picked = torch.zeros_like(cell, dtype=c.picked.dtype)
-        picked[:, own] = torch.where(here[:, own], c.picked, 0)
+        picked[:, columns] = torch.where(inside[:, columns], c.picked, 0)
         c = c._replace(picked=picked)
     head = head_of((h, w, cell, cols, rows, u), settings.transform)
-    merge = MergedWindows(
-        group, shards.class_weight(h, w, u), here, wrong_label(y, settings.vocab), settings.vocab
-    )
+    merge = MergedWindows(group, shards.class_weight(h, w, u), inside, wrong_label(y, settings.vocab), settings.vocab)
     windows = windows._replace(dh=shards.part_dtype(h.dtype, settings.reduce))
     with ops.without_autocast(h.device):
-        got, found = engine.head_loss(head, c, needs, windows, merge.other_columns)
+        got, gradients = engine.head_loss(head, c, needs, windows, merge.other_columns)
     total = merge.total()
-    total["picked"] = total["picked"][:, own].contiguous()
-    dh, dw, dcols, drows = ops._gradients(found, head)
+    total["picked"] = total["picked"][:, columns].contiguous()
+    dh, dw, dcols, drows = ops._gradients(gradients, head)
     if needs.h and settings.reduce:  # row vectors take two sweeps: drows is empty
         dh = shards._summed(dh, h.dtype, settings.group, settings.reduce)
     return _outputs(h, settings, total, (dh, dw, dcols, drows), got.tie)
@@ -173,7 +171,7 @@ def _two_sweeps(
     place: Any = (settings.first, settings.vocab, settings.group, settings.reduce)
     how: Any = (settings.transform, ",".join(sorted(want)), settings.memory)
     swept = shards._shard_stats(*(*tensors, *how, *place, settings.own_labels))
-    whole, own, _ = split_at(swept, len(STATS), len(SAVED_STATS))
+    whole, local, _ = split_at(swept, len(STATS), len(SAVED_STATS))
     total = dict(zip(STATS, whole))
     c = ops._coefficients(coefficients, frozenset(), h)
     slope = c.lse
@@ -182,13 +180,13 @@ def _two_sweeps(
         slope = square if c.lse is None else c.lse + square
     upstream: dict[str, Tensor | None] = dict.fromkeys(DIFFERENTIABLE_STATS)
     upstream |= {"lse": slope, "picked": c.picked, "sum": c.sum}
-    own_upstream(upstream, {each: total[each] for each in SAVED_STATS}, dict(zip(SAVED_STATS, own)))
+    own_upstream(upstream, {each: total[each] for each in SAVED_STATS}, dict(zip(SAVED_STATS, local)))
     absent = h.new_empty(0, dtype=stat_dtype(h.dtype))
     grads: list[Tensor] = [absent] * 4
     if any(needs):
         upward = [absent if g is None else g for g in upstream.values()]
         swept = shards._shard_stats_backward(
-            *upward, *operands, *own, settings.transform, settings.memory, *needs, *place
+            *upward, *operands, *local, settings.transform, settings.memory, *needs, *place
         )
         grads = list(swept[:4])
     return _outputs(h, settings, total, grads, None)

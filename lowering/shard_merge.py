@@ -53,7 +53,7 @@ class Part:
 
 def collective(*names: str) -> Any:
     """The first of some names that this torch.distributed has: newer ones deprecate what older ones call by another."""
-    return next(found for found in (getattr(dist, name, None) for name in names) if found is not None)
+    return next(function for function in (getattr(dist, name, None) for name in names) if function is not None)
 
 
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -66,59 +66,59 @@ def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def gathered_parts(part: Part, flag: Tensor, group: dist.ProcessGroup) -> tuple[Part, Tensor]:
     """(the parts of all ranks, each tensor with a first dimension [R]; ``flag`` [F] int32 of all), one collective."""
-    given: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     for field in fields(Part):
         value = getattr(part, field.name)
         if value is not None:
-            given[field.name] = value.to(torch.int32) if field.name == "argmax" else value.contiguous()
-    words = [flag, *(value.view(-1).view(torch.int32) for value in given.values())]
+            values[field.name] = value.to(torch.int32) if field.name == "argmax" else value.contiguous()
+    words = [flag, *(value.view(-1).view(torch.int32) for value in values.values())]
     packed = gathered(torch.cat(words), group)
     flags, *rest = packed.split([len(word) for word in words], 1)
-    found: dict[str, Any] = {}
-    for (name, value), bits in zip(given.items(), rest):
-        found[name] = bits.contiguous().view(value.dtype).view(len(packed), *value.shape)
-    if "argmax" in found:
-        found["argmax"] = found["argmax"].to(torch.int64)
-    return Part(**found), flags
+    parts: dict[str, Any] = {}
+    for (name, value), bits in zip(values.items(), rest):
+        parts[name] = bits.contiguous().view(value.dtype).view(len(packed), *value.shape)
+    if "argmax" in parts:
+        parts["argmax"] = parts["argmax"].to(torch.int64)
+    return Part(**parts), flags
 
 
 def merged(parts: Part) -> dict[str, Tensor]:
     """The statistics of all columns by their names, equal on all ranks, of the `gathered_parts`."""
-    found: dict[str, Tensor] = {}
+    total_of: dict[str, Tensor] = {}
     if parts.max is not None and parts.argmax is not None:
-        found["max"], rank = parts.max.max(0)
-        found["argmax"] = parts.argmax.gather(0, rank[None])[0]
+        total_of["max"], rank = parts.max.max(0)
+        total_of["argmax"] = parts.argmax.gather(0, rank[None])[0]
     if parts.picked is not None:
-        found["picked"] = parts.picked.sum(0)
+        total_of["picked"] = parts.picked.sum(0)
     if parts.sum is not None:
-        found["sum"] = parts.sum.sum(0)
+        total_of["sum"] = parts.sum.sum(0)
     if parts.lse is None or parts.lse_low is None:
-        return found
+        return total_of
     top = parts.lse.amax(0)
     shift = torch.where(top.isfinite(), top, 0)
-    here = (parts.lse - shift) + parts.lse_low
-    mass = here.exp()
+    log_mass = (parts.lse - shift) + parts.lse_low
+    mass = log_mass.exp()
     total = mass.sum(0)
     log = total.log()
     lse = shift + log
-    found["lse"], found["lse_low"] = lse, torch.where(lse.isfinite(), log - (lse - shift), 0)
+    total_of["lse"], total_of["lse_low"] = lse, torch.where(lse.isfinite(), log - (lse - shift), 0)
     if parts.spread is not None:
         weight = parts.weight[:, None]
-        reach = parts.spread - torch.where(weight == 0, 0, weight * here)
-        found["spread"] = reach.sum(0) + weight.sum(0) * log
+        reach = parts.spread - torch.where(weight == 0, 0, weight * log_mass)
+        total_of["spread"] = reach.sum(0) + weight.sum(0) * log
     if parts.entropy is not None:
         # nothing of ranks without columns; a row whose columns are all masked there has an entropy that says so
         void = (mass == 0) & parts.entropy.isfinite()
-        mean = here - parts.entropy
+        mean = log_mass - parts.entropy
         middle = torch.where(void, 0, mass * mean).sum(0) / total
-        found["entropy"] = log - middle
+        total_of["entropy"] = log - middle
         if parts.variance is not None:
             square = torch.where(void, 0, mass * (parts.variance + (mean - middle) ** 2))
-            found["variance"] = square.sum(0) / total
-    return found
+            total_of["variance"] = square.sum(0) / total
+    return total_of
 
 
-def own_upstream(upstream: dict[str, Tensor | None], total: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+def own_upstream(upstream: dict[str, Tensor | None], total: dict[str, Tensor], local: dict[str, Tensor]) -> None:
     """Make of the gradients of the lse, entropy H and variance V of all ranks, in place, those of this rank's.
 
     No collective: with q = exp(lse_r - lse) this rank's share and δ = log q + H - H_r,
@@ -130,17 +130,17 @@ def own_upstream(upstream: dict[str, Tensor | None], total: dict[str, Tensor], o
     g_lse, g_entropy, g_variance = (upstream[name] for name in ("lse", "entropy", "variance"))
     if g_lse is None and g_entropy is None and g_variance is None:
         return
-    log = (own["lse"] - total["lse"]) + (own["lse_low"] - total["lse_low"])
+    log = (local["lse"] - total["lse"]) + (local["lse_low"] - total["lse_low"])
     share = log.exp() + 0 * total["lse"]  # NaN where a logit is +inf, on ranks without it too
     nothing = share == 0
     slopes: dict[str, Any] = {"lse": 0 if g_lse is None else g_lse, "entropy": None, "variance": None}
     if g_entropy is not None or g_variance is not None:
-        delta = log + total["entropy"] - own["entropy"]
+        delta = log + total["entropy"] - local["entropy"]
         slopes["entropy"] = 0 if g_entropy is None else g_entropy
         if g_entropy is not None:
             slopes["lse"] = slopes["lse"] - g_entropy * delta
         if g_variance is not None:
-            slopes["lse"] = slopes["lse"] + g_variance * (delta * (delta + 2) - (total["variance"] - own["variance"]))
+            slopes["lse"] = slopes["lse"] + g_variance * (delta * (delta + 2) - (total["variance"] - local["variance"]))
             slopes["entropy"] = slopes["entropy"] - 2 * g_variance * delta
             slopes["variance"] = g_variance
     for name, slope in slopes.items():

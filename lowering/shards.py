@@ -73,8 +73,8 @@ def _no_columns(h: Tensor, labels: int) -> dict[str, Tensor]:
     """The statistics of a rank that holds no class."""
     n, wide = h.shape[0], stat_dtype(h.dtype)
     zero, least = h.new_zeros(n, dtype=wide), h.new_full((n,), float("-inf"), dtype=wide)
-    found = dict.fromkeys(STATS, zero) | {"lse": least, "max": least}
-    return found | {"picked": h.new_zeros((n, labels), dtype=wide), "argmax": h.new_zeros(n, dtype=torch.int64)}
+    stats = dict.fromkeys(STATS, zero) | {"lse": least, "max": least}
+    return stats | {"picked": h.new_zeros((n, labels), dtype=wide), "argmax": h.new_zeros(n, dtype=torch.int64)}
 
 
 def _swept(
@@ -83,16 +83,16 @@ def _swept(
     """The statistics of this rank's columns by name. Labels ``y`` [N, K] are of the whole vocabulary."""
     h, w, cols, rows, u = head
     if w.shape[0] == 0:
-        found = _no_columns(h, y.shape[1])
-        return {name: found[name] for name in needed}
-    here, cell = in_shard(y, first, w.shape[0])
+        stats = _no_columns(h, y.shape[1])
+        return {name: stats[name] for name in needed}
+    inside, cell = in_shard(y, first, w.shape[0])
     results = ops._head_stats(h, w, cell, cols, rows, u, transform, ",".join(sorted(needed)), memory)
-    found = {name: result for name, result in zip(STATS, results) if name in needed}
-    if "picked" in found:
-        found["picked"] = torch.where(here, found["picked"], 0)
-    if "argmax" in found:
-        found["argmax"] = found["argmax"] + first
-    return found
+    stats = {name: result for name, result in zip(STATS, results) if name in needed}
+    if "picked" in stats:
+        stats["picked"] = torch.where(inside, stats["picked"], 0)
+    if "argmax" in stats:
+        stats["argmax"] = stats["argmax"] + first
+    return stats
 
 
 def _shard_stats(
@@ -122,17 +122,17 @@ def _shard_stats(
     if own_labels and "picked" in want:
         labels = labels_of_all(y, of)
     head = (h, w, cols, rows, u)
-    own = _swept(head, labels, needed, transform, memory, at)
+    local = _swept(head, labels, needed, transform, memory, at)
     weight = class_weight(h, w, u)
-    parts, flags = gathered_parts(Part(weight, **own), wrong_label(y, classes), of)
+    parts, flags = gathered_parts(Part(weight, **local), wrong_label(y, classes), of)
     require_labels(flags, classes)
     total = merged(parts)
     if labels is not y:
         total["picked"] = total["picked"].view(len(y), -1, y.shape[1])[:, rank].contiguous()
-    given, none = with_companions(want), h.new_empty(0, dtype=weight.dtype)
+    names, none = with_companions(want), h.new_empty(0, dtype=weight.dtype)
     absent = {"argmax": y.new_empty(0)}
-    results = [total[name] if name in given else absent.get(name, none.clone()) for name in STATS]
-    saved = [own[name].clone() if name in needed else none.clone() for name in SAVED_STATS]
+    results = [total[name] if name in names else absent.get(name, none.clone()) for name in STATS]
+    saved = [local[name].clone() if name in needed else none.clone() for name in SAVED_STATS]
     return *results, *saved, h.new_zeros(1, dtype=weight.dtype)
 
 
@@ -171,23 +171,23 @@ class ShardBackwardSettings(NamedTuple):
 
 
 def _shard_stats_backward(*args: Any) -> tuple[Tensor, ...]:
-    grads, operands, own, rest = shard_autograd.split_backward(args)
-    return _gradients(dict(zip(DIFFERENTIABLE_STATS, grads)), operands, own, ShardBackwardSettings(*rest))
+    grads, operands, local, rest = shard_autograd.split_backward(args)
+    return _gradients(dict(zip(DIFFERENTIABLE_STATS, grads)), operands, local, ShardBackwardSettings(*rest))
 
 
 def _gradients(
-    grads: dict[str, Tensor], operands: Sequence[Tensor], own: Any, settings: ShardBackwardSettings
+    grads: dict[str, Tensor], operands: Sequence[Tensor], local: Any, settings: ShardBackwardSettings
 ) -> tuple[Tensor, ...]:
     (h, w, y, cols, rows, u), needs, span = operands, settings.needs, settings.span
     dtype = part_dtype(h.dtype, settings.reduce)
     if w.shape[0] == 0:
-        found = [torch.zeros_like(x) if need else x.new_empty(0) for x, need in zip((h, w, cols, rows), needs)]
-        found[0] = found[0].to(dtype)
+        gradients = [torch.zeros_like(x) if need else x.new_empty(0) for x, need in zip((h, w, cols, rows), needs)]
+        gradients[0] = gradients[0].to(dtype)
     else:
-        here, cell = in_shard(y, settings.first if span is None else span[0], w.shape[0])
+        inside, cell = in_shard(y, settings.first if span is None else span[0], w.shape[0])
         if grads["picked"].numel():
-            grads["picked"] = torch.where(here, grads["picked"], 0)
-        found = list(
+            grads["picked"] = torch.where(inside, grads["picked"], 0)
+        gradients = list(
             ops._head_stats_backward(
                 *grads.values(),
                 h,
@@ -196,7 +196,7 @@ def _gradients(
                 cols,
                 rows,
                 u,
-                *own,
+                *local,
                 settings.transform,
                 settings.memory,
                 *needs,
@@ -206,10 +206,10 @@ def _gradients(
             )
         )
     if settings.need_h and settings.reduce:
-        found[0] = _summed(found[0], h.dtype, settings.group, settings.reduce)
+        gradients[0] = _summed(gradients[0], h.dtype, settings.group, settings.reduce)
     if settings.need_rows:
-        found[3] = _summed(found[3], rows.dtype, settings.group, "wide")
-    return *found, h.new_zeros(1, dtype=stat_dtype(h.dtype))
+        gradients[3] = _summed(gradients[3], rows.dtype, settings.group, "wide")
+    return *gradients, h.new_zeros(1, dtype=stat_dtype(h.dtype))
 
 
 def _shard_span(like: Tensor, classes: int, mark: int, group: str) -> Tensor:
@@ -232,8 +232,8 @@ def _whole_vocab(w: Tensor, first: int, vocab: int, group: str, reduce: bool, ow
 def _stats_fake(h: Any, w: Any, y: Any, cols: Any, rows: Any, u: Any, transform: Any, stats: str, *_: Any) -> Any:
     whole = dict(zip(STATS, fakes.fake_head_stats(h, w, y, cols, rows, u, transform, stats, 0)))
     asked = f"{stats},lse" if "spread" in parse_stats(stats) else stats
-    own = dict(zip(STATS, fakes.fake_head_stats(h, w, y, cols, rows, u, transform, asked, 0)))
-    return *whole.values(), *(own[name] for name in SAVED_STATS), h.new_empty(1, dtype=stat_dtype(h.dtype))
+    local = dict(zip(STATS, fakes.fake_head_stats(h, w, y, cols, rows, u, transform, asked, 0)))
+    return *whole.values(), *(local[name] for name in SAVED_STATS), h.new_empty(1, dtype=stat_dtype(h.dtype))
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:

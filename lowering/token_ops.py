@@ -105,12 +105,12 @@ def _rows_backward(
     needs: list[bool],
     products: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    given, chosen, parsed = _none_if_absent(upstream), _plan(tensors, program, memory), read(program)
+    gradients, chosen, parsed = _none_if_absent(upstream), _plan(tensors, program, memory), read(program)
     n = len(tensors[tokenwise_engine.head_inputs(parsed)[0][0]])
     kept = [z[:n] for z in products] if products and len(products[0]) >= n else None
     with without_autocast(tensors[0].device):
-        found = tokenwise_engine.head_rows_backward(parsed, given, tensors, needs, *chosen, products=kept)
-    return [g for g in found if g is not None]
+        results = tokenwise_engine.head_rows_backward(parsed, gradients, tensors, needs, *chosen, products=kept)
+    return [g for g in results if g is not None]
 
 
 def _rows_backward_fake(
@@ -132,9 +132,9 @@ def _none_if_absent(gradients: list[Tensor]) -> list[Tensor | None]:
 def _rows_loss(
     tensors: list[Tensor], coefficients: list[Tensor], program: str, memory: int, needs: list[bool]
 ) -> list[Tensor]:
-    given, chosen = _none_if_absent(coefficients), _plan(tensors, program, memory)
+    weights, chosen = _none_if_absent(coefficients), _plan(tensors, program, memory)
     with without_autocast(tensors[0].device):
-        results, grads = tokenwise_engine.head_rows_loss(read(program), given, tensors, needs, *chosen)
+        results, grads = tokenwise_engine.head_rows_loss(read(program), weights, tensors, needs, *chosen)
     return [*results, *(g for g in grads if g is not None)]
 
 
@@ -157,14 +157,14 @@ def _setup_loss(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 def _backward_loss(ctx: Any, grads: list[Tensor | None]) -> tuple:
     saved, needs = ctx.saved_tensors, ctx.needs_input_grad[0]
     coefficients, computed = saved[: ctx.results], iter(saved[ctx.results :])
-    if any(need and not made for need, made in zip(needs, ctx.computed)):
+    if any(need and not present for need, present in zip(needs, ctx.computed)):
         raise RuntimeError("an input requires a gradient but head_rows_loss was called without its need")
     pairs = [(g, c) for g, c in zip(grads, coefficients) if g is not None and c.dim()]
-    made = [next(computed) if there else None for there in ctx.computed]
+    gradients = [next(computed) if present else None for present in ctx.computed]
     if not pairs or not any(needs):
         return [None] * len(needs), [None] * len(coefficients), None, None, None
-    found = scaled([d if need else None for d, need in zip(made, needs)], upstream_scale(pairs))
-    return found, [None] * len(coefficients), None, None, None
+    scaled_gradients = scaled([d if need else None for d, need in zip(gradients, needs)], upstream_scale(pairs))
+    return scaled_gradients, [None] * len(coefficients), None, None, None
 
 
 def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -182,10 +182,10 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     needs = list(ctx.needs_input_grad[0])
     absent = tensors[0].new_empty(())  # 0-d, as no gradient of rows is
     upstream = [absent if g is None or not t.is_floating_point else g for g, t in zip(grads, ctx.dtypes)]
-    given = (upstream, tensors, ctx.program, ctx.memory, needs, *([products] if products else []))
-    found = iter(torch.ops.fusedhead.head_rows_backward(*given))
+    arguments = (upstream, tensors, ctx.program, ctx.memory, needs, *([products] if products else []))
+    gradients = iter(torch.ops.fusedhead.head_rows_backward(*arguments))
     rest = (None,) * (len(ctx.needs_input_grad) - 1)  # a last argument that has its default is not among the inputs
-    return [next(found) if need else None for need in needs], *rest
+    return [next(gradients) if need else None for need in needs], *rest
 
 
 for _name, _run, _fake, _autograd in (

@@ -38,8 +38,8 @@ def masks_counted_apart() -> bool:
     def program(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         return F.cross_entropy(z[mask.view(-1)], y[mask.view(-1)])
 
-    given = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64), torch.tensor([True, True, False, True])
-    return in_one_graph(program, *given, capture_dynamic_output_shape_ops=True)
+    inputs = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64), torch.tensor([True, True, False, True])
+    return in_one_graph(program, *inputs, capture_dynamic_output_shape_ops=True)
 
 
 def gathered_along_classes() -> bool:

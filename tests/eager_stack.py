@@ -28,8 +28,8 @@ def backend(
     """The pass and nothing else, or ``compiler`` after it; ``observe`` is given the report of every graph."""
 
     def compile_eagerly(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        own, _ = split_options(options)
-        return compile_graph(gm, example_inputs, own, compiler, observe)
+        settings, _ = split_options(options)
+        return compile_graph(gm, example_inputs, settings, compiler, observe)
 
     return compile_eagerly
 

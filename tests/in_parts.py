@@ -90,14 +90,14 @@ def main() -> int:
     parser.add_argument("--record", type=Path, help="a folder")
     parser.add_argument("--summary", type=Path, help="a folder whose records are summed up")
     parser.add_argument("module", nargs=argparse.REMAINDER, help="a module of tests, and its options")
-    given = parser.parse_args()
-    if given.summary is not None:
-        print(summary(given.summary))
+    arguments = parser.parse_args()
+    if arguments.summary is not None:
+        print(summary(arguments.summary))
         return 0
-    if given.record is None or not given.module:
+    if arguments.record is None or not arguments.module:
         parser.error("a module and --record DIR are needed")
-    whole = run(given.module, given.jobs, given.minutes, given.record, given.limit)
-    print(summary(given.record))
+    whole = run(arguments.module, arguments.jobs, arguments.minutes, arguments.record, arguments.limit)
+    print(summary(arguments.record))
     return not whole
 
 

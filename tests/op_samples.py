@@ -17,9 +17,9 @@ import torch
 def first_samples(op: Any, dtype: torch.dtype, count: int, **more: Any) -> list[Any]:
     """At most ``count`` samples of an OpInfo on the CPU."""
     samples = iter(op.sample_inputs("cpu", dtype, **more))
-    found = list(islice(samples, count))
+    result = list(islice(samples, count))
     # an `enumerate` of the generator, which has no `close` itself
     for each in (samples, *gc.get_referents(getattr(samples, "child_iter", None))):
         if isinstance(each, GeneratorType):
             each.close()
-    return found
+    return result

@@ -27,8 +27,8 @@ ALONE = ("tests/kernels/test_kernels_compile.py", "tests/fuzz/test_fuzz.py")  # 
 
 def place(test: str) -> int:
     """Which group a test belongs to, by its name; their number if to none."""
-    found = (at for at, paths in enumerate(TOGETHER) if any(test.startswith(path) for path in paths.split()))
-    return next(found, len(TOGETHER))
+    positions = (at for at, paths in enumerate(TOGETHER) if any(test.startswith(path) for path in paths.split()))
+    return next(positions, len(TOGETHER))
 
 
 def group(test: str) -> str | None:

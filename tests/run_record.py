@@ -17,16 +17,16 @@ UNENDED = "ended the process"
 
 def lines_of(folder: Path) -> dict[str, dict[str, Any]]:
     """The last line of each program of every record in a folder; one that has begun and not ended has kind UNENDED."""
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text().splitlines():
             try:
                 of = json.loads(line)
             except ValueError:  # half a line, of a process that was ended as it wrote
                 continue
-            if "name" in of and ("kind" in of or of["name"] not in found):
-                found[of["name"]] = {"kind": UNENDED, **of}
-    return found
+            if "name" in of and ("kind" in of or of["name"] not in results):
+                results[of["name"]] = {"kind": UNENDED, **of}
+    return results
 
 
 class RunRecord:

@@ -53,9 +53,9 @@ def test_a_function_that_closes_over_a_model_is_followed_to_where_it_asks_for_a_
         loss = model(x, x)
         return loss.item()
 
-    found = fusedhead.estimate(step, chip="h100")(tokens())
-    assert [one.head.module for one in found.heads] == ["head"]
-    assert "DataDependentOutputException" in found.stopped
+    result = fusedhead.estimate(step, chip="h100")(tokens())
+    assert [one.head.module for one in result.heads] == ["head"]
+    assert "DataDependentOutputException" in result.stopped
 
 
 def test_a_head_that_the_chip_would_leave_is_left_with_the_reason() -> None:

@@ -58,10 +58,10 @@ def test_an_empty_cell_and_a_circle_are_no_obstacle() -> None:
     def closure() -> Any:
         return later
 
-    found = modules_of(closure)  # `later` is not bound yet
+    modules = modules_of(closure)  # `later` is not bound yet
     later: list[Any] = [nn.Identity()]
     later.append(later)
-    assert (found, modules_of(later)) == ([], [later[0]])
+    assert (modules, modules_of(later)) == ([], [later[0]])
 
 
 def test_real_parameters_are_back_at_the_end_also_after_an_error() -> None:

@@ -1,6 +1,6 @@
 """An import goes down: a package imports what stands below it in `LAYERS`, and nothing beside it in its own row.
 
-``python tests/test_layers.py`` prints the imports between the layers.
+``python tests/test_layers.py`` prints the imports between the layers, and the floor of each folder.
 """
 
 from __future__ import annotations
@@ -64,7 +64,58 @@ def test_every_import_goes_down() -> None:
     assert not wrong
 
 
+MOST_FLOORS = 11
+
+
+def floors() -> dict[str, int]:
+    """The floor of each folder: one above the highest of the folders that it needs, its own files not counted.
+
+    The files beside the folders (`backend.py`, `pipeline.py`) lead from one folder to another and are no floors.
+    """
+    below: dict[str, set[str]] = {name: set() for name in LEVEL}
+    for file, layer, target in arrows():
+        if file.name != "__main__.py" and target != layer and target != "__init__":
+            below[layer].add(target)
+    folders = {folder for top in SOURCES for folder in (top, *(d.name for d in (ROOT / top).iterdir() if d.is_dir()))}
+    highest: dict[str, int] = {}
+    for name in sorted(LEVEL, key=LEVEL.__getitem__, reverse=True):
+        highest[name] = max((highest[each] for each in below[name]), default=0) + (name in folders)
+    return {name: floor for name, floor in highest.items() if name in folders}
+
+
+def test_folders_stand_on_at_most_eleven_floors() -> None:
+    assert max(floors().values()) <= MOST_FLOORS
+
+
+def files_below() -> dict[Path, set[Path]]:
+    """The files that each file imports, in its functions too."""
+    files = {}
+    for folder, package in SOURCES.items():
+        for file in (ROOT / folder).rglob("*.py"):
+            parts = file.relative_to(ROOT / folder).with_suffix("").parts
+            files[".".join(("fusedhead", *package, *parts)).removesuffix(".__init__")] = file
+    below: dict[Path, set[Path]] = {file: set() for file in files.values()}
+    for file in below:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fusedhead."):
+                names = [
+                    files.get(f"{node.module}.{alias.name}") or files.get(node.module or "") for alias in node.names
+                ]
+                below[file] |= {each for each in names if each is not None} - {file}
+    return below
+
+
+def test_no_files_import_one_another_in_a_circle() -> None:
+    below = files_below()
+    while free := [file for file, others in below.items() if not others & below.keys()]:
+        for file in free:
+            del below[file]
+    assert not below, f"a circle among {sorted(str(file.relative_to(ROOT)) for file in below)}"
+
+
 if __name__ == "__main__":
+    for floor in range(max(floors().values()), 0, -1):
+        print(floor, *(name for name, height in floors().items() if height == floor))
     for row in LAYERS:
         for name in row:
             targets = sorted({target for _, layer, target in arrows() if layer == name} - {name}, key=LEVEL.__getitem__)

@@ -1,4 +1,4 @@
-"""A public name means one thing in the package, and a file is named by a noun or a verb."""
+"""A public name means one thing in the package, a file is named by a noun or a verb, a variable by what it holds."""
 
 from __future__ import annotations
 
@@ -51,3 +51,20 @@ def test_a_public_name_is_defined_in_one_file() -> None:
 def test_no_file_is_named_by_a_participle() -> None:
     alike = {"pointwise_codegen", "duplicate_transposed"}  # a noun; the logits that a verb is of
     assert not {file.stem for file in FILES if file.stem.endswith(("ed", "en"))} - alike
+
+
+NO_NOUNS = {"found", "given", "made", "known", "own", "others", "here", "there"}
+# Arguments of kernels, whose names are part of their compiled code; and the files of token programs.
+NAMED_OTHERWISE = ("kernels/triton_engine", "kernels/tokenwise")
+
+
+def test_a_variable_is_named_by_what_it_holds() -> None:
+    named: dict[str, set[str]] = defaultdict(set)
+    for file in FILES:
+        place = str(file.relative_to(ROOT))
+        for node in () if place.startswith(NAMED_OTHERWISE) else ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in NO_NOUNS:
+                named[place].add(node.id)
+            elif isinstance(node, ast.arg) and node.arg in NO_NOUNS:
+                named[place].add(node.arg)
+    assert named == {}

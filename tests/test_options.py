@@ -42,8 +42,8 @@ def test_every_variable_that_the_package_reads_is_known() -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
         for name in re.findall(r"^FUSEDHEAD_[A-Z_]+$", node.value)
     }
-    known = {*options.PLACES, *(options.ENVIRONMENT + name.upper() for name in options.READERS)}
-    assert read <= known, f"fusedhead.options would warn of {read - known}"
+    readable = {*options.PLACES, *(options.ENVIRONMENT + name.upper() for name in options.READERS)}
+    assert read <= readable, f"fusedhead.options would warn of {read - readable}"
 
 
 def test_an_option_without_its_prefix_hints_at_it_unless_inductor_has_one() -> None:

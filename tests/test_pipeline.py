@@ -14,7 +14,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 import fusedhead
-from fusedhead import Report, pipeline
+from fusedhead import Report, compat, pipeline
 from fusedhead.analysis.body import Body
 from fusedhead.backend import compile_graph
 from fusedhead.graph.edit import replace_node
@@ -121,6 +121,15 @@ def test_the_log_has_the_graph_after_each_pass_that_changed_it(caplog: pytest.Lo
     assert [text.split(" ")[1] for text in after] == ["emit-statistics", "gradients-in-forward"]
     assert "fusedhead.head_stats" in after[0]
     assert "fusedhead.head_loss" in after[1]
+
+
+def test_the_structured_trace_has_the_graph_after_each_pass_that_changed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    artifacts: dict[str, str] = {}
+    monkeypatch.setattr(compat, "trace_handlers", lambda: [logging.NullHandler()])
+    monkeypatch.setattr(compat, "trace_artifact", lambda name, text: artifacts.update({name: text()}))
+    Rewritten(loss)(hidden(6, D), weight(), labels(6))
+    assert list(artifacts)[:2] == ["fusedhead_after_emit-statistics", "fusedhead_after_gradients-in-forward"]
+    assert "fusedhead.head_stats" in artifacts["fusedhead_after_emit-statistics"]
 
 
 def drop_scale_by_one(body: Body) -> None:

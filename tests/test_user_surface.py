@@ -78,8 +78,8 @@ def test_every_option_has_an_environment_variable(monkeypatch: pytest.MonkeyPatc
 
 def test_mode_and_inductor_options_are_passed_on() -> None:
     h, w, y = operands()
-    for given in ({"mode": "max-autotune-no-cudagraphs"}, {"options": {"epilogue_fusion": True}}):
-        torch.testing.assert_close(torch.compile(loss, backend="fusedhead", **given)(h, w, y), loss(h, w, y))
+    for inputs in ({"mode": "max-autotune-no-cudagraphs"}, {"options": {"epilogue_fusion": True}}):
+        torch.testing.assert_close(torch.compile(loss, backend="fusedhead", **inputs)(h, w, y), loss(h, w, y))
 
 
 def test_strict_raises_for_a_head_that_is_not_fused() -> None:

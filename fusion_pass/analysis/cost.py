@@ -38,7 +38,7 @@ class Price(NamedTuple):
 
 
 def problems(call: Node, float8: bool) -> Callable[[bool, int], Problem]:
-    """What a head's call asks of the planner, as a function of (is the tail linear, number of tokens)."""
+    """The planner's problems of a head's call, as a function of (is the tail linear, number of tokens)."""
     h, w, y, cols, rows = (fake(call.args[i]) for i in (0, 1, 2, 3, 4))  # type: ignore[arg-type]
     needs = Needs(*(x.requires_grad for x in (h, w, cols, rows)))
     transform = parse(str(call.args[6]))

@@ -52,7 +52,13 @@ class Region:
         return list(values.values())
 
     @property
+    def gathers(self) -> bool:
+        """Whether the program gathers entries along the vocabulary."""
+        return any("gather" in ops_of(out.expr) for out in self.outputs)
+
+    @property
     def computes(self) -> str:
+        """The ops of the program in a few words, for the report."""
         names = dict.fromkeys(name for out in self.outputs for name in ops_of(out.expr))
         shown = [n for n in names if n not in UNREMARKABLE_OPS]
         return f"rowwise({', '.join(shown[:4])}{', ...' if len(shown) > 4 else ''})"

@@ -125,7 +125,7 @@ def run(body: Body) -> None:
 
 
 def inline_regions(
-    gm: GraphModule, grad: bool, count: Callable[[Node], None], seen: set[GraphModule] | None = None
+    gm: GraphModule, grad: bool, count: Callable[[Node], None], visited: set[GraphModule] | None = None
 ) -> list[Finding]:
     """Inline the calls in a module. ``grad``: whether gradients are recorded where it begins. Returns the calls that
     stay.
@@ -133,14 +133,14 @@ def inline_regions(
     ``count`` is told of edits of inner graphs, which come first. Inner graphs run from several places, so that a call
     in them is inlined only where a head crosses its boundary.
     """
-    outermost, seen = seen is None, {gm} if seen is None else seen
+    outermost, visited = visited is None, {gm} if visited is None else visited
     facts, findings = GraphFacts(gm.graph, grad), list[Finding]()
     for node in gm.graph.nodes:
         inner = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
-        if isinstance(inner, GraphModule) and node.users and inner not in seen:
-            seen.add(inner)
+        if isinstance(inner, GraphModule) and node.users and inner not in visited:
+            visited.add(inner)
             with counting_edits(inner.graph, count):
-                findings += inline_regions(inner, facts.grad_mode(next(iter(node.users))), count, seen)
+                findings += inline_regions(inner, facts.grad_mode(next(iter(node.users))), count, visited)
     return findings + inline_calls(gm, grad, outermost)
 
 

@@ -141,9 +141,9 @@ class Writer:
             bias = self.local(product, self.shards.bias)
             cut = vocab_axis(fake(self.shards.bias), 0) is not None
             operands.append(self.whole(bias) if cut else bias)
-        made = self.typed(self.put(product, "call_function", F.linear, tuple(operands)), product)
-        made.meta[PRODUCT] = product.name
-        return made
+        linear = self.typed(self.put(product, "call_function", F.linear, tuple(operands)), product)
+        linear.meta[PRODUCT] = product.name
+        return linear
 
     def whole(self, local: Node) -> Node:
         """A node that stands for the rows of all ranks, given those of this rank."""
@@ -152,9 +152,9 @@ class Writer:
             return local
         first = piece(self.shards.vocab, axis)[0]
         args = (local, first, self.shards.vocab, axis.group, self.shards.tokens is None, self.shards.gathered)
-        made = self.put(self.shards.product, "call_function", torch.ops.fusedhead.whole_vocab.default, args)
-        made.meta[PRODUCT] = self.shards.product.name
-        return made
+        whole = self.put(self.shards.product, "call_function", torch.ops.fusedhead.whole_vocab.default, args)
+        whole.meta[PRODUCT] = self.shards.product.name
+        return whole
 
     def on_plain(self, node: Node) -> Any:
         if dtensors.placement_call(node) is not None:
@@ -168,21 +168,21 @@ class Writer:
         args, kwargs = map_arg((node.args, node.kwargs), plain)
         return self.typed(self.put(node, node.op, node.target, args, kwargs), node)
 
-    def typed(self, made: Node, like: Node) -> Node:
+    def typed(self, node: Node, like: Node) -> Node:
         """Give a new node the dtype recorded for the node that it replaces, which may have run under autocast."""
-        value = fake(made)
+        value = fake(node)
         if isinstance(value, Tensor) and isinstance(fake(like), Tensor) and value.dtype != fake(like).dtype:
-            made.meta["example_value"] = value.to(fake(like).dtype)
-        return made
+            node.meta["example_value"] = value.to(fake(like).dtype)
+        return node
 
     def as_dtensor(self, source: Node) -> Node:
         """A replicated DTensor of a plain result, for a user that stays as it is."""
         mesh, node = fake(source).device_mesh, mesh_of(source)
         with self.graph.inserting_before(source):
             if node is None:
-                made = self.graph.call_function(dtensors.replicating(mesh), (self.plain[source],))
+                dtensor = self.graph.call_function(dtensors.replicating(mesh), (self.plain[source],))
             else:
                 args = (self.plain[source], node, dtensors.on_every_rank(mesh))
-                made = self.graph.call_function(dtensors.from_local(), args, {"run_check": False})
-        made.meta.update(source.meta)  # with the DTensor that Dynamo recorded, which is the same value
-        return made
+                dtensor = self.graph.call_function(dtensors.from_local(), args, {"run_check": False})
+        dtensor.meta.update(source.meta)  # with the DTensor that Dynamo recorded, which is the same value
+        return dtensor

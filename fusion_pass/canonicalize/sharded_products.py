@@ -74,14 +74,14 @@ def kept(product: Node, why: Refusal) -> Refusal:
 
 
 def planned(product: Node, with_loss: set[Node]) -> ShardedProduct:
-    """How a product is read on plain tensors. Raises Escape or Refused."""
+    """The plan of a product on plain tensors. Raises Escape or Refused."""
     if product not in with_loss:
         raise Escape(InShards.NO_LOSS)
     name = name_of(product)
-    given = [*product.args, *product.kwargs.values()]
-    if name not in WEIGHT_IS_TRANSPOSED or len(given) < 2:
+    operands = [*product.args, *product.kwargs.values()]
+    if name not in WEIGHT_IS_TRANSPOSED or len(operands) < 2:
         raise Escape(InShards.SPELLING, name=name)
-    hidden, weight, bias = (*given, None)[:3]
+    hidden, weight, bias = (*operands, None)[:3]
     if not all(isinstance(n, Node) and is_dtensor(fake(n)) for n in (hidden, weight, *([bias] if bias else []))):
         raise Escape(InShards.MIXED)
     assert isinstance(hidden, Node)
@@ -114,13 +114,13 @@ def is_gathered(node: Node, vocab: int) -> bool:
 
 def vocab_axis(value: Any, vocab_dim: int) -> Axis | None:
     """The mesh dimension that a weight or a bias lies in shards of its classes on; None: it is whole on every rank."""
-    found = [d for d, p in enumerate(value.placements) if shard_dim(p, value.ndim) == vocab_dim]
-    found = [d for d in found if value.device_mesh.size(d) > 1]  # a single rank has all of it
-    if len(found) > 1:
+    dims = [d for d, p in enumerate(value.placements) if shard_dim(p, value.ndim) == vocab_dim]
+    dims = [d for d in dims if value.device_mesh.size(d) > 1]  # a single rank has all of it
+    if len(dims) > 1:
         raise Escape(InShards.SEVERAL_DIMENSIONS)
-    if not replicated(value, found[0] if found else None):
+    if not replicated(value, dims[0] if dims else None):
         raise Escape(InShards.PARTIAL_SUM)
-    return axis_of(value.device_mesh, found[0]) if found else None
+    return axis_of(value.device_mesh, dims[0]) if dims else None
 
 
 def local_size(value: Any, dim: int) -> int:
@@ -216,8 +216,8 @@ def unreadable(node: Node, converted: Mapping[Node, None]) -> Refusal | None:
         return refuse(InShards.TAKES_SHARDS, name=name_of(node) or node.op)
     if name_of(node) == "dropout" or "wait" in name_of(node):
         return refuse(InShards.TAKES_SHARDS, name=name_of(node))
-    others = [n for n in node.all_input_nodes if n not in converted and is_dtensor(fake(n))]
-    split = next((n for n in others if not replicated(fake(n))), None)
+    unconverted = [n for n in node.all_input_nodes if n not in converted and is_dtensor(fake(n))]
+    split = next((n for n in unconverted if not replicated(fake(n))), None)
     if split is not None:
         return refuse(InShards.MEETS, name=name_of(node), other=split.name, placed=layout(fake(split)))
     if not is_dtensor(fake(node)) and not of_dtensors(node) and not dtensors.is_number(fake(node)):

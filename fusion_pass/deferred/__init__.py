@@ -15,10 +15,10 @@ These are fixed at the call, whatever happens until it is read:
 
 | what                    | how it is kept                                                                           |
 |-------------------------|------------------------------------------------------------------------------------------|
-| the operands' numbers   | operands are taken in as other names of their memory (`state.taken`), with versions      |
+| the operands' numbers   | operands are kept as other names of their memory (`state.as_leaf`), with versions        |
 | the history             | those names have the gradient edges that the operands had: what is frozen, unfrozen,     |
 |                         | detached or replaced later, or was made under ``no_grad``, changes no gradient           |
-| grad and inference mode | each step is made, answered and read in the modes of its call (`program.Mode`)           |
+| grad and inference mode | each step is made, answered and read in the modes of its call (`call_program.Mode`)      |
 | dtype and autocast      | recorded with the step; those of the graph are explicit casts in its program             |
 | what sees ops           | making a tensor, and sweeps whose statistics are kept, run out of sight of dispatch      |
 |                         | modes, hooks on saved tensors, and function transforms that are active at the read       |

@@ -30,7 +30,7 @@ def part_of(part: Any) -> tuple[DeferredLogits, Any] | None:
     """(whole, index) where deferred logits are ``whole[index]`` along one dimension and not computed yet."""
     if not isinstance(part, DeferredLogits) or part._plain is not None:
         return None
-    recorded = part._known.recorded
+    recorded = part._deferred.recorded
     if recorded.func is not Tensor.__getitem__ or len(recorded.tensors) != 1:
         return None
     whole, index = decode(recorded.args, lambda leaf: recorded.tensors[leaf.at])

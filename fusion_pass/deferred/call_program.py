@@ -84,16 +84,16 @@ class CallProgram:
         While a compiler traces, inference mode stays as it is: no tensor made in another is known to the compiler.
         """
         device, inference = leaves[0].device.type, torch.is_inference_mode_enabled()
-        made: list[Any] = []
+        results: list[Any] = []
 
         def value(ref: Leaf | Made) -> Any:
             if isinstance(ref, Leaf):
                 return leaves[ref.at]
-            return made[ref.step] if ref.part is None else made[ref.step][ref.part]
+            return results[ref.step] if ref.part is None else results[ref.step][ref.part]
 
         for step in self.steps:
             with modes(step.mode._replace(inference=inference) if traced else step.mode, device):
-                made.append(step.func(*decode(step.args, value), **decode(step.kwargs, value)))
+                results.append(step.func(*decode(step.args, value), **decode(step.kwargs, value)))
         return value(self.result)
 
     def __deepcopy__(self, memo: Any) -> CallProgram:

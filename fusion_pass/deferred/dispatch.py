@@ -16,14 +16,14 @@ from fusedhead.compat import disable_torch_function_subclass, tree_map_only
 from fusedhead.deferred import op_tables
 from fusedhead.deferred.assignments import assignment, part_of, same_index, update
 from fusedhead.deferred.call_program import Leaf, Mode, Unreadable, encode
-from fusedhead.deferred.history import Rebound, follow, invalidate_history, linked
+from fusedhead.deferred.history import RebindInPlace, invalidate_history, update_history, with_grad_fn
 from fusedhead.deferred.query import NotRecorded, Request
 from fusedhead.deferred.record import pick, record
 from fusedhead.deferred.results import Unread, Wide
 from fusedhead.deferred.row_picks import picks
-from fusedhead.deferred.state import Family, RecordedCall
+from fusedhead.deferred.state import RecordedCall, SharedLogits
 from fusedhead.deferred.surroundings import checkpoint, op_by_op
-from fusedhead.deferred.tensor import DeferredLogits, is_adopted, plain, settle
+from fusedhead.deferred.tensor import DeferredLogits, accept_grad_fn, is_unbuilt, plain
 from fusedhead.deferred.wrappers import before_leaves, is_gathering
 
 
@@ -33,9 +33,9 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return iter(args[0].unbind(0))
     if func is torch.autograd.grad:
         refuse_late(kwargs["inputs"] if "inputs" in kwargs else args[1])
-    if func is Tensor.register_hook and args[0]._plain is None and is_gathering(args[1]) and not is_adopted(args[0]):
-        args[0]._known.family.gathering.append(args[1])
-        return before_leaves(args[0]._known.leaves, args[1])
+    if func is Tensor.register_hook and is_gathering(args[1]) and is_unbuilt(args[0]):
+        args[0]._deferred.shared.gathering.append(args[1])
+        return before_leaves(args[0]._deferred.leaves, args[1])
     if getattr(func, "__name__", "") in op_tables.ASKS_FOR_GRADIENT:
         refuse_late(args[0])
     if op_tables.may_write_argument(func, args, kwargs):
@@ -50,7 +50,7 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         shape = torch.broadcast_shapes(*(t.shape for t in args))
         return tuple(t if t.shape == shape else t.expand(shape) for t in args)
     if op_tables.takes_looks_only(func, args, kwargs):
-        return alike(func, args, kwargs)
+        return call_on_layout(func, args, kwargs)
     arguments: list[Tensor] = []
 
     def local(tensor: Tensor) -> Leaf:
@@ -66,7 +66,9 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return compute(func, args, kwargs)
     tensors = [resolved(t) for t in arguments]
     subjects = [t for t in tensors if isinstance(t, DeferredLogits)]
-    if not subjects or not all(map(is_supported_tensor, tensors)) or any(t._known.origin is None for t in subjects):
+    if not subjects or not all(map(is_supported_tensor, tensors)):
+        return compute(func, args, kwargs)
+    if any(t._deferred.graph_output is None for t in subjects):
         return compute(func, args, kwargs)
     mode = Mode.now(subjects[0].device.type)
     if as_eager(subjects, tensors, mode):
@@ -75,7 +77,7 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     wide = any(t.numel() > most and t.ndim > 1 for t in tensors if not isinstance(t, DeferredLogits))
     try:
         if op_tables.lazy(func) and not wide:
-            return later(Request(RecordedCall(func, *code, copy_operands(tensors), mode)), args, kwargs)
+            return record_unread(Request(RecordedCall(func, *code, copy_operands(tensors), mode)), args, kwargs)
         request = Request(RecordedCall(func, *code, tuple(tensors), mode))
         outcome = request.outcome()
         if isinstance(outcome, Unread) or not request.pays(outcome):
@@ -90,17 +92,17 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode: Mode) -> bool:
-    """Whether a call must run op by op on the numbers, since its surroundings depend on the ops that run.
+    """Whether a call must run op by op on the plain tensor, because its surroundings observe single ops.
 
-    A region of checkpointing that the logits came from is none: each pass over it makes logits of its own.
+    A checkpointed region does not count if it returned the logits, since each pass over it makes new ones.
     """
     region = checkpoint()
-    if op_by_op() or (region is not None and not all(t._known.family.returned_in(region) for t in subjects)):
+    if op_by_op() or (region is not None and not all(t._deferred.shared.returned_in(region) for t in subjects)):
         return True
-    if mode.grad and any(t._known.layout.marked for t in subjects):
+    if mode.grad and any(t._deferred.layout.marked for t in subjects):
         return True
-    operands = [leaf for t in subjects for leaf in (t, *t._known.leaves)]
-    # what was made in inference mode cannot be saved for a gradient: eager code says so where it would be
+    operands = [leaf for t in subjects for leaf in (t, *t._deferred.leaves)]
+    # autograd cannot save inference tensors: eager code raises its own error
     differentiated = mode.grad and any(t.requires_grad for t in (*tensors, *operands))
     return differentiated and any(t.is_inference() for t in (*tensors, *operands))
 
@@ -108,7 +110,7 @@ def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode
 def refuse_late(inputs: Any) -> None:
     """Raise RuntimeError where the gradient of ``inputs`` is wanted and nothing computes it any more."""
     late: list[bool] = []
-    mapped(lambda t: late.append(t.requires_grad and t._known.family.passed_by), inputs)
+    mapped(lambda t: late.append(t.requires_grad and t._deferred.shared.gradient_bypassed), inputs)
     if any(late):
         raise RuntimeError(
             "the gradient of deferred logits is asked for after a loss was taken of them. The loss's gradient passes "
@@ -118,11 +120,11 @@ def refuse_late(inputs: Any) -> None:
         )
 
 
-def later(request: Request, args: tuple, kwargs: dict[str, Any]) -> Any:
+def record_unread(request: Request, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Deferred logits for the result of a call that is recorded unread."""
     first = args[0] if args else None
     if isinstance(first, DeferredLogits):
-        shape = first._known.layout.shape
+        shape = first._deferred.layout.shape
         chosen = picks(request.recorded.func.__name__, shape, args[1:], kwargs)
         if chosen is not None and not any(shape[pick.dim] in request.exact for each in chosen for pick in each):
             return pick(request, chosen)
@@ -134,18 +136,18 @@ def copy_operands(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(t if isinstance(t, DeferredLogits) else t.clone() for t in tensors)
 
 
-def alike(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def call_on_layout(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """A call that reads only the shape, dtype and device of deferred logits."""
     if func.__name__ in op_tables.RESHAPED_AS and not isinstance(args[0], DeferredLogits):
         return op_tables.RESHAPED_AS[func.__name__](*args)
-    known = args[0]._known.layout
-    shell = torch.empty_strided(known.shape, known.stride, dtype=known.dtype, device="meta")
+    layout = args[0]._deferred.layout
+    shell = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device="meta")
     return func(shell, *args[1:], **{"device": args[0].device, **kwargs})
 
 
 def resolved(tensor: Tensor) -> Tensor:
-    """Deferred logits that exist by now, or whose gradient is another's business, as the plain tensor."""
-    if not isinstance(tensor, DeferredLogits) or (tensor._plain is None and not is_adopted(tensor)):
+    """The plain tensor of deferred logits that are built already or that an autograd function returned."""
+    if not isinstance(tensor, DeferredLogits) or is_unbuilt(tensor):
         return tensor
     return plain(tensor)
 
@@ -168,7 +170,7 @@ def masked(tensor: Any, which: Any) -> Tensor | None:
 
 
 def compute(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The call on plain tensors. A result that is one of them is handed back as the tensor it stands for."""
+    """Make the call on plain tensors. Where it returns one of them, return the deferred tensor that stands for it."""
     stands_for: dict[int, DeferredLogits] = {}
 
     def exist(tensor: DeferredLogits) -> Tensor:
@@ -201,18 +203,19 @@ def write_deferred(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
     """
     if to_a_part(func.__name__, args, kwargs):
         return None if func is Tensor.__setitem__ else args[0]
-    if func.__name__ in op_tables.OUT_OF_PLACE and args and isinstance(args[0], DeferredLogits) and alone(args[0]):
-        tensor, before = args[0], linked(args[0]._known)
+    in_place = func.__name__ in op_tables.OUT_OF_PLACE and args and isinstance(args[0], DeferredLogits)
+    if in_place and owns_its_memory(args[0]):
+        tensor, before = args[0], with_grad_fn(args[0]._deferred)
         args, kwargs = mapped(lambda t: before if t is tensor else t, (args, kwargs))
         result = call(op_tables.OUT_OF_PLACE[func.__name__], args, kwargs)
         if isinstance(result, DeferredLogits) and rebind(tensor, result):
             return tensor
         args, kwargs = mapped(lambda t: tensor if t is before else t, (args, kwargs))
-    families: list[Family] = []
+    groups: list[SharedLogits] = []
     sharing: list[tuple[DeferredLogits, Any]] = []
-    mapped(lambda t: families.append(t._known.family), (args, kwargs))
-    for family in families:
-        for member in list(family.members):
+    mapped(lambda t: groups.append(t._deferred.shared), (args, kwargs))
+    for shared in groups:
+        for member in list(shared.members):
             alive = member()
             if alive is not None:
                 plain(alive)
@@ -223,12 +226,12 @@ def write_deferred(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
         if isinstance(after, RuntimeError):  # it raises where Python uses it, as in eager code
             invalidate_history(tensor, after)
         elif after != before:
-            follow(tensor)
+            update_history(tensor)
     return result
 
 
 def grad_fn_of(tensor: DeferredLogits) -> Any:
-    """What tells a tensor's history from that before a write; the error where asking is one, as using it will be."""
+    """``requires_grad`` and ``grad_fn``, to notice a write; the error where torch refuses to give them."""
     try:
         operands = plain(tensor)
         return operands.requires_grad, operands.grad_fn
@@ -241,54 +244,54 @@ def to_a_part(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
     if name == "__setitem__" and isinstance(args[0], DeferredLogits):
         whole, index, value = args
         part = None
-        known = part_of(value)
-        if known is not None and known[0] is whole and same_index(known[1], index, whole.ndim):
-            return True  # the part is in its place, and stands for what was written to it
-        becomes = None if known else assignment(whole, index, value)
+        position = part_of(value)
+        if position is not None and position[0] is whole and same_index(position[1], index, whole.ndim):
+            return True  # the write to the part has rebound the whole already
+        becomes = None if position else assignment(whole, index, value)
     else:
         part = args[0] if args else None
-        found = part_of(part)
-        if found is None:
+        location = part_of(part)
+        if location is None:
             return False
-        whole, index = found
+        whole, index = location
         becomes = update(name, whole, index, args[1:], kwargs)
-    if becomes is None or not alone(whole, part):
+    if becomes is None or not owns_its_memory(whole, part):
         return False
     function, operands = becomes
-    result = function(linked(whole._known), *operands)
+    result = function(with_grad_fn(whole._deferred), *operands)
     if not isinstance(result, DeferredLogits) or not rebind(whole, result):
         return False
     return part is None or rebind(part, call(Tensor.__getitem__, (whole, index), {}))
 
 
-def alone(tensor: DeferredLogits, besides: Any = None) -> bool:
+def owns_its_memory(tensor: DeferredLogits, besides: Any = None) -> bool:
     """Whether a tensor that is not computed yet would own its memory, and no deferred tensor depends on it.
 
-    ``besides``: what is made of it and known.
+    ``besides``: a dependent tensor that does not count.
     """
-    if tensor._plain is not None or is_adopted(tensor) or (tensor.requires_grad and not torch.is_grad_enabled()):
+    if not is_unbuilt(tensor) or (tensor.requires_grad and not torch.is_grad_enabled()):
         return False
     if tensor.is_inference() or torch.is_inference_mode_enabled():
         return False
-    recorded = tensor._known.recorded
+    recorded = tensor._deferred.recorded
     if not isinstance(recorded.func, torch.fx.GraphModule) and recorded.func.__name__ not in op_tables.FRESH:
         return False  # a view, perhaps
-    members = (ref() for ref in tensor._known.family.members)
+    members = (ref() for ref in tensor._deferred.shared.members)
     waiting = (m for m in members if m is not None and m is not besides)
-    return not any(t is tensor for m in waiting for t in m._known.recorded.tensors)
+    return not any(t is tensor for m in waiting for t in m._deferred.recorded.tensors)
 
 
 def rebind(tensor: DeferredLogits, result: DeferredLogits) -> bool:
     """Rebind ``tensor`` to ``result`` if it is a tensor of the same form."""
-    known, before = result._known, tensor._known
-    if result._plain is not None or known.layout._replace(grad=before.layout.grad) != before.layout:
+    state, before = result._deferred, tensor._deferred
+    if result._plain is not None or state.layout._replace(grad=before.layout.grad) != before.layout:
         return False
-    if known.layout.grad:
+    if state.layout.grad:
         with disable_torch_function_subclass():
-            Rebound.apply(known, tensor, *known.recorded.tensors)
-        settle(tensor)
+            RebindInPlace.apply(state, tensor, *state.recorded.tensors)
+        accept_grad_fn(tensor)
     else:
-        tensor._known = known
+        tensor._deferred = state
         torch.autograd.graph.increment_version(tensor)
     return True
 

@@ -1,10 +1,10 @@
-"""Weights that FSDP2 frees while deferred logits are made of them: what stands for them from then on.
+"""Gathered weights: what replaces a weight that FSDP2 frees while deferred logits still need it.
 
-FSDP2 gathers a unit's weights before its forward, and gives their memory back after it, at the end of a backward, or
-when asked to (``reshard()``, ``state_dict()``). Deferred logits are made of the gathered memory itself for as long as
-it is there, which is free. What happens when it goes:
+FSDP2 gathers a unit's weights before its forward, and frees their memory after it, at the end of a backward, or on
+request (``reshard()``, ``state_dict()``). Deferred logits use the gathered memory itself as long as it is there, which
+costs nothing. When it is freed:
 
-| who still waits for it                                     | what stands for the weight                           |
+| who still needs it                                         | what replaces the weight                             |
 |------------------------------------------------------------|------------------------------------------------------|
 | nobody: the logits are gone, or exist                      | nothing                                              |
 | logits, and it is no larger than they are, or this is the  | one copy, taken then, for all that waits: a read     |
@@ -31,23 +31,23 @@ from torch import Tensor, nn
 
 from fusedhead.compat import graph_task, lookup
 from fusedhead.deferred.reasons import BuiltAtOnce
-from fusedhead.deferred.state import Knowledge, State
+from fusedhead.deferred.state import DeferredState, Snapshot
 from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.deferred.tensor import plain
 from fusedhead.graph.reasons import refuse
 from fusedhead.legality.sharding import FREES
 
 log = logging.getLogger("fusedhead")
-NO_ADDRESS = 0  # the address of what has been freed: no tensor is there again
-PURGE = 64  # memories with an entry, before those that nobody waits for are dropped
+NO_ADDRESS = 0  # the address of freed memory: no tensor has it
+PURGE = 64  # entries of `_waiting` before those that nobody needs are dropped
 
 _guard = threading.Lock()
-_waiting: dict[int, Any] = {}  # what is made of one memory, by its storage: a weakref.WeakSet of `Knowledge`
-_seeing: list[bool] = []  # whether torch's method tells us, once that was tried
+_waiting: dict[int, Any] = {}  # what is made of one memory, by its storage: a weakref.WeakSet of `DeferredState`
+_seeing: list[bool] = []  # whether torch's method could be wrapped; empty before the first try
 
 
 def sees_frees() -> bool:
-    """Whether it is seen when FSDP2 frees a weight, from now on."""
+    """Whether this file notices when FSDP2 frees a weight. Wraps torch's method at the first call."""
     if not _seeing:
         with _guard:
             if not _seeing:
@@ -82,29 +82,30 @@ def is_watched(operand: Tensor) -> bool:
     return type(operand) in (Tensor, nn.Parameter) and operand.layout is torch.strided
 
 
-def wait_for(knowledge: Knowledge) -> None:
+def wait_for(state: DeferredState) -> None:
     """Remember deferred logits until they are gone: a weight that they are made of may be freed."""
     with _guard:
         if len(_waiting) > PURGE:
             for memory in [memory for memory, waiting in _waiting.items() if not waiting]:
                 del _waiting[memory]
-        for leaf in knowledge.leaves:
-            _waiting.setdefault(memory_of(leaf), weakref.WeakSet()).add(knowledge)
+        for leaf in state.leaves:
+            _waiting.setdefault(memory_of(leaf), weakref.WeakSet()).add(state)
 
 
 def memory_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-WaitingLogits = tuple[Knowledge, "list[tuple[Tensor, State]]"]  # logits, and their leaves in the memory in question
+# deferred logits, and their leaves in the memory in question
+WaitingLogits = tuple[DeferredState, "list[tuple[Tensor, Snapshot]]"]
 
 
 def before_free(gathered: Sequence[Tensor]) -> None:
-    """Let what waits for memory that is freed next have what it needs. Never fails FSDP2's own work."""
+    """Copy a weight, or build its logits, before its memory is freed. An error here never stops FSDP2."""
     for memory in map(memory_of, gathered):
         with _guard:
-            found = list(_waiting.pop(memory, ()))
-        waiting = [(knowledge, leaves_in(knowledge, memory)) for knowledge in found]
+            states = list(_waiting.pop(memory, ()))
+        waiting = [(state, leaves_in(state, memory)) for state in states]
         try:
             provide([entry for entry in waiting if entry[1] and unbuilt(entry[0])])
         except Exception:
@@ -115,13 +116,13 @@ def before_free(gathered: Sequence[Tensor]) -> None:
                     at.address = NO_ADDRESS
 
 
-def leaves_in(knowledge: Knowledge, memory: int) -> list[tuple[Tensor, State]]:
-    return [(leaf, at) for leaf, at in zip(knowledge.leaves, knowledge.states) if memory_of(leaf) == memory]
+def leaves_in(state: DeferredState, memory: int) -> list[tuple[Tensor, Snapshot]]:
+    return [(leaf, at) for leaf, at in zip(state.leaves, state.snapshots) if memory_of(leaf) == memory]
 
 
-def unbuilt(knowledge: Knowledge) -> list[Any]:
-    """What is made of logits, themselves included, that has no numbers yet."""
-    members: list[Any] = [reference() for reference in knowledge.family.members]
+def unbuilt(state: DeferredState) -> list[Any]:
+    """The tensors made of these logits, and the logits themselves, that are not computed yet."""
+    members: list[Any] = [reference() for reference in state.shared.members]
     return [member for member in members if member is not None and member._plain is None]
 
 
@@ -130,10 +131,10 @@ def provide(waiting: Sequence[WaitingLogits]) -> None:
     if not waiting:
         return
     size = max(leaf.numel() for _, leaves in waiting for leaf, _ in leaves)
-    if graph_task() == -1 and size > sum(math.prod(knowledge.layout.shape) for knowledge, _ in waiting):
-        for knowledge, _ in waiting:
-            knowledge.family.built_for = str(refuse(BuiltAtOnce.LARGE_COPY))
-            for member in unbuilt(knowledge):
+    if graph_task() == -1 and size > sum(math.prod(state.layout.shape) for state, _ in waiting):
+        for state, _ in waiting:
+            state.shared.built_for = str(refuse(BuiltAtOnce.LARGE_COPY))
+            for member in unbuilt(state):
                 plain(member)
         return
     with out_of_sight(), torch.no_grad():

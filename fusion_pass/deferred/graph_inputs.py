@@ -26,13 +26,13 @@ CompiledGraph = Callable[..., Any]
 
 
 def leaves_of(tensor: DeferredLogits) -> list[Any]:
-    """The tensors that stand for it as inputs of a graph.
+    """The tensors that replace a deferred tensor among the inputs of a graph.
 
-    Raises StaleLogits, but not while a graph is compiled, where an error would be the compiler's: the graph is
-    compiled for what the tensor was made of, and the call says that this has changed.
+    Raises StaleLogits, except while a graph is compiled: there it would look like an error of the compiler, and the
+    call of the compiled graph raises it anyway.
     """
-    if tensor._plain is None and tensor._known.origin is not None and not compiling():
-        check_fresh(tensor._known)
+    if tensor._plain is None and tensor._deferred.graph_output is not None and not compiling():
+        check_fresh(tensor._deferred)
     names, _ = tensor.__tensor_flatten__()
     return [getattr(tensor, name) for name in names]
 
@@ -47,8 +47,8 @@ def expand_inputs(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Ca
     start = next(node for node in gm.graph.nodes if node.op != "placeholder")
     for node, value in zip(placeholders, inputs):
         if isinstance(value, DeferredLogits):
-            origin = value._known.origin
-            replace_placeholder(gm, node, leaves_of(value), start, origin.exact if origin else frozenset())
+            graph_output = value._deferred.graph_output
+            replace_placeholder(gm, node, leaves_of(value), start, graph_output.exact if graph_output else frozenset())
     gm.graph.lint()
     gm.recompile()
 
@@ -61,14 +61,15 @@ def expand_inputs(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Ca
     def wrap(compiled: CompiledGraph) -> CompiledGraph:
         def with_leaves(*values: Any) -> Any:
             for value, is_deferred in zip(values, deferred):
-                knowledge = value._known if is_deferred and value._plain is None else None
-                made_by = None if knowledge is None else knowledge.origin
+                state = value._deferred if is_deferred and value._plain is None else None
+                made_by = None if state is None else state.graph_output
                 for run in made_by.recipe.runs if made_by is not None else ():
                     run.passed.add()
             results = compiled(*flat(values))
-            for family in {id(z._known.family): z._known.family for z in values if type(z) is DeferredLogits}.values():
-                for result in results if family.gathering else ():
-                    family.gather_before(result)
+            states = [z._deferred for z in values if type(z) is DeferredLogits]
+            for shared in {id(state.shared): state.shared for state in states}.values():
+                for result in results if shared.gathering else ():
+                    shared.gather_before(result)
             return results
 
         return with_leaves
@@ -77,7 +78,7 @@ def expand_inputs(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Ca
 
 
 def of_known_sizes(inner: Tensor, real: Tensor, exact: frozenset[int]) -> Tensor:
-    """A fake tensor whose sizes in ``exact`` are no symbols: those of the head, where Dynamo takes all as dynamic."""
+    """A fake tensor whose sizes in ``exact``, those of the head, are numbers, also where Dynamo made all symbols."""
     sizes = [int(s) if n in exact else s for s, n in zip(inner.shape, real.shape)]
     strides = [s if static(s) is None else int(s) for s in inner.stride()]
     if all(type(s) is int for s in inner.shape) or not any(type(s) is int for s in sizes):
@@ -108,7 +109,7 @@ def replace_placeholder(
     draft_graph = Draft(gm.graph, leaves, [], mode.shape_env, mode, value.device.type)
     with gm.graph.inserting_before(start):
         for step in program.steps:
-            draft_graph.made.append(append_step(draft_graph, step, Mode.now(draft_graph.device)))
+            draft_graph.results.append(append_step(draft_graph, step, Mode.now(draft_graph.device)))
         result = draft_graph.node(program.result)
     for later in gm.graph.nodes:
         if later.meta.get("example_value") is value:  # `float()` of float32 logits returned its argument

@@ -17,10 +17,10 @@ import fusedhead.deferred.dispatch  # noqa: F401  the handler of calls on deferr
 from fusedhead.compat import FakeTensor
 from fusedhead.deferred.call_program import CallProgram, CallStep, Leaf, Made, Mode, encode, shapes
 from fusedhead.deferred.gathered_weights import is_watched, sees_frees, wait_for
-from fusedhead.deferred.history import linked
+from fusedhead.deferred.history import with_grad_fn
 from fusedhead.deferred.query import LEARNT
 from fusedhead.deferred.reasons import BuiltAtOnce
-from fusedhead.deferred.state import Family, Knowledge, Origin, RecordedCall, StaleLogits, taken
+from fusedhead.deferred.state import DeferredState, GraphOutput, RecordedCall, SharedLogits, StaleLogits, as_leaf
 from fusedhead.deferred.surroundings import out_of_sight
 from fusedhead.deferred.tensor import DeferredLogits, plain
 from fusedhead.graph.reasons import Refusal, refuse
@@ -31,26 +31,26 @@ from fusedhead.legality.sharding import fsdp2_in_use, worth_a_copy
 __all__ = ["DeferredLogits", "StaleLogits", "deferring", "on_plain_inputs", "plain"]
 
 
-def hand_out(origin: Origin, sources: Sequence[Any]) -> Tensor:
+def hand_out(graph_output: GraphOutput, sources: Sequence[Any]) -> Tensor:
     """The deferred tensor of a recipe on these sources (tensors, and numbers for sizes)."""
-    recipe = origin.recipe
+    recipe = graph_output.recipe
     mode = Mode(has_gradient(recipe, sources), None, torch.is_inference_mode_enabled())
     tensor_sources = [s for s in sources if isinstance(s, Tensor)]
-    operands = [taken(tensor, name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
-    tensors, states = tuple(leaf for leaf, _ in operands), tuple(state for _, state in operands)
+    operands = [as_leaf(tensor, name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
+    tensors, snapshots = tuple(leaf for leaf, _ in operands), tuple(snapshot for _, snapshot in operands)
     places = iter(range(len(tensors)))
     args, none = encode(tuple(sources), lambda _: Leaf(next(places))), encode({}, lambda _: Leaf(0))
     recorded = RecordedCall(recipe.program, args, none, tensors, mode)
     key, what = (args, mode, shapes(tensors, None)), (args, mode)
-    entry = origin.recorded.get(key)
+    entry = graph_output.recorded.get(key)
     if entry is None:
         layouts, _ = recorded.layouts()
-        with origin.lock:
-            if len(origin.recorded) > LEARNT:
-                origin.recorded.clear()
+        with graph_output.lock:
+            if len(graph_output.recorded) > LEARNT:
+                graph_output.recorded.clear()
             program = CallProgram((CallStep(recipe.program, args, none, mode),), Made(0))
-            programs = origin.recorded.setdefault(what, ((program,), [], None))[0]
-            entry = origin.recorded.setdefault(key, (programs, layouts, None))
+            programs = graph_output.recorded.setdefault(what, ((program,), [], None))[0]
+            entry = graph_output.recorded.setdefault(key, (programs, layouts, None))
     programs, (layout,), _ = entry
     if math.prod(layout.shape) < recipe.least:
         return at_once(recipe, sources, refuse(BuiltAtOnce.FEW_LOGITS))
@@ -60,19 +60,19 @@ def hand_out(origin: Origin, sources: Sequence[Any]) -> Tensor:
     if sharded and not (sees_frees() and all(map(is_watched, tensor_sources))):
         if not worth_a_copy(tensor_sources, layout.shape):
             return at_once(recipe, sources, refuse(BuiltAtOnce.LARGE_COPY))
-        operands = [taken(copied(tensor, mode), name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
-        tensors, states = tuple(leaf for leaf, _ in operands), tuple(state for _, state in operands)
+        operands = [as_leaf(copied(tensor, mode), name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
+        tensors, snapshots = tuple(leaf for leaf, _ in operands), tuple(snapshot for _, snapshot in operands)
         recorded = RecordedCall(recipe.program, args, none, tensors, mode)
     for run in recipe.runs:
         run.deferred.add()
-    knowledge = Knowledge(origin, programs[0], tensors, states, recorded, None, Family(), layout)
+    state = DeferredState(graph_output, programs[0], tensors, snapshots, recorded, None, SharedLogits(), layout)
     if sharded:
-        wait_for(knowledge)
-    return linked(knowledge)
+        wait_for(state)
+    return with_grad_fn(state)
 
 
 def copied(tensor: Tensor, mode: Mode) -> Tensor:
-    """Memory of its own for an operand that its owner may free unseen, with the operand's gradient edge."""
+    """A copy of an operand, with its gradient edge, for memory that may be freed without notice."""
     with out_of_sight(), torch.set_grad_enabled(mode.grad):
         return tensor.clone()
 
@@ -89,10 +89,10 @@ def keep_source(source: Any) -> Any:
 
 
 def on_plain_inputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """``compiled``, given plain tensors.
+    """``compiled``, called with plain tensors in place of deferred logits.
 
-    For one of several graphs that were cut out of one (DDP's buckets): it may get what another returned, and was
-    compiled for a plain tensor there.
+    For a graph that DDP cut out of a larger one: it may get the deferred logits of another part, and was compiled for
+    a plain tensor.
     """
 
     def with_plain_tensors(*inputs: Any) -> Any:
@@ -102,20 +102,20 @@ def on_plain_inputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def deferring(memory: int, overwrites: bool, min_logits: str | int = "auto") -> Callable[[Recipe, Sequence[Any]], Any]:
-    """What a wrapped graph does with the sources of returned logits.
+    """The function that makes deferred logits of the sources that a wrapped graph returns.
 
-    ``memory`` is the workspace budget of the fused ops. ``overwrites``: what the graph returns lies in memory that
-    its next run uses again (CUDA graphs), so hidden states are copied. ``min_logits``: the option of that name.
+    ``memory`` is the workspace budget of the fused ops. With ``overwrites`` the graph's next run overwrites what it
+    returned (CUDA graphs), so hidden states are copied. ``min_logits`` is the option of that name.
     """
-    origins: dict[Recipe, Origin] = {}
+    graph_outputs: dict[Recipe, GraphOutput] = {}
 
     def finish(recipe: Recipe, sources: Sequence[Any]) -> Any:
         if any(isinstance(s, FakeTensor) for s in sources):
             return compute_now(recipe, sources)
-        origin = origins.get(recipe)
-        if origin is None:
+        graph_output = graph_outputs.get(recipe)
+        if graph_output is None:
             least = rows_from(recipe.device, memory) if min_logits == "auto" else 0
-            origin = origins.setdefault(recipe, Origin(recipe, memory, least))
-        return hand_out(origin, [keep_source(s) for s in sources] if overwrites else sources)
+            graph_output = graph_outputs.setdefault(recipe, GraphOutput(recipe, memory, least))
+        return hand_out(graph_output, [keep_source(s) for s in sources] if overwrites else sources)
 
     return finish

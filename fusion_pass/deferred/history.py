@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from fusedhead.deferred.call_program import Mode, modes
-from fusedhead.deferred.state import Knowledge
+from fusedhead.deferred.state import DeferredState
 from fusedhead.deferred.surroundings import out_of_sight
-from fusedhead.deferred.tensor import DeferredLogits, as_plain, is_adopted, settle
+from fusedhead.deferred.tensor import DeferredLogits, accept_grad_fn, as_plain, is_function_result
 
 
-class Link(torch.autograd.Function):
-    """Gives deferred logits a ``grad_fn``, for those who walk autograd's graph or use the tensor in C++."""
+class AttachGradFn(torch.autograd.Function):
+    """Gives deferred logits a ``grad_fn``, for code that walks autograd's graph or uses the tensor in C++."""
 
     @staticmethod
-    def forward(ctx: Any, knowledge: Knowledge, *inputs: Tensor) -> Any:
-        ctx.recorded, ctx.part, ctx.gathering = knowledge.recorded, knowledge.part, knowledge.family.gathering
+    def forward(ctx: Any, state: DeferredState, *inputs: Tensor) -> Any:
+        ctx.recorded, ctx.part, ctx.gathering = state.recorded, state.part, state.shared.gathering
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
-        return DeferredLogits(knowledge)
+        return DeferredLogits(state)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
@@ -51,25 +51,25 @@ def call_gradients(ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list
     return [gradients.get(at) for at in range(len(inputs))]
 
 
-def linked(knowledge: Knowledge) -> DeferredLogits:
-    """Deferred logits that autograd knows of."""
-    if not knowledge.layout.grad:
-        return DeferredLogits(knowledge)
-    tensor = Link.apply(knowledge, *knowledge.recorded.tensors)
-    settle(tensor)
+def with_grad_fn(state: DeferredState) -> DeferredLogits:
+    """Deferred logits with a ``grad_fn``, if they have a gradient."""
+    if not state.layout.grad:
+        return DeferredLogits(state)
+    tensor = AttachGradFn.apply(state, *state.recorded.tensors)
+    accept_grad_fn(tensor)
     return tensor
 
 
-class Rebound(torch.autograd.Function):
-    """Lets deferred logits stand for something else from here on, as a write to their memory does."""
+class RebindInPlace(torch.autograd.Function):
+    """Rebinds deferred logits to another state, which is what a write in place does to a tensor."""
 
     @staticmethod
-    def forward(ctx: Any, knowledge: Knowledge, tensor: DeferredLogits, *inputs: Tensor) -> Any:
-        ctx.recorded, ctx.part, ctx.gathering = knowledge.recorded, knowledge.part, knowledge.family.gathering
+    def forward(ctx: Any, state: DeferredState, tensor: DeferredLogits, *inputs: Tensor) -> Any:
+        ctx.recorded, ctx.part, ctx.gathering = state.recorded, state.part, state.shared.gathering
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros
         ctx.mark_dirty(tensor)
-        tensor._known = knowledge
+        tensor._deferred = state
         return tensor
 
     @staticmethod
@@ -77,8 +77,8 @@ class Rebound(torch.autograd.Function):
         return (None, None, *call_gradients(ctx, grad, ctx.needs_input_grad[2:]))
 
 
-class Followed(torch.autograd.Function):
-    """Gives deferred logits the history of the plain tensor: C++ asks them, and not what they stand for."""
+class CopyHistory(torch.autograd.Function):
+    """Gives deferred logits the history of their plain tensor, since C++ reads the history of the deferred one."""
 
     @staticmethod
     def forward(ctx: Any, tensor: DeferredLogits, numbers: Tensor) -> Any:
@@ -91,8 +91,8 @@ class Followed(torch.autograd.Function):
         return None, grad
 
 
-class Invalidation(torch.autograd.Function):
-    """A history that is an error: of a view that torch refuses to differentiate, since what it is of was written to."""
+class InvalidateHistory(torch.autograd.Function):
+    """Makes a backward raise: the history of a view that torch refuses to differentiate, since its base was written."""
 
     @staticmethod
     def forward(ctx: Any, tensor: DeferredLogits, error: RuntimeError) -> Any:
@@ -106,24 +106,24 @@ class Invalidation(torch.autograd.Function):
 
 
 def invalidate_history(tensor: DeferredLogits, error: RuntimeError) -> None:
-    """Make a backward through ``tensor`` raise: C++ takes it and does not ask what it stands for, which would raise."""
-    if tensor._own is None or is_adopted(tensor):
+    """Make a backward through ``tensor`` raise: C++ would not notice that its plain tensor's history is invalid."""
+    if tensor._accepted_grad_fn is None or is_function_result(tensor):
         return
     with out_of_sight(), modes(Mode(True, None), tensor.device.type):
-        Invalidation.apply(tensor, error)
-    settle(tensor)
+        InvalidateHistory.apply(tensor, error)
+    accept_grad_fn(tensor)
 
 
-def follow(tensor: DeferredLogits) -> None:
-    """After a write to the plain tensor, or to its history."""
+def update_history(tensor: DeferredLogits) -> None:
+    """Copy the history of the plain tensor after a write to it, or to its history."""
     numbers = tensor._plain
-    if numbers is None or numbers.is_inference() or is_adopted(tensor):
+    if numbers is None or numbers.is_inference() or is_function_result(tensor):
         return
     if numbers._base is not None and not torch.is_grad_enabled():
         return  # torch refuses the history of such a view from here on, when somebody asks for it
     with out_of_sight(), modes(Mode(True, None), numbers.device.type):
         if numbers.requires_grad:
-            Followed.apply(tensor, numbers)
-        elif tensor._own is not None:
+            CopyHistory.apply(tensor, numbers)
+        elif tensor._accepted_grad_fn is not None:
             tensor.detach_()
-    settle(tensor)
+    accept_grad_fn(tensor)

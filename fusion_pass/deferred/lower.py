@@ -63,7 +63,7 @@ def read_call(
         if exact is not None:
             raise DependsOnSizes from error
         return ALWAYS, Unread(refuse(Unanswered.FAILED, kind=type(error).__name__, error=error))
-    last = draft_graph.made[-1]
+    last = draft_graph.results[-1]
     results = last if isinstance(last, list) else [last]
     draft_graph.graph.output(tuple(results)).meta["example_value"] = None
     with modes(mode.read._replace(autocast=None), device):
@@ -142,7 +142,7 @@ def stack_of(site: Site, reading: Reading) -> list[Node]:
 
 def many_of(draft_graph: Draft) -> Callable[[list], Any] | None:
     """The function that builds the container of the last step's results; None for a single result."""
-    last = draft_graph.made[-1]
+    last = draft_graph.results[-1]
     if not isinstance(last, list):
         return None
     value = fake(origin(last[0]))

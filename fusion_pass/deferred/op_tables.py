@@ -57,8 +57,8 @@ LAZY = words(
     __neg__ add sub subtract __add__ __radd__ __sub__ __rsub__ tanh sigmoid exp log_softmax softmax
     """
 )
-# Steps that a loss takes between logits and what it makes of them token by token. Recorded if a rule reads them as
-# such; other calls whose result is as wide as the logits are made at once.
+# Steps between the logits and values that a loss computes token by token. Recorded if a rule reads them token by token;
+# other calls whose result is as wide as the logits are computed at once.
 PUT_OFF = words(
     """
     abs absolute __abs__ square pow __pow__ __rpow__ sqrt rsqrt reciprocal log log2 log1p expm1 logaddexp xlogy clamp
@@ -68,7 +68,7 @@ PUT_OFF = words(
     huber_loss softmax log_softmax view_as reshape_as expand_as scatter scatter_add sort argsort
     """
 )
-# Take the numbers out of tensors, or hand the tensor itself on: no call whose result could be had otherwise.
+# Functions that take the numbers out of a tensor or pass it on: the plain tensor is needed.
 NUMBER_FUNCTIONS = words(
     """
     __array__ __array_wrap__ __bool__ __complex__ __contains__ __deepcopy__ __dlpack__ __dlpack_device__ __float__
@@ -88,7 +88,7 @@ def lazy(func: Callable[..., Any]) -> bool:
     return name in LAZY
 
 
-# Make a tensor of the shape, dtype or device of another: its numbers are not needed.
+# Functions that read only the shape, dtype or device of a tensor.
 ALIKE = words("zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty")
 RESHAPED_AS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "type_as": lambda x, like: x.to(like.device, like.dtype),
@@ -100,8 +100,8 @@ RESHAPED_AS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def takes_looks_only(func: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Whether of deferred logits among the arguments only shape, dtype and device matter."""
-    name, deferred = getattr(func, "__name__", ""), [isinstance(a, Tensor) and hasattr(a, "_known") for a in args]
+    """Whether the call reads only shape, dtype and device of the deferred logits among its arguments."""
+    name, deferred = getattr(func, "__name__", ""), [isinstance(a, Tensor) and hasattr(a, "_deferred") for a in args]
     if name in ALIKE:
         return deferred[:1] == [True]
     return name in RESHAPED_AS and deferred == [False, True] and isinstance(args[0], Tensor) and not kwargs
@@ -115,7 +115,7 @@ _BITWISE = words("__invert__ bitwise_not __and__ __or__")  # of numbers they are
 
 
 def fails_at_once(func: Callable[..., Any], args: tuple) -> bool:
-    """Whether eager code gives an error at this call that stand-ins do not show: it must not come later instead."""
+    """Whether eager code raises at this call while fake tensors do not: a recorded call would raise too late."""
     name = getattr(func, "__name__", "")
     numbers = args[2] if name == "index_select" and len(args) > 2 else None
     if isinstance(numbers, Tensor) and (numbers.ndim > 1 or numbers.dtype not in (torch.int32, torch.int64)):
@@ -148,10 +148,10 @@ def _misses(index: Tensor, size: int) -> bool:
     return bool(least < -size) or bool(largest >= size)
 
 
-# Asked of a tensor about its relations: deferred logits have none yet.
+# Questions about a tensor's relations to others, which deferred logits do not have yet.
 ALONE = frozenset({getattr(Tensor, name).__get__ for name in ("grad", "_base", "_backward_hooks", "_grad")})
 
-# They write no number, but what is made of the tensor from then on has to be made of the tensor itself.
+# Functions that change a tensor's history or settings and no number: later calls depend on the change.
 ASKS_FOR_GRADIENT = words("retain_grad register_hook register_post_accumulate_grad_hook")
 
 # Writes whose names do not end in one underscore.
@@ -176,7 +176,7 @@ def _out_of_place() -> dict[str, Callable[..., Any]]:
 
 
 OUT_OF_PLACE = _out_of_place()  # writes whose result is that of another function, in the tensor's own memory
-# Calls whose result shares its memory with nothing that the call was given.
+# Calls whose result shares its memory with no argument.
 FRESH = words(
     """
     mul multiply __mul__ __rmul__ div divide true_divide __truediv__ add __add__ __radd__ sub subtract __sub__ __rsub__

@@ -30,7 +30,7 @@ class Steps(NamedTuple):
     """Steps on a tensor's memory, counted from the first query on."""
 
     certain: int = 0
-    # the number of those others that wrote, on a device: read only where it decides
+    # the number of fused steps that wrote, on the device: read only where the answer depends on it
     perhaps: Tensor | None = None
 
     def since(self, before: Steps) -> str | None:
@@ -41,17 +41,17 @@ class Steps(NamedTuple):
 
     def written_since(self, before: Steps) -> bool:
         """Whether a step wrote after ``before``; waits for the device where only that can say."""
-        found = self.since(before)
-        if found != "perhaps":
-            return found == "certain"
+        certainty = self.since(before)
+        if certainty != "perhaps":
+            return certainty == "certain"
         earlier = 0 if before.perhaps is None else before.perhaps.item()
         return self.perhaps.item() != earlier
 
 
 NO_STEPS = Steps()
 _lock = threading.Lock()
-_steps = WeakTensorKeyDictionary()  # of the tensors that somebody asked for
-_hooked: list[Any] = []  # the handles of the hooks, once somebody has asked
+_steps = WeakTensorKeyDictionary()  # the steps on each tensor that `steps` was called for
+_hooked: list[Any] = []  # the handles of the hooks, empty before the first call of `steps`
 _under_way = threading.local()  # the step that is under way on this thread
 
 
@@ -65,7 +65,7 @@ def steps(tensor: Tensor) -> Steps:
 
 
 class _Begun(NamedTuple):
-    """What the hook before a step has seen."""
+    """The state that the hook before a step records for the hook after it."""
 
     optimizer: Optimizer
     graded: frozenset[int]  # ids of the parameters that have a gradient, or get one in the step's closure
@@ -78,8 +78,8 @@ def _steps_begin(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     graded = {id(p) for p in parameters if closure or p.grad is not None}
-    others = [] if _is_torchs(type(optimizer)) else [p for p in parameters if id(p) not in graded]
-    _under_way.step = _Begun(optimizer, frozenset(graded), [(t, _sums(t)) for t in _known_among(others)])
+    ungraded = [] if _is_torchs(type(optimizer)) else [p for p in parameters if id(p) not in graded]
+    _under_way.step = _Begun(optimizer, frozenset(graded), [(t, _sums(t)) for t in _known_among(ungraded)])
 
 
 def _stepped(optimizer: Optimizer, *_: Any) -> None:
@@ -112,12 +112,12 @@ def _count(tensor: Tensor, wrote: Tensor | None) -> None:
 
 
 def _known_among(parameters: list[Tensor]) -> list[Tensor]:
-    """The tensors that somebody asked for whose memory the parameters are."""
+    """The tensors in `_steps` that lie in the memory of the parameters."""
     ids = set(map(id, parameters))
     with _lock:
-        known = list(_steps.keys())
-    memory = {_memory(p) for p in parameters} if any(id(tensor) not in ids for tensor in known) else set()
-    return [tensor for tensor in known if id(tensor) in ids or _memory(tensor) in memory]
+        tensors = list(_steps.keys())
+    memory = {_memory(p) for p in parameters} if any(id(tensor) not in ids for tensor in tensors) else set()
+    return [tensor for tensor in tensors if id(tensor) in ids or _memory(tensor) in memory]
 
 
 def _sums(tensor: Tensor) -> list[Tensor]:

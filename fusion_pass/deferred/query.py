@@ -38,7 +38,15 @@ from fusedhead.deferred.results import (  # fmt: skip
     Wide,
 )
 from fusedhead.deferred.shared_statistics import ancestry, furthest_source, known_statistic
-from fusedhead.deferred.state import Knowledge, Origin, RecordedCall, Recording, State, check_fresh, state
+from fusedhead.deferred.state import (
+    DeferredState,
+    GraphOutput,
+    RecordedCall,
+    Recording,
+    Snapshot,
+    check_fresh,
+    snapshot,
+)
 from fusedhead.deferred.surroundings import out_of_sight, trial
 from fusedhead.deferred.tensor import DeferredLogits
 from fusedhead.graph.aliases import storage
@@ -53,7 +61,7 @@ RESORT = Unread(refuse(Unanswered.DEPENDS_ON_SIZES))
 
 
 class NotRecorded(Exception):
-    """The call cannot be made without the numbers, or not at all: making it will say."""
+    """Raised for a call that cannot be recorded: it needs the numbers, or fails. Making it on plain tensors decides."""
 
 
 class Request:
@@ -62,34 +70,34 @@ class Request:
     def __init__(self, recorded: RecordedCall) -> None:
         self.recorded = recorded
         self.subjects = [t for t in recorded.tensors if isinstance(t, DeferredLogits)]
-        origins = [t._known.origin for t in self.subjects]
-        assert None not in origins, "a compiler's stand-in is handled by the compiler"
-        self.origin: Origin = origins[0]  # type: ignore[assignment]  # it keeps what is learnt
-        self.exact = frozenset().union(*(origin.exact for origin in origins))  # type: ignore[union-attr]
+        graph_outputs = [t._deferred.graph_output for t in self.subjects]
+        assert None not in graph_outputs, "a compiler's stand-in is handled by the compiler"
+        self.graph_output: GraphOutput = graph_outputs[0]  # type: ignore[assignment]  # it keeps what is learnt
+        self.exact = frozenset().union(*(output.exact for output in graph_outputs))  # type: ignore[union-attr]
         self.leaves: list[Tensor] = []
-        self.states: list[State] = []
+        self.snapshots: list[Snapshot] = []
         # what each tensor of the call is: a program with the places of its leaves, or a leaf
         self.refs = [
-            (t._known.program, self.places(t._known)) if isinstance(t, DeferredLogits) else (None, self.place(t))
+            (t._deferred.program, self.places(t._deferred)) if isinstance(t, DeferredLogits) else (None, self.place(t))
             for t in recorded.tensors
         ]
         self.what = (recorded.func, recorded.args, recorded.kwargs, recorded.mode, tuple(self.refs))
 
-    def places(self, knowledge: Knowledge) -> tuple[Leaf, ...]:
-        return tuple(self.place(leaf, at) for leaf, at in zip(knowledge.leaves, knowledge.states))
+    def places(self, state: DeferredState) -> tuple[Leaf, ...]:
+        return tuple(self.place(leaf, at) for leaf, at in zip(state.leaves, state.snapshots))
 
-    def place(self, tensor: Tensor, at: State | None = None) -> Leaf:
-        for i, (known, then) in enumerate(zip(self.leaves, self.states)):
-            if known is tensor or (at is not None and same(known, then, tensor, at)):
+    def place(self, tensor: Tensor, at: Snapshot | None = None) -> Leaf:
+        for i, (leaf, then) in enumerate(zip(self.leaves, self.snapshots)):
+            if leaf is tensor or (at is not None and same(leaf, then, tensor, at)):
                 return Leaf(i)
         self.leaves.append(tensor)
-        self.states.append(state(tensor) if at is None else at)
+        self.snapshots.append(snapshot(tensor) if at is None else at)
         return Leaf(len(self.leaves) - 1)
 
-    def steps(self, others: Sequence[Knowledge] = ()) -> tuple[list[CallStep], list[Made]]:
-        """The call and all that leads to it, and where the subjects and ``others`` are among the steps."""
+    def steps(self, states: Sequence[DeferredState] = ()) -> tuple[list[CallStep], list[Made]]:
+        """The steps that lead to the call, the call last, and the places of the subjects and ``states`` in them."""
         programs = [ref for ref in self.refs if ref[0] is not None]
-        steps, results = joined([*programs, *((k.program, self.places(k)) for k in others)])
+        steps, results = joined([*programs, *((k.program, self.places(k)) for k in states)])
         places = iter(results)
         table = [ref[1] if ref[0] is None else next(places) for ref in self.refs]
         call = self.recorded
@@ -98,7 +106,7 @@ class Request:
 
     def outcome(self) -> Outcome:
         """The outcome of the call, cached or analysed."""
-        with self.origin.lock:
+        with self.graph_output.lock:
             variants = self.variants(self.exact)
             for guard, outcome in variants:
                 if guard.holds(self.leaves):
@@ -116,8 +124,8 @@ class Request:
             return outcome
 
     def variants(self, exact: frozenset[int] | None) -> list[tuple[Guard, Outcome]]:
-        """What has been learnt about this call on tensors like these."""
-        outcomes, key = self.origin.outcomes, (self.what, shapes(self.leaves, exact))
+        """The cached readings of this call on tensors of this form."""
+        outcomes, key = self.graph_output.outcomes, (self.what, shapes(self.leaves, exact))
         if key not in outcomes and len(outcomes) > LEARNT:
             outcomes.clear()
         return outcomes.setdefault(key, [])
@@ -132,12 +140,12 @@ class Request:
         if exact is not None and not self.runs_on_stand_ins():
             return ALWAYS, RESORT
         chain = list(ancestry(self.subjects[0]))
-        steps, refs = self.steps([t._known for t in chain])
+        steps, refs = self.steps([t._deferred for t in chain])
         subjects, lineage = refs[: len(self.subjects)], refs[len(self.subjects) :]
         call = self.recorded
         try:
             with trial():
-                guard, outcome = read_call(steps, subjects, self.leaves, exact, lineage, self.origin.memory)
+                guard, outcome = read_call(steps, subjects, self.leaves, exact, lineage, self.graph_output.memory)
         except DependsOnSizes:
             return ALWAYS, RESORT
         except Exception as error:  # never in the way: the plain tensor is always right
@@ -159,11 +167,11 @@ class Request:
     def pays(self, outcome: Outcome) -> bool:
         """Whether there are enough logits for a token program, if the answer is one."""
         held = outcome.held if isinstance(outcome, (TokenByToken, Wide)) else None
-        return held is None or held.of(self.leaves) >= self.origin.rows_from
+        return held is None or held.of(self.leaves) >= self.graph_output.rows_from
 
     def answered(self, outcome: Answer) -> Any:
         for subject in self.subjects:
-            check_fresh(subject._known)
+            check_fresh(subject._deferred)
         with modes(self.recorded.mode._replace(autocast=None), self.leaves[0].device.type):
             if isinstance(outcome, Swept):
                 statistics = self.statistics(outcome)
@@ -173,10 +181,10 @@ class Request:
             else:
                 results = outcome.run.forward(*self.leaves)
         if any(isinstance(result, Tensor) and result.requires_grad for result in results):
-            for family in {id(t._known.family): t._known.family for t in self.subjects}.values():
-                family.passed_by = True
+            for shared in {id(t._deferred.shared): t._deferred.shared for t in self.subjects}.values():
+                shared.gradient_bypassed = True
                 for result in results:
-                    family.gather_before(result)
+                    shared.gather_before(result)
         self.count(outcome)
         return results[0] if outcome.many is None else outcome.many(results)
 
@@ -184,13 +192,13 @@ class Request:
         """Count the answer at its heads. Of heads that were returned in one tensor it may use some only."""
         runs: dict[Run, None] = {}
         for subject in self.subjects:
-            recipe = subject._known.origin.recipe  # type: ignore[union-attr]
+            recipe = subject._deferred.graph_output.recipe  # type: ignore[union-attr]
             if not recipe.weights:
                 runs |= dict.fromkeys(recipe.runs)
                 continue
             read = outcome.operands if isinstance(outcome, Swept) else outcome.run
             placeholders = [node for node in read.graph.nodes if node.op == "placeholder"]
-            places = self.places(subject._known)
+            places = self.places(subject._deferred)
             for run, weight in zip(recipe.runs, recipe.weights):
                 if any(placeholders[places[at].at].users for at in weight):
                     runs[run] = None
@@ -201,8 +209,8 @@ class Request:
         """The statistics that ``outcome`` needs, from earlier sweeps or from a new one."""
         sharing, subject = outcome.sharing, self.subjects[0]
         grad = Recording.of(self.recorded.mode.grad and not sharing.detached, self.recorded.mode)
-        # whether there is one already depends on what was asked before: nothing that counts what runs may see it
-        with subject._known.family.lock, out_of_sight():
+        # a mode that counts ops must not see this sweep, since an earlier call may have made it unnecessary
+        with subject._deferred.shared.lock, out_of_sight():
             have: dict[str, Any] = {}
             for name in outcome.asks:
                 have[name] = (
@@ -224,11 +232,11 @@ class Request:
         have = dict(zip(STATS, got))
         home, _ = furthest_source(self.subjects[0], sharing.relations)
         kept = {name: have[name] for name in names if name in sharing.shareable}
-        home._known.statistics.setdefault(grad, {}).update(kept)
+        home._deferred.statistics.setdefault(grad, {}).update(kept)
         return have
 
 
-def same(leaf: Tensor, then: State, other: Tensor, at: State) -> bool:
+def same(leaf: Tensor, then: Snapshot, other: Tensor, at: Snapshot) -> bool:
     """Whether two leaves are one tensor at one time with one autograd history."""
     return then.is_of(at) and leaf.requires_grad == other.requires_grad
 
@@ -245,6 +253,6 @@ def sweep_whole(tensor: DeferredLogits, name: str, class_dim: int) -> None:
 
 
 def unshared(results: Sequence[Any], statistics: Sequence[Tensor]) -> list[Any]:
-    """The results in memory of their own: a write to one must not reach statistics that later answers are made of."""
+    """Copies of results that share memory with cached statistics, so that a write to a result does not change these."""
     kept = {storage(statistic) for statistic in statistics}
     return [x.clone() if isinstance(x, Tensor) and storage(x) in kept else x for x in results]

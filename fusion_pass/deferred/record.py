@@ -12,52 +12,53 @@ import torch
 from torch import Tensor
 
 from fusedhead.deferred.call_program import CallProgram, CallStep, Const, Container, Leaf, Made, Mode, encode
-from fusedhead.deferred.history import linked
+from fusedhead.deferred.history import with_grad_fn
 from fusedhead.deferred.query import LEARNT, NotRecorded, Request
 from fusedhead.deferred.row_picks import Pick, Picks
-from fusedhead.deferred.state import Knowledge, Same, state
+from fusedhead.deferred.state import DeferredState, Same, snapshot
 from fusedhead.deferred.tensor import DeferredLogits
 
 
 def record(request: Request) -> Any:
     """Deferred logits for the result."""
-    call, origin = request.recorded, request.origin
+    call, graph_output = request.recorded, request.graph_output
     key = (request.what, tuple(
-        t._known.layout if isinstance(t, DeferredLogits) else (t.shape, t.stride(), t.dtype, t.requires_grad)
+        t._deferred.layout if isinstance(t, DeferredLogits) else (t.shape, t.stride(), t.dtype, t.requires_grad)
         for t in call.tensors
     ))  # fmt: skip
-    entry = origin.recorded.get(key)
+    entry = graph_output.recorded.get(key)
     if entry is None:
         try:
             layouts, many = call.layouts()
         except Exception as error:
             raise NotRecorded from error
-        with origin.lock:
-            if len(origin.recorded) > LEARNT:
-                origin.recorded.clear()
-            entry = origin.recorded.setdefault(key, (programs_of(request, layouts, many), layouts, many))
+        with graph_output.lock:
+            if len(graph_output.recorded) > LEARNT:
+                graph_output.recorded.clear()
+            entry = graph_output.recorded.setdefault(key, (programs_of(request, layouts, many), layouts, many))
     programs, layouts, many = entry
     if isinstance(many, Same):
         return call.tensors[many.at]
-    leaves, states, family = tuple(request.leaves), tuple(request.states), request.subjects[0]._known.family
+    leaves, snapshots, shared = tuple(request.leaves), tuple(request.snapshots), request.subjects[0]._deferred.shared
+    parts = [None] if many is None else range(len(programs))
     results = [
-        linked(Knowledge(origin, program, leaves, states, call, None if many is None else part, family, layout))
-        for part, (program, layout) in enumerate(zip(programs, layouts))
+        with_grad_fn(DeferredState(graph_output, program, leaves, snapshots, call, part, shared, layout))
+        for part, program, layout in zip(parts, programs, layouts)
     ]
     for subject in request.subjects[1:]:
         for result in results:  # a write to another head's logits concerns it too
-            subject._known.family.join(result)
+            subject._deferred.shared.join(result)
     return results[0] if many is None else many(results)
 
 
 def pick(request: Request, rows: Picks) -> Any:
     """Deferred logits for rows picked by number, read as a choice by a tensor of numbers."""
-    call, origin, before = request.recorded, request.origin, request.subjects[0]._known
+    call, graph_output, before = request.recorded, request.graph_output, request.subjects[0]._deferred
     key = ("layouts", call.func, call.args, call.kwargs, call.mode.grad, before.layout)
-    entry = origin.recorded.get(key)
+    entry = graph_output.recorded.get(key)
     if entry is None:
         try:
-            entry = origin.recorded[key] = ((), *call.layouts())
+            entry = graph_output.recorded[key] = ((), *call.layouts())
         except Exception as error:
             raise NotRecorded from error
     _, layouts, many = entry
@@ -65,26 +66,26 @@ def pick(request: Request, rows: Picks) -> Any:
     for part, (chosen, layout) in enumerate(zip(rows, layouts)):
         numbers = [index(pick.rows, before.leaves[0].device) for pick in chosen]
         form = ("rows", before.program, call.mode, tuple((pick.dim, pick.drop) for pick in chosen))
-        entry = origin.recorded.get(form)
+        entry = graph_output.recorded.get(form)
         if entry is None:
             program = picking(before.program, len(before.leaves), chosen, call.mode)
-            entry = origin.recorded.setdefault(form, ((program,), [], None))
-        results.append(linked(Knowledge(
-            origin, entry[0][0], (*before.leaves, *numbers), (*before.states, *map(state, numbers)), call,
-            None if many is None else part, before.family, layout,
+            entry = graph_output.recorded.setdefault(form, ((program,), [], None))
+        results.append(with_grad_fn(DeferredState(
+            graph_output, entry[0][0], (*before.leaves, *numbers), (*before.snapshots, *map(snapshot, numbers)), call,
+            None if many is None else part, before.shared, layout,
         )))  # fmt: skip
     return results[0] if many is None else many(results)
 
 
 def programs_of(request: Request, layouts: Sequence[Any], many: Any) -> tuple[CallProgram, ...]:
     """The programs of the results; the same ones for the same call on tensors of other sizes."""
-    same = request.origin.recorded.get((request.what, len(layouts)))
+    same = request.graph_output.recorded.get((request.what, len(layouts)))
     if same is not None:
         return same[0]
     steps, _ = request.steps()
     last = len(steps) - 1
     programs = tuple(CallProgram(tuple(steps), Made(last, None if many is None else i)) for i in range(len(layouts)))
-    request.origin.recorded[request.what, len(layouts)] = (programs, [], many)
+    request.graph_output.recorded[request.what, len(layouts)] = (programs, [], many)
     return programs
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from fusedhead.deferred.results import Relation
-from fusedhead.deferred.state import Knowledge, Recording
+from fusedhead.deferred.state import DeferredState, Recording
 from fusedhead.deferred.tensor import DeferredLogits
 
 Relations = tuple[Relation | None, ...]
@@ -20,22 +20,22 @@ Relations = tuple[Relation | None, ...]
 SweepWhole = Callable[[DeferredLogits, str, int], None]
 
 
-def made_of(knowledge: Knowledge) -> DeferredLogits | None:
+def made_of(state: DeferredState) -> DeferredLogits | None:
     """The first deferred tensor among those that the call takes."""
-    return next((t for t in knowledge.recorded.tensors if isinstance(t, DeferredLogits)), None)
+    return next((t for t in state.recorded.tensors if isinstance(t, DeferredLogits)), None)
 
 
 def ancestry(tensor: DeferredLogits | None) -> Iterator[DeferredLogits]:
     """A deferred tensor, what it was made of, and so on."""
     while tensor is not None:
         yield tensor
-        tensor = made_of(tensor._known)
+        tensor = made_of(tensor._deferred)
 
 
 def furthest_source(tensor: DeferredLogits, relations: Relations) -> tuple[DeferredLogits, Relations]:
     """The furthest tensor back that has the same rows through the same transform, and its relations."""
     while relations and relations[0] is not None and relations[0].same:
-        before = made_of(tensor._known)
+        before = made_of(tensor._deferred)
         assert before is not None
         tensor, relations = before, relations[1:]
     return tensor, relations
@@ -49,10 +49,10 @@ SERVED_BY = {
 }
 
 
-def of_kind(value: Tensor, recorded: Recording, asked: Recording) -> Tensor:
-    if asked is recorded:
+def of_kind(value: Tensor, recorded: Recording, wanted: Recording) -> Tensor:
+    if wanted is recorded:
         return value
-    return value.clone() if asked is Recording.INFERENCE else value.detach()
+    return value.clone() if wanted is Recording.INFERENCE else value.detach()
 
 
 def known_statistic(
@@ -60,15 +60,15 @@ def known_statistic(
 ) -> Tensor | None:
     """A statistic [N] of these logits that an earlier sweep has computed, or None."""
     tensor, relations = furthest_source(tensor, relations)
-    knowledge = tensor._known
+    state = tensor._deferred
     for recorded in SERVED_BY[grad]:
-        if name in knowledge.statistics.get(recorded, ()):
-            return of_kind(knowledge.statistics[recorded][name], recorded, grad)
-    whole = made_of(knowledge)
+        if name in state.statistics.get(recorded, ()):
+            return of_kind(state.statistics[recorded][name], recorded, grad)
+    whole = made_of(state)
     if whole is None or not relations or relations[0] is None:
         return None
     of_all = known_statistic(whole, name, grad, relations[1:], sweep_whole)
-    if of_all is None and knowledge.part is not None and name in ("lse", "entropy"):
+    if of_all is None and state.part is not None and name in ("lse", "entropy"):
         # one of several pieces: the others will be asked for too, and one sweep serves all
         sweep_whole(whole, name, relations[0].dims[0])
         of_all = known_statistic(whole, name, grad, relations[1:], sweep_whole)
@@ -77,6 +77,6 @@ def known_statistic(
     before, after = relations[0].dims
     rows = [size for d, size in enumerate(whole.shape) if d != before]
     stand_in = of_all.reshape(rows).unsqueeze(before)
-    chosen = knowledge.recorded.on([stand_in if t is whole else t for t in knowledge.recorded.tensors])
-    chosen = chosen if knowledge.part is None else chosen[knowledge.part]
+    chosen = state.recorded.on([stand_in if t is whole else t for t in state.recorded.tensors])
+    chosen = chosen if state.part is None else chosen[state.part]
     return chosen.squeeze(after).reshape(-1)

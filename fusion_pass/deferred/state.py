@@ -1,6 +1,6 @@
-"""What deferred logits know: where they come from, which calls lead to them, and whether that still holds.
+"""State of deferred logits: the graph output they come from, the calls that compute them, and whether these still hold.
 
-Plain data and its upkeep. The tensor that carries it is `deferred.tensor`'s, and this file does not know it.
+Plain data and its upkeep. `deferred.tensor` has the tensor that carries it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Recording(Enum):
 
 
 class TensorLayout(NamedTuple):
-    """What can be asked of a tensor without computing it."""
+    """The properties of a tensor that are known without computing it."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -51,7 +51,7 @@ class TensorLayout(NamedTuple):
     grad: bool  # whether a gradient flows through it
     offset: int = 0  # where it begins in its memory
     inference: bool = False  # whether it is an inference tensor
-    # a view made without gradients of what has one: it says so too, has no history, and its gradient reaches nothing
+    # a view taken under no_grad of a tensor that requires a gradient: it says that it requires one too, without history
     marked: bool = False
 
     @staticmethod
@@ -63,8 +63,8 @@ class TensorLayout(NamedTuple):
 
 
 @dataclass(eq=False)
-class Origin:
-    """One returned tensor of one compiled graph, and what has been learnt about calls on it."""
+class GraphOutput:
+    """One returned tensor of one compiled graph, and a cache of how calls on it are answered."""
 
     recipe: Recipe
     memory: int
@@ -100,7 +100,7 @@ class RecordedCall:
         kwargs = decode(self.kwargs, lambda leaf: tensors[leaf.at])  # type: ignore[union-attr]
         return self.func(*args, **kwargs)
 
-    def made(self, existing: Callable[[Tensor], Tensor]) -> Any:
+    def evaluate(self, existing: Callable[[Tensor], Tensor]) -> Any:
         """The result on tensors that exist, computed once, in the modes it was recorded under."""
         if self.result is None:
             tensors = list(map(existing, self.tensors))
@@ -109,12 +109,12 @@ class RecordedCall:
         return self.result
 
     def on_stand_ins(self) -> tuple[list[Tensor], Any]:
-        """The call made on fake tensors of the forms of its own: these, and the result.
+        """The call made on fake tensors with the layouts of its own: these tensors, and the result.
 
-        Their sizes are numbers: code that takes the address of such a tensor gets an error. Where sizes are symbols it
-        is told that the tensor is empty, and gets a null pointer.
+        Their sizes are numbers, so that C++ code that takes the address of one raises. With symbols for sizes such code
+        finds the tensor empty and reads through a null pointer.
         """
-        # inference mode: stand-ins do not see what a call of others (``reshape``) does there
+        # in inference mode fake tensors do not see which ops a composite call (``reshape``) makes
         as_they_are = not self.mode.inference
         with trial(), FakeTensorMode() as fakes:
             like = [of_the_form(t, as_they_are and t.is_inference()) for t in self.tensors]
@@ -133,14 +133,14 @@ class RecordedCall:
         results = [result] if many is None else list(result)
         layouts = list(map(TensorLayout.of, results))
         if not self.mode.grad:
-            known = MARKED and self.func not in DETACHING and self.tensors[0].requires_grad
-            layouts = [la._replace(grad=False, marked=known and r._is_view()) for la, r in zip(layouts, results)]
+            marks = MARKED and self.func not in DETACHING and self.tensors[0].requires_grad
+            layouts = [la._replace(grad=False, marked=marks and r._is_view()) for la, r in zip(layouts, results)]
         if self.mode.inference:
             layouts = [la._replace(inference=self.infers(like, r)) for la, r in zip(layouts, results)]
         return layouts, many
 
     def infers(self, like: Sequence[Tensor], result: Tensor) -> bool:
-        """Whether a result of a call in inference mode is an inference tensor: one in memory of its own is."""
+        """Whether a result of a call in inference mode is an inference tensor: with new memory it always is."""
         shared = (t for t, x in zip(self.tensors, like) if storage(x) == storage(result))
         return next((t.is_inference() for t in shared), True)
 
@@ -155,7 +155,7 @@ DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[a
 
 
 def of_the_form(tensor: Tensor, inference: bool) -> Tensor:
-    """An empty tensor of the same form, in memory of the same form: made under a FakeTensorMode it takes none."""
+    """An empty tensor with the same layout. Under a FakeTensorMode it takes no memory."""
     shape, stride, dtype, grad, offset, _, _ = TensorLayout.of(tensor)
     with torch.inference_mode(inference):
         meta = torch.empty_strided(shape, stride, dtype=dtype, device=tensor.device)
@@ -170,17 +170,17 @@ def weakly(value: object | None) -> weakref.ref | None:
 
 
 @dataclass(eq=False)
-class Family:
-    """Everything made of one returned tensor."""
+class SharedLogits:
+    """What all tensors share that are made of one returned tensor."""
 
     lock: threading.RLock = field(default_factory=threading.RLock)
     members: list[weakref.ref] = field(default_factory=list)
-    # the region of checkpointing that the tensor was returned in
+    # the checkpointed region that returned the tensor
     checkpoint: weakref.ref | None = field(default_factory=lambda: weakly(checkpoint()))
     built_for: str = ""  # why the logits were built without being asked for
-    # FSDP2's hooks, which gather weights: to be run before any gradient of what is made here is computed
+    # FSDP2's hooks, which gather weights: they run before any gradient of a tensor made of the logits
     gathering: list[Callable[[Tensor], Any]] = field(default_factory=list)
-    passed_by: bool = False  # True once a fused loss was taken: its gradient goes to h and W directly
+    gradient_bypassed: bool = False  # True once a fused loss was taken: its gradient goes to h and W directly
 
     def returned_in(self, region: object) -> bool:
         return self.checkpoint is not None and self.checkpoint() is region
@@ -198,8 +198,8 @@ class Family:
 
 
 @dataclass(eq=False)
-class State:
-    """What changes when a tensor is written to or given other memory, and the tensor's name in an error."""
+class Snapshot:
+    """Snapshot of an operand, by which a later write or other memory is noticed, and its name for the error."""
 
     source: Tensor  # of which the leaf is an alias; the leaf itself where it has no other name
     version: int
@@ -208,49 +208,49 @@ class State:
     name: str
     sample: Tensor | None = None  # the bits of some entries, on the CPU: a write through ``.data`` leaves no version
 
-    def is_of(self, other: State) -> bool:
+    def is_of(self, other: Snapshot) -> bool:
         """Whether both are of one tensor, which has not changed in between."""
         same = self.source is other.source and self.version == other.version and self.address == other.address
         return same and self.steps.since(other.steps) is None
 
 
 @dataclass(eq=False)
-class Knowledge:
-    """What a `DeferredLogits` knows besides its shape."""
+class DeferredState:
+    """State of one `DeferredLogits`: the program that computes it, its operands, and the statistics known of it."""
 
-    origin: Origin | None  # None inside a compiler
+    graph_output: GraphOutput | None  # None inside a compiler
     program: CallProgram
     leaves: tuple[Tensor, ...]
-    states: tuple[State, ...]  # of the leaves, when they were taken in
+    snapshots: tuple[Snapshot, ...]  # of the leaves, when the call was recorded
     recorded: RecordedCall  # the call that makes it ...
     part: int | None  # ... or one of its results
-    family: Family
+    shared: SharedLogits
     layout: TensorLayout
     # statistics by name, [N], rows in order, by how they were recorded
     statistics: dict[Recording, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def state(tensor: Tensor, name: str = "an operand", source: Tensor | None = None) -> State:
+def snapshot(tensor: Tensor, name: str = "an operand", source: Tensor | None = None) -> Snapshot:
     source = tensor if source is None else source
     version = 0 if tensor.is_inference() else tensor._version
     computed = not source.is_leaf and source._base is None  # its memory is no parameter's
-    return State(source, version, tensor.data_ptr(), NO_STEPS if computed else steps(source), name)
+    return Snapshot(source, version, tensor.data_ptr(), NO_STEPS if computed else steps(source), name)
 
 
-def taken(tensor: Tensor, name: str, mode: Mode) -> tuple[Tensor, State]:
-    """An operand as a leaf: another name of its memory, with the history that it has now under ``mode``.
+def as_leaf(tensor: Tensor, name: str, mode: Mode) -> tuple[Tensor, Snapshot]:
+    """A leaf for an operand: an alias of its memory, with the history that the operand has now under ``mode``.
 
-    What becomes of the operand's ``requires_grad`` or history later does not reach it, as it does not reach what
-    autograd has recorded. Versions are counted together.
+    Later changes of the operand's ``requires_grad`` or history do not affect the leaf, as they do not affect what
+    autograd has recorded. Both share one version counter.
     """
     if mode.grad and tensor.requires_grad:
         with torch.enable_grad():
             leaf = torch.ops.aten.alias.default(tensor)
     else:
         leaf = tensor.detach()
-    taken_in = state(leaf, name, tensor)
-    taken_in.sample = sampled(leaf)
-    return leaf, taken_in
+    before = snapshot(leaf, name, tensor)
+    before.sample = sampled(leaf)
+    return leaf, before
 
 
 SAMPLED_ENTRIES = 32  # entries of an operand
@@ -258,24 +258,24 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def sampled(leaf: Tensor) -> Tensor | None:
-    """Some entries' bits. None on other devices, where comparing them later would wait for the device."""
+    """The bits of some entries of an operand on the CPU. None on other devices, where reading them would wait."""
     if leaf.device.type != "cpu" or not leaf.is_contiguous() or not leaf.numel() or leaf.itemsize not in _BITS:
         return None
     with out_of_sight(), torch.no_grad():
         return leaf.detach().view(-1)[:: -(-leaf.numel() // SAMPLED_ENTRIES)].view(_BITS[leaf.itemsize]).clone()
 
 
-def differs(leaf: Tensor, before: State) -> bool:
+def differs(leaf: Tensor, before: Snapshot) -> bool:
     if before.sample is None:
         return False
     with out_of_sight():
         return not torch.equal(before.sample, sampled(leaf))  # type: ignore[arg-type]
 
 
-def check_fresh(knowledge: Knowledge) -> None:
+def check_fresh(state: DeferredState) -> None:
     """Raise StaleLogits if a leaf has changed since it was taken in."""
-    for leaf, before in zip(knowledge.leaves, knowledge.states):
-        now = state(leaf, before.name, before.source)
+    for leaf, before in zip(state.leaves, state.snapshots):
+        now = snapshot(leaf, before.name, before.source)
         freed = leaf.untyped_storage().nbytes() == 0 and leaf.numel() > 0
         moved, written = now.address != before.address, now.version != before.version
         stepped = not (freed or moved or written) and now.steps.written_since(before.steps)

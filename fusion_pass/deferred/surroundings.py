@@ -1,8 +1,8 @@
 """The surroundings of a call on deferred logits (modes, hooks, transforms), and when they require a call op by op.
 
-The tensor was made where the model returned it. What is active where it is first read (modes that see every op, hooks
-on saved tensors, functorch's levels) has not seen it being made, so `out_of_sight` hides its making from them; and
-where such a surrounding gives the ops themselves a meaning, calls are made op by op on the numbers.
+Eager code would have computed the logits where the model returned them. Modes, hooks on saved tensors and function
+transforms that are active only where they are first read must not see that computation, so `out_of_sight` hides it.
+Where such a surrounding observes single ops, a call is made op by op on the plain tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fusedhead.graph.saved_tensor_hooks import unhooked
 
 @contextmanager
 def out_of_sight() -> Iterator[None]:
-    """Context for computation of another time, hidden from modes, hooks on saved tensors and function transforms."""
+    """Context that hides a computation from active modes, hooks on saved tensors and function transforms."""
     with (
         disable_torch_function_subclass(),
         clear_function_transforms(),
@@ -49,10 +49,10 @@ def below_autograd() -> bool:
 
 @contextmanager
 def above_autograd() -> Iterator[None]:
-    """Run ops with a history, though autograd has passed the caller already: a mode or a kernel below it.
+    """Context in which ops are recorded by autograd, for a caller below it in the dispatcher: a mode or a kernel.
 
-    `torch.overrides.enable_reentrant_dispatch` goes back to where the innermost of these was entered, which is below
-    autograd too where one calls another.
+    `torch.overrides.enable_reentrant_dispatch` only restores the dispatch keys of the innermost such caller. Where one
+    calls another, these are below autograd too.
     """
     if not below_autograd():
         yield
@@ -63,19 +63,19 @@ def above_autograd() -> Iterator[None]:
 
 @cache
 def _keys_of_a_new_thread() -> tuple[Any, Any]:
-    """The dispatch keys included and excluded where nothing surrounds a call."""
-    found: list[tuple[Any, Any]] = []
-    thread = threading.Thread(target=lambda: found.append((included_dispatch_keys(), excluded_dispatch_keys())))
+    """The dispatch keys included and excluded on a new thread, where no mode or transform is active."""
+    keys: list[tuple[Any, Any]] = []
+    thread = threading.Thread(target=lambda: keys.append((included_dispatch_keys(), excluded_dispatch_keys())))
     thread.start()
     thread.join()
-    return found[0]
+    return keys[0]
 
 
 @contextmanager
 def trial() -> Iterator[None]:
-    """Run calls on stand-ins, unseen, to find out whether they can be: what torch logs of those that cannot is kept.
+    """Context for trying a call on fake tensors, hidden from modes and hooks. Torch's log of a failure is suppressed.
 
-    The program's own call comes later, and says what there is to say.
+    The program's own call comes later and raises or logs what it should.
     """
     _trials.under_way = getattr(_trials, "under_way", 0) + 1
     try:
@@ -96,9 +96,9 @@ logging.getLogger("torch._subclasses.fake_tensor").addFilter(_no_trial)
 
 
 def checkpoint() -> object | None:
-    """The region of non-reentrant activation checkpointing that surrounds this, one object a region and pass over it.
+    """The innermost region of non-reentrant activation checkpointing, one object for each pass over a region.
 
-    Such a region is run twice, and has to save the same tensors both times.
+    Such a region runs twice, and has to save the same tensors both times.
     """
     hooks = top_saved_tensors_hooks(True)
     if hooks is None or getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
@@ -107,9 +107,9 @@ def checkpoint() -> object | None:
 
 
 def op_by_op() -> bool:
-    """Whether something active gives single ops a meaning of its own: a function transform, stand-ins, a tracer.
+    """Whether something active interprets single ops: a function transform, a fake tensor mode, a tracer.
 
-    So does a caller that autograd has passed already, whose results have no history: a mode that hands an op on.
+    A mode that passes an op on below autograd counts too, since results have no history there.
     """
     if function_transform_level() is not None or below_autograd():
         return True

@@ -28,7 +28,7 @@ class Draft:
 
     graph: Graph
     leaves: list[Node]
-    made: list[Any]
+    results: list[Any]
     shape_env: ShapeEnv | None
     mode: FakeTensorMode
     device: str  # type of the device of the leaves
@@ -37,7 +37,7 @@ class Draft:
     def node(self, ref: Leaf | Made) -> Any:
         if isinstance(ref, Leaf):
             return self.leaves[ref.at]
-        result = self.made[ref.step]
+        result = self.results[ref.step]
         return result if ref.part is None else result[ref.part]
 
     def function(self, text: str, free: Iterable[str]) -> tuple[tuple[tuple[int, int], ...], Callable[..., Any]]:
@@ -131,5 +131,5 @@ def draft(steps: Sequence[CallStep], leaves: Sequence[Tensor], exact: frozenset[
         node.meta["example_value"] = fake_leaf(tensor, at, result, exact or frozenset(), mode.grad)
         result.leaves.append(node)
     for step in steps:
-        result.made.append(append_step(result, step, mode))
+        result.results.append(append_step(result, step, mode))
     return result

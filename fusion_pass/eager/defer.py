@@ -33,9 +33,9 @@ def defer(module: nn.Module) -> nn.Module:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"fusedhead.defer expects a torch.nn.Module, got {type(module).__name__}")
-    found = list(linears(module))
-    others = [] if found else list(tied_heads.weights(module))
-    if not found and not others:
+    layers = list(linears(module))
+    tables = [] if layers else list(tied_heads.weights(module))
+    if not layers and not tables:
         raise ValueError(
             f"fusedhead.defer: {type(module).__name__} holds no torch.nn.Linear that looks like a head, and no other "
             "parameter that does: at least 1,024 classes, and 8 times its input's size or 30,000. Give logits of "
@@ -43,9 +43,9 @@ def defer(module: nn.Module) -> nn.Module:
         )
     if why := unusable():
         raise RuntimeError(f"fusedhead.defer: {why}")
-    if found:
+    if layers:
         install()
-        register_layers(found)
-    if others:
+        register_layers(layers)
+    if tables:
         tied_heads.watch_products(module)
     return module

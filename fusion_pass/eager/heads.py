@@ -46,7 +46,7 @@ MOST_BUILT = 2  # more often than answered, before a kind of call is computed at
 class Calls:
     """One kind of call of one module: the function that makes it, and what has become of its logits."""
 
-    made: Callable[..., Any] | None  # None where the pass has left it
+    compiled: Callable[..., Any] | None  # None where the pass has left it
     runs: list[Run]
     stopped: str = ""
 
@@ -98,24 +98,24 @@ def deferred_logits(head: Callable[[], EagerHead], module: nn.Module, operands: 
     input, weight, bias = operands
     if not of_plain_tensors(input, weight, bias) or not plainly_eager():
         return None
-    own, _ = split_options(None)
+    settings, _ = split_options(None)
     tokens = input.numel() // max(1, input.shape[-1])
-    least = max(1, least_logits(weight.device.type, own.min_logits))
+    least = max(1, least_logits(weight.device.type, settings.min_logits))
     few = not torch.is_grad_enabled() and tokens < LEAST_TOKENS
-    if own.logits != "deferred" or tokens * weight.shape[0] < least or few:
+    if settings.logits != "deferred" or tokens * weight.shape[0] < least or few:
         return None
     with _guard:
-        found = head()
-    calls = calls_of(found, module, operands, own)
+        eager_head = head()
+    calls = calls_of(eager_head, module, operands, settings)
     why = calls.stops()
-    if calls.made is None or why:
+    if calls.compiled is None or why:
         for run in calls.runs if why else ():
             run.at_once.add(why)
         return None
-    return calls.made(*arguments(operands))[0]
+    return calls.compiled(*arguments(operands))[0]
 
 
-def calls_of(head: EagerHead, module: nn.Module, operands: LinearOperands, own: Any) -> Calls:
+def calls_of(head: EagerHead, module: nn.Module, operands: LinearOperands, settings: Any) -> Calls:
     """The calls of the kind of this one, given to the pass if it is the first."""
     device = operands[1].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -123,14 +123,14 @@ def calls_of(head: EagerHead, module: nn.Module, operands: LinearOperands, own: 
     of_operands = (None if x is None else (x.dtype, x.device, x.requires_grad) for x in operands)
     modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     freed = given_back_by(module, operands[1])
-    kind = (own, autocast, *modes, freed, shapes, operands[1].shape, *of_operands)
-    found = head.kinds.get(kind)
-    if found is None:
+    kind = (settings, autocast, *modes, freed, shapes, operands[1].shape, *of_operands)
+    calls = head.kinds.get(kind)
+    if calls is None:
         with head.lock:
-            found = head.kinds.get(kind)
-            if found is None:
-                found = head.kinds[kind] = compiled(head, module, operands, own, freed)
-    return found
+            calls = head.kinds.get(kind)
+            if calls is None:
+                calls = head.kinds[kind] = compiled(head, module, operands, settings, freed)
+    return calls
 
 
 def as_it_is(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -139,7 +139,9 @@ def as_it_is(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
 
 
 @torch.compiler.disable
-def compiled(head: EagerHead, module: nn.Module, operands: LinearOperands, own: Any, freed: Illegal | None) -> Calls:
+def compiled(
+    head: EagerHead, module: nn.Module, operands: LinearOperands, settings: Any, freed: Illegal | None
+) -> Calls:
     """The pass on a call's graph. Whatever goes wrong leaves such calls as they are."""
     told: list[Report] = []
 
@@ -151,12 +153,12 @@ def compiled(head: EagerHead, module: nn.Module, operands: LinearOperands, own: 
         path = path_of(module) if head.path is None else head.path
         gm, shapes = graph_of(operands, path, type(module), program_lines(), freed)
         # below a function whose frame Dynamo has skipped, Dynamo would compile what this runs
-        function = torch.compiler.disable(compile_graph(gm, arguments(operands), own, as_it_is, observe))
+        function = torch.compiler.disable(compile_graph(gm, arguments(operands), settings, as_it_is, observe))
         if shapes.guards:  # never seen: the pass asks nothing of a symbol
             log.warning("fusedhead: an eager projection depends on its sizes and stays as it is: %s", shapes.guards)
             return Calls(None, [])
     except Exception:
-        if own.strict:
+        if settings.strict:
             raise
         log.warning("fusedhead: an eager projection could not be read and stays as it is", exc_info=True)
         return Calls(None, [])
@@ -203,10 +205,10 @@ def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, inner
 
 
-def register_layers(found: Iterable[tuple[str, nn.Linear]]) -> None:
+def register_layers(layers: Iterable[tuple[str, nn.Linear]]) -> None:
     """Let layers defer, by their names."""
     with _guard:
-        for name, inner in found:
+        for name, inner in layers:
             HEADS.setdefault(inner, EagerHead(without_wrappers(name)))
 
 

@@ -1,4 +1,4 @@
-"""Whether an eager projection may put off what it computes: what is active around it, and who owns its weight.
+"""Surroundings of an eager projection: active modes and the owner of the weight decide whether it may be deferred.
 
 | what                                                                  | why it is then computed at once |
 |-----------------------------------------------------------------------|-----------------------------------------------|
@@ -51,11 +51,11 @@ def of_plain_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool
         return False
     if bias is not None and bias.shape != weight.shape[:1]:
         return False
-    others = [x for x in (input, bias) if x is not None]
+    operands = [x for x in (input, bias) if x is not None]
     autocast = torch.is_autocast_enabled(weight.device.type)
     return (
         weight.device.type != "meta"
-        and all(x.device == weight.device and x.layout is torch.strided for x in (weight, *others))
-        and all(x.dtype in HEAD_DTYPES if autocast else x.dtype == weight.dtype for x in others)
-        and not any(x.is_inference() and torch.is_grad_enabled() for x in (weight, *others))
+        and all(x.device == weight.device and x.layout is torch.strided for x in (weight, *operands))
+        and all(x.dtype in HEAD_DTYPES if autocast else x.dtype == weight.dtype for x in operands)
+        and not any(x.is_inference() and torch.is_grad_enabled() for x in (weight, *operands))
     )

@@ -95,8 +95,8 @@ def watch_tables() -> Callable[[], None]:
     return end
 
 
-def unseen(heads: Iterable[tuple[Any, Any]]) -> str:
-    """What there is to say of embeddings of whose sizes [V, D] no head was met, or ""."""
+def embedding_note(heads: Iterable[tuple[Any, Any]]) -> str:
+    """A note on embeddings for whose sizes [V, D] no head was found, or ""."""
     left = _tables.difference(heads)
     if not left:
         return ""
@@ -111,8 +111,8 @@ def serve_product(module: nn.Module, func: Callable[..., Any], args: tuple[Any, 
     """One product in a method of a model: deferred logits, or what torch makes of it."""
     operands = operands_of(func, *args, **kwargs)
     if operands is not None:
-        found = owner_of(module, operands[1])
-        logits = None if found is None else deferred_logits(*found, operands)
+        owner = owner_of(module, operands[1])
+        logits = None if owner is None else deferred_logits(*owner, operands)
         if logits is not None:
             return logits
     return func(*args, **kwargs)
@@ -121,8 +121,8 @@ def serve_product(module: nn.Module, func: Callable[..., Any], args: tuple[Any, 
 def operands_of(func: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """(h, w [V, D], b or None) of a call that is ``F.linear(h, w, b)``."""
     if func is F.linear:
-        given = dict(zip(("input", "weight", "bias"), args)) | kwargs
-        h, w, b = (given.get(name) for name in ("input", "weight", "bias"))
+        by_name = dict(zip(("input", "weight", "bias"), args)) | kwargs
+        h, w, b = (by_name.get(name) for name in ("input", "weight", "bias"))
         return (h, w, b) if type(h) is Tensor and type(w) is nn.Parameter else None
     if len(args) != 2 or kwargs or type(args[0]) is not Tensor or type(args[1]) is not Tensor:
         return None
@@ -153,7 +153,7 @@ def owner_of(module: nn.Module, weight: Tensor) -> tuple[Callable[[], EagerHead]
 
 def record_of(module: nn.Module, name: str) -> EagerHead:
     """The record of the head with the weight of the part ``name`` of a model."""
-    known = MODELS[module]
-    if name not in known:
-        known[name] = EagerHead(".".join(part for part in (path_of(module), name) if part))
-    return known[name]
+    records = MODELS[module]
+    if name not in records:
+        records[name] = EagerHead(".".join(part for part in (path_of(module), name) if part))
+    return records[name]

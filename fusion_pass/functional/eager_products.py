@@ -53,5 +53,5 @@ def method_in(scope: Callable[[Any], AbstractContextManager[Any] | None], origin
 
     at = original.__code__
     code = method.__code__.replace(co_filename=at.co_filename, co_firstlineno=at.co_firstlineno)
-    made = FunctionType(code, original.__globals__, original.__name__, None, method.__closure__)
-    return wraps(original)(made)
+    method_copy = FunctionType(code, original.__globals__, original.__name__, None, method.__closure__)
+    return wraps(original)(method_copy)

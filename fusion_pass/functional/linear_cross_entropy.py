@@ -37,7 +37,7 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Loss(NamedTuple):
-    """What the loss asks of a row, whatever its logits are."""
+    """The settings of the loss, independent of the logits."""
 
     counts: Tensor  # [N] bool, False where the label is ignored
     label_weight: Tensor  # [N] class weight of the label, 0 where it is ignored
@@ -61,7 +61,7 @@ class Operands(NamedTuple):
 
 
 class LossStatistics(NamedTuple):
-    """What the loss reads of a row, all float32 (float64 for a float64 head)."""
+    """The statistics of a row that the loss reads, all float32 (float64 for a float64 head)."""
 
     lse: Tensor  # [N]
     lse_low: Tensor  # [N], constant to autograd
@@ -111,7 +111,7 @@ def linear_cross_entropy(
     h, w, bias = in_dtype_of_products(input.reshape(-1, input.shape[-1]), linear_weight, bias)
     first: Any = 0
     classes: Any = w.shape[0]
-    own: Tensor | None = None
+    shard: Tensor | None = None
     if group is not None:
         wrong = wrong or wrong_shard(w.shape[0], group, vocab_size)
         settings = (reduction, ignore_index, label_smoothing, z_loss, softcap, weight is None, bias is None)
@@ -120,9 +120,9 @@ def linear_cross_entropy(
         # what decides which collectives follow: all ranks sum dh or none does, and one sweep has windows for all alike
         learnt = torch.is_grad_enabled() and h.requires_grad
         in_one_sweep = None if vocab_size is None else (torch.is_grad_enabled() and w.requires_grad, budget)
-        own = span(h, w.shape[0], group, (vocab_size, str(reduce_dtype), learnt, in_one_sweep, *settings))
+        shard = span(h, w.shape[0], group, (vocab_size, str(reduce_dtype), learnt, in_one_sweep, *settings))
         if vocab_size is None:
-            first, classes = own[0], own[1]
+            first, classes = shard[0], shard[1]
         else:
             first, classes = bounds(vocab_size, dist.get_world_size(group), dist.get_rank(group))[0], vocab_size
     labels = target.reshape(-1)
@@ -145,8 +145,8 @@ def linear_cross_entropy(
         place = (first, classes, group.group_name, reduction_of(reduce_dtype))
     if reduction != "none" and learns and (group is None or vocab_size is not None):
         value = with_gradients(head, loss, budget, place)
-    elif group is not None and own is not None:
-        value = reduced(of_all_ranks(head, own, loss, budget, group, reduction_of(reduce_dtype)), loss)
+    elif group is not None and shard is not None:
+        value = reduced(of_all_ranks(head, shard, loss, budget, group, reduction_of(reduce_dtype)), loss)
     else:
         value = reduced(swept_stats(head, loss, budget), loss)
     value = value.to(result_dtype)
@@ -223,26 +223,26 @@ def head_operands(
 READ = ("lse", "lse_low", "picked", "sum", "spread")  # of a head, in the order of `LossStatistics`
 
 
-def asked(loss: Loss) -> str:
+def stats_of_loss(loss: Loss) -> str:
     """The statistics that the loss reads, as the ops take them."""
     return "lse,picked,lse_low" + (",sum,spread" if loss.smoothing else "")
 
 
 def swept_stats(head: Operands, loss: Loss, memory: int) -> LossStatistics:
     """Row statistics in one sweep; their gradient takes another."""
-    return loss_statistics(torch.ops.fusedhead.head_stats(*head, asked(loss), memory), loss)
+    return loss_statistics(torch.ops.fusedhead.head_stats(*head, stats_of_loss(loss), memory), loss)
 
 
 def of_all_ranks(
-    head: Operands, own: Tensor, loss: Loss, memory: int, group: dist.ProcessGroup, reduce: str
+    head: Operands, shard: Tensor, loss: Loss, memory: int, group: dist.ProcessGroup, reduce: str
 ) -> LossStatistics:
-    """The statistics of the whole vocabulary from this rank's columns; ``own`` is the `span` that they have of it."""
-    place = (0, 0, group.group_name, reduce, False, own)
-    return loss_statistics(torch.ops.fusedhead.shard_stats(*head, asked(loss), memory, *place), loss)
+    """The statistics of the whole vocabulary from this rank's columns; ``shard`` is the `span` of these columns."""
+    place = (0, 0, group.group_name, reduce, False, shard)
+    return loss_statistics(torch.ops.fusedhead.shard_stats(*head, stats_of_loss(loss), memory, *place), loss)
 
 
 def loss_statistics(results: Any, loss: Loss) -> LossStatistics:
-    """What the loss reads of an op's results."""
+    """The statistics that the loss reads, out of an op's results."""
     lse, low, picked, total, spread = (results[STATS.index(name)] for name in READ)
     return LossStatistics(lse, low, picked, total, spread) if loss.smoothing else LossStatistics(lse, low, picked)
 
@@ -288,7 +288,7 @@ def with_gradients(head: Operands, loss: Loss, memory: int, place: tuple[Any, ..
     op = torch.ops.fusedhead.shard_loss if place else torch.ops.fusedhead.head_loss
     out = op(
         *head[:6], c_lse, -label[:, None], -smooth if loss.smoothing else none, c_square,
-        head.transform, asked(loss), memory, *needs, False, *place,
+        head.transform, stats_of_loss(loss), memory, *needs, False, *place,
     )  # fmt: skip
     lse, low, picked, total, spread = (out[LOSS_OUTPUTS.index(name)].detach() for name in READ)
     # -0.0: it hands the upstream gradient to the op, which has all gradients up to this factor

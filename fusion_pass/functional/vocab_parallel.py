@@ -1,4 +1,4 @@
-"""What a rank holds of a head whose vocabulary is split over a process group, and what its ranks have to agree on.
+"""Vocabulary-parallel heads: the shard that a rank holds, and the arguments that its ranks have to agree on.
 
 The statistics of the shards are merged by ``shard_stats`` (`fusedhead.lowering.shards`), in one collective; before it
 one of two numbers a rank says who holds how many classes, and whether all ranks were asked for the same.
@@ -31,7 +31,7 @@ def bounds(vocab_size: int, ranks: int, rank: int) -> tuple[int, int]:
 
 
 def wrong_shard(classes: int, group: Group, vocab_size: int | None) -> str:
-    """What is wrong with a shard of so many classes where ``vocab_size`` says how they are split, "" if nothing."""
+    """The error of a shard whose number of classes contradicts ``vocab_size``, "" if there is none."""
     if vocab_size is None:
         return ""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)

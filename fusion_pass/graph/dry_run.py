@@ -90,7 +90,7 @@ class WriteWatch(TorchDispatchMode):
         super().__init__()
         self.on_meta = on_meta  # whether nothing may run on tensors of another device
         self.written: set[int] = set()
-        self.made: set[int] = set()
+        self.allocated: set[int] = set()
         self.draws = False
         self.unread = False
 
@@ -105,7 +105,7 @@ class WriteWatch(TorchDispatchMode):
         else:
             self.unread = True
         result = func(*args, **kwargs)
-        self.made |= storages_of(result)
+        self.allocated |= storages_of(result)
         return result
 
 
@@ -161,10 +161,10 @@ def wants(value: Tensor) -> bool:
 
 def dry_run_device(likes: Any) -> torch.device | None:
     """The device of the first tensor among the keys of some values."""
-    found = (
+    devices = (
         like[6] if like[0] is Tensor else dry_run_device(like[1]) for like in likes if like[0] in (Tensor, list, tuple)
     )
-    return next((device for device in found if device is not None), None)
+    return next((device for device in devices if device is not None), None)
 
 
 def stand_in(like: Any, on: torch.device | None) -> Any:
@@ -275,7 +275,7 @@ def watched(
     bumped = [[tensor._version for tensor in group] != old for group, old in zip(tensors, versions)]
     swapped = [storages_of(group) != at for group, at in zip(tensors, memory)]
     written = {i for i, at in enumerate(memory) if bumped[i] or swapped[i] or at & seen.written}
-    elsewhere = seen.written - seen.made - set().union(*memory)
+    elsewhere = seen.written - seen.allocated - set().union(*memory)
     return Seen(frozenset(written), bool(elsewhere), seen.draws, theirs and has_own_backward((result, tensors)))
 
 

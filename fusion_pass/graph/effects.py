@@ -33,7 +33,7 @@ KNOWN: WeakKeyDictionary[Graph, dict[Node, Asked]] = WeakKeyDictionary()
 
 
 def effects(node: Node) -> Effects:
-    """What a node does besides returning a value."""
+    """The effects of a node besides its result: the memory that it writes."""
     if not node.op.startswith("call_"):
         return NO_EFFECTS
     answers = KNOWN.get(node.graph)
@@ -87,7 +87,7 @@ def says_all(op: OpOverload) -> bool:
     return op._schema.is_mutable or not op.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
 
 
-def written(node: Node) -> tuple[Node, ...]:
+def nodes_written(node: Node) -> tuple[Node, ...]:
     """The nodes whose memory a node writes to: some of its arguments, or every earlier node where it may write
     anywhere.
     """
@@ -113,7 +113,7 @@ def earlier(node: Node) -> Iterator[Node]:
 
 def memory_written(node: Node) -> set[int]:
     """The memory that a node writes to."""
-    return set().union(*map(storages, written(node)))
+    return set().union(*map(storages, nodes_written(node)))
 
 
 def memory_written_in_backward(node: Node) -> set[int]:

@@ -16,7 +16,7 @@ from fusedhead.graph.aliases import storages, value_of
 
 
 class Effects(NamedTuple):
-    """What a node does besides returning a value."""
+    """The effects of a node: everything that it does besides returning a value."""
 
     written: tuple[Node, ...] = ()  # the arguments that it writes to
     backward: tuple[Node, ...] = ()  # the arguments that its backward may write to

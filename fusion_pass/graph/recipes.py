@@ -144,8 +144,8 @@ def has_gradient(recipe: Recipe, sources: Sequence[Any]) -> bool:
 
     This is read from the inputs at run time, since not every Dynamo guards on it when a head is frozen later.
     """
-    made = [at for at in recipe.graded if recipe.sources[at].op != "placeholder"]
-    return any(sources[at].requires_grad for at in recipe.graded) and all(sources[at].requires_grad for at in made)
+    computed = [at for at in recipe.graded if recipe.sources[at].op != "placeholder"]
+    return any(sources[at].requires_grad for at in recipe.graded) and all(sources[at].requires_grad for at in computed)
 
 
 def compute_now(recipe: Recipe, sources: Sequence[Any]) -> Tensor:

@@ -159,11 +159,11 @@ def asked_for() -> Use:
             return Use(name or UNNAMED, f"{code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}")
         if frame.f_code.co_name in ("__torch_function__", "__torch_dispatch__"):
             called = frame.f_locals.get("func")
-            name = spoken(str(getattr(called, "__name__", called)), frame.f_locals.get("args"))
+            name = display_name(str(getattr(called, "__name__", called)), frame.f_locals.get("args"))
     return Use(name or UNNAMED, "")
 
 
-def spoken(name: str, args: Any) -> str:
+def display_name(name: str, args: Any) -> str:
     """The display name of a function: an operator without underscores, for ``__get__`` the attribute."""
     if name == "__get__":
         return "an attribute"

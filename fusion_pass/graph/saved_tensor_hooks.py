@@ -1,7 +1,7 @@
 """Hides what the pass computes from hooks on saved tensors.
 
 Checkpointing and offloading count or move every tensor that autograd saves while they are active, also on the thread
-of a compiler. What the pass computes on stand-ins, to read a graph, is none of the program's.
+of a compiler. The pass computes on fake tensors to read a graph, which is no part of the program.
 """
 
 from __future__ import annotations

@@ -4,15 +4,19 @@ graphs.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
 from torch.fx import Graph
 
-from fusedhead.compat import CustomGraphPass, InductorWrapper
+from fusedhead.compat import CustomGraphPass, InductorWrapper, trace_artifact, trace_handlers
 from fusedhead.inductor.call_below_autograd import call_below_autograd
 from fusedhead.inductor.scale_in_place import scale_in_place
 from fusedhead.lowering.cache_key import source_hash
+
+log = logging.getLogger("fusedhead")
 
 # This package's passes on Inductor's graphs after it has traced the gradients, in order.
 POST_GRAD: tuple[tuple[str, Callable[[Graph], None]], ...] = (
@@ -26,18 +30,18 @@ class KeyedBySource(CustomGraphPass):
 
     AOTAutograd's key covers the rewritten graph and not the Python behind its ops. Without this pass, an upgrade of the
     package would keep serving compiled graphs with the old backward (pytorch#144344). Passes that the user has
-    configured still run and are still part of the key; ``own`` comes last.
+    configured still run and are still part of the key; ``package_pass`` comes last.
     """
 
-    def __init__(self, users: Any, own: Callable[[Graph], None] | None = None) -> None:
+    def __init__(self, users: Any, package_pass: Callable[[Graph], None] | None = None) -> None:
         self.users = list(users) if isinstance(users, (list, tuple)) else [users] if users else []
-        self.own = own
+        self.package_pass = package_pass
 
     def __call__(self, graph: Graph) -> None:
         for users_pass in self.users:
             users_pass(graph)
-        if self.own is not None:
-            self.own(graph)
+        if self.package_pass is not None:
+            self.package_pass(graph)
 
     def uuid(self) -> Any:
         keys = [users_pass.uuid() if hasattr(users_pass, "uuid") else None for users_pass in self.users]
@@ -64,8 +68,17 @@ def keyed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_passes(graph: Graph) -> None:
-    for _, run in POST_GRAD:
+    """Run `POST_GRAD`. The debug log and the structured trace get the graph after each pass that changed it."""
+    shown = log.isEnabledFor(logging.DEBUG) or bool(trace_handlers())
+    text = str(graph) if shown else ""
+    for name, run in POST_GRAD:
+        before, started = text, time.perf_counter()
         run(graph)
+        milliseconds = (time.perf_counter() - started) * 1e3
+        text = str(graph) if shown else ""
+        if text != before:
+            log.debug("after %s (%.2f ms):\n%s", name, milliseconds, text)
+            trace_artifact(f"fusedhead_after_{name}", lambda: str(graph))
 
 
 def cuda_graphs(config: dict[str, Any]) -> bool:

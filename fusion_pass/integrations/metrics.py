@@ -60,12 +60,12 @@ class Watch:
 
         The number of answers changes every step and does not count as a change.
         """
-        found = self.metrics()
-        judged = {name: value for name, value in found.items() if not name.endswith("answered")}
+        metrics = self.metrics()
+        judged = {name: value for name, value in metrics.items() if not name.endswith("answered")}
         if judged == self.logged or not self.summary.reports:
             return {}
         self.logged = judged
-        return found
+        return metrics
 
 
 def add_to_tensorboard(writer: Any, metrics: dict[str, float], step: int) -> None:

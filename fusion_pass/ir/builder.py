@@ -33,7 +33,7 @@ class Emit:
         self.trace_of: Node | None = None
         self.grad = True
         self.known: dict[Expr, Node] = {}
-        self.made: list[Node] = []
+        self.nodes: list[Node] = []
         # the mode of Dynamo's fake values; the tracing context names AOTAutograd's by now
         tensors = (fake(node) for node in graph.nodes if isinstance(fake(node), Tensor))
         self.mode = next((m for m in map(maybe_get_fake_mode, tensors) if m is not None), None)
@@ -57,7 +57,7 @@ class Emit:
         assert not any(type(x) is torch.SymInt for entry in entries for x in entry), "a size without a node"
         with self.graph.inserting_before(self.anchor):
             node = self.graph.call_function(op, args, kwargs)
-        self.made.append(node)
+        self.nodes.append(node)
         values, keywords = map_arg(args, fake), map_arg(kwargs, fake)
         tensors = [v for v in map(fake, node.all_input_nodes) if isinstance(v, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
@@ -90,8 +90,8 @@ class Emit:
 
     def sizes(self, node: Node) -> list[Any]:
         """The shape of a node: ints, and nodes for the dimensions that are symbolic."""
-        known = [static(size) for size in fake(node).shape]
-        return [self(aten.sym_size.int, node, d) if size is None else size for d, size in enumerate(known)]
+        sizes = [static(size) for size in fake(node).shape]
+        return [self(aten.sym_size.int, node, d) if size is None else size for d, size in enumerate(sizes)]
 
     def flat(self, node: Node) -> Node:
         """A tensor with one number a row, flattened to a vector."""

@@ -34,12 +34,12 @@ def lse_less_picked(emit: Emit, stats: Statistics) -> Node:
     """lse - z_y of the first label [N]: (lse - z_y) + lse_low."""
     assert stats.picked is not None
     first = emit(aten.select.int, stats.picked, 1, 0)
-    return emit(aten.add.Tensor, emit(aten.sub.Tensor, normaliser(emit, stats), first), stats.others["lse_low"])
+    return emit(aten.add.Tensor, emit(aten.sub.Tensor, normaliser(emit, stats), first), stats.by_name["lse_low"])
 
 
 def picked_less_lse(emit: Emit, stats: Statistics) -> Node:
     """z_y - lse of each label [N, K]: (z_y - lse) - lse_low."""
-    high, low = (emit(aten.unsqueeze.default, x, 1) for x in (normaliser(emit, stats), stats.others["lse_low"]))
+    high, low = (emit(aten.unsqueeze.default, x, 1) for x in (normaliser(emit, stats), stats.by_name["lse_low"]))
     return emit(aten.sub.Tensor, emit(aten.sub.Tensor, stats.picked, high), low)
 
 
@@ -49,5 +49,5 @@ def spread(emit: Emit, stats: Statistics, weight: Any) -> Node:
     The correction between the two is finite, so that a row keeps its NaN or infinity.
     """
     rounded = emit(aten.sub.Tensor, emit(aten.mul.Tensor, stats.lse, weight), stats.sum)
-    lost = emit(aten.sub.Tensor, stats.others["spread"], emit(aten.detach.default, rounded))
+    lost = emit(aten.sub.Tensor, stats.by_name["spread"], emit(aten.detach.default, rounded))
     return emit(aten.add.Tensor, rounded, emit(aten.nan_to_num.default, lost, 0.0, 0.0, 0.0))

@@ -12,8 +12,8 @@ from fusedhead.ir.logits import Projection
 
 def whole_vocab_of(ref: Plain) -> Node | None:
     """The ``whole_vocab`` call of a sharded weight or bias; None for one that is not sharded."""
-    found = nodes_of([ref])
-    return found[0] if len(found) == 1 and found[0].target is torch.ops.fusedhead.whole_vocab.default else None
+    nodes = nodes_of([ref])
+    return nodes[0] if len(nodes) == 1 and nodes[0].target is torch.ops.fusedhead.whole_vocab.default else None
 
 
 def sharded(head: Projection) -> bool:

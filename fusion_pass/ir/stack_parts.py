@@ -22,9 +22,9 @@ def stacked_part(logits: Logits, part: Logits) -> Logits:
     shifted = [s.with_column_offset(len(part.cols)) for s in logits.steps]
     first = part.vocab[0] if part.vocab else 0
     vocab = (first + logits.vocab[0], first + logits.vocab[1]) if logits.vocab else part.vocab
-    own = piece_of(part.cols, *logits.vocab) if logits.vocab else part.cols
-    cols = (*own, *logits.cols)
-    detached = part.detached if logits.detached is None else (len(own) + logits.detached[0], 0)
+    part_cols = piece_of(part.cols, *logits.vocab) if logits.vocab else part.cols
+    cols = (*part_cols, *logits.cols)
+    detached = part.detached if logits.detached is None else (len(part_cols) + logits.detached[0], 0)
     return replace(part, steps=part.steps + tuple(shifted), cols=cols, vocab=vocab, detached=detached)
 
 
@@ -46,5 +46,5 @@ def picked_part(logits: Logits, val: Tensor, dim: int, number: Any) -> Logits | 
     back = len(whole.shape) == logits.val.ndim and all(map(same_size, whole.shape, logits.val.shape))
     if logits.class_dim != whole.ndim - 1 or not back or not all(step.keeps_order for step in steps):
         return None  # views that keep the order and restore the shape cancel
-    found = stacked_part(replace(logits, val=val), head.parts[number % len(head.parts)])
-    return replace(found, val=val, row_steps=(*found.row_steps, *moves))
+    part = stacked_part(replace(logits, val=val), head.parts[number % len(head.parts)])
+    return replace(part, val=val, row_steps=(*part.row_steps, *moves))

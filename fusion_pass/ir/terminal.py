@@ -42,7 +42,7 @@ class Statistics:
     picked: Node | None  # [N, K] float32
     sum: Node | None  # [N] float32
     row_sizes: Callable[[], list[Any]]  # emits the rows' shape before it was flattened to N: ints and nodes
-    others: Mapping[str, Node]  # [N] each: what else the terminal wants, by its name in `contract.STATISTICS`
+    by_name: Mapping[str, Node]  # [N] each: what else the terminal wants, by its name in `contract.STATISTICS`
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,12 +90,12 @@ def inputs_of(
 
     ``into``: whether to walk into an expression's arguments.
     """
-    found = list(walk(*(value.expr for value in values), into=into))
+    leaves = list(walk(*(value.expr for value in values), into=into))
     heads: dict[Logits, HeadInput] = {}
-    for x in found:
+    for x in leaves:
         if isinstance(x, HeadInput):
             heads.setdefault(x.logits, x)
-    return list(heads.values()), [x for x in found if isinstance(x, TokenInput)]
+    return list(heads.values()), [x for x in leaves if isinstance(x, TokenInput)]
 
 
 def without_gradient(value: Any) -> Any:

@@ -44,17 +44,17 @@ def agreed(group: str, heads: str, wanted: bool) -> bool:
         return False
     key = key_of(group, zlib.crc32(heads.encode()), wanted)
     if not wanted:
-        said(store, key, NO)
+        first_answer(store, key, NO)
         return False
     rank, ranks = dist.get_rank(of), dist.get_world_size(of)
     if store.add(f"{key}/ranks/{rank}", 1) == 1 and store.add(f"{key}/ranks", 1) == ranks:
-        return said(store, key, YES) == YES
+        return first_answer(store, key, YES) == YES
     store.set(f"waits/{rank}", key)
     deadline = time.monotonic() + patience(of)
     while not store.check([key]) and time.monotonic() < deadline and not ranks_apart(store, key, rank, ranks):
         time.sleep(PAUSE)
     store.set(f"waits/{rank}", "")
-    return said(store, key, NO) == YES
+    return first_answer(store, key, NO) == YES
 
 
 def patience(group: Any) -> float:
@@ -74,8 +74,8 @@ def ranks_apart(store: Any, key: str, rank: int, ranks: int) -> bool:
     for other in range(ranks):
         if other != rank and store.check([f"waits/{other}"]):
             waits = store.get(f"waits/{other}").decode()
-            # another rank goes on when this head has been answered, so that is looked at behind what it waits for
-            if waits and waits != key and not store.check([key]) and said(store, waits, NO) == NO:
+            # the answers to this head are read last: a rank that has them goes on
+            if waits and waits != key and not store.check([key]) and first_answer(store, waits, NO) == NO:
                 return True
     return False
 
@@ -88,6 +88,6 @@ def key_of(group: str, heads: int, wanted: bool) -> str:
         return f"{heads:08x}/{minds[group, heads][1]}"
 
 
-def said(store: Any, key: str, word: str) -> str:
-    """What was said first: ``word``, if nothing was."""
+def first_answer(store: Any, key: str, word: str) -> str:
+    """The first answer that a rank has stored under the key: ``word``, if there is none yet."""
     return store.compare_set(key, "", word).decode()  # type: ignore[no-any-return]

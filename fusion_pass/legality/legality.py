@@ -88,7 +88,7 @@ def illegal(site: Site, body: Body, defers: bool | None = None) -> Refusal | Non
     labels = nodes_of([p for _, t in site.terminals for p in (*t.label_sources, *t.sources)])
     return (
         subclass(site, [*operands, *vectors, *labels])
-        or shards.unserved(site, body.regions)
+        or shards.illegal_shards(site, body.regions)
         or on_several_devices([*operands, *labels])
         or must_materialise(site, body, body.defers if defers is None else defers)
         or mutated_operand(site, body.facts, vectors, labels)

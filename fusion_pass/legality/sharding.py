@@ -61,8 +61,8 @@ def of_fsdp1(node: Node) -> bool:
     parameter.
     """
     source: Any = getattr(node, "_dynamo_source", None)
-    found = getattr(source, "guard_source", None)
-    if found is None or not found.is_fsdp_module():
+    guard = getattr(source, "guard_source", None)
+    if guard is None or not guard.is_fsdp_module():
         return False
     return not (fsdp2_in_use() and isinstance(example(node), nn.Parameter))
 

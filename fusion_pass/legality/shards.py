@@ -19,7 +19,7 @@ from fusedhead.ir.shards import sharded, whole_vocab_of
 from fusedhead.legality.reasons import Illegal
 
 
-def unserved(site: Site, by_tokens: Collection[Projection]) -> Refusal | None:
+def illegal_shards(site: Site, by_tokens: Collection[Projection]) -> Refusal | None:
     """Why a sharded head is not fused, or None. ``by_tokens``: heads that a token program reads."""
     if not sharded(site.head):
         return None

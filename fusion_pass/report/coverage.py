@@ -105,8 +105,8 @@ def renewed(document: str) -> str:
 def between_markers(document: str, markers: tuple[str, str], text: str) -> str:
     """The document with ``text`` between two of its markers. Raises ValueError where it lacks one."""
     begin, end = markers
-    before, found, rest = document.partition(begin)
+    before, marker, rest = document.partition(begin)
     _, closed, after = rest.partition(end)
-    if not found or not closed:
+    if not marker or not closed:
         raise ValueError(f"no {begin} ... {end} in the document")
     return f"{before}{begin}\n{text}\n{end}{after}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fusedhead.report.report import HeadRecord
+from fusedhead.report.head_record import HeadRecord
 
 # bytes a second that a device reads and writes, an order of magnitude for devices that do not tell
 BANDWIDTH = {"cuda": 2.0e12, "cpu": 2.0e10}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedhead.report.report import HeadRecord
+from fusedhead.report.head_record import HeadRecord
 from fusedhead.report.terminal import Overview, left_first
 from fusedhead.version import __version__
 

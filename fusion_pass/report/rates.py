@@ -50,7 +50,7 @@ def chip_named(name: str | None) -> Chip:
             raise ValueError(f"fusedhead: unknown chip {name!r}; the known ones are {', '.join(CHIPS)}")
         return CHIPS[name.lower()]
     if torch.cuda.is_available():
-        here = torch.cuda.get_device_name().lower()
-        known = next((chip for key, chip in CHIPS.items() if key in here.replace(" ", "")), None)
-        return known or Chip(torch.cuda.get_device_name(), "cuda", {}, "no rate is known of this chip")
+        device_name = torch.cuda.get_device_name().lower()
+        match = next((chip for key, chip in CHIPS.items() if key in device_name.replace(" ", "")), None)
+        return match or Chip(torch.cuda.get_device_name(), "cuda", {}, "no rate is known of this chip")
     return CHIPS["h100"]

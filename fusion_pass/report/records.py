@@ -15,14 +15,15 @@ from fusedhead.analysis.cost import sizes_of
 from fusedhead.analysis.site import Decision, tokens_of
 from fusedhead.analysis.source_lines import module_path
 from fusedhead.graph.nodes import fake, hint
-from fusedhead.report.report import HeadRecord
+from fusedhead.ir.terminal import Kind
+from fusedhead.report.head_record import HeadRecord
 
 
 def records_of(body: Body) -> list[HeadRecord]:
     """The records of a graph: findings first, then decisions."""
     stacked = [record_of_decision(decision, body) for decision in body.returned_heads]
-    found = [record_of_finding(finding) for finding in body.findings]
-    return [*stacked, *found, *(record_of_decision(decision, body) for decision in body.decisions)]
+    findings = [record_of_finding(finding) for finding in body.findings]
+    return [*stacked, *findings, *(record_of_decision(decision, body) for decision in body.decisions)]
 
 
 def record_of_finding(finding: Finding) -> HeadRecord:
@@ -68,6 +69,7 @@ def record_of_decision(decision: Decision, body: Body) -> HeadRecord:
         workspace_bytes=sizes(count)[1],
         flop=sum(price.plan(price.tokens)[1] for price in prices) or products * 2 * count * int(vocab) * int(hidden),
         forward_only=bool(prices) and all(price.forward_only for price in prices),
+        gathers=any(t.kind is Kind.GATHER for _, t in site.terminals) or (region is not None and region.gathers),
         dtype=str(head.dtype).removeprefix("torch."),
         device=head.weight.val.device.type,
         module=module_path(head.node),
@@ -88,7 +90,7 @@ def symbols(graph: Graph) -> dict[Any, int]:
 
 def counting(graph: Graph, tokens: torch.SymInt) -> Callable[[tuple[int, ...]], int] | None:
     """The number of tokens as a function of a call's sizes, in the order of `symbols`; None if it needs others."""
-    expression, known = tokens.node.expr, list(symbols(graph))
-    if not expression.free_symbols <= set(known):
+    expression, sizes = tokens.node.expr, list(symbols(graph))
+    if not expression.free_symbols <= set(sizes):
         return None
-    return lambda key: int(expression.subs(dict(zip(known, key))))
+    return lambda key: int(expression.subs(dict(zip(sizes, key))))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from fusedhead.report.head_record import HeadRecord
 from fusedhead.report.rates import Chip
-from fusedhead.report.report import HeadRecord
 from fusedhead.report.terminal import counted, head_name, size_text
 
 

@@ -12,7 +12,8 @@ import threading
 
 from fusedhead import compat
 from fusedhead.graph.run_counts import Run
-from fusedhead.report.report import HeadRecord, Report
+from fusedhead.report.head_record import HeadRecord
+from fusedhead.report.report import Report
 from fusedhead.report.terminal import Overview, saved_in_a_step, text
 
 log = logging.getLogger("fusedhead")
@@ -66,7 +67,7 @@ class Summary:
         compat.trace_artifact("fusedhead_summary", lambda: str(self))
 
     def overview(self) -> Overview:
-        """What people are told, in every form."""
+        """The overview that every form of the report shows."""
         by_graph = [[head.seen().ended() for head in report.heads] for report in self.reports]
         empty = NO_HEAD if self.graphs else NO_GRAPH
         saved = saved_in_a_step(by_graph)

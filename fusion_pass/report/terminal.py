@@ -22,10 +22,9 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
-if TYPE_CHECKING:
-    from fusedhead.report.report import HeadRecord
+from fusedhead.report.head_record import HeadRecord
 
 STATE, NAME, SIZES, COUNT, SAVED = 5, 16, 22, 8, 13  # widths of the columns
 INDENT = "  " + " " * STATE + "  "

@@ -110,9 +110,9 @@ def upgrade(*calls: Node, facts: GraphFacts) -> Refusal | None:
             return why
         if fake(call.args[0]).dtype == torch.float16:  # type: ignore[arg-type]
             return refuse(NotInForward.FLOAT16)
-        others = sorted(STATS.index(name) for name in str(call.args[7]).split(",") if name not in LINEAR_STATS)
-        if not CONSTANT.keys() >= set(others):
-            named = ", ".join(sorted(STATS[at] for at in others if at not in CONSTANT))
+        nonlinear = sorted(STATS.index(name) for name in str(call.args[7]).split(",") if name not in LINEAR_STATS)
+        if not CONSTANT.keys() >= set(nonlinear):
+            named = ", ".join(sorted(STATS[at] for at in nonlinear if at not in CONSTANT))
             return refuse(NotInForward.OTHER_STATISTICS, names=named)
     statistics = [user for call in calls for user in call.users if user.users and name_index(user) not in CONSTANT]
     return first_tail(calls, statistics, STATISTICS_CALLS, facts)
@@ -164,11 +164,11 @@ def try_tail(
 
 
 class TailGradient(NamedTuple):
-    """The gradient of a linear tail: ``program`` computes it for ``statistics`` and ``squares`` from ``others``."""
+    """The gradient of a linear tail: ``program`` computes it for ``statistics`` and ``squares`` from ``operands``."""
 
     statistics: Sequence[Node]
     squares: Sequence[Node]
-    others: Sequence[Node]
+    operands: Sequence[Node]
     program: GraphModule
 
 
@@ -188,7 +188,7 @@ def replace_with_losses(
                 try:
                     env[node] = shaped_like(emit, node, env, sized)
                 except UnknownSize as unknown:
-                    for node_made in reversed(emit.made):
+                    for node_made in reversed(emit.nodes):
                         node_made.graph.erase_node(node_made)
                     return unknown.refusal
             else:
@@ -199,8 +199,8 @@ def replace_with_losses(
         square = [emit(aten.reshape.default, r, [-1]) for r in results[len(statistics) :]]
         ties: list[Node] = []
         for call in calls:
-            given = {s: r for s, r in zip(statistics, results) if s.args[0] is call}
-            ties += family.replace(emit, call, given, square)
+            results_of = {s: r for s, r in zip(statistics, results) if s.args[0] is call}
+            ties += family.replace(emit, call, results_of, square)
     tie_to(scalar, ties, emit)
     return None
 

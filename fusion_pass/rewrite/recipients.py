@@ -1,4 +1,4 @@
-"""What takes the gradient of hidden states in place of them, so that it is summed over ranks before it is rounded.
+"""Recipients: tensors that take the gradient in place of hidden states, so that it is rounded after its sum over ranks.
 
     whole, token = gather_tokens(x, 1, ranks, group)        recipient, token = hidden_sum(x, 1, ranks, group)
     h = reshape(whole, [-1, D])                             r = reshape(recipient, [-1, D])
@@ -33,8 +33,8 @@ def to_scatter(emit: Emit, h: Node) -> dict[str, Node]:
     """The argument of a sweep whose hidden states were gathered; none where they are not made of a gather alone."""
     if not differentiable(h):
         return {}
-    made = remade(emit, h, {})
-    return {} if made is None else {"recipient": made}
+    recipient = remade(emit, h, {})
+    return {} if recipient is None else {"recipient": recipient}
 
 
 def to_sum(emit: Emit, h: Node, group: Any) -> dict[str, Node]:
@@ -42,22 +42,22 @@ def to_sum(emit: Emit, h: Node, group: Any) -> dict[str, Node]:
     return {"recipient": named(emit(operator.getitem, emit(SUM, h, -1, 1, group), 0), "recipient")}
 
 
-def remade(emit: Emit, node: Node, known: dict[Node, Node | None]) -> Node | None:
+def remade(emit: Emit, node: Node, copies: dict[Node, Node | None]) -> Node | None:
     """A node made again from recipients, None where it is made of other numbers too."""
-    if node not in known:
-        known[node] = remake(emit, node, known)
-    return known[node]
+    if node not in copies:
+        copies[node] = remake(emit, node, copies)
+    return copies[node]
 
 
-def remake(emit: Emit, node: Node, known: dict[Node, Node | None]) -> Node | None:
+def remake(emit: Emit, node: Node, copies: dict[Node, Node | None]) -> Node | None:
     if node.target is operator.getitem and node.args[0].target is GATHER:  # type: ignore[union-attr]
         gather: Any = node.args[0]
         return named(emit(operator.getitem, emit(SUM, *gather.args[:4]), 0), "recipient")
     numbers = [source for source in node.all_input_nodes if carries_numbers(source)]
     if not isinstance(node.target, OpOverload) or not numbers:
         return None
-    again = {source: remade(emit, source, known) for source in numbers}
-    if any(made is None for made in again.values()):
+    again = {source: remade(emit, source, copies) for source in numbers}
+    if any(copy is None for copy in again.values()):
         return None
     if node.target is aten.to.dtype:  # a recipient keeps its dtype
         return again[numbers[0]]

@@ -98,9 +98,9 @@ def loss_call(emit: Emit, call: Node, coefficients: Sequence[Node]) -> Node:
 
 def own_rows(emit: Emit, node: Node, whole: Node) -> Node:
     """This rank's part of a tensor along the classes."""
-    made = from_own(emit, node)
-    if made is not None:
-        return made
+    rows = from_own(emit, node)
+    if rows is not None:
+        return rows
     start, count = int(whole.args[1]), fake(whole.args[0]).shape[0]  # type: ignore[arg-type]
     return emit(aten.slice.Tensor, node, 0, start, start + count)
 

@@ -59,14 +59,14 @@ def rebuild_terminal(
         return emit.sizes(emit.last(shaped, logits.class_dim))[:-1]
 
     with emit.before(node, node, grad=grad):
-        others = {name: statistics[name] for name in terminal.want if name not in ("picked", "sum")}
+        by_name = {name: statistics[name] for name in terminal.want if name not in ("picked", "sum")}
         picked = statistics["picked"] if terminal.labels is not None else None
         if picked is not None:
             begin, end = picked_range(group, terminal)
             if (begin, end) != (0, fake(picked).shape[1]):
                 picked = emit(aten.slice.Tensor, picked, 1, begin, end)
         total = statistics["sum"] if "sum" in terminal.want else None
-        result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes, others))
+        result = terminal.result(emit, Statistics(statistics["lse"], picked, total, row_sizes, by_name))
         if not grad:  # it may be a statistic that another terminal differentiates
             result = emit(aten.detach.default, result)
         replacement = emit.cast(result, terminal.val.dtype)
@@ -90,9 +90,9 @@ def emit_sweeps(sites: Sequence[Site], facts: GraphFacts, memory: int) -> list[E
     for batch in batches(sites, facts):
         heads = [group.logits.head for group in batch]
         batched.append((sweeps_of(emit, batch, facts, memory), heads))
-    emitted = set(emit.made)
+    emitted = set(emit.nodes)
     erase(old, lambda node: node in old or node in emitted or name_of(node) in REMADE_FREELY)
-    erase(reversed(emit.made), emitted.__contains__)
+    erase(reversed(emit.nodes), emitted.__contains__)
     computed = [node.name for node in old if not node._erased]
     assert not computed, f"{', '.join(computed)} would still be computed"  # the caller then keeps the original graph
     used = [([call for call in calls if not call._erased], heads) for calls, heads in batched]

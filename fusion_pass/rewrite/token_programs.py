@@ -97,11 +97,11 @@ def emit_region(region: Region, fixed: Collection[Node], facts: GraphFacts, memo
         emit_results(emit, region.results, anchor, facts, memory)
     inside = set(region.inside)
     erase(reversed(region.inside), inside.__contains__)
-    emitted = set(emit.made)
-    erase(reversed(emit.made), emitted.__contains__)
+    emitted = set(emit.nodes)
+    erase(reversed(emit.nodes), emitted.__contains__)
     computed = [node.name for node in region.inside if not node._erased]
     assert not computed, f"{', '.join(computed)} would still be computed"  # the caller then keeps the original graph
-    return [node for node in emit.made if not node._erased and node.target is torch.ops.fusedhead.head_rows.default]
+    return [node for node in emit.nodes if not node._erased and node.target is torch.ops.fusedhead.head_rows.default]
 
 
 def meeting_place(region: Region, fixed: Collection[Node], facts: GraphFacts) -> Node | None:

@@ -20,12 +20,12 @@ def main() -> None:
     execute(parser.parse_args(), parser, ())
 
 
-def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
-    if given.write:
-        document = given.write.read_text(encoding="utf-8")
-        given.write.write_text(renewed(document), encoding="utf-8")
+def execute(arguments: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
+    if arguments.write:
+        document = arguments.write.read_text(encoding="utf-8")
+        arguments.write.write_text(renewed(document), encoding="utf-8")
     else:
-        print("\n".join(sentences()) if given.sentences else table())
+        print("\n".join(sentences()) if arguments.sentences else table())
     return 0
 
 

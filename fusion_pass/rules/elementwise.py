@@ -164,7 +164,7 @@ def neg(context: Context, value: Any) -> LogitsLike:
 
 @rule(aten.tanh.default, aten.sigmoid.default)
 def cap(context: Context, value: Any) -> Logits:
-    """An op that is a step of its own."""
+    """An op that is one step of the transform by itself."""
     return needs_logits(value, context.name).step(context.val, Step(context.name))
 
 

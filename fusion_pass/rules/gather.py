@@ -55,8 +55,8 @@ def entries(context: Context, value: Any, dim: int, index: Any, kind: Kind) -> T
     if index.val.ndim != logits.val.ndim:  # eager code allows it of an index without entries
         raise Escape(NoRule.GATHER_ROWS)
     picked = index.val.shape[class_dim]
-    others = [size for d, size in enumerate(index.val.shape) if d != class_dim]
-    if not isinstance(picked, int) or not same_shape(others, rows_shape(logits)):
+    token_sizes = [size for d, size in enumerate(index.val.shape) if d != class_dim]
+    if not isinstance(picked, int) or not same_shape(token_sizes, rows_shape(logits)):
         raise Escape(NoRule.GATHER_ROWS)
     if index.val.dtype != torch.int64:
         raise Escape(NoRule.GATHER_DTYPE, dtype=index.val.dtype)

@@ -117,13 +117,13 @@ def native_op(op: Any, args: tuple, kwargs: tuple[tuple[str, Any], ...], which: 
     """The op by its name and constants, where the torch engine has kernels for it with this gradient."""
     if which != 0:
         return None
-    given = dict(zip((a.name for a in op._schema.arguments), args)) | dict(kwargs)
-    constants = [given.get(a.name, a.default_value) for a in op._schema.arguments[1:]]
+    by_name = dict(zip((a.name for a in op._schema.arguments), args)) | dict(kwargs)
+    constants = [by_name.get(a.name, a.default_value) for a in op._schema.arguments[1:]]
     if any(isinstance(a, str) and a not in ("none", "tanh") for a in constants):  # a vector
         return None
     numbers = tuple(float(a) if isinstance(a, (int, float)) else a for a in constants)
-    found = (Op(name, numbers) for name in native.names(op._schema.name.removeprefix("aten::")))
-    return next((op for op in found if slopes_agree(op, gradient)), None)
+    ops = (Op(name, numbers) for name in native.names(op._schema.name.removeprefix("aten::")))
+    return next((op for op in ops if slopes_agree(op, gradient)), None)
 
 
 def slopes_agree(op: Op, gradient: Code) -> bool:
@@ -149,10 +149,10 @@ def function_of(op: Callable[..., Tensor], args: tuple, kwargs: tuple[tuple[str,
     names = [a for i, a in enumerate(args) if isinstance(a, str) and i != which]
 
     def both(z: Tensor, g: Tensor, *vectors: Tensor) -> Sequence[Tensor]:
-        given = iter(vectors)
+        values = iter(vectors)
         z = z.detach().requires_grad_()
-        taken = [z if i == which else next(given) if isinstance(a, str) else a for i, a in enumerate(args)]
-        value = op(*taken, **dict(kwargs))
+        inputs = [z if i == which else next(values) if isinstance(a, str) else a for i, a in enumerate(args)]
+        value = op(*inputs, **dict(kwargs))
         return value.detach(), torch.autograd.grad(value, z, g)[0]
 
     exact = torch.autocast("cpu", enabled=False)

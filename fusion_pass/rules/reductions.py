@@ -73,9 +73,9 @@ def sum_of_prob_times(context: Context, value: ProbTimes, keepdim: bool) -> Term
 
     def result(emit: Emit, stats: Statistics) -> Node:
         if value.log:
-            out = emit(aten.mul.Tensor, stats.others["entropy"], -value.factor)
+            out = emit(aten.mul.Tensor, stats.by_name["entropy"], -value.factor)
         else:
-            out = emit(aten.mul.Tensor, emit(aten.sub.Tensor, stats.lse, stats.others["entropy"]), value.factor)
+            out = emit(aten.mul.Tensor, emit(aten.sub.Tensor, stats.lse, stats.by_name["entropy"]), value.factor)
         return per_row(emit, out, stats, logits.class_dim, keepdim)
 
     return Terminal(logits, context.val, Kind.ENTROPY, "entropy", frozenset({"entropy"}), result)
@@ -86,8 +86,8 @@ def second_moment(context: Context, value: ProbTimes, keepdim: bool) -> Terminal
     logits = value.of
 
     def result(emit: Emit, stats: Statistics) -> Node:
-        square = emit(aten.mul.Tensor, stats.others["entropy"], stats.others["entropy"])
-        out = emit(aten.mul.Tensor, emit(aten.add.Tensor, stats.others["variance"], square), value.factor)
+        square = emit(aten.mul.Tensor, stats.by_name["entropy"], stats.by_name["entropy"])
+        out = emit(aten.mul.Tensor, emit(aten.add.Tensor, stats.by_name["variance"], square), value.factor)
         return per_row(emit, out, stats, logits.class_dim, keepdim)
 
     want = frozenset({"entropy", "variance"})
@@ -96,7 +96,7 @@ def second_moment(context: Context, value: ProbTimes, keepdim: bool) -> Terminal
 
 def argmax_of(context: Context, logits: Logits, keepdim: bool, val: Any) -> Terminal:
     def result(emit: Emit, stats: Statistics) -> Node:
-        return per_row(emit, stats.others["argmax"], stats, logits.class_dim, keepdim)
+        return per_row(emit, stats.by_name["argmax"], stats, logits.class_dim, keepdim)
 
     return Terminal(logits, val, Kind.ARGMAX, "argmax", frozenset({"argmax"}), result)
 
@@ -128,7 +128,7 @@ def max_dim(context: Context, value: Any, dim: int, keepdim: bool = False) -> li
         raise Escape(NoRule.GRADIENT_OF_MAX)
 
     def result(emit: Emit, stats: Statistics) -> Node:
-        return per_row(emit, stats.others["max"], stats, logits.class_dim, keepdim)
+        return per_row(emit, stats.by_name["max"], stats, logits.class_dim, keepdim)
 
     largest = Terminal(logits, context.val[0], Kind.MAX, "max", frozenset({"max"}), result)
     return [largest, argmax_of(context, logits, keepdim, context.val[1])]

@@ -57,7 +57,7 @@ def register_coverage(module: str, part: str, fused: str, left: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What a rule may ask about the op it reads."""
+    """The facts about an op that its rule may use."""
 
     node: Node  # the node of the Dynamo graph that the op belongs to
     val: Any  # fake result of the op, in the dtype that the program has there
@@ -98,7 +98,7 @@ def token_rule(*overloads: Any, dim: int | None = None) -> Callable[[Rule], Rule
 
 
 def needs_logits(value: Any, op: str) -> Logits:
-    """The logits a rule reads, or an escape that names what it got instead."""
+    """The logits that a rule reads. Raises an Escape that names what it got instead."""
     if isinstance(value, Logits):
         return value
     if isinstance(value, LOGITS_LIKE):

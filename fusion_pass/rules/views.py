@@ -31,7 +31,7 @@ register_coverage(
 
 
 def moved(value: LogitsLike, val: Tensor, class_dim: int, op: Any, *args: Any, keeps_order: bool = False) -> LogitsLike:
-    """``value`` after a row step, whatever it is of the logits."""
+    """``value`` after a row step, for every kind of value made of the logits."""
     if not isinstance(value, Logits):
         of = moved(value.of, val, class_dim, op, *args, keeps_order=keeps_order)
         assert isinstance(of, Logits)

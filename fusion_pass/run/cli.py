@@ -67,10 +67,10 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     top.add_argument("--version", action="version", version=f"fusedhead {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    made = {}
+    by_command = {}
     for name, command in COMMANDS.items():
         usage = f"fusedhead {name} [options] {command.runs_a_program}" if command.runs_a_program else None
-        made[name] = commands.add_parser(
+        by_command[name] = commands.add_parser(
             name,
             help=command.help,
             description=f"{command.help[0].upper()}{command.help[1:]}.",
@@ -78,45 +78,45 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             epilog=command.epilog or None,
             allow_abbrev=False,
         )
-        import_module(command.module).add_arguments(made[name])
-    return top, made
+        import_module(command.module).add_arguments(by_command[name])
+    return top, by_command
 
 
 def split(command: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split our arguments from the program and its arguments, which may look like ours."""
     takes_value = {flag for action in command._actions if action.nargs is None for flag in action.option_strings}
     rest = list(arguments)
-    own: list[str] = []
+    command_words: list[str] = []
     while rest and rest[0].startswith("-") and rest[0] != "-":
-        own.append(rest.pop(0))
-        if own[-1] in takes_value and rest:
-            own.append(rest.pop(0))
-        if own[-1] == "-m":
+        command_words.append(rest.pop(0))
+        if command_words[-1] in takes_value and rest:
+            command_words.append(rest.pop(0))
+        if command_words[-1] == "-m":
             break
-    return own, rest
+    return command_words, rest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. Without a command, show the help."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    top, made = parsers()
+    top, by_command = parsers()
     if not words:
         top.print_help()
         return 0
     name = words[0]
     rest: list[str] = []
     if name in COMMANDS and COMMANDS[name].runs_a_program:
-        own, rest = split(made[name], words[1:])
-        words = [name, *own]
-    given = top.parse_args(words)
-    if given.command is None:
+        command_words, rest = split(by_command[name], words[1:])
+        words = [name, *command_words]
+    namespace = top.parse_args(words)
+    if namespace.command is None:
         top.print_help()
         return 0
-    execute = import_module(COMMANDS[given.command].module).execute
-    if rest or COMMANDS[given.command].runs_a_program:
-        return execute(given, made[given.command], rest)
+    execute = import_module(COMMANDS[namespace.command].module).execute
+    if rest or COMMANDS[namespace.command].runs_a_program:
+        return execute(namespace, by_command[namespace.command], rest)
     try:
-        code = execute(given, made[given.command], rest)
+        code = execute(namespace, by_command[namespace.command], rest)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `fusedhead rules | head`

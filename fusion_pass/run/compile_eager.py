@@ -37,7 +37,7 @@ def watch_optimizers(strict: bool = False) -> Callable[[], None]:
     original = torch.optim.Optimizer.__init__
 
     @functools.wraps(original)
-    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         try:
             watch(parameter for group in self.param_groups for parameter in group["params"])
@@ -46,11 +46,11 @@ def watch_optimizers(strict: bool = False) -> Callable[[], None]:
 
     suppressed = torch._dynamo.config.suppress_errors
     torch._dynamo.config.suppress_errors = suppressed or not strict
-    torch.optim.Optimizer.__init__ = made  # type: ignore[method-assign]
+    torch.optim.Optimizer.__init__ = initialise  # type: ignore[method-assign]
 
     def stop() -> None:
         torch._dynamo.config.suppress_errors = suppressed
-        if torch.optim.Optimizer.__init__ is made:
+        if torch.optim.Optimizer.__init__ is initialise:
             torch.optim.Optimizer.__init__ = original  # type: ignore[method-assign]
 
     return stop
@@ -72,19 +72,19 @@ def models(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
     held: dict[int, set[int]] = defaultdict(set)
     by_id = {id(module): module for module in alive}
     for module in alive:
-        own = {id(p) for p in vars(module).get("_parameters", {}).values()} & wanted.keys()
-        if not own:
+        parameter_ids = {id(p) for p in vars(module).get("_parameters", {}).values()} & wanted.keys()
+        if not parameter_ids:
             continue
         stack, seen = [module], set()
         while stack:
             holder = stack.pop()
             if id(holder) not in seen:
                 seen.add(id(holder))
-                held[id(holder)] |= own
+                held[id(holder)] |= parameter_ids
                 stack += parents[id(holder)]
     half = sum(wanted.values()) / 2
-    found = [by_id[i] for i, own in held.items() if sum(wanted[p] for p in own) >= half]
-    return [m for m in found if not isinstance(m, WRAPPERS) and not is_a_layer(m) and untouched(m)]
+    modules = [by_id[i] for i, parameter_ids in held.items() if sum(wanted[p] for p in parameter_ids) >= half]
+    return [m for m in modules if not isinstance(m, WRAPPERS) and not is_a_layer(m) and untouched(m)]
 
 
 def is_a_layer(module: nn.Module) -> bool:

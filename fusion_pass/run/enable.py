@@ -50,13 +50,13 @@ def through_fusedhead(module: ModuleType) -> Undo:
         inductor = copy.copy(self)
         inductor.__class__ = Inductor
         inductor.config = keyed(self.config)
-        own, _ = split_options(None)
+        settings, _ = split_options(None)
 
         def compiler(gm: Any, inputs: Any) -> Any:
             return inductor(gm, inputs, **kwargs)
 
         compiler.config = inductor.config  # type: ignore[attr-defined]
-        return compile_graph(model_, inputs_, own, compiler)
+        return compile_graph(model_, inputs_, settings, compiler)
 
     return replace_attribute(cls, "__call__", compile_for_inductor)
 

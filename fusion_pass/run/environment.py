@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print data in place of text")
 
 
-def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
-    found = process_environment()
-    print(json.dumps(found, indent=1) if given.json else environment_text(found))
+def execute(arguments: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
+    facts = process_environment()
+    print(json.dumps(facts, indent=1) if arguments.json else environment_text(facts))
     return 0
 
 
@@ -54,10 +54,10 @@ def process_environment() -> dict[str, dict[str, str]]:
         "files": files,
         "changes": options_in_force,
     }
-    return {name: tried(find) for name, find in sections.items()}
+    return {name: or_failure(find) for name, find in sections.items()}
 
 
-def tried(find: Callable[[], dict[str, str]]) -> dict[str, str]:
+def or_failure(find: Callable[[], dict[str, str]]) -> dict[str, str]:
     try:
         return find()
     except Exception as error:  # a broken driver may be the bug to report
@@ -65,33 +65,33 @@ def tried(find: Callable[[], dict[str, str]]) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    found = {
+    facts = {
         "fusedhead": f"{__version__} (sources {source_hash().hex()[:12]})",
         "torch": torch.__version__,
         "Python": platform.python_version(),
         "system": platform.platform(),
     }
     if compat.missing:
-        found["missing in this torch"] = ", ".join(compat.missing)
+        facts["missing in this torch"] = ", ".join(compat.missing)
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            facts[package] = version(package)
+    return facts
 
 
 def device() -> dict[str, str]:
     runtime = torch.version.hip or torch.version.cuda
-    found = {"built for": f"{'ROCm' if torch.version.hip else 'CUDA'} {runtime}" if runtime else "the CPU"}
+    facts = {"built for": f"{'ROCm' if torch.version.hip else 'CUDA'} {runtime}" if runtime else "the CPU"}
     if not torch.cuda.is_available():
-        return {**found, "GPU": "none that torch can use", "engine": "torch windows"}
+        return {**facts, "GPU": "none that torch can use", "engine": "torch windows"}
     from fusedhead.kernels.chips import triton_serves
 
     for at in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(at)
         capability = f"{properties.major}.{properties.minor}"
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        found[f"GPU {at}"] = f"{properties.name}, capability {capability}, {memory}"
-    return {**found, "engine": "Triton windows" if triton_serves() else "torch windows"}
+        facts[f"GPU {at}"] = f"{properties.name}, capability {capability}, {memory}"
+    return {**facts, "engine": "Triton windows" if triton_serves() else "torch windows"}
 
 
 def settings() -> dict[str, str]:
@@ -140,12 +140,12 @@ def inductor_cache() -> str:
 
 def options_in_force() -> dict[str, str]:
     """The patches of other packages in this process, or those that `enable` would make here."""
-    made, note = changes(), ""
-    if not made:
+    changed, note = changes(), ""
+    if not changed:
         enable()
-        made, note = changes(), "with fusedhead.enable or fusedhead run, "
+        changed, note = changes(), "with fusedhead.enable or fusedhead run, "
         disable()
-    return {change.where: f"{change.why} ({note}{change.state})" for change in made}
+    return {change.where: f"{change.why} ({note}{change.state})" for change in changed}
 
 
 def environment_text(sections: dict[str, dict[str, Any]]) -> str:

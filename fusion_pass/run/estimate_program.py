@@ -26,18 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chip", choices=CHIPS, help="for which chip; this machine's GPU, or h100 where it has none")
 
 
-def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
+def execute(arguments: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
     if not rest:
         parser.error("nothing to run")
     name, *words = rest
-    estimator = Estimator(chip_named(given.chip), split_options(None)[0])
-    found, stopped, code = None, "", 0
+    estimator = Estimator(chip_named(arguments.chip), split_options(None)[0])
+    program, stopped, code = None, "", 0
     try:
-        found = launcher.module(name) if given.module else launcher.script(name)
+        program = launcher.module(name) if arguments.module else launcher.script(name)
         with in_place_of_compilers(estimator), estimate_fake_mode():
-            if given.compile_eager:
+            if arguments.compile_eager:
                 compile_eager.watch_optimizers()
-            launcher.run(found, words)
+            launcher.run(program, words)
     except launcher.CannotRun as error:
         print(f"fusedhead: {error}", file=sys.stderr)
         return 2
@@ -47,7 +47,7 @@ def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Se
         stopped = "" if stop.code in (None, 0) else f"the program ended with {stop.code!r}"
     except BaseException as error:
         code = 0 if estimator.graphs else 1  # a program that reads a number after a graph ends here
-        stopped = f"{program_line(error, found)}: {type(error).__name__}: {first_line(error)}"
+        stopped = f"{program_line(error, program)}: {type(error).__name__}: {first_line(error)}"
     print(estimator.result(stopped))
     if not estimator.graphs:
         print("  the program compiled nothing: --compile-eager looks at its models", file=sys.stderr)
@@ -59,11 +59,11 @@ def in_place_of_compilers(estimator: Estimator) -> Iterator[None]:
     """``torch.compile`` with the estimator as its backend, whichever was named. Backward passes are watched."""
     compile_, backward, grad = torch.compile, torch.autograd.backward, torch.autograd.grad
 
-    def compiled(model: Any = None, **given: Any) -> Any:
+    def compiled(model: Any = None, **settings: Any) -> Any:
         if model is None:  # a decorator with settings
-            return lambda model: compiled(model, **given)
-        kept = {key: value for key, value in given.items() if key in ("fullgraph", "dynamic", "disable")}
-        return compile_(model, backend=estimator, **kept)
+            return lambda model: compiled(model, **settings)
+        shared = {key: value for key, value in settings.items() if key in ("fullgraph", "dynamic", "disable")}
+        return compile_(model, backend=estimator, **shared)
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -80,12 +80,12 @@ def in_place_of_compilers(estimator: Estimator) -> Iterator[None]:
         yield
 
 
-def program_line(error: BaseException, found: launcher.Program | None) -> str:
+def program_line(error: BaseException, program: launcher.Program | None) -> str:
     """The innermost line of the program in the error's traceback."""
     place, trace = "", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
-        if found is not None and Path(file).parent == Path(found.file).parent:
+        if program is not None and Path(file).parent == Path(program.file).parent:
             place = f"{Path(file).name}:{trace.tb_lineno}"
         trace = trace.tb_next
     return place or "the program"

@@ -20,21 +20,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print data in place of a table")
 
 
-def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
+def execute(arguments: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
     try:
-        function = find(given.function)
+        function = find(arguments.function)
     except (ImportError, AttributeError, ValueError) as error:
-        parser.error(f"{given.function}: {error}")
+        parser.error(f"{arguments.function}: {error}")
     returned = function()
     if isinstance(returned, tuple) and returned and callable(returned[0]):
         report = explain(returned[0])(*returned[1:])
     else:
         report = explain(function)()
-    if given.json:
+    if arguments.json:
         print(json.dumps(report.to_dict(), indent=1))
     else:
         show(report.overview(), sys.stdout)
-    if given.graphs:
+    if arguments.graphs:
         print(f"before:\n{report.before}\nafter:\n{report.after}")
     return 0
 
@@ -46,9 +46,9 @@ def find(name: str) -> Callable[[], Any]:
         raise ValueError("expected MODULE:FUNCTION, as in train:step")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # as python -m
-    found: Any = import_module(module)
+    value: Any = import_module(module)
     for part in path.split("."):
-        found = getattr(found, part)
-    if not callable(found):
-        raise ValueError(f"this is a {type(found).__name__}, and no function")
-    return found
+        value = getattr(value, part)
+    if not callable(value):
+        raise ValueError(f"this is a {type(value).__name__}, and no function")
+    return value

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusedhead.eager.tied_heads import unseen
+from fusedhead.eager.tied_heads import embedding_note
 from fusedhead.report import observers
 from fusedhead.report.summary import Summary
 from fusedhead.report.terminal import show
@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print nothing at the end")
 
 
-def options_of(given: argparse.Namespace) -> dict[str, Any]:
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The backend's options on the command line; others keep their defaults."""
-    flags = {name: True for name in ("strict", "debug") if getattr(given, name)}
-    named = {name: getattr(given, name) for name in ("memory", "logits", "min_logits")}
+    flags = {name: True for name in ("strict", "debug") if getattr(arguments, name)}
+    named = {name: getattr(arguments, name) for name in ("memory", "logits", "min_logits")}
     values = {name: value for name, value in named.items() if value is not None}
     return {**flags, **values}
 
@@ -54,26 +54,26 @@ def first_of_the_launch() -> bool:
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
-def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
+def execute(arguments: argparse.Namespace, parser: argparse.ArgumentParser, rest: Sequence[str]) -> int:
     """Run the program; its exceptions are shown as Python would."""
     if not rest:
         parser.error("nothing to run")
     name, *words = rest
     speaks = first_of_the_launch()
-    if speaks and given.report is not None and (problem := report_file.path_problem(given.report)):
+    if speaks and arguments.report is not None and (problem := report_file.path_problem(arguments.report)):
         parser.error(problem)
     try:
-        enable(**options_of(given))
+        enable(**options_of(arguments))
     except ValueError as error:
         parser.error(str(error))
-    summary = Summary(keep_graphs=speaks and given.report is not None)
+    summary = Summary(keep_graphs=speaks and arguments.report is not None)
     observers.add(summary.add, texts=summary.keep_graphs)
-    if given.compile_eager:
-        compile_eager.watch_optimizers(strict=given.strict)
-    found, answered = None, False
+    if arguments.compile_eager:
+        compile_eager.watch_optimizers(strict=arguments.strict)
+    program, answered = None, False
     try:
-        found = launcher.module(name) if given.module else launcher.script(name)
-        launcher.run(found, words)
+        program = launcher.module(name) if arguments.module else launcher.script(name)
+        launcher.run(program, words)
     except launcher.CannotRun as error:
         print(f"fusedhead: {error}", file=sys.stderr)
         return 2
@@ -81,15 +81,15 @@ def execute(given: argparse.Namespace, parser: argparse.ArgumentParser, rest: Se
         answered = not summary.graphs and of_a_library(stop)
         raise
     except KeyboardInterrupt:
-        show_own_frames(found)
+        show_own_frames(program)
         raise
     except BaseException as error:
-        launcher.own_traceback(error, found)
+        launcher.own_traceback(error, program)
         sys.excepthook(type(error), error, error.__traceback__)  # the program may have replaced it
         return 1
     finally:
-        if speaks and found is not None and not answered:
-            tell(summary, given, [name, *words])
+        if speaks and program is not None and not answered:
+            tell(summary, arguments, [name, *words])
     return 0
 
 
@@ -103,32 +103,32 @@ def of_a_library(stop: SystemExit) -> bool:
     return any(Path(file).is_relative_to(folder) for folder in installed)
 
 
-def show_own_frames(found: launcher.Program | None) -> None:
+def show_own_frames(program: launcher.Program | None) -> None:
     """Make Python, which prints an interrupt's traceback and ends by the signal, print the program's frames only."""
     hook = sys.excepthook
 
     def shown(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        launcher.own_traceback(error, found)
+        launcher.own_traceback(error, program)
         hook(kind, error, error.__traceback__)
 
     sys.excepthook = shown
 
 
-def tell(summary: Summary, given: argparse.Namespace, command_line: Sequence[str]) -> None:
+def tell(summary: Summary, arguments: argparse.Namespace, command_line: Sequence[str]) -> None:
     """Print the summary to stderr and write the report. An error here does not change the program's outcome."""
     with contextlib.suppress(OSError, ValueError):  # a closed pipe, or a stream that the program has closed
         sys.stdout.flush()
-    if given.compile_eager and (note := compile_eager.unreached()):
+    if arguments.compile_eager and (note := compile_eager.unreached()):
         summary.notes.append(note)
-    if note := unseen((head.vocab_size, head.hidden_size) for head in summary.heads()):
+    if note := embedding_note((head.vocab_size, head.hidden_size) for head in summary.heads()):
         summary.notes.append(note)
     summary.publish()
-    if not given.quiet:
+    if not arguments.quiet:
         with contextlib.suppress(OSError, ValueError):
             show(summary.overview(), sys.stderr)
-    if given.report is None:
+    if arguments.report is None:
         return
     try:
-        report_file.write(summary, given.report, shlex.join(command_line))
+        report_file.write(summary, arguments.report, shlex.join(command_line))
     except OSError as error:
         print(f"fusedhead: the report could not be written: {error}", file=sys.stderr)

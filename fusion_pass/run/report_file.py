@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from fusedhead.report.export import data
-from fusedhead.report.html import page
+from fusedhead.report.page import page
 from fusedhead.report.summary import Summary
 
 KINDS = (".html", ".json")

@@ -13,8 +13,8 @@ from fusedhead.kernels.torch_engine.gradient_sink import Sink, accumulate_produc
 from fusedhead.kernels.torch_engine.product_dtypes import kept_dtype, product_dtype
 
 
-class KnownScale(NamedTuple):
-    """What lets a window hand over its blocks to the gradients at once: row scales that are known beforehand."""
+class RowScale(NamedTuple):
+    """Row scales known before the sweep, with which each block goes to the gradients as soon as it is filled."""
 
     s: Tensor  # [m] in the statistics' dtype
     sink: Sink
@@ -25,7 +25,7 @@ class Window(Protocol):
 
     @property
     def strip(self) -> int:
-        """Columns that other sweeps over the same window hold at once."""
+        """The number of columns that other sweeps over the same window hold at a time."""
         ...
 
     def usual_level(self, i: slice, labelled: Tensor, aim: float | None) -> Level:
@@ -33,26 +33,27 @@ class Window(Protocol):
         ...
 
     def exponentials(
-        self, i: slice, h: Tensor, level: Level, cells: Cells, known: KnownScale | None = None
+        self, i: slice, h: Tensor, level: Level, cells: Cells, row_scale: RowScale | None = None
     ) -> list[Tensor]:
         """Fill the window of the tokens i and sum E' w: parts [m] of the row sums of E.
 
-        h [m, D] is in the dtype of the products. Blocks go to the gradients of w and of the column vectors at once
-        where the row scales are ``known``.
+        h [m, D] is in the dtype of the products. With ``row_scale`` each block goes to the gradients of w and of the
+        column vectors as soon as it is filled.
         """
         ...
 
     def gradients(self, i: slice, h: Tensor, s: Tensor, t: Tensor, sink: Sink) -> None:
-        """What E' w, the blocks of a kept window and the labels add to the gradients, for row scales s [m] and label
-        terms t [m, K].
+        """Add the terms of E' w, of a kept window's blocks and of the labels to the gradients.
+
+        s [m] are the row scales and t [m, K] the label terms.
         """
         ...
 
 
 class BlockWindow:
-    """A `Window` by torch ops, ``keep`` whole or only block by block.
+    """A `Window` by torch ops, kept whole with ``keep`` and else only block by block.
 
-    One that is kept narrower than it is multiplied (`kept_dtype`) is widened strip by strip.
+    A window that is stored in fewer bytes than it is multiplied in (`kept_dtype`) is widened strip by strip.
     """
 
     def __init__(self, head: Head, needs: Needs, windows: Windows, keep: bool) -> None:
@@ -75,21 +76,21 @@ class BlockWindow:
         return usual_level(self.head, i, labelled, aim)
 
     def exponentials(
-        self, i: slice, h: Tensor, level: Level, cells: Cells, known: KnownScale | None = None
+        self, i: slice, h: Tensor, level: Level, cells: Cells, row_scale: RowScale | None = None
     ) -> list[Tensor]:
         head, parts = self.head, []
         self.product = h.new_zeros((len(h), h.shape[1] if self.needs.h else 0), dtype=self.wide)
-        wanted = self.keep or self.needs.h or known is not None
-        scaled = known is not None and (self.needs.w or self.needs.cols)
-        hs = (h * known.s[:, None]).to(self.work) if scaled and known is not None else h
+        wanted = self.keep or self.needs.h or row_scale is not None
+        scaled = row_scale is not None and (self.needs.w or self.needs.cols)
+        hs = (h * row_scale.s[:, None]).to(self.work) if scaled and row_scale is not None else h
         for v in self.blocks:
             e, w = self._block(len(h), v), head.w[v].to(self.work)
             into = e if self.kept == self.work else self.spare[: e.numel()].view(e.shape)
             parts += fill(head, i, v, h, w, level, cells, into, self.spare, wanted)
             if self.needs.h:
                 accumulate_product(self.product, into, w)
-            if known is not None:
-                known.sink.block(i, v, into, hs, known.s)
+            if row_scale is not None:
+                row_scale.sink.block(i, v, into, hs, row_scale.s)
             elif into is not e:
                 e.copy_(into)
         return parts

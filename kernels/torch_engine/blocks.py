@@ -64,7 +64,7 @@ def row_dtype(device_type: str) -> torch.dtype:
 
 
 def two_sum_error(total: Tensor, whole: Tensor, part: Tensor) -> Tensor:
-    """What the rounding of ``total`` = whole + part took off, exactly (Knuth's two-sum); 0 where that is not finite."""
+    """The rounding error of ``total`` = whole + part, exact (Knuth's two-sum); 0 where it is not finite."""
     back = total - whole
     low = (whole - (total - back)) + (part - back)
     return low.nan_to_num_(0, 0, 0)
@@ -79,7 +79,7 @@ def block_vectors(head: Head, i: slice, v: slice) -> tuple[Tensor, Tensor]:
 
 
 def label_vectors(head: Head, i: slice) -> tuple[Tensor, Tensor]:
-    """The same for the labels of window i, fine: column vectors [C, m, K], row vectors [R, m]."""
+    """The vectors at the labels of window i, in `row_dtype`: column vectors [C, m, K], row vectors [R, m]."""
     fine = row_dtype(head.h.device.type)
     cols = head.cols[:, head.y[i]].to(fine) if head.cols.dim() == 2 else head.cols
     rows = head.rows[:, i].to(fine) if head.rows.dim() == 2 else head.rows
@@ -87,13 +87,13 @@ def label_vectors(head: Head, i: slice) -> tuple[Tensor, Tensor]:
 
 
 def label_rows(head: Head, i: slice, k: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(tokens counted from i.start, the rows of w of their k-th label) over window i, few enough at once."""
+    """(tokens counted from i.start, the rows of w of their k-th label) over window i, `GATHER_BYTES` at a time."""
     for at in cuts(i.stop - i.start, GATHER_BYTES // max(1, head.w.shape[1] * dtype.itemsize)):
         yield at, head.w.index_select(0, head.y[i.start + at.start : i.start + at.stop, k]).to(dtype)
 
 
 def label_logits(head: Head, i: slice) -> Tensor:
-    """h_i · w[y_ik] for the labels of window i, before the transform: [m, K], fine."""
+    """h_i · w[y_ik] for the labels of window i, before the transform: [m, K] in `row_dtype`."""
     fine = row_dtype(head.h.device.type)
     z = head.h.new_empty((i.stop - i.start, head.y.shape[1]), dtype=fine)
     for k in range(head.y.shape[1]):
@@ -103,19 +103,19 @@ def label_logits(head: Head, i: slice) -> Tensor:
 
 
 def first_of_equal(y: Tensor) -> Tensor:
-    """[m, K] -> [m, K] bool: False where an earlier label of the row is the same column, counted already."""
+    """[m, K] -> [m, K] bool: True at the first label of each column in a row, so that no column counts twice."""
     if y.shape[1] < 2:
         return torch.ones_like(y, dtype=torch.bool)
     return ~torch.tril(y[:, :, None] == y[:, None, :], -1).any(2)
 
 
 class Cells(NamedTuple):
-    """Where the labels of a window stand."""
+    """Positions of the labels in a window."""
 
     y: Tensor  # [m, K]
-    tokens: Tensor  # [m·K] sorted by column, where the host can look
-    columns: Tensor  # [m·K] the same
-    known: list[int] | None  # the columns once more, None on a device that would have to be waited for
+    tokens: Tensor  # [m·K] on a CPU, sorted by column
+    columns: Tensor  # [m·K] on a CPU, sorted
+    column_list: list[int] | None  # the columns as a list; None on a GPU, where reading them would wait
     zero: Tensor  # [] in the dtype of the logits
 
 
@@ -129,20 +129,20 @@ def label_cells(head: Head, i: slice) -> Cells:
 
 
 class Blanks(NamedTuple):
-    """Where the labels of a window stand in one block of columns, by row: what `blank_labels` reads."""
+    """Positions of the labels in one block of columns, by row, for `blank_labels`."""
 
     cells: Cells
     v: slice
-    tokens: Tensor  # [labels in the block] ascending, where the host can look
-    columns: Tensor  # the same, counted from v.start
-    known: list[int]  # the tokens once more
+    tokens: Tensor  # [labels in the block] on a CPU, ascending
+    columns: Tensor  # [labels in the block], counted from v.start
+    token_list: list[int]  # the tokens as a list
 
 
 def label_blanks(cells: Cells, v: slice) -> Blanks:
     """The labels' cells in the block of the columns v."""
-    if cells.known is None:
+    if cells.column_list is None:
         return Blanks(cells, v, cells.tokens, cells.columns, [])
-    some = slice(bisect_left(cells.known, v.start), bisect_left(cells.known, v.stop))
+    some = slice(bisect_left(cells.column_list, v.start), bisect_left(cells.column_list, v.stop))
     if some.start == some.stop:
         return Blanks(cells, v, cells.tokens[some], cells.columns[some], [])
     tokens, order = cells.tokens[some].sort()
@@ -152,8 +152,8 @@ def label_blanks(cells: Cells, v: slice) -> Blanks:
 def blank_labels(block: Tensor, blanks: Blanks, r: slice) -> None:
     """Zero, in the rows r [r, v] of a block, the cells of the labels."""
     cells, v = blanks.cells, blanks.v
-    if cells.known is not None:
-        some = slice(bisect_left(blanks.known, r.start), bisect_left(blanks.known, r.stop))
+    if cells.column_list is not None:
+        some = slice(bisect_left(blanks.token_list, r.start), bisect_left(blanks.token_list, r.stop))
         if some.start < some.stop:
             block.index_put_((blanks.tokens[some] - r.start, blanks.columns[some]), cells.zero)
         return
@@ -167,7 +167,7 @@ def blank_labels(block: Tensor, blanks: Blanks, r: slice) -> None:
 def put_labels(block: Tensor, blanks: Blanks, values: Tensor) -> None:
     """Set the cells of the labels in a block [m, v] to ``values`` [m, K]."""
     cells, v = blanks.cells, blanks.v
-    if cells.known is not None and not blanks.known:
+    if cells.column_list is not None and not blanks.token_list:
         return
     for k in range(cells.y.shape[1]):
         column = cells.y[:, k : k + 1] - v.start
@@ -177,10 +177,10 @@ def put_labels(block: Tensor, blanks: Blanks, values: Tensor) -> None:
 
 
 def sampled_level(head: Head, i: slice, work: torch.dtype) -> Tensor:
-    """log mean exp z over columns spread evenly: about where each row's probability lies, [m], finite.
+    """An estimate of log mean exp z from evenly spaced columns: [m], finite. ``work`` is the dtype of the product.
 
-    ``work`` is the dtype of the product.
-    Exponentials are taken relative to it. It is also the point near which a bfloat16 z - level rounds least.
+    Exponentials are taken relative to it, since most of a row's probability lies near it, and a bfloat16 z - level
+    rounds least where z is near the level.
     """
     step = max(1, head.w.shape[0] // SAMPLED_COLUMNS)
     v = slice(0, head.w.shape[0], step)
@@ -191,7 +191,7 @@ def sampled_level(head: Head, i: slice, work: torch.dtype) -> Tensor:
 
 
 def row_maximum(head: Head, i: slice, columns: int, work: torch.dtype) -> Tensor:
-    """The largest z of each row, by a sweep of its own: [m], 0 where it is not finite. ``work``: of the product."""
+    """The largest z of each row, by an additional sweep: [m], 0 where not finite. ``work`` is the product's dtype."""
     wide = stat_dtype(head.h.dtype)
     most = head.h.new_full((i.stop - i.start,), -torch.inf, dtype=wide)
     h = head.h[i].to(work)

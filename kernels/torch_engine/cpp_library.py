@@ -16,9 +16,9 @@ from importlib import resources
 import torch
 
 log = logging.getLogger("fusedhead")
-LEAST_FLOP = 1 << 31  # of a product, from which on the kernel is worth its compilation: 10 ms of a core
+LEAST_FLOP = 1 << 31  # of a product: a smaller one, under 10 ms of a core, does not repay the kernel's compilation
 LEAST_BITS = 256  # of a vector
-MACHINES = ("x86_64", "AMD64")  # on which it was measured
+MACHINES = ("x86_64", "AMD64")  # architectures on which the kernel was measured
 _LOADING = threading.Lock()
 
 

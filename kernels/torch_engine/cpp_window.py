@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, Needs, Windows
-from fusedhead.kernels.torch_engine.block_window import KnownScale
+from fusedhead.kernels.torch_engine.block_window import RowScale
 from fusedhead.kernels.torch_engine.blocks import EXP2_FACTOR, SAMPLED_COLUMNS, Cells, block_columns
 from fusedhead.kernels.torch_engine.cpp_library import library
-from fusedhead.kernels.torch_engine.exponentials import Level, above, level_at
+from fusedhead.kernels.torch_engine.exponentials import Level, level_at, max_with_labels
 from fusedhead.kernels.torch_engine.gradient_sink import Sink
 
 LANES = 32  # tokens and hidden sizes are filled up to a multiple of this
-ALIASED, GAP = 256, 16  # rows of tokens a multiple of the first apart share few places of a cache: a gap between them
-PANEL = 112  # classes that pass through a core's cache at once
-ROW_THREADS = 4  # as many at most leave what is done once a token to one of them
+ALIASED, GAP = 256, 16  # rows a multiple of ALIASED apart fall into the same few cache lines: GAP numbers separate them
+PANEL = 112  # classes of one panel, which stays in a core's cache
+ROW_THREADS = 4  # up to this many threads, one thread does all the work that is done once a token
 READ_POINTERS = ("h", "w", "y", "labelled", "classes", "shift", "s", "t", "g", "uw")
 WRITTEN_POINTERS = ("picked", "level", "e", "dh", "dw", "total", "packed_h", "packed_hs", "sums", "own")
 COUNTS = ("tokens", "hidden", "vocab", "labels", "cells", "lanes", "padded_hidden", "w_row", "w_column", "items")
@@ -40,20 +40,20 @@ class Arguments(ctypes.Structure):
 
 
 def call_kernel(
-    function: str, head: Head, i: slice, threads: int, tensors: dict[str, Tensor | None], **others: Any
+    function: str, head: Head, i: slice, threads: int, tensors: dict[str, Tensor | None], **numbers: Any
 ) -> None:
-    """Call one of the kernel's functions for the tokens i. What has no elements is not there."""
+    """Call one of the kernel's functions for the tokens i. A tensor without elements is passed as a null pointer."""
     kernel, (vocab, hidden), m = library(), head.w.shape, i.stop - i.start
     assert kernel is not None, "the planner asks for this kernel where it is compiled"
-    given = {"h": head.h[i].contiguous(), "w": head.w, "y": head.y[i].contiguous(), **tensors}
+    by_name = {"h": head.h[i].contiguous(), "w": head.w, "y": head.y[i].contiguous(), **tensors}
     scale = 1.0 if head.transform.plain_scale is None else head.transform.plain_scale
     arguments = Arguments(
-        **{name: x.data_ptr() if x is not None and x.numel() else None for name, x in given.items()},
+        **{name: x.data_ptr() if x is not None and x.numel() else None for name, x in by_name.items()},
         tokens=m, hidden=hidden, vocab=vocab, labels=head.y.shape[1], lanes=lanes_of(m),
         padded_hidden=whole_vectors(hidden), w_row=head.w.stride(0), w_column=head.w.stride(1),
         items=items_of(threads, vocab), panel=PANEL, threads=threads,
         row_threads=1 if threads <= ROW_THREADS else threads, samples=SAMPLED_COLUMNS, factor=EXP2_FACTOR * scale,
-        **others,
+        **numbers,
     )  # fmt: skip
     getattr(kernel, function)(ctypes.byref(arguments))
 
@@ -77,7 +77,7 @@ def lanes_of(tokens: int) -> int:
 
 
 def items_of(threads: int, vocab: int) -> int:
-    """Shares of the classes: some a thread, so that one that is put aside holds up little."""
+    """The number of shares of the classes: several a thread, so that a thread the system suspends delays little."""
     return max(1, min(-(-vocab // PANEL), max(threads, min(4 * threads, 16))))
 
 
@@ -126,20 +126,20 @@ class CppWindow:
     def usual_level(self, i: slice, labelled: Tensor, aim: float | None) -> Level:
         level = self.head.h.new_empty(i.stop - i.start)
         self._call("sampled_level", i, None, {"level": level})
-        return level_at(self.head, above(torch.where(level.isfinite(), level, 0), labelled), False)
+        return level_at(self.head, max_with_labels(torch.where(level.isfinite(), level, 0), labelled), False)
 
     def exponentials(
-        self, i: slice, h: Tensor, level: Level, cells: Cells, known: KnownScale | None = None
+        self, i: slice, h: Tensor, level: Level, cells: Cells, row_scale: RowScale | None = None
     ) -> list[Tensor]:
-        given: dict[str, Tensor | None] = {"shift": level.shift[:, 0].contiguous()}
-        given |= {"labelled": cells.tokens, "classes": cells.columns, "s": None if known is None else known.s}
-        self._call("sweep", i, None if known is None else known.sink, given)
+        inputs: dict[str, Tensor | None] = {"shift": level.shift[:, 0].contiguous()}
+        inputs |= {"labelled": cells.tokens, "classes": cells.columns, "s": None if row_scale is None else row_scale.s}
+        self._call("sweep", i, None if row_scale is None else row_scale.sink, inputs)
         return [self.total[: i.stop - i.start]]
 
     def gradients(self, i: slice, h: Tensor, s: Tensor, t: Tensor, sink: Sink) -> None:
-        given: dict[str, Tensor | None] = {"s": s.contiguous(), "t": t.contiguous()}
+        inputs: dict[str, Tensor | None] = {"s": s.contiguous(), "t": t.contiguous()}
         if sink.dh is not None:
-            given["dh"] = sink.dh[i]
+            inputs["dh"] = sink.dh[i]
         if sink.g_sum is not None and sink.uw is not None:
-            given |= {"g": sink.g_sum[i].contiguous(), "uw": sink.uw}
-        self._call("gradients", i, sink, given)
+            inputs |= {"g": sink.g_sum[i].contiguous(), "uw": sink.uw}
+        self._call("gradients", i, sink, inputs)

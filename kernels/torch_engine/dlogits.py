@@ -31,7 +31,7 @@ from fusedhead.kernels.transform.backward import apply_and_record, pull_back
 
 
 def dlogits_of_block(head: Head, grads: LogitGrads, stats: RowStats, i: slice, v: slice, z: Tensor) -> Tensor:
-    """dz of the transformed block z [m, v], which becomes log p and is lost."""
+    """dz of the transformed block z [m, v]. The block itself is overwritten with log p."""
     wide = z.dtype
     if grads.soft:
         z.sub_(stats.lse[i, None].to(wide))

@@ -55,26 +55,26 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
 
 
 def one_number(stats: RowStats, fine: torch.dtype) -> Tensor:
-    """The lse [N] as one fine number."""
+    """The lse [N] in `row_dtype`, with its rounding error added."""
     lse = stats.lse.to(fine)
     return lse if stats.lse_low is None else lse + stats.lse_low.to(fine)
 
 
 def _by_row_scale(head: Head, upstream: RowGrads, needs: Needs) -> bool:
-    """Whether gradients come from exponentials and a number a row.
+    """Whether gradients are exponentials times one number a row.
 
-    Not where masks leave no column: that number is NaN, which a mask stops on its way back. (Asked on the CPU only,
-    elsewhere the answer would have to be waited for.)
+    That number is NaN where masks leave no column, so this is False then; the general gradient applies the mask after
+    it. On a GPU the masks are not looked at, since the host would wait.
     """
     masked = head.transform.masked_columns(head.cols) if head.h.device.type == "cpu" else None
-    left = masked is None or not bool(masked.all())
-    return left and softmax_gradients.supports(head, upstream, needs)
+    any_column = masked is None or not bool(masked.all())
+    return any_column and softmax_gradients.supports(head, upstream, needs)
 
 
 def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: Needs, windows: Windows) -> HeadGrads:
     """One sweep over z for the gradients of any per-row upstream."""
     masked = head.transform.masked_columns(head.cols)
-    if masked is not None and upstream.picked is not None:  # a mask stops what arrives at a label there, NaN too
+    if masked is not None and upstream.picked is not None:  # a masked label has no gradient, not even NaN
         upstream = upstream._replace(picked=upstream.picked.masked_fill(masked[head.y], 0))
     if _by_row_scale(head, upstream, needs):
         if upstream.lse is None and upstream.square is None:
@@ -85,21 +85,21 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
 
 
 def other_columns_serve(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows) -> bool:
-    """Whether `head_loss` takes ``other_columns``: it does so where one sweep gives statistics and gradients."""
+    """Whether `head_loss` takes ``other_columns``: only where one sweep gives statistics and gradients."""
     whole_rows = windows.vocab >= len(head.w) or not (needs.w or needs.cols)
     unmasked = head.transform.masked_columns(head.cols) is None
     return whole_rows and unmasked and softmax_gradients.supports(head, coefficients, needs)
 
 
 def with_sums(head: Head, total: Tensor, other_columns: OtherColumns) -> OtherColumns:
-    """``other_columns``, told the sums [N] too."""
+    """``other_columns`` with the sums [N] among the statistics that it is called with."""
 
-    def asked(i: slice, own: RowStats) -> Tensor:
+    def other_lse(i: slice, stats: RowStats) -> Tensor:
         some = total[i]
-        spread = spread_from_sums(head, one_number(own, some.dtype), some)
-        return other_columns(i, own._replace(sum=some.to(spread.dtype), spread=spread))
+        spread = spread_from_sums(head, one_number(stats, some.dtype), some)
+        return other_columns(i, stats._replace(sum=some.to(spread.dtype), spread=spread))
 
-    return asked
+    return other_lse
 
 
 def head_loss(
@@ -122,8 +122,8 @@ def head_loss(
     whole_rows = windows.vocab >= len(head.w) or not (needs.w or needs.cols)
     needs_now = needs if whole_rows else NO_NEEDS
     total = weighted_sums(head, scale) if coefficients.sum is not None and scale is not None else None
-    asked = other_columns if other_columns is None or total is None else with_sums(head, total, other_columns)
-    lse, stats, grads = softmax_gradients.single_pass(head, coefficients, needs_now, windows, asked)
+    with_statistics = other_columns if other_columns is None or total is None else with_sums(head, total, other_columns)
+    lse, stats, grads = softmax_gradients.single_pass(head, coefficients, needs_now, windows, with_statistics)
     if not whole_rows:
         grads = softmax_gradients.known_lse(head, coefficients, lse, needs, windows)
     if total is not None:

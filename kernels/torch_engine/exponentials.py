@@ -40,23 +40,23 @@ FAR = 64.0  # a bfloat16 product cannot subtract a level further from 0 than thi
 
 
 class Level(NamedTuple):
-    """What exp is relative to in one window: 2^(L z - binary) is computed, with L near log2 e, and binary = L natural.
+    """The reference of the exponentials of one window, by row: 2^(L z - binary) is computed, and binary = L natural.
 
-    L is what `binary_factor` says, so that a level of any size is where the exponentials say it is.
+    L is the `binary_factor`, the same number that multiplies z, so that both forms name one level however large it is.
     """
 
     binary: Tensor  # [m] finite, in the statistics' dtype; for a plain z exact in the products' dtype
-    natural: Tensor  # [m] fine
-    exact: bool  # whether logits are to be computed in the statistics' dtype, whatever the products'
+    natural: Tensor  # [m] in `row_dtype`
+    exact: bool  # whether logits are computed in the statistics' dtype, whatever the products' dtype
     shift: Tensor  # [m, 1] -binary, in the products' dtype if they subtract it
 
 
 @lru_cache(maxsize=256)
 def binary_factor(transform: Transform, wide: torch.dtype) -> float:
-    """L, by which `fill` turns z into an exponent of 2: log2 e, rounded as a constant of an op in ``wide`` is.
+    """The factor L by which `fill` turns z into an exponent of 2: log2 e as ``wide`` rounds it.
 
-    Where z is c h wᵀ, the constant that is rounded is c log2 e. L is off by up to 1e-8 of itself: 1e-4 of an exponent
-    of 1e4, were it taken for log2 e.
+    Where z is c h wᵀ, the rounded constant is c log2 e. L differs from log2 e by up to 1e-8 of itself, which is 1e-4 at
+    an exponent of 1e4, so a level has to use L and not log2 e.
     """
     scale = transform.plain_scale or 1.0
     return torch.tensor(EXP2_FACTOR * scale, dtype=wide).item() / scale
@@ -75,10 +75,10 @@ def level_at(head: Head, at: Tensor, exact: bool) -> Level:
 
 
 def window_products(head: Head, i: slice) -> torch.dtype:
-    """The dtype in which the logits of window i are computed where a block of them is read as it is, without a level.
+    """The dtype of the logits of window i, for a sweep that reads them without subtracting a level.
 
-    That of the products; wide where narrow ones would be far from 0. (Asked on the CPU only, elsewhere the answer would
-    have to be waited for.)
+    It is the products' dtype, or the statistics' where logits of two bytes would be far from 0 and round too much. On a
+    GPU the logits are not looked at, since the host would wait.
     """
     work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
     if work == wide or head.h.device.type != "cpu" or i.stop == i.start:
@@ -87,32 +87,32 @@ def window_products(head: Head, i: slice) -> torch.dtype:
 
 
 def usual_level(head: Head, i: slice, labelled: Tensor, aim: float | None = None) -> Level:
-    """A level that serves most data, and no lse need be known for it; the row sums tell whether it did.
+    """A level estimated before the sweep, without the lse. The row sums show afterwards whether it was good enough.
 
-    ``labelled`` [m, K] are the logits of the labels: where one is likely, it is where z - level must round least.
-    With ``aim`` it is where the row sums come out about that large.
+    ``labelled`` [m, K] are the logits of the labels: near a likely label z - level must round least. With ``aim`` the
+    level is placed so that the row sums are about that large.
     """
     if aim is not None:
         log_v = math.log(max(1, len(head.w)))
-        lse = above(sampled_level(head, i, product_dtype(head.h.dtype, head.h.device.type)) + log_v, labelled)
+        lse = max_with_labels(sampled_level(head, i, product_dtype(head.h.dtype, head.h.device.type)) + log_v, labelled)
         return level_at(head, lse - math.log(aim), True)
     work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
-    level = above(sampled_level(head, i, work), labelled)
+    level = max_with_labels(sampled_level(head, i, work), labelled)
     far = work != wide and level.numel() > 0 and bool(level.abs().amax() > FAR)
-    return level_at(head, above(sampled_level(head, i, wide), labelled) if far else level, far)
+    return level_at(head, max_with_labels(sampled_level(head, i, wide), labelled) if far else level, far)
 
 
 def below_maximum(head: Head, i: slice, columns: int, aim: float | None, exact: bool) -> Level:
-    """The largest logit of each row, by a sweep in blocks of ``columns``; with ``aim`` where its E is that large.
+    """The level at each row's largest logit, by a sweep in blocks of ``columns``; with ``aim`` its E is that large.
 
-    It is of the logits that `fill` computes: a maximum of products in bfloat16 is off by 64 where z is 1e4.
+    The maximum is that of the logits `fill` computes: the maximum of bfloat16 products is off by 64 where z is 1e4.
     """
     work, wide = product_dtype(head.h.dtype, head.h.device.type), stat_dtype(head.h.dtype)
     most = row_maximum(head, i, columns, wide if exact else work)
     return level_at(head, most if aim is None else most - math.log(aim), exact)
 
 
-def above(level: Tensor, labelled: Tensor) -> Tensor:
+def max_with_labels(level: Tensor, labelled: Tensor) -> Tensor:
     """The larger of a level [m] and the finite logits of the labels."""
     if not labelled.shape[1]:
         return level
@@ -160,7 +160,7 @@ def fill(
     h = h.to(wide) if level.exact else h
     narrow, scale = out.dtype != wide, head.transform.plain_scale
     shifted = narrow and scale is not None and not level.exact
-    whole = scale is not None or head.h.device.type != "cpu"  # three ops in place gain nothing by pieces
+    whole = scale is not None or head.h.device.type != "cpu"  # three in-place ops are no faster in pieces
     totals = []
     for s in cuts(n, spare.numel() // m if narrow else n):
         strip, w_strip, columns = out[:, s], w[s], slice(v.start + s.start, v.start + s.stop)
@@ -193,12 +193,12 @@ def fill(
 
 
 def label_terms(head: Head, i: slice, raw: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Transformed logits of the labels of window i and the transform's slope there: both [m, K], fine.
+    """Transformed logits of the labels of window i and the transform's slope there: both [m, K] in `row_dtype`.
 
-    ``raw`` are the logits before it, where they are known.
+    ``raw`` are the logits before the transform, where they are known.
 
-    The logits are numbers of the statistics' dtype, as the ones handed out: a likely label's loss, lse - z, would
-    otherwise be what rounding takes off z, and less than 0 half of the time.
+    The logits are rounded to the statistics' dtype, as those that the op returns. Otherwise the loss of a likely label,
+    lse - z, would be the rounding error of z, and negative half of the time.
     """
     raw = label_logits(head, i) if raw is None else raw
     cols, rows = label_vectors(head, i)
@@ -208,10 +208,10 @@ def label_terms(head: Head, i: slice, raw: Tensor | None = None) -> tuple[Tensor
 
 
 def label_writer(head: Head, i: slice) -> Callable[[Tensor, slice], object]:
-    """A function of a block z [m, v] of window i and its columns v: it sets the labels' cells to the logits handed out.
+    """A function that sets the labels' cells of a block z [m, v] of window i to the logits that the op returns.
 
-    Then 1 - p of a likely label is no difference of two roundings of its logit. It leaves logits of two bytes, whose
-    products round more than that, as they are.
+    Then 1 - p of a likely label is not the difference of two roundings of its logit. Logits of two bytes stay as they
+    are, since their products round more than that.
     """
     wide = stat_dtype(head.h.dtype)
     if head.h.dtype != wide or not head.y.shape[1]:

@@ -34,15 +34,15 @@ Factors = Callable[[slice, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor
 
 
 class SweptRows(NamedTuple):
-    """What a sweep finds of all rows, fine: the lse as the sum of two numbers."""
+    """Results of a sweep for all rows, in `row_dtype`. The lse is the sum of two numbers."""
 
     lse: Tensor  # [N]
-    low: Tensor  # [N] what is lost of log Σ exp(z - max) where that is added to a maximum beyond 2^53
+    low: Tensor  # [N] the rounding error of max + log Σ exp(z - max), not zero for a maximum beyond 2^53
     picked: Tensor  # [N, K] logits of the labels
 
 
 def far(level: Tensor) -> bool:
-    """Whether one of some levels is too far from 0 to be subtracted. (The host waits for the answer.)"""
+    """Whether one of the levels is too far from 0 to be subtracted. The host waits for the answer."""
     return bool((level.abs() > FAR_FROM_ZERO).any())
 
 
@@ -72,13 +72,13 @@ def _few_rows(head: Head, j: slice, factors: Factors, needs: Needs, columns: int
     e_labels = torch.exp(labelled - most[:, None]).to(fine) * first
     e = z.sub_(most[:, None]).exp_().scatter_(1, head.y[j], 0)
     rest, of_labels = e.sum(1, dtype=fine), e_labels.sum(1)
-    total, others = rest + of_labels, rest[:, None] + (of_labels[:, None] - e_labels)
+    total, without_label = rest + of_labels, rest[:, None] + (of_labels[:, None] - e_labels)
     log_total = total.log()
     swept.lse[j] = at = most.to(fine) + log_total
     swept.low[j] = two_sum_error(at, most.to(fine), log_total)
     if not (needs.h or needs.w or needs.cols):
         return
-    s, t = factors(j, at, total, others, first, label_terms(head, j)[1])
+    s, t = factors(j, at, total, without_label, first, label_terms(head, j)[1])
     e.div_(total[:, None])  # or the sum of what is multiplied by a large weight leaves the dtype
     s, t = (s * total).to(wide), t.to(wide)
     product = h.new_zeros((len(h), head.h.shape[1] if needs.h else 0))

@@ -16,7 +16,7 @@ from fusedhead.kernels.torch_engine.weighted_sums import weighted_columns, weigh
 
 
 class Sink:
-    """Where the gradients of one sweep go: dh, dw and the column vectors' sums."""
+    """The sums of one sweep's gradients: dh, dw and those of the column vectors."""
 
     def __init__(self, head: Head, upstream: RowGrads, needs: Needs, windows: Windows) -> None:
         self.head, self.needs, self.wide = head, needs, stat_dtype(head.h.dtype)

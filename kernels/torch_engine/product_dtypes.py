@@ -41,22 +41,22 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 
 def _steepest(transform: Transform) -> float | None:
-    """A bound of what E = exp(z - level) is multiplied by to be E', None where the chain's text gives none.
+    """An upper bound of E' / E, the slope of the transform; None where the transform's text gives none.
 
-    Where z is h wᵀ times a constant, the sweep leaves that to the rows.
+    Where z is h wᵀ times a constant, the row scales take the constant, so the bound leaves it out.
     """
     return 1.0 if transform.plain_scale is not None else transform.steepest
 
 
 def kept_dtype(dtype: torch.dtype, products: torch.dtype, transform: Transform) -> torch.dtype:
-    """The dtype in which a window of E' = exp(z - level) ∂z/∂(h wᵀ) waits, of a head of ``dtype``."""
+    """The dtype in which a window of E' = exp(z - level) ∂z/∂(h wᵀ) is kept, for a head of ``dtype``."""
     if dtype == torch.float16:
         return dtype if _steepest(transform) else products
     return dtype
 
 
 class Range(NamedTuple):
-    """Where the sum of a row's E must lie for the window to be kept without loss, and where it should."""
+    """The range of a row's sum of E in which the window is kept without loss, and the best place in it."""
 
     least: float
     aim: float | None  # None: anywhere

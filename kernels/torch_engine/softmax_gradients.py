@@ -29,7 +29,7 @@ from fusedhead.kernels.contract import (
     Windows,
     stat_dtype,
 )
-from fusedhead.kernels.torch_engine.block_window import BlockWindow, KnownScale, Window
+from fusedhead.kernels.torch_engine.block_window import BlockWindow, RowScale, Window
 from fusedhead.kernels.torch_engine.blocks import (
     cuts,
     first_of_equal,
@@ -59,8 +59,8 @@ def _label_terms(head: Head, i: slice, windows: Windows) -> tuple[Tensor, Tensor
 
 
 def supports(head: Head, upstream: RowGrads, needs: Needs) -> bool:
-    """Whether dz is a row scale away from E'."""
-    if upstream.entropy is not None or upstream.variance is not None or needs.rows:
+    """Whether dz is E' times one number a row, apart from the labels and a rank-one term."""
+    if upstream.nonlinear or needs.rows:
         return False
     plain = head.transform.plain_scale is not None
     biases = not needs.cols or head.transform.bias_slopes(len(head.cols)) is not None
@@ -68,7 +68,7 @@ def supports(head: Head, upstream: RowGrads, needs: Needs) -> bool:
 
 
 def _prepared(head: Head, upstream: RowGrads) -> tuple[Tensor, Tensor]:
-    """Gradients of lse [N] and picked [N, K], fine, zeros where absent."""
+    """Gradients of lse [N] and picked [N, K] in `row_dtype`, zeros where absent."""
     fine = row_dtype(head.h.device.type)
     lse = upstream.lse if upstream.lse is not None else head.h.new_zeros(len(head.h))
     picked = upstream.picked if upstream.picked is not None else head.h.new_zeros(head.y.shape)
@@ -78,7 +78,7 @@ def _prepared(head: Head, upstream: RowGrads) -> tuple[Tensor, Tensor]:
 def _totals(parts: list[Tensor], z: Tensor, level: Level, first: Tensor) -> tuple[Tensor, Tensor]:
     """Row sums of E with the labels [m], and without each of the labels [m, K], from their parts.
 
-    The second keeps 1 - p of a label, (everything else) / total, from cancelling when p is nearly 1.
+    The second gives 1 - p of a label as (sum without it) / total, which does not cancel when p is nearly 1.
     """
     e = torch.exp(z - level.natural[:, None]) * first
     rest = torch.stack(parts).sum(0, dtype=e.dtype)
@@ -87,26 +87,26 @@ def _totals(parts: list[Tensor], z: Tensor, level: Level, first: Tensor) -> tupl
 
 
 def _factors(c: RowGrads, head: Head, beyond: Tensor | None = None) -> Factors:
-    """What makes s [m] and t [m, K] of the tokens of a window out of the gradients ``c``.
+    """The function that computes s [m] and t [m, K] of a window's tokens from the gradients ``c``.
 
-    s is NaN where the total is not finite: as through a log_softmax, a row with an infinite logit has no gradient.
+    s is NaN where the total is not finite, as log_softmax makes the gradient of a row with an infinite logit.
     ``beyond`` [N] is the lse of columns that the head does not hold.
     """
     g_lse, g_picked = _prepared(head, c)
     scale = head.transform.plain_scale
 
     def factors(
-        i: slice, lse: Tensor, total: Tensor, others: Tensor, first: Tensor, slope: Tensor
+        i: slice, lse: Tensor, total: Tensor, without_label: Tensor, first: Tensor, slope: Tensor
     ) -> tuple[Tensor, Tensor]:
         if beyond is not None:
-            # e^600 against at most e^100: what the head holds is nothing then
+            # beyond e^600 the other columns outweigh the head's own, at most e^100, in every digit
             share = torch.exp((beyond[i] - lse).clamp(max=LARGEST_SHARE))
             more = torch.where(total > 0, total * share, (beyond[i] > -torch.inf).to(total.dtype))
-            total, others = total + more, others + more[:, None]
+            total, without_label = total + more, without_label + more[:, None]
             lse = torch.logaddexp(lse, beyond[i])
         g = g_lse[i] if c.square is None else g_lse[i] + 2 * c.square[i] * lse
         whole = g[:, None] * first
-        t = (g_picked[i] + whole - whole * (others / total[:, None])) * slope
+        t = (g_picked[i] + whole - whole * (without_label / total[:, None])) * slope
         s = g / total + 0 * total
         if beyond is not None:
             s = s.masked_fill(beyond[i] == torch.inf, torch.nan)
@@ -118,9 +118,9 @@ def _factors(c: RowGrads, head: Head, beyond: Tensor | None = None) -> Factors:
 def single_pass(
     head: Head, c: RowGrads, needs: Needs, windows: Windows, other_columns: OtherColumns | None = None
 ) -> tuple[Tensor, RowStats, HeadGrads]:
-    """lse [N] (fine), it and picked as statistics, and the gradients of Σ c · statistics (+ Σ c.square lse²).
+    """The lse [N] in `row_dtype`, lse and picked as statistics, gradients of Σ c · statistics + Σ c.square lse².
 
-    With ``other_columns`` the statistics are those of the head's own columns, and c is of the statistics of all.
+    With ``other_columns`` the statistics are those of the head's own columns, and c refers to the statistics of all.
 
     FLOP 6 NDV; memory: E' of one window (windows.tokens x V) where w wants a gradient, else one block.
     """
@@ -130,7 +130,7 @@ def single_pass(
     rows = SweptRows(lse, low, z)
     sink = Sink(head, c, needs, windows)
     _sweep(head, c, needs, windows, rows, slope, sink, other_columns)
-    return lse, _own_statistics(rows, slice(None), wide), sink.finish()  # the window of E' is gone by now
+    return lse, _own_statistics(rows, slice(None), wide), sink.finish()  # `_sweep` has freed the window of E'
 
 
 def _own_statistics(rows: SweptRows, i: slice, wide: torch.dtype) -> RowStats:
@@ -168,7 +168,7 @@ def _sweep(
         certain = not on_cpu
         while True:
             parts = window.exponentials(i, h, level, cells)
-            total, others = _totals(parts, z, level, first)
+            total, without_label = _totals(parts, z, level, first)
             if certain or bool(((total > least) & (total < most)).all()):
                 break
             level, certain = below_maximum(head, i, window.strip, aim, True), True
@@ -185,12 +185,12 @@ def _sweep(
         rows.lse[i] = at = level.natural + total.log()
         if beyond is not None and other_columns is not None:
             beyond[i] = other_columns(i, _own_statistics(rows, i, wide))
-        s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
+        s, t = (x.to(wide) for x in factors(i, at, total, without_label, first, slope))
         window.gradients(i, h, s, t, sink)
 
 
 def labels_alone(head: Head, upstream: RowGrads, needs: Needs, windows: Windows) -> HeadGrads:
-    """The gradients where only picked logits and plain sums have an upstream: no softmax, no sweep, no lse."""
+    """The gradients where only picked logits and plain sums have an upstream gradient: no softmax, no sweep, no lse."""
     wide = stat_dtype(head.h.dtype)
     _, g_picked = _prepared(head, upstream)
     sink = Sink(head, upstream, needs, windows)
@@ -208,8 +208,8 @@ def labels_alone(head: Head, upstream: RowGrads, needs: Needs, windows: Windows)
 def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows: Windows) -> HeadGrads:
     """The gradients when each row's lse [N] is known. FLOP 6 NDV; memory: one block, [windows.tokens, D] twice.
 
-    The row sums come out of the sweep again: what can wait for them (dh, labels) does not depend on how the lse was
-    rounded, which matters where the lse is large.
+    The sweep sums the rows again. dh and the labels' terms use these sums and not the lse, whose rounding matters where
+    the lse is large.
     """
     n, wide, fine = len(head.h), stat_dtype(head.h.dtype), row_dtype(head.h.device.type)
     work = product_dtype(head.h.dtype, head.h.device.type)
@@ -231,9 +231,9 @@ def known_lse(head: Head, upstream: RowGrads, lse: Tensor, needs: Needs, windows
         g = g_lse[i] if upstream.square is None else g_lse[i] + 2 * upstream.square[i] * at
         early = g * torch.exp(level.natural - at) * (1.0 if scale is None else scale)
         early = early.to(wide)
-        parts = window.exponentials(i, h, level, cells, KnownScale(early, sink))
+        parts = window.exponentials(i, h, level, cells, RowScale(early, sink))
         first = first_of_equal(head.y[i])
-        total, others = _totals(parts, z, level, first)
-        s, t = (x.to(wide) for x in factors(i, at, total, others, first, slope))
+        total, without_label = _totals(parts, z, level, first)
+        s, t = (x.to(wide) for x in factors(i, at, total, without_label, first, slope))
         window.gradients(i, h, s, t, sink)
     return sink.finish()

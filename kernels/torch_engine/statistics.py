@@ -32,7 +32,7 @@ from fusedhead.kernels.transform.transform import Transform, apply
 
 
 class Partial(NamedTuple):
-    """A softmax over some columns: Σ exp(z - most) (z - most)^k for k = 0, 1, 2, [m] each, the last two where asked."""
+    """A softmax over some columns: Σ exp(z - most) (z - most)^k, [m] each, for k = 0 and, where asked for, 1 and 2."""
 
     most: Tensor  # the largest z, replaced by 0 where it is not finite
     total: Tensor
@@ -137,8 +137,8 @@ def sweep_statistics(head: Head, want: frozenset[str], windows: Windows) -> RowS
                     part += most.to(fine) * (u.sum(dtype=fine) if u.numel() else z.shape[1])
                 total[i] = total[i] + part if v.start else part
             if soft:
-                here = partial_of(z, most, moments)
-                state = here if state is None else merge(state, here)
+                partial = partial_of(z, most, moments)
+                state = partial if state is None else merge(state, partial)
         if state is not None:
             log_total = state.total.log()
             out["lse"][i] = lse = state.most + log_total
@@ -152,10 +152,10 @@ def sweep_statistics(head: Head, want: frozenset[str], windows: Windows) -> RowS
         out["sum"].copy_(total)
     if "spread" in want:
         out["spread"] = spread_from_sums(head, out["lse"].to(fine) + out["lse_low"].to(fine), total)
-    given = {name: x for name, x in out.items() if name in want}
-    given |= {name: out[name] for name in ("lse", "lse_low")}
+    stats = {name: x for name, x in out.items() if name in want}
+    stats |= {name: out[name] for name in ("lse", "lse_low")}
     return RowStats(
-        **given,
+        **stats,
         picked=picked_logits(head, tokens) if "picked" in want else None,
         argmax=argmax if "argmax" in want else None,
     )

@@ -35,7 +35,7 @@ class BlockWeightGradient:
         self.started = True
 
     def begin_with_nothing(self) -> None:
-        """Start from zero, for a sweep that may add no block."""
+        """Start from zero. For a sweep that may add no block, whose dw is zero then."""
         if not self.started:
             self.sum.zero_()
             self.started = True
@@ -65,7 +65,7 @@ class BlockWeightGradient:
                 self.sum.index_add_(0, self.head.y[i][at, k], h[at].to(self.wide) * t[at, k, None])
 
     def _add_late(self, terms: Tensor) -> None:
-        """All labels at once, grouped so that every row of dw is rounded once more only."""
+        """Add all labels together, grouped by class, so that every row of dw is rounded only once more."""
         labels, place = self.head.y.reshape(-1).unique(return_inverse=True)
         terms, tokens = terms.reshape(-1), terms.shape[1]
         step = max(1, GATHER_BYTES // max(1, 4 * self.sum.shape[1]))

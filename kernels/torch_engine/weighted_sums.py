@@ -31,7 +31,7 @@ def weighted_hidden(head: Head, g: Tensor) -> Tensor:
 
 
 def weighted_sums(head: Head, scale: float) -> Tensor:
-    """scale Σ_v u_v (h_i · w_v): [N], fine."""
+    """scale Σ_v u_v (h_i · w_v): [N] in `row_dtype`."""
     total = weighted_columns(head, row_dtype(head.h.device.type)) * scale
     out = head.h.new_empty(head.h.shape[0], dtype=total.dtype)
     for i in cuts(head.h.shape[0], GATHER_BYTES // max(1, total.element_size() * head.h.shape[1])):

@@ -34,7 +34,7 @@ from fusedhead.kernels.torch_engine.blocks import block_vectors, two_sum_error
 from fusedhead.kernels.torch_engine.product_dtypes import product_dtype
 from fusedhead.kernels.transform.backward import Tape, apply_and_record, pull_back
 
-ALL = frozenset({"lse", "picked", "sum", "spread"})  # that come out of one softmax
+ALL = frozenset({"lse", "picked", "sum", "spread"})  # the statistics that one softmax gives
 
 
 class Softmax(NamedTuple):
@@ -73,7 +73,7 @@ def softmax(
 
 
 def statistics(of: Softmax, want: frozenset[str]) -> RowStats:
-    """The lse as two numbers, and what else is asked for."""
+    """The statistics that are asked for; the lse as the sum of two numbers."""
     log_total = of.total.log()
     lse = of.most + log_total
     return RowStats(
@@ -137,7 +137,7 @@ def head_loss(head: Head, coefficients: RowGrads, needs: Needs, windows: Windows
 def head_gradients(
     head: Head, dz: Tensor, tape: Tape, cols: Tensor, rows: Tensor, needs: Needs, windows: Windows
 ) -> HeadGrads:
-    """What the gradient of the transformed logits [N, V], which is lost, makes of the operands."""
+    """The gradients of the operands from that of the transformed logits [N, V], which is overwritten."""
     dcols = torch.zeros_like(head.cols, dtype=dz.dtype) if needs.cols else None
     drows = torch.zeros_like(head.rows, dtype=dz.dtype) if needs.rows else None
     dz = pull_back(head.transform, dz, tape, cols, rows, dcols, drows)

@@ -94,7 +94,7 @@ def rows_workspace(
 def whole_bytes(
     n: int, v: int, d: int, dtype: torch.dtype, work: torch.dtype, transform: Transform, needs: Needs
 ) -> int:
-    """Bytes at the peak where all logits [n, v] are built at once (`whole`), by products in ``work``."""
+    """Bytes at the peak where all logits [n, v] are built together (`whole`), by products in the dtype ``work``."""
     wide = stat_dtype(dtype)
     held = windows_held(transform, needs.cols, needs.rows) + windows_passing(transform)
     logits = n * v * (wide.itemsize * held + (work.itemsize if work != wide else 0))

@@ -16,7 +16,7 @@ Tape = list[Tensor]
 
 
 def windows_held(transform: Transform, need_cols: bool, need_rows: bool) -> int:
-    """How many windows are alive after `apply_and_record`: the tape's and the transformed one."""
+    """The number of windows alive after `apply_and_record`: the tape's and the transformed one."""
     return 1 + sum(bool(step.keeps(need_cols, need_rows)) for step in transform.steps)
 
 

@@ -117,7 +117,7 @@ def vectors(text: str) -> Iterator[tuple[str, int]]:
 
 def shifted(text: str, columns: int) -> str:
     """The same function with ``columns`` added to the index of every column vector."""
-    return re.sub(r"(?<![\w.#])c(\d+)", lambda found: f"c{int(found[1]) + columns}", text)
+    return re.sub(r"(?<![\w.#])c(\d+)", lambda match: f"c{int(match[1]) + columns}", text)
 
 
 @lru_cache(maxsize=256)
@@ -130,10 +130,10 @@ def last_uses(code: Code) -> Mapping[int, tuple[int, ...]]:
         if isinstance(arg, str) and arg[0] == "#"
     }
     last.pop(int(code.result[1:]) if code.result[0] == "#" else -1, None)
-    found: dict[int, tuple[int, ...]] = {}
+    uses: dict[int, tuple[int, ...]] = {}
     for value, at in last.items():
-        found[at] = (*found.get(at, ()), value)
-    return found
+        uses[at] = (*uses.get(at, ()), value)
+    return uses
 
 
 def most_alive(code: Code) -> int:
@@ -167,14 +167,14 @@ def run(code: Code, z: Tensor, cols: Tensor, rows: Tensor, g: Tensor | None = No
         return z if arg == "z" else g
 
     for at, (op, args) in enumerate(code.instructions):
-        given = [read(arg) for arg in args]
+        inputs = [read(arg) for arg in args]
         for done in last_uses(code).get(at, ()):
             if reuse and values[done].shape == z.shape and values[done].dtype == z.dtype:
                 spent.append(values[done])
             values[done] = None
-        like_z = given[-1].dtype == z.dtype and any(x.shape == z.shape for x in given)
+        like_z = inputs[-1].dtype == z.dtype and any(x.shape == z.shape for x in inputs)
         over = spent and like_z and op not in BOOLEAN_OPS
-        values.append(OPS[op](*given, out=spent.pop()) if over else OPS[op](*given))
-        del given
+        values.append(OPS[op](*inputs, out=spent.pop()) if over else OPS[op](*inputs))
+        del inputs
     result = read(float(code.result) if not OPERAND.fullmatch(code.result) else code.result)
     return result.expand(z.shape)

@@ -165,7 +165,7 @@ class Step(NamedTuple):
         return getattr(torch, self.value) if isinstance(self.value, str) else self.value
 
     def keeps(self, need_cols: bool, need_rows: bool) -> str:
-        """What the backward pass must keep of this step: its "input", its "output", or "" for nothing."""
+        """The tensor that the backward pass keeps of this step: its "input", its "output", or "" for none."""
         kind = self.kind
         of_vector = kind.vector == "input" and (need_cols if kind.axis == "c" else need_rows)
         return kind.keeps or ("input" if of_vector else "")

@@ -72,7 +72,7 @@ def head_stats(head: Head, want: frozenset[str], windows: Windows) -> RowStats:
             return _of_no_row(head, want)._replace(picked=picked)
         buffer = None
         if multiplied_by_cublas(head):
-            cuts = list(even_cuts(n, windows.tokens * windows.vocab // vocab))  # whole rows, in a window's memory
+            cuts = list(even_cuts(n, windows.tokens * windows.vocab // vocab))  # whole rows that fill one window
             buffer = new_window(head, cuts[0].stop, vocab)
         else:
             cuts = launches(head, want)
@@ -115,7 +115,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
     dw = WeightGradient(head.w, len(token_cuts), windows.accumulate) if needs.w else None
     with on_device(head.h):
         buffer = new_window(head, token_cuts[0].stop, vocab_cuts[0].stop)
-        # always float32: a vocabulary is many windows, and a narrow sum over them loses to eager code
+        # several windows of columns are summed in float32: a sum in two bytes would round more than eager code does
         accumulate = torch.float32 if len(vocab_cuts) > 1 else windows.dh_dtype(head)
         for i in token_cuts:
             rebuild(
@@ -126,7 +126,7 @@ def head_stats_backward(head: Head, upstream: RowGrads, stats: RowStats, needs: 
                 LogitGrads._make(None if g is None else rows_of(g, i) for g in grads),
                 RowStats._make(None if x is None else x[i] for x in stats),
                 dw,
-                None if dh is None else NarrowSum(rows_of(dh, i), accumulate),  # nobody's once the call returns
+                None if dh is None else NarrowSum(rows_of(dh, i), accumulate),  # freed when the window is done
                 dcols,
                 drows,
             )

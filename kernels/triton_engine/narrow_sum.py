@@ -33,11 +33,11 @@ class NarrowSum:
             inside = rows // ratio  # rows of sums that fit into the result's memory
             if result.storage_offset() % ratio:  # not aligned for the wider dtype
                 inside = 0
-            others = result.new_empty((rows - inside, columns), dtype=accumulate)
-            self.parts = [(inside, others)]
+            rest = result.new_empty((rows - inside, columns), dtype=accumulate)
+            self.parts = [(inside, rest)]
             if inside:
-                own = result.view(-1)[: inside * columns * ratio].view(accumulate).view(inside, columns)
-                self.parts.insert(0, (0, own))
+                front = result.view(-1)[: inside * columns * ratio].view(accumulate).view(inside, columns)
+                self.parts.insert(0, (0, front))
 
     def pieces(self, v: slice) -> Iterator[tuple[slice, Tensor]]:
         """The rows ``v`` in pieces that lie in one buffer each: (rows counted from v.start, the sums of these rows)."""
@@ -48,14 +48,14 @@ class NarrowSum:
 
     def finish(self) -> Tensor:
         """The result, each sum rounded once."""
-        *packed, (inside, others) = self.parts
-        for _, own in packed:
+        *packed, (inside, rest) = self.parts
+        for _, front in packed:
             done = -(-inside // FIRST_SHARE)
-            self.result[:done] = own[:done].clone()
+            self.result[:done] = front[:done].clone()
             while done < inside:
                 more = min(2 * done, inside)  # 2 · done rows of the result end where row ``done`` of the sums begins
-                self.result[done:more] = own[done:more]
+                self.result[done:more] = front[done:more]
                 done = more
-        if others is not self.result:
-            self.result[inside:] = others
+        if rest is not self.result:
+            self.result[inside:] = rest
         return self.result

@@ -23,10 +23,11 @@ from fusedhead.kernels.triton_engine.windows import first_rows, multiplied, rows
 
 
 def with_low(grads: LogitGrads, rows: RowStats) -> tuple[LogitGrads, RowStats]:
-    """What a sweep is given that takes exp(z - lse) for p: exp(-lse_low) is a factor of the row's gradient.
+    """Row gradients and statistics for a sweep that takes p = exp(z - lse), without lse_low.
 
-    Only sweeps of float32 subtract lse_low from every logit. It is up to half a unit of the lse: from 2^15 on more than
-    a narrow dz rounds off.
+    The missing factor exp(-lse_low) is one number a row, so it scales the row's gradient instead. Only float32 sweeps
+    subtract lse_low from every logit. It is up to half a unit in the last place of the lse, and beyond an lse of 2^15
+    that is more than the rounding of a dz of two bytes.
     """
     if rows.lse_low is None or grads.constant is grads.linear is grads.quadratic is None:
         return grads, rows

@@ -57,7 +57,7 @@ class Found(NamedTuple):
     dw: Tensor
 
 
-def made(
+def random_head(
     n: int, v: int, d: int, k: int, transform: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[Head, RowGrads]:
     """A head with random operands, every 131st row of h times `LOUD`, and upstream gradients of lse and picked."""
@@ -107,8 +107,8 @@ def by_float8(head: Head, upstream: RowGrads) -> Iterator[Found]:
     n = len(head.h)
     results: tuple[Any, Any] = one_float8_pass(head, upstream, Windows(n, len(head.w), head.h.dtype, n))
     got, grads = results
-    found = Found(got.lse, got.picked, grads.h, grads.w)
-    yield from (found, found)
+    outcome = Found(got.lse, got.picked, grads.h, grads.w)
+    yield from (outcome, outcome)
 
 
 def by_eager(head: Head, upstream: RowGrads) -> Iterator[Found]:
@@ -117,8 +117,8 @@ def by_eager(head: Head, upstream: RowGrads) -> Iterator[Found]:
     z = apply(head.transform, (h @ w.T).float(), head.cols, head.rows)
     lse, picked = z.logsumexp(1), z.gather(1, head.y)
     loss = (lse * upstream.lse).sum() + (picked * upstream.picked).sum()  # type: ignore[operator]
-    found = Found(lse.detach(), picked.detach(), *torch.autograd.grad(loss, (h, w)))
-    yield from (found, found)
+    outcome = Found(lse.detach(), picked.detach(), *torch.autograd.grad(loss, (h, w)))
+    yield from (outcome, outcome)
 
 
 def errors(measured: Found, exact: Found) -> list[float]:
@@ -127,21 +127,21 @@ def errors(measured: Found, exact: Found) -> list[float]:
     return [error if error < float("inf") else float("inf") for error in map(float, norms)]
 
 
-def difference(claim: Trial, asked: Check, trusted: Check, device: torch.device) -> str:
+def difference(claim: Trial, suspect: Check, trusted: Check, device: torch.device) -> str:
     """A sentence that says where the kernels in question err more than the trusted ones; "" where they do not."""
-    for given in claim.heads:
-        head, upstream = made(*given, device)
+    for sizes in claim.heads:
+        head, upstream = random_head(*sizes, device)
         exact = truth(head, upstream)
-        allowed = [errors(found, exact) for found in trusted(head, upstream)]
-        first = list(asked(head, upstream))
-        name = "N={}, V={}, D={}, K={}, transform {!r}, {}".format(*given)
-        for found, most in zip(first, allowed):
-            for what, error, trusted_error in zip(Found._fields, errors(found, exact), most):
+        allowed = [errors(results, exact) for results in trusted(head, upstream)]
+        first = list(suspect(head, upstream))
+        name = "N={}, V={}, D={}, K={}, transform {!r}, {}".format(*sizes)
+        for results, most in zip(first, allowed):
+            for what, error, trusted_error in zip(Found._fields, errors(results, exact), most):
                 if not error <= claim.slack * trusted_error + claim.floor:
                     return f"{what} of a head ({name}) errs by {error:.1e}, the trusted one by {trusted_error:.1e}"
         for _ in range(REPEATS):
-            for found, again in zip(first, asked(head, upstream)):
-                if not (torch.equal(found.lse, again.lse) and torch.equal(found.picked, again.picked)):
+            for results, again in zip(first, suspect(head, upstream)):
+                if not (torch.equal(results.lse, again.lse) and torch.equal(results.picked, again.picked)):
                     return f"the statistics of a head ({name}) differ from run to run"
     return ""
 
@@ -185,12 +185,12 @@ def main(argument: str) -> None:
     for at in range(torch.cuda.device_count()):  # so that this process starts no self-check of its own
         self_check.decide("triton", torch.device("cuda", at), True)
     claim = CLAIMS[request["claim"]]
-    asked, trusted = asked_and_trusted(request["claim"], device)
-    list(trusted(*made(*claim.heads[0], device)))
+    suspect, trusted = asked_and_trusted(request["claim"], device)
+    list(trusted(*random_head(*claim.heads[0], device)))
     torch.cuda.synchronize()
     print(self_check.FIRST_LINE, flush=True)
     try:
-        reason = difference(claim, asked, trusted, device)
+        reason = difference(claim, suspect, trusted, device)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     verdict = {"serves": not reason, "reason": reason}

@@ -43,8 +43,8 @@ from fusedhead.kernels.triton_engine.windows import (
     slice_rows,
 )
 
-PARTLY = (torch.bfloat16,)  # dtypes of which only some columns of E may be kept
-FEW = 16  # up to so many tokens two sweeps run, which round dz once: sums this short do not average roundings out
+PARTLY = (torch.bfloat16,)  # dtypes in which a window may keep only some columns of E
+FEW = 16  # up to this many tokens two sweeps run, which round dz once: so few terms do not average roundings out
 FLOAT16_SHIFT = 10  # float16 exponentials are scaled by 2^10: small ones keep digits, targets up to 2^4 fit
 
 
@@ -65,9 +65,9 @@ def can_single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> 
 
 
 def other_columns_serve(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
-    """True if `one_pass` takes ``other_columns``: a bfloat16 head, its rows whole in the window, no mask, no float8.
+    """True if `one_pass` takes ``other_columns``: a bfloat16 head, a window of whole rows, no mask and no float8.
 
-    In float32 the rounding of the other columns' lse would show in the row factors.
+    In float32 the other columns' lse, which is rounded to float32, would make the row factors inexact.
     """
     whole = windows.vocab >= len(head.w) and not windows.tail_rows and head.transform.masked_columns(head.cols) is None
     return whole and head.h.dtype in PARTLY and can_single_pass(head, c, needs, windows)
@@ -98,7 +98,7 @@ def one_pass(
         if uncached_columns:
             check_labels(head.y, vocab)  # otherwise `map_labels` checks them
         masked = head.transform.masked_columns(head.cols)
-        if masked is not None and coefficients.picked is not None:  # no slope says that a label has no gradient there
+        if masked is not None and coefficients.picked is not None:  # a masked label has no gradient
             coefficients = coefficients._replace(picked=coefficients.picked.masked_fill(masked[head.y], 0))
         dh = new((n, hidden), dtype=windows.dh_dtype(head)) if needs.h else None
         dw = WeightGradient(head.w, len(cuts), windows.accumulate) if needs.w else None
@@ -111,11 +111,11 @@ def one_pass(
             rank_one = (r, weighted_rows(f, head.w)) if dh is not None else None
         buffer = new_window(head, tokens, kept.stop)
         ref2 = new(tokens, dtype=torch.float32)
-        slope = torch.empty_like(picked[:tokens]) if head.transform.varies_along_row else picked  # not written then
+        slope = torch.empty_like(picked[:tokens]) if head.transform.varies_along_row else picked  # picked: not written
         scaled = new((tokens, hidden)) if dw is not None and dh is None else None
         separate_dh_buffer = (
             dh is not None and dh.dtype != torch.float32 and not uncached_columns
-        )  # whether E w is rounded into dh at the end
+        )  # E w is then a float32 product, which `scale_rows` rounds into dh
         product = new((tokens, hidden), dtype=torch.float32) if separate_dh_buffer else None
         gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
         for i in cuts:
@@ -123,7 +123,7 @@ def one_pass(
             m = part.h.shape[0]
             row_lse, row_low, row_picked = rows_of(lse, i), rows_of(lse_low, i), rows_of(picked, i)
             whole, other_lse = part, None
-            if uncached_columns:  # the last tile of the kept columns may reach past them, to labels that lie elsewhere
+            if uncached_columns:  # the last kept tile may reach past the kept columns: it must not see labels there
                 whole = slice_head(head, i, slice(0, vocab))
                 part = part._replace(y=part.y.masked_fill(part.y >= kept.stop, -1))
                 other_lse = _lse_of_uncached_columns(head, i, kept.stop, row_picked)
@@ -133,20 +133,20 @@ def one_pass(
             s = sweep("exp", part, frozenset({"sum"}) if summed else frozenset(), logits=logits)
             totals = new((3 if summed else 1, s.schedule.size), dtype=torch.float32)
             _exponentials(s, part, whole, exps, reference2, row_picked, slope, totals, logits)
-            # dh's own rows hold s ⊙ h until dw has used it
+            # the memory of dh's rows holds s ⊙ h until dw has read it
             sh = None if dw is None else _as_hidden(row_dh, narrow) if scaled is None else first_rows(scaled, m)
             rows = (reference2, row_picked, slope, totals)
             row_total = None if total is None else rows_of(total, i)
             row_spread = None if spread is None else rows_of(spread, i)
             sums = (row_total, row_spread, weight)
-            if other_columns is not None:  # the lse of the columns here
+            if other_columns is not None:  # first the lse of the head's own columns, for the merge with the others
                 unread = torch.empty_like(reference2)
                 finalize(s, part, exps, *rows, RowGrads(), row_lse, row_low, *sums, None, gain, tie, scale=unread)
-                own = RowStats(row_lse, row_picked, row_total, lse_low=row_low, spread=row_spread)
-                other_lse = (other_columns(i, own) * LOG2E.value).to(torch.float32).contiguous()
+                local = RowStats(row_lse, row_picked, row_total, lse_low=row_low, spread=row_spread)
+                other_lse = (other_columns(i, local) * LOG2E.value).to(torch.float32).contiguous()
                 row_lse, row_low, sums = torch.empty_like(row_lse), torch.empty_like(row_low), (None, None, None)
             scale = finalize(s, part, exps, *rows, c, row_lse, row_low, *sums, sh, gain, tie, other_lse)
-            if masked is not None:  # where nothing is left, the mask stops the NaN of a softmax of nothing
+            if masked is not None:  # with all columns masked the softmax is NaN, and the gradient is 0
                 for factor in (scale, sh):
                     if factor is not None:
                         factor.masked_fill_(masked.all(), 0)
@@ -168,7 +168,7 @@ def one_pass(
 
 
 def _as_hidden(rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The memory of dh [m, D] as rows of h's dtype, which is no wider."""
+    """The memory of dh [m, D], read as rows of h's dtype, which takes no more bytes."""
     if rows is None or rows.dtype == dtype:
         return rows
     return rows.view(-1)[: rows.numel() * dtype.itemsize // rows.element_size()].view(dtype).view(rows.shape)

@@ -1,4 +1,4 @@
-"""Windows of the Triton engine: how a head is sliced, and its operands in the form that kernels read."""
+"""Windows of the Triton engine: slices of a head, and its operands in the form that kernels read."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def full_cuts(total: int, size: int) -> list[slice]:
 
 
 def rows_of(x: Tensor, i: slice) -> Tensor:
-    """x[i]; x itself if ``i`` covers all rows, because making a view costs the host about as much as a launch.
+    """x[i], or x itself if ``i`` covers all rows: a view costs the host about as much time as a launch.
 
-    ``x.shape[0]`` and not ``len(x)``, which is implemented in Python and costs as much again.
+    ``x.shape[0]`` is read instead of ``len(x)``, which is implemented in Python and costs as much again.
     """
     return x if i.start == 0 and i.stop == x.shape[0] else x[i]
 
@@ -81,7 +81,7 @@ def new_window(head: Head, tokens: int, vocab: int) -> Tensor:
 
 
 def multiplied(head: Head, window: Tensor) -> Tensor | None:
-    """The window, filled with h @ w.T by cuBLAS for a sweep to read and overwrite; None if the sweep multiplies."""
+    """The window with h @ w.T, computed by cuBLAS, for a sweep to read and overwrite; None if the sweep multiplies."""
     if not multiplied_by_cublas(head):
         return None
     gemm(head.h, head.w.t(), window[:, : len(head.w)])

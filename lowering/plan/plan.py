@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 
 
 def plan(problem: Problem, *, memory: int = AUTO, free_bytes: int | None = None, whole_below: int = 0) -> Plan:
-    """How to compute one head.
+    """The plan of one head: engine, algorithm, windows and cost.
 
     ``memory`` is 0 for auto, -1 for the least, else MiB; ``free_bytes`` bounds auto from above where the device is
     nearly full. Fewer logits than ``whole_below`` may be built whole, whatever the budget: Inductor would have built
@@ -62,12 +62,12 @@ def _planned(problem: Problem, memory: int, free_bytes: int | None, whole_below:
 
 
 def _products(algorithm: str, problem: Problem) -> int:
-    """How many products of 2 N V D FLOP an algorithm takes."""
+    """The number of products of 2 N V D FLOP that an algorithm takes."""
     needs = problem.needs
     gradients = needs.h + (needs.w or needs.cols)
     forward_too = problem.linear and any(needs)
-    known = {"statistics": 1, "frozen": 2, "single pass": 1 + gradients, "whole": 1 + gradients, "float8": 3}
-    return known.get(algorithm, forward_too + 1 + gradients)
+    counts = {"statistics": 1, "frozen": 2, "single pass": 1 + gradients, "whole": 1 + gradients, "float8": 3}
+    return counts.get(algorithm, forward_too + 1 + gradients)
 
 
 WHY = {

@@ -112,7 +112,7 @@ def _recomputes(problem: Problem, most: int, keep: bool) -> list[Candidate]:
 
 
 def _auto_bytes(problem: Problem) -> int:
-    """What auto may hold in a single pass: half of the logits, a quarter where they are many."""
+    """Bytes that ``auto`` may hold in a single pass: half of the logits, a quarter where they are many."""
     return problem.tokens * problem.vocab * problem.dtype.itemsize // (4 if problem.tokens >= 32768 else 2)
 
 
@@ -143,20 +143,20 @@ def _preferred(problem: Problem, budget: int) -> list[Candidate]:
     if not any(needs):
         if problem.narrow:
             return [_candidate(problem, "statistics", problem.tokens, problem.vocab)]
-        found = [
+        candidates = [
             _candidate(problem, "statistics", at, problem.vocab)
             for at in _equal_windows(problem.tokens, MOST_WINDOW_TOKENS, 16)
         ]
-        return found if budget else _first(found, DZ_BYTES, 16)
+        return candidates if budget else _first(candidates, DZ_BYTES, 16)
     frozen = not (needs.w or needs.cols)
     recompute = _recomputes(problem, budget or RECOMPUTE_BYTES, _keeps(problem))
     if one_pass and frozen:
-        found = [
+        candidates = [
             _candidate(problem, "frozen", at, problem.vocab)
             for at in _equal_windows(problem.tokens, SUMMED_TOKENS[1], 16, problem.hidden)
         ]
-        return [*(found if budget else _first(found, FROZEN_BYTES, FROZEN_TOKENS)), *recompute]
+        return [*(candidates if budget else _first(candidates, FROZEN_BYTES, FROZEN_TOKENS)), *recompute]
     if one_pass:
-        found = _single_passes(problem)
-        return [*(found if budget else _first(found, _auto_bytes(problem), AUTO_TOKENS)), *recompute]
+        candidates = _single_passes(problem)
+        return [*(candidates if budget else _first(candidates, _auto_bytes(problem), AUTO_TOKENS)), *recompute]
     return recompute

@@ -52,5 +52,5 @@ def training_steps() -> dict[str, Any]:
     """An arrangement of `benchmarks.distributed_steps` without Inductor, and what is printed."""
     words = ["--tiny", "--device", "cpu", "--backends", "eager", "--only", "one unit, loss inside"]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
-        found = distributed_steps.main([*words, "--json", f"{folder}/steps.json"])
-    return {**found, "said": said.getvalue()}
+        result = distributed_steps.main([*words, "--json", f"{folder}/steps.json"])
+    return {**result, "said": said.getvalue()}

@@ -42,9 +42,9 @@ def test_a_rank_sends_these_bytes_a_token(ranks: int) -> None:
 
 @pytest.mark.parametrize("name", ARRANGEMENTS)
 def test_one_rank_sends_nothing(name: str) -> None:
-    found = cost_model.predict(CASE, name, 1, FAST, NODE)
-    assert (found.bytes_a_token, found.wire) == (0, 0)
-    assert found.efficiency == pytest.approx(3 / ARRANGEMENTS[name].products)
+    result = cost_model.predict(CASE, name, 1, FAST, NODE)
+    assert (result.bytes_a_token, result.wire) == (0, 0)
+    assert result.efficiency == pytest.approx(3 / ARRANGEMENTS[name].products)
 
 
 def test_a_collective_takes_its_steps_and_its_bytes() -> None:
@@ -90,10 +90,10 @@ def test_the_work_is_shared_and_memory_is_a_floor() -> None:
 def test_without_a_wire_efficiency_is_that_of_the_products(name: str) -> None:
     free = Network(FREE, FREE, 8)
     for ranks in RANKS[:6]:
-        found = cost_model.predict(CASE, name, ranks, Chip(1e15, float("inf")), free)
-        assert found.wire == 0
-        assert found.efficiency == pytest.approx(3 / ARRANGEMENTS[name].products)
-        assert found.step == found.compute
+        result = cost_model.predict(CASE, name, ranks, Chip(1e15, float("inf")), free)
+        assert result.wire == 0
+        assert result.efficiency == pytest.approx(3 / ARRANGEMENTS[name].products)
+        assert result.step == result.compute
 
 
 def test_a_merge_by_one_gather_sends_more_and_waits_less_where_ranks_are_few() -> None:

@@ -99,12 +99,12 @@ def test_a_launched_run_writes_its_link_rows_and_table_on_rank_0_alone() -> None
 
 
 def test_one_process_stands_for_a_rank_of_so_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = parallel.main([*SMOKE, "--ranks", "1,4", "--out", str(tmp_path)])
-    assert [(row.ranks, row.contender) for row in found] == [
+    result = parallel.main([*SMOKE, "--ranks", "1,4", "--out", str(tmp_path)])
+    assert [(row.ranks, row.contender) for row in result] == [
         (count, name) for count in (1, 4) for name in FUNCTION if CONTENDERS[name].unsent
     ]
-    assert not [row.note for row in found if row.note]
-    assert all(row.wire == "" and row.ms for row in found)
+    assert not [row.note for row in result if row.note]
+    assert all(row.wire == "" and row.ms for row in result)
     assert not dist.is_initialized()
     shown = capsys.readouterr().out
     assert "4 shards (no wire: one rank's shard, collectives are copies)" in shown
@@ -140,9 +140,9 @@ def test_copies_stand_for_collectives_and_are_taken_away_again() -> None:
     assert summed.tolist() == [1, 1, 1, 1]
     assert gathered.tolist() == [1, 2, 1, 2]
     assert scattered.tolist() == [0, 1]
-    alone, given = torch.full((2,), 7.0), torch.tensor([3.0, 4.0])  # of a group of one
-    ranks.without_wire(lambda: (dist.all_gather_into_tensor(alone, given), ())[1])()
-    assert alone.tolist() == given.tolist() == [3, 4]
+    alone, inputs = torch.full((2,), 7.0), torch.tensor([3.0, 4.0])  # of a group of one
+    ranks.without_wire(lambda: (dist.all_gather_into_tensor(alone, inputs), ())[1])()
+    assert alone.tolist() == inputs.tolist() == [3, 4]
 
 
 def test_a_contender_that_fails_is_a_row_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,10 @@ def every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *words: str) 
 
 
 def test_every_command_is_a_module_that_takes_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = every_command(tmp_path, monkeypatch)
+    result = every_command(tmp_path, monkeypatch)
     names = ["matrix", "killed", "heads_0", "heads_1", "gpt", "alone_0", "alone_1", "qwen3"]
-    assert [command.name for command in found] == names
-    for command in found:
+    assert [command.name for command in result] == names
+    for command in result:
         words = command.words[command.words.index("-m", 1 if "torch.distributed.run" in command.words else 0) :]
         if words[1] == "tests.parallel.device":
             continue
@@ -37,15 +37,15 @@ def test_every_command_is_a_module_that_takes_its_options(tmp_path: Path, monkey
 
 
 def test_limits_of_all_parts_fit_in_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = several_gpus.argparse.Namespace(
+    inputs = several_gpus.argparse.Namespace(
         out=tmp_path, ranks=2, shapes=several_gpus.SHAPES, parts=["matrix", "killed", "heads", "gpt", "alone"]
     )
-    assert sum(max(command.limit for command in group) for group in several_gpus.groups(given)) <= 580
+    assert sum(max(command.limit for command in group) for group in several_gpus.groups(inputs)) <= 580
 
 
 def test_parts_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    found = every_command(tmp_path, monkeypatch, "--parts", "heads", "--shapes", "64x32x512", "--ranks", "4")
-    (only,) = found
+    result = every_command(tmp_path, monkeypatch, "--parts", "heads", "--shapes", "64x32x512", "--ranks", "4")
+    (only,) = result
     assert only.words[only.words.index("--nproc-per-node") + 1] == "4"
     assert "64x32x512" in only.words
     with pytest.raises(SystemExit):

@@ -68,10 +68,10 @@ def test_a_loss_along_the_tokens_is_a_head() -> None:
 
 
 def test_in_both_directions_autocast_rounds_less_than_eager_code() -> None:
-    given = image(), image(), scale()
-    truth = openai(*(x.bfloat16().double() for x in given[:2]), torch.zeros((), dtype=torch.float64))
+    inputs = image(), image(), scale()
+    truth = openai(*(x.bfloat16().double() for x in inputs[:2]), torch.zeros((), dtype=torch.float64))
     rewritten = Rewritten(autocast)
-    ours, theirs = rewritten(*given), autocast(*given)
+    ours, theirs = rewritten(*inputs), autocast(*inputs)
     assert sum(head.fused for head in rewritten.report.heads) == 2
     assert abs(ours - truth) <= abs(theirs - truth) + 1e-6
 

@@ -16,14 +16,14 @@ from tests.programs.claims import D, hidden, labels, right, weight
 
 
 def graph_of(program: Any, *inputs: Tensor) -> torch.fx.Graph:
-    found: list[torch.fx.GraphModule] = []
+    results: list[torch.fx.GraphModule] = []
 
     def keep(gm: torch.fx.GraphModule, _: Any) -> Any:
-        found.append(gm)
+        results.append(gm)
         return gm
 
     torch.compile(program, backend=keep)(*inputs)
-    return found[0].graph
+    return results[0].graph
 
 
 def test_results_of_a_broadcast_are_their_operands_or_expand_them() -> None:
@@ -60,7 +60,7 @@ def test_an_accuracy_compares_labels_with_the_best_classes(dynamic: bool) -> Non
     def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         z = F.linear(h, w)
         _, best = z.topk(3, 1, True, True)
-        found = best.t().eq(y.view(1, -1).expand_as(best.t()))
-        return F.cross_entropy(z, y), found[:1].reshape(-1).float().sum(0) + found[:3].float().sum()
+        result = best.t().eq(y.view(1, -1).expand_as(best.t()))
+        return F.cross_entropy(z, y), result[:1].reshape(-1).float().sum(0) + result[:3].float().sum()
 
     right(program, hidden(6, D), weight(), labels(6), fused=0 if dynamic else 1, dynamic=dynamic)

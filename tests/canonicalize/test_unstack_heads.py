@@ -54,9 +54,9 @@ def test_losses_and_logits_of_stacked_heads(part: str, logits: str) -> None:
         "the logits": lambda out: out[1].square().mean(),
         "both": lambda out: out[0] + out[1].sin().mean(),
     }[part]
-    wanted, found = total(model(h, y)), total(run(h, y))
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(gradients(model, found), gradients(model, wanted), rtol=1e-4, atol=1e-6)
+    wanted, actual = total(model(h, y)), total(run(h, y))
+    torch.testing.assert_close(actual, wanted)
+    torch.testing.assert_close(gradients(model, actual), gradients(model, wanted), rtol=1e-4, atol=1e-6)
     assert [head.fused for head in run.report.heads] == [True] * BOOKS
 
 

@@ -23,9 +23,9 @@ def on_a_cpu() -> set[str]:
 
 
 def named(pattern: str, text: str) -> str:
-    found = re.search(pattern, text)
-    assert found is not None, pattern
-    return found[1]
+    match = re.search(pattern, text)
+    assert match is not None, pattern
+    return match[1]
 
 
 def test_the_table_of_the_readme_is_the_file_s() -> None:

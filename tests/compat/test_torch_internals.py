@@ -139,7 +139,7 @@ def test_a_toggle_of_another_name_is_no_graph_that_is_read(caplog: pytest.LogCap
 
 
 def test_without_their_names_autograd_s_keys_are_those_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = [torch.randn(3), torch.randn(3)]
+    inputs = [torch.randn(3), torch.randn(3)]
 
     def vjp(tensors: list[Tensor]) -> Tensor:
         x = tensors[0].detach().requires_grad_()
@@ -149,7 +149,7 @@ def test_without_their_names_autograd_s_keys_are_those_of_another_thread(monkeyp
         raise AttributeError
 
     monkeypatch.setattr(compilation, "autograd_keys", renamed)
-    torch.testing.assert_close(compilation.traced(vjp, given, False)(given), 2 * given[0] * given[1])
+    torch.testing.assert_close(compilation.traced(vjp, inputs, False)(inputs), 2 * inputs[0] * inputs[1])
 
 
 # A process that has imported torch, and forks a child for each module that names are looked up in. The child imports
@@ -276,16 +276,16 @@ PROMISED = {"__version__", "__name__"}
 
 def private(tree: ast.AST) -> set[str]:
     """The private names of torch that a module's code spells out."""
-    found = set()
+    result = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name for name in names if any(part.startswith("_") for part in name.split("."))}
+            result |= {name for name in names if any(part.startswith("_") for part in name.split("."))}
         text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
         parts = text.split(".")
         if parts[0] == "torch" and any(p.startswith("_") and p not in PROMISED for p in parts):
-            found.add(text)
-    return found
+            result.add(text)
+    return result
 
 
 def test_no_other_file_uses_private_names_of_torch() -> None:

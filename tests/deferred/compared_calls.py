@@ -73,24 +73,24 @@ def outcome(call: Call, z: Tensor) -> tuple[Any, set[str], list[str]]:
     return result, {str(each.message)[:60] for each in said}, ears.heard
 
 
-def compare(found: Any, expected: Any, numbers: bool) -> None:
+def compare(actual: Any, expected: Any, numbers: bool) -> None:
     if isinstance(expected, Exception):
-        assert isinstance(found, type(expected)), found
+        assert isinstance(actual, type(expected)), actual
     elif isinstance(expected, Tensor):
-        assert isinstance(found, Tensor), found
+        assert isinstance(actual, Tensor), actual
         for name in ("shape", "dtype", "layout", "requires_grad", "is_leaf"):
-            assert getattr(found, name) == getattr(expected, name), name
+            assert getattr(actual, name) == getattr(expected, name), name
         if numbers:
             if expected.dtype in (torch.uint64, torch.uint32):
-                found, expected = found.double(), expected.double()
-            dense = [t.detach().to_dense() if t.layout is not torch.strided else t.detach() for t in (found, expected)]
+                actual, expected = actual.double(), expected.double()
+            dense = [t.detach().to_dense() if t.layout is not torch.strided else t.detach() for t in (actual, expected)]
             torch.testing.assert_close(dense[0] + 0, dense[1] + 0, rtol=2e-3, atol=1e-4, equal_nan=True)
     elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected):
             compare(one, other, numbers)
     elif isinstance(expected, (bool, int, str, torch.dtype, torch.device, type(None))):
-        assert found == expected
+        assert actual == expected
 
 
 def difference(at: int, name: str, call: Call, forwards: Any, x: Tensor, say: Callable[[Any], None]) -> str:
@@ -100,9 +100,9 @@ def difference(at: int, name: str, call: Call, forwards: Any, x: Tensor, say: Ca
         z = forward(x)[0] if at % 3 == 0 else forward(x)
         say((at, side))
         outcomes.append(outcome(call, z if at % 2 else z.detach()))
-    (expected, warned, logged), (found, warned_too, logged_too) = outcomes
+    (expected, warned, logged), (actual, warned_too, logged_too) = outcomes
     try:
-        compare(found, expected, not any(word in name for word in RANDOM))
+        compare(actual, expected, not any(word in name for word in RANDOM))
         assert logged_too == logged, logged_too
         assert isinstance(expected, Exception) or warned_too <= warned, warned_too - warned
     except Exception as error:

@@ -76,21 +76,21 @@ def arguments(function: Any, dummy: Any) -> Iterator[tuple[str, Any]]:
 
 def call(function: Any, kinds: list[tuple[str, Any]], other: Other) -> Call:
     def of(z: Tensor) -> Any:
-        given: list[Any] = []
+        inputs: list[Any] = []
         for kind, (name, size) in kinds:
             if kind == "Tensor":
-                given.append(other(z) if any(t is z for t in given) else z)
+                inputs.append(other(z) if any(t is z for t in inputs) else z)
             elif kind == "TensorList":
-                given.append([z, other(z)])
+                inputs.append([z, other(z)])
             elif kind.startswith("c10::List"):
-                given.append([torch.zeros(1, dtype=torch.int64)])
+                inputs.append([torch.zeros(1, dtype=torch.int64)])
             elif kind == "":
-                given.append(NAMED[name])
+                inputs.append(NAMED[name])
             elif kind not in TYPED:
-                given.append(None)
+                inputs.append(None)
             else:
                 value = TYPED[kind]
-                given.append(value * size if isinstance(value, tuple) and isinstance(size, int) else value)
-        return function(*given)
+                inputs.append(value * size if isinstance(value, tuple) and isinstance(size, int) else value)
+        return function(*inputs)
 
     return of

@@ -64,8 +64,8 @@ def tokens(rows: int = B, length: int = T) -> Tensor:
 
 def deferring(model: nn.Module, reports: Report | None = None, logits: str = "deferred", **options: Any) -> Any:
     """``model`` through Dynamo and the pass, without Inductor."""
-    found = Report() if reports is None else reports
-    return torch.compile(model, backend=backend(found.extend, **{"fusedhead.logits": logits}), **options)
+    report = Report() if reports is None else reports
+    return torch.compile(model, backend=backend(report.extend, **{"fusedhead.logits": logits}), **options)
 
 
 class Operations(TorchDispatchMode):
@@ -144,9 +144,9 @@ def compare(
     output = deferring(model)(x)
     with Operations(rows) as ran:
         value = loss(output)
-        found = gradients(model, value)
+        actual = gradients(model, value)
     limits = {"rtol": 1e-5, "atol": 1e-6, **tolerances}
     torch.testing.assert_close(value, expected, **limits)
-    for got, want in zip(found, wanted, strict=True):
+    for got, want in zip(actual, wanted, strict=True):
         torch.testing.assert_close(got, want, **limits)
     return ran

@@ -29,20 +29,20 @@ def same(run: Callable[[Callable[..., Any], Model], Tensor]) -> Any:
     torch.manual_seed(0)
     model, x = Model(), tokens(ROWS)
     compiled = deferring(model)
-    found = []
+    actual = []
     for forward in (model, compiled):
         model.requires_grad_(True)
         model.zero_grad()
         try:
             loss = run(lambda forward=forward: forward(x), model)
         except Exception as error:
-            found.append((type(error), str(error)))
+            actual.append((type(error), str(error)))
             continue
         if loss.requires_grad:
             model.requires_grad_(True)
             loss.backward()
-        found.append((loss.detach(), loss.requires_grad, loss.is_inference(), [p.grad for p in model.parameters()]))
-    expected, got = found
+        actual.append((loss.detach(), loss.requires_grad, loss.is_inference(), [p.grad for p in model.parameters()]))
+    expected, got = actual
     if isinstance(expected[0], type):
         assert got == expected
     else:

@@ -96,19 +96,19 @@ def selective_log_softmax(z: Tensor) -> Tensor:
 
 def selective_log_softmax_by_rows(z: Tensor) -> Tensor:
     """TRL, in bfloat16: one log_softmax a sequence."""
-    found = []
+    results = []
     for row, index in zip(z, Y):
-        found.append(F.log_softmax(row, dim=-1).gather(dim=-1, index=index.unsqueeze(-1)).squeeze(-1))
-    return -torch.stack(found).mean()
+        results.append(F.log_softmax(row, dim=-1).gather(dim=-1, index=index.unsqueeze(-1)).squeeze(-1))
+    return -torch.stack(results).mean()
 
 
 def entropy_bonus(z: Tensor) -> Tensor:
     """TRL's entropy_from_logits, by chunks of rows."""
-    flat, found = z.reshape(-1, z.shape[-1]), []
+    flat, result = z.reshape(-1, z.shape[-1]), []
     for chunk in flat.split(5, dim=0):
         logps = F.log_softmax(chunk, dim=-1)
-        found.append(-(torch.exp(logps) * logps).sum(-1))
-    return torch.cat(found).reshape(z.shape[:-1]).mean()
+        result.append(-(torch.exp(logps) * logps).sum(-1))
+    return torch.cat(result).reshape(z.shape[:-1]).mean()
 
 
 def policy_and_entropy(z: Tensor) -> Tensor:

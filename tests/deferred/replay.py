@@ -16,7 +16,10 @@ from collections.abc import Iterable
 
 os.environ.setdefault("FUSEDHEAD_MIN_LOGITS", "0")
 
-from tests.deferred.machine import CHANGES, MEETINGS, STATISTICS, STEPS, V, World, room_for_variants
+from tests.deferred.heads import V
+from tests.deferred.machine.changes import CHANGES
+from tests.deferred.machine.steps import MEETINGS, STATISTICS, STEPS
+from tests.deferred.machine.world import World, room_for_variants
 
 ACT = re.compile(r"(?P<name>.+) of (?P<at>\[[\d, ]+\]) in (?P<mode>'.*')")
 TABLES = {"step": STEPS, "statistic": STATISTICS, "meeting": MEETINGS}
@@ -24,12 +27,12 @@ TABLES = {"step": STEPS, "statistic": STATISTICS, "meeting": MEETINGS}
 
 def play(world: World, line: str) -> None:
     """One step, as `World.say` has it."""
-    found = ACT.fullmatch(line)
-    if found:
+    match = ACT.fullmatch(line)
+    if match:
         wide = [pair for pair in world.pairs if pair.real.ndim and pair.real.shape[-1] == V]
-        picks = [wide.index(world.pairs[at]) for at in ast.literal_eval(found["at"])]
-        kind = next(kind for kind, table in TABLES.items() if found["name"] in table)
-        return world.act(kind, found["name"], picks, ast.literal_eval(found["mode"]))
+        picks = [wide.index(world.pairs[at]) for at in ast.literal_eval(match["at"])]
+        kind = next(kind for kind, table in TABLES.items() if match["name"] in table)
+        return world.act(kind, match["name"], picks, ast.literal_eval(match["mode"]))
     if line.startswith("forward in "):
         return world.forward(ast.literal_eval(line.removeprefix("forward in ")))
     if line in CHANGES:

@@ -25,21 +25,12 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from tests.deferred.machine import (
-    CHANGES,
-    FORMS,
-    MEETINGS,
-    MODES,
-    STATISTICS,
-    STEPS,
-    Difference,
-    World,
-    compiled,
-    loss_compiled_by,
-    room_for_variants,
-    step_with_a_break,
-    watchers,
-)
+from tests.deferred.machine.changes import CHANGES
+from tests.deferred.machine.comparison import Difference, watchers
+from tests.deferred.machine.models import FORMS, compiled
+from tests.deferred.machine.modes import MODES
+from tests.deferred.machine.steps import MEETINGS, STATISTICS, STEPS, loss_compiled_by, step_with_a_break
+from tests.deferred.machine.world import World, room_for_variants
 from tests.run_record import RunRecord
 
 PICK = st.integers(0, 9)
@@ -129,17 +120,17 @@ def main() -> int:
     parser.add_argument("--part", default="0/1", help="i/n: every n-th seed from the i-th on")
     parser.add_argument("--record", default="", help="a file: a line of JSON for each seed, those in it are skipped")
     parser.add_argument("--limit", type=float, default=60, help="seconds that a program on record may take")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     global record
-    record = RunRecord(given.record, given.limit)
+    record = RunRecord(arguments.record, arguments.limit)
     watchers.append(record.note)
     stopped: list[bool] = []  # by a signal: end after the seed at hand
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     torch.set_num_threads(1)
-    minutes = given.minutes or (math.inf if given.record else 1.0)
-    until, found, done = time.monotonic() + 60 * minutes, 0, 0
-    first, step = map(int, given.part.split("/"))
-    for seed in range(given.seed + first, given.seed + first + SEEDS * step, step):
+    minutes = arguments.minutes or (math.inf if arguments.record else 1.0)
+    until, result, done = time.monotonic() + 60 * minutes, 0, 0
+    first, step = map(int, arguments.part.split("/"))
+    for seed in range(arguments.seed + first, arguments.seed + first + SEEDS * step, step):
         if stopped or time.monotonic() > until:
             break
         if f"seed {seed}" in record.seen:
@@ -148,27 +139,27 @@ def main() -> int:
         record.begin(f"seed {seed}")
         failures = []
         try:
-            run(50, given.steps, seed)
+            run(50, arguments.steps, seed)
         except Exception as error:
             for each in getattr(error, "exceptions", [error]):
                 failures.append(f"{type(each).__name__}: {each}")
                 if not isinstance(each, Difference):
                     failures[-1] += "\n" + "".join(traceback.format_exception(each))
                 print(f"--- seed {seed}: {failures[-1]}", flush=True)
-        found += bool(failures)
+        result += bool(failures)
         more = {name: counts[name] - before[name] for name in counts}
         detail = {"detail": "\n".join(failures)} if failures else {}
         record.end(f"seed {seed}", "differs" if failures else "alike", **more, **detail)
-        print(f"seed {seed}: {dict(counts)}, differences {found}", flush=True)
-        if failures and given.record:
+        print(f"seed {seed}: {dict(counts)}, differences {result}", flush=True)
+        if failures and arguments.record:
             return AGAIN
         done += 1
-        if failures and given.stop:
+        if failures and arguments.stop:
             break
         if failures or done % 40 == 0:
             forget_all()
     print("stopped" if stopped else "to its end")
-    return bool(found)
+    return bool(result)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ def test_an_offset_that_learns_gets_its_gradient() -> None:
     z, wanted = Rewritten(model)(x), model(x)
     for each in (z, wanted):
         each[:, :, 3] += model.offset
-    found = gradients(model, loss(z))
+    actual = gradients(model, loss(z))
     assert z._plain is None
-    torch.testing.assert_close(found, gradients(model, loss(wanted)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(actual, gradients(model, loss(wanted)), rtol=1e-4, atol=1e-6)
 
 
 def test_without_gradients_a_write_to_logits_that_have_some_raises_as_in_eager_code_or_computes() -> None:

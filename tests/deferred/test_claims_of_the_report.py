@@ -51,9 +51,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for made in result if isinstance(result, (tuple, list)) else (result,):
-            real = isinstance(made, Tensor) and not isinstance(made, (DeferredLogits, FakeTensor))
-            if real and made.device.type == "cpu" and made.numel() >= (N - 1) * V and made.shape[-1:] == (V,):
+        for outcome in result if isinstance(result, (tuple, list)) else (result,):
+            real = isinstance(outcome, Tensor) and not isinstance(outcome, (DeferredLogits, FakeTensor))
+            if real and outcome.device.type == "cpu" and outcome.numel() >= (N - 1) * V and outcome.shape[-1:] == (V,):
                 self.large.append(str(func))
         return result
 
@@ -85,9 +85,9 @@ def test_what_is_claimed_is_what_was_seen(worker: int) -> None:
         seen = Watch()
 
         def watched(gm: GraphModule, inputs: Any, seen: Watch = seen) -> Callable[..., Any]:
-            def run(*given: Any) -> Any:
+            def run(*operands: Any) -> Any:
                 with seen:  # Dynamo compiles nothing under a mode, so it is entered here
-                    return gm.forward(*given)
+                    return gm.forward(*operands)
 
             return run
 

@@ -96,11 +96,11 @@ def test_it_gets_what_eager_code_gets(use: str) -> None:
         except RuntimeError as error:  # an op without a derivative, as aminmax in torch 2.11
             return result, str(error)
 
-    expected, found = outcome(model(X)), outcome(deferring(model)(X))
+    expected, actual = outcome(model(X)), outcome(deferring(model)(X))
     if isinstance(expected, type):
-        assert found is expected
+        assert actual is expected
     elif isinstance(expected, tuple) and isinstance(expected[-1], str):
-        torch.testing.assert_close(found[0], expected[0], rtol=2e-4, atol=1e-5, equal_nan=True)
-        assert found[-1] == expected[-1]
+        torch.testing.assert_close(actual[0], expected[0], rtol=2e-4, atol=1e-5, equal_nan=True)
+        assert actual[-1] == expected[-1]
     else:
-        torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=1e-5, equal_nan=True)

@@ -34,7 +34,7 @@ def clean() -> ForkServerContext:
 def in_children(kind: str, stride: int, context: ForkServerContext) -> list[str]:
     """The differences of all calls."""
     names = [name for name, _ in CALLS[kind]()][::stride]
-    found, at = [], 0
+    result, at = [], 0
     while at < len(names):
         ours, theirs = context.Pipe()
         child = context.Process(target=run, args=(kind, stride, at, theirs))
@@ -45,16 +45,16 @@ def in_children(kind: str, stride: int, context: ForkServerContext) -> list[str]
             while ours.poll(LONGEST):
                 at, said = ours.recv()
                 begun = (at, said) if isinstance(said, int) else None
-                found += [said] if isinstance(said, str) and said else []
-            found.append(f"{names[at]}: hangs")
+                result += [said] if isinstance(said, str) and said else []
+            result.append(f"{names[at]}: hangs")
         except EOFError:
             if begun is not None and begun[1] == 1:
                 child.join()
-                found.append(f"{names[at]}: ends the process ({child.exitcode})")
+                result.append(f"{names[at]}: ends the process ({child.exitcode})")
         child.kill()
         child.join()
         at += 1
-    return found
+    return result
 
 
 @pytest.mark.parametrize("kind", CALLS)

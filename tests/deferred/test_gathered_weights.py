@@ -27,8 +27,8 @@ def results(function: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_that_frees_a_weight_sees_what_eager_code_shows(name: str, root: str) -> None:
     for rank in results("every_program"):
-        found = rank[f"{name}, {root}"]
-        for ours, eager in zip(found["ours"], found["eager"], strict=True):
+        result = rank[f"{name}, {root}"]
+        for ours, eager in zip(result["ours"], result["eager"], strict=True):
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
 
 
@@ -47,9 +47,9 @@ def test_weights_are_copied_at_once_where_torch_frees_them_unseen(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for rank in results("unseen"):
-        for found in rank.values():
-            assert found["copied"] == []
-            for ours, eager in zip(found["ours"], found["eager"], strict=True):
+        for result in rank.values():
+            assert result["copied"] == []
+            for ours, eager in zip(result["ours"], result["eager"], strict=True):
                 torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
     for missing in (
         ("torch.nowhere", "FSDPParam", "free"),
@@ -74,10 +74,10 @@ def test_logits_that_nobody_reads_take_no_more_memory_than_without_us(root: str,
 @pytest.mark.parametrize("name", FSDP1)
 def test_a_head_under_fsdp1_is_fused_with_its_loss_or_left_with_the_reason(name: str) -> None:
     for rank in results("every_fsdp1"):
-        found = rank[name]
-        for ours, plain in zip(*found["losses"], strict=True):
+        result = rank[name]
+        for ours, plain in zip(*result["losses"], strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
-        (head,) = found["heads"]
+        (head,) = result["heads"]
         within, flat = FSDP1[name][0] == "both", "flat" in name
         why = Illegal.FLAT_WEIGHT if flat else Illegal.GATHERED_WEIGHT
         assert (head["fused"], head["reason"]) == (within and not flat, "" if within and not flat else why.template)
@@ -86,7 +86,7 @@ def test_a_head_under_fsdp1_is_fused_with_its_loss_or_left_with_the_reason(name:
 @pytest.mark.parametrize("name", ["fsdp", "fsdp, resharded", "ddp", "ddp, static_graph"])
 def test_a_model_that_multiplies_by_its_embedding_is_fused_on_ranks(name: str) -> None:
     for rank in results("tied_products"):
-        found = rank[name]
-        for ours, plain in zip(*found["losses"], strict=True):
+        result = rank[name]
+        for ours, plain in zip(*result["losses"], strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
-        assert found["answered"] == [found["steps"]]
+        assert result["answered"] == [result["steps"]]

@@ -121,9 +121,9 @@ def test_logits_beside_the_loss_cost_nothing_until_they_are_read() -> None:
     output = deferring(model, report)(x, x)
     assert is_deferred(output["logits"])
     with Operations() as ran:
-        found = gradients(model, output["loss"])
+        actual = gradients(model, output["loss"])
     assert ran.large == []
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
     (head,) = report.heads
     assert (head.fused, head.logits) == (True, "deferred")
     assert head.bytes_logits == B * (T - 1) * V * 4

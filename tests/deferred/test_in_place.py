@@ -20,7 +20,7 @@ from tests.deferred.heads import (
     compare,
     deferring,
 )  # fmt: skip
-from tests.deferred.machine import STATISTICS
+from tests.deferred.machine.steps import STATISTICS
 
 X = torch.arange(B * T).reshape(B, T)
 MANY = X.repeat(6, 1)  # tokens enough for logits without gradients to be deferred

@@ -33,9 +33,9 @@ from tests.eager_stack import backend
 @pytest.mark.parametrize(("form", "teacher"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_a_divergence_outside_builds_no_logits(form: Form, teacher: str) -> None:
     student, other, x = Model(), Model(), tokens()
-    known = other(x).detach().log_softmax(-1)
-    targets = deferring(other)(x).detach().log_softmax(-1) if teacher == "deferred" else known
-    expected = form(student(x), known)
+    target = other(x).detach().log_softmax(-1)
+    targets = deferring(other)(x).detach().log_softmax(-1) if teacher == "deferred" else target
+    expected = form(student(x), target)
     wanted = gradients(student, expected)
     s = deferring(student)(x)
     with Operations() as ran:
@@ -182,12 +182,12 @@ def test_other_numbers_of_tokens_are_not_learnt_again(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("teacher", ["deferred", "a tensor"])
 def test_a_teacher_written_to_later_was_read_when_it_was_given(teacher: str) -> None:
     student, other, x = Model(), Model(), tokens()
-    known = other(x).detach().log_softmax(-1)
-    targets = deferring(other)(x).detach().log_softmax(-1) if teacher == "deferred" else known.clone()
+    target = other(x).detach().log_softmax(-1)
+    targets = deferring(other)(x).detach().log_softmax(-1) if teacher == "deferred" else target.clone()
     each = F.kl_div(deferring(student)(x).log_softmax(-1), targets, log_target=True, reduction="none")
     assert is_deferred(each)
     targets.zero_()
-    real = F.kl_div(student(x).log_softmax(-1), known, log_target=True, reduction="none")
+    real = F.kl_div(student(x).log_softmax(-1), target, log_target=True, reduction="none")
     torch.testing.assert_close(each.sum(), real.sum())
     torch.testing.assert_close(each + 0, real)
 

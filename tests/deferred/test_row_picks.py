@@ -41,9 +41,9 @@ def entries(size: int) -> st.SearchStrategy[Any]:
 
 @given(st.tuples(entries(4), entries(6)) | entries(4).map(lambda e: (e,)) | entries(3).map(lambda e: (Ellipsis, e)))
 def test_an_index_picks_the_rows_that_torch_picks(index: tuple) -> None:
-    found = picks("__getitem__", SHAPE, (index,), {})
-    if found is not None:
-        assert torch.equal(taken(Z, found[0]), Z[index])
+    result = picks("__getitem__", SHAPE, (index,), {})
+    if result is not None:
+        assert torch.equal(taken(Z, result[0]), Z[index])
     else:  # the same for every size, or the whole
         numbers = [b for e in index if isinstance(e, slice) for b in (e.start, e.stop, e.step) if b is not None]
         assert all(-1 <= n <= 1 for n in numbers) or torch.equal(Z[index], Z)
@@ -54,10 +54,10 @@ def test_pieces_are_those_that_torch_makes(name: str) -> None:
     function, args = CALLS[name]
     expected = function(Z, *args)
     expected = [expected] if isinstance(expected, Tensor) else list(expected)
-    found = picks(name.split(" ")[0], SHAPE, args, {})
-    assert found is not None
-    assert len(found) == len(expected)
-    assert all(torch.equal(taken(Z, chosen), piece) for chosen, piece in zip(found, expected))
+    actual = picks(name.split(" ")[0], SHAPE, args, {})
+    assert actual is not None
+    assert len(actual) == len(expected)
+    assert all(torch.equal(taken(Z, chosen), piece) for chosen, piece in zip(actual, expected))
 
 
 @pytest.mark.parametrize("index", [torch.tensor([1]), (None, 1), ([0, 2],), (True,), 4, -5, (slice(None), 6)], ids=str)

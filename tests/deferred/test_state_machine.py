@@ -6,7 +6,9 @@ import os
 
 import pytest
 
-from tests.deferred.machine import MODES, STEPS, World, room_for_variants
+from tests.deferred.machine.modes import MODES
+from tests.deferred.machine.steps import STEPS
+from tests.deferred.machine.world import World, room_for_variants
 from tests.deferred.replay import replay
 from tests.deferred.state_machine import run
 

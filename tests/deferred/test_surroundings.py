@@ -63,10 +63,10 @@ def test_a_model_and_its_loss_in_one_region_stay_fused() -> None:
             return LOSSES["cross_entropy"](z)
 
     checkpoint(region, x, use_reentrant=False).backward()
-    found = [p.grad for p in model.parameters()]
+    results = [p.grad for p in model.parameters()]
     model.zero_grad()
     LOSSES["cross_entropy"](model(x)).backward()
-    torch.testing.assert_close(found, [p.grad for p in model.parameters()], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(results, [p.grad for p in model.parameters()], rtol=1e-4, atol=1e-6)
     assert [(these.fused, these.large) for these in ran] == [(["head_loss"], [])] * 2
 
 

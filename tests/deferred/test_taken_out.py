@@ -65,12 +65,12 @@ TAKES: dict[str, Callable[[Tensor], Any]] = {
 
 def outcome(take: Callable[[Tensor], Any], z: Tensor) -> Any:
     try:
-        found = take(z)
+        result = take(z)
     except Exception as error:
         return type(error)
-    if isinstance(found, Tensor):
-        return str((found.requires_grad, found.is_leaf, found.shape)), found.detach() + 0
-    return found
+    if isinstance(result, Tensor):
+        return str((result.requires_grad, result.is_leaf, result.shape)), result.detach() + 0
+    return result
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -80,13 +80,13 @@ def test_what_is_taken_out_is_what_eager_code_gets(detached: bool) -> None:
     run = deferring(model)
     for name, take in TAKES.items():
         pair = [forward(x).detach() if detached else forward(x) for forward in (model, run)]
-        expected, found = (outcome(take, z) for z in pair)
+        expected, actual = (outcome(take, z) for z in pair)
         if isinstance(expected, (np.ndarray, tuple)):
-            torch.testing.assert_close(found[-1], expected[-1], msg=name)
-            assert np.all(found[0] == expected[0]) or isinstance(expected, np.ndarray), name
+            torch.testing.assert_close(actual[-1], expected[-1], msg=name)
+            assert np.all(actual[0] == expected[0]) or isinstance(expected, np.ndarray), name
         else:
-            assert type(found) is type(expected), name
-            assert isinstance(expected, float) or found == expected, name
+            assert type(actual) is type(expected), name
+            assert isinstance(expected, float) or actual == expected, name
 
 
 def test_torchs_code_that_asks_nobody_raises_torchs_error() -> None:

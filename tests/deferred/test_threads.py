@@ -23,20 +23,20 @@ from tests.deferred.heads import (
 
 def test_another_thread_may_read_it(model: Model) -> None:
     x = tokens()
-    z, real, found = deferring(model)(x), model(x), []
+    z, real, actual = deferring(model)(x), model(x), []
 
     def read() -> None:
         with torch.no_grad():
-            found.append(z + 0)
-            found.append(F.cross_entropy(z.view(-1, V), x.view(-1)))
+            actual.append(z + 0)
+            actual.append(F.cross_entropy(z.view(-1, V), x.view(-1)))
 
     threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8
-    for value in found:
+    assert len(actual) == 8
+    for value in actual:
         expected = real if value.ndim else F.cross_entropy(real.view(-1, V), x.view(-1))
         torch.testing.assert_close(value, expected.detach())
 
@@ -51,8 +51,8 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
         wanted = gradients(model, F.cross_entropy(model(X).view(-1, V), X.view(-1)))
         wrapped = nn.parallel.DistributedDataParallel(deferring(model), find_unused_parameters=True)
         z = wrapped(X)
-        found = gradients(model, F.cross_entropy(z.view(-1, V), X.view(-1)))
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        actual = gradients(model, F.cross_entropy(z.view(-1, V), X.view(-1)))
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
     finally:
         torch.distributed.destroy_process_group()
 

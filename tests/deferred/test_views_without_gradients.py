@@ -84,9 +84,9 @@ def test_they_are_what_eager_code_makes_of_them(view: str, returned: str, modes:
 
     model, x = Model(after), tokens(ROWS, T)
     expected = observed(model, x, model, around)
-    found = observed(deferring(model), x, model, around)
-    assert len(found) == len(expected)
-    for got, wanted in zip(found, expected):
+    actual = observed(deferring(model), x, model, around)
+    assert len(actual) == len(expected)
+    for got, wanted in zip(actual, expected):
         if isinstance(wanted, Tensor):
             torch.testing.assert_close(got, wanted, rtol=2e-3, atol=1e-4)
         else:

@@ -67,13 +67,13 @@ def test_a_step_that_does_not_write_the_head_leaves_its_logits_readable(optimize
         return LOSSES["cross_entropy"](z) + accuracy(z)
 
     for run in (frozen, without_gradients):
-        found = []
+        results = []
         for deferred in (False, True):
             torch.manual_seed(0)
             model, x = Model(), tokens(ROWS)
             forward = deferring(model) if deferred else model
-            found.append(run(lambda f=forward, x=x: f(x), model).detach())
-        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+            results.append(run(lambda f=forward, x=x: f(x), model).detach())
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
         torch._dynamo.reset()
 
 

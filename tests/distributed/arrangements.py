@@ -251,7 +251,7 @@ def every_arrangement() -> dict[str, Any]:
 
 def weight_as_an_argument() -> list[Tensor]:
     """A function that is given a gathered weight, which is resharded before the loss: ours and eager's losses."""
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     for project in (compiled(project_on), project_on):
         torch.manual_seed(0)
         head = nn.Linear(D, V, bias=False)
@@ -260,8 +260,8 @@ def weight_as_an_argument() -> list[Tensor]:
         head.unshard()
         logits = project(h, head.weight)
         head.reshard()
-        found.append(F.cross_entropy(logits, y).detach())
-    return found
+        results.append(F.cross_entropy(logits, y).detach())
+    return results
 
 
 def project_on(h: Tensor, w: Tensor) -> Tensor:

@@ -128,17 +128,17 @@ PROGRAMS: dict[str, Callable[[Any], list[Tensor]]] = {
 @contextmanager
 def copies_counted() -> Iterator[list[int]]:
     """The bytes of each copy that is taken when a weight is freed."""
-    found: list[int] = []
+    results: list[int] = []
     original = gathered_weights.provide
 
     def provide(waiting: Any) -> None:
         original(waiting)
         kept = {leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes() for _, own in waiting for leaf, _ in own}
-        found.extend(kept.values())
+        results.extend(kept.values())
 
     gathered_weights.provide = provide  # type: ignore[assignment]
     try:
-        yield found
+        yield results
     finally:
         gathered_weights.provide = original
 
@@ -191,7 +191,7 @@ def stepped(model: Any, x: Tensor, y: Tensor, keep: bool, held: Any) -> Any:
 
 def memory() -> dict[str, Any]:
     """Peaks of a step of a model that returns (logits, loss), ours and without us, and the bytes that were copied."""
-    found = {}
+    results = {}
     for root in (None, True):
         for keep in (False, True):
             peaks = []
@@ -202,8 +202,8 @@ def memory() -> dict[str, Any]:
                     model = fsdp(Model("both"), root=root)
                     model = compiled(model) if ours else torch.compile(model, backend="aot_eager")
                     peaks.append(held_in(model, keep))
-            found[f"{'resharded' if root else 'kept'}, {'held' if keep else 'dropped'}"] = (*peaks, copied)
-    return found
+            results[f"{'resharded' if root else 'kept'}, {'held' if keep else 'dropped'}"] = (*peaks, copied)
+    return results
 
 
 def fsdp1(model: Model, flat: bool) -> Any:

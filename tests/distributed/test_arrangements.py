@@ -23,12 +23,12 @@ def results(ranks: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", ARRANGEMENTS)
 def test_an_arrangement_has_the_numbers_of_one_process(name: str) -> None:
     for rank in results(ARRANGEMENTS[name].ranks):
-        found = rank[name]
+        result = rank[name]
         if ARRANGEMENTS[name].narrow:  # what one number is off by is a matter of luck
-            whole = {key: torch.cat([x.double().flatten() for x in found[key]]) for key in ("ours", "plain", "exact")}
+            whole = {key: torch.cat([x.double().flatten() for x in result[key]]) for key in ("ours", "plain", "exact")}
             assert (whole["ours"] - whole["exact"]).norm() <= 1.1 * (whole["plain"] - whole["exact"]).norm()
             continue
-        for got, plain, exact in zip(found["ours"], found["plain"], found["exact"], strict=True):
+        for got, plain, exact in zip(result["ours"], result["plain"], result["exact"], strict=True):
             least = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
             assert (got - exact).abs().max() <= torch.maximum(1.5 * (plain - exact).abs().max(), least)
 

@@ -34,13 +34,13 @@ def pages() -> list[Path]:
 def blocks(page: Path) -> list[Block]:
     """All code blocks of a page, in order."""
     text, name = page.read_text(encoding="utf-8"), page.relative_to(ROOT).as_posix()
-    found = []
+    results = []
     for match in FENCED.finditer(text):
         needs = tuple(part.strip() for part in (match["needs"] or "").split(",") if part.strip())
         line = text.count("\n", 0, match.start("text")) + 1
-        found.append(Block(name, line, match["language"], match["text"], needs))
+        results.append(Block(name, line, match["language"], match["text"], needs))
     rest = FENCED.sub(lambda match: "\n" * match[0].count("\n"), text)
     for match in INDENTED.finditer(rest):
         lines = "".join(line[4:] for line in match[0].splitlines(keepends=True))
-        found.append(Block(name, rest.count("\n", 0, match.start()) + 1, "", lines))
-    return sorted(found, key=lambda block: block.line)
+        results.append(Block(name, rest.count("\n", 0, match.start()) + 1, "", lines))
+    return sorted(results, key=lambda block: block.line)

@@ -28,14 +28,14 @@ ASSIGNED = re.compile(r"([A-Z_]+)=\S*")
 
 def commands() -> list[tuple[str, str]]:
     """(place, command) for every line of every block of commands."""
-    found = []
+    results = []
     for page in pages():
         for block in blocks(page):
             if block.language not in ("", "bash", "sh"):
                 continue
             joined = block.text.replace("\\\n", " ")
-            found += [(block.where, line.strip()) for line in joined.splitlines() if line.strip()]
-    return found
+            results += [(block.where, line.strip()) for line in joined.splitlines() if line.strip()]
+    return results
 
 
 @cache
@@ -59,12 +59,12 @@ def check_fusedhead(words: Sequence[str]) -> None:
     command, rest = words[0], list(words[1:])
     said = help_of(command)
     assert said, f"fusedhead has no command {command}"
-    own = []
+    options = []
     while rest and rest[0].startswith("-"):
-        own.append(rest.pop(0))
-        if rest and re.search(rf"{re.escape(own[-1])} [A-Z{{a-z]", said) and own[-1] != "-m":
+        options.append(rest.pop(0))
+        if rest and re.search(rf"{re.escape(options[-1])} [A-Z{{a-z]", said) and options[-1] != "-m":
             rest.pop(0)
-    assert not [option for option in own if option not in said], own
+    assert not [option for option in options if option not in said], options
     if command == "run":
         check_program(rest)
 
@@ -112,9 +112,9 @@ def check(command: str) -> None:
     elif name == "fusedhead":
         check_fusedhead(rest)
     elif name == "torchrun":
-        given = get_args_parser().parse_args(rest)
-        program = [given.training_script, *given.training_script_args]
-        check_module(program) if given.module else check_program(program)
+        arguments = get_args_parser().parse_args(rest)
+        program = [arguments.training_script, *arguments.training_script_args]
+        check_module(program) if arguments.module else check_program(program)
     elif name == "python":
         check_module(rest[1:]) if rest[0] == "-m" else check_program(rest)
     else:

@@ -68,5 +68,5 @@ def test_the_readme_s_model_is_fused() -> None:
 
 def test_examples_in_docstrings_are_python() -> None:
     """Blocks that begin with `>>>` would be skipped above."""
-    assert not [block.where for found in PYTHON.values() for block in found if ">>>" in block.text]
-    assert all(ast.parse(block.text) for found in PYTHON.values() for block in found)
+    assert not [block.where for result in PYTHON.values() for block in result if ">>>" in block.text]
+    assert all(ast.parse(block.text) for result in PYTHON.values() for block in result)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import fusedhead
 from benchmarks.measure import cpu_allocations, peak_of
 from fusedhead.report import observers
-from fusedhead.report.report import HeadRecord, Report
+from fusedhead.report.head_record import HeadRecord
+from fusedhead.report.report import Report
 
 FACTOR = 1.5
 FLOAT32 = 2e-3  # a float32 training of a few steps with Adam, whose step is a ratio of small numbers
@@ -108,13 +109,13 @@ def differences(eager: Trained, other: Trained) -> Mapping[str, tuple[float, flo
     """(distance to eager, scale) of every logged number and of every weight's movement."""
     assert eager.logged.keys() == other.logged.keys()
     assert eager.after.keys() == other.after.keys()
-    found = {f"logged {n}": (abs(other.logged[n] - x), max(abs(x), 1.0)) for n, x in eager.logged.items()}
+    results = {f"logged {n}": (abs(other.logged[n] - x), max(abs(x), 1.0)) for n, x in eager.logged.items()}
     for name in eager.after:
         if NO_GRADIENT.search(name):
             continue
         moved = eager.movement(name)
-        found[name] = (float((other.movement(name) - moved).norm()), float(moved.norm()))
-    return found
+        results[name] = (float((other.movement(name) - moved).norm()), float(moved.norm()))
+    return results
 
 
 def agree(eager: Trained, inductor: Trained, fused: Trained, slack: float = FLOAT32) -> None:

@@ -92,8 +92,8 @@ def trained(trainer: Trainer, evaluate: bool = False) -> Trained:
         if key in entry
     }
     if evaluate:
-        found = trainer.evaluate()
-        logged |= {key: found[key] for key in found if "loss" in key or "accuracy" in key}
+        result = trainer.evaluate()
+        logged |= {key: result[key] for key in result if "loss" in key or "accuracy" in key}
     return Trained(logged, before, weights(trainer.model))
 
 
@@ -123,8 +123,8 @@ def accuracy(prediction: Any) -> dict[str, float]:
 def test_evaluation_reads_the_logits(tmp_path: Path) -> None:
     def program(compiled: bool) -> Trained:
         data = examples(24)
-        made = arguments(tmp_path, compiled, eval_strategy="steps", eval_steps=2)
-        trainer = Trainer(llama(), made, train_dataset=data, eval_dataset=data, compute_metrics=accuracy)
+        settings = arguments(tmp_path, compiled, eval_strategy="steps", eval_steps=2)
+        trainer = Trainer(llama(), settings, train_dataset=data, eval_dataset=data, compute_metrics=accuracy)
         return trained(trainer, evaluate=True)
 
     fused = check(program, heads=1)
@@ -133,8 +133,8 @@ def test_evaluation_reads_the_logits(tmp_path: Path) -> None:
 
 def test_accumulation_and_mixed_precision(tmp_path: Path) -> None:
     def program(compiled: bool) -> Trained:
-        made = arguments(tmp_path, compiled, bf16=True, gradient_accumulation_steps=2)
-        return trained(Trainer(llama(), made, train_dataset=examples(32)))
+        settings = arguments(tmp_path, compiled, bf16=True, gradient_accumulation_steps=2)
+        return trained(Trainer(llama(), settings, train_dataset=examples(32)))
 
     check(program, heads=1, slack=BFLOAT16)
 
@@ -158,8 +158,8 @@ def test_a_masked_lm(tmp_path: Path) -> None:
             row["input_ids"] = row["input_ids"][:32]  # type: ignore[index]
             del row["labels"]
         collator = DataCollatorForLanguageModeling(tokenizer(), mlm_probability=0.3)
-        made = arguments(tmp_path, compiled, remove_unused_columns=False)
-        return trained(Trainer(bert(), made, train_dataset=data, data_collator=collator))
+        settings = arguments(tmp_path, compiled, remove_unused_columns=False)
+        return trained(Trainer(bert(), settings, train_dataset=data, data_collator=collator))
 
     check(program, heads=1)
 
@@ -170,8 +170,8 @@ def test_seq2seq(smoothing: float, tmp_path: Path) -> None:
 
     def program(compiled: bool) -> Trained:
         data = examples(24)
-        made = arguments(tmp_path, compiled, Seq2SeqTrainingArguments, label_smoothing_factor=smoothing)
-        trainer = Seq2SeqTrainer(bart(), made, train_dataset=data, eval_dataset=data)
+        settings = arguments(tmp_path, compiled, Seq2SeqTrainingArguments, label_smoothing_factor=smoothing)
+        trainer = Seq2SeqTrainer(bart(), settings, train_dataset=data, eval_dataset=data)
         return trained(trainer, evaluate=True)
 
     check(program, heads=1)

@@ -17,7 +17,7 @@ from tests.e2e.text import passages, tokenizer, tokens
 
 
 def arguments(cls: type, folder: Path, compiled: bool, **more: Any) -> Any:
-    given = {
+    inputs = {
         "output_dir": str(folder),
         "max_steps": 3,
         "per_device_train_batch_size": 4,
@@ -31,7 +31,7 @@ def arguments(cls: type, folder: Path, compiled: bool, **more: Any) -> Any:
         "torch_compile": compiled,
         "disable_tqdm": True,
     }
-    return cls(**{**given, **more})
+    return cls(**{**inputs, **more})
 
 
 def trained(trainer: Any, keys: tuple[str, ...]) -> Trained:
@@ -52,8 +52,8 @@ def test_sft(smoothing: float, tmp_path: Path) -> None:
 
     def program(compiled: bool) -> Trained:
         data = Dataset.from_dict({"text": passages(12)})
-        made = arguments(SFTConfig, tmp_path, compiled, max_length=64, label_smoothing_factor=smoothing)
-        trainer = SFTTrainer(llama(), made, train_dataset=data, processing_class=tokenizer())
+        settings = arguments(SFTConfig, tmp_path, compiled, max_length=64, label_smoothing_factor=smoothing)
+        trainer = SFTTrainer(llama(), settings, train_dataset=data, processing_class=tokenizer())
         return trained(trainer, ("loss", "mean_token_accuracy", "grad_norm"))
 
     check(program, heads=1 if smoothing else 0)
@@ -74,8 +74,8 @@ def test_dpo(tmp_path: Path) -> None:
                 "rejected": [text[100:] + text[60:80] for text in texts],
             }
         )
-        made = arguments(DPOConfig, tmp_path, compiled, max_length=64)
-        trainer = DPOTrainer(str(tmp_path / "model"), args=made, train_dataset=data, processing_class=tokenizer())
+        settings = arguments(DPOConfig, tmp_path, compiled, max_length=64)
+        trainer = DPOTrainer(str(tmp_path / "model"), args=settings, train_dataset=data, processing_class=tokenizer())
         return trained(trainer, ("loss", "rewards/margins", "logps/chosen", "logps/rejected"))
 
     check(program, heads=0)
@@ -114,8 +114,8 @@ def test_grpo(tmp_path: Path) -> None:
         def reward(completions: list[str], **_: Any) -> list[float]:
             return [float(len(set(text))) / 10 for text in completions]
 
-        made = arguments(GRPOConfig, tmp_path, compiled, num_generations=2, max_completion_length=8, max_steps=2)
-        trainer = GRPOTrainer(llama(), reward, args=made, train_dataset=data, processing_class=tokenizer())
+        settings = arguments(GRPOConfig, tmp_path, compiled, num_generations=2, max_completion_length=8, max_steps=2)
+        trainer = GRPOTrainer(llama(), reward, args=settings, train_dataset=data, processing_class=tokenizer())
         return trained(trainer, ("loss", "reward", "entropy", "grad_norm"))
 
     check(program, heads=0)

@@ -37,9 +37,9 @@ def tokenizer():  # type: ignore[no-untyped-def]
     specials = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
     model.train_from_iterator(sources(), vocab_size=VOCAB, special_tokens=specials, show_progress=False)
     names = dict(zip(["pad_token", "bos_token", "eos_token", "unk_token", "mask_token"], specials, strict=True))
-    made = PreTrainedTokenizerFast(tokenizer_object=model._tokenizer, model_max_length=10**6, **names)
-    made.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
-    return made
+    fast = PreTrainedTokenizerFast(tokenizer_object=model._tokenizer, model_max_length=10**6, **names)
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    return fast
 
 
 def tokens(batches: int, rows: int, length: int) -> list[Tensor]:

@@ -46,9 +46,9 @@ def test_a_script_is_made_of_the_models_own_text() -> None:
     fusedhead.defer(model)
     assert inspect.signature(model.forward) == signature
     assert "self.embed.weight" in inspect.getsource(Scripted.forward)
-    found = torch.jit.script(model)(h)
-    assert type(found) is Tensor
-    torch.testing.assert_close(found, expected)
+    actual = torch.jit.script(model)(h)
+    assert type(actual) is Tensor
+    torch.testing.assert_close(actual, expected)
 
 
 def test_threads_have_scopes_of_their_own(summary: Summary) -> None:
@@ -92,18 +92,18 @@ def test_a_model_with_layers_that_are_heads_runs_under_no_mode() -> None:
 
 def test_an_embedding_of_whose_sizes_no_head_was_met_is_told_of() -> None:
     Tied()
-    assert tied_heads.unseen([]) == ""  # made before anybody looked
+    assert tied_heads.embedding_note([]) == ""  # made before anybody looked
     end = tied_heads.watch_tables()
     try:
         model = Tied()
         nn.Embedding(512, D)
-        said = tied_heads.unseen([])
+        said = tied_heads.embedding_note([])
         assert said.startswith(f"an embedding of 1,024 x {D} was made, and no head of these sizes was met")
         assert "fusedhead.defer(model)" in said
-        assert tied_heads.unseen([(V, D)]) == ""
+        assert tied_heads.embedding_note([(V, D)]) == ""
         assert type(model.embed.weight) is nn.Parameter
     finally:
         end()
-    assert tied_heads.unseen([]) == ""
+    assert tied_heads.embedding_note([]) == ""
     Tied()
-    assert tied_heads.unseen([]) == ""
+    assert tied_heads.embedding_note([]) == ""

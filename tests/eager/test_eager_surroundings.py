@@ -34,9 +34,9 @@ def test_what_records_or_changes_calls_gets_plain_ones(how: str) -> None:
     model, (x, _) = Model(), batch()
     expected = model(x)
     fusedhead.defer(model)
-    found = PLAIN[how](model, x)
-    assert type(found) is Tensor or how == "fx"
-    torch.testing.assert_close(found, expected)
+    actual = PLAIN[how](model, x)
+    assert type(actual) is Tensor or how == "fx"
+    torch.testing.assert_close(actual, expected)
 
 
 def test_a_default_device_is_no_mode_that_matters() -> None:

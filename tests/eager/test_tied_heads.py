@@ -73,9 +73,9 @@ def test_other_products_are_torchs_own() -> None:
     model, h = Sized(), torch.randn(4, 32, D)
     expected = model(h)
     fusedhead.defer(model)
-    for found, plain in zip(model(h), expected, strict=True):
-        assert type(found) is Tensor
-        assert torch.equal(found, plain)
+    for actual, plain in zip(model(h), expected, strict=True):
+        assert type(actual) is Tensor
+        assert torch.equal(actual, plain)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -131,9 +131,9 @@ def test_what_records_or_copies_a_model_gets_plain_products(how: str) -> None:
     model, (x, _) = Tied(), batch()
     expected = model(x)
     fusedhead.defer(model)
-    found = PLAIN[how](model, x)
-    assert type(found) is Tensor or how == "fx"
-    torch.testing.assert_close(found, expected)
+    actual = PLAIN[how](model, x)
+    assert type(actual) is Tensor or how == "fx"
+    torch.testing.assert_close(actual, expected)
 
 
 class GivenAWeight(nn.Module):

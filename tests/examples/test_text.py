@@ -22,9 +22,9 @@ def a_small_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Pat
 
 def test_the_standard_library_is_megabytes_of_sorted_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    found = text.files()
-    assert sum(path.stat().st_size for path in found) > 5_000_000
-    assert found == text.files()
+    result = text.files()
+    assert sum(path.stat().st_size for path in result) > 5_000_000
+    assert result == text.files()
 
 
 def test_every_token_is_inside_the_vocabulary() -> None:

@@ -100,9 +100,9 @@ def test_the_largest_batch_is_found_in_few_trials(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(train_gpt, "peak_of_a_few_steps", peak)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, fixed + each * limit + each // 2))
-    found, tried = train_gpt.largest_batch(argparse.Namespace(batch=8, device="cuda"), TOKENS)
-    assert found <= limit
-    assert found >= limit - max(1, limit // 32)
+    result, tried = train_gpt.largest_batch(argparse.Namespace(batch=8, device="cuda"), TOKENS)
+    assert result <= limit
+    assert result >= limit - max(1, limit // 32)
     assert len(tried) <= 18
 
 

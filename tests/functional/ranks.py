@@ -63,8 +63,8 @@ def rank_main(function: str, ranks: int, rank: int, folder: str, timeout: int) -
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout // 5))
     torch.set_num_threads(1)  # a fork leaves torch's pool of threads to whoever asks first, and two may
     module, name = function.split(":")
-    found = getattr(import_module(module), name)()
-    torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    result = getattr(import_module(module), name)()
+    torch.save(result, os.path.join(folder, f"{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()
 

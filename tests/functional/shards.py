@@ -72,13 +72,13 @@ def outcome(form: dict[str, Any], split: tuple[int, ...] | None, seed: int, dtyp
 
 
 def every_form() -> dict[str, Any]:
-    found = {}
+    results = {}
     for name, split in SPLITS.items():
         for i, form in enumerate(FORMS):
-            found[f"{name}/{i}"] = outcome(form, split, 3)
-    found["twice"] = outcome({}, None, 3)
-    found["bfloat16"] = outcome({}, None, 3, torch.bfloat16)
-    return found
+            results[f"{name}/{i}"] = outcome(form, split, 3)
+    results["twice"] = outcome({}, None, 3)
+    results["bfloat16"] = outcome({}, None, 3, torch.bfloat16)
+    return results
 
 
 def few_classes() -> Any:
@@ -108,7 +108,7 @@ def compiled() -> Any:
 
 def mistakes() -> dict[str, str]:
     """What each rank reads where the ranks do not fit together: always an error, on all of them."""
-    rank, found = dist.get_rank(), {}
+    rank, result = dist.get_rank(), {}
     operands = given(3)
     first, last = span(None)
     h, w, y = operands["input"].detach(), operands["linear_weight"].detach()[first:last], operands["target"]
@@ -126,7 +126,7 @@ def mistakes() -> dict[str, str]:
     for name, call in calls.items():
         try:
             call()
-            found[name] = "no error"
+            result[name] = "no error"
         except Exception as error:
-            found[name] = f"{type(error).__name__}: {re.sub(r'at 0x[0-9a-f]+', '', str(error))}"
-    return found
+            result[name] = f"{type(error).__name__}: {re.sub(r'at 0x[0-9a-f]+', '', str(error))}"
+    return result

@@ -19,14 +19,14 @@ def given(seed: int, dtype: torch.dtype = torch.float32, bias: bool = False) -> 
     torch.manual_seed(seed)
     y = torch.randint(0, V, (N,))
     y[::5] = -100
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "input": torch.randn(N, D, dtype=dtype, requires_grad=True),
         "linear_weight": torch.randn(V, D, dtype=dtype, requires_grad=True),
         "target": y,
     }
     if bias:
-        found["bias"] = torch.randn(V, dtype=dtype, requires_grad=True)
-    return found
+        results["bias"] = torch.randn(V, dtype=dtype, requires_grad=True)
+    return results
 
 
 def plainly(

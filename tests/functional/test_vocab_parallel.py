@@ -125,8 +125,8 @@ def test_ranks_that_do_not_fit_together_all_raise() -> None:
     for name, sentence in sentences.items():
         assert first[name].startswith("ShardMismatch")
         assert second[name].startswith("ValueError: " + sentence)
-    for rank, found in enumerate((first, second)):
+    for rank, actual in enumerate((first, second)):
         expected = f"ValueError: rank {rank} of 2 must hold 96 of the 192 rows that vocab_size names. Got: 48"
-        assert found["a group of half as many ranks"].startswith(expected)
-        assert found["label"].startswith("LabelOutOfRange: label ")
+        assert actual["a group of half as many ranks"].startswith(expected)
+        assert actual["label"].startswith("LabelOutOfRange: label ")
     assert issubclass(fusedhead.LabelOutOfRange, IndexError)

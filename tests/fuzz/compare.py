@@ -56,7 +56,7 @@ class Verdict:
 def run(fn: Callable[..., Any], case: Case, sizes: dict[str, int], *, double: bool = False) -> Ran:
     """Forward and backward of one program."""
     inputs = make_inputs(case, sizes, double=double)
-    given = [x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for x in inputs]
+    operands = [x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for x in inputs]
     autocast = case.ambient_autocast and not double
     torch.manual_seed(2)
     try:
@@ -64,7 +64,7 @@ def run(fn: Callable[..., Any], case: Case, sizes: dict[str, int], *, double: bo
             torch.no_grad() if case.no_grad else nullcontext(),
             torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(),
         ):
-            outputs = fn(*given)
+            outputs = fn(*operands)
         tensors: dict[str, Any] = {}
         roots, upstream = [], []
         for i, (name, out) in enumerate(zip(case.returns, outputs)):
@@ -74,11 +74,11 @@ def run(fn: Callable[..., Any], case: Case, sizes: dict[str, int], *, double: bo
                 weight = torch.rand(out.shape, generator=generator, dtype=torch.float32) + 0.5
                 roots.append(out)
                 upstream.append(weight.to(out.dtype))
-        leaves = {n: x for n, x in zip(case.inputs, given) if isinstance(x, Tensor) and x.requires_grad}
+        leaves = {n: x for n, x in zip(case.inputs, operands) if isinstance(x, Tensor) and x.requires_grad}
         if roots and leaves:
             grads = torch.autograd.grad(roots, list(leaves.values()), upstream, allow_unused=True)
             tensors |= {f"d{name}": grad for name, grad in zip(leaves, grads)}
-        tensors |= {f"{n} afterwards": x.detach() for n, x in zip(case.inputs, given) if isinstance(x, Tensor)}
+        tensors |= {f"{n} afterwards": x.detach() for n, x in zip(case.inputs, operands) if isinstance(x, Tensor)}
         return Ran(tensors)
     except Exception as error:
         return Ran({}, error)
@@ -153,9 +153,9 @@ def compare(case: Case, stack: str = "eager") -> Verdict:
                 return Verdict(f"the pass raised (eager code: {type(eager.error).__name__})", report.errors[0], report)
             if not any(head.fused for head in report.heads):
                 return Verdict("", "", report)
-            found = differs(case, sizes, ours)
-            if found is not None:
-                return Verdict(*found, report)
+            result = differs(case, sizes, ours)
+            if result is not None:
+                return Verdict(*result, report)
     return Verdict("", "", report)
 
 

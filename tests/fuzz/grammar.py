@@ -104,8 +104,8 @@ def in_a_region(w: Writer, h: str, flat: bool) -> tuple[str, Logits]:
         with w.block(f"def {inner}(z):"):
             w.line(f"return {loss(w, replace(z, name='z'))}")
         w.line(once)
-        found = w.let("l", f"{inner}({z.name}).sum() + {inner}({z.name} * 0.5).sum()")
-        return found, z
+        result = w.let("l", f"{inner}({z.name}).sum() + {inner}({z.name} * 0.5).sum()")
+        return result, z
     with w.block(f"def {inner}(h):"):
         z = change(w, project(w, "h", flat, rows)) if kind == "both" else project(w, "h", flat, rows)
         w.line(f"return {loss(w, z) if kind == 'both' else z.name}")
@@ -126,11 +126,11 @@ def whole_loss(w: Writer, h: str, flat: bool, previous: Logits | None) -> tuple[
         z = head(w, h, flat, previous)
     if w.chance(0.06):
         return chunked(w, z), z
-    found = loss(w, z)
+    result = loss(w, z)
     if w.chance(0.2):
         second = loss(w, change(w, z) if w.chance(0.3) else z)
-        found = w.let("l", f"{found} + {w.pick(['0.1', '1.0', '0.0'])} * {second}")
-    return found, z
+        result = w.let("l", f"{result} + {w.pick(['0.1', '1.0', '0.0'])} * {second}")
+    return result, z
 
 
 def checkpointed(w: Writer, h: str, flat: bool) -> tuple[str, Logits]:
@@ -139,8 +139,8 @@ def checkpointed(w: Writer, h: str, flat: bool) -> tuple[str, Logits]:
     aligned = align(w, flat)
     with w.block(f"def {inner}(h):"):
         z = change(w, project(w, "h", flat, aligned))
-        found = loss(w, z)
-        w.line(f"return {w.pick([found, found, f'{found}, {z.name}'])}")
+        result = loss(w, z)
+        w.line(f"return {w.pick([result, result, f'{result}, {z.name}'])}")
     returned = str(w.stack[-1][-1].body[-1])  # type: ignore[union-attr]
     w.returns = [r for r in w.returns if r.startswith("outer")]  # what was given inside is not visible out here
     if "," in returned:
@@ -163,24 +163,24 @@ def draw(seed: str | int) -> Case:
     flat = w.chance(0.3)
     h = hidden(w, flat)
     if w.chance(0.08):
-        found, z = checkpointed(w, h, flat)
+        result, z = checkpointed(w, h, flat)
     elif w.chance(0.04):
-        found, z = in_a_region(w, h, flat)
+        result, z = in_a_region(w, h, flat)
     else:
         with w.maybe(0.06, 'with torch.autocast("cpu", torch.bfloat16):'):
-            found, z = whole_loss(w, h, flat, None)
+            result, z = whole_loss(w, h, flat, None)
             if w.chance(0.12):
                 other, _ = whole_loss(w, h, flat, None)
-                found = w.let("l", f"{found} + {other}")
+                result = w.let("l", f"{result} + {other}")
             for _ in range(w.pick([0, 0, 0, 1, 1, 2])):
                 side(w, z)
         if w.chance(0.05):
             w.line(f"{h}.detach().add_(0.1)")
     if w.chance(0.1):
-        found = w.let("l", f"{found} + 0.01 * {h}.float().pow(2).mean()")
+        result = w.let("l", f"{result} + 0.01 * {h}.float().pow(2).mean()")
     elif w.chance(0.05):
-        w.line(f"{found} += 0.5")
-    w.returns.insert(0 if w.chance(0.8) else len(w.returns), found)
+        w.line(f"{result} += 0.5")
+    w.returns.insert(0 if w.chance(0.8) else len(w.returns), result)
     return w.case(
         dynamic=w.chance(0.15),
         ambient_autocast=w.chance(0.08),

@@ -43,8 +43,8 @@ def cross_entropy(w: Writer, z: Logits) -> tuple[str, bool]:
     w.rng.shuffle(options)
     call = f"F.cross_entropy({', '.join([*arguments, *options])})"
     if w.chance(0.1):
-        made = "".join(f", {o}" for o in options)
-        call = f"torch.nn.CrossEntropyLoss({made.removeprefix(', ')})({', '.join(arguments)})"
+        result = "".join(f", {o}" for o in options)
+        call = f"torch.nn.CrossEntropyLoss({result.removeprefix(', ')})({', '.join(arguments)})"
     return w.let("l", call), reduction == "none"
 
 

@@ -70,14 +70,14 @@ class Draft:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node | None:
         """The call as a node, if fake tensors allow it."""
-        given, named = map_arg((args, kwargs), lambda n: n.meta["example_value"])
-        run: Callable[..., Any] = getattr(given[0], target, None) if isinstance(target, str) else target
+        inputs, named = map_arg((args, kwargs), lambda n: n.meta["example_value"])
+        run: Callable[..., Any] = getattr(inputs[0], target, None) if isinstance(target, str) else target
         try:
             with ExitStack() as stack:
                 stack.enter_context(self.mode)
                 stack.enter_context(torch.set_grad_enabled(self.recorded))
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=self.cast))
-                result = run(*(given[1:] if isinstance(target, str) else given), **named)
+                result = run(*(inputs[1:] if isinstance(target, str) else inputs), **named)
         except Exception:
             return None
         kind = "call_method" if isinstance(target, str) else "call_function"
@@ -91,9 +91,9 @@ class Draft:
 
     def tensor(self) -> Node:
         """A tensor, likelier one that comes from a product."""
-        found = self.tensors()
-        made = [n for n in found if n.op != "placeholder"]
-        return self.rng.choice(made[-3:]) if made and self.rng.random() < 0.8 else self.rng.choice(found)
+        result = self.tensors()
+        outcome = [n for n in result if n.op != "placeholder"]
+        return self.rng.choice(outcome[-3:]) if outcome and self.rng.random() < 0.8 else self.rng.choice(result)
 
     def mask(self) -> Node:
         return self.rng.choice([n for n in self.tensors() if n.meta["example_value"].dtype == torch.bool])
@@ -202,8 +202,8 @@ def toggle(draft: Draft) -> None:
 
 
 def project(draft: Draft) -> Node | None:
-    rng, found = draft.rng, draft.tensors()
-    h, w = rng.choice(found), rng.choice(found[:4])
+    rng, result = draft.rng, draft.tensors()
+    h, w = rng.choice(result), rng.choice(result[:4])
     choice = rng.randrange(6)
     if choice < 3:
         return draft.call(F.linear, h, w)
@@ -211,7 +211,7 @@ def project(draft: Draft) -> Node | None:
         transposed = draft.call("t", w)
         return transposed and draft.call(torch.matmul, h, transposed)
     if choice == 4:
-        return draft.call(torch.addmm, rng.choice(found), h, w)
+        return draft.call(torch.addmm, rng.choice(result), h, w)
     return draft.call(torch.einsum, rng.choice(["nd,vd->nv", "btd,vd->btv", "...d,vd->...v", "nd,dv->vn"]), h, w)
 
 

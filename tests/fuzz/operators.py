@@ -102,8 +102,8 @@ def cases(op: Any, number: int, sample: Any, places: Sequence[str] = PLACES) -> 
     run = op.method_variant if number % 2 and op.method_variant and isinstance(sample.input, Tensor) else op.op
     name = op.name + (f".{op.variant_test_name}" if op.variant_test_name else "")
 
-    def apply(given: Sequence[Tensor]) -> Any:
-        it = iter(given)
+    def apply(inputs: Sequence[Tensor]) -> Any:
+        it = iter(inputs)
         first, args, kwargs = tree_unflatten([next(it) if isinstance(x, Tensor) else x for x in leaves], spec)
         return run(first, *args, **kwargs)
 
@@ -112,8 +112,8 @@ def cases(op: Any, number: int, sample: Any, places: Sequence[str] = PLACES) -> 
     h = torch.randn(6, D, generator=generator)
     w = torch.randn(V, D, generator=generator)
 
-    def beside(h: Tensor, w: Tensor, *given: Tensor) -> Any:
-        return scored(F.linear(h, w)), apply(given)
+    def beside(h: Tensor, w: Tensor, *inputs: Tensor) -> Any:
+        return scored(F.linear(h, w)), apply(inputs)
 
     if "beside" in places:
         yield Case(f"{name}/{number}/beside", (h, w, *tensors), beside)
@@ -121,31 +121,31 @@ def cases(op: Any, number: int, sample: Any, places: Sequence[str] = PLACES) -> 
         return
     values, others = tensors[first], (*tensors[:first], *tensors[first + 1 :])
 
-    def of(x: Tensor, given: Sequence[Tensor]) -> Any:
-        return apply((*given[:first], x, *given[first:]))
+    def of(x: Tensor, inputs: Sequence[Tensor]) -> Any:
+        return apply((*inputs[:first], x, *inputs[first:]))
 
-    def on_logits(h: Tensor, w: Tensor, *given: Tensor) -> Any:
+    def on_logits(h: Tensor, w: Tensor, *inputs: Tensor) -> Any:
         z = F.linear(h, w)
-        return scored(z), of(z, given)
+        return scored(z), of(z, inputs)
 
-    def between(h: Tensor, w: Tensor, *given: Tensor) -> Any:
-        made = tree_leaves(of(F.linear(h, w), given))[0]
-        return scored(made), made.shape
+    def between(h: Tensor, w: Tensor, *inputs: Tensor) -> Any:
+        built = tree_leaves(of(F.linear(h, w), inputs))[0]
+        return scored(built), built.shape
 
-    def hidden(x: Tensor, w: Tensor, *given: Tensor) -> Any:
-        made = tree_leaves(of(x, given))[0]
-        return scored(F.linear(made, w)), made.shape
+    def hidden(x: Tensor, w: Tensor, *inputs: Tensor) -> Any:
+        built = tree_leaves(of(x, inputs))[0]
+        return scored(F.linear(built, w)), built.shape
 
-    def losses(h: Tensor, w: Tensor, *given: Tensor) -> Any:
+    def losses(h: Tensor, w: Tensor, *inputs: Tensor) -> Any:
         z = F.linear(h, w)
         each = F.cross_entropy(z, torch.arange(z.shape[0], device=z.device) % V, reduction="none")
-        return each.mean(), of(each.view(values.shape), given)
+        return each.mean(), of(each.view(values.shape), inputs)
 
     def logits(h: Tensor, w: Tensor, *_: Tensor) -> Tensor:
         return F.linear(h, w)
 
-    def outside(z: Tensor, h: Tensor, w: Tensor, *given: Tensor) -> Any:
-        return scored(z), of(z, given)
+    def outside(z: Tensor, h: Tensor, w: Tensor, *inputs: Tensor) -> Any:
+        return scored(z), of(z, inputs)
 
     result = outcome(apply, tensors)
     if matrix(values):

@@ -38,10 +38,10 @@ class Verdict:
 def step(case: Case, model: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Any]:
     """The leaves of a program's results, then the gradients of its inputs; a random one is the same every time."""
     torch.manual_seed(2)
-    found = model(*inputs)
+    result = model(*inputs)
     if case.rest is not None:
-        found = case.rest(found, *inputs)
-    results = tree_leaves(found)
+        result = case.rest(result, *inputs)
+    results = tree_leaves(result)
     roots = [x for x in results if isinstance(x, Tensor) and x.requires_grad]
     leaves = [x for x in inputs if x.requires_grad]
     upstream = []
@@ -65,8 +65,8 @@ def distance(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape or not a.numel():
         return 0.0
     wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-    found = (a.to(wide) - b.to(wide)).abs()
-    return found[found.isfinite()].max().item() if bool(found.isfinite().any()) else 0.0
+    result = (a.to(wide) - b.to(wide)).abs()
+    return result[result.isfinite()].max().item() if bool(result.isfinite().any()) else 0.0
 
 
 def finite(x: Tensor) -> Tensor:
@@ -108,10 +108,10 @@ def differs(i: int, got: Any, eager: Any, near: list[Any], rounding: float = 0.0
 
 def inputs_of(case: Case) -> tuple[Tensor, ...]:
     """As a compiler sees them: the first size of the first one is a symbol, where the program says so."""
-    given = fresh(case)
-    if case.dynamic and given[0].ndim:
-        torch._dynamo.maybe_mark_dynamic(given[0], 0)
-    return given
+    inputs = fresh(case)
+    if case.dynamic and inputs[0].ndim:
+        torch._dynamo.maybe_mark_dynamic(inputs[0], 0)
+    return inputs
 
 
 def compare(case: Case) -> Verdict:
@@ -134,16 +134,16 @@ def compare(case: Case) -> Verdict:
             if isinstance(alone, Exception) and type(alone) is type(got):
                 return Verdict("skipped", f"{got!r}"[:300], report)
             return Verdict("raises", "".join(traceback.format_exception(got))[-3000:], report)
-        found = differ(got, eager, [])
-        if found:
+        result = differ(got, eager, [])
+        if result:
             near = [attempt(case, case.model, fresh(case, seed)) for seed in range(1, DISTURBED + 1)]
-            found = differ(got, eager, [x for x in near if isinstance(x, list)])
-        if found:
+            result = differ(got, eager, [x for x in near if isinstance(x, list)])
+        if result:
             torch.compiler.reset()
             alone = attempt(case, torch.compile(case.model, backend="eager"), inputs_of(case))
             if isinstance(alone, list) and differ(alone, eager, []):
-                return Verdict("skipped", f"Dynamo alone: {found}", report)
-    return Verdict("differs" if found else "", found, report)
+                return Verdict("skipped", f"Dynamo alone: {result}", report)
+    return Verdict("differs" if result else "", result, report)
 
 
 def differ(got: list[Any], eager: list[Any], near: list[list[Any]]) -> str:

@@ -99,13 +99,13 @@ def make_inputs(case: Case, sizes: dict[str, int], *, double: bool = False) -> l
     """Fresh inputs, equal numbers at every call; floating ones in float64 where ``double``."""
     torch.manual_seed(1)
     scope: dict[str, Any] = {"torch": torch, "dtype": getattr(torch, case.dtype), **sizes}
-    made = []
+    result = []
     for expression in case.inputs.values():
         value = eval(expression, scope)
         if double and isinstance(value, torch.Tensor) and value.is_floating_point():
             value = value.detach().double().requires_grad_(value.requires_grad)
-        made.append(value)
-    return made
+        result.append(value)
+    return result
 
 
 def as_test(case: Case) -> str:

@@ -26,10 +26,10 @@ DAMAGES_A_GRAPH = 4
 
 def dynamo_graphs(seed: str) -> list[GraphModule]:
     """The graphs that Dynamo makes of a random program."""
-    case, found = draw(seed), []
+    case, result = draw(seed), []
 
     def keep(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        found.append(gm)
+        result.append(gm)
         return gm.forward
 
     torch.compiler.reset()
@@ -38,8 +38,8 @@ def dynamo_graphs(seed: str) -> list[GraphModule]:
             warnings.simplefilter("ignore")
             torch.compile(program(case), backend=keep, dynamic=case.dynamic or None)(*make_inputs(case, case.sizes))
     except Exception:  # programs that eager code refuses are as good, up to where they are refused
-        return found
-    return found
+        return result
+    return result
 
 
 def calls(gm: GraphModule) -> list[Node]:

@@ -57,8 +57,8 @@ def test_a_loss_outside_trains_under_cuda_graphs() -> None:
         x = tokens(seed)
         wanted = torch.autograd.grad(cross_entropy(model(x), x), list(model.parameters()))
         torch.compiler.cudagraph_mark_step_begin()
-        found = torch.autograd.grad(cross_entropy(run(x), x), list(model.parameters()))
-        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-4)
+        actual = torch.autograd.grad(cross_entropy(run(x), x), list(model.parameters()))
+        torch.testing.assert_close(actual, wanted, rtol=1e-2, atol=1e-4)
 
 
 def test_a_divergence_between_two_models_builds_no_logits() -> None:
@@ -72,8 +72,8 @@ def test_a_divergence_between_two_models_builds_no_logits() -> None:
     for _ in range(2):
         s, t = runs[0](x), runs[1](x)
         value = loss(s, t)
-        found = torch.autograd.grad(value, list(student.parameters()))
+        actual = torch.autograd.grad(value, list(student.parameters()))
         assert s._plain is None
         assert t._plain is None
     torch.testing.assert_close(value, loss(student(x), teacher(x)), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(actual, wanted, rtol=1e-2, atol=1e-5)

@@ -59,8 +59,8 @@ def operands(dtype: torch.dtype, offset: float = 0.0, spread: float = 1.0, token
     return (*(x.to(dtype).requires_grad_() for x in (h, w, b)), y)
 
 
-def results(program: Program, given: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> list[Tensor]:
-    leaves = [(x.detach().to(dtype or x.dtype).requires_grad_() if x.is_floating_point() else x) for x in given]
+def results(program: Program, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> list[Tensor]:
+    leaves = [(x.detach().to(dtype or x.dtype).requires_grad_() if x.is_floating_point() else x) for x in inputs]
     loss = program(*leaves)
     loss.backward()
     return [loss.detach()] + [x.grad for x in leaves[:3] if x.grad is not None]
@@ -101,9 +101,10 @@ def test_the_error_is_at_most_that_of_eager_code_in_the_same_dtype(program: Prog
     compiled = torch.compile(program, backend=reporting(report))
     squares: dict[str, list[Tensor]] = {}
     for tokens in OCTAVE:
-        given = operands(dtype, tokens=tokens)
-        truth = results(in_float64(program), given, torch.float64)
-        for name, t, e, f in zip(("loss", "dh", "dw", "db"), truth, results(program, given), results(compiled, given)):
+        inputs = operands(dtype, tokens=tokens)
+        truth = results(in_float64(program), inputs, torch.float64)
+        runs = truth, results(program, inputs), results(compiled, inputs)
+        for name, t, e, f in zip(("loss", "dh", "dw", "db"), *runs):
             assert f.dtype == e.dtype
             both = torch.stack([(x.double() - t).norm() / t.norm() for x in (f, e)]) ** 2
             squares.setdefault(name, []).append(both)
@@ -122,20 +123,20 @@ def test_cuda_graphs_replay_the_same_numbers(program: Program) -> None:
     graphed = torch.compile(program, backend="fusedhead", mode="reduce-overhead")
     plain = torch.compile(program, backend="fusedhead")
     for step in range(4):
-        given = operands(torch.bfloat16, offset=float(step))
+        inputs = operands(torch.bfloat16, offset=float(step))
         torch.compiler.cudagraph_mark_step_begin()
-        for g, p in zip(results(graphed, given), results(plain, given)):
+        for g, p in zip(results(graphed, inputs), results(plain, inputs)):
             assert torch.equal(g, p)
 
 
 @pytest.mark.parametrize("program", [mean_loss, weighted_log_probs], ids=lambda p: p.__name__)
 def test_no_host_sync(program: Program) -> None:
-    given = operands(torch.bfloat16)
+    inputs = operands(torch.bfloat16)
     compiled = torch.compile(program, backend="fusedhead")
-    results(compiled, given)
+    results(compiled, inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        results(compiled, given)
+        results(compiled, inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -150,11 +151,11 @@ def test_a_row_program_runs_where_dispatch_modes_are_active() -> None:
             target = F.softmax(F.linear(h, teacher.to(h.dtype)).float() / 8, -1)
         return F.kl_div(F.log_softmax(F.linear(h, w).float(), -1), target, reduction="batchmean")
 
-    given, report = operands(torch.bfloat16), fusedhead.Report()
+    inputs, report = operands(torch.bfloat16), fusedhead.Report()
     compiled = torch.compile(program, backend=reporting(report))
-    truth = results(in_float64(program), given, torch.float64)
+    truth = results(in_float64(program), inputs, torch.float64)
     for _ in range(2):
-        for t, e, f in zip(truth, results(program, given), results(compiled, given)):
+        for t, e, f in zip(truth, results(program, inputs), results(compiled, inputs)):
             ours, eager = ((x.double() - t).norm() / t.norm() for x in (f, e))
             assert ours <= 1.02 * eager + 2e-6
     assert any(head.fused for head in report.heads), report

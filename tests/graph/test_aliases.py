@@ -27,8 +27,8 @@ COPIES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def shares(made: Callable[[Tensor], Tensor]) -> bool:
-    gm = dynamo_graph(lambda x: made(x).sin(), torch.ones(4, 4))
+def shares(result: Callable[[Tensor], Tensor]) -> bool:
+    gm = dynamo_graph(lambda x: result(x).sin(), torch.ones(4, 4))
     (x,) = gm.graph.find_nodes(op="placeholder")
     (value,) = node_called(gm, "sin").all_input_nodes
     return bool(storages(x) & storages(value))

@@ -60,8 +60,8 @@ def test_nodes_made_and_erased_are_counted_inside_only() -> None:
     with counting_edits(gm.graph, lambda node: counted.append(node.name)) as known:
         replace_node(node_called(gm, "sin"), node_called(gm, "exp"))
         with gm.graph.inserting_before(node_called(gm, "cos")):
-            made = gm.graph.call_function(torch.neg, (node_called(gm, "exp"),))
+            result = gm.graph.call_function(torch.neg, (node_called(gm, "exp"),))
     if known:  # a torch without these hooks says so
         assert len(counted) == 2
-    gm.graph.erase_node(made)
+    gm.graph.erase_node(result)
     assert len(counted) == 2 * known

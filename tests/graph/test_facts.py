@@ -33,8 +33,8 @@ def test_modes_are_live_and_answer_for_nodes_that_were_made_since() -> None:
     facts = GraphFacts(gm.graph, grad=True)
     assert facts.grad_mode(node_called(gm, "exp"))
     with gm.graph.inserting_after(node_called(gm, "sin")):
-        made = gm.graph.call_function(torch.neg, (node_called(gm, "exp"),))
-    assert not facts.grad_mode(made)
+        result = gm.graph.call_function(torch.neg, (node_called(gm, "exp"),))
+    assert not facts.grad_mode(result)
 
 
 def writing(x: Tensor, y: Tensor) -> Tensor:

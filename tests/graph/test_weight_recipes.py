@@ -105,8 +105,8 @@ def alike(model: Weights, report: Report, **options: object) -> None:
     z = run(x)
     assert is_deferred(z)
     with Operations(B * T) as ran:
-        found = step(z, model, y)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        actual = step(z, model, y)
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
     assert ran.fused
     assert not ran.large
     torch.testing.assert_close(run(x).sin(), model(x).sin(), rtol=1e-4, atol=1e-5)
@@ -176,6 +176,6 @@ def test_what_cannot_be_made_again_stays(of: Callable[[Weights], Tensor]) -> Non
     torch.manual_seed(1)
     wanted = model(x)
     torch.manual_seed(1)
-    found = deferring(model)(x)
-    assert not is_deferred(found)
-    torch.testing.assert_close(found, wanted)
+    actual = deferring(model)(x)
+    assert not is_deferred(actual)
+    torch.testing.assert_close(actual, wanted)

@@ -23,9 +23,9 @@ from tests.report.heads import FUSED, LEFT, head
 
 @pytest.fixture
 def watch() -> Iterator[Watch]:
-    made = Watch()
-    yield made
-    made.stop()
+    result = Watch()
+    yield result
+    result.stop()
 
 
 def compiled() -> Report:
@@ -38,8 +38,8 @@ def compiled() -> Report:
 def test_the_numbers_are_those_of_the_report(watch: Watch) -> None:
     report = compiled()
     report.heads[0].run.answered.add()
-    found = watch.metrics()
-    assert found == {
+    result = watch.metrics()
+    assert result == {
         "fusedhead/heads_fused": 1,
         "fusedhead/heads_left": 1,
         "fusedhead/bytes_saved": FUSED.bytes_saved,
@@ -47,7 +47,7 @@ def test_the_numbers_are_those_of_the_report(watch: Watch) -> None:
         "fusedhead/logits_built": 0,
     }
     written = []
-    add_to_tensorboard(SimpleNamespace(add_scalar=lambda *given: written.append(given)), found, 7)
+    add_to_tensorboard(SimpleNamespace(add_scalar=lambda *inputs: written.append(inputs)), result, 7)
     assert ("fusedhead/heads_left", 1.0, 7) in written
 
 
@@ -78,7 +78,7 @@ def test_a_watch_that_was_stopped_can_start_again_and_its_copy_begins_anew(watch
     watch.start()
     compiled()
     assert len(watch.summary.reports) == 2
-    for copied_by in (copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))):
+    for copied_by in (copy.deepcopy, lambda result: pickle.loads(pickle.dumps(result))):
         copied = copied_by(watch)
         assert copied.metrics()["fusedhead/heads_fused"] == 0
         compiled()
@@ -91,9 +91,9 @@ def module(monkeypatch: pytest.MonkeyPatch):
     """A stand-in for a framework's module, with a class that callbacks inherit from."""
 
     def make(name: str, base: str) -> None:
-        made = types.ModuleType(name)
-        setattr(made, base, type(base, (), {}))
-        monkeypatch.setitem(sys.modules, name, made)
+        result = types.ModuleType(name)
+        setattr(result, base, type(base, (), {}))
+        monkeypatch.setitem(sys.modules, name, result)
 
     yield make
     for name in ("transformers", "lightning"):

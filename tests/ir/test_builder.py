@@ -30,12 +30,12 @@ def test_a_call_lands_before_its_anchor_with_a_fake_value_and_the_line() -> None
     graph, x, after = program()
     emit = Emit(graph)
     with emit.before(after, after, grad=True):
-        made = named(emit(aten.neg.default, x), "negative")
+        result = named(emit(aten.neg.default, x), "negative")
     assert [node.name for node in graph.nodes] == ["x", "negative", after.name, "output"]
-    assert fake(made).shape == (2, 3, 5)
-    assert fake(made).requires_grad
-    assert made.meta["stack_trace"] == "line 7"
-    assert emit.made == [made]
+    assert fake(result).shape == (2, 3, 5)
+    assert fake(result).requires_grad
+    assert result.meta["stack_trace"] == "line 7"
+    assert emit.nodes == [result]
 
 
 def test_without_grad_the_value_has_no_gradient() -> None:
@@ -73,7 +73,7 @@ def test_shapes_and_casts_emit_nothing_where_nothing_changes() -> None:
         assert emit.last(x, 2) is x
         assert emit.last(x, -1) is x
         assert emit.cast(x, torch.float32) is x
-        assert emit.made == []
+        assert emit.nodes == []
         assert fake(emit.last(x, 0)).shape == (3, 5, 2)
         assert fake(emit.flat(x)).shape == (30,)
         assert fake(emit.cast(x, torch.float64)).dtype == torch.float64

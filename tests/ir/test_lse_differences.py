@@ -65,8 +65,8 @@ def test_errors_are_no_larger_than_eager_codes_whatever_all_logits_share(spellin
             truth = results(program, [x.double() for x in tensors], y)
             size += torch.stack([x.square().sum() for x in truth])
             for errors, function in ((ours, compiled), (eager, program)):
-                found = results(function, tensors, y)
-                errors += torch.stack([(a.double() - b).square().sum() for a, b in zip(found, truth)])
+                result = results(function, tensors, y)
+                errors += torch.stack([(a.double() - b).square().sum() for a, b in zip(result, truth)])
         allowed = LUCK * eager.sqrt() + HALF_A_UNIT * size.sqrt()
         assert bool((ours.sqrt() <= allowed).all()), f"{offset:g}: {ours.sqrt() / eager.sqrt()} of eager's"
     assert all(head.fused for head in compiled.report.heads)

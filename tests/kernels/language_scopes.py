@@ -44,20 +44,20 @@ def quicken() -> None:
 def _builtins_of(tl: ModuleType) -> Any:
     """The functions of Triton's language that are defined in a module or a class, before any has been replaced."""
     packages = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
-    found = {id(p): [(name, x) for name, x in getmembers(p) if tl.core.is_builtin(x)] for p in packages}
-    return lambda package: found.get(id(package)) or [x for x in getmembers(package) if tl.core.is_builtin(x[1])]
+    results = {id(p): [(name, x) for name, x in getmembers(p) if tl.core.is_builtin(x)] for p in packages}
+    return lambda package: results.get(id(package)) or [x for x in getmembers(package) if tl.core.is_builtin(x[1])]
 
 
 def _remembering(dtype_of: Any, tl: ModuleType) -> Any:
-    found: dict[str, Any] = {}  # by the name of a scalar type; blocks and pointers have no hash
+    results: dict[str, Any] = {}  # by the name of a scalar type; blocks and pointers have no hash
 
     def dtype_of_numpy(type_: Any) -> Any:
         scalar = type_.element_ty if isinstance(type_, tl.block_type) else type_
         if isinstance(scalar, tl.pointer_type):
             return dtype_of(type_)
-        if scalar.name not in found:
-            found[scalar.name] = dtype_of(scalar)
-        return found[scalar.name]
+        if scalar.name not in results:
+            results[scalar.name] = dtype_of(scalar)
+        return results[scalar.name]
 
     return dtype_of_numpy
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusedhead.kernels.contract import Head, Needs, RowGrads, Windows
-from fusedhead.kernels.torch_engine.block_window import BlockWindow, KnownScale
+from fusedhead.kernels.torch_engine.block_window import BlockWindow, RowScale
 from fusedhead.kernels.torch_engine.blocks import label_cells
 from fusedhead.kernels.torch_engine.exponentials import level_at
 from fusedhead.kernels.torch_engine.gradient_sink import Sink
@@ -26,14 +26,14 @@ def test_blocks_go_to_the_gradients_at_once_or_out_of_a_kept_window(monkeypatch,
     head, i, windows = Head(*o, parse(transform)), slice(0, N), Windows(N, V, torch.float32)
     s, t = torch.rand(N), torch.zeros(N, 1)
     level, cells, h = level_at(head, torch.zeros(N), False), label_cells(head, i), head.h.to(products)
-    found = []
+    results = []
     for keep in (False, True):
         sink, window = Sink(head, RowGrads(), NEEDS, windows), BlockWindow(head, NEEDS, windows, keep)
-        parts = window.exponentials(i, h, level, cells, None if keep else KnownScale(s, sink))
+        parts = window.exponentials(i, h, level, cells, None if keep else RowScale(s, sink))
         window.gradients(i, h, s, t, sink)
         grads = sink.finish()
         assert grads.h is not None
         assert grads.w is not None
-        found.append((torch.stack(parts).sum(0), grads.h.float(), grads.w.float()))
-    for a, b in zip(*found):
+        results.append((torch.stack(parts).sum(0), grads.h.float(), grads.w.float()))
+    for a, b in zip(*results):
         assert (a - b).norm() <= (1e-6 if dtype == torch.float32 else 0.01) * b.norm()

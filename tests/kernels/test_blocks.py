@@ -22,7 +22,7 @@ def test_exactly_the_cells_of_the_labels_are_blanked(labels: int, host_looks: bo
     cells = label_cells(head, window)
     z = torch.ones(N - 3, V)
     for v in cuts(V, 64):
-        blanks = label_blanks(cells if host_looks else cells._replace(known=None), v)
+        blanks = label_blanks(cells if host_looks else cells._replace(column_list=None), v)
         for r in cuts(N - 3, 15):
             blank_labels(z[r, v], blanks, r)
     assert torch.equal(z, torch.ones(N - 3, V).scatter_(1, y[window], 0))

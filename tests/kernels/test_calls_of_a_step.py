@@ -41,7 +41,7 @@ def launched(monkeypatch):
     """The names of kernels in the order of their launches, none of which runs."""
     names: list[str] = []
     name_of = lambda kernel: getattr(kernel, "fn", kernel).__name__.removesuffix("_kernel")  # noqa: E731
-    monkeypatch.setattr(Launch, "run", lambda self, **given: names.append(name_of(self.kernel)))
+    monkeypatch.setattr(Launch, "run", lambda self, **inputs: names.append(name_of(self.kernel)))
     return names
 
 

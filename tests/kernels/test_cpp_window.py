@@ -46,9 +46,9 @@ def eager(head: Head, upstream: RowGrads, dtype: torch.dtype) -> tuple[Tensor, .
     z = (h @ w.t()) * (1.0 if scale is None else scale)
     u = head.u.to(dtype) if head.u.numel() else torch.ones(len(w), dtype=dtype)
     results = z.logsumexp(1), z.gather(1, head.y), z @ u
-    given = [g for g in (upstream.lse, upstream.picked, upstream.sum) if g is not None]
+    inputs = [g for g in (upstream.lse, upstream.picked, upstream.sum) if g is not None]
     used = [r for r, g in zip(results, (upstream.lse, upstream.picked, upstream.sum)) if g is not None]
-    grads = torch.autograd.grad(used, (h, w), [g.to(dtype) for g in given])
+    grads = torch.autograd.grad(used, (h, w), [g.to(dtype) for g in inputs])
     return tuple(r.detach() for r in results) + grads
 
 
@@ -79,7 +79,7 @@ def both_ways(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> list[t
 def test_a_head_of_any_size_errs_no_more_than_eager_code(
     n, v, d, k, seed, tokens, threads, scale, weighted, transposed, needs
 ):
-    found, allowed = [], []
+    result, allowed = [], []
     for draw in range(DRAWS):  # one draw's errors may be small by luck
         torch.manual_seed(DRAWS * seed + draw)
         head = head_of(n, v, d, k, scale, weighted)
@@ -91,10 +91,10 @@ def test_a_head_of_any_size_errs_no_more_than_eager_code(
         asked = [at for at, x in enumerate(results[0]) if x is not None and x.numel()]
         exact = tuple(true[at] for at in asked)
         allowed.append(off(eager(head, c, torch.float32), true)[asked])
-        found.append(torch.stack([off(tuple(got[at] for at in asked), exact) for got in results]))
+        result.append(torch.stack([off(tuple(got[at] for at in asked), exact) for got in results]))
         assert all((got[3] is None, got[4] is None) == (not needs.h, not needs.w) for got in results)
     limit = 1.5 * torch.stack(allowed).square().mean(0).sqrt() + 2.0**-21
-    assert bool((torch.stack(found).square().mean(0).sqrt() <= limit).all()), (found, limit)
+    assert bool((torch.stack(result).square().mean(0).sqrt() <= limit).all()), (result, limit)
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e8, 1e12, 1e30])

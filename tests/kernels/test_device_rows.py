@@ -31,9 +31,9 @@ def _keys(x, keys, back, SIZE: tl.constexpr):
 def _log_sums(ref2, total, lse, low, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
     r, t = tl.load(ref2 + at), tl.load(total + at)
-    found = rows.log_sum(r, t)
-    tl.store(lse + at, found)
-    tl.store(low + at, rows.rounded_off(r, t, found))
+    result = rows.log_sum(r, t)
+    tl.store(lse + at, result)
+    tl.store(low + at, rows.rounded_off(r, t, result))
 
 
 def test_keys_order_floats_as_torch_max_does() -> None:

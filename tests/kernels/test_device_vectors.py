@@ -23,8 +23,8 @@ def _tile(cols, stride_cols, rows, stride_rows, out, N, V, ROWS: tl.constexpr, C
     vectors = Vectors(cols, stride_cols, V, rows, stride_rows, N)
     prefetch_columns(vectors, col, ("addcol", 1), False)
     z = tl.zeros((ROWS, COLUMNS), tl.float32)
-    found = z + along_columns(z, vectors, 1, col) + along_rows(z, vectors, 1, row)
-    tl.store(out + row[:, None] * COLUMNS + col[None, :], found)
+    result = z + along_columns(z, vectors, 1, col) + along_rows(z, vectors, 1, row)
+    tl.store(out + row[:, None] * COLUMNS + col[None, :], result)
 
 
 @triton.jit

@@ -44,10 +44,10 @@ def kernels_of(cases: str, chips: tuple[str, ...], folder: Path) -> dict[str, li
         [*command, *known, "--jobs", "1", "--out", str(folder)], cwd=ROOT, env=cold, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = {path: json.loads(path.read_text()) for path in folder.glob("*.json")}
-    for path in found if WRITE else ():
+    results = {path: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    for path in results if WRITE else ():
         shutil.copy(path, RECORD / path.name)
-    return {of["origin"]["chip"]["name"]: [k for case in of["cases"].values() for k in case] for of in found.values()}
+    return {of["origin"]["chip"]["name"]: [k for case in of["cases"].values() for k in case] for of in results.values()}
 
 
 def fits(kernel: dict[str, Any], chip: str) -> bool:
@@ -74,9 +74,9 @@ def test_every_kernel_of_the_engine_compiles_and_fits_on_a_multiprocessor(tmp_pa
 
 
 def test_the_kernels_of_a_plain_head_compile_for_other_generations_and_keep_their_values_in_registers(tmp_path):
-    found = kernels_of("^plain, D 768$", TRIED, tmp_path)
-    assert set(found) == set(TRIED)
-    for chip, compiled in found.items():
+    result = kernels_of("^plain, D 768$", TRIED, tmp_path)
+    assert set(result) == set(TRIED)
+    for chip, compiled in result.items():
         assert len(compiled) >= 8
         assert all(fits(kernel, chip) for kernel in compiled), chip
         assert not [kernel for kernel in compiled if kernel["spilled"]], chip

@@ -46,8 +46,8 @@ def test_the_gradient_of_a_statistic_is_autograds(name: str, weighted: bool) -> 
     values = {statistic.name: statistic.of(at) for statistic in STATISTICS}
     g = torch.randn_like(values[name])
     (expected,) = torch.autograd.grad(values[name], at.z, g)
-    found = by_formula(at, RowGrads(**{name: g}), RowStats(**values))
-    torch.testing.assert_close(found, expected)
+    actual = by_formula(at, RowGrads(**{name: g}), RowStats(**values))
+    torch.testing.assert_close(actual, expected)
 
 
 def test_gradients_of_several_statistics_add_up() -> None:

@@ -32,6 +32,6 @@ def test_a_launch_leaves_the_language_as_it_found_it() -> None:
 
 
 def test_to_quicken_twice_is_to_quicken_once() -> None:
-    found = interpreter._patch_lang
+    result = interpreter._patch_lang
     language_scopes.quicken()
-    assert interpreter._patch_lang is found
+    assert interpreter._patch_lang is result

@@ -55,8 +55,8 @@ class Held:
 
     def add(self, ours, eager, true, lse) -> None:
         slack = 2.0**-23 * float(lse.double().norm() / true[0].norm())
-        found = [errors(*ours, true), errors(*eager, true), [slack, 0, 0]]
-        self.squares += torch.tensor(found, dtype=torch.float64).square()
+        results = [errors(*ours, true), errors(*eager, true), [slack, 0, 0]]
+        self.squares += torch.tensor(results, dtype=torch.float64).square()
 
     def check(self) -> None:
         ours, eager, slack = (self.squares / DRAWS).sqrt()
@@ -67,9 +67,9 @@ class Held:
 @pytest.fixture
 def held() -> Iterator[Held]:
     """What a test adds its draws to, held to the rule when it is over."""
-    found = Held()
-    yield found
-    found.check()
+    result = Held()
+    yield result
+    result.check()
 
 
 def over_draws(test: Callable[..., None]) -> Callable[..., None]:

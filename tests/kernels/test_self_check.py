@@ -13,7 +13,14 @@ import torch
 from fusedhead.kernels import self_check
 from fusedhead.kernels.torch_engine import engine as torch_engine
 from fusedhead.kernels.triton_engine import self_check as triton_self_check
-from fusedhead.kernels.triton_engine.self_check import Trial, by_eager, difference, made, one_pass_and_sweeps, truth
+from fusedhead.kernels.triton_engine.self_check import (
+    Trial,
+    by_eager,
+    difference,
+    one_pass_and_sweeps,
+    random_head,
+    truth,
+)
 
 GPU = torch.device("cuda", 0)
 ANSWER = "import json; print('ready'); print(json.dumps({'serves': %s, 'reason': '%s'}))"
@@ -214,25 +221,25 @@ def test_kernels_agree_with_themselves(monkeypatch):
 
 
 def test_the_truth_is_the_definition_and_its_derivative():
-    head, upstream = made(7, 30, 5, 2, "", BF16, torch.device("cpu"))
-    found = truth(head, upstream)
+    head, upstream = random_head(7, 30, 5, 2, "", BF16, torch.device("cpu"))
+    result = truth(head, upstream)
     z = head.h.double() @ head.w.double().T
     dz = z.softmax(1) * upstream.lse[:, None]
     dz.scatter_add_(1, head.y, upstream.picked.double())
-    torch.testing.assert_close(found.dh, dz @ head.w.double(), atol=1e-12, rtol=1e-9)
-    torch.testing.assert_close(found.dw, dz.T @ head.h.double(), atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(result.dh, dz @ head.w.double(), atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(result.dw, dz.T @ head.h.double(), atol=1e-12, rtol=1e-9)
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda found: found._replace(dw=found.dw * 1.01), "dw of a head"),
-        (lambda found: found._replace(dh=found.dh.index_fill(0, torch.tensor(3), float("nan"))), "dh of a head"),
-        (lambda found: found._replace(lse=found.lse + 1e-4), "lse of a head"),
-        (lambda found: found._replace(picked=found.picked + 1e-6 * torch.rand(())), "differ from run to run"),
+        (lambda result: result._replace(dw=result.dw * 1.01), "dw of a head"),
+        (lambda result: result._replace(dh=result.dh.index_fill(0, torch.tensor(3), float("nan"))), "dh of a head"),
+        (lambda result: result._replace(lse=result.lse + 1e-4), "lse of a head"),
+        (lambda result: result._replace(picked=result.picked + 1e-6 * torch.rand(())), "differ from run to run"),
     ],
 )
 def test_kernels_that_err_are_found(monkeypatch, wrong, said):
     monkeypatch.setattr(triton_self_check, "WHOLE_ROWS", 16)
-    asked = lambda *given: map(wrong, by_torch(*given))  # noqa: E731
+    asked = lambda *inputs: map(wrong, by_torch(*inputs))  # noqa: E731
     assert said in difference(SMALL, asked, by_torch, torch.device("cpu"))

@@ -125,7 +125,7 @@ def test_the_spread_errs_no_more_than_eager_code_whatever_all_logits_share(offse
         c = gradients(18, sum=True)
         assert single_pass.can_single_pass(engine.ready_head(x), c, OPERANDS, Windows(18, 150, F32))
         loss, _ = engine.head_loss(x, c, OPERANDS, Windows(18, 150, F32))
-        for at, found in enumerate((eager, stats.spread, loss.spread)):
-            errors[at] += (found.double() - true).square().sum()
+        for at, result in enumerate((eager, stats.spread, loss.spread)):
+            errors[at] += (result.double() - true).square().sum()
     rounding = 2.0**-24 * float(true.norm()) * 6**0.5
     assert bool((errors[1:].sqrt() <= 1.05 * errors[0].sqrt() + rounding).all())

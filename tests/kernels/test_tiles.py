@@ -29,8 +29,8 @@ TOKENS, HIDDEN = (1, 64, PAIRED_FROM, 1024, 8192), (64, 768, 896, 1024, 1536, 20
 def test_kernels_over_one_window_have_token_blocks_of_one_height(major: int, itemsize: int, tma: bool) -> None:
     for tokens, hidden, pairs in itertools.product(TOKENS, HIDDEN, (False, True)):
         pairs = pairs and major == 9 and itemsize == 2 and tma and tokens >= PAIRED_FROM
-        found = {tile_for(kernel, tokens, hidden, itemsize, major, tma, False, pairs).BM for kernel in KERNELS}
-        assert len(found) == 1, (tokens, hidden, pairs)
+        results = {tile_for(kernel, tokens, hidden, itemsize, major, tma, False, pairs).BM for kernel in KERNELS}
+        assert len(results) == 1, (tokens, hidden, pairs)
 
 
 @pytest.mark.parametrize("major", CHIPS)

@@ -24,12 +24,12 @@ def test_rows_taken_in_pieces_give_what_the_whole_block_gives(monkeypatch, trans
     o = operands(131, 1507, 23, 3, dtype=dtype)
     o.y[:64] = o.y[:64] % 700
     c, e = torch.rand(131), torch.empty(0)
-    found = []
+    results = []
     for size in (blocks.PIECE_BYTES, 1 << 14):
         monkeypatch.setattr(blocks, "PIECE_BYTES", size)
         arguments = (*o, c, -c[:, None].expand(-1, 3).contiguous(), e, e, transform, "lse,picked", 0)
-        found.append(OPS.head_loss(*arguments, True, True, False, False))
-    for whole, pieces in zip(*found):
+        results.append(OPS.head_loss(*arguments, True, True, False, False))
+    for whole, pieces in zip(*results):
         torch.testing.assert_close(pieces, whole)
 
 

@@ -88,9 +88,9 @@ def test_no_slope_is_steeper_than_the_bound(text: str) -> None:
 @given(CHAIN)
 def test_a_slope_that_does_not_vary_is_one_number_a_row(text: str) -> None:
     transform = parse(text)
-    found = slope(transform, Z)
-    if transform.factorises and not transform.varies_along_row and found.isfinite().all():
-        torch.testing.assert_close(found, found[:, :1].expand_as(found))
+    result = slope(transform, Z)
+    if transform.factorises and not transform.varies_along_row and result.isfinite().all():
+        torch.testing.assert_close(result, result[:, :1].expand_as(result))
 
 
 @given(CHAIN, st.integers(0, 3))

@@ -18,7 +18,7 @@ def test_tuning_keeps_the_fastest_tile_of_each_kernel_and_the_fastest_that_is_no
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tiles, "pairs_serve", lambda device: True)
     of_cpu = tuning.make_head(130, 64, 300, "cpu")
-    monkeypatch.setattr(tuning, "make_head", lambda *given: of_cpu)
+    monkeypatch.setattr(tuning, "make_head", lambda *inputs: of_cpu)
     built = tuning.step_of
 
     def step_of(kernel, head, candidate):

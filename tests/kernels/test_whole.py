@@ -88,8 +88,8 @@ def test_a_broken_row_is_what_the_windows_make_of_it(row):
     o.w[:] = o.w.abs() + 0.1
     o.h[2] = row
     c, e = torch.ones(6, dtype=torch.float64), none(o.h)
-    given = (*o, c, -c[:, None], e, e, "", "lse,picked", 0, True, True, False, False)
-    for a, b in zip(OPS.head_loss(*given, WHOLE), OPS.head_loss(*given)):
+    inputs = (*o, c, -c[:, None], e, e, "", "lse,picked", 0, True, True, False, False)
+    for a, b in zip(OPS.head_loss(*inputs, WHOLE), OPS.head_loss(*inputs)):
         torch.testing.assert_close(a, b, equal_nan=True)
 
 
@@ -115,11 +115,11 @@ def test_a_step_takes_about_as_many_calls_as_the_plain_program():
     o = operands(64, 256, 16, dtype=torch.float32, u=False)
     c, e = torch.full((64,), 1 / 64), none(o.h)
     o = o._replace(cols=e, rows=e)
-    given = (*o, c, -c[:, None], e, e, "", "lse,picked", 0, True, True, False, False)
+    inputs = (*o, c, -c[:, None], e, e, "", "lse,picked", 0, True, True, False, False)
     counts = []
     for whole_below in (WHOLE, 0):
         with Calls() as calls:
-            ops._head_loss(*given, whole_below)
+            ops._head_loss(*inputs, whole_below)
         counts.append(len(calls.names))
     assert counts[0] <= 33  # five of them for the second number of the lse
     assert counts[1] > 4 * counts[0]
@@ -139,7 +139,7 @@ def test_the_limit_decides_at_run_time_whatever_the_budget():
 @pytest.mark.parametrize("transform", ["", "mul:0.5 addcol:0 tanh mul:3.0"])
 def test_a_kept_product_changes_no_digit_and_spares_one(tokens, transform, monkeypatch):
     o, mm = operands(tokens, 64, 2), torch.mm
-    products, found = [], []
+    products, result = [], []
     monkeypatch.setattr(torch, "mm", lambda *a, **b: products.append(0) or mm(*a, **b))
     for keep in (False, True):
         ours = leaves(o)
@@ -147,7 +147,7 @@ def test_a_kept_product_changes_no_digit_and_spares_one(tokens, transform, monke
         got = OPS.head_stats(*ours, transform, "lse,picked,sum", 0, 16 * 64, keep)
         (got[0] ** 2 + got[1].sum(1) * got[2]).sum().backward()
         assert len(got[-1]) == (0 if not keep else max(2, tokens) if tokens < 16 else 2)
-        found.append([*got[:3], *(x.grad for x in (ours.h, ours.w, ours.cols, ours.rows) if x.grad is not None)])
-    for a, b in zip(*found):
+        result.append([*got[:3], *(x.grad for x in (ours.h, ours.w, ours.cols, ours.rows) if x.grad is not None)])
+    for a, b in zip(*result):
         torch.testing.assert_close(a, b)
     assert tokens >= 16 or len(products) == 3

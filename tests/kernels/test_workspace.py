@@ -99,6 +99,6 @@ def test_gradients_of_a_loss_are_multiplied_where_they_lie(dtype):
             grads, peak, _ = watch(lambda loss=loss: torch.autograd.grad(loss, (o.h, o.w)))
         assert peak <= FIXED or factor != 1
         truth = torch.autograd.grad(F.cross_entropy(F.linear(o.h, o.w), o.y[:, 0]) * factor, (o.h, o.w))
-        for found, expected in zip(grads, truth):
-            assert (found - expected).norm() <= 0.01 * expected.norm()
+        for actual, expected in zip(grads, truth):
+            assert (actual - expected).norm() <= 0.01 * expected.norm()
     assert seen == [[o.h.shape, o.w.shape]] * 2

@@ -61,9 +61,9 @@ def test_each_of_several_stacked_heads_counts_alone() -> None:
     def per_batch(q: Tensor, y: Tensor) -> Tensor:
         return F.nll_loss(F.log_softmax(q @ weights.transpose(1, 2), -1).flatten(0, 1), y)
 
-    given = torch.randn(4, 8, D, requires_grad=True), torch.randint(0, V, (32,))
-    assert record(per_batch, *given, least=8 * V).fused
-    assert "512 logits are too few" in record(per_batch, *given, least=8 * V + 1).reason
+    inputs = torch.randn(4, 8, D, requires_grad=True), torch.randint(0, V, (32,))
+    assert record(per_batch, *inputs, least=8 * V).fused
+    assert "512 logits are too few" in record(per_batch, *inputs, least=8 * V + 1).reason
 
 
 def test_what_is_wrong_with_a_head_comes_before_its_size() -> None:
@@ -115,12 +115,12 @@ def test_small_logits_returned_alone_are_plain_tensors() -> None:
 
 
 def test_a_small_head_is_compiled_as_inductor_compiles_it() -> None:
-    given = operands(8)
+    inputs = operands(8)
     results = []
     for backend, options in (("inductor", {}), ("fusedhead", {"fusedhead.min_logits": "auto"})):
         torch.compiler.reset()
-        value = torch.compile(loss, backend=backend, options=options)(*given)
-        results.append([value, *torch.autograd.grad(value, given[:2])])
+        value = torch.compile(loss, backend=backend, options=options)(*inputs)
+        results.append([value, *torch.autograd.grad(value, inputs[:2])])
     for mine, its in zip(*results):
         assert torch.equal(mine, its)
 
@@ -140,12 +140,12 @@ def test_the_environment_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("tokens", "hidden", "vocab"), [(263, 768, 4000), (300, 512, 4096)])
 def test_a_head_whose_windows_hold_more_than_its_logits_is_left(tokens: int, hidden: int, vocab: int) -> None:
-    given = torch.randn(tokens, hidden, requires_grad=True), torch.randn(vocab, hidden, requires_grad=True)
-    given = *given, torch.randint(0, vocab, (tokens,))
-    head = record(loss, *given)
+    inputs = torch.randn(tokens, hidden, requires_grad=True), torch.randn(vocab, hidden, requires_grad=True)
+    inputs = *inputs, torch.randint(0, vocab, (tokens,))
+    head = record(loss, *inputs)
     assert not head.fused
     assert "its windows would hold" in head.reason
-    forced = record(loss, *given, least=0)
+    forced = record(loss, *inputs, least=0)
     assert forced.fused
     assert forced.bytes_saved < 0
     assert f"-{-forced.bytes_saved / 2**20:,.1f} MiB" in str(forced)

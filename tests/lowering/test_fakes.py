@@ -18,13 +18,13 @@ def forms(results: tuple) -> list[tuple]:
     return [(tuple(x.shape), x.dtype, x.device.type) for x in results]
 
 
-def both(op: object, given: tuple) -> tuple[list[tuple], list[tuple]]:
+def both(op: object, inputs: tuple) -> tuple[list[tuple], list[tuple]]:
     """The forms of an op's results, of tensors and of fakes."""
     mode = FakeTensorMode()
-    fakes = tuple(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in given)
+    fakes = tuple(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs)
     with mode:
         traced = op(*fakes)  # type: ignore[operator]
-    return forms(op(*given)), forms(traced)  # type: ignore[operator]
+    return forms(op(*inputs)), forms(traced)  # type: ignore[operator]
 
 
 def head(dtype: torch.dtype, labels: int = 2) -> Operands:
@@ -50,6 +50,6 @@ def test_of_a_product_that_is_kept(whole_below: int, keep: bool) -> None:
 def test_of_a_loss(needs: tuple[bool, ...], dtype: torch.dtype) -> None:
     o = head(dtype, 1)
     c, e = torch.ones(9, dtype=none(o.h).dtype), none(o.h)
-    given = (*o, c, -c[:, None], e, e, "addcol:0 mulcol:1 addrow:0", "lse,picked", 0, *needs)
-    real, traced = both(OPS.head_loss, given)
+    inputs = (*o, c, -c[:, None], e, e, "addcol:0 mulcol:1 addrow:0", "lse,picked", 0, *needs)
+    real, traced = both(OPS.head_loss, inputs)
     assert real == traced

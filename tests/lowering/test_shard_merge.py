@@ -40,16 +40,16 @@ def cut(z: Tensor, sizes: list[int], y: Tensor) -> tuple[Part, list[dict[str, Te
     own, first = [], 0
     for size in sizes:
         part = z[:, first : first + size]
-        found = statistics(part, first)
+        result = statistics(part, first)
         here = (y >= first) & (y < first + size)
         cell = torch.where(here, y - first, 0)
-        found["picked"] = torch.where(here, part.gather(1, cell) if size else torch.zeros_like(y, dtype=z.dtype), 0)
-        found["lse_low"] = z.new_zeros(len(z))
-        found["spread"] = torch.where(torch.tensor(size == 0), 0, size * found["lse"] - found["sum"])
-        own.append(found)
+        result["picked"] = torch.where(here, part.gather(1, cell) if size else torch.zeros_like(y, dtype=z.dtype), 0)
+        result["lse_low"] = z.new_zeros(len(z))
+        result["spread"] = torch.where(torch.tensor(size == 0), 0, size * result["lse"] - result["sum"])
+        own.append(result)
         first += size
     names = (*NAMES, "lse_low", "spread")
-    stacked: dict[str, Any] = {name: torch.stack([found[name] for found in own]) for name in names}
+    stacked: dict[str, Any] = {name: torch.stack([result[name] for result in own]) for name in names}
     return Part(weight=z.new_tensor(sizes), **stacked), own
 
 
@@ -64,12 +64,12 @@ def test_statistics_of_pieces_are_those_of_the_whole(sizes: list[int], seed: int
     z = (torch.randn(N, sum(sizes), dtype=torch.float64) * scale).round(decimals=1)
     y = torch.randint(0, sum(sizes), (N, 1))
     parts, _ = cut(z, sizes, y)
-    found, truth = merged(parts), statistics(z)
+    result, truth = merged(parts), statistics(z)
     truth["picked"], truth["spread"] = z.gather(1, y), sum(sizes) * truth["lse"] - truth["sum"]
     for name, exact in truth.items():
-        got = found[name] + (found["lse_low"] if name == "lse" else 0)
+        got = result[name] + (result["lse_low"] if name == "lse" else 0)
         torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-9 * max(1.0, scale) ** 2, msg=name)
-    assert torch.equal(found["argmax"], z.argmax(1))
+    assert torch.equal(result["argmax"], z.argmax(1))
 
 
 @settings(max_examples=40, deadline=None)
@@ -102,18 +102,18 @@ def test_a_broken_logit_is_seen_on_every_rank(broken: float) -> None:
     z = torch.randn(N, 6, dtype=torch.float64)
     z[1, 4] = broken
     parts, _ = cut(z, [3, 0, 3], torch.zeros((N, 1), dtype=torch.int64))
-    found, truth = merged(parts), statistics(z)
+    result, truth = merged(parts), statistics(z)
     for name in ("lse", "max"):
-        torch.testing.assert_close(found[name], truth[name], equal_nan=True)
-    assert torch.equal(found["argmax"], truth["argmax"])
-    assert found["entropy"].isnan().tolist() == [False, True, False, False, False]
+        torch.testing.assert_close(result[name], truth[name], equal_nan=True)
+    assert torch.equal(result["argmax"], truth["argmax"])
+    assert result["entropy"].isnan().tolist() == [False, True, False, False, False]
 
 
 def test_a_tie_is_the_lowest_index_and_a_row_without_a_column_says_so() -> None:
     z = torch.zeros(N, 6, dtype=torch.float64)
     z[2] = -torch.inf
     parts, _ = cut(z, [0, 2, 0, 4], torch.zeros((N, 1), dtype=torch.int64))
-    found = merged(parts)
-    assert found["argmax"].tolist() == [0] * N
-    assert found["lse"][2] == -torch.inf
-    assert found["entropy"].isnan().tolist() == [False, False, True, False, False]
+    result = merged(parts)
+    assert result["argmax"].tolist() == [0] * N
+    assert result["lse"][2] == -torch.inf
+    assert result["entropy"].isnan().tolist() == [False, False, True, False, False]

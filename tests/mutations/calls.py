@@ -42,11 +42,11 @@ class Call:
 
     def split(self, arguments: Named | None = None) -> tuple[list[Any], Named]:
         """Positional and keyword arguments."""
-        given = self.arguments if arguments is None else arguments
+        inputs = self.arguments if arguments is None else arguments
         schema = self.op._schema.arguments
-        last = max((i for i, a in enumerate(schema) if not a.kwarg_only and a.name in given), default=-1)
-        args = [given.get(a.name, a.default_value) for a in schema[: last + 1]]
-        return args, {a.name: given[a.name] for a in schema if a.kwarg_only and a.name in given}
+        last = max((i for i, a in enumerate(schema) if not a.kwarg_only and a.name in inputs), default=-1)
+        args = [inputs.get(a.name, a.default_value) for a in schema[: last + 1]]
+        return args, {a.name: inputs[a.name] for a in schema if a.kwarg_only and a.name in inputs}
 
 
 @dataclass(eq=False)
@@ -67,8 +67,8 @@ class Samples(TorchDispatchMode):
         schema = func._schema
         calls = self.known[schema.name]
         if len(calls) < KEPT and small((args, kwargs)):
-            given = {a.name: args[i] for i, a in enumerate(schema.arguments) if i < len(args)}
-            calls.append(copied({**given, **(kwargs or {})}))
+            inputs = {a.name: args[i] for i, a in enumerate(schema.arguments) if i < len(args)}
+            calls.append(copied({**inputs, **(kwargs or {})}))
         return func(*args, **(kwargs or {}))
 
 
@@ -92,12 +92,12 @@ def record(infos: Iterable[Any], each: int = 4, made_up: bool = False) -> Sample
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = first_samples(info, dtype, 12)
-                for sample in [s for s in found if small((s.input, s.args, s.kwargs))][:each]:
-                    given = copied((sample.input, sample.args, sample.kwargs))
+                result = first_samples(info, dtype, 12)
+                for sample in [s for s in result if small((s.input, s.args, s.kwargs))][:each]:
+                    inputs = copied((sample.input, sample.args, sample.kwargs))
                     for name in {info.name, info.aten_name, *(alias.name for alias in info.aliases)}:
                         if len(samples.loose[name.replace(".", "_")]) < KEPT:
-                            samples.loose[name.replace(".", "_")].append(given)
+                            samples.loose[name.replace(".", "_")].append(inputs)
                     with samples, torch.no_grad():
                         info.op(sample.input, *sample.args, **sample.kwargs)
         except Exception:  # a sample that needs what this machine has not
@@ -107,7 +107,7 @@ def record(infos: Iterable[Any], each: int = 4, made_up: bool = False) -> Sample
 
 def ops_that_write() -> dict[str, OpOverload]:
     """Every op of torch's whose schema marks an argument as written, by its full name."""
-    found = {}
+    ops = {}
     for schema in torch._C._jit_get_all_schemas():
         if not any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
             continue
@@ -118,8 +118,8 @@ def ops_that_write() -> dict[str, OpOverload]:
             op = getattr(getattr(getattr(torch.ops, space), name), schema.overload_name or "default")
         except (AttributeError, RuntimeError):
             continue
-        found[f"{schema.name}.{schema.overload_name or 'default'}"] = op
-    return dict(sorted(found.items()))
+        ops[f"{schema.name}.{schema.overload_name or 'default'}"] = op
+    return dict(sorted(ops.items()))
 
 
 def marked(op: OpOverload) -> tuple[str, ...]:
@@ -138,8 +138,8 @@ def candidates(op: OpOverload, samples: Samples) -> Iterator[Named]:
         names.append(schema.name.removesuffix("_out"))
     inputs = [a for a in schema.arguments if a.name not in outs]
     for name in names:
-        for given in samples.known.get(name, ()):
-            bound = {a.name: given[a.name] for a in inputs if a.name in given}
+        for operands in samples.known.get(name, ()):
+            bound = {a.name: operands[a.name] for a in inputs if a.name in operands}
             if all(a.name in bound or a.has_default_value() for a in inputs):
                 yield bound
     for name in names:
@@ -151,12 +151,12 @@ def candidates(op: OpOverload, samples: Samples) -> Iterator[Named]:
         return
     for shape in ((4, 4), (4,), (2, 4, 4), (1, 2, 4, 4), (1, 2, 4, 4, 4), ()):
         for dtype in (torch.float32, torch.int64):
-            made = {}
+            by_name = {}
             for a in inputs:
                 value = by_type(a, shape, dtype)
                 if value is not None or not a.has_default_value():
-                    made[a.name] = value
-            yield made
+                    by_name[a.name] = value
+            yield by_name
 
 
 def by_type(argument: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
@@ -222,19 +222,19 @@ def by_hand(name: str, overload: str) -> Iterator[Named]:
         yield {"self": torch.ones(4, 4), "indices": [torch.tensor([0, 1])], "values": torch.ones(4)}
 
 
-def complete(op: OpOverload, given: Named) -> Call | None:
+def complete(op: OpOverload, inputs: Named) -> Call | None:
     """A call with these arguments, its outputs made by running it; None where it does not run."""
     schema = op._schema
     outs = [a for a in schema.arguments if a.is_out]
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            arguments = copied(given)
+            arguments = copied(inputs)
             if outs:
-                made = functional(op, arguments)
-                if len(made) != len(outs):
+                result = functional(op, arguments)
+                if len(result) != len(outs):
                     return None
-                arguments |= {a.name: value for a, value in zip(outs, made)}
+                arguments |= {a.name: value for a, value in zip(outs, result)}
             if not small(arguments):
                 return None
             call = Call(op, arguments, tuple(n for n in marked(op) if arguments.get(n) is not None))
@@ -257,27 +257,27 @@ def functional(op: OpOverload, arguments: Named) -> list[Any]:
     space, name = schema.name.split("::")
     packet = getattr(getattr(torch.ops, space), name)
     pure = [getattr(packet, o) for o in packet.overloads()]
-    given = copied(arguments)
+    inputs = copied(arguments)
     for other in pure:
         names = [a.name for a in other._schema.arguments]
-        if not other._schema.is_mutable and set(given) <= set(names):
+        if not other._schema.is_mutable and set(inputs) <= set(names):
             try:
-                result = other(**given)
+                result = other(**inputs)
             except Exception:
                 continue
             results = list(result) if isinstance(result, (tuple, list)) and len(outs) > 1 else [result]
             return copied([x for x in results if x is not None])
     if name in RESIZED:
-        return [torch.empty_like(given["self"])]
-    args, kwargs = Call(op, {**given, **empty}, ()).split()
+        return [torch.empty_like(inputs["self"])]
+    args, kwargs = Call(op, {**inputs, **empty}, ()).split()
     op(*args, **kwargs)
     return list(empty.values())
 
 
 def call_of(op: OpOverload, samples: Samples) -> Call | None:
     """A call of an op that writes, or None where no arguments were found."""
-    for given in candidates(op, samples):
-        call = complete(op, given)
+    for inputs in candidates(op, samples):
+        call = complete(op, inputs)
         if call is not None:
             return call
     return None

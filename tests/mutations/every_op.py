@@ -111,22 +111,22 @@ def check(name: str, op: OpOverload, samples: Samples, tally: Tally, every: bool
     if space in ELSEWHERE:
         tally.left_out[ELSEWHERE[space]].append(name)
         return
-    found = list(calls(op, samples))
+    result = list(calls(op, samples))
     reasons: list[str] = []
-    for call in found:
+    for call in result:
         for spelling in spellings(call):
             ways = [(target, operand, *mode) for target in call.written for operand in
                     operands_for(call.arguments[target]) for mode in MODES]  # fmt: skip
             for target, operand, learning, after in ways if every else rng.sample(ways, 1) if ways else ():
                 try:
-                    made = program(call, spelling, target, operand, learning, after)
-                    verdict = judged(made, learning)
+                    case = program(call, spelling, target, operand, learning, after)
+                    verdict = judged(case, learning)
                 except NoProgram as error:
                     reasons.append(str(error) or "its argument fits no operand")
                     continue
                 said = f"{target} in {operand}, {'training' if learning else 'no_grad'}{', after' * after}"
                 tally.add(name, spelling, verdict, said)
-    if not found:
+    if not result:
         tally.left_out[no_arguments(name, op)].append(name)
     elif name not in tally.ops:
         why = Counter(reasons).most_common(1)

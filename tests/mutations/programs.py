@@ -24,7 +24,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedhead.backend import run_pass
-from fusedhead.graph.effects import effects, written
+from fusedhead.graph.effects import effects, nodes_written
 from fusedhead.graph.nodes import callee
 from fusedhead.graph.recipes import compute_now
 from fusedhead.options import Options
@@ -147,17 +147,17 @@ def program(call: Call, spelling: Spelling, target: str, operand: str, learning:
 
     ``learning``: with a gradient for h and none for the weight. ``after``: the op is run when the loss has been taken.
     """
-    made = Writer()
+    result = Writer()
     numbers = inputs_of(learning)
-    nodes = {name: made.given(name, value) for name, value in numbers.items()}
+    nodes = {name: result.given(name, value) for name, value in numbers.items()}
     extra: dict[int, Node] = {}
     arguments = copied(call.arguments)
     last = [x for x in tree_leaves(arguments[target]) if isinstance(x, Tensor)][-1:]
     if not last:
         raise NoProgram
     for i, tensor in enumerate(x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x is not last[0]):
-        extra[id(tensor)] = made.given(f"extra_{i}", tensor)
-    graph = made.graph
+        extra[id(tensor)] = result.given(f"extra_{i}", tensor)
+    graph = result.graph
     nodes["h"] = graph.call_function(operator.mul, (nodes["x"], 1.0))
     z = graph.call_function(F.linear, (nodes["h"], nodes["w"], nodes["b"]))
     z = graph.call_method("masked_fill", (z, nodes["m"], -3.0))
@@ -169,7 +169,7 @@ def program(call: Call, spelling: Spelling, target: str, operand: str, learning:
         held = nodes[operand]
         if learning and operand == "h":
             held = graph.call_method("detach", (held,))
-        seen = made.seen_as(held, numbers["x" if operand == "h" else operand], last[0])
+        seen = result.seen_as(held, numbers["x" if operand == "h" else operand], last[0])
         place = {**extra, id(last[0]): seen}
         as_nodes = tree_map(lambda x: place[id(x)] if isinstance(x, Tensor) else x, arguments)
         args, kwargs = spelling.laid_out(*call.split(as_nodes))
@@ -185,18 +185,18 @@ def program(call: Call, spelling: Spelling, target: str, operand: str, learning:
         gm = GraphModule(torch.nn.Module(), graph)
     except SyntaxError as error:  # aten.random_.from
         raise NoProgram("its name is no name in Python") from error
-    return Program(gm, made.inputs, writer, made_target[0], operand, len(first + second))
+    return Program(gm, result.inputs, writer, made_target[0], operand, len(first + second))
 
 
-def with_values(made: Program, learning: bool) -> None:
+def with_values(result: Program, learning: bool) -> None:
     """Give every node the fake value that Dynamo would have recorded. Raises NoProgram."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    inputs = iter(made.inputs)
+    inputs = iter(result.inputs)
     values: dict[Node, Any] = {}
     try:
         with mode, torch.set_grad_enabled(learning), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for node in made.gm.graph.nodes:
+            for node in result.gm.graph.nodes:
                 if node.op == "placeholder":
                     values[node] = mode.from_tensor(next(inputs), static_shapes=True)
                 elif node.target is F.cross_entropy:
@@ -212,15 +212,15 @@ def with_values(made: Program, learning: bool) -> None:
 
 def run(function: Callable[..., Any], inputs: Sequence[Tensor], learning: bool) -> list[Any]:
     """Outputs, gradient and inputs afterwards; or the class of what was raised."""
-    given = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    operands = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
     torch.manual_seed(1)
     try:
         with torch.set_grad_enabled(learning), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            outputs = list(function(*given))
+            outputs = list(function(*operands))
             if learning:
-                outputs += torch.autograd.grad(outputs[0], given[0])
-        return [x.detach() for x in (*outputs, *given)]
+                outputs += torch.autograd.grad(outputs[0], operands[0])
+        return [x.detach() for x in (*outputs, *operands)]
     except Exception as error:
         return [type(error)]
 
@@ -244,19 +244,19 @@ class Verdict:
     exact: bool  # whether the node was found out about, and not just held to write to all it is given
 
 
-def judged(made: Program, learning: bool) -> Verdict:
+def judged(result: Program, learning: bool) -> Verdict:
     """What the pass makes of a program. Raises NoProgram."""
-    before = run(made.gm.forward, made.inputs, learning)
+    before = run(result.gm.forward, result.inputs, learning)
     if isinstance(before[0], type):
         raise NoProgram(f"raises {before[0].__name__} in eager code")
-    with_values(made, learning)
-    seen = made.target in written(made.writer)
+    with_values(result, learning)
+    seen = result.target in nodes_written(result.writer)
     with torch.set_grad_enabled(learning):
-        gm, report, wrap = run_pass(made.gm, Options(min_logits=0, logits="eager"), texts=False)
-    got = run(wrap(gm, compute_now), made.inputs, learning)
-    if not all(map(same, run(made.gm.forward, made.inputs, learning), before)):
+        gm, report, wrap = run_pass(result.gm, Options(min_logits=0, logits="eager"), texts=False)
+    got = run(wrap(gm, compute_now), result.inputs, learning)
+    if not all(map(same, run(result.gm.forward, result.inputs, learning), before)):
         raise NoProgram("leaves memory as it happens to be, and eager code differs from itself")
-    known = any(head.fused for head in report.heads), telling_of(made, before), effects(made.writer).sure
+    known = any(head.fused for head in report.heads), telling_of(result, before), effects(result.writer).sure
     if report.errors:
         return Verdict("error", report.errors[0], *known)
     if len(got) != len(before) or not all(map(same, got, before)):
@@ -264,9 +264,9 @@ def judged(made: Program, learning: bool) -> Verdict:
     return Verdict("unseen" if known[1] and not seen else "right", "", *known)
 
 
-def telling_of(made: Program, before: Sequence[Any]) -> bool:
+def telling_of(result: Program, before: Sequence[Any]) -> bool:
     """Whether the operand is another one afterwards."""
-    if made.operand == "h":
-        return not same(before[made.losses], made.inputs[0].detach() * 1.0)
-    at = OPERANDS.index(made.operand)
-    return not same(before[-len(made.inputs) + at], made.inputs[at])
+    if result.operand == "h":
+        return not same(before[result.losses], result.inputs[0].detach() * 1.0)
+    at = OPERANDS.index(result.operand)
+    return not same(before[-len(result.inputs) + at], result.inputs[at])

@@ -34,12 +34,12 @@ def node_of(op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return graph.create_node(op, target, args, kwargs)
 
 
-def unchanged(function: Callable[..., Any], given: Any) -> bool:
+def unchanged(function: Callable[..., Any], inputs: Any) -> bool:
     """Whether a call leaves its arguments as they were, values and versions."""
-    before = copied(given)
-    tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+    before = copied(inputs)
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
     versions = [x._version for x in tensors]
-    args, kwargs = given
+    args, kwargs = inputs
     function(*args, **kwargs)
     kept = [x for x in tree_leaves(before) if isinstance(x, Tensor)]
     return versions == [x._version for x in tensors] and all(
@@ -59,18 +59,18 @@ def read(infos: Iterable[Any], each: int = 2) -> tuple[Counter[str], list[str]]:
             warnings.simplefilter("ignore")
             samples = first_samples(info, dtype, each)
             for sample in samples:
-                given = (sample.input, *sample.args), dict(sample.kwargs)
+                inputs = (sample.input, *sample.args), dict(sample.kwargs)
                 ways = [("call_function", info.op, info.op)]
                 if callable(info.method_variant) and isinstance(sample.input, Tensor):
                     ways.append(("call_method", info.name, info.method_variant))
                 for op, target, function in ways:
-                    if not small(given):
+                    if not small(inputs):
                         continue
                     try:
                         torch.manual_seed(0)
                         with torch.no_grad():
-                            quiet = unchanged(function, copied(given))
-                        node = node_of(op, target, *copied(given))
+                            quiet = unchanged(function, copied(inputs))
+                        node = node_of(op, target, *copied(inputs))
                     except Exception:
                         counts["does not run"] += 1
                         continue

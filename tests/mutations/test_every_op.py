@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.testing._internal.common_methods_invocations import op_db
 
-from fusedhead.graph.effects import effects, written
+from fusedhead.graph.effects import effects, nodes_written
 from fusedhead.graph.higher_order import OPERANDS
 from tests.mutations.calls import Samples, marked, ops_that_write, record
 from tests.mutations.every_op import ELSEWHERE, check_all
@@ -47,7 +47,7 @@ def test_every_argument_that_a_schema_marks_is_written() -> None:
         listed = {name: [node] if "List" in kinds[name] else node for name, node in nodes.items()}
         call = graph.call_function(op, (), listed)
         expected = {nodes[a] for a in marked(op) if a in nodes}
-        assert expected <= set(written(call)), name
+        assert expected <= set(nodes_written(call)), name
 
 
 def test_ops_that_write_between_projection_and_loss_are_seen_to(samples: Samples) -> None:
@@ -77,7 +77,7 @@ def body(writes: bool) -> GraphModule:
 
 def calls_of(name: str, writes: bool) -> list[tuple[Node, Node]]:
     """Calls of a higher-order op with its arguments laid out in several ways, and the operand of each."""
-    found = []
+    results = []
     for layout in range(5):
         root = torch.nn.Module()
         root.add_module("body", body(writes))
@@ -87,8 +87,8 @@ def calls_of(name: str, writes: bool) -> list[tuple[Node, Node]]:
         call = graph.call_function(getattr(torch.ops.higher_order, name), args)
         graph.output(call)
         graph.owning_module = GraphModule(root, graph)
-        found.append((call, x))
-    return found
+        results.append((call, x))
+    return results
 
 
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
@@ -100,7 +100,7 @@ def test_a_higher_order_op_writes_what_its_body_writes(name: str) -> None:
     if name in OPERANDS:
         assert not any(effects(call).written for call, _ in calls_of(name, writes=False))
     else:
-        assert all(operand in written(call) for call, operand in calls_of(name, writes=False))
+        assert all(operand in nodes_written(call) for call, operand in calls_of(name, writes=False))
 
 
 def test_a_module_and_a_function_that_cannot_be_run_write_to_anything() -> None:
@@ -110,5 +110,5 @@ def test_a_module_and_a_function_that_cannot_be_run_write_to_anything() -> None:
     graph = Graph()
     x, y = given(graph, "x"), given(graph, "y")
     call = graph.call_function(opaque, (x,))
-    assert set(written(call)) == {x, y}
-    assert set(written(graph.create_node("call_module", "inner", ()))) >= {x, y}
+    assert set(nodes_written(call)) == {x, y}
+    assert set(nodes_written(graph.create_node("call_module", "inner", ()))) >= {x, y}

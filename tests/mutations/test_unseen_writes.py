@@ -78,10 +78,10 @@ def test_an_autograd_function_that_writes_to_the_hidden_states_of_a_frozen_head(
         side = side if early else function(x, h.detach())
         return F.cross_entropy(z, y) + 0.1 * side.sum()
 
-    given = torch.randn(N, D, requires_grad=True), torch.randn(V, D), labels()
+    inputs = torch.randn(N, D, requires_grad=True), torch.randn(V, D), labels()
     if spelling == "in the forward" and early:
         claim = right  # the head reads what was written
-    claim(program, *given, **({"because": " in place"} if claim is left else {}))
+    claim(program, *inputs, **({"because": " in place"} if claim is left else {}))
 
 
 def test_a_frozen_head_whose_hidden_states_are_overwritten_after_the_loss_stays() -> None:
@@ -109,11 +109,11 @@ def test_a_region_whose_operands_are_overwritten_behind_it_keeps_its_head() -> N
             h.detach().add_(1.0)
         return loss
 
-    given = torch.randn(N, D, requires_grad=True), torch.randn(V, D), labels()
+    inputs = torch.randn(N, D, requires_grad=True), torch.randn(V, D), labels()
     writes = False
-    right(program, *given)
+    right(program, *inputs)
     writes = True
-    left(program, *given, because="add_ at")
+    left(program, *inputs, because="add_ at")
 
 
 def test_returned_logits_whose_hidden_states_are_overwritten_stay() -> None:
@@ -140,11 +140,11 @@ def test_every_operand_may_be_the_one_that_is_written(operand: str, spelling: st
         "dunder": lambda x: x.__iadd__(x.new_ones(())) if x.dtype != torch.bool else x.__ixor__(x),
     }[spelling]
 
-    def program(h: Tensor, *given: Tensor) -> Tensor:
-        weight, bias, labels, vector, mask, classes = given
+    def program(h: Tensor, *inputs: Tensor) -> Tensor:
+        weight, bias, labels, vector, mask, classes = inputs
         z = (F.linear(h, weight, bias) * vector).masked_fill(mask, -3.0)
         first = F.cross_entropy(z, labels, weight=classes)
-        write(given[OPERANDS.index(operand)])
+        write(inputs[OPERANDS.index(operand)])
         return first + F.cross_entropy(z, labels, weight=classes, reduction="sum")
 
     numbers = torch.randn(V, D), torch.randn(V), torch.randint(0, V - 1, (N,)), torch.rand(V)
@@ -159,10 +159,10 @@ def test_a_training_batch_norm_changes_its_statistics() -> None:
         return F.cross_entropy(z, y), other.sum()
 
     for training, claim in ((True, left), (False, right)):
-        given = torch.randn(V), torch.rand(V), torch.randn(N, V)
+        inputs = torch.randn(V), torch.rand(V), torch.randn(N, V)
         with torch.no_grad():
             kwargs = {"because": "batch_norm at"} if training else {}
-            claim(program, torch.randn(N, D), torch.randn(V, D), labels(), *given, **kwargs)
+            claim(program, torch.randn(N, D), torch.randn(V, D), labels(), *inputs, **kwargs)
 
 
 @pytest.mark.parametrize("spelling", ["function", "method", "aten", "packet"])
@@ -178,9 +178,9 @@ def test_other_norms_that_keep_statistics_change_them(spelling: str) -> None:
         }[spelling]()
         return F.cross_entropy(z, y), other.sum()
 
-    given = torch.randn(V), torch.rand(V), torch.randn(2, V, 3)
+    inputs = torch.randn(V), torch.rand(V), torch.randn(2, V, 3)
     with torch.no_grad():
-        left(program, torch.randn(N, D), torch.randn(V, D), labels(), *given, because="_norm at")
+        left(program, torch.randn(N, D), torch.randn(V, D), labels(), *inputs, because="_norm at")
 
 
 READS: dict[str, Callable[[Tensor], Any]] = {
@@ -215,14 +215,14 @@ def test_what_only_reads_is_in_nobodys_way(spelling: str, grad: bool) -> None:
         READS[spelling](h.detach() if spelling == "numpy" else h)
         return F.cross_entropy(z, y)
 
-    given = torch.randn(N, D), torch.randn(V, D), labels()
+    inputs = torch.randn(N, D), torch.randn(V, D), labels()
     if grad:
-        given = given[0].requires_grad_(), torch.nn.Parameter(given[1]), given[2]
+        inputs = inputs[0].requires_grad_(), torch.nn.Parameter(inputs[1]), inputs[2]
     with torch.set_grad_enabled(grad):
         if spelling == "hook" and grad:  # from torch 2.15 on Dynamo ends the graph at a hook on hidden states
-            compiled(program, given)
+            compiled(program, inputs)
         else:
-            right(program, *given)
+            right(program, *inputs)
 
 
 @pytest.mark.parametrize("spelling", ["logical", "bitwise", "operator"])

@@ -35,8 +35,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(built: Path) -> zipfile.ZipFile:
-    (found,) = built.glob("*.whl")
-    return zipfile.ZipFile(found)
+    (path,) = built.glob("*.whl")
+    return zipfile.ZipFile(path)
 
 
 def test_an_index_takes_the_wheel_and_the_sdist(built: Path) -> None:
@@ -48,8 +48,8 @@ def test_an_index_takes_the_wheel_and_the_sdist(built: Path) -> None:
 
 
 def test_the_sdist_holds_tests_examples_and_documentation(built: Path) -> None:
-    (found,) = built.glob("*.tar.gz")
-    with tarfile.open(found) as packed:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
     wanted = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "requirements.txt", "examples/train_gpt.py"}
     wanted |= {"mkdocs.yml", "docs/guide/faq.md", "docs/hooks.py", "docs/images/vocab.svg", "examples/tour.ipynb"}
@@ -60,9 +60,9 @@ def test_the_sdist_holds_tests_examples_and_documentation(built: Path) -> None:
 def test_the_version_is_one(wheel: zipfile.ZipFile) -> None:
     import fusedhead
 
-    found = Parser().parsestr(metadata(wheel, "METADATA"))
-    assert found["Version"] == fusedhead.__version__
-    assert found["License-Expression"] == "BSD-3-Clause"
+    headers = Parser().parsestr(metadata(wheel, "METADATA"))
+    assert headers["Version"] == fusedhead.__version__
+    assert headers["License-Expression"] == "BSD-3-Clause"
 
 
 def test_what_an_index_shows_has_no_relative_links(wheel: zipfile.ZipFile) -> None:
@@ -74,8 +74,8 @@ def test_what_an_index_shows_has_no_relative_links(wheel: zipfile.ZipFile) -> No
 
 
 def metadata(wheel: zipfile.ZipFile, name: str) -> str:
-    (found,) = [member for member in wheel.namelist() if member.endswith(f".dist-info/{name}")]
-    return wheel.read(found).decode()
+    (entry,) = [member for member in wheel.namelist() if member.endswith(f".dist-info/{name}")]
+    return wheel.read(entry).decode()
 
 
 def test_the_wheel_holds_every_source_file_and_nothing_else(wheel: zipfile.ZipFile) -> None:
@@ -108,7 +108,7 @@ def test_another_package_named_kernels_is_not_hidden_at_the_root(tmp_path: Path)
     """transformers imports Hugging Face's `kernels`; a real package wins over a folder without __init__."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("whose = 'another'")
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", "import kernels; print(kernels.whose)"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
@@ -116,4 +116,4 @@ def test_another_package_named_kernels_is_not_hidden_at_the_root(tmp_path: Path)
         capture_output=True,
         text=True,
     )
-    assert found.stdout.strip() == "another"
+    assert process.stdout.strip() == "another"

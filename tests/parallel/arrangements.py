@@ -42,8 +42,8 @@ class Program(NamedTuple):
     model: tuple[tuple[str, Any], ...] = ()
 
     def made(self, setting: Setting, kind: type[Model] = Model) -> Model:
-        made = kind(setting.depth, self.vocab * setting.scale, seed=setting.seed, **dict(self.model))
-        return made.to(device=setting.device, dtype=self.dtype or setting.dtype)
+        model = kind(setting.depth, self.vocab * setting.scale, seed=setting.seed, **dict(self.model))
+        return model.to(device=setting.device, dtype=self.dtype or setting.dtype)
 
     def batch(self, setting: Setting) -> tuple[Tensor, Tensor]:
         below = self.below * setting.scale if self.below else None
@@ -53,20 +53,20 @@ class Program(NamedTuple):
 
 def program(vocab: int = V, **how: Any) -> Program:
     """A program of so many classes; ``how``: fields of `Program`, and arguments of the model."""
-    own = {name: how.pop(name) for name in ("ignored", "below", "micro", "rows") if name in how}
-    return Program(vocab, **own, model=tuple(how.items()))
+    fields = {name: how.pop(name) for name in ("ignored", "below", "micro", "rows") if name in how}
+    return Program(vocab, **fields, model=tuple(how.items()))
 
 
 def reference(setting: Setting, of: Program, dtype: torch.dtype, inductor: bool = False) -> dict[str, Any]:
     """The same by one process in eager mode, or through Inductor alone."""
     setting, threads = setting._replace(dtype=dtype), torch.get_num_threads()
-    made = of._replace(dtype=dtype).made(setting)
+    model = of._replace(dtype=dtype).made(setting)
     if inductor:
         torch._dynamo.reset()
-        made.compile(backend="inductor")
+        model.compile(backend="inductor")
     torch.set_num_threads(1)  # as each rank has: with more, sums over tokens are shorter
     try:
-        return train(made, setting, of.batch(setting), eager=True, micro=of.micro)
+        return train(model, setting, of.batch(setting), eager=True, micro=of.micro)
     finally:
         torch.set_num_threads(threads)
 
@@ -79,24 +79,24 @@ def colwise(
     setting: Setting, of: Program, output: Any = None, local: bool = False, parallel: bool = True, **options: Any
 ) -> dict[str, Any]:
     """ColwiseParallel, its logits in shards or gathered, as DTensors or local, the loss under loss_parallel or not."""
-    made, mesh = of.made(setting), tp_mesh(setting)
+    model, mesh = of.made(setting), tp_mesh(setting)
     style = ColwiseParallel(output_layouts=output or Shard(-1), use_local_output=local)
-    parallelize_module(made, mesh, {"head": style} | ({"second": style} if made.second is not None else {}))
+    parallelize_module(model, mesh, {"head": style} | ({"second": style} if model.second is not None else {}))
     x, y = of.batch(setting)
     if not local and not parallel:  # DTensors meet DTensors alone
         y = DTensor.from_local(y, mesh, [Replicate()], run_check=False)
-    return train(made, setting, (x, y), loss_parallel if parallel else nullcontext, micro=of.micro, **options)
+    return train(model, setting, (x, y), loss_parallel if parallel else nullcontext, micro=of.micro, **options)
 
 
 def sequence_parallel(setting: Setting, of: Program) -> dict[str, Any]:
-    made = of.made(setting)
+    model = of.made(setting)
     plan = {
         "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "norm": SequenceParallel(),
         "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
     }
-    parallelize_module(made, tp_mesh(setting), plan)
-    return train(made, setting, of.batch(setting), loss_parallel)
+    parallelize_module(model, tp_mesh(setting), plan)
+    return train(model, setting, of.batch(setting), loss_parallel)
 
 
 class ByHand(Model):
@@ -113,9 +113,9 @@ class ByHand(Model):
 
 
 def by_hand(setting: Setting, of: Program, placement: Any, end: str = "to_local") -> dict[str, Any]:
-    made = of.made(setting, ByHand)
-    made.place(tp_mesh(setting), placement, end)  # type: ignore[attr-defined]
-    return train(made, setting, of.batch(setting))
+    model = of.made(setting, ByHand)
+    model.place(tp_mesh(setting), placement, end)  # type: ignore[attr-defined]
+    return train(model, setting, of.batch(setting))
 
 
 def fsdp(setting: Setting, of: Program, shards: int) -> dict[str, Any]:
@@ -124,10 +124,10 @@ def fsdp(setting: Setting, of: Program, shards: int) -> dict[str, Any]:
 
     ranks = dist.get_world_size()
     mesh = init_device_mesh(setting.device, (ranks // (shards or ranks), shards or ranks), mesh_dim_names=("dp", "tp"))
-    made = of.made(setting)
-    parallelize_module(made, mesh["tp"], {"head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)})
-    fully_shard(made, mesh=mesh["dp"])
-    return train(made, setting, of.batch(setting), loss_parallel)
+    model = of.made(setting)
+    parallelize_module(model, mesh["tp"], {"head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)})
+    fully_shard(model, mesh=mesh["dp"])
+    return train(model, setting, of.batch(setting), loss_parallel)
 
 
 class Arrangement(NamedTuple):
@@ -207,13 +207,13 @@ THROUGH_INDUCTOR = (
 
 def outcomes(names: Any, setting: Setting) -> dict[str, Any]:
     """Run on each rank. What raises is returned as text."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in names:
         try:
-            found[name] = ARRANGEMENTS[name].run(setting, ARRANGEMENTS[name].of)
+            results[name] = ARRANGEMENTS[name].run(setting, ARRANGEMENTS[name].of)
         except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
-    return found
+            results[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
+    return results
 
 
 def every_arrangement() -> dict[str, Any]:
@@ -235,8 +235,8 @@ IN_TWO_BYTES = ("colwise, loss_parallel", "gathered, bias, V not divisible", "se
 
 def in_two_bytes() -> dict[str, Any]:
     """Of each arrangement what it gives for several seeds."""
-    found = [outcomes(IN_TWO_BYTES, setting) for setting in BF16]
-    return {name: [each[name] for each in found] for name in IN_TWO_BYTES}
+    results = [outcomes(IN_TWO_BYTES, setting) for setting in BF16]
+    return {name: [each[name] for each in results] for name in IN_TWO_BYTES}
 
 
 def through_inductor() -> dict[str, Any]:

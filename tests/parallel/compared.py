@@ -22,17 +22,17 @@ def errors(name: str, setting: Setting, ours: dict[str, Any]) -> list[tuple[str,
     exact, theirs = reference(setting, of, torch.float64), [reference(setting, of, setting.dtype)]
     if setting.inductor:
         theirs.append(reference(setting, of, setting.dtype, inductor=True))
-    parts = [("losses", lambda found: found["losses"])]
+    parts = [("losses", lambda results: results["losses"])]
     for part in ("gradients", "parameters"):
         assert ours[part].keys() == exact[part].keys()
-        parts += [(f"{part} {k}", lambda found, part=part, k=k: found[part][k]) for k in exact[part]]
-    found = []
+        parts += [(f"{part} {k}", lambda results, part=part, k=k: results[part][k]) for k in exact[part]]
+    results = []
     for what, of_result in parts:
         truth = of_result(exact)
         least = 4 * torch.finfo(torch.float32).eps * float(truth.abs().max())
-        error, *own = (float((of_result(each) - truth).abs().max()) for each in (ours, *theirs))
-        found.append((what, error, max(1.5 * max(own), least)))
-    return found
+        error, *bounds = (float((of_result(each) - truth).abs().max()) for each in (ours, *theirs))
+        results.append((what, error, max(1.5 * max(bounds), least)))
+    return results
 
 
 def errors_of_rounding(name: str, settings: list[Setting], ours: list[Any]) -> list[tuple[str, float, float]]:
@@ -42,16 +42,16 @@ def errors_of_rounding(name: str, settings: list[Setting], ours: list[Any]) -> l
     to 2.4 times eager's for one seed, and a part of it for another.
     """
     squares: dict[str, list[float]] = {}
-    for setting, found in zip(settings, ours, strict=True):
-        assert isinstance(found, dict), found
-        assert all(fused for fused, *_ in found["heads"])
+    for setting, result in zip(settings, ours, strict=True):
+        assert isinstance(result, dict), result
+        assert all(fused for fused, *_ in result["heads"])
         of = ARRANGEMENTS[name].of
         exact, theirs = (reference(setting, of, dtype) for dtype in (torch.float64, setting.dtype))
         for part in ("gradients", "parameters"):
-            assert found[part].keys() == exact[part].keys()
+            assert result[part].keys() == exact[part].keys()
             for key, truth in exact[part].items():
-                own, plain = (float((each[part][key] - truth).square().sum()) for each in (found, theirs))
-                squares.setdefault(f"{part} {key}", []).extend((own, plain))
+                error, plain = (float((each[part][key] - truth).square().sum()) for each in (result, theirs))
+                squares.setdefault(f"{part} {key}", []).extend((error, plain))
     return [(what, sum(each[::2]) ** 0.5, 1.5 * sum(each[1::2]) ** 0.5) for what, each in squares.items()]
 
 

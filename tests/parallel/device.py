@@ -41,9 +41,9 @@ def outcome(name: str, setting: Setting) -> dict[str, Any]:
     }
     if isinstance(ours, str):
         return row | {"ok": False, "why": ours}
-    found = errors(name, setting, ours)
-    row["errors"] = found
-    what, error, allowed = max(found, key=lambda each: each[1] / max(each[2], 1e-30))
+    actual = errors(name, setting, ours)
+    row["errors"] = actual
+    what, error, allowed = max(actual, key=lambda each: each[1] / max(each[2], 1e-30))
     wrong = [] if error <= allowed else [f"{what}: {error:.3g} > {allowed:.3g}"]
     for fused, reason, _, _ in ours["heads"]:
         if fused != (not arrangement.left):
@@ -78,21 +78,21 @@ def main() -> int:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--begin", type=int, default=0, help="programs that are left out, those that come first")
     parser.add_argument("--seconds", type=float, default=95.0, help="no arrangement is begun after so many")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     rank, device, started = int(os.environ["RANK"]), "cpu", time.monotonic()
-    if given.backend == "nccl":
+    if arguments.backend == "nccl":
         device = "cuda"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(given.backend, timeout=timedelta(seconds=120))
+    dist.init_process_group(arguments.backend, timeout=timedelta(seconds=120))
     torch.backends.cuda.matmul.allow_tf32 = False
     rows, skipped, count = [], 0, 0
-    for setting, chosen in programs(device, given.small):
-        names = given.names.split("|") if given.names else chosen
+    for setting, chosen in programs(device, arguments.small):
+        names = arguments.names.split("|") if arguments.names else chosen
         for name in names:
             count += 1
-            if count <= given.begin:
+            if count <= arguments.begin:
                 continue
-            late = torch.tensor(float(time.monotonic() - started > given.seconds), device=device)
+            late = torch.tensor(float(time.monotonic() - started > arguments.seconds), device=device)
             dist.all_reduce(late)  # alike on all ranks
             if late.item():
                 skipped += 1
@@ -113,10 +113,10 @@ def main() -> int:
         told = {
             "torch": torch.__version__,
             "ranks": dist.get_world_size(),
-            "backend": given.backend,
+            "backend": arguments.backend,
             "skipped": skipped,
         }
-        Path(given.out, "parallel_matrix.json").write_text(json.dumps(told | {"rows": rows}, indent=1))
+        Path(arguments.out, "parallel_matrix.json").write_text(json.dumps(told | {"rows": rows}, indent=1))
         failed = sum(not row["ok_on_all_ranks"] for row in rows)
         print(
             f"{len(rows)} programs, {failed} failed, {skipped} not begun, {time.monotonic() - started:.0f} s",

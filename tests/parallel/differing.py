@@ -57,25 +57,25 @@ def both(kind: type[Model], vocab: int = V, labels: int = 0, **options: Any) -> 
 
     Each has a number of classes of its own: what ranks have agreed on holds for the next program with the same head.
     """
-    found, of = [], program(vocab)
+    result, of = [], program(vocab)
     for eager in (False, True):
-        made, setting = of.made(Setting(), kind), Setting(count=False)
+        model, setting = of.made(Setting(), kind), Setting(count=False)
         style = ColwiseParallel(output_layouts=Replicate(), use_local_output=True)
-        parallelize_module(made, tp_mesh(setting), {"head": style})
+        parallelize_module(model, tp_mesh(setting), {"head": style})
         x, y = of.batch(setting)
-        found.append(train(made, setting, (x, (y + labels * dist.get_rank()) % of.vocab), eager=eager, **options))
-    return found[0], found[1]
+        result.append(train(model, setting, (x, (y + labels * dist.get_rank()) % of.vocab), eager=eager, **options))
+    return result[0], result[1]
 
 
 def wrong_label() -> str:
     """A label that is no class, on rank 1 alone."""
-    made, setting = program().made(Setting(), Model), Setting(count=False)
+    model, setting = program().made(Setting(), Model), Setting(count=False)
     parallelize_module(
-        made, tp_mesh(setting), {"head": ColwiseParallel(output_layouts=Replicate(), use_local_output=True)}
+        model, tp_mesh(setting), {"head": ColwiseParallel(output_layouts=Replicate(), use_local_output=True)}
     )
     x, y = program().batch(setting)
     try:
-        train(made, setting, (x, y + 1000 * dist.get_rank()))
+        train(model, setting, (x, y + 1000 * dist.get_rank()))
     except IndexError as error:
         return str(error)
     return "no error"
@@ -84,7 +84,7 @@ def wrong_label() -> str:
 def outcomes() -> dict[str, Any]:
     agreement.WAIT = 3.0
     rank = dist.get_rank()
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "labels of its own": both(Model, labels=5),
         "labels and a scale of its own": both(OwnScale, 93, labels=5),
         "rows of its own": both(OwnRows, 92),
@@ -96,4 +96,4 @@ def outcomes() -> dict[str, Any]:
         "on again": colwise(Setting(), program(94), **LOCAL),
         "a wrong label": wrong_label(),
     }
-    return found
+    return results

@@ -22,10 +22,10 @@ from tests.parallel.models import Setting, compiled
 def step() -> tuple[Any, list[Any]]:
     """A forward of a compiled model under loss_parallel, and the report."""
     of, setting, records = program(97), Setting(), list[Any]()
-    made = of.made(setting)
+    model = of.made(setting)
     style = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
-    parallelize_module(made, tp_mesh(setting), {"head": style})
-    run, batch = compiled(made, setting, records), of.batch(setting)
+    parallelize_module(model, tp_mesh(setting), {"head": style})
+    run, batch = compiled(model, setting, records), of.batch(setting)
 
     def forward() -> Tensor:
         with loss_parallel():

@@ -73,9 +73,9 @@ def cut_cross_entropy(z: Tensor, y: Tensor) -> Tensor:
     lse = torch.logsumexp(z, -1)
     top = funcol.all_reduce(lse.detach(), "max", dist.group.WORLD)
     total = Summed.apply((lse - top).exp())
-    here = (y >= first) & (y < first + z.shape[-1])
-    cell = torch.where(here, y - first, 0)
-    picked = torch.where(here, z.gather(-1, cell.unsqueeze(-1)).squeeze(-1), 0.0)
+    inside = (y >= first) & (y < first + z.shape[-1])
+    cell = torch.where(inside, y - first, 0)
+    picked = torch.where(inside, z.gather(-1, cell.unsqueeze(-1)).squeeze(-1), 0.0)
     return (top + total.log() - Summed.apply(picked)).mean()
 
 
@@ -86,9 +86,9 @@ def functional(z: Tensor, y: Tensor) -> Tensor:
     top = funcol.all_reduce(z.detach().amax(-1), "max", dist.group.WORLD)
     shifted = z - top.unsqueeze(-1)
     total = Summed.apply(shifted.exp().sum(-1))
-    here = (y >= first) & (y < first + z.shape[-1])
-    cell = torch.where(here, y - first, 0)
-    picked = torch.where(here, shifted.gather(-1, cell.unsqueeze(-1)).squeeze(-1), 0.0)
+    inside = (y >= first) & (y < first + z.shape[-1])
+    cell = torch.where(inside, y - first, 0)
+    picked = torch.where(inside, shifted.gather(-1, cell.unsqueeze(-1)).squeeze(-1), 0.0)
     return (total.log() - Summed.apply(picked)).mean()
 
 
@@ -111,9 +111,9 @@ FORMS = {"megatron": megatron, "cut_cross_entropy": cut_cross_entropy, "function
 
 def of_form(name: str) -> dict[str, Any]:
     of = program(VOCAB, loss=FORMS[name])
-    made = of.made(Setting(), OwnShard)
-    assert isinstance(made, OwnShard)
-    return train(made.split(), Setting(count=False), of.batch(Setting()))
+    model = of.made(Setting(), OwnShard)
+    assert isinstance(model, OwnShard)
+    return train(model.split(), Setting(count=False), of.batch(Setting()))
 
 
 def transformers_plan() -> dict[str, Any]:
@@ -132,7 +132,7 @@ def transformers_plan() -> dict[str, Any]:
         alone.save_pretrained(folder)  # which rank 0 does
         folders = [folder]
         dist.broadcast_object_list(folders)
-        made = LlamaForCausalLM.from_pretrained(folders[0], tp_plan="auto", device_mesh=tp_mesh(Setting()))
+        llama = LlamaForCausalLM.from_pretrained(folders[0], tp_plan="auto", device_mesh=tp_mesh(Setting()))
         dist.barrier()
     x, y = program().batch(Setting())
 
@@ -144,15 +144,15 @@ def transformers_plan() -> dict[str, Any]:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return self.model(input_ids=x, labels=y, use_cache=False).loss  # type: ignore[no-any-return]
 
-    ours = train(Loss(made), Setting(count=False), (x, y))
+    ours = train(Loss(llama), Setting(count=False), (x, y))
     return ours | {"one process": train(Loss(alone.float()), Setting(count=False), (x, y), eager=True)}
 
 
 def outcomes() -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in (*FORMS, "transformers"):
         try:
-            found[name] = transformers_plan() if name == "transformers" else of_form(name)
+            results[name] = transformers_plan() if name == "transformers" else of_form(name)
         except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-2500:]}"
-    return found
+            results[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-2500:]}"
+    return results

@@ -46,8 +46,8 @@ def given() -> tuple[Tensor, Tensor]:
 def gradient(model: Any, h: Any, y: Tensor, around: Any) -> Tensor:
     with around:
         model(h, y).backward()
-    found = h.grad
-    return (found.full_tensor() if isinstance(found, DTensor) else found).double()
+    result = h.grad
+    return (result.full_tensor() if isinstance(result, DTensor) else result).double()
 
 
 def of_one_process(dtype: torch.dtype, loss: Callable[..., Tensor] | None = None, fused: bool = False) -> Tensor:
@@ -81,13 +81,13 @@ FORMS = ("loss_parallel", "gathered", "tokens in shards")
 
 def outcomes() -> dict[str, Any]:
     """h.grad by the name of a form, and which heads were fused."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for form in FORMS:
         records: list[Any] = []
-        found[form] = of_ranks(form, None, records)
+        results[form] = of_ranks(form, None, records)
         if form != "loss_parallel":
-            found[f"{form}, entropy"] = of_ranks(form, mixed, records)
+            results[f"{form}, entropy"] = of_ranks(form, mixed, records)
         dist.barrier()
         assert all(head.fused for head in records), [str(head) for head in records]
         assert records
-    return found
+    return results

@@ -89,8 +89,8 @@ def whole(x: Any) -> Tensor:
 
 
 def compiled(model: Any, setting: Setting, records: list[Any], **options: Any) -> Callable[..., Any]:
-    given = {"min_logits": 1, **options}
-    ours, _ = split_options({f"fusedhead.{name}": value for name, value in given.items()})
+    operands = {"min_logits": 1, **options}
+    ours, _ = split_options({f"fusedhead.{name}": value for name, value in operands.items()})
 
     def inner(gm: Any, inputs: Any) -> Any:
         if setting.inductor:

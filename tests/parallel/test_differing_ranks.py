@@ -26,8 +26,8 @@ def results() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", [*FUSED, *LEFT])
 def test_each_rank_has_what_torch_computes(name: str, results: list[dict[str, Any]]) -> None:
-    for found in results:
-        ours, theirs = found[name]
+    for result in results:
+        ours, theirs = result[name]
         torch.testing.assert_close(ours["losses"], theirs["losses"])
         for part in ("gradients", "parameters"):
             for key, x in theirs[part].items():
@@ -44,14 +44,14 @@ def test_a_rank_that_switches_it_off_switches_it_off_for_all(results: list[dict[
 
 
 def test_switched_off_by_all_it_can_be_switched_on_again(results: list[dict[str, Any]]) -> None:
-    for found in results:
-        ((fused, reason, *_),) = found["off"]["heads"]
+    for result in results:
+        ((fused, reason, *_),) = result["off"]["heads"]
         assert not fused
         assert reason.endswith("fusedhead.shards is off")
-        assert found["on again"]["heads"][0][0]
+        assert result["on again"]["heads"][0][0]
 
 
 def test_a_label_that_is_no_class_on_one_rank_raises_on_all(results: list[dict[str, Any]]) -> None:
-    for found in results:
-        assert found["a wrong label"].startswith("label 1")
-        assert "must lie in [0, 95]" in found["a wrong label"]
+    for result in results:
+        assert result["a wrong label"].startswith("label 1")
+        assert "must lie in [0, 95]" in result["a wrong label"]

@@ -20,15 +20,15 @@ def test_a_rank_that_dies_is_an_error_on_the_other(when: str) -> None:
 
 
 def test_a_mesh_of_half_as_many_ranks_is_an_error_on_every_rank() -> None:
-    for found in on_ranks("tests.parallel.failures:smaller_group", 2, TIMEOUT, may_die=True):
-        said, seconds = found["a group of half as many ranks"]
+    for result in on_ranks("tests.parallel.failures:smaller_group", 2, TIMEOUT, may_die=True):
+        said, seconds = result["a group of half as many ranks"]
         assert "out of range" in said or "out of bounds" in said
         assert seconds <= 25
 
 
 def test_ranks_of_other_hidden_sizes_read_an_error_or_are_ended_by_gloo() -> None:
     """The head is left, and gloo ends a process that it sends more than it awaits: no number comes out, none hangs."""
-    for found in on_ranks("tests.parallel.failures:other_hidden_size", 2, TIMEOUT, may_die=True):
-        said, seconds = ("ended", 0.0) if found is None else found["hidden size"]
+    for result in on_ranks("tests.parallel.failures:other_hidden_size", 2, TIMEOUT, may_die=True):
+        said, seconds = ("ended", 0.0) if result is None else result["hidden size"]
         assert said != "no error"
         assert seconds <= 25

@@ -31,7 +31,7 @@ def close(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 def test_a_form_gives_the_numbers_of_one_process_and_is_fused_or_explained(
     name: str, results: list[dict[str, Any]]
 ) -> None:
-    first, second = (found[name] for found in results)
+    first, second = (result[name] for result in results)
     for part in ("gradients", "parameters"):
         assert not torch.equal(first[part]["head.weight"], second[part]["head.weight"])
         first[part]["head.weight"] = torch.cat([each[part]["head.weight"] for each in (first, second)])
@@ -44,8 +44,8 @@ def test_a_form_gives_the_numbers_of_one_process_and_is_fused_or_explained(
 
 def test_the_plan_of_transformers_is_fused(results: list[dict[str, Any]]) -> None:
     pytest.importorskip("transformers")
-    for found in results:
-        ours = found["transformers"]
+    for result in results:
+        ours = result["transformers"]
         assert isinstance(ours, dict), ours
         close(ours, ours["one process"])
         (head,) = [head for head in ours["heads"] if head[2] == 96]

@@ -23,9 +23,9 @@ def launched(function: str, ranks: int) -> list[Any] | str:
 
 
 def results(function: str, ranks: int) -> list[Any]:
-    found = launched(function, ranks)
-    assert isinstance(found, list), found
-    return found
+    result = launched(function, ranks)
+    assert isinstance(result, list), result
+    return result
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -39,16 +39,16 @@ def fresh(inputs: Sequence[Any]) -> list[Any]:
 
 def outcome(fn: Program, inputs: Sequence[Any]) -> list[Any]:
     """Outputs, gradients and inputs afterwards; gradients from differently weighted outputs."""
-    given = fresh(inputs)
+    operands = fresh(inputs)
     torch.manual_seed(1)
-    outputs = [x for x in tree_leaves(fn(*given)) if isinstance(x, Tensor)]
+    outputs = [x for x in tree_leaves(fn(*operands)) if isinstance(x, Tensor)]
     differentiable = [x for x in outputs if x.requires_grad]
-    leaves = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
+    leaves = [x for x in operands if isinstance(x, Tensor) and x.requires_grad]
     grads: Sequence[Any] = ()
     if differentiable and leaves:
         upstream = [torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype).view(x.shape) for x in differentiable]
         grads = torch.autograd.grad(differentiable, leaves, upstream, allow_unused=True)
-    kept = [x.detach() for x in given if isinstance(x, Tensor)]
+    kept = [x.detach() for x in operands if isinstance(x, Tensor)]
     return [*(x.detach() for x in outputs), [x.requires_grad for x in outputs], *grads, *kept]
 
 

@@ -86,14 +86,14 @@ def test_the_pieces_of_a_loop_share_their_traces(monkeypatch: pytest.MonkeyPatch
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return torch.stack([F.cross_entropy(F.linear(a, w), b) for a, b in zip(h.split(2), y.split(2))]).sum()
 
-    made, once = [], tracing.trace
-    monkeypatch.setattr(tracing, "trace", lambda node: made.append(node) or once(node))
+    result, once = [], tracing.trace
+    monkeypatch.setattr(tracing, "trace", lambda node: result.append(node) or once(node))
     h, w = torch.randn(16, D, requires_grad=True), nn.Parameter(torch.randn(V, D))
     y = torch.randint(0, V, (16,))
     rewritten = Rewritten(program)
     torch.testing.assert_close(rewritten(h, w, y), program(h, w, y))
     assert all(head.fused for head in rewritten.report.heads)
-    assert len(made) <= 4
+    assert len(result) <= 4
 
 
 def test_layers_are_neither_run_nor_traced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,9 +118,9 @@ def test_what_a_call_of_pytorch_does_is_found_out_once_in_a_process(monkeypatch:
 def test_no_call_of_a_plain_model_is_tried_on_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take ten times as long as tensors on "meta": the most of what a process's first pass took longer."""
     monkeypatch.setattr(dry_run, "FACTS", {})
-    found = counted(1, monkeypatch)
-    assert found["run"] > 0
-    assert found["fake_mode"] == 0
+    result = counted(1, monkeypatch)
+    assert result["run"] > 0
+    assert result["fake_mode"] == 0
 
 
 def rows_of_one_product(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -172,8 +172,8 @@ def calls_of(program: Callable[..., Tensor], count: int) -> int:
     torch.compiler.reset()
     h, w = torch.randn(2 * count, D, requires_grad=True), nn.Parameter(torch.randn(V, D))
     torch.compile(program, backend=compile_graph)(h, w, torch.randint(0, V, (2 * count,)))
-    (found,) = calls
-    return found
+    (result,) = calls
+    return result
 
 
 # heads with a sweep each look along the sums of all losses after theirs, a few calls a loss

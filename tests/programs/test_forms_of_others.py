@@ -41,10 +41,11 @@ def test_detached_deferred_logits_that_enter_another_graph_are_fused_there() -> 
     model, x = Model(lambda m, h: F.linear(h, m.w)), torch.randn(N, D)
     other = Rewritten(lambda z, fixed: F.cross_entropy(z, Y) + F.cross_entropy(fixed * 2, Y))
     z, wanted = Rewritten(model)(x), model(x)
-    found = other(z, z.detach())
+    actual = other(z, z.detach())
     assert isinstance(z, DeferredLogits)
     torch.testing.assert_close(
-        gradients(model, found), gradients(model, F.cross_entropy(wanted, Y) + F.cross_entropy(wanted.detach() * 2, Y)),
+        gradients(model, actual),
+        gradients(model, F.cross_entropy(wanted, Y) + F.cross_entropy(wanted.detach() * 2, Y)),
         rtol=1e-4, atol=1e-6,
     )  # fmt: skip
     assert z._plain is None
@@ -125,8 +126,8 @@ def test_a_weight_argument_of_symbolic_sizes_is_explained_and_mark_static_helps(
     torch._dynamo.mark_static(w)
     torch.compiler.reset()
     run = Rewritten(loss, dynamic=True)
-    found, wanted = run(h, w), loss(h, w)
+    actual, wanted = run(h, w), loss(h, w)
     torch.testing.assert_close(
-        [found, *torch.autograd.grad(found, [w])], [wanted, *torch.autograd.grad(wanted, [w])], rtol=1e-4, atol=1e-6
+        [actual, *torch.autograd.grad(actual, [w])], [wanted, *torch.autograd.grad(wanted, [w])], rtol=1e-4, atol=1e-6
     )
     assert run.report.heads[0].fused

@@ -41,10 +41,10 @@ def test_the_sum_of_tokens_that_a_mask_picks_is_read_where_dynamo_captures_it(lo
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         for mask in (Y % 3 != 0, Y < 0, Y >= 0):
             for x in (h, torch.where(mask[:, None], h, torch.nan)):
-                found, wanted = run(model, x, mask), loss(model, x, mask)
-                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6, equal_nan=True)
+                actual, wanted = run(model, x, mask), loss(model, x, mask)
+                torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6, equal_nan=True)
                 torch.testing.assert_close(
-                    gradients(model, found), gradients(model, wanted), rtol=1e-4, atol=1e-6, equal_nan=True
+                    gradients(model, actual), gradients(model, wanted), rtol=1e-4, atol=1e-6, equal_nan=True
                 )
     assert not run.report.errors
     if fused is not None:

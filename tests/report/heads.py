@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from fusedhead.graph.run_counts import GraphRun, Run
-from fusedhead.report.report import HeadRecord
+from fusedhead.report.head_record import HeadRecord
 
 ENGINE = "torch windows: gradients in the forward sweep"
 FUSED = HeadRecord(

@@ -77,10 +77,10 @@ def test_bytes_are_those_that_were_measured_within_ten_percent(text: str, name: 
 
 def test_the_rate_of_a_measured_chip_is_within_its_spread() -> None:
     rate = CHIPS["h100"].flop_per_second["bfloat16"]
-    found = []
+    results = []
     for row in rows():
         if (row["contender"], row["task"]) == ("bare GEMMs", "train"):
             tokens, hidden, vocab = map(int, row["case"].split(":")[0].split("x"))
-            found.append(6 * tokens * hidden * vocab / row["ms"] * 1e3)
-    assert min(found) < rate < max(found)
-    assert sorted(found)[len(found) // 2] == pytest.approx(rate, rel=0.01)
+            results.append(6 * tokens * hidden * vocab / row["ms"] * 1e3)
+    assert min(results) < rate < max(results)
+    assert sorted(results)[len(results) // 2] == pytest.approx(rate, rel=0.01)

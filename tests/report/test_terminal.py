@@ -20,10 +20,10 @@ from tests.report.heads import FUSED, LEFT, head, heads
 
 def report(*records) -> Report:
     """Of one graph."""
-    made = Report(graphs=1, milliseconds=12.0, heads=list(records))
+    graph_report = Report(graphs=1, milliseconds=12.0, heads=list(records))
     for record in records:
-        record.run.graph = made.run
-    return made
+        record.run.graph = graph_report.run
+    return graph_report
 
 
 class Golden(expecttest.TestCase):

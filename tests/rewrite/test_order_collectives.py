@@ -46,16 +46,16 @@ def test_each_call_of_a_graph_takes_the_token_of_the_one_before(group: str) -> N
     nodes = [graph.placeholder(name) for name in ("h", "w", "other", "y")]
     for node, value in zip(nodes, (h, w, other, y)):
         node.meta["example_value"] = value
-    made = []
+    result = []
     for weight, value in ((nodes[1], w), (nodes[2], other), (nodes[1], w)):
         args = call(nodes[0], weight, nodes[3], group)
-        constants = [graph.create_node("get_attr", f"c{len(made)}_{i}") for i in range(3)]
-        made.append(graph.call_function(STATS, (*args[:3], *constants, *args[6:14])))
-        made[-1].meta["example_value"] = STATS(*call(h, value, y, group))
-    graph.output(tuple(made))
+        constants = [graph.create_node("get_attr", f"c{len(result)}_{i}") for i in range(3)]
+        result.append(graph.call_function(STATS, (*args[:3], *constants, *args[6:14])))
+        result[-1].meta["example_value"] = STATS(*call(h, value, y, group))
+    graph.output(tuple(result))
     order_collectives.run(SimpleNamespace(graph=graph, facts=SimpleNamespace(grad_mode=lambda node: True)))  # type: ignore[arg-type]
-    assert "after" not in made[0].kwargs
-    for before, node in itertools.pairwise(made):
+    assert "after" not in result[0].kwargs
+    for before, node in itertools.pairwise(result):
         token = node.kwargs["after"]
         assert isinstance(token, Node)
         assert token.args == (before, len(before.meta["example_value"]) - 1)

@@ -56,8 +56,8 @@ def test_a_recipient_goes_through_the_row_steps_but_for_casts(group: str) -> Non
     graph.output(h)
     emit = Emit(graph)
     with emit.before(graph.output_node(), h, grad=True):
-        made = recipients.to_scatter(emit, h)["recipient"]
-    value = made.meta["example_value"]
+        result = recipients.to_scatter(emit, h)["recipient"]
+    value = result.meta["example_value"]
     assert (value.shape, value.dtype) == (h.meta["example_value"].shape, torch.float32)
     assert [node.target for node in graph.nodes].count(OPS.hidden_sum.default) == 1
     assert [node.target for node in graph.nodes].count(aten.detach.default) == 2

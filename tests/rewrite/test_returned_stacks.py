@@ -75,8 +75,8 @@ def alike(form: Callable[[Codebooks, Tensor], Tensor], loss: Callable[[Tensor], 
     z = deferring(model, report)(x)
     assert is_deferred(z)
     with Operations(B * T) as ran:
-        found = step(model, loss(z))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        actual = step(model, loss(z))
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
     assert [head.fused for head in report.heads] == [True] * BOOKS
     assert {head.logits for head in report.heads} == {"deferred"}
     return ran

@@ -18,8 +18,8 @@ B, T, D, V = 2, 5, 8, 40
 def calls(report_after: str) -> str:
     """The calls of a graph's readable form, without types, comments and the inputs' renaming."""
     lines = [line.strip() for line in report_after.splitlines()]
-    found = [line.split(";")[0] for line in lines if re.match(r"(\w+(: \"[^\"]*\")? = \w|return )", line)]
-    kept = [re.sub(r": \"[^\"]*\"", "", line) for line in found if not re.match(r"\w+ = L_\w+_$", line)]
+    results = [line.split(";")[0] for line in lines if re.match(r"(\w+(: \"[^\"]*\")? = \w|return )", line)]
+    kept = [re.sub(r": \"[^\"]*\"", "", line) for line in results if not re.match(r"\w+ = L_\w+_$", line)]
     return "\n".join(line.replace("torch.ops.", "") for line in kept) + "\n"
 
 

@@ -57,8 +57,8 @@ def result_of(terminal: Terminal, world: World) -> Tensor:
             if name in (*terminal.want, "lse")
         }
         lse, picked, total = nodes.pop("lse"), nodes.pop("picked", None), nodes.pop("sum", None)
-        given = Statistics(lse, picked, total, lambda: list(head.sizes), nodes)
-        return computed(terminal.result(emit, given), world)
+        inputs = Statistics(lse, picked, total, lambda: list(head.sizes), nodes)
+        return computed(terminal.result(emit, inputs), world)
 
 
 def token_by_token(expr: Any, world: World) -> Any:

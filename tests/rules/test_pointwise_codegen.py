@@ -29,20 +29,20 @@ def operands() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("op", "args", "kwargs"), CASES)
 def test_the_code_is_the_op_and_its_derivative(op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    given = operands()
-    z = given["z"].requires_grad_()
-    value = op(*(given.get(a, a) if isinstance(a, str) else a for a in args), **kwargs)
+    inputs = operands()
+    z = inputs["z"].requires_grad_()
+    value = op(*(inputs.get(a, a) if isinstance(a, str) else a for a in args), **kwargs)
     g = torch.linspace(-2, 3, 64, dtype=torch.float64).reshape(8, 8)
     (slope,) = torch.autograd.grad(value, z, g)
     function = function_of(op, args, tuple(kwargs.items()), args.index("z"))
-    z, cols, rows = z.detach(), given["c0"], given["r0"].t()
+    z, cols, rows = z.detach(), inputs["c0"], inputs["r0"].t()
     finite = z.isfinite()
     for way in (function, function._replace(op=None)):  # by kernels of torch's own, where it has them; by its code
         parsed = pointwise.parse_function(way.text)
-        found = torch_functions.value(parsed, z, cols, rows)
-        torch.testing.assert_close(found, value.detach(), equal_nan=True)
-        found = torch_functions.gradient(parsed, g, z, cols, rows)
-        torch.testing.assert_close(found[finite], slope[finite], equal_nan=True)
+        result = torch_functions.value(parsed, z, cols, rows)
+        torch.testing.assert_close(result, value.detach(), equal_nan=True)
+        result = torch_functions.gradient(parsed, g, z, cols, rows)
+        torch.testing.assert_close(result[finite], slope[finite], equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -50,17 +50,17 @@ def test_no_two_reasons_of_a_table_say_the_same() -> None:
 
 
 def test_whatever_refuses_names_a_reason_of_a_table_and_its_fields() -> None:
-    known = {table.__name__: table for table in TABLES}
+    tables = {table.__name__: table for table in TABLES}
     for place, call in refusals():
         if place.startswith("graph/reasons.py"):
             continue
         reason = call.args[0]
         assert isinstance(reason, ast.Attribute), f"{place}: a sentence that stands in no table"
         assert isinstance(reason.value, ast.Name), place
-        table = known[reason.value.id]
+        table = tables[reason.value.id]
         assert reason.attr in table.__members__, f"{place}: {table.__name__} has no {reason.attr}"
-        given = {keyword.arg for keyword in call.keywords} - {"node"}
-        assert given == fields(table[reason.attr]), f"{place}: fields {given} of {table[reason.attr].value!r}"
+        keywords = {keyword.arg for keyword in call.keywords} - {"node"}
+        assert keywords == fields(table[reason.attr]), f"{place}: fields {keywords} of {table[reason.attr].value!r}"
 
 
 LAYERS = ("graph", "ir", "rules", "analysis", "canonicalize", "legality", "rewrite", "deferred")  # those that decide
@@ -89,19 +89,19 @@ def given_texts(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def test_no_layer_that_decides_gives_a_sentence_that_is_no_reason() -> None:
-    found = []
+    results = []
     for file in (file for layer in LAYERS for file in sorted((PACKAGE / layer).rglob("*.py"))):
         place = str(file.relative_to(PACKAGE))
         if place not in FOR_PEOPLE:
-            found += [f"{place}:{x.lineno}" for x in given_texts(ast.parse(file.read_text(encoding="utf-8")))]  # type: ignore
-    assert not found, f"sentences that stand in no table of reasons: {', '.join(found)}"
+            results += [f"{place}:{x.lineno}" for x in given_texts(ast.parse(file.read_text(encoding="utf-8")))]  # type: ignore
+    assert not results, f"sentences that stand in no table of reasons: {', '.join(results)}"
 
 
 def test_every_reason_is_given_somewhere() -> None:
-    given = {ast.unparse(call.args[0]) for _, call in refusals()}
+    reasons = {ast.unparse(call.args[0]) for _, call in refusals()}
     source = "\n".join(file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py"))
     unused = [
-        str(reason) for table in TABLES for reason in table if str(reason) not in given and str(reason) not in source
+        str(reason) for table in TABLES for reason in table if str(reason) not in reasons and str(reason) not in source
     ]
     assert not unused, f"reasons that nothing gives: {', '.join(unused)}"
 

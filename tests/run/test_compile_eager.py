@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedhead.report import observers
-from fusedhead.report.report import HeadRecord, Report
+from fusedhead.report.head_record import HeadRecord
+from fusedhead.report.report import Report
 from fusedhead.run import compile_eager
 
 
@@ -147,9 +148,9 @@ def test_hooks_run_as_often_as_before(heads: list[HeadRecord]) -> None:
 
 
 def test_stopping_leaves_torch_as_it_was() -> None:
-    made, suppressed = torch.optim.Optimizer.__init__, torch._dynamo.config.suppress_errors
+    result, suppressed = torch.optim.Optimizer.__init__, torch._dynamo.config.suppress_errors
     stop = compile_eager.watch_optimizers()
-    assert torch.optim.Optimizer.__init__ is not made
+    assert torch.optim.Optimizer.__init__ is not result
     stop()
-    assert torch.optim.Optimizer.__init__ is made
+    assert torch.optim.Optimizer.__init__ is result
     assert torch._dynamo.config.suppress_errors == suppressed

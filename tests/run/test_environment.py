@@ -37,6 +37,6 @@ def test_env_goes_on_where_a_part_of_it_fails(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("the driver is too old")
 
     monkeypatch.setattr("torch.cuda.is_available", broken)
-    found = environment.process_environment()
-    assert found["device"] == {"failed": "RuntimeError: the driver is too old"}
-    assert found["versions"]
+    result = environment.process_environment()
+    assert result["device"] == {"failed": "RuntimeError: the driver is too old"}
+    assert result["versions"]

@@ -24,7 +24,7 @@ SETTINGS = """\
 [mypy]
 follow_imports = skip
 [mypy-fusedhead,fusedhead.options,fusedhead.explain,fusedhead.estimate,fusedhead.run.enable,fusedhead.report.report,\
-fusedhead.report.step_estimate]
+fusedhead.report.head_record,fusedhead.report.step_estimate]
 follow_imports = silent
 """
 
@@ -33,11 +33,11 @@ def test_a_misspelt_option_is_an_error_for_mypy(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "mypy.ini").write_text(SETTINGS)
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--python-version", "3.10"]
-    found = subprocess.run([*command, "--no-error-summary", "program.py"], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run([*command, "--no-error-summary", "program.py"], cwd=tmp_path, capture_output=True, text=True)
     said: dict[int, str] = {}
-    for line in found.stdout.splitlines():
+    for line in run.stdout.splitlines():
         said.setdefault(int(line.split(":")[1]), line)
-    assert sorted(said) == [4, 5, 6, 9, 10, 11], found.stdout + found.stderr
+    assert sorted(said) == [4, 5, 6, 9, 10, 11], run.stdout + run.stderr
     assert '"memroy"' in said[4]
     assert "Literal['deferred', 'eager']" in said[5]
     assert "hedas" in said[9]

@@ -63,12 +63,12 @@ def read(file: Path) -> list[Verdict]:
     return [Verdict(**row) for row in json.loads(file.read_text())["rows"]]
 
 
-def write(folder: Path, found: list[Verdict], run: str) -> None:
+def write(folder: Path, verdicts: list[Verdict], run: str) -> None:
     """The results as JSON, and as a table for people."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"run": run, "rows": [asdict(v) for v in found]}, indent=1)
+    text = json.dumps({"run": run, "rows": [asdict(v) for v in verdicts]}, indent=1)
     (folder / "sweep_transformers.json").write_text(text + "\n")
-    page = markdown(found, "Every language model class of transformers", run + ".")
+    page = markdown(verdicts, "Every language model class of transformers", run + ".")
     (folder / "sweep_transformers.md").write_text(page)
 
 
@@ -83,32 +83,33 @@ def main(argv: list[str] | None = None) -> int:
     stacks.add_argument("--inductor", dest="stack", action="store_const", const="inductor")
     parser.add_argument("--merge", type=Path, nargs="+", help="run nothing: one table of these sweep_transformers.json")
     parser.add_argument("--out", type=Path, help="folder for sweep_transformers.json and sweep_transformers.md")
-    given = parser.parse_args(argv)
-    if given.merge:
-        runs = [read(file) for file in given.merge]
-        found = merged(runs)
-        write(given.out or Path(), found, origin({v.stack for run in runs for v in run}))
-        print("\n".join(summary(found)))
+    arguments = parser.parse_args(argv)
+    if arguments.merge:
+        runs = [read(file) for file in arguments.merge]
+        results = merged(runs)
+        write(arguments.out or Path(), results, origin({v.stack for run in runs for v in run}))
+        print("\n".join(summary(results)))
         return 0
 
     import torch._dynamo
     import torch._inductor.compile_fx  # noqa: F401  imported once, for all processes
 
-    names = [name for name in classes() if re.search(given.only, name)]
-    names = sample(names, given.sample) if given.sample else names
-    found = []
+    names = [name for name in classes() if re.search(arguments.only, name)]
+    names = sample(names, arguments.sample) if arguments.sample else names
+    results = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
-        for verdict, _ in tqdm(judged(names, given.stack, given.jobs, given.limit), total=len(names), unit="class"):
-            found.append(verdict)
+        verdicts = judged(names, arguments.stack, arguments.jobs, arguments.limit)
+        for verdict, _ in tqdm(verdicts, total=len(names), unit="class"):
+            results.append(verdict)
             if verdict.kind not in ("fused", "no head"):
                 tqdm.write(f"{verdict.name}: {verdict.kind}. {verdict.detail}", file=sys.stderr)
     finally:  # also when it is stopped
-        found.sort(key=lambda v: v.name)
-        if given.out:
-            write(given.out, found, origin({given.stack}))
-    print("\n".join(summary(found)))
-    return any(v.kind in ("fails", "differs") for v in found)
+        results.sort(key=lambda v: v.name)
+        if arguments.out:
+            write(arguments.out, results, origin({arguments.stack}))
+    print("\n".join(summary(results)))
+    return any(v.kind in ("fails", "differs") for v in results)
 
 
 if __name__ == "__main__":

@@ -43,49 +43,49 @@ def images(config: Any) -> Tensor:
     return torch.randn(ROWS, channels, height, width)
 
 
-def and_images(config: Any, made: Batch) -> Batch:
-    return {**made, "pixel_values": images(config)}
+def and_images(config: Any, batch: Batch) -> Batch:
+    return {**batch, "pixel_values": images(config)}
 
 
-def placeholders(config: Any, made: Batch) -> Batch:
+def placeholders(config: Any, batch: Batch) -> Batch:
     """Images whose places in the text are marked by as many tokens as the model makes of an image."""
     names = ("image_token_index", "image_token_id", "video_token_index")
     token = next(getattr(config, name) for name in names if getattr(config, name, None))
-    made["input_ids"][:, : config.num_query_tokens] = token
-    made = and_images(config, made)
+    batch["input_ids"][:, : config.num_query_tokens] = token
+    batch = and_images(config, batch)
     if config.model_type == "instructblipvideo":
-        made["input_ids"][:, : 4 * config.num_query_tokens] = token
-        made["pixel_values"] = made["pixel_values"][:, None].expand(-1, 4, -1, -1, -1).contiguous()
+        batch["input_ids"][:, : 4 * config.num_query_tokens] = token
+        batch["pixel_values"] = batch["pixel_values"][:, None].expand(-1, 4, -1, -1, -1).contiguous()
     if config.model_type != "blip-2":
-        made["qformer_input_ids"] = ids(length=6)
-    return made
+        batch["qformer_input_ids"] = ids(length=6)
+    return batch
 
 
-def kosmos(config: Any, made: Batch) -> Batch:
+def kosmos(config: Any, batch: Batch) -> Batch:
     mask = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     mask[:, : config.latent_query_num] = True
-    return {**and_images(config, made), "image_embeds_position_mask": mask}
+    return {**and_images(config, batch), "image_embeds_position_mask": mask}
 
 
-def by_codebook(config: Any, made: Batch) -> Batch:
+def by_codebook(config: Any, batch: Batch) -> Batch:
     """Musicgen's decoders: a row of ids for each codebook, labels in the last dimension."""
     books = config.num_codebooks
     return {"input_ids": ids(ROWS * books), "labels": torch.randint(LOW, HIGH, (ROWS, LENGTH, books))}
 
 
-def musicgen(config: Any, made: Batch) -> Batch:
+def musicgen(config: Any, batch: Batch) -> Batch:
     inner = by_codebook(config.decoder, {})
     return {"input_ids": ids(), "decoder_input_ids": inner["input_ids"], "labels": inner["labels"]}
 
 
-def dia(config: Any, made: Batch) -> Batch:
+def dia(config: Any, batch: Batch) -> Batch:
     books = config.decoder_config.num_channels
     decoder = torch.randint(LOW, HIGH, (ROWS, TARGETS, books))
     labels = torch.randint(LOW, HIGH, (ROWS * books, TARGETS))
-    return {"input_ids": made["input_ids"], "decoder_input_ids": decoder, "labels": labels}
+    return {"input_ids": batch["input_ids"], "decoder_input_ids": decoder, "labels": labels}
 
 
-def csm(config: Any, made: Batch) -> Batch:
+def csm(config: Any, batch: Batch) -> Batch:
     codes = torch.randint(LOW, HIGH, (ROWS, LENGTH, config.num_codebooks))
     return {"input_ids": codes, "labels": codes.clone()} if hasattr(config, "depth_decoder_config") else {
         "input_ids": codes[:, 0], "labels": codes[:, 0].clone(),
@@ -93,35 +93,35 @@ def csm(config: Any, made: Batch) -> Batch:
     }  # fmt: skip
 
 
-def moshi(config: Any, made: Batch) -> Batch:
-    if "labels" in made:
-        return made
+def moshi(config: Any, batch: Batch) -> Batch:
+    if "labels" in batch:
+        return batch
     codes = lambda: torch.randint(LOW, HIGH, (ROWS, config.num_codebooks, LENGTH))  # noqa: E731
-    text = made["input_ids"]
+    text = batch["input_ids"]
     return {"input_ids": text, "moshi_audio_codes": codes(), "user_audio_codes": codes(), "text_labels": text.clone()}
 
 
 def spoken(frames: int, mels: int) -> Callable[[Any, Batch], Batch]:
-    return lambda config, made: {**made, "input_features": torch.randn(ROWS, frames, mels)}
+    return lambda config, batch: {**batch, "input_features": torch.randn(ROWS, frames, mels)}
 
 
-def kyutai(config: Any, made: Batch) -> Batch:
+def kyutai(config: Any, batch: Batch) -> Batch:
     codes = torch.randint(LOW, HIGH, (ROWS, LENGTH, config.num_codebooks + 1))
     return {"input_ids": codes, "labels": codes[..., 0].clone()}
 
 
-def lxmert(config: Any, made: Batch) -> Batch:
+def lxmert(config: Any, batch: Batch) -> Batch:
     seen = {"visual_feats": torch.randn(ROWS, 4, config.visual_feat_dim), "visual_pos": torch.rand(ROWS, 4, 4)}
-    return {**made, **seen}
+    return {**batch, **seen}
 
 
-def visual_bert(config: Any, made: Batch) -> Batch:
+def visual_bert(config: Any, batch: Batch) -> Batch:
     seen = torch.randn(ROWS, 4, config.visual_embedding_dim)
     mask = torch.ones(ROWS, 4, dtype=torch.long)
-    return {**made, "visual_embeds": seen, "visual_attention_mask": mask, "labels": masked(ids(length=LENGTH + 4))}
+    return {**batch, "visual_embeds": seen, "visual_attention_mask": mask, "labels": masked(ids(length=LENGTH + 4))}
 
 
-def perceiver(config: Any, made: Batch) -> Batch:
+def perceiver(config: Any, batch: Batch) -> Batch:
     length = config.max_position_embeddings
     return {"inputs": ids(length=length), "labels": masked(ids(length=length))}
 
@@ -185,23 +185,23 @@ def batch(model: nn.Module, name: str) -> Batch:
     """Keyword arguments of ``model`` (an instance of the class called ``name``), the same ones on every call."""
     torch.manual_seed(1)
     config: Any = model.config
-    known = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
-    made: Batch = {}
+    inputs: Batch = {}
     if main in MAIN:
-        made[main] = MAIN[main](config)
-    if "input_ids" in known and (main not in MAIN or not config.is_encoder_decoder):
-        made["input_ids"] = ids()
-        made["attention_mask"] = torch.ones(ROWS, LENGTH, dtype=torch.long)
-    if "labels" in known:
+        inputs[main] = MAIN[main](config)
+    if "input_ids" in parameters and (main not in MAIN or not config.is_encoder_decoder):
+        inputs["input_ids"] = ids()
+        inputs["attention_mask"] = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    if "labels" in parameters:
         if config.is_encoder_decoder:
-            made["labels"] = ignored(ids(length=TARGETS))
+            inputs["labels"] = ignored(ids(length=TARGETS))
         elif "MaskedLM" in name or "PreTraining" in name:
-            made["labels"] = masked(ids())
+            inputs["labels"] = masked(ids())
         else:
-            made["labels"] = ignored(made.get("input_ids", ids()))
+            inputs["labels"] = ignored(inputs.get("input_ids", ids()))
     for second in ("next_sentence_label", "sentence_order_label"):
-        if second in known:
-            made[second] = torch.tensor([0, 1])
-    made = {key: value for key, value in made.items() if key in known}
-    return EXTRA.get(config.model_type, lambda config, made: made)(config, made)
+        if second in parameters:
+            inputs[second] = torch.tensor([0, 1])
+    inputs = {key: value for key, value in inputs.items() if key in parameters}
+    return EXTRA.get(config.model_type, lambda config, inputs: inputs)(config, inputs)

@@ -191,7 +191,7 @@ def tiny(cls: type, default: Any = None, tokens: Tokens | None = None, model: st
         except Exception:  # it has parts without which there is none
             default = cls
     subs = getattr(cls, "sub_configs", None) or {}
-    given: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         try:
             value = getattr(default, field.name, None)
@@ -199,23 +199,23 @@ def tiny(cls: type, default: Any = None, tokens: Tokens | None = None, model: st
             continue
         sections = value.get("mrope_section") if field.name == "rope_parameters" and isinstance(value, dict) else None
         if sections:
-            given[field.name] = {**value, "mrope_section": thirds(value, given.get("head_dim") or 16)}
+            inputs[field.name] = {**value, "mrope_section": thirds(value, inputs.get("head_dim") or 16)}
         elif field.name in subs:
             if value is not None and dataclasses.is_dataclass(value):
-                given[field.name] = tiny(type(value), value, tokens)
+                inputs[field.name] = tiny(type(value), value, tokens)
         elif field.init and not derived(field):
             small = shrunk(field.name, value, tokens)
             if small != value:
-                given[field.name] = small
-    given |= SPECIAL.get(getattr(cls, "model_type", ""), {})
-    given |= SPECIAL.get(cls.__name__, {}) | SPECIAL.get(model, {})
-    given = {name: of_type(value, tokens) if isinstance(value, Tiny) else value for name, value in given.items()}
-    made = cls(**given)
-    if made.is_encoder_decoder:
+                inputs[field.name] = small
+    inputs |= SPECIAL.get(getattr(cls, "model_type", ""), {})
+    inputs |= SPECIAL.get(cls.__name__, {}) | SPECIAL.get(model, {})
+    inputs = {name: of_type(value, tokens) if isinstance(value, Tiny) else value for name, value in inputs.items()}
+    result = cls(**inputs)
+    if result.is_encoder_decoder:
         for name, token in (("decoder_start_token_id", 0), ("pad_token_id", 1)):
-            if getattr(made, name, None) is None:
-                setattr(made, name, token)
-    return made
+            if getattr(result, name, None) is None:
+                setattr(result, name, token)
+    return result
 
 
 def thirds(rope: dict[str, Any], head_dim: int) -> list[int]:

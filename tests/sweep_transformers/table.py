@@ -20,21 +20,21 @@ def merged(runs: Sequence[Sequence[Verdict]]) -> list[Verdict]:
     for run in runs:
         for verdict in run:
             by_class[verdict.name].append(verdict)
-    found = []
+    results = []
     for verdicts in by_class.values():
         verdicts.sort(key=lambda v: DEPTH.index(v.stack))
         ran = [v for v in verdicts if v.kind not in WITHOUT_A_VERDICT] or verdicts[:1]
         chosen = next((v for v in verdicts if v.kind in WRONG), ran[-1])
-        found.append(replace(chosen, stack=", ".join(dict.fromkeys(v.stack for v in ran))))
-    return sorted(found, key=lambda v: v.name)
+        results.append(replace(chosen, stack=", ".join(dict.fromkeys(v.stack for v in ran))))
+    return sorted(results, key=lambda v: v.name)
 
 
 def cell(text: object) -> str:
     return str(text).replace("|", "\\|").replace("\n", " ")
 
 
-def summary(found: Sequence[Verdict]) -> list[str]:
-    count = Counter(v.kind for v in found)
+def summary(verdicts: Sequence[Verdict]) -> list[str]:
+    count = Counter(v.kind for v in verdicts)
     heads = sum(count[kind] for kind in WITH_A_HEAD)
     lines = ["| result | classes | |", "|---|---|---|"]
     lines += [f"| {kind} | {count[kind]} | {what} |" for kind, what in KINDS.items() if count[kind]]
@@ -43,18 +43,18 @@ def summary(found: Sequence[Verdict]) -> list[str]:
         lines += ["", f"Fused: {count['fused']} of {heads} classes with a head that compile, {share:.1f} %."]
     cost = {"at most": lambda v: v.pass_ms, "on the largest model": lambda v: v.nodes}
     for which, key in cost.items():
-        one = max(found, key=key, default=None)
+        one = max(verdicts, key=key, default=None)
         if one and one.pass_ms:
             graphs = f"{one.nodes} nodes in {one.graphs} graph{'s' * (one.graphs > 1)}"
             lines.append(f"The pass took {one.pass_ms:.0f} ms {which}: {one.name}, {graphs}.")
     return lines
 
 
-def markdown(found: Sequence[Verdict], title: str, origin: str) -> str:
+def markdown(verdicts: Sequence[Verdict], title: str, origin: str) -> str:
     """The summary, then a row a class: first what is not fused."""
     order = {kind: i for i, kind in enumerate(KINDS)}
-    rows = sorted(found, key=lambda v: (order[v.kind] == 0, order[v.kind], v.name))
-    lines = [f"# {title}", "", origin, "", *summary(found), ""]
+    rows = sorted(verdicts, key=lambda v: (order[v.kind] == 0, order[v.kind], v.name))
+    lines = [f"# {title}", "", origin, "", *summary(verdicts), ""]
     lines += [
         "| class | result | stack | heads fused | nodes | pass, ms | error / allowed | |",
         "|---|---|---|---|---|---|---|---|",

@@ -132,8 +132,8 @@ def doubled(x: Any) -> Any:
 
 def makes_logits(gm: GraphModule) -> bool:
     """Whether a graph holds a linear product of the vocabulary's extent."""
-    made = (n.meta.get("example_value") for n in gm.graph.nodes if name_of(n) in PROJECTIONS)
-    return any(isinstance(z, Tensor) and z.ndim and z.shape[-1] and z.shape[-1] % VOCAB == 0 for z in made)
+    result = (n.meta.get("example_value") for n in gm.graph.nodes if name_of(n) in PROJECTIONS)
+    return any(isinstance(z, Tensor) and z.ndim and z.shape[-1] and z.shape[-1] % VOCAB == 0 for z in result)
 
 
 def compiled(model: nn.Module, stack: str, report: Report, counted: list[int], seen: list[bool]) -> Callable[..., Any]:
@@ -150,12 +150,12 @@ def compiled(model: nn.Module, stack: str, report: Report, counted: list[int], s
             return compile_with(gm, example_inputs, options=options, observe=report.extend)
 
         return torch.compile(model, backend=compile_one)
-    own = backend(report.extend, reference(stack), **options)
+    ours = backend(report.extend, reference(stack), **options)
 
     def rewrite(gm: Any, example_inputs: Any) -> Any:
         counted.append(len(gm.graph.nodes))
         seen.append(makes_logits(gm))
-        return own(gm, example_inputs)
+        return ours(gm, example_inputs)
 
     return torch.compile(model, backend=rewrite)
 
@@ -173,9 +173,9 @@ def judge(name: str, stack: str = "eager") -> Verdict:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = judged(name, stack)
-    found.seconds, found.stack = round(time.perf_counter() - began, 2), stack
-    return found
+        result = judged(name, stack)
+    result.seconds, result.stack = round(time.perf_counter() - began, 2), stack
+    return result
 
 
 def one_line(error: BaseException) -> str:
@@ -196,7 +196,7 @@ def judged(name: str, stack: str) -> Verdict:
     report = Report()
     counted: list[int] = []
     seen: list[bool] = []
-    found = Verdict(name, "no head" if not (watch.losses and watch.products) else "", losses=watch.losses)
+    verdict = Verdict(name, "no head" if not (watch.losses and watch.products) else "", losses=watch.losses)
     torch.compiler.reset()
     try:
         ours = step(model, compiled(model, stack, report, counted, seen), inputs)
@@ -205,35 +205,35 @@ def judged(name: str, stack: str) -> Verdict:
         try:
             step(model, torch.compile(model, backend="eager" if stack == "eager" else reference(stack)), inputs)
         except Exception as theirs:
-            found.kind, found.detail = "reference fails", one_line(theirs)
-            return found
-        found.kind, found.detail = "fails", one_line(error)
-        return found
-    found.heads = [
+            verdict.kind, verdict.detail = "reference fails", one_line(theirs)
+            return verdict
+        verdict.kind, verdict.detail = "fails", one_line(error)
+        return verdict
+    verdict.heads = [
         {k: v for k, v in asdict(h).items() if k in RECORDED}
         for h in report.heads
         if h.vocab_size % VOCAB == 0  # a router that takes a log-softmax of its projection is no head
     ]
-    found.graphs, found.nodes, found.pass_ms = len(counted), sum(counted), round(report.milliseconds, 1)
+    verdict.graphs, verdict.nodes, verdict.pass_ms = len(counted), sum(counted), round(report.milliseconds, 1)
     if report.errors:
-        found.kind, found.detail = "fails", "the pass raised: " + report.errors[0]
-        return found
+        verdict.kind, verdict.detail = "fails", "the pass raised: " + report.errors[0]
+        return verdict
     assert ours is not None
-    wrong = compare(found, ours, eager, truth_of(model, inputs))
+    wrong = compare(verdict, ours, eager, truth_of(model, inputs))
     if wrong:  # is it tracing that changes the numbers, whatever the backend?
         torch.compiler.reset()
         traced = step(model, torch.compile(model, backend=reference(stack)), inputs)
         torch.compiler.reset()
         if traced is None or not compare(Verdict(name, ""), traced, eager, truth_of(model, inputs)):
-            found.kind, found.detail = "differs", wrong
-            return found
-        found.worst, found.worst_ratio = "", 0.0
-        wrong = compare(found, ours, traced, truth_of(model, inputs, stack))
-        found.kind, found.detail = "differs" if wrong else found.kind, wrong
-        found.note = "tracing alone changes its numbers: held against the traced model"
-    if found.kind == "":
-        classify(found, any(seen))
-    return found
+            verdict.kind, verdict.detail = "differs", wrong
+            return verdict
+        verdict.worst, verdict.worst_ratio = "", 0.0
+        wrong = compare(verdict, ours, traced, truth_of(model, inputs, stack))
+        verdict.kind, verdict.detail = "differs" if wrong else verdict.kind, wrong
+        verdict.note = "tracing alone changes its numbers: held against the traced model"
+    if verdict.kind == "":
+        classify(verdict, any(seen))
+    return verdict
 
 
 def truth_of(model: nn.Module, inputs: dict[str, Any], traced_by: str = "") -> Step | None:
@@ -243,28 +243,29 @@ def truth_of(model: nn.Module, inputs: dict[str, Any], traced_by: str = "") -> S
         if hasattr(twin, "set_experts_implementation"):
             twin.set_experts_implementation("eager")  # grouped products are of float32 at most
         run = torch.compile(twin, backend=reference(traced_by)) if traced_by else twin
-        found = step(twin, run, tree_map(doubled, inputs))
+        truth = step(twin, run, tree_map(doubled, inputs))
     except Exception:
         return None
     # a model may hold constants of float32, so that in float64 it masks with numbers that are no longer the smallest
-    return found if found and all(bool(t.isfinite().all()) for t in found.tensors.values()) else None
+    return truth if truth and all(bool(t.isfinite().all()) for t in truth.tensors.values()) else None
 
 
-def classify(found: Verdict, seen: bool) -> None:
+def classify(verdict: Verdict, seen: bool) -> None:
     """What became of a model that has a head and whose numbers are right; ``seen``: in a graph of Dynamo's."""
-    fused = [h for h in found.heads if h["fused"]]
-    left = [h for h in found.heads if not h["fused"]]
+    fused = [h for h in verdict.heads if h["fused"]]
+    left = [h for h in verdict.heads if not h["fused"]]
     if fused and not left:
-        found.kind = "fused"
+        verdict.kind = "fused"
     elif fused:
-        found.kind, found.detail = "partly fused", left[0]["reason"]
+        verdict.kind, verdict.detail = "partly fused", left[0]["reason"]
     elif left or seen:
-        found.kind, found.detail = "refused", left[0]["reason"] if left else "no projection was seen before the loss"
+        verdict.kind = "refused"
+        verdict.detail = left[0]["reason"] if left else "no projection was seen before the loss"
     else:
-        found.kind = "not traced"
+        verdict.kind = "not traced"
 
 
-def compare(found: Verdict, ours: Step, eager: Step, truth: Step | None) -> str:
+def compare(verdict: Verdict, ours: Step, eager: Step, truth: Step | None) -> str:
     """Hold every tensor against the truth, and note the worst: "" where all are right, else what is wrong."""
     odd = ours.tensors.keys() ^ eager.tensors.keys()  # AOTAutograd makes zeros where eager code has no gradient
     if any((ours.tensors | eager.tensors)[name].count_nonzero() for name in odd):
@@ -288,8 +289,8 @@ def compare(found: Verdict, ours: Step, eager: Step, truth: Step | None) -> str:
         size = max(true.abs().max().item(), floor, 1e-12)
         far, near = (got.double() - true).abs().max().item(), (theirs.double() - true).abs().max().item()
         allowed = near + factor * ULPS * torch.finfo(torch.float32).eps * size
-        if far / allowed > found.worst_ratio:
-            found.worst, found.worst_ratio = name, round(far / allowed, 3)
+        if far / allowed > verdict.worst_ratio:
+            verdict.worst, verdict.worst_ratio = name, round(far / allowed, 3)
         if far > allowed:
             wrong = f"{name}: error {far:.3g}, eager's {near:.3g}, allowed {allowed:.3g}, size {size:.3g}"
     return wrong

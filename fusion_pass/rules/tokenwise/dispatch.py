@@ -55,16 +55,16 @@ def read_by_tokens(context: Context, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(op, OpOverload) or op._schema.is_mutable:
         raise Escape(NotByTokens.NO_NEW_TENSOR, op=op)
     args, kwargs = tree_map(token_value, (args, kwargs), is_leaf=lambda x: isinstance(x, LOGITS_LIKE))
-    wanted, made = first_dtype(context.val), first_dtype(context.alone)
-    if wanted != made and wanted is not None and made is not None and wanted.itemsize > made.itemsize:
+    wanted, alone = first_dtype(context.val), first_dtype(context.alone)
+    if wanted != alone and wanted is not None and alone is not None and wanted.itemsize > alone.itemsize:
         args, kwargs = tree_map(lambda x: widened(x, wanted), (args, kwargs))
-    elif wanted != made and op not in DTYPE_OPS:
+    elif wanted != alone and op not in DTYPE_OPS:
         raise Escape(NotByTokens.AUTOCAST, op=op, dtype=wanted)
     if op is not aten.sum.default and any(isinstance(x, MaskedRows) for x in tree_leaves((args, kwargs))):
         raise Escape(NotByTokens.MASKED, op=op)
     for rule in TOKEN_RULES.get(op, ()):
-        given, named = (args, kwargs) if rule.dim is None else positional(op, args, kwargs, rule.dim)
-        value = rule.read(replace(context, dim=rule.dim), *given, **named)
+        positionals, named = (args, kwargs) if rule.dim is None else positional(op, args, kwargs, rule.dim)
+        value = rule.read(replace(context, dim=rule.dim), *positionals, **named)
         if value is not None:
             return value
     if op not in TOKEN_RULES and is_pointwise(op):
@@ -80,8 +80,8 @@ def positional(op: Any, args: tuple, kwargs: dict[str, Any], last: int) -> tuple
     """The arguments of a call with those up to number ``last`` in their places, defaults where none is given."""
     missing = op._schema.arguments[len(args) : last + 1]
     filled = (*args, *(kwargs.get(argument.name, argument.default_value) for argument in missing))
-    given = {argument.name for argument in missing}
-    return filled, {name: value for name, value in kwargs.items() if name not in given}
+    moved = {argument.name for argument in missing}
+    return filled, {name: value for name, value in kwargs.items() if name not in moved}
 
 
 def is_composite(op: Any) -> bool:
@@ -142,8 +142,8 @@ def taken_apart(parts: Callable[..., Any], context: Context, args: tuple, kwargs
     assert mode is not None
 
     def call(*values: Any) -> Any:
-        given = dict(zip(map(id, leaves), values))
-        inputs, named = tree_map(lambda x: given.get(id(x), x), (args, kwargs))
+        value_of = dict(zip(map(id, leaves), values))
+        inputs, named = tree_map(lambda x: value_of.get(id(x), x), (args, kwargs))
         return parts(*inputs, **named)
 
     with mode, torch.no_grad(), torch.autocast(leaves[0].val.device.type, enabled=False):

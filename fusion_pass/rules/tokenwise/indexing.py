@@ -89,17 +89,17 @@ def by_number(op: Any, x: TokenValue, at: int, rest: tuple) -> tuple[Any, tuple]
 def picked_rows(logits: Logits, op: Any, which: tuple) -> Logits:
     """The logits of the picked tokens, [n, V]."""
 
-    def then(op: Any, *args: Any) -> None:
+    def apply_rule(op: Any, *args: Any) -> None:
         nonlocal logits
         fakes = [a.val if isinstance(a, Plain) else a for a in args]
         logits = RULES[op](Context(None, op(logits.val, *fakes), op), logits, *args)  # type: ignore[arg-type]
 
     dims = range(logits.val.ndim)
     if logits.class_dim != len(dims) - 1:
-        then(aten.permute.default, [d for d in dims if d != logits.class_dim] + [logits.class_dim])
+        apply_rule(aten.permute.default, [d for d in dims if d != logits.class_dim] + [logits.class_dim])
     if len(dims) != 2:
-        then(aten.reshape.default, [-1, logits.val.shape[-1]])
-    then(op, *which)
+        apply_rule(aten.reshape.default, [-1, logits.val.shape[-1]])
+    apply_rule(op, *which)
     return logits
 
 
@@ -152,8 +152,8 @@ def tail_index(context: Context, x: Any, indices: Any) -> TokenValue:
     x, used = from_logits(context, x), [(d, i) for d, i in enumerate(indices) if i is not None]
     if len(used) != 1 or not isinstance(used[0][1], Plain):
         raise Escape(NotByTokens.SEVERAL_INDICES)
-    (dim, which), here = used[0], x.val.device
-    numbers = which if which.val.device == here else Expr(aten.to.device, (which, here, torch.int64))
+    (dim, which), device = used[0], x.val.device
+    numbers = which if which.val.device == device else Expr(aten.to.device, (which, device, torch.int64))
     index = Plain(from_the_first(numbers, known_size(x.val.shape[dim], "an indexed dimension")), which.val)
     return tail_index_select(context, x, dim, index)
 

@@ -88,9 +88,9 @@ def product(
                 a = tl.load(h_at)
                 b = tl.load(w_at)
             else:
-                left = D - k * BK
-                a = tl.load(h_at, mask=(inner < left)[None, :], other=0.0)
-                b = tl.load(w_at, mask=(inner < left)[:, None], other=0.0)
+                remaining = D - k * BK
+                a = tl.load(h_at, mask=(inner < remaining)[None, :], other=0.0)
+                b = tl.load(w_at, mask=(inner < remaining)[:, None], other=0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
             h_at += BK * sh1
             w_at += BK * sw1

@@ -40,8 +40,8 @@ def _stepped(z, vectors, col, row, STEPS: tl.constexpr, J: tl.constexpr, DECIDE:
     elif op == "mulcol":
         z = z * along_columns(z, vectors, value, col)
     elif op == "setcol":
-        there = along_columns(z, vectors, value, col)
-        z = tl.where(there != there, z, there)
+        replacement = along_columns(z, vectors, value, col)
+        z = tl.where(replacement != replacement, z, replacement)
     elif op == "dropcol":
         z = tl.where(along_columns(z, vectors, value, col) != 0.0, float("-inf"), z)
     elif op == "addrow":
@@ -99,8 +99,8 @@ def _pulled(
     elif op == "mulcol":
         g = g * along_columns(z, vectors, value, col)
     elif op == "setcol":
-        there = along_columns(z, vectors, value, col)
-        g = tl.where(there != there, g, 0.0)
+        replacement = along_columns(z, vectors, value, col)
+        g = tl.where(replacement != replacement, g, 0.0)
     elif op == "dropcol":
         g = tl.where(along_columns(z, vectors, value, col) != 0.0, 0.0, g)
     elif op == "fn":

@@ -7,7 +7,7 @@ out: dz [M, V'] in the dtype of h. Never in memory: z, p. FLOP 2MDV'; bytes: 2MV
 `sweeps.statistics`.
 """
 
-# ruff: noqa: SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
+# ruff: noqa: SIM102 (Triton needs each compile-time test as a statement)
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -84,12 +84,12 @@ def _epilogue(
     LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     row = token_rows(place.block, BM)
-    there = row < sizes.N
-    norm = gl.load(args.lse + row, mask=there, other=0.0)
+    in_range = row < sizes.N
+    norm = gl.load(args.lse + row, mask=in_range, other=0.0)
     norm = norm + 0.0 * norm  # NaN if the lse is infinite, as log_softmax gives
     g = norm
     if args.HAS_LSE:
-        g = gl.load(args.g_lse + row, mask=there, other=0.0)
+        g = gl.load(args.g_lse + row, mask=in_range, other=0.0)
     more = norm
     if LABELS == 1:
         more = _label_gradient(args.g_picked, place.label_columns, 0, 1, row)

@@ -7,7 +7,7 @@ in: h [M, D], w [V, D] of two bytes, ref2 [M] float32, y [M, K] int64. out: E [M
 written, h and w as in `sweeps.statistics`.
 """
 
-# ruff: noqa: RUF059, SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
+# ruff: noqa: RUF059, SIM102 (Triton needs a name for each part, and each compile-time test as a statement)
 from __future__ import annotations
 
 from typing import Any, NamedTuple

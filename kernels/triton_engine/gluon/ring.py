@@ -15,7 +15,7 @@ full.
 Written in Gluon, for chips with wgmma (capability 9).
 """
 
-# ruff: noqa: RUF059 (Triton wants a name of its own for each part, and tests at compile time as statements)
+# ruff: noqa: RUF059 (Triton needs a name for each part)
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -145,7 +145,7 @@ def loads(
     main0, steps0 = _steps(pid, flags, sizes, ONLY, BM, BN)
     main1, steps1 = _steps(pid + 1, flags, sizes, ONLY, BM, BN)
     at = 0
-    phase = 1  # of "free": on a barrier at which nothing has arrived, a wait for phase 1 returns at once
+    phase = 1  # of the barriers "free": nothing has arrived there yet, and a wait for phase 1 then returns immediately
     for turn in range(2 * gl.maximum(steps0, steps1)):
         step = turn // 2
         second = turn % 2

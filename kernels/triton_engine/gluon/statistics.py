@@ -6,7 +6,7 @@ in: h [N, D], w [V, D] of two bytes, y [N, K] int64. out: partial results part [
 picked [N, K] float32. Never in memory: z, p. FLOP 2NDV; bytes as in `sweeps.statistics`.
 """
 
-# ruff: noqa: RUF059, SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
+# ruff: noqa: RUF059, SIM102 (Triton needs a name for each part, and each compile-time test as a statement)
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -52,14 +52,14 @@ def _epilogue(
     LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     N, V, _, GROUP, P = sizes
-    here, last = place.label_bits, place.last
+    label_bits, last = place.label_bits, place.last
     labels, picked, part, size = args
     ref2, total = state
     start = place.tile * BN
     if LABELS > 0:
-        if here & 3 != 0:
+        if label_bits & 3 != 0:
             store_labelled_part(acc, labels, place, N, picked, LABELS, 0, WIDE_TILE, BM, BN, WIDE)
-        if here & 4 != 0:
+        if label_bits & 4 != 0:
             store_labelled_part(rest, labels, place, N, picked, LABELS, WIDE, NARROW_TILE, BM, BN, NARROW)
     if not EVEN:
         if start + BN > V:

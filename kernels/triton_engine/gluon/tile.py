@@ -61,10 +61,10 @@ def _store_label(
 ):
     rows: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     at = gl.convert_layout(at, rows, assert_trivial=True)
-    there = columns_of(FIRST, LAYOUT, WIDTH)[None, :] == at[:, None]
+    at_label = columns_of(FIRST, LAYOUT, WIDTH)[None, :] == at[:, None]
     row = block * BM + gl.arange(0, BM, layout=rows)
     inside = (at >= FIRST) & (at < FIRST + WIDTH)
-    gl.store(out + row.to(gl.int64) * K + k, gl.sum(gl.where(there, z, 0.0), 1), mask=inside)
+    gl.store(out + row.to(gl.int64) * K + k, gl.sum(gl.where(at_label, z, 0.0), 1), mask=inside)
 
 
 @gluon.jit

@@ -115,7 +115,7 @@ def finalize_kernel(
     if OTHERS:
         o = tl.load(others + row)
         d = o - r
-        # beyond 2^100 the window's total, at most 1e18, is lost in rounding, and the lse is that of the others
+        # beyond 2^100 the window's total, at most 1e18, is lost in rounding: the lse is that of the other columns
         far = d > 100.0
         total += tl.where(d == d, tl.exp2(tl.where(far, 100.0, d)), d)
         lse_row = tl.where(far, log_sum(o, 1.0), log_sum(r, total))
@@ -155,10 +155,10 @@ def finalize_kernel(
                 same = tl.load(y + row.to(tl.int64) * sy0 + other * sy1) == label
                 coefficient += tl.where(same, tl.load(c_picked + row.to(tl.int64) * K + other), 0.0)
             z = tl.load(picked + row.to(tl.int64) * K + k)
-            own = keep * tl.exp2(tl.fma(z, LOG2E, -r))
+            exponential = keep * tl.exp2(tl.fma(z, LOG2E, -r))
             # for a cross-entropy c_picked / a is exactly -1, so that own - total is rounded only once
             share = tl.where(keep < 1.0, coefficient / s, coefficient / a * total)
-            entry = own + tl.where(coefficient == 0.0, 0.0, share)
+            entry = exponential + tl.where(coefficient == 0.0, 0.0, share)
             if VARYING:
                 entry *= tl.load(slope + row.to(tl.int64) * K + k)
             stored = entry.to(DTYPE)
@@ -180,15 +180,15 @@ def finalize_kernel(
 
 
 @lru_cache(maxsize=KEPT)
-def _launch(s: Sweep, given: tuple[bool, ...], total: bool, need_w: bool, ld: int, gain: float) -> Launch:
-    has_lse, has_picked, has_square, others = given
+def _launch(s: Sweep, present: tuple[bool, ...], total: bool, need_w: bool, ld: int, gain: float) -> Launch:
+    has_lse, has_picked, has_square, has_others = present
     bound = s.arguments(
         ld=ld,
         VARYING=s.transform.varies_along_row,
         HAS_LSE=has_lse,
         HAS_PICKED=has_picked and s.labels > 0,
         HAS_SQUARE=has_square,
-        OTHERS=others,
+        OTHERS=has_others,
         SUM=total,
         NEED_W=need_w,
         GAIN=gain,
@@ -217,19 +217,19 @@ def finalize(
     sh: Tensor | None,
     gain: float,
     tie: Tensor,
-    others: Tensor | None = None,
+    other_lse: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
     """Fill in row results and target entries, tie [] <- -0.0; returns scale [N] float32 with dz = scale ⊙ window.
 
     The scale overwrites ``ref2``, unless ``scale`` [N] float32 is given by a caller that still reads the reference.
     ``total`` and ``spread`` [N] <- Σ u z and Σ u (lse - z); ``weight`` [] is Σ u, None for u of ones.
-    ``others`` [N] float32: the base-2 lse of columns that are not in the window.
+    ``other_lse`` [N] float32: the base-2 lse of columns that are not in the window.
     """
     c_lse, c_picked, c_square = coefficients.lse, coefficients.picked, coefficients.square
-    given = (c_lse is not None, c_picked is not None, c_square is not None, others is not None)
+    present = (c_lse is not None, c_picked is not None, c_square is not None, other_lse is not None)
     scale = ref2 if scale is None else scale
-    launch = _launch(s, given, total is not None, sh is not None, window.stride(0), gain)
+    launch = _launch(s, present, total is not None, sh is not None, window.stride(0), gain)
     launch.run(
         part=part,
         ref2=ref2,
@@ -242,7 +242,7 @@ def finalize(
         c_lse=c_lse,
         c_picked=c_picked,
         c_square=c_square,
-        others=others,
+        others=other_lse,
         lse=lse,
         lse_low=lse_low,
         weight=weight,

@@ -65,8 +65,8 @@ def map_labels_kernel(
             _assert_a_column(label, row < N, V)
         part = tl.where(label >= first_col, (label - first_col) // WIDTH, -1).to(tl.int32)
         for j in tl.static_range(PARTS):
-            there = (tile * PARTS + j)[None, :] == part[:, None]
-            bits |= tl.max(there.to(tl.int32), 0) << j
+            in_part = (tile * PARTS + j)[None, :] == part[:, None]
+            bits |= tl.max(in_part.to(tl.int32), 0) << j
     tl.store(label_map + block.to(tl.int64) * tiles + tile, bits, mask=tile < tiles)
 
 

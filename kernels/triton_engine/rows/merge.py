@@ -80,9 +80,9 @@ def merge_kernel(
         for first in range(0, slots, SLOTS):
             slot = first + tl.arange(0, SLOTS)
             at = start.to(tl.int64) + slot[:, None].to(tl.int64) * distance + (row - block * BM)[None, :]
-            there = (slot < slots)[:, None] & (row < N)[None, :]
-            ref2_s = tl.load(part + at, mask=there, other=float("-inf"))
-            total_s = tl.load(part + size + at, mask=there, other=0.0)
+            in_range = (slot < slots)[:, None] & (row < N)[None, :]
+            ref2_s = tl.load(part + at, mask=in_range, other=float("-inf"))
+            total_s = tl.load(part + size + at, mask=in_range, other=0.0)
             new = tl.maximum(ref2, tl.max(ref2_s, 0))
             base = finite_or_zero(new)
             shift = tl.where(tl.abs(ref2) < float("inf"), ref2, base) - base
@@ -90,33 +90,33 @@ def merge_kernel(
             fade = tl.exp2(shift)
             fade_s = tl.exp2(shift_s)
             if ENTROPY:
-                moment_s = tl.load(part + 2 * size + at, mask=there, other=0.0)
+                moment_s = tl.load(part + 2 * size + at, mask=in_range, other=0.0)
                 if VARIANCE:
-                    square_s = tl.load(part + 6 * size + at, mask=there, other=0.0)
+                    square_s = tl.load(part + 6 * size + at, mask=in_range, other=0.0)
                     square_s = tl.sum(fade_s * (square_s + shift_s * (2.0 * moment_s + shift_s * total_s)), 0)
                     square = fade * (square + shift * (2.0 * moment + shift * total)) + square_s
                 moment_s = tl.sum(fade_s * (moment_s + total_s * shift_s), 0)
                 moment = fade * (moment + total * shift) + moment_s
             if SPREAD:
-                weight_s = tl.load(part + 5 * size + at, mask=there, other=0.0)
-                relative_s = tl.load(part + 4 * size + at, mask=there, other=0.0) + weight_s * shift_s
+                weight_s = tl.load(part + 5 * size + at, mask=in_range, other=0.0)
+                relative_s = tl.load(part + 4 * size + at, mask=in_range, other=0.0) + weight_s * shift_s
                 relative += weight * shift + tl.sum(relative_s, 0)
                 weight += tl.sum(weight_s, 0)
             total = fade * total + tl.sum(fade_s * total_s, 0)
             ref2 = new
             if SUM:
-                weighted += tl.sum(tl.load(part + 3 * size + at, mask=there, other=0.0), 0)
+                weighted += tl.sum(tl.load(part + 3 * size + at, mask=in_range, other=0.0), 0)
             if TOP:
-                key = tl.load(part_top + at, mask=there, other=LEAST_KEY)
-                col = tl.load(part_top + size + at, mask=there, other=NO_COLUMN)
+                key = tl.load(part_top + at, mask=in_range, other=LEAST_KEY)
+                col = tl.load(part_top + size + at, mask=in_range, other=NO_COLUMN)
                 best = tl.max(key, 0)
-                found = tl.min(tl.where(key == best[None, :], col, NO_COLUMN), 0)
-                tied = tl.minimum(tl.where(best == top, where, NO_COLUMN), found)
+                column = tl.min(tl.where(key == best[None, :], col, NO_COLUMN), 0)
+                tied = tl.minimum(tl.where(best == top, where, NO_COLUMN), column)
                 where = tl.where(best >= top, tied, where)
                 top = tl.maximum(best, top)
         if REF:
             reference = ref2 + tl.log2(total) + SHIFT
-            if FINITE:  # a row without a finite lse still shows it in the total of its exponentials
+            if FINITE:  # the total of the row's exponentials shows later that its lse is not finite
                 reference = finite_or_zero(reference)
             tl.store(ref2_out + row, reference, mask=row < N)
         else:

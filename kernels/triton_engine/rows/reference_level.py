@@ -50,21 +50,21 @@ def reference_kernel(
     INNER: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < N
+    in_range = row < N
     col = tl.zeros((ROWS,), tl.int64)
     if LABELS > 0:
-        col = tl.load(y + row.to(tl.int64) * sy0, mask=there, other=0)
+        col = tl.load(y + row.to(tl.int64) * sy0, mask=in_range, other=0)
         col = tl.minimum(tl.maximum(col, 0), V - 1)  # `label_map` reports labels out of range
     inner = tl.arange(0, INNER)
     acc = tl.zeros((ROWS, INNER), tl.float32)
     for k in range(0, D, INNER):
-        mask = there[:, None] & (k + inner < D)[None, :]
+        mask = in_range[:, None] & (k + inner < D)[None, :]
         a = tl.load(h + row.to(tl.int64)[:, None] * sh0 + (k + inner)[None, :] * sh1, mask=mask, other=0.0)
         b = tl.load(w + col[:, None] * sw0 + (k + inner).to(tl.int64)[None, :] * sw1, mask=mask, other=0.0)
         acc += a.to(tl.float32) * b.to(tl.float32)
     vectors = Vectors(cols, stride_cols, V, rows, stride_rows, N)
     z = transform(tl.sum(acc, 1), vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
-    tl.store(ref2 + row, finite_or_zero(z * LOG2E), mask=there)  # 0 for a masked target, whose logit is -inf
+    tl.store(ref2 + row, finite_or_zero(z * LOG2E), mask=in_range)  # 0 for a masked target, whose logit is -inf
 
 
 ROWS_EACH = 4  # rows of one program

@@ -108,25 +108,25 @@ def _epilogue(
     start = part * WIDTH
     row = block * BM + tl.arange(0, BM)
     col = start + tl.arange(0, WIDTH)
-    there = row < N
+    in_range = row < N
     z = transform(acc, vectors, col, row, STEPS, len(STEPS) // 2, PRECISE)
     dz = tl.zeros((BM, WIDTH), tl.float32)
     if HAS_LSE or HAS_ENTROPY:
-        norm = tl.load(lse + row, mask=there, other=0.0)
+        norm = tl.load(lse + row, mask=in_range, other=0.0)
         logp = z - (norm + 0.0 * norm)[:, None]  # NaN if the lse is infinite, as log_softmax gives
         if PRECISE:  # bfloat16 and float16 round off far more than lse_low
-            logp -= tl.load(lse_low + row, mask=there, other=0.0)[:, None]
+            logp -= tl.load(lse_low + row, mask=in_range, other=0.0)[:, None]
         p = tl.exp2(logp * LOG2E)
         if HAS_LSE:
-            dz = p * tl.load(g_lse + row, mask=there, other=0.0)[:, None]
+            dz = p * tl.load(g_lse + row, mask=in_range, other=0.0)[:, None]
         if HAS_ENTROPY:
-            H = tl.load(entropy + row, mask=there, other=0.0)
-            dz -= tl.load(g_entropy + row, mask=there, other=0.0)[:, None] * (p * (logp + H[:, None]))
+            H = tl.load(entropy + row, mask=in_range, other=0.0)
+            dz -= tl.load(g_entropy + row, mask=in_range, other=0.0)[:, None] * (p * (logp + H[:, None]))
             if HAS_VARIANCE:
                 d = logp + H[:, None]
-                dz += tl.load(g_variance + row, mask=there, other=0.0)[:, None] * (p * (d * d))
+                dz += tl.load(g_variance + row, mask=in_range, other=0.0)[:, None] * (p * (d * d))
     if HAS_SUM:
-        g = tl.load(g_sum + row, mask=there, other=0.0)
+        g = tl.load(g_sum + row, mask=in_range, other=0.0)
         if HAS_U:
             dz += g[:, None] * tl.load(u + col, mask=col < V, other=0.0)[None, :]
         else:
@@ -217,7 +217,7 @@ def dlogits_kernel(
     main_steps, steps = step_counts(pid, P, N, V, GROUP, BM, BN)
     for step in tl.range(0, steps, flatten=FLATTEN):
         block, tile, _, _ = locate(step, main_steps, pid, P, N, V, GROUP, BM, BN)
-        here = labelled_parts(label_map, block, tile, V, LABELS, BN)
+        label_bits = labelled_parts(label_map, block, tile, V, LABELS, BN)
         prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
         acc = product(
             h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY, EVEN_D
@@ -226,15 +226,15 @@ def dlogits_kernel(
             x = column_part(acc, j, PARTS, BM, BN)
             _epilogue(
                 x, dz, y, u, vectors, g_lse, g_picked, g_sum, g_entropy, g_variance, lse, lse_low, entropy,
-                part_cols, part_rows, block, PARTS * tile + j, (here >> j) & 1, first_col, sy0, sy1, K, rows_size,
+                part_cols, part_rows, block, PARTS * tile + j, (label_bits >> j) & 1, first_col, sy0, sy1, K, rows_size,
                 STEPS, LABELS, HAS_LSE, HAS_SUM, HAS_ENTROPY, HAS_VARIANCE, HAS_U, NEED_COLS, NEED_ROWS, PRECISE,
                 DTYPE, BM, BN // PARTS,
             )  # fmt: skip
 
 
 @lru_cache(maxsize=KEPT)
-def _launch(s: Sweep, given: tuple[bool, ...], need_cols: bool, need_rows: bool) -> Launch:
-    has_lse, has_entropy, has_variance, has_picked, has_sum = given
+def _launch(s: Sweep, present: tuple[bool, ...], need_cols: bool, need_rows: bool) -> Launch:
+    has_lse, has_entropy, has_variance, has_picked, has_sum = present
     if s.tile.paired:
         from fusedhead.kernels.triton_engine.gluon.dlogits import dlogits_pair_kernel  # only where Gluon runs
 

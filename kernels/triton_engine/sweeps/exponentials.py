@@ -164,7 +164,7 @@ def exp_kernel(
             live = tl.load(flags + block)
         if live != 0:
             row = block * BM + tl.arange(0, BM)
-            here = labelled_parts(label_map, block, tile, V, LABELS, BN)
+            label_bits = labelled_parts(label_map, block, tile, V, LABELS, BN)
             if LATE:
                 prefetch(ref2 + tl.minimum(row, N - 1), PREFETCH)
             else:
@@ -179,8 +179,8 @@ def exp_kernel(
                 x = column_part(acc, j, PARTS, BM, BN)
                 start = tile * BN + j * (BN // PARTS)
                 t, s, q = _epilogue(
-                    x, r, E, y, u, vectors, picked, slope, block, start, (here >> j) & 1, sy0, sy1, K, STEPS, LABELS,
-                    HAS_U, SUM, VARYING, EVEN, PRECISE, DTYPE, BM, BN // PARTS,
+                    x, r, E, y, u, vectors, picked, slope, block, start, (label_bits >> j) & 1, sy0, sy1, K, STEPS,
+                    LABELS, HAS_U, SUM, VARYING, EVEN, PRECISE, DTYPE, BM, BN // PARTS,
                 )  # fmt: skip
                 total += t
                 weighted += s
@@ -207,9 +207,9 @@ def _launch(s: Sweep, total: bool, only: bool) -> Launch:
         )
 
         return s.launch(exp_pair_kernel, ONLY=only)
-    own = {"FLATTEN": False} if only else {}
+    options = {"FLATTEN": False} if only else {}
     varying = s.transform.varies_along_row
-    return s.launch(exp_kernel, SUM=total, VARYING=varying, ONLY=only, **own)
+    return s.launch(exp_kernel, SUM=total, VARYING=varying, ONLY=only, **options)
 
 
 def exponentials(

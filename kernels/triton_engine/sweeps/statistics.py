@@ -117,7 +117,7 @@ def stream_kernel(
         if ONLY:
             live = tl.load(flags + block)
         row = block * BM + tl.arange(0, BM)
-        here = labelled_parts(label_map, block, tile, V, LABELS, BN)
+        label_bits = labelled_parts(label_map, block, tile, V, LABELS, BN)
         if live != 0:
             prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
             acc = product(
@@ -159,7 +159,7 @@ def stream_kernel(
                 total = fade * total + tl.sum(e, 1)
                 ref2 = new
                 if LABELS > 0:
-                    if (here >> j) & 1 != 0:
+                    if (label_bits >> j) & 1 != 0:
                         store_labelled(z, y, sy0, sy1, K, row, N, start, picked, LABELS, BN // PARTS)
         if last:
             if live != 0:
@@ -212,7 +212,7 @@ def _launch(s: Sweep, want: frozenset[str], labels: int, only: bool) -> Launch:
 
         return s.launch(stream_pair_kernel, LABELS=labels, ONLY=only)
     top = bool(want & {"max", "argmax"})
-    own = {"FLATTEN": False} if only else {}
+    options = {"FLATTEN": False} if only else {}
     return s.launch(
         stream_kernel,
         STEPS=steps_of(s.layout.transform) if top else s.steps,
@@ -223,7 +223,7 @@ def _launch(s: Sweep, want: frozenset[str], labels: int, only: bool) -> Launch:
         VARIANCE="variance" in want,
         TOP=top,
         ONLY=only,
-        **own,
+        **options,
     )
 
 

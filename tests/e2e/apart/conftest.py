@@ -18,8 +18,8 @@ SCHEMAS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 
 def operators_load() -> bool:
     """Whether torchvision's library of operators works beside this torch; it is loaded then."""
-    found = find_spec("torchvision")
-    libraries = Path(found.origin).parent.glob("_C*.so") if found and found.origin else ()
+    result = find_spec("torchvision")
+    libraries = Path(result.origin).parent.glob("_C*.so") if result and result.origin else ()
     for library in libraries:  # one; its name has changed
         try:
             torch.ops.load_library(library)

@@ -22,8 +22,8 @@ def names_of_tests() -> set[str]:
 
 
 def test_every_form_and_every_trap_is_held_by_a_test_that_exists() -> None:
-    known, held = names_of_tests(), [*FORMS.items(), *TRAPS.items(), *LEFT.items()]
-    missing = {name: set(tests) - known for name, tests in held}
+    names, held = names_of_tests(), [*FORMS.items(), *TRAPS.items(), *LEFT.items()]
+    missing = {name: set(tests) - names for name, tests in held}
     assert not {name: tests for name, tests in missing.items() if tests}
     assert not [name for name, tests in held if not tests]
 

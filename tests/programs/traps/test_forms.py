@@ -102,13 +102,13 @@ def test_a_loss_over_a_vocabulary_split_between_ranks_is_not_seen() -> None:
             largest = z.max(-1).values
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
             z = z - largest[:, None]
-            own = z.gather(1, y[:, None]).squeeze(1)
-            dist.all_reduce(own)
+            logit = z.gather(1, y[:, None]).squeeze(1)
+            dist.all_reduce(logit)
             p = z.exp_()
             total = p.sum(-1)
             dist.all_reduce(total)
             ctx.save_for_backward(p.div_(total[:, None]), y)
-            return total.log() - own
+            return total.log() - logit
 
         @staticmethod
         def backward(ctx, g):  # type: ignore[no-untyped-def]

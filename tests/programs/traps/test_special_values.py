@@ -187,10 +187,10 @@ def operands(draw: st.DrawFn) -> Operands:
     return h, w, bias, c, y
 
 
-def step(program: Loss, given: Operands) -> list[Tensor]:
+def step(program: Loss, inputs: Operands) -> list[Tensor]:
     """The loss and the gradients of h, w and the bias."""
-    leaves = [x.clone().requires_grad_() for x in given[:3]]
-    loss = program(*leaves, *given[3:])
+    leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+    loss = program(*leaves, *inputs[3:])
     upstream = torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape)
     return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream)]
 
@@ -222,10 +222,10 @@ def test_what_is_not_finite_is_what_eager_code_has(loss: Loss, fill: float | Non
 
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
     @given(operands())
-    def alike(given: Operands) -> None:
-        names = ("loss", "h", "w", "bias")[: compared(loss, *given)]
-        broken = not all(bool(x.isfinite().all()) for x in given[:2])
-        for name, ours, wanted in zip(names, step(rewritten, given), step(program, given)):
+    def alike(inputs: Operands) -> None:
+        names = ("loss", "h", "w", "bias")[: compared(loss, *inputs)]
+        broken = not all(bool(x.isfinite().all()) for x in inputs[:2])
+        for name, ours, wanted in zip(names, step(rewritten, inputs), step(program, inputs)):
             if broken and name != "loss":  # one that is not finite
                 ours, wanted = (x.where(x.isfinite(), math.nan) for x in (ours, wanted))
             if fill == LEAST_FINITE:  # a sum with it is infinite, or nearly, and so in one of two ways to take it

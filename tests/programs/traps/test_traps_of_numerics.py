@@ -250,9 +250,9 @@ def test_logits_returned_from_an_autocast_region_are_those_of_eager_code(option:
             z = F.linear(h, w)
             return F.cross_entropy(z, y), z * 2
 
-    given = hidden(6, D), weight(), labels(6)
+    inputs = hidden(6, D), weight(), labels(6)
     rewritten = Rewritten(program, {"fusedhead.logits": option})
-    got, expected = rewritten(*given)[1] + 0, program(*given)[1]
+    got, expected = rewritten(*inputs)[1] + 0, program(*inputs)[1]
     assert got.dtype == expected.dtype == torch.bfloat16
     assert torch.equal(got, expected)
     assert [head.fused for head in rewritten.report.heads] == [True]

@@ -127,8 +127,8 @@ def test_a_scale_changed_between_two_uses_is_two_scales() -> None:
     [nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.ELU, nn.CELU, nn.Threshold, nn.Dropout, nn.RReLU],
 )
 def test_a_layer_that_works_in_place_is_seen_to(layer: type[nn.Module]) -> None:
-    given = {nn.Threshold: (0.1, 0.5)}.get(layer, ())
-    apart, within = layer(*given), layer(*given, inplace=True)
+    inputs = {nn.Threshold: (0.1, 0.5)}.get(layer, ())
+    apart, within = layer(*inputs), layer(*inputs, inplace=True)
 
     def program(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x = h * 2

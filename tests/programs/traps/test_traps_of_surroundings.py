@@ -112,10 +112,10 @@ def test_what_is_inductors_reaches_inductor(monkeypatch: pytest.MonkeyPatch) -> 
         return gm.forward
 
     monkeypatch.setattr(compile_fx, "compile_fx", watch)
-    given = hidden(6, D), weight(), labels(6)
-    torch.compile(loss, backend="fusedhead", mode="reduce-overhead")(*given)
+    operands = hidden(6, D), weight(), labels(6)
+    torch.compile(loss, backend="fusedhead", mode="reduce-overhead")(*operands)
     torch.compiler.reset()
-    torch.compile(loss, backend="fusedhead", options={"max_fusion_size": 7, "fusedhead.memory": 64})(*given)
+    torch.compile(loss, backend="fusedhead", options={"max_fusion_size": 7, "fusedhead.memory": 64})(*operands)
     assert seen[0]["triton.cudagraphs"]
     assert seen[1]["max_fusion_size"] == 7
     assert not any(name.startswith("fusedhead") for patches in seen for name in patches)

@@ -172,11 +172,11 @@ def test_looking_for_random_numbers_draws_none() -> None:
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return (losses(h, w, y) * torch.rand(6)).sum()
 
-    given = hidden(6, D), weight(), labels(6)
+    inputs = hidden(6, D), weight(), labels(6)
     before = torch.get_rng_state()
     rewritten = Rewritten(program)
-    got = rewritten(*given)
+    got = rewritten(*inputs)
     after = torch.get_rng_state()
     torch.set_rng_state(before)
-    torch.testing.assert_close(got, program(*given))
+    torch.testing.assert_close(got, program(*inputs))
     assert torch.equal(torch.get_rng_state(), after)

@@ -116,8 +116,8 @@ def test_gradients_through_the_loss_in_the_graph_and_the_logits_outside() -> Non
         return output["loss"] + (output["logits"] ** 2).mean() + torch.logsumexp(output["logits"], -1).mean()
 
     wanted = gradients(model, total(model(x, x)))
-    found = gradients(model, total(deferring(model)(x, x)))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    actual = gradients(model, total(deferring(model)(x, x)))
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_a_gradient_of_the_logits_themselves_may_be_kept(model: Model) -> None:
@@ -130,12 +130,12 @@ def test_a_gradient_of_the_logits_themselves_may_be_kept(model: Model) -> None:
 
 def test_a_detached_leaf_of_the_logits_has_its_own_gradient(model: Model) -> None:
     z, real = deferring(model)(X), model(X)
-    found = []
+    results = []
     for logits in (z, real):
         leaf = logits.detach().requires_grad_()
         F.cross_entropy(leaf.view(-1, V), X.view(-1)).backward()
-        found.append(gradients_of_backward(model, logits, leaf.grad))
-    torch.testing.assert_close(found[0], found[1])
+        results.append(gradients_of_backward(model, logits, leaf.grad))
+    torch.testing.assert_close(results[0], results[1])
 
 
 def gradients_of_backward(model: nn.Module, logits: Tensor, grad: Tensor) -> list[Tensor]:
@@ -150,8 +150,8 @@ def test_autograd_walkers_find_the_parameters_behind_it(model: Model) -> None:
     from torch.nn.parallel.distributed import _find_tensors
 
     z = deferring(model)(X)
-    (found,) = _find_tensors({"logits": [z]})
-    seen, stack, leaves = set(), [found.grad_fn], []
+    (result,) = _find_tensors({"logits": [z]})
+    seen, stack, leaves = set(), [result.grad_fn], []
     while stack:
         node = stack.pop()
         if node is None or node in seen:
