@@ -19,4 +19,4 @@ SIGN_BIT = tl.constexpr(-2147483648)  # the bits of -0.0
 SAFE_TOTAL = tl.constexpr(1e18)  # a row's total in (1 / SAFE_TOTAL, SAFE_TOTAL) neither overflowed nor underflowed
 TWO_LOG2E = tl.constexpr(2.8853900817779268)  # exp 2x = 2^(x · TWO_LOG2E)
 LARGEST_FLOAT8 = tl.constexpr(448.0)  # the largest finite number of e4m3
-MARKED_TAIL = tl.constexpr(-1e-30)  # rounds to -0 in e4m3, the mark of an entry that is left out
+SATURATES_FLOAT8 = tl.constexpr(432.0)  # the least number that rounds to it: halfway from 416, ties to even

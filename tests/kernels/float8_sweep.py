@@ -5,6 +5,8 @@ Takes the place of `float8.exponentials.float8_exponentials`; `test_float8_expon
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -42,14 +44,14 @@ def float8_exponentials(
     z = head.h.float() @ head.w.float().t()
     e = (z.double() * L - ref2.double()[:, None]).float().exp2()
     x = e * gain[:, None]
-    x = torch.where(x <= 448, x, -1e-30)
+    x = torch.where(x < 432, x, -1e-30)  # -0 once it is rounded
     whole = z.new_zeros((padded(n, FLOAT8_BLOCK), padded(vocab, FLOAT8_PART)))
     whole[:n, :vocab] = x
     x8 = whole.to(torch.float8_e4m3fn)
     sums = (
         torch.nn.functional.pad(e, (0, -vocab % FLOAT8_TILE)).view(n, -1, 3, FLOAT8_PART).sum(3) * gain[:, None, None]
     )
-    bits = (~(sums <= 448)).int() @ torch.tensor([1, 2, 4], dtype=torch.int32)
+    bits = (~(sums < 432)).int() @ torch.tensor([1, 2, 4], dtype=torch.int32)
     everywhere = torch.ones(len(whole), dtype=torch.bool)  # rows past the end too, in whole token blocks
     if flags is not None:
         marked = (flags != 0).repeat_interleave(block)[: len(whole)]
@@ -65,8 +67,8 @@ def float8_exponentials(
     _put_totals(s, e.sum(1), part, redone)
 
 
-def _put_totals(s: Sweep, totals: Tensor, part: Tensor, redone: Tensor) -> None:
-    """A row's total into its first slot, zeros into the others (`device.schedule`)."""
+def slots_of(s: Sweep) -> Iterator[tuple[slice, list[int]]]:
+    """(tokens of a block, where each slot of its partial totals begins), block by block (`device.schedule`)."""
     block, group = s.tile.BM, s.schedule.group
     blocks, tiles, programs = s.schedule.blocks, -(-s.vocab // s.tile.BN), s.schedule.programs
     tail = blocks % group
@@ -76,10 +78,22 @@ def _put_totals(s: Sweep, totals: Tensor, part: Tensor, redone: Tensor) -> None:
         distance = main_rows if main else tail * block
         first = at * block if main else slots * main_rows + (at - (blocks - tail)) * block
         count = slots if main else min(programs // max(tail, 1), tiles)
-        rows = slice(at * block, min((at + 1) * block, s.n))
+        yield slice(at * block, min((at + 1) * block, s.n)), [first + slot * distance for slot in range(count)]
+
+
+def row_totals(s: Sweep, part: Tensor) -> Tensor:
+    """The total of each row [N], summed over its slots in float64."""
+    found = part.new_zeros(s.n, dtype=torch.float64)
+    for rows, starts in slots_of(s):
+        for start in starts:
+            found[rows] += part[0, start : start + rows.stop - rows.start]
+    return found
+
+
+def _put_totals(s: Sweep, totals: Tensor, part: Tensor, redone: Tensor) -> None:
+    """A row's total into its first slot, zeros into the others."""
+    for rows, starts in slots_of(s):
         if redone[rows.start]:
-            for slot in range(count):
-                here = first + slot * distance
-                part[0, here : here + block] = 0
-                if slot == 0:
-                    part[0, here : here + rows.stop - rows.start] = totals[rows]
+            for start in starts:
+                part[0, start : start + s.tile.BM] = 0
+            part[0, starts[0] : starts[0] + rows.stop - rows.start] = totals[rows]

@@ -40,7 +40,7 @@ def test_exponentials_in_float8_by_rows_and_by_columns(n, v, d, group, stages, k
     tail = tails[0]
     own = {"ld": tail.rows.stride(0), "ldt": tail.columns.stride(0), "tiles": tail.hot.shape[1], "ONLY": marked}
     with on_cpu(*MODULES):
-        of = (Descriptor(head.h), Descriptor(head.w), tail.rows, tail.columns, tail.hot)
+        of = (Descriptor(head.h), Descriptor(head.w), *(x.view(torch.uint8) for x in tail))
         rest = (head.y, labels, flags, ref2, gain, logits[0], sums[0])
         run(float8_exponentials.float8_exp_pair_kernel, programs, (*of, *rest), bound | own)
     float8_sweep.float8_exponentials(

@@ -13,6 +13,7 @@ from float8_heads import made, mean_loss, passed, sweep_on_cpu, true  # noqa: F4
 
 from fusedhead.kernels.contract import Head, RowGrads
 from fusedhead.kernels.triton_engine.float8 import single_pass
+from fusedhead.kernels.triton_engine.launch.tiles import PAIRED_FROM
 from tests.kernels.interpreted import error
 
 # numpy speaks up where a GPU stays silent (log2 0, inf - inf)
@@ -79,3 +80,56 @@ def test_a_broken_row_stays_alone(bad):
     assert stats.lse[others].isfinite().all()
     assert grads.h[5].isnan().all()
     assert error(grads.h[others], dh[others]) < 4e-3
+
+
+@pytest.mark.parametrize("size", [30.0, 3e3, 3e6, 1e9])
+def test_no_list_of_ties_outgrows_its_room_at_any_size_of_logits(size, monkeypatch):
+    """A hundred classes tie in every row: more than there is room for, if rounding of the lse lets all be listed."""
+    head = made(40, 200, 16, 1.0)
+    head.h[:] = head.h[:1]
+    head.w[:100] = head.h[0] / head.h[0].norm() ** 2 * size
+    head.w[100:] = 0
+    head.y[:] = torch.arange(40)[:, None]
+    fill, reached = single_pass.fill_entries, []
+
+    def bounded(*given):
+        ends, classes = given[-2], given[-1]
+        reached.append(int(ends.max()) <= len(classes))
+        fill(*given)
+
+    monkeypatch.setattr(single_pass, "fill_entries", bounded)
+    c = mean_loss(head)
+    _, grads = passed(head, c)
+    assert all(reached)
+    if size < 1e5:  # beyond, the last bits of float32 logits decide which classes tie
+        _, dh, dw = true(head, c)
+        # entries of ties are rounded alike, so that nothing averages out: what the report says is the bound
+        assert (grads.h.double() - dh).abs().max() < 0.13 * c.lse.max() * head.w.abs().max()
+        assert error(grads.w, dw) < 0.13
+
+
+@pytest.mark.parametrize("size", [128, 256, 1024, 2816])
+def test_no_window_is_too_short_for_a_pair_of_warpgroups(size):
+    for total in (*range(1, 700), 1024, 1025, 1088, 1089, 2056, 8200, 8193, 5640):
+        cuts = single_pass.float8_cuts(total, size)
+        assert [cut.start for cut in cuts] == [0, *(cut.stop for cut in cuts[:-1])]
+        assert cuts[-1].stop == total
+        assert all(cut.start % 128 == 0 and cut.stop - cut.start <= size for cut in cuts)
+        assert len(cuts) == 1 or size == 128 or all(cut.stop - cut.start >= PAIRED_FROM for cut in cuts)
+
+
+def test_a_window_that_has_no_room_for_its_list_is_nan_and_lists_nothing(monkeypatch):
+    monkeypatch.setattr(single_pass, "ENTRIES", 3)  # rows have more, also when they are swept again
+    head = made(40, 200, 16, 0.0)
+    head.h[:] = head.h[:1]
+    head.w[:20] = head.h[0] / head.h[0].norm() ** 2 * 30
+    c = mean_loss(head, ignored=41)
+    listed = []
+
+    def seen(*given):
+        listed.append(int(given[2].sum()))
+
+    monkeypatch.setattr(single_pass, "fill_entries", seen)
+    _, grads = passed(head, c)
+    assert listed == [0]
+    assert grads.h.isnan().all()  # dw too on a GPU: the interpreter has no NaN in float8

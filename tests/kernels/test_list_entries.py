@@ -41,13 +41,21 @@ def made(n: int, vocab: int, labels: int) -> tuple[Tail, torch.Tensor, list[list
 @pytest.mark.parametrize(("n", "vocab", "labels"), [(20, 300, 1), (9, 1000, 0), (5, 7000, 1)])
 def test_every_mark_is_listed_once(n, vocab, labels):
     tail, y, listed = made(n, vocab, labels)
-    counts = count_entries(tail, y, vocab)
+    counts = torch.full((n,), -1, dtype=torch.int32)
+    count_entries(tail, y, counts)
     assert counts.tolist() == [len(row) + labels for row in listed]
     counts[3] = 0  # a row without a gradient
     ends = counts.cumsum(0, dtype=torch.int32) + 5
     classes = torch.full((int(ends[-1]) + 3,), -1, dtype=torch.int32)
-    fill_entries(tail, y, vocab, counts, ends, classes)
+    fill_entries(tail, y, counts, ends, classes)
     expected = [-1] * 5
     for i, row in enumerate(listed):
         expected += [*row, *y[i].tolist()] if i != 3 else []
     assert classes.tolist() == [*expected, -1, -1, -1]
+
+
+def test_rows_of_marked_token_blocks_alone_are_counted_again():
+    tail, y, listed = made(20, 300, 1)
+    counts = torch.full((20,), -1, dtype=torch.int32)
+    count_entries(tail, y, counts, torch.tensor([0, 1, 0], dtype=torch.int32), 8)
+    assert counts.tolist() == [len(row) + 1 if 8 <= i < 16 else -1 for i, row in enumerate(listed)]

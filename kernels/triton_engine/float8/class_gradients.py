@@ -5,8 +5,10 @@
 in: the list sorted by class (stably, hence by token within a class), h [S, D] bfloat16. out: dw [V, D] bfloat16, the
 rows of listed classes read and written. FLOP 2D an entry; bytes: 2D an entry and 4D a class. One program adds up each
 piece of `PIECE` entries, whatever their classes, so that a class with thousands of entries is spread over many
-programs. A class within one piece is added to its row of dw at once. For a class that spans pieces, each piece stores
-its sum, and a second kernel adds these sums in order. There are no atomics, so the result is the same in every run.
+programs: `TOGETHER` entries at once, by a product of their rows of h with a small matrix, which has the values of
+entries that share a class. A class within one piece is added to its row of dw at once. For a class that spans pieces,
+each piece stores its sum, and a second kernel adds these sums in order. There are no atomics, so the result is the same
+in every run.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from torch import Tensor
 from fusedhead.kernels.triton_engine.launch.launch import Launch
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT
 
-PIECE = 256  # entries that one program adds up
-TOGETHER = 8  # entries whose rows of h it reads at once
+PIECE = 128  # entries that one program adds up
+TOGETHER = 16  # entries whose rows of h it reads at once, and adds up by class in one small product
 
 
 @triton.jit
@@ -33,14 +35,22 @@ def _add_row(dw, v, col, inside, D, acc):
 
 
 @triton.jit
-def _leave(dw, sums, v, acc, before, after, first_run, last_run, piece, col, inside, D):
+def _leave(dw, sums, v, acc, before, after, piece, col, inside, D):
     """Stores the sum of a run of one class: added to its row of dw, or in ``sums`` if the class spans pieces."""
-    continued = first_run & (v == before)
-    if continued | (last_run & (v == after)):
-        which = tl.where(continued, 0, 1)
+    if (v == before) | (v == after):
+        which = tl.where(v == before, 0, 1)
         tl.store(sums + (2 * piece + which).to(tl.int64) * D + col, acc, mask=inside)
     else:
         _add_row(dw, v, col, inside, D, acc)
+
+
+@triton.jit
+def _entries(classes, order, values, tokens, at, V, count):
+    """The classes of the entries ``at`` and of the entries after them; the values and tokens of the former."""
+    v = tl.load(classes + at, mask=at < count, other=V)
+    following = tl.load(classes + at + 1, mask=at + 1 < count, other=V)
+    source = tl.load(order + at, mask=at < count, other=0)
+    return v, following, tl.load(values + source, mask=v < V, other=0.0), tl.load(tokens + source, mask=v < V, other=0)
 
 
 @triton.jit(do_not_specialize=("V", "D", "count"))
@@ -64,37 +74,46 @@ def piece_kernel(
     start = piece * PIECE
     col = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = col < D
-    current = tl.load(classes + start)
-    if current < V:
+    if tl.load(classes + start) < V:
         before = tl.load(classes + start - 1, mask=start > 0, other=-1)
         after = tl.load(classes + start + PIECE, mask=start + PIECE < count, other=-1)
-        acc = tl.zeros((BD,), tl.float32)
-        first_run = True
+        carried = V  # the class of the last run so far, and its sum
+        carry = tl.zeros((BD,), tl.float32)
         each = tl.arange(0, TOGETHER)
-        for group in range(0, PIECE, TOGETHER):
-            at = start + group + each
-            v = tl.load(classes + at, mask=at < count, other=V)
-            source = tl.load(order + at, mask=at < count, other=0)
-            value = tl.load(values + source, mask=v < V, other=0.0)
-            token = tl.load(tokens + source, mask=v < V, other=0)
-            rows = tl.load(
-                h + token.to(tl.int64)[:, None] * sh0 + col[None, :], mask=(v < V)[:, None] & inside[None, :], other=0.0
-            )
-            rows = rows.to(tl.float32) * value[:, None]
-            if tl.min(v, 0) == current and tl.max(v, 0) == current:
-                acc += tl.sum(rows, 0)
+        v, following, value, token = _entries(classes, order, values, tokens, start + each, V, count)
+        for group in range(0, tl.minimum(PIECE, count - start), TOGETHER):  # not unrolled: it would take all registers
+            # the next entries are loaded before these are added up
+            next_at = start + group + TOGETHER + each
+            next_v, next_following, next_value, next_token = _entries(classes, order, values, tokens, next_at, V, count)
+            here = (v < V)[:, None] & inside[None, :]
+            rows = tl.load(h + token.to(tl.int64)[:, None] * sh0 + col[None, :], mask=here, other=0.0)
+            # the entry at which a run ends has its sum, and no other entry of the piece writes to its row of dw
+            end = (v != following) & (each < TOGETHER - 1) & (v < V)
+            to = dw + v.to(tl.int64)[:, None] * D + col[None, :]
+            alone = (end & (v != before))[:, None] & inside[None, :]
+            old = tl.load(to, mask=alone, other=0.0)
+            same = tl.where(tl.trans(tl.expand_dims(v, 0)) == tl.expand_dims(v, 0), value[None, :], 0.0)
+            if h.dtype.element_ty == tl.bfloat16:  # three terms of bfloat16 hold a float32
+                high = same.to(tl.bfloat16)
+                rest = same - high.to(tl.float32)
+                low = rest.to(tl.bfloat16)
+                out = tl.dot(high, rows)
+                out = tl.dot(low, rows, out)
+                out = tl.dot((rest - low.to(tl.float32)).to(tl.bfloat16), rows, out)
             else:
-                for k in tl.static_range(TOGETHER):
-                    here = tl.sum(tl.where(each == k, v, 0), 0)
-                    if here != current:
-                        if current < V:
-                            _leave(dw, sums, current, acc, before, after, first_run, False, piece, col, inside, D)
-                        acc = tl.zeros((BD,), tl.float32)
-                        first_run = False
-                        current = here
-                    acc += tl.sum(tl.where((each == k)[:, None], rows, 0.0), 0)
-        if current < V:
-            _leave(dw, sums, current, acc, before, after, first_run, True, piece, col, inside, D)
+                out = tl.dot(same, rows.to(tl.float32), input_precision="ieee")
+            first = tl.min(v, 0)
+            if (carried < V) & (carried != first):
+                _leave(dw, sums, carried, carry, before, after, piece, col, inside, D)
+            out += tl.where((v == carried)[:, None], carry[None, :], 0.0)
+            tl.store(to, (old.to(tl.float32) + out).to(dw.dtype.element_ty), mask=alone)
+            into = sums + (2 * piece).to(tl.int64) * D + col[None, :] + 0 * v[:, None]
+            tl.store(into, out, mask=(end & (v == before))[:, None] & inside[None, :])
+            carry = tl.sum(tl.where((each == TOGETHER - 1)[:, None], out, 0.0), 0)
+            carried = tl.max(v, 0)
+            v, following, value, token = next_v, next_following, next_value, next_token
+        if carried < V:
+            _leave(dw, sums, carried, carry, before, after, piece, col, inside, D)
 
 
 @triton.jit(do_not_specialize=("V", "D", "count"))
@@ -129,11 +148,11 @@ def spanning_kernel(
 
 @lru_cache(maxsize=KEPT)
 def _launches(device: torch.device, count: int, vocab: int, hidden: int, sh0: int) -> tuple[Launch, Launch]:
-    width = min(triton.next_power_of_2(hidden), 512)
+    width = min(triton.next_power_of_2(hidden), 256)
     grid = triton.cdiv(count, PIECE), triton.cdiv(hidden, width), 1
     bound = {"V": vocab, "D": hidden, "count": count, "sh0": sh0, "PIECE": PIECE, "TOGETHER": TOGETHER, "BD": width}
     return (
-        Launch(piece_kernel, grid, bound | {"num_warps": 4}),
+        Launch(piece_kernel, grid, bound | {"num_warps": 4, "num_stages": 1}),
         Launch(spanning_kernel, grid, bound | {"num_warps": 4}),
     )
 

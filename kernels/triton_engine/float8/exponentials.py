@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head
@@ -53,8 +54,8 @@ def float8_exponentials(
     _launch(s, flags is not None, tail.rows.stride(0), tail.columns.stride(0)).run(
         h=h_tiles,
         w=w_tiles,
-        E8=tail.rows,
-        E8T=tail.columns,
+        E8=tail.rows.view(torch.uint8),
+        E8T=tail.columns.view(torch.uint8),
         hot=tail.hot,
         y=head.y,
         label_map=label_map,

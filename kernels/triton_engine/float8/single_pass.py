@@ -9,7 +9,9 @@ statistics [N] float32. FLOP: one product of 2NDV in bfloat16 and two in float8,
 holds what float8 must not round: the labels, and entries above `THRESHOLD` of the level. The lse comes from float32
 sums of unrounded exponentials, with the reference of `triton_engine.single_pass`. A token block whose list is too long,
 or whose exponentials left the safe range, is swept again with its lse as level; flags on the device decide. It then
-lists fewer than 1 / `THRESHOLD` entries a row, since probabilities sum to 1.
+lists fewer than 1 / `THRESHOLD` entries a row, since probabilities sum to 1. Only at logits from 2²³ on, whose lse
+float32 holds to more than half a bit in base 2, and where more than 64 of a row tie, may a window list more than it has
+room for: its gradients are NaN then, and nothing is written outside the list.
 
 In memory: E8 of a window, E8T of several windows, and w8 (inside dw if E8T holds all tokens).
 """
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import Head, HeadGrads, RowGrads, RowStats, Windows
+from fusedhead.kernels.triton_engine.constants import SATURATES_FLOAT8
 from fusedhead.kernels.triton_engine.device.product import readable_by_tma, reads_rows
 from fusedhead.kernels.triton_engine.float8.class_gradients import PIECE, class_gradients
 from fusedhead.kernels.triton_engine.float8.exponentials import (
@@ -39,7 +42,7 @@ from fusedhead.kernels.triton_engine.float8.quantize import largest, transposed_
 from fusedhead.kernels.triton_engine.float8.row_gradients import row_gradients
 from fusedhead.kernels.triton_engine.launch.launch import on_device
 from fusedhead.kernels.triton_engine.launch.sweep import Sweep, sweep
-from fusedhead.kernels.triton_engine.launch.tiles import device_of
+from fusedhead.kernels.triton_engine.launch.tiles import PAIRED_FROM, device_of
 from fusedhead.kernels.triton_engine.rows.finalize import finalize
 from fusedhead.kernels.triton_engine.rows.label_map import map_labels
 from fusedhead.kernels.triton_engine.rows.merge import merge_reference
@@ -51,7 +54,8 @@ from fusedhead.kernels.triton_engine.windows import first_rows, full_cuts, ready
 THRESHOLD = 2.0**-6  # an entry above this fraction of exp(level) is listed
 LARGEST_E4M3 = 448.0  # the largest finite number of e4m3
 FLOAT8 = torch.float8_e4m3fn
-TOP_GAIN = LARGEST_E4M3 / THRESHOLD
+TOP_GAIN = SATURATES_FLOAT8.value / THRESHOLD
+REDO_GAIN = TOP_GAIN * 2.0**-0.5  # the lse may be rounded by half a bit in base 2 before more entries are listed
 ENTRIES = 64  # list entries a row, on average over a token block: 1 / THRESHOLD
 DW_ROWS = 64 << 20  # bytes of one temporary product that is added to dw
 
@@ -78,7 +82,7 @@ def one_float8_pass(head: Head, coefficients: RowGrads, windows: Windows) -> tup
     with on_device(head.h):
         dh, dw = new((n, hidden)), new((vocab, hidden))
         level2 = row_levels(head)
-        taller = full_cuts(n, windows.tokens)
+        taller = float8_cuts(n, windows.tokens)
         w8, w8_scale = _float8_weight(head.w, dw if len(taller) == 1 else None)
         one = torch.ones_like(w8_scale)
         for outer in taller:
@@ -87,9 +91,10 @@ def one_float8_pass(head: Head, coefficients: RowGrads, windows: Windows) -> tup
             columns = new((padded(vocab, FLOAT8_PART), padded(count, FLOAT8_BLOCK)), dtype=FLOAT8)
             r = new(count, dtype=torch.float32)
             listed = _Listed.new(part, count)
-            inner = full_cuts(count, windows.tail_rows)
-            rows8 = new((padded(inner[0].stop, FLOAT8_BLOCK), padded(vocab, FLOAT8_PART)), dtype=FLOAT8)
-            product = new((inner[0].stop, hidden), dtype=torch.float32)
+            inner = float8_cuts(count, windows.tail_rows)
+            tallest = max(i.stop - i.start for i in inner)
+            rows8 = new((padded(tallest, FLOAT8_BLOCK), padded(vocab, FLOAT8_PART)), dtype=FLOAT8)
+            product = new((tallest, hidden), dtype=torch.float32)
             for i in inner:
                 at = slice(outer.start + i.start, outer.start + i.stop)
                 some, c, m = slice_head(part, i, slice(0, vocab)), slice_rows(coefficients, at), i.stop - i.start
@@ -102,8 +107,8 @@ def one_float8_pass(head: Head, coefficients: RowGrads, windows: Windows) -> tup
                     s, some, rows8.view(torch.bfloat16), ref2, row_picked, row_picked, totals, c._replace(picked=None),
                     row_lse, rows_of(lse_low, at), None, None, None, None, 1.0, tie, scale=torch.empty_like(ref2),
                 )  # fmt: skip
-                row_r = torch.div(scale, gain, out=r[i])
                 ends = _list(tail, some, scale, c, counts, listed, i.start)
+                row_r = torch.div(scale, gain, out=r[i])
                 float8_product(rows8[:m], w8, one, first_rows(product, m))
                 row_gradients(
                     s, some, tail, product, row_r * w8_scale, ref2, gain, row_picked, totals, scale, row_lse, c, counts,
@@ -114,6 +119,18 @@ def one_float8_pass(head: Head, coefficients: RowGrads, windows: Windows) -> tup
             del columns
             class_gradients(*listed, part.h, dw)
     return RowStats(lse, picked, lse_low=lse_low, tie=tie), HeadGrads(dh, dw, None, None)
+
+
+def float8_cuts(total: int, size: int) -> list[slice]:
+    """Windows of ``size`` tokens, the last one shorter, but no window so short that no pair of warpgroups takes it.
+
+    Such a one gets a token block of the window before, unless that has no other.
+    """
+    cuts = full_cuts(total, size)
+    if len(cuts) > 1 and total - cuts[-1].start < PAIRED_FROM and size > FLOAT8_BLOCK:
+        at = cuts[-1].start - FLOAT8_BLOCK
+        cuts[-2:] = [slice(cuts[-2].start, at), slice(at, total)]
+    return cuts
 
 
 class _Listed(NamedTuple):
@@ -135,11 +152,18 @@ def _room(rows: int) -> int:
 
 
 def _list(tail: Tail, head: Head, scale: Tensor, c: RowGrads, counts: Tensor, listed: _Listed, first: int) -> Tensor:
-    """Fill the list; returns ends [M] of the rows' entries. Counts of rows with no gradient, or with NaN, become 0."""
+    """Fill the list; returns ends [M] of the rows' entries. Counts of rows with no gradient, or with NaN, become 0.
+
+    Where the window has no room for its entries, nothing is listed, and scale [M] becomes NaN.
+    """
     none = scale == 0 if c.picked is None else (scale == 0) & (c.picked[:, 0] == 0)
     counts.masked_fill_(none | scale.isnan(), 0)
-    ends = counts.cumsum(0, dtype=torch.int32).add_(_room(first))
-    fill_entries(tail, head.y, head.w.shape[0], counts, ends, listed.classes)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    crowded = ends[-1] > _room(padded(len(ends), FLOAT8_BLOCK))
+    counts.masked_fill_(crowded, 0)
+    scale.masked_fill_(crowded, float("nan"))
+    ends.add_(_room(first))
+    fill_entries(tail, head.y, counts, ends, listed.classes)
     return ends
 
 
@@ -167,15 +191,17 @@ def _swept(
     gain = (ref2 - level2).exp2_().mul_(TOP_GAIN)
     float8_exponentials(s, head, tail, ref2, gain, picked, totals, labels)
     flags = mark_unsafe(s, totals)
-    counts = count_entries(tail, head.y, s.vocab)
+    counts = torch.empty_like(ref2, dtype=torch.int32)
+    count_entries(tail, head.y, counts)
     blocks = torch.nn.functional.pad(counts, (0, -s.n % s.tile.BM)).view(-1, s.tile.BM)
     flags |= blocks.sum(1) > _room(s.tile.BM)
     rows, _ = stream(redo, head, frozenset({"lse"}), None, flags)
     merge_reference(redo, rows, ref2, 0.0, flags)
     marked = flags.view(-1, 1).expand(-1, s.tile.BM).reshape(-1)[: s.n]
-    gain.masked_fill_(marked != 0, TOP_GAIN)
+    gain.masked_fill_(marked != 0, REDO_GAIN)
     float8_exponentials(s, head, tail, ref2, gain, picked, totals, labels, flags)
-    return gain, count_entries(tail, head.y, s.vocab)
+    count_entries(tail, head.y, counts, flags, s.tile.BM)
+    return gain, counts
 
 
 def _add_to_weight(h: Tensor, columns: Tensor, r: Tensor, dw: Tensor, first: bool) -> None:

@@ -1,17 +1,20 @@
 """Float8 exponentials: the sweep of `gluon.exponentials`, which stores its tile twice, in e4m3.
 
     x[i, v] = 2^(z·L - ref2_i) gain_i        total[i] = Σ_v 2^(z·L - ref2_i)      picked[i, k] = z[i, y_ik]
-    E8[i, v] = E8T[v, i] = x if x <= 448, else -0            hot[i, tile] bit j: part j of row i may hold a -0
+    E8[i, v] = E8T[v, i] = x if x < 432, else -0             hot[i, tile] bit j: part j of row i may hold a -0
 
 in: h [M, D], w [V, D] bfloat16, ref2, gain [M] float32, y [M, K] int64. out: E8 [M, V] and E8T [V, M] e4m3 (padded),
 partial totals [size] and picked [M, K] float32, hot [M, tiles] uint8. Never in memory: z, unrounded exponentials. FLOP
 2MDV; bytes: 2MV written, as many as one bfloat16 window has. Two copies, because a float8 product needs both operands
-contiguous along its sum. An entry above 448 is left out and marked by a zero of negative sign, which changes no
-product; `float8.list_entries` reads the marks, and these entries are added exactly.
+contiguous along its sum. An entry that would round to 448, the largest number of e4m3, is left out and marked by a zero
+of negative sign, which changes no product; `float8.list_entries` reads the marks, and these entries are added exactly.
 
 A sum may run in any order that both operands of the product share. So the columns of E8 and the tokens of E8T are
 stored in the order in which a thread holds them, 16 and 4 bytes at once (`float8.quantize` orders the other operands in
 the same way). Totals are sums of unrounded float32 values, so that float8 does not change the lse.
+
+One warp a scheduler runs an epilogue, so that each of its instructions takes time of its own. Four numbers are rounded
+and marked at once, in PTX.
 """
 
 # ruff: noqa: RUF059, SIM102 (Triton wants a name of its own for each part, and tests at compile time as statements)
@@ -22,7 +25,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fusedhead.kernels.triton_engine.constants import LARGEST_FLOAT8, LOG2E, MARKED_TAIL
+from fusedhead.kernels.triton_engine.constants import LOG2E, SATURATES_FLOAT8
 from fusedhead.kernels.triton_engine.device.schedule import partial_offset
 from fusedhead.kernels.triton_engine.gluon.ring import (
     NARROW,
@@ -75,6 +78,31 @@ class Float8Exponentials(NamedTuple):
     part: Any
 
 
+# Four numbers x >= 0 to four bytes of e4m3. What saturates (0x7E) or is NaN (0x7F) becomes -0 (0x80): 2 is added, which
+# sets the highest bit of these two bytes alone.
+_ROUND = """{
+.reg .b16 low, high;
+.reg .b32 bytes, marks, rest;
+cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+mov.b32 bytes, {low, high};
+add.u32 marks, bytes, 0x02020202;
+and.b32 marks, marks, 0x80808080;
+shr.u32 rest, marks, 7;
+sub.u32 rest, marks, rest;
+not.b32 rest, rest;
+and.b32 bytes, bytes, rest;
+or.b32 $0, bytes, marks;
+}"""
+ROUND = gl.constexpr(_ROUND)
+
+
+@gluon.jit
+def rounded_or_marked(x):
+    """The bytes of x >= 0 in e4m3; -0 if x would round to 448 or is NaN."""
+    return gl.inline_asm_elementwise(ROUND, "=r,r,r,r,r", [x], dtype=gl.uint8, is_pure=True, pack=4)
+
+
 @gluon.jit
 def _store_rows(x8, E8, ld, block, start, BM: gl.constexpr):
     """E8[block, start :] <- x8 [BM, 64], its columns in the order in which a thread holds them."""
@@ -89,14 +117,17 @@ def _store_rows(x8, E8, ld, block, start, BM: gl.constexpr):
 
 
 @gluon.jit
-def _store_columns(x8, E8T, ldt, block, start, BM: gl.constexpr):
-    """E8T[start :, block] <- x8 [BM, 64] transposed, its tokens in the order in which a thread holds them."""
+def _store_columns(x8, E8T, ldt, block, start, nought, BM: gl.constexpr):
+    """E8T[start :, block] <- x8 [BM, 64] transposed, its tokens in the order in which a thread holds them.
+
+    ``nought`` is 0, which the compiler does not know: it would keep the products below in registers from tile to tile.
+    """
     x = gl.permute(gl.reshape(x8, (2, 4, 2, 8, NARROW)), (4, 1, 3, 0, 2))
     x = gl.convert_layout(gl.reshape(x, (NARROW, BM)), BY_COLUMNS)
     col = gl.arange(0, NARROW, layout=gl.SliceLayout(1, BY_COLUMNS))
     row = gl.arange(0, BM, layout=gl.SliceLayout(0, BY_COLUMNS))
-    at = (start + col).to(gl.int64) * ldt + block * BM
-    gl.store(E8T + (at[:, None] + row[None, :]), x)
+    at = (col + nought) * ldt
+    gl.store(E8T + (start.to(gl.int64) * ldt + block * BM) + (at[:, None] + row[None, :]), x)
 
 
 @gluon.jit
@@ -104,7 +135,10 @@ def _part(
     z, r, g, args, place, J: gl.constexpr, sizes,
     LABELS: gl.constexpr, EVEN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
-    """Stores column part J of a tile in E8 and in E8T; returns its row sums."""
+    """Stores column part J of a tile in E8 and in E8T; returns its row sums, and bit J if the part may hold a -0.
+
+    An entry that is left out makes the row's sum as large, because rounding keeps the order of numbers.
+    """
     if LABELS > 0:
         if (place.label_bits >> J) & 1 != 0:
             store_labelled_part(
@@ -116,18 +150,11 @@ def _part(
         if start + NARROW > sizes.V:
             e = gl.where((columns_of(start, NARROW_TILE, NARROW) < sizes.V)[None, :], e, 0.0)
     sums = gl.sum(e, 1)  # before the stores, which then have the registers of e
-    x = e * g[:, None]
-    x8 = gl.where(x <= LARGEST_FLOAT8, x, MARKED_TAIL).to(gl.float8e4nv)  # a NaN is marked too
+    x8 = rounded_or_marked(e * g[:, None])
     if start < sizes.V:  # also where it is always true: the branch keeps parts apart, which saves registers
         _store_rows(x8, args.E8, args.ld, place.block, start, BM)
-        _store_columns(x8, args.E8T, args.ldt, place.block, start, BM)
-    return sums
-
-
-@gluon.jit
-def _hot(sums, g, J: gl.constexpr):
-    """Bit J if part J of a row may hold an entry above 448. Such an entry makes the part's sum exceed 448 as well."""
-    return gl.where(sums * g <= LARGEST_FLOAT8, 0, 1 << J)
+        _store_columns(x8, args.E8T, args.ldt, place.block, start, place.label_bits >> 8, BM)
+    return sums, gl.where(sums * g < SATURATES_FLOAT8, 0, 1 << J)
 
 
 @gluon.jit
@@ -140,14 +167,13 @@ def _epilogue(
     r = gl.load(args.ref2 + row, mask=row < N, other=0.0)
     g = gl.load(args.gain + row, mask=row < N, other=0.0)
     left, right = narrow_parts(acc, BM)
-    first = _part(left, r, g, args, place, 0, sizes, LABELS, EVEN, BM, BN)
-    bits = _hot(first, g, 0)
+    first, bits = _part(left, r, g, args, place, 0, sizes, LABELS, EVEN, BM, BN)
+    second, more = _part(right, r, g, args, place, 1, sizes, LABELS, EVEN, BM, BN)
+    bits = bits | more
+    third, more = _part(rest, r, g, args, place, 2, sizes, LABELS, EVEN, BM, BN)
+    bits = bits | more
     total = state[0] + first
-    second = _part(right, r, g, args, place, 1, sizes, LABELS, EVEN, BM, BN)
-    bits = bits | _hot(second, g, 1)
     total += second
-    third = _part(rest, r, g, args, place, 2, sizes, LABELS, EVEN, BM, BN)
-    bits = bits | _hot(third, g, 2)
     total += third
     gl.store(args.hot + row.to(gl.int64) * args.tiles + place.tile, bits.to(gl.uint8), mask=row < N)
     if place.last:
@@ -160,8 +186,8 @@ def _epilogue(
 def float8_exp_pair_kernel(
     h,  # [M, D] descriptor
     w,  # [V, D] descriptor
-    E8,  # [token blocks · BM, ld] e4m3
-    E8T,  # [ld, ldt] e4m3
+    E8,  # [token blocks · BM, ld] bytes of e4m3
+    E8T,  # [ld, ldt] bytes of e4m3
     hot,  # [M, tiles] uint8
     y,  # [M, K] int64
     label_map,  # [token blocks, tiles] int32 (`label_map`), read when LABELS
