@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusedhead.analysis.reasons import NotInForward
 from fusedhead.analysis.site import Site, tokens_of
-from fusedhead.graph.nodes import fake, hint
+from fusedhead.graph.nodes import fake, hint, name_of
 from fusedhead.graph.reasons import Refusal
 from fusedhead.ir.expr import nodes_of
 from fusedhead.kernels.contract import Needs
@@ -38,23 +39,37 @@ class Price(NamedTuple):
 
 
 def problems(call: Node, float8: bool) -> Callable[[bool, int], Problem]:
-    """The planner's problems of a head's call, as a function of (is the tail linear, number of tokens)."""
+    """The planner's problems of a head's call, as a function of (is the tail linear, number of tokens).
+
+    ``float8``: whether products of its gradients may be float8, and a kernel takes the call.
+    """
     h, w, y, cols, rows = (fake(call.args[i]) for i in (0, 1, 2, 3, 4))  # type: ignore[arg-type]
     needs = Needs(*(x.requires_grad for x in (h, w, cols, rows)))
     transform = parse(str(call.args[6]))
     want = parse_stats(str(call.args[7]))
     products, explicit = product_dtype(h.dtype, w.device.type), writes_logits(want, transform)
     vocab, hidden = (int(size) for size in w.shape)
-    serves = float8 and engine_for(h.dtype, w.device.type).float8_serves(None)
     labels, sums = int(y.shape[1]), bool(want & {"sum", "spread"})
 
     def problem(linear: bool, tokens: int) -> Problem:
         return Problem(
             tokens, vocab, hidden, h.dtype, w.device.type, products, needs, linear, True, explicit, transform, labels,
-            sums, serves,
+            sums, float8,
         )  # fmt: skip
 
     return problem
+
+
+def why_no_float8(call: Node) -> str:
+    """Why no kernel for float8 products takes a head's call, or "". `plan.float8` knows the other reasons."""
+    if name_of(call) != "head_stats":
+        return "its classes lie in shards"
+    h, w = fake(call.args[0]), fake(call.args[1])  # type: ignore[arg-type]
+    if not engine_for(h.dtype, w.device.type).float8_serves(None):
+        return "no GPU with kernels for float8 products, or their self-check has not passed yet"
+    if not all(statically_known_true(x.stride(1) == 1) for x in (h, w)):
+        return "w or h is not contiguous along the hidden size"
+    return ""
 
 
 def price_of_statistics(call: Node, memory: int, float8: bool = False) -> Callable[[Refusal | None], Price]:
@@ -62,7 +77,8 @@ def price_of_statistics(call: Node, memory: int, float8: bool = False) -> Callab
 
     ``float8``: whether float8 products of gradients are asked for.
     """
-    problem, tokens = problems(call, float8), hint(fake(call.args[0]).shape[0]) or 0  # type: ignore[arg-type]
+    why_exact = why_no_float8(call) if float8 else ""  # read now: an upgrade replaces the call
+    problem, tokens = problems(call, float8 and not why_exact), hint(fake(call.args[0]).shape[0]) or 0  # type: ignore[arg-type]
 
     def price(why: Refusal | None) -> Price:
         def bytes_and_flop(n: int) -> tuple[int, int]:
@@ -73,7 +89,7 @@ def price_of_statistics(call: Node, memory: int, float8: bool = False) -> Callab
         planned = plan(head, memory=memory)
         text = engine_text(planned, why)
         if float8 and not is_forward_only(why):
-            text += f"; {products_text(planned, head, memory)}"
+            text += f"; {products_text(planned, head, memory, why_exact)}"
         return Price(text, is_forward_only(why), bytes_and_flop, tokens)
 
     return price
@@ -85,12 +101,15 @@ def engine_text(planned: Plan, why: Refusal | None) -> str:
     return f"{planned.engine.name}: {'forward only' if is_forward_only(why) else how}"
 
 
-def products_text(planned: Plan, head: Problem, memory: int) -> str:
-    """What the products of a head's gradients are where float8 was asked for, as text for the report."""
+def products_text(planned: Plan, head: Problem, memory: int, why: str) -> str:
+    """What the products of a head's gradients are where float8 was asked for, as text for the report.
+
+    ``why``: the reason that no kernel for float8 products takes the head, or "".
+    """
     if planned.algorithm == "float8":
         return f"dH and dW by float8 products ({float8_plan.ERROR})"
-    why = "no GPU with kernels for float8 products" if not head.float8 else float8_plan.why_exact(head, memory)
-    return f"dH and dW exact ({why or 'its windows hold too much'})"
+    why = why or float8_plan.why_exact(head, memory) or "its windows hold too much"
+    return f"dH and dW exact ({why})"
 
 
 def is_forward_only(why: Refusal | None) -> bool:
@@ -98,9 +117,9 @@ def is_forward_only(why: Refusal | None) -> bool:
     return why is not None and why.reason is NotInForward.NO_GRADIENT
 
 
-def price_of_token_program(call: Node, memory: int) -> Callable[[Refusal | None], Price]:
+def price_of_token_program(call: Node, memory: int, float8: bool = False) -> Callable[[Refusal | None], Price]:
     """The price of a token program's call. ``why``: the reason that its gradients are not computed in the forward
-    sweep.
+    sweep. ``float8``: whether float8 products of gradients are asked for.
     """
     arguments: Any = call.args[0]
     tensors: list[Any] = [fake(t) for t in arguments]
@@ -116,7 +135,8 @@ def price_of_token_program(call: Node, memory: int) -> Callable[[Refusal | None]
 
         how = ", with their gradients" if why is None else f", again in the backward ({why})"
         text = "row windows: the program's own ops on some tokens at a time"
-        text += "" if is_forward_only(why) else how
+        if not is_forward_only(why):
+            text += how + ("; dH and dW exact (the program's own ops take its logits)" if float8 else "")
         return Price(text, is_forward_only(why), bytes_and_flop, tokens)
 
     return price

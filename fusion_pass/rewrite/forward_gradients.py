@@ -57,16 +57,16 @@ CONSTANT = {STATS.index(name): LOSS_OUTPUTS.index(name) for name in COMPANIONS}
 
 def run(body: Body) -> None:
     """Compute gradients of the emitted calls in the forward sweep where their loss is linear; record the price."""
-    budget = body.options.budget
+    budget, float8 = body.options.budget, body.options.gradients == "float8"
     for emitted in sorted(body.emitted, key=lambda emitted: emitted.token_by_token):
         if emitted.token_by_token:
             for call in emitted.calls:
-                price = price_of_token_program(call, budget)  # reads the call, which an upgrade replaces
+                price = price_of_token_program(call, budget, float8)  # reads the call, which an upgrade replaces
                 emitted.prices.append(price(body.recomputes or upgrade_rows(call, body.facts)))
         else:
-            price = price_of_statistics(emitted.calls[0], budget, body.options.gradients == "float8")
+            price = price_of_statistics(emitted.calls[0], budget, float8)
             emitted.prices.append(price(body.recomputes or upgrade(*emitted.calls, facts=body.facts)))
-    if body.options.gradients == "float8":
+    if float8:
         allow_float8(body)
 
 

@@ -25,7 +25,7 @@ from fusedhead.lowering.plan.problem import LEAST_MEMORY, MIB, Candidate, Proble
 BLOCK_TOKENS, PART_TOKENS = 128, 64  # tokens and classes that windows are padded to
 FLOAT8_MULTIPLE = 16  # of D: what a float8 product takes
 LEAST_FLOAT8_TOKENS = 1024  # fewer do not repay the list and w in float8
-LEAST_HIDDEN = 2048  # with less the sweep's epilogue, which stores twice, outlasts the products that it hides behind
+LEAST_HIDDEN = 1024  # with less the sweep's epilogue, which stores twice, outlasts the products that it hides behind
 LEAST_FLOAT8_VOCAB = 8192  # fewer classes do neither, and roundings of a flat softmax average out over many
 HEIGHTS = (5632, 4096, 3072, 2816, 2048, 1536, 1024)  # of the windows of dh
 MULTIPROCESSORS, PLANNED_TILE = 132, 128  # of an H100 or H200; of a float8 product
@@ -37,7 +37,11 @@ FLOAT8_FLOPS, MEMORY_BANDWIDTH, WINDOW = (
 LISTED_BYTES = 1560  # of a token: 65 entries of 12 bytes, and as much where they are sorted
 FEWEST_ROWS = 2048  # tokens that one product of dw sums, where it does not sum all
 FLOAT8_PRODUCT_BYTES = 64 * MIB  # of what is added to dw at once
-ERROR = "each product of the tail's sums errs by at most 13 %: both factors are rounded to 3 bits"
+# e4m3 errs by 2⁻⁴ of a normal number and 2⁻¹⁰ below these; 1 is stored as 2¹⁴ at least, the largest factor as 448
+ERROR = (
+    "each term of the tail's sums errs by at most 13 %, where a probability is below 2⁻²⁰ or a factor below 2⁻¹⁴ of "
+    "the largest by 2⁻²⁴ or 2⁻¹⁸ instead; probabilities above 2⁻⁵ and the labels are exact"
+)
 MOST_SUMS = 3  # products that are added up in dw's own dtype, as `plan.triton.EXACT_SUMS`
 EXACT: tuple[tuple[str, Callable[[Problem], bool]], ...] = (
     ("its gradients are not computed in the forward sweep", lambda p: not p.one_pass),

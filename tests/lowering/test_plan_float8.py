@@ -22,7 +22,7 @@ NOT_SERVED = (
     {"sums": True},
     {"labels": 2},
     {"hidden": 4100},
-    {"hidden": 1024},
+    {"hidden": 768},
     {"tokens": 100},
     {"vocab": 1000},
 )
