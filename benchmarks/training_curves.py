@@ -4,9 +4,10 @@
     python -m benchmarks.training_curves --plot curves.json
 
 Four runs of GPT-2 124M on the machine's own text: exact, float8 from the same seed, exact from a second seed, and eager
-PyTorch. What separates float8 from exact is to be read beside what separates two seeds. ``--states`` keeps hidden
-states of held-out text and the head of the first run: the data set ``model`` (`benchmarks.data`). Needs a GPU and
-``tokenizers``.
+PyTorch. What separates float8 from exact is to be read beside what separates two seeds. Float8 is allowed at this
+model's hidden size, where a plan would refuse it as too slow. ``--seconds`` takes as many steps as fit instead of
+``--steps``. ``--states`` keeps hidden states of held-out text and the head of the first run: the data set ``model``
+(`benchmarks.data`). Needs a GPU and ``tokenizers``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from typing import Any
 
 import torch
 
+from benchmarks import machine
+from benchmarks.gpu_float8 import any_hidden_size
+
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 LENGTH, HELD_OUT, WARM_UP, RATE = 1024, 400_000, 100, 6e-4
@@ -31,6 +35,8 @@ RUNS = {
     "eager": (None, None, 0),
 }
 SMOOTHED = 0.98  # of the running mean of a curve that a step keeps
+TRIED = 12  # steps that say how many fit
+SLOWER = 1.12  # a step on average beside the median
 
 
 class Lines(logging.Handler):
@@ -65,7 +71,7 @@ def train(name: str, tokens: torch.Tensor, given: argparse.Namespace) -> tuple[l
     for step in range(given.steps):
         began = time.monotonic()
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * (1 - 0.9 * step / given.steps)
+            group["lr"] = RATE * min(1.0, (step + 1) / warm_up(given.steps)) * (1 - 0.9 * step / given.steps)
         x, y = batches.draw()
         with torch.autocast("cuda", torch.bfloat16):
             loss = program(x, y)[1]
@@ -77,6 +83,8 @@ def train(name: str, tokens: torch.Tensor, given: argparse.Namespace) -> tuple[l
         torch.cuda.synchronize()
         times.append(time.monotonic() - began)
     log.removeHandler(heads)
+    if name == "float8" and not any("by float8 products" in line for line in heads.lines):
+        raise RuntimeError(f"no product of this run was float8: {heads.lines}")
     told = {"median ms a step": 1e3 * sorted(times)[len(times) // 2], "first step s": times[0], "log": heads.lines}
     return losses.tolist(), model, told
 
@@ -106,11 +114,11 @@ def smoothed(losses: list[float]) -> list[float]:
     return out
 
 
-def differences(curves: dict[str, list[float]]) -> dict[str, float]:
+def differences(curves: dict[str, list[float]], warm_up: int) -> dict[str, float]:
     """The largest distance of each smoothed curve to the exact one, behind the warm-up."""
-    exact = smoothed(curves["exact"])[WARM_UP:]
+    exact = smoothed(curves["exact"])[warm_up:]
     return {
-        name: max((abs(a - b) for a, b in zip(smoothed(losses)[WARM_UP:], exact)), default=0.0)
+        name: max((abs(a - b) for a, b in zip(smoothed(losses)[warm_up:], exact)), default=0.0)
         for name, losses in curves.items()
         if name != "exact"
     }
@@ -139,9 +147,24 @@ def plot(source: Path) -> None:
     figure.savefig(source.with_suffix(".png"), dpi=120)
 
 
+def warm_up(steps: int) -> int:
+    return min(WARM_UP, max(1, steps // 4))
+
+
+def steps_that_fit(tokens: torch.Tensor, given: argparse.Namespace) -> int:
+    """Steps of each run, by those of a short float8 run, which compiles, and of a short eager one."""
+    began = time.monotonic()
+    short = argparse.Namespace(**{**vars(given), "steps": TRIED})
+    compiled, plain = (train(name, tokens, short)[2] for name in ("float8", "eager"))
+    left = given.seconds - (time.monotonic() - began) - 3 * compiled["first step s"]
+    round_of_steps = 1e-3 * SLOWER * (3 * compiled["median ms a step"] + plain["median ms a step"])
+    return max(TRIED, int(left / round_of_steps))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seconds", type=float, help="take as many steps as fit into this time")
     parser.add_argument("--batch", type=int, default=8, help="sequences of 1024 tokens a step")
     parser.add_argument("--runs", type=lambda text: text.split(","), default=list(RUNS))
     parser.add_argument("--json", type=Path, default=Path("curves.json"))
@@ -152,8 +175,16 @@ def main() -> None:
         return plot(given.plot)
     import text
 
-    tokens = text.load(50257)
-    result: dict[str, Any] = {"curves": {}, "runs": {}, "tokens": len(tokens), "batch": given.batch}
+    with any_hidden_size():
+        run(text.load(50257), given)
+    return None
+
+
+def run(tokens: torch.Tensor, given: argparse.Namespace) -> None:
+    if given.seconds:
+        given.steps = steps_that_fit(tokens, given)
+    result: dict[str, Any] = {"origin": machine.origin(torch.device("cuda"), "benchmarks.training_curves")}
+    result |= {"curves": {}, "runs": {}, "tokens": len(tokens), "batch": given.batch, "steps": given.steps}
     for at, name in enumerate(given.runs):
         losses, model, told = train(name, tokens, given)
         if at == 0 and given.states:
@@ -161,11 +192,10 @@ def main() -> None:
         del model
         result["curves"][name], result["runs"][name] = losses, told
         if "exact" in result["curves"]:
-            result["differences"] = differences(result["curves"])
+            result["differences"] = differences(result["curves"], warm_up(given.steps))
         given.json.write_text(json.dumps(result))
         print(name, f"loss {smoothed(losses)[-1]:.4f}", told, flush=True)
-    print("largest difference to exact of the smoothed loss:", result.get("differences"))
-    return None
+    print(f"{given.steps} steps; largest difference to exact of the smoothed loss:", result.get("differences"))
 
 
 if __name__ == "__main__":
