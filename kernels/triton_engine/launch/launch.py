@@ -52,7 +52,7 @@ class Launch:
 
     __slots__ = (
         "again", "bound", "device", "encoded", "first", "grid", "kernel", "leading", "numbers", "options", "order",
-        "placed", "stream_of", "tensors",
+        "placed", "tensors",
     )  # fmt: skip
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], bound: dict[str, Any]) -> None:
@@ -67,7 +67,6 @@ class Launch:
         self.tensors: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # picks the leading tensors, each of them once
         self.order: Callable[[list[int]], tuple[int, ...]] | None = None  # their addresses in the order of parameters
         self.numbers: tuple[str, ...] = ()  # the names of the leading numbers
-        self.stream_of: Callable[[int], int]  # the stream that is current on a device
         self.encoded: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # the first ``first`` arguments in C's form
         self.again: RecordedLaunch | Callable[..., None] | None = None  # the compiled kernel for aligned pointers
 
@@ -81,7 +80,7 @@ class Launch:
                     addresses = [*self.order(addresses)]
                 # addresses and not tensors: for a tensor Triton asks the driver whether the pointer is a device's
                 numbers = [arguments[name] for name in self.numbers] if self.numbers else ()
-                stream = self.stream_of(self.device)
+                stream = driver.active.get_current_stream(self.device)
                 if not isinstance(again, RecordedLaunch):
                     first = _described(tensors[: self.first])
                     again(*first, *addresses[self.first :], *numbers, *self.bound, stream=stream)
@@ -123,7 +122,7 @@ class Launch:
             self.first = 1 + max(self.placed, default=-1)
             self._remember(names[: len(tensors)])
             self.numbers = names[len(tensors) :]
-            self.device, self.stream_of = driver.active.get_current_device(), driver.active.get_current_stream
+            self.device = driver.active.get_current_device()
             self.again = recorded(compiled, self.grid, arguments) or compiled[self.grid]
 
     def _remember(self, names: tuple[str, ...]) -> None:
