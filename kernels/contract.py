@@ -29,6 +29,7 @@ softmax, as eager code's log_softmax gives. Other rows are not affected.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -165,6 +166,7 @@ SAVED_STATS = tuple(dict.fromkeys(name for s in STATISTICS for name in s.reads))
 LOSS_OUTPUTS = (*LINEAR_STATS, "dh", "dw", "dcols", "drows", "tie", *COMPANIONS)  # of `head_loss`, in order
 
 
+@lru_cache(maxsize=64)  # a step asks for every head it computes
 def with_companions(want: frozenset[str]) -> frozenset[str]:
     """The given statistics with those that their gradients read."""
     return want.union(*(s.reads for s in STATISTICS if s.name in want))

@@ -60,6 +60,7 @@ _SAVED = ", ".join(f"Tensor {name}" for name in SAVED_STATS)
 _LOSS = ", ".join(f"Tensor {name}" for name in LOSS_OUTPUTS)
 _COEFFICIENTS = ", ".join(f"Tensor c_{name}" for name in (*LINEAR_STATS, "square"))
 LOSS_STATS = (*LINEAR_STATS, *COMPANIONS)  # what `head_loss` gives
+_OUTPUTS_AT = tuple(map((*LOSS_STATS, "dh", "dw", "dcols", "drows", "tie").index, LOSS_OUTPUTS))
 SCHEMAS = {
     "head_stats": f"({_HEAD}, str transform, str stats, int memory{_WHOLE}, bool keep=False)"
     f" -> ({_STATS}, Tensor product)",
@@ -100,7 +101,7 @@ def _empty_if_absent(x: Tensor | None, like: Tensor, dtype: torch.dtype | None =
 
 def _gradients(grads: HeadGrads, head: Head) -> tuple[Tensor, ...]:
     operands = (head.h, head.w, head.cols, head.rows)
-    return tuple(x.new_empty(0) if g is None else g for g, x in zip(grads, operands))
+    return tuple([x.new_empty(0) if g is None else g for g, x in zip(grads, operands)])  # no frame a gradient
 
 
 def _head_stats(
@@ -124,10 +125,10 @@ def _head_stats(
     kept = product[: h.shape[0]] if keep and engine.keeps_product else None
     with without_autocast(head.h.device):
         got = engine.head_stats(head, names - {"lse_low"}, windows, kept)  # it comes with any lse
-    results = (
+    results = [
         _empty_if_absent(getattr(got, statistic.name) if statistic.name in names else None, h, statistic.dtype)
         for statistic in STATISTICS
-    )
+    ]
     return (*results, product)
 
 
@@ -200,11 +201,10 @@ def _loss_outputs(
     h: Tensor, want: frozenset[str], stats: Mapping[str, Tensor | None], grads: Sequence[Tensor], tie: Tensor | None
 ) -> tuple[Tensor, ...]:
     """The results of `head_loss` in the order of its schema: statistics by name, gradients, and the tie."""
-    names = with_companions(want | {"lse"})
-    results = {name: _empty_if_absent(stats.get(name) if name in names else None, h) for name in LOSS_STATS}
-    results |= zip(("dh", "dw", "dcols", "drows"), grads)
-    results["tie"] = h.new_full((), -0.0, dtype=stat_dtype(h.dtype)) if tie is None else tie
-    return tuple(results[name] for name in LOSS_OUTPUTS)
+    names, dtype = with_companions(want | {"lse"}), stat_dtype(h.dtype)
+    results: list[Tensor | None] = [stats.get(name) if name in names else None for name in LOSS_STATS]
+    results += (*grads, h.new_full((), -0.0, dtype=dtype) if tie is None else tie)
+    return tuple([h.new_empty(0, dtype=dtype) if x is None else x for x in map(results.__getitem__, _OUTPUTS_AT)])
 
 
 def _head_loss(

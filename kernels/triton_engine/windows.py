@@ -47,12 +47,12 @@ def slice_head(head: Head, i: slice, v: slice) -> Head:
 
 
 def slice_rows(grads: RowGrads, i: slice) -> RowGrads:
-    return RowGrads(*(None if g is None else rows_of(g, i) for g in grads))
+    return RowGrads(*[None if g is None else rows_of(g, i) for g in grads])  # a generator would enter a frame for each
 
 
 def ready_rows(grads: RowGrads) -> RowGrads:
     """Contiguous float32 vectors, as kernels read them."""
-    return RowGrads(*(None if g is None else _ready(g) for g in grads))
+    return RowGrads(*[None if g is None else _ready(g) for g in grads])
 
 
 def _ready(g: Tensor) -> Tensor:

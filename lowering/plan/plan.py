@@ -43,7 +43,9 @@ def plan(problem: Problem, *, memory: int = AUTO, free_bytes: int | None = None,
     """
     flop = 2 * problem.tokens * problem.vocab * problem.hidden
     threads = threads_of_kernel(problem.dtype, problem.device_type, flop)
-    return _planned(problem._replace(threads=threads), memory, free_bytes, whole_below)
+    if threads != problem.threads:
+        problem = problem._replace(threads=threads)
+    return _planned(problem, memory, free_bytes, whole_below)
 
 
 @lru_cache(maxsize=1024)  # a step asks for every head it computes

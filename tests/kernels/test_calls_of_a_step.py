@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
+from triton.runtime.interpreter import GridExecutor
+
+from benchmarks import host_share
 from fusedhead.kernels.contract import Head, Needs, RowGrads, Windows
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.kernels.triton_engine import engine
@@ -68,3 +72,23 @@ def test_the_statistics_are_four_launches_and_five_allocations(launched):
     assert launched == ["check_labels", "map_labels", "stream", "merge"]
     assert calls.of(NEW) == 5
     assert calls.of(VIEWS) == 0
+
+
+ENTERED = {  # Python functions that a call enters
+    "engine loss": 164,
+    "the op": 204,
+    "engine statistics": 67,
+    "the op of statistics": 107,
+}
+
+
+@pytest.mark.parametrize("part", ENTERED)
+def test_a_call_enters_no_more_python_functions_than_it_did(part):
+    """On a GPU each costs about as much as an argument of a launch; newer versions of Python inline some."""
+    compiled = lambda self, *args, **options: host_share.Compiled()  # noqa: E731  no kernel is interpreted
+    with host_share.launching_nothing(), patch.object(GridExecutor, "__call__", compiled):
+        step = host_share.ops_of_a_step()[part]
+        for _ in range(3):
+            step()
+        python, _ = host_share.entered(step)
+    assert 0 < python <= ENTERED[part]
