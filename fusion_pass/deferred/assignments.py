@@ -34,10 +34,11 @@ def part_of(part: Any) -> tuple[DeferredLogits, Any] | None:
     if recorded.func is not Tensor.__getitem__ or len(recorded.tensors) != 1:
         return None
     whole, index = decode(recorded.args, lambda leaf: recorded.tensors[leaf.at])
-    return (whole, index) if isinstance(whole, DeferredLogits) and chosen(index, whole.ndim) is not None else None
+    one_dim = isinstance(whole, DeferredLogits) and restricted_dim(index, whole.ndim) is not None
+    return (whole, index) if one_dim else None
 
 
-def chosen(index: Any, ndim: int) -> tuple[int, Any] | None:
+def restricted_dim(index: Any, ndim: int) -> tuple[int, Any] | None:
     """The one dimension that an index restricts, with its integer or slice."""
     if any(isinstance(entry, Tensor) for entry in (index if isinstance(index, tuple) else (index,))):
         return None
@@ -55,7 +56,7 @@ def update(name: str, whole: DeferredLogits, index: Any, operands: tuple, kwargs
         return None
     if isinstance(operand, Tensor) and (operand.ndim or (operand.requires_grad and not whole.requires_grad)):
         return None
-    (dim, entry), wide = chosen(index, whole.ndim), torch.promote_types(whole.dtype, torch.float32)  # type: ignore[misc]
+    (dim, entry), wide = restricted_dim(index, whole.ndim), torch.promote_types(whole.dtype, torch.float32)  # type: ignore[misc]
     vector = torch.full((whole.shape[dim],), neutral, dtype=wide, device=whole.device)
     vector[entry] = operand if sign == 1 else -operand
     return function, (vector.view(-1, *[1] * (whole.ndim - 1 - dim)),)
@@ -68,7 +69,7 @@ def assignment(whole: DeferredLogits, index: Any, number: Any) -> Call | None:
     entries = index if isinstance(index, tuple) else (index,)
     mask = entries[0] if entries and isinstance(entries[0], Tensor) else None
     if mask is None:
-        at = chosen(index, whole.ndim)
+        at = restricted_dim(index, whole.ndim)
         if at is None:
             return None
         columns = torch.zeros(whole.shape[at[0]], dtype=torch.bool, device=whole.device)
@@ -94,4 +95,4 @@ def of_some_tokens(whole: Tensor, mask: Tensor, classes: Tensor, number: float) 
 
 def same_index(a: Any, b: Any, ndim: int) -> bool:
     """Whether two indices along one dimension each are the same."""
-    return chosen(a, ndim) is not None and chosen(a, ndim) == chosen(b, ndim)
+    return restricted_dim(a, ndim) is not None and restricted_dim(a, ndim) == restricted_dim(b, ndim)

@@ -53,13 +53,13 @@ def hand_out(graph_output: GraphOutput, sources: Sequence[Any]) -> Tensor:
             entry = graph_output.recorded.setdefault(key, (programs, layouts, None))
     programs, (layout,), _ = entry
     if math.prod(layout.shape) < recipe.least:
-        return at_once(recipe, sources, refuse(BuiltAtOnce.FEW_LOGITS))
+        return build_now(recipe, sources, refuse(BuiltAtOnce.FEW_LOGITS))
     if not torch.is_grad_enabled() and math.prod(layout.shape) < LEAST_TOKENS * layout.shape[recipe.class_dim]:
-        return at_once(recipe, sources, refuse(BuiltAtOnce.FEW_TOKENS, least=LEAST_TOKENS))
+        return build_now(recipe, sources, refuse(BuiltAtOnce.FEW_TOKENS, least=LEAST_TOKENS))
     sharded = fsdp2_in_use()
     if sharded and not (sees_frees() and all(map(is_watched, tensor_sources))):
         if not worth_a_copy(tensor_sources, layout.shape):
-            return at_once(recipe, sources, refuse(BuiltAtOnce.LARGE_COPY))
+            return build_now(recipe, sources, refuse(BuiltAtOnce.LARGE_COPY))
         operands = [as_leaf(copied(tensor, mode), name, mode) for tensor, name in zip(tensor_sources, recipe.names)]
         tensors, snapshots = tuple(leaf for leaf, _ in operands), tuple(snapshot for _, snapshot in operands)
         recorded = RecordedCall(recipe.program, args, none, tensors, mode)
@@ -77,7 +77,7 @@ def copied(tensor: Tensor, mode: Mode) -> Tensor:
         return tensor.clone()
 
 
-def at_once(recipe: Recipe, sources: Sequence[Any], why: Refusal) -> Tensor:
+def build_now(recipe: Recipe, sources: Sequence[Any], why: Refusal) -> Tensor:
     for run in recipe.runs:
         run.at_once.add(str(why))
     return compute_now(recipe, sources)

@@ -64,7 +64,7 @@ def test_whatever_refuses_names_a_reason_of_a_table_and_its_fields() -> None:
 
 
 LAYERS = ("graph", "ir", "rules", "analysis", "canonicalize", "legality", "rewrite", "deferred")  # those that decide
-TAKES_A_REASON = ("Decision", "Finding", "note", "HeadRecord", "Escape", "refuse", "Refusal", "Unread", "at_once")
+TAKES_A_REASON = ("Decision", "Finding", "note", "HeadRecord", "Escape", "refuse", "Refusal", "Unread", "build_now")
 FOR_PEOPLE = {"analysis/cost.py"}  # what computes a head, and how
 
 
