@@ -46,8 +46,8 @@ def group(test: str) -> str:
 def scheduler(config: Any, log: Any) -> Any:
     """What hands groups to xdist's workers as they get free, in the order in which they were collected.
 
-    The mark ``xdist_group`` would do, but that xdist 3.8 writes a group into the ids of tests, which pytest 9.2 computes
-    anew: no test stays with another.
+    The mark ``xdist_group`` would do, but that xdist 3.8 writes a group into the ids of tests, which pytest 9.2
+    computes anew: no test stays with another.
     """
     from xdist.scheduler import LoadScopeScheduling
 

@@ -100,8 +100,8 @@ class Worker:
 
 def test_a_worker_is_handed_a_whole_group_at_once(pytestconfig: pytest.Config) -> None:
     pytest.importorskip("xdist")
-    names = ("run/test_cli.py::a run/test_enable.py::b[c::d] graph/test_nodes.py::e[f] graph/test_nodes.py::g "
-             "ir/test_expr.py::h ir/test_expr.py::i").split()  # fmt: skip
+    names = ["run/test_cli.py::a", "run/test_enable.py::b[c::d]", "graph/test_nodes.py::e[f]", "graph/test_nodes.py::g",
+             "ir/test_expr.py::h", "ir/test_expr.py::i"]  # fmt: skip
     config = SimpleNamespace(option=SimpleNamespace(), getvalue={"tx": ["popen"]}.get)
     made = pytestconfig.hook.pytest_xdist_make_scheduler(config=config, log=None)
     worker = Worker()
