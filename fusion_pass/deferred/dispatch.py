@@ -21,7 +21,7 @@ from fusedhead.deferred.query import NotRecorded, Request
 from fusedhead.deferred.record import pick, record
 from fusedhead.deferred.results import Unread, Wide
 from fusedhead.deferred.row_picks import picks
-from fusedhead.deferred.state import RecordedCall, SharedLogits
+from fusedhead.deferred.state import DETACHING, RecordedCall, SharedLogits
 from fusedhead.deferred.surroundings import checkpoint, op_by_op
 from fusedhead.deferred.tensor import DeferredLogits, accept_grad_fn, is_unbuilt, plain
 from fusedhead.deferred.wrappers import before_leaves, is_gathering
@@ -71,7 +71,7 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     if any(t._deferred.graph_output is None for t in subjects):
         return compute(func, args, kwargs)
     mode = Mode.now(subjects[0].device.type)
-    if as_eager(subjects, tensors, mode):
+    if as_eager(func, subjects, tensors, mode):
         return compute(func, args, kwargs)
     most = max(t.numel() // t.shape[-1] if t.ndim and t.shape[-1] else 0 for t in subjects)
     wide = any(t.numel() > most and t.ndim > 1 for t in tensors if not isinstance(t, DeferredLogits))
@@ -91,15 +91,19 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return compute(func, args, kwargs)
 
 
-def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode: Mode) -> bool:
+def as_eager(func: Any, subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode: Mode) -> bool:
     """Whether a call must run op by op on the plain tensor, because its surroundings observe single ops.
 
-    A checkpointed region does not count if it returned the logits, since each pass over it makes new ones.
+    A checkpointed region does not count if it returned the logits, since each pass over it makes new ones. Outside of it
+    their gradient is of the tensors that the second pass makes, which no fused op has in its forward.
     """
     region = checkpoint()
     if op_by_op() or (region is not None and not all(t._deferred.shared.returned_in(region) for t in subjects)):
         return True
     if mode.grad and any(t._deferred.layout.marked for t in subjects):
+        return True
+    recomputed = any(t.requires_grad and t._deferred.shared.out_of_region() for t in subjects)
+    if mode.grad and recomputed and func not in DETACHING:
         return True
     operands = [leaf for t in subjects for leaf in (t, *t._deferred.leaves)]
     # autograd cannot save inference tensors: eager code raises its own error
@@ -271,7 +275,7 @@ def owns_its_memory(tensor: DeferredLogits, besides: Any = None) -> bool:
     """
     if not is_unbuilt(tensor) or (tensor.requires_grad and not torch.is_grad_enabled()):
         return False
-    if tensor.is_inference() or torch.is_inference_mode_enabled():
+    if tensor.is_inference() or torch.is_inference_mode_enabled() or tensor._deferred.shared.out_of_region():
         return False
     recorded = tensor._deferred.recorded
     if not isinstance(recorded.func, torch.fx.GraphModule) and recorded.func.__name__ not in op_tables.FRESH:

@@ -141,15 +141,18 @@ class DeferredLogits(Tensor):
 
 
 def exist_first(tensor: DeferredLogits) -> None:
-    """Compute logits before a function is compiled for them, in two cases where their sources cannot replace them.
+    """Compute logits before a function is compiled for them, in three cases where their sources cannot replace them.
 
-    A checkpointed region that got them from outside must find them computed in both passes or in neither, and logits
-    marked as requiring a gradient that reaches nothing have no such sources. For stale logits the call raises.
+    A checkpointed region that got them from outside must find them computed in both passes or in neither; logits that
+    have left the region that returned them get a gradient of what it recomputes; and logits marked as requiring a
+    gradient that reaches nothing have no such sources. For stale logits the call raises.
     """
     if tensor._plain is not None or tensor._deferred.graph_output is None:
         return
     region, state = checkpoint(), tensor._deferred
-    if (state.layout.marked and torch.is_grad_enabled()) or (region and not state.shared.returned_in(region)):
+    grad, shared = torch.is_grad_enabled(), state.shared
+    recomputed = grad and state.layout.grad and shared.out_of_region()
+    if (state.layout.marked and grad) or recomputed or (region and not shared.returned_in(region)):
         with suppress(StaleLogits):
             plain(tensor)
 
@@ -209,7 +212,8 @@ class MaterialiseInForward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         numbers = run_recorded_call(tensor._deferred) if tensor._plain is None else tensor._plain
         # the result shares the memory; for a view autograd has to know the base, so that a write to either raises
-        return numbers.view_as(numbers) if numbers._is_view() else numbers.detach()
+        shares = numbers._is_view() and not is_returned(tensor._deferred)
+        return numbers.view_as(numbers) if shares else numbers.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
@@ -272,7 +276,11 @@ def plain(tensor: DeferredLogits) -> Tensor:
         if is_function_result(tensor):
             materialise_in_forward(tensor)
         elif tensor._plain is None:
-            tensor._plain = run_recorded_call(state)
+            made = run_recorded_call(state)
+            if is_recomputed(state, made):
+                materialise_in_forward(tensor)
+            else:
+                tensor._plain = made
     return tensor._plain  # type: ignore[return-value]
 
 
@@ -280,11 +288,26 @@ def as_plain(tensor: Tensor) -> Tensor:
     return plain(tensor) if isinstance(tensor, DeferredLogits) else tensor
 
 
+def is_recomputed(state: DeferredState, result: Tensor) -> bool:
+    """Whether the gradient of ``result`` is of tensors that a checkpointed region saves, and recomputes in a backward.
+
+    The node that the deferred tensor got in the region has saved them there; the computation of ``result`` saves nothing
+    there. A view saves nothing at all, and its history is that of its base.
+    """
+    if state.shared.checkpoint is None or not (state.layout.grad and result.requires_grad):
+        return False
+    return is_returned(state) or not result._is_view()
+
+
+def is_returned(state: DeferredState) -> bool:
+    """Whether the tensor is one that a graph returned, and no result of a call on such a one."""
+    return state.graph_output is not None and state.recorded.func is state.graph_output.recipe.program
+
+
 def run_recorded_call(state: DeferredState) -> Tensor:
-    graph_output, recorded = state.graph_output, state.recorded
-    first = graph_output is not None and recorded.func is graph_output.recipe.program and recorded.result is None
+    first = is_returned(state) and state.recorded.result is None
     if first:
-        count_built(graph_output.recipe.runs, state.shared.built_for)  # type: ignore[union-attr]
+        count_built(state.graph_output.recipe.runs, state.shared.built_for)  # type: ignore[union-attr]
     result = state.recorded.evaluate(as_plain)
     if first:
         state.shared.gather_before(result)

@@ -79,7 +79,6 @@ class Comparison:
         self.steps: list[str] = []
         self.deferred = self.waiting = self.stale = 0
         self.unseen: set[int] = set()  # forwards whose weight was written to in a way that leaves no trace
-        self.recomputed: set[int] = set()  # forwards that checkpointing makes again in a backward
         self.coarse_gradients = self.coarse_weights = False  # whether some were computed in half precision
 
     def written(self, pairs: Sequence[Pair]) -> bool:
