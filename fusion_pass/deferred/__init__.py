@@ -3,7 +3,7 @@
 | a graph returns logits, another takes them | `graph_outputs`, `graph_inputs`                      |
 | the tensor, and what it knows              | `tensor`, `state`, `call_program`, `optimizer_steps` |
 | what autograd sees of it                   | `history`                                            |
-| what is active around a call               | `surroundings`                                       |
+| what is active around a call               | `surroundings`, `checkpoint_regions`                 |
 | a call on it: table, record, or answer     | `dispatch`, `op_tables`, `record`, `query`           |
 | what the call amounts to, read as a graph  | `to_fx`, `lower`, `lower_tokenwise`, `results`       |
 | numbers that are known already             | `shared_statistics`, `row_picks`                     |

@@ -16,6 +16,7 @@ from fusedhead.compat import disable_torch_function_subclass, tree_map_only
 from fusedhead.deferred import op_tables
 from fusedhead.deferred.assignments import assignment, part_of, same_index, update
 from fusedhead.deferred.call_program import Leaf, Mode, Unreadable, encode
+from fusedhead.deferred.checkpoint_regions import has_left
 from fusedhead.deferred.history import RebindInPlace, invalidate_history, update_history, with_grad_fn
 from fusedhead.deferred.query import NotRecorded, Request
 from fusedhead.deferred.record import pick, record
@@ -66,9 +67,8 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return compute(func, args, kwargs)
     tensors = [resolved(t) for t in arguments]
     subjects = [t for t in tensors if isinstance(t, DeferredLogits)]
-    if not subjects or not all(map(is_supported_tensor, tensors)):
-        return compute(func, args, kwargs)
-    if any(t._deferred.graph_output is None for t in subjects):
+    supported = all(map(is_supported_tensor, tensors)) and all(t._deferred.graph_output is not None for t in subjects)
+    if not subjects or not supported:
         return compute(func, args, kwargs)
     mode = Mode.now(subjects[0].device.type)
     if as_eager(func, subjects, tensors, mode):
@@ -94,16 +94,13 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
 def as_eager(func: Any, subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode: Mode) -> bool:
     """Whether a call must run op by op on the plain tensor, because its surroundings observe single ops.
 
-    A checkpointed region does not count if it returned the logits, since each pass over it makes new ones. Outside of it
-    their gradient is of the tensors that the second pass makes, which no fused op has in its forward.
+    A checkpointed region does not count if it returned the logits, since each pass over it makes new ones.
     """
     region = checkpoint()
     if op_by_op() or (region is not None and not all(t._deferred.shared.returned_in(region) for t in subjects)):
         return True
-    if mode.grad and any(t._deferred.layout.marked for t in subjects):
-        return True
-    recomputed = any(t.requires_grad and t._deferred.shared.out_of_region() for t in subjects)
-    if mode.grad and recomputed and func not in DETACHING:
+    marked = mode.grad and any(t._deferred.layout.marked for t in subjects)
+    if marked or (func not in DETACHING and any(has_left(t._deferred) for t in subjects)):
         return True
     operands = [leaf for t in subjects for leaf in (t, *t._deferred.leaves)]
     # autograd cannot save inference tensors: eager code raises its own error
@@ -275,7 +272,7 @@ def owns_its_memory(tensor: DeferredLogits, besides: Any = None) -> bool:
     """
     if not is_unbuilt(tensor) or (tensor.requires_grad and not torch.is_grad_enabled()):
         return False
-    if tensor.is_inference() or torch.is_inference_mode_enabled() or tensor._deferred.shared.out_of_region():
+    if tensor.is_inference() or torch.is_inference_mode_enabled() or has_left(tensor._deferred):
         return False
     recorded = tensor._deferred.recorded
     if not isinstance(recorded.func, torch.fx.GraphModule) and recorded.func.__name__ not in op_tables.FRESH:

@@ -210,7 +210,7 @@ class Request:
         sharing, subject = outcome.sharing, self.subjects[0]
         grad = Recording.of(self.recorded.mode.grad and not sharing.detached, self.recorded.mode)
         # a mode that counts ops must not see this sweep, since an earlier call may have made it unnecessary; in the
-        # checkpointed region that returned the logits both passes make the same calls, and both have to save its tensors
+        # checkpointed region that returned the logits, both passes make the same calls and have to save its tensors
         shared = subject._deferred.shared
         with shared.lock, out_of_sight(hooks_see=shared.returned_in(checkpoint())):
             have: dict[str, Any] = {}

@@ -185,10 +185,6 @@ class SharedLogits:
     def returned_in(self, region: object | None) -> bool:
         return self.checkpoint is not None and region is not None and self.checkpoint() is region
 
-    def out_of_region(self) -> bool:
-        """Whether the tensor was returned in a region of checkpointing, and has left it."""
-        return self.checkpoint is not None and not self.returned_in(checkpoint())
-
     def gather_before(self, result: Any) -> None:
         """Have FSDP2 gather the weights again when a gradient of ``result``, made of the leaves, is asked for."""
         if isinstance(result, Tensor) and result.requires_grad:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
@@ -26,12 +26,13 @@ from fusedhead.compat import (
     tree_map_only,
 )
 from fusedhead.deferred.call_program import CallProgram, Leaf, Mode, encode, modes
+from fusedhead.deferred.checkpoint_regions import has_left, is_recomputed, is_returned
 from fusedhead.deferred.frames import skip_own_frames
 from fusedhead.deferred.op_tables import ALONE, METADATA
 from fusedhead.deferred.state import DeferredState, RecordedCall, SharedLogits, StaleLogits, TensorLayout, check_fresh
 from fusedhead.deferred.surroundings import above_autograd, checkpoint, out_of_sight
 from fusedhead.deferred.wrappers import before_leaves, sink_of
-from fusedhead.graph.run_counts import Run, built
+from fusedhead.graph.run_counts import count_built
 
 aten = torch.ops.aten
 
@@ -150,9 +151,8 @@ def exist_first(tensor: DeferredLogits) -> None:
     if tensor._plain is not None or tensor._deferred.graph_output is None:
         return
     region, state = checkpoint(), tensor._deferred
-    grad, shared = torch.is_grad_enabled(), state.shared
-    recomputed = grad and state.layout.grad and shared.out_of_region()
-    if (state.layout.marked and grad) or recomputed or (region and not shared.returned_in(region)):
+    marked = state.layout.marked and torch.is_grad_enabled()
+    if marked or has_left(state) or (region and not state.shared.returned_in(region)):
         with suppress(StaleLogits):
             plain(tensor)
 
@@ -273,35 +273,15 @@ def plain(tensor: DeferredLogits) -> Tensor:
         for operand in state.recorded.tensors:
             as_plain(operand)  # before the lock is taken: another head's logits have their own
     with state.shared.lock, above_autograd(), out_of_sight():  # what exists from here on has a history
-        if is_function_result(tensor):
+        if is_function_result(tensor) or (tensor._plain is None and is_recomputed(state, run_recorded_call(state))):
             materialise_in_forward(tensor)
         elif tensor._plain is None:
-            made = run_recorded_call(state)
-            if is_recomputed(state, made):
-                materialise_in_forward(tensor)
-            else:
-                tensor._plain = made
+            tensor._plain = run_recorded_call(state)
     return tensor._plain  # type: ignore[return-value]
 
 
 def as_plain(tensor: Tensor) -> Tensor:
     return plain(tensor) if isinstance(tensor, DeferredLogits) else tensor
-
-
-def is_recomputed(state: DeferredState, result: Tensor) -> bool:
-    """Whether the gradient of ``result`` is of tensors that a checkpointed region saves, and recomputes in a backward.
-
-    The node that the deferred tensor got in the region has saved them there; the computation of ``result`` saves nothing
-    there. A view saves nothing at all, and its history is that of its base.
-    """
-    if state.shared.checkpoint is None or not (state.layout.grad and result.requires_grad):
-        return False
-    return is_returned(state) or not result._is_view()
-
-
-def is_returned(state: DeferredState) -> bool:
-    """Whether the tensor is one that a graph returned, and no result of a call on such a one."""
-    return state.graph_output is not None and state.recorded.func is state.graph_output.recipe.program
 
 
 def run_recorded_call(state: DeferredState) -> Tensor:
@@ -312,12 +292,3 @@ def run_recorded_call(state: DeferredState) -> Tensor:
     if first:
         state.shared.gather_before(result)
     return result if state.part is None else result[state.part]
-
-
-def count_built(runs: Sequence[Run], why: str) -> None:
-    """Count logits that are built: for a use, or in spite of having been deferred, because of ``why``."""
-    if not why:
-        built(runs)
-    for run in runs if why else ():
-        run.deferred.take_back()
-        run.at_once.add(why)
