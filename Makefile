@@ -30,9 +30,9 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
-# Two workers, handed single tests as they get free: a test that compiles takes seconds, most take milliseconds. Those
-# that share something stay together, the long ones come first (tests/conftest.py).
-SHARED := -n 2 --dist loadgroup --no-loadscope-reorder
+# Two workers, handed tests as they get free: a test that compiles takes seconds, most take milliseconds. Those that
+# share something stay together, the long ones come first (tests/order.py).
+SHARED := -n 2
 pytest: $(VENV)/.installed
 	$(BIN)/python -m pytest -q $(SHARED) --durations 15
 

@@ -175,7 +175,8 @@ def with_sources(
     """A graph whose inputs are the sources of deferred logits; the given graph if that fails."""
     try:
         working = copy_module(gm)
-        return working, *expand_inputs(working, example_inputs)
+        with unhooked():
+            return working, *expand_inputs(working, example_inputs)
     except StaleLogits:  # a user's error, which eager mode raises too
         raise
     except Exception:

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ gc.disable()
 
 import torch  # noqa: E402
 
-from tests.order import group, place  # noqa: E402
+from tests.order import place, scheduler  # noqa: E402
 
 # Read when triton is imported, so set before: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -64,13 +65,13 @@ def leave_compilations_untraced() -> None:
 leave_compilations_untraced()
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place(item.nodeid))
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        name = group(item.nodeid)
-        if name is not None:
-            item.add_marker(pytest.mark.xdist_group(name))
+
+
+@pytest.hookimpl(optionalhook=True)  # xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return scheduler(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
-from tests.order import ALONE, TOGETHER, group, place
+import pytest
+
+from tests.order import ALONE, LAST, TOGETHER, group, place
 
 ROOT = Path(__file__).parents[1]
 LINES = 40  # of code: statements, without docstrings, imports and comments
@@ -71,8 +74,40 @@ def test_every_module_with_logic_has_a_test_file_named_after_it() -> None:
 
 
 def test_what_runs_first_and_together_is_there() -> None:
-    for path in (*" ".join(TOGETHER).split(), *ALONE):
+    for path in (*" ".join(TOGETHER).split(), *ALONE, *LAST):
         assert (ROOT / path).exists(), path
-    assert group("tests/run/test_cli.py::test_a") == group("tests/run/test_enable.py::test_b") is not None
-    assert group("tests/fuzz/test_fuzz.py::test_a") is None
-    assert place("tests/rules/test_rules.py::test_a") > place("tests/fuzz/test_fuzz.py::test_a")
+    assert group("tests/run/test_cli.py::test_a") == group("tests/run/test_enable.py::test_b")
+    assert group("tests/graph/test_nodes.py::test_a") == group("tests/graph/test_nodes.py::test_b[c]")
+    assert group("tests/fuzz/test_fuzz.py::test_a") != group("tests/fuzz/test_fuzz.py::test_b")
+    places = [place(f"{path}::test_a") for path in (TOGETHER[-1], "tests/graph/test_nodes.py", LAST[0])]
+    assert places == sorted(set(places))
+
+
+class Worker:
+    """Of xdist: what it is told to run."""
+
+    shutting_down = False
+
+    def __init__(self) -> None:
+        self.told: list[list[int]] = []
+
+    def send_runtest_some(self, indices: list[int]) -> None:
+        self.told.append(indices)
+
+    def shutdown(self) -> None:
+        self.shutting_down = True
+
+
+def test_a_worker_is_handed_a_whole_group_at_once(pytestconfig: pytest.Config) -> None:
+    pytest.importorskip("xdist")
+    names = ["run/test_cli.py::a", "run/test_enable.py::b[c::d]", "graph/test_nodes.py::e[f]", "graph/test_nodes.py::g",
+             "ir/test_expr.py::h", "ir/test_expr.py::i"]  # fmt: skip
+    config = SimpleNamespace(option=SimpleNamespace(), getvalue={"tx": ["popen"]}.get)
+    made = pytestconfig.hook.pytest_xdist_make_scheduler(config=config, log=None)
+    worker = Worker()
+    made.add_node(worker)
+    made.add_node_collection(worker, [f"tests/{name}" for name in names])
+    made.schedule()
+    for test in range(len(names)):
+        made.mark_test_complete(worker, test)
+    assert worker.told == [[0, 1], [2, 3], [4], [5]]

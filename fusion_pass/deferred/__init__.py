@@ -3,7 +3,7 @@
 | a graph returns logits, another takes them | `graph_outputs`, `graph_inputs`                      |
 | the tensor, and what it knows              | `tensor`, `state`, `call_program`, `optimizer_steps` |
 | what autograd sees of it                   | `history`                                            |
-| what is active around a call               | `surroundings`                                       |
+| what is active around a call               | `surroundings`, `checkpoint_regions`                 |
 | a call on it: table, record, or answer     | `dispatch`, `op_tables`, `record`, `query`           |
 | what the call amounts to, read as a graph  | `to_fx`, `lower`, `lower_tokenwise`, `results`       |
 | numbers that are known already             | `shared_statistics`, `row_picks`                     |
@@ -26,7 +26,9 @@ These are fixed at the call, whatever happens until it is read:
 
 Operands of later steps that may be written to are copied. A call runs op by op on the numbers where its surroundings
 give single ops a meaning (`surroundings`): a transform of ``torch.func``, a mode of stand-ins, a checkpointed region
-that the logits came from outside of. It also does where an inference tensor would be saved for a gradient.
+that the logits came from outside of. It also does where an inference tensor would be saved for a gradient, and where
+logits with a gradient have left the checkpointed region that made them: their gradient is of what the region computes
+when it runs again, in the backward, as eager code's is. A loss in that region is fused, there and then.
 
 Differences from eager code, none of them silent:
 
@@ -44,10 +46,6 @@ Differences from eager code, none of them silent:
   where it reaches one of 32 entries spread over the operand; elsewhere, and else, the numbers are the new ones.
 * a part of logits that were written to (``a, b = z.chunk(2); z.mul_(2)``), used by C++ before Python (an autograd
   function, ``torch.func``, reentrant checkpointing): eager code refuses the use; here a backward raises its error.
-
-One difference is silent. A backward through a checkpointed forward computes the trunk once more, of the weights that
-it finds. Where these were written to since, eager code's gradient of the head is of the hidden states of the second
-pass; that of deferred logits is of the first pass, whose numbers the loss has.
 
 Settings of arithmetic (precision of products, determinism, threads) are those of the read.
 """

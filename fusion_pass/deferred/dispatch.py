@@ -16,12 +16,13 @@ from fusedhead.compat import disable_torch_function_subclass, tree_map_only
 from fusedhead.deferred import op_tables
 from fusedhead.deferred.assignments import assignment, part_of, same_index, update
 from fusedhead.deferred.call_program import Leaf, Mode, Unreadable, encode
+from fusedhead.deferred.checkpoint_regions import has_left
 from fusedhead.deferred.history import RebindInPlace, invalidate_history, update_history, with_grad_fn
 from fusedhead.deferred.query import NotRecorded, Request
 from fusedhead.deferred.record import pick, record
 from fusedhead.deferred.results import Unread, Wide
 from fusedhead.deferred.row_picks import picks
-from fusedhead.deferred.state import RecordedCall, SharedLogits
+from fusedhead.deferred.state import DETACHING, RecordedCall, SharedLogits
 from fusedhead.deferred.surroundings import checkpoint, op_by_op
 from fusedhead.deferred.tensor import DeferredLogits, accept_grad_fn, is_unbuilt, plain
 from fusedhead.deferred.wrappers import before_leaves, is_gathering
@@ -66,12 +67,11 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return compute(func, args, kwargs)
     tensors = [resolved(t) for t in arguments]
     subjects = [t for t in tensors if isinstance(t, DeferredLogits)]
-    if not subjects or not all(map(is_supported_tensor, tensors)):
-        return compute(func, args, kwargs)
-    if any(t._deferred.graph_output is None for t in subjects):
+    supported = all(map(is_supported_tensor, tensors)) and all(t._deferred.graph_output is not None for t in subjects)
+    if not subjects or not supported:
         return compute(func, args, kwargs)
     mode = Mode.now(subjects[0].device.type)
-    if as_eager(subjects, tensors, mode):
+    if as_eager(func, subjects, tensors, mode):
         return compute(func, args, kwargs)
     most = max(t.numel() // t.shape[-1] if t.ndim and t.shape[-1] else 0 for t in subjects)
     wide = any(t.numel() > most and t.ndim > 1 for t in tensors if not isinstance(t, DeferredLogits))
@@ -91,7 +91,7 @@ def call(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         return compute(func, args, kwargs)
 
 
-def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode: Mode) -> bool:
+def as_eager(func: Any, subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode: Mode) -> bool:
     """Whether a call must run op by op on the plain tensor, because its surroundings observe single ops.
 
     A checkpointed region does not count if it returned the logits, since each pass over it makes new ones.
@@ -99,7 +99,8 @@ def as_eager(subjects: Sequence[DeferredLogits], tensors: Sequence[Tensor], mode
     region = checkpoint()
     if op_by_op() or (region is not None and not all(t._deferred.shared.returned_in(region) for t in subjects)):
         return True
-    if mode.grad and any(t._deferred.layout.marked for t in subjects):
+    marked = mode.grad and any(t._deferred.layout.marked for t in subjects)
+    if marked or (func not in DETACHING and any(has_left(t._deferred) for t in subjects)):
         return True
     operands = [leaf for t in subjects for leaf in (t, *t._deferred.leaves)]
     # autograd cannot save inference tensors: eager code raises its own error
@@ -271,7 +272,7 @@ def owns_its_memory(tensor: DeferredLogits, besides: Any = None) -> bool:
     """
     if not is_unbuilt(tensor) or (tensor.requires_grad and not torch.is_grad_enabled()):
         return False
-    if tensor.is_inference() or torch.is_inference_mode_enabled():
+    if tensor.is_inference() or torch.is_inference_mode_enabled() or has_left(tensor._deferred):
         return False
     recorded = tensor._deferred.recorded
     if not isinstance(recorded.func, torch.fx.GraphModule) and recorded.func.__name__ not in op_tables.FRESH:

@@ -47,7 +47,7 @@ from fusedhead.deferred.state import (
     check_fresh,
     snapshot,
 )
-from fusedhead.deferred.surroundings import out_of_sight, trial
+from fusedhead.deferred.surroundings import checkpoint, out_of_sight, trial
 from fusedhead.deferred.tensor import DeferredLogits
 from fusedhead.graph.aliases import storage
 from fusedhead.graph.reasons import refuse
@@ -209,8 +209,10 @@ class Request:
         """The statistics that ``outcome`` needs, from earlier sweeps or from a new one."""
         sharing, subject = outcome.sharing, self.subjects[0]
         grad = Recording.of(self.recorded.mode.grad and not sharing.detached, self.recorded.mode)
-        # a mode that counts ops must not see this sweep, since an earlier call may have made it unnecessary
-        with subject._deferred.shared.lock, out_of_sight():
+        # a mode that counts ops must not see this sweep, since an earlier call may have made it unnecessary; in the
+        # checkpointed region that returned the logits, both passes make the same calls and have to save its tensors
+        shared = subject._deferred.shared
+        with shared.lock, out_of_sight(hooks_see=shared.returned_in(checkpoint())):
             have: dict[str, Any] = {}
             for name in outcome.asks:
                 have[name] = (

@@ -182,8 +182,8 @@ class SharedLogits:
     gathering: list[Callable[[Tensor], Any]] = field(default_factory=list)
     gradient_bypassed: bool = False  # True once a fused loss was taken: its gradient goes to h and W directly
 
-    def returned_in(self, region: object) -> bool:
-        return self.checkpoint is not None and self.checkpoint() is region
+    def returned_in(self, region: object | None) -> bool:
+        return self.checkpoint is not None and region is not None and self.checkpoint() is region
 
     def gather_before(self, result: Any) -> None:
         """Have FSDP2 gather the weights again when a gradient of ``result``, made of the leaves, is asked for."""

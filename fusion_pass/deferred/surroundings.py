@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -32,13 +32,16 @@ from fusedhead.graph.saved_tensor_hooks import unhooked
 
 
 @contextmanager
-def out_of_sight() -> Iterator[None]:
-    """Context that hides a computation from active modes, hooks on saved tensors and function transforms."""
+def out_of_sight(hooks_see: bool = False) -> Iterator[None]:
+    """Context that hides a computation from active modes, hooks on saved tensors and function transforms.
+
+    ``hooks_see``: hooks on saved tensors do see what autograd saves of it.
+    """
     with (
         disable_torch_function_subclass(),
         clear_function_transforms(),
         disable_current_modes(),
-        unhooked(),
+        nullcontext() if hooks_see else unhooked(),
     ):
         yield
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
@@ -26,12 +26,13 @@ from fusedhead.compat import (
     tree_map_only,
 )
 from fusedhead.deferred.call_program import CallProgram, Leaf, Mode, encode, modes
+from fusedhead.deferred.checkpoint_regions import has_left, is_recomputed, is_returned
 from fusedhead.deferred.frames import skip_own_frames
 from fusedhead.deferred.op_tables import ALONE, METADATA
 from fusedhead.deferred.state import DeferredState, RecordedCall, SharedLogits, StaleLogits, TensorLayout, check_fresh
 from fusedhead.deferred.surroundings import above_autograd, checkpoint, out_of_sight
 from fusedhead.deferred.wrappers import before_leaves, sink_of
-from fusedhead.graph.run_counts import Run, built
+from fusedhead.graph.run_counts import count_built
 
 aten = torch.ops.aten
 
@@ -141,15 +142,17 @@ class DeferredLogits(Tensor):
 
 
 def exist_first(tensor: DeferredLogits) -> None:
-    """Compute logits before a function is compiled for them, in two cases where their sources cannot replace them.
+    """Compute logits before a function is compiled for them, in three cases where their sources cannot replace them.
 
-    A checkpointed region that got them from outside must find them computed in both passes or in neither, and logits
-    marked as requiring a gradient that reaches nothing have no such sources. For stale logits the call raises.
+    A checkpointed region that got them from outside must find them computed in both passes or in neither; logits that
+    have left the region that returned them get a gradient of what it recomputes; and logits marked as requiring a
+    gradient that reaches nothing have no such sources. For stale logits the call raises.
     """
     if tensor._plain is not None or tensor._deferred.graph_output is None:
         return
     region, state = checkpoint(), tensor._deferred
-    if (state.layout.marked and torch.is_grad_enabled()) or (region and not state.shared.returned_in(region)):
+    marked = state.layout.marked and torch.is_grad_enabled()
+    if marked or has_left(state) or (region and not state.shared.returned_in(region)):
         with suppress(StaleLogits):
             plain(tensor)
 
@@ -209,7 +212,8 @@ class MaterialiseInForward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         numbers = run_recorded_call(tensor._deferred) if tensor._plain is None else tensor._plain
         # the result shares the memory; for a view autograd has to know the base, so that a write to either raises
-        return numbers.view_as(numbers) if numbers._is_view() else numbers.detach()
+        shares = numbers._is_view() and not is_returned(tensor._deferred)
+        return numbers.view_as(numbers) if shares else numbers.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
@@ -269,7 +273,7 @@ def plain(tensor: DeferredLogits) -> Tensor:
         for operand in state.recorded.tensors:
             as_plain(operand)  # before the lock is taken: another head's logits have their own
     with state.shared.lock, above_autograd(), out_of_sight():  # what exists from here on has a history
-        if is_function_result(tensor):
+        if is_function_result(tensor) or (tensor._plain is None and is_recomputed(state, run_recorded_call(state))):
             materialise_in_forward(tensor)
         elif tensor._plain is None:
             tensor._plain = run_recorded_call(state)
@@ -281,20 +285,10 @@ def as_plain(tensor: Tensor) -> Tensor:
 
 
 def run_recorded_call(state: DeferredState) -> Tensor:
-    graph_output, recorded = state.graph_output, state.recorded
-    first = graph_output is not None and recorded.func is graph_output.recipe.program and recorded.result is None
+    first = is_returned(state) and state.recorded.result is None
     if first:
-        count_built(graph_output.recipe.runs, state.shared.built_for)  # type: ignore[union-attr]
+        count_built(state.graph_output.recipe.runs, state.shared.built_for)  # type: ignore[union-attr]
     result = state.recorded.evaluate(as_plain)
     if first:
         state.shared.gather_before(result)
     return result if state.part is None else result[state.part]
-
-
-def count_built(runs: Sequence[Run], why: str) -> None:
-    """Count logits that are built: for a use, or in spite of having been deferred, because of ``why``."""
-    if not why:
-        built(runs)
-    for run in runs if why else ():
-        run.deferred.take_back()
-        run.at_once.add(why)

@@ -176,3 +176,12 @@ def _caller_frames() -> Iterator[Any]:
     while frame is not None:
         yield frame
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def count_built(runs: Sequence[Run], why: str) -> None:
+    """Count logits that are built: for a use, or in spite of having been deferred, because of ``why``."""
+    if not why:
+        built(runs)
+    for run in runs if why else ():
+        run.deferred.take_back()
+        run.at_once.add(why)

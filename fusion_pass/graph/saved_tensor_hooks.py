@@ -12,10 +12,22 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fusedhead.compat import saved_tensors_hooks_enabled
+from fusedhead.compat import saved_tensors_hooks_enabled, top_saved_tensors_hooks
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
+def _with_version(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor, 0 if tensor.is_inference() else tensor._version
+
+
+def _unwritten(saved: tuple[Tensor, int]) -> Tensor:
+    """What was saved. Raises RuntimeError if it was written to since, which autograd does not look for under hooks."""
+    tensor, before = saved
+    _, now = _with_version(tensor)
+    if now != before:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{tensor.type()} {list(tensor.shape)}] is at version {now}; expected version {before} instead."
+        )
     return tensor
 
 
@@ -23,8 +35,8 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 def unhooked() -> Iterator[None]:
     """Inside, hooks on saved tensors that are active see nothing: those pushed last are the only ones that run."""
     # where they are forbidden, none is active, and none may be pushed
-    if not saved_tensors_hooks_enabled():
+    if not saved_tensors_hooks_enabled() or top_saved_tensors_hooks(True) is None:
         yield
         return
-    with saved_tensors_hooks(_as_it_is, _as_it_is):
+    with saved_tensors_hooks(_with_version, _unwritten):
         yield

@@ -89,8 +89,8 @@ class Operations(TorchDispatchMode):
         self.watched.close()
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        with surroundings.out_of_sight(), Watched(self):
+    def watching(self, hooks_see: bool = False) -> Iterator[None]:
+        with surroundings.out_of_sight(hooks_see), Watched(self):
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Runs a function on several gloo processes of this machine: one interpreter imports torch, and forks all ranks.
+"""Runs a function on several gloo processes of this machine: one interpreter imports torch, compiles once, and forks.
 
 ``python -m tests.functional.ranks`` reads lines of JSON, [MODULE:FUNCTION, RANKS, FOLDER, SECONDS], calls each function
 on so many ranks inside a process group, and prints the worst exit code. A rank leaves what the function returns in
@@ -8,6 +8,7 @@ FOLDER/RANK.pt, and what it prints in FOLDER/said. The process imports what it i
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import subprocess
@@ -23,6 +24,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.warm import warm
 
 TIMEOUT = 300  # seconds for all ranks together, unless a test asks for more; a collective gives up after a fifth
 ROOT = Path(__file__).parents[2]
@@ -106,9 +109,12 @@ def fork_ranks(function: str, ranks: int, folder: str, seconds: int) -> int:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    warm()
+    gc.freeze()  # ranks end at once, and look for no garbage in what was imported
     for line in sys.stdin:
         print(fork_ranks(*json.loads(line)), flush=True)
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

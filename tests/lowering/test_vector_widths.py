@@ -36,6 +36,7 @@ TESTS = (
 def test_memory_and_errors_are_as_promised_on_a_cpu_with_narrower_vectors():
     width, settings = OTHER
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    command = [sys.executable, "-c", RUN, width, *TESTS, "-k", "not multiplie and not peaked"]  # it has no bfloat16
+    # There no bfloat16 is multiplied, and float16 is widened as bfloat16 is.
+    command = [sys.executable, "-c", RUN, width, *TESTS, "-k", "not multiplie and not peaked and not [float16"]
     done = subprocess.run(command, cwd=ROOT, env={**environment, **settings}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

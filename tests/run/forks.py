@@ -1,7 +1,8 @@
-"""Many runs of the command for one import of torch: one process imports it and forks a child a run."""
+"""Many runs of the command for one import of torch, and one first compilation: one process forks a child a run."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import subprocess
@@ -13,20 +14,43 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import NamedTuple, Protocol
 
+from tests.warm import warm
+
 FORKS = """
-import json, os, sys
-import torch._inductor.compile_fx  # what every child that compiles would import by itself, which takes seconds
+import atexit, json, os, sys
 from fusedhead.run.cli import main
+warm()
+
+ended = [1]  # the exit code, as far as it is known
+
+def end():
+    # After the program's threads and what it has registered: to take a process apart that knows torch takes seconds.
+    if ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended[0])
+
+def child(arguments):
+    atexit.register(end)
+    try:
+        sys.exit(main(arguments))
+    except SystemExit as stop:
+        ended[0] = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+    except KeyboardInterrupt:  # whose exit code is Python's to give
+        ended.clear()
+        raise
+
 for line in sys.stdin:
     arguments, folder, out, err, environment = json.loads(line)
-    child = os.fork()
-    if child == 0:
+    pid = os.fork()
+    if pid == 0:
         os.chdir(folder)
         os.environ.update(environment)
         os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
         os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
-        sys.exit(main(arguments))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        child(arguments)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -48,7 +72,7 @@ def of_the_program(line: str) -> bool:
 @contextmanager
 def forks() -> Iterator[Ours]:
     """``fusedhead run``, or another command, as a function of arguments, folder, and more of the environment."""
-    started = [sys.executable, "-c", FORKS]
+    started = [sys.executable, "-c", inspect.getsource(warm) + FORKS]
     with (
         subprocess.Popen(started, stdin=PIPE, stdout=PIPE, text=True) as process,
         tempfile.TemporaryDirectory() as written,

@@ -53,8 +53,6 @@ class World(Comparison):
         hidden = [pair.real for pair in new if pair.real.shape[-1] == D]
         made_of = [model.lm_head.weight, *([model.lm_head.bias] if model.lm_head.bias is not None else []), *hidden]
         self.forwards.append([(t, 0 if t.is_inference() else t._version, t.detach().clone()) for t in made_of])
-        if "checkpoint" in mode:
-            self.recomputed.add(len(self.forwards) - 1)
         for pair in new:
             pair.made_of |= {len(self.forwards) - 1}
 
@@ -76,8 +74,6 @@ class World(Comparison):
         self.coarse_weights |= self.coarse_gradients and name.endswith(" steps")
         if name == "weight written through .data":  # no version says so: eager code's gradients mix both weights
             self.unseen |= set(range(len(self.forwards)))
-        if name in ("trunk written", "tokens written") or (name.endswith(" steps") and self.stepping()):
-            self.unseen |= self.recomputed  # eager code's gradients mix both forwards, and ours mix them elsewhere
         if name == "weight replaced":  # what was made of the old memory stays as it is; versions are counted on
             weight = self.sides[0].model.lm_head.weight
             self.forwards = [
@@ -92,10 +88,6 @@ class World(Comparison):
             ]
         for side in self.sides:
             CHANGES[name](side)
-
-    def stepping(self) -> bool:
-        """Whether a step of an optimizer writes to the trunk."""
-        return any(p.grad is not None for p in (self.sides[0].model.mix.weight, self.sides[0].model.embed.weight))
 
     def write_to(self, pick: int) -> None:
         """A write to a small result, or to hidden states."""

@@ -1,0 +1,38 @@
+"""What a process does at its first compilation and never again, done before it is forked: seconds of each child.
+
+Modules that Inductor imports when it needs them, its tables of lowerings, what it asks of the C++ compiler. Children
+find nothing compiled, no thread, and the random numbers and counters of a process that has only imported torch.
+"""
+
+from __future__ import annotations
+
+
+def warm() -> None:
+    """Compile a loss with its gradient by Inductor, and forget it. A process that gives its source to another may."""
+    import gc
+    import threading
+
+    import torch
+    import torch._inductor.compile_fx
+    import torch.nn.functional as F
+    from torch._dynamo.utils import counters
+
+    try:
+        from torch.hub import tqdm
+
+        tqdm.monitor_interval = 0  # the bar that Inductor makes would start a thread
+    except (ImportError, AttributeError):
+        pass
+
+    def loss(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(h.sin(), w), y)
+
+    torch.set_num_threads(1)  # a fork would wait for the others of a pool of threads
+    with torch.random.fork_rng(devices=[]):
+        h, w = torch.randn(4, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+        # Its backward is compiled and not run: autograd starts threads for the devices that there are.
+        torch.compile(loss, backend="inductor", dynamic=False)(h, w, torch.zeros(4, dtype=torch.int64))
+    torch.compiler.reset()
+    counters.clear()
+    gc.collect()
+    assert threading.active_count() == 1, threading.enumerate()
