@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fusedhead.kernels.chips import triton_serves
+from fusedhead.kernels.tokenwise.simplify import Statistic, simplify
 from fusedhead.kernels.torch_engine.blocks import cuts
 
 RowFunction = Callable[..., Any]
@@ -61,7 +64,9 @@ def _signature(tensors: Sequence[Tensor]) -> tuple:
     return tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
 
 
-def made_once(key: tuple, function: RowFunction, examples: list[Tensor], compiled: bool) -> RowFunction:
+def made_once(
+    key: tuple, function: RowFunction, examples: list[Tensor], compiled: bool, written: tuple[int, ...] = ()
+) -> RowFunction:
     """The traced function for this key and these shapes, cached after the first call. Concurrent callers wait."""
     key = (*key, compiled, _signature(examples))
     compiled_function = _MADE.get(key)
@@ -71,22 +76,65 @@ def made_once(key: tuple, function: RowFunction, examples: list[Tensor], compile
             if compiled_function is None:
                 if len(_MADE) >= MOST_MADE:
                     _MADE.clear()
-                compiled_function = _MADE[key] = traced(function, examples, compiled)
+                compiled_function = _MADE[key] = traced(function, examples, compiled, written)
     return compiled_function
 
 
-def traced(function: RowFunction, examples: list[Tensor], compiled: bool) -> RowFunction:
-    """``function`` as a graph of ATen calls, its differentiation included; with ``compiled`` through Inductor."""
+def traced(
+    function: RowFunction, examples: list[Tensor], compiled: bool, written: tuple[int, ...] = ()
+) -> RowFunction:
+    """``function`` as a graph of ATen calls, its differentiation included; with ``compiled`` through Inductor.
+
+    Its last results are not returned, but written into the inputs ``written``, which it does not read.
+    """
     examples = [t.detach() for t in examples]  # so that the trace sees neither their history nor their .grad
 
     def trace() -> Any:
         # autograd must run on this thread: the caller's dispatch modes are not active on a device's autograd thread
         with torch.autograd.set_multithreading_enabled(False):
-            return make_fx(lambda *flat: function(list(flat)))(*examples)
+            return make_fx(lambda *flat: function(list(flat)), tracing_mode="fake")(*examples)
 
     graph = above_autograd_keys(trace)
-    compiled_function = import_module("torch._inductor").compile(graph, examples) if compiled else graph
-    return lambda examples: compiled_function(*examples)
+    write_into(graph, written)
+    if not compiled:
+        return lambda examples: graph(*examples)
+    compile_graph = import_module("torch._inductor").compile
+    statistics = simplify(graph, [at for at, x in enumerate(examples) if row_statistics_serve(x)])
+    if not statistics:
+        without = compile_graph(graph, examples)
+        return lambda examples: without(*examples)
+    with_statistics = compile_graph(graph, [*examples, *row_statistics(statistics, examples)])
+    return lambda examples: with_statistics(*examples, *row_statistics(statistics, examples))
+
+
+def row_statistics_serve(x: Tensor) -> bool:
+    """Whether a kernel computes the row statistics of an input: logits of two bytes on a GPU that Triton serves."""
+    rows = x.dim() == 2 and x.stride(1) == 1 and x.dtype in (torch.bfloat16, torch.float16)
+    return rows and x.device.type == "cuda" and triton_serves()
+
+
+def row_statistics(statistics: Sequence[Statistic], examples: Sequence[Tensor]) -> list[Tensor]:
+    """max and log Σ exp(· - max), [n, 1] each, for every statistic in order."""
+    module = import_module("fusedhead.kernels.triton_engine.rows.softmax_statistics")  # Triton may be missing
+    by_input: dict[int, list[float]] = {}
+    for at, scale in statistics:
+        by_input.setdefault(at, []).append(scale)
+    found = {at: iter(module.softmax_statistics(examples[at], scales)) for at, scales in by_input.items()}
+    return [x for at, _ in statistics for x in next(found[at])]
+
+
+def write_into(graph: GraphModule, inputs: tuple[int, ...]) -> None:
+    """Write the last results of a graph into some of its inputs, in order, instead of returning them."""
+    if not inputs:
+        return
+    (output,) = graph.graph.find_nodes(op="output")
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    returned = list(output.args[0])
+    with graph.graph.inserting_before(output):
+        for at, result in zip(inputs, returned[-len(inputs) :]):
+            graph.graph.call_function(torch.ops.aten.copy_.default, (placeholders[at], result))
+    output.args = (returned[: -len(inputs)],)
+    graph.recompile()
 
 
 def windows(n: int, tokens: int, key: tuple, compiled: bool) -> Iterator[tuple[slice, bool]]:
