@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -27,6 +28,11 @@ _MADE: dict[tuple, RowFunction] = {}
 _SEEN: set[tuple] = set()  # (function, size) of the last, partial windows that were met before
 _MAKING = threading.Lock()
 PIECES = 8  # a partial window that is not compiled runs in pieces of 1 / PIECES of a whole one
+RECOMPUTED = {  # Inductor's limits are 4, 8 and 30; each counts what a value is computed from, row statistics included
+    "realize_reads_threshold": 32,
+    "realize_acc_reads_threshold": 32,
+    "realize_opcount_threshold": 128,
+}
 MOST_MADE = 256  # entries of _MADE and of _SEEN, which are emptied when full
 
 
@@ -98,13 +104,20 @@ def traced(
     write_into(graph, written)
     if not compiled:
         return lambda examples: graph(*examples)
-    compile_graph = import_module("torch._inductor").compile
+    on_gpu = any(x.device.type == "cuda" for x in examples)
+    compile_graph = partial(import_module("torch._inductor").compile, options=gpu_options() if on_gpu else None)
     statistics = simplify(graph, [at for at, x in enumerate(examples) if row_statistics_serve(x)])
     if not statistics:
         without = compile_graph(graph, examples)
         return lambda examples: without(*examples)
     with_statistics = compile_graph(graph, [*examples, *row_statistics(statistics, examples)])
     return lambda examples: with_statistics(*examples, *row_statistics(statistics, examples))
+
+
+def gpu_options() -> dict[str, Any]:
+    """Options of Inductor: compute a value again where it is used again, rather than write and read it in float32."""
+    config = import_module("torch._inductor.config")
+    return {name: limit for name, limit in RECOMPUTED.items() if hasattr(config, name)}
 
 
 def row_statistics_serve(x: Tensor) -> bool:

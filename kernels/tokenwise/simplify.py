@@ -4,6 +4,7 @@
     xlogy(p, p)                   = p (d - log s), 0 where p = 0         p = softmax(x)
     dlog_softmax(g)               = g - p Σ g
     Σ c p = c,  Σ (-c)[v = y] = -c,  Σ (a + b) = Σ a + Σ b               sums over a row that need no pass; c one a row
+    logsumexp(stack(a, b))        = m + log(exp(a - m) + exp(b - m))     m = max(a, b): nothing is stacked
 
 Every sum over a row is a pass over the window's logits before the next op can begin. For a divergence to a frozen
 teacher Σ g is known, so that the loss and dz come from one pass after the one for max and s. Values change by float32
@@ -19,17 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from fusedhead.kernels.tokenwise.unstack import shape_of, unstack
+
 aten = torch.ops.aten
 LOG_SOFTMAX, SOFTMAX = aten._log_softmax.default, aten._softmax.default
 LOG_SOFTMAX_GRADIENT = aten._log_softmax_backward_data.default
 NLL_GRADIENT = aten.nll_loss_backward.default
 NONE = 0  # reduction="none"
-
-
-def shape_of(node: Any) -> tuple[int, ...]:
-    """The shape of a traced value; () for anything else."""
-    meta = node.meta.get("tensor_meta") if isinstance(node, Node) else None
-    return tuple(meta.shape) if hasattr(meta, "shape") else ()
 
 
 def dtype_of(node: Any) -> torch.dtype | None:
@@ -60,6 +57,7 @@ def simplify(module: GraphModule, taken: Collection[int] = ()) -> list[Statistic
     for node in graph.find_nodes(op="call_function", target=aten.detach.default):  # nothing is differentiated any more
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
+    unstack(graph)
     normalizers: dict[Node, Normalizer] = {}
     for node in list(graph.nodes):
         if node.target in (LOG_SOFTMAX, SOFTMAX) and is_rows(node.args[0]) and node.args[1] in (1, -1):
