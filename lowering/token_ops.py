@@ -59,7 +59,7 @@ def windows_of(
     """
     parsed = read(program)
     inputs = tokenwise_engine.head_inputs(parsed)
-    reached = [bool(needs) and (needs[h] or needs[w]) for h, w in inputs]
+    reached = [needs is not None and (needs[h] or needs[w]) for h, w in inputs]
     vocab, dtype = max(((len(tensors[w]), tensors[w].dtype) for _, w in inputs), key=lambda s: s[0] * s[1].itemsize)
     device, calls = tensors[inputs[0][0]].device.type, len(parsed.lines)
     return row_plan((tokens, vocab), dtype, device, heads=reached, calls=calls, memory=memory)

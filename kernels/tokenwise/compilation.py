@@ -86,9 +86,7 @@ def made_once(
     return compiled_function
 
 
-def traced(
-    function: RowFunction, examples: list[Tensor], compiled: bool, written: tuple[int, ...] = ()
-) -> RowFunction:
+def traced(function: RowFunction, examples: list[Tensor], compiled: bool, written: tuple[int, ...] = ()) -> RowFunction:
     """``function`` as a graph of ATen calls, its differentiation included; with ``compiled`` through Inductor.
 
     Its last results are not returned, but written into the inputs ``written``, which it does not read.

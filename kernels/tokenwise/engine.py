@@ -72,8 +72,8 @@ def _vjp(
 ) -> RowFunction:
     """A function of (inputs..., products..., upstream..., anything else...) that returns gradients.
 
-    There are ``total`` inputs. Returned are the gradients of the inputs ``wanted`` and of the products whose flag in ``heads`` is set. With ``keep``
-    the program's results come before them.
+    There are ``total`` inputs. Returned are the gradients of the inputs ``wanted`` and of the products whose flag in
+    ``heads`` is set. With ``keep`` the program's results come before them.
     """
     count = len(program.heads)
 

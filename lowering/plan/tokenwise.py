@@ -49,7 +49,13 @@ class RowPlan(NamedTuple):
 
 
 def row_plan(
-    shape: tuple[int, int], dtype: torch.dtype, device_type: str, *, heads: Sequence[bool], calls: int, memory: int = AUTO
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device_type: str,
+    *,
+    heads: Sequence[bool],
+    calls: int,
+    memory: int = AUTO,
 ) -> RowPlan:
     """The windows of a program with ``calls`` calls; ``shape`` [N, V] of the largest logits. ``heads`` has a flag for
     each head: whether gradients reach it.

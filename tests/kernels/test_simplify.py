@@ -1,4 +1,4 @@
-"""Algebra on a window's graph changes roundings only: values, NaN, masked classes and ignored labels stay as they were."""
+"""Algebra on a window's graph changes roundings only: values, NaN, masked classes, ignored labels stay as they were."""
 
 from __future__ import annotations
 
@@ -19,23 +19,33 @@ from fusedhead.kernels.tokenwise.simplify import simplify
 
 N, V = 7, 33
 aten = torch.ops.aten
-STUDENT, TEACHER = "head(r0, t1, t2, r3, '{0}', float32)", "head(r4, t5, t6, r7, '{0}', float32)"
+STUDENT, TEACHER = "head(r0, t1, t2, r3, '{student}', float32)", "head(r4, t5, t6, r7, '{teacher}', float32)"
+LINES = {  # the last line is the result
+    "forward": """
+v2 = log_softmax.int(v0, 1, float32); v3 = softmax.int(v1, 1, float32); v4 = xlogy.Tensor(v3, v3)
+v5 = mul.Tensor(v3, v2); v6 = sub.Tensor(v4, v5); v7 = sum.dim_IntList(v6, [1])""",
+    "reverse": """
+v2 = log_softmax.int(v0, 1, float32); v3 = log_softmax.int(v1, -1, float32); v4 = exp.default(v2)
+v5 = sub.Tensor(v2, v3); v6 = mul.Tensor(v4, v5); v7 = sum.dim_IntList(v6, [1])""",
+    "mixture": """
+v2 = log_softmax.int(v0, 1, float32); v3 = log_softmax.int(v1, 1, float32)
+v4 = sub.Tensor(v2, 0.7); v5 = sub.Tensor(v3, 0.7); v6 = stack.default([v4, v5], 1); v7 = logsumexp.default(v6, [1])
+v8 = exp.default(v2); v9 = sub.Tensor(v2, v7); v10 = mul.Tensor(v8, v9); v11 = sum.dim_IntList(v10, [1])""",
+    "loss": """
+v2 = cross_entropy_loss.default(v0, r8, None, reduction=0, ignore_index=-100)
+v3 = softmax.int(v1, 1, float32); v4 = div.Tensor(v0, 3); v5 = log_softmax.int(v4, 1, float32)
+v6 = mul.Tensor(v3, v5); v7 = sum.dim_IntList(v6, [1]); v8 = mul.Tensor(v7, 0.25); v9 = sub.Tensor(v2, v8)""",
+    "weighted": """
+v2 = log_softmax.int(v0, 1, float32); v3 = softmax.int(v1, 1, float32); v4 = mul.Tensor(v3, r9)
+v5 = mul.Tensor(v4, v2); v6 = sum.dim_IntList(v5, [1])""",
+    "entropy": """
+v2 = softmax.int(v0, 1, float32); v3 = xlogy.Tensor(v2, v2); v4 = mul.Tensor(v1, v2); v5 = add.Tensor(v3, v4)
+v6 = sum.dim_IntList(v5, [1])""",
+}
 PROGRAMS = {
-    "forward": "v0 = {student}; v1 = {teacher}; v2 = log_softmax.int(v0, 1, float32); v3 = softmax.int(v1, 1, float32); "
-    "v4 = xlogy.Tensor(v3, v3); v5 = mul.Tensor(v3, v2); v6 = sub.Tensor(v4, v5); v7 = sum.dim_IntList(v6, [1]); return v7",
-    "reverse": "v0 = {student}; v1 = {teacher}; v2 = log_softmax.int(v0, 1, float32); v3 = log_softmax.int(v1, -1, float32); "
-    "v4 = exp.default(v2); v5 = sub.Tensor(v2, v3); v6 = mul.Tensor(v4, v5); v7 = sum.dim_IntList(v6, [1]); return v7",
-    "mixture": "v0 = {student}; v1 = {teacher}; v2 = log_softmax.int(v0, 1, float32); v3 = log_softmax.int(v1, 1, float32); "
-    "v4 = sub.Tensor(v2, 0.7); v5 = sub.Tensor(v3, 0.7); v6 = stack.default([v4, v5], 1); v7 = logsumexp.default(v6, [1]); "
-    "v8 = exp.default(v2); v9 = sub.Tensor(v2, v7); v10 = mul.Tensor(v8, v9); v11 = sum.dim_IntList(v10, [1]); return v11",
-    "loss": "v0 = {student}; v1 = {teacher}; v2 = cross_entropy_loss.default(v0, r8, None, reduction=0, ignore_index=-100); "
-    "v3 = softmax.int(v1, 1, float32); v4 = div.Tensor(v0, 3); v5 = log_softmax.int(v4, 1, float32); "
-    "v6 = mul.Tensor(v3, v5); v7 = sum.dim_IntList(v6, [1]); v8 = mul.Tensor(v7, 0.25); v9 = sub.Tensor(v2, v8); return v9",
-    "weighted": "v0 = {student}; v1 = {teacher}; v2 = log_softmax.int(v0, 1, float32); v3 = softmax.int(v1, 1, float32); "
-    "v4 = mul.Tensor(v3, r9); v5 = mul.Tensor(v4, v2); v6 = sum.dim_IntList(v5, [1]); return v6",
-    "entropy": "v0 = {student}; v1 = {teacher}; v2 = softmax.int(v0, 1, float32); v3 = xlogy.Tensor(v2, v2); "
-    "v4 = mul.Tensor(v1, v2); v5 = add.Tensor(v3, v4); v6 = sum.dim_IntList(v5, [1]); return v6",
-}  # fmt: skip
+    name: f"v0 = {STUDENT}; v1 = {TEACHER}{lines}; return {lines.split()[-4]}".replace("\n", "; ")
+    for name, lines in LINES.items()
+}
 
 
 def inputs(z: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
@@ -46,8 +56,8 @@ def inputs(z: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
 
 
 def graph_of(name: str, given: list[Tensor], scales: tuple[float, float], dtype: str = "float32") -> GraphModule:
-    heads = {name: text.format(f"mul:{s}") for name, text, s in zip(("student", "teacher"), (STUDENT, TEACHER), scales)}
-    program = read(PROGRAMS[name].format(**heads).replace("float32", dtype))
+    student, teacher = (f"mul:{scale}" for scale in scales)
+    program = read(PROGRAMS[name].format(student=student, teacher=teacher).replace("float32", dtype))
     live = tuple(line.args[0].at == 0 for line in program.heads)
     vjp = _vjp(program, 10, (True,), (), live, True)
     return above_autograd_keys(lambda: make_fx(lambda *flat: vjp(list(flat)), tracing_mode="fake")(*given))
