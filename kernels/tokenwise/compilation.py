@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusedhead.kernels.chips import triton_serves
-from fusedhead.kernels.tokenwise.simplify import Statistic, simplify
+from fusedhead.kernels.tokenwise.simplify import RowStatistic, simplify
 from fusedhead.kernels.torch_engine.blocks import cuts
 
 RowFunction = Callable[..., Any]
@@ -124,7 +124,7 @@ def row_statistics_serve(x: Tensor) -> bool:
     return rows and x.device.type == "cuda" and triton_serves()
 
 
-def row_statistics(statistics: Sequence[Statistic], examples: Sequence[Tensor]) -> list[Tensor]:
+def row_statistics(statistics: Sequence[RowStatistic], examples: Sequence[Tensor]) -> list[Tensor]:
     """max and log Σ exp(· - max), [n, 1] each, for every statistic in order."""
     module = import_module("fusedhead.kernels.triton_engine.rows.softmax_statistics")  # Triton may be missing
     by_input: dict[int, list[float]] = {}

@@ -4,6 +4,7 @@
     xlogy(p, p)                   = p (d - log s), 0 where p = 0         p = softmax(x)
     dlog_softmax(g)               = g - p Σ g
     Σ c p = c,  Σ (-c)[v = y] = -c,  Σ (a + b) = Σ a + Σ b               sums over a row that need no pass; c one a row
+    Σ_v scatter_add(0, i, g)      = Σ_k g                                of the gradient of a gather
     logsumexp(stack(a, b))        = m + log(exp(a - m) + exp(b - m))     m = max(a, b): nothing is stacked
 
 Every sum over a row is a pass over the window's logits before the next op can begin. For a divergence to a frozen
@@ -23,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from fusedhead.kernels.tokenwise.unstack import shape_of, unstack
 
 aten = torch.ops.aten
-LOG_SOFTMAX, SOFTMAX = aten._log_softmax.default, aten._softmax.default
+LOG_SOFTMAX = aten._log_softmax.default
 LOG_SOFTMAX_GRADIENT = aten._log_softmax_backward_data.default
 NLL_GRADIENT = aten.nll_loss_backward.default
 NONE = 0  # reduction="none"
@@ -40,18 +41,24 @@ def is_rows(node: Any) -> bool:
     return len(shape) == 2 and shape[1] > 1 and dtype_of(node) == torch.float32
 
 
-class Statistic(NamedTuple):
+class RowStatistic(NamedTuple):
     """max and log Σ exp(· - max) of the rows of ``scale`` times an input, which a graph takes as two more inputs."""
 
     at: int  # of the input [n, V]
     scale: float
 
 
-def simplify(module: GraphModule, taken: Collection[int] = ()) -> list[Statistic]:
+def is_zero(node: Any) -> bool:
+    """Whether a traced value is made of zeros, and has no other use that could write to it."""
+    made = isinstance(node, Node) and node.target in (aten.new_zeros.default, aten.zeros_like.default)
+    return made and len(node.users) == 1
+
+
+def simplify(module: GraphModule, taken: Collection[int] = ()) -> list[RowStatistic]:
     """Rewrite the graph of a window in place.
 
     The row statistics of the inputs ``taken`` become inputs themselves: max and log Σ, [n, 1] each, behind the others
-    for each `Statistic` returned.
+    for each `RowStatistic` returned.
     """
     graph = module.graph
     for node in graph.find_nodes(op="call_function", target=aten.detach.default):  # nothing is differentiated any more
@@ -60,7 +67,7 @@ def simplify(module: GraphModule, taken: Collection[int] = ()) -> list[Statistic
     unstack(graph)
     normalizers: dict[Node, Normalizer] = {}
     for node in list(graph.nodes):
-        if node.target in (LOG_SOFTMAX, SOFTMAX) and is_rows(node.args[0]) and node.args[1] in (1, -1):
+        if node.target in (LOG_SOFTMAX, aten._softmax.default) and is_rows(node.args[0]) and node.args[1] in (1, -1):
             x = node.args[0]
             if x not in normalizers:
                 normalizers[x] = Normalizer(graph, x)
@@ -95,7 +102,7 @@ def simplify(module: GraphModule, taken: Collection[int] = ()) -> list[Statistic
     return statistics
 
 
-def take(graph: Graph, normalizer: Normalizer, taken: Collection[int]) -> Statistic | None:
+def take(graph: Graph, normalizer: Normalizer, taken: Collection[int]) -> RowStatistic | None:
     """Make the max and sum of x inputs, where x is a positive number times an input."""
     placeholders = graph.find_nodes(op="placeholder")
     scale, x = 1.0, normalizer.x
@@ -111,7 +118,7 @@ def take(graph: Graph, normalizer: Normalizer, taken: Collection[int]) -> Statis
         top = graph.placeholder(f"top_{len(placeholders)}")
     normalizer.top.replace_all_uses_with(top)
     normalizer.log_total.replace_all_uses_with(log_total)
-    return Statistic(placeholders.index(x), scale)
+    return RowStatistic(placeholders.index(x), scale)
 
 
 class Normalizer:
@@ -155,6 +162,8 @@ class RowSums:
             return self.call(aten.add.Tensor, nothing, 1)
         if node.target == NLL_GRADIENT:
             return self._of_nll(node)
+        if node.target == aten.scatter_add.default and node.args[1] in (1, -1) and is_zero(node.args[0]):
+            return self.call(aten.sum.dim_IntList, node.args[3], [1], True)
         if node.target == aten.neg.default:
             total = self.of(node.args[0])
             return None if total is None else self.call(aten.neg.default, total)

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 @pytest.fixture(autouse=True)
 def few_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LANES", 16)
-    monkeypatch.setattr(module, "DEPTH", 2)
+    monkeypatch.setattr(module, "ROW_LANES", 16)
+    monkeypatch.setattr(module, "ROW_DEPTH", 2)
     module._launch.cache_clear()
 
 

@@ -22,7 +22,10 @@ from fusedhead.kernels.triton_engine.device.rows import finite_or_zero
 from fusedhead.kernels.triton_engine.launch.launch import Launch, on_device
 from fusedhead.kernels.triton_engine.launch.sweep import KEPT
 
-LANES, DEPTH = 2048, 4  # a program reads DEPTH values of each lane at a time; 8 warps load 16 bytes a thread
+ROW_LANES, ROW_DEPTH = (
+    2048,
+    4,
+)  # a program reads ROW_DEPTH values of each lane at a time; 8 warps load 16 bytes a thread
 ALIGNED = 16  # rows of the result begin at multiples of this
 
 
@@ -82,11 +85,14 @@ def _launch(
     device: torch.device, dtype: torch.dtype, n: int, vocab: int, distance: int, scales: tuple[float, ...]
 ) -> Launch:
     a, b = scales[0], scales[-1]
-    bound = {"V": vocab, "distance": distance, "width": padded(n), "a": a, "b": b, "BOTH": len(scales) > 1}
-    return Launch(softmax_statistics_kernel, (n, 1, 1), bound | {"LANES": LANES, "DEPTH": DEPTH, "num_warps": 8})
+    bound = {"V": vocab, "distance": distance, "width": row_distance(n), "a": a, "b": b, "BOTH": len(scales) > 1}
+    return Launch(
+        softmax_statistics_kernel, (n, 1, 1), bound | {"LANES": ROW_LANES, "DEPTH": ROW_DEPTH, "num_warps": 8}
+    )
 
 
-def padded(n: int) -> int:
+def row_distance(n: int) -> int:
+    """Between the rows of a result for n rows of logits."""
     return -(-n // ALIGNED) * ALIGNED
 
 
@@ -95,7 +101,7 @@ def softmax_statistics(z: Tensor, scales: Sequence[float]) -> Iterator[tuple[Ten
     n, vocab = z.shape
     for at in range(0, len(scales), 2):
         some = tuple(scales[at : at + 2])
-        out = z.new_empty((2 * len(some), padded(n)), dtype=torch.float32)
+        out = z.new_empty((2 * len(some), row_distance(n)), dtype=torch.float32)
         if n:
             with on_device(z):
                 _launch(z.device, z.dtype, n, vocab, z.stride(0), some).run(z=z, out=out)
