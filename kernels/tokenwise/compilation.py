@@ -33,6 +33,7 @@ RECOMPUTED = {  # Inductor's limits are 4, 8 and 30; each counts what a value is
     "realize_acc_reads_threshold": 32,
     "realize_opcount_threshold": 128,
 }
+UNSPLIT = 2  # rows a multiprocessor from which Inductor splits no sum over a row
 MOST_MADE = 256  # entries of _MADE and of _SEEN, which are emptied when full
 
 
@@ -71,7 +72,12 @@ def _signature(tensors: Sequence[Tensor]) -> tuple:
 
 
 def made_once(
-    key: tuple, function: RowFunction, examples: list[Tensor], compiled: bool, written: tuple[int, ...] = ()
+    key: tuple,
+    function: RowFunction,
+    examples: list[Tensor],
+    compiled: bool,
+    rows: int,
+    written: tuple[int, ...] = (),
 ) -> RowFunction:
     """The traced function for this key and these shapes, cached after the first call. Concurrent callers wait."""
     key = (*key, compiled, _signature(examples))
@@ -82,12 +88,15 @@ def made_once(
             if compiled_function is None:
                 if len(_MADE) >= MOST_MADE:
                     _MADE.clear()
-                compiled_function = _MADE[key] = traced(function, examples, compiled, written)
+                compiled_function = _MADE[key] = traced(function, examples, compiled, rows, written)
     return compiled_function
 
 
-def traced(function: RowFunction, examples: list[Tensor], compiled: bool, written: tuple[int, ...] = ()) -> RowFunction:
-    """``function`` as a graph of ATen calls, its differentiation included; with ``compiled`` through Inductor.
+def traced(
+    function: RowFunction, examples: list[Tensor], compiled: bool, rows: int, written: tuple[int, ...] = ()
+) -> RowFunction:
+    """``function`` as a graph of ATen calls for a window of ``rows`` rows, its differentiation included; with
+    ``compiled`` through Inductor.
 
     Its last results are not returned, but written into the inputs ``written``, which it does not read.
     """
@@ -102,8 +111,9 @@ def traced(function: RowFunction, examples: list[Tensor], compiled: bool, writte
     write_into(graph, written)
     if not compiled:
         return lambda examples: graph(*examples)
-    on_gpu = any(x.device.type == "cuda" for x in examples)
-    compile_graph = partial(import_module("torch._inductor").compile, options=gpu_options() if on_gpu else None)
+    on_gpu = next((x.device for x in examples if x.device.type == "cuda"), None)
+    options = None if on_gpu is None else gpu_options(on_gpu, rows)
+    compile_graph = partial(import_module("torch._inductor").compile, options=options)
     statistics = simplify(graph, [at for at, x in enumerate(examples) if row_statistics_serve(x)])
     if not statistics:
         without = compile_graph(graph, examples)
@@ -112,10 +122,17 @@ def traced(function: RowFunction, examples: list[Tensor], compiled: bool, writte
     return lambda examples: with_statistics(*examples, *row_statistics(statistics, examples))
 
 
-def gpu_options() -> dict[str, Any]:
-    """Options of Inductor: compute a value again where it is used again, rather than write and read it in float32."""
+def gpu_options(device: torch.device, rows: int) -> dict[str, Any]:
+    """Options of Inductor for a window of so many rows.
+
+    A value is computed again where it is used again, rather than written and read in float32. Where the rows are fewer
+    than Inductor splits, the max and the sum of a softmax are two passes, as it would make them itself with a warning.
+    """
     config = import_module("torch._inductor.config")
-    return {name: limit for name, limit in RECOMPUTED.items() if hasattr(config, name)}
+    options: dict[str, Any] = dict(RECOMPUTED)
+    if rows < UNSPLIT * torch.cuda.get_device_properties(device).multi_processor_count:
+        options["online_softmax"] = False
+    return {name: value for name, value in options.items() if hasattr(config, name)}
 
 
 def row_statistics_serve(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ Inputs: h [N, D], w [V, D] of one floating dtype, and the program's other inputs
 [N, ...], dh and dw in the dtypes of h and w. Never in memory: a tensor [N, V], unless the caller asks to keep z. One
 window holds the values of the program's ops for its tokens. Results are rounded as in the program. The dz
 of ``group`` windows lie in one buffer, and one product adds them to dw: dw is read and written once a group, in
-float32, or in its own dtype with ``narrow_sums``.
+float32 and rounded once, or in its own dtype with ``narrow_sums``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import stat_dtype
 from fusedhead.kernels.gemm import gemm
+from fusedhead.kernels.narrow_sum import NarrowSum
 from fusedhead.kernels.tokenwise.compilation import RowFunction, made_once, windows
 from fusedhead.kernels.tokenwise.program import Ref, RowProgram, head_product, run
 from fusedhead.kernels.torch_engine.blocks import cuts
@@ -126,7 +127,7 @@ def head_rows(
             given += kept
         function = _forward(program, products is not None)
         if compiled:
-            function = made_once(key, function, given, True)
+            function = made_once(key, function, given, True, i.stop - i.start)
         computed = function(given)
         if not results:
             results = [r.new_empty((n, *r.shape[1:])) for r in computed]
@@ -175,14 +176,35 @@ def head_rows_loss(
     return _swept(program, coefficients, tensors, needs, tokens, compile_whole, narrow_sums, group, True)
 
 
+def adds_in_epilogue(device: torch.device) -> bool:
+    """Whether a product of two bytes adds to a float32 sum without being rounded first."""
+    return device.type == "cuda"
+
+
 class _Sums:
     """Gradients that grow window by window: rows of some inputs, sums over the tokens of the others."""
 
-    def __init__(self, tensors: Sequence[Tensor], needs: Sequence[bool], rows: frozenset[int], narrow: bool) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        rows: frozenset[int],
+        narrow: bool,
+        weights: frozenset[int],
+    ) -> None:
         self.tensors, self.rows = tensors, rows
+        self.weights = {
+            at: NarrowSum(
+                torch.empty_like(w, memory_format=torch.contiguous_format), w.dtype if narrow else stat_dtype(w.dtype)
+            )
+            for at, w in enumerate(tensors)
+            if needs[at] and at in weights
+        }
         self.begun: set[tuple[int, int]] = set()  # (input, first row): where something was added before
         self.into = [
-            t.new_empty(t.shape, dtype=t.dtype if i in rows or narrow else stat_dtype(t.dtype)) if need else None
+            t.new_empty(t.shape, dtype=t.dtype if i in rows or narrow else stat_dtype(t.dtype))
+            if need and i not in weights
+            else None
             for i, (t, need) in enumerate(zip(tensors, needs))
         ]
 
@@ -215,31 +237,39 @@ class _Sums:
         into, begun = self._target(h, i)
         if into is not None:
             gemm(dz, self.tensors[w], into, add=begun)
-        self.add_weight(w, i, dz, self.tensors[h][i])
+        self.add_weight(w, dz, self.tensors[h][i])
         if bias is not None:
             self.add_bias(*bias, i, dz)
 
-    def add_weight(self, at: int, i: slice, dz: Tensor, h: Tensor) -> None:
+    def add_weight(self, at: int, dz: Tensor, h: Tensor) -> None:
         """dw += dzᵀ h."""
-        into, begun = self._target(at, i)
-        if into is None:
+        if at not in self.weights:
             return
-        if dz.device.type == "cuda":
-            gemm(dz.t(), h, into, add=begun)  # adds in the product's own epilogue
-            return
-        for v in cuts(len(into), max(1, PRODUCT_BYTES // max(1, into.element_size() * into.shape[1]))):
-            if into.dtype == dz.dtype:
-                gemm(dz[:, v].t(), h, into[v], add=begun)
-            else:
-                (into[v].add_ if begun else into[v].copy_)(dz[:, v].t() @ h)
+        begun = (at, 0) in self.begun
+        self.begun.add((at, 0))
+        for v, into in self.weights[at].pieces(slice(0, dz.shape[1])):
+            if adds_in_epilogue(dz.device):
+                gemm(dz[:, v].t(), h, into, add=begun)
+                continue
+            for part in cuts(len(into), max(1, PRODUCT_BYTES // max(1, into.element_size() * into.shape[1]))):
+                some = dz[:, v.start + part.start : v.start + part.stop]
+                if into.dtype == dz.dtype:
+                    gemm(some.t(), h, into[part], add=begun)
+                else:
+                    (into[part].add_ if begun else into[part].copy_)(some.t() @ h)
 
     def finish(self) -> list[Tensor | None]:
         """The gradients in the inputs' dtypes, zeros where nothing was added."""
         touched = {at for at, _ in self.begun}
-        return [
-            None if s is None else s.to(t.dtype) if at in touched else torch.zeros_like(t)
-            for at, (s, t) in enumerate(zip(self.into, self.tensors))
-        ]
+        found: list[Tensor | None] = []
+        for at, (into, t) in enumerate(zip(self.into, self.tensors)):
+            if into is None and at not in self.weights:
+                found.append(None)
+            elif at not in touched:
+                found.append(torch.zeros_like(t))
+            else:
+                found.append(self.weights[at].finish() if into is None else into.to(t.dtype))
+        return found
 
 
 def _groups(found: Iterable[tuple[slice, bool]], tokens: int) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
@@ -273,7 +303,7 @@ def _swept(
     differentiable = tuple(g is not None for g in upstream)
     wanted = tuple(i for i, need in enumerate(needs) if need and i not in parts)
     live = tuple(needs[h] or needs[w] or (b is not None and needs[b[0]]) for (h, w), b in zip(heads, added))
-    sums = _Sums(tensors, needs, rows, narrow_sums)
+    sums = _Sums(tensors, needs, rows, narrow_sums, frozenset(w for _, w in heads))
     key = ("vjp", program, differentiable, wanted, live, keep)
     results: list[Tensor] = []
     most, buffer = min(n, group * tokens), None
@@ -287,7 +317,7 @@ def _swept(
             everything = [*given, *products, *seen, *into]
             written = tuple(range(len(everything) - len(into), len(everything)))
             vjp = _vjp(program, len(tensors), differentiable, wanted, live, keep)
-            computed = made_once(key, vjp, everything, compiled, written)(everything)
+            computed = made_once(key, vjp, everything, compiled, i.stop - i.start, written)(everything)
             del products, everything, into
             if keep:
                 kept, computed = computed[: len(program.results)], computed[len(program.results) :]

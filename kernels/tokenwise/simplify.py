@@ -27,10 +27,16 @@ aten = torch.ops.aten
 LOG_SOFTMAX = aten._log_softmax.default
 LOG_SOFTMAX_GRADIENT = aten._log_softmax_backward_data.default
 NLL_GRADIENT = aten.nll_loss_backward.default
+EXACTLY_WIDER: dict[torch.dtype | None, tuple[torch.dtype, ...]] = {
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+}
 NONE = 0  # reduction="none"
 
 
 def dtype_of(node: Any) -> torch.dtype | None:
+    """The dtype of a traced value; None for anything else."""
     meta = node.meta.get("tensor_meta") if isinstance(node, Node) else None
     return getattr(meta, "dtype", None)
 
@@ -64,6 +70,7 @@ def simplify(module: GraphModule, taken: Collection[int] = ()) -> list[RowStatis
     for node in graph.find_nodes(op="call_function", target=aten.detach.default):  # nothing is differentiated any more
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
+    drop_casts_there_and_back(graph)
     unstack(graph)
     normalizers: dict[Node, Normalizer] = {}
     for node in list(graph.nodes):
@@ -100,6 +107,23 @@ def simplify(module: GraphModule, taken: Collection[int] = ()) -> list[RowStatis
     graph.eliminate_dead_code()
     module.recompile()
     return statistics
+
+
+def drop_casts_there_and_back(graph: Graph) -> None:
+    """Drop roundings to a dtype that the value had before it was widened, as of logits that are products already."""
+    for node in graph.find_nodes(op="call_function", target=aten._to_copy.default):
+        wide = node.args[0]
+        if not isinstance(wide, Node) or wide.target != aten._to_copy.default or not is_plain_cast(wide):
+            continue
+        source, exact = wide.args[0], EXACTLY_WIDER.get(dtype_of(wide.args[0]), ())
+        if is_plain_cast(node) and dtype_of(node) == dtype_of(source) and dtype_of(wide) in exact:
+            node.replace_all_uses_with(source)
+    graph.eliminate_dead_code()
+
+
+def is_plain_cast(node: Node) -> bool:
+    """Whether a copy changes nothing but the dtype."""
+    return node.kwargs.get("layout") in (None, torch.strided) and not set(node.kwargs) - {"dtype", "layout", "device"}
 
 
 def take(graph: Graph, normalizer: Normalizer, taken: Collection[int]) -> RowStatistic | None:

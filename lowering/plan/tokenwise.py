@@ -24,14 +24,16 @@ from fusedhead.lowering.plan.problem import AUTO, LEAST_MEMORY, MIB
 
 BUDGET = {"cuda": {AUTO: 2048 * MIB, LEAST_MEMORY: 256 * MIB}}
 BUDGET_ELSEWHERE = {AUTO: 128 * MIB, LEAST_MEMORY: 32 * MIB}
-EXACT_TOKEN_SUMS = 3  # up to this many windows, dw summed in a narrow dtype errs no more than in eager code
 MOST_LIVE = 12
 MULTIPLE = {"cuda": 128}  # tokens of a window are a multiple of this, for fast matrix products
 MULTIPLE_ELSEWHERE = 16
 BETWEEN = 4  # bytes of float32 values that a compiled program keeps between its reductions, on CUDA
 BETWEEN_ELSEWHERE = 12  # of each head
-WINDOW_SHARE = 5 / 16  # of the budget on CUDA, for one window; the rest is for the dz of others
-ENOUGH_TOKENS = 256  # of a window, for products at full speed; below, one window may take the whole budget
+FOR_LOGITS = 3 / 4  # of the budget on CUDA; dw in float32 takes memory too
+WINDOW_SHARE = 5 / 12  # of that, for one window; the rest is for the dz of others
+ENOUGH_TOKENS = (
+    384  # of a window, for products at full speed and rows that no reduction splits; it may take all of that
+)
 COMPILE_FROM = 1 << 22  # logits for which compiling pays on a device with cheap launches
 
 
@@ -64,6 +66,7 @@ def row_plan(
     budget, on_gpu = window_bytes(device_type, memory), device_type == "cuda"
     compiled = on_gpu or N * V >= COMPILE_FROM
     if on_gpu:
+        budget = int(FOR_LOGITS * budget)
         each = ((len(heads) + sum(heads)) * dtype.itemsize + BETWEEN) * V
         tokens = max(min(budget // each, ENOUGH_TOKENS), int(WINDOW_SHARE * budget) // each)
     elif compiled:
@@ -79,5 +82,5 @@ def row_plan(
     if on_gpu and another:
         most = max(1, 1 + (budget - each * tokens) // another)
         group = -(-windows // -(-windows // most))  # groups of one size
-    narrow_sums = dtype not in (torch.bfloat16, torch.float16) or -(-windows // group) <= EXACT_TOKEN_SUMS
+    narrow_sums = dtype not in (torch.bfloat16, torch.float16) or windows <= group  # rounded once
     return RowPlan(tokens, compiled, narrow_sums, group, min(N, tokens) * each + (group - 1) * another)

@@ -140,3 +140,19 @@ def test_a_divergence_to_a_frozen_teacher_needs_one_sum_besides_the_normalizers(
 def test_a_factor_that_is_no_number_or_negative_is_left_in_the_graph() -> None:
     given = inputs(*values())
     assert simplify(graph_of("forward", given, (-1.0, 1.0)), (10, 11)) == [(11, 1.0)]
+
+
+def test_logits_that_are_rounded_to_the_dtype_of_their_product_are_the_product() -> None:
+    """As autocast and bfloat16 heads write it; the row statistics are found behind such casts."""
+    given = [x.bfloat16() if at in (10, 11) else x for at, x in enumerate(inputs(*values()))]
+    student, teacher = (f"round:bfloat16 mul:{scale}" for scale in (0.5, 0.25))
+    program = read(PROGRAMS["forward"].format(student=student, teacher=teacher))
+    vjp = _vjp(program, 10, (True,), (), (True, False), True)
+    graph = above_autograd_keys(lambda: make_fx(lambda *flat: vjp(list(flat)), tracing_mode="fake")(*given))
+    before = graph(*given)
+    assert sorted(simplify(graph, (10, 11))) == [(10, 0.5), (11, 0.25)]
+    for at, scale in [(10, 0.5), (11, 0.25)]:
+        x = given[at].float() * scale
+        given += [x.amax(1, True), (x - x.amax(1, True)).exp().sum(1, True).log()]
+    for a, b in zip(graph(*given), before):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-2 if a.dtype == torch.bfloat16 else 2e-5)
