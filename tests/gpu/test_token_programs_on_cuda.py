@@ -15,7 +15,10 @@ from fusedhead.backend import compile_with
 from fusedhead.kernels.triton_engine.rows.softmax_statistics import softmax_statistics
 from fusedhead.lowering.plan.tokenwise import row_plan
 
-pytestmark = pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # Inductor's own, for its memory pool
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # Inductor's own, for its memory pool
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # of a float32 product of the program's
+]
 D, V = 256, 32064
 MEMORY = 64  # MiB: windows of 128 tokens
 NAMES = ("distilled", "distilled_beside_the_loss", "reverse_kl", "jsd", "top64_distilled", "top5_beside_the_loss",

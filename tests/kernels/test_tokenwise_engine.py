@@ -127,7 +127,7 @@ def test_kept_products_spare_the_second_one_of_every_head_and_change_nothing(
 
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
 def test_dw_of_many_windows_is_rounded_once(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where products add to float32 sums, as on a GPU. Tokens are alike, so that dw grows from window to window: rounding
+    """Where products add to float32 sums, as on a GPU. Tokens are alike, so that dw grows window by window: rounding
     the sums on the way would cost up to twice.
     """
     monkeypatch.setattr(tokenwise_engine, "adds_in_epilogue", lambda device: True)
