@@ -3,7 +3,8 @@
     python -m benchmarks.programs [--shapes 4096x2048x128256,...] [--programs "masked|cap"] [--out DIR]
 
 One row a program: a soft cap, a bias, classes masked with -inf or with the dtype's least number, both together, label
-smoothing, functions of each logit; divergences to a frozen teacher, alone and beside the loss, and top-5 accuracy.
+smoothing, functions of each logit; divergences to a frozen teacher (KL both ways, Jensen-Shannon, over the most likely
+classes), alone and beside the loss, top-5 accuracy, and the objectives of DPO with entropy and GRPO with KL.
 Medians over interleaved rounds, extra MiB, and the time over that of the plain loss of the same backend: what the
 rest costs. Writes ``programs.json`` and ``programs.md`` into --out. Runs on the CPU too, with small shapes. It must
 not know how a head is computed.
@@ -177,7 +178,7 @@ def step_of(program: Program, backend: str, case: Case, device: torch.device) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--shapes", default="4096x2048x128256,8192x4096x128256" if on_gpu else "256x64x4096:float32")
+    parser.add_argument("--shapes", default="4096x2048x128256,16384x2048x128256" if on_gpu else "256x64x4096:float32")
     parser.add_argument("--programs", default="", help="a regular expression that their names contain")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

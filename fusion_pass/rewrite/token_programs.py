@@ -36,17 +36,17 @@ def program(
     values: Sequence[TokenValue],
     seeds: Sequence[HeadInput],
     outside: Sequence[TokenInput],
-    known: Sequence[Expr] = (),
+    input_exprs: Sequence[Expr] = (),
 ) -> RowProgram:
     """The token program of ``values``. Its inputs are h, w, cols, rows of every head, then the other tensors, then the
-    values of the expressions ``known``.
+    values of the expressions ``input_exprs``.
 
     Raises Unspeakable for a constant that has no text form.
     """
     lines: list[Line] = []
     place = {id(s.logits): i for i, s in enumerate(seeds)}
-    at = {id(x): 4 * len(seeds) + i for i, x in enumerate((*outside, *known))}
-    refs: dict[Any, Ref] = {id(x): Ref("r", at[id(x)]) for x in known}
+    at = {id(x): 4 * len(seeds) + i for i, x in enumerate((*outside, *input_exprs))}
+    refs: dict[Any, Ref] = {id(x): Ref("r", at[id(x)]) for x in input_exprs}
 
     def add(line: Line) -> Ref:
         key = repr(line)
@@ -124,7 +124,7 @@ def emit_constants_first(
     facts: GraphFacts,
     memory: int,
 ) -> bool:
-    """Emit one call for the results under no_grad and one for the others; returns False where they have no place.
+    """Emit one call for the results under no_grad and one for the others; False where they have no place.
 
     The second reads the few numbers a row that the first makes under no_grad, such as the indices of the teacher's
     largest logits, so that it does not compute that head again.
@@ -132,7 +132,7 @@ def emit_constants_first(
     if any(map(writes, region.inside)):  # a value that is returned may be written to before it is read
         return False
     constant = [result for result in region.results if not facts.grad_mode(result[0])]
-    others = [result for result in region.results if facts.grad_mode(result[0])]
+    gradient_results = [result for result in region.results if facts.grad_mode(result[0])]
     returned = {node for node, _ in constant}
     for node in region.inside:
         value = values.get(node)
@@ -140,14 +140,14 @@ def emit_constants_first(
         small = isinstance(value, TokenValue) and value.small and isinstance(value.expr, Expr)
         if node not in returned and small and read and not facts.grad_mode(node):
             constant.append((node, value))
-    first, second = (replace(region, results=results) for results in (constant, others))
-    if not constant or not others:
+    first, second = (replace(region, results=results) for results in (constant, gradient_results))
+    if not constant or not gradient_results:
         return False
     places = [meeting_place(part, fixed, facts) for part in (first, second)]
     if places[0] is None or places[1] is None or not before(places[0], places[1]):
         return False
-    known = emit_results(emit, constant, places[0], facts, memory)
-    emit_results(emit, others, places[1], facts, memory, known)
+    earlier_nodes = emit_results(emit, constant, places[0], facts, memory)
+    emit_results(emit, gradient_results, places[1], facts, memory, earlier_nodes)
     return True
 
 
@@ -175,16 +175,16 @@ def emit_results(
     anchor: Node,
     facts: GraphFacts,
     memory: int,
-    known: Mapping[int, Node] = MappingProxyType({}),
+    earlier_nodes: Mapping[int, Node] = MappingProxyType({}),
 ) -> dict[int, Node]:
     """Emit calls for some results before ``anchor``, and replace the results; returns the nodes of their values
-    by the identity of their expressions. ``known`` are those of an earlier call.
+    by the identity of their expressions. ``earlier_nodes`` are those of an earlier call.
     """
     outputs = list({id(p.expr): p for _, value in results for p in token_values_of(value)}.values())
     nodes: dict[int, Node] = {}
     with emit.before(anchor, anchor, grad=facts.grad_mode(anchor)):
         for group in by_tokens(outputs):
-            nodes |= emit_call(emit, group, memory, known)
+            nodes |= emit_call(emit, group, memory, earlier_nodes)
     for node, value in results:
         grad = facts.grad_mode(node)
         with emit.before(anchor if before(node, anchor) else node, node, grad=grad):
@@ -197,7 +197,7 @@ def emit_results(
     return nodes
 
 
-def emit_call(emit: Emit, outputs: list[TokenValue], memory: int, known: Mapping[int, Node]) -> dict[int, Node]:
+def emit_call(emit: Emit, outputs: list[TokenValue], memory: int, earlier_nodes: Mapping[int, Node]) -> dict[int, Node]:
     """Emit one ``head_rows`` call; returns the nodes of its results by the identity of their expressions.
 
     An operand that no gradient reaches is detached. Otherwise it would cost a product and get zeros where eager gives
@@ -205,7 +205,7 @@ def emit_call(emit: Emit, outputs: list[TokenValue], memory: int, known: Mapping
     """
 
     def unknown(expr: Expr) -> bool:
-        return id(expr) not in known
+        return id(expr) not in earlier_nodes
 
     seeds, outside = inputs_of(outputs, unknown)
     reached = differentiated(outputs)
@@ -219,7 +219,7 @@ def emit_call(emit: Emit, outputs: list[TokenValue], memory: int, known: Mapping
         h, w, _, cols, rows, _ = emit_operands(emit, seed.logits)
         tensors += [operand(node, id(seed.logits)) for node in (h, w, cols, emit(aten.t.default, rows))]
     tensors += [operand(emit.ref(leaf.value), id(leaf)) for leaf in outside]
-    tensors += [known[id(expr)] for expr in read]
+    tensors += [earlier_nodes[id(expr)] for expr in read]
     text = program(outputs, seeds, outside, read).text
     call = named(emit(torch.ops.fusedhead.head_rows.default, tensors, text, memory), "head_rows")
     return {id(out.expr): emit(operator.getitem, call, i) for i, out in enumerate(outputs)}

@@ -29,11 +29,8 @@ MULTIPLE = {"cuda": 128}  # tokens of a window are a multiple of this, for fast 
 MULTIPLE_ELSEWHERE = 16
 BETWEEN = 4  # bytes of float32 values that a compiled program keeps between its reductions, on CUDA
 BETWEEN_ELSEWHERE = 12  # of each head
-FOR_LOGITS = 3 / 4  # of the budget on CUDA; dw in float32 takes memory too
-WINDOW_SHARE = 5 / 12  # of that, for one window; the rest is for the dz of others
-ENOUGH_TOKENS = (
-    384  # of a window, for products at full speed and rows that no reduction splits; it may take all of that
-)
+WINDOW_SHARE = 5 / 8  # of the budget on CUDA, for one window: products of more rows are faster; the rest is for dz
+ENOUGH_TOKENS = 384  # of a window, which may take all of the budget: from about there on no sum over a row is split
 COMPILE_FROM = 1 << 22  # logits for which compiling pays on a device with cheap launches
 
 
@@ -66,7 +63,6 @@ def row_plan(
     budget, on_gpu = window_bytes(device_type, memory), device_type == "cuda"
     compiled = on_gpu or N * V >= COMPILE_FROM
     if on_gpu:
-        budget = int(FOR_LOGITS * budget)
         each = ((len(heads) + sum(heads)) * dtype.itemsize + BETWEEN) * V
         tokens = max(min(budget // each, ENOUGH_TOKENS), int(WINDOW_SHARE * budget) // each)
     elif compiled:
