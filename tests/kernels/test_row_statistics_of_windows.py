@@ -1,4 +1,4 @@
-"""Compiled windows that take row statistics from the kernel, in Triton's interpreter: errors are those of eager code."""
+"""Windows that take row statistics from the kernel, in Triton's interpreter: errors are those of eager code."""
 
 from __future__ import annotations
 
