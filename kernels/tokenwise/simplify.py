@@ -67,9 +67,13 @@ def simplify(module: GraphModule, taken: Collection[int] = ()) -> list[RowStatis
     for each `RowStatistic` returned.
     """
     graph = module.graph
-    for node in graph.find_nodes(op="call_function", target=aten.detach.default):  # nothing is differentiated any more
-        node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
+    for target in (
+        aten.detach.default,
+        aten.alias.default,
+    ):  # nothing is differentiated any more; names differ by torch
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     drop_casts_there_and_back(graph)
     unstack(graph)
     normalizers: dict[Node, Normalizer] = {}
