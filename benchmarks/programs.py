@@ -3,7 +3,8 @@
     python -m benchmarks.programs [--shapes 4096x2048x128256,...] [--programs "masked|cap"] [--out DIR]
 
 One row a program: a soft cap, a bias, classes masked with -inf or with the dtype's least number, both together, label
-smoothing, functions of each logit; divergences to a frozen teacher, alone and beside the loss, and top-5 accuracy.
+smoothing, functions of each logit; divergences to a frozen teacher (KL both ways, Jensen-Shannon, over the most likely
+classes), alone and beside the loss, top-5 accuracy, and the objectives of DPO with entropy and GRPO with KL.
 Medians over interleaved rounds, extra MiB, and the time over that of the plain loss of the same backend: what the
 rest costs. Writes ``programs.json`` and ``programs.md`` into --out. Runs on the CPU too, with small shapes. It must
 not know how a head is computed.
@@ -87,6 +88,61 @@ def distilled_beside_the_loss(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: 
     return F.cross_entropy(z, y) + 4 * F.kl_div(F.log_softmax(z / 2, -1), teacher, reduction="batchmean")
 
 
+def reverse_kl(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """Of on-policy distillation: the student's distribution against the teacher's."""
+    with torch.no_grad():
+        teacher = F.log_softmax(F.linear(h, t).float(), -1)
+    student = F.log_softmax(F.linear(h, w).float(), -1)
+    return F.kl_div(teacher, student, reduction="batchmean", log_target=True)
+
+
+def jsd(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """The generalised Jensen-Shannon divergence of TRL's GKDTrainer, beta 0.5, temperature 0.9."""
+    with torch.no_grad():
+        teacher = F.log_softmax(F.linear(h, t).float() / 0.9, -1)
+    student = F.log_softmax(F.linear(h, w).float() / 0.9, -1)
+    beta = torch.tensor(0.5, dtype=student.dtype, device=student.device)
+    mixture = torch.logsumexp(torch.stack([student + torch.log1p(-beta), teacher + torch.log(beta)]), dim=0)
+    of_teacher = F.kl_div(mixture, teacher, reduction="none", log_target=True)
+    of_student = F.kl_div(mixture, student, reduction="none", log_target=True)
+    return (beta * of_teacher + (1 - beta) * of_student).sum() / len(h)
+
+
+def top64_distilled(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """KL to the teacher's 64 most likely classes, renormalised, beside the loss."""
+    z = F.linear(h, w).float()
+    with torch.no_grad():
+        values, indices = F.linear(h, t).float().topk(64, -1)
+        teacher = F.softmax(values, -1)
+    student = F.log_softmax(z, -1).gather(-1, indices)
+    return F.cross_entropy(z, y) + F.kl_div(student, teacher, reduction="batchmean")
+
+
+SEQUENCES = 8  # that the tokens are, of one length
+
+
+def dpo_with_entropy(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """DPO, half of the sequences chosen and half rejected, t the reference's head, with an entropy bonus."""
+    logp = F.log_softmax(F.linear(h, w).float(), -1)
+    with torch.no_grad():
+        of_reference = F.log_softmax(F.linear(h, t).float(), -1).gather(-1, y[:, None]).view(SEQUENCES, -1).sum(-1)
+    chosen, rejected = (logp.gather(-1, y[:, None]).view(SEQUENCES, -1).sum(-1) - of_reference).chunk(2)
+    entropy = -(logp.exp() * logp).sum(-1).mean()
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean() - 0.01 * entropy
+
+
+def grpo_with_kl(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """GRPO's clipped objective with the k3 estimate of the KL to a reference, t its head."""
+    logp = F.log_softmax(F.linear(h, w).float(), -1).gather(-1, y[:, None]).view(SEQUENCES, -1)
+    with torch.no_grad():
+        reference = F.log_softmax(F.linear(h, t).float(), -1).gather(-1, y[:, None]).view(SEQUENCES, -1)
+    advantage = torch.linspace(-1, 1, SEQUENCES, device=h.device)[:, None]
+    ratio = (logp - logp.detach()).exp()
+    clipped = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    away = reference - logp
+    return -(clipped - 0.04 * (away.exp() - away - 1)).mean()
+
+
 def top5_beside_the_loss(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tensor, t: Tensor) -> Tensor:
     z = F.linear(h, w)
     hits = (z.detach().topk(5, -1).indices == y[:, None]).any(-1)
@@ -96,6 +152,7 @@ def top5_beside_the_loss(h: Tensor, w: Tensor, b: Tensor, drop: Tensor, y: Tenso
 PROGRAMS: tuple[Program, ...] = (
     plain, bias, scale_a_class, soft_cap, masked, masked_by_least, masked_after_soft_cap, smoothing, gelu, clamped,
     distilled, distilled_beside_the_loss, top5_beside_the_loss,
+    reverse_kl, jsd, top64_distilled, dpo_with_entropy, grpo_with_kl,
 )  # fmt: skip
 
 
@@ -121,7 +178,7 @@ def step_of(program: Program, backend: str, case: Case, device: torch.device) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--shapes", default="4096x2048x128256,8192x4096x128256" if on_gpu else "256x64x4096:float32")
+    parser.add_argument("--shapes", default="4096x2048x128256,16384x2048x128256" if on_gpu else "256x64x4096:float32")
     parser.add_argument("--programs", default="", help="a regular expression that their names contain")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

@@ -37,6 +37,7 @@ from fusedhead.kernels.contract import Head, Needs, RowGrads, RowStats
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.kernels.triton_engine import engine
 from fusedhead.kernels.triton_engine.rows.scale import scale_pair_in_place
+from fusedhead.kernels.triton_engine.rows.softmax_statistics import softmax_statistics
 from fusedhead.lowering.plan.plan import plan
 from fusedhead.lowering.plan.problem import LEAST_MEMORY, Problem
 from fusedhead.rules.pointwise_codegen import function_of
@@ -155,6 +156,8 @@ def launch_all(case: Case) -> None:
     upstream = RowGrads(row, picked, total, entropy, variance=variance)
     engine.head_stats_backward(head, upstream, saved, case.needs, windows(case.needs, linear=False))
     scale_pair_in_place(h, w, row[0], 0.0)
+    if case.dtype.itemsize == 2 and not case.transform:  # of a token program's windows
+        list(softmax_statistics(h.new_empty((n, v)), (1.0, 0.5)))
 
 
 def compiled(name: str, chip: Chip = H100, known: Mapping[str, Compiled] | None = None) -> list[Compiled]:

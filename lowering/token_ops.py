@@ -50,20 +50,26 @@ def _first_head(schema: str) -> ranges.FindOperands:
     return operands
 
 
-def windows_of(tensors: Sequence[Tensor], program: str, memory: int, tokens: int) -> RowPlan:
-    """The windows of a program for a number of tokens. Of the tensors only dtypes and sizes other than the tokens are
-    read.
+def windows_of(
+    tensors: Sequence[Tensor], program: str, memory: int, tokens: int, needs: Sequence[bool] | None = None
+) -> RowPlan:
+    """The windows of a program for a number of tokens, with gradients of the inputs that ``needs`` flags.
+
+    Of the tensors only dtypes and sizes other than the tokens are read.
     """
     parsed = read(program)
-    heads = [(tensors[h], tensors[w]) for h, w in tokenwise_engine.head_inputs(parsed)]
-    vocab, dtype = max(((len(w), w.dtype) for _, w in heads), key=lambda s: s[0] * s[1].itemsize)
-    device, calls = heads[0][0].device.type, len(parsed.lines)
-    return row_plan((tokens, vocab), dtype, device, heads=len(heads), calls=calls, memory=memory)
+    inputs = tokenwise_engine.head_inputs(parsed)
+    reached = [needs is not None and (needs[h] or needs[w]) for h, w in inputs]
+    vocab, dtype = max(((len(tensors[w]), tensors[w].dtype) for _, w in inputs), key=lambda s: s[0] * s[1].itemsize)
+    device, calls = tensors[inputs[0][0]].device.type, len(parsed.lines)
+    return row_plan((tokens, vocab), dtype, device, heads=reached, calls=calls, memory=memory)
 
 
-def _plan(tensors: list[Tensor], program: str, memory: int) -> tuple[int, bool, bool]:
+def _plan(
+    tensors: list[Tensor], program: str, memory: int, needs: Sequence[bool] | None = None
+) -> tuple[int, bool, bool, int]:
     tokens = len(tensors[tokenwise_engine.head_inputs(read(program))[0][0]])
-    return windows_of(tensors, program, memory, tokens)[:3]
+    return windows_of(tensors, program, memory, tokens, needs)[:4]
 
 
 def logits_bytes(tensors: Sequence[Tensor], program: str) -> int:
@@ -105,7 +111,7 @@ def _rows_backward(
     needs: list[bool],
     products: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    gradients, chosen, parsed = _none_if_absent(upstream), _plan(tensors, program, memory), read(program)
+    gradients, chosen, parsed = _none_if_absent(upstream), _plan(tensors, program, memory, needs), read(program)
     n = len(tensors[tokenwise_engine.head_inputs(parsed)[0][0]])
     kept = [z[:n] for z in products] if products and len(products[0]) >= n else None
     with without_autocast(tensors[0].device):
@@ -132,7 +138,7 @@ def _none_if_absent(gradients: list[Tensor]) -> list[Tensor | None]:
 def _rows_loss(
     tensors: list[Tensor], coefficients: list[Tensor], program: str, memory: int, needs: list[bool]
 ) -> list[Tensor]:
-    weights, chosen = _none_if_absent(coefficients), _plan(tensors, program, memory)
+    weights, chosen = _none_if_absent(coefficients), _plan(tensors, program, memory, needs)
     with without_autocast(tensors[0].device):
         results, grads = tokenwise_engine.head_rows_loss(read(program), weights, tensors, needs, *chosen)
     return [*results, *(g for g in grads if g is not None)]

@@ -131,7 +131,8 @@ def price_of_token_program(call: Node, memory: int, float8: bool = False) -> Cal
         products = 1 if is_forward_only(why) else 4 if why else 3
 
         def bytes_and_flop(n: int) -> tuple[int, int]:
-            return windows_of(tensors, program, memory, n).predicted_bytes, products * product * n
+            needs = None if is_forward_only(why) else [t.requires_grad for t in tensors]
+            return windows_of(tensors, program, memory, n, needs).predicted_bytes, products * product * n
 
         how = ", with their gradients" if why is None else f", again in the backward ({why})"
         text = "row windows: the program's own ops on some tokens at a time"

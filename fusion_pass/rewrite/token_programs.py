@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,12 +15,13 @@ from fusedhead.analysis.body import Body, Emitted
 from fusedhead.analysis.site import Region
 from fusedhead.analysis.token_regions import by_tokens, differentiated, program_operands
 from fusedhead.graph.edit import erase
+from fusedhead.graph.effects import writes
 from fusedhead.graph.facts import GraphFacts, before
 from fusedhead.graph.motion import hoist_before, sink_after
 from fusedhead.graph.nodes import fake
 from fusedhead.graph.sizes import static
 from fusedhead.ir.builder import Emit, named
-from fusedhead.ir.expr import Expr, Plain
+from fusedhead.ir.expr import Expr, Plain, walk
 from fusedhead.ir.logits import Logits
 from fusedhead.ir.tokenwise import HeadInput, ProgramResult, TokenInput, TokenValue, inputs_of, token_values_of
 from fusedhead.kernels.tokenwise.program import HEAD, ITEM, Line, Ref, RowProgram, Unspeakable, argument_text
@@ -29,15 +32,21 @@ aten = torch.ops.aten
 MOST_SUNK = 64  # nodes after a call: sums of losses and their logging
 
 
-def program(values: Sequence[TokenValue], seeds: Sequence[HeadInput], outside: Sequence[TokenInput]) -> RowProgram:
-    """The token program of ``values``. Its inputs are h, w, cols, rows of every head, then the other tensors.
+def program(
+    values: Sequence[TokenValue],
+    seeds: Sequence[HeadInput],
+    outside: Sequence[TokenInput],
+    input_exprs: Sequence[Expr] = (),
+) -> RowProgram:
+    """The token program of ``values``. Its inputs are h, w, cols, rows of every head, then the other tensors, then the
+    values of the expressions ``input_exprs``.
 
     Raises Unspeakable for a constant that has no text form.
     """
     lines: list[Line] = []
-    refs: dict[Any, Ref] = {}
     place = {id(s.logits): i for i, s in enumerate(seeds)}
-    at = {id(x): 4 * len(seeds) + i for i, x in enumerate(outside)}
+    at = {id(x): 4 * len(seeds) + i for i, x in enumerate((*outside, *input_exprs))}
+    refs: dict[Any, Ref] = {id(x): Ref("r", at[id(x)]) for x in input_exprs}
 
     def add(line: Line) -> Ref:
         key = repr(line)
@@ -78,23 +87,26 @@ def run(body: Body) -> None:
     terminals = (node for site in reading.sites for node, _ in site.terminals)
     fixed = {*reading.values, *reading.tokenwise, *terminals} if regions else set()
     for region in regions:
-        calls = emit_region(region, fixed, body.facts, body.options.budget)
+        calls = emit_region(region, fixed, reading.tokenwise, body.facts, body.options.budget)
         body.emitted.append(Emitted(calls, list(region.heads), True))
 
 
-def emit_region(region: Region, fixed: Collection[Node], facts: GraphFacts, memory: int) -> list[Node]:
+def emit_region(
+    region: Region, fixed: Collection[Node], values: Mapping[Node, Any], facts: GraphFacts, memory: int
+) -> list[Node]:
     """Replace a region's results by those of ``head_rows`` calls, and return the calls. ``fixed`` nodes are not moved.
 
     One call serves all results if every operand can be computed before the first result, or if all uses of the results
-    can run after the last. Otherwise each result has its own call.
+    can run after the last. Two calls serve them if this holds for those under no_grad and for the others. Otherwise
+    each result has its own call.
     """
     emit = Emit(facts.graph)
     anchor = meeting_place(region, fixed, facts)
-    if anchor is None:
+    if anchor is not None:
+        emit_results(emit, region.results, anchor, facts, memory)
+    elif not emit_constants_first(emit, region, fixed, values, facts, memory):
         for result in region.results:
             emit_results(emit, [result], result[0], facts, memory)
-    else:
-        emit_results(emit, region.results, anchor, facts, memory)
     inside = set(region.inside)
     erase(reversed(region.inside), inside.__contains__)
     emitted = set(emit.nodes)
@@ -102,6 +114,41 @@ def emit_region(region: Region, fixed: Collection[Node], facts: GraphFacts, memo
     computed = [node.name for node in region.inside if not node._erased]
     assert not computed, f"{', '.join(computed)} would still be computed"  # the caller then keeps the original graph
     return [node for node in emit.nodes if not node._erased and node.target is torch.ops.fusedhead.head_rows.default]
+
+
+def emit_constants_first(
+    emit: Emit,
+    region: Region,
+    fixed: Collection[Node],
+    values: Mapping[Node, Any],
+    facts: GraphFacts,
+    memory: int,
+) -> bool:
+    """Emit one call for the results under no_grad and one for the others; False where they have no place.
+
+    The second reads the few numbers a row that the first makes under no_grad, such as the indices of the teacher's
+    largest logits, so that it does not compute that head again.
+    """
+    if any(map(writes, region.inside)):  # a value that is returned may be written to before it is read
+        return False
+    constant = [result for result in region.results if not facts.grad_mode(result[0])]
+    gradient_results = [result for result in region.results if facts.grad_mode(result[0])]
+    returned = {node for node, _ in constant}
+    for node in region.inside:
+        value = values.get(node)
+        read = any(user in values and facts.grad_mode(user) for user in node.users)
+        small = isinstance(value, TokenValue) and value.small and isinstance(value.expr, Expr)
+        if node not in returned and small and read and not facts.grad_mode(node):
+            constant.append((node, value))
+    first, second = (replace(region, results=results) for results in (constant, gradient_results))
+    if not constant or not gradient_results:
+        return False
+    places = [meeting_place(part, fixed, facts) for part in (first, second)]
+    if places[0] is None or places[1] is None or not before(places[0], places[1]):
+        return False
+    earlier_nodes = emit_results(emit, constant, places[0], facts, memory)
+    emit_results(emit, gradient_results, places[1], facts, memory, earlier_nodes)
+    return True
 
 
 def meeting_place(region: Region, fixed: Collection[Node], facts: GraphFacts) -> Node | None:
@@ -122,13 +169,22 @@ def meeting_place(region: Region, fixed: Collection[Node], facts: GraphFacts) ->
     return last if same_autocast and sink_after(results[:-1], last, unmoved, facts, MOST_SUNK) else None
 
 
-def emit_results(emit: Emit, results: list[tuple[Node, Any]], anchor: Node, facts: GraphFacts, memory: int) -> None:
-    """Emit calls for some results before ``anchor``; returns them and the replacement of each result."""
+def emit_results(
+    emit: Emit,
+    results: list[tuple[Node, Any]],
+    anchor: Node,
+    facts: GraphFacts,
+    memory: int,
+    earlier_nodes: Mapping[int, Node] = MappingProxyType({}),
+) -> dict[int, Node]:
+    """Emit calls for some results before ``anchor``, and replace the results; returns the nodes of their values
+    by the identity of their expressions. ``earlier_nodes`` are those of an earlier call.
+    """
     outputs = list({id(p.expr): p for _, value in results for p in token_values_of(value)}.values())
     nodes: dict[int, Node] = {}
     with emit.before(anchor, anchor, grad=facts.grad_mode(anchor)):
         for group in by_tokens(outputs):
-            nodes |= emit_call(emit, group, memory)
+            nodes |= emit_call(emit, group, memory, earlier_nodes)
     for node, value in results:
         grad = facts.grad_mode(node)
         with emit.before(anchor if before(node, anchor) else node, node, grad=grad):
@@ -138,16 +194,22 @@ def emit_results(emit: Emit, results: list[tuple[Node, Any]], anchor: Node, fact
             replacement = emit.cast(replacement, value.val.dtype)
             node.replace_all_uses_with(replacement)
             emit.replaced(node, replacement)
+    return nodes
 
 
-def emit_call(emit: Emit, outputs: list[TokenValue], memory: int) -> dict[int, Node]:
-    """Emit one ``head_rows`` call; returns it and the nodes of its results, by the identity of their expressions.
+def emit_call(emit: Emit, outputs: list[TokenValue], memory: int, earlier_nodes: Mapping[int, Node]) -> dict[int, Node]:
+    """Emit one ``head_rows`` call; returns the nodes of its results by the identity of their expressions.
 
     An operand that no gradient reaches is detached. Otherwise it would cost a product and get zeros where eager gives
     None.
     """
-    seeds, outside = inputs_of(outputs)
+
+    def unknown(expr: Expr) -> bool:
+        return id(expr) not in earlier_nodes
+
+    seeds, outside = inputs_of(outputs, unknown)
     reached = differentiated(outputs)
+    read = [x for x in walk(*(out.expr for out in outputs), into=unknown) if isinstance(x, Expr) and not unknown(x)]
 
     def operand(node: Node, identity: int) -> Node:
         return node if identity in reached or not fake(node).requires_grad else emit(aten.detach.default, node)
@@ -157,7 +219,8 @@ def emit_call(emit: Emit, outputs: list[TokenValue], memory: int) -> dict[int, N
         h, w, _, cols, rows, _ = emit_operands(emit, seed.logits)
         tensors += [operand(node, id(seed.logits)) for node in (h, w, cols, emit(aten.t.default, rows))]
     tensors += [operand(emit.ref(leaf.value), id(leaf)) for leaf in outside]
-    text = program(outputs, seeds, outside).text
+    tensors += [earlier_nodes[id(expr)] for expr in read]
+    text = program(outputs, seeds, outside, read).text
     call = named(emit(torch.ops.fusedhead.head_rows.default, tensors, text, memory), "head_rows")
     return {id(out.expr): emit(operator.getitem, call, i) for i, out in enumerate(outputs)}
 

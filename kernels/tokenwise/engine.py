@@ -6,19 +6,21 @@
 
 Inputs: h [N, D], w [V, D] of one floating dtype, and the program's other inputs. Outputs: the program's results
 [N, ...], dh and dw in the dtypes of h and w. Never in memory: a tensor [N, V], unless the caller asks to keep z. One
-window holds the values of the program's ops for its tokens. Results are rounded as in the program. dw is summed in
-float32, or in its own dtype with ``narrow_sums``.
+window holds the values of the program's ops for its tokens. Results are rounded as in the program. The dz
+of ``group`` windows lie in one buffer, and one product adds them to dw: dw is read and written once a group, in
+float32 and rounded once, or in its own dtype with ``narrow_sums``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fusedhead.kernels.contract import stat_dtype
 from fusedhead.kernels.gemm import gemm
+from fusedhead.kernels.narrow_sum import NarrowSum
 from fusedhead.kernels.tokenwise.compilation import RowFunction, made_once, windows
 from fusedhead.kernels.tokenwise.program import Ref, RowProgram, head_product, run
 from fusedhead.kernels.torch_engine.blocks import cuts
@@ -63,22 +65,22 @@ def _forward(program: RowProgram, kept: bool) -> RowFunction:
 
 def _vjp(
     program: RowProgram,
+    total: int,
     differentiable: tuple[bool, ...],
     wanted: tuple[int, ...],
     heads: tuple[bool, ...],
     keep: bool,
 ) -> RowFunction:
-    """A function of (inputs..., products..., upstream...) that returns gradients.
+    """A function of (inputs..., products..., upstream..., anything else...) that returns gradients.
 
-    These are the gradients of the inputs ``wanted`` and of the products whose flag in ``heads`` is set. With ``keep``
-    the program's results come before them.
+    There are ``total`` inputs. Returned are the gradients of the inputs ``wanted`` and of the products whose flag in
+    ``heads`` is set. With ``keep`` the program's results come before them.
     """
     count = len(program.heads)
 
     def gradients(inputs: list[Tensor]) -> list[Tensor]:
-        total = len(inputs) - count - sum(differentiable)
         tensors, products = list(inputs[:total]), list(inputs[total : total + count])
-        upstream = inputs[total + count :]
+        upstream = inputs[total + count : total + count + sum(differentiable)]
         with torch.enable_grad():
             for i in wanted:
                 tensors[i] = tensors[i].detach().requires_grad_()
@@ -125,7 +127,7 @@ def head_rows(
             given += kept
         function = _forward(program, products is not None)
         if compiled:
-            function = made_once(key, function, given, True)
+            function = made_once(key, function, given, True, i.stop - i.start)
         computed = function(given)
         if not results:
             results = [r.new_empty((n, *r.shape[1:])) for r in computed]
@@ -142,14 +144,16 @@ def head_rows_backward(
     tokens: int,
     compile_whole: bool = False,
     narrow_sums: bool = False,
+    group: int = 1,
     products: Sequence[Tensor] | None = None,
 ) -> list[Tensor | None]:
     """The gradients of the inputs that need one, in their dtypes; None for the others.
 
-    Sums over windows are kept in float32 (float64 for float64), or in the input's dtype with ``narrow_sums``.
-    ``products`` are the ones that `head_rows` filled; without them h wᵀ is computed again.
+    Sums over windows are kept in float32 (float64 for float64), or in the input's dtype with ``narrow_sums``. The
+    gradients of ``group`` windows of logits are multiplied at once. ``products`` are the ones that `head_rows` filled;
+    without them h wᵀ is computed again.
     """
-    return _swept(program, upstream, tensors, needs, tokens, compile_whole, narrow_sums, False, products)[1]
+    return _swept(program, upstream, tensors, needs, tokens, compile_whole, narrow_sums, group, False, products)[1]
 
 
 def head_rows_loss(
@@ -160,6 +164,7 @@ def head_rows_loss(
     tokens: int,
     compile_whole: bool = False,
     narrow_sums: bool = False,
+    group: int = 1,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Results as of `head_rows` and gradients as of `head_rows_backward` in one sweep.
 
@@ -168,7 +173,115 @@ def head_rows_loss(
     if not tensors[head_inputs(program)[0][0]].shape[0]:
         nothing = head_rows(program, tensors, tokens)
         return nothing, head_rows_backward(program, coefficients, tensors, needs, tokens)
-    return _swept(program, coefficients, tensors, needs, tokens, compile_whole, narrow_sums, True)
+    return _swept(program, coefficients, tensors, needs, tokens, compile_whole, narrow_sums, group, True)
+
+
+def adds_in_epilogue(device: torch.device) -> bool:
+    """Whether a product of two bytes adds to a float32 sum without being rounded first."""
+    return device.type == "cuda"
+
+
+class _Sums:
+    """Gradients that grow window by window: rows of some inputs, sums over the tokens of the others."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        rows: frozenset[int],
+        narrow: bool,
+        weights: frozenset[int],
+    ) -> None:
+        self.tensors, self.rows = tensors, rows
+        self.weights = {
+            at: NarrowSum(
+                torch.empty_like(w, memory_format=torch.contiguous_format), w.dtype if narrow else stat_dtype(w.dtype)
+            )
+            for at, w in enumerate(tensors)
+            if needs[at] and at in weights
+        }
+        self.begun: set[tuple[int, int]] = set()  # (input, first row): where something was added before
+        self.into = [
+            t.new_empty(t.shape, dtype=t.dtype if i in rows or narrow else stat_dtype(t.dtype))
+            if need and i not in weights
+            else None
+            for i, (t, need) in enumerate(zip(tensors, needs))
+        ]
+
+    def _target(self, at: int, i: slice) -> tuple[Tensor | None, bool]:
+        """(where to add the gradient of input ``at`` from the tokens ``i``, whether there is something already)."""
+        into = self.into[at]
+        if into is None:
+            return None, False
+        first = (at, i.start if at in self.rows else 0)
+        begun = first in self.begun
+        self.begun.add(first)
+        return into[i] if at in self.rows else into, begun
+
+    def add(self, at: int, i: slice, gradient: Tensor) -> None:
+        into, begun = self._target(at, i)
+        if into is not None:
+            (into.add_ if begun else into.copy_)(gradient)
+
+    def add_bias(self, at: int, row: int, i: slice, dz: Tensor) -> None:
+        into = self.into[at]
+        if into is not None:
+            if (at, 0) not in self.begun:
+                self.begun.add((at, 0))
+                into.zero_()
+            into[row].add_(dz.sum(0, dtype=into.dtype))
+
+    def add_head(self, head: tuple[int, int], bias: tuple[int, int] | None, i: slice, dz: Tensor) -> None:
+        """dh, dw and db of the inputs ``head`` and ``bias``: dz w, dzᵀ h and Σ dz for the tokens ``i``."""
+        h, w = head
+        into, begun = self._target(h, i)
+        if into is not None:
+            gemm(dz, self.tensors[w], into, add=begun)
+        self.add_weight(w, dz, self.tensors[h][i])
+        if bias is not None:
+            self.add_bias(*bias, i, dz)
+
+    def add_weight(self, at: int, dz: Tensor, h: Tensor) -> None:
+        """dw += dzᵀ h."""
+        if at not in self.weights:
+            return
+        begun = (at, 0) in self.begun
+        self.begun.add((at, 0))
+        for v, into in self.weights[at].pieces(slice(0, dz.shape[1])):
+            if adds_in_epilogue(dz.device):
+                gemm(dz[:, v].t(), h, into, add=begun)
+                continue
+            for part in cuts(len(into), max(1, PRODUCT_BYTES // max(1, into.element_size() * into.shape[1]))):
+                some = dz[:, v.start + part.start : v.start + part.stop]
+                if into.dtype == dz.dtype:
+                    gemm(some.t(), h, into[part], add=begun)
+                else:
+                    (into[part].add_ if begun else into[part].copy_)(some.t() @ h)
+
+    def finish(self) -> list[Tensor | None]:
+        """The gradients in the inputs' dtypes, zeros where nothing was added."""
+        touched = {at for at, _ in self.begun}
+        found: list[Tensor | None] = []
+        for at, (into, t) in enumerate(zip(self.into, self.tensors)):
+            if into is None and at not in self.weights:
+                found.append(None)
+            elif at not in touched:
+                found.append(torch.zeros_like(t))
+            else:
+                found.append(self.weights[at].finish() if into is None else into.to(t.dtype))
+        return found
+
+
+def _groups(found: Iterable[tuple[slice, bool]], tokens: int) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
+    """(tokens of a group, its windows) for windows in order: as many in a group as have ``tokens`` tokens at most."""
+    together: list[tuple[slice, bool]] = []
+    for i, compiled in found:
+        if together and i.stop - together[0][0].start > tokens:
+            yield slice(together[0][0].start, together[-1][0].stop), together
+            together = []
+        together.append((i, compiled))
+    if together:
+        yield slice(together[0][0].start, together[-1][0].stop), together
 
 
 def _swept(
@@ -179,6 +292,7 @@ def _swept(
     tokens: int,
     compile_whole: bool,
     narrow_sums: bool,
+    group: int,
     keep: bool,
     known: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -189,51 +303,31 @@ def _swept(
     differentiable = tuple(g is not None for g in upstream)
     wanted = tuple(i for i, need in enumerate(needs) if need and i not in parts)
     live = tuple(needs[h] or needs[w] or (b is not None and needs[b[0]]) for (h, w), b in zip(heads, added))
-    sums: list[Tensor | None] = [
-        t.new_zeros(t.shape, dtype=t.dtype if i in rows or narrow_sums else stat_dtype(t.dtype)) if need else None
-        for i, (t, need) in enumerate(zip(tensors, needs))
-    ]
-
-    def add(at: int, i: slice, gradient: Tensor) -> None:
-        into = sums[at]
-        if into is not None:
-            (into[i] if at in rows else into).add_(gradient)
-
-    def add_product(into: Tensor | None, dz: Tensor, h: Tensor) -> None:
-        if into is None:
-            return
-        if dz.device.type == "cuda":
-            gemm(dz.t(), h, into, add=True)  # adds in the product's own epilogue
-            return
-        for v in cuts(len(into), max(1, PRODUCT_BYTES // max(1, into.element_size() * into.shape[1]))):
-            if into.dtype == dz.dtype:
-                into[v].addmm_(dz[:, v].t(), h)
-            else:
-                into[v].add_(dz[:, v].t() @ h)
-
+    sums = _Sums(tensors, needs, rows, narrow_sums, frozenset(w for _, w in heads))
     key = ("vjp", program, differentiable, wanted, live, keep)
     results: list[Tensor] = []
-    for i, compiled in windows(n, tokens, key, compile_whole):
-        given = _window(tensors, rows, i)
-        products = [z[i] for z in known] if known else [head_product(head, given) for head in program.heads]
-        seen = [g[i] for g in upstream if g is not None]
-        everything = [*given, *products, *seen]
-        vjp = _vjp(program, differentiable, wanted, live, keep)
-        computed = made_once(key, vjp, everything, compiled)(everything)
-        del products, everything
-        if keep:
-            kept, computed = computed[: len(program.results)], computed[len(program.results) :]
-            results = results or [r.new_empty((n, *r.shape[1:])) for r in kept]
-            for result, r in zip(results, kept):
-                result[i] = r
-        for at, gradient in zip(wanted, computed):
-            add(at, i, gradient)
-        differentiated = [(at, bias) for at, bias, on in zip(heads, added, live) if on]
-        for ((h, w), bias), dz in zip(differentiated, computed[len(wanted) :]):
-            if needs[h]:
-                add(h, i, dz @ given[w])
-            if needs[w]:
-                add_product(sums[w], dz, given[h])
-            if bias is not None and (into := sums[bias[0]]) is not None:
-                into[bias[1]].add_(dz.sum(0, dtype=into.dtype))
-    return results, [None if s is None else s.to(t.dtype) for s, t in zip(sums, tensors)]
+    most, buffer = min(n, group * tokens), None
+    buffers = [tensors[h].new_empty((most, len(tensors[w]))) if on else None for (h, w), on in zip(heads, live)]
+    for together, each in _groups(windows(n, tokens, key, compile_whole), most):
+        for i, compiled in each:
+            given = _window(tensors, rows, i)
+            products = [z[i] for z in known] if known else [head_product(head, given) for head in program.heads]
+            seen = [g[i] for g in upstream if g is not None]
+            into = [dz[i.start - together.start : i.stop - together.start] for dz in buffers if dz is not None]
+            everything = [*given, *products, *seen, *into]
+            written = tuple(range(len(everything) - len(into), len(everything)))
+            vjp = _vjp(program, len(tensors), differentiable, wanted, live, keep)
+            computed = made_once(key, vjp, everything, compiled, i.stop - i.start, written)(everything)
+            del products, everything, into
+            if keep:
+                kept, computed = computed[: len(program.results)], computed[len(program.results) :]
+                results = results or [r.new_empty((n, *r.shape[1:])) for r in kept]
+                for result, r in zip(results, kept):
+                    result[i] = r
+            for at, gradient in zip(wanted, computed):
+                sums.add(at, i, gradient)
+        for pair, bias, buffer in zip(heads, added, buffers):
+            if buffer is not None:
+                sums.add_head(pair, bias, together, buffer[: together.stop - together.start])
+    del buffers, buffer
+    return results, sums.finish()

@@ -40,11 +40,11 @@ from fusedhead.kernels.contract import (
     logit_grads,
     with_companions,
 )
+from fusedhead.kernels.narrow_sum import NarrowSum
 from fusedhead.kernels.triton_engine import single_pass
 from fusedhead.kernels.triton_engine.float8 import single_pass as float8_pass
 from fusedhead.kernels.triton_engine.launch.launch import on_device
 from fusedhead.kernels.triton_engine.launch.sweep import multiplied_by_cublas, sweep
-from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
 from fusedhead.kernels.triton_engine.recompute import rebuild
 from fusedhead.kernels.triton_engine.rows.label_map import check_labels
 from fusedhead.kernels.triton_engine.rows.merge import merge_statistics

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head, LogitGrads, RowStats
 from fusedhead.kernels.gemm import gemm
+from fusedhead.kernels.narrow_sum import NarrowSum
 from fusedhead.kernels.triton_engine.launch.sweep import sweep
-from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
 from fusedhead.kernels.triton_engine.sweeps.dlogits import dlogits
 from fusedhead.kernels.triton_engine.weight_gradient import WeightGradient
 from fusedhead.kernels.triton_engine.windows import first_rows, multiplied, rows_of, slice_head

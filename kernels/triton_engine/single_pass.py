@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fusedhead.kernels.contract import Head, HeadGrads, Needs, OtherColumns, RowGrads, RowStats, Windows, logit_grads
 from fusedhead.kernels.gemm import gemm, weighted_rows
+from fusedhead.kernels.narrow_sum import NarrowSum
 from fusedhead.kernels.triton_engine.constants import LOG2E
 from fusedhead.kernels.triton_engine.launch.launch import on_device
 from fusedhead.kernels.triton_engine.launch.sweep import Sweep, sweep
-from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
 from fusedhead.kernels.triton_engine.recompute import rebuild
 from fusedhead.kernels.triton_engine.rows.finalize import finalize
 from fusedhead.kernels.triton_engine.rows.label_map import check_labels, map_labels

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedhead.kernels.gemm import gemm
-from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
+from fusedhead.kernels.narrow_sum import NarrowSum
 
 
 class WeightGradient:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedhead.kernels.triton_engine.narrow_sum import NarrowSum
+from fusedhead.kernels.narrow_sum import NarrowSum
 from fusedhead.kernels.triton_engine.weight_gradient import WeightGradient
 
 CUTS = ([slice(0, 20), slice(20, 33), slice(33, 70)], [slice(0, 70)])

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.eager_stack import Rewritten
 from tests.programs.claims import B, D, T, V, hidden, labels, right, weight
-from tests.rewrite.divergences import Program, distillation, reverse_kl, top_k_accuracy
+from tests.rewrite.divergences import Program, calls, distillation, reverse_kl, top_k_accuracy
 
 
 def jensen_shannon(h: Tensor, w: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
@@ -253,3 +253,31 @@ def test_the_graph_carries_the_program_as_text() -> None:
     text = next(line for line in rewritten.report.after.splitlines() if "fusedhead.head_rows" in line)
     assert "xlogy.Tensor" in text
     assert "log_softmax.int(v" in text
+
+
+def most_likely(h: Tensor, w: Tensor, ht: Tensor, wt: Tensor, y: Tensor) -> Tensor:
+    """A divergence over the class that the teacher finds most likely, beside the loss."""
+    logits = F.linear(h, w).flatten(0, -2)
+    with torch.no_grad():
+        values, indices = F.linear(ht, wt).flatten(0, -2).topk(1, -1)
+        teacher = values.sigmoid()
+    student = F.log_softmax(logits, -1).gather(-1, indices)
+    return F.cross_entropy(logits, y.flatten()) + F.kl_div(student, teacher, reduction="batchmean")
+
+
+def test_what_is_made_under_no_grad_comes_first_and_is_read() -> None:
+    operands = hidden(), weight(), hidden().detach(), weight().detach(), labels()
+    assert calls(most_likely, *operands, fused=2) == ["head_rows", "head_rows_loss"]
+    right(most_likely, *operands, fused=2)
+
+
+def test_what_is_made_under_no_grad_and_written_to_is_made_where_it_is_read() -> None:
+    def program(h: Tensor, w: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
+        with torch.no_grad():
+            indices = F.linear(ht, wt).topk(1, -1).indices
+            indices.add_(1).remainder_(V)
+        return F.log_softmax(F.linear(h, w), -1).gather(-1, indices).mean()
+
+    operands = [hidden(), weight(), hidden().detach(), weight().detach()]
+    found = Rewritten(program)(*operands)
+    torch.testing.assert_close(found, program(*operands))

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fusedhead.kernels.triton_engine.windows import rows_of
-
 FIRST_SHARE = 64  # 1 / FIRST_SHARE of the rows are rounded first, through a copy
 
 
@@ -44,7 +42,11 @@ class NarrowSum:
         for first, rows in self.parts:
             start, stop = max(v.start, first), min(v.stop, first + rows.shape[0])
             if start < stop:
-                yield slice(start - v.start, stop - v.start), rows_of(rows, slice(start - first, stop - first))
+                whole = start == first and stop == first + rows.shape[0]  # making a view costs about a launch
+                yield (
+                    slice(start - v.start, stop - v.start),
+                    rows if whole else rows[start - first : stop - first],
+                )
 
     def finish(self) -> Tensor:
         """The result, each sum rounded once."""
