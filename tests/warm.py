@@ -8,11 +8,15 @@ from __future__ import annotations
 
 
 def warm() -> None:
-    """Compile a loss with its gradient by Inductor, and forget it. A process that gives its source to another may."""
+    """Compile a loss by Inductor, and forget it. A process that gives this function's source to another may do it too.
+
+    Without its gradient: a backward before a fork would be none after it, where torch is built for a GPU.
+    """
     import gc
     import threading
 
     import torch
+    import torch._functorch.partitioners
     import torch._inductor.compile_fx
     import torch.nn.functional as F
     from torch._dynamo.utils import counters
@@ -28,9 +32,8 @@ def warm() -> None:
         return F.cross_entropy(F.linear(h.sin(), w), y)
 
     torch.set_num_threads(1)  # a fork would wait for the others of a pool of threads
-    with torch.random.fork_rng(devices=[]):
-        h, w = torch.randn(4, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
-        # Its backward is compiled and not run: autograd starts threads for the devices that there are.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        h, w = torch.randn(4, 8), torch.randn(20, 8)
         torch.compile(loss, backend="inductor", dynamic=False)(h, w, torch.zeros(4, dtype=torch.int64))
     torch.compiler.reset()
     counters.clear()
