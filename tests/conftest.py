@@ -66,6 +66,10 @@ leave_compilations_untraced()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if addressed := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(
+            f"{addressed[0]} is named by an address, which every worker has its own of: give it ids="
+        )
     items.sort(key=lambda item: place(item.nodeid))
 
 
