@@ -149,7 +149,7 @@ def test_without_their_names_autograd_s_keys_are_those_of_another_thread(monkeyp
         raise AttributeError
 
     monkeypatch.setattr(compilation, "autograd_keys", renamed)
-    torch.testing.assert_close(compilation.traced(vjp, inputs, False)(inputs), 2 * inputs[0] * inputs[1])
+    torch.testing.assert_close(compilation.traced(vjp, inputs, False, 3)(inputs), 2 * inputs[0] * inputs[1])
 
 
 # A process that has imported torch, and forks a child for each module that names are looked up in. The child imports

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 from tests.warm import warm
 
 FORKS = """
-import atexit, json, os, sys
+import atexit, json, os, sys, torch
 from fusedhead.run.cli import main
 warm()
 
@@ -45,6 +45,7 @@ for line in sys.stdin:
     arguments, folder, out, err, environment = json.loads(line)
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)  # a fork leaves torch's pool of threads to whoever asks first, and two may
         os.chdir(folder)
         os.environ.update(environment)
         os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)

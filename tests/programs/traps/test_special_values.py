@@ -198,11 +198,16 @@ def step(program: Loss, inputs: Operands) -> list[Tensor]:
 BARE = (one_hot_of_the_logits, smoothed_logits, expected_logit, subtracted)  # a logsumexp, and no softmax
 
 
-def compared(loss: Loss, h: Tensor, w: Tensor, bias: Tensor, c: Tensor, y: Tensor) -> int:
+def logits(h: Tensor, w: Tensor, bias: Tensor, fill: float | None) -> Tensor:
+    """With a bias, or with classes of a small bias set to ``fill``."""
+    return F.linear(h, w, bias) if fill is None else F.linear(h, w, bias.clamp(min=-2)).masked_fill(bias < -2, fill)
+
+
+def compared(loss: Loss, fill: float | None, h: Tensor, w: Tensor, bias: Tensor, c: Tensor, y: Tensor) -> int:
     """How many of the loss and the gradients are eager code's."""
     if loss is weighted_and_smoothed and not bool(c.isfinite().all()):
         return 0
-    return 1 if loss in BARE and bool((F.linear(h, w, bias).logsumexp(-1) == math.inf).any()) else 4
+    return 1 if loss in BARE and bool((logits(h, w, bias, fill).logsumexp(-1) == math.inf).any()) else 4
 
 
 def said(name: str, message: str) -> str:
@@ -213,9 +218,7 @@ def said(name: str, message: str) -> str:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_is_not_finite_is_what_eager_code_has(loss: Loss, fill: float | None) -> None:
     def program(h: Tensor, w: Tensor, bias: Tensor, c: Tensor, y: Tensor) -> Tensor:
-        if fill is None:
-            return loss(F.linear(h, w, bias), y, c)
-        return loss(F.linear(h, w, bias.clamp(min=-2)).masked_fill(bias < -2, fill), y, c)
+        return loss(logits(h, w, bias, fill), y, c)
 
     torch.compiler.reset()
     rewritten = Rewritten(program)
@@ -223,7 +226,7 @@ def test_what_is_not_finite_is_what_eager_code_has(loss: Loss, fill: float | Non
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
     @given(operands())
     def alike(inputs: Operands) -> None:
-        names = ("loss", "h", "w", "bias")[: compared(loss, *inputs)]
+        names = ("loss", "h", "w", "bias")[: compared(loss, fill, *inputs)]
         broken = not all(bool(x.isfinite().all()) for x in inputs[:2])
         for name, ours, wanted in zip(names, step(rewritten, inputs), step(program, inputs)):
             if broken and name != "loss":  # one that is not finite
