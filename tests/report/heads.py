@@ -1,12 +1,18 @@
-"""Records of heads, without a compilation."""
+"""Records of heads, without a compilation and of one small program."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from fusedhead.graph.run_counts import GraphRun, Run
 from fusedhead.report.head_record import HeadRecord
+from tests.eager_stack import Rewritten
 
 ENGINE = "torch windows: gradients in the forward sweep"
 FUSED = HeadRecord(
@@ -28,3 +34,22 @@ def head(like: HeadRecord = FUSED, graph: GraphRun | None = None, **changed: Any
 def heads(count: int) -> list[HeadRecord]:
     """As a model of many heads has them."""
     return [head(module=f"heads.{i}", where=f"model.py:{i + 1} (heads.{i})") for i in range(count)]
+
+
+N, D, V = 64, 16, 2048
+# torch looks at the gradient of what a compiled function is given
+LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+def operands(tokens: int = N) -> tuple[Tensor, Tensor, Tensor]:
+    h, w = torch.randn(tokens, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    return h, w, torch.randint(0, V, (tokens,))
+
+
+def logits(h: Tensor, w: Tensor) -> Tensor:
+    return F.linear(h, w)
+
+
+def only(rewritten: Rewritten) -> HeadRecord:
+    (head,) = rewritten.report.heads
+    return head.seen().ended()

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from fusedhead.report.estimates import worth
-from fusedhead.report.head_record import HeadRecord
 from tests.eager_stack import Rewritten
-from tests.report.heads import ENGINE, FUSED
-
-N, D, V = 64, 16, 2048
-# torch looks at the gradient of what a compiled function is given
-LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-
-
-def operands(tokens: int = N) -> tuple[Tensor, Tensor, Tensor]:
-    h, w = torch.randn(tokens, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
-    return h, w, torch.randint(0, V, (tokens,))
-
-
-def logits(h: Tensor, w: Tensor) -> Tensor:
-    return F.linear(h, w)
-
-
-def only(rewritten: Rewritten) -> HeadRecord:
-    (head,) = rewritten.report.heads
-    return head.seen().ended()
+from tests.report.heads import ENGINE, FUSED, LEAF, logits, only, operands
 
 
 def test_every_number_of_bytes_is_the_records_own() -> None:

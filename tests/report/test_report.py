@@ -14,28 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedhead
-from fusedhead.report.head_record import HeadRecord
 from fusedhead.report.report import Report
 from fusedhead.report.summary import Summary
 from tests.eager_stack import Rewritten, backend
-
-N, D, V = 64, 16, 2048
-# torch looks at the gradient of what a compiled function is given
-LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-
-
-def operands(tokens: int = N) -> tuple[Tensor, Tensor, Tensor]:
-    h, w = torch.randn(tokens, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
-    return h, w, torch.randint(0, V, (tokens,))
-
-
-def logits(h: Tensor, w: Tensor) -> Tensor:
-    return F.linear(h, w)
-
-
-def only(rewritten: Rewritten) -> HeadRecord:
-    (head,) = rewritten.report.heads
-    return head.seen().ended()
+from tests.report.heads import LEAF, N, V, logits, only, operands
 
 
 def test_deferred_logits_that_are_built_are_built_in_the_report_with_the_use_and_its_line() -> None:
