@@ -27,7 +27,8 @@ from benchmarks.distributed_steps import SHAPES
 from benchmarks.ranks import device_of_this_rank
 
 STEP = 3  # in which it happens
-ROOM = 100.0  # seconds beyond the timeout, for the error to come through
+TIMEOUT = 20  # of the process group, seconds
+ROOM = 35.0  # seconds beyond the timeout, for the error to come through
 
 
 def rank_main(arguments: argparse.Namespace) -> None:
@@ -93,7 +94,7 @@ def ended_well(outcome: dict[str, Any]) -> bool:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.killed_rank", description=__doc__.splitlines()[0])
-    parser.add_argument("--timeout", type=int, default=20, help="of the process group, seconds")
+    parser.add_argument("--timeout", type=int, default=TIMEOUT, help="of the process group, seconds")
     parser.add_argument("--start", type=float, default=180.0, help="seconds for compiling and the steps before")
     parser.add_argument("--backend", default="fusedhead", help="of torch.compile")
     parser.add_argument("--tiny", action="store_true", help="a size for a CPU")

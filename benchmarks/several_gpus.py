@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import killed_rank
+
 ROOT = Path(__file__).parents[1]
 SHAPES = ("8192x8192x128256", "16384x4096x256000")
 # in the environment of a command's processes: torchrun starts ranks in sessions of their own
@@ -60,10 +62,11 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[list[Command]]]:
     matrix = torchrun(arguments, port + 8, "-m", "tests.parallel.device", "--out", out)
     gpt = torchrun(arguments, port + 9, *steps, "--limit", "120", "--json", f"{out}/gpt.json")
     qwen3 = torchrun(arguments, port + 10, *steps, "--models", "qwen3", "--limit", "60", "--json", f"{out}/qwen3.json")
-    killed = ["-m", "benchmarks.killed_rank", "--json", f"{out}/killed_rank.json"]
+    start, ended = 65, killed_rank.TIMEOUT + killed_rank.ROOM  # seconds to the death of a rank, and from then on
+    killed = ["-m", "benchmarks.killed_rank", "--start", str(start), "--json", f"{out}/killed_rank.json"]
     return {
         "matrix": [[Command("matrix", matrix, 125)]],
-        "killed": [[Command("killed", killed, 110)]],
+        "killed": [[Command("killed", killed, start + ended + 10)]],
         "heads": heads,
         "gpt": [[Command("gpt", gpt, 160)]],
         "alone": [alone],
