@@ -21,7 +21,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -169,6 +169,12 @@ def compiled(name: str, chip: Chip = H100, known: Mapping[str, Compiled] | None 
     return listed
 
 
+def cases_of(chip: Chip, names: Iterable[str]) -> list[str]:
+    """Those that the engine runs on the chip: float8 products need pairs, as `kernels.chips.float8_serves` says."""
+    pairs = chip.serves_pairs(torch.device("meta"))
+    return [name for name in names if pairs or not CASES[name].float8]
+
+
 def title(kernel: Compiled) -> str:
     again = " again" if kernel.constants.get("ONLY") else ""
     return kernel.kernel.removesuffix("_kernel") + again
@@ -259,11 +265,11 @@ def main() -> None:
     parser.add_argument("--ptx", type=Path, help="a folder for every kernel's PTX")
     options = parser.parse_args()
     names = [name for name in CASES if re.search(options.cases, name)]
-    for chip in options.chips:
-        known = on_record(CHIPS[chip], options.known) if options.known else {}
+    for chip in map(CHIPS.__getitem__, options.chips):
+        known = on_record(chip, options.known) if options.known else {}
         for ir in random.sample(sorted(known), min(options.again, len(known))):
             del known[ir]
-        record(CHIPS[chip], measure(CHIPS[chip], names, options.jobs, options.ptx, known), options.out)
+        record(chip, measure(chip, cases_of(chip, names), options.jobs, options.ptx, known), options.out)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,13 @@ def is_as_on_record(compiled: list[dict[str, Any]]) -> bool:
     return all(kernel == known.get(kernel["ir"], kernel) for kernel in compiled)
 
 
+def test_float8_heads_are_compiled_for_chips_with_pairs_alone():
+    from benchmarks.registers import CASES, cases_of
+
+    assert {name for name, chip in CHIPS.items() if "float8, D 4096" in cases_of(chip, CASES)} == {"H100"}
+    assert all("plain, D 4096" in cases_of(chip, CASES) for chip in CHIPS.values())
+
+
 def test_every_kernel_of_the_engine_compiles_and_fits_on_a_multiprocessor(tmp_path):
     (compiled,) = kernels_of(EVERY, ("H100",), tmp_path).values()
     sources = [path.read_text() for path in (ROOT / "kernels" / "triton_engine").rglob("*.py")]
