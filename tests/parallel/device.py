@@ -1,9 +1,9 @@
-"""``torchrun --nproc-per-node N -m tests.parallel.device [--backend nccl] [--out FOLDER] [--names "a|b"] [--small]``
+"""``torchrun --nproc-per-node N -m tests.parallel.device [--backend nccl] [--device cuda] [--names "a|b"] [--small]``
 
 The arrangements of this folder on the devices of one host, in bfloat16 and float32, against one process in eager mode:
-a short table, and FOLDER/parallel_matrix.json. Our error must not be above 1.5 times torch's own in the same dtype, or
-a few units of float32. Exit status 1 where one is, where a head that must be fused is not, or where the collectives
-differ from those that are expected.
+a short table, and parallel_matrix.json in ``--out``. ``--backend gloo --device cuda`` puts several ranks on one GPU. Our
+error must not be above 1.5 times torch's own in the same dtype, or a few units of float32. Exit status 1 where one is,
+where a head that must be fused is not, or where the collectives differ from those that are expected.
 """
 
 from __future__ import annotations
@@ -73,16 +73,17 @@ def programs(device: str, small: bool) -> list[tuple[Setting, Iterable[str]]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", default="nccl" if torch.cuda.is_available() else "gloo")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda with NCCL, the CPU with gloo")
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--names", default="")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--begin", type=int, default=0, help="programs that are left out, those that come first")
     parser.add_argument("--seconds", type=float, default=95.0, help="no arrangement is begun after so many")
     arguments = parser.parse_args()
-    rank, device, started = int(os.environ["RANK"]), "cpu", time.monotonic()
-    if arguments.backend == "nccl":
-        device = "cuda"
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    rank, started = int(os.environ["RANK"]), time.monotonic()
+    device = arguments.device or ("cuda" if arguments.backend == "nccl" else "cpu")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(arguments.backend, timeout=timedelta(seconds=120))
     torch.backends.cuda.matmul.allow_tf32 = False
     rows, skipped, count = [], 0, 0
@@ -114,6 +115,7 @@ def main() -> int:
             "torch": torch.__version__,
             "ranks": dist.get_world_size(),
             "backend": arguments.backend,
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "skipped": skipped,
         }
         Path(arguments.out, "parallel_matrix.json").write_text(json.dumps(told | {"rows": rows}, indent=1))
