@@ -1,7 +1,7 @@
 """``torchrun --nproc-per-node N -m tests.parallel.device [--backend nccl] [--device cuda] [--names "a|b"] [--small]``
 
 The arrangements of this folder on the devices of one host, in bfloat16 and float32, against one process in eager mode:
-a short table, and parallel_matrix.json in ``--out``. ``--backend gloo --device cuda`` puts several ranks on one GPU. Our
+a short table, and parallel_matrix.json in ``--out``. ``--backend gloo --device cuda``: several ranks on one GPU. Our
 error must not be above 1.5 times torch's own in the same dtype, or a few units of float32. Exit status 1 where one is,
 where a head that must be fused is not, or where the collectives differ from those that are expected.
 """
