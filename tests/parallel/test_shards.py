@@ -44,6 +44,7 @@ def test_the_same_through_inductor(name: str) -> None:
 @pytest.mark.parametrize("name", IN_TWO_BYTES)
 def test_in_two_bytes_it_errs_as_one_process_does(name: str) -> None:
     for ours in results("in_two_bytes", 2):
+        assert all(fused for each in ours[name] for fused, *_ in each["heads"])
         for what, error, allowed in errors_of_rounding(name, BF16, ours[name]):
             assert error <= allowed, (what, error, allowed)
 
