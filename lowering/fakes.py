@@ -15,7 +15,7 @@ from fusedhead.kernels.contract import (
     LOSS_OUTPUTS,
     SAVED_STATS,
     STATISTICS,
-    STATS,
+    Statistic,
     stat_dtype,
     with_companions,
 )
@@ -41,13 +41,14 @@ def fake_head_stats(
     whole_below: int = 0,
     keep: bool = False,
 ) -> tuple[Tensor, ...]:
-    want, n = with_companions(parse_stats(stats)), h.shape[0]
-    shapes = {True: (n, y.shape[1]), False: (n,)}
-    results = (
-        _empty_if_absent(h, statistic.name in want, shapes[statistic.per_label], statistic.dtype or stat_dtype(h.dtype))
-        for statistic in STATISTICS
-    )
-    return (*results, kept_product(h, w, whole_below, keep))
+    want = with_companions(parse_stats(stats))
+    return (*(_statistic(s, h, y, want) for s in STATISTICS), kept_product(h, w, whole_below, keep))
+
+
+def _statistic(statistic: Statistic, h: Tensor, y: Tensor, want: frozenset[str]) -> Tensor:
+    """A result [N] or [N, K], empty unless it is wanted."""
+    shape = (h.shape[0], y.shape[1]) if statistic.per_label else (h.shape[0],)
+    return _empty_if_absent(h, statistic.name in want, shape, statistic.dtype or stat_dtype(h.dtype))
 
 
 def kept_product(h: Tensor, w: Tensor, whole_below: int, keep: bool) -> Tensor:
@@ -69,9 +70,9 @@ def fake_head_stats_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def fake_head_loss(*args: Any) -> tuple[Tensor, ...]:
-    h, w, y, cols, rows, u = args[:6]
-    transform, stats, memory = args[10:13]
-    results = dict(zip(STATS, fake_head_stats(h, w, y, cols, rows, u, transform, f"lse,{stats}", memory)))
+    h, w, y, cols, rows = args[:5]
+    want = with_companions(parse_stats(f"lse,{args[11]}"))
+    results = {s.name: _statistic(s, h, y, want) for s in STATISTICS if s.name in LOSS_OUTPUTS}
     results |= zip(("dh", "dw", "dcols", "drows"), _gradients((h, w, cols, rows), args[13:17]))
     results["tie"] = _empty_if_absent(h, True, (), results["lse"].dtype)
     return tuple(results[name] for name in LOSS_OUTPUTS)

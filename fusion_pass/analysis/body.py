@@ -167,8 +167,8 @@ def graph_uses(gm: GraphModule) -> list[GraphUse]:
             return
         uses[module] = GraphUse(module, owner, grad if use is None else None, calls)
         facts = GraphFacts(module.graph, grad is not False)
-        for node in module.graph.nodes:
-            part = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+        for node in module.graph.find_nodes(op="get_attr"):
+            part = getattr(module, str(node.target), None)
             if isinstance(part, GraphModule):
                 for user in node.users:
                     visit(part, name_of(user), facts.grad_mode(user) if grad is not None else None, user)

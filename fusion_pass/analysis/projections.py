@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
+from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import name_of
 from fusedhead.graph.op_names import HEAD_ENDS, PROJECTIONS
 
 
-def above_losses(graph: Graph, products: Collection[str] = PROJECTIONS) -> list[Node]:
+def above_losses(facts: GraphFacts, products: Collection[str] = PROJECTIONS) -> list[Node]:
     """The nodes between losses and the first product on every path, with the products, the nearest first."""
     above: dict[Node, None] = {}
-    stack = [node for node in graph.nodes if name_of(node) in HEAD_ENDS]
+    stack = facts.named(HEAD_ENDS)
     while stack:
         for source in stack.pop().all_input_nodes:
             if source not in above and source.op.startswith("call_"):
@@ -23,6 +24,6 @@ def above_losses(graph: Graph, products: Collection[str] = PROJECTIONS) -> list[
     return list(above)
 
 
-def candidates(graph: Graph) -> set[Node]:
+def candidates(facts: GraphFacts) -> set[Node]:
     """The projections that reach a loss through no other projection."""
-    return {node for node in above_losses(graph) if name_of(node) in PROJECTIONS}
+    return {node for node in above_losses(facts) if name_of(node) in PROJECTIONS}

@@ -30,7 +30,7 @@ def program_of_stack(stack: ReturnedStack) -> tuple[list[Node], list[Node]]:
 
 def returned_stacks(body: Body) -> Iterator[ReturnedStack]:
     """The stacks that the graph only returns, in the order of their outputs."""
-    if any(name_of(node) in STACKS for node in body.graph.nodes):
+    if body.facts.named(STACKS):
         yield from stacks_above_outputs(body.graph, body.traces)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from fusedhead.analysis.body import Body
 from fusedhead.analysis.evaluator import trace_value
@@ -28,6 +28,7 @@ from fusedhead.analysis.interpreter import interpret
 from fusedhead.analysis.projections import above_losses
 from fusedhead.analysis.reasons import Untraced
 from fusedhead.analysis.site import Reading
+from fusedhead.graph.facts import GraphFacts
 from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.op_names import CONCATENATES, PROJECTIONS, equation_terms, joined_parts
 from fusedhead.graph.reasons import Escape
@@ -45,9 +46,9 @@ MOST_HEADS = 64  # each is a sweep
 
 def reading_with_stacks(body: Body, starts: Collection[Node]) -> Reading | None:
     """The reading of a graph in which all stacks are followed to their losses; None if the graph has no stack."""
-    graph, facts, traces = body.graph, body.facts, body.traces
+    facts, traces = body.facts, body.traces
     stacks = {}
-    for node in nodes_under_losses(graph):
+    for node in nodes_under_losses(facts):
         logits = stack_at(node, traces) or stack_at(node, traces, classes_first=True)
         if logits is not None and len(set(map(facts.grad_mode, (node, *logits.head.products)))) == 1:
             stacks[node] = logits
@@ -69,10 +70,9 @@ def reading_with_stacks(body: Body, starts: Collection[Node]) -> Reading | None:
     return None
 
 
-def nodes_under_losses(graph: Graph) -> list[Node]:
+def nodes_under_losses(facts: GraphFacts) -> list[Node]:
     """The nodes between a graph's losses and its products, including the products, in order."""
-    seen = set(above_losses(graph, {*PROJECTIONS, "bmm"}))
-    return [node for node in graph.nodes if node in seen]
+    return sorted(above_losses(facts, {*PROJECTIONS, "bmm"}))  # type: ignore[type-var]
 
 
 def stack_at(node: Node, traces: Traces, *, classes_first: bool = False) -> Logits | None:

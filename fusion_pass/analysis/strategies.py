@@ -35,7 +35,7 @@ def find_projections(body: Body) -> None:
     """Find the projections to follow: those under a loss, and those whose logits the graph only returns."""
     if body.is_top and body.options.logits == "deferred":
         body.returned = heads_without_loss(body.graph)
-    body.starts = candidates(body.graph) | body.returned
+    body.starts = candidates(body.facts) | body.returned
 
 
 def run(body: Body) -> None:

@@ -26,7 +26,7 @@ WEIGHT_AT = {"linear": 1, "matmul": 1, "mm": 1, "addmm": 2}  # the position of a
 def run(body: Body) -> None:
     """Let products read the first of the nodes that compute the same weight."""
     graph, facts = body.graph, body.facts
-    weights = [source for node in graph.nodes if name_of(node) in PROJECTIONS for source in weights_at(node)]
+    weights = [source for node in facts.named(PROJECTIONS) for source in weights_at(node)]
     weights = [node for node in dict.fromkeys(weights) if node.op.startswith("call_") and may_repeat(node)]
     if len(weights) < 2:
         return

@@ -56,7 +56,7 @@ class Target:
 def run(body: Body) -> None:
     """Replace sums of products with such targets."""
     graph = body.graph
-    if not any(name_of(node) in ("scatter", "scatter_", "one_hot") for node in graph.nodes):
+    if not body.facts.named(("scatter", "scatter_", "one_hot")):
         return
     for node in list(graph.nodes):
         if not node._erased and name_of(node) == "sum" and isinstance(fake(node), Tensor):

@@ -58,7 +58,7 @@ class Update:
 def run(body: Body) -> None:
     """Replace updates of a part by writes to the whole."""
     graph, facts = body.graph, body.facts
-    if not any(name_of(node) in ENDS for node in graph.nodes):
+    if not facts.named(ENDS):
         return
     for node in list(graph.nodes):
         update = None if node._erased else update_at(node)

@@ -23,10 +23,10 @@ OPERAND_OPS = REMADE_FREELY | CASTS | {"contiguous"}  # ops on hidden states and
 def run(body: Body) -> None:
     """Inline each checkpoint that holds a head alone and lies between the head and a loss of the graph."""
     graph = body.graph
-    calls = [node for node in graph.nodes if name_of(node) in CHECKPOINTS and node.op == "call_function"]
+    calls = [node for node in body.facts.named(CHECKPOINTS) if node.op == "call_function"]
     if not calls:
         return
-    reached = above_losses(graph, PROJECTIONS | CHECKPOINTS)
+    reached = above_losses(body.facts, PROJECTIONS | CHECKPOINTS)
     for call in calls:
         if call in reached and SELECTIVE not in call.kwargs and holds_a_head_alone(region_of(call).graph):
             old_nodes = set(graph.nodes)

@@ -115,7 +115,8 @@ def crossed(graph: Graph) -> set[Node]:
 
 def worth_sharing(region: GraphModule) -> bool:
     """Whether inlining pays: the calls of a region could share one sweep of its head, or it returns logits."""
-    sites = interpret(GraphFacts(region.graph), Traces(), candidates(region.graph)).sites
+    facts = GraphFacts(region.graph)
+    sites = interpret(facts, Traces(), candidates(facts)).sites
     return any(site.outputs for site in sites) or (bool(sites) and len(region.graph.nodes) <= HANDFUL)
 
 
@@ -135,8 +136,8 @@ def inline_regions(
     """
     outermost, visited = visited is None, {gm} if visited is None else visited
     facts, findings = GraphFacts(gm.graph, grad), list[Finding]()
-    for node in gm.graph.nodes:
-        inner = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+    for node in gm.graph.find_nodes(op="get_attr"):
+        inner = getattr(gm, str(node.target), None)
         if isinstance(inner, GraphModule) and node.users and inner not in visited:
             visited.add(inner)
             with counting_edits(inner.graph, count):

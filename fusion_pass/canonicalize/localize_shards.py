@@ -45,7 +45,7 @@ from fusedhead.canonicalize.sharded_products import (
 from fusedhead.compat import maybe_get_fake_mode
 from fusedhead.graph import dtensors
 from fusedhead.graph.dtensors import KEPT_SHARDS, PRODUCT, is_dtensor, piece
-from fusedhead.graph.nodes import fake, name_of
+from fusedhead.graph.nodes import fake
 from fusedhead.graph.op_names import PROJECTIONS
 from fusedhead.graph.reasons import Escape, refuse
 from fusedhead.graph.tracing import callee
@@ -56,10 +56,10 @@ aten = torch.ops.aten
 def run(body: Body) -> None:
     """Rewrite tensor-parallel heads on plain tensors, except those that an earlier attempt excluded."""
     graph = body.graph
-    products = [node for node in graph.nodes if name_of(node) in PROJECTIONS and is_dtensor(fake(node))]
+    products = [node for node in body.facts.named(PROJECTIONS) if is_dtensor(fake(node))]
     if not products:
         return
-    with_loss = candidates(graph)
+    with_loss = candidates(body.facts)
     modes = {node: body.facts.grad_mode(node) for node in graph.nodes}
     for product in products:
         try:

@@ -49,7 +49,7 @@ class NotMergeable(Exception):
 
 def run(body: Body) -> None:
     """Merge the chunks of joined logits. The join nearest to a loss comes first."""
-    for node in above_losses(body.graph):
+    for node in above_losses(body.facts):
         parts = joined_parts(node)
         if parts is None:
             continue

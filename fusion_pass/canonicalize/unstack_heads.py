@@ -124,7 +124,7 @@ def run(body: Body) -> None:
     """Replace the indexed reads of the graph's stacks."""
     graph, facts = body.graph, body.facts
     uses = [use for node in graph.nodes if (use := use_of(node)) is not None and use.reads]
-    heads = candidates(graph) if uses else set()
+    heads = candidates(facts) if uses else set()
     uses = [use for use in uses if heads.issuperset(use.parts) and is_exact(use, facts)]
     recipes = []
     slots: Any = graph.output_node().args[0]

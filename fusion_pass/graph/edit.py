@@ -64,7 +64,7 @@ def copy_module(gm: GraphModule) -> GraphModule:
         graph.output(value).meta = dict(old_output.meta)
     for old, new in values.items():
         # AOTAutograd reads attributes that Dynamo sets on its placeholders (their sources)
-        new.__dict__.update({k: v for k, v in vars(old).items() if k not in vars(new)})
+        new.__dict__.update({**vars(old), **vars(new)})
     graph._codegen = gm.graph._codegen
     with use_lazy_graph_module(True):
         copy = make_graph_module(gm, graph, gm.__class__.__name__)

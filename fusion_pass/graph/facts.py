@@ -1,8 +1,8 @@
-"""Facts of a whole graph: grad modes, autocast regions, the memory that nodes write to, and the order of nodes.
+"""Facts of a whole graph: grad modes, autocast regions, the memory that nodes write to, their order and their names.
 
 `GraphFacts` is made once for a graph, computes lazily and is passed from pass to pass. Grad modes, autocast regions and
 `writers` are live: they cover nodes that were created or moved since, by the graph's current order (``a < b``: a runs
-before b). `position`, `write_between` and `write_after` describe the graph at the last `refresh`.
+before b). `position`, `named`, `write_between` and `write_after` describe the graph at the last `refresh`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class GraphFacts:
     def refresh(self) -> None:
         """Drop all cached facts after the graph was edited. Does nothing after `keep`."""
         if not self.kept:
-            for fact in ("grad_mode", "autocast", "live", "position", "index", "data_views"):
+            for fact in ("grad_mode", "autocast", "live", "position", "index", "by_name"):
                 self.__dict__.pop(fact, None)
 
     def keep(self, since: Node) -> None:
@@ -88,9 +88,22 @@ class GraphFacts:
         return lambda node: inside[bisect_right(ends, node) if ends else 0]  # type: ignore[type-var]
 
     @cached_property
+    def by_name(self) -> dict[str, list[Node]]:
+        """The calls of the graph by the name of their op, each list in order."""
+        calls: dict[str, list[Node]] = {}
+        for node in self.graph.nodes:
+            if name := name_of(node):
+                calls.setdefault(name, []).append(node)
+        return calls
+
+    def named(self, names: Iterable[str]) -> list[Node]:
+        """The calls of ops with these names, in order. Passes look here first, so that a graph is read once for all."""
+        return sorted(node for name in names for node in self.by_name.get(name, ()))  # type: ignore[type-var]
+
+    @property
     def data_views(self) -> list[Node]:
         """The nodes ``x.data``: what is written through them changes x, and autograd does not see it."""
-        return [node for node in self.graph.nodes if name_of(node) == "_get_data_attr"]
+        return self.named(["_get_data_attr"])
 
     @cached_property
     def live(self) -> LiveWrites:

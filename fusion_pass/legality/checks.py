@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from fusedhead.analysis.projections import candidates
 from fusedhead.analysis.site import Site
@@ -56,14 +56,14 @@ def written_unseen(facts: GraphFacts, begin: Node, values: Iterable[Node]) -> Re
     return None
 
 
-def functorch(graph: Graph) -> Refusal | None:
+def functorch(facts: GraphFacts) -> Refusal | None:
     """torch.func transforms need batching and double-backward rules that the fused ops do not have.
 
     A transform that is popped before the first head (a mask made with ``vmap``) does not matter.
     """
-    heads = candidates(graph)
+    heads = candidates(facts)
     depth, reached = 0, not heads
-    for node in graph.nodes:
+    for node in facts.graph.nodes:
         module = getattr(node.target, "__module__", None) or ""
         if node.op == "call_function" and "_functorch" in f"{module}.{node.target}":
             depth += ("increment_nesting" in name_of(node)) - ("decrement_nesting" in name_of(node))

@@ -36,8 +36,8 @@ def run(body: Body) -> None:
     if not body.reading.sites:
         return
     body.facts.keep(min(product for site in body.reading.sites for product in site.head.products))  # type: ignore
-    never = functorch(body.graph) or higher_order(body.owner)
-    with_loss = candidates(body.graph)
+    never = functorch(body.facts) or higher_order(body.owner)
+    with_loss = candidates(body.facts)
     for site in body.reading.sites:
         in_a_program = site.head in body.regions
         if site.terminals or in_a_program or (site.escapes and site.head.node in with_loss):

@@ -31,8 +31,8 @@ def run(body: Body) -> None:
     """Report every projection under a loss that the reading does not contain."""
     graph, reading = body.graph, body.reading
     read = {node for site in reading.sites for node in (site.head.node, *site.head.products)}
-    missed = candidates(graph) - read
-    transform = functorch(graph) if missed else None
+    missed = candidates(body.facts) - read
+    transform = functorch(body.facts) if missed else None
     if transform is not None:
         reasons = dict.fromkeys(sorted(missed), transform)
     else:

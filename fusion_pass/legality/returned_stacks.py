@@ -26,9 +26,9 @@ def run(body: Body) -> None:
     with_loss: set[Node] | None = None
     for stack in returned_stacks(body):
         if with_loss is None:
-            if functorch(body.graph):
+            if functorch(body.facts):
                 return
-            with_loss = candidates(body.graph)
+            with_loss = candidates(body.facts)
         if not with_loss.isdisjoint(stack.head.products) or not is_movable(stack, body.facts):
             continue
         too_small = gate([Site(stack.head)], body.options.min_logits)(Site(stack.head))

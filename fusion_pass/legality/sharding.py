@@ -51,8 +51,8 @@ def why_freed(graph: Graph) -> Refusal:
 def frees_weights(graph: Graph) -> bool:
     """Whether an input of the graph is a weight that its owner frees after the module and that is not copied."""
     return any(
-        node.op == "placeholder" and (node.meta.get(FREED) or of_fsdp1(node) or of_deepspeed(node))
-        for node in graph.nodes
+        node.meta.get(FREED) or of_fsdp1(node) or of_deepspeed(node)
+        for node in graph.find_nodes(op="placeholder", sort=False)
     )
 
 

@@ -85,3 +85,15 @@ def test_what_was_kept_describes_the_graph_before_the_rewrite() -> None:
     write = facts.write_between(exp, cos, [exp])
     assert write is not None
     assert write.writer is writer
+
+
+def test_calls_are_found_by_the_name_of_their_op_in_the_order_of_the_graph() -> None:
+    gm = dynamo_graph(modes, torch.ones(3, requires_grad=True))
+    facts = GraphFacts(gm.graph)
+    assert [node.name for node in facts.named({"tan", "cos", "exp", "add"})][:2] == ["a", "c"]
+    assert facts.named({"log_softmax"}) == facts.named(()) == []
+    with gm.graph.inserting_after(node_called(gm, "sin")):
+        result = gm.graph.call_function(torch.log_softmax, (node_called(gm, "exp"), 0))
+    assert facts.named({"log_softmax"}) == []
+    facts.refresh()
+    assert facts.named({"log_softmax"}) == [result]
