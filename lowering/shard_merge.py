@@ -76,8 +76,8 @@ def gathered_parts(part: Part, flag: Tensor, group: dist.ProcessGroup) -> tuple[
     flags, *rest = packed.split([len(word) for word in words], 1)
     parts: dict[str, Any] = {}
     for (name, value), bits in zip(values.items(), rest):
-        own = bits.clone(memory_format=torch.contiguous_format)  # one rank's is a view that float64 may not start at
-        parts[name] = own.view(value.dtype).view(len(packed), *value.shape)
+        bits = bits.clone(memory_format=torch.contiguous_format)  # of one rank: a view at which no float64 may start
+        parts[name] = bits.view(value.dtype).view(len(packed), *value.shape)
     if "argmax" in parts:
         parts["argmax"] = parts["argmax"].to(torch.int64)
     return Part(**parts), flags
