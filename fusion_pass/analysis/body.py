@@ -86,7 +86,7 @@ class Body:
     findings: list[Finding] = field(default_factory=list)
     regions: dict[Projection, Region] = field(default_factory=dict)  # the token programs that heads meet in
     decisions: list[Decision] = field(default_factory=list)
-    least: dict[Projection, int] = field(default_factory=dict)  # calls of fewer logits build them; 0: none does
+    least: dict[Projection, int] = field(default_factory=dict)  # calls with fewer logits build them; 0: no call does
     lines: dict[Projection, str] = field(default_factory=dict)  # of the heads that are decided on
     emitted: list[Emitted] = field(default_factory=list)
     grown: dict[str, Refusal] = field(default_factory=dict)  # fused products that would hold more than their logits

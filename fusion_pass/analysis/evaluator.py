@@ -78,7 +78,7 @@ def evaluate(node: Node, program: GraphModule, values: dict[Node, Any]) -> Any:
 def check_writes(program: GraphModule) -> None:
     """Raise Escape unless every write in a trace is read by the name of its result.
 
-    It is where the node is one step in place, and where the node itself made the memory that it writes to.
+    This holds for a node that is one in-place op, and for a write to memory that the node itself allocated.
     """
     result = program.graph.output_node().args[0]
     for op in program.graph.nodes:
@@ -108,7 +108,7 @@ def applied(op: Node, context: Context, args: tuple, kwargs: dict[str, Any]) -> 
     target = pure_overload(op.target) if mutable else op.target
     if target is None:
         raise Escape(Untraced.WRITES_IN_PLACE, name=name_of(op), target=op.target)
-    if not isinstance(target, OpOverload):  # Python's own, on sizes
+    if not isinstance(target, OpOverload):  # Python arithmetic on sizes
         raise Escape(Untraced.NOT_PYTORCH, name=name_of(op))
     single = [x for x in tree_leaves((args, kwargs)) if isinstance(x, TokenValue) and x.val.ndim == 0]
     if single:  # it is small: the token program returns it, and the graph's own ops read it
@@ -160,14 +160,14 @@ def is_projection(op: Node) -> bool:
 
 
 def trace_value(node: Node, values: dict[Node, Any], traces: Callable[[Node], GraphModule] = trace) -> Any:
-    """`evaluate`, for the nodes that have no ATen trace of their own too."""
+    """`evaluate`, and the nodes that have no ATen trace of their own."""
     if name_of(node) == "getitem" and isinstance(values.get(node.args[0]), (list, tuple)):  # type: ignore[arg-type]
         return values[node.args[0]][node.args[1]]  # type: ignore[index]
     value = values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
     if name_of(node) == "_get_data_attr" and isinstance(value, LOGITS_LIKE):
         return detached(replace(value, val=fake(node)))  # z.data: traced alone it is a constant
     if isinstance(node.target, HigherOrderOperator):
-        # traced alone it may look like nothing: a gradient hook is the identity on values
+        # its trace may be empty: a gradient hook is the identity on values
         if name_of(node) == "autograd_function_apply":
             raise Escape(Untraced.AUTOGRAD_FUNCTION)
         raise Escape(Untraced.HIGHER_ORDER, name=name_of(node))

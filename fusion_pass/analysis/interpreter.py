@@ -109,7 +109,7 @@ def note_returned(source: Node, value: Any, sites: dict[Projection, Site]) -> No
 
 
 def counts_rows(node: Node, values: dict[Node, Any]) -> bool:
-    """Whether a node is the length of a row dimension of followed logits, which only the data tell after a mask."""
+    """Whether a node is the length of a row dimension of followed logits, which is data-dependent after a mask."""
     value = values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
     if node.target is not torch.ops.aten.sym_size.int:
         return False
@@ -124,7 +124,7 @@ def written_logits(node: Node, values: Mapping[Node, Any]) -> Node | None:
     """The followed logits that a node writes to; None where it writes to none. Raises Escape."""
     does = effects(node)
     if not does.sure and values.keys().isdisjoint(node.all_input_nodes):
-        return None  # a projection of what cannot be run: whether its operands are plain tensors is asked later
+        return None  # a projection that a dry run cannot run: its operands are checked later
     if not does.sure or does.anything or does.backward:
         raise Escape(Untraced.UNKNOWN_EFFECTS, name=name_of(node))
     if len(does.written) > 1 or any(target not in values for target in does.written):

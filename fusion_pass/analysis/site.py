@@ -28,13 +28,13 @@ class Site:
     outputs: list[Node] = field(default_factory=list)  # followed nodes that the graph returns
     escapes: list[Refusal] = field(default_factory=list)  # uses that no rule reads, each at its node
     followed: list[Node] = field(default_factory=list)  # nodes whose value is followed, in order
-    sizes: list[tuple[Node, Any]] = field(default_factory=list)  # nodes that are numbers of rows, and what is as long
+    sizes: list[tuple[Node, Any]] = field(default_factory=list)  # numbers of rows, each with a tensor of that length
     overwritten: list[Node] = field(default_factory=list)  # nodes whose value was changed in place later
 
 
 UNREMARKABLE_OPS = frozenset(
     {"to", "mul", "add", "sub", "div", "sum", "neg", "reshape", "unsqueeze", "detach", "getitem", "squeeze"}
-)  # too common to tell anything in a report
+)  # too common to be named in a report
 
 
 @dataclass(eq=False)

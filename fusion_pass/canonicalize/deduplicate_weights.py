@@ -1,8 +1,8 @@
 """Common subexpressions of weights: ``F.linear(x, w.to(x.dtype))`` in a loop casts once, and all pieces read one node.
 
-Heads that share the node share a sweep and one gradient of the weight. Nodes that make a weight of the graph's inputs
-(`weight_recipes`) by the same calls give the same numbers where nothing is written in between, their modes are equal,
-and none of them leaves the graph: the caller would see a second name of its memory.
+Heads that share the node share a sweep and one gradient of the weight. Nodes that compute a weight from the graph's
+inputs (`weight_recipes`) by the same calls are merged where nothing is written in between, their modes are equal, and
+none of them is returned: the caller would see two names of one memory.
 """
 
 from __future__ import annotations

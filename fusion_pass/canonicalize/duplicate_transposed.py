@@ -24,7 +24,7 @@ from fusedhead.graph.op_names import HEAD_ENDS, SCALES, TRANSPOSES, is_call_of
 from fusedhead.ir.builder import Emit, aten
 
 PRODUCTS = frozenset({"matmul", "mm", "linear"})
-# Element by element, of one matrix and numbers: the same before and after a transpose.
+# Elementwise ops of one matrix and numbers: they commute with a transpose.
 TRANSPOSE_INVARIANT = SCALES | {"float", "to", "contiguous"}
 
 
@@ -65,7 +65,7 @@ def transposes(node: Node) -> bool:
 
 
 def scales(node: Node) -> bool:
-    """Whether a node works element by element on one matrix."""
+    """Whether a node is an elementwise op on one matrix."""
     if not node.op.startswith("call_") or name_of(node) not in TRANSPOSE_INVARIANT or not is_matrix(fake(node)):
         return False
     numbers = [n for n in node.all_input_nodes if n is not matrix_of(node)]

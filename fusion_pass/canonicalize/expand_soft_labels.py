@@ -7,12 +7,12 @@ With t = a everywhere and b at the label y of a row, both numbers:
 The right side reads statistics only, so that neither t [N, V] nor the product is built. The pass reads ``zeros_like``,
 ``full_like`` and the like, ``fill_``, ``scatter`` in both forms, ``one_hot``, and affine functions of them.
 
-The pass rewrites where a and b have one sign and ``|b| > |a| > 0``. Both sides are then infinite or NaN alike: no
-infinity meets one of the other sign that does not meet it on the left. No digits cancel either: both terms of the right
-side have the sign that the label's x has on the left. With b = 0 the label's x, -1e30 under a mask, would be added and
-taken off again. With a = 0 (a label alone) an infinite sum does not tell whether the label's x alone is infinite in it,
-and 0 times another infinity would be NaN. Such targets stay and are computed token by token. The graph is edited only
-where nothing else reads t.
+The pass rewrites where a and b have one sign and ``|b| > |a| > 0``. Both sides are then infinite or NaN for the same x:
+on the right, infinities of opposite signs meet only where they meet on the left. No digits cancel: both terms of the
+right side have the sign that the label's x has on the left. With b = 0 the label's x, -1e30 under a mask, would be
+added and subtracted again. With a = 0 (a label alone) an infinite sum may be infinite for another class, and 0 times
+that infinity is NaN. Such targets stay and are computed token by token. The graph is edited only where nothing else
+reads t.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Target:
     rest: float
     at: float
     index: Node | None  # None: no label yet
-    labels: bool  # the index is the labels [...] themselves
+    labels: bool  # whether the index is the labels [...] without a dimension of classes
     nodes: frozenset[Node]
 
     def affine(self, function: Callable[[float], float], node: Node) -> Target:
@@ -89,7 +89,7 @@ def target_of(node: Any, reader: Node) -> Target | None:
 
 
 def combined(node: Node, name: str, args: tuple) -> Target | None:
-    """The target that an affine op makes of targets."""
+    """The target that results from an affine op on targets."""
     target = target_of(args[0], node) if args else None
     other = args[1] if len(args) > 1 else None
     if name in KEEPS_NUMBERS:
@@ -215,5 +215,5 @@ def keeps_digits(target: Target) -> bool:
 
 
 def is_read_only_by(target: Target, product: Node) -> bool:
-    """Whether nothing but the product reads a target or what it is made by."""
+    """Whether only the product reads a target and the nodes that make it."""
     return all(user in target.nodes or user is product for node in target.nodes for user in node.users)

@@ -6,8 +6,8 @@
 | ``z[..., k] *= c``, ``/=``                            | ``z.mul_(v)``, v [V] with c, or 1 / c, and else 1    |
 | ``z[..., k] = z[..., k] + c`` and so on               | the same                                           |
 
-Exact where nothing else reads the subscript or writes to the tensor on the way: a vector along one dimension, in
-float32 where the tensor is narrower, as the op itself computes.
+Exact where nothing else reads the subscript or writes to the tensor in between. v is a vector along one dimension, in
+float32 where the tensor is narrower, since the op itself computes in float32.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fusedhead.rules.setitem import column_choice
 
 aten = torch.ops.aten
 ADDED, SCALED = ("add_", 0.0), ("mul_", 1.0)
-# name of an op -> the write that it becomes, and what is made of its operand first
+# name of an op -> the write that it becomes, and the function that is applied to its operand first
 SUBSCRIPT_OPS: dict[str, tuple[tuple[str, float], str]] = {
     "add": (ADDED, ""), "iadd": (ADDED, ""), "add_": (ADDED, ""),
     "sub": (ADDED, "neg"), "isub": (ADDED, "neg"), "sub_": (ADDED, "neg"),
@@ -93,7 +93,7 @@ def update_at(node: Node) -> Update | None:
     parts = every_dimension(index, value.ndim)
     at = [d for d, part in enumerate(parts) if part != slice(None)]
     if len(parts) != value.ndim or len(at) != 1 or not (stored or isinstance(parts[at[0]], (int, slice))):
-        return None  # an index by numbers is a copy
+        return None  # an index by a tensor of numbers makes a copy
     return Update(tensor, at[0], parts[at[0]], op, operand, view, node)
 
 
@@ -105,7 +105,7 @@ def scalar(operand: Any) -> bool:
 
 
 def has_no_other_writer(update: Update, facts: GraphFacts) -> bool:
-    """Whether nothing else is written to the tensor on the way, and it is made of a projection."""
+    """Whether nothing else writes to the tensor in between, and it comes from a projection."""
     memory = storage(fake(update.tensor))
     through = {update.op, update.last}
     for node in facts.writers(update.view, update.last):
@@ -117,7 +117,7 @@ def has_no_other_writer(update: Update, facts: GraphFacts) -> bool:
 
 
 def comes_from_a_projection(tensor: Node) -> bool:
-    """Whether a tensor may be logits: made of a product of its last size."""
+    """Whether a tensor may be logits: it is computed from a product of the same last size."""
     stack, seen, vocab = [tensor], set(), fake(tensor).shape[-1]
     while stack:
         node = stack.pop()

@@ -16,7 +16,7 @@ from fusedhead.graph.effects import draws, writes
 from fusedhead.graph.nodes import name_of
 from fusedhead.graph.op_names import CASTS, CHECKPOINTS, PROJECTIONS, REMADE_FREELY
 
-SELECTIVE = "context_fn"  # an argument of a checkpoint that chooses what is kept
+SELECTIVE = "context_fn"  # the argument of a checkpoint that chooses the tensors to keep
 OPERAND_OPS = REMADE_FREELY | CASTS | {"contiguous"}  # ops on hidden states and weight that a head may begin with
 
 

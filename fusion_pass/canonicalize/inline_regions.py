@@ -149,7 +149,7 @@ def inline_calls(gm: GraphModule, grad: bool, sharing: bool) -> list[Finding]:
     """Inline the calls of one graph. ``sharing``: also the calls whose heads may share a sweep."""
     findings: list[Finding] = []
     not_inlined: set[Node] = set()
-    pays = cache(worth_sharing)  # a region has one answer for all its calls
+    pays = cache(worth_sharing)  # one answer for all calls of a region
     while True:
         calls = [node for node in gm.graph.nodes if is_call(node) and node not in not_inlined]
         boundary = crossed(gm.graph) if calls else set()
@@ -195,7 +195,7 @@ def copy_into(region: GraphModule, call: Node, copies: list[Node], recorded: boo
     if any(name_of(user) != "getitem" for user in call.users):
         raise Differs("a call's results are not taken one by one")
     try:
-        with torch.set_grad_enabled(recorded):  # and back, whatever the region's own nodes switch
+        with torch.set_grad_enabled(recorded):  # restores the mode, whatever the region's nodes switch
             for node in region.graph.nodes:
                 if node.op == "placeholder":
                     env[node] = operand_of(call, node)

@@ -4,11 +4,11 @@
     z = linear(h, w)            # w: Shard(0), z: Shard(-1)    z = linear(x_plain, whole_vocab(w.to_local()))
     loss = cross_entropy(z.redistribute(...).flatten(0, 1))    loss = cross_entropy(z.flatten(0, 1))
 
-A DTensor is a global tensor, and an op on it is defined on the whole. So the ops on the logits are written on plain
-tensors of global size, where `redistribute`, `to_local` and `full_tensor` are identities; a gather of [N, V] that they
-ask for disappears with them. ``whole_vocab`` stands for the weight of all ranks and never runs: rules and decisions see
-the global vocabulary, and the sweep that replaces the head runs on this rank's rows (`rewrite.shard_sweeps`). If a head
-is not fused in the end, the driver starts again without this pass for it: the program's own DTensors stay, and the
+A DTensor is a global tensor, and an op on it is defined on the global tensor. The ops on the logits are therefore
+rewritten on plain tensors of global size, where `redistribute`, `to_local` and `full_tensor` are identities; a gather
+of [N, V] disappears with them. ``whole_vocab`` stands for the weight of all ranks and never runs: rules and decisions
+see the global vocabulary, and the sweep that replaces the head runs on this rank's rows (`rewrite.shard_sweeps`). If a
+head is not fused in the end, the driver starts again without this pass for it: the program's own DTensors stay, and the
 reason is reported.
 
 Hidden states whose tokens are sharded (`SequenceParallel`) are gathered by ``gather_tokens``, whose backward is a

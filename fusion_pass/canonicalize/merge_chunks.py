@@ -37,7 +37,7 @@ from fusedhead.graph.op_names import (
     joined_parts,
 )
 
-# Views of the same memory. A cast is not one: it copies what was there then.
+# Views of the same memory. A cast is none: it copies the numbers of its time.
 SAME_MEMORY = VIEWS | {"size"}
 # Elementwise ops of one tensor and numbers, which commute with a join.
 CHUNKWISE = SCALES | CASTS | COPIES | {"tanh", "sigmoid"}
@@ -74,8 +74,8 @@ class ChunkMerge:
         self.node, self.facts = node, facts
         self.join = JOINS[name_of(node)]
         self.created: list[Node] = []
-        self.replaced: list[Node] = [node]  # read by nobody but one another
-        self.operands: list[Node] = []  # read earlier than they were, or later
+        self.replaced: list[Node] = [node]  # they read only one another
+        self.operands: list[Node] = []  # they are read at another time than before
         self.products = 0
 
     def emit(self, target: Any, args: tuple, kwargs: dict[str, Any], value: Any, op: str = "call_function") -> Node:

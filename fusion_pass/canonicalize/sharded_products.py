@@ -1,8 +1,8 @@
-"""Which products of DTensors can be read on plain tensors, and what has to be written for it.
+"""Plans which products of DTensors are rewritten on plain tensors; `localize_shards` carries the plan out.
 
-A `ShardedProduct` says of what the product is taken, on which mesh dimension its classes lie in shards, which nodes
-made of it are to be written on plain tensors and which uses keep a DTensor. What cannot be read is left, with a
-sentence about the shard. This file edits nothing (`localize_shards` does).
+A `ShardedProduct` holds the operands of the product, the mesh dimension that its classes are sharded over, the nodes
+after it that are rewritten on plain tensors, and the uses that keep a DTensor. A product that cannot be planned stays,
+with a sentence about its shards.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class ShardedProduct(NamedTuple):
     """A product of DTensors that can be read on plain ones."""
 
     product: Node
-    hidden: Node  # whose local part is taken: Replicate, or shards of the tokens
-    tokens: int | None  # the dimension of the tokens that `hidden` lies in shards of
+    hidden: Node  # its placement is Replicate or, over the tokens, Shard
+    tokens: int | None  # the dimension over which the tokens of `hidden` are sharded, if they are
     weight: Node
     transposed: bool  # whether the weight is [D, V]
     bias: Node | None
-    axis: Axis | None  # what the vocabulary lies in shards on; None: every rank has all of it
+    axis: Axis | None  # what the vocabulary is sharded over; None: every rank has all of it
     vocab: int
-    converted: list[Node]  # what is made of the product, in order, to be written on plain tensors
+    converted: list[Node]  # nodes after the product to be rewritten on plain tensors, in order
     ends: list[tuple[Node, Node]]  # (user, converted node): uses that keep a DTensor
-    gathered: bool  # whether the program takes plain logits of all classes: what it does to them may differ by rank
+    gathered: bool  # whether the program gathers the logits as a plain tensor, which each rank may use differently
 
 
 def kept(product: Node, why: Refusal) -> Refusal:
@@ -106,14 +106,15 @@ def planned(product: Node, with_loss: set[Node]) -> ShardedProduct:
 
 
 def is_gathered(node: Node, vocab: int) -> bool:
-    """Whether a node makes plain tensors of logits that were DTensors."""
-    sizes = [size for size in getattr(fake(node), "shape", ()) if isinstance(size, int)]  # a symbol would be guarded
+    """Whether a node turns logits that are DTensors into plain tensors."""
+    # comparing a symbol would add a guard
+    sizes = [size for size in getattr(fake(node), "shape", ()) if isinstance(size, int)]
     call = placement_call(node)
     return call is not None and call.name != "redistribute" and vocab in sizes
 
 
 def vocab_axis(value: Any, vocab_dim: int) -> Axis | None:
-    """The mesh dimension that a weight or a bias lies in shards of its classes on; None: it is whole on every rank."""
+    """The mesh dimension over which the classes of a weight or a bias are sharded; None: every rank has all of it."""
     dims = [d for d, p in enumerate(value.placements) if shard_dim(p, value.ndim) == vocab_dim]
     dims = [d for d in dims if value.device_mesh.size(d) > 1]  # a single rank has all of it
     if len(dims) > 1:
@@ -129,7 +130,7 @@ def local_size(value: Any, dim: int) -> int:
 
 
 def source_of(hidden: Node, axis: Axis | None, mesh: Any) -> tuple[Node, int | None]:
-    """The DTensor that hidden states are taken of, and the dimension of the tokens that it lies in shards of."""
+    """The DTensor behind hidden states, and the dimension over which its tokens are sharded."""
     value = fake(hidden)
     if not same_mesh(value.device_mesh, mesh):
         raise Escape(InShards.OTHER_MESH)
@@ -145,7 +146,7 @@ def source_of(hidden: Node, axis: Axis | None, mesh: Any) -> tuple[Node, int | N
 
 
 def shards_of_tokens(node: object, axis: Axis) -> int | None:
-    """The dimension of the tokens that hidden states lie in equal shards of, on the axis of the vocabulary."""
+    """The dimension over which the tokens of hidden states are sharded equally, on the axis of the vocabulary."""
     if not isinstance(node, Node) or not is_dtensor(fake(node)) or not same_mesh(fake(node).device_mesh, axis.mesh):
         return None
     value = fake(node)
@@ -157,7 +158,7 @@ def shards_of_tokens(node: object, axis: Axis) -> int | None:
 
 
 def followed(product: Node) -> tuple[list[Node], list[tuple[Node, Node]]]:
-    """What is made of a product and can be written on plain tensors, and the uses that keep a DTensor.
+    """The nodes after a product that can be rewritten on plain tensors, and the uses that keep a DTensor.
 
     Raises Escape or Refused.
     """
@@ -197,7 +198,7 @@ def of_dtensors(node: Node) -> bool:
 
 
 def unreadable(node: Node, converted: Mapping[Node, None]) -> Refusal | None:
-    """Why a node that takes the logits, or what was made of them, cannot be written on plain tensors, or None."""
+    """Why a node that reads the logits or a value of them cannot be rewritten on plain tensors, or None."""
     source = node.args[0] if node.args else None
     placed = layout(fake(source)) if isinstance(source, Node) and is_dtensor(fake(source)) else ""
     if node.op == "output":

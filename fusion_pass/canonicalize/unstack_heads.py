@@ -55,7 +55,7 @@ def stacked_projections(node: Node) -> tuple[tuple[Node, ...], int] | None:
 
 
 def use_of(node: Node) -> StackUse | None:
-    """The uses of a stack of projections; None if there are others than indexed reads and outputs."""
+    """The uses of a stack of projections; None if it has uses besides indexed reads and outputs."""
     stacked = stacked_projections(node)
     if stacked is None:
         return None

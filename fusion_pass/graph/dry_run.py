@@ -1,9 +1,9 @@
 """Dry runs: runs one node on stand-ins of its inputs to see which inputs it writes and whether it draws random numbers.
 
 The stand-ins have the same sizes, strides and dtype, and lie on the device "meta", whose kernels are those that fake
-tensors run, at a tenth of the cost. What asks for a device, draws random numbers, makes tensors of its own or has no
-such kernel, and user code, runs on fake tensors of the same device, in a fake mode of their own. Either way the graph's
-fake values and symbolic sizes do not change. A write shows in the schemas of the dispatched ops (an argument marked
+tensors run, at a tenth of the cost. A call that names a device, draws random numbers, creates tensors or has no such
+kernel runs on fake tensors of its own device, in a separate fake mode; so does user code. Either way the graph's fake
+values and symbolic sizes do not change. A write shows in the schemas of the dispatched ops (an argument marked
 ``(a!)`` is written), in the version counters of the stand-ins, and in a stand-in whose memory was swapped. Where a node
 cannot be run this way there is no answer, and the caller assumes the worst.
 """
@@ -63,7 +63,7 @@ class Seen(NamedTuple):
 
 
 class Unlike(Exception):
-    """Raised for a value that has no stand-in, or not of the kind that is tried."""
+    """Raised for a value that has no stand-in of the kind that is tried."""
 
 
 def changed_arguments(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -74,7 +74,7 @@ def changed_arguments(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, 
     if flag and arguments.get(flag) is False:
         unmarked = ()
     marked = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    # an op with a name of an in-place one and no marked argument: a name may show a write, and never its absence
+    # an op named as in place that marks no argument counts as writing to all: a name may prove a write, not its absence
     silent = not marked and schema.name.endswith("_") and not schema.name.endswith("__")
     for name in arguments if silent else (*(a.name for a in marked), *unmarked):
         if arguments[name] is not None:
@@ -168,7 +168,7 @@ def dry_run_device(likes: Any) -> torch.device | None:
 
 
 def stand_in(like: Any, on: torch.device | None) -> Any:
-    """A value like another, outside of any graph; ``on``: a device in place of its own."""
+    """A stand-in built from a key; ``on``: its device in place of the value's own."""
     if like[0] is Tensor:
         _, sizes, strides, offset, held, dtype, device, gradient = like
         device = on or device
@@ -200,7 +200,7 @@ def fake_mode() -> FakeTensorMode:
 
 @contextmanager
 def isolated(theirs: bool) -> Iterator[None]:
-    """Inside, none of the modes that are active where the pass runs is active."""
+    """Context without the modes that are active where the pass runs."""
     with ExitStack() as stack:
         stack.enter_context(disable_current_modes())
         stack.enter_context(torch.inference_mode(False))

@@ -79,7 +79,7 @@ def from_local() -> Callable[..., Any]:
 
 
 def replicated_local(node: Node) -> Node | None:
-    """The tensor that a DTensor was made of without looking at other ranks, where every rank has the whole of it."""
+    """The local tensor that a replicated DTensor was made of, if `from_local` did not check it against other ranks."""
     call = call_with_mesh(node) if node.target == from_local() or is_closure(node) else None
     if call is None or call.name != "from_local" or call.kwargs.get("run_check") or set(call.kwargs) - {"run_check"}:
         return None
@@ -88,7 +88,7 @@ def replicated_local(node: Node) -> Node | None:
 
 
 class PlacementCall(NamedTuple):
-    """A call of a DTensor's from_local, redistribute, to_local or full_tensor: what it is given besides the tensor."""
+    """The arguments, besides the tensor, of a call of from_local, redistribute, to_local or full_tensor."""
 
     name: str
     args: tuple[Any, ...]
@@ -102,18 +102,18 @@ CLOSURES = {"prim_redistribute": "redistribute", "prim_to_local": "to_local", "p
 
 
 def is_closure(node: Node) -> bool:
-    """Whether a node calls such a function."""
+    """Whether a node calls a function of `CLOSURES`."""
     return name_of(node) in CLOSURES and str(getattr(node.target, "__module__", "")).startswith("torch._dynamo.")
 
 
 def placement_call(node: Node) -> PlacementCall | None:
-    """What a node calls, if it is one of `PLACEMENT_CALLS` and its arguments are known."""
+    """The call of a node to one of `PLACEMENT_CALLS`; None for any other, and where its arguments are not known."""
     call = call_with_mesh(node)
     return call if call is not None and call.name in PLACEMENT_CALLS else None
 
 
 def call_with_mesh(node: Node) -> PlacementCall | None:
-    """A call by its name, with what is closed over among its arguments; None where that cannot be read."""
+    """The call of a node, with what its function closes over (mesh, placements); None where it cannot be read."""
     if not is_closure(node):
         return PlacementCall(name_of(node), node.args[1:], node.kwargs)
     bound = inspect.getclosurevars(node.target).nonlocals  # type: ignore[arg-type]
@@ -124,13 +124,13 @@ def call_with_mesh(node: Node) -> PlacementCall | None:
 
 
 def can_be_made(node: Node) -> bool:
-    """Whether a DTensor like a node's value can be made in its graph: the mesh is there, or others are closed over."""
+    """Whether a DTensor like a node's value can be made in its graph: by a mesh in the graph or closed over."""
     graph = node.graph
     return mesh_node(graph, fake(node).device_mesh) is not None or any(map(is_closure, graph.nodes))
 
 
 def replicating(mesh: Any) -> Callable[[Tensor], Any]:
-    """A function of a tensor that every rank has whole: the DTensor on a mesh that the graph does not hold."""
+    """A function that makes a replicated DTensor of a tensor that all ranks have, on a mesh that it closes over."""
     make, placements = from_local(), on_every_rank(mesh)
 
     def from_local_on_mesh(x: Tensor) -> Any:

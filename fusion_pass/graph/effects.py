@@ -5,8 +5,8 @@
 | an op of the dispatcher (``OpOverload``)                                   | its schema                            |
 | a function, a method, an operator, a packet, a composite op                | `dry_run`: it is run on stand-ins     |
 | a higher-order op                                                          | the graphs that it runs               |
-| what cannot be run so, a module, an unknown higher-order op                | nothing: it writes to all it is given |
-| somebody's function that cannot be run so                                  | nothing: it writes to anything        |
+| a module, an unknown higher-order op, what a dry run cannot run            | nothing: it writes to all arguments   |
+| user code that a dry run cannot run                                        | nothing: it writes to any memory      |
 
 A node counts as pure only where this is shown, never because of its name. Answers are cached for the life of the graph.
 """

@@ -102,7 +102,7 @@ class GraphFacts:
 
     @property
     def data_views(self) -> list[Node]:
-        """The nodes ``x.data``: what is written through them changes x, and autograd does not see it."""
+        """The nodes ``x.data``. A write through one changes x, and autograd does not see it."""
         return self.named(["_get_data_attr"])
 
     @cached_property

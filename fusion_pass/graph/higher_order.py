@@ -1,4 +1,4 @@
-"""Higher-order ops: the graphs that they run, the operands of those, and the memory that those write to.
+"""Higher-order ops: the graphs that they run, and the operands and memory writes of these graphs.
 
 An op in the table only runs its bodies on its operands. Any other op is assumed to write to all of its arguments.
 """
@@ -39,7 +39,7 @@ def lists(*places: int) -> BodyOperands:
 
 
 def mixed(call: Node) -> Iterable[Any]:
-    """Operands that do not match placeholders one by one: a body that writes is assumed to write to all of them."""
+    """No operands, for an op that does not match them to placeholders: a body that writes may write to all."""
     return ()
 
 
@@ -113,7 +113,7 @@ def effects_of_call(call: Node, of: Of) -> Effects:
             continue
         for place in places:
             changed = [x for x in tree_leaves(arguments[place]) if isinstance(x, Node) and storages(x)]
-            # an operand without memory cannot be the one that is written
+            # the written operand has memory; where none has, all arguments count as written
             written.update(dict.fromkeys(changed or arguments_with_memory(call)))
     return Effects(tuple(written), backward, anything)
 

@@ -11,8 +11,8 @@ import torch
 from torch.fx import Node
 
 aten = torch.ops.aten
-BUILTIN_NAMES: dict[Any, str] = {}  # of functions of modules in C, which live as long as the process
-LASTING = (ModuleType, type, type(None))  # owners of a function in C that is not bound to a value
+BUILTIN_NAMES: dict[Any, str] = {}  # names of C functions, which live as long as the process
+LASTING = (ModuleType, type, type(None))  # the owner of a C function that is not a bound method
 # Parts of a Dynamo source that Dynamo has added.
 SOURCE_INTERNALS = frozenset({"self", "L", "G", "_modules", "_parameters", "_buffers", "_orig_mod"})
 

@@ -1,6 +1,6 @@
 """The Python dispatcher for fake values of symbolic size, as Dynamo uses it.
 
-Some kernels in C++ take no symbols: ``addcmul`` raises there with an operand that it broadcasts. Dynamo and AOTAutograd
+Some C++ kernels take no symbols: ``addcmul`` raises on an operand that it would broadcast. Dynamo and AOTAutograd
 run every op under torch's Python dispatcher, and so must the pass where a size of the graph is a symbol. The backend
 enters it once for a whole graph, and no pass enters it.
 """

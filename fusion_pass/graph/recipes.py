@@ -38,10 +38,10 @@ class Recipe:
     class_dim: int  # the vocabulary's dimension
     exact: frozenset[int]  # sizes of the head, not of a batch
     names: tuple[str, ...]  # users' names of the sources that are tensors
-    # the sources that a gradient reaches through it; none where the program makes it without gradients. The mode that
-    # the compiled graph is called in does not tell.
+    # the sources that a gradient reaches through it: none where the program computes it under no_grad, in whatever grad
+    # mode the compiled graph is called
     graded: tuple[int, ...]
-    least: int = 0  # fewer logits are computed at once; used where their number was not known at compile time
+    least: int = 0  # fewer logits are computed at once, for a number of tokens that is a symbol
     runs: tuple[Run, ...] = ()  # counters of the heads whose logits it computes
     # of several heads: the tensor sources that each head's weight is made of
     weights: tuple[frozenset[int], ...] = ()
@@ -52,9 +52,9 @@ Wrap = Callable[[Callable[..., Any], Finish], Callable[..., Any]]  # restores th
 
 
 def program_of(outputs: Sequence[Node], followed: Collection[Node]) -> tuple[list[Node], list[Node]]:
-    """The nodes among ``followed`` that make ``outputs`` out of heads' operands, in order, and their inputs.
+    """The nodes among ``followed`` that compute ``outputs`` from the operands of heads, in order, and their inputs.
 
-    Nodes that write to the memory of these belong to them: run in order, they leave the same values as the program.
+    They include the nodes that write to the memory of others, so that a run in order leaves the program's values.
     """
     inside: set[Node] = set()
     sources: list[Node] = []
@@ -92,7 +92,7 @@ def rooted_in_inputs(node: Node) -> bool:
 
 
 def name_for_users(source: Node) -> str:
-    """ "lm_head.weight" for a parameter; graph inputs by their Python names; what the graph makes is hidden states."""
+    """ "lm_head.weight" for a parameter, the Python name for another input, "the hidden states" for any other node."""
     if source.op != "placeholder":
         return "the hidden states"
     origin = getattr(source, "_dynamo_source", None)
@@ -142,7 +142,7 @@ def wants_gradient(source: Node) -> bool:
 def has_gradient(recipe: Recipe, sources: Sequence[Any]) -> bool:
     """Whether the result has a gradient.
 
-    This is read from the inputs at run time, since not every Dynamo guards on it when a head is frozen later.
+    The inputs tell at run time: not every Dynamo recompiles when a head is frozen later.
     """
     computed = [at for at in recipe.graded if recipe.sources[at].op != "placeholder"]
     return any(sources[at].requires_grad for at in recipe.graded) and all(sources[at].requires_grad for at in computed)

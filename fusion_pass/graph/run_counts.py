@@ -1,8 +1,8 @@
 """Run-time counts of compiled graphs, which the report reads at the end.
 
-A graph counts its calls by the values of its symbolic sizes. A head counts the logits returned deferred, the answers
-given for them, and the uses that had them built. A count is one operation of the interpreter: it costs a step nothing
-measurable, needs no lock, survives a fork, and loses nothing to threads.
+A graph counts its calls by the values of its symbolic sizes. A head counts how often its logits were returned deferred,
+how often a loss was computed without building them, and which uses built them. A count is one operation of the
+interpreter: no cost in a step can be measured, no lock is needed, it survives a fork, and threads lose no count.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Tally:
             self.start -= 1
 
     def __reduce__(self) -> tuple[Callable[[int], Tally], tuple[int]]:
-        """A copy, or what is pickled, begins with the count of that moment."""
+        """A copy or a pickle starts with the current count."""
         return Tally, (self.value,)
 
     def __repr__(self) -> str:
@@ -75,7 +75,7 @@ class Tallies:
 
 
 class Use(NamedTuple):
-    """A use that had deferred logits built."""
+    """A use for which deferred logits were built."""
 
     name: str  # name of the function, "setitem", or the reason where there is none
     where: str  # "train.py:12" of the program's line, "" where no line of it is running (a backward on another thread)
@@ -179,7 +179,7 @@ def _caller_frames() -> Iterator[Any]:
 
 
 def count_built(runs: Sequence[Run], why: str) -> None:
-    """Count logits that are built: for a use, or in spite of having been deferred, because of ``why``."""
+    """Count built logits: for a use, or at once after all because of ``why``."""
     if not why:
         built(runs)
     for run in runs if why else ():

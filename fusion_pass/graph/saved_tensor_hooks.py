@@ -20,7 +20,7 @@ def _with_version(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def _unwritten(saved: tuple[Tensor, int]) -> Tensor:
-    """What was saved. Raises RuntimeError if it was written to since, which autograd does not look for under hooks."""
+    """The saved tensor. Raises RuntimeError if it was written to since: under hooks autograd does not check that."""
     tensor, before = saved
     _, now = _with_version(tensor)
     if now != before:
@@ -33,8 +33,8 @@ def _unwritten(saved: tuple[Tensor, int]) -> Tensor:
 
 @contextmanager
 def unhooked() -> Iterator[None]:
-    """Inside, hooks on saved tensors that are active see nothing: those pushed last are the only ones that run."""
-    # where they are forbidden, none is active, and none may be pushed
+    """Context in which active hooks on saved tensors see nothing: only the hooks pushed last run, which are ours."""
+    # where hooks are disabled, none is active and none may be pushed
     if not saved_tensors_hooks_enabled() or top_saved_tensors_hooks(True) is None:
         yield
         return

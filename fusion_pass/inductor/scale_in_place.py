@@ -1,9 +1,10 @@
 """A pass on Inductor's backward graph: scales saved gradients in place.
 
 `head_loss` saves dH and dW of a unit upstream gradient for the backward, which multiplies them by the upstream
-gradient. Out of place this takes a second dW and a pass over both. A saved tensor that AOTAutograd calls *donated* (no
-input, no output, no other view) dies in this graph, so that the product may overwrite it. The kernel reads the factor
-on the device and returns at once where it is 1. A tensor that is not provably donated is scaled out of place.
+gradient. Out of place this allocates a second dW and reads and writes both. A saved tensor that AOTAutograd calls
+*donated* (no input, no output, no other view) dies in this graph, so that the product may overwrite it. The kernel
+reads the factor on the device and returns at once where it is 1. A tensor that is not provably donated is scaled out of
+place.
 """
 
 from __future__ import annotations

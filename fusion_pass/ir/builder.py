@@ -34,7 +34,7 @@ class Emit:
         self.grad = True
         self.known: dict[Expr, Node] = {}
         self.nodes: list[Node] = []
-        # the mode of Dynamo's fake values; the tracing context names AOTAutograd's by now
+        # the fake mode of Dynamo's values: the tracing context already holds that of AOTAutograd
         tensors = (fake(node) for node in graph.nodes if isinstance(fake(node), Tensor))
         self.mode = next((m for m in map(maybe_get_fake_mode, tensors) if m is not None), None)
 
@@ -85,7 +85,7 @@ class Emit:
         return self.known[ref]
 
     def replaced(self, old: Node, by: Node) -> None:
-        """Make expressions that name ``old`` mean ``by`` from now on: one head's result may be another's operand."""
+        """Read ``by`` for ``old`` in expressions from now on: the result of one head may be an operand of another."""
         old.meta[REPLACED] = by
 
     def sizes(self, node: Node) -> list[Any]:

@@ -57,11 +57,11 @@ class RowStep:
 
 @dataclass(frozen=True, eq=False)
 class RowVector:
-    """A factor or term with one number a token, at the time when `after` row steps had been taken."""
+    """A factor or term with one number a token, applied after the first ``after`` row steps."""
 
-    value: Plain  # broadcasts to the logits of that time; length 1 along the class dimension
+    value: Plain  # broadcasts to the logits at that point; length 1 along the class dimension
     after: int
-    shape_of: Any  # fake logits of that time
+    shape_of: Any  # fake logits at that point
     class_dim: int
 
 

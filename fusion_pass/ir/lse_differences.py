@@ -1,9 +1,9 @@
 """Differences between a row's lse and its logits, computed without cancelling digits, as in eager code.
 
-A log_softmax subtracts the row's maximum before it rounds. lse and z_y, each rounded alone, lose all digits below their
-own last one: 1e-3 where all logits are near 1e4. The lse is therefore a sum of two numbers, and Σ u (lse - z) a
-statistic of its own. Both are constants to autograd: gradients flow through lse, z_y and Σ u z, of which the loss stays
-the same linear function.
+A log_softmax subtracts the row's maximum before it rounds. The difference of lse and z_y, each rounded alone, has the
+rounding error of both: 1e-3 where the logits are near 1e4. The lse is therefore a sum of two numbers, and Σ u (lse - z)
+is a statistic of its own. Both are constants to autograd: gradients flow through lse, z_y and Σ u z, of which the loss
+stays the same linear function.
 """
 
 from __future__ import annotations

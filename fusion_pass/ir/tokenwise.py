@@ -1,8 +1,8 @@
 """Token values: values computed from logits one token at a time, of which token programs are made.
 
-Where row statistics do not give the result of an op, the op may still be known to treat every token separately. Its
-result is a `TokenValue`: an expression over heads (`HeadInput`) and other tensors (`TokenInput`), in the program's own
-ATen ops, with the tokens flattened into dimension 0.
+An op whose result row statistics do not give may still treat every token separately. Its result is a `TokenValue`: an
+expression over heads (`HeadInput`) and other tensors (`TokenInput`), in the program's own ATen ops, with the tokens
+flattened into dimension 0.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TokenValue:
 
 @dataclass(frozen=True, eq=False)
 class MaskedRows(TokenValue):
-    """The tokens that a mask picks, as all tokens with zeros outside the mask. Only their sum is the same."""
+    """The tokens that a mask picks, held as all tokens with zeros outside the mask. Only sums over tokens are equal."""
 
     mask: Plain  # bool, over the first dimensions
 

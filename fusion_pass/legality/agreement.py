@@ -1,12 +1,17 @@
-"""Whether all ranks of a process group fuse the same heads in shards: asked once a head, when a graph is compiled.
+"""Agreement of the ranks of a process group on a head in shards, asked once a head, when a graph is compiled.
 
-A head in shards waits for the other ranks where the program's own ops, which it takes the place of, may have waited
-elsewhere or not at all. So it is fused only where every rank of the group has compiled the same: the rank that comes
-last says yes for all in the group's key-value store. A rank says no for all where it does not want the head, where
-another rank waits for an answer on another head at the same time, or where it has waited too long for a rank that
-compiles nothing of the kind, or is gone. Whoever says it first has said it, since a key of the store is set once. A
-rank that compiles the same head again finds what was said. No collective is used: a rank that is not there costs time,
-nothing more. This file knows no graphs; what is compared is text that is equal on all ranks where the heads are.
+A fused head in shards waits for the other ranks, where the program's own ops may wait elsewhere or not at all. It is
+fused only where every rank of the group compiles the same head. The ranks write to the group's key-value store, and the
+first answer for a key is final:
+
+| answer | written by                                                                                                |
+|--------|-----------------------------------------------------------------------------------------------------------|
+| yes    | the last rank to ask                                                                                      |
+| no     | a rank that does not want the head, that sees another rank wait for an answer on another head, or that    |
+|        | has waited too long for a rank that compiles no such head or is gone                                      |
+
+A rank that compiles the same head again reads the answer. No collective is used, so that a missing rank only costs
+time. Heads are compared as texts, which are equal on all ranks where the heads are.
 """
 
 from __future__ import annotations
@@ -21,10 +26,10 @@ import torch.distributed as dist
 
 from fusedhead.lowering.shards import group_of
 
-WAIT = 300.0  # seconds, for ranks that may still compile what comes before
+WAIT = 300.0  # seconds; another rank may still compile earlier graphs
 PAUSE = 0.02
 YES, NO = "fused", "left"
-minds: dict[tuple[str, int], tuple[bool, int]] = {}  # whether this process last wanted a head, how often it changed
+minds: dict[tuple[str, int], tuple[bool, int]] = {}  # whether a head is wanted, and how often that changed
 agreement_lock = Lock()
 
 
@@ -34,7 +39,7 @@ def store_of(group: str) -> Any:
 
 
 def agreed(group: str, heads: str, wanted: bool) -> bool:
-    """Whether every rank of a group fuses ``heads``; the same answer on all ranks that ask. ``wanted``: by this one."""
+    """Whether every rank of a group fuses ``heads``: one answer for all. ``wanted``: whether this rank wants it."""
     of = group_of(group)
     if dist.get_backend(of) == "fake":  # one process that stands for all ranks
         return wanted
@@ -58,30 +63,30 @@ def agreed(group: str, heads: str, wanted: bool) -> bool:
 
 
 def patience(group: Any) -> float:
-    """Seconds to wait for other ranks: half of what a collective of the group waits for one that is gone, or `WAIT`."""
+    """Seconds to wait for other ranks: half of the timeout of the group's collectives, or `WAIT`."""
     try:
         options = group._get_backend(torch.device(group._device_types[0])).options
         return min(WAIT, options._timeout.total_seconds() / 2)
-    except (AttributeError, IndexError, RuntimeError):  # a torch, or a backend, that does not say
+    except (AttributeError, IndexError, RuntimeError):  # this torch or backend does not tell its timeout
         return WAIT
 
 
 def ranks_apart(store: Any, key: str, rank: int, ranks: int) -> bool:
-    """Whether another rank waits for an answer on another head: neither would come to the other's.
+    """Whether another rank waits for an answer on another head: neither would reach the head of the other.
 
-    It is told so too, since it may look when this rank waits no more.
+    That head is answered with no as well, since the other rank may look after this one has stopped waiting.
     """
     for other in range(ranks):
         if other != rank and store.check([f"waits/{other}"]):
             waits = store.get(f"waits/{other}").decode()
-            # the answers to this head are read last: a rank that has them goes on
+            # the answer on this head is read last: a rank that has it goes on
             if waits and waits != key and not store.check([key]) and first_answer(store, waits, NO) == NO:
                 return True
     return False
 
 
 def key_of(group: str, heads: int, wanted: bool) -> str:
-    """Under which key it is said: another one whenever this process has changed its mind about a head."""
+    """The key of a head's answer. It changes whenever this process starts or stops to want the head."""
     with agreement_lock:
         before, changes = minds.get((group, heads), (wanted, 0))
         minds[group, heads] = wanted, changes + (before != wanted)

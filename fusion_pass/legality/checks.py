@@ -43,8 +43,8 @@ def written_after(facts: GraphFacts, begin: Node, read: Iterable[Node]) -> Refus
 def written_unseen(facts: GraphFacts, begin: Node, values: Iterable[Node]) -> Refusal | None:
     """A refusal if memory of one of ``values`` is written through ``.data`` from ``begin`` on.
 
-    Autograd does not see such a write: the program's backward reads what it saved of ``values``, their new numbers. A
-    fused op has saved none of them. (Other writes to what is saved are errors.)
+    Autograd does not see such a write. The program's backward then reads the new numbers of the ``values`` that it
+    saved, and a fused op has saved none of them. (Any other write to a saved tensor is an error.)
     """
     views = [view for view in facts.data_views if before(begin, view)]
     reached = set[int]().union(*map(storages, values)) if views else set()

@@ -116,7 +116,7 @@ def must_materialise(site: Site, body: Body, defers: bool) -> Refusal | None:
 
 
 def mutated_value(site: Site, body: Body) -> Refusal | None:
-    """A refusal if a value that a fused op replaces, or a result of it, is written where autograd does not look."""
+    """A refusal if a value that a fused op replaces, or its result, is written without autograd seeing it."""
     region = body.regions.get(site.head)
     results = [*region.inside, *(node for node, _ in region.results)] if region else []
     values = [*site.head.products, *site.followed, *(node for node, _ in site.terminals), *results]

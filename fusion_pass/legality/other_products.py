@@ -1,9 +1,8 @@
 """Reports products that might be heads and that the report does not list yet.
 
 A product with a weight may be a head whose loss lies outside of the graph if it reaches an output through no other
-product and is large enough for the gate. Where it is not deferred the report says why. A residual stream, an activation
-or a normalisation on the way to the output shows an inner layer; of other products the sizes decide, and the report
-says so.
+product and is large enough for the gate. The report says why it is not deferred. A residual stream, an activation or a
+normalisation on the way to the output marks an inner layer; the sizes decide on other products, and the report says so.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def least_logits(device_type: str, min_logits: str | int) -> int:
 
 
 def run(body: Body) -> None:
-    """Refuse the heads that are too small; heads that meet in a token program only where all of them are."""
+    """Refuse heads that are too small. Heads of one token program are refused only if all of them are."""
     if not body.decisions:
         return
     too_small = gate(body.reading.sites, body.options.min_logits, body.excluded)
@@ -88,7 +88,7 @@ def grown(site: Site, body: Body) -> Refusal | None:
     Inductor's time. A limit set by the user counts logits only, and with a symbolic number of tokens each call decides.
     """
     built = bool(site.outputs) and not body.defers
-    if sharded(site.head):  # uneven shards differ in size, and all ranks must decide alike
+    if sharded(site.head):  # uneven shards differ in size, and all ranks must decide the same
         return None
     if body.options.min_logits != "auto" or built or body.least[site.head]:
         return None
@@ -126,8 +126,8 @@ def gate(
 def too_small_for_a_token_program(projections: Iterable[Node], memory: int) -> Refusal | None:
     """Why the logits of some heads are too few for a token program, or None.
 
-    A token program saves memory and costs time: unless its gradients are known up to a factor, it multiplies again
-    where Inductor reads logits again. Below its window, on CUDA twice that, there is little to save.
+    A token program saves memory and costs time: unless its gradients are known up to a factor, it computes the product
+    again where Inductor reads stored logits. Below the size of one window, on CUDA of two, there is little to save.
     """
     logits = [fake(node) for node in projections]
     held = sum(most(z.numel()) * z.dtype.itemsize for z in logits)

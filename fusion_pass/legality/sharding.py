@@ -8,8 +8,8 @@ Deferred logits read them later, when they are freed:
 | FSDP2               | the gathered weight; a copy of it, once it is freed (`deferred.gathered_weights`)             |
 | FSDP1, ZeRO-3       | nothing: they are computed at once                                                            |
 
-In a process that uses FSDP2 every operand is taken for one that may be freed: a gathered weight that a function is
-given as an argument bears no mark. This file reads the graph's inputs; it must not know what is made of them.
+In a process that uses FSDP2 any operand may be freed: a gathered weight that is passed to a function as an argument
+bears no mark.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from fusedhead.analysis.body import Body
 from fusedhead.graph.reasons import Refusal, refuse
 from fusedhead.legality.reasons import Illegal
 
-FREED = "fusedhead_freed"  # key in the meta of an input of a graph Dynamo did not make: why its owner frees it, or None
+# in the meta of an input of a graph that Dynamo did not make: why its owner frees it, or None
+FREED = "fusedhead_freed"
 DEEPSPEED = "ds_id"  # attribute of a parameter under ZeRO-3, which empties parameters in place
-# what frees a gathered weight: a module of torch, a class, its method
+# the method that frees a gathered weight: its module, class and name
 FREES = ("torch.distributed.fsdp._fully_shard._fsdp_param", "FSDPParam", "free_unsharded_param")
 MANAGED = "_is_fsdp_managed_module"  # attribute that FSDP (1 and 2) sets on modules, for Dynamo
 UNFLATTENED = "_fsdp_use_orig_params"  # another one: whether Dynamo traces them

@@ -1,7 +1,7 @@
 """Checks of a head whose vocabulary is sharded over ranks: the reasons why it stays.
 
-Every statistic of a sweep can be merged over the ranks. A head is fused in shards where its rows are the same on all of
-them. This file reads a site; it must not know how a sweep is made.
+Every statistic of a sweep can be merged over the ranks, so that a head is fused in shards where its rows are equal on
+all of them.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def of_logits(logits: Logits) -> Refusal | None:
 
 
 def gathered_head(head: Projection) -> bool:
-    """Whether the program takes plain logits of all classes, which every rank may then treat in its own way."""
+    """Whether the program gathers the logits of all classes as a plain tensor, which each rank may use differently."""
     whole = whole_vocab_of(head.weight)
     return whole is not None and bool(whole.args[5])
 
 
 def own_vector(logits: Logits) -> Node | None:
-    """A vector that meets plain logits of all classes and is no part of the head: each rank may have one of its own."""
+    """A vector that is combined with gathered logits and is no part of the head: it may differ from rank to rank."""
     vectors = [*(col for col in logits.cols if whole_vocab_of(col) is None), *(row.value for row in logits.rows)]
     return next(iter(nodes_of(vectors)), None) if gathered_head(logits.head) else None

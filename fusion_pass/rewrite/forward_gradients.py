@@ -80,7 +80,7 @@ def allow_float8(body: Body) -> None:
 class CallFamily(NamedTuple):
     """The differences between the two pairs of ops."""
 
-    squares: Callable[[Sequence[Node], Sequence[Node]], list[Node]]  # functions of statistics that are statistics too
+    squares: Callable[[Sequence[Node], Sequence[Node]], list[Node]]  # squares of statistics, which count as statistics
     sized: Callable[[Node], Sequence[Node]]  # a call's tensors, hidden states first, whose sizes are known
     replace: Callable[[Emit, Node, dict[Node, Node], Sequence[Node]], Sequence[Node]]  # -> what ties the loss to it
 
@@ -250,7 +250,7 @@ def replace_rows(emit: Emit, call: Node, coefficients: dict[Node, Node], squares
     tensors: Any
     tensors, program, memory = call.args
     by_index = {name_index(s): r for s, r in coefficients.items()}
-    absent = emit(aten.new_empty.default, tensors[0], [], dtype=torch.float32)  # 0-d, as no result is
+    absent = emit(aten.new_empty.default, tensors[0], [], dtype=torch.float32)  # 0-d, unlike every result
     c = [by_index.get(i, absent) for i in range(len(fake(call)))]
     op = torch.ops.fusedhead.head_rows_loss.default
     loss = named(emit(op, tensors, c, program, memory, [differentiable(t) for t in tensors]), "head_rows")

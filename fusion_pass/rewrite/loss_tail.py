@@ -40,7 +40,7 @@ def tails(statistics: Sequence[Node]) -> Iterator[list[Node]]:
     meet.
 
     The longest is the best: the later the scalar, the likelier its upstream gradient is exactly 1. A scalar ends a tail
-    if every node reached before it leads to it and nowhere else. One walk over the nodes finds out.
+    if every node reached before it leads to it and nowhere else.
     """
     reached = reached_from(statistics)
     at = {node: i for i, node in enumerate(reached)}
@@ -50,7 +50,7 @@ def tails(statistics: Sequence[Node]) -> Iterator[list[Node]]:
         if furthest <= i:
             ends.append(i)
         use = last_use(node, at)
-        if use < 0:  # a dead end: later scalars do not depend on all that the statistics lead to
+        if use < 0:  # a dead end: no later scalar depends on this node
             break
         furthest = max(furthest, use)
     for end in reversed(ends):

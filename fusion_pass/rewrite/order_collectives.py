@@ -1,9 +1,8 @@
 """One order for the collectives of heads in shards: each op takes the token of the one before it in the graph.
 
-Independent calls may be reordered by what compiles the graph, by the sizes of their operands for example, and those of
-uneven shards differ by rank. Ranks that issue collectives in different orders wait for each other for ever. The tokens
-make the calls depend on each other; their gradients order the collectives of the backward, the last one first. This
-file knows the ops and nothing of heads.
+A compiler may reorder independent calls, by the sizes of their operands for example, and with uneven shards these
+differ by rank. Ranks that issue collectives in different orders wait for each other for ever. The tokens make the calls
+depend on each other, and their gradients order the collectives of the backward, the last one first.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
     h = reshape(whole, [-1, D])                             r = reshape(recipient, [-1, D])
                         shard_stats(h, w, y, ..., recipient=r)
 
-Hidden states that were gathered have gone through row steps, which a recipient follows. This file must not know how
-heads are recognised.
+The row steps that gathered hidden states have gone through are applied to the recipient too.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def to_sum(emit: Emit, h: Node, group: Any) -> dict[str, Node]:
 
 
 def remade(emit: Emit, node: Node, copies: dict[Node, Node | None]) -> Node | None:
-    """A node made again from recipients, None where it is made of other numbers too."""
+    """A node recomputed from recipients; None where other numbers enter it."""
     if node not in copies:
         copies[node] = remake(emit, node, copies)
     return copies[node]

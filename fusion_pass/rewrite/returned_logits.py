@@ -23,7 +23,7 @@ from fusedhead.ir.logits import logits_of
 
 
 def note_lines(body: Body) -> None:
-    """Note the source line of each head while all products are in the graph, among which the line identifies it."""
+    """Note the source line of each head. The line must tell it from all products, which are still in the graph."""
     if body.decisions:
         products = products_of(body.graph)
         body.lines |= {site.head: place(site.head.node, products) for site, *_ in body.decisions}

@@ -31,7 +31,8 @@ from fusedhead.rewrite.sweeps import Batch
 
 aten = torch.ops.aten
 WHOLE = torch.ops.fusedhead.whole_vocab.default
-SAME_PLACE = frozenset({aten.to.dtype, aten.detach.default, aten.reshape.default})  # of a vector: entry by entry
+# ops that leave every entry of a vector at its place
+SAME_PLACE = frozenset({aten.to.dtype, aten.detach.default, aten.reshape.default})
 
 
 def in_shards(batch: Batch) -> bool:
@@ -66,7 +67,7 @@ def sweep_call(emit: Emit, batch: Batch, operands: Sequence[Node], text: str, me
 
 
 def not_in_one_sweep(call: Node) -> Refusal | None:
-    """Why the gradients of a ``shard_stats`` are not computed in its sweep, by what all ranks know alike; or None."""
+    """Why the gradients of a ``shard_stats`` are not computed in its sweep, or None; the same answer on all ranks."""
     vocab: Any = call.args[10]
     ranks = dist.get_world_size(group_of(str(call.args[11])))
     if -(-vocab // ranks) * (ranks - 1) >= vocab:
@@ -75,9 +76,9 @@ def not_in_one_sweep(call: Node) -> Refusal | None:
 
 
 def loss_call(emit: Emit, call: Node, coefficients: Sequence[Node]) -> Node:
-    """The ``shard_loss`` call that replaces a ``shard_stats``: what is summed over the ranks waits for the backward.
+    """The ``shard_loss`` call that replaces a ``shard_stats``. Its gradients are summed over the ranks in the backward.
 
-    There the upstream gradient is known, which differs by rank where each has a loss of gathered logits.
+    Only there is the upstream gradient known, which differs by rank where each has a loss of gathered logits.
     """
     h, needs = call.args[0], needs_of(call)
     text, want, memory, first, vocab, group, reduce, own_labels = call.args[6:14]

@@ -1,9 +1,8 @@
 """Replaces a site: the row steps are replayed on h, one sweep computes the statistics, each terminal is rebuilt from
 them.
 
-Terminals that read the same rows through the same transform share one ``head_stats`` call. Legality has been decided
-before. The old nodes are erased one by one and never by general dead code elimination, which is not sound on a graph
-that still mutates.
+Terminals that read the same rows through the same transform share one ``head_stats`` call. Old nodes are
+erased one by one: general dead code elimination is not sound on a graph that still writes in place.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ INDEX_VIEWS = frozenset({"unsqueeze", "view", "reshape", "getitem"})  # with no 
 def counts(index: Plain) -> bool:
     """Whether a tensor's values are 0, 1, 2 ... in order."""
     node = index.ref
-    if isinstance(node, Expr):  # a list in the program (`evaluate.constant`): made anew, so that nothing writes to it
+    if isinstance(node, Expr):  # a list in the program (`evaluator.constant`), created anew: nothing writes to it
         lifted = node.args[0].ref if node.op is aten.lift_fresh_copy.default else node
         return isinstance(lifted, Expr) and lifted.op is aten.arange.default and len(lifted.args) == 1
     while isinstance(node, Node) and name_of(node) in INDEX_VIEWS:

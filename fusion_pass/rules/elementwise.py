@@ -1,7 +1,7 @@
 """Elementwise ops on the logits, which become steps of the head's `Transform`.
 
 A step's operand is a constant, one number a class (a column vector), or one number a token (a row vector);
-anything with both extents is not a step. Casts are no steps: every engine computes in float32, and `Logits.step`
+an operand that varies along both is no step. Casts are no steps: every engine computes in float32, and `Logits.step`
 notes where the program rounds.
 """
 
@@ -169,7 +169,7 @@ def cap(context: Context, value: Any) -> Logits:
 
 
 def column_mask(mask: Any, logits: Logits) -> Plain:
-    """A mask that says the same for every token, as a vector [V]."""
+    """A mask that is equal for all tokens, as a vector [V]."""
     if not isinstance(mask, Plain) or not isinstance(mask.val, Tensor) or mask.val.dtype != torch.bool:
         raise Escape(NoRule.MASK_OF_LOGITS)
     along_vocab, along_tokens = extent(mask.val, logits)

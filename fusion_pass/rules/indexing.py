@@ -94,7 +94,7 @@ def select_row(context: Context, value: LogitsLike, dim: int, index: Any) -> Log
 def index_rows(context: Context, value: LogitsLike, indices: Sequence[Any]) -> LogitsLike | Terminal:
     """Rows picked by one integer or boolean tensor, or by integer tensors in neighbouring leading dimensions.
 
-    Where they are counted instead, and a class is picked in each, it is a number of a row.
+    An index that counts the rows and picks a class in each gives one number a row instead (`arange_indexing`).
     """
     class_dim = class_dim_of(value)
     used = [(d, i) for d, i in enumerate(indices) if i is not None]
@@ -129,7 +129,7 @@ def classes(context: Context, value: LogitsLike, at: int) -> list[LogitsLike]:
 
 
 def piece_at(value: LogitsLike, piece: Tensor, op: Any, args: tuple, number: int) -> LogitsLike:
-    """Piece ``number`` of what ``op`` cuts a tensor into, replayed as that: its bounds may be symbols."""
+    """One of the pieces that ``op`` cuts a tensor into. ``op`` is replayed: the bounds of a piece may be symbols."""
     cut = moved(value, value.val, class_dim_of(value), op, *args)
     return moved(cut, piece, class_dim_of(value), operator.getitem, number)
 

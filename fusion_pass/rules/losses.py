@@ -106,7 +106,7 @@ def nll_terminal(
             return emitted[emit.graph]
         flat = emit.cast(emit.flat(emit.ref(target)), torch.int64)
         valid = named(emit(aten.ne.Scalar, flat, ignore_index), "valid")
-        # a product, so that a label that is out of range, and not ignored, stays so
+        # a product keeps a label that is out of range and not ignored out of range
         emitted[emit.graph] = valid, emit(aten.mul.Tensor, flat, valid)
         return emitted[emit.graph]
 
@@ -136,7 +136,7 @@ def nll_terminal(
             )
         if factor != 1.0:
             loss = emit(aten.mul.Tensor, loss, factor)
-        # as `where`, not as a product: an ignored row counts nothing even if its loss is not finite
+        # a `where` and no product: an ignored row counts nothing even if its loss is not finite
         loss = emit(aten.where.ScalarOther, valid, loss, 0.0)
         if reduction == 0:
             sizes = emit.sizes(emit.ref(target))
@@ -191,7 +191,7 @@ def nll_loss(
     ignore_index: Any = -100,
 ) -> Terminal:
     criterion = ClassLoss(target, weight, reduction, ignore_index)
-    if isinstance(value, Logits):  # z - logsumexp(z), perhaps
+    if isinstance(value, Logits):  # it may be z - logsumexp(z)
         of, terms = without_row_terms(value)
         return nll_terminal(context, "nll_loss", of, criterion, terms=terms)
     if not isinstance(value, LogProbs):

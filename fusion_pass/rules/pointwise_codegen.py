@@ -1,7 +1,7 @@
 """The code of a pointwise op and of its derivative, generated from torch's own decompositions.
 
 The op is traced with its gradient, as autograd defines it (at corners and ties too), and decomposed into ``prims``;
-an op outside of the language of `kernels.pointwise` is an `Escape`.
+an op outside of the language of `kernels.transform.pointwise` is an `Escape`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from fusedhead.rules.reasons import NoRule
 aten, prims = torch.ops.aten, torch.ops.prims
 SAME = (prims.view_of.default, aten.clone.default, prims.clone.default, prims.convert_element_type.default)
 FILL_ARGUMENT = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.full_like.default: 1}
-CORNERS = (-3.0, 0.0, 3.0, 6.0)  # of ops whose constants do not say where theirs are
+CORNERS = (-3.0, 0.0, 3.0, 6.0)  # tried for ops whose corners are none of their constants
 LARGEST_POWER = 8
-LARGEST = 64  # instructions: more than any op of torch's; a kernel is compiled for each chain
+LARGEST = 64  # instructions; no op of torch takes more, and a kernel is compiled for each chain
 
 
 class SourceWriter:
@@ -53,7 +53,7 @@ class SourceWriter:
         factors: list[str | float] = [x] * whole
         if half:
             factors = [*factors, self("sqrt", x)]
-        if whole and half:  # of -0 and -inf unlike the root: 0 and inf
+        if whole and half:  # pow gives 0 and inf for -0 and -inf, where sqrt gives -0 and nan
             factors = [self("abs", factor) for factor in factors]
         result = factors[0] if factors else 1.0
         for factor in factors[1:]:
@@ -78,7 +78,7 @@ def write_code(result: Node, names: dict[str, str]) -> Code:
 def word_of(node: Node, args: list[Any], writer: SourceWriter) -> Any:
     """The word for a node's result in the code, given those for its arguments: a name or a number."""
     if node.target is prims.empty_strided.default:
-        return None  # read for its shape alone
+        return None  # only its shape is read
     if node.target in SAME:
         return args[0]
     if node.target in FILL_ARGUMENT:
@@ -129,7 +129,7 @@ def native_op(op: Any, args: tuple, kwargs: tuple[tuple[str, Any], ...], which: 
 def slopes_agree(op: Op, gradient: Code) -> bool:
     """Whether the torch engine's gradient of an op is this code's, at and beside constants, where ops have corners.
 
-    Releases of torch differ in the derivative at a corner: the code is of the one that runs.
+    The derivative at a corner differs between releases of torch, and the code has that of the installed one.
     """
     at = (*CORNERS, *(a for a in op.args if isinstance(a, float)))
     corners = torch.tensor(at, dtype=torch.float32, device="cpu").clamp(-1e4, 1e4)

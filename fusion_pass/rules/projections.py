@@ -52,7 +52,7 @@ def project(context: Context, hidden: Plain, weight: Plain, class_dim: int | Non
 
 
 def same_dtype(context: Context, *operands: Plain) -> None:
-    """Escape where operands differ in dtype and no autocast brings them together: eager code raises there."""
+    """Raise Escape where operands differ in dtype and autocast casts neither: eager code raises there too."""
     if all(operand.val.dtype == context.val.dtype for operand in operands):
         return
     regions = context.node.graph.find_nodes(op="call_function", target=enter_autocast)

@@ -1,8 +1,8 @@
 """Reductions over the classes: sums, moments of log p in all spellings, and the decisions argmax and max.
 
-With p = softmax(z):  Σ p log p = -H,  Σ p z = lse - H,  Σ p (log p)² = variance + H². Decisions are taken on the
-logits as the program rounds them, the first index on ties, as eager code would: elsewhere a lower rounding is only an
-error, here it decides.
+With p = softmax(z):  Σ p log p = -H,  Σ p z = lse - H,  Σ p (log p)² = variance + H². argmax and max are
+computed on the logits as the program rounds them, with the first index on ties, as in eager code: a rounding can change
+which class is the largest.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def prob_times(context: Context, a: Any, b: Any) -> ProbTimes | None:
 
 
 def factor_of(value: Any) -> tuple[int, int, bool] | None:
-    """(how often p is in a factor, how often log p or the logits are, whether that is log p); None for no such."""
+    """The powers in a factor: (of p, of log p or the logits, whether the second is log p); None for another factor."""
     if isinstance(value, ProbTimes):
         return int(value.weighted), value.power, value.log
     kinds: dict[type, tuple[int, int, bool]] = {Probs: (1, 0, True), LogProbs: (0, 1, True), Logits: (0, 1, False)}
@@ -66,7 +66,7 @@ def squared(context: Context, value: LogProbs) -> ProbTimes:
 
 
 def sum_of_prob_times(context: Context, value: ProbTimes, keepdim: bool) -> Terminal:
-    """The entropy, or what is made of it, from a sum of `ProbTimes` over the classes."""
+    """The entropy, or a function of it, as a sum of `ProbTimes` over the classes."""
     logits = value.of
     if value.power == 2:
         return second_moment(context, value, keepdim)
@@ -82,7 +82,7 @@ def sum_of_prob_times(context: Context, value: ProbTimes, keepdim: bool) -> Term
 
 
 def second_moment(context: Context, value: ProbTimes, keepdim: bool) -> Terminal:
-    """Σ p (log p)² = variance + entropy²: what Min-K%++ subtracts (Σ p log p)² from."""
+    """Σ p (log p)² = variance + entropy². Min-K%++ subtracts (Σ p log p)² from it."""
     logits = value.of
 
     def result(emit: Emit, stats: Statistics) -> Node:
@@ -136,7 +136,7 @@ def max_dim(context: Context, value: Any, dim: int, keepdim: bool = False) -> li
 
 @rule(aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default)
 def summed(context: Context, value: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Terminal:
-    """Σ_v or Σ over everything, or a mean, of logits, log-probabilities (Σ z - V lse) or of what makes an entropy."""
+    """A sum or mean over the classes or over everything: of logits, log-probabilities (Σ z - V lse), entropy terms."""
     name, mean = context.name, context.name == "mean"
     dims = [dim] if isinstance(dim, int) else list(dim or [])
     logits = value if isinstance(value, Logits) else getattr(value, "of", None)

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 def without_row_terms(logits: Logits) -> tuple[Logits, list[Plain]]:
     """The logits before the terms that were added last, one number a row each, and those terms.
 
-    Entries of z + t are those of z, plus t: what is taken off needs no sweep of its own.
+    Entries of z + t are those of z, plus t, so that z and z + t share a sweep.
     """
     terms: list[Plain] = []
     while not logits.has_no_gradient:

@@ -112,7 +112,7 @@ def dimension(dim: int, value: LogitsLike) -> int:
 
 
 def over_classes(dim: int, logits: Logits, op: str) -> None:
-    """Escape unless ``dim`` is the vocabulary's dimension."""
+    """Raise Escape unless ``dim`` is the vocabulary's dimension."""
     if logits.val.ndim == 0 or dimension(dim, logits) != logits.class_dim:
         raise Escape(NoRule.OTHER_DIM, op=op, dim=dim, class_dim=logits.class_dim)
 

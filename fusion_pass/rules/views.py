@@ -65,12 +65,12 @@ def class_dim_after_view(before: Sequence[Any], class_dim: int, after: Sequence[
 def view(context: Context, value: LogitsLike, size: Sequence[Any]) -> LogitsLike:
     class_dim = class_dim_after_view(value.val.shape, class_dim_of(value), context.val.shape)
     sizes: list[Any] = [HIDDEN if j == class_dim else s for j, s in enumerate(size)]
-    symbols = [j for j, s in enumerate(sizes) if isinstance(s, torch.SymInt)]  # of no tensor that is known here
+    symbols = [j for j, s in enumerate(sizes) if isinstance(s, torch.SymInt)]  # they may be sizes of any tensor
     if len(symbols) > 1 or (symbols and -1 in [s for s in sizes if isinstance(s, int)]):
         raise Escape(NoRule.SEVERAL_SYMBOLIC_SIZES)
     for j in symbols:
         sizes[j] = -1
-    # as `reshape`: the hidden states need not have the strides that made a view of the logits possible
+    # a `reshape`: the strides that allow a view of the logits may not allow one of the hidden states
     return moved(value, context.val, class_dim, aten.reshape.default, sizes, keeps_order=True)
 
 
@@ -82,7 +82,7 @@ def flatten(context: Context, value: LogitsLike, start: int = 0, end: int = -1) 
 
 @rule(aten.contiguous.default, aten.clone.default, aten.alias.default)
 def same_rows(context: Context, value: LogitsLike, **_: Any) -> LogitsLike:
-    """The same numbers in another or the same place: h need not be copied for it."""
+    """The value after a copy, which changes no number: the hidden states need no copy."""
     class_dim_of(value)
     return replace(value, val=context.val)
 

@@ -43,14 +43,14 @@ register_coverage(
     "probabilities, KL between heads, adapters (LoRA) on a head, margins, mixtures, every pointwise op",
     "ops that run over tokens, or mix tokens and classes",
 )
-# losses with a kernel of their own that are pointwise up to their reduction: by torch's decomposition
+# losses that are pointwise up to their reduction, read through torch's decomposition
 BY_PARTS = frozenset(
     {aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default, aten.soft_margin_loss.default}
 )  # fmt: skip
 
 
 def read_by_tokens(context: Context, *args: Any, **kwargs: Any) -> Any:
-    """What an op makes of values that come from logits. Raises Escape where it does not treat tokens apart."""
+    """The result of an op on values that come from logits. Raises Escape for an op that mixes tokens."""
     op = context.op
     if not isinstance(op, OpOverload) or op._schema.is_mutable:
         raise Escape(NotByTokens.NO_NEW_TENSOR, op=op)
@@ -85,7 +85,7 @@ def positional(op: Any, args: tuple, kwargs: dict[str, Any], last: int) -> tuple
 
 
 def is_composite(op: Any) -> bool:
-    """Whether an overload is made of others; one that the dispatcher does not know (``aten::size``) is not."""
+    """Whether an overload is composed of others. One that the dispatcher does not know (``aten::size``) is not."""
     try:
         return has_kernel_for_key(op.name(), "CompositeImplicitAutograd")
     except RuntimeError:
@@ -97,7 +97,7 @@ def first_dtype(val: Any) -> torch.dtype | None:
 
 
 def widened(x: Any, dtype: torch.dtype) -> Any:
-    """An operand as autocast hands it to an op that runs in a wider dtype."""
+    """An operand cast as autocast casts it for an op that runs in a wider dtype."""
     if not isinstance(x, (TokenValue, Plain)) or not isinstance(x.val, Tensor) or not x.val.is_floating_point():
         return x
     if x.val.dtype == dtype:
@@ -109,7 +109,7 @@ def widened(x: Any, dtype: torch.dtype) -> Any:
 
 
 def token_value(value: Any) -> Any:
-    """Logits, or what is known of them, as a token value; anything else as it is."""
+    """Logits, or probabilities of them, as a token value; any other value unchanged."""
     if not isinstance(value, LOGITS_LIKE):
         return value
     logits = value if isinstance(value, Logits) else value.of
@@ -121,7 +121,7 @@ def token_value(value: Any) -> Any:
 
 
 def expression(value: LogitsLike, head: HeadInput, dtype: torch.dtype) -> HeadInput | Expr:
-    """What is known of logits, by their definition."""
+    """The expression that defines a value on the logits of its head."""
     if isinstance(value, Logits):
         return head
     scaled = lambda x: x if value.factor == 1 else Expr(aten.mul.Tensor, (x, value.factor))  # noqa: E731
@@ -135,7 +135,7 @@ def expression(value: LogitsLike, head: HeadInput, dtype: torch.dtype) -> HeadIn
 
 
 def taken_apart(parts: Callable[..., Any], context: Context, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A composite op by the ops that ``parts`` makes it of."""
+    """The result of a composite op, read through the ops that ``parts`` runs."""
     target = context.op
     leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, (TokenValue, Plain))]
     mode = next((m for m in (maybe_get_fake_mode(x.val) for x in leaves if isinstance(x.val, Tensor)) if m), None)

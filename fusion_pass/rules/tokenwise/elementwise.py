@@ -1,4 +1,4 @@
-"""Ops that act on every number alone, and those that only change its dtype or fill a tensor like it."""
+"""Elementwise ops, casts, and ops that fill a tensor of the same shape."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def pointwise_tokens(context: Context, *args: Any, **kwargs: Any) -> TokenValue:
 
 def is_pointwise(op: Any) -> bool:
     if not isinstance(op, OpOverload):
-        return False  # Python's own, on sizes
+        return False  # Python arithmetic on sizes
     return torch.Tag.pointwise in op.tags and torch.Tag.nondeterministic_seeded not in op.tags
 
 
@@ -79,7 +79,7 @@ def entrywise(
 
 
 def as_wide(val: Any, operands: list[Any]) -> TokenValue | None:
-    """What comes from the logits among operands and is of the shape of ``val``."""
+    """The operand that comes from the logits and has the shape of ``val``; None if there is none."""
     wide = (x for x in operands if isinstance(x, TokenValue) and not x.small)
     if not isinstance(val, Tensor):
         return None

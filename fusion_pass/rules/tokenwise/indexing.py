@@ -1,9 +1,9 @@
 """Ops that pick tokens or classes of a token value, and those that read and write entries along the tail.
 
-Picked tokens: the value is computed from them alone, so that a divergence that is computed for every token and then
-indexed by numbers costs its picked tokens only. The pick moves to where the expression begins: to the heads, whose rows
-commute with the projection, and to the tensors from outside. How many tokens a boolean mask picks is not known before
-it is run; of these the sum is read, Σ x[m] = Σ where(m, x, 0).
+Picked tokens: only they are computed, so that a divergence of all tokens that is then indexed by numbers costs the
+picked tokens alone. The pick moves to where the expression begins: to the heads, whose rows commute with the
+projection, and to the tensors from outside. The number of tokens that a boolean mask picks is not known at compile
+time, so that only their sum is read: Σ x[m] = Σ where(m, x, 0).
 
 An op that may do either has two rules, of which the one for tokens is tried first.
 """

@@ -1,4 +1,4 @@
-"""Losses of class labels on token values: token by token, then reduced in the graph as they reduce."""
+"""Losses of class labels on token values: one number a token, which the graph then reduces."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ aten = torch.ops.aten
 
 @token_rule(aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default)
 def nll(context: Context, *args: Any, **kwargs: Any) -> Any:
-    """cross_entropy and nll_loss of class labels: token by token, then reduced in the graph as they reduce."""
+    """cross_entropy and nll_loss of class labels: one number a token, which the graph then reduces."""
     arguments = context.op._schema.arguments
     bound = {a.name: a.default_value for a in arguments} | dict(zip((a.name for a in arguments), args)) | kwargs
     x, labels, weight = bound["self"], bound["target"], bound["weight"]
     if isinstance(labels, TokenValue) and labels.val.is_floating_point():
-        return None  # probabilities that come from logits: by the ops it is made of
+        return None  # targets that are probabilities from logits: the loss is decomposed
     if not isinstance(x, TokenValue) or not isinstance(labels, Plain) or isinstance(weight, TokenValue):
         raise Escape(NotByTokens.NOT_FIRST, op=context.op)
     if labels.val.is_floating_point():
-        return None  # the targets are probabilities: by the ops it is made of
+        return None  # targets that are probabilities: the loss is decomposed
     if x.tail != tuple(d == (1 if x.val.ndim > 1 else 0) for d in range(x.val.ndim)):
         raise Escape(NotByTokens.CLASS_DIM)
     rows = tuple(False for _ in labels.val.shape)
