@@ -2,7 +2,7 @@
 
     model = torch.compile(model, backend="fusedhead")
 
-Nothing else changes. ``fusedhead.explain(model)(*inputs)`` says what was fused, and why not what was not.
+Nothing else changes. ``fusedhead.explain(model)(*inputs)`` says what was fused, and why a head was not.
 Programs that cannot name a backend: ``fusedhead.enable()``, or ``fusedhead run script.py`` from outside.
 """
 

@@ -32,7 +32,7 @@ def explain(
     """A function that takes the arguments of ``fn`` and returns a `Report`.
 
     ``fn`` may be a function, a module, or something already given to ``torch.compile`` (then what was compiled
-    is looked at afresh). ``compile_options`` are those of ``torch.compile``: ``dynamic=``, ``mode=``,
+    is compiled again). ``compile_options`` are those of ``torch.compile``: ``dynamic=``, ``mode=``,
     ``options=`` ... With ``passes`` the report's text ends with the passes of the pipeline, how many edits of the graph
     each made and how long it took. The function runs once, forward only; what became of its logits is in the
     report. Nothing of it stays in Dynamo's cache of ``fn``'s other compilations.

@@ -20,8 +20,8 @@ def defer(module: nn.Module) -> nn.Module:
     No compilation is needed: ``F.cross_entropy(head(h), y)`` in eager mode, or compiled on its own, is computed as in a
     model that is compiled with this backend, with the same numbers and the same report. Calls of fewer logits than
     ``fusedhead.min_logits`` stay as they are; so does what runs inside compiled functions, which the backend sees
-    itself, under modes and transforms, and in regions of activation checkpointing. A head whose logits are read by what
-    is no loss is computed at once from then on.
+    itself, under modes and transforms, and in regions of activation checkpointing. Once its
+    logits are read by anything but a loss, a head is computed at once.
 
     The module itself is not changed: it is copied, pickled and saved as before, and a copy does not defer. Where it
     multiplies itself, a mode of torch functions is on while its methods run: one more call in Python for each of

@@ -1,8 +1,8 @@
-"""Eager projections onto a vocabulary that hand out deferred logits: which, from when on, and until when.
+"""Eager projections onto a vocabulary that return deferred logits: which calls do, and when a module stops.
 
-A call that qualifies is given to the pass as the graph that Dynamo would make of it (`projection_graph`), once for each
-kind of call; gate, record and report are the pass's. A module whose logits are read as numbers instead of answered for
-is no head, or gains nothing: it stops, and the report says by what it was read.
+A call that qualifies goes through the pass as the graph that Dynamo would make of it (`projection_graph`), once for
+each kind of call. The gate, the record and the report are those of the pass. A module whose logits are read as numbers
+is no head, or gains nothing: it stops, and the report names the reader.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ from fusedhead.report import observers
 from fusedhead.report.report import Report
 
 log = logging.getLogger("fusedhead")
-HEAD_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # nobody names a layer by them
-# by what torch's wrappers call the module inside: torch.compile, FSDP1, activation checkpointing
+HEAD_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # their names are no part of a layer's name
+# the attribute of the wrapped module in torch's wrappers: torch.compile, FSDP1, activation checkpointing
 NAMES_OF_WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-MOST_BUILT = 2  # more often than answered, before a kind of call is computed at once: a first look is none
+# a kind of call is computed at once when its logits were built so many times more than answered: one look is no reason
+MOST_BUILT = 2
 
 
 @dataclass(eq=False)
 class Calls:
-    """One kind of call of one module: the function that makes it, and what has become of its logits."""
+    """One kind of call of one module: the function that makes it, and the counts of its logits."""
 
-    compiled: Callable[..., Any] | None  # None where the pass has left it
+    compiled: Callable[..., Any] | None  # None where the pass does not fuse it
     runs: list[Run]
     stopped: str = ""
 
@@ -63,9 +64,9 @@ class Calls:
 
 @dataclass(eq=False)
 class EagerHead:
-    """What is known of one module."""
+    """The state of one module."""
 
-    path: str | None  # as its model names it; None where nobody has said
+    path: str | None  # its name in its model; None where it is not known
     kinds: dict[Any, Calls] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -76,7 +77,7 @@ _guard = threading.RLock()
 
 
 def project_eagerly(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear(input, weight, bias)``, deferred where that is known to be the same and to pay."""
+    """``F.linear(input, weight, bias)``, deferred where this is exact and pays."""
     if torch.jit.is_tracing() or type(weight) not in (nn.Parameter, Tensor):  # a tracer's sizes are tensors
         return F.linear(input, weight, bias)
     if weight.ndim != 2 or not has_sizes_of_a_head(*weight.shape) or not (_everywhere or module in HEADS):
@@ -91,9 +92,9 @@ LinearOperands = tuple[Tensor, Tensor, "Tensor | None"]
 
 
 def deferred_logits(head: Callable[[], EagerHead], module: nn.Module, operands: LinearOperands) -> Tensor | None:
-    """``F.linear(*operands)``, put off; None where that is not known to be the same, or does not pay.
+    """Deferred logits for ``F.linear(*operands)``; None where they are not proved exact, or do not pay.
 
-    ``head`` makes the record of the head, or finds it; ``module`` is the one whose weight it is.
+    ``head`` returns the record of the head; ``module`` owns the weight.
     """
     input, weight, bias = operands
     if not of_plain_tensors(input, weight, bias) or not plainly_eager():
@@ -116,7 +117,7 @@ def deferred_logits(head: Callable[[], EagerHead], module: nn.Module, operands: 
 
 
 def calls_of(head: EagerHead, module: nn.Module, operands: LinearOperands, settings: Any) -> Calls:
-    """The calls of the kind of this one, given to the pass if it is the first."""
+    """The record of this kind of call, which the first one makes by the pass."""
     device = operands[1].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     shapes = tuple(n if n in STATIC_SIZES else -1 for n in operands[0].shape[:-1])
@@ -142,7 +143,7 @@ def as_it_is(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
 def compiled(
     head: EagerHead, module: nn.Module, operands: LinearOperands, settings: Any, freed: Illegal | None
 ) -> Calls:
-    """The pass on a call's graph. Whatever goes wrong leaves such calls as they are."""
+    """Run the pass on a call's graph. An error leaves calls of this kind unchanged."""
     told: list[Report] = []
 
     def observe(report: Report) -> None:
@@ -194,19 +195,19 @@ def without_wrappers(name: str) -> str:
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The layers in a module, itself included, that may be heads by their sizes, by their names."""
+    """(name, layer) for the layers in a module, itself included, that have the sizes of a head."""
     for name, inner in module.named_modules():
         if (
             isinstance(inner, nn.Linear)
             and type(inner).forward is nn.Linear.forward
-            # not its weight's own: sharding may have put a part of it there
+            # the layer's sizes: the weight itself may be a shard
             and has_sizes_of_a_head(inner.out_features, inner.in_features)
         ):
             yield name, inner
 
 
 def register_layers(layers: Iterable[tuple[str, nn.Linear]]) -> None:
-    """Let layers defer, by their names."""
+    """Let layers defer; keys are their names in the model."""
     with _guard:
         for name, inner in layers:
             HEADS.setdefault(inner, EagerHead(without_wrappers(name)))
@@ -227,7 +228,7 @@ def install() -> None:
 def everywhere() -> Callable[[], None]:
     """Let every eager layer that qualifies defer. Returns the function that undoes it.
 
-    What was given to `defer` goes on.
+    Modules that were given to `defer` go on.
     """
     if why := unusable():
         raise RuntimeError(why)

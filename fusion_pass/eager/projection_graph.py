@@ -1,6 +1,6 @@
-"""The Dynamo graph of one eager projection, ``F.linear(h, w, b)``, built by hand: the pass reads it as any other.
+"""The Dynamo graph of one eager projection, ``F.linear(h, w, b)``, built by hand for the pass.
 
-The sizes before the last are symbols, as Dynamo makes them of sizes that change. This file decides nothing.
+The sizes before the last are symbols, as Dynamo makes them of sizes that change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STATIC_SIZES = (0, 1)  # a size that is 1 once is another graph
 
 @dataclass(frozen=True)
 class Named:
-    """The source of an input, as Dynamo's say what a user calls it."""
+    """The source of an input: its name for users, as Dynamo's sources hold it."""
 
     name: str
 
@@ -54,10 +54,10 @@ def fake_of(mode: Any, operand: Tensor, symbolic: Sequence[int]) -> Tensor:
 def graph_of(
     operands: Sequence[Tensor | None], path: str, kind: type, trace: str, freed: Illegal | None = None
 ) -> tuple[GraphModule, ShapeEnv]:
-    """The graph of ``F.linear(*operands)`` in the modes that are on, and what knows its symbols.
+    """The graph of ``F.linear(*operands)`` in the current modes, and the shape environment of its symbols.
 
     Its inputs are `arguments`. ``path`` and ``kind`` are the module's; ``trace`` names the program's lines as a
-    traceback does. ``freed``: why somebody frees the weight when the module has run.
+    traceback does. ``freed``: why the weight is freed after the module has run.
     """
     graph, shapes = Graph(), ShapeEnv(duck_shape=False)
     mode = FakeTensorMode(shape_env=shapes)

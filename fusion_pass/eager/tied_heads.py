@@ -1,7 +1,7 @@
-"""Heads that are no layers: products of a model's own eager code with a weight [V, D], its embedding's as a rule.
+"""Heads that are no layers: eager products in a model's code with a weight [V, D], often that of its embedding.
 
-Nothing of torch's is changed for them. A model that was given to `defer` has methods of its class run inside a scope
-(`functional.eager_products`), on this model alone; what the scope shows is read here.
+No function of torch is replaced for them. The methods of a model that was given to `defer` run inside a scope
+(`functional.eager_products`), for this model alone, and this file reads the products that the scope sees.
 
 | product                                      | the weight                                    |
 |----------------------------------------------|-----------------------------------------------|
@@ -35,7 +35,7 @@ _methods: dict[tuple[type, str], Any] = {}  # the methods that are ours now, by 
 
 
 def weights(module: nn.Module) -> Iterator[str]:
-    """The names of parameters that may be a head's by their sizes."""
+    """The names of parameters that have the sizes of a head."""
     for name, parameter in module.named_parameters():
         if parameter.ndim == 2 and has_sizes_of_a_head(*parameter.shape):
             yield name
@@ -66,7 +66,7 @@ def is_a_method(name: str, value: Any) -> bool:
 
 
 def scope(module: nn.Module) -> EagerProducts | None:
-    """What shows the products of a model while a method of it runs; None where it is no such model, or is shown."""
+    """The scope of a model's method; None for a model that was not given to `defer`, and inside a scope."""
     if module not in MODELS or torch.jit.is_scripting() or torch.jit.is_tracing():
         return None
     if any(type(mode) is EagerProducts for mode in function_modes()):
@@ -74,7 +74,7 @@ def scope(module: nn.Module) -> EagerProducts | None:
     return EagerProducts(partial(serve_product, module))
 
 
-_tables: set[tuple[int, int]] = set()  # the sizes of embeddings that were made and may be multiplied by
+_tables: set[tuple[int, int]] = set()  # sizes of embeddings whose weight may be a head
 
 
 def watch_tables() -> Callable[[], None]:
@@ -108,7 +108,7 @@ def embedding_note(heads: Iterable[tuple[Any, Any]]) -> str:
 
 
 def serve_product(module: nn.Module, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One product in a method of a model: deferred logits, or what torch makes of it."""
+    """The result of one product in a method of a model: deferred logits, or torch's own."""
     operands = operands_of(func, *args, **kwargs)
     if operands is not None:
         owner = owner_of(module, operands[1])
@@ -142,7 +142,7 @@ def operands_of(func: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, T
 
 
 def owner_of(module: nn.Module, weight: Tensor) -> tuple[Callable[[], EagerHead], nn.Module] | None:
-    """What finds the record of the head that has this weight, or makes it, and the module whose parameter it is."""
+    """(a function that returns the record of the head with this weight, the module that owns the weight)."""
     if weight.ndim != 2 or not has_sizes_of_a_head(*weight.shape):
         return None
     for name, owner in module.named_modules():

@@ -1,7 +1,7 @@
-"""The forward of `torch.nn.Linear` that, in eager mode, asks first whether the layer is a head whose logits can wait.
+"""A forward of `torch.nn.Linear` that returns deferred logits for a head in eager mode.
 
-Dynamo traces it as it traces torch's own: compiled code sees one branch, and the code stands at the place of torch's in
-files and lines, so that tracebacks and graphs name the program's lines alone. TorchScript reads torch's text.
+Dynamo traces it like torch's own: compiled code sees one branch. The code has the file and the lines of torch's
+forward, so that tracebacks and graphs name the program's lines alone, and TorchScript reads torch's text.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ LINEAR_NAMES = ("F", "linear", "weight", "bias")  # the names in torch's own for
 
 
 def forward_with(project: EagerProjection) -> Callable[[nn.Linear, Tensor], Tensor]:
-    """A forward by which eager calls are made by ``project(module, input, weight, bias)``.
+    """A forward that makes eager calls through ``project(module, input, weight, bias)``.
 
-    Raises RuntimeError where this torch's forward is not the one that is known, or somebody has replaced it.
+    Raises RuntimeError where this torch has another forward, or another package has replaced it.
     """
     original = nn.Linear.forward
     names = getattr(getattr(original, "__code__", None), "co_names", None)
@@ -38,7 +38,7 @@ def forward_with(project: EagerProjection) -> Callable[[nn.Linear, Tensor], Tens
 
 
 def tied_forward_with(project: EagerProjection, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The forward of a layer that is given its weight, by which eager calls are made by ``project``."""
+    """The same for a layer that is given its weight in the call."""
 
     @wraps(original)
     def forward(self: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

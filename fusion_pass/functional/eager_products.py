@@ -1,8 +1,8 @@
-"""A scope in which eager products are asked first whether they are heads whose logits can wait.
+"""A scope in which an eager product with the weight of a head returns deferred logits.
 
-``F.linear(h, embedding.weight)`` or ``h @ embedding.weight.T`` in a model's own code calls no layer. What sees such
-calls is a mode of torch functions; it is on inside methods of models that were named, on their thread, and nowhere
-else. Dynamo traces what is here as if the mode were not: compiled code has the same graphs with and without it.
+``F.linear(h, embedding.weight)`` or ``h @ embedding.weight.T`` in a model's own code calls no layer. A mode of
+torch functions sees such calls. It is on inside methods of the given models, on their thread, and nowhere else. Dynamo
+traces these functions as if the mode were off: compiled code has the same graphs with and without it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EAGER_PRODUCTS = frozenset({F.linear, torch.matmul, Tensor.matmul, Tensor.__matm
 
 
 class EagerProducts(TorchFunctionMode):
-    """Gives products to ``product(func, args, kwargs)``, and makes every other call as it is."""
+    """Hands products to ``product(func, args, kwargs)`` and runs every other call unchanged."""
 
     def __init__(self, product: Product) -> None:
         super().__init__()
@@ -36,9 +36,9 @@ class EagerProducts(TorchFunctionMode):
 
 
 def method_in(scope: Callable[[Any], AbstractContextManager[Any] | None], original: FunctionType) -> Callable[..., Any]:
-    """``original``, a method, whose eager calls are made inside ``scope(self)``.
+    """A method that runs ``original`` inside ``scope(self)`` in eager mode.
 
-    It has the names and the place in files of ``original``: what reads a function's text finds that.
+    It has the names, the file and the lines of ``original``, so that readers of source find that.
     """
     is_compiling = torch.compiler.is_compiling
 

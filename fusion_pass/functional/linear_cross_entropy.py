@@ -117,7 +117,7 @@ def linear_cross_entropy(
         settings = (reduction, ignore_index, label_smoothing, z_loss, softcap, weight is None, bias is None)
         if wrong:
             refuse_with_all(wrong, h, w.shape[0], group)
-        # what decides which collectives follow: all ranks sum dh or none does, and one sweep has windows for all alike
+        # facts that decide which collectives follow: whether dh is summed, and whether one sweep in equal windows serves
         learnt = torch.is_grad_enabled() and h.requires_grad
         in_one_sweep = None if vocab_size is None else (torch.is_grad_enabled() and w.requires_grad, budget)
         shard = span(h, w.shape[0], group, (vocab_size, str(reduce_dtype), learnt, in_one_sweep, *settings))
@@ -291,6 +291,6 @@ def with_gradients(head: Operands, loss: Loss, memory: int, place: tuple[Any, ..
         head.transform, stats_of_loss(loss), memory, *needs, False, *place,
     )  # fmt: skip
     lse, low, picked, total, spread = (out[LOSS_OUTPUTS.index(name)].detach() for name in READ)
-    # -0.0: it hands the upstream gradient to the op, which has all gradients up to this factor
+    # -0.0 passes the upstream gradient to the op, which holds all gradients up to this factor
     tie = out[LOSS_OUTPUTS.index("tie")]
     return reduced(LossStatistics(lse, low, picked, total, spread), loss) + tie

@@ -1,7 +1,7 @@
 """Vocabulary-parallel heads: the shard that a rank holds, and the arguments that its ranks have to agree on.
 
-The statistics of the shards are merged by ``shard_stats`` (`fusedhead.lowering.shards`), in one collective; before it
-one of two numbers a rank says who holds how many classes, and whether all ranks were asked for the same.
+The statistics of the shards are merged by ``shard_stats`` (`fusedhead.lowering.shards`), in one collective. An earlier
+collective of two numbers a rank tells how many classes each rank holds, and whether all ranks make the same call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def bounds(vocab_size: int, ranks: int, rank: int) -> tuple[int, int]:
-    """The classes [first, last) that DTensor's Shard(0) gives to a rank: ceil(V / ranks) each, the last ones fewer."""
+    """The classes [first, last) of a rank under DTensor's Shard(0): ceil(V / ranks) each, fewer for the last ranks."""
     each = -(-vocab_size // ranks)
     return min(rank * each, vocab_size), min((rank + 1) * each, vocab_size)
 
@@ -43,7 +43,7 @@ def wrong_shard(classes: int, group: Group, vocab_size: int | None) -> str:
 
 
 def span(h: Tensor, classes: int, group: Group, facts: Hashable) -> Tensor:
-    """[2] int64: the first class of this rank, and the number of all, from what each rank says that it holds.
+    """[2] int64: the first class of this rank and the number of all classes, from the numbers that all ranks hold.
 
     ``facts`` is what the ranks must agree on, with the shape and the dtype of ``h``. Raises ShardMismatch on every rank
     where one differs (on a GPU an assertion fails, since nobody waits for the device).

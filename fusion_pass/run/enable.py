@@ -148,7 +148,7 @@ def heads_in_eager_mode(module: ModuleType) -> Undo:
 
 
 def torchtune_ties_heads(module: ModuleType) -> Undo:
-    """The same for torchtune's heads that are tied to an embedding: a layer of its own, given the weight."""
+    """The same for torchtune's heads that are tied to an embedding: a layer of another class, given the weight."""
     original = module.Linear.forward
     if list(inspect.signature(original).parameters) != ["self", "x", "weight"]:
         raise RuntimeError("torchtune.modules.tied_linear.Linear.forward takes other arguments")

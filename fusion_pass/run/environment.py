@@ -1,4 +1,4 @@
-"""``fusedhead env``: the facts that a bug report needs, all of them fit to be published.
+"""``fusedhead env``: the facts that a bug report needs, none of them private.
 
 Versions, the chip and its engine, options and where each was set, verdicts of self-checks, cached files, patches in
 force, missing names of torch. No other environment variable is shown.

@@ -25,10 +25,10 @@ from fusedhead.kernels.torch_engine.blocks import cuts
 
 RowFunction = Callable[..., Any]
 _MADE: dict[tuple, RowFunction] = {}
-_SEEN: set[tuple] = set()  # (function, size) of the last, partial windows that were met before
+_SEEN: set[tuple] = set()  # (function, size) of partial windows that were met once
 _MAKING = threading.Lock()
 PIECES = 8  # a partial window that is not compiled runs in pieces of 1 / PIECES of a whole one
-RECOMPUTED = {  # Inductor's limits are 4, 8 and 30; each counts what a value is computed from, row statistics included
+RECOMPUTED = {  # Inductor's limits are 4, 8 and 30. Each counts the inputs of a value, row statistics included
     "realize_reads_threshold": 32,
     "realize_acc_reads_threshold": 32,
     "realize_opcount_threshold": 128,
@@ -125,8 +125,8 @@ def traced(
 def gpu_options(device: torch.device, rows: int) -> dict[str, Any]:
     """Options of Inductor for a window of so many rows.
 
-    A value is computed again where it is used again, rather than written and read in float32. Where the rows are fewer
-    than Inductor splits, the max and the sum of a softmax are two passes, as it would make them itself with a warning.
+    A value is computed again for each use rather than written and read in float32. With fewer rows than Inductor
+    splits, the max and the sum of a softmax are two passes, which Inductor would choose itself with a warning.
     """
     config = import_module("torch._inductor.config")
     options: dict[str, Any] = dict(RECOMPUTED)

@@ -66,7 +66,7 @@ def _vjp(
     heads: tuple[bool, ...],
     keep: bool,
 ) -> RowFunction:
-    """A function of (inputs..., products..., upstream..., anything else...) that returns gradients.
+    """A function of (inputs..., products..., upstream..., and further arguments) that returns gradients.
 
     There are ``total`` inputs. Returned are the gradients of the inputs ``wanted`` and of the products whose flag in
     ``heads`` is set. With ``keep`` the program's results come before them.

@@ -114,7 +114,7 @@ def simplify(module: GraphModule, taken: Collection[int] = ()) -> list[RowStatis
 
 
 def drop_casts_there_and_back(graph: Graph) -> None:
-    """Drop roundings to a dtype that the value had before it was widened, as of logits that are products already."""
+    """Drop a rounding to the dtype that the value had before it was widened: it changes no number."""
     for node in graph.find_nodes(op="call_function", target=aten._to_copy.default):
         wide = node.args[0]
         if not isinstance(wide, Node) or wide.target != aten._to_copy.default or not is_plain_cast(wide):
@@ -172,7 +172,7 @@ class Normalizer:
 
 
 class RowSums:
-    """Σ over the columns of a traced value where it is known without a pass over them."""
+    """Sums over the columns of traced values that need no pass over the columns."""
 
     def __init__(self, graph: Graph, softmaxes: dict[Node, Normalizer]) -> None:
         self.graph, self.softmaxes = graph, softmaxes
@@ -216,7 +216,7 @@ class RowSums:
         return None
 
     def _of_nll(self, node: Node) -> Node | None:
-        """Of -g at the label, zeros elsewhere and in rows whose label is ignored; without class weights."""
+        """The sum of an nll gradient: -g at the label, zero elsewhere and where the label is ignored; without class weights."""
         g, x, target, weight, reduction, ignored = node.args[:6]
         if weight is not None or reduction != NONE or len(shape_of(x)) != 2 or len(shape_of(g)) != 1:
             return None
@@ -224,7 +224,7 @@ class RowSums:
         return self.call(aten.unsqueeze.default, self.call(aten.neg.default, kept), 1)
 
     def column(self, node: Any) -> Any:
-        """A factor that is one number a row, as a number or as [n, 1]; None for another."""
+        """A factor with one number a row, as a number or as [n, 1]; None for any other factor."""
         if isinstance(node, (int, float)):
             return node
         shape = shape_of(node)

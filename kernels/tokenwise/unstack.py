@@ -31,7 +31,7 @@ def shape_of(node: Any) -> tuple[int, ...]:
 
 def unstack(graph: Graph) -> None:
     """Replace the results of ops on stacks. The ops themselves stay for other uses, or are dead."""
-    parts: dict[Node, list[Node]] = {}  # of each value [n, k, V] that is known by its matrices
+    parts: dict[Node, list[Node]] = {}  # the matrices of each value [n, k, V] that is a stack
     if not graph.find_nodes(op="call_function", target=aten.stack.default):
         return
     for node in list(graph.nodes):
@@ -73,7 +73,7 @@ def _parts(graph: Graph, node: Node, parts: dict[Node, list[Node]]) -> list[Node
 
 
 def _whole(graph: Graph, node: Node, parts: dict[Node, list[Node]]) -> Node | None:
-    """What a node that reads a stack makes of its matrices: one matrix."""
+    """The one matrix that a node computes from the matrices of a stack."""
     args = node.args
     if not args or not isinstance(args[0], Node) or args[0] not in parts or node.kwargs:
         return None
