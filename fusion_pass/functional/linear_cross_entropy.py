@@ -117,7 +117,7 @@ def linear_cross_entropy(
         settings = (reduction, ignore_index, label_smoothing, z_loss, softcap, weight is None, bias is None)
         if wrong:
             refuse_with_all(wrong, h, w.shape[0], group)
-        # facts that decide which collectives follow: whether dh is summed, and whether one sweep in equal windows serves
+        # facts that decide the collectives: whether dh is summed, and whether one sweep in equal windows serves
         learnt = torch.is_grad_enabled() and h.requires_grad
         in_one_sweep = None if vocab_size is None else (torch.is_grad_enabled() and w.requires_grad, budget)
         shard = span(h, w.shape[0], group, (vocab_size, str(reduce_dtype), learnt, in_one_sweep, *settings))

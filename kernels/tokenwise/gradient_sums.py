@@ -53,7 +53,7 @@ class GradientSums:
         ]
 
     def _target(self, at: int, i: slice) -> tuple[Tensor | None, bool]:
-        """(the buffer that takes the gradient of input ``at`` from the tokens ``i``, whether it holds a sum already)."""
+        """(the buffer for the gradient of input ``at`` from the tokens ``i``, whether it holds a sum already)."""
         into = self.into[at]
         if into is None:
             return None, False

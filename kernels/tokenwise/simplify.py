@@ -216,7 +216,7 @@ class RowSums:
         return None
 
     def _of_nll(self, node: Node) -> Node | None:
-        """The sum of an nll gradient: -g at the label, zero elsewhere and where the label is ignored; without class weights."""
+        """The sum of an nll gradient, -g at labels that are not ignored and zero elsewhere; without class weights."""
         g, x, target, weight, reduction, ignored = node.args[:6]
         if weight is not None or reduction != NONE or len(shape_of(x)) != 2 or len(shape_of(g)) != 1:
             return None
