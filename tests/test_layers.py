@@ -64,6 +64,14 @@ def test_every_import_goes_down() -> None:
     assert not wrong
 
 
+def test_the_internals_list_the_layers_as_they_are() -> None:
+    page = (ROOT / "docs" / "internals" / "index.md").read_text(encoding="utf-8")
+    listed = page.partition("```text\n")[2].partition("```")[0].splitlines()
+    names = {name for row in LAYERS for name in row}
+    rows = [{word for word in line.partition("   ")[0].split() if word in names} for line in listed]
+    assert rows == [set(row) for row in LAYERS[2:-2]]  # below: lowering and kernels, whose order the sentence says
+
+
 MOST_FLOORS = 11
 
 

@@ -1,8 +1,8 @@
 """Elementwise functions of the logits: code is generated from the op and becomes one step.
 
-What no code is generated for (`fusedhead.generate` says why), or wants a gradient of its second operand, is computed
-token by token like any other op. So are functions that jump (floor, sign, comparisons), since the program's rounding
-decides on which side of a jump a logit is.
+An op without generated code (`pointwise_codegen` raises the reason), or whose second operand wants a gradient, is
+computed token by token like any other op. So are functions that jump (floor, sign, comparisons), since the program's
+rounding decides on which side of a jump a logit is.
 """
 
 from __future__ import annotations
