@@ -5,7 +5,7 @@ aligned or equal to one, which tile and which constants a kernel is asked for. S
 without storage (device "meta"), through `launch.launch` and Triton's own look at the arguments, and every launch ends
 where the compiled kernel would be handed to the driver. Nothing is computed. The first IR that Triton makes of a kernel
 decides all that follows, with the options and the assembler: a kernel whose IR is on record is not compiled again.
-Triton has to be imported without TRITON_INTERPRET. This file must not know which heads are compiled, nor what for.
+Triton has to be imported without TRITON_INTERPRET.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The data sets: hidden states, a weight and labels with the statistics that decide how fast a head runs.
 
-``random`` is a head at its initialisation: logits of variance 1, labels uniform. ``trained`` looks like a
-trained model's output: a Zipf-like unigram distribution that every row shares, a few likely tokens a row, a
-confident prediction in 70 % of the rows, and every 17th label ignored. Methods that skip small
-probabilities, and roundings that hurt only where p is near 1, show themselves there. ``model`` is a real model
-after some minutes of training, out of a file. This file knows nothing of losses or timing.
+``random`` is a head at its initialisation: logits of variance 1, labels uniform. ``trained`` looks like a trained
+model's output: a Zipf-like unigram distribution that every row shares, a few likely tokens a row, a confident
+prediction in 70 % of the rows, and every 17th label ignored. Methods that skip small probabilities, and roundings that
+hurt only where p is near 1, show themselves there. ``model`` is a real model after some minutes of training, out of a
+file.
 """
 
 from __future__ import annotations

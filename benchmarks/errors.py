@@ -1,7 +1,7 @@
 """How far a result is from the truth: loss, dH and dW in float64, in windows of rows so that big heads fit.
 
-Truth is computed from the very h and W that the contender gets (rounded to their dtype already), so an error
-is the contender's alone. This file knows nothing of contenders.
+Truth is computed from the very h and W that the contender gets (rounded to their dtype already), so an error is the
+contender's alone.
 """
 
 from __future__ import annotations

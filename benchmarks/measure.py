@@ -1,10 +1,9 @@
 """Time and memory of a step: medians over interleaved rounds, and the peak of one step above what was there.
 
-Contenders take turns in every round, so a clock that drifts drifts for all of them, and in another order each
-round: a turn runs up to 3 % faster behind a short or memory-bound one, which leaves the chip cooler. A turn is one
-untimed step, which brings the allocator and the caches to this contender's state, and then a few timed ones behind
-it without a pause, so that launch latency hides where it hides in training. This file knows only functions
-of no arguments.
+Contenders take turns in every round, so a clock that drifts drifts for all of them, and in another order each round: a
+turn runs up to 3 % faster behind a short or memory-bound one, which leaves the chip cooler. A turn is one untimed step,
+which brings the allocator and the caches to this contender's state, and then a few timed ones behind it without a
+pause, so that launch latency hides where it hides in training.
 """
 
 from __future__ import annotations

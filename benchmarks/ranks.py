@@ -2,7 +2,7 @@
 
 Under torchrun the group is NCCL's (gloo's on CPUs). Without it one process stands for rank 0 of as many as are asked,
 in torch's group that sends nothing, and `without_wire` puts copies of the same size in the place of collectives: what
-is left is a shard's time without the wire. This file knows no heads.
+is left is a shard's time without the wire.
 """
 
 from __future__ import annotations

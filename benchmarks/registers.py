@@ -10,8 +10,7 @@ version of Triton (``H100_triton_3.6.json``) into --out. A kernel's digest is th
 equal digests before and after a change mean that it compiles to the same code. ``--ptx`` keeps the PTX itself. ``ir``
 is the digest of the first IR that Triton makes of the kernel, of the options and of the assembler's version: with the
 same Triton, equal ones mean the same binary, so that ``--known DIR`` takes the numbers of a kernel whose ``ir`` is on
-record from there (seconds for minutes), but for ``--again N`` of them, drawn at random. It must not know how a kernel
-is launched.
+record from there (seconds for minutes), but for ``--again N`` of them, drawn at random.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The sizes that are benchmarked: one `Case` is a shape and a dtype.
 
-This file knows no device and no contender. A case is written ``NxDxV`` or ``NxDxV:dtype`` on the command
+A case is written ``NxDxV`` or ``NxDxV:dtype`` on the command
 line, or by the name of a family below.
 """
 

@@ -8,7 +8,7 @@
 
 Autograd rounds a gradient to the dtype of its tensor. In two bytes each rank's part of dh would be rounded before the
 sum, where one process rounds once. A recipient has float32, and one number in memory: nobody reads it. Both ops take
-the ``token`` of the collective before them and give one of their own (`lowering.shards`). This file knows no heads.
+the ``token`` of the collective before them and give one of their own (`lowering.shards`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Registers an op of ``torch.ops.fusedhead``: schema, implementation, shapes under fake tensors, derivative.
-
-It must not know what an op computes.
-"""
+"""Registers an op of ``torch.ops.fusedhead``: schema, implementation, shapes under fake tensors, derivative."""
 
 from __future__ import annotations
 

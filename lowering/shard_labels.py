@@ -1,6 +1,6 @@
 """The labels of a head in shards: which of them a rank holds, those of all ranks, and one that is no class.
 
-Rank r holds the classes [first, first + V_r) of V. It must not know how a shard is swept.
+Rank r holds the classes [first, first + V_r) of V.
 """
 
 from __future__ import annotations

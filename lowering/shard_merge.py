@@ -13,7 +13,7 @@ alone, x_r = (lse_r - M) - H_r the mean of log p + log E over them:
 
 Every rank adds the same numbers in the order of the ranks, so that all have the same bits. A rank receives 4 bytes a
 token from each other one for every number that is asked (8 for float64); two all-reduces, a maximum and a sum, would
-send fewer where the ranks are many, and wait twice. This file knows no heads and no graphs.
+send fewer where the ranks are many, and wait twice.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ once, after the sum; with "" it keeps that dtype on the way to a ``recipient`` (
 
 With ``own_labels`` each rank may have labels of its own, whose logits are then picked on all ranks, and one more
 collective sends them. Without, labels are equal on all ranks; where they are not, every rank adds what it has of its
-own, as torch's ``loss_parallel`` does. A label that is no class raises on every rank alike. This file knows no graphs.
+own, as torch's ``loss_parallel`` does. A label that is no class raises on every rank alike.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
     gather_tokens   the whole, from each rank's part; its gradient is summed and scattered
     scatter_tokens  each rank's part of a sum over the ranks, added up in float32
 
-Both take the ``token`` of the collective before them and give one of their own (`lowering.shards`). This file knows no
-heads and no graphs.
+Both take the ``token`` of the collective before them and give one of their own (`lowering.shards`).
 """
 
 from __future__ import annotations

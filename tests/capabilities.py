@@ -1,7 +1,7 @@
 """What this torch can do that an older one cannot, asked of torch itself and not of its version.
 
 A test whose program an older Dynamo breaks apart asks here, and asserts in either case what is true there: the numbers
-always, what is fused where the graph is whole. It must not know what is tested.
+always, what is fused where the graph is whole.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What all tests share: a compile cache of their own, one thread a worker, a fixed seed, no graphs left over.
-
-It must not know what is tested.
-"""
+"""What all tests share: a compile cache of their own, one thread a worker, a fixed seed, no graphs left over."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """A torch.compile backend that runs the pass and then executes the rewritten graph eagerly.
 
 The whole backend as users get it, with Inductor replaced by nothing: what the pass decided is tested in milliseconds.
-It must not know what is tested.
 """
 
 from __future__ import annotations

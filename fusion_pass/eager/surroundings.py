@@ -6,8 +6,6 @@
 | a tracer, a compiler                                                  | it records the call |
 | a region of checkpointing                                             | both passes over it have to save the same |
 | operands of another class, layout, dtype or device than plain tensors | their class says what the call is |
-
-This file reads; it knows no graphs.
 """
 
 from __future__ import annotations

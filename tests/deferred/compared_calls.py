@@ -1,6 +1,6 @@
 """Calls on deferred logits and on real ones, compared in a process of their own: results, errors, warnings, logs.
 
-`run` is the target of a process. It must not know which calls are made, nor what becomes of a process that ends.
+`run` is the target of a process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Calls of everything that torch lets a tensor's class override, on one tensor, with arguments made up by their types.
 
 What a signature does not say is guessed by the argument's name. Most calls work; the others fail in eager code too,
-which is as good a thing to compare. It must not know what is compared.
+which is as good a thing to compare.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A model that returns logits, compiled with the pass alone, and a counter of what runs on its logits.
-
-It must not know what is tested.
-"""
+"""A model that returns logits, compiled with the pass alone, and a counter of what runs on its logits."""
 
 from __future__ import annotations
 

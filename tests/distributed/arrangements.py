@@ -1,6 +1,6 @@
 """Two steps of training on each of two gloo ranks, arranged as programs arrange them, and on one process in eager.
 
-`every_arrangement` runs on a rank (`tests.functional.ranks`). It must not know what is tested.
+`every_arrangement` runs on a rank (`tests.functional.ranks`).
 """
 
 from __future__ import annotations

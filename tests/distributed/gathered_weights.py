@@ -1,7 +1,6 @@
 """Programs in which FSDP frees a weight between a forward and what is made of its logits; run on ranks.
 
-Each gives what a program of its kind can see, with deferred logits or with eager code's. It must not know what is
-tested.
+Each gives what a program of its kind can see, with deferred logits or with eager code's.
 """
 
 from __future__ import annotations

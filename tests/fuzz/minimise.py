@@ -1,7 +1,6 @@
 """Making a failing program small: drop statements, unwrap blocks, pass values through, set options to their defaults.
 
-Greedy, until nothing more can go. A candidate counts when it still differs in the same kind. This file knows
-neither the grammar nor how programs are compared.
+Greedy, until nothing more can go. A candidate counts when it still differs in the same kind.
 """
 
 from __future__ import annotations

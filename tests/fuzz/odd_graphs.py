@@ -1,7 +1,7 @@
 """Random graphs of PyTorch calls around a projection, drawn call by call: odd dtypes, sizes, dimensions, near misses.
 
 Unlike the grammar's programs they mean nothing; a call that fake tensors refuse is drawn again. Every node carries the
-fake value that Dynamo would have recorded. This file knows nothing of the pass.
+fake value that Dynamo would have recorded.
 """
 
 from __future__ import annotations

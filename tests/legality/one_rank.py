@@ -1,7 +1,4 @@
-"""Programs of one rank that arrange a head as DistributedDataParallel and FSDP do (`tests.functional.ranks` runs them).
-
-It must not know what is tested.
-"""
+"""Programs of one rank that arrange a head as DistributedDataParallel and FSDP do (run by `tests.functional.ranks`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Arguments for every op of torch that writes: recorded where torch's own samples run, made by type, or by hand.
 
-An op that writes is called with what its counterpart that does not (``add_`` and ``add.out``: ``add``) was called
-with. Samples are those of ``torch.testing._internal.common_methods_invocations.op_db``. This file knows no programs.
+An op that writes is called with what its counterpart that does not (``add_`` and ``add.out``: ``add``) was called with.
+Samples are those of ``torch.testing._internal.common_methods_invocations.op_db``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Random abstract values, and what they claim to be, in numbers.
 
 `draw_state` makes some logits: a head, moves of its rows, steps along its vocabulary. `numbers` is the meaning of a
-value, by definition and apart from the rewriter: replay the moves on h, multiply, transform. This file knows the
-values but no rule.
+value, by definition and apart from the rewriter: replay the moves on h, multiply, transform.
 """
 
 from __future__ import annotations

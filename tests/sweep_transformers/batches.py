@@ -1,7 +1,6 @@
 """A small training batch for any transformers model, read off the signature of its ``forward``.
 
 Text goes in as random token ids with labels; what a model needs beside or instead of text is a row of `EXTRA`.
-This file knows nothing of configurations beyond the sizes it reads from them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sweep's result as a Markdown table with a summary. This file knows verdicts and runs nothing."""
+"""The sweep's result as a Markdown table with a summary."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Two copies of one program, one of whose models returns deferred logits: each step is done to both and compared.
 
 A `World` holds a pool of pairs of tensors, the real one and the deferred one. An action is a function of one side and
-of tensors of that side; the tables of `steps`, `modes` and `changes` say what it is tried on. It must not know
-hypothesis.
+of tensors of that side; the tables of `steps`, `modes` and `changes` say what it is tried on.
 """
 
 from __future__ import annotations
