@@ -1,6 +1,8 @@
 """Unsafe blocks: the token blocks whose exponentials left the safe range and are swept again with a better reference.
 
-    flags[b] = 1 if the total Σ_v E[i, v] of a row i of block b is not between 1e-18 and 1e18 (0, inf, NaN)
+    flags[b] = 1 if the total Σ_v E[i, v] of a row i of block b is not between two bounds (0, inf, NaN are not)
+
+The bounds are 1e-18 and 1e18 for exponentials that are stored in the range of float32, others for float16.
 
 in: the sweep's partial totals [size] float32, laid out by `device.schedule`. out: flags [token blocks] int32, which
 later kernels read on the device, so that the host need not wait. Bytes: N · slots · 4; FLOP: one addition per partial
@@ -33,6 +35,8 @@ def check_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     SLOTS: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
 ):
     """One program a token block."""
     block = tl.program_id(0)
@@ -43,18 +47,18 @@ def check_kernel(
         slot = first + tl.arange(0, SLOTS)
         at = start.to(tl.int64) + slot[:, None].to(tl.int64) * distance + lane[None, :]
         total += tl.sum(tl.load(part + at, mask=(slot < slots)[:, None], other=0.0), 0)
-    safe = (total > 1 / SAFE_TOTAL) & (total < SAFE_TOTAL)
+    safe = (total > LEAST) & (total < MOST)
     bad = (block * BM + lane < N) & (safe == 0)
     tl.store(flags + block, tl.max(bad.to(tl.int32), 0))
 
 
 @lru_cache(maxsize=KEPT)
-def _launch(s: Sweep) -> Launch:
-    return Launch(check_kernel, (s.schedule.blocks, 1, 1), s.arguments(num_warps=4))
+def _launch(s: Sweep, least: float, most: float) -> Launch:
+    return Launch(check_kernel, (s.schedule.blocks, 1, 1), s.arguments(LEAST=least, MOST=most, num_warps=4))
 
 
-def mark_unsafe(s: Sweep, part: Tensor) -> Tensor:
-    """flags [token blocks] int32: 1 if the total of a row shows that its exponentials left the safe range."""
+def mark_unsafe(s: Sweep, part: Tensor, least: float = 1 / SAFE_TOTAL.value, most: float = SAFE_TOTAL.value) -> Tensor:
+    """flags [token blocks] int32: 1 if the total of a row is not between the bounds."""
     flags = part.new_empty(s.schedule.blocks, dtype=torch.int32)
-    _launch(s).run(part=part, flags=flags)
+    _launch(s, least, most).run(part=part, flags=flags)
     return flags
