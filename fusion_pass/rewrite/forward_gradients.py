@@ -220,7 +220,7 @@ def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares
     ``coefficients``: of its results, which become constants.
     """
     tensors: Any = call.args[:6]
-    by_index, inverse = loss_scale.times_gain(emit, call, {name_index(s): r for s, r in coefficients.items()})
+    by_index, inverse = loss_scale.scaled_coefficients(emit, call, {name_index(s): r for s, r in coefficients.items()})
     empty = named(emit(aten.new_empty.default, tensors[0], [0], dtype=torch.float32), "no_coefficients")
     c = [by_index.get(i, empty) for i in range(len(LINEAR_STATS))]
     total = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), squares) if squares else empty

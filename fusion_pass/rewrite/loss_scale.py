@@ -14,7 +14,7 @@ from fusedhead.graph.nodes import fake
 from fusedhead.ir.builder import Emit, named
 from fusedhead.kernels.contract import LINEAR_STATS
 from fusedhead.kernels.transform.transform import parse
-from fusedhead.lowering.gain import times_gain as gained
+from fusedhead.lowering.gain import times_gain
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ def vanishes(call: Node) -> bool:
     return is_float16(call) and not plain
 
 
-def times_gain(emit: Emit, call: Node, coefficients: dict[int, Node]) -> tuple[dict[int, Node], Node | None]:
+def scaled_coefficients(emit: Emit, call: Node, coefficients: dict[int, Node]) -> tuple[dict[int, Node], Node | None]:
     """Coefficients times the gain, and what the gradient of the loss is multiplied by; as they are if not float16."""
     if not is_float16(call):
         return coefficients, None
@@ -38,7 +38,7 @@ def times_gain(emit: Emit, call: Node, coefficients: dict[int, Node]) -> tuple[d
         weight = emit(aten.sum.default, emit(aten.abs.default, emit(aten.detach.default, u)))
     else:
         weight = emit.sizes(w)[0]  # type: ignore[arg-type]
-    scaled, inverse = gained(emit, h, [coefficients.get(at) for at in range(len(LINEAR_STATS))], weight)
+    scaled, inverse = times_gain(emit, h, [coefficients.get(at) for at in range(len(LINEAR_STATS))], weight)
     return {at: c for at, c in enumerate(scaled) if c is not None}, named(inverse, "inverse_gain")
 
 
