@@ -1,13 +1,14 @@
 """The gain of a float16 head whose gradients are computed before the gradient of its loss is known.
 
-    gain = 2^k, k the largest with     gain · max_i a_i <= 1     and     gain · max_d Σ_i a_i |h_id| <= 2^15
+    gain = 2^k, k the largest with     gain · max_i a_i <= 1     and     gain · max_d Σ_i a_i |h_id| <= 2^11
     a_i = |c_lse_i| + Σ_k |c_picked_ik| + |c_sum_i| Σ_v |u_v|
 
 `head_loss` is given its coefficients times the gain, and its upstream gradient divided by it, so that dh and dw wait
 for the loss scale in the middle of float16's range: as they are, a mean over thousands of tokens makes them so small
 that they lose digits or vanish. Since a_i bounds Σ_v |dz_iv| where the transform's slope is at most 1, no |dh| exceeds
-the largest |w|, a float16 number, and no |dw|, nor a part of its sum over the tokens, exceeds 2^15. A power of two
-rounds nothing. What overflows or vanishes afterwards does so in eager code too.
+the largest |w|, a float16 number. No |dw| exceeds 2^11, and no part of its sum over the tokens 2^15, which the Triton
+engine computes times 2^4 and cuBLAS may round to float16. A power of two rounds nothing. What overflows or vanishes
+afterwards does so in eager code too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 aten = torch.ops.aten
-MOST_DH, MOST_DW = 1.0, 2.0**15
+MOST_DH, MOST_DW = 1.0, 2.0**11
 RANGE = 2.0**-100, 2.0**100  # of 1 / gain
 EXPONENT = 0x7F800000  # the bits of a float32 that hold its exponent
 

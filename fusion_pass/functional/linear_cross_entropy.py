@@ -288,7 +288,7 @@ def with_gradients(head: Operands, loss: Loss, memory: int, place: tuple[Any, ..
     needs = [x.requires_grad for x in (head.h, head.w, head.cols)]
     op = torch.ops.fusedhead.shard_loss if place else torch.ops.fusedhead.head_loss
     c, inverse = [c_lse, -label[:, None], -smooth if loss.smoothing else None], 1.0
-    if head.h.dtype == torch.float16 and not place and not loss.z_loss:  # no transform here has a slope above 1
+    if head.h.dtype == torch.float16 and not (place or loss.z_loss or head.transform):
         c, inverse = times_gain(computed, head.h, c, head.u.abs().sum() if head.u.numel() else loss.classes)
     out = op(
         *head[:6], *(none if x is None else x for x in c), c_square,

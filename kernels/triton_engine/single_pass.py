@@ -29,7 +29,7 @@ from fusedhead.kernels.triton_engine.rows.label_map import check_labels, map_lab
 from fusedhead.kernels.triton_engine.rows.merge import merge_reference
 from fusedhead.kernels.triton_engine.rows.reference_level import reference
 from fusedhead.kernels.triton_engine.rows.scale_rows import scale_rows
-from fusedhead.kernels.triton_engine.rows.unsafe_blocks import mark_unsafe
+from fusedhead.kernels.triton_engine.rows.unsafe_blocks import mark_unsafe, rebase_unsafe
 from fusedhead.kernels.triton_engine.sweeps.exponentials import exponentials
 from fusedhead.kernels.triton_engine.sweeps.statistics import launches, stream
 from fusedhead.kernels.triton_engine.weight_gradient import WeightGradient
@@ -47,8 +47,9 @@ from fusedhead.kernels.triton_engine.windows import (
 PARTLY = (torch.bfloat16,)  # dtypes in which a window may keep only some columns of E
 FEW = 16  # up to this many tokens two sweeps run, which round dz once: so few terms do not average roundings out
 FLOAT16_SHIFT = 10  # float16 exponentials are scaled by 2^10: small ones keep digits, targets up to 2^4 fit
-LEVEL_SHIFT = 7  # and by 2^7 relative to a level, which is below the lse: probabilities from 2^-21 on keep all digits
-LEVEL_TOTALS = 2.0**6, 2.0**15.5  # of a row that is not swept again: no number of it, nor its target's, is above 65504
+LEVEL_SHIFT = 4  # and by 2^4 relative to a level, which is below the lse: probabilities from 2^-18 on keep all digits
+LEVEL_TOTALS = 2.0**3, 2.0**15.5  # of a row that is not swept again: no number of it, nor its target's, is above 65504
+GAINED_SHIFT = 4  # of s ⊙ h where coefficients are times a gain (`lowering.gain`): cuBLAS may round parts of Eᵀ (s ⊙ h)
 LEVEL_SHARE = 8  # the level pays where the classes are this many times its sample
 
 
@@ -131,7 +132,10 @@ def one_pass(
         )  # E w is then a float32 product, which `scale_rows` rounds into dh
         product = new((tokens, hidden), dtype=torch.float32) if separate_dh_buffer else None
         level2 = row_levels(head) if estimates_level(head) else None
-        gain = 1.0 if narrow != torch.float16 else 2.0 ** (FLOAT16_SHIFT if level2 is None else LEVEL_SHIFT)
+        gain = 1.0
+        if narrow == torch.float16:
+            gained = coefficients.square is None and not head.transform.smooth.steps
+            gain = 2.0 ** (GAINED_SHIFT if gained else FLOAT16_SHIFT)
         for i in cuts:
             part, c = slice_head(head, i, kept), slice_rows(coefficients, i)
             m = part.h.shape[0]
@@ -237,10 +241,11 @@ def _exponentials(
     """window <- E, relative to a reference that is safe for every row.
 
     In bfloat16 and float32 the reference is the target logit. In float16, whose range is too small for this, it is the
-    level [N] or the target logit, whichever is larger: the lse is above it by at most 8 in base 2 in nearly all rows.
-    Token blocks where it turns out too far from the lse are swept again with their lse; flags on the device decide, so
-    that the host never waits. Where a float16 head has no level, and where logits already lie in the window, which can
-    be swept only once before E overwrites them, the lse comes from a sweep of its own and is the reference.
+    level [N] or the target logit, whichever is larger: the lse is above it by at most 11 in base 2 in nearly all rows.
+    Token blocks where it turns out too far from the lse are swept again with their lse, which in float16 the totals
+    give, as float32 holds them; flags on the device decide, so that the host never waits. Where a float16 head has no
+    level, and where logits already lie in the window, which can be swept only once before E overwrites them, the lse
+    comes from a sweep of its own and is the reference.
     """
     redo = s.beside("stream")
     labels = map_labels(s, part.y, check=whole is part) if s.labels else None
@@ -255,7 +260,12 @@ def _exponentials(
     if level2 is not None:
         torch.maximum(ref2, level2, out=ref2).sub_(LEVEL_SHIFT)
     exponentials(s, part, window, ref2, picked, slope, totals, labels)
-    flags = mark_unsafe(s, totals) if level2 is None else mark_unsafe(s, totals, *LEVEL_TOTALS)
-    rows, _ = stream(redo, part, lse_only, None, flags)
-    merge_reference(redo, rows, ref2, 0.0 if level2 is None else -float(LEVEL_SHIFT), flags)
+    if level2 is None:
+        flags = lost = mark_unsafe(s, totals)
+        shift = 0.0
+    else:
+        shift = float(LEVEL_SHIFT)
+        flags, lost = rebase_unsafe(s, totals, ref2, LEVEL_TOTALS, shift)
+    rows, _ = stream(redo, part, lse_only, None, lost)
+    merge_reference(redo, rows, ref2, -shift, lost)
     exponentials(s, part, window, ref2, picked, slope, totals, labels, flags)

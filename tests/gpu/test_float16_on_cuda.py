@@ -25,7 +25,7 @@ pytestmark = [
 N, D, V = 2304, 1024, 32100
 MIB = 1 << 20
 OPERANDS = Needs(True, True, False, False)
-SEEDS = 4
+SEEDS = 8
 
 
 def initial(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,16 +92,17 @@ def test_the_error_is_at_most_that_of_eager_float16_for_every_loss_scale(data: s
     report = fusedhead.Report()
     ours = compiled(report)
     for scale in (1.0, 2.0**10, 2.0**16):
-        squares = torch.zeros(3, 2, dtype=torch.float64)
+        squares = torch.zeros(SEEDS, 3, 2, dtype=torch.float64)
         for seed in range(SEEDS):
-            inputs = DATA[data](seed)
-            both = results(ours, *inputs, scale), results(loss_of, *inputs, scale)
-            for at, (t, f, e) in enumerate(zip(in_float64(*inputs), *both)):
-                squares[at] += torch.stack([(x - t).norm() / t.norm() for x in (f, e)]).cpu() ** 2
-        names = dict(zip(("loss", "dh", "dw"), squares.sqrt().tolist()))
-        # at initialisation dz, or E and h, are rounded once: the same error, of numbers that scatter by a few per cent
-        slack = torch.tensor([1.0, 1.05, 1.05], dtype=torch.float64) ** 2
-        assert (squares[:, 0] <= slack * squares[:, 1] + 4e-12).all(), (data, scale, names)
+            h, w, y = DATA[data](seed)
+            y[N // 2 + N * seed // (2 * SEEDS) :] = -100  # an octave of counts: their reciprocal, which eager rounds
+            both = results(ours, h, w, y, scale), results(loss_of, h, w, y, scale)
+            for at, (t, f, e) in enumerate(zip(in_float64(h, w, y), *both)):
+                squares[seed, at] = torch.stack([(x - t).norm() / t.norm() for x in (f, e)]).cpu() ** 2
+        excess = squares[..., 0] - squares[..., 1]
+        scatter = 2 * excess.std(0) / SEEDS**0.5  # as in `test_programs_on_cuda`
+        print(data, scale, "loss, dh, dw of ours, eager", squares.mean(0).sqrt().tolist())
+        assert (excess.mean(0) <= scatter + 4e-12).all(), (data, scale, squares.mean(0).sqrt())
     assert [head.fused for head in report.heads] == [True]
     assert "gradients in the forward sweep" in report.heads[0].engine
 
@@ -122,19 +123,20 @@ def windows_of(head: Head) -> Windows:
 
 @pytest.mark.parametrize(("data", "again"), [("initial", 0), ("trained", 0.25), ("far", 1), ("extreme", 1)])
 def test_few_token_blocks_are_swept_again(monkeypatch: pytest.MonkeyPatch, data: str, again: float) -> None:
-    marked, shares = single_pass.mark_unsafe, []
+    marked, shares = single_pass.rebase_unsafe, []
 
-    def counted(*args: object) -> Tensor:
-        flags = marked(*args)
-        shares.append(flags.float().mean().item())
-        return flags
+    def counted(*args: object) -> tuple[Tensor, Tensor]:
+        flags, lost = marked(*args)
+        shares.append((flags.float().mean().item(), lost.float().mean().item()))
+        return flags, lost
 
-    monkeypatch.setattr(single_pass, "mark_unsafe", counted)
+    monkeypatch.setattr(single_pass, "rebase_unsafe", counted)
     head, c = head_of(data)
     engine.head_loss(head, c, OPERANDS, windows_of(head))
     print(data, "blocks swept again:", shares)
     assert shares
-    assert max(shares) <= again
+    assert max(flagged for flagged, _ in shares) <= again
+    assert data in ("far", "extreme") or not any(lost for _, lost in shares)
 
 
 def test_the_lse_is_that_of_unrounded_sums_and_the_same_in_every_run() -> None:

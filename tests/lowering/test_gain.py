@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedhead.lowering.gain import computed, loss_gain
+from fusedhead.lowering.gain import MOST_DW, computed, loss_gain
 
 
 def of(h: torch.Tensor, c_lse: torch.Tensor, c_picked: torch.Tensor) -> tuple[float, float]:
@@ -30,8 +30,8 @@ def test_no_gradient_overflows_and_none_is_smaller_than_it_must_be(seed, size, l
     size_of_rows = (c + picked.abs().sum(1)).double() * gain
     moved = (h.double().abs() * size_of_rows[:, None]).sum(0).max()
     assert size_of_rows.max() <= 1 + 1e-6
-    assert moved <= 2**15 * (1 + 1e-6)
-    assert size_of_rows.max() > 0.49 or moved > 2**15 * 0.49
+    assert moved <= MOST_DW * (1 + 1e-6)
+    assert size_of_rows.max() > 0.49 or moved > MOST_DW * 0.49
 
 
 def test_a_head_that_is_not_finite_or_has_no_tokens_or_no_coefficient_has_a_finite_gain() -> None:
