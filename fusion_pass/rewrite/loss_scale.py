@@ -31,7 +31,7 @@ def vanishes(call: Node) -> bool:
 
 def scaled_coefficients(emit: Emit, call: Node, coefficients: dict[int, Node]) -> tuple[dict[int, Node], Node | None]:
     """Coefficients times the gain, and what the gradient of the loss is multiplied by; as they are if not float16."""
-    if not is_float16(call):
+    if not is_float16(call) or not coefficients:
         return coefficients, None
     h, w, _, _, _, u = call.args[:6]
     if fake(u).numel():  # type: ignore[arg-type]
