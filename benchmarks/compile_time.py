@@ -4,7 +4,8 @@ beside it.
 The pass is the time from the backend's entry to Inductor's, and Inductor is stopped right there, so nothing
 else is measured; how many functions are called in it does not depend on what else the machine does.
 Recompilations are counted over growing batches, with the same stop. ``--full`` also times one whole training
-step from an empty cache, both ways.
+step from an empty cache, both ways. ``--processes`` times whole first steps alone, each in a process of its own: with
+empty caches (cold), and once more with those that the first has left (warm).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -159,6 +161,48 @@ def first_step_seconds(model: nn.Module, tokens: Tensor, backend: str) -> float:
     return seconds
 
 
+def first_step_of_a_process(words: list[str], backend: str) -> dict[str, dict[str, float]]:
+    """Seconds of a process's first step, cold and warm: until it has its gradients, and of all that the process did."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        for state in ("cold", "warm"):
+            began = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.compile_time", *words, "--only", backend],
+                env=os.environ | caches, capture_output=True, text=True,
+            )  # fmt: skip
+            if done.returncode:
+                raise RuntimeError(f"{backend}, {state}: {done.stderr[-600:]}")
+            step = float(done.stdout.split()[-1])
+            found[state] = {"step": step, "process": time.perf_counter() - began}
+    return found
+
+
+def only_step(model: Model, tokens: Tensor, backend: str) -> float:
+    """Seconds of this process's first step."""
+    model.embed.weight.sum().item()  # the device is ready
+    began = time.perf_counter()
+    torch.compile(model, backend=backend)(tokens).backward()
+    assert model.embed.weight.grad is not None
+    model.embed.weight.grad.sum().item()
+    return time.perf_counter() - began
+
+
+def processes(arguments: argparse.Namespace, words: list[str]) -> dict[str, Any]:
+    """Print and keep `first_step_of_a_process` of both backends."""
+    result: dict[str, Any] = machine.origin(torch.device(arguments.device), "benchmarks.compile_time", words)
+    given = [word for word in words if word != "--processes"]
+    print(f"{'backend':12}{'cold step s':>12}{'process':>9}{'warm step':>11}{'process':>9}")
+    for backend in BACKENDS:
+        result[backend] = seconds = first_step_of_a_process(given, backend)
+        cold, warm = seconds["cold"], seconds["warm"]
+        print(f"{backend:12}{cold['step']:12.1f}{cold['process']:9.1f}{warm['step']:11.1f}{warm['process']:9.1f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1))
+    return result
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -167,13 +211,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--vocab", type=int, default=50304)
     parser.add_argument("--repeat", type=int, default=5, help="compilations after the first")
     parser.add_argument("--full", action="store_true", help="also whole first steps, from an empty cache")
+    parser.add_argument("--processes", action="store_true", help="only whole first steps, of processes of their own")
+    parser.add_argument("--only", choices=BACKENDS, help="print the seconds of this process's first step, and end")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     words = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(words)
+    if arguments.processes:
+        return processes(arguments, words)
     vector_bits()  # a second of a process that uses Inductor on a CPU, with and without the pass
     torch.manual_seed(0)
     model = Model(arguments.layers, arguments.width, arguments.vocab).to(arguments.device)
     batches = [torch.randint(arguments.vocab, (b, 65), device=arguments.device) for b in (2, 3, 4, 6)]
+    if arguments.only:
+        print(only_step(model, batches[0], arguments.only))
+        return {}
     result: dict[str, Any] = machine.origin(torch.device(arguments.device), "benchmarks.compile_time", words)
     titles = f"{'backend':12}{'dynamo ms':>12}{'pass ms':>10}{'first':>8}{'graphs':>8}{'calls':>9}"
     print(titles + "  full s" * arguments.full)

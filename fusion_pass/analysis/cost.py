@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -88,6 +89,8 @@ def price_of_statistics(call: Node, memory: int, float8: bool = False) -> Callab
         head = problem(not why, tokens)
         planned = plan(head, memory=memory)
         text = engine_text(planned, why)
+        if head.dtype == torch.float16 and why is None:
+            text += "; dH and dW times a power of two until the gradient of the loss is known"
         if float8 and not is_forward_only(why):
             text += f"; {products_text(planned, head, memory, why_exact)}"
         return Price(text, is_forward_only(why), bytes_and_flop, tokens)

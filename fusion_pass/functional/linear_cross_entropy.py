@@ -30,6 +30,7 @@ from fusedhead.functional.vocab_parallel import (
 )
 from fusedhead.kernels.contract import LOSS_OUTPUTS, STATS
 from fusedhead.lowering.checks import LabelOutOfRange
+from fusedhead.lowering.gain import computed, times_gain
 
 REDUCTIONS = ("none", "mean", "sum")
 WORKSPACE: dict[str | int, int] = {"auto": 0, "min": -1}  # as the ops take it; else MiB
@@ -286,11 +287,14 @@ def with_gradients(head: Operands, loss: Loss, memory: int, place: tuple[Any, ..
     c_square = coefficient(torch.full_like(label, loss.z_loss), number) if loss.z_loss else none
     needs = [x.requires_grad for x in (head.h, head.w, head.cols)]
     op = torch.ops.fusedhead.shard_loss if place else torch.ops.fusedhead.head_loss
+    c, inverse = [c_lse, -label[:, None], -smooth if loss.smoothing else None], 1.0
+    if head.h.dtype == torch.float16 and not (place or loss.z_loss or head.transform):
+        c, inverse = times_gain(computed, head.h, c, head.u.abs().sum() if head.u.numel() else loss.classes)
     out = op(
-        *head[:6], c_lse, -label[:, None], -smooth if loss.smoothing else none, c_square,
+        *head[:6], *(none if x is None else x for x in c), c_square,
         head.transform, stats_of_loss(loss), memory, *needs, False, *place,
     )  # fmt: skip
     lse, low, picked, total, spread = (out[LOSS_OUTPUTS.index(name)].detach() for name in READ)
     # -0.0 passes the upstream gradient to the op, which holds all gradients up to this factor
-    tie = out[LOSS_OUTPUTS.index("tie")]
+    tie = out[LOSS_OUTPUTS.index("tie")] * inverse
     return reduced(LossStatistics(lse, low, picked, total, spread), loss) + tie

@@ -33,7 +33,7 @@ from fusedhead.graph.nodes import fake, name_of
 from fusedhead.graph.reasons import Escape, Refusal, refuse
 from fusedhead.ir.builder import Emit, named
 from fusedhead.kernels.contract import COMPANIONS, LINEAR_STATS, LOSS_OUTPUTS, STATS
-from fusedhead.rewrite import shard_sweeps
+from fusedhead.rewrite import loss_scale, shard_sweeps
 from fusedhead.rewrite.loss_tail import (
     depends_on,
     differentiable,
@@ -108,14 +108,14 @@ def upgrade(*calls: Node, facts: GraphFacts) -> Refusal | None:
         why = shard_sweeps.not_in_one_sweep(call) if call.target is SHARDS else None
         if why is not None:
             return why
-        if fake(call.args[0]).dtype == torch.float16:  # type: ignore[arg-type]
+        if loss_scale.vanishes(call):
             return refuse(NotInForward.FLOAT16)
         nonlinear = sorted(STATS.index(name) for name in str(call.args[7]).split(",") if name not in LINEAR_STATS)
         if not CONSTANT.keys() >= set(nonlinear):
             named = ", ".join(sorted(STATS[at] for at in nonlinear if at not in CONSTANT))
             return refuse(NotInForward.OTHER_STATISTICS, names=named)
     statistics = [user for call in calls for user in call.users if user.users and name_index(user) not in CONSTANT]
-    return first_tail(calls, statistics, STATISTICS_CALLS, facts)
+    return first_tail(calls, statistics, FLOAT16_CALLS if loss_scale.is_float16(call) else STATISTICS_CALLS, facts)
 
 
 def first_tail(
@@ -220,7 +220,7 @@ def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares
     ``coefficients``: of its results, which become constants.
     """
     tensors: Any = call.args[:6]
-    by_index = {name_index(s): r for s, r in coefficients.items()}
+    by_index, inverse = loss_scale.scaled_coefficients(emit, call, {name_index(s): r for s, r in coefficients.items()})
     empty = named(emit(aten.new_empty.default, tensors[0], [0], dtype=torch.float32), "no_coefficients")
     c = [by_index.get(i, empty) for i in range(len(LINEAR_STATS))]
     total = functools.reduce(lambda a, b: emit(aten.add.Tensor, a, b), squares) if squares else empty
@@ -230,7 +230,7 @@ def replace_call(emit: Emit, call: Node, coefficients: dict[Node, Node], squares
         op = torch.ops.fusedhead.head_loss.default
         loss = emit(op, *tensors, *c, total, *call.args[6:9], *needs_of(call))
     read = {s: emit(aten.detach.default, emit(operator.getitem, loss, name_index(s))) for s in coefficients}
-    tie = emit(operator.getitem, loss, TIE)
+    tie = loss_scale.divided(emit, emit(operator.getitem, loss, TIE), inverse)
     for statistic, node in read.items():
         statistic.replace_all_uses_with(node)
     for node in list(call.users):
@@ -267,6 +267,7 @@ def no_squares(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Node]:
 
 
 STATISTICS_CALLS = CallFamily(squares_of_lse, lambda call: (call.args[0], call.args[2]), replace_call)  # type: ignore[arg-type, return-value]
+FLOAT16_CALLS = STATISTICS_CALLS._replace(squares=no_squares)  # a gain would have to know the lse
 ROWS_CALLS = CallFamily(no_squares, lambda call: call.args[0], replace_rows)  # type: ignore[return-value, arg-type]
 
 

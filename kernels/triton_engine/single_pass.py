@@ -20,6 +20,7 @@ from fusedhead.kernels.contract import Head, HeadGrads, Needs, OtherColumns, Row
 from fusedhead.kernels.gemm import gemm, weighted_rows
 from fusedhead.kernels.narrow_sum import NarrowSum
 from fusedhead.kernels.triton_engine.constants import LOG2E
+from fusedhead.kernels.triton_engine.float8.level import LABELLED, STRIDED, row_levels
 from fusedhead.kernels.triton_engine.launch.launch import on_device
 from fusedhead.kernels.triton_engine.launch.sweep import Sweep, sweep
 from fusedhead.kernels.triton_engine.recompute import rebuild
@@ -28,7 +29,7 @@ from fusedhead.kernels.triton_engine.rows.label_map import check_labels, map_lab
 from fusedhead.kernels.triton_engine.rows.merge import merge_reference
 from fusedhead.kernels.triton_engine.rows.reference_level import reference
 from fusedhead.kernels.triton_engine.rows.scale_rows import scale_rows
-from fusedhead.kernels.triton_engine.rows.unsafe_blocks import mark_unsafe
+from fusedhead.kernels.triton_engine.rows.unsafe_blocks import mark_unsafe, rebase_unsafe
 from fusedhead.kernels.triton_engine.sweeps.exponentials import exponentials
 from fusedhead.kernels.triton_engine.sweeps.statistics import launches, stream
 from fusedhead.kernels.triton_engine.weight_gradient import WeightGradient
@@ -46,6 +47,19 @@ from fusedhead.kernels.triton_engine.windows import (
 PARTLY = (torch.bfloat16,)  # dtypes in which a window may keep only some columns of E
 FEW = 16  # up to this many tokens two sweeps run, which round dz once: so few terms do not average roundings out
 FLOAT16_SHIFT = 10  # float16 exponentials are scaled by 2^10: small ones keep digits, targets up to 2^4 fit
+LEVEL_SHIFT = 4  # and by 2^4 relative to a level, which is below the lse: probabilities from 2^-18 on keep all digits
+LEVEL_TOTALS = 2.0**3, 2.0**15.5  # of a row that is not swept again: no number of it, nor its target's, is above 65504
+GAINED_SHIFT = 4  # of s ⊙ h where coefficients are times a gain (`lowering.gain`): cuBLAS may round parts of Eᵀ (s ⊙ h)
+LEVEL_SHARE = 8  # the level pays where the classes are this many times its sample
+
+
+def estimates_level(head: Head) -> bool:
+    """True if a float16 sweep takes its reference from a sample of the classes (the level), and not from the lse.
+
+    The level is a lower bound of the lse of plain logits. A transform may raise what the sample misses.
+    """
+    plain = head.h.dtype == torch.float16 and not head.transform.smooth.steps
+    return plain and head.w.shape[0] >= LEVEL_SHARE * (STRIDED + LABELLED)
 
 
 def can_single_pass(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> bool:
@@ -117,7 +131,11 @@ def one_pass(
             dh is not None and dh.dtype != torch.float32 and not uncached_columns
         )  # E w is then a float32 product, which `scale_rows` rounds into dh
         product = new((tokens, hidden), dtype=torch.float32) if separate_dh_buffer else None
-        gain = 2.0**FLOAT16_SHIFT if narrow == torch.float16 else 1.0
+        level2 = row_levels(head) if estimates_level(head) else None
+        gain = 1.0
+        if narrow == torch.float16:
+            gained = coefficients.square is None and not head.transform.smooth.steps
+            gain = 2.0 ** (GAINED_SHIFT if gained else FLOAT16_SHIFT)
         for i in cuts:
             part, c = slice_head(head, i, kept), slice_rows(coefficients, i)
             m = part.h.shape[0]
@@ -132,7 +150,8 @@ def one_pass(
             logits = multiplied(part, exps)
             s = sweep("exp", part, frozenset({"sum"}) if summed else frozenset(), logits=logits)
             totals = new((3 if summed else 1, s.schedule.size), dtype=torch.float32)
-            _exponentials(s, part, whole, exps, reference2, row_picked, slope, totals, logits)
+            row_level = None if level2 is None else rows_of(level2, i)
+            _exponentials(s, part, whole, exps, reference2, row_picked, slope, totals, logits, row_level)
             # the memory of dh's rows holds s ⊙ h until dw has read it
             sh = None if dw is None else _as_hidden(row_dh, narrow) if scaled is None else first_rows(scaled, m)
             rows = (reference2, row_picked, slope, totals)
@@ -217,26 +236,36 @@ def _exponentials(
     slope: Tensor,
     totals: Tensor,
     logits: Tensor | None,
+    level2: Tensor | None,
 ) -> None:
     """window <- E, relative to a reference that is safe for every row.
 
-    In bfloat16 and float32 the reference is the target logit. Token blocks where it turns out too far from the maximum
-    are swept again with their lse; flags on the device decide, so that the host never waits. float16 has too small a
-    range for this, and logits that already lie in the window can be swept only once before E overwrites them: both take
-    the lse from a sweep of its own and use it as reference.
+    In bfloat16 and float32 the reference is the target logit. In float16, whose range is too small for this, it is the
+    level [N] or the target logit, whichever is larger: the lse is above it by at most 11 in base 2 in nearly all rows.
+    Token blocks where it turns out too far from the lse are swept again with their lse, which in float16 the totals
+    give, as float32 holds them; flags on the device decide, so that the host never waits. Where a float16 head has no
+    level, and where logits already lie in the window, which can be swept only once before E overwrites them, the lse
+    comes from a sweep of its own and is the reference.
     """
     redo = s.beside("stream")
     labels = map_labels(s, part.y, check=whole is part) if s.labels else None
-    lse_only = frozenset({"lse"})
-    if window.dtype == torch.float16 or logits is not None:
+    lse_only, float16 = frozenset({"lse"}), window.dtype == torch.float16
+    if logits is not None or (float16 and level2 is None):
         rows, _ = stream(redo, part, lse_only, None, logits=logits)
-        merge_reference(redo, rows, ref2, -float(FLOAT16_SHIFT) if window.dtype == torch.float16 else 0.0)
+        merge_reference(redo, rows, ref2, -float(FLOAT16_SHIFT) if float16 else 0.0)
         exponentials(s, part, window, ref2, picked, slope, totals, labels)
         return
     # the reference reads the row of w of the label, which may lie outside the kept columns
     reference(redo if whole is part else sweep("stream", whole), whole, ref2)
+    if level2 is not None:
+        torch.maximum(ref2, level2, out=ref2).sub_(LEVEL_SHIFT)
     exponentials(s, part, window, ref2, picked, slope, totals, labels)
-    flags = mark_unsafe(s, totals)
-    rows, _ = stream(redo, part, lse_only, None, flags)
-    merge_reference(redo, rows, ref2, 0.0, flags)
+    if level2 is None:
+        flags = lost = mark_unsafe(s, totals)
+        shift = 0.0
+    else:
+        shift = float(LEVEL_SHIFT)
+        flags, lost = rebase_unsafe(s, totals, ref2, LEVEL_TOTALS, shift)
+    rows, _ = stream(redo, part, lse_only, None, lost)
+    merge_reference(redo, rows, ref2, -shift, lost)
     exponentials(s, part, window, ref2, picked, slope, totals, labels, flags)

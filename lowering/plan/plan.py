@@ -23,6 +23,7 @@ from fusedhead.kernels.contract import Windows
 from fusedhead.kernels.torch_engine.cpp_library import threads_of_kernel
 from fusedhead.lowering.engines import Engine, engine_for
 from fusedhead.lowering.plan.problem import AUTO, LEAST_MEMORY, MIB, Problem
+from fusedhead.lowering.plan.triton import classes_beside
 
 
 class Plan(NamedTuple):
@@ -60,6 +61,8 @@ def _planned(problem: Problem, memory: int, free_bytes: int | None, whole_below:
     fitting = [each for each in candidates if limit is None or each.workspace_bytes <= limit]
     name, windows, held = fitting[0] if fitting else min(candidates, key=lambda each: each.workspace_bytes)
     flop = _products(name, problem) * 2 * logits * problem.hidden
+    if engine.name.startswith("triton"):
+        flop += 2 * problem.tokens * problem.hidden * classes_beside(problem, name)
     return Plan(engine, name, windows, held, flop, _reason(name, held, limit, memory, bool(fitting)))
 
 

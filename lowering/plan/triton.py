@@ -4,6 +4,7 @@
 |-------------|--------------------------------------------------------------------------------------------|
 | statistics  | partial rows, in float32 a window of logits [tokens, V] too                                |
 | single pass | a window of exponentials [tokens, V], E w of its rows in float32, float32 sums of dw        |
+|             | in float16 also a sample of w, which gives each row its level: 1 % of a product             |
 | frozen      | the same without dw                                                                        |
 | float8      | `plan.float8`                                                                              |
 | recompute   | a block of dz [tokens, vocab], half of dh of its rows in float32, float32 sums of dw        |
@@ -41,6 +42,23 @@ FROZEN_BYTES, FROZEN_TOKENS = 576 * MIB, 1024
 DZ_BYTES = 256 * MIB  # of dz: fewer blocks are fewer launches
 RECOMPUTE_BYTES = 480 * MIB  # that auto gives to dz and float32 dh
 LEAST_BYTES = 256 * MIB  # what "min" may hold
+LEVEL_CLASSES, LEVEL_VOCAB = (
+    2559,
+    10240,
+)  # sampled at most for the levels of float16 rows, and the fewest classes for it
+
+
+def samples_levels(problem: Problem, algorithm: str) -> bool:
+    """Whether the rows' references come from a sample of the classes. Other float16 heads are swept twice."""
+    plain = problem.dtype == torch.float16 and not problem.transform.smooth.steps
+    return plain and algorithm in ("single pass", "frozen") and problem.vocab >= LEVEL_VOCAB
+
+
+def classes_beside(problem: Problem, algorithm: str) -> int:
+    """Columns of products that are computed beside those of `plan.plan`: the sample, or the lse of a first sweep."""
+    if samples_levels(problem, algorithm):
+        return LEVEL_CLASSES
+    return problem.vocab if problem.dtype == torch.float16 and algorithm in ("single pass", "frozen") else 0
 
 
 def _keeps(problem: Problem) -> bool:
@@ -63,6 +81,8 @@ def _candidate(problem: Problem, algorithm: str, tokens: int, vocab: int) -> Can
         wide_dh = 2 if algorithm == "recompute" and vocab < v else 4 * (algorithm != "recompute")
         held += wide_dh * tokens * d * (needs.h and problem.narrow)
         held += 2 * v * d * wide_sums
+    if samples_levels(problem, algorithm):
+        held += LEVEL_CLASSES * (2 * d + 8) + 8 * v + 4 * n  # while the window is not there yet: an upper bound
     return Candidate(algorithm, windows, held)
 
 

@@ -2,11 +2,11 @@
 
     level2[i] = log2 Σ_{v in sample} 2^(z_iv·L)        the caller takes the maximum with the label's logit
 
-in: h [N, D], w [V, D] bfloat16, y [N, K] int64. out: level2 [N] float32, base 2. FLOP 2NDS; bytes: 2SD for the sampled
-rows of w, h as in `sweeps.statistics`. The sample is every (V / `STRIDED`)-th class and about `LABELLED` of the labels,
-each class once: a likely class is the label of some token. The level is a lower bound of the lse. Relative to it
-exponentials can only be too large, and those too large for e4m3 are listed and not rounded
-(`gluon.float8_exponentials`).
+in: h [N, D], w [V, D] of two bytes, y [N, K] int64. out: level2 [N] float32, base 2. FLOP 2NDS; bytes: 2SD for the
+sampled rows of w, h as in `sweeps.statistics`. The sample is every (V / `STRIDED`)-th class and about `LABELLED` of the
+labels, each class once: a likely class is the label of some token. The level is a lower bound of the lse. Relative to
+it exponentials can only be too large: those too large for e4m3 are listed and not rounded
+(`gluon.float8_exponentials`), and rows with some too large for float16 are swept again (`triton_engine.single_pass`).
 """
 
 from __future__ import annotations

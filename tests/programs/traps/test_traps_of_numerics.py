@@ -98,9 +98,11 @@ def test_a_loss_outside_the_autocast_region_is_right() -> None:
     assert not verdict.kind, f"{verdict.kind}: {verdict.detail}"
 
 
-def test_half_precision_does_not_take_gradients_before_the_loss_scale_is_known() -> None:
+def test_half_precision_takes_no_gradient_of_a_transform_before_the_loss_scale_is_known() -> None:
+    """Plain logits have a bound of their gradients, which keeps these in range (`tests/rewrite/test_loss_scale.py`)."""
+
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(h, w), y)
+        return F.cross_entropy(F.linear(h, w) * 3, y)
 
     rewritten = Rewritten(program)
     rewritten(
