@@ -65,7 +65,6 @@ class Case(NamedTuple):
     want: frozenset[str] = frozenset()  # statistics besides
     needs: Needs = OPERANDS
     transposed: bool = False  # w [V, D] lies along the vocabulary
-    precision: str = "ieee"  # of float32 products
     float8: bool = False  # products of gradients, where the chip has kernels for them
 
 
@@ -81,7 +80,6 @@ CASES = {
     "plain, w along V": Case(MIDDLE, transposed=True),
     "float16": Case(LLAMA3, dtype=torch.float16),
     "float32": Case(MIDDLE, dtype=torch.float32),
-    "float32 as tf32": Case(MIDDLE, dtype=torch.float32, precision="tf32"),
     "rows of 123": Case((4096, 123, 50257)),  # strides that TMA does not read
     "bias": Case(MIDDLE, "addcol:0"),
     "bias, trained": Case(MIDDLE, "addcol:0", needs=VECTORS),
@@ -162,7 +160,6 @@ def launch_all(case: Case) -> None:
 def compiled(name: str, chip: Chip = H100, known: Mapping[str, Compiled] | None = None) -> list[Compiled]:
     """All kernels that the case launches. Tiles and alignments decide, so one window says what all of them do."""
     case = CASES[name]
-    torch.backends.cuda.matmul.fp32_precision = case.precision
     with absent_gpu(chip, known) as listed:
         launch_all(case)
     return listed

@@ -123,6 +123,16 @@ def call_with_mesh(node: Node) -> PlacementCall | None:
     return PlacementCall(CLOSURES[name_of(node)], (*args, *node.args[1:]), {**kwargs, **node.kwargs})
 
 
+def is_local_part(node: Node) -> bool:
+    """Whether a node is DTensor's own ``to_local``: it returns the rank's part, in one memory with the tensor."""
+    made_of = node.args[0] if node.args else None
+    if not isinstance(made_of, Node) or not is_dtensor(fake(made_of)):
+        return False
+    called = node.op == "call_method" and node.target == "to_local"
+    own = type(fake(made_of)).to_local is public("DTensor").to_local
+    return own and (called or (is_closure(node) and CLOSURES[name_of(node)] == "to_local"))
+
+
 def can_be_made(node: Node) -> bool:
     """Whether a DTensor like a node's value can be made in its graph: by a mesh in the graph or closed over."""
     graph = node.graph

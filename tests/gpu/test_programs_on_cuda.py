@@ -119,6 +119,14 @@ def test_the_error_is_at_most_that_of_eager_code_in_the_same_dtype(program: Prog
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
+def test_with_tf32_the_error_is_at_most_that_of_eager_code_with_tf32(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    test_the_error_is_at_most_that_of_eager_code_in_the_same_dtype(program, torch.float32)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
 def test_cuda_graphs_replay_the_same_numbers(program: Program) -> None:
     graphed = torch.compile(program, backend="fusedhead", mode="reduce-overhead")
     plain = torch.compile(program, backend="fusedhead")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 from fusedhead.kernels.contract import Head
 from fusedhead.kernels.transform.transform import parse
 from fusedhead.kernels.triton_engine.launch import sweep as sweeps
-from fusedhead.kernels.triton_engine.launch.sweep import matmul_precision, multiplied_by_cublas, sweep
+from fusedhead.kernels.triton_engine.launch.sweep import multiplied_by_cublas, sweep
 from fusedhead.kernels.triton_engine.launch.tiles import Tile
 
 
@@ -57,13 +55,10 @@ def test_logits_that_lie_in_memory_stand_for_both_operands() -> None:
     assert s.arguments()["READY"]
 
 
-@pytest.mark.parametrize(
-    ("setting", "precision"),
-    [({"fp32_precision": "tf32"}, "tf32"), ({"fp32_precision": "ieee"}, "ieee"), ({"allow_tf32": True}, "tf32")],
-)
-def test_the_precision_of_products_is_torchs_setting_by_either_name(monkeypatch, setting, precision) -> None:
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**setting))
-    assert matmul_precision() == precision
+def test_cublas_multiplies_float32_on_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(sweeps, "device_of", lambda device: (9, 132))
+    assert multiplied_by_cublas(head())
+    assert not multiplied_by_cublas(head(dtype=torch.bfloat16))
 
 
 def test_there_is_no_cublas_on_a_cpu() -> None:
