@@ -195,7 +195,7 @@ def forget() -> None:
 def multiplied_by_cublas(head: Head) -> bool:
     """True if cuBLAS computes the logits into the window before a sweep reads them: float32.
 
-    Without tensor cores, Triton's float32 product takes 5 times as long as cuBLAS's. With TF32 it truncates its operands
+    Without tensor cores, Triton's float32 product takes 5 times as long as cuBLAS's. With TF32 it truncates operands
     where cuBLAS rounds them: all logits shrink, and a loss errs by 4e-4 of itself where eager's errs by 2e-6.
     """
     return head.h.dtype == torch.float32 and device_of(head.h.device)[0] > 0
