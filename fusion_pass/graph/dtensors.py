@@ -123,8 +123,13 @@ def call_with_mesh(node: Node) -> PlacementCall | None:
     return PlacementCall(CLOSURES[name_of(node)], (*args, *node.args[1:]), {**kwargs, **node.kwargs})
 
 
-def is_local_part(node: Node) -> bool:
-    """Whether a node is DTensor's own ``to_local``: it returns the rank's part, in one memory with the tensor."""
+def is_conversion(node: Node) -> bool:
+    """Whether a node only turns a DTensor into its local part, by DTensor's own method, or back by `replicating`.
+
+    Neither writes to memory nor draws random numbers. A dry run does not show it, because DTensors have no stand-in.
+    """
+    if getattr(node.target, "__code__", None) in replicating.__code__.co_consts:
+        return True
     made_of = node.args[0] if node.args else None
     if not isinstance(made_of, Node) or not is_dtensor(fake(made_of)):
         return False

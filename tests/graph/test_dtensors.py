@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DeviceMesh, DTensor, Replicate
 from torch.fx import Graph, Node
 
-from fusedhead.graph.dtensors import is_closure, placement_call
+from fusedhead.graph.dtensors import is_closure, is_conversion, placement_call, replicating
+from fusedhead.graph.effects import NO_EFFECTS, draws, effects
 
 
 def closure(name: str, args_as_value: Any, kwargs_as_value: Any, module: str = "torch._dynamo.variables.tensor") -> Any:
@@ -56,3 +59,36 @@ def test_a_function_whose_arguments_are_not_where_they_were_is_none() -> None:
     node = node_of(function)
     assert is_closure(node)
     assert placement_call(node) is None
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield DeviceMesh("cpu", [0])
+    dist.destroy_process_group()
+
+
+class Counted(DTensor):
+    """A DTensor whose ``to_local`` is user code."""
+
+    def to_local(self, **kwargs: Any) -> Any:
+        return super().to_local(**kwargs).add_(1)
+
+
+def test_a_conversion_writes_to_no_memory_and_draws_no_numbers(mesh: DeviceMesh) -> None:
+    value = DTensor.from_local(torch.zeros(2), mesh, [Replicate()])
+    for node in node_of("to_local"), node_of(closure("prim_to_local", [], {})), node_of(replicating(mesh)):
+        node.args[0].meta["example_value"] = value
+        assert is_conversion(node)
+        assert effects(node) == NO_EFFECTS
+        assert not draws(node)
+
+
+def test_a_conversion_of_a_subclass_or_by_user_code_is_not_known(mesh: DeviceMesh) -> None:
+    value = DTensor.from_local(torch.zeros(2), mesh, [Replicate()])
+    theirs = Counted(value._local_tensor, value._spec, requires_grad=False)
+    mine = lambda x: x.to_local()  # noqa: E731
+    for target, given in (("to_local", theirs), ("to_local", torch.zeros(2)), (mine, value), ("full_tensor", value)):
+        node = node_of(target)
+        node.args[0].meta["example_value"] = given
+        assert not is_conversion(node)
