@@ -36,7 +36,8 @@ def _served():
 
 
 N, D, V = 2304, 2048, 32100
-FLOAT8 = {"fusedhead.gradients": "float8", "fusedhead.strict": True}
+EXACT = {"fusedhead.strict": True}  # a divergence of so few logits is left to Inductor without it
+FLOAT8 = EXACT | {"fusedhead.gradients": "float8"}
 
 
 def operands(seed: int = 0, n: int = N) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +143,7 @@ def test_errors_are_no_more_than_eagers_and_every_run_gives_the_same(program):
 def test_what_float8_does_not_serve_is_what_it_was_with_a_sentence(program, word):
     h, w, y = operands()
     found = gradients(torch.compile(program, backend="fusedhead", options=FLOAT8), h, w, y)
-    exact = gradients(torch.compile(program, backend="fusedhead"), h, w, y)
+    exact = gradients(torch.compile(program, backend="fusedhead", options=EXACT), h, w, y)
     for a, b in zip(found, exact):
         assert torch.equal(a, b)
     torch._dynamo.reset()
@@ -161,7 +162,7 @@ def test_operands_that_float8_does_not_take_keep_exact_products(given):
         w = w.detach().t().contiguous().t().requires_grad_()
     wanted = [x for x in (h, w) if x.requires_grad]
     found = []
-    for options in (FLOAT8, {"fusedhead.strict": True}):
+    for options in (FLOAT8, EXACT):
         torch._dynamo.reset()
         loss = torch.compile(loss_of, backend="fusedhead", options=options)(h, w, y)
         found.append((loss.detach(), *torch.autograd.grad(loss, wanted)))

@@ -133,3 +133,22 @@ def test_a_window_that_has_no_room_for_its_list_is_nan_and_lists_nothing(monkeyp
     _, grads = passed(head, c)
     assert listed == [0]
     assert grads.h.isnan().all()  # dw too on a GPU: the interpreter has no NaN in float8
+
+
+def test_products_that_are_added_to_dw_share_one_memory(monkeypatch):
+    places = []
+
+    def product(columns, h8, scale, out):
+        places.append(out.data_ptr())
+        out.fill_(1)
+
+    monkeypatch.setattr(single_pass, "DW_ROWS", 0)
+    monkeypatch.setattr(single_pass, "FLOAT8_BLOCK", 32)
+    monkeypatch.setattr(single_pass, "largest", lambda *of: torch.ones(()))
+    monkeypatch.setattr(single_pass, "transposed_float8", lambda *of, **more: None)
+    monkeypatch.setattr(single_pass, "float8_product", product)
+    dw = torch.zeros(100, 16)
+    single_pass._add_to_weight(torch.zeros(8, 16), torch.zeros(100, 32), torch.ones(8), dw, False)
+    assert (dw == 1).all()
+    assert len(places) == 4
+    assert len(set(places)) == 1

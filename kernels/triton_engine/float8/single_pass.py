@@ -214,9 +214,10 @@ def _add_to_weight(h: Tensor, columns: Tensor, r: Tensor, dw: Tensor, first: boo
     if first:
         float8_product(columns, h8, scale, dw)
         return
-    step = max(FLOAT8_BLOCK, DW_ROWS // (2 * hidden))
+    step = min(max(FLOAT8_BLOCK, DW_ROWS // (2 * hidden)), len(dw))
+    product = torch.empty_like(dw[:step])  # one for all: a new one would be made before the last is freed
     for at in range(0, len(dw), step):
         rows = slice(at, min(at + step, len(dw)))
-        more = torch.empty_like(dw[rows])
+        more = first_rows(product, rows.stop - at)
         float8_product(columns[rows], h8, scale, more)
         dw[rows] += more
