@@ -133,9 +133,10 @@ def is_conversion(node: Node) -> bool:
     made_of = node.args[0] if node.args else None
     if not isinstance(made_of, Node) or not is_dtensor(fake(made_of)):
         return False
+    if type(fake(made_of)).to_local is not public("DTensor").to_local:
+        return False
     called = node.op == "call_method" and node.target == "to_local"
-    own = type(fake(made_of)).to_local is public("DTensor").to_local
-    return own and (called or (is_closure(node) and CLOSURES[name_of(node)] == "to_local"))
+    return called or (is_closure(node) and CLOSURES[name_of(node)] == "to_local")
 
 
 def can_be_made(node: Node) -> bool:

@@ -100,6 +100,8 @@ def test_the_error_is_at_most_that_of_eager_float16_for_every_loss_scale(data: s
             y[N // 2 + N * seed // (2 * SEEDS) :] = -100  # an octave of counts: their reciprocal, which eager rounds
             both = results(ours, h, w, y, scale), results(loss_of, h, w, y, scale)
             for at, (t, f, e) in enumerate(zip(in_float64(h, w, y), *both)):
+                if not e.isfinite().all():  # a gradient times this scale is beyond float16
+                    continue
                 squares[seed, at] = torch.stack([(x - t).norm() / t.norm() for x in (f, e)]).cpu() ** 2
         squares[..., 2, 1] += ROUNDING**2  # of h times the row factor, where eager rounds p, which is exact at 1 / N
         excess = squares[..., 0] - squares[..., 1]
