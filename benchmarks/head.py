@@ -175,6 +175,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for the whole run")
     parser.add_argument("--out", default="benchmarks/results/latest", help="folder of head.json, head.md, head.png")
     parser.add_argument("--append", action="store_true", help="keep the rows that --out has already")
+    parser.add_argument("--tf32", action="store_true", help="float32 products by TF32, every contender's")
     parser.add_argument("--no-errors", action="store_true", help="skip the comparison with float64")
     parser.add_argument("--precompile", action="store_true", help="compile all cases side by side first")
     parser.add_argument("--once", action="store_true", help="only call everything once (what --precompile does)")
@@ -188,6 +189,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> list[Row]:
     options = arguments(sys.argv[1:] if words is None else words)
+    if options.tf32:
+        torch.set_float32_matmul_precision("high")
     run = Run(options)
     before = Path(options.out) / "head.json"
     if options.append and before.exists():
