@@ -54,9 +54,17 @@ def loss_gain(call: Callable[..., Any], h: Any, c_lse: Any, c_picked: Any, c_sum
     return gain, call(aten.reciprocal.default, gain)
 
 
-def times_gain(call: Callable[..., Any], h: Any, coefficients: Sequence[Any], weight: Any) -> tuple[list[Any], Any]:
-    """(the coefficients of lse, picked and sum times the gain, None for zero, and 1 / gain); see `loss_gain`."""
+def times_gain(
+    call: Callable[..., Any], h: Any, coefficients: Sequence[Any], u: Any, classes: Any
+) -> tuple[list[Any], Any]:
+    """(the coefficients of lse, picked and sum times the gain, None for zero, and 1 / gain); see `loss_gain`.
+
+    ``u`` [V]: the weights of the sum over the classes, None where all of the ``classes`` weigh 1.
+    """
     c_lse, c_picked, c_sum = coefficients
+    weight = classes
+    if c_sum is not None and u is not None:
+        weight = call(aten.sum.default, call(aten.abs.default, call(aten.detach.default, u)))
     gain, inverse = loss_gain(call, h, c_lse, c_picked, c_sum, weight)
     return [None if c is None else call(aten.mul.Tensor, c, gain) for c in coefficients], inverse
 

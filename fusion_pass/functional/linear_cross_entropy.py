@@ -289,7 +289,7 @@ def with_gradients(head: Operands, loss: Loss, memory: int, place: tuple[Any, ..
     op = torch.ops.fusedhead.shard_loss if place else torch.ops.fusedhead.head_loss
     c, inverse = [c_lse, -label[:, None], -smooth if loss.smoothing else None], 1.0
     if head.h.dtype == torch.float16 and not (place or loss.z_loss or head.transform):
-        c, inverse = times_gain(computed, head.h, c, head.u.abs().sum() if head.u.numel() else loss.classes)
+        c, inverse = times_gain(computed, head.h, c, head.u if head.u.numel() else None, loss.classes)
     out = op(
         *head[:6], *(none if x is None else x for x in c), c_square,
         head.transform, stats_of_loss(loss), memory, *needs, False, *place,

@@ -115,7 +115,7 @@ def upgrade(*calls: Node, facts: GraphFacts) -> Refusal | None:
             named = ", ".join(sorted(STATS[at] for at in nonlinear if at not in CONSTANT))
             return refuse(NotInForward.OTHER_STATISTICS, names=named)
     statistics = [user for call in calls for user in call.users if user.users and name_index(user) not in CONSTANT]
-    return first_tail(calls, statistics, FLOAT16_CALLS if loss_scale.is_float16(call) else STATISTICS_CALLS, facts)
+    return first_tail(calls, statistics, GAIN_CALLS if loss_scale.is_float16(calls[0]) else STATISTICS_CALLS, facts)
 
 
 def first_tail(
@@ -267,7 +267,7 @@ def no_squares(statistics: Sequence[Node], tail: Sequence[Node]) -> list[Node]:
 
 
 STATISTICS_CALLS = CallFamily(squares_of_lse, lambda call: (call.args[0], call.args[2]), replace_call)  # type: ignore[arg-type, return-value]
-FLOAT16_CALLS = STATISTICS_CALLS._replace(squares=no_squares)  # a gain would have to know the lse
+GAIN_CALLS = STATISTICS_CALLS._replace(squares=no_squares)  # a gain would have to know the lse
 ROWS_CALLS = CallFamily(no_squares, lambda call: call.args[0], replace_rows)  # type: ignore[return-value, arg-type]
 
 

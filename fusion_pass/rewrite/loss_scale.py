@@ -34,11 +34,9 @@ def scaled_coefficients(emit: Emit, call: Node, coefficients: dict[int, Node]) -
     if not is_float16(call) or not coefficients:
         return coefficients, None
     h, w, _, _, _, u = call.args[:6]
-    if fake(u).numel():  # type: ignore[arg-type]
-        weight = emit(aten.sum.default, emit(aten.abs.default, emit(aten.detach.default, u)))
-    else:
-        weight = emit.sizes(w)[0]  # type: ignore[arg-type]
-    scaled, inverse = times_gain(emit, h, [coefficients.get(at) for at in range(len(LINEAR_STATS))], weight)
+    by_statistic = [coefficients.get(at) for at in range(len(LINEAR_STATS))]
+    weights = u if fake(u).numel() else None  # type: ignore[arg-type]
+    scaled, inverse = times_gain(emit, h, by_statistic, weights, emit.sizes(w)[0])  # type: ignore[arg-type]
     return {at: c for at, c in enumerate(scaled) if c is not None}, named(inverse, "inverse_gain")
 
 

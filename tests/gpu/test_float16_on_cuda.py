@@ -116,7 +116,7 @@ def head_of(data: str) -> tuple[Head, RowGrads]:
     h, w, y = DATA[data](0)
     counts = y >= 0
     c = counts.float() / counts.sum()
-    (c_lse, c_picked, _), _ = times_gain(computed, h, [c, -c[:, None], None], V)
+    (c_lse, c_picked, _), _ = times_gain(computed, h, [c, -c[:, None], None], None, V)
     none = torch.empty(0, device="cuda")
     head = Head(h, w, y.clamp(min=0)[:, None], none.view(0, 0), none.view(0, 0), none, Transform())
     return head, RowGrads(c_lse, c_picked)

@@ -87,7 +87,7 @@ def test_a_frozen_operand_has_no_gradient(needs):
 def test_float16_gradients_times_their_gain_do_not_underflow():
     x, g = head(dtype=torch.float16), gradients(20)
     g = RowGrads(g.lse / 4096, g.picked / 4096)
-    (c_lse, c_picked, _), inverse = times_gain(computed, x.h, [g.lse, g.picked, None], 0)
+    (c_lse, c_picked, _), inverse = times_gain(computed, x.h, [g.lse, g.picked, None], None, 0)
     _, grads = engine.head_loss(x, RowGrads(c_lse, c_picked), OPERANDS, Windows(16, 70, F32))
     _, d = truth(x, g)
     assert error(grads.h.float() * inverse, d[0]) < 1e-3
