@@ -31,6 +31,7 @@ from fusedhead.compat import (
     tree_map_only,
 )
 from fusedhead.graph.aliases import NUMBERS, storage, value_of
+from fusedhead.graph.dtensors import is_conversion
 from fusedhead.graph.nodes import callee, hint, inputs
 from fusedhead.graph.saved_tensor_hooks import unhooked
 from fusedhead.graph.tracing import call_key
@@ -216,7 +217,9 @@ MOST_FACTS = 4096
 
 
 def dry_run(node: Node) -> Seen | None:
-    """The result of running a node; None where it cannot be run."""
+    """The result of running a node; None where it cannot be run. Conversions of DTensors are known."""
+    if is_conversion(node):
+        return Seen(frozenset())
     try:
         likes = tuple(likeness(value_of(source)) for source in inputs(node))
     except Exception:  # a tensor class of user code may raise anything

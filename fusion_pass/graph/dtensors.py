@@ -126,7 +126,7 @@ def call_with_mesh(node: Node) -> PlacementCall | None:
 def is_conversion(node: Node) -> bool:
     """Whether a node only turns a DTensor into its local part, by DTensor's own method, or back by `replicating`.
 
-    Neither writes to memory nor draws random numbers. A dry run does not show it, because DTensors have no stand-in.
+    Neither writes to memory nor draws random numbers. They cannot be tried, because DTensors have no stand-in.
     """
     if getattr(node.target, "__code__", None) in replicating.__code__.co_consts:
         return True

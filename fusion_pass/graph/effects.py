@@ -5,7 +5,6 @@
 | an op of the dispatcher (``OpOverload``)                                   | its schema                            |
 | a function, a method, an operator, a packet, a composite op                | `dry_run`: it is run on stand-ins     |
 | a higher-order op                                                          | the graphs that it runs               |
-| a conversion between a DTensor and its local part                          | nothing: it writes to no memory       |
 | a module, an unknown higher-order op, what a dry run cannot run            | nothing: it writes to all arguments   |
 | user code that a dry run cannot run                                        | nothing: it writes to any memory      |
 
@@ -25,7 +24,6 @@ from torch.fx import Graph, Node
 from fusedhead.compat import DispatchKey, HigherOrderOperator, OpOverload, tree_leaves
 from fusedhead.graph.aliases import storages
 from fusedhead.graph.dry_run import RANDOM, changed_arguments, dry_run, of_torch
-from fusedhead.graph.dtensors import is_conversion
 from fusedhead.graph.higher_order import Effects, arguments_with_memory, bodies_of, effects_of_call, runs_bodies
 from fusedhead.graph.nodes import inputs
 
@@ -59,8 +57,6 @@ def ask(node: Node) -> Effects:
     if node.target is torch.autograd.grad:  # it cannot be run on stand-ins: it runs other functions' backward
         special = (each for each in ahead_of(node) if isinstance(each.target, HigherOrderOperator) or is_theirs(each))
         return Effects(tuple(dict.fromkeys(x for each in special for x in effects(each).backward)))
-    if is_conversion(node):
-        return NO_EFFECTS
     theirs = is_theirs(node)
     if not theirs and not any(map(storages, node.all_input_nodes)):
         return NO_EFFECTS  # not run: it may switch a mode
@@ -142,7 +138,5 @@ def draws(node: Node) -> bool:
         return True
     if isinstance(node.target, OpOverload) and says_all(node.target):
         return RANDOM in node.target.tags
-    if is_conversion(node):
-        return False
     seen = dry_run(node)
     return seen is None or seen.draws
