@@ -103,6 +103,15 @@ def leave_guards_untimed() -> None:
         guards.profile_guard_manager = lambda *_: 0.0
 
 
+@pytest.fixture
+def group() -> Iterator[str]:
+    """The name of a process group of this process alone."""
+    from tests.one_rank import one_rank  # torch.distributed, which few tests import
+
+    with one_rank() as name:
+        yield name
+
+
 def seeded() -> None:
     """What `torch.manual_seed` does, which for each kind of device that is not there keeps the stack of every call."""
     (torch.manual_seed if ACCELERATED else torch.default_generator.manual_seed)(0)

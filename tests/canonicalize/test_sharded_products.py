@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.fx import Graph
 
@@ -15,14 +12,7 @@ from fusedhead.canonicalize.sharded_products import kept
 from fusedhead.graph.reasons import refuse
 
 
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("one_rank")
+@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize(
     ("names", "split", "words"),
     [

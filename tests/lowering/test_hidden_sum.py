@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 
 import fusedhead.lowering.hidden_sum  # noqa: F401  registers torch.ops.fusedhead
 
 OPS = torch.ops.fusedhead
-
-
-@pytest.fixture
-def group() -> Iterator[str]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield dist.group.WORLD.group_name  # type: ignore[union-attr]
-    dist.destroy_process_group()
 
 
 def test_a_recipient_has_the_size_of_the_gathered_states_and_one_number(group: str) -> None:

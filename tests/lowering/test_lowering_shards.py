@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fusedhead.compat import FakeTensorMode
 from fusedhead.kernels.contract import DIFFERENTIABLE_STATS, SAVED_STATS, STATS
 from fusedhead.lowering import shards
 from tests.lowering.heads import ALL, OPS, leaves, none, operands
 
 N, V, D = 5, 11, 4
-
-
-@pytest.fixture
-def group() -> Iterator[str]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield dist.group.WORLD.group_name  # type: ignore[union-attr]
-    dist.destroy_process_group()
 
 
 def test_on_one_rank_the_statistics_and_gradients_are_the_head_s(group: str) -> None:

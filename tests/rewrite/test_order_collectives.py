@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
-import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -20,13 +17,6 @@ from fusedhead.rewrite import order_collectives
 N, D, V = 6, 4, 10
 STATS = torch.ops.fusedhead.shard_stats.default
 BACKWARD = torch.ops.fusedhead.shard_stats_backward.default
-
-
-@pytest.fixture
-def group() -> Iterator[str]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield dist.group.WORLD.group_name  # type: ignore[union-attr]
-    dist.destroy_process_group()
 
 
 def operands() -> tuple[Tensor, ...]:

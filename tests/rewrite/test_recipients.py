@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.fx import Graph, Node
 
 import fusedhead.lowering.token_shards  # noqa: F401  registers torch.ops.fusedhead
@@ -17,13 +15,6 @@ from fusedhead.ir.builder import Emit
 from fusedhead.rewrite import recipients, shard_sweeps
 
 aten, OPS = torch.ops.aten, torch.ops.fusedhead
-
-
-@pytest.fixture
-def group() -> Iterator[str]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield dist.group.WORLD.group_name  # type: ignore[union-attr]
-    dist.destroy_process_group()
 
 
 def of(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:

@@ -5,9 +5,6 @@ The forms are those of real programs: adaptive and sampled softmax, margins, con
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.capabilities import gathered_along_classes
+from tests.one_rank import one_rank
 from tests.programs.claims import D, V, hidden, labels, left, right, unseen, weight
 
 # Dynamo looks at .grad of what crosses a graph break
@@ -135,15 +133,6 @@ def test_logits_gathered_from_all_ranks_are_left_alone() -> None:
             left(program, *inputs, because="is not known to treat tokens apart")
         else:  # Dynamo compiles nothing of it
             unseen(program, *inputs)
-
-
-@contextmanager
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def test_a_projection_that_is_an_op_of_its_own_is_not_seen() -> None:

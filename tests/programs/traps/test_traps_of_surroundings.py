@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedhead
 from tests.eager_stack import Rewritten
+from tests.one_rank import one_rank
 from tests.programs.claims import B, D, T, V, hidden, labels, left, right, weight
 
 
@@ -85,8 +85,7 @@ def test_a_distributed_weight_is_right_fused_or_not() -> None:
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with one_rank():
         mesh = init_device_mesh("cpu", (1,))
         h, w = (distribute_tensor(x, mesh, [p]) for x, p in ((torch.randn(6, D), Replicate()), (weight(), Shard(0))))
         y = distribute_tensor(labels(6), mesh, [Replicate()])
@@ -98,8 +97,6 @@ def test_a_distributed_weight_is_right_fused_or_not() -> None:
         got = rewritten(h, w, y)
         assert isinstance(got, DTensor)
         torch.testing.assert_close(got.to_local(), gathered(h, w, y).to_local())
-    finally:
-        dist.destroy_process_group()
 
 
 def test_what_is_inductors_reaches_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
