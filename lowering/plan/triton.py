@@ -42,10 +42,8 @@ FROZEN_BYTES, FROZEN_TOKENS = 576 * MIB, 1024
 DZ_BYTES = 256 * MIB  # of dz: fewer blocks are fewer launches
 RECOMPUTE_BYTES = 480 * MIB  # that auto gives to dz and float32 dh
 LEAST_BYTES = 256 * MIB  # what "min" may hold
-LEVEL_CLASSES, LEVEL_VOCAB = (
-    2559,
-    10240,
-)  # sampled at most for the levels of float16 rows, and the fewest classes for it
+LEVEL_CLASSES = 2559  # sampled at most for the levels of float16 rows
+LEVEL_VOCAB = 10240  # the fewest classes that are sampled
 
 
 def samples_levels(problem: Problem, algorithm: str) -> bool:

@@ -14,6 +14,7 @@ from float8_heads import made, mean_loss, passed, sweep_on_cpu, true  # noqa: F4
 from fusedhead.kernels.contract import Head, RowGrads
 from fusedhead.kernels.triton_engine.float8 import single_pass
 from fusedhead.kernels.triton_engine.launch.tiles import PAIRED_FROM
+from fusedhead.lowering.plan.float8 import FLOAT8_PRODUCT_BYTES
 from tests.kernels.interpreted import error
 
 # numpy speaks up where a GPU stays silent (log2 0, inf - inf)
@@ -136,13 +137,14 @@ def test_a_window_that_has_no_room_for_its_list_is_nan_and_lists_nothing(monkeyp
 
 
 def test_products_that_are_added_to_dw_share_one_memory(monkeypatch):
+    assert single_pass.DW_BYTES == FLOAT8_PRODUCT_BYTES  # which the plan counts once
     places = []
 
     def product(columns, h8, scale, out):
         places.append(out.data_ptr())
         out.fill_(1)
 
-    monkeypatch.setattr(single_pass, "DW_ROWS", 0)
+    monkeypatch.setattr(single_pass, "DW_BYTES", 0)
     monkeypatch.setattr(single_pass, "FLOAT8_BLOCK", 32)
     monkeypatch.setattr(single_pass, "largest", lambda *of: torch.ones(()))
     monkeypatch.setattr(single_pass, "transposed_float8", lambda *of, **more: None)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from fusedhead.analysis.reasons import NotInForward
+from fusedhead.compat import FakeTensorMode
 from fusedhead.graph.reasons import Refusal
 from fusedhead.rewrite.tail_gradient import coefficients, dependent, needed, shape_only
 

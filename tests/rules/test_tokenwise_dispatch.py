@@ -9,8 +9,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fusedhead.compat import FakeTensorMode
 from fusedhead.graph.reasons import Escape
 from fusedhead.ir.expr import Expr, Plain
 from fusedhead.ir.logits import Logits, LogProbs, Probs, ProbTimes, StackedProjection

@@ -57,7 +57,7 @@ FLOAT8 = torch.float8_e4m3fn
 TOP_GAIN = SATURATES_FLOAT8.value / THRESHOLD
 REDO_GAIN = TOP_GAIN * 2.0**-0.5  # the lse may be rounded by half a bit in base 2 before more entries are listed
 ENTRIES = 64  # list entries a row, on average over a token block: 1 / THRESHOLD
-DW_ROWS = 64 << 20  # bytes of one temporary product that is added to dw
+DW_BYTES = 64 << 20  # bytes of one temporary product that is added to dw
 
 
 def reads(head: Head) -> bool:
@@ -214,7 +214,7 @@ def _add_to_weight(h: Tensor, columns: Tensor, r: Tensor, dw: Tensor, first: boo
     if first:
         float8_product(columns, h8, scale, dw)
         return
-    step = min(max(FLOAT8_BLOCK, DW_ROWS // (2 * hidden)), len(dw))
+    step = min(max(FLOAT8_BLOCK, DW_BYTES // (2 * hidden)), len(dw))
     product = torch.empty_like(dw[:step])  # one for all: a new one would be made before the last is freed
     for at in range(0, len(dw), step):
         rows = slice(at, min(at + step, len(dw)))
