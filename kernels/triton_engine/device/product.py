@@ -60,7 +60,6 @@ def product(
     BK: tl.constexpr,
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
     READY: tl.constexpr,
     EVEN_D: tl.constexpr,
 ):
@@ -74,9 +73,9 @@ def product(
         for k in range(0, tl.cdiv(D, BK)):
             a = h.load([block * BM, k * BK])
             if W_BY_ROWS:
-                acc = tl.dot(a, w.load([tile * BN, k * BK]).T, acc, input_precision=PRECISION)
+                acc = tl.dot(a, w.load([tile * BN, k * BK]).T, acc, input_precision="ieee")
             else:
-                acc = tl.dot(a, w.load([k * BK, tile * BN]), acc, input_precision=PRECISION)
+                acc = tl.dot(a, w.load([k * BK, tile * BN]), acc, input_precision="ieee")
     else:
         row = tl.minimum(block * BM + tl.arange(0, BM), N - 1).to(tl.int64)
         col = tl.minimum(tile * BN + tl.arange(0, BN), V - 1).to(tl.int64)
@@ -91,7 +90,7 @@ def product(
                 remaining = D - k * BK
                 a = tl.load(h_at, mask=(inner < remaining)[None, :], other=0.0)
                 b = tl.load(w_at, mask=(inner < remaining)[:, None], other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
             h_at += BK * sh1
             w_at += BK * sw1
     return acc

@@ -140,7 +140,6 @@ class Sweep:
             "HAS_U": layout.has_u,
             "EVEN": self.vocab % tile.BN == 0,
             "PRECISE": layout.dtype == torch.float32,
-            "PRECISION": "ieee",
             "DTYPE": TRITON_DTYPE[layout.dtype],
             "TMA": layout.tma,
             "W_BY_ROWS": self.by_rows,

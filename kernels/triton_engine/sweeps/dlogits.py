@@ -198,7 +198,6 @@ def dlogits_kernel(
     NEED_COLS: tl.constexpr,
     NEED_ROWS: tl.constexpr,
     PRECISE: tl.constexpr,
-    PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
@@ -220,7 +219,7 @@ def dlogits_kernel(
         label_bits = labelled_parts(label_map, block, tile, V, LABELS, BN)
         prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
         acc = product(
-            h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY, EVEN_D
+            h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, READY, EVEN_D
         )
         for j in tl.static_range(PARTS):
             x = column_part(acc, j, PARTS, BM, BN)

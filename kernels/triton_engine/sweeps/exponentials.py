@@ -133,7 +133,6 @@ def exp_kernel(
     ONLY: tl.constexpr,
     EVEN: tl.constexpr,  # V is a multiple of BN
     PRECISE: tl.constexpr,
-    PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
@@ -171,7 +170,7 @@ def exp_kernel(
                 r = tl.load(ref2 + row, mask=row < N, other=0.0)
             prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
             acc = product(
-                h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY, EVEN_D
+                h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, READY, EVEN_D
             )
             if LATE:
                 r = tl.load(ref2 + row, mask=row < N, other=0.0)

@@ -83,7 +83,6 @@ def stream_kernel(
     ONLY: tl.constexpr,
     EVEN: tl.constexpr,  # V is a multiple of BN
     PRECISE: tl.constexpr,
-    PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     W_BY_ROWS: tl.constexpr,
     READY: tl.constexpr,
@@ -121,7 +120,7 @@ def stream_kernel(
         if live != 0:
             prefetch_columns(vectors, tile * BN + tl.arange(0, BN), STEPS, PREFETCH)
             acc = product(
-                h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, PRECISION, READY, EVEN_D
+                h, w, block, tile, N, V, D, sh0, sh1, sw0, sw1, BM, BN, BK, TMA, W_BY_ROWS, READY, EVEN_D
             )
             for j in tl.static_range(PARTS):
                 raw = column_part(acc, j, PARTS, BM, BN)
