@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.parallel import gloo_on_cuda
 from tests.parallel.arrangements import ARRANGEMENTS, THROUGH_INDUCTOR, outcomes
 from tests.parallel.compared import errors, errors_of_rounding
 from tests.parallel.models import Setting
@@ -89,6 +90,8 @@ def main() -> int:
     device = arguments.device or ("cuda" if arguments.backend == "nccl" else "cpu")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        if arguments.backend == "gloo":
+            gloo_on_cuda.serve()
     dist.init_process_group(arguments.backend, timeout=timedelta(seconds=120))
     torch.backends.cuda.matmul.allow_tf32 = False
     rows, skipped, count = [], 0, 0
