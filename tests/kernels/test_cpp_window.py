@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -56,6 +58,16 @@ def off(got: tuple[Tensor | None, ...], true: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([(a.double() - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(got, true)])  # type: ignore[union-attr]
 
 
+def of_all(draws: Sequence[tuple[Tensor | None, ...]]) -> tuple[Tensor, ...]:
+    """Each result of all draws as one vector, whose norm no draw makes small by chance.
+
+    Where a head has one class, dz = g_lse + g_sum. A draw in which they cancel leaves the rounding errors of products
+    with them; eager code subtracts them before it multiplies, without an error. Heads with more classes have no such
+    luck: their probabilities are rounded.
+    """
+    return tuple(torch.cat([x.double().flatten() for x in each]) for each in zip(*draws))  # type: ignore[union-attr]
+
+
 def lse_of(stats: RowStats) -> Tensor:
     assert stats.lse_low is not None
     return stats.lse.double() + stats.lse_low.double()
@@ -79,8 +91,8 @@ def both_ways(head: Head, c: RowGrads, needs: Needs, windows: Windows) -> list[t
 def test_a_head_of_any_size_errs_no_more_than_eager_code(
     n, v, d, k, seed, tokens, threads, scale, weighted, transposed, needs
 ):
-    result, allowed = [], []
-    for draw in range(DRAWS):  # one draw's errors may be small by luck
+    ours, theirs, truths = [], [], []
+    for draw in range(DRAWS):
         torch.manual_seed(DRAWS * seed + draw)
         head = head_of(n, v, d, k, scale, weighted)
         if transposed:
@@ -89,12 +101,14 @@ def test_a_head_of_any_size_errs_no_more_than_eager_code(
         true = eager(head, c, torch.float64)
         results = both_ways(head, c, needs, Windows(tokens, v, torch.float32, threads=threads))
         asked = [at for at, x in enumerate(results[0]) if x is not None and x.numel()]
-        exact = tuple(true[at] for at in asked)
-        allowed.append(off(eager(head, c, torch.float32), true)[asked])
-        result.append(torch.stack([off(tuple(got[at] for at in asked), exact) for got in results]))
+        truths.append(tuple(true[at] for at in asked))
+        theirs.append(tuple(x for at, x in enumerate(eager(head, c, torch.float32)) if at in asked))
+        ours.append([tuple(got[at] for at in asked) for got in results])
         assert all((got[3] is None, got[4] is None) == (not needs.h, not needs.w) for got in results)
-    limit = 1.5 * torch.stack(allowed).square().mean(0).sqrt() + 2.0**-21
-    assert bool((torch.stack(result).square().mean(0).sqrt() <= limit).all()), (result, limit)
+    exact = of_all(truths)
+    limit = 1.5 * off(of_all(theirs), exact) + 2.0**-21
+    for way in zip(*ours):
+        assert bool((off(of_all(way), exact) <= limit).all()), (off(of_all(way), exact), limit)
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e8, 1e12, 1e30])
